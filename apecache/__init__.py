@@ -1,0 +1,1 @@
+"""apecache: an embedding cache and head trainer for image-text models."""

@@ -1,0 +1,101 @@
+"""From a path in a user's table to an RGB image, or a reason why not.
+
+Every conversion is defined: EXIF orientation is applied, transparency is composited over white, 16-bit samples are
+scaled to 8 bits, of an animation the first frame is taken, everything ends as RGB. Nothing is decoded before the
+header's size is known, formats come from an allow-list, and a truncated file is never completed with grey.
+"""
+
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from apecache.errors import RowError
+from apecache.fingerprint import content_hash
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 50_000_000
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """`image` is RGB; `digest` is the BLAKE3 of the file's bytes."""
+
+    image: Image.Image
+    digest: str
+
+
+def load_image(key: str, root: Path) -> LoadedImage:
+    """Read the image that a table calls `key`, below `root`.
+
+    Raises:
+        RowError: outside-root, missing, not-a-file, empty, not-an-image, too-large, truncated.
+    """
+    data = read_file(resolve_below(key, root), key)
+    return LoadedImage(decode_image(data, key), content_hash(data))
+
+
+def resolve_below(key: str, root: Path) -> Path:
+    """The real path of `key`; symbolic links are followed and must stay below `root`."""
+    if "\0" in key:
+        raise RowError("outside-root", f"{key!r} contains a NUL byte")
+    base = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(base, key))
+    if os.path.commonpath([base, path]) != base:
+        raise RowError("outside-root", f"{key} leads outside {root}; give --root for absolute paths")
+    return Path(path)
+
+
+def read_file(path: Path, key: str) -> bytes:
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise RowError("not-a-file", f"{key} is no regular file")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise RowError("missing", f"{key}: no such file") from None
+    except OSError as error:
+        raise RowError("missing", f"{key}: {error.strerror}") from None
+    if not data:
+        raise RowError("empty", f"{key} has 0 bytes")
+    return data
+
+
+def decode_image(data: bytes, key: str) -> Image.Image:
+    """RGB image from the bytes of a file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what cannot be decoded raises
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(opened, key)
+            opened.load()
+            return to_rgb(ImageOps.exif_transpose(opened))
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = "not-an-image" if isinstance(error, UnidentifiedImageError) else "too-large"
+        raise RowError(reason, f"{key} is none of {', '.join(FORMATS)} that can be read") from None
+    except RowError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
+        raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
+
+
+def _check_size(image: Image.Image, key: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise RowError("too-large", f"{key} has {width} x {height} pixels; the limit is {MAX_PIXELS:,}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB by the rules of this module's docstring."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return image.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

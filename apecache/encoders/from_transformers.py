@@ -1,0 +1,213 @@
+"""transformers encoders: text towers of the BERT kind, and vision transformers with a CLS token."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from apecache.encoders.encoder import (
+    ImageEncoder,
+    TextEncoder,
+    Tokens,
+    build_fingerprint,
+    digest_module,
+    freeze,
+    pool_tokens,
+)
+from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.errors import EncoderError, nearest
+from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
+
+VISION_TYPES = ("beit", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit")
+WELL_KNOWN = (
+    "bert-base-uncased",
+    "facebook/dino-vitb16",
+    "facebook/dinov2-base",
+    "facebook/dinov2-small",
+    "google-bert/bert-base-multilingual-cased",
+    "google/vit-base-patch16-224",
+    "intfloat/multilingual-e5-small",
+    "princeton-nlp/unsup-simcse-bert-base-uncased",
+    "roberta-base",
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "sentence-transformers/all-mpnet-base-v2",
+)
+"""Only to suggest a name when one cannot be found."""
+
+
+def load_transformers_text(spec: EncoderSpec, device: torch.device) -> TextEncoder:
+    """Pooled last hidden states, [n, hidden_size].
+
+    Raises:
+        EncoderError: not found, not a text encoder, or weights that miss parts of the model.
+    """
+    config = _config(spec)
+    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+        raise EncoderError(f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models are supported")
+    tokenizer = _open(AutoTokenizer, spec)
+    if not getattr(tokenizer, "is_fast", False):
+        raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
+    module, unloaded = _load_model(spec)
+    pooling, max_tokens = _text_pooling(spec), _max_tokens(spec, tokenizer, config)
+    inputs: Json = {"tokenizer": _digest_tokenizer(tokenizer), "max_tokens": max_tokens, "pooling": pooling}
+    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), type(module).__name__, inputs)
+    frozen: Any = freeze(module, spec, device)
+
+    def tokenise(texts: Sequence[str]) -> Tokens:
+        return _tokenise(tokenizer, texts, max_tokens)
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        return pool_tokens(frozen(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling)
+
+    pad_id = int(tokenizer.pad_token_id or 0)
+    return TextEncoder(
+        spec, frozen, tokenise, forward, pad_id, max_tokens, int(config.hidden_size), fingerprint, device
+    )
+
+
+def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
+    """The CLS token (or the mean of all other tokens) after the final norm, [n, hidden_size].
+
+    Raises:
+        EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
+    """
+    config = _config(spec)
+    if config.model_type not in VISION_TYPES:
+        raise EncoderError(
+            f"encoder {spec}: {config.model_type} is not supported as an image encoder; supported: {', '.join(VISION_TYPES)}"
+        )
+    processor: Any = _open(AutoImageProcessor, spec)
+    size = _resize(processor, spec.resolution)
+    module, unloaded = _load_model(spec)
+    pooling: Pooling = "cls" if spec.pooling == "default" else spec.pooling
+    inputs: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size), "pooling": pooling}
+    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), type(module).__name__, inputs)
+    frozen: Any = freeze(module, spec, device)
+
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
+        return pixels
+
+    def forward(pixels: Tensor) -> Tensor:
+        hidden: Tensor = frozen(pixel_values=pixels).last_hidden_state
+        return hidden[:, 0] if pooling == "cls" else hidden[:, _n_prefix(config) :].mean(1)
+
+    shape = tuple(preprocess(Image.new("RGB", (640, 480))).shape)
+    return ImageEncoder(
+        spec, frozen, preprocess, forward, (shape[0], shape[1], shape[2]), int(config.hidden_size), fingerprint, device
+    )
+
+
+def _config(spec: EncoderSpec) -> Any:
+    return _open(AutoConfig, spec)
+
+
+def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
+    source = str(spec.folder or spec.name)
+    try:
+        return factory.from_pretrained(source, revision=spec.revision or "main", **options)
+    except (OSError, ValueError, KeyError) as error:
+        what = f"cannot be opened ({str(error).strip().splitlines()[0]})"
+        raise EncoderError(f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder") from error
+
+
+def _load_model(spec: EncoderSpec) -> tuple[Any, list[str]]:
+    """The model and the names of its parameters that the files do not hold (only an unused pooler may be missing)."""
+    with _quiet() if spec.folder else nullcontext():
+        module, report = _open(AutoModel, spec, output_loading_info=True, dtype=torch.float32)
+    missing = sorted(report["missing_keys"])
+    lost = [name for name in missing if "pooler" not in name]
+    if lost:
+        raise EncoderError(f"encoder {spec}: its files lack {len(lost)} parameters of {type(module).__name__}: {lost[0]}, …")
+    return module, missing
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for a local folder: it is there in a second. Downloads keep theirs."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _text_pooling(spec: EncoderSpec) -> Pooling:
+    """What the spec says, else the sentence-transformers pooling file of a local folder, else the masked mean."""
+    if spec.pooling != "default":
+        return spec.pooling
+    path = spec.folder / "1_Pooling" / "config.json" if spec.folder else None
+    if path and path.is_file():
+        return _pooling_of(json.loads(path.read_text()), spec)
+    return "mean"
+
+
+def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
+    chosen = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    modes: dict[str, Pooling] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    named = config.get("pooling_mode")
+    if named in ("cls", "mean"):
+        return "cls" if named == "cls" else "mean"
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise EncoderError(f"encoder {spec}: pooling {chosen or named} is not supported; give --text-pooling mean or cls")
+    return modes[chosen[0]]
+
+
+def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
+    """The smallest of: the spec's, sentence-transformers' file, the tokenizer's, the positions of the model, 512."""
+    path = spec.folder / "sentence_bert_config.json" if spec.folder else None
+    saved = json.loads(path.read_text()).get("max_seq_length") if path and path.is_file() else None
+    positions = getattr(config, "max_position_embeddings", None)
+    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    limits = [int(tokenizer.model_max_length), (int(positions) - offset) if positions else None, 512]
+    limits.append(spec.max_tokens or saved)
+    return min(int(limit) for limit in limits if limit)
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
+    if not texts:
+        return Tokens([], 0)
+    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)["input_ids"]
+    full = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
+    longer = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
+    return Tokens(ids, sum(len(row) > max_tokens for row in longer))
+
+
+def _digest_tokenizer(tokenizer: Any) -> str:
+    """Content of the tokenizer without the truncation and padding that calls switch on and off."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+    return content_hash(json.dumps(kept, sort_keys=True, ensure_ascii=False))
+
+
+def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
+    """Call options that make the processor give `resolution` x `resolution` pixels, the crop ratio kept."""
+    if resolution is None:
+        return {}
+    side = {"height": resolution, "width": resolution}
+    if not getattr(processor, "do_center_crop", False):
+        return {"size": side}
+    old = processor.crop_size["height"]
+    edge = processor.size.get("shortest_edge", processor.size.get("height", old))
+    return {"size": {"shortest_edge": round(edge * resolution / old)}, "crop_size": side}
+
+
+def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
+    """The processor's settings without names of files and of the library's version."""
+    settings = {**json.loads(processor.to_json_string()), **size}
+    left_out = ("_processor_class", "processor_class", "feature_extractor_type", "transformers_version")
+    return {"class": type(processor).__name__, **{k: v for k, v in sorted(settings.items()) if k not in left_out}}
+
+
+def _n_prefix(config: Any) -> int:
+    return 1 + int(getattr(config, "num_register_tokens", 0))
+
+

@@ -1,0 +1,88 @@
+"""Names of encoders: what people type, and what a store keeps to find them again."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from apecache.errors import EncoderError, nearest
+
+Modality = Literal["image", "text"]
+Pooling = Literal["default", "cls", "mean"]
+LIBRARIES = ("timm", "hf")
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """`timm:NAME@REV` or `hf:ID@REV`; a local folder stands in place of the name.
+
+    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling file, else CLS for
+    images and the attention-masked mean for text). `resolution` in pixels and `max_tokens` override what the encoder's
+    files say. `dtype` is that of the computation; features are stored as float16.
+    """
+
+    library: str
+    name: str
+    modality: Modality
+    revision: str | None = None
+    pooling: Pooling = "default"
+    resolution: int | None = None
+    max_tokens: int | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, if the name is one (absolute, `./`, `../`, `~`, or an existing folder)."""
+        path = Path(self.name).expanduser()
+        return path if looks_local(self.name) or path.is_dir() else None
+
+    @property
+    def slug(self) -> str:
+        """A name safe as a folder and as a Zarr group: the last part of a local folder, a hub id with `--` for `/`."""
+        name = self.folder.resolve().name if self.folder else self.name.replace("/", "--")
+        parts = [name, "" if self.pooling == "default" else self.pooling]
+        parts += [f"{self.resolution}px" if self.resolution else "", f"{self.max_tokens}t" if self.max_tokens else ""]
+        parts += ["" if self.dtype == "float32" else self.dtype]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(p for p in parts if p)).strip(".-")[:100] or "encoder"
+
+    def __str__(self) -> str:
+        return f"{self.library}:{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def with_name(self, text: str) -> "EncoderSpec":
+        """The same settings for an encoder that now has the name `text` (a local folder that has moved)."""
+        other = parse_encoder(text, self.modality)
+        return replace(self, library=other.library, name=other.name, revision=other.revision)
+
+
+def looks_local(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name in (".", "..")
+
+
+def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
+    """`timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`, `timm:/folder`, …
+
+    Raises:
+        EncoderError: no or an unknown library, an empty name, timm for text, or a local folder that is not there.
+    """
+    library, colon, name = text.partition(":")
+    if not colon or library not in LIBRARIES:
+        hint = nearest(library, LIBRARIES) if colon else f"; did you mean timm:{text} or hf:{text}?"
+        raise EncoderError(f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of {', '.join(LIBRARIES)}{hint}")
+    if library == "timm" and modality == "text":
+        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or hf:/folder")
+    revision = None
+    if not looks_local(name) and not Path(name).is_dir():
+        name, _, revision = name.partition("@")
+    if not name:
+        raise EncoderError(f"encoder {text!r}: the name after {library}: is empty")
+    spec = EncoderSpec(library, name, modality, revision or None)
+    if spec.folder and not (spec.folder / "config.json").is_file():
+        raise EncoderError(f"encoder {text!r}: {missing_folder(spec.folder)}")
+    return spec
+
+
+def missing_folder(folder: Path) -> str:
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        return f"there is no folder {folder}{nearest(folder.name, siblings)}"
+    return f"folder {folder} has no config.json, so it is not a saved model; save one with save_pretrained"

@@ -1,0 +1,109 @@
+"""Image-text retrieval, exact and in tiles, with several captions per image.
+
+An image's query is a hit at K if *any* of its own captions is among the top K texts; every caption is a query of its
+own for images. A wrong candidate that scores as high as the right one counts as ranked before it, so embeddings that
+have collapsed to one point score zero and not one hundred.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import torch
+from torch import Tensor
+
+from apecache.errors import DataError
+
+KS = (1, 5, 10)
+TILE = 1024
+
+
+@dataclass(frozen=True)
+class RetrievalReport:
+    """Recall at K in per cent, both ways. `n_images` and `n_texts` are queries and candidates alike; chance is the
+    expected recall of a random order."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+    n_images: int
+    n_texts: int
+    chance_image_to_text: dict[int, float]
+    chance_text_to_image: dict[int, float]
+
+    @property
+    def mean_recall(self) -> float:
+        """Mean of all recalls, both ways: what epochs and recipes are chosen by."""
+        values = [*self.image_to_text.values(), *self.text_to_image.values()]
+        return sum(values) / len(values)
+
+    @property
+    def mean_recall_at_1(self) -> float:
+        """DataComp's retrieval score: the mean of the two R@1."""
+        return (self.image_to_text[1] + self.text_to_image[1]) / 2
+
+
+def retrieval_report(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> RetrievalReport:
+    """Recall at each K.
+
+    Args:
+        image: [n_images, dim]; text: [n_texts, dim], both L2-normalised, on one device.
+        image_of_text: int64 [n_texts], the row in `image` of each caption's image. Every image needs a caption.
+
+    Raises:
+        DataError: nothing to rank, an image without a caption, or embeddings that are not finite.
+    """
+    _require_rankable(image, text, image_of_text)
+    to_text = image_to_text_ranks(image, text, image_of_text)
+    to_image = text_to_image_ranks(image, text, image_of_text)
+    captions = torch.bincount(image_of_text, minlength=len(image)).tolist()
+    n_images, n_texts = len(image), len(text)
+    return RetrievalReport(
+        recall_at(to_text, ks),
+        recall_at(to_image, ks),
+        n_images,
+        n_texts,
+        {k: 100 * sum(_chance(n_texts, own, k) for own in captions) / n_images for k in ks},
+        {k: 100 * _chance(n_images, 1, k) for k in ks},
+    )
+
+
+def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    """Share of ranks (0 is first) below each K, in per cent."""
+    return {k: 100 * float((ranks < k).double().mean()) for k in ks}
+
+
+def image_to_text_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
+    """int64 [n_images]: how many texts of other images score at least as high as the image's best own caption."""
+    parts = []
+    for rows in torch.arange(len(image), device=image.device).split(TILE):
+        scores = image[rows] @ text.T
+        own = image_of_text.unsqueeze(0) == rows.unsqueeze(1)
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        parts.append(((scores >= best) & ~own).sum(1))
+    return torch.cat(parts)
+
+
+def text_to_image_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
+    """int64 [n_texts]: how many other images score at least as high as the caption's own."""
+    parts = []
+    for rows in torch.arange(len(text), device=text.device).split(TILE):
+        scores = text[rows] @ image.T
+        own = scores.gather(1, image_of_text[rows].unsqueeze(1))
+        parts.append((scores >= own).sum(1) - 1)
+    return torch.cat(parts)
+
+
+def _chance(n_candidates: int, n_right: int, k: int) -> float:
+    """Probability that a random top K holds one of the right ones: 1 - C(n - r, k) / C(n, k)."""
+    if k >= n_candidates:
+        return 1.0
+    return 1 - comb(n_candidates - n_right, k) / comb(n_candidates, k)
+
+
+def _require_rankable(image: Tensor, text: Tensor, image_of_text: Tensor) -> None:
+    if not len(image) or not len(text):
+        raise DataError(f"nothing to rank: {len(image)} images and {len(text)} texts")
+    if int(torch.bincount(image_of_text, minlength=len(image)).min()) == 0:
+        raise DataError("an image without a caption cannot be a query: leave it out")
+    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
+        raise DataError("embeddings that are not finite cannot be ranked")

@@ -1,0 +1,1 @@
+"""Alignment heads and their files."""

@@ -1,0 +1,154 @@
+"""A trained pair of heads on disk: `head.safetensors` and `head.json`. No pickle.
+
+`head.json` says which heads, for which encoders (spec and fingerprint), trained how; the tensors must be exactly those
+that the heads have.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from apecache.errors import MismatchError, RunError, nearest
+from apecache.fingerprint import Fingerprint, Json, describe_difference, digest_tensors
+from apecache.heads.pooled import HeadSpec, PooledHead, build_heads
+
+FORMAT_VERSION = 1
+WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
+
+
+@dataclass(frozen=True)
+class TrainedSide:
+    """One modality: its head, and the encoder that it belongs to (`encoder` is the spec as JSON)."""
+
+    head: PooledHead
+    encoder: Mapping[str, Json]
+    fingerprint: Fingerprint
+
+    def require_encoder(self, found: Fingerprint, where: str) -> None:
+        """Raises MismatchError unless `found` is the encoder that the head was trained on."""
+        if found.digest != self.fingerprint.digest:
+            differences = found.difference(self.fingerprint)
+            raise MismatchError(
+                f"{where} is not of the encoder that the head was trained on: {describe_difference(differences)}",
+                differences,
+            )
+
+    @torch.inference_mode()
+    def embed(self, features: Tensor, batch: int = 8192) -> Tensor:
+        """Float [n, in_dim] -> float32 [n, out_dim], L2-normalised, on the head's device, dropout off."""
+        self.head.eval()
+        where = self.head.mean.device
+        parts = [self.head(part.to(where)) for part in features.split(batch)]
+        return torch.cat(parts) if parts else torch.empty(0, self.head.out_dim, device=where)
+
+
+@dataclass(frozen=True)
+class TrainedHeads:
+    """Both sides, the scale of the logits (1 / temperature), and what is known about the training."""
+
+    image: TrainedSide
+    text: TrainedSide
+    scale: float
+    training: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what the heads compute: names the head that an index was made with."""
+        fields = {side: _describe(getattr(self, side)) for side in ("image", "text")}
+        tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(self).items())
+        weights = digest_tensors((n, str(t.dtype), tuple(t.shape), memoryview(t.numpy()).cast("B")) for n, t in tensors)
+        return Fingerprint({"sides": fields, "weights": weights, "scale": self.scale}).digest
+
+
+def save_heads(heads: TrainedHeads, folder: Path) -> None:
+    """Write weights first, then the description, whose presence makes the folder a finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(heads).items()}
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(tensors, temporary)
+    os.replace(temporary, folder / WEIGHTS)
+    value = {
+        "format": FORMAT_VERSION,
+        "image": _describe(heads.image),
+        "text": _describe(heads.text),
+        "scale": heads.scale,
+        "training": heads.training,
+    }
+    temporary = folder / f".{DESCRIPTION}.tmp"
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, folder / DESCRIPTION)
+
+
+def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads:
+    """Read a run or index folder's heads.
+
+    Raises:
+        RunError: no finished run there, a newer format, or files that do not fit each other.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = "" if folder.exists() else nearest(folder.name, siblings)
+        raise RunError(f"{folder} is no finished run: it has no {DESCRIPTION}{hint} (make one with: apecache fit-head)")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] > FORMAT_VERSION:
+            raise RunError(f"{path} has format {value['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
+        sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
+        image, text = build_heads(sides["image"], sides["text"], value["image"]["dim"], value["text"]["dim"])
+        heads = TrainedHeads(
+            _side(image, value["image"]), _side(text, value["text"]), float(value["scale"]), value["training"]
+        )
+    except (KeyError, TypeError, ValueError, ValidationError, RecursionError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}; train again") from None
+    _load_weights(heads, folder / WEIGHTS)
+    for side in (heads.image, heads.text):
+        side.head.to(device).eval().requires_grad_(False)
+    return heads
+
+
+def _side(head: PooledHead, value: Mapping[str, Json]) -> TrainedSide:
+    return TrainedSide(head, value["encoder"], Fingerprint(value["fingerprint"]))
+
+
+def _describe(side: TrainedSide) -> dict[str, Json]:
+    return {
+        "head": side.head.spec.model_dump(),
+        "dim": side.head.in_dim,
+        "encoder": dict(side.encoder),
+        "fingerprint": dict(side.fingerprint.fields),
+    }
+
+
+def _tensors(heads: TrainedHeads) -> dict[str, Tensor]:
+    sides = (("image", heads.image.head), ("text", heads.text.head))
+    return {f"{side}.{name}": tensor for side, head in sides for name, tensor in head.state_dict().items()}
+
+
+def _load_weights(heads: TrainedHeads, path: Path) -> None:
+    """Raises RunError unless the file holds exactly the heads' tensors, all finite."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}; train again") from None
+    wanted = _tensors(heads)
+    wrong = sorted(
+        name
+        for name in wanted.keys() | tensors.keys()
+        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+    )
+    wrong += [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise RunError(f"{path} does not hold the heads of {DESCRIPTION}: {', '.join(wrong[:3])}; train again")
+    for name, tensor in tensors.items():
+        wanted[name].copy_(tensor)

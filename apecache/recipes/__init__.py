@@ -1,0 +1,1 @@
+"""Recipes: what trains, on what, how."""

@@ -1,0 +1,145 @@
+"""A recipe: everything that a fit on cached features needs besides the features. One TOML file each, in `zoo/`."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from apecache.errors import RecipeError, nearest
+from apecache.heads.pooled import HeadSpec
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LossSpec(_Section):
+    """Symmetric InfoNCE. `temperature` divides the cosines and is clamped to [min_temperature, max_temperature]."""
+
+    temperature: float = Field(default=0.07, gt=0)
+    min_temperature: float = Field(default=0.01, gt=0)
+    max_temperature: float = Field(default=0.5, gt=0)
+    learnable: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "LossSpec":
+        if not self.min_temperature <= self.temperature <= self.max_temperature:
+            raise ValueError("temperature must lie between min_temperature and max_temperature")
+        return self
+
+
+class OptimiserSpec(_Section):
+    """AdamW; parameters with fewer than two dimensions are not decayed. `clip`: largest gradient norm, 0 for none."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
+    clip: float = Field(default=0.0, ge=0)
+
+
+class ScheduleSpec(_Section):
+    """Linear warm-up over a share of all steps, then cosine to `final` times the learning rate. In every epoch each
+    image is seen once, with one of its captions drawn at random."""
+
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=1024, ge=2)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class AugmentationSpec(_Section):
+    """In feature space. `noise`: standard deviation of Gaussian noise in units of each feature's own deviation."""
+
+    noise: float = Field(default=0.0, ge=0)
+
+
+class Recipe(_Section):
+    """`source`: where the recipe comes from, and what of it is our choice."""
+
+    name: str
+    source: str = ""
+    image: HeadSpec = HeadSpec()
+    text: HeadSpec = HeadSpec()
+    loss: LossSpec = LossSpec()
+    optimiser: OptimiserSpec = OptimiserSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    augmentation: AugmentationSpec = AugmentationSpec()
+
+
+def zoo_names() -> list[str]:
+    """Names of the recipes that come with apecache, sorted."""
+    return sorted(path.name.removesuffix(".toml") for path in _zoo().iterdir() if path.name.endswith(".toml"))
+
+
+def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe of the zoo by name, or a TOML file; `settings` are `section.key=value` overrides.
+
+    Raises:
+        RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the wrong kind.
+    """
+    local = name.endswith(".toml")
+    if not local and name not in zoo_names():
+        known = zoo_names()
+        raise RecipeError(f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}")
+    source: Any = Path(name) if local else _zoo() / f"{name}.toml"
+    try:
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{name}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{name}: not TOML: {error}") from None
+    for setting in settings:
+        values = _override(values, setting)
+    return parse_recipe(values, name)
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Raises RecipeError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}") from None
+
+
+def _zoo() -> Any:
+    return files("apecache.recipes") / "zoo"
+
+
+def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
+    """A copy with `section.key=value` set; the value is read as TOML, or as a bare string."""
+    path, equals, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4")
+    try:
+        value = tomllib.loads(f"x = {text.strip()}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return _with(values, keys, value, setting)
+
+
+def _with(values: Any, keys: list[str], value: Any, setting: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise RecipeError(f"--set {setting!r}: {keys[0]} is inside a plain value, not a section")
+    inner = value if len(keys) == 1 else _with(values.get(keys[0], {}), keys[1:], value, setting)
+    return {**values, keys[0]: inner}
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1])
+        return f"unknown key {place!r}; there are {', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
+    return f"{place}: {item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:40]!r})"
+
+
+def _keys_at(path: Sequence[Any]) -> list[str]:
+    """Keys of the section at `path` of a recipe."""
+    model: Any = Recipe
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

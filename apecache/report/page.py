@@ -1,0 +1,293 @@
+"""One self-contained HTML page of tables, learning curves and retrieval galleries.
+
+The page holds no script and loads nothing: styles are inline, pictures are data URIs and charts are inline
+SVG. Every text given here is data; markup in it is shown, not interpreted.
+"""
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from apecache.report.gallery import Gallery
+
+Cell = str | float | int | None
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results.
+
+    Attributes:
+        title: the heading above the table.
+        columns: the column headings.
+        rows: the cells, each row as long as `columns`. Floats are rounded to `decimals`, integers are shown
+            in full and None is shown as an en dash; state the unit (such as %) in the heading.
+        note: a remark shown below the table, left out when empty.
+        decimals: number of digits after the decimal point of every float.
+
+    Raises:
+        ValueError: a row's length differs from that of `columns`, or `decimals` is negative.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    decimals: int = 1
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {number} has {len(row)} cells for {len(self.columns)} columns")
+        if self.decimals < 0:
+            raise ValueError(f"decimals must not be negative, got {self.decimals}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One named line; `points` are (x, y) in drawing order, and a non-finite one leaves a gap."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves on common linear axes.
+
+    Attributes:
+        title: the heading above the chart.
+        x_label: quantity (and unit) along the horizontal axis.
+        y_label: quantity (and unit) along the vertical axis.
+        curves: the lines, drawn in this order and told apart by colour and by dash pattern.
+        marker: x at which a vertical dashed line is drawn, None for no line.
+        marker_label: what the dashed line stands for; the legend appends its x.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: tuple[Curve, ...]
+    marker: float | None = None
+    marker_label: str = "marked"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything one page shows, in this order.
+
+    Attributes:
+        title: the main heading and the document's title.
+        subtitle: a line below it, left out when empty.
+        commands: command lines that reproduce the result, shown verbatim.
+        tables: result tables.
+        charts: learning curves and the like.
+        galleries: retrieval examples.
+        notes: closing remarks, one paragraph each.
+    """
+
+    title: str
+    subtitle: str = ""
+    commands: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    galleries: tuple[Gallery, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def render_page(page: Page) -> str:
+    """Return the page as an HTML document that encodes to UTF-8 without error."""
+    return _environment().get_template("page.html").render(page=page)
+
+
+def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
+    """Write the page to `path` and return it as a Path; its folder must exist.
+
+    The file is replaced in one step: readers see the earlier file or the whole new one, and an error leaves
+    the earlier file untouched.
+    """
+    target = Path(path)
+    data = render_page(page).encode("utf-8")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("apecache.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(cell=_cell, numeric_columns=_numeric_columns, plot=_plot)
+    return environment
+
+
+# Control characters but tab and line ends, lone surrogates (which UTF-8 cannot encode) and non-characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def _printable(value: object) -> object:
+    # What has `__html__` is the output of a template macro, whose own values have come through here already.
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    return value
+
+
+def _cell(value: Cell, decimals: int) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, str | int):
+        return str(value)
+    if math.isfinite(value) and abs(value) >= 1e15:
+        return f"{value:.{decimals}e}"
+    # Adding zero turns the -0.0 that rounding may leave into 0.0.
+    return f"{round(float(value), decimals) + 0.0:.{decimals}f}"
+
+
+def _numeric_columns(table: Table) -> tuple[bool, ...]:
+    filled = ([row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns)))
+    return tuple(bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in filled)
+
+
+_WIDTH, _HEIGHT = 480, 270
+_TOP, _RIGHT, _BOTTOM = 10, 12, 30
+_INSET = 10
+_DOTS_UP_TO = 40
+_LARGEST, _SMALLEST = 1e300, 1e-300
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """A linear map from data (low…high) to SVG user units (start…end)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> str:
+        return f"{self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start):.1f}"
+
+
+@dataclass(frozen=True)
+class _Line:
+    path: str
+    dots: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """What the chart template draws: positions in SVG user units, each tick with its label."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    x_ticks: tuple[tuple[str, str], ...]
+    y_ticks: tuple[tuple[str, str], ...]
+    lines: tuple[_Line, ...]
+    marker: str | None
+    marker_value: str
+
+
+def _plot(chart: Chart) -> _Plot:
+    marker = chart.marker if chart.marker is not None and _drawable(chart.marker) else None
+    points = [point for curve in chart.curves for point in curve.points if _drawable(*point)]
+    xs = [x for x, _ in points] + ([marker] if marker is not None and points else [])
+    x_low, x_high = _extent(xs)
+    x_ticks = [x for x in ticks(x_low, x_high, whole=all(map(_is_whole, xs))) if x_low <= x <= x_high]
+    y_ticks = ticks(*_extent([y for _, y in points]))
+    y_labels = _labels(y_ticks)
+    # Sized for the larger type of the narrow layout, about 9 units a character.
+    left = 14 + 9 * max(map(len, y_labels))
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    x_scale = _Scale(x_low, x_high, left + _INSET, right - _INSET)
+    y_scale = _Scale(y_ticks[0], y_ticks[-1], bottom, _TOP)
+    return _Plot(
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=left,
+        right=right,
+        top=_TOP,
+        bottom=bottom,
+        x_ticks=tuple(zip(map(x_scale.at, x_ticks), _labels(x_ticks), strict=True)) if points else (),
+        y_ticks=tuple(zip(map(y_scale.at, y_ticks), y_labels, strict=True)) if points else (),
+        lines=tuple(_line(curve, x_scale, y_scale) for curve in chart.curves),
+        marker=x_scale.at(marker) if points and marker is not None else None,
+        marker_value="" if marker is None else f"{marker:g}",
+    )
+
+
+def _line(curve: Curve, x_scale: _Scale, y_scale: _Scale) -> _Line:
+    """Draw each run of drawable points as a line of its own, and as dots where they are few or alone."""
+    runs = [list(run) for drawable, run in groupby(curve.points, lambda point: _drawable(*point)) if drawable]
+    placed = [[(x_scale.at(x), y_scale.at(y)) for x, y in run] for run in runs]
+    path = " ".join("M" + " L".join(f"{x} {y}" for x, y in run) for run in placed if len(run) > 1)
+    few = sum(map(len, placed)) <= _DOTS_UP_TO
+    return _Line(path, tuple(dot for run in placed if few or len(run) == 1 for dot in run))
+
+
+def _drawable(*values: float) -> bool:
+    # Beyond this the extent of an axis could overflow.
+    return all(math.isfinite(value) and abs(value) <= _LARGEST for value in values)
+
+
+def _is_whole(value: float) -> bool:
+    return float(value).is_integer()
+
+
+def _extent(values: Sequence[float]) -> Point:
+    """Return the lowest and highest value, set apart where they are too close for an axis."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    size = max(abs(low), abs(high))
+    if high - low > max(_SMALLEST, 1e-6 * size):
+        return low, high
+    pad = size / 2 if size > _SMALLEST else 1.0
+    return low - pad, high + pad
+
+
+def ticks(low: float, high: float, whole: bool = False) -> tuple[float, ...]:
+    """Return at most eight evenly spaced round values that enclose low…high.
+
+    The step is 1, 2 or 5 times a power of ten, and at least 1 where `whole` asks for integers.
+    """
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, step)
+    # Without the tolerance, 0.3 / 0.1 would add an empty interval.
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return tuple(index * step for index in range(first, max(last, first + 1) + 1))
+
+
+def _labels(values: Iterable[float]) -> list[str]:
+    """Format ticks with as many digits as tell neighbours apart, in scientific notation at the extremes."""
+    numbers = list(values)
+    largest = max(map(abs, numbers))
+    step = min((b - a for a, b in pairwise(numbers)), default=1.0)
+    power = math.floor(math.log10(step) + 1e-6)
+    if largest == 0 or 1e-3 <= largest < 1e6:
+        return [f"{number:,.{max(0, -power)}f}" for number in numbers]
+    digits = max(0, math.floor(math.log10(largest) + 1e-6) - power)
+    return ["0" if number == 0 else f"{number:.{digits}e}" for number in numbers]

@@ -1,0 +1,77 @@
+"""From runs to a page: learning curves of each run, and a gallery of what a run finds and misses."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apecache.data.images import load_image
+from apecache.errors import RowError
+from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.evaluate.retrieval import text_to_image_ranks
+from apecache.heads.checkpoint import TrainedHeads
+from apecache.report.gallery import Gallery, Hit, Result, thumbnail
+from apecache.report.page import Chart, Curve
+from apecache.store.reader import FeatureStore
+from apecache.train.fit_head import read_history
+
+
+def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:
+    """Training loss, and mean recall on the dev split (epoch 0: untrained), by run name."""
+    histories = {name: list(read_history(path)) for name, path in runs.items()}
+    losses = tuple(
+        Curve(name, tuple((line["epoch"], line["loss"]) for line in lines if line["loss"] is not None))
+        for name, lines in histories.items()
+    )
+    recalls = tuple(
+        Curve(name, tuple((line["epoch"], line["dev"]["mean_recall"]) for line in lines))
+        for name, lines in histories.items()
+    )
+    return (
+        Chart("Training loss", "epoch", "InfoNCE", losses),
+        Chart("Dev split: mean of R@1, 5, 10, both ways", "epoch", "recall, %", recalls),
+    )
+
+
+def retrieval_galleries(
+    heads: TrainedHeads, store: FeatureStore, split: str, root: Path, n_items: int = 6, top: int = 5
+) -> tuple[Gallery, Gallery]:
+    """Captions that find their image first, and captions that miss it in the top 10, evenly spread over the split."""
+    embedded = embed_store(heads, store, split)
+    ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text)
+    hits = spread(torch.nonzero(ranks == 0).flatten().tolist(), n_items)
+    misses = spread(torch.nonzero(ranks >= 10).flatten().tolist(), n_items)
+    make = _ItemMaker(embedded, store, root, ranks, top)
+    return (
+        Gallery("Found", "Captions whose image came first.", tuple(make.item(text) for text in hits)),
+        Gallery("Missed", "Captions whose image is not among the first ten.", tuple(make.item(text) for text in misses)),
+    )
+
+
+def spread(rows: Sequence[int], count: int) -> list[int]:
+    """`count` of the rows at even distances (all of them, if there are fewer)."""
+    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else list(rows)
+
+
+class _ItemMaker:
+    def __init__(self, embedded: Embeddings, store: FeatureStore, root: Path, ranks: Tensor, top: int) -> None:
+        self.embedded, self.pairs, self.root, self.ranks, self.top = embedded, store.pairs, root, ranks, top
+        self.captions = {int(image): int(text) for text, image in enumerate(self.pairs.image_rows)}
+
+    def item(self, text: int) -> Hit:
+        scores = self.embedded.image @ self.embedded.text[text]
+        best = scores.topk(min(self.top, len(scores)))
+        own = int(self.embedded.image_of_text[text])
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        results = tuple(self._result(image, score, image == own) for image, score in pairs)
+        caption = str(self.pairs.captions[self.embedded.text_rows[text]])
+        return Hit(caption, None, results, int(self.ranks[text]) + 1)
+
+    def _result(self, image: int, score: float, correct: bool) -> Result:
+        row = int(self.embedded.image_rows[image])
+        try:
+            picture = thumbnail(load_image(str(self.pairs.keys[row]), self.root).image)
+        except RowError:
+            picture = None
+        return Result(picture, str(self.pairs.captions[self.captions[row]]), score, correct)

@@ -1,0 +1,238 @@
+"""Reading a store: what is in it, how complete it is, and features whole into memory, checked."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from google_crc32c import extend as crc32c_extend
+from numpy.typing import NDArray
+
+from apecache.encoders.spec import Modality
+from apecache.errors import DamagedError, IncompleteError, StoreError, nearest
+from apecache.fingerprint import content_hash
+from apecache.store.commit import CommitRecord, parse_record
+from apecache.store.files import LocalFiles
+from apecache.store.layout import OK, PAIRS, SOURCE, ZARR, ArrayRecord, chunk_name, quarantine_name, records_folder
+from apecache.store.writer import ArrayWriter, checksum
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Columns of the pair table. Images [n_images]: keys, splits, labels; texts [n_texts]: captions, languages,
+    image_rows (the row of each caption's image)."""
+
+    keys: NDArray[np.object_]
+    splits: NDArray[np.object_]
+    labels: NDArray[np.object_]
+    captions: NDArray[np.object_]
+    languages: NDArray[np.object_]
+    image_rows: NDArray[np.int64]
+    digest: str
+
+    @cached_property
+    def row_of_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def split_counts(self) -> dict[str, int]:
+        """Images per split, in the order of first appearance; the empty name means no split was given."""
+        return dict(Counter(self.splits.tolist()))
+
+
+@dataclass(frozen=True)
+class FeatureArray:
+    """One encoder's features of one modality. `rows` of `dim`, `dtype` float16 or float32, not normalised."""
+
+    files: LocalFiles
+    record: ArrayRecord
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def rows(self) -> int:
+        return self.record.layout.rows
+
+    @property
+    def dim(self) -> int:
+        return self.record.layout.dim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.record.layout.dtype)
+
+    @cached_property
+    def commits(self) -> Mapping[int, CommitRecord]:
+        return ArrayWriter(self.files, self.record).committed()
+
+    @property
+    def share_done(self) -> float:
+        return len(self.commits) / max(1, self.record.layout.n_shards)
+
+    @property
+    def complete(self) -> bool:
+        return self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
+
+    @property
+    def n_quarantined(self) -> int:
+        return sum(record.n_quarantined for record in self.commits.values())
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """{row, key, reason, detail} of every row that could not be encoded, by row."""
+        names = [quarantine_name(self.record.modality, self.name, shard) for shard in sorted(self.commits)]
+        return [
+            json.loads(line)
+            for shard, name in zip(sorted(self.commits), names, strict=True)
+            if name in self.commits[shard].objects
+            for line in self._read_checked(shard, name).splitlines()
+        ]
+
+    def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
+        """All rows [rows, dim], read in parallel into one buffer; quarantined rows are NaN.
+
+        Args:
+            out: a buffer of that shape and of the array's dtype to fill (pinned memory, for instance).
+
+        Raises:
+            IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
+        """
+        self.require_complete()
+        target = np.empty((self.rows, self.dim), self.dtype) if out is None else out
+        if target.shape != (self.rows, self.dim) or target.dtype != self.dtype or not target.flags.c_contiguous:
+            raise ValueError(f"out: expected contiguous {(self.rows, self.dim)} of {self.dtype}")
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda shard: self._load_shard(shard, "features", target), sorted(self.commits)))
+        return target
+
+    def load_ok(self) -> NDArray[np.bool_]:
+        """[rows], True where the row has features. Raises as `load` does."""
+        self.require_complete()
+        status = np.zeros(self.rows, np.uint8)
+        for shard in sorted(self.commits):
+            self._load_shard(shard, "status", status)
+        return status == OK
+
+    def load_shard(self, shard: int) -> NDArray[Any]:
+        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does."""
+        rows = self.record.layout.shard(shard)
+        target = np.empty((len(rows), self.dim), self.dtype)
+        self._read_chunk(shard, "features", target)
+        return target
+
+    def rows_ok(self, shard: int) -> list[int]:
+        """Rows of one committed shard that have features, counted from the start of the array."""
+        rows = self.record.layout.shard(shard)
+        status = np.zeros(len(rows), np.uint8)
+        self._read_chunk(shard, "status", status)
+        return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
+
+    def require_complete(self) -> None:
+        if not self.complete:
+            raise IncompleteError(
+                f"{self.record.modality}/{self.name} is {self.share_done:.0%} done; resume with the same apecache extract"
+            )
+
+    def _load_shard(self, shard: int, part: str, target: NDArray[Any]) -> None:
+        rows = self.record.layout.shard(shard)
+        self._read_chunk(shard, part, target[rows.start : rows.stop])
+
+    def _read_chunk(self, shard: int, part: str, target: NDArray[Any]) -> None:
+        """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
+        name = chunk_name(self.record.modality, self.name, part, shard)
+        expected = self.commits[shard].objects[name]
+        view = memoryview(target).cast("B")
+        rest = memoryview(bytearray(expected.bytes - view.nbytes))
+        try:
+            count = self.files.read_into(name, [view, rest])
+        except FileNotFoundError:
+            raise self._damaged(shard, name, "is missing") from None
+        check = crc32c_extend(checksum(view), np.frombuffer(rest[:-4], np.uint8))
+        stored = int.from_bytes(rest[-4:], "little")
+        if count != expected.bytes or check != expected.crc32c or stored != check:
+            raise self._damaged(shard, name, "differs from its commit record")
+
+    def _read_checked(self, shard: int, name: str) -> bytes:
+        try:
+            data = self.files.read(name)
+        except FileNotFoundError:
+            raise self._damaged(shard, name, "is missing") from None
+        if content_hash(data) != self.commits[shard].objects[name].blake3:
+            raise self._damaged(shard, name, "differs from its commit record")
+        return data
+
+    def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
+        return DamagedError(f"{self.files.path(name)} (shard {shard}) {what}; nothing of it was used: extract anew")
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """A store that exists. `open` reads only records; features are read by `FeatureArray.load`."""
+
+    path: Path
+    files: LocalFiles
+
+    @staticmethod
+    def open(path: Path | str) -> "FeatureStore":
+        """Raises StoreError if there is no store at `path`, or one that was not finished being made."""
+        root = Path(path)
+        files = LocalFiles(root)
+        if not files.exists(PAIRS):
+            begun = files.exists(SOURCE)
+            siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+            hint = "" if root.exists() else nearest(root.name, siblings)
+            what = "was not finished being made; run the same apecache extract again" if begun else f"is no store{hint}"
+            raise StoreError(f"{root} {what}" + ("" if begun else " (make one with: apecache extract)"))
+        parse_record(files.read(PAIRS), PAIRS)
+        return FeatureStore(root, files)
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """digest, n_images, n_texts, origin and root of the table that the store was made from."""
+        return parse_record(self.files.read(SOURCE), SOURCE)
+
+    @cached_property
+    def pairs(self) -> PairTable:
+        """The whole pair table. Raises DamagedError if an object of it is not what was written."""
+        for name, entry in parse_record(self.files.read(PAIRS), PAIRS)["objects"].items():
+            if not self.files.exists(name) or content_hash(self.files.read(name)) != entry["blake3"]:
+                raise DamagedError(f"{self.files.path(name)} differs from its record, or is missing")
+        group: Any = zarr.open_group(self.files.path(f"{ZARR}/pairs"), mode="r")
+        names = ("image_key", "image_split", "image_label", "text_caption", "text_language")
+        columns = [np.asarray(group[name][:], dtype=object) for name in names]
+        return PairTable(*columns, np.asarray(group["text_image_row"][:], dtype=np.int64), self.source["digest"])
+
+    def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
+        """Every array, images first, by name."""
+        modalities: Sequence[Modality] = (modality,) if modality else ("image", "text")
+        return [self._open_array(kind, name) for kind in modalities for name in self.files.list(f"records/{kind}")]
+
+    def array(self, modality: Modality, name: str | None = None) -> FeatureArray:
+        """One array; without a name the only one of its modality.
+
+        Raises:
+            StoreError: there is none, none of that name, or several to choose from.
+        """
+        names = self.files.list(f"records/{modality}")
+        if name is None and len(names) == 1:
+            return self._open_array(modality, names[0])
+        if name is not None and name in names:
+            return self._open_array(modality, name)
+        found = ", ".join(names) or "none"
+        wanted = f"no {modality} features {name!r}" if name else f"{len(names)} arrays of {modality} features"
+        hint = nearest(name, names) if name else f"; choose one with --{modality}-features" if names else ""
+        raise StoreError(f"{self.path} has {wanted}; found: {found}{hint}")
+
+    def _open_array(self, modality: Modality, name: str) -> FeatureArray:
+        where = f"{records_folder(modality, name)}/fingerprint.json"
+        try:
+            value = json.loads(self.files.read(where))
+        except (FileNotFoundError, ValueError, RecursionError):
+            raise StoreError(f"{self.files.path(where)} is missing or damaged") from None
+        return FeatureArray(self.files, ArrayRecord.from_json(modality, name, value))

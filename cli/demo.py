@@ -1,0 +1,168 @@
+"""`apecache demo`: the whole way on drawings that the project ships, with encoders that come as packages."""
+
+import os
+import shlex
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import Json, Overwrite, ending, show_json, show_table
+
+RECIPES = ("projection", "ape")
+TEMPLATES = ("a drawing of {}", "{}")
+QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("apecache-demo"),
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Extract, fit, evaluate, index and search on a small real data set; no hub, account or GPU needed.
+
+    577 drawings of single words (CC BY-SA), efficientnet-lite0 and all-MiniLM-L6-v2; about two minutes on two cores.
+
+    Example: apecache demo --out apecache-demo
+    """
+    with ending():
+        begin = time.perf_counter()
+        from apecache.errors import require_new
+
+        if not overwrite:
+            require_new(out, "folder")
+        folder = data_folder()
+        encoders = write_encoders(out)
+        results = run_commands(out, folder, encoders)
+        page = write_report(out, folder, results)
+        seconds = time.perf_counter() - begin
+        if json:
+            show_json({"results": results, "page": str(page), "seconds": seconds})
+        else:
+            show_results(results)
+            typer.echo(f"The page with curves and pictures: {page}    ({seconds:.0f} s in all)")
+
+
+def data_folder() -> Path:
+    """The drawings: examples/drawings in the sources, apecache_cli/drawings in an installed wheel."""
+    folder = Path(str(files("apecache_cli.drawings")))
+    return Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def write_encoders(out: Path) -> tuple[Path, Path]:
+    """The two packaged encoders as ordinary local folders."""
+    from apecache.encoders.packaged import write_packaged_encoders
+
+    typer.echo("Writing the two packaged encoders as local folders", err=True)
+    return write_packaged_encoders(out / "encoders")
+
+
+def run_commands(out: Path, folder: Path, encoders: tuple[Path, Path]) -> list[dict[str, Any]]:
+    """Every step as the command that a user would type; returns the rows of the result table."""
+    table, store = str(folder / "pairs.tsv"), str(out / "store")
+    image, text = (f"{library}:{local_name(path)}" for library, path in zip(("timm", "hf"), encoders, strict=True))
+    call("extract", table, "--store", store, "--image", image, "--text", text)
+    rows = []
+    for recipe in RECIPES:
+        run = str(out / f"run-{recipe}")
+        call("fit-head", store, "--recipe", recipe, "--out", run, "--overwrite")
+        call("evaluate", run, "--store", store, "--split", "val")
+        prompts = [word for template in TEMPLATES for word in ("--template", template)]
+        call("evaluate", run, "--task", "zeroshot", "--labels", table, "--split", "val", *prompts)
+        rows += measure(recipe, out / f"run-{recipe}", Path(store), folder)
+    best = str(out / f"run-{RECIPES[-1]}")
+    index = str(out / "index")
+    call("index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
+    for query in QUERIES:
+        call("search", index, query)
+    call("search", index, str(a_val_image(folder)))
+    return rows
+
+
+def local_name(path: Path) -> str:
+    """A folder name that an encoder spec takes for a folder even if it is relative."""
+    return str(path) if path.is_absolute() else f"./{path}"
+
+
+def call(*arguments: str) -> None:
+    """Print a command and run it in this process."""
+    from .app import app
+
+    typer.secho(f"\n$ {shlex.join(['apecache', *arguments])}", bold=True, err=True)
+    code = app(list(arguments), standalone_mode=False)
+    if code:
+        raise typer.Exit(code)
+
+
+def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, Any]]:
+    """Retrieval and zero-shot figures of the trained heads and of the same heads before training."""
+    from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.retrieval import retrieval_report
+    from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
+    from apecache.heads.checkpoint import load_heads
+    from apecache.recipes.recipe import load_recipe
+    from apecache.store.reader import FeatureStore
+    from apecache.train.fit_head import untrained_heads
+
+    opened = FeatureStore.open(store)
+    rows = []
+    stages = (("before training", untrained_heads(opened, load_recipe(name))), ("trained", load_heads(run)))
+    spec = ZeroShotSpec(folder / "pairs.tsv", run / "caches", split="val", templates=TEMPLATES)
+    for stage, heads in stages:
+        embedded = embed_store(heads, opened, "val")
+        report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+        classes = zero_shot(heads, spec)
+        rows.append({"recipe": name, "stage": stage, **vars(report), "top1": classes.top1, "top5": classes.top5})
+        rows[-1].update(chance_top1=classes.chance_top1, chance_top5=classes.chance_top5)
+    return rows
+
+
+def a_val_image(folder: Path) -> Path:
+    """The first image of the val split."""
+    from apecache.data.tables import read_pairs
+
+    return folder / next(pair.key for pair in read_pairs(folder / "pairs.tsv") if pair.split == "val")
+
+
+COLUMNS = ("", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10", "category top-1", "top-5")
+
+
+def result_rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Chance, then each recipe before and after training; recalls and accuracies in per cent."""
+    first = results[0]
+    chance = (*first["chance_image_to_text"].values(), *first["chance_text_to_image"].values())
+    rows: list[tuple[Any, ...]] = [("chance", *chance, first["chance_top1"], first["chance_top5"])]
+    for row in results:
+        recalls = (*row["image_to_text"].values(), *row["text_to_image"].values())
+        rows.append((f"{row['recipe']}, {row['stage']}", *recalls, row["top1"], row["top5"]))
+    return rows
+
+
+def title(results: list[dict[str, Any]]) -> str:
+    return f"val: {results[0]['n_images']} drawings, {results[0]['n_texts']} words, 12 categories (zero-shot)"
+
+
+def show_results(results: list[dict[str, Any]]) -> None:
+    show_table(title(results), COLUMNS, result_rows(results))
+
+
+def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path:
+    from apecache.heads.checkpoint import load_heads
+    from apecache.report.page import Page, Table, write_page
+    from apecache.report.run_page import learning_charts, retrieval_galleries
+    from apecache.store.reader import FeatureStore
+
+    runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
+    galleries = retrieval_galleries(load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store"), "val", folder)
+    page = Page(
+        title="apecache demo",
+        subtitle="577 drawings of single words: efficientnet-lite0 and all-MiniLM-L6-v2, both frozen; only heads trained",
+        commands=tuple(f"apecache {verb}" for verb in ("extract …", "fit-head …", "evaluate …", "index …", "search …")),
+        tables=(Table(title(results), COLUMNS, tuple(result_rows(results))),),
+        charts=learning_charts(runs),
+        galleries=galleries,
+        notes=("Drawings: Art4Apps, CC BY-SA 3.0; see examples/drawings/ATTRIBUTION.md.",),
+    )
+    return write_page(page, out / "report.html")

@@ -1,0 +1,143 @@
+"""`apecache evaluate`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .extract import choice
+from .terminal import Device, Json, ending, progress, show_json, show_table, warn
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
+    split: Annotated[str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")] = None,
+    task: Annotated[str, typer.Option(help="retrieval or zeroshot.")] = "retrieval",
+    labels: Annotated[Path | None, typer.Option(help="Zero-shot: a table with columns image and label.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Zero-shot: folder of the image paths. Default: the table's own.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")] = 0.01,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a run: retrieval on a split of a store, or zero-shot classification of labelled images.
+
+    Example: apecache evaluate run --store store --split val
+
+    Example: apecache evaluate run --task zeroshot --labels labels.tsv --template "a photo of {}"
+    """
+    with ending():
+        choice("--task", task, ("retrieval", "zeroshot"))
+        if task == "retrieval":
+            result = retrieval(run, store, split or "val", device)
+        else:
+            result = zeroshot(run, labels, root, split, template, image, text, device, max_bad)
+        if json:
+            show_json(result)
+        elif task == "retrieval":
+            show_retrieval(run, result)
+        else:
+            show_zeroshot(run, result)
+
+
+def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[str, Any]:
+    """The JSON form of a retrieval report: recalls in per cent."""
+    from apecache.errors import OptionError
+
+    if store is None:
+        raise OptionError("--store is missing: give the feature store whose split is to be measured")
+    from apecache.encoders.encoder import parse_device
+    from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.retrieval import retrieval_report
+    from apecache.heads.checkpoint import load_heads
+    from apecache.store.reader import FeatureStore
+
+    heads = load_heads(run, parse_device(device))
+    opened = FeatureStore.open(store)
+    embedded = embed_store(heads, opened, split)
+    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    seen = _seen(heads.training, opened.source["digest"], split)
+    if seen:
+        warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
+    return {
+        "task": "retrieval",
+        "split": split,
+        "image_to_text": keyed(report.image_to_text),
+        "text_to_image": keyed(report.text_to_image),
+        "n_images": report.n_images,
+        "n_texts": report.n_texts,
+        "chance": {
+            "image_to_text": keyed(report.chance_image_to_text),
+            "text_to_image": keyed(report.chance_text_to_image),
+        },
+        "seen_in_training": seen,
+    }
+
+
+def keyed(recalls: dict[int, float]) -> dict[str, float]:
+    return {str(k): round(value, 4) for k, value in recalls.items()}
+
+
+def _seen(training: Any, data: str, split: str) -> bool:
+    splits = training.get("splits") or {}
+    return training.get("data") == data and split in ((splits.get("train") or "train"), splits.get("dev"))
+
+
+def zeroshot(
+    run: Path,
+    labels: Path | None,
+    root: Path | None,
+    split: str | None,
+    templates: list[str] | None,
+    image: str | None,
+    text: str | None,
+    device: str,
+    max_bad: float,
+) -> dict[str, Any]:
+    """The JSON form of a zero-shot report: accuracies in per cent."""
+    from apecache.errors import OptionError
+
+    if labels is None:
+        raise OptionError("--labels is missing: give a table with columns image and label")
+    from apecache.encoders.encoder import parse_device
+    from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
+    from apecache.heads.checkpoint import load_heads
+
+    heads = load_heads(run, parse_device(device))
+    moved = (moved_encoder(heads.image.encoder, image), moved_encoder(heads.text.encoder, text))
+    prompts = tuple(templates or TEMPLATES)
+    spec = ZeroShotSpec(labels, run / "caches", root, split, prompts, *moved, device, max_bad)
+    with progress() as update:
+        report = zero_shot(heads, spec, update)
+    return {"task": "zeroshot", "split": split, **vars(report)}
+
+
+def moved_encoder(recorded: Any, name: str | None) -> Any:
+    """The recorded encoder's settings under a new name, or None if no name was given."""
+    if name is None:
+        return None
+    from apecache.encoders.spec import EncoderSpec
+
+    return EncoderSpec(**recorded).with_name(name)
+
+
+def show_retrieval(run: Path, result: dict[str, Any]) -> None:
+    ks = list(result["image_to_text"])
+    rows = [
+        (what, *values["image_to_text"].values(), *values["text_to_image"].values())
+        for what, values in ((str(run), result), ("chance", result["chance"]))
+    ]
+    columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
+    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts", columns, rows)
+
+
+def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
+    title = f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
+    rows = [
+        (str(run), result["top1"], result["top5"], result["mean_per_class"]),
+        ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
+    ]
+    show_table(title, ("", "top-1", "top-5", "mean per class"), rows)

@@ -1,0 +1,57 @@
+"""`apecache fit-head`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import Device, Json, Overwrite, ending, show_json, show_table
+
+
+def fit_head(
+    store: Annotated[Path, typer.Argument(help="A complete feature store.")],
+    recipe: Annotated[str, typer.Option(help="A recipe by name (projection, ape) or a file.toml.")],
+    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")] = None,
+    train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
+    dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
+    dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
+    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Fit alignment heads on cached features; the epoch is chosen on a dev split that is neither trained on nor reported.
+
+    Example: apecache fit-head store --recipe ape --out run --set optimiser.lr=3e-4
+    """
+    with ending():
+        from apecache.recipes.recipe import load_recipe
+
+        loaded = load_recipe(recipe, set_ or ())
+        from apecache.store.reader import FeatureStore
+        from apecache.train.batches import SplitSpec
+        from apecache.train.fit_head import FitSpec
+        from apecache.train.fit_head import fit_head as run
+
+        splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
+        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite)
+        report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
+        if json:
+            show_json(report)
+            return
+        recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
+        show_table(
+            f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
+            ("train images", "dev images", "parameters", "seconds", *(f"i2t R@{k}" for k in report.dev.image_to_text))
+            + tuple(f"t2i R@{k}" for k in report.dev.text_to_image),
+            [(report.n_train_images, report.n_dev_images, report.n_trained_parameters, report.seconds, *recalls)],
+        )
+
+
+def show_epoch(line: dict[str, Any]) -> None:
+    loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
+    typer.echo(f"epoch {line['epoch']:3d}  {loss}  dev mean recall {line['dev']['mean_recall']:.1f}", err=True)

@@ -1,0 +1,142 @@
+"""What every command shares: output for people and for machines, progress, and how it ends."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+INTERRUPTED = 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Turn an error into one line and its exit code, and an interrupt into what to do next.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 data, 4 something does not match a store, 130 interrupted.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from apecache.errors import ApecacheError
+
+    try:
+        yield
+    except ApecacheError as error:
+        complain(str(error))
+        show_differences(getattr(error, "differences", ()))
+        raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted; resume with: {command_line()}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def command_line() -> str:
+    """The command as the user typed it."""
+    return shlex.join(["apecache", *sys.argv[1:]])
+
+
+def complain(message: str) -> None:
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+
+
+def warn(message: str) -> None:
+    typer.secho("warning: ", fg="yellow", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+
+
+def show_differences(differences: Iterable[tuple[str, object, object]]) -> None:
+    """Field by field, on standard error."""
+    rows = [(field, str(here), str(there)) for field, here, there in differences]
+    if rows:
+        show_table("difference", ("field", "here", "in the store"), rows, err=True)
+
+
+def show_json(value: object) -> None:
+    """One JSON object on standard output; dataclasses become objects, paths strings."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    typer.echo(json.dumps(plain, ensure_ascii=False, default=str))
+
+
+def show_table(title: str, columns: tuple[str, ...], rows: Iterable[Iterable[object]], err: bool = False) -> None:
+    """A table; numbers to the right. Text from data is shown literally: no markup, no control characters."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    filled = [[cell for cell in row] for row in rows]
+    for position, column in enumerate(columns):
+        numeric = all(isinstance(row[position], int | float) for row in filled)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in filled:
+        table.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell))) for cell in row))
+    console = Console(stderr=err)
+    width = None if console.is_terminal else 160
+    Console(stderr=err, width=width).print(table)
+
+
+def printable(text: str) -> str:
+    """Control characters, which could steer a terminal, as visible escapes."""
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+
+
+
+class _Lines:
+    """Progress for a log file: a line at the start of a stage, every ten seconds, and at its end."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, tuple[float, int]] = {}
+        self.shown = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began, first = self.began.setdefault(what, (now, done))
+        if now - self.shown >= 10 or done == total:
+            self.shown = now
+            rate = (done - first) / max(now - began, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            typer.echo(f"{what}: {done:,}/{total:,}, {rate:.1f}/s{left}", err=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress with rate and time left, on standard error: a bar on a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns: tuple[Any, ...] = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[rate]}"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, tuple[Any, float, int]] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = (bar.add_task(what, total=total, completed=done, rate=""), time.monotonic(), done)
+            task, began, first = tasks[what]
+            rate = (done - first) / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
+
+        yield update
