@@ -102,5 +102,5 @@ def require_new(folder: Path, what: str) -> None:
     Raises:
         RunError: `folder` exists and is not empty.
     """
-    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         raise RunError(f"{what} {folder} exists already; choose another --out, or add --overwrite")

@@ -1,19 +1,15 @@
 """Extraction: pairs -> frozen encoders -> store, each input once, whatever interrupts it.
 
-Which rows share a batch is a pure function of (shard, batch size), image batches have one fixed shape, a row that
-cannot be read keeps its place as a filler, and captions are sorted by length only inside a shard: the same table and
-encoder give the same bytes however often the run is killed.
+The same table and encoder give the same bytes however often the run is killed (see `apecache.encode`).
 """
 
 import os
 import platform
 import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +17,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from apecache.data.images import load_image, resolve_below
 from apecache.data.pairs import PairSource
+from apecache.encode import EncodedShard, ImageJob, TextJob
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Modality
 from apecache.errors import BadRowsError, MismatchError, OptionError, RowError, StoreError
-from apecache.fingerprint import Fingerprint, Json, content_hash, describe_difference
+from apecache.fingerprint import Fingerprint, Json, describe_difference
 from apecache.store.files import LocalFiles
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, array_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
@@ -111,12 +107,13 @@ def extract(
     files = LocalFiles(store)
     create_store(files, pair_columns(source), str(root.resolve()), version("apecache"))
     opened = FeatureStore.open(store)
-    jobs: list[_ImageJob | _TextJob] = []
+    jobs: list[ImageJob | TextJob] = []
     if image:
-        jobs.append(_ImageJob(source, root, image, _prepare(opened, image, len(source), spec, spec.image_batch), spec))
+        record = _prepare(opened, image, len(source), spec, spec.image_batch)
+        jobs.append(ImageJob(source, root, image, record, spec.workers))
     if text:
-        rows = len(source.captions)
-        jobs.append(_TextJob(source, text, _prepare(opened, text, rows, spec, spec.text_batch, source.captions)))
+        record = _prepare(opened, text, len(source.captions), spec, spec.text_batch, source.captions)
+        jobs.append(TextJob(source, text, record))
     reports = tuple(_run(files, job, progress) for job in jobs)
     _require_few_bad(reports, spec.max_bad)
     return ExtractReport(store, reports)
@@ -252,85 +249,7 @@ def _recheck_environment(record: ArrayRecord) -> None:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Encoded rows of one shard: float32 [n, dim], input hashes, and the rows that could not be encoded."""
-
-    features: NDArray[np.float32]
-    content: list[str]
-    bad: dict[int, RowError]
-    n_truncated: int = 0
-
-
-@dataclass(frozen=True)
-class _ImageJob:
-    source: PairSource
-    root: Path
-    encoder: ImageEncoder
-    record: ArrayRecord
-    spec: ExtractSpec
-
-    def key(self, row: int) -> str:
-        return self.source.pairs[row].key
-
-    def shards(self, indices: Sequence[int], advance: Callable[[int], None]) -> Iterator[_Shard]:
-        """Decoding runs ahead of the model across batches and shards."""
-        layout = self.record.layout
-        rows = [layout.shard(index) for index in indices]
-        with decoding([self.key(row) for shard in rows for row in shard], self.root, self.encoder, self.spec) as decoded:
-            for shard in rows:
-                yield self._encode(shard, decoded, advance)
-
-    def _encode(self, rows: range, decoded: Iterator["Decoded"], advance: Callable[[int], None]) -> _Shard:
-        size = self.record.layout.batch_size
-        features = np.zeros((len(rows), self.encoder.dim), np.float32)
-        content, bad = [""] * len(rows), {}
-        pixels = torch.zeros(size, *self.encoder.input_shape, pin_memory=self.encoder.device.type == "cuda")
-        for begin in range(0, len(rows), size):
-            count = min(size, len(rows) - begin)
-            pixels.zero_()
-            for slot in range(count):
-                tensor, content[begin + slot], error = next(decoded)
-                if error is None:
-                    pixels[slot] = tensor
-                else:
-                    bad[begin + slot] = error
-            features[begin : begin + count] = encode_or_halve(self.encoder.encode, pixels)[:count].numpy()
-            advance(count)
-        return _Shard(features, content, bad)
-
-
-@dataclass(frozen=True)
-class _TextJob:
-    source: PairSource
-    encoder: TextEncoder
-    record: ArrayRecord
-
-    def key(self, row: int) -> str:
-        return self.source.pairs[self.source.image_rows[row]].key
-
-    def shards(self, indices: Sequence[int], advance: Callable[[int], None]) -> Iterator[_Shard]:
-        for index in indices:
-            rows = self.record.layout.shard(index)
-            yield self._encode(self.source.captions[rows.start : rows.stop], advance)
-
-    def _encode(self, texts: list[str], advance: Callable[[int], None]) -> _Shard:
-        bad = {row: error for row, text in enumerate(texts) if (error := caption_error(text))}
-        good = [row for row in range(len(texts)) if row not in bad]
-        tokens = self.encoder.tokenise([texts[row] for row in good])
-        order = sorted(range(len(good)), key=lambda i: (len(tokens.ids[i]), i))
-        features = np.zeros((len(texts), self.encoder.dim), np.float32)
-        size = self.record.layout.batch_size
-        for begin in range(0, len(order), size):
-            batch = order[begin : begin + size]
-            encoded = encode_or_halve(self.encoder.encode_ids, [tokens.ids[i] for i in batch])
-            features[[good[i] for i in batch]] = encoded.numpy()
-            advance(len(batch))
-        advance(len(bad))
-        return _Shard(features, [content_hash(text) for text in texts], bad, tokens.n_truncated)
-
-
-def _run(files: LocalFiles, job: _ImageJob | _TextJob, progress: Progress) -> ArrayReport:
+def _run(files: LocalFiles, job: ImageJob | TextJob, progress: Progress) -> ArrayReport:
     """Encode and commit every pending shard, then seal."""
     writer, record = ArrayWriter(files, job.record), job.record
     committed = writer.committed()
@@ -355,7 +274,7 @@ def _run(files: LocalFiles, job: _ImageJob | _TextJob, progress: Progress) -> Ar
 
 
 def _storable(
-    encoded: _Shard, record: ArrayRecord, shard: int, job: _ImageJob | _TextJob
+    encoded: EncodedShard, record: ArrayRecord, shard: int, job: ImageJob | TextJob
 ) -> tuple[NDArray[Any], list[QuarantinedRow]]:
     """Features in the storage dtype; rows that are not finite are quarantined as well."""
     with np.errstate(over="ignore"):
@@ -370,7 +289,7 @@ def _storable(
     return features, rows
 
 
-def _spot_check(files: LocalFiles, job: _ImageJob | _TextJob) -> None:
+def _spot_check(files: LocalFiles, job: ImageJob | TextJob) -> None:
     """Encode a few committed rows again: a library update between two runs can change pixels or kernels.
 
     Raises:
@@ -382,7 +301,7 @@ def _spot_check(files: LocalFiles, job: _ImageJob | _TextJob) -> None:
     if not rows:
         return
     stored = array.load_shard(shard)[[row - job.record.layout.shard(shard).start for row in rows]].astype(np.float32)
-    if isinstance(job, _ImageJob):
+    if isinstance(job, ImageJob):
         images = [job.encoder.preprocess(load_image(job.key(row), job.root).image) for row in rows]
         fresh = job.encoder.encode(torch.stack(images)).numpy()
     else:
@@ -391,8 +310,8 @@ def _spot_check(files: LocalFiles, job: _ImageJob | _TextJob) -> None:
     cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
     if cosine < RECHECK_COSINE:
         raise MismatchError(
-            f"{job.record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a library, "
-            "the device or an input changed; go on with the versions that apecache info names, or make a new --store"
+            f"{job.record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a "
+            "library, the device or an input changed; use the versions in apecache info --json, or a new --store"
         )
 
 
@@ -411,70 +330,5 @@ def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
             raise BadRowsError(
                 f"{report.n_quarantined} of {report.rows} {report.modality} rows could not be encoded ({reasons}; the "
-                f"first: {report.examples[0]}); all others are in the store: mend the inputs, or accept it with --max-bad"
+                f"first: {report.examples[0]}); all others are in the store: mend the inputs, or accept with --max-bad"
             )
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
-
-Decoded = tuple[Tensor | None, str, RowError | None]
-"""(pixels, hash of the file's bytes, why not)."""
-
-
-@contextmanager
-def decoding(keys: Sequence[str], root: Path, encoder: ImageEncoder, spec: ExtractSpec) -> Iterator[Iterator[Decoded]]:
-    """Images read and preprocessed by `spec.workers` threads, in order, at most two batches ahead."""
-    ahead = 2 * (spec.image_batch or 32) + spec.workers
-    with ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="decode") as pool:
-        try:
-            yield _in_order(keys, lambda key: _decode(key, root, encoder), pool, ahead)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _in_order(
-    keys: Sequence[str], decode: Callable[[str], Decoded], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Decoded]:
-    waiting: deque[Future[Decoded]] = deque(pool.submit(decode, key) for key in keys[:ahead])
-    for position in range(len(keys)):
-        result = waiting.popleft().result()
-        if position + ahead < len(keys):
-            waiting.append(pool.submit(decode, keys[position + ahead]))
-        yield result
-
-
-def _decode(key: str, root: Path, encoder: ImageEncoder) -> Decoded:
-    try:
-        loaded = load_image(key, root)
-        return encoder.preprocess(loaded.image), loaded.digest, None
-    except RowError as error:
-        return None, "", error
-    except (ValueError, OSError, RuntimeError) as error:
-        return None, "", RowError("unusable", f"{key}: {error}")
-
-
-def caption_error(text: str) -> RowError | None:
-    if not text.strip():
-        return RowError("empty", "the caption is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return RowError("not-unicode", "the caption has a lone surrogate")
-    return None
-
-
-def encode_or_halve(encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
-    """`encode(batch)`; when the device runs out of memory, in halves (equal then to cosine 0.99999, not bit by bit)."""
-    try:
-        return encode(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        return torch.cat([encode_or_halve(encode, batch[:half]), encode_or_halve(encode, batch[half:])])
-
-
-def moved_spec(recorded: EncoderSpec, override: str | None) -> EncoderSpec:
-    """The recorded encoder, or the same under another name (a local folder that has moved)."""
-    return recorded if override is None else replace(recorded.with_name(override))

@@ -50,7 +50,7 @@ def digest_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], memoryview
     hasher = blake3()
     for name, dtype, shape, data in sorted(tensors, key=lambda item: item[0]):
         hasher.update(canonical_json([name, dtype, list(shape), data.nbytes]))
-        hasher.update(data)
+        hasher.update(data.cast("B") if data.nbytes else b"")
     return hasher.hexdigest()
 
 

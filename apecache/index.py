@@ -1,9 +1,9 @@
 """A searchable index of embeddings (FAISS), with the heads that made it, so that it can encode queries by itself.
 
-    INDEX/index.json                  what is in it, of which head
-    INDEX/head.json, head.safetensors
-    INDEX/images.faiss, texts.faiss   exact inner product of L2-normalised vectors: cosine
-    INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors
+INDEX/index.json                  what is in it, of which head
+INDEX/head.json, head.safetensors
+INDEX/images.faiss, texts.faiss   exact inner product of L2-normalised vectors: cosine
+INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors
 """
 
 import json
@@ -52,7 +52,9 @@ class IndexReport:
     dim: int
 
 
-def build_index(run: Path, store: FeatureStore, out: Path, split: str | None = None, overwrite: bool = False) -> IndexReport:
+def build_index(
+    run: Path, store: FeatureStore, out: Path, split: str | None = None, overwrite: bool = False
+) -> IndexReport:
     """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all.
 
     Raises:
@@ -72,7 +74,13 @@ def build_index(run: Path, store: FeatureStore, out: Path, split: str | None = N
             _write_vectors(faiss, temporary / f"{name}.faiss", vectors)
         _write_rows(temporary, store.pairs, embedded)
         counts = {"n_images": len(embedded.image), "n_texts": len(embedded.text), "dim": embedded.image.shape[1]}
-        description = {"format": FORMAT_VERSION, "head": heads.digest, "split": split, "data": store.source["digest"], **counts}
+        description = {
+            "format": FORMAT_VERSION,
+            "head": heads.digest,
+            "split": split,
+            "data": store.source["digest"],
+            **counts,
+        }
         (temporary / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
@@ -89,7 +97,10 @@ def _write_vectors(faiss: Any, path: Path, vectors: Tensor) -> None:
 
 
 def _write_rows(folder: Path, pairs: PairTable, embedded: Embeddings) -> None:
-    first = {int(image): row for row, image in reversed(list(zip(embedded.text_rows, pairs.image_rows[embedded.text_rows], strict=True)))}
+    first = {
+        int(image): row
+        for row, image in reversed(list(zip(embedded.text_rows, pairs.image_rows[embedded.text_rows], strict=True)))
+    }
     images = ({"key": pairs.keys[i], "caption": pairs.captions[first[int(i)]]} for i in embedded.image_rows)
     texts = ({"key": pairs.keys[pairs.image_rows[t]], "caption": pairs.captions[t]} for t in embedded.text_rows)
     for name, rows in (("images", images), ("texts", texts)):
@@ -127,7 +138,9 @@ class SearchIndex:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RunError(f"{file} is damaged; build the index again") from None
         if newer:
-            raise RunError(f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
+            raise RunError(
+                f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade"
+            )
         heads = load_heads(path)
         if heads.digest != description.get("head"):
             raise RunError(f"{path} was built with another head than the one in it; build the index again")
@@ -137,7 +150,7 @@ class SearchIndex:
         """Search by text, or by an image file if `query` is one. By default text finds images and a photo captions.
 
         Raises:
-            OptionError: an empty query or a `k` that makes no sense. DataError: an image that is not there or unreadable.
+            OptionError: an empty query or a `k` that makes no sense. DataError: an image that cannot be read.
         """
         path = image_path(query)
         if path is not None:
@@ -189,7 +202,9 @@ class SearchIndex:
         try:
             return _faiss().read_index(str(self.path / f"{name}.faiss"))
         except RuntimeError as error:
-            raise RunError(f"{self.path / name}.faiss cannot be read ({str(error).splitlines()[0][:80]}); build it again") from None
+            raise RunError(
+                f"{self.path / name}.faiss cannot be read ({str(error).splitlines()[0][:80]}); build it again"
+            ) from None
 
     def _rows(self, name: str) -> Sequence[dict[str, str]]:
         try:

@@ -158,7 +158,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
     galleries = retrieval_galleries(load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store"), "val", folder)
     page = Page(
         title="apecache demo",
-        subtitle="577 drawings of single words: efficientnet-lite0 and all-MiniLM-L6-v2, both frozen; only heads trained",
+        subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",
         commands=tuple(f"apecache {verb}" for verb in ("extract …", "fit-head …", "evaluate …", "index …", "search …")),
         tables=(Table(title(results), COLUMNS, tuple(result_rows(results))),),
         charts=learning_charts(runs),

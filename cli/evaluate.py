@@ -12,14 +12,22 @@ from .terminal import Device, Json, ending, progress, show_json, show_table, war
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
-    split: Annotated[str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")
+    ] = None,
     task: Annotated[str, typer.Option(help="retrieval or zeroshot.")] = "retrieval",
     labels: Annotated[Path | None, typer.Option(help="Zero-shot: a table with columns image and label.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Zero-shot: folder of the image paths. Default: the table's own.")] = None,
-    template: Annotated[list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Zero-shot: folder of the image paths. Default: the table's own.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
+    ] = None,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")] = 0.01,
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")
+    ] = 0.01,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -135,7 +143,9 @@ def show_retrieval(run: Path, result: dict[str, Any]) -> None:
 
 
 def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
-    title = f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
+    title = (
+        f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
+    )
     rows = [
         (str(run), result["top1"], result["top5"], result["mean_per_class"]),
         ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),

@@ -9,23 +9,41 @@ from .terminal import Device, Json, ending, progress, show_json, show_table, war
 
 
 def extract(
-    pairs: Annotated[Path, typer.Argument(help="TSV, CSV or JSONL with columns image, caption; split, lang, label if any.")],
+    pairs: Annotated[
+        Path, typer.Argument(help="TSV, CSV or JSONL with columns image, caption; split, lang, label if any.")
+    ],
     store: Annotated[Path, typer.Option(help="The feature store to make or to go on with.")],
-    image: Annotated[str | None, typer.Option(help="Image encoder: timm:NAME, hf:ID (@REV), timm:/folder, hf:/folder.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Image encoder: timm:NAME, hf:ID (@REV), timm:/folder, hf:/folder.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text encoder: hf:ID (@REV) or hf:/folder.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the image paths. Default: the table's own folder.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the image paths. Default: the table's own folder.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Name of the column that holds the split. Default: split.")] = None,
     image_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
     text_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
-    resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels. Default: the encoder's own.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Image side in pixels. Default: the encoder's own.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Computation: float32, float16 or bfloat16.")] = "float32",
     storage: Annotated[str, typer.Option(help="Stored features: float16 or float32.")] = "float16",
-    image_batch: Annotated[int | None, typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256.")] = None,
-    text_batch: Annotated[int | None, typer.Option(min=1, help="Captions per batch; recorded. Default: 32, on CUDA 256.")] = None,
-    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")] = None,
+    image_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256.")
+    ] = None,
+    text_batch: Annotated[
+        int | None, typer.Option(min=1, help="Captions per batch; recorded. Default: 32, on CUDA 256.")
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")] = 0.01,
+    max_bad: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
+    ] = 0.01,
     add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
     device: Device = "auto",
     json: Json = False,
@@ -50,10 +68,10 @@ def extract(
         from apecache.extract import ExtractSpec
         from apecache.extract import extract as run
 
-        options: dict[str, Any] = {"workers": workers} if workers else {}
-        spec = ExtractSpec(
-            *specs, image_batch, text_batch, shard_rows, storage, max_bad=max_bad, device=device, add=add, **options  # type: ignore[arg-type]
-        )
+        options: dict[str, Any] = {"image": specs[0], "text": specs[1], "storage_dtype": storage, "max_bad": max_bad}
+        options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
+        options |= {"device": device, "add": add, **({"workers": workers} if workers else {})}
+        spec = ExtractSpec(**options)
         with progress() as update:
             report = run(source, root or pairs.parent, store, spec, update)
         show_extracted(report, json)
@@ -71,8 +89,9 @@ def encoder_spec(
     choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
     if name is None:
         return None
-    limits = {"resolution": resolution} if modality == "image" else {"max_tokens": max_tokens}
-    return replace(parse_encoder(name, modality), pooling=pooling, dtype=dtype, **limits)
+    settings: dict[str, Any] = {"pooling": pooling, "dtype": dtype}
+    settings |= {"resolution": resolution} if modality == "image" else {"max_tokens": max_tokens}
+    return replace(parse_encoder(name, modality), **settings)
 
 
 def choice(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -122,7 +141,17 @@ def info(
         typer.echo(f"{store}: {len(pairs.keys):,} images, {len(pairs.captions):,} captions; images by split: {splits}")
         columns = ("modality", "features", "encoder", "rows", "dim", "dtype", "done", "unreadable", "MB")
         rows = [
-            (a["modality"], a["name"], a["encoder"], a["rows"], a["dim"], a["dtype"], f"{a['done']:.0%}", a["quarantined"], a["mb"])
+            (
+                a["modality"],
+                a["name"],
+                a["encoder"],
+                a["rows"],
+                a["dim"],
+                a["dtype"],
+                f"{a['done']:.0%}",
+                a["quarantined"],
+                a["mb"],
+            )
             for a in arrays
         ]
         show_table("features", columns, rows)

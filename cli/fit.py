@@ -12,7 +12,9 @@ def fit_head(
     store: Annotated[Path, typer.Argument(help="A complete feature store.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (projection, ape) or a file.toml.")],
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
+    ] = None,
     train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
     dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
     dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
@@ -24,7 +26,7 @@ def fit_head(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Fit alignment heads on cached features; the epoch is chosen on a dev split that is neither trained on nor reported.
+    """Fit alignment heads on cached features; the epoch is chosen on a dev split, never on the reported one.
 
     Example: apecache fit-head store --recipe ape --out run --set optimiser.lr=3e-4
     """
@@ -44,10 +46,10 @@ def fit_head(
             show_json(report)
             return
         recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
+        names = (*(f"i2t R@{k}" for k in report.dev.image_to_text), *(f"t2i R@{k}" for k in report.dev.text_to_image))
         show_table(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            ("train images", "dev images", "parameters", "seconds", *(f"i2t R@{k}" for k in report.dev.image_to_text))
-            + tuple(f"t2i R@{k}" for k in report.dev.text_to_image),
+            ("train images", "dev images", "parameters", "seconds", *names),
             [(report.n_train_images, report.n_dev_images, report.n_trained_parameters, report.seconds, *recalls)],
         )
 

@@ -37,7 +37,9 @@ def search(
     index: Annotated[Path, typer.Argument(help="An index folder.")],
     query: Annotated[str, typer.Argument(help="Words, or an image file.")],
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many results.")] = 5,
-    target: Annotated[str | None, typer.Option(help="images or captions. Default: text finds images, a photo captions.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="images or captions. Default: text finds images, a photo captions.")
+    ] = None,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
     device: Device = "auto",
@@ -55,11 +57,13 @@ def search(
         from apecache.heads.checkpoint import load_heads
         from apecache.index import SearchIndex
 
-        moved: list[Any] = [None, None]
+        moved: dict[str, Any] = {}
         if image or text:
             heads = load_heads(index)
-            moved = [moved_encoder(heads.image.encoder, image), moved_encoder(heads.text.encoder, text)]
-        hits = SearchIndex.open(index, *moved, device=device).search(query, k, target)  # type: ignore[arg-type]
+            moved["image"] = moved_encoder(heads.image.encoder, image)
+            moved["text"] = moved_encoder(heads.text.encoder, text)
+        aim: Any = target
+        hits = SearchIndex.open(index, **moved, device=device).search(query, k, aim)
         if json:
             show_json({"query": query, "hits": [vars(hit) for hit in hits]})
         else:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 INTERRUPTED = 130
+PLAIN_WIDTH = 160
+"""Columns of tables that go to a file or a pipe."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -79,21 +80,19 @@ def show_table(title: str, columns: tuple[str, ...], rows: Iterable[Iterable[obj
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    filled = [[cell for cell in row] for row in rows]
+    filled = [list(row) for row in rows]
     for position, column in enumerate(columns):
         numeric = all(isinstance(row[position], int | float) for row in filled)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in filled:
         table.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell))) for cell in row))
-    console = Console(stderr=err)
-    width = None if console.is_terminal else 160
-    Console(stderr=err, width=width).print(table)
+    terminal = Console(stderr=err).is_terminal
+    Console(stderr=err, width=None if terminal else PLAIN_WIDTH).print(table)
 
 
 def printable(text: str) -> str:
     """Control characters, which could steer a terminal, as visible escapes."""
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
-
 
 
 class _Lines:

@@ -9,8 +9,13 @@ import io
 import os
 import stat
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -20,6 +25,9 @@ from apecache.fingerprint import content_hash
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,3 +107,48 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessed(Generic[T]):
+    """What `preprocess` made of one image, or why there is none. `digest` is that of the file, empty if unread."""
+
+    value: T | None
+    digest: str
+    error: RowError | None
+
+
+@contextmanager
+def preprocess_ahead(
+    keys: Sequence[str], root: Path, preprocess: Callable[[Image.Image], T], workers: int, ahead: int
+) -> Iterator[Iterator[Preprocessed[T]]]:
+    """Images read and preprocessed by `workers` threads, in the order of `keys`, at most `ahead` of the consumer.
+
+    Threads suffice: Pillow decodes and resizes without the interpreter's lock.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            yield _in_order(keys, lambda key: _preprocess(key, root, preprocess), pool, ahead)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(
+    keys: Sequence[str], work: Callable[[str], Preprocessed[T]], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Preprocessed[T]]:
+    waiting: deque[Future[Preprocessed[T]]] = deque(pool.submit(work, key) for key in keys[:ahead])
+    for position in range(len(keys)):
+        result = waiting.popleft().result()
+        if position + ahead < len(keys):
+            waiting.append(pool.submit(work, keys[position + ahead]))
+        yield result
+
+
+def _preprocess(key: str, root: Path, preprocess: Callable[[Image.Image], T]) -> Preprocessed[T]:
+    try:
+        loaded = load_image(key, root)
+        return Preprocessed(preprocess(loaded.image), loaded.digest, None)
+    except RowError as error:
+        return Preprocessed(None, "", error)
+    except (ValueError, OSError, RuntimeError) as error:
+        return Preprocessed(None, "", RowError("unusable", f"{key}: {error}"))

@@ -22,7 +22,7 @@ LANGUAGE_COLUMNS = ("lang", "language")
 
 @dataclass(frozen=True)
 class TableSpec:
-    """Which columns to read. `split` None: the column `split` if there is one. `require`: columns that must be there."""
+    """Which columns to read. `split` None: the column `split` if there is one. `require`d columns must be there."""
 
     split: str | None = None
     require: tuple[str, ...] = ("image", "caption")
@@ -81,7 +81,9 @@ def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, A
                 raise ManifestError(f"{path}, line {reader.line_num}: {found}; quote cells that hold the separator")
             yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise ManifestError(f"{path}, line {reader.line_num}: {error}; double the quotes inside a quoted cell") from None
+        raise ManifestError(
+            f"{path}, line {reader.line_num}: {error}; double the quotes inside a quoted cell"
+        ) from None
 
 
 def _check_header(header: list[str], path: Path) -> None:
@@ -112,7 +114,13 @@ def _choose_columns(record: Mapping[str, Any], path: Path, spec: TableSpec) -> d
             found = ", ".join(names) or "none"
             raise ManifestError(f"{path}: no column {name!r}; columns found: {found}{nearest(name, names)}")
     language = next((name for name in LANGUAGE_COLUMNS if name in names), "lang")
-    return {"image": "image", "caption": "caption", "split": spec.split or "split", "language": language, "label": "label"}
+    return {
+        "image": "image",
+        "caption": "caption",
+        "split": spec.split or "split",
+        "language": language,
+        "label": "label",
+    }
 
 
 def _row(line: int, record: Mapping[str, Any], columns: Mapping[str, str], path: Path) -> Row:
@@ -147,5 +155,3 @@ def _place(path: Path, error: UnicodeDecodeError) -> str:
         except UnicodeDecodeError as inner:
             return f"line {line}, byte {inner.start + 1}"
     return str(error.reason)
-
-

@@ -104,7 +104,7 @@ def digest_module(module: nn.Module, exclude: Sequence[str] = ()) -> str:
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def build_fingerprint(spec: EncoderSpec, weights: str, architecture: str, inputs: Json) -> Fingerprint:

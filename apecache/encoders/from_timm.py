@@ -5,12 +5,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
 
 from apecache.encoders.encoder import ImageEncoder, build_fingerprint, digest_module, freeze
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json
+
 
 def load_timm(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
     """Pooled features before the classifier, [n, num_features].
@@ -24,7 +27,12 @@ def load_timm(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
         config["input_size"] = (3, spec.resolution, spec.resolution)
     height, width = config["input_size"][1:]
     transform = create_transform(**config, is_training=False)
-    inputs: Json = {"decoding": IMAGE_DECODING, "backend": "timm-pil", "config": _plain(config), "transform": _steps(transform)}
+    inputs: Json = {
+        "decoding": IMAGE_DECODING,
+        "backend": "timm-pil",
+        "config": _plain(config),
+        "transform": _steps(transform),
+    }
     architecture = str(getattr(module, "default_cfg", {}).get("architecture") or type(module).__name__)
     fingerprint = build_fingerprint(spec, digest_module(module), architecture, {**inputs, "pooling": _pooling(spec)})
     frozen = freeze(module, spec, device)
@@ -34,7 +42,7 @@ def load_timm(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
 
 
 def _create(spec: EncoderSpec) -> Any:
-    size = {"img_size": spec.resolution} if spec.resolution else {}
+    size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
     try:
         if spec.folder:
             return timm.create_model(f"local-dir:{spec.folder}", pretrained=True, num_classes=0, **size)
@@ -61,7 +69,9 @@ def _hub_name(spec: EncoderSpec) -> str:
         return spec.name
     config = timm.get_pretrained_cfg(spec.name)
     if config is None or not config.hf_hub_id:
-        raise EncoderError(f"encoder {spec}: these weights do not come from a hub, so they have no revision; leave @ off")
+        raise EncoderError(
+            f"encoder {spec}: these weights do not come from a hub, so they have no revision; leave @ off"
+        )
     repository = config.hf_hub_id if config.hf_hub_id.count("/") and not config.hf_hub_id.endswith("/") else None
     return f"hf-hub:{repository or config.hf_hub_id + spec.name}@{spec.revision}"
 
@@ -73,7 +83,9 @@ def _require_known(spec: EncoderSpec) -> None:
         raise EncoderError(f"encoder {spec}: timm has no model {architecture!r}{nearest(architecture, known)}")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise EncoderError(f"encoder {spec}: {architecture} has no weights {tag!r}; there are {', '.join(tags) or 'none'}")
+        raise EncoderError(
+            f"encoder {spec}: {architecture} has no weights {tag!r}; there are {', '.join(tags) or 'none'}"
+        )
 
 
 def _pooling(spec: EncoderSpec) -> str:
@@ -88,11 +100,13 @@ def _forward(module: Any, spec: EncoderSpec) -> Any:
     if spec.pooling == "cls" and not prefix:
         raise EncoderError(f"encoder {spec} has no CLS token; use --image-pooling default or mean")
 
-    def pooled(pixels: torch.Tensor) -> torch.Tensor:
+    def pooled(pixels: Tensor) -> Tensor:
         tokens = module.forward_features(pixels)
         if spec.pooling == "cls":
-            return tokens[:, 0]
-        return tokens.mean((2, 3)) if tokens.ndim == 4 else tokens[:, prefix:].mean(1)
+            result: Tensor = tokens[:, 0]
+        else:
+            result = tokens.mean((2, 3)) if tokens.ndim == 4 else tokens[:, prefix:].mean(1)
+        return result
 
     return pooled
 
@@ -110,5 +124,3 @@ def _plain(config: dict[str, Any]) -> Json:
 def _one_line(error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{first.strip()} (give a name that timm.list_models knows, or timm:/folder with a saved model)"
-
-

@@ -49,7 +49,9 @@ def load_transformers_text(spec: EncoderSpec, device: torch.device) -> TextEncod
     """
     config = _config(spec)
     if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
-        raise EncoderError(f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models are supported")
+        raise EncoderError(
+            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models are supported"
+        )
     tokenizer = _open(AutoTokenizer, spec)
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
@@ -80,7 +82,8 @@ def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEnc
     config = _config(spec)
     if config.model_type not in VISION_TYPES:
         raise EncoderError(
-            f"encoder {spec}: {config.model_type} is not supported as an image encoder; supported: {', '.join(VISION_TYPES)}"
+            f"encoder {spec}: {config.model_type} is not supported as an image encoder; supported are "
+            + ", ".join(VISION_TYPES)
         )
     processor: Any = _open(AutoImageProcessor, spec)
     size = _resize(processor, spec.resolution)
@@ -124,7 +127,9 @@ def _load_model(spec: EncoderSpec) -> tuple[Any, list[str]]:
     missing = sorted(report["missing_keys"])
     lost = [name for name in missing if "pooler" not in name]
     if lost:
-        raise EncoderError(f"encoder {spec}: its files lack {len(lost)} parameters of {type(module).__name__}: {lost[0]}, …")
+        raise EncoderError(
+            f"encoder {spec}: its files lack {len(lost)} parameters of {type(module).__name__}: {lost[0]}, …"
+        )
     return module, missing
 
 
@@ -157,7 +162,9 @@ def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
     if named in ("cls", "mean"):
         return "cls" if named == "cls" else "mean"
     if len(chosen) != 1 or chosen[0] not in modes:
-        raise EncoderError(f"encoder {spec}: pooling {chosen or named} is not supported; give --text-pooling mean or cls")
+        raise EncoderError(
+            f"encoder {spec}: pooling {chosen or named} is not supported; give --text-pooling mean or cls"
+        )
     return modes[chosen[0]]
 
 
@@ -209,5 +216,3 @@ def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
 
 def _n_prefix(config: Any) -> int:
     return 1 + int(getattr(config, "num_register_tokens", 0))
-
-

@@ -5,7 +5,7 @@ own for images. A wrong candidate that scores as high as the right one counts as
 have collapsed to one point score zero and not one hundred.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -75,7 +75,7 @@ def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
 def image_to_text_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
     """int64 [n_images]: how many texts of other images score at least as high as the image's best own caption."""
     parts = []
-    for rows in torch.arange(len(image), device=image.device).split(TILE):
+    for rows in _tiles(len(image), image.device):
         scores = image[rows] @ text.T
         own = image_of_text.unsqueeze(0) == rows.unsqueeze(1)
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
@@ -86,11 +86,16 @@ def image_to_text_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> T
 def text_to_image_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
     """int64 [n_texts]: how many other images score at least as high as the caption's own."""
     parts = []
-    for rows in torch.arange(len(text), device=text.device).split(TILE):
+    for rows in _tiles(len(text), image.device):
         scores = text[rows] @ image.T
         own = scores.gather(1, image_of_text[rows].unsqueeze(1))
         parts.append((scores >= own).sum(1) - 1)
     return torch.cat(parts)
+
+
+def _tiles(count: int, device: torch.device) -> Iterator[Tensor]:
+    for begin in range(0, count, TILE):
+        yield torch.arange(begin, min(begin + TILE, count), device=device)
 
 
 def _chance(n_candidates: int, n_right: int, k: int) -> float:

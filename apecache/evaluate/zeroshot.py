@@ -75,7 +75,9 @@ def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lamb
     images, labels = _embed_images(heads, FeatureStore.open(store))
     classes = tuple(sorted(set(labels)))
     weights = class_embeddings(heads, text_encoder, classes, spec.templates).to(images.device)
-    return classification_report(images @ weights.T, [classes.index(label) for label in labels], classes, spec.templates)
+    return classification_report(
+        images @ weights.T, [classes.index(label) for label in labels], classes, spec.templates
+    )
 
 
 def class_embeddings(

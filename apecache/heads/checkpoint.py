@@ -64,7 +64,7 @@ class TrainedHeads:
         """Identity of what the heads compute: names the head that an index was made with."""
         fields = {side: _describe(getattr(self, side)) for side in ("image", "text")}
         tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(self).items())
-        weights = digest_tensors((n, str(t.dtype), tuple(t.shape), memoryview(t.numpy()).cast("B")) for n, t in tensors)
+        weights = digest_tensors((n, str(t.dtype), tuple(t.shape), t.numpy().data) for n, t in tensors)
         return Fingerprint({"sides": fields, "weights": weights, "scale": self.scale}).digest
 
 

@@ -46,7 +46,8 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(*layers, nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        grown: Tensor = x + self.branch(x)
+        return grown
 
 
 class PooledHead(nn.Module):
@@ -71,7 +72,9 @@ class PooledHead(nn.Module):
             case "linear":
                 return nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(self.in_dim, self.out_dim))
             case "mlp":
-                blocks = [ResidualBlock(spec.width, spec.expansion, spec.dropout, spec.activation) for _ in range(spec.depth)]
+                blocks = [
+                    ResidualBlock(spec.width, spec.expansion, spec.dropout, spec.activation) for _ in range(spec.depth)
+                ]
                 last = (nn.LayerNorm(spec.width), nn.Linear(spec.width, self.out_dim))
                 return nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(self.in_dim, spec.width), *blocks, *last)
 

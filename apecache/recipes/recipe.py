@@ -84,7 +84,9 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     local = name.endswith(".toml")
     if not local and name not in zoo_names():
         known = zoo_names()
-        raise RecipeError(f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}")
+        raise RecipeError(
+            f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}"
+        )
     source: Any = Path(name) if local else _zoo() / f"{name}.toml"
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))

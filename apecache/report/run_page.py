@@ -45,7 +45,9 @@ def retrieval_galleries(
     make = _ItemMaker(embedded, store, root, ranks, top)
     return (
         Gallery("Found", "Captions whose image came first.", tuple(make.item(text) for text in hits)),
-        Gallery("Missed", "Captions whose image is not among the first ten.", tuple(make.item(text) for text in misses)),
+        Gallery(
+            "Missed", "Captions whose image is not among the first ten.", tuple(make.item(text) for text in misses)
+        ),
     )
 
 

@@ -21,7 +21,7 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """`rows` is (first, past the last). `content` has the hash of each row's input (empty where it could not be read)."""
+    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it was unreadable."""
 
     shard: int
     rows: tuple[int, int]
@@ -43,7 +43,9 @@ class CommitRecord:
             objects = {name: ObjectRecord(**entry) for name, entry in value["objects"].items()}
             rows = (int(value["rows"][0]), int(value["rows"][1]))
             counts = (int(value["n_ok"]), int(value["n_quarantined"]))
-            return CommitRecord(int(value["shard"]), rows, *counts, objects, value["content"], str(value["fingerprint"]))
+            return CommitRecord(
+                int(value["shard"]), rows, *counts, objects, value["content"], str(value["fingerprint"])
+            )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise DamagedError(f"{where}: the record is damaged ({error}); run apecache extract again") from None
 

@@ -19,7 +19,16 @@ from apecache.errors import DamagedError, IncompleteError, StoreError, nearest
 from apecache.fingerprint import content_hash
 from apecache.store.commit import CommitRecord, parse_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import OK, PAIRS, SOURCE, ZARR, ArrayRecord, chunk_name, quarantine_name, records_folder
+from apecache.store.layout import (
+    OK,
+    PAIRS,
+    SOURCE,
+    ZARR,
+    ArrayRecord,
+    chunk_name,
+    quarantine_name,
+    records_folder,
+)
 from apecache.store.writer import ArrayWriter, checksum
 
 
@@ -117,7 +126,8 @@ class FeatureArray:
         status = np.zeros(self.rows, np.uint8)
         for shard in sorted(self.commits):
             self._load_shard(shard, "status", status)
-        return status == OK
+        ok: NDArray[np.bool_] = status == OK
+        return ok
 
     def load_shard(self, shard: int) -> NDArray[Any]:
         """Rows of one committed shard, complete or not. Raises DamagedError as `load` does."""
@@ -135,9 +145,8 @@ class FeatureArray:
 
     def require_complete(self) -> None:
         if not self.complete:
-            raise IncompleteError(
-                f"{self.record.modality}/{self.name} is {self.share_done:.0%} done; resume with the same apecache extract"
-            )
+            what = f"{self.record.modality}/{self.name}"
+            raise IncompleteError(f"{what} is {self.share_done:.0%} done; resume with the same apecache extract")
 
     def _load_shard(self, shard: int, part: str, target: NDArray[Any]) -> None:
         rows = self.record.layout.shard(shard)
@@ -147,7 +156,7 @@ class FeatureArray:
         """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
         name = chunk_name(self.record.modality, self.name, part, shard)
         expected = self.commits[shard].objects[name]
-        view = memoryview(target).cast("B")
+        view = target.data.cast("B")
         rest = memoryview(bytearray(expected.bytes - view.nbytes))
         try:
             count = self.files.read_into(name, [view, rest])
@@ -205,8 +214,9 @@ class FeatureStore:
                 raise DamagedError(f"{self.files.path(name)} differs from its record, or is missing")
         group: Any = zarr.open_group(self.files.path(f"{ZARR}/pairs"), mode="r")
         names = ("image_key", "image_split", "image_label", "text_caption", "text_language")
-        columns = [np.asarray(group[name][:], dtype=object) for name in names]
-        return PairTable(*columns, np.asarray(group["text_image_row"][:], dtype=np.int64), self.source["digest"])
+        keys, splits, labels, captions, languages = (np.asarray(group[name][:], dtype=object) for name in names)
+        image_rows = np.asarray(group["text_image_row"][:], dtype=np.int64)
+        return PairTable(keys, splits, labels, captions, languages, image_rows, self.source["digest"])
 
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Every array, images first, by name."""

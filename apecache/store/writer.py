@@ -163,7 +163,7 @@ class ArrayWriter:
         """
         chunk, status = self._chunks(shard, features, quarantined)
         objects = {
-            name: self._put(name, memoryview(data).cast("B"))
+            name: self._put(name, data.data.cast("B"))
             for name, data in (
                 (chunk_name(self.record.modality, self.record.name, "features", shard), chunk),
                 (chunk_name(self.record.modality, self.record.name, "status", shard), status),
@@ -188,9 +188,14 @@ class ArrayWriter:
         """
         done = self.committed()
         if len(done) != self.layout.n_shards:
-            raise StoreError(f"{self.record.modality}/{self.record.name}: {self.layout.n_shards - len(done)} shards missing")
+            raise StoreError(
+                f"{self.record.modality}/{self.record.name}: {self.layout.n_shards - len(done)} shards missing"
+            )
         digest = content_hash(b"".join(done[shard].to_bytes() for shard in range(self.layout.n_shards)))
-        counts = {"n_ok": sum(r.n_ok for r in done.values()), "n_quarantined": sum(r.n_quarantined for r in done.values())}
+        counts = {
+            "n_ok": sum(r.n_ok for r in done.values()),
+            "n_quarantined": sum(r.n_quarantined for r in done.values()),
+        }
         name = f"{records_folder(self.record.modality, self.record.name)}/seal.json"
         self.files.create(name, seal_record({"digest": digest, "rows": self.layout.rows, **counts}))
 
@@ -201,7 +206,9 @@ class ArrayWriter:
         rows = self.layout.shard(shard)
         if features.shape != (len(rows), self.layout.dim):
             raise ValueError(f"shard {shard}: expected {(len(rows), self.layout.dim)}, found {features.shape}")
-        chunk = np.full((self.layout.shard_rows, self.layout.dim), np.nan, dtype=f"<{np.dtype(self.layout.dtype).str[1:]}")
+        chunk = np.full(
+            (self.layout.shard_rows, self.layout.dim), np.nan, dtype=f"<{np.dtype(self.layout.dtype).str[1:]}"
+        )
         chunk[: len(rows)] = features
         status = np.zeros(self.layout.shard_rows, dtype=np.uint8)
         status[: len(rows)] = OK

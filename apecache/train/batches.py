@@ -41,7 +41,11 @@ def load_on(array: FeatureArray, device: torch.device) -> Tensor:
 
 
 def select_pairs(
-    image: Tensor, text: Tensor, image_rows: NDArray[np.int64], keep_images: NDArray[np.bool_], ok_texts: NDArray[np.bool_]
+    image: Tensor,
+    text: Tensor,
+    image_rows: NDArray[np.int64],
+    keep_images: NDArray[np.bool_],
+    ok_texts: NDArray[np.bool_],
 ) -> FeaturePairs:
     """The kept images that have a usable caption, and those captions; order is that of the table."""
     texts = np.flatnonzero(ok_texts & keep_images[image_rows])
