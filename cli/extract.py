@@ -65,8 +65,8 @@ def extract(
         source = read_pairs(pairs, TableSpec(split=split, require=required))
         for name, modality, pooling in ((image, "image", image_pooling), (text, "text", text_pooling)):
             specs.append(encoder_spec(name, modality, pooling, resolution, max_tokens, dtype))
-        from apecache.extract import ExtractSpec
-        from apecache.extract import extract as run
+        from apecache.extraction import ExtractSpec
+        from apecache.extraction import extract as run
 
         options: dict[str, Any] = {"image": specs[0], "text": specs[1], "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}

@@ -16,7 +16,7 @@ from apecache.encoders.load import load_text_encoder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import ManifestError, OptionError, nearest
 from apecache.evaluate.embeddings import find_features
-from apecache.extract import ExtractSpec, Progress, extract
+from apecache.extraction import ExtractSpec, Progress, extract
 from apecache.heads.checkpoint import TrainedHeads
 from apecache.store.reader import FeatureStore
 

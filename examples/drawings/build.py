@@ -1,4 +1,4 @@
-"""Make this folder's drawings and word tables from the unpacked Debian package pysiogame 4.20.01-1 (eduActiv8).
+"""Make this folder's drawings and their table from the unpacked Debian package pysiogame 4.20.01-1 (eduActiv8).
 
     dpkg-deb -x pysiogame_4.20.01-1_all.deb SOURCE
     python build.py SOURCE OUT
@@ -8,7 +8,7 @@ word lists, GPL-3.0. ATTRIBUTION.md has the details of both.
 
 What is changed: byte-for-byte copies, two pictures whose word is not what they show and two of uncertain origin are
 left out; what is left becomes plain RGB JPEG, at most 224 pixels on the longest side, without metadata. Writes
-OUT/images, OUT/pairs.tsv (English) and OUT/words.tsv (the other languages); the same source gives the same split.
+OUT/images and OUT/pairs.tsv; the same source gives the same split.
 """
 
 import argparse
@@ -24,10 +24,6 @@ from PIL import Image
 SIDE, QUALITY, VAL_SHARE = 224, 78, 0.2
 HEADER = ("image", "caption", "split", "label", "lang")
 ENGLISH = ("en_GB", "en_US")
-# Left out: Bosnian (lists too short for their positions to be trusted), Lakota (could not be checked).
-OTHERS = ("bg", "ca", "de", "el", "es", "fr", "it", "pl", "pt", "ru", "uk")
-# English words that stayed in a translated list without the "<word>" by which the program marks a missing one.
-UNTRANSLATED = {"de": {"juggler", "kennel", "raspberry", "squash"}, "it": {"caterpillar"}, "pt": {"bit"}}
 LEFT_OUT = {
     "actions/clay": "a noun among the verbs",
     "animals/lama": "shows a llama, which has its own picture",
@@ -94,19 +90,19 @@ def splits(chosen: list[Picture]) -> dict[str, str]:
     return split
 
 
-def rows(game: Path, chosen: list[Picture], languages: dict[str, str]) -> list[tuple[str, ...]]:
-    """One row for each word of each picture; `languages` maps the program's lists to the name in the column `lang`."""
+def rows(game: Path, chosen: list[Picture]) -> list[tuple[str, ...]]:
+    """One row for each English word of each picture (the British and the American list are the same today)."""
     split, result = splits(chosen), set[tuple[str, ...]]()
     sizes = {category: len(names) for category, names in file_names(game).items()}
-    for source, lang in languages.items():
+    for source in ENGLISH:
         lists = word_lists(game, source)
         if sizes != {category: len(words) for category, words in lists.items()}:
             raise SystemExit(f"{source}: the word lists do not have the lengths of the picture lists")
         for picture in chosen:
             word = unicodedata.normalize("NFC", lists[picture.category][picture.place].strip())
-            if not word.startswith("<") and word not in UNTRANSLATED.get(lang, ()):
+            if not word.startswith("<"):
                 label = picture.category.replace("_n_veg", " and vegetables").replace("_n_", " and ")
-                result.add((f"images/{picture.name}.jpg", word, split[picture.name], label, lang))
+                result.add((f"images/{picture.name}.jpg", word, split[picture.name], label, "en"))
     return sorted(result, key=lambda row: (row[0], row[4], row[1]))
 
 
@@ -127,7 +123,7 @@ def write_image(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the example drawings from the unpacked package pysiogame.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the folder the package was unpacked into")
-    parser.add_argument("out", type=Path, metavar="OUT", help="where images/, pairs.tsv and words.tsv go")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where images/ and pairs.tsv go")
     options = parser.parse_args()
     source: Path = options.source
     out: Path = options.out
@@ -140,8 +136,7 @@ def main() -> None:
     for picture in chosen:
         write_image(picture.file, out / "images" / f"{picture.name}.jpg")
     print(f"images: {len(chosen)}")
-    write_table(out / "pairs.tsv", rows(game, chosen, dict.fromkeys(ENGLISH, "en")))
-    write_table(out / "words.tsv", rows(game, chosen, {language: language for language in OTHERS}))
+    write_table(out / "pairs.tsv", rows(game, chosen))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How good: retrieval and zero-shot figures on real data."""
