@@ -190,8 +190,8 @@ class SearchIndex:
         name = "images" if target == "images" else "texts"
         index = self._vectors(name)
         rows = self._rows(name)
-        if index.ntotal != len(rows):
-            raise RunError(f"{self.path}: {name}.faiss and {name}.jsonl have different lengths; build the index again")
+        if (index.ntotal, index.d) != (len(rows), query.shape[1]):
+            raise RunError(f"{self.path}: {name}.faiss does not fit {name}.jsonl and the head; build the index again")
         scores, found = index.search(np.ascontiguousarray(query.cpu().numpy()), min(k, index.ntotal))
         return [
             Hit(rank, rows[i]["key"], rows[i]["caption"], float(score))

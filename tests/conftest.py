@@ -49,6 +49,12 @@ def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text_encoder(tmp_path_factory.mktemp("encoders") / "tiny-bert", seed=0)
 
 
+@pytest.fixture(scope="session")
+def other_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture and tokenizer with other weights."""
+    return make_text_encoder(tmp_path_factory.mktemp("encoders") / "other-bert", seed=1)
+
+
 def make_text_encoder(folder: Path, seed: int) -> Path:
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -94,8 +94,9 @@ def text_to_image_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> T
 
 
 def _tiles(count: int, device: torch.device) -> Iterator[Tensor]:
-    for begin in range(0, count, TILE):
-        yield torch.arange(begin, min(begin + TILE, count), device=device)
+    """Rows in tiles of about equal size. A rest of one row would be a matrix-vector product, which rounds otherwise:
+    equal candidates would no longer score alike."""
+    yield from torch.arange(count, device=device).tensor_split(-(-count // TILE))
 
 
 def _chance(n_candidates: int, n_right: int, k: int) -> float:

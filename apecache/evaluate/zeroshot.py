@@ -12,11 +12,12 @@ from torch import Tensor
 from apecache.data.pairs import PairSource
 from apecache.data.tables import TableSpec, read_pairs
 from apecache.encoders.encoder import TextEncoder
-from apecache.encoders.load import load_text_encoder
+from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import ManifestError, OptionError, nearest
+from apecache.errors import DataError, ManifestError, OptionError, nearest
 from apecache.evaluate.embeddings import find_features
 from apecache.extraction import ExtractSpec, Progress, extract
+from apecache.fingerprint import digest_strings
 from apecache.heads.checkpoint import TrainedHeads
 from apecache.store.reader import FeatureStore
 
@@ -62,18 +63,21 @@ def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lamb
 
     Raises:
         ManifestError: the table, or a row without a label. MismatchError: an encoder that is not the run's.
-        OptionError: a template without {}.
+        OptionError: a template without {}. DataError: no image that can be read.
     """
     _require_templates(spec.templates)
     source = _labelled(read_pairs(spec.labels, TableSpec(require=("image", "label"))), spec)
     image_spec = spec.image or EncoderSpec(**heads.image.encoder)
+    image_encoder = load_image_encoder(image_spec, spec.device)  # compared before the cache is filled with its features
+    heads.image.require_encoder(image_encoder.fingerprint, f"image encoder {image_spec}")
     text_encoder = load_text_encoder(spec.text or EncoderSpec(**heads.text.encoder), spec.device)
     heads.text.require_encoder(text_encoder.fingerprint, f"text encoder {text_encoder.spec}")
-    store = spec.caches / source.digest[:16]
+    root = spec.root or spec.labels.parent
+    store = spec.caches / digest_strings([source.digest, str(root.resolve())])[:16]  # another root has other files
     options = ExtractSpec(image=image_spec, device=spec.device, max_bad=spec.max_bad)
-    extract(source, spec.root or spec.labels.parent, store, options, progress)
+    extract(source, root, store, options, progress)
     images, labels = _embed_images(heads, FeatureStore.open(store))
-    classes = tuple(sorted(set(labels)))
+    classes = tuple(sorted({pair.label for pair in source}))
     weights = class_embeddings(heads, text_encoder, classes, spec.templates).to(images.device)
     return classification_report(
         images @ weights.T, [classes.index(label) for label in labels], classes, spec.templates
@@ -131,6 +135,8 @@ def _embed_images(heads: TrainedHeads, store: FeatureStore) -> tuple[Tensor, lis
     """Embeddings and labels of the images that could be read."""
     array = find_features(heads.image, store, "image")
     rows = np.flatnonzero(array.load_ok())
+    if not len(rows):
+        raise DataError(f"{store.source['origin']}: none of its {array.rows} images could be read")
     return heads.image.embed(torch.from_numpy(array.load()[rows])), [str(store.pairs.labels[row]) for row in rows]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apecache.errors import MismatchError, RunError, nearest
-from apecache.fingerprint import Fingerprint, Json, describe_difference, digest_tensors
+from apecache.fingerprint import Fingerprint, Json, canonical_json, describe_difference, digest_tensors
 from apecache.heads.pooled import HeadSpec, PooledHead, build_heads
 
 FORMAT_VERSION = 1
@@ -100,14 +100,16 @@ def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads
         raise RunError(f"{folder} is no finished run: it has no {DESCRIPTION}{hint} (make one with: apecache fit-head)")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        canonical_json(value)  # refuses NaN and infinities, which Python's JSON lets in
         if value["format"] > FORMAT_VERSION:
             raise RunError(f"{path} has format {value['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
         sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
-        image, text = build_heads(sides["image"], sides["text"], value["image"]["dim"], value["text"]["dim"])
+        with torch.device("meta"):  # nothing is allocated for widths that the file only claims
+            image, text = build_heads(sides["image"], sides["text"], value["image"]["dim"], value["text"]["dim"])
         heads = TrainedHeads(
             _side(image, value["image"]), _side(text, value["text"]), float(value["scale"]), value["training"]
         )
-    except (KeyError, TypeError, ValueError, ValidationError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, ValidationError, RuntimeError, OverflowError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}; train again") from None
@@ -118,7 +120,7 @@ def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads
 
 
 def _side(head: PooledHead, value: Mapping[str, Json]) -> TrainedSide:
-    return TrainedSide(head, value["encoder"], Fingerprint(value["fingerprint"]))
+    return TrainedSide(head, dict(value["encoder"]), Fingerprint(dict(value["fingerprint"])))
 
 
 def _describe(side: TrainedSide) -> dict[str, Json]:
@@ -145,10 +147,14 @@ def _load_weights(heads: TrainedHeads, path: Path) -> None:
     wrong = sorted(
         name
         for name in wanted.keys() | tensors.keys()
-        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape
+        if name not in wanted or name not in tensors or _kind(wanted[name]) != _kind(tensors[name])
     )
-    wrong += [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    wrong = wrong or [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise RunError(f"{path} does not hold the heads of {DESCRIPTION}: {', '.join(wrong[:3])}; train again")
-    for name, tensor in tensors.items():
-        wanted[name].copy_(tensor)
+    for side, head in (("image", heads.image.head), ("text", heads.text.head)):
+        head.load_state_dict({name: tensors[f"{side}.{name}"] for name in head.state_dict()}, assign=True)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype

@@ -20,7 +20,7 @@ class HeadSpec(BaseModel):
     deviation of each feature first (kept in the head). `skip`: add a direct linear map from input to output.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["identity", "linear", "mlp"] = "linear"
     dim: int | None = Field(default=None, gt=0)

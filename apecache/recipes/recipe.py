@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,12 +31,15 @@ class LossSpec(_Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimiserSpec(_Section):
     """AdamW; parameters with fewer than two dimensions are not decayed. `clip`: largest gradient norm, 0 for none."""
 
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)
     clip: float = Field(default=0.0, ge=0)
 
@@ -119,7 +122,7 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
         raise RecipeError(f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4")
     try:
         value = tomllib.loads(f"x = {text.strip()}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     return _with(values, keys, value, setting)
 

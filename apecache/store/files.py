@@ -5,6 +5,7 @@ commits them. A path is relative to the store's root and uses `/`.
 """
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ class LocalFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._durable: set[Path] = set()
 
     def path(self, name: str) -> Path:
         return self.root / name
@@ -29,31 +31,56 @@ class LocalFiles:
         """Put one object, replacing what is there. After return it survives a power cut.
 
         Raises:
-            StoreError: the operating system refused (disk full, no permission, …); what was there before stands.
+            StoreError: the operating system refused (disk full, no permission, …); there is the old object or the new
+                one, whole.
         """
-        with self._explained(name):
-            temporary = self._write_temporary(name, buffers)
-            with self._removing(temporary):
-                os.replace(temporary, self.path(name))
+        with self._explained(name), self._temporary(name, buffers) as temporary:
+            os.replace(temporary, self.path(name))
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """Put one object only if there is none: True if it was put. After True it survives a power cut.
+        """Put one object only if there is none: True if it was put. After return it survives a power cut, whoever put it.
 
         Raises:
-            StoreError: as for `write`.
+            StoreError: the operating system refused; the object is there whole, or not at all.
         """
-        with self._explained(name):
-            temporary = self._write_temporary(name, buffers)
-            with self._removing(temporary):
-                try:
-                    os.link(temporary, self.path(name))
-                except FileExistsError:
-                    os.unlink(temporary)
-                    return False
-                os.unlink(temporary)
+        with self._explained(name), self._temporary(name, buffers) as temporary:
+            put = True
+            try:
+                os.link(temporary, self.path(name))
+            except FileExistsError:
+                put = False  # by a writer that was perhaps killed before it made the entry durable: sync all the same
+            os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
-            return True
+            return put
+
+    def settle(self, folder: str) -> None:
+        """Make durable what is in a folder, also what killed writers put there. Raises StoreError as `write` does."""
+        with self._explained(folder):
+            self._sync_folder(self.path(folder))
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: str) -> Iterator[None]:
+        """Keep other writers out of a folder while one that holds it works; the system ends it when a writer dies.
+
+        A file system without locks (some network ones) is used without: put-if-absent still decides who was first.
+        """
+        with self._explained(folder):
+            self._make_folder(self.path(folder))
+            descriptor = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
+        with self._locked(descriptor, fcntl.LOCK_EX):
+            yield
+
+    def remove_temporary(self) -> None:
+        """Remove what killed writers left behind, unless somebody is writing at this moment.
+
+        Raises StoreError as `write` does.
+        """
+        with self._explained("."):
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+            with self._locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+                for path in self.root.rglob(f"{TEMPORARY}*") if alone else ():
+                    path.unlink()
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError if there is no such object."""
@@ -75,28 +102,63 @@ class LocalFiles:
         except FileNotFoundError:
             return []
 
-    def _write_temporary(self, name: str, buffers: Sequence[Buffer]) -> Path:
+    @contextlib.contextmanager
+    def _temporary(self, name: str, buffers: Sequence[Buffer]) -> Iterator[Path]:
+        """A durable file beside the object's place; an error of any kind removes it."""
         folder = self.path(name).parent
         self._make_folder(folder)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with self._removing(temporary):
+        # Shared by all that write: who gets it exclusively knows that every temporary file is a dead writer's.
+        with self._locked(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             try:
-                for buffer in buffers:
-                    _write_full(descriptor, memoryview(buffer).cast("B"))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        return temporary
+                try:
+                    for buffer in buffers:
+                        _write_full(descriptor, memoryview(buffer).cast("B"))
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                yield temporary
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    @contextlib.contextmanager
+    def _locked(self, descriptor: int, how: int) -> Iterator[bool]:
+        """Lock an open folder and close it after use; False if it was not to be had."""
+        try:
+            try:
+                fcntl.flock(descriptor, how)
+                held = True
+            except OSError:
+                held = False
+            yield held
+            # Not left to close(): a process forked meanwhile holds the same lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(descriptor)
 
     def _make_folder(self, folder: Path) -> None:
-        """Create a folder and its parents, each entry made durable in its own parent."""
-        if folder.is_dir():
+        """Create a folder and its parents, each entry made durable in its own parent.
+
+        A folder that is there may come from a writer that was killed before the entry was durable, so every process
+        makes sure once, from the store's own folder downwards.
+        """
+        inside = folder == self.root or self.root in folder.parents
+        if (folder in self._durable or not inside) and folder.is_dir():
             return
-        self._make_folder(folder.parent)
+        parent = folder.parent if folder != self.root else Path(os.path.abspath(folder)).parent
+        self._make_folder(parent)
+        existed = folder.is_dir()
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
-        self._sync_folder(folder.parent)
+        try:
+            self._sync_folder(parent)
+        except PermissionError:
+            if not existed:  # else somebody else's: a mount point or a home, in a folder that we may not read
+                raise
+        self._durable.add(folder)
 
     def _sync_folder(self, folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -104,16 +166,6 @@ class LocalFiles:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-    @contextlib.contextmanager
-    def _removing(self, temporary: Path) -> Iterator[None]:
-        """Remove the temporary file if the step fails."""
-        try:
-            yield
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:

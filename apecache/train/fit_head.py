@@ -80,11 +80,12 @@ def fit_head(
         widths do not work. DataError: the loss is not finite.
     """
     spec = spec or FitSpec()
-    _prepare_folder(out, spec.overwrite)
+    _require_usable(out, spec.overwrite)
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
     device = _device(spec.device)
     train, dev = load_splits(store, *arrays, spec.splits, device)
     model = _build_model(recipe, train, spec.seed, device)
+    _clear_folder(out)
     begin = time.perf_counter()
     best = _train(model, train, dev, recipe, spec.seed, _logger(out, recipe, progress))
     model.load_state_dict(best.state)
@@ -238,13 +239,16 @@ def _device(name: str) -> torch.device:
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
-def _prepare_folder(out: Path, overwrite: bool) -> None:
-    """An unfinished run (no head yet) is begun anew; a finished one or a foreign folder only with `overwrite`."""
+def _require_usable(out: Path, overwrite: bool) -> None:
+    """An unfinished run (no head yet) is begun anew; a finished one only with `overwrite`, a foreign folder never."""
     ours = {HISTORY, RECIPE, WEIGHTS, f".{WEIGHTS}.tmp", f".{DESCRIPTION}.tmp"}
     unfinished = out.is_dir() and {path.name for path in out.iterdir()} <= ours
-    finished = (out / DESCRIPTION).is_file()
+    finished = (out / DESCRIPTION).is_file() and (out / RECIPE).is_file()  # an index has a head, but no recipe
     if not unfinished and not (overwrite and finished):
         require_new(out, "run folder")
+
+
+def _clear_folder(out: Path) -> None:
     if out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True)

@@ -1,0 +1,218 @@
+"""The way of the data by its commands: extract, info, fit-head, evaluate, index, search; and how each one fails."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apecache_cli.app import app
+from typer.testing import CliRunner, Result
+
+runner = CliRunner()
+
+
+def call(*arguments: object) -> Result:
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def call_json(*arguments: object) -> Any:
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def chain(
+    tmp_path_factory: pytest.TempPathFactory, shapes_once: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> dict[str, Path]:
+    """A store, a run and an index made by commands."""
+    folder = tmp_path_factory.mktemp("chain")
+    paths = {"store": folder / "store", "run": folder / "run", "index": folder / "index", "table": shapes_once}
+    paths |= {"image": tiny_image_encoder, "text": tiny_text_encoder}
+    extract(paths)
+    fit = ("fit-head", paths["store"], "--recipe", "projection", "--out", paths["run"], "--dev-split", "val")
+    assert call(*fit, "--set", "schedule.epochs=2").exit_code == 0
+    assert call("index", paths["run"], "--store", paths["store"], "--out", paths["index"]).exit_code == 0
+    return paths
+
+
+def extract(paths: dict[str, Path], *more: object, **changed: object) -> Result:
+    use = {**paths, **changed}
+    encoders = ("--image", f"timm:{use['image']}", "--text", f"hf:{use['text']}")
+    return call("extract", use["table"], "--store", use["store"], *encoders, *more)
+
+
+def test_a_second_extract_says_nothing_to_do(chain: dict[str, Path]) -> None:
+    result = extract(chain)
+    assert result.exit_code == 0
+    assert "nothing to do" in result.stdout
+
+
+def test_info_tells_what_is_in_the_store(chain: dict[str, Path]) -> None:
+    told = call_json("info", chain["store"])
+    assert (told["n_images"], told["n_texts"], told["splits"]) == (12, 24, {"train": 8, "val": 4})
+    assert [(a["modality"], a["rows"], a["done"]) for a in told["arrays"]] == [("image", 12, 1.0), ("text", 24, 1.0)]
+    assert "tiny-vit" in call("info", chain["store"]).stdout
+
+
+def test_evaluate_reports_recall_counts_and_chance(chain: dict[str, Path]) -> None:
+    told = call_json("evaluate", chain["run"], "--store", chain["store"], "--split", "val")
+    assert told["task"] == "retrieval"
+    assert told["split"] == "val"
+    assert list(told["image_to_text"]) == list(told["text_to_image"]) == ["1", "5", "10"]
+    assert (told["n_images"], told["n_texts"]) == (4, 8)
+    assert told["chance"]["text_to_image"]["1"] == 25.0
+    assert "chance" in call("evaluate", chain["run"], "--store", chain["store"]).stdout
+
+
+def test_evaluate_warns_when_the_split_was_seen(chain: dict[str, Path]) -> None:
+    result = call("evaluate", chain["run"], "--store", chain["store"], "--split", "train", "--json")
+    assert json.loads(result.stdout)["seen_in_training"] is True
+    assert "no measure of generalisation" in result.stderr
+
+
+def test_zeroshot_classifies_labelled_images(chain: dict[str, Path]) -> None:
+    told = call_json("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"], "--split", "val")
+    assert (told["n_images"], told["n_classes"]) == (4, 1)
+    told = call_json("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"])
+    assert (told["n_images"], told["n_classes"]) == (12, 3)
+    assert 0 <= told["top1"] <= told["top5"] == 100
+
+
+def test_search_finds_images_by_text_captions_by_photo_and_turned_round(chain: dict[str, Path]) -> None:
+    photo = chain["table"].parent / "images" / "red-circle-0.png"
+    by_text = call_json("search", chain["index"], "a red circle", "-k", "3")["hits"]
+    assert [hit["rank"] for hit in by_text] == [1, 2, 3]
+    assert len({hit["key"] for hit in by_text}) == 3
+    by_photo = call_json("search", chain["index"], photo, "-k", "24")["hits"]
+    assert len({hit["caption"] for hit in by_photo}) == 24
+    turned = call_json("search", chain["index"], photo, "--target", "images")["hits"]
+    assert turned[0]["key"] == "images/red-circle-0.png"
+    assert turned[0]["score"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_moved_encoder_folder_is_found_by_override(chain: dict[str, Path], tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(chain["text"], moved)
+    plain = call_json("search", chain["index"], "a blue square")
+    assert call_json("search", chain["index"], "a blue square", "--text", f"hf:{moved}") == plain
+
+
+def one_line_error(result: Result, code: int) -> str:
+    """The error line, after checking that it is one and that the command ended with `code`."""
+    assert result.exit_code == code, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_no_such_table(chain: dict[str, Path], tmp_path: Path) -> None:
+    wrong = chain["table"].with_name("pair.tsv")
+    line = one_line_error(extract(chain, table=wrong, store=tmp_path / "new"), 3)
+    assert "no such file; did you mean pairs.tsv?" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_column_names_those_found(chain: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "pairs.tsv"
+    table.write_text("image\ttitle\nx.jpg\ta dog\n")
+    line = one_line_error(extract(chain, table=table, store=tmp_path / "new"), 3)
+    assert "no column 'caption'; columns found: image, title" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "near"),
+    [
+        ("--image", "timm:vit_smal_patch14_dinov2", "vit_small_patch14_dinov2"),
+        ("--image", "tim:resnet18", "timm"),
+        ("--text", "hf:sentence-transformers/all-MiniLM-L6-v9", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("--text", "hf:/no/such/folder", "no folder /no/such/folder"),
+    ],
+)
+def test_an_unknown_encoder_names_near_ones(
+    chain: dict[str, Path], tmp_path: Path, option: str, value: str, near: str
+) -> None:
+    store = tmp_path / "new"
+    line = one_line_error(call("extract", chain["table"], "--store", store, option, value, "--device", "cpu"), 3)
+    assert near in line
+    assert not store.exists()
+
+
+def test_an_empty_table(chain: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption\n")
+    assert "no rows" in one_line_error(extract(chain, table=table, store=tmp_path / "new"), 3)
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0.2", 0), ("0.01", 3)])
+def test_a_corrupt_image_is_reported_and_the_run_goes_on(
+    chain: dict[str, Path], shapes: Path, limit: str, code: int
+) -> None:
+    (shapes.parent / "images" / "blue-square-0.png").write_bytes(b"<html>404</html>")
+    result = extract(chain, "--max-bad", limit, table=shapes, store=shapes.parent / "store")
+    assert result.exit_code == code, result.output
+    assert "images/blue-square-0.png" in result.stderr
+    assert "not-an-image" in result.stderr
+    (image, _) = call_json("info", shapes.parent / "store")["arrays"]
+    assert (image["complete"], image["quarantined"], image["reasons"]) == (True, 1, {"not-an-image": 1})
+
+
+def test_a_wrong_root_is_refused_before_anything_is_written(chain: dict[str, Path], tmp_path: Path) -> None:
+    line = one_line_error(extract(chain, "--root", tmp_path, store=tmp_path / "new"), 3)
+    assert "--root" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_existing_run_folder(chain: dict[str, Path]) -> None:
+    line = one_line_error(call("fit-head", chain["store"], "--recipe", "ape", "--out", chain["run"]), 3)
+    assert "exists already" in line
+    assert "--overwrite" in line
+
+
+def test_a_store_made_by_another_encoder(chain: dict[str, Path], other_text_encoder: Path) -> None:
+    result = extract(chain, text=other_text_encoder)
+    line = one_line_error(result, 4)
+    assert "encoder.weights" in line
+    assert "--add" in line
+    assert "encoder.weights" in result.stderr.split("difference", 1)[1]
+
+
+def test_a_changed_table_does_not_fit_the_store(chain: dict[str, Path], shapes: Path) -> None:
+    shapes.write_text(shapes.read_text().replace("a red circle", "a red disc"))
+    assert "another table" in one_line_error(extract(chain, table=shapes), 4)
+
+
+def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Path) -> None:
+    result = extract(chain, "--text-pooling", "cls", store=tmp_path / "cls")
+    assert result.exit_code == 0, result.output
+    line = one_line_error(call("evaluate", chain["run"], "--store", tmp_path / "cls", "--split", "val"), 4)
+    assert "inputs.pooling" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["info", "no-such-store"], 3, "is no store"),
+        (["fit-head", "no-such-store", "--recipe", "ape", "--out", "x"], 3, "is no store"),
+        (["evaluate", "no-such-run", "--store", "{store}"], 3, "no finished run"),
+        (["evaluate", "{run}", "--store", "{store}", "--split", "vall"], 3, "did you mean val"),
+        (["evaluate", "{run}"], 2, "--store is missing"),
+        (["evaluate", "{run}", "--task", "zeroshot"], 2, "--labels is missing"),
+        (["evaluate", "{run}", "--task", "zero"], 2, "did you mean zeroshot"),
+        (["fit-head", "{store}", "--recipe", "projecton", "--out", "x"], 3, "did you mean projection"),
+        (["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizer.lr=1"], 3, "optimiser"),
+        (["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--device", "cuda:99"], 3, "cuda:99"),
+        (["search", "no-such-index", "dog"], 3, "is no index"),
+        (["search", "{index}", " "], 2, "empty"),
+        (["search", "{index}", "missing.jpg"], 3, "no such file"),
+        (["search", "{index}", "dog", "--target", "image"], 2, "did you mean images"),
+    ],
+)
+def test_wrong_input_is_one_line_with_its_exit_code(
+    chain: dict[str, Path], arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*(argument.format(**chain) for argument in arguments))
+    assert words in one_line_error(result, code)
+    assert not list(tmp_path.iterdir())
