@@ -27,7 +27,7 @@ from apecache.encoders.spec import EncoderSpec, Modality
 from apecache.errors import BadRowsError, MismatchError, OptionError, RowError, StoreError
 from apecache.fingerprint import Fingerprint, Json, describe_difference
 from apecache.store.files import LocalFiles
-from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, array_metadata
+from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
 
@@ -168,13 +168,14 @@ def _prepare(
         _require_same(store, same, encoder, spec, batch)
     found = same or next((a for a in existing if a.record.encoder.digest == encoder.fingerprint.digest), None)
     if found is not None:
+        create_array(store.files, found.record)  # finishes what a killed run began
         _recheck_environment(found.record)
         return found.record
     layout = _layout(encoder, rows, spec, batch, captions)
     _require_room(store, layout)
     fingerprint = _fingerprint(encoder, spec.storage_dtype, layout.batch_size)
-    metadata = array_metadata(modality, name, layout, fingerprint.digest)
-    record = ArrayRecord(modality, name, encoder.spec, fingerprint, layout, metadata, environment(encoder.device))
+    where = environment(encoder.device)
+    record = with_metadata(ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where))
     create_array(store.files, record)
     return record
 

@@ -31,7 +31,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel_names(built: Path) -> list[str]:
-    return zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        return archive.namelist()
 
 
 def test_the_wheel_has_two_packages_and_none_is_called_cli(wheel_names: list[str]) -> None:
@@ -63,12 +64,14 @@ def test_every_module_of_the_sources_is_in_the_wheel(wheel_names: list[str]) -> 
 
 
 def test_the_sdist_builds_on_its_own_sources(built: Path) -> None:
-    names = {name.split("/", 1)[-1] for name in tarfile.open(next(built.glob("*.tar.gz"))).getnames()}
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "cli/app.py", "examples/drawings/pairs.tsv", "CHANGELOG.md"} <= names
 
 
 def test_an_installed_wheel_finds_its_recipes_data_and_command(built: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path / "site")
     code = """
 import apecache, apecache_cli
 from apecache.recipes.recipe import zoo_names

@@ -8,11 +8,12 @@ header's size is known, formats come from an allow-list, and a truncated file is
 import io
 import os
 import stat
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -53,7 +54,10 @@ def resolve_below(key: str, root: Path) -> Path:
     if "\0" in key:
         raise RowError("outside-root", f"{key!r} contains a NUL byte")
     base = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(base, key))
+    try:
+        path = os.path.realpath(os.path.join(base, key))
+    except UnicodeEncodeError:
+        raise RowError("missing", f"{key!r} holds a lone surrogate, which no file name can") from None
     if os.path.commonpath([base, path]) != base:
         raise RowError("outside-root", f"{key} leads outside {root}; give --root for absolute paths")
     return Path(path)
@@ -77,19 +81,46 @@ def read_file(path: Path, key: str) -> bytes:
 def decode_image(data: bytes, key: str) -> Image.Image:
     """RGB image from the bytes of a file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what cannot be decoded raises
+        with _QUIET:
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(opened, key)
             opened.load()
             return to_rgb(ImageOps.exif_transpose(opened))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = "not-an-image" if isinstance(error, UnidentifiedImageError) else "too-large"
-        raise RowError(reason, f"{key} is none of {', '.join(FORMATS)} that can be read") from None
+    except UnidentifiedImageError:
+        raise RowError("not-an-image", f"{key} is none of {', '.join(FORMATS)} that can be read") from None
+    except Image.DecompressionBombError:
+        raise RowError("too-large", f"{key} has far more pixels than the limit of {MAX_PIXELS:,}") from None
     except RowError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
         raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
+
+
+class _Quiet:
+    """Hides Pillow's warnings of odd metadata; what cannot be decoded raises.
+
+    Filters belong to the whole process, so `catch_warnings` in each of several threads would leave them changed: the
+    first thread in changes them, the last one out restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._saved = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.close()
+
+
+_QUIET = _Quiet()
 
 
 def _check_size(image: Image.Image, key: str) -> None:
@@ -101,7 +132,8 @@ def _check_size(image: Image.Image, key: str) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB by the rules of this module's docstring."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        return image.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+        # By way of "I": the big-endian kind of TIFF files has no `point`.
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

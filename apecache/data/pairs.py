@@ -94,8 +94,8 @@ def _pair(key: str, rows: list[Row], where: str) -> Pair:
         for what, here, there in (("split", row.split, first.split), ("label", row.label, first.label)):
             if here != there:
                 raise ManifestError(
-                    f"{where}, line {row.line}: image {key} has {what} {here!r} here and {there!r} on line {first.line}"
-                    f"; give one {what} per image"
+                    f"{where}, line {row.line}: image {key!r} has {what} {here!r} here and {there!r} on line "
+                    f"{first.line}; give one {what} per image"
                 )
     captions = tuple(caption for row in rows for caption in row.captions)
     languages = tuple(row.language for row in rows for _ in row.captions)

@@ -35,14 +35,17 @@ def read_pairs(path: Path, spec: TableSpec | None = None) -> PairSource:
         ManifestError: no such file, unknown ending, not UTF-8, a missing column, a ragged row, an empty key, no rows.
     """
     spec = spec or TableSpec()
-    _require_file(path)
     try:
+        _require_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(_rows(file, path, spec))
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: not UTF-8 ({_place(path, error)}); save the table as UTF-8") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; expected a table that can be read") from None
     if not rows:
-        raise ManifestError(f"{path}: the table has a header but no rows" if path.stat().st_size else f"{path}: empty")
+        found = "the table has a header but no rows" if path.stat().st_size else "the file is empty"
+        raise ManifestError(f"{path}: {found}; expected a row for every caption, columns {', '.join(spec.require)}")
     return join_rows(rows, str(path))
 
 
@@ -68,28 +71,28 @@ def _rows(file: TextIO, path: Path, spec: TableSpec) -> Iterator[Row]:
 
 def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.reader(file, DIALECTS[path.suffix.lower()], strict=True)
+    line = 1  # where the record begins: a quoted cell may go over many lines, an unbalanced one to the end of the file
     try:
         header = next(reader, None)
         if header is None:
             return
         _check_header(header, path)
+        line = reader.line_num + 1
         for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
+            if cells and len(cells) != len(header):
                 found = f"{len(cells)} columns, the header has {len(header)}"
-                raise ManifestError(f"{path}, line {reader.line_num}: {found}; quote cells that hold the separator")
-            yield reader.line_num, dict(zip(header, cells, strict=True))
+                raise ManifestError(f"{path}, line {line}: {found}; quote cells that hold the separator")
+            if cells:
+                yield line, dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise ManifestError(
-            f"{path}, line {reader.line_num}: {error}; double the quotes inside a quoted cell"
-        ) from None
+        raise ManifestError(f"{path}, line {line}: {error}; double the quotes inside a quoted cell") from None
 
 
 def _check_header(header: list[str], path: Path) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise ManifestError(f"{path}, line 1: column {twice[0]!r} appears twice")
+        raise ManifestError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them")
 
 
 def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -97,23 +100,35 @@ def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, 
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{path}, line {line}: not a JSON object ({error})") from None
+            raise ManifestError(
+                f"{path}, line {line}: not a JSON object ({error}); write one object on each line"
+            ) from None
         if not isinstance(record, dict):
-            raise ManifestError(f"{path}, line {line}: expected a JSON object, found {type(record).__name__}")
+            found = type(record).__name__
+            raise ManifestError(
+                f"{path}, line {line}: expected a JSON object, found {found}; write one object on each line"
+            )
         yield line, record
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(items)
+    if len(record) != len(items):
+        raise ValueError("a name appears twice")
+    return record
 
 
 def _choose_columns(record: Mapping[str, Any], path: Path, spec: TableSpec) -> dict[str, str]:
     """Role -> column name. The first record of JSON lines decides what is there."""
-    names = list(record)
+    names = [name if name.isprintable() else repr(name) for name in record]
     required = [*spec.require, *([spec.split] if spec.split else [])]
     for name in required:
-        if name not in names:
+        if name not in record:
             found = ", ".join(names) or "none"
             raise ManifestError(f"{path}: no column {name!r}; columns found: {found}{nearest(name, names)}")
-    language = next((name for name in LANGUAGE_COLUMNS if name in names), "lang")
+    language = next((name for name in LANGUAGE_COLUMNS if name in record), "lang")
     return {
         "image": "image",
         "caption": "caption",
@@ -149,9 +164,10 @@ def _text(value: Any, line: int, column: str, path: Path) -> str:
 
 def _place(path: Path, error: UnicodeDecodeError) -> str:
     """The line of the first byte that is not UTF-8 (the codec's own offset counts from the start of its buffer)."""
-    for line, raw in enumerate(path.open("rb"), 1):
-        try:
-            raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as inner:
-            return f"line {line}, byte {inner.start + 1}"
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                raw.decode("utf-8-sig" if line == 1 else "utf-8")
+            except UnicodeDecodeError as inner:
+                return f"line {line}, byte {inner.start + 1}"
     return str(error.reason)

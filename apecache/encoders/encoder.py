@@ -107,8 +107,12 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def build_fingerprint(spec: EncoderSpec, weights: str, architecture: str, inputs: Json) -> Fingerprint:
-    """Identity of the features of one encoder; `inputs` is the resolved preprocessing or tokenizer."""
+def build_fingerprint(spec: EncoderSpec, weights: str, architecture: Json, inputs: Json) -> Fingerprint:
+    """Identity of the features of one encoder.
+
+    `architecture` is its class with the settings that the weights do not show (heads, activations, the model's own
+    pooling); `inputs` is the resolved preprocessing or tokenizer.
+    """
     return Fingerprint(
         {
             "feature_code": FEATURE_CODE_VERSION,

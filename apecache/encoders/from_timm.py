@@ -1,5 +1,6 @@
 """timm image encoders: the classifier-free model, with timm's own reference preprocessing (PIL)."""
 
+import json
 import re
 from typing import Any
 
@@ -33,35 +34,38 @@ def load_timm(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
         "config": _plain(config),
         "transform": _steps(transform),
     }
-    architecture = str(getattr(module, "default_cfg", {}).get("architecture") or type(module).__name__)
-    fingerprint = build_fingerprint(spec, digest_module(module), architecture, {**inputs, "pooling": _pooling(spec)})
+    inputs["pooling"] = "model" if spec.pooling == "default" else spec.pooling
+    fingerprint = build_fingerprint(spec, digest_module(module), _architecture(module, spec), inputs)
     frozen = freeze(module, spec, device)
-    dim = int(module.num_features) if not hasattr(module, "head_hidden_size") else int(module.head_hidden_size)
+    pooled = getattr(module, "head_hidden_size", module.num_features)  # the model's own pooling may widen
+    dim = int(pooled if spec.pooling == "default" else module.num_features)
     forward = _forward(frozen, spec)
     return ImageEncoder(spec, frozen, transform, forward, (3, height, width), dim, fingerprint, device)
 
 
 def _create(spec: EncoderSpec) -> Any:
-    size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
+    """The model, loaded with its classifier, which is then taken off: asked for a model without one, timm accepts
+    weights that lack other parameters too, and leaves those random."""
     try:
-        if spec.folder:
-            return timm.create_model(f"local-dir:{spec.folder}", pretrained=True, num_classes=0, **size)
-        _require_known(spec)
-        return timm.create_model(_hub_name(spec), pretrained=True, num_classes=0, **size)
-    except TypeError as error:
-        if "img_size" not in str(error) or not size:
-            raise
-        return _create_convolutional(spec)
+        if not spec.folder:
+            _require_known(spec)
+        module = _pretrained(f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec), spec.resolution)
+        module.reset_classifier(0)
+        return module
     except EncoderError:
         raise
     except Exception as error:  # the hub client, safetensors and timm share no base class of errors
         raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error
 
 
-def _create_convolutional(spec: EncoderSpec) -> Any:
-    """Convolutional networks take any input size and have no `img_size` argument."""
-    name = f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec)
-    return timm.create_model(name, pretrained=True, num_classes=0)
+def _pretrained(name: str, resolution: int | None) -> Any:
+    size: dict[str, Any] = {"img_size": resolution} if resolution else {}
+    try:
+        return timm.create_model(name, pretrained=True, **size)
+    except TypeError as error:
+        if not resolution or "img_size" not in str(error):
+            raise
+    return timm.create_model(name, pretrained=True)  # convolutional networks take any size and have no `img_size`
 
 
 def _hub_name(spec: EncoderSpec) -> str:
@@ -88,8 +92,13 @@ def _require_known(spec: EncoderSpec) -> None:
         )
 
 
-def _pooling(spec: EncoderSpec) -> str:
-    return "model" if spec.pooling == "default" else spec.pooling
+def _architecture(module: Any, spec: EncoderSpec) -> Json:
+    """What the weights do not show: the same ones under another pooling or other arguments give other features."""
+    name = str(getattr(module, "default_cfg", {}).get("architecture") or type(module).__name__)
+    pool = getattr(module, "global_pool", None) or getattr(getattr(module, "head", None), "global_pool", None)
+    saved = json.loads((spec.folder / "config.json").read_text()) if spec.folder else {}
+    arguments = {key: value for key, value in (saved.get("model_args") or {}).items() if key != "img_size"}
+    return {"class": name, "pool": str(getattr(pool, "pool_type", pool)), "arguments": arguments}
 
 
 def _forward(module: Any, spec: EncoderSpec) -> Any:
@@ -97,7 +106,8 @@ def _forward(module: Any, spec: EncoderSpec) -> Any:
     if spec.pooling == "default":
         return module
     prefix = int(getattr(module, "num_prefix_tokens", 0))
-    if spec.pooling == "cls" and not prefix:
+    channels_last = getattr(module, "output_fmt", None) == "NHWC"
+    if spec.pooling == "cls" and not (prefix and getattr(module, "has_class_token", True)):
         raise EncoderError(f"encoder {spec} has no CLS token; use --image-pooling default or mean")
 
     def pooled(pixels: Tensor) -> Tensor:
@@ -105,7 +115,9 @@ def _forward(module: Any, spec: EncoderSpec) -> Any:
         if spec.pooling == "cls":
             result: Tensor = tokens[:, 0]
         else:
-            result = tokens.mean((2, 3)) if tokens.ndim == 4 else tokens[:, prefix:].mean(1)
+            result = (
+                tokens.mean((1, 2) if channels_last else (2, 3)) if tokens.ndim == 4 else tokens[:, prefix:].mean(1)
+            )
         return result
 
     return pooled
@@ -122,5 +134,5 @@ def _plain(config: dict[str, Any]) -> Json:
 
 
 def _one_line(error: Exception) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{first.strip()} (give a name that timm.list_models knows, or timm:/folder with a saved model)"
+    message = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"{message} (give a name that timm.list_models knows, or timm:/folder with a saved model)"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,18 @@ from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
 
 VISION_TYPES = ("beit", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit")
+FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # these interpolate their positions only when told to
+N_CLASS_TOKENS = {"deit": 2, "ijepa": 0}  # all others have one
+NOT_IDENTITY = (
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+)
 WELL_KNOWN = (
     "bert-base-uncased",
     "facebook/dino-vitb16",
@@ -55,10 +67,12 @@ def load_transformers_text(spec: EncoderSpec, device: torch.device) -> TextEncod
     tokenizer = _open(AutoTokenizer, spec)
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise EncoderError(f"encoder {spec}: its tokenizer knows no words; save it beside the model")
     module, unloaded = _load_model(spec)
     pooling, max_tokens = _text_pooling(spec), _max_tokens(spec, tokenizer, config)
     inputs: Json = {"tokenizer": _digest_tokenizer(tokenizer), "max_tokens": max_tokens, "pooling": pooling}
-    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), type(module).__name__, inputs)
+    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), _architecture(module, spec), inputs)
     frozen: Any = freeze(module, spec, device)
 
     def tokenise(texts: Sequence[str]) -> Tokens:
@@ -74,7 +88,8 @@ def load_transformers_text(spec: EncoderSpec, device: torch.device) -> TextEncod
 
 
 def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
-    """The CLS token (or the mean of all other tokens) after the final norm, [n, hidden_size].
+    """The CLS token (or the mean of the patch tokens: the default where there is no CLS token) after the final norm,
+    [n, hidden_size].
 
     Raises:
         EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
@@ -88,17 +103,18 @@ def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEnc
     processor: Any = _open(AutoImageProcessor, spec)
     size = _resize(processor, spec.resolution)
     module, unloaded = _load_model(spec)
-    pooling: Pooling = "cls" if spec.pooling == "default" else spec.pooling
+    pooling: Pooling = _image_pooling(spec, config)
     inputs: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size), "pooling": pooling}
-    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), type(module).__name__, inputs)
+    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), _architecture(module, spec), inputs)
     frozen: Any = freeze(module, spec, device)
+    options = {"interpolate_pos_encoding": True} if spec.resolution and config.model_type in FIXED_SIZE_TYPES else {}
 
     def preprocess(image: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
         return pixels
 
     def forward(pixels: Tensor) -> Tensor:
-        hidden: Tensor = frozen(pixel_values=pixels).last_hidden_state
+        hidden: Tensor = frozen(pixel_values=pixels, **options).last_hidden_state
         return hidden[:, 0] if pooling == "cls" else hidden[:, _n_prefix(config) :].mean(1)
 
     shape = tuple(preprocess(Image.new("RGB", (640, 480))).shape)
@@ -115,17 +131,20 @@ def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
     source = str(spec.folder or spec.name)
     try:
         return factory.from_pretrained(source, revision=spec.revision or "main", **options)
-    except (OSError, ValueError, KeyError) as error:
-        what = f"cannot be opened ({str(error).strip().splitlines()[0]})"
+    except Exception as error:  # transformers, tokenizers, safetensors and the hub client share no base class of errors
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        what = f"cannot be opened ({first.strip()})"
         raise EncoderError(f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder") from error
 
 
 def _load_model(spec: EncoderSpec) -> tuple[Any, list[str]]:
     """The model and the names of its parameters that the files do not hold (only an unused pooler may be missing)."""
-    with _quiet() if spec.folder else nullcontext():
-        module, report = _open(AutoModel, spec, output_loading_info=True, dtype=torch.float32)
+    with _quiet(local=spec.folder is not None):
+        module, report = _open(
+            AutoModel, spec, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
     missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if "pooler" not in name]
+    lost = [name for name in missing if "pooler" not in name] + [name for name, *_ in report["mismatched_keys"]]
     if lost:
         raise EncoderError(
             f"encoder {spec}: its files lack {len(lost)} parameters of {type(module).__name__}: {lost[0]}, …"
@@ -134,14 +153,17 @@ def _load_model(spec: EncoderSpec) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar for a local folder: it is there in a second. Downloads keep theirs."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _quiet(local: bool) -> Iterator[None]:
+    """No report of weights that are not used (missing ones are an error below), no bar for a local folder."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()
 
 
@@ -176,7 +198,12 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     limits = [int(tokenizer.model_max_length), (int(positions) - offset) if positions else None, 512]
     limits.append(spec.max_tokens or saved)
-    return min(int(limit) for limit in limits if limit)
+    max_tokens, n_special = min(int(limit) for limit in limits if limit), int(tokenizer.num_special_tokens_to_add())
+    if max_tokens <= n_special:
+        raise EncoderError(
+            f"encoder {spec}: {max_tokens} tokens leave no room for words beside {n_special} special ones"
+        )
+    return max_tokens
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
@@ -193,6 +220,19 @@ def _digest_tokenizer(tokenizer: Any) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     return content_hash(json.dumps(kept, sort_keys=True, ensure_ascii=False))
+
+
+def _architecture(module: Any, spec: EncoderSpec) -> Json:
+    """The class and the settings of config.json: the same weights with other heads give other features."""
+    settings, _ = module.config.get_config_dict(str(spec.folder or spec.name), revision=spec.revision or "main")
+    return {"class": type(module).__name__, **{k: v for k, v in sorted(settings.items()) if k not in NOT_IDENTITY}}
+
+
+def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
+    has_class = N_CLASS_TOKENS.get(config.model_type, 1) > 0
+    if spec.pooling == "cls" and not has_class:
+        raise EncoderError(f"encoder {spec} has no CLS token; use --image-pooling default or mean")
+    return ("cls" if has_class else "mean") if spec.pooling == "default" else spec.pooling
 
 
 def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
@@ -215,4 +255,4 @@ def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
 
 
 def _n_prefix(config: Any) -> int:
-    return 1 + int(getattr(config, "num_register_tokens", 0))
+    return N_CLASS_TOKENS.get(config.model_type, 1) + int(getattr(config, "num_register_tokens", 0))

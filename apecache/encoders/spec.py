@@ -1,5 +1,6 @@
 """Names of encoders: what people type, and what a store keeps to find them again."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +34,8 @@ class EncoderSpec:
     @property
     def folder(self) -> Path | None:
         """The local folder, if the name is one (absolute, `./`, `../`, `~`, or an existing folder)."""
-        path = Path(self.name).expanduser()
-        return path if looks_local(self.name) or path.is_dir() else None
+        path = os.path.expanduser(self.name)
+        return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
     @property
     def slug(self) -> str:
@@ -71,18 +72,18 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
     if library == "timm" and modality == "text":
         raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or hf:/folder")
     revision = None
-    if not looks_local(name) and not Path(name).is_dir():
+    if not looks_local(name) and not os.path.isdir(name):
         name, _, revision = name.partition("@")
     if not name:
         raise EncoderError(f"encoder {text!r}: the name after {library}: is empty")
     spec = EncoderSpec(library, name, modality, revision or None)
-    if spec.folder and not (spec.folder / "config.json").is_file():
+    if spec.folder and not os.path.isfile(spec.folder / "config.json"):
         raise EncoderError(f"encoder {text!r}: {missing_folder(spec.folder)}")
     return spec
 
 
 def missing_folder(folder: Path) -> str:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         return f"there is no folder {folder}{nearest(folder.name, siblings)}"
     return f"folder {folder} has no config.json, so it is not a saved model; save one with save_pretrained"

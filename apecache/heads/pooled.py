@@ -3,6 +3,7 @@
 A head maps float [n, in_dim] features to float32 [n, out_dim] embeddings, L2-normalised.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 class HeadSpec(BaseModel):
     """One side's head.
 
-    `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256). `mlp`: a linear
-    map plus `depth` pre-norm residual blocks x + Linear(act(Linear(LN x))) and a last Linear (APE keeps to 4 to 6
-    layers). `dim` None: the other side's width. `standardise`: subtract the training mean and divide by the training
-    deviation of each feature first (kept in the head). `skip`: add a direct linear map from input to output.
+    `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256). `mlp`: `depth`
+    layers Linear, norm, activation, dropout of `width`, then a last Linear; with `residual`, a Linear to `width`, then
+    `depth` blocks x + dropout(Linear(act(Linear(norm(x))))), norm and a last Linear. `dim` None: the other side's
+    width. `standardise`: subtract the training mean and divide by the training deviation of each feature first (kept in
+    the head). `skip`: add a direct linear map from input to output. `input_dropout` comes before everything else.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -26,8 +28,11 @@ class HeadSpec(BaseModel):
     dim: int | None = Field(default=None, gt=0)
     depth: int = Field(default=2, ge=1, le=64)
     width: int = Field(default=1024, gt=0)
+    residual: bool = True
+    norm: Literal["layer", "batch", "none"] = "layer"
     expansion: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
     activation: Literal["relu", "gelu"] = "gelu"
     standardise: bool = True
     skip: bool = False
@@ -37,17 +42,46 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class ResidualBlock(nn.Module):
-    """x + dropout(Linear(act(Linear(LayerNorm(x))))), width -> width x expansion -> width."""
+    """x + dropout(Linear(act(Linear(norm(x))))), width -> width x expansion -> width."""
 
-    def __init__(self, width: int, expansion: float, dropout: float, activation: str) -> None:
+    def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
-        inner = max(1, round(width * expansion))
-        layers = (nn.LayerNorm(width), nn.Linear(width, inner), ACTIVATIONS[activation](), nn.Linear(inner, width))
-        self.branch = nn.Sequential(*layers, nn.Dropout(dropout))
+        inner = max(1, round(spec.width * spec.expansion))
+        layers = (
+            _norm(spec),
+            nn.Linear(spec.width, inner),
+            ACTIVATIONS[spec.activation](),
+            nn.Linear(inner, spec.width),
+        )
+        self.branch = nn.Sequential(*layers, nn.Dropout(spec.dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         grown: Tensor = x + self.branch(x)
         return grown
+
+
+def _norm(spec: HeadSpec) -> nn.Module:
+    match spec.norm:
+        case "layer":
+            return nn.LayerNorm(spec.width)
+        case "batch":
+            return nn.BatchNorm1d(spec.width)
+        case "none":
+            return nn.Identity()
+
+
+def _mlp(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
+    last = nn.Linear(spec.width, out_dim)
+    if spec.residual:
+        blocks = (ResidualBlock(spec) for _ in range(spec.depth))
+        return nn.Sequential(nn.Linear(in_dim, spec.width), *blocks, _norm(spec), last)
+    widths = [in_dim] + [spec.width] * spec.depth
+    layers = [
+        layer
+        for before, after in pairwise(widths)
+        for layer in (nn.Linear(before, after), _norm(spec), ACTIVATIONS[spec.activation](), nn.Dropout(spec.dropout))
+    ]
+    return nn.Sequential(*layers, last)
 
 
 class PooledHead(nn.Module):
@@ -61,6 +95,7 @@ class PooledHead(nn.Module):
         self.spec, self.in_dim, self.out_dim = spec, in_dim, out_dim
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("deviation", torch.ones(in_dim))
+        self.input_dropout = nn.Dropout(spec.input_dropout)
         self.body = self._build_body()
         self.direct = nn.Linear(in_dim, out_dim, bias=False) if spec.skip and spec.kind == "mlp" else None
 
@@ -70,13 +105,9 @@ class PooledHead(nn.Module):
             case "identity":
                 return nn.Identity()
             case "linear":
-                return nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(self.in_dim, self.out_dim))
+                return nn.Linear(self.in_dim, self.out_dim)
             case "mlp":
-                blocks = [
-                    ResidualBlock(spec.width, spec.expansion, spec.dropout, spec.activation) for _ in range(spec.depth)
-                ]
-                last = (nn.LayerNorm(spec.width), nn.Linear(spec.width, self.out_dim))
-                return nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(self.in_dim, spec.width), *blocks, *last)
+                return _mlp(spec, self.in_dim, self.out_dim)
 
     @torch.no_grad()
     def fit_statistics(self, features: Tensor) -> None:
@@ -88,7 +119,7 @@ class PooledHead(nn.Module):
             self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
 
     def forward(self, features: Tensor) -> Tensor:
-        x = (features.float() - self.mean) / self.deviation
+        x = self.input_dropout((features.float() - self.mean) / self.deviation)
         y = self.body(x)
         return F.normalize(y if self.direct is None else y + self.direct(x), dim=-1)
 

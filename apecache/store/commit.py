@@ -1,13 +1,22 @@
 """The commit record: the one thing that makes a shard exist."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apecache.errors import DamagedError
+from apecache.errors import DamagedError, MismatchError
 from apecache.fingerprint import Json, canonical_json, content_hash
-from apecache.store.layout import FORMAT_VERSION, require_format
+from apecache.store.files import LocalFiles
+from apecache.store.layout import (
+    FORMAT_VERSION,
+    ArrayRecord,
+    chunk_bytes,
+    chunk_name,
+    commit_name,
+    records_folder,
+    require_format,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,63 @@ class CommitRecord:
             raise DamagedError(f"{where}: the record is damaged ({error}); run apecache extract again") from None
 
 
-def seal_record(body: Mapping[str, Json]) -> bytes:
-    """A JSON record with a checksum of itself."""
-    full = {"format": FORMAT_VERSION, **body}
+def read_commits(files: LocalFiles, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
+    """Records of an array in order of shards, each with the hash of its bytes; one at a time, for `content` is long.
+
+    Raises:
+        DamagedError: a record is not what was committed, or not in its place.
+        MismatchError: a record of other features.
+    """
+    folder = f"{records_folder(array.modality, array.name)}/commits"
+    for name in files.list(folder):
+        if name.endswith(".json"):
+            data = files.read(f"{folder}/{name}")
+            record = CommitRecord.from_bytes(data, f"{folder}/{name}")
+            yield _fitting(record, array, f"{folder}/{name}"), content_hash(data)
+
+
+def read_commit(files: LocalFiles, array: ArrayRecord, shard: int) -> CommitRecord:
+    """Raises FileNotFoundError if there is none, else as `read_commits` does."""
+    name = commit_name(array.modality, array.name, shard)
+    return _fitting(CommitRecord.from_bytes(files.read(name), name), array, name)
+
+
+def digest_commits(hashes: Iterable[str]) -> str:
+    """What the seal keeps: one hash over those of all records, in order of shards."""
+    return content_hash("".join(hashes))
+
+
+def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecord:
+    """A record is good for one shard of one array; a valid one of another shard must not take its place."""
+    if record.fingerprint != array.fingerprint.digest:
+        raise MismatchError(f"{name}: shard {record.shard} of {array.name} was made by another encoder")
+    rows = array.layout.shard(record.shard)
+    sizes = {part: entry.bytes for part, entry in record.objects.items()}
+    wanted = {chunk_name(array.modality, array.name, p, record.shard): n for p, n in chunk_bytes(array.layout).items()}
+    if (
+        name != commit_name(array.modality, array.name, record.shard)
+        or record.rows != (rows.start, rows.stop)
+        or len(record.content) != len(rows)
+        or wanted.items() - sizes.items()
+    ):
+        raise DamagedError(f"{name}: the record is not of this shard of {array.name}; restore the file")
+    return record
+
+
+def read_record(files: LocalFiles, name: str) -> dict[str, Any]:
+    """Raises DamagedError if a record is missing, damaged or not in its place, StoreError for a newer format."""
+    try:
+        value = parse_record(files.read(name), name)
+    except FileNotFoundError:
+        raise DamagedError(f"{files.path(name)} is missing; restore the file") from None
+    if value.get("object") != name:
+        raise DamagedError(f"{files.path(name)} is in the wrong place ({value.get('object')}); restore the file")
+    return value
+
+
+def seal_record(name: str, body: Mapping[str, Json]) -> bytes:
+    """A JSON record with its own name, lest it is taken for another, and a checksum of itself."""
+    full = {"format": FORMAT_VERSION, **body, "object": name}
     return canonical_json({**full, "checksum": content_hash(canonical_json(full))})
 
 

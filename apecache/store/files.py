@@ -39,7 +39,8 @@ class LocalFiles:
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """Put one object only if there is none: True if it was put. After return it survives a power cut, whoever put it.
+        """Put one object only if there is none: True if it was put. After return it survives a power cut, also where
+        another writer put it.
 
         Raises:
             StoreError: the operating system refused; the object is there whole, or not at all.
@@ -80,17 +81,30 @@ class LocalFiles:
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             with self._locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
                 for path in self.root.rglob(f"{TEMPORARY}*") if alone else ():
-                    path.unlink()
+                    if path.is_file():
+                        path.unlink()
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if there is no such object."""
-        return self.path(name).read_bytes()
+        """Raises FileNotFoundError if there is no such object, StoreError if the system cannot read it."""
+        with self._readable(name):
+            return self.path(name).read_bytes()
 
     def read_into(self, name: str, views: Sequence[memoryview]) -> int:
-        """Fill `views` one after another; returns the number of bytes read, plus one if the object is longer."""
-        with self.path(name).open("rb", buffering=0) as file:
+        """Fill `views` one after another; returns the number of bytes read, plus one if the object is longer.
+
+        Raises as `read` does.
+        """
+        with self._readable(name), self.path(name).open("rb", buffering=0) as file:
             total = sum(_read_full(file.fileno(), view) for view in views)
             return total + len(os.read(file.fileno(), 1))
+
+    def remove(self, name: str) -> None:
+        """Remove one object, if it is there; gone for good after return. Raises StoreError as `write` does."""
+        with self._explained(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(name))
+            if self.path(name).parent.is_dir():
+                self._sync_folder(self.path(name).parent)
 
     def exists(self, name: str) -> bool:
         return self.path(name).is_file()
@@ -99,7 +113,7 @@ class LocalFiles:
         """Names of the objects in a folder, sorted, temporary ones left out; none if there is no such folder."""
         try:
             return sorted(name for name in os.listdir(self.path(folder)) if not name.startswith(TEMPORARY))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     @contextlib.contextmanager
@@ -127,16 +141,16 @@ class LocalFiles:
     @contextlib.contextmanager
     def _locked(self, descriptor: int, how: int) -> Iterator[bool]:
         """Lock an open folder and close it after use; False if it was not to be had."""
+        held = True
         try:
             try:
                 fcntl.flock(descriptor, how)
-                held = True
             except OSError:
                 held = False
             yield held
-            # Not left to close(): a process forked meanwhile holds the same lock.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # close() would not do while a process forked meanwhile lives
             os.close(descriptor)
 
     def _make_folder(self, folder: Path) -> None:
@@ -166,6 +180,16 @@ class LocalFiles:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            where = self.path(name)
+            raise StoreError(f"{where}: {error.strerror or error}; permit reading, or check the disk") from error
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:

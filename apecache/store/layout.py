@@ -16,8 +16,9 @@
 One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ SOURCE, PAIRS = "records/source.json", "records/pairs.json"
 MISSING, OK, QUARANTINED = 0, 1, 2
 MAX_SHARD_BYTES = 64 << 20
 PAIR_CHUNK_ROWS = 65_536
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,36 @@ def chunk_name(modality: str, name: str, part: str, shard: int) -> str:
     return f"{array_folder(modality, name)}/{part}/c.{shard}{suffix}"
 
 
-def array_metadata(modality: str, name: str, layout: ArrayLayout, digest: str) -> dict[str, str]:
-    """Zarr's own metadata files of one array group, by path below the group."""
+def chunk_bytes(layout: ArrayLayout) -> dict[str, int]:
+    """Size of one chunk file of each part, its crc32c included."""
+    return {
+        "features": layout.shard_rows * layout.dim * np.dtype(layout.dtype).itemsize + 4,
+        "status": layout.shard_rows + 4,
+    }
+
+
+def with_metadata(record: ArrayRecord) -> ArrayRecord:
+    """The record with Zarr's own metadata files of its array group, by path below the group.
+
+    The group's attributes repeat the rest of the record: for people who open the store with plain Zarr, and so that a
+    lost `fingerprint.json` can be made again.
+    """
     memory = MemoryStore()
-    group = zarr.create_group(memory, zarr_format=3, attributes={"fingerprint": digest})
+    described = {key: value for key, value in record.to_json().items() if key != "metadata"}
+    layout, modality = record.layout, record.modality
+    group = zarr.create_group(memory, zarr_format=3, attributes={"apecache": described})
     _create(group, "features", (layout.rows, layout.dim), (layout.shard_rows, layout.dim), layout.dtype, modality)
     _create(group, "status", (layout.rows,), (layout.shard_rows,), "uint8", modality)
-    return {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
+    metadata = {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
+    return replace(record, metadata=metadata)
+
+
+def described_record(modality: Modality, name: str, attributes: Mapping[str, Any]) -> ArrayRecord:
+    """The record that a Zarr group's attributes repeat. Raises StoreError if they are not those of an array."""
+    described = attributes.get("apecache")
+    if not isinstance(described, dict):
+        raise StoreError(f"{array_folder(modality, name)} has no attributes of apecache")
+    return with_metadata(ArrayRecord.from_json(modality, name, {**described, "metadata": {}}))
 
 
 def _create(group: Any, part: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, modality: str) -> None:
@@ -184,7 +209,7 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
 
 def storable(text: str | int) -> str:
     """UTF-8 cannot hold lone surrogates; they become U+FFFD (their rows are quarantined)."""
-    return str(text).encode("utf-8", "replace").decode("utf-8")
+    return SURROGATES.sub("\ufffd", str(text))
 
 
 def _bytes(value: Any) -> bytes:

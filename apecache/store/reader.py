@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from apecache.encoders.spec import Modality
 from apecache.errors import DamagedError, IncompleteError, StoreError, nearest
 from apecache.fingerprint import content_hash
-from apecache.store.commit import CommitRecord, parse_record
+from apecache.store.commit import CommitRecord, digest_commits, read_commits, read_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
     OK,
@@ -91,16 +91,17 @@ class FeatureArray:
 
     @property
     def n_quarantined(self) -> int:
-        return sum(record.n_quarantined for record in self.commits.values())
+        return sum(record.n_quarantined for record in self._known.values())
 
     def quarantined(self) -> list[dict[str, Any]]:
         """{row, key, reason, detail} of every row that could not be encoded, by row."""
-        names = [quarantine_name(self.record.modality, self.name, shard) for shard in sorted(self.commits)]
+        commits = self._known.values()
+        names = [quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits]
         return [
             json.loads(line)
-            for shard, name in zip(sorted(self.commits), names, strict=True)
-            if name in self.commits[shard].objects
-            for line in self._read_checked(shard, name).splitlines()
+            for commit, name in zip(commits, names, strict=True)
+            if name in commit.objects
+            for line in self._read_checked(commit, name).splitlines()
         ]
 
     def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
@@ -112,68 +113,90 @@ class FeatureArray:
         Raises:
             IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
         """
-        self.require_complete()
+        commits = self._sealed
         target = np.empty((self.rows, self.dim), self.dtype) if out is None else out
-        if target.shape != (self.rows, self.dim) or target.dtype != self.dtype or not target.flags.c_contiguous:
-            raise ValueError(f"out: expected contiguous {(self.rows, self.dim)} of {self.dtype}")
+        if target.shape != (self.rows, self.dim) or target.dtype != self.dtype or not target.flags.carray:
+            raise ValueError(f"out: expected contiguous, writable {(self.rows, self.dim)} of {self.dtype}")
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda shard: self._load_shard(shard, "features", target), sorted(self.commits)))
+            list(pool.map(lambda commit: self._load_shard(commit, "features", target), commits.values()))
         return target
 
     def load_ok(self) -> NDArray[np.bool_]:
         """[rows], True where the row has features. Raises as `load` does."""
-        self.require_complete()
         status = np.zeros(self.rows, np.uint8)
-        for shard in sorted(self.commits):
-            self._load_shard(shard, "status", status)
+        for commit in self._sealed.values():
+            self._load_shard(commit, "status", status)
         ok: NDArray[np.bool_] = status == OK
         return ok
 
     def load_shard(self, shard: int) -> NDArray[Any]:
-        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does."""
-        rows = self.record.layout.shard(shard)
-        target = np.empty((len(rows), self.dim), self.dtype)
-        self._read_chunk(shard, "features", target)
+        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does, IncompleteError if it is
+        not committed."""
+        target = np.empty((len(self.record.layout.shard(shard)), self.dim), self.dtype)
+        self._read_chunk(self._commit(shard), "features", target)
         return target
 
     def rows_ok(self, shard: int) -> list[int]:
         """Rows of one committed shard that have features, counted from the start of the array."""
         rows = self.record.layout.shard(shard)
         status = np.zeros(len(rows), np.uint8)
-        self._read_chunk(shard, "status", status)
+        self._read_chunk(self._commit(shard), "status", status)
         return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
 
     def require_complete(self) -> None:
+        """Raises IncompleteError, or DamagedError if the records are not all of those that were sealed."""
+        _ = self._sealed
+
+    @cached_property
+    def _sealed(self) -> Mapping[int, CommitRecord]:
+        """All records, read anew: `commits` may be older than the seal."""
+        what = f"{self.record.modality}/{self.name}"
         if not self.complete:
-            what = f"{self.record.modality}/{self.name}"
             raise IncompleteError(f"{what} is {self.share_done:.0%} done; resume with the same apecache extract")
+        name = f"{records_folder(self.record.modality, self.name)}/seal.json"
+        wanted = read_record(self.files, name).get("digest")
+        found = list(read_commits(self.files, self.record))
+        if len(found) != self.record.layout.n_shards or digest_commits(of for _, of in found) != wanted:
+            have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
+            raise DamagedError(f"{what} is not what was sealed ({have}); restore {self.files.path(name).parent}")
+        return {record.shard: record for record, _ in found}
 
-    def _load_shard(self, shard: int, part: str, target: NDArray[Any]) -> None:
-        rows = self.record.layout.shard(shard)
-        self._read_chunk(shard, part, target[rows.start : rows.stop])
+    @property
+    def _known(self) -> Mapping[int, CommitRecord]:
+        """What can be relied on: all records of a complete array, else those that are there."""
+        return self._sealed if self.complete else self.commits
 
-    def _read_chunk(self, shard: int, part: str, target: NDArray[Any]) -> None:
+    def _commit(self, shard: int) -> CommitRecord:
+        if shard not in self.commits:
+            raise IncompleteError(f"shard {shard} of {self.record.modality}/{self.name} is not committed")
+        return self.commits[shard]
+
+    def _load_shard(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
+        first, stop = commit.rows
+        self._read_chunk(commit, part, target[first:stop])
+
+    def _read_chunk(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
         """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
-        name = chunk_name(self.record.modality, self.name, part, shard)
-        expected = self.commits[shard].objects[name]
+        name = chunk_name(self.record.modality, self.name, part, commit.shard)
+        expected = commit.objects[name]
         view = target.data.cast("B")
         rest = memoryview(bytearray(expected.bytes - view.nbytes))
         try:
             count = self.files.read_into(name, [view, rest])
         except FileNotFoundError:
-            raise self._damaged(shard, name, "is missing") from None
+            raise self._damaged(commit.shard, name, "is missing") from None
         check = crc32c_extend(checksum(view), np.frombuffer(rest[:-4], np.uint8))
         stored = int.from_bytes(rest[-4:], "little")
         if count != expected.bytes or check != expected.crc32c or stored != check:
-            raise self._damaged(shard, name, "differs from its commit record")
+            raise self._damaged(commit.shard, name, "differs from its commit record")
 
-    def _read_checked(self, shard: int, name: str) -> bytes:
+    def _read_checked(self, commit: CommitRecord, name: str) -> bytes:
         try:
             data = self.files.read(name)
         except FileNotFoundError:
-            raise self._damaged(shard, name, "is missing") from None
-        if content_hash(data) != self.commits[shard].objects[name].blake3:
-            raise self._damaged(shard, name, "differs from its commit record")
+            raise self._damaged(commit.shard, name, "is missing") from None
+        if content_hash(data) != commit.objects[name].blake3:
+            raise self._damaged(commit.shard, name, "differs from its commit record")
         return data
 
     def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
@@ -198,18 +221,21 @@ class FeatureStore:
             hint = "" if root.exists() else nearest(root.name, siblings)
             what = "was not finished being made; run the same apecache extract again" if begun else f"is no store{hint}"
             raise StoreError(f"{root} {what}" + ("" if begun else " (make one with: apecache extract)"))
-        parse_record(files.read(PAIRS), PAIRS)
+        read_record(files, PAIRS)
         return FeatureStore(root, files)
 
     @cached_property
     def source(self) -> dict[str, Any]:
         """digest, n_images, n_texts, origin and root of the table that the store was made from."""
-        return parse_record(self.files.read(SOURCE), SOURCE)
+        return read_record(self.files, SOURCE)
 
     @cached_property
     def pairs(self) -> PairTable:
         """The whole pair table. Raises DamagedError if an object of it is not what was written."""
-        for name, entry in parse_record(self.files.read(PAIRS), PAIRS)["objects"].items():
+        record = read_record(self.files, PAIRS)
+        if record["digest"] != self.source["digest"]:
+            raise DamagedError(f"{self.files.path(PAIRS)} and {SOURCE} are of different tables; restore the files")
+        for name, entry in record["objects"].items():
             if not self.files.exists(name) or content_hash(self.files.read(name)) != entry["blake3"]:
                 raise DamagedError(f"{self.files.path(name)} differs from its record, or is missing")
         group: Any = zarr.open_group(self.files.path(f"{ZARR}/pairs"), mode="r")
@@ -221,7 +247,7 @@ class FeatureStore:
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Every array, images first, by name."""
         modalities: Sequence[Modality] = (modality,) if modality else ("image", "text")
-        return [self._open_array(kind, name) for kind in modalities for name in self.files.list(f"records/{kind}")]
+        return [self._open_array(kind, name) for kind in modalities for name in self._names(kind)]
 
     def array(self, modality: Modality, name: str | None = None) -> FeatureArray:
         """One array; without a name the only one of its modality.
@@ -229,7 +255,7 @@ class FeatureStore:
         Raises:
             StoreError: there is none, none of that name, or several to choose from.
         """
-        names = self.files.list(f"records/{modality}")
+        names = self._names(modality)
         if name is None and len(names) == 1:
             return self._open_array(modality, names[0])
         if name is not None and name in names:
@@ -240,9 +266,11 @@ class FeatureStore:
         raise StoreError(f"{self.path} has {wanted}; found: {found}{hint}")
 
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
-        where = f"{records_folder(modality, name)}/fingerprint.json"
-        try:
-            value = json.loads(self.files.read(where))
-        except (FileNotFoundError, ValueError, RecursionError):
-            raise StoreError(f"{self.files.path(where)} is missing or damaged") from None
+        value = read_record(self.files, f"{records_folder(modality, name)}/fingerprint.json")
         return FeatureArray(self.files, ArrayRecord.from_json(modality, name, value))
+
+    def _names(self, modality: Modality) -> list[str]:
+        """Arrays that are there. An empty folder is one that a killed writer has just begun."""
+        return [
+            name for name in self.files.list(f"records/{modality}") if self.files.list(records_folder(modality, name))
+        ]

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
-from apecache.store.commit import CommitRecord, ObjectRecord, parse_record, seal_record
+from apecache.store.commit import (
+    CommitRecord,
+    ObjectRecord,
+    digest_commits,
+    read_commit,
+    read_commits,
+    read_record,
+    seal_record,
+)
 from apecache.store.files import Buffer, LocalFiles
 from apecache.store.layout import (
     OK,
@@ -65,11 +73,24 @@ def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str)
         StoreError: the folder holds something else.
     """
     _refuse_foreign(files)
-    source = {"digest": pairs.digest, "n_images": len(pairs.keys), "n_texts": len(pairs.captions)}
-    files.create(SOURCE, seal_record({**source, "origin": pairs.origin, "root": root}))
-    _require_same_source(parse_record(files.read(SOURCE), SOURCE), source, files)
-    if files.exists(PAIRS):
-        return
+    files.create(SOURCE, source_bytes(pairs, root))
+    _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
+    files.remove_temporary()
+    with files.exclusive("records"):
+        if not files.exists(PAIRS):
+            _write_pairs(files, pairs, version)
+
+
+def source_bytes(pairs: PairColumns, root: str) -> bytes:
+    """The record that claims a store for a table; origin and root are where it lay, for people and for repair."""
+    return seal_record(SOURCE, {**_identity(pairs), "origin": pairs.origin, "root": root})
+
+
+def _identity(pairs: PairColumns) -> dict[str, Json]:
+    return {"digest": pairs.digest, "n_images": len(pairs.keys), "n_texts": len(pairs.captions)}
+
+
+def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
     columns: dict[str, tuple[str, list[str] | list[int]]] = {
         "image_key": ("image", pairs.keys),
         "image_split": ("image", pairs.splits),
@@ -83,13 +104,16 @@ def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str)
         files.write(name, data)
     files.write("README.md", README.encode())
     hashes: Json = {name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()}
-    files.create(PAIRS, seal_record({"digest": pairs.digest, "objects": hashes}))
+    files.create(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
 
 
 def _refuse_foreign(files: LocalFiles) -> None:
     if files.root.exists() and not files.root.is_dir():
         raise StoreError(f"{files.root} is a file; give a folder as --store")
-    if files.list("") and not (files.root / "records").is_dir():
+    begun = files.exists(SOURCE) or (files.list("") == ["records"] and not files.list("records"))
+    if files.exists(PAIRS) and not begun:
+        raise DamagedError(f"{files.path(SOURCE)} is missing; restore the file")
+    if files.list("") and not begun:
         raise StoreError(f"{files.root} is not empty and not a store; choose another --store")
 
 
@@ -110,7 +134,7 @@ def create_array(files: LocalFiles, record: ArrayRecord) -> None:
         MismatchError: another writer made it first, of other features.
     """
     name = f"{records_folder(record.modality, record.name)}/fingerprint.json"
-    data = canonical_json(record.to_json())
+    data = seal_record(name, record.to_json())
     if not files.create(name, data) and files.read(name) != data:
         raise MismatchError(f"another extraction has just made {record.modality}/{record.name} otherwise; run again")
     for path, text in record.metadata.items():
@@ -134,14 +158,11 @@ class ArrayWriter:
             DamagedError: a record is not what was committed.
             MismatchError: a record of other features.
         """
-        folder = f"{records_folder(self.record.modality, self.record.name)}/commits"
-        names = [name for name in self.files.list(folder) if name.endswith(".json")]
-        records = (CommitRecord.from_bytes(self.files.read(f"{folder}/{name}"), f"{folder}/{name}") for name in names)
-        return {record.shard: self._checked(record) for record in records}
+        return {record.shard: record for record, _ in read_commits(self.files, self.record)}
 
     def pending(self) -> list[int]:
         """Shards without a record, in order."""
-        done = self.committed()
+        done = {record.shard for record, _ in read_commits(self.files, self.record)}
         return [shard for shard in range(self.layout.n_shards) if shard not in done]
 
     def commit(
@@ -159,45 +180,63 @@ class ArrayWriter:
 
         Raises:
             StoreError: the operating system refused; DamagedError: what was read back differs;
-            MismatchError: the shard is committed already, with other bytes.
+            MismatchError: the shard is committed already, with other bytes, which stay.
         """
-        chunk, status = self._chunks(shard, features, quarantined)
-        objects = {
-            name: self._put(name, data.data.cast("B"))
-            for name, data in (
-                (chunk_name(self.record.modality, self.record.name, "features", shard), chunk),
-                (chunk_name(self.record.modality, self.record.name, "status", shard), status),
-            )
-        }
-        if quarantined:
-            name = quarantine_name(self.record.modality, self.record.name, shard)
-            objects[name] = self._put_lines(name, quarantined)
         rows = self.layout.shard(shard)
-        counts = (len(rows) - len(quarantined), len(quarantined))
-        record = CommitRecord(
-            shard, (rows.start, rows.stop), *counts, objects, list(content), self.record.fingerprint.digest
-        )
-        self._publish(record)
+        bad = {row.row for row in quarantined}
+        if len(content) != len(rows) or len(bad) != len(quarantined) or not bad <= set(rows):
+            raise ValueError(f"shard {shard}: content and quarantined rows must be those of rows {rows}")
+        payloads = self._payloads(shard, features, quarantined)
+        objects = {name: _describe(payload) for name, payload in payloads.items()}
+        counts = (len(rows) - len(bad), len(bad))
+        digest = self.record.fingerprint.digest
+        record = CommitRecord(shard, (rows.start, rows.stop), *counts, objects, list(content), digest)
+        with self.files.exclusive(f"{self._folder}/commits"):
+            committed = self._committed_alike(record)
+            for name, payload in payloads.items():
+                if not committed or not self._stands(name, objects[name].blake3):
+                    self._put(name, payload, objects[name].blake3)
+            if not self.files.create(commit_name(self.record.modality, self.record.name, shard), record.to_bytes()):
+                self._committed_alike(record)
         return record
 
     def seal(self) -> None:
         """Mark the array as complete: a digest over all records, hence over all data.
 
         Raises:
-            StoreError: shards are missing.
+            StoreError: shards are missing. DamagedError: it was sealed with other records.
         """
-        done = self.committed()
-        if len(done) != self.layout.n_shards:
-            raise StoreError(
-                f"{self.record.modality}/{self.record.name}: {self.layout.n_shards - len(done)} shards missing"
-            )
-        digest = content_hash(b"".join(done[shard].to_bytes() for shard in range(self.layout.n_shards)))
-        counts = {
-            "n_ok": sum(r.n_ok for r in done.values()),
-            "n_quarantined": sum(r.n_quarantined for r in done.values()),
-        }
-        name = f"{records_folder(self.record.modality, self.record.name)}/seal.json"
-        self.files.create(name, seal_record({"digest": digest, "rows": self.layout.rows, **counts}))
+        sealed = [(record.n_ok, record.n_quarantined, of) for record, of in read_commits(self.files, self.record)]
+        if len(sealed) != self.layout.n_shards:
+            missing = self.layout.n_shards - len(sealed)
+            raise StoreError(f"{self.record.modality}/{self.record.name}: {missing} shards missing")
+        digest = digest_commits(of for *_, of in sealed)
+        totals = {"n_ok": sum(ok for ok, *_ in sealed), "n_quarantined": sum(bad for _, bad, _ in sealed)}
+        name = f"{self._folder}/seal.json"
+        # The last record may be that of a writer that was killed before it made the entry durable.
+        self.files.settle(f"{self._folder}/commits")
+        put = self.files.create(name, seal_record(name, {"digest": digest, "rows": self.layout.rows, **totals}))
+        if not put and read_record(self.files, name).get("digest") != digest:
+            raise DamagedError(f"{self.files.path(name)}: sealed with other records; restore the file")
+
+    @property
+    def _folder(self) -> str:
+        return records_folder(self.record.modality, self.record.name)
+
+    def _payloads(
+        self, shard: int, features: NDArray[np.floating], quarantined: Sequence[QuarantinedRow]
+    ) -> dict[str, tuple[Buffer, ...]]:
+        """Every object of a shard. Chunks are data and crc32c, exactly as Zarr's codecs write them."""
+        modality, name = self.record.modality, self.record.name
+        chunk, status = self._chunks(shard, features, quarantined)
+        payloads: dict[str, tuple[Buffer, ...]] = {}
+        for part, array in (("features", chunk), ("status", status)):
+            data = array.data.cast("B")
+            payloads[chunk_name(modality, name, part, shard)] = (data, checksum(data).to_bytes(4, "little"))
+        if quarantined:
+            lines = b"".join(canonical_json(vars(row)) + b"\n" for row in quarantined)
+            payloads[quarantine_name(modality, name, shard)] = (lines,)
+        return payloads
 
     def _chunks(
         self, shard: int, features: NDArray[np.floating], quarantined: Sequence[QuarantinedRow]
@@ -216,37 +255,29 @@ class ArrayWriter:
         chunk[bad], status[bad] = np.nan, QUARANTINED
         return chunk, status
 
-    def _put(self, name: str, data: memoryview) -> ObjectRecord:
-        """One chunk file: data and its crc32c, little-endian, exactly as Zarr's codec writes it."""
-        check = checksum(data)
-        ending = check.to_bytes(4, "little")
-        self.files.write(name, data, ending)
-        return ObjectRecord(data.nbytes + 4, self._read_back(name, data, ending), check)
-
-    def _put_lines(self, name: str, rows: Sequence[QuarantinedRow]) -> ObjectRecord:
-        data = b"".join(canonical_json(vars(row)) + b"\n" for row in rows)
-        self.files.write(name, data)
-        return ObjectRecord(len(data), self._read_back(name, memoryview(data), b""))
-
-    def _read_back(self, name: str, data: memoryview, ending: Buffer) -> str:
-        """Hash of what should be there, after comparing it with what is."""
-        wanted = content_hash(b"".join((data, ending)))
-        if content_hash(self.files.read(name)) != wanted:
+    def _put(self, name: str, payload: tuple[Buffer, ...], wanted: str) -> None:
+        """Write one object and compare what is there with what should be."""
+        self.files.write(name, *payload)
+        if not self._stands(name, wanted):
             raise DamagedError(f"{self.files.path(name)}: what was read back is not what was written; check the disk")
-        return wanted
 
-    def _publish(self, record: CommitRecord) -> None:
+    def _stands(self, name: str, wanted: str) -> bool:
+        return self.files.exists(name) and content_hash(self.files.read(name)) == wanted
+
+    def _committed_alike(self, record: CommitRecord) -> bool:
+        """False if the shard is not committed. Raises MismatchError if it is, with other bytes."""
         name = commit_name(self.record.modality, self.record.name, record.shard)
-        if self.files.create(name, record.to_bytes()):
-            return
-        there = self._checked(CommitRecord.from_bytes(self.files.read(name), name))
-        if there.objects != record.objects:
+        if not self.files.exists(name):
+            return False
+        if read_commit(self.files, self.record, record.shard).objects != record.objects:
             raise MismatchError(f"{name}: another writer committed this shard with other bytes; run apecache verify")
+        return True
 
-    def _checked(self, record: CommitRecord) -> CommitRecord:
-        if record.fingerprint != self.record.fingerprint.digest:
-            raise MismatchError(f"shard {record.shard} of {self.record.name} was made by another encoder")
-        return record
+
+def _describe(payload: tuple[Buffer, ...]) -> ObjectRecord:
+    data = b"".join(payload)
+    check = int.from_bytes(payload[-1], "little") if len(payload) == 2 else None
+    return ObjectRecord(len(data), content_hash(data), check)
 
 
 def checksum(data: memoryview) -> int:

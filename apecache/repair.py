@@ -1,0 +1,125 @@
+"""Repair: exactly what is damaged is made again, by the ordinary extraction.
+
+A damaged shard is un-committed durably (seal first, then its record), so that a repair that is itself interrupted
+leaves an incomplete store, never a wrong one; then the pending shards are encoded as always. Zarr's metadata is
+written again from the records, the pair table from the user's table.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from apecache.data.pairs import PairSource
+from apecache.encoders.spec import EncoderSpec, Modality
+from apecache.extraction import ExtractReport, ExtractSpec, Progress, extract, pair_columns
+from apecache.store.files import LocalFiles
+from apecache.store.layout import SOURCE
+from apecache.store.mend import restore_fingerprint, restore_source, rewrite_metadata, uncommit, unmake_table
+from apecache.store.reader import FeatureStore
+from apecache.store.verify import Problem, VerifyReport, verify_store
+from apecache.store.writer import create_store
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """`shards`: per array the shards that were encoded again. `objects`: other objects that were written again."""
+
+    store: Path
+    shards: dict[str, tuple[int, ...]]
+    objects: tuple[str, ...]
+    after: VerifyReport
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return not self.shards and not self.objects
+
+
+def repair(
+    store: Path, source: PairSource, root: Path, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
+) -> RepairReport:
+    """Verify a store, make what is damaged again, and verify it once more.
+
+    Args:
+        source, root: the table that the store was made from, and the folder of its images.
+        spec: device, workers, and encoders that have moved (`image`, `text`); everything else is taken from the store.
+
+    Raises:
+        StoreError: an array's fingerprint and its copy are lost, so that nobody knows what it was: remove it.
+        MismatchError: the table or an encoder is not that of the store.
+    """
+    spec = spec or ExtractSpec()
+    files = LocalFiles(store)
+    objects = _mend_fingerprints(files, verify_store(store).problems)
+    found = verify_store(store)
+    harmful = [problem for problem in found.problems if problem.harmful or problem.kind == "unsealed"]
+    objects += _mend_table(files, harmful, source, root) + _mend_metadata(store, harmful)
+    shards = _damaged_shards(harmful)
+    for (modality, name), damaged in shards.items():
+        uncommit(files, modality, name, damaged)
+    for modality, name in shards:
+        _encode_again(store, modality, name, source, root, spec, progress)
+    again = {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}
+    return RepairReport(store, again, tuple(objects), verify_store(store) if harmful else found)
+
+
+def _mend_fingerprints(files: LocalFiles, problems: Iterable[Problem]) -> list[str]:
+    """Lost fingerprints, from their copy; the arrays can then be verified at all."""
+    lost = [problem for problem in problems if problem.array and problem.object.endswith("/fingerprint.json")]
+    for problem in lost:
+        if problem.array:
+            restore_fingerprint(files, *problem.array)
+    return [problem.object for problem in lost]
+
+
+def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource, root: Path) -> list[str]:
+    """The pair table, its records, the README and Zarr's root metadata, from the user's table."""
+    names = [problem.object for problem in problems if problem.array is None]
+    if names:
+        columns, where = pair_columns(source), str(root.resolve())
+        if SOURCE in names:
+            restore_source(files, columns, where)
+        unmake_table(files)
+        create_store(files, columns, where, version("apecache"))
+    return names
+
+
+def _mend_metadata(store: Path, problems: list[Problem]) -> list[str]:
+    """Zarr's metadata files of arrays, from their records."""
+    names = [p for p in problems if p.array and p.shard is None and p.object.endswith("zarr.json")]
+    opened = FeatureStore.open(store)
+    for array in {problem.array for problem in names if problem.array}:
+        rewrite_metadata(opened.files, opened.array(*array).record)
+    return [problem.object for problem in names]
+
+
+def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], list[int]]:
+    """Shards to encode again; an array whose seal alone is damaged stands with none."""
+    shards: dict[tuple[Modality, str], set[int]] = defaultdict(set)
+    for problem in problems:
+        if problem.array and problem.object.endswith("/seal.json"):
+            shards[problem.array].update(())
+        elif problem.array and problem.shard is not None:
+            shards[problem.array].add(problem.shard)
+    return {array: sorted(damaged) for array, damaged in shards.items()}
+
+
+def _encode_again(
+    store: Path,
+    modality: Modality,
+    name: str,
+    source: PairSource,
+    root: Path,
+    spec: ExtractSpec,
+    progress: Progress,
+) -> ExtractReport:
+    """The ordinary extraction of what is pending in one array, with its recorded settings."""
+    record = FeatureStore.open(store).array(modality, name).record
+    moved: EncoderSpec | None = getattr(spec, modality)
+    encoder = record.spec if moved is None else record.spec.with_name(str(moved))
+    image, text = (encoder if modality == kind else None for kind in ("image", "text"))
+    storage: Any = record.layout.dtype
+    again = replace(spec, image=image, text=text, storage_dtype=storage, add=True, max_bad=1.0)
+    return extract(source, root, store, again, progress)

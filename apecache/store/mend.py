@@ -1,0 +1,97 @@
+"""Taking things out of a store, in an order that leaves it right whenever it is interrupted."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+
+from apecache.encoders.spec import Modality
+from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.store.commit import read_record, seal_record
+from apecache.store.files import LocalFiles
+from apecache.store.layout import (
+    PAIRS,
+    SOURCE,
+    ArrayRecord,
+    array_folder,
+    commit_name,
+    described_record,
+    records_folder,
+)
+from apecache.store.writer import PairColumns, source_bytes
+
+
+def uncommit(files: LocalFiles, modality: Modality, name: str, shards: Iterable[int]) -> None:
+    """Make shards pending again: the seal goes first, then each record; the chunks stay until they are rewritten."""
+    files.remove(f"{records_folder(modality, name)}/seal.json")
+    for shard in shards:
+        files.remove(commit_name(modality, name, shard))
+
+
+def rewrite_metadata(files: LocalFiles, record: ArrayRecord) -> None:
+    """Write Zarr's metadata files of an array as they were when it was created."""
+    for path, text in record.metadata.items():
+        files.write(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
+
+
+def restore_source(files: LocalFiles, pairs: PairColumns, root: str) -> None:
+    """Write a lost source record again, for the table that the rest of the store fits.
+
+    Raises:
+        MismatchError: the store's other records are of another table.
+    """
+    rows = {"image": len(pairs.keys), "text": len(pairs.captions)}
+    for kind, count in rows.items():
+        for name in files.list(f"records/{kind}"):
+            found = read_record(files, f"{records_folder(kind, name)}/fingerprint.json")["layout"]["rows"]
+            if found != count:
+                raise MismatchError(f"{files.root}: {kind}/{name} has {found} rows, the table {count}: not its table")
+    try:
+        digest = read_record(files, PAIRS)["digest"]
+    except DamagedError:
+        digest = pairs.digest
+    if digest != pairs.digest:
+        raise MismatchError(f"{files.root} was made from another table than {pairs.origin}")
+    files.write(SOURCE, source_bytes(pairs, root))
+
+
+def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> None:
+    """Write a lost `fingerprint.json` again, from what the attributes of the Zarr group repeat of it.
+
+    Raises:
+        StoreError: they are lost too, so that nobody knows what the features are.
+    """
+    where = f"{records_folder(modality, name)}/fingerprint.json"
+    try:
+        group = json.loads(files.read(f"{array_folder(modality, name)}/zarr.json"))
+        record = described_record(modality, name, group["attributes"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(
+            f"{files.path(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features are; "
+            f"apecache remove STORE {modality}/{name}, and extract again"
+        ) from None
+    files.write(where, seal_record(where, record.to_json()))
+
+
+def unmake_table(files: LocalFiles) -> None:
+    """Make the pair table pending again: the next extraction writes it and Zarr's root metadata anew."""
+    files.remove(PAIRS)
+
+
+def remove_array(files: LocalFiles, modality: Modality, name: str) -> Mapping[str, int]:
+    """Remove an array, data and records; returns {"objects", "bytes"} that went.
+
+    Seal and commits go first and the fingerprint last: interrupted, it is an array without shards, and removing it
+    again finishes the work.
+    """
+    folders = [array_folder(modality, name), records_folder(modality, name)]
+    paths = [path for folder in folders for path in files.path(folder).rglob("*") if path.is_file()]
+    went = {"objects": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    last = f"{folders[1]}/fingerprint.json"
+    files.remove(f"{folders[1]}/seal.json")
+    for file in files.list(f"{folders[1]}/commits"):
+        files.remove(f"{folders[1]}/commits/{file}")
+    shutil.rmtree(files.path(folders[0]), ignore_errors=True)
+    shutil.rmtree(files.path(f"{folders[1]}/quarantine"), ignore_errors=True)
+    files.remove(last)
+    shutil.rmtree(files.path(folders[1]), ignore_errors=True)
+    return went

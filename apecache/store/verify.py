@@ -1,0 +1,245 @@
+"""Verification: every object of a store against its record, and everything that no record knows."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apecache.encoders.spec import Modality
+from apecache.errors import ApecacheError, DamagedError, StoreError
+from apecache.fingerprint import content_hash
+from apecache.store.commit import CommitRecord, digest_commits, read_commit, read_record
+from apecache.store.files import TEMPORARY, LocalFiles
+from apecache.store.layout import (
+    PAIRS,
+    README,
+    SOURCE,
+    ZARR,
+    ArrayRecord,
+    array_folder,
+    chunk_name,
+    commit_name,
+    quarantine_name,
+    records_folder,
+)
+
+Kind = Literal["damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign"]
+HARMFUL: tuple[Kind, ...] = ("damaged", "missing")
+Progress = Callable[[int], None]
+"""Called with the number of bytes of every object that was hashed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`object` is a path below the store. `array` (modality, name) and `shard` say what it is part of, if anything.
+
+    damaged, missing: what a record promises is not there. unsealed: all shards are committed, but the seal is not there
+    (a run was killed just before its end): nothing is served until it is. uncommitted: chunks of a shard without a
+    record (a killed run's; the next run writes them again). temporary: left by a killed writer. foreign: not ours.
+    """
+
+    kind: Kind
+    object: str
+    detail: str
+    array: tuple[Modality, str] | None = None
+    shard: int | None = None
+
+    @property
+    def harmful(self) -> bool:
+        return self.kind in HARMFUL
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`n_objects` objects of `n_bytes` were read and hashed."""
+
+    store: Path
+    n_objects: int
+    n_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not any(problem.harmful for problem in self.problems)
+
+
+def verify_store(path: Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+    """Read and hash everything.
+
+    Raises:
+        StoreError: there is no store at `path`, or one of a newer format.
+    """
+    files = LocalFiles(path)
+    if not files.exists(SOURCE) and not files.exists(PAIRS):
+        raise StoreError(f"{path} is no store (make one with: apecache extract)")
+    check = _Check(files, progress, threads)
+    check.table()
+    for modality, name in array_names(files):
+        check.array(modality, name)
+    check.strangers()
+    return VerifyReport(path, check.n_objects, check.n_bytes, tuple(check.problems))
+
+
+def array_names(files: LocalFiles) -> list[tuple[Modality, str]]:
+    """Every array that has records, or data, images first."""
+    kinds: tuple[Modality, ...] = ("image", "text")
+    return [
+        (kind, name)
+        for kind in kinds
+        for name in sorted({*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"})
+        if files.path(f"records/{kind}/{name}").is_dir() or files.path(f"{ZARR}/{kind}/{name}").is_dir()
+    ]
+
+
+class _Check:
+    """One pass over a store: collects problems, and the names of all objects that something accounts for."""
+
+    def __init__(self, files: LocalFiles, progress: Progress, threads: int) -> None:
+        self.files, self.progress, self.threads = files, progress, threads
+        self.problems: list[Problem] = []
+        self.known: set[str] = {SOURCE, PAIRS, "README.md"}
+        self.n_objects = self.n_bytes = 0
+
+    def table(self) -> None:
+        """The pair table, Zarr's metadata of the root, and the README."""
+        source, pairs = self._record(SOURCE), self._record(PAIRS)
+        if source and pairs and source.get("digest") != pairs.get("digest"):
+            self._add("damaged", PAIRS, f"belongs to another table than {SOURCE}")
+        hashes = {name: entry["blake3"] for name, entry in (pairs or {"objects": {}})["objects"].items()}
+        self._hash_all({**hashes, "README.md": content_hash(README)})
+
+    def array(self, modality: Modality, name: str) -> None:
+        array = (modality, name)
+        where = f"{records_folder(modality, name)}/fingerprint.json"
+        value = self._record(where, array)
+        try:
+            record = ArrayRecord.from_json(modality, name, value) if value else None
+        except StoreError as error:
+            self._add("damaged", where, str(error), array)
+            record = None
+        if record is None:
+            self._disown(modality, name)
+            return
+        metadata = {f"{array_folder(modality, name)}/{path}": content_hash(t) for path, t in record.metadata.items()}
+        self._hash_all(metadata, array)
+        commits = self._commits(record)
+        self._seal(record, commits)
+        self._uncommitted(record, commits)
+
+    def strangers(self) -> None:
+        """Whatever lies below the store and is not accounted for."""
+        for path in sorted(self.files.path("").rglob("*")):
+            name = path.relative_to(self.files.root).as_posix()
+            if path.is_dir() or name in self.known:
+                continue
+            temporary = path.name.startswith(TEMPORARY)
+            self._add(
+                "temporary" if temporary else "foreign", name, "left by a killed run" if temporary else "not ours"
+            )
+
+    def _commits(self, record: ArrayRecord) -> dict[int, CommitRecord]:
+        """Valid records by shard, after hashing everything that they name."""
+        found: dict[int, CommitRecord] = {}
+        for file in self.files.list(f"{records_folder(record.modality, record.name)}/commits"):
+            name = f"{records_folder(record.modality, record.name)}/commits/{file}"
+            shard = int(file.removesuffix(".json")) if file.removesuffix(".json").isdecimal() else -1
+            if name != commit_name(record.modality, record.name, shard):
+                continue
+            self.known.add(name)
+            try:
+                found[shard] = read_commit(self.files, record, shard)
+            except ApecacheError as error:
+                self._add("damaged", name, str(error), (record.modality, record.name), shard)
+                self._disown_shard(record, shard)
+        for shard, commit in found.items():
+            hashes = {object_: entry.blake3 for object_, entry in commit.objects.items()}
+            self._hash_all(hashes, (record.modality, record.name), shard)
+        return found
+
+    def _seal(self, record: ArrayRecord, commits: Mapping[int, CommitRecord]) -> None:
+        """A sealed array must have exactly the records that were sealed."""
+        array = (record.modality, record.name)
+        name = f"{records_folder(*array)}/seal.json"
+        if not self.files.exists(name):
+            if len(commits) == record.layout.n_shards:
+                self._add("unsealed", name, "every shard is committed, but the array is not sealed", array)
+            return
+        seal = self._record(name, array)
+        missing = [shard for shard in range(record.layout.n_shards) if shard not in commits]
+        reported = {problem.shard for problem in self.problems if problem.array == array}
+        for shard in missing:
+            if shard not in reported:
+                self._add("missing", commit_name(*array, shard), "the commit record is missing", array, shard)
+                self._disown_shard(record, shard)
+        hashes = (content_hash(self.files.read(commit_name(*array, shard))) for shard in sorted(commits))
+        if seal and not missing and seal.get("digest") != digest_commits(hashes):
+            self._add("damaged", name, "the array was sealed with other records", array)
+
+    def _uncommitted(self, record: ArrayRecord, commits: Mapping[int, CommitRecord]) -> None:
+        """Chunks that a killed run wrote before it could commit them."""
+        for shard in range(record.layout.n_shards):
+            if shard in commits:
+                continue
+            for name in shard_objects(record, shard):
+                if name not in self.known and self.files.exists(name):
+                    self._add("uncommitted", name, "no commit record", (record.modality, record.name), shard)
+                    self.known.add(name)
+
+    def _record(self, name: str, array: tuple[Modality, str] | None = None) -> dict[str, Any] | None:
+        self.known.add(name)
+        try:
+            return read_record(self.files, name)
+        except DamagedError as error:
+            self._add("damaged" if self.files.exists(name) else "missing", name, str(error), array)
+        return None
+
+    def _hash_all(
+        self, hashes: Mapping[str, str], array: tuple[Modality, str] | None = None, shard: int | None = None
+    ) -> None:
+        self.known.update(hashes)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for size, problem in pool.map(lambda item: self._hash(*item), hashes.items()):
+                self.n_objects += 1
+                self.n_bytes += size
+                self.progress(size)
+                if problem:
+                    self._add(*problem, array=array, shard=shard)
+
+    def _hash(self, name: str, wanted: str) -> tuple[int, tuple[Kind, str, str] | None]:
+        """Size of an object, and what is wrong with it."""
+        try:
+            data = self.files.read(name)
+        except FileNotFoundError:
+            return 0, ("missing", name, "the file is missing")
+        except StoreError as error:
+            return 0, ("damaged", name, str(error))
+        same = content_hash(data) == wanted
+        return len(data), None if same else ("damaged", name, "its hash differs from its record")
+
+    def _disown(self, modality: Modality, name: str) -> None:
+        """An array whose fingerprint is lost: its other objects are not strangers."""
+        for folder in (array_folder(modality, name), records_folder(modality, name)):
+            for path in self.files.path(folder).rglob("*"):
+                if path.is_file() and not path.name.startswith(TEMPORARY):
+                    self.known.add(path.relative_to(self.files.root).as_posix())
+
+    def _disown_shard(self, record: ArrayRecord, shard: int) -> None:
+        self.known.update(shard_objects(record, shard))
+
+    def _add(
+        self,
+        kind: Kind,
+        name: str,
+        detail: str,
+        array: tuple[Modality, str] | None = None,
+        shard: int | None = None,
+    ) -> None:
+        self.problems.append(Problem(kind, name, detail, array, shard))
+
+
+def shard_objects(record: ArrayRecord, shard: int) -> Iterator[str]:
+    """Every object that a shard may have."""
+    for part in ("features", "status"):
+        yield chunk_name(record.modality, record.name, part, shard)
+    yield quarantine_name(record.modality, record.name, shard)
