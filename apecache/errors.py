@@ -96,11 +96,13 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f"; did you mean {', '.join(found)}?" if found else ""
 
 
-def require_new(folder: Path, what: str) -> None:
-    """Refuse to write over something that exists.
+def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
+    """Refuse to write over something that exists. `overwrite`: it was asked for, but this is nothing of ours.
 
     Raises:
         RunError: `folder` exists and is not empty.
     """
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        if overwrite:
+            raise RunError(f"{folder} exists and is no {what}, so it is not overwritten; choose another --out")
         raise RunError(f"{what} {folder} exists already; choose another --out, or add --overwrite")

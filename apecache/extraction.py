@@ -3,61 +3,48 @@
 The same table and encoder give the same bytes however often the run is killed (see `apecache.encode`).
 """
 
-import os
-import platform
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apecache.data.images import load_image, resolve_below
+from apecache.data.images import load_image, read_file, resolve_below
 from apecache.data.pairs import PairSource
 from apecache.encode import EncodedShard, ImageJob, TextJob
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec, Modality
-from apecache.errors import BadRowsError, MismatchError, OptionError, RowError, StoreError
-from apecache.fingerprint import Fingerprint, Json, describe_difference
+from apecache.errors import BadRowsError, DataError, MismatchError, OptionError, RowError
+from apecache.fingerprint import Modality, content_hash
+from apecache.preparation import ExtractSpec, prepare_array
+from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, with_metadata
+from apecache.store.layout import SEGMENTS, SOURCE, ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
+from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_store
+
+__all__ = [
+    "ArrayReport",
+    "ExtractReport",
+    "ExtractSpec",
+    "Progress",
+    "extract",
+    "extract_pending",
+    "pair_columns",
+    "split_source",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with (modality, rows done, rows in all) after every batch."""
 
-MIN_SHARD_ROWS, MAX_SHARD_ROWS = 256, 4096
-SHARD_SECONDS = 60
 RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
 UNFINDABLE_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class ExtractSpec:
-    """What to encode and how. `None` leaves a choice to the store (when resuming) or to the machine (when new).
-
-    `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
-    `add`: put features of another encoder beside those that the store has.
-    """
-
-    image: EncoderSpec | None = None
-    text: EncoderSpec | None = None
-    image_batch: int | None = None
-    text_batch: int | None = None
-    shard_rows: int | None = None
-    storage_dtype: Literal["float16", "float32"] = "float16"
-    workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
-    max_bad: float = 0.01
-    device: str = "auto"
-    add: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,8 +65,11 @@ class ArrayReport:
 
 @dataclass(frozen=True)
 class ExtractReport:
+    """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all the same)."""
+
     store: Path
     arrays: tuple[ArrayReport, ...]
+    duplicates: int = 0
 
     @property
     def nothing_to_do(self) -> bool:
@@ -97,26 +87,62 @@ def extract(
     Raises:
         EncoderError, MismatchError, StoreError: before anything is encoded.
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the store.
+        DataError: one image, byte for byte, stands in two splits.
     """
+    encoders = _load_encoders(spec)
+    if spec.image:
+        _require_findable(source, root)
+    segments = split_source(source, store, spec.append)
+    totals = {encoder.spec.modality: _Total(_n_rows(source, encoder)) for encoder in encoders}
+    for path, part in segments:
+        _extract_segment(path, part, root, encoders, spec, totals, progress)
+    opened = FeatureStore.open(store)
+    reports = tuple(_report(opened, modality, total) for modality, total in totals.items())
+    duplicates = _duplicates(opened, reports)
+    _require_few_bad(reports, spec.max_bad)
+    return ExtractReport(store, reports, duplicates)
+
+
+def extract_pending(
+    segment: Path, part: PairSource, root: Path, spec: ExtractSpec, progress: Progress = lambda *_: None
+) -> None:
+    """Encode and commit what is pending in one segment, given its part of the table. Raises as `extract` does."""
+    encoders = _load_encoders(spec)
+    totals = {encoder.spec.modality: _Total(_n_rows(part, encoder)) for encoder in encoders}
+    _extract_segment(segment, part, root, encoders, spec, totals, progress)
+
+
+def _extract_segment(
+    path: Path,
+    part: PairSource,
+    root: Path,
+    encoders: Sequence[ImageEncoder | TextEncoder],
+    spec: ExtractSpec,
+    totals: Mapping[Modality, "_Total"],
+    progress: Progress,
+) -> None:
+    """All arrays are prepared, and every mismatch found, before the first row is encoded."""
+    create_store(LocalFiles(path), pair_columns(part), str(root.resolve()), version("apecache"))
+    opened = FeatureStore.open(path)
+    jobs = [_job(opened, encoder, part, root, spec, totals[encoder.spec.modality]) for encoder in encoders]
+    for job in jobs:
+        if spec.recheck:
+            _require_same_content(opened, job)
+        _run(opened.files, job, totals[job.record.modality], progress)
+
+
+def _load_encoders(spec: ExtractSpec) -> list[ImageEncoder | TextEncoder]:
     if spec.image is None and spec.text is None:
         raise OptionError("nothing to encode: give --image, --text, or both")
-    image = load_image_encoder(spec.image, spec.device) if spec.image else None
-    text = load_text_encoder(spec.text, spec.device) if spec.text else None
-    if image:
-        _require_findable(source, root)
-    files = LocalFiles(store)
-    create_store(files, pair_columns(source), str(root.resolve()), version("apecache"))
-    opened = FeatureStore.open(store)
-    jobs: list[ImageJob | TextJob] = []
-    if image:
-        record = _prepare(opened, image, len(source), spec, spec.image_batch)
-        jobs.append(ImageJob(source, root, image, record, spec.workers))
-    if text:
-        record = _prepare(opened, text, len(source.captions), spec, spec.text_batch, source.captions)
-        jobs.append(TextJob(source, text, record))
-    reports = tuple(_run(files, job, progress) for job in jobs)
-    _require_few_bad(reports, spec.max_bad)
-    return ExtractReport(store, reports)
+    encoders: list[ImageEncoder | TextEncoder] = []
+    if spec.image:
+        encoders.append(load_image_encoder(spec.image, spec.device))
+    if spec.text:
+        encoders.append(load_text_encoder(spec.text, spec.device))
+    return encoders
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def pair_columns(source: PairSource) -> PairColumns:
@@ -124,6 +150,60 @@ def pair_columns(source: PairSource) -> PairColumns:
     return PairColumns(
         source.keys, splits, labels, source.captions, source.languages, source.image_rows, source.digest, source.origin
     )
+
+
+def split_source(source: PairSource, store: Path, append: bool = False) -> list[tuple[Path, PairSource]]:
+    """Each segment's folder and its part of the table; with `append`, a new segment for what is new at its end.
+
+    Raises:
+        MismatchError: the table is not that of the store, or has grown without `append`.
+    """
+    segments, position = [], 0
+    for path in _begun_segments(store):
+        record = read_record(LocalFiles(path), SOURCE)
+        part = PairSource(source.pairs[position : position + record["n_images"]], source.origin)
+        if part.digest != record["digest"]:
+            raise MismatchError(_other_table(path, part, position))
+        segments.append((path, part))
+        position += record["n_images"]
+    rest = PairSource(source.pairs[position:], source.origin)
+    if not segments:
+        return [(store, source)]
+    if len(rest) and not append:
+        raise MismatchError(
+            f"{source.origin} has {len(rest)} images more than {store} was made from; add --append to encode them too"
+        )
+    return [*segments, (store / SEGMENTS / f"{len(segments):04d}", rest)] if len(rest) else segments
+
+
+def _begun_segments(store: Path) -> list[Path]:
+    """Folders that are claimed for a table, whether or not they were finished being made."""
+    if not LocalFiles(store).exists(SOURCE):
+        return []
+    return [store, *sorted(path.parents[1] for path in (store / SEGMENTS).glob(f"*/{SOURCE}"))]
+
+
+def _other_table(path: Path, part: PairSource, first_row: int) -> str:
+    """Where a table departs from the one that a segment was made from."""
+    other = f"{path} was made from another table"
+    remedy = "a store belongs to one table (--append takes it with new rows at its end): choose another --store"
+    try:
+        pairs = FeatureStore.open(path).pairs
+    except DataError:
+        return f"{other} than {part.origin}; {remedy}"
+    captions: list[list[str]] = [[] for _ in pairs.keys]
+    for text, image in enumerate(pairs.image_rows):
+        captions[image].append(str(pairs.captions[text]))
+    there = zip(pairs.keys, pairs.splits, pairs.labels, captions, strict=True)
+    for row, (pair, (key, split, label, texts)) in enumerate(zip(part, there, strict=False)):
+        for what, a, b in (("image", pair.key, key), ("split", pair.split, split), ("label", pair.label, label)):
+            if a != b:
+                return (
+                    f"{path} was made from another table: row {first_row + row} has {what} {a!r}, not {b!r}; {remedy}"
+                )
+        if list(pair.captions) != texts:
+            return f"{path} was made from another table: row {first_row + row} ({key}) has other captions; {remedy}"
+    return f"{path} was made from another table: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
 
 
 def _require_findable(source: PairSource, root: Path) -> None:
@@ -143,135 +223,63 @@ def _findable(key: str, root: Path) -> bool:
         return False
 
 
-# --- which array, laid out how ---------------------------------------------------------------------------------------
-
-
-def _prepare(
-    store: FeatureStore,
-    encoder: ImageEncoder | TextEncoder,
-    rows: int,
-    spec: ExtractSpec,
-    batch: int | None,
-    captions: Sequence[str] = (),
-) -> ArrayRecord:
-    """The array to fill: the one that is there, if it is of this encoder, else a new one.
-
-    Raises:
-        MismatchError: features of another encoder, preprocessing or batch size. StoreError: the disk is too small.
-    """
-    modality, name = encoder.spec.modality, encoder.spec.slug
-    existing = store.arrays(modality)
-    same = next((array for array in existing if array.name == name), None)
-    if same is None and existing and not spec.add:
-        _require_same(store, existing[0], encoder, spec, batch)
-    if same is not None:
-        _require_same(store, same, encoder, spec, batch)
-    found = same or next((a for a in existing if a.record.encoder.digest == encoder.fingerprint.digest), None)
-    if found is not None:
-        create_array(store.files, found.record)  # finishes what a killed run began
-        _recheck_environment(found.record)
-        return found.record
-    layout = _layout(encoder, rows, spec, batch, captions)
-    _require_room(store, layout)
-    fingerprint = _fingerprint(encoder, spec.storage_dtype, layout.batch_size)
-    where = environment(encoder.device)
-    record = with_metadata(ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where))
-    create_array(store.files, record)
-    return record
-
-
-def _fingerprint(encoder: ImageEncoder | TextEncoder, dtype: str, batch: int) -> Fingerprint:
-    return Fingerprint({"encoder": encoder.fingerprint.fields, "storage": {"dtype": dtype, "batch_size": batch}})
-
-
-def _require_same(
-    store: FeatureStore, array: FeatureArray, encoder: ImageEncoder | TextEncoder, spec: ExtractSpec, batch: int | None
-) -> None:
-    """Without a batch size asked for, the recorded one is taken; the encoder and the storage must be the same."""
-    recorded = array.record
-    wanted = _fingerprint(encoder, spec.storage_dtype, batch or recorded.layout.batch_size)
-    differences = wanted.difference(recorded.fingerprint)
-    if differences:
-        raise MismatchError(
-            f"{store.path} holds {recorded.modality} features {array.name} of another encoder or setting: "
-            f"{describe_difference(differences)}; choose another --store"
-            + (", or add --add to keep both" if array.name != encoder.spec.slug else ""),
-            differences,
-        )
-
-
-def _layout(
-    encoder: ImageEncoder | TextEncoder, rows: int, spec: ExtractSpec, batch: int | None, captions: Sequence[str]
-) -> ArrayLayout:
-    on_gpu = encoder.device.type == "cuda"
-    size = batch or (256 if on_gpu else 32)
-    per_row = encoder.dim * np.dtype(spec.storage_dtype).itemsize
-    shard_rows = spec.shard_rows or _calibrated_rows(encoder, size, captions)
-    shard_rows = max(1, min(shard_rows, rows, MAX_SHARD_BYTES // per_row))
-    return ArrayLayout(rows, encoder.dim, spec.storage_dtype, shard_rows, size, torch.get_num_threads())
-
-
-def _calibrated_rows(encoder: ImageEncoder | TextEncoder, batch: int, captions: Sequence[str]) -> int:
-    """Rows of about a minute of encoding, as a power of two: what a kill can cost at most."""
-
-    def once() -> float:
-        begin = time.perf_counter()
-        if isinstance(encoder, ImageEncoder):
-            encoder.encode(torch.zeros(batch, *encoder.input_shape))
-        else:
-            encoder.encode(list(captions[:batch]) or ["a"], batch)
-        return time.perf_counter() - begin
-
-    once()
-    rows = SHARD_SECONDS * batch / max(once(), 1e-6)
-    return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, 2 ** int(np.log2(rows)))))
-
-
-def _require_room(store: FeatureStore, layout: ArrayLayout) -> None:
-    needed = int(1.05 * layout.n_shards * layout.shard_rows * (layout.dim * np.dtype(layout.dtype).itemsize + 1))
-    free = shutil.disk_usage(store.path).free
-    if needed > free:
-        raise StoreError(f"{store.path}: {needed / 1e9:.1f} GB needed for the features, {free / 1e9:.1f} GB free")
-
-
-def environment(device: torch.device) -> Json:
-    """Versions and device: recorded, never part of the identity."""
-    names = ("apecache", "torch", "timm", "transformers", "numpy", "pillow", "zarr")
-    versions = {name: version(name) for name in names}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"versions": versions, "device": device.type, "hardware": gpu, "python": platform.python_version()}
-
-
-def _recheck_environment(record: ArrayRecord) -> None:
-    """A resume computes with the recorded number of threads."""
-    torch.set_num_threads(record.layout.threads)
-
-
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def _run(files: LocalFiles, job: ImageJob | TextJob, progress: Progress) -> ArrayReport:
-    """Encode and commit every pending shard, then seal."""
+@dataclass
+class _Total:
+    """What a run did with one modality, over all segments. `layout` is that of the first."""
+
+    rows: int
+    layout: ArrayLayout | None = None
+    name: str = ""
+    done: int = 0
+    n_encoded: int = 0
+    n_truncated: int = 0
+    seconds: float = 0.0
+
+
+def _n_rows(source: PairSource, encoder: ImageEncoder | TextEncoder) -> int:
+    return len(source) if isinstance(encoder, ImageEncoder) else len(source.captions)
+
+
+def _job(
+    store: FeatureStore,
+    encoder: ImageEncoder | TextEncoder,
+    part: PairSource,
+    root: Path,
+    spec: ExtractSpec,
+    total: _Total,
+) -> ImageJob | TextJob:
+    captions = () if isinstance(encoder, ImageEncoder) else part.captions
+    record = prepare_array(store, encoder, _n_rows(part, encoder), spec, total.layout, captions)
+    total.layout, total.name = total.layout or record.layout, record.name
+    if isinstance(encoder, ImageEncoder):
+        return ImageJob(part, root, encoder, record, spec.workers)
+    return TextJob(part, encoder, record)
+
+
+def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
+    """Encode and commit every pending shard of one segment, then seal it."""
     writer, record = ArrayWriter(files, job.record), job.record
     committed = writer.committed()
     pending = [shard for shard in range(record.layout.n_shards) if shard not in committed]
-    done = sum(stop - start for start, stop in (commit.rows for commit in committed.values()))
     if pending and committed:
         _spot_check(files, job)
-    begin, n_truncated, total = time.perf_counter(), 0, record.layout.rows
-    position = [done]
 
     def advance(count: int) -> None:
-        position[0] += count
-        progress(record.modality, position[0], total)
+        total.done += count
+        progress(record.modality, total.done, total.rows)
 
-    progress(record.modality, done, total)
+    advance(sum(stop - start for start, stop in (commit.rows for commit in committed.values())))
+    begin, done_before = time.perf_counter(), total.done
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
         features, quarantined = _storable(encoded, record, shard, job)
         writer.commit(shard, features, encoded.content, quarantined)
-        n_truncated += encoded.n_truncated
+        total.n_truncated += encoded.n_truncated
     writer.seal()
-    return _report(files, record, total - done, n_truncated, time.perf_counter() - begin)
+    total.n_encoded += total.done - done_before
+    total.seconds += time.perf_counter() - begin
 
 
 def _storable(
@@ -290,23 +298,23 @@ def _storable(
     return features, rows
 
 
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
 def _spot_check(files: LocalFiles, job: ImageJob | TextJob) -> None:
     """Encode a few committed rows again: a library update between two runs can change pixels or kernels.
 
     Raises:
-        MismatchError: a committed row now has cosine below 0.9999 with itself.
+        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot be read any more.
     """
     array = FeatureArray(files, job.record)
     shard = min(array.commits)
-    rows = [row for row in array.rows_ok(shard) if row < job.record.layout.shard(shard).start + RECHECKED_ROWS]
+    first = job.record.layout.shard(shard).start
+    rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
     if not rows:
         return
-    stored = array.load_shard(shard)[[row - job.record.layout.shard(shard).start for row in rows]].astype(np.float32)
-    if isinstance(job, ImageJob):
-        images = [job.encoder.preprocess(load_image(job.key(row), job.root).image) for row in rows]
-        fresh = job.encoder.encode(torch.stack(images)).numpy()
-    else:
-        fresh = job.encoder.encode([job.source.captions[row] for row in rows]).numpy()
+    stored = array.load_shard(shard)[[row - first for row in rows]].astype(np.float32)
+    fresh = _encode_rows(job, rows)
     norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
     cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
     if cosine < RECHECK_COSINE:
@@ -316,13 +324,50 @@ def _spot_check(files: LocalFiles, job: ImageJob | TextJob) -> None:
         )
 
 
-def _report(files: LocalFiles, record: ArrayRecord, n_encoded: int, n_truncated: int, seconds: float) -> ArrayReport:
-    array = FeatureArray(files, record)
+def _encode_rows(job: ImageJob | TextJob, rows: list[int]) -> NDArray[np.float32]:
+    if isinstance(job, TextJob):
+        encoded: NDArray[np.float32] = job.encoder.encode([job.source.captions[row] for row in rows]).numpy()
+        return encoded
+    try:
+        pixels = [job.encoder.preprocess(load_image(job.key(row), job.root).image) for row in rows]
+    except RowError as error:
+        raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
+    encoded = job.encoder.encode(torch.stack(pixels)).numpy()
+    return encoded
+
+
+def _require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
+    """Read every committed row's input again.
+
+    Raises:
+        MismatchError: some have other bytes than when they were encoded.
+    """
+    recorded = FeatureArray(store.files, job.record).content()
+    changed = [row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest]
+    if changed:
+        keys = ", ".join(job.key(row) for row in changed[:3])
+        raise MismatchError(
+            f"{len(changed)} of {len(recorded)} {job.record.modality} rows are not what was encoded ({keys}); "
+            "bring the old files back, or make a new --store"
+        )
+
+
+def _content(job: ImageJob | TextJob, row: int) -> str:
+    if isinstance(job, TextJob):
+        return content_hash(job.source.captions[row])
+    try:
+        return content_hash(read_file(resolve_below(job.key(row), job.root), job.key(row)))
+    except RowError:
+        return ""
+
+
+def _report(store: FeatureStore, modality: Modality, total: _Total) -> ArrayReport:
+    array = store.array(modality, total.name)
     bad = array.quarantined() if array.n_quarantined else []
     reasons = dict(Counter(row["reason"] for row in bad))
     examples = tuple(f"row {row['row']}: {row['reason']}: {row['detail']}" for row in bad[:5])
-    counts = (n_encoded, len(bad), n_truncated)
-    return ArrayReport(record.modality, record.name, array.rows, array.dim, *counts, reasons, examples, seconds)
+    counts = (total.n_encoded, len(bad), total.n_truncated)
+    return ArrayReport(modality, array.name, array.rows, array.dim, *counts, reasons, examples, total.seconds)
 
 
 def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
@@ -333,3 +378,24 @@ def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
                 f"{report.n_quarantined} of {report.rows} {report.modality} rows could not be encoded ({reasons}; the "
                 f"first: {report.examples[0]}); all others are in the store: mend the inputs, or accept with --max-bad"
             )
+
+
+def _duplicates(store: FeatureStore, reports: Iterable[ArrayReport]) -> int:
+    """Images whose file has the bytes of an earlier one's.
+
+    Raises:
+        DataError: two of them stand in different splits, so that what is reported would have been trained on.
+    """
+    name = next((report.name for report in reports if report.modality == "image"), None)
+    if name is None:
+        return 0
+    pairs, first, count = store.pairs, dict[str, int](), 0
+    for row, digest in enumerate(store.array("image", name).content()):
+        other = first.setdefault(digest, row) if digest else row
+        count += other != row
+        if pairs.splits[other] != pairs.splits[row]:
+            raise DataError(
+                f"{pairs.keys[other]} ({pairs.splits[other]}) and {pairs.keys[row]} ({pairs.splits[row]}) are the same "
+                "file in two splits; all features are in the store: take one of them out of the table"
+            )
+    return count

@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from blake3 import blake3
+
+Modality = Literal["image", "text"]
 
 FEATURE_CODE_VERSION = 1
 """Raised by hand whenever our own code would compute other features from the same encoder and input."""

@@ -63,7 +63,7 @@ def build_index(
     """
     faiss = _faiss()
     if not ((out / "index.json").is_file() and overwrite):
-        require_new(out, "index")
+        require_new(out, "index", overwrite)
     heads = load_heads(run)
     embedded = embed_store(heads, store, split)
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
@@ -78,7 +78,7 @@ def build_index(
             "format": FORMAT_VERSION,
             "head": heads.digest,
             "split": split,
-            "data": store.source["digest"],
+            "data": store.digest,
             **counts,
         }
         (temporary / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -194,7 +194,7 @@ class SearchIndex:
             raise RunError(f"{self.path}: {name}.faiss does not fit {name}.jsonl and the head; build the index again")
         scores, found = index.search(np.ascontiguousarray(query.cpu().numpy()), min(k, index.ntotal))
         return [
-            Hit(rank, rows[i]["key"], rows[i]["caption"], float(score))
+            Hit(rank, rows[i][0], rows[i][1], float(score))
             for rank, (i, score) in enumerate(zip(found[0].tolist(), scores[0].tolist(), strict=True), 1)
         ]
 
@@ -206,11 +206,12 @@ class SearchIndex:
                 f"{self.path / name}.faiss cannot be read ({str(error).splitlines()[0][:80]}); build it again"
             ) from None
 
-    def _rows(self, name: str) -> Sequence[dict[str, str]]:
+    def _rows(self, name: str) -> Sequence[tuple[str, str]]:
+        """(key, caption) in the order of the vectors."""
         try:
             with (self.path / f"{name}.jsonl").open(encoding="utf-8", newline="\n") as file:
-                return [json.loads(line) for line in file]
-        except (OSError, ValueError) as error:
+                return [(row["key"], row["caption"]) for row in map(json.loads, file)]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"{self.path / name}.jsonl cannot be read ({error}); build the index again") from None
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from apecache.data.pairs import PairSource
-from apecache.encoders.spec import EncoderSpec, Modality
-from apecache.extraction import ExtractReport, ExtractSpec, Progress, extract, pair_columns
+from apecache.encoders.spec import EncoderSpec
+from apecache.errors import DamagedError
+from apecache.extraction import ExtractSpec, Progress, extract_pending, pair_columns, split_source
+from apecache.fingerprint import Modality
+from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import SOURCE
+from apecache.store.layout import SOURCE, records_folder
 from apecache.store.mend import restore_fingerprint, restore_source, rewrite_metadata, uncommit, unmake_table
 from apecache.store.reader import FeatureStore
-from apecache.store.verify import Problem, VerifyReport, verify_store
+from apecache.store.verify import Problem, VerifyReport, segment_folders, verify_segment, verify_store
 from apecache.store.writer import create_store
 
 
@@ -51,18 +54,54 @@ def repair(
         MismatchError: the table or an encoder is not that of the store.
     """
     spec = spec or ExtractSpec()
+    shards: dict[str, tuple[int, ...]] = {}
+    objects: list[str] = []
+    _mend_sources(source, store, root)
+    for path, part in split_source(source, store):
+        again, rewritten = _repair_segment(path, part, root, spec, progress)
+        prefix = "" if path == store else f"{path.relative_to(store).as_posix()}/"
+        shards |= {f"{prefix}{array}": damaged for array, damaged in again.items()}
+        objects += [f"{prefix}{name}" for name in rewritten]
+    return RepairReport(store, shards, tuple(objects), verify_store(store))
+
+
+def _mend_sources(source: PairSource, store: Path, root: Path) -> None:
+    """Lost claims to the table, so that it can be divided into segments. How many images a segment has, its image
+    features still know; the last one has the rest."""
+    first = 0
+    for path in (store, *segment_folders(store)):
+        files = LocalFiles(path)
+        try:
+            count = read_record(files, SOURCE)["n_images"]
+        except DamagedError:
+            count = _n_images(files, len(source) - first)
+            part = PairSource(source.pairs[first : first + count], source.origin)
+            restore_source(files, pair_columns(part), str(root.resolve()))
+        first += count
+
+
+def _n_images(files: LocalFiles, otherwise: int) -> int:
+    for name in files.list("records/image"):
+        rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")["layout"]["rows"]
+        return rows
+    return otherwise
+
+
+def _repair_segment(
+    store: Path, source: PairSource, root: Path, spec: ExtractSpec, progress: Progress
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shards that were encoded again by array, and other objects that were written again."""
     files = LocalFiles(store)
-    objects = _mend_fingerprints(files, verify_store(store).problems)
-    found = verify_store(store)
-    harmful = [problem for problem in found.problems if problem.harmful or problem.kind == "unsealed"]
+    objects = _mend_fingerprints(files, verify_segment(store).problems)
+    problems = verify_segment(store).problems
+    harmful = [problem for problem in problems if problem.harmful or problem.kind == "unsealed"]
     objects += _mend_table(files, harmful, source, root) + _mend_metadata(store, harmful)
     shards = _damaged_shards(harmful)
     for (modality, name), damaged in shards.items():
         uncommit(files, modality, name, damaged)
     for modality, name in shards:
         _encode_again(store, modality, name, source, root, spec, progress)
-    again = {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}
-    return RepairReport(store, again, tuple(objects), verify_store(store) if harmful else found)
+    return {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}, objects
 
 
 def _mend_fingerprints(files: LocalFiles, problems: Iterable[Problem]) -> list[str]:
@@ -78,11 +117,8 @@ def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource, 
     """The pair table, its records, the README and Zarr's root metadata, from the user's table."""
     names = [problem.object for problem in problems if problem.array is None]
     if names:
-        columns, where = pair_columns(source), str(root.resolve())
-        if SOURCE in names:
-            restore_source(files, columns, where)
         unmake_table(files)
-        create_store(files, columns, where, version("apecache"))
+        create_store(files, pair_columns(source), str(root.resolve()), version("apecache"))
     return names
 
 
@@ -114,7 +150,7 @@ def _encode_again(
     root: Path,
     spec: ExtractSpec,
     progress: Progress,
-) -> ExtractReport:
+) -> None:
     """The ordinary extraction of what is pending in one array, with its recorded settings."""
     record = FeatureStore.open(store).array(modality, name).record
     moved: EncoderSpec | None = getattr(spec, modality)
@@ -122,4 +158,4 @@ def _encode_again(
     image, text = (encoder if modality == kind else None for kind in ("image", "text"))
     storage: Any = record.layout.dtype
     again = replace(spec, image=image, text=text, storage_dtype=storage, add=True, max_bad=1.0)
-    return extract(source, root, store, again, progress)
+    extract_pending(store, source, root, again, progress)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, search
+from . import demo, evaluate, extract, fit, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -17,11 +17,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extract.extract)
-app.command()(extract.info)
 app.command("fit-head")(fit.fit_head)
 app.command()(evaluate.evaluate)
 app.command()(search.index)
 app.command()(search.search)
+for _command in (store.info, store.verify, store.repair, store.remove, store.export, store.upgrade):
+    app.command()(_command)
 app.command()(demo.demo)
 
 

@@ -67,7 +67,7 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
     opened = FeatureStore.open(store)
     embedded = embed_store(heads, opened, split)
     report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
-    seen = _seen(heads.training, opened.source["digest"], split)
+    seen = _seen(heads.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
     return {

@@ -1,4 +1,4 @@
-"""`apecache extract` and `apecache info`."""
+"""`apecache extract`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +45,8 @@ def extract(
         float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
     ] = 0.01,
     add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="The table has grown at its end: encode that too.")] = False,
+    recheck: Annotated[bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")] = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -70,7 +72,8 @@ def extract(
 
         options: dict[str, Any] = {"image": specs[0], "text": specs[1], "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
-        options |= {"device": device, "add": add, **({"workers": workers} if workers else {})}
+        options |= {"device": device, "add": add, "append": append, "recheck": recheck}
+        options |= {"workers": workers} if workers else {}
         spec = ExtractSpec(**options)
         with progress() as update:
             report = run(source, root or pairs.parent, store, spec, update)
@@ -105,8 +108,12 @@ def show_extracted(report: Any, json: bool) -> None:
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
+        if array.n_quarantined > len(array.examples):
+            warn(f"{array.n_quarantined} {array.modality} rows are unreadable in all; apecache info names the reasons")
         if array.n_truncated:
             warn(f"{array.n_truncated} captions were longer than the encoder takes and were cut")
+    if report.duplicates:
+        warn(f"{report.duplicates} images are the same file, byte for byte, as an earlier one")
     if json:
         show_json({**vars(report), "arrays": [vars(a) for a in report.arrays], "nothing_to_do": report.nothing_to_do})
     elif report.nothing_to_do:
@@ -118,63 +125,3 @@ def show_extracted(report: Any, json: bool) -> None:
             for a in report.arrays
         ]
         show_table(str(report.store), columns, rows)
-
-
-def info(
-    store: Annotated[Path, typer.Argument(help="A feature store.")],
-    json: Json = False,
-) -> None:
-    """Show what is in a store: pairs and splits, features, by which encoder, how complete.
-
-    Example: apecache info store
-    """
-    with ending():
-        from apecache.store.reader import FeatureStore
-
-        opened = FeatureStore.open(store)
-        pairs, arrays = opened.pairs, [describe(array) for array in opened.arrays()]
-        if json:
-            counts = {"n_images": len(pairs.keys), "n_texts": len(pairs.captions), "splits": pairs.split_counts()}
-            show_json({"store": str(store), "origin": opened.source["origin"], **counts, "arrays": arrays})
-            return
-        splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items())
-        typer.echo(f"{store}: {len(pairs.keys):,} images, {len(pairs.captions):,} captions; images by split: {splits}")
-        columns = ("modality", "features", "encoder", "rows", "dim", "dtype", "done", "unreadable", "MB")
-        rows = [
-            (
-                a["modality"],
-                a["name"],
-                a["encoder"],
-                a["rows"],
-                a["dim"],
-                a["dtype"],
-                f"{a['done']:.0%}",
-                a["quarantined"],
-                a["mb"],
-            )
-            for a in arrays
-        ]
-        show_table("features", columns, rows)
-
-
-def describe(array: Any) -> dict[str, Any]:
-    record = array.record
-    reasons: dict[str, int] = {}
-    for row in array.quarantined() if array.n_quarantined else ():
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    return {
-        "modality": record.modality,
-        "name": record.name,
-        "encoder": str(record.spec),
-        "rows": array.rows,
-        "dim": array.dim,
-        "dtype": str(array.dtype),
-        "done": array.share_done,
-        "complete": array.complete,
-        "quarantined": array.n_quarantined,
-        "reasons": reasons,
-        "mb": array.rows * array.dim * array.dtype.itemsize / 1e6,
-        "fingerprint": record.fingerprint.digest,
-        "layout": vars(record.layout),
-        "environment": record.environment,
-    }

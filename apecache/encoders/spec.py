@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from apecache.errors import EncoderError, nearest
+from apecache.fingerprint import Modality
 
-Modality = Literal["image", "text"]
 Pooling = Literal["default", "cls", "mean"]
 LIBRARIES = ("timm", "hf")
 

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apecache.encoders.spec import Modality
 from apecache.errors import DataError, nearest
+from apecache.fingerprint import Modality
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.store.reader import FeatureArray, FeatureStore
 

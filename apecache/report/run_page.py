@@ -59,7 +59,8 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
 class _ItemMaker:
     def __init__(self, embedded: Embeddings, store: FeatureStore, root: Path, ranks: Tensor, top: int) -> None:
         self.embedded, self.pairs, self.root, self.ranks, self.top = embedded, store.pairs, root, ranks, top
-        self.captions = {int(image): int(text) for text, image in enumerate(self.pairs.image_rows)}
+        texts = embedded.text_rows[::-1]  # so that an image's first usable caption stays
+        self.captions = {int(self.pairs.image_rows[text]): int(text) for text in texts}
 
     def item(self, text: int) -> Hit:
         scores = self.embedded.image @ self.embedded.text[text]

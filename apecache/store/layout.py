@@ -13,6 +13,8 @@
         quarantine/00000012.jsonl             rows that could not be encoded, and why
         seal.json                             written last
 
+    STORE/segments/0001/                      rows that were appended: a store of its own, with the same layout
+
 One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros.
 """
 
@@ -26,13 +28,14 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from apecache.encoders.spec import EncoderSpec, Modality
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import StoreError
-from apecache.fingerprint import Fingerprint, Json
+from apecache.fingerprint import Fingerprint, Json, Modality
 
 FORMAT_VERSION = 1
 ZARR = "features.zarr"
 SOURCE, PAIRS = "records/source.json", "records/pairs.json"
+SEGMENTS = "segments"
 MISSING, OK, QUARANTINED = 0, 1, 2
 MAX_SHARD_BYTES = 64 << 20
 PAIR_CHUNK_ROWS = 65_536

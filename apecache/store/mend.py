@@ -4,8 +4,8 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 
-from apecache.encoders.spec import Modality
-from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.errors import DamagedError, MismatchError, StoreError, nearest
+from apecache.fingerprint import Modality
 from apecache.store.commit import read_record, seal_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
@@ -95,3 +95,25 @@ def remove_array(files: LocalFiles, modality: Modality, name: str) -> Mapping[st
     files.remove(last)
     shutil.rmtree(files.path(folders[1]), ignore_errors=True)
     return went
+
+
+def find_array(files: LocalFiles, name: str) -> tuple[Modality, str]:
+    """`NAME`, `image/NAME` or `text/NAME` of an array that is there, whole or not.
+
+    Raises:
+        StoreError: no store, no such array, or one of each modality.
+    """
+    if not files.exists(SOURCE) and not files.exists(PAIRS):
+        raise StoreError(f"{files.root} is no store")
+    kinds: tuple[Modality, ...] = ("image", "text")
+    there = [
+        (kind, array)
+        for kind in kinds
+        for array in sorted({*files.list(f"records/{kind}"), *files.list(array_folder(kind, "."))} - {"zarr.json"})
+    ]
+    found = [(kind, array) for kind, array in there if name in (array, f"{kind}/{array}")]
+    if len(found) != 1:
+        names = [f"{kind}/{array}" for kind, array in there]
+        what = "several arrays are called" if found else "no features"
+        raise StoreError(f"{files.root}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}")
+    return found[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import zarr
 from google_crc32c import extend as crc32c_extend
 from numpy.typing import NDArray
 
-from apecache.encoders.spec import Modality
 from apecache.errors import DamagedError, IncompleteError, StoreError, nearest
-from apecache.fingerprint import content_hash
+from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.store.commit import CommitRecord, digest_commits, read_commits, read_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
     OK,
     PAIRS,
+    QUARANTINED,
+    SEGMENTS,
     SOURCE,
     ZARR,
     ArrayRecord,
@@ -56,10 +58,16 @@ class PairTable:
 
 @dataclass(frozen=True)
 class FeatureArray:
-    """One encoder's features of one modality. `rows` of `dim`, `dtype` float16 or float32, not normalised."""
+    """One encoder's features of one modality. `rows` of `dim`, `dtype` float16 or float32, not normalised.
+
+    `files`, `record` and `commits` are those of the first segment; `appended` are the later ones. `rows_to_come`:
+    rows of segments that have nothing of this encoder yet.
+    """
 
     files: LocalFiles
     record: ArrayRecord
+    appended: tuple["FeatureArray", ...] = ()
+    rows_to_come: int = 0
 
     @property
     def name(self) -> str:
@@ -67,7 +75,7 @@ class FeatureArray:
 
     @property
     def rows(self) -> int:
-        return self.record.layout.rows
+        return self.record.layout.rows + sum(array.rows for array in self.appended) + self.rows_to_come
 
     @property
     def dim(self) -> int:
@@ -83,26 +91,39 @@ class FeatureArray:
 
     @property
     def share_done(self) -> float:
-        return len(self.commits) / max(1, self.record.layout.n_shards)
+        return self._rows_done / max(1, self.rows)
 
     @property
     def complete(self) -> bool:
-        return self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
+        sealed = self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
+        return sealed and not self.rows_to_come and all(array.complete for array in self.appended)
 
     @property
     def n_quarantined(self) -> int:
-        return sum(record.n_quarantined for record in self._known.values())
+        own = sum(record.n_quarantined for record in self._known.values())
+        return own + sum(array.n_quarantined for array in self.appended)
 
     def quarantined(self) -> list[dict[str, Any]]:
         """{row, key, reason, detail} of every row that could not be encoded, by row."""
         commits = self._known.values()
         names = [quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits]
-        return [
+        rows = [
             json.loads(line)
             for commit, name in zip(commits, names, strict=True)
             if name in commit.objects
             for line in self._read_checked(commit, name).splitlines()
         ]
+        later = (({**row, "row": row["row"] + first}) for array, first in self._later for row in array.quarantined())
+        return [*rows, *later]
+
+    def content(self) -> list[str]:
+        """Hash of every row's input, as it was read; empty where it could not be, or has not been yet."""
+        hashes = [""] * self.record.layout.rows
+        for commit in self._known.values():
+            hashes[commit.rows[0] : commit.rows[1]] = commit.content
+        for array in self.appended:
+            hashes += array.content()
+        return hashes + [""] * self.rows_to_come
 
     def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
         """All rows [rows, dim], read in parallel into one buffer; quarantined rows are NaN.
@@ -119,6 +140,8 @@ class FeatureArray:
             raise ValueError(f"out: expected contiguous, writable {(self.rows, self.dim)} of {self.dtype}")
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda commit: self._load_shard(commit, "features", target), commits.values()))
+        for array, first in self._later:
+            array.load(target[first : first + array.rows], threads)
         return target
 
     def load_ok(self) -> NDArray[np.bool_]:
@@ -126,6 +149,8 @@ class FeatureArray:
         status = np.zeros(self.rows, np.uint8)
         for commit in self._sealed.values():
             self._load_shard(commit, "status", status)
+        for array, first in self._later:
+            status[first : first + array.rows] = np.where(array.load_ok(), OK, QUARANTINED)
         ok: NDArray[np.bool_] = status == OK
         return ok
 
@@ -149,10 +174,16 @@ class FeatureArray:
 
     @cached_property
     def _sealed(self) -> Mapping[int, CommitRecord]:
-        """All records, read anew: `commits` may be older than the seal."""
-        what = f"{self.record.modality}/{self.name}"
+        """All records of the first segment. Raises IncompleteError unless all segments are complete."""
         if not self.complete:
+            what = f"{self.record.modality}/{self.name}"
             raise IncompleteError(f"{what} is {self.share_done:.0%} done; resume with the same apecache extract")
+        return self._own_sealed
+
+    @cached_property
+    def _own_sealed(self) -> Mapping[int, CommitRecord]:
+        """Read anew: `commits` may be older than the seal."""
+        what = f"{self.record.modality}/{self.name}"
         name = f"{records_folder(self.record.modality, self.name)}/seal.json"
         wanted = read_record(self.files, name).get("digest")
         found = list(read_commits(self.files, self.record))
@@ -162,9 +193,21 @@ class FeatureArray:
         return {record.shard: record for record, _ in found}
 
     @property
+    def _later(self) -> list[tuple["FeatureArray", int]]:
+        """Appended segments, each with its first row."""
+        starts = accumulate((array.rows for array in self.appended), initial=self.record.layout.rows)
+        return list(zip(self.appended, starts, strict=False))
+
+    @property
+    def _rows_done(self) -> int:
+        own = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
+        return own + sum(array._rows_done for array in self.appended)
+
+    @property
     def _known(self) -> Mapping[int, CommitRecord]:
         """What can be relied on: all records of a complete array, else those that are there."""
-        return self._sealed if self.complete else self.commits
+        sealed = self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
+        return self._own_sealed if sealed else self.commits
 
     def _commit(self, shard: int) -> CommitRecord:
         if shard not in self.commits:
@@ -205,10 +248,15 @@ class FeatureArray:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A store that exists. `open` reads only records; features are read by `FeatureArray.load`."""
+    """A store that exists. `open` reads only records; features are read by `FeatureArray.load`.
+
+    Rows that were appended lie in segments, each a store of its own in `segments/0001`, …; here they follow the rows of
+    the first, in pairs and arrays alike.
+    """
 
     path: Path
     files: LocalFiles
+    segments: tuple["FeatureStore", ...] = ()
 
     @staticmethod
     def open(path: Path | str) -> "FeatureStore":
@@ -222,16 +270,32 @@ class FeatureStore:
             what = "was not finished being made; run the same apecache extract again" if begun else f"is no store{hint}"
             raise StoreError(f"{root} {what}" + ("" if begun else " (make one with: apecache extract)"))
         read_record(files, PAIRS)
-        return FeatureStore(root, files)
+        return FeatureStore(root, files, tuple(FeatureStore.open(path) for path in segment_paths(root)))
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """digest, n_images, n_texts, origin and root of the table that the store was made from."""
+        """digest, n_images, n_texts, origin and root of the table that the first segment was made from."""
         return read_record(self.files, SOURCE)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the whole pair table."""
+        digests = [self.source["digest"], *(segment.digest for segment in self.segments)]
+        return str(digests[0]) if len(digests) == 1 else digest_strings(digests)
 
     @cached_property
     def pairs(self) -> PairTable:
         """The whole pair table. Raises DamagedError if an object of it is not what was written."""
+        tables = [self._own_pairs(), *(segment.pairs for segment in self.segments)]
+        if len(tables) == 1:
+            return tables[0]
+        names = ("keys", "splits", "labels", "captions", "languages")
+        keys, splits, labels, captions, languages = (np.concatenate([getattr(t, n) for t in tables]) for n in names)
+        starts = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
+        image_rows = np.concatenate([t.image_rows + first for t, first in zip(tables, starts, strict=True)])
+        return PairTable(keys, splits, labels, captions, languages, image_rows, self.digest)
+
+    def _own_pairs(self) -> PairTable:
         record = read_record(self.files, PAIRS)
         if record["digest"] != self.source["digest"]:
             raise DamagedError(f"{self.files.path(PAIRS)} and {SOURCE} are of different tables; restore the files")
@@ -267,10 +331,20 @@ class FeatureStore:
 
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
         value = read_record(self.files, f"{records_folder(modality, name)}/fingerprint.json")
-        return FeatureArray(self.files, ArrayRecord.from_json(modality, name, value))
+        record = ArrayRecord.from_json(modality, name, value)
+        there = [segment for segment in self.segments if name in segment._names(modality)]
+        count = "n_images" if modality == "image" else "n_texts"
+        to_come = sum(segment.source[count] for segment in self.segments if segment not in there)
+        appended = tuple(segment._open_array(modality, name) for segment in there)
+        return FeatureArray(self.files, record, appended, to_come)
 
     def _names(self, modality: Modality) -> list[str]:
         """Arrays that are there. An empty folder is one that a killed writer has just begun."""
         return [
             name for name in self.files.list(f"records/{modality}") if self.files.list(records_folder(modality, name))
         ]
+
+
+def segment_paths(root: Path) -> list[Path]:
+    """Folders of the appended segments that exist, in order."""
+    return sorted(path.parents[1] for path in (root / SEGMENTS).glob("*/records/pairs.json"))

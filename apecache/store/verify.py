@@ -1,19 +1,19 @@
 """Verification: every object of a store against its record, and everything that no record knows."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from apecache.encoders.spec import Modality
 from apecache.errors import ApecacheError, DamagedError, StoreError
-from apecache.fingerprint import content_hash
+from apecache.fingerprint import Modality, content_hash
 from apecache.store.commit import CommitRecord, digest_commits, read_commit, read_record
 from apecache.store.files import TEMPORARY, LocalFiles
 from apecache.store.layout import (
     PAIRS,
     README,
+    SEGMENTS,
     SOURCE,
     ZARR,
     ArrayRecord,
@@ -65,11 +65,17 @@ class VerifyReport:
 
 
 def verify_store(path: Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
-    """Read and hash everything.
+    """Read and hash everything, appended segments too.
 
     Raises:
         StoreError: there is no store at `path`, or one of a newer format.
     """
+    own = verify_segment(path, progress, threads)
+    return _with_segments(own, [verify_segment(folder, progress, threads) for folder in segment_folders(path)])
+
+
+def verify_segment(path: Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+    """One segment alone (the store itself is the first). Raises as `verify_store` does."""
     files = LocalFiles(path)
     if not files.exists(SOURCE) and not files.exists(PAIRS):
         raise StoreError(f"{path} is no store (make one with: apecache extract)")
@@ -79,6 +85,22 @@ def verify_store(path: Path, progress: Progress = lambda _: None, threads: int =
         check.array(modality, name)
     check.strangers()
     return VerifyReport(path, check.n_objects, check.n_bytes, tuple(check.problems))
+
+
+def _with_segments(own: VerifyReport, segments: Sequence[VerifyReport]) -> VerifyReport:
+    """One report; the objects of a segment are named from the store's root."""
+    problems = list(own.problems)
+    for report in segments:
+        prefix = report.store.relative_to(own.store).as_posix()
+        problems += [replace(problem, object=f"{prefix}/{problem.object}") for problem in report.problems]
+    n_objects = own.n_objects + sum(report.n_objects for report in segments)
+    n_bytes = own.n_bytes + sum(report.n_bytes for report in segments)
+    return VerifyReport(own.store, n_objects, n_bytes, tuple(problems))
+
+
+def segment_folders(path: Path) -> list[Path]:
+    """Appended segments that anything is left of, in order."""
+    return sorted(folder for folder in (path / SEGMENTS).glob("*") if any(folder.glob("records/*.json")))
 
 
 def array_names(files: LocalFiles) -> list[tuple[Modality, str]]:
@@ -128,10 +150,12 @@ class _Check:
         self._uncommitted(record, commits)
 
     def strangers(self) -> None:
-        """Whatever lies below the store and is not accounted for."""
+        """Whatever lies below the store and is not accounted for; segments account for themselves."""
+        segments = [path.relative_to(self.files.root).as_posix() for path in segment_folders(self.files.root)]
         for path in sorted(self.files.path("").rglob("*")):
             name = path.relative_to(self.files.root).as_posix()
-            if path.is_dir() or name in self.known:
+            inside = any(name.startswith(f"{folder}/") for folder in segments)
+            if path.is_dir() or name in self.known or inside:
                 continue
             temporary = path.name.startswith(TEMPORARY)
             self._add(

@@ -138,9 +138,7 @@ def create_array(files: LocalFiles, record: ArrayRecord) -> None:
     if not files.create(name, data) and files.read(name) != data:
         raise MismatchError(f"another extraction has just made {record.modality}/{record.name} otherwise; run again")
     for path, text in record.metadata.items():
-        full = f"{array_folder(record.modality, record.name)}/{path}"
-        if not files.exists(full):
-            files.write(full, text.encode())
+        files.create(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
 
 
 class ArrayWriter:

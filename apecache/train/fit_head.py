@@ -245,7 +245,7 @@ def _require_usable(out: Path, overwrite: bool) -> None:
     unfinished = out.is_dir() and {path.name for path in out.iterdir()} <= ours
     finished = (out / DESCRIPTION).is_file() and (out / RECIPE).is_file()  # an index has a head, but no recipe
     if not unfinished and not (overwrite and finished):
-        require_new(out, "run folder")
+        require_new(out, "run folder", overwrite)
 
 
 def _clear_folder(out: Path) -> None:
@@ -305,7 +305,7 @@ def _trained(
         "recipe": recipe.model_dump(mode="json"),
         "seed": spec.seed,
         "splits": asdict(spec.splits),
-        "data": store.source["digest"],
+        "data": store.digest,
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),
         "n_trained_parameters": report.n_trained_parameters,

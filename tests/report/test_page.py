@@ -240,9 +240,10 @@ class TestTicks:
         [
             (0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1)),
             (0, 10, (0, 2, 4, 6, 8, 10)),
-            (0.13, 0.72, (0, 0.2, 0.4, 0.6, 0.8)),
+            (0.13, 0.72, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
             (-3, 41, (-10, 0, 10, 20, 30, 40, 50)),
-            (0, 0.3, (0, 0.1, 0.2, 0.3)),
+            (0, 0.6, (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+            (0.1, 0.3, (0.1, 0.15, 0.2, 0.25, 0.3)),
             (980, 1020, (980, 990, 1000, 1010, 1020)),
         ],
     )
@@ -383,7 +384,8 @@ class TestChart:
     def test_marker_beyond_the_points_widens_the_axis(self, parse):
         document = parse(chart_page(Curve("a", EPOCHS), marker=20))
         x = numbers_in(document.all("path", "marker")[1].attributes["d"])[0]
-        assert x > max(x for x, _ in dots(document))
+        axis_end = numbers_in(document.all("path", "base")[0].attributes["d"])[2]
+        assert max(x for x, _ in dots(document)) < x < axis_end
 
     def test_no_marker_no_line(self, parse):
         assert not parse(chart_page(Curve("a", EPOCHS))).all("path", "marker")

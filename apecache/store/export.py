@@ -1,0 +1,84 @@
+"""Plain files for people who want no store: one .npz, or Parquet. Nothing in them needs pickle."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apecache.errors import DataError, MissingExtraError
+from apecache.fingerprint import Modality
+from apecache.store.reader import FeatureArray, FeatureStore
+
+MAX_TEXT_BYTES = 4 << 30
+
+
+def export_npz(store: FeatureStore, out: Path) -> list[str]:
+    """Write one file with every array of the store, one array in memory at a time; returns their names.
+
+    `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width strings, `text_image_row`
+    the image of each caption; `image.NAME` and `text.NAME` are features [rows, dim] (NaN where `….ok` is False).
+
+    Raises:
+        IncompleteError, DamagedError: the store. DataError: captions too long for fixed-width strings.
+    """
+    temporary = out.with_name(f".{out.name}.tmp")
+    names = []
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in _npz_arrays(store):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+                names.append(name)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return names
+
+
+def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
+    pairs = store.pairs
+    columns = {"image_key": pairs.keys, "image_split": pairs.splits, "image_label": pairs.labels}
+    columns |= {"text_caption": pairs.captions, "text_language": pairs.languages}
+    for name, values in columns.items():
+        longest = max(map(len, values), default=0)
+        if longest * len(values) * 4 > MAX_TEXT_BYTES:
+            raise DataError(f"{name}: strings of up to {longest:,} characters are too long for .npz; use --parquet")
+        yield name, values.astype(f"U{max(1, longest)}")
+    yield "text_image_row", pairs.image_rows
+    for array in store.arrays():
+        yield f"{array.record.modality}.{array.name}", array.load()
+        yield f"{array.record.modality}.{array.name}.ok", array.load_ok()
+
+
+def export_parquet(store: FeatureStore, out: Path) -> list[str]:
+    """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption; returns the file names.
+
+    Features are columns of fixed-size lists, named as the arrays; null where a row has none.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed. IncompleteError, DamagedError: the store.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingExtraError("pyarrow", "parquet") from None
+    pairs = store.pairs
+    images: dict[str, Any] = {"key": pairs.keys, "split": pairs.splits, "label": pairs.labels}
+    texts: dict[str, Any] = {"caption": pairs.captions, "language": pairs.languages, "image_row": pairs.image_rows}
+    out.mkdir(parents=True, exist_ok=True)
+    tables: tuple[tuple[str, Modality, dict[str, Any]], ...] = (("images", "image", images), ("texts", "text", texts))
+    for file, modality, columns in tables:
+        plain = {name: pa.array(values.tolist()) for name, values in columns.items()}
+        features = {array.name: _list_column(pa, array) for array in store.arrays(modality)}
+        pq.write_table(pa.table({**plain, **features}), out / f"{file}.parquet")
+    return [f"{file}.parquet" for file, *_ in tables]
+
+
+def _list_column(pa: Any, array: FeatureArray) -> Any:
+    values = pa.array(array.load().reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, array.dim, mask=pa.array(~array.load_ok()))

@@ -1,0 +1,28 @@
+"""Older formats of a store are lifted into a new store, never in place. So far there is one format."""
+
+from pathlib import Path
+
+from apecache.store.commit import read_record
+from apecache.store.files import LocalFiles
+from apecache.store.layout import FORMAT_VERSION, SOURCE
+from apecache.store.reader import FeatureStore
+
+
+def store_format(path: Path) -> int:
+    """Format of the store at `path`.
+
+    Raises:
+        StoreError: no store, or one of a newer format than this apecache knows.
+    """
+    FeatureStore.open(path)
+    found: int = read_record(LocalFiles(path), SOURCE)["format"]
+    return found
+
+
+def upgrade_store(path: Path, out: Path) -> bool:
+    """Write the store at `path` to `out` in the newest format; False if it is of that already, and nothing was written.
+
+    Raises as `store_format` does.
+    """
+    assert FORMAT_VERSION == 1, "write the step from each older format here when there is one"
+    return store_format(path) != FORMAT_VERSION and bool(out)

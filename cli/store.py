@@ -1,0 +1,222 @@
+"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `export` and `upgrade`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import Device, Json, complain, ending, progress, show_json, show_table
+
+Store = Annotated[Path, typer.Argument(help="A feature store.")]
+
+
+def info(store: Store, json: Json = False) -> None:
+    """Show what is in a store: pairs and splits, features, by which encoder, how complete.
+
+    Example: apecache info store
+    """
+    with ending():
+        from apecache.store.reader import FeatureStore
+
+        opened = FeatureStore.open(store)
+        pairs, arrays = opened.pairs, [describe(array) for array in opened.arrays()]
+        counts = {"n_images": len(pairs.keys), "n_texts": len(pairs.captions), "splits": pairs.split_counts()}
+        if json:
+            origin = {"store": str(store), "origin": opened.source["origin"], "segments": 1 + len(opened.segments)}
+            show_json({**origin, **counts, "arrays": arrays})
+            return
+        splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items())
+        typer.echo(f"{store}: {counts['n_images']:,} images, {counts['n_texts']:,} captions; images by split: {splits}")
+        columns = ("modality", "features", "encoder", "rows", "dim", "dtype", "done", "unreadable", "MB")
+        show_table("features", columns, map(info_row, arrays))
+
+
+def info_row(array: dict[str, Any]) -> tuple[Any, ...]:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(array["reasons"].items()))
+    done = f"{array['done']:.0%}" if array["complete"] or array["done"] < 1 else "100%, not sealed"
+    plain = tuple(array[key] for key in ("modality", "name", "encoder", "rows", "dim", "dtype"))
+    return (*plain, done, reasons or "0", array["mb"])
+
+
+def describe(array: Any) -> dict[str, Any]:
+    """The JSON form of an array."""
+    record = array.record
+    reasons: dict[str, int] = {}
+    for row in array.quarantined() if array.n_quarantined else ():
+        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+    return {
+        "modality": record.modality,
+        "name": record.name,
+        "encoder": str(record.spec),
+        "rows": array.rows,
+        "dim": array.dim,
+        "dtype": str(array.dtype),
+        "done": array.share_done,
+        "complete": array.complete,
+        "quarantined": array.n_quarantined,
+        "reasons": reasons,
+        "mb": array.rows * array.dim * array.dtype.itemsize / 1e6,
+        "fingerprint": record.fingerprint.digest,
+        "layout": vars(record.layout),
+        "environment": record.environment,
+    }
+
+
+def verify(store: Store, json: Json = False) -> None:
+    """Read and hash everything in a store, and list what is not as it was committed. Exit code 3 if anything is.
+
+    Example: apecache verify store
+    """
+    with ending():
+        from apecache.errors import DamagedError
+        from apecache.store.verify import verify_store
+
+        report = verify_store(store)
+        damaged = sum(problem.harmful for problem in report.problems)
+        if json:
+            show_json({**vars(report), "problems": [vars(p) for p in report.problems], "sound": report.sound})
+        else:
+            show_problems(report)
+        if damaged:
+            complain_or_raise(
+                DamagedError(f"{damaged} objects are damaged; repair with: apecache repair {store}"), json
+            )
+
+
+def complain_or_raise(error: Any, json: bool) -> None:
+    """With --json the answer has been given; only the exit code is missing."""
+    if not json:
+        raise error
+    complain(str(error))
+    raise typer.Exit(error.exit_code)
+
+
+def show_problems(report: Any) -> None:
+    if report.problems:
+        rows = [(p.kind, p.object, "" if p.shard is None else p.shard, p.detail) for p in report.problems]
+        show_table("not as it should be", ("kind", "object", "shard", "what"), rows)
+    state = "sound" if report.sound else "damaged"
+    typer.echo(f"{report.store}: {state}; {report.n_objects:,} objects, {report.n_bytes / 1e6:,.1f} MB read and hashed")
+
+
+def repair(
+    store: Store,
+    pairs: Annotated[Path | None, typer.Option(help="The table. Default: where it was when extracted.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the image paths. Default: as when it was made.")] = None,
+    split: Annotated[str | None, typer.Option(help="Name of the split's column, as it was given to extract.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Make exactly what is damaged again: shards by encoding their rows, everything else from the records.
+
+    Example: apecache repair store --pairs pairs.tsv
+    """
+    with ending():
+        from apecache.data.tables import TableSpec, read_pairs
+        from apecache.encoders.spec import parse_encoder
+        from apecache.extraction import ExtractSpec
+        from apecache.repair import repair as run
+
+        table, folder = pairs_of(store, pairs, root)
+        moved_image = parse_encoder(image, "image") if image else None
+        moved_text = parse_encoder(text, "text") if text else None
+        source = read_pairs(table, TableSpec(split=split, require=("image",)))
+        with progress() as update:
+            report = run(store, source, folder, ExtractSpec(moved_image, moved_text, device=device), update)
+        if json:
+            shown = {"shards": report.shards, "objects": report.objects, "sound": report.after.sound}
+            show_json({"store": str(store), **shown, "nothing_to_do": report.nothing_to_do})
+            return
+        for array, shards in report.shards.items():
+            typer.echo(f"{array}: encoded again: shards {', '.join(map(str, shards)) or 'none'}")
+        for name in report.objects:
+            typer.echo(f"written again: {name}")
+        if report.nothing_to_do:
+            typer.echo("nothing to do")
+        show_problems(report.after)
+
+
+def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, Path]:
+    """The table and the image folder that were given, or those that the store remembers."""
+    from apecache.errors import StoreError
+    from apecache.store.commit import read_record
+    from apecache.store.files import LocalFiles
+    from apecache.store.layout import SOURCE
+
+    if pairs is not None:
+        return pairs, root or pairs.parent
+    try:
+        source = read_record(LocalFiles(store), SOURCE)
+    except StoreError:
+        raise StoreError(f"{store} does not remember its table; give it with --pairs TABLE") from None
+    return Path(source["origin"]), root or Path(source["root"])
+
+
+def remove(
+    store: Store,
+    name: Annotated[str, typer.Argument(help="The features to remove: NAME, or image/NAME or text/NAME.")],
+    json: Json = False,
+) -> None:
+    """Remove one encoder's features from a store, data and records.
+
+    Example: apecache remove store minilm-l6
+    """
+    with ending():
+        from apecache.store.files import LocalFiles
+        from apecache.store.mend import find_array, remove_array
+        from apecache.store.verify import segment_folders
+
+        modality, found = find_array(LocalFiles(store), name)
+        went = [remove_array(LocalFiles(path), modality, found) for path in (store, *segment_folders(store))]
+        total = {key: sum(part[key] for part in went) for key in ("objects", "bytes")}
+        if json:
+            show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
+        else:
+            typer.echo(f"removed {modality}/{found}: {total['objects']} objects, {total['bytes'] / 1e6:,.1f} MB")
+
+
+def export(
+    store: Store,
+    out: Annotated[Path, typer.Argument(help="The file (.npz) or folder (Parquet) to write.")],
+    npz: Annotated[bool, typer.Option("--npz", help="One .npz file; needs nothing but NumPy to read.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="images.parquet and texts.parquet in a folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a store's pairs and features as plain files.
+
+    Example: apecache export store features.npz --npz
+    """
+    with ending():
+        from apecache.errors import OptionError, require_new
+        from apecache.store.export import export_npz, export_parquet
+        from apecache.store.reader import FeatureStore
+
+        if npz == parquet:
+            raise OptionError("give one of --npz and --parquet")
+        require_new(out, "export")
+        names = (export_npz if npz else export_parquet)(FeatureStore.open(store), out)
+        if json:
+            show_json({"store": str(store), "out": str(out), "wrote": names})
+        else:
+            typer.echo(f"{out}: {', '.join(names)}")
+
+
+def upgrade(
+    store: Store,
+    out: Annotated[Path, typer.Option(help="The folder for the store in the newest format.")],
+    json: Json = False,
+) -> None:
+    """Lift a store of an older format into a new one; the old one is left as it is. So far there is one format.
+
+    Example: apecache upgrade store --out store-new
+    """
+    with ending():
+        from apecache.store.upgrade import upgrade_store
+
+        written = upgrade_store(store, out)
+        if json:
+            show_json({"store": str(store), "out": str(out), "written": written})
+        else:
+            typer.echo(f"{out} written" if written else f"nothing to do: {store} is of the newest format")

@@ -1,0 +1,192 @@
+"""Charts and galleries made from a real, tiny run."""
+
+import base64
+import io
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from apecache.data.tables import read_pairs
+from apecache.encoders.spec import parse_encoder
+from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.extraction import ExtractSpec, extract
+from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.report import Page
+from apecache.report.gallery import IMAGE_PREFIX, Hit
+from apecache.report.run_page import learning_charts, retrieval_galleries, spread
+from apecache.store.reader import FeatureStore
+from apecache.train.fit_head import read_history
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+@pytest.fixture(scope="module")
+def table(shapes_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images with two captions each, all in one split: enough that some captions miss the first ten."""
+    folder = tmp_path_factory.mktemp("gallery")
+    shutil.copytree(shapes_once.parent / "images", folder / "images")
+    lines = ["image\tcaption\tsplit"]
+    for number, path in enumerate(sorted((folder / "images").iterdir())):
+        for copy in ("", "-again"):
+            key = f"images/{path.stem}{copy}.png"
+            with Image.open(path) as picture:
+                picture.rotate(7 * number).save(folder / key)
+            lines += [f"{key}\t{text}\tval" for text in (f"a {path.stem}{copy}", f"the {path.stem}{copy}")]
+    lines[1] = "images/blue-circle-0.png\t \tval"  # no caption: its row is quarantined
+    (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "pairs.tsv"
+
+
+@pytest.fixture(scope="module")
+def store(
+    table: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FeatureStore:
+    path = tmp_path_factory.mktemp("gallery-store") / "store"
+    encoders = parse_encoder(f"timm:{tiny_image_encoder}", "image"), parse_encoder(f"hf:{tiny_text_encoder}", "text")
+    extract(read_pairs(table), table.parent, path, ExtractSpec(*encoders, shard_rows=16, max_bad=0.1, device="cpu"))
+    return FeatureStore.open(path)
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_run: Path) -> TrainedHeads:
+    return load_heads(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def embedded(heads: TrainedHeads, store: FeatureStore) -> Embeddings:
+    return embed_store(heads, store, "val")
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_charts_draw_the_histories_of_all_runs_by_name(tiny_run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_run, tmp_path / "other")
+    lines = (other / "history.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (other / "history.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+    losses, recalls = learning_charts({"long": tiny_run, "short": other})
+    history = list(read_history(tiny_run))
+    assert [curve.name for curve in losses.curves] == [curve.name for curve in recalls.curves] == ["long", "short"]
+    assert losses.curves[0].points == tuple((line["epoch"], line["loss"]) for line in history[1:])
+    assert recalls.curves[0].points == tuple((line["epoch"], line["dev"]["mean_recall"]) for line in history)
+    assert [len(curve.points) for curve in (*losses.curves, *recalls.curves)] == [4, 2, 5, 3]
+    assert "loss" in losses.title.lower()
+    assert "dev" in recalls.title.lower()
+
+
+# --- galleries -------------------------------------------------------------------------------------------------------
+
+
+def rank_by_definition(embedded: Embeddings, text: int) -> int:
+    """1-based place of the caption's image, wrong ones before it where scores are equal."""
+    own = int(embedded.image_of_text[text])
+    scores = [float(torch.dot(image, embedded.text[text])) for image in embedded.image]
+    return sum(score >= scores[own] for score in scores)
+
+
+def text_of(hit: Hit, store: FeatureStore, embedded: Embeddings) -> int:
+    """The row of a gallery item's caption (captions of this table are all different)."""
+    captions = [store.pairs.captions[row] for row in embedded.text_rows]
+    assert captions.count(hit.query_text) == 1
+    return captions.index(hit.query_text)
+
+
+def test_found_captions_rank_first_and_missed_ones_not_in_the_first_ten(
+    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
+) -> None:
+    found, missed = retrieval_galleries(heads, store, "val", table.parent, n_items=100)
+    ranks = [rank_by_definition(embedded, text) for text in range(len(embedded.text))]
+    for gallery, wanted in ((found, [r == 1 for r in ranks]), (missed, [r > 10 for r in ranks])):
+        texts = [text_of(hit, store, embedded) for hit in gallery.items]
+        assert texts == [text for text, is_wanted in enumerate(wanted) if is_wanted]
+        assert [hit.rank for hit in gallery.items] == [ranks[text] for text in texts]
+    assert found.items
+    assert missed.items
+    assert all(hit.found for hit in found.items)
+    assert not any(hit.found for hit in missed.items)
+
+
+def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
+    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
+) -> None:
+    found, missed = retrieval_galleries(heads, store, "val", table.parent, n_items=3, top=4)
+    pairs = store.pairs
+    for hit in (*found.items, *missed.items):
+        text = text_of(hit, store, embedded)
+        scores = embedded.image @ embedded.text[text]
+        assert [result.score for result in hit.results] == pytest.approx(sorted(scores.tolist(), reverse=True)[:4])
+        for result in hit.results:
+            key = result.text.split(" ", 1)[1]
+            (row,) = (i for i, store_row in enumerate(embedded.image_rows) if key == Path(pairs.keys[store_row]).stem)
+            assert result.score == pytest.approx(float(scores[row]), abs=1e-6)
+            assert result.correct is (row == int(embedded.image_of_text[text]))
+
+
+def test_pictures_are_those_of_the_images_found(heads: TrainedHeads, store: FeatureStore, table: Path) -> None:
+    found, _ = retrieval_galleries(heads, store, "val", table.parent, n_items=1, top=1)
+    (result,) = found.items[0].results
+    assert result.image is not None
+    shown = decode(result.image)
+    key = result.text.split(" ", 1)[1]
+    with Image.open(table.parent / "images" / f"{key}.png") as original:
+        difference = torch.tensor(list(shown.tobytes())).float() - torch.tensor(list(original.convert("RGB").tobytes()))
+    assert difference.abs().mean() < 8
+
+
+def decode(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix(IMAGE_PREFIX)))).convert("RGB")
+
+
+def test_an_image_is_named_by_its_first_usable_caption(
+    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
+) -> None:
+    everything = retrieval_galleries(heads, store, "val", table.parent, n_items=1, top=100)[0].items[0].results
+    named = {result.text for result in everything}
+    assert "the blue-circle-0" in named
+    assert {text for text in named if not text.startswith("a ")} == {"the blue-circle-0"}
+    assert len(named) == len(embedded.image_rows) == 24
+
+
+def test_a_picture_that_is_gone_leaves_its_place_empty(
+    heads: TrainedHeads, store: FeatureStore, tmp_path: Path
+) -> None:
+    found, missed = retrieval_galleries(heads, store, "val", tmp_path)
+    assert {result.image for hit in (*found.items, *missed.items) for result in hit.results} == {None}
+
+
+@pytest.mark.parametrize(("n_items", "top"), [(1, 1), (2, 3), (6, 100)])
+def test_a_gallery_has_at_most_as_many_items_and_results_as_asked_for(
+    n_items: int, top: int, heads: TrainedHeads, store: FeatureStore, table: Path
+) -> None:
+    for gallery in retrieval_galleries(heads, store, "val", table.parent, n_items, top):
+        assert 1 <= len(gallery.items) <= n_items
+        assert {len(hit.results) for hit in gallery.items} == {min(top, 24)}
+
+
+def test_charts_and_galleries_make_a_page(
+    tiny_run: Path, heads: TrainedHeads, store: FeatureStore, table: Path, parse: Callable[[Page], Any]
+) -> None:
+    galleries = retrieval_galleries(heads, store, "val", table.parent, n_items=2, top=2)
+    page = Page("A run", "what it is", charts=learning_charts({"run": tiny_run}), galleries=galleries)
+    document = parse(page)
+    n_pictures = sum(len(hit.results) for gallery in galleries for hit in gallery.items)
+    assert len(document.all("img")) == n_pictures
+    assert galleries[0].items[0].query_text in document.source
+
+
+@given(st.lists(st.integers(), unique=True, max_size=60), st.integers(1, 12))
+def test_spread_rows_are_evenly_apart_and_all_of_them_if_there_are_few(rows: list[int], count: int) -> None:
+    chosen = spread(rows, count)
+    places = [rows.index(row) for row in chosen]
+    assert places == sorted(set(places))
+    assert len(chosen) == min(count, len(rows))
+    gaps = [b - a for a, b in pairwise(places)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
