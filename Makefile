@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench faults clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.demo: pyproject.toml
@@ -30,7 +30,12 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.speed.store --quick
 	$(BIN)/python -m benchmarks.quality.flickr8k --quick
+	$(BIN)/python -m benchmarks.reliability.faults --quick
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.reliability.faults
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

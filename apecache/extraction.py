@@ -21,11 +21,11 @@ from apecache.encode import EncodedShard, ImageJob, TextJob
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.errors import BadRowsError, DataError, MismatchError, OptionError, RowError
-from apecache.fingerprint import Modality, content_hash
+from apecache.fingerprint import Modality, content_hash, shorten
 from apecache.preparation import ExtractSpec, prepare_array
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import SEGMENTS, SOURCE, ArrayLayout, ArrayRecord
+from apecache.store.layout import SEGMENTS, SOURCE, ArrayLayout, ArrayRecord, storable
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_store
 
@@ -36,6 +36,7 @@ __all__ = [
     "Progress",
     "extract",
     "extract_pending",
+    "load_encoders",
     "pair_columns",
     "split_source",
 ]
@@ -89,7 +90,7 @@ def extract(
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the store.
         DataError: one image, byte for byte, stands in two splits.
     """
-    encoders = _load_encoders(spec)
+    encoders = load_encoders(spec)
     if spec.image:
         _require_findable(source, root)
     segments = split_source(source, store, spec.append)
@@ -104,10 +105,17 @@ def extract(
 
 
 def extract_pending(
-    segment: Path, part: PairSource, root: Path, spec: ExtractSpec, progress: Progress = lambda *_: None
+    segment: Path,
+    part: PairSource,
+    root: Path,
+    encoders: Sequence[ImageEncoder | TextEncoder],
+    spec: ExtractSpec,
+    progress: Progress = lambda *_: None,
 ) -> None:
-    """Encode and commit what is pending in one segment, given its part of the table. Raises as `extract` does."""
-    encoders = _load_encoders(spec)
+    """Encode and commit what is pending in one segment, given its part of the table and the encoders of `spec`.
+
+    Raises as `extract` does.
+    """
     totals = {encoder.spec.modality: _Total(_n_rows(part, encoder)) for encoder in encoders}
     _extract_segment(segment, part, root, encoders, spec, totals, progress)
 
@@ -131,7 +139,7 @@ def _extract_segment(
         _run(opened.files, job, totals[job.record.modality], progress)
 
 
-def _load_encoders(spec: ExtractSpec) -> list[ImageEncoder | TextEncoder]:
+def load_encoders(spec: ExtractSpec) -> list[ImageEncoder | TextEncoder]:
     if spec.image is None and spec.text is None:
         raise OptionError("nothing to encode: give --image, --text, or both")
     encoders: list[ImageEncoder | TextEncoder] = []
@@ -192,18 +200,20 @@ def _other_table(path: Path, part: PairSource, first_row: int) -> str:
     except DataError:
         return f"{other} than {part.origin}; {remedy}"
     captions: list[list[str]] = [[] for _ in pairs.keys]
+    languages: list[list[str]] = [[] for _ in pairs.keys]
     for text, image in enumerate(pairs.image_rows):
         captions[image].append(str(pairs.captions[text]))
-    there = zip(pairs.keys, pairs.splits, pairs.labels, captions, strict=True)
-    for row, (pair, (key, split, label, texts)) in enumerate(zip(part, there, strict=False)):
-        for what, a, b in (("image", pair.key, key), ("split", pair.split, split), ("label", pair.label, label)):
+        languages[image].append(str(pairs.languages[text]))
+    there = zip(pairs.keys, pairs.splits, pairs.labels, captions, languages, strict=True)
+    for row, (pair, (key, split, label, texts, tongues)) in enumerate(zip(part, there, strict=False)):
+        compared: list[tuple[str, str, str]] = [("image", pair.key, key), ("split", pair.split, split)]
+        compared += [("label", pair.label, label), ("number of captions", str(len(pair.captions)), str(len(texts)))]
+        compared += [("caption", *both) for both in zip(map(storable, pair.captions), texts, strict=False)]
+        compared += [("language", *both) for both in zip(pair.languages, tongues, strict=False)]
+        for what, a, b in compared:
             if a != b:
-                return (
-                    f"{path} was made from another table: row {first_row + row} has {what} {a!r}, not {b!r}; {remedy}"
-                )
-        if list(pair.captions) != texts:
-            return f"{path} was made from another table: row {first_row + row} ({key}) has other captions; {remedy}"
-    return f"{path} was made from another table: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
+                return f"{other}: row {first_row + row} has {what} {shorten(a)!r}, not {shorten(b)!r}; {remedy}"
+    return f"{other}: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
 
 
 def _require_findable(source: PairSource, root: Path) -> None:

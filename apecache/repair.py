@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from apecache.data.pairs import PairSource
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DamagedError
-from apecache.extraction import ExtractSpec, Progress, extract_pending, pair_columns, split_source
-from apecache.fingerprint import Modality
+from apecache.errors import DamagedError, MismatchError
+from apecache.extraction import ExtractSpec, Progress, extract_pending, load_encoders, pair_columns, split_source
+from apecache.fingerprint import Modality, describe_difference
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import SOURCE, records_folder
+from apecache.store.layout import SOURCE, ArrayRecord, records_folder
 from apecache.store.mend import restore_fingerprint, restore_source, rewrite_metadata, uncommit, unmake_table
 from apecache.store.reader import FeatureStore
-from apecache.store.verify import Problem, VerifyReport, segment_folders, verify_segment, verify_store
+from apecache.store.verify import Problem, VerifyReport, array_names, segment_folders, verify_segment, verify_store
 from apecache.store.writer import create_store
 
 
@@ -45,19 +46,21 @@ def repair(
 ) -> RepairReport:
     """Verify a store, make what is damaged again, and verify it once more.
 
+    Shards that an interrupted repair (or a killed extraction) has left without a record are encoded as well.
+
     Args:
         source, root: the table that the store was made from, and the folder of its images.
         spec: device, workers, and encoders that have moved (`image`, `text`); everything else is taken from the store.
 
     Raises:
         StoreError: an array's fingerprint and its copy are lost, so that nobody knows what it was: remove it.
-        MismatchError: the table or an encoder is not that of the store.
+        MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
     """
     spec = spec or ExtractSpec()
     shards: dict[str, tuple[int, ...]] = {}
-    objects: list[str] = []
-    _mend_sources(source, store, root)
-    for path, part in split_source(source, store):
+    objects = [*_mend_fingerprints(store), *_mend_sources(source, store, root)]
+    # The last first: the store opens only when all of its segments do.
+    for path, part in reversed(split_source(source, store)):
         again, rewritten = _repair_segment(path, part, root, spec, progress)
         prefix = "" if path == store else f"{path.relative_to(store).as_posix()}/"
         shards |= {f"{prefix}{array}": damaged for array, damaged in again.items()}
@@ -65,10 +68,25 @@ def repair(
     return RepairReport(store, shards, tuple(objects), verify_store(store))
 
 
-def _mend_sources(source: PairSource, store: Path, root: Path) -> None:
-    """Lost claims to the table, so that it can be divided into segments. How many images a segment has, its image
-    features still know; the last one has the rest."""
-    first = 0
+def _mend_fingerprints(store: Path) -> list[str]:
+    """Lost fingerprints of all segments, from their copy: without them nothing else of an array can be verified."""
+    mended = []
+    for path in (store, *segment_folders(store)):
+        files = LocalFiles(path)
+        for modality, name in array_names(files):
+            where = f"{records_folder(modality, name)}/fingerprint.json"
+            try:
+                read_record(files, where)
+            except DamagedError:
+                restore_fingerprint(files, modality, name)
+                mended.append((path / where).relative_to(store).as_posix())
+    return mended
+
+
+def _mend_sources(source: PairSource, store: Path, root: Path) -> list[str]:
+    """Lost claims to the table, so that it can be divided into segments; returns those that were written again. How
+    many images a segment has, its image features still know; the last one has the rest."""
+    first, mended = 0, []
     for path in (store, *segment_folders(store)):
         files = LocalFiles(path)
         try:
@@ -77,7 +95,9 @@ def _mend_sources(source: PairSource, store: Path, root: Path) -> None:
             count = _n_images(files, len(source) - first)
             part = PairSource(source.pairs[first : first + count], source.origin)
             restore_source(files, pair_columns(part), str(root.resolve()))
+            mended.append((path / SOURCE).relative_to(store).as_posix())
         first += count
+    return mended
 
 
 def _n_images(files: LocalFiles, otherwise: int) -> int:
@@ -92,25 +112,16 @@ def _repair_segment(
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shards that were encoded again by array, and other objects that were written again."""
     files = LocalFiles(store)
-    objects = _mend_fingerprints(files, verify_segment(store).problems)
     problems = verify_segment(store).problems
-    harmful = [problem for problem in problems if problem.harmful or problem.kind == "unsealed"]
-    objects += _mend_table(files, harmful, source, root) + _mend_metadata(store, harmful)
+    harmful = [problem for problem in problems if problem.harmful or problem.kind in ("unsealed", "uncommitted")]
+    objects = _mend_table(files, harmful, source, root) + _mend_metadata(store, harmful)
     shards = _damaged_shards(harmful)
+    ready = [_ready(FeatureStore.open(store).array(*array).record, spec) for array in shards]
     for (modality, name), damaged in shards.items():
         uncommit(files, modality, name, damaged)
-    for modality, name in shards:
-        _encode_again(store, modality, name, source, root, spec, progress)
+    for again, encoders in ready:
+        extract_pending(store, source, root, encoders, again, progress)
     return {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}, objects
-
-
-def _mend_fingerprints(files: LocalFiles, problems: Iterable[Problem]) -> list[str]:
-    """Lost fingerprints, from their copy; the arrays can then be verified at all."""
-    lost = [problem for problem in problems if problem.array and problem.object.endswith("/fingerprint.json")]
-    for problem in lost:
-        if problem.array:
-            restore_fingerprint(files, *problem.array)
-    return [problem.object for problem in lost]
 
 
 def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource, root: Path) -> list[str]:
@@ -142,20 +153,23 @@ def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], l
     return {array: sorted(damaged) for array, damaged in shards.items()}
 
 
-def _encode_again(
-    store: Path,
-    modality: Modality,
-    name: str,
-    source: PairSource,
-    root: Path,
-    spec: ExtractSpec,
-    progress: Progress,
-) -> None:
-    """The ordinary extraction of what is pending in one array, with its recorded settings."""
-    record = FeatureStore.open(store).array(modality, name).record
-    moved: EncoderSpec | None = getattr(spec, modality)
-    encoder = record.spec if moved is None else record.spec.with_name(str(moved))
-    image, text = (encoder if modality == kind else None for kind in ("image", "text"))
+def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, list[ImageEncoder | TextEncoder]]:
+    """The recorded settings and the loaded encoder: that it is the same is known before anything is un-committed.
+
+    Raises:
+        MismatchError: it is another one.
+    """
+    moved: EncoderSpec | None = getattr(spec, record.modality)
+    chosen = record.spec if moved is None else record.spec.with_name(str(moved))
+    image, text = (chosen if record.modality == kind else None for kind in ("image", "text"))
     storage: Any = record.layout.dtype
     again = replace(spec, image=image, text=text, storage_dtype=storage, add=True, max_bad=1.0)
-    extract_pending(store, source, root, again, progress)
+    (encoder,) = encoders = load_encoders(again)
+    differences = encoder.fingerprint.difference(record.encoder)
+    if differences:
+        raise MismatchError(
+            f"{record.modality}/{record.name} was made by another encoder than {chosen}: "
+            f"{describe_difference(differences)}; give the one that it was made by as --{record.modality}",
+            differences,
+        )
+    return again, encoders

@@ -140,7 +140,7 @@ def repair(
 
 def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, Path]:
     """The table and the image folder that were given, or those that the store remembers."""
-    from apecache.errors import StoreError
+    from apecache.errors import DamagedError, StoreError
     from apecache.store.commit import read_record
     from apecache.store.files import LocalFiles
     from apecache.store.layout import SOURCE
@@ -149,7 +149,7 @@ def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, 
         return pairs, root or pairs.parent
     try:
         source = read_record(LocalFiles(store), SOURCE)
-    except StoreError:
+    except DamagedError:
         raise StoreError(f"{store} does not remember its table; give it with --pairs TABLE") from None
     return Path(source["origin"]), root or Path(source["root"])
 
@@ -169,7 +169,8 @@ def remove(
         from apecache.store.verify import segment_folders
 
         modality, found = find_array(LocalFiles(store), name)
-        went = [remove_array(LocalFiles(path), modality, found) for path in (store, *segment_folders(store))]
+        # The store itself last: while the array is there, a removal that was interrupted can be repeated.
+        went = [remove_array(LocalFiles(path), modality, found) for path in (*segment_folders(store), store)]
         total = {key: sum(part[key] for part in went) for key in ("objects", "bytes")}
         if json:
             show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
@@ -189,13 +190,14 @@ def export(
     Example: apecache export store features.npz --npz
     """
     with ending():
-        from apecache.errors import OptionError, require_new
+        from apecache.errors import DataError, OptionError
         from apecache.store.export import export_npz, export_parquet
         from apecache.store.reader import FeatureStore
 
         if npz == parquet:
             raise OptionError("give one of --npz and --parquet")
-        require_new(out, "export")
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise DataError(f"{out} exists already and is not overwritten; give another place")
         names = (export_npz if npz else export_parquet)(FeatureStore.open(store), out)
         if json:
             show_json({"store": str(store), "out": str(out), "wrote": names})

@@ -2,14 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from tiny import COLOURS, SHAPES, Grown, extract_tiny, loaded_once, make_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a hub
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
-SHAPES = ("circle", "square", "triangle")
 WORDS = ("a", "the", "of", "photo", "drawing", "shape", "##s", "in", "on", "white", *COLOURS, *SHAPES)
 
 
@@ -88,23 +88,6 @@ def packaged_encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
         pytest.skip(str(error))
 
 
-def draw_shape(colour: str, shape: str, side: int = 48):  # type: ignore[no-untyped-def]
-    """An RGB picture of one shape on white."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (side, side), "white")
-    pen = ImageDraw.Draw(image)
-    box = (side // 8, side // 8, side - side // 8, side - side // 8)
-    match shape:
-        case "circle":
-            pen.ellipse(box, fill=COLOURS[colour])
-        case "square":
-            pen.rectangle(box, fill=COLOURS[colour])
-        case _:
-            pen.polygon([(box[0], box[3]), (box[2], box[3]), (side // 2, box[1])], fill=COLOURS[colour])
-    return image
-
-
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
     """A table of 12 images and 24 captions in tmp_path/shapes/pairs.tsv, splits train (8), val (4), labels = shape."""
@@ -117,22 +100,6 @@ def shapes_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("shapes") / "shapes")
 
 
-def make_shapes(folder: Path, copies: int = 1) -> Path:
-    """`copies` sizes of each of the 12 shapes; returns the path of pairs.tsv."""
-    (folder / "images").mkdir(parents=True)
-    lines = ["image\tcaption\tsplit\tlabel\tlang"]
-    for copy in range(copies):
-        for number, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
-            key = f"images/{colour}-{shape}-{copy}.png"
-            draw_shape(colour, shape, 48 + 2 * copy).save(folder / key)
-            split = "val" if number % 3 == 2 else "train"
-            for caption in (f"a {colour} {shape}", f"the {shape} in {colour} on white"):
-                lines.append(f"{key}\t{caption}\t{split}\t{shape}\ten")
-    table = folder / "pairs.tsv"
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return table
-
-
 @pytest.fixture(scope="session")
 def tiny_store(
     tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path, shapes_once: Path
@@ -143,12 +110,114 @@ def tiny_store(
     return store
 
 
-def extract_tiny(table: Path, store: Path, image: Path, text: Path, **options: object):  # type: ignore[no-untyped-def]
-    """Extract with batches of 4 and shards of 5 rows."""
-    from apecache.data.tables import read_pairs
-    from apecache.encoders.spec import parse_encoder
-    from apecache.extraction import ExtractSpec, extract
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
+    """A finished run on the tiny store: trained on train, epochs chosen on val; for tests that only read it."""
+    from apecache.recipes.recipe import load_recipe
+    from apecache.store.reader import FeatureStore
+    from apecache.train.batches import SplitSpec
+    from apecache.train.fit_head import FitSpec, fit_head
 
-    settings: dict[str, object] = {"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **options}
-    spec = ExtractSpec(parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text"), **settings)  # type: ignore[arg-type]
-    return extract(read_pairs(table), table.parent, store, spec)
+    run = tmp_path_factory.mktemp("runs") / "run"
+    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=4", "schedule.batch_size=4"])
+    fit_head(FeatureStore.open(tiny_store), recipe, run, FitSpec(splits=SplitSpec(dev="val"), device="cpu"))
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_store():  # type: ignore[no-untyped-def]
+    """`write_feature_store`: a store of given features, for tests that need no encoder."""
+    return write_feature_store
+
+
+def write_feature_store(  # type: ignore[no-untyped-def]
+    folder: Path,
+    image,
+    text,
+    image_rows: list[int],
+    splits: list[str],
+    *,
+    keys: list[str] | None = None,
+    captions: list[str] | None = None,
+    names: tuple[str, str] = ("pixels", "words"),
+    bad_images: tuple[int, ...] = (),
+    bad_texts: tuple[int, ...] = (),
+    modalities: tuple[str, ...] = ("image", "text"),
+    shard_rows: int = 64,
+    n_shards: int | None = None,
+):
+    """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own writer.
+
+    `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit only so many of each
+    array and leave it unfinished. Returns the opened store; calling again with other names adds arrays.
+    """
+    from apecache.encoders.spec import EncoderSpec
+    from apecache.fingerprint import Fingerprint, content_hash, digest_strings
+    from apecache.store.files import LocalFiles
+    from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
+    from apecache.store.reader import FeatureStore
+    from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
+
+    keys = keys or [f"images/{row}.png" for row in range(len(image))]
+    texts = captions or [f"caption {row}" for row in range(len(text))]
+    digest = digest_strings([*keys, *splits, *texts, *map(str, image_rows)])
+    blank = [""] * len(keys), ["en"] * len(texts)
+    files = LocalFiles(folder)
+    create_store(files, PairColumns(keys, splits, blank[0], texts, blank[1], image_rows, digest, "made up"), "", "0")
+    for modality, name, features, bad in (("image", names[0], image, bad_images), ("text", names[1], text, bad_texts)):
+        if modality not in modalities:
+            continue
+        layout = ArrayLayout(*features.shape, str(features.dtype), shard_rows, shard_rows, 1)
+        fingerprint = Fingerprint({"encoder": {"modality": modality, "weights": name}, "storage": layout.dtype})
+        spec = EncoderSpec("timm" if modality == "image" else "hf", name, modality)
+        record = with_metadata(ArrayRecord(modality, name, spec, fingerprint, layout, {}, {}))
+        create_array(files, record)
+        writer = ArrayWriter(files, record)
+        for shard in range(layout.n_shards if n_shards is None else n_shards):
+            rows = layout.shard(shard)
+            out = [QuarantinedRow(row, str(row), "empty", "made up") for row in bad if row in rows]
+            content = [content_hash(f"{modality} {row}") for row in rows]
+            writer.commit(shard, features[rows.start : rows.stop], content, out)
+        if n_shards is None:
+            writer.seal()
+    return FeatureStore.open(folder)
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made durable: for tests of many small stores that cut no power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extraction and repair load each encoder once per session: for tests that run them often and edit no encoder."""
+    import apecache.extraction
+
+    for modality in ("image", "text"):
+        monkeypatch.setattr(apecache.extraction, f"load_{modality}_encoder", loaded_once(modality))
+
+
+@pytest.fixture(scope="session")
+def grown_once(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path) -> Grown:
+    """A finished store that has grown: 12 rows in three shards of each array and 4 appended ones, one caption each.
+
+    Row 3 has no caption, image 4 is HTML and image 13 missing. For tests that only read it.
+    """
+    folder = tmp_path_factory.mktemp("grown")
+    table = make_shapes(folder / "shapes", copies=2)
+    head, *lines = table.read_text().splitlines()
+    lines = lines[::2]
+    lines[3] = lines[3].replace("a green circle", "")
+    (table.parent / "images" / "green-square-0.png").write_bytes(b"<html>")
+    (table.parent / "images" / "red-square-1.png").unlink()
+    for count in (12, 16):
+        table.write_text("\n".join([head, *lines[:count]]) + "\n")
+        extract_tiny(table, folder / "store", tiny_image_encoder, tiny_text_encoder, max_bad=1.0, append=True)
+    return Grown(table, folder / "store")
+
+
+@pytest.fixture
+def grown(grown_once: Grown, tmp_path: Path) -> Grown:
+    """A copy of the store, to be changed; its table is not."""
+    return Grown(grown_once.table, Path(shutil.copytree(grown_once.store, tmp_path / "store")))

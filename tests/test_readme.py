@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from apecache_cli.app import app
-from conftest import make_shapes
+from tiny import make_shapes
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]

@@ -97,8 +97,7 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
     name = str(getattr(module, "default_cfg", {}).get("architecture") or type(module).__name__)
     pool = getattr(module, "global_pool", None) or getattr(getattr(module, "head", None), "global_pool", None)
     saved = json.loads((spec.folder / "config.json").read_text()) if spec.folder else {}
-    arguments = {key: value for key, value in (saved.get("model_args") or {}).items() if key != "img_size"}
-    return {"class": name, "pool": str(getattr(pool, "pool_type", pool)), "arguments": arguments}
+    return {"class": name, "pool": str(getattr(pool, "pool_type", pool)), "arguments": saved.get("model_args") or {}}
 
 
 def _forward(module: Any, spec: EncoderSpec) -> Any:

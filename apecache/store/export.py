@@ -1,6 +1,7 @@
 """Plain files for people who want no store: one .npz, or Parquet. Nothing in them needs pickle."""
 
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
     Raises:
         IncompleteError, DamagedError: the store. DataError: captions too long for fixed-width strings.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = _beside(out)
     names = []
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -70,13 +71,25 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
     pairs = store.pairs
     images: dict[str, Any] = {"key": pairs.keys, "split": pairs.splits, "label": pairs.labels}
     texts: dict[str, Any] = {"caption": pairs.captions, "language": pairs.languages, "image_row": pairs.image_rows}
-    out.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(out)
     tables: tuple[tuple[str, Modality, dict[str, Any]], ...] = (("images", "image", images), ("texts", "text", texts))
-    for file, modality, columns in tables:
-        plain = {name: pa.array(values.tolist()) for name, values in columns.items()}
-        features = {array.name: _list_column(pa, array) for array in store.arrays(modality)}
-        pq.write_table(pa.table({**plain, **features}), out / f"{file}.parquet")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed export
+    try:
+        temporary.mkdir()
+        for file, modality, columns in tables:
+            plain = {name: pa.array(values.tolist()) for name, values in columns.items()}
+            features = {array.name: _list_column(pa, array) for array in store.arrays(modality)}
+            pq.write_table(pa.table({**plain, **features}), temporary / f"{file}.parquet")
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return [f"{file}.parquet" for file, *_ in tables]
+
+
+def _beside(out: Path) -> Path:
+    """Where an export is written before it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.with_name(f".{out.name}.tmp")
 
 
 def _list_column(pa: Any, array: FeatureArray) -> Any:

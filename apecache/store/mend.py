@@ -1,8 +1,12 @@
 """Taking things out of a store, in an order that leaves it right whenever it is interrupted."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import zarr
 
 from apecache.errors import DamagedError, MismatchError, StoreError, nearest
 from apecache.fingerprint import Modality
@@ -11,13 +15,15 @@ from apecache.store.files import LocalFiles
 from apecache.store.layout import (
     PAIRS,
     SOURCE,
+    ZARR,
     ArrayRecord,
     array_folder,
     commit_name,
     described_record,
     records_folder,
+    storable,
 )
-from apecache.store.writer import PairColumns, source_bytes
+from apecache.store.writer import PairColumns, source_bytes, table_columns
 
 
 def uncommit(files: LocalFiles, modality: Modality, name: str, shards: Iterable[int]) -> None:
@@ -48,10 +54,23 @@ def restore_source(files: LocalFiles, pairs: PairColumns, root: str) -> None:
     try:
         digest = read_record(files, PAIRS)["digest"]
     except DamagedError:
-        digest = pairs.digest
+        digest = pairs.digest if _fits_columns(files, pairs) else ""
     if digest != pairs.digest:
         raise MismatchError(f"{files.root} was made from another table than {pairs.origin}")
     files.write(SOURCE, source_bytes(pairs, root))
+
+
+def _fits_columns(files: LocalFiles, pairs: PairColumns) -> bool:
+    """Both records of the table are lost: whether what can still be read of its columns is of `pairs`."""
+    for name, (_, values) in table_columns(pairs).items():
+        try:
+            array: Any = zarr.open_array(files.path(f"{ZARR}/pairs/{name}"), mode="r")
+            found = [str(value) for value in array[:]]
+        except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, RecursionError):
+            continue
+        if found != [storable(value) for value in values]:
+            return False
+    return True
 
 
 def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> None:
@@ -90,8 +109,8 @@ def remove_array(files: LocalFiles, modality: Modality, name: str) -> Mapping[st
     files.remove(f"{folders[1]}/seal.json")
     for file in files.list(f"{folders[1]}/commits"):
         files.remove(f"{folders[1]}/commits/{file}")
-    shutil.rmtree(files.path(folders[0]), ignore_errors=True)
-    shutil.rmtree(files.path(f"{folders[1]}/quarantine"), ignore_errors=True)
+    for folder in (folders[0], f"{folders[1]}/quarantine", f"{folders[1]}/commits"):
+        shutil.rmtree(files.path(folder), ignore_errors=True)
     files.remove(last)
     shutil.rmtree(files.path(folders[1]), ignore_errors=True)
     return went
@@ -101,10 +120,13 @@ def find_array(files: LocalFiles, name: str) -> tuple[Modality, str]:
     """`NAME`, `image/NAME` or `text/NAME` of an array that is there, whole or not.
 
     Raises:
-        StoreError: no store, no such array, or one of each modality.
+        StoreError: no store, one of a newer format, no such array, or one of each modality.
     """
     if not files.exists(SOURCE) and not files.exists(PAIRS):
         raise StoreError(f"{files.root} is no store")
+    for record in (SOURCE, PAIRS):
+        with contextlib.suppress(DamagedError):  # an array can be removed from a damaged store
+            read_record(files, record)
     kinds: tuple[Modality, ...] = ("image", "text")
     there = [
         (kind, array)

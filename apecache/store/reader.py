@@ -31,7 +31,7 @@ from apecache.store.layout import (
     quarantine_name,
     records_folder,
 )
-from apecache.store.writer import ArrayWriter, checksum
+from apecache.store.writer import ArrayWriter
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,17 @@ class FeatureArray:
         name = chunk_name(self.record.modality, self.name, part, commit.shard)
         expected = commit.objects[name]
         view = target.data.cast("B")
-        rest = memoryview(bytearray(expected.bytes - view.nbytes))
+        padding, ending = memoryview(bytearray(expected.bytes - view.nbytes - 4)), memoryview(bytearray(4))
+        sums = [0]
+
+        def add(block: memoryview) -> None:
+            sums.append(crc32c_extend(sums[-1], np.frombuffer(block, np.uint8)))
+
         try:
-            count = self.files.read_into(name, [view, rest])
+            count = self.files.read_into(name, [view, padding, ending], add)
         except FileNotFoundError:
             raise self._damaged(commit.shard, name, "is missing") from None
-        check = crc32c_extend(checksum(view), np.frombuffer(rest[:-4], np.uint8))
-        stored = int.from_bytes(rest[-4:], "little")
+        check, stored = sums[-2] if count == expected.bytes else None, int.from_bytes(ending, "little")
         if count != expected.bytes or check != expected.crc32c or stored != check:
             raise self._damaged(commit.shard, name, "differs from its commit record")
 
@@ -243,7 +247,7 @@ class FeatureArray:
         return data
 
     def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
-        return DamagedError(f"{self.files.path(name)} (shard {shard}) {what}; nothing of it was used: extract anew")
+        return DamagedError(f"{self.files.path(name)} (shard {shard}) {what}; repair with: apecache repair STORE")
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,8 @@ class FeatureStore:
         root = Path(path)
         files = LocalFiles(root)
         if not files.exists(PAIRS):
+            if _has_arrays(root):
+                raise DamagedError(f"{files.path(PAIRS)} is missing; write it again with: apecache repair")
             begun = files.exists(SOURCE)
             siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
             hint = "" if root.exists() else nearest(root.name, siblings)
@@ -346,5 +352,10 @@ class FeatureStore:
 
 
 def segment_paths(root: Path) -> list[Path]:
-    """Folders of the appended segments that exist, in order."""
-    return sorted(path.parents[1] for path in (root / SEGMENTS).glob("*/records/pairs.json"))
+    """Folders of the appended segments, in order; one that was only just begun is none yet."""
+    return [path for path in sorted((root / SEGMENTS).glob("*")) if (path / PAIRS).is_file() or _has_arrays(path)]
+
+
+def _has_arrays(root: Path) -> bool:
+    """Arrays are begun after the pair table is written, so where there is one, the table was there."""
+    return any((root / "records").glob("*/*/fingerprint.json"))

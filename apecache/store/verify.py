@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from apecache.errors import ApecacheError, DamagedError, StoreError
 from apecache.fingerprint import Modality, content_hash
-from apecache.store.commit import CommitRecord, digest_commits, read_commit, read_record
+from apecache.store.commit import CommitRecord, digest_commits, is_commit, read_commit, read_record
 from apecache.store.files import TEMPORARY, LocalFiles
 from apecache.store.layout import (
     PAIRS,
@@ -104,14 +104,21 @@ def segment_folders(path: Path) -> list[Path]:
 
 
 def array_names(files: LocalFiles) -> list[tuple[Modality, str]]:
-    """Every array that has records, or data, images first."""
+    """Every array that has records, or data, images first; not one that a killed writer had only made a folder for."""
     kinds: tuple[Modality, ...] = ("image", "text")
     return [
         (kind, name)
         for kind in kinds
         for name in sorted({*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"})
-        if files.path(f"records/{kind}/{name}").is_dir() or files.path(f"{ZARR}/{kind}/{name}").is_dir()
+        if any(_objects(files, records_folder(kind, name))) or any(_objects(files, array_folder(kind, name)))
     ]
+
+
+def _objects(files: LocalFiles, folder: str) -> Iterator[str]:
+    """Every file below a folder that is not a temporary one."""
+    for path in files.path(folder).rglob("*"):
+        if path.is_file() and not path.name.startswith(TEMPORARY):
+            yield path.relative_to(files.root).as_posix()
 
 
 class _Check:
@@ -130,6 +137,9 @@ class _Check:
             self._add("damaged", PAIRS, f"belongs to another table than {SOURCE}")
         hashes = {name: entry["blake3"] for name, entry in (pairs or {"objects": {}})["objects"].items()}
         self._hash_all({**hashes, "README.md": content_hash(README)})
+        if pairs is None:  # what it named is no stranger
+            self.known.update(_objects(self.files, f"{ZARR}/pairs"))
+            self.known.update(f"{ZARR}/{group}zarr.json" for group in ("", "image/", "text/"))
 
     def array(self, modality: Modality, name: str) -> None:
         array = (modality, name)
@@ -166,10 +176,10 @@ class _Check:
         """Valid records by shard, after hashing everything that they name."""
         found: dict[int, CommitRecord] = {}
         for file in self.files.list(f"{records_folder(record.modality, record.name)}/commits"):
-            name = f"{records_folder(record.modality, record.name)}/commits/{file}"
-            shard = int(file.removesuffix(".json")) if file.removesuffix(".json").isdecimal() else -1
-            if name != commit_name(record.modality, record.name, shard):
+            if not is_commit(file):
                 continue
+            shard = int(file.removesuffix(".json"))
+            name = commit_name(record.modality, record.name, shard)
             self.known.add(name)
             try:
                 found[shard] = read_commit(self.files, record, shard)
@@ -244,9 +254,7 @@ class _Check:
     def _disown(self, modality: Modality, name: str) -> None:
         """An array whose fingerprint is lost: its other objects are not strangers."""
         for folder in (array_folder(modality, name), records_folder(modality, name)):
-            for path in self.files.path(folder).rglob("*"):
-                if path.is_file() and not path.name.startswith(TEMPORARY):
-                    self.known.add(path.relative_to(self.files.root).as_posix())
+            self.known.update(_objects(self.files, folder))
 
     def _disown_shard(self, record: ArrayRecord, shard: int) -> None:
         self.known.update(shard_objects(record, shard))

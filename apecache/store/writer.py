@@ -29,6 +29,7 @@ from apecache.store.layout import (
     QUARANTINED,
     README,
     SOURCE,
+    ZARR,
     ArrayLayout,
     ArrayRecord,
     array_folder,
@@ -75,7 +76,7 @@ def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str)
     _refuse_foreign(files)
     files.create(SOURCE, source_bytes(pairs, root))
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
-    files.remove_temporary()
+    files.remove_temporary("records", ZARR)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
             _write_pairs(files, pairs, version)
@@ -90,8 +91,9 @@ def _identity(pairs: PairColumns) -> dict[str, Json]:
     return {"digest": pairs.digest, "n_images": len(pairs.keys), "n_texts": len(pairs.captions)}
 
 
-def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
-    columns: dict[str, tuple[str, list[str] | list[int]]] = {
+def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[int]]]:
+    """Columns of the pair table as they are stored: name -> (dimension, values)."""
+    return {
         "image_key": ("image", pairs.keys),
         "image_split": ("image", pairs.splits),
         "image_label": ("image", pairs.labels),
@@ -99,7 +101,10 @@ def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
         "text_language": ("text", pairs.languages),
         "text_image_row": ("text", pairs.image_rows),
     }
-    objects = {**root_objects(version), **pair_objects(columns)}
+
+
+def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
+    objects = {**root_objects(version), **pair_objects(table_columns(pairs))}
     for name, data in objects.items():
         files.write(name, data)
     files.write("README.md", README.encode())
@@ -110,10 +115,11 @@ def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
 def _refuse_foreign(files: LocalFiles) -> None:
     if files.root.exists() and not files.root.is_dir():
         raise StoreError(f"{files.root} is a file; give a folder as --store")
-    begun = files.exists(SOURCE) or (files.list("") == ["records"] and not files.list("records"))
-    if files.exists(PAIRS) and not begun:
-        raise DamagedError(f"{files.path(SOURCE)} is missing; restore the file")
-    if files.list("") and not begun:
+    # Looked for last: another writer may be making the store at this moment, and the source is what it puts first.
+    made, strange = files.exists(PAIRS), files.list("") not in ([], ["records"]) or files.list("records")
+    if strange and not files.exists(SOURCE):
+        if made:
+            raise DamagedError(f"{files.path(SOURCE)} is missing; write it again with: apecache repair")
         raise StoreError(f"{files.root} is not empty and not a store; choose another --store")
 
 

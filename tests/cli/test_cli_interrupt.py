@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_shapes
+from tiny import make_shapes
 
 COPIES = 40  # of 12 shapes: 480 images and 960 captions in shards of 8 rows
 

@@ -1,0 +1,1 @@
+"""How fast: ratios of CPU time between cases that are interleaved in one run."""

@@ -1,0 +1,266 @@
+"""A writer of feature stores without torch: its features are a pure function of the row, so that any two runs agree.
+
+It goes through the store in the order in which `apecache.extraction` does. As a program (`python tower.py`) it imports
+once and then forks a process for every run that a line of JSON on its standard input asks for: a kill costs
+milliseconds, not the seconds of an import. See `Towers` for the other end of that pipe.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import apecache.store.writer as writer_module
+from apecache.encoders.spec import EncoderSpec, Modality
+from apecache.fingerprint import Fingerprint, content_hash, digest_strings
+from apecache.store.files import LocalFiles
+from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
+from apecache.store.reader import FeatureStore
+from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
+
+NAME = "tower"
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+SALT = {"image": 3, "text": 11}
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A table of `images` with two captions each. The defaults give 11 image shards and 14 text shards."""
+
+    images: int = 42
+    dim: int = 8
+    image_shard: int = 4
+    text_shard: int = 6
+    encoder: str = "a"
+    dtype: str = "float16"
+
+    def rows(self, modality: Modality) -> int:
+        return self.images if modality == "image" else 2 * self.images
+
+    def layout(self, modality: Modality) -> ArrayLayout:
+        shard_rows = self.image_shard if modality == "image" else self.text_shard
+        return ArrayLayout(self.rows(modality), self.dim, self.dtype, shard_rows, 2, 1)
+
+    @property
+    def n_shards(self) -> int:
+        return sum(self.layout(modality).n_shards for modality in MODALITIES)
+
+
+SMALL = TowerSpec(images=10)
+"""3 + 4 shards: for what is tried at every single system call."""
+
+
+def columns(spec: TowerSpec) -> PairColumns:
+    keys = [f"images/{row:04d}.jpg" for row in range(spec.images)]
+    captions = [f"caption {i} of {key}" for key in keys for i in range(2)]
+    splits, labels = (
+        ["train" if row % 3 else "val" for row in range(spec.images)],
+        [str(row % 5) for row in range(spec.images)],
+    )
+    image_rows = [row for row in range(spec.images) for _ in range(2)]
+    languages = ["en"] * len(captions)
+    return PairColumns(
+        keys, splits, labels, captions, languages, image_rows, digest_strings([*keys, *captions]), "t.tsv"
+    )
+
+
+def features(spec: TowerSpec, modality: Modality, rows: Sequence[int]) -> NDArray[Any]:
+    """[rows, dim]: what the encoder would say of these rows; never zero, never the same for two rows."""
+    grid = np.asarray(rows)[:, None] * 7919 + np.arange(spec.dim) * 104_729 + SALT[modality] + len(spec.encoder)
+    return ((grid % 2039 + 1) / 512).astype(spec.dtype)
+
+
+def bad_rows(modality: Modality, rows: Sequence[int]) -> list[QuarantinedRow]:
+    step = 13 if modality == "image" else 17
+    return [QuarantinedRow(row, f"{modality}-{row}", "truncated", "it ends early") for row in rows if row % step == 5]
+
+
+@cache
+def array_record(spec: TowerSpec, modality: Modality) -> ArrayRecord:
+    fields = {"library": "tower", "weights": content_hash(spec.encoder), "modality": modality, "dtype": spec.dtype}
+    fingerprint = Fingerprint({"encoder": fields, "storage": {"dtype": spec.dtype, "batch_size": 2}})
+    layout = spec.layout(modality)
+    encoder = EncoderSpec("hf", NAME, modality)
+    return with_metadata(
+        ArrayRecord(modality, NAME, encoder, fingerprint, layout, {}, {"versions": {}, "device": "cpu"})
+    )
+
+
+def expected(spec: TowerSpec, modality: Modality) -> NDArray[Any]:
+    """What `FeatureArray.load` must return."""
+    rows = range(spec.rows(modality))
+    values = features(spec, modality, rows)
+    values[[row.row for row in bad_rows(modality, rows)]] = np.nan
+    return values
+
+
+def run(
+    store: Path,
+    spec: TowerSpec = TowerSpec(),
+    files: LocalFiles | None = None,
+    acknowledge: Callable[[str], None] = lambda _: None,
+    shards: dict[str, list[int]] | None = None,
+) -> list[str]:
+    """Make or finish a store; returns the shards that this run encoded, as `image/3`.
+
+    Args:
+        acknowledge: told of everything that has been promised: `store`, `image`, `image/3`, `image/seal`, …
+        shards: encode these whether they are committed or not, and do not seal (one of several writers).
+    """
+    files = files or LocalFiles(store)
+    create_store(files, columns(spec), "/data", "0")
+    acknowledge("store")
+    opened = FeatureStore(FeatureStore.open(store).path, files)
+    done = []
+    for modality in MODALITIES:
+        existing = next((array.record for array in opened.arrays(modality) if array.name == NAME), None)
+        record = existing or array_record(spec, modality)
+        create_array(files, record)
+        acknowledge(modality)
+        writer = ArrayWriter(files, record)
+        for shard in shards[modality] if shards else writer.pending():
+            commit_shard(writer, spec, shard)
+            done.append(f"{modality}/{shard}")
+            acknowledge(done[-1])
+        if not shards:
+            writer.seal()
+            acknowledge(f"{modality}/seal")
+    return done
+
+
+def commit_shard(writer: ArrayWriter, spec: TowerSpec, shard: int) -> None:
+    modality, rows = writer.record.modality, writer.layout.shard(shard)
+    content = [content_hash(f"{modality}-{row}") for row in rows]
+    writer.commit(shard, features(spec, modality, rows), content, bad_rows(modality, rows))
+
+
+@contextmanager
+def cached_tables() -> Iterator[None]:
+    """Let Zarr encode each table once: it takes longer than all the rest, and is the same every time."""
+    real = writer_module.pair_objects, writer_module.root_objects
+
+    def pairs(table: Mapping[str, tuple[str, list[str] | list[int]]]) -> dict[str, bytes]:
+        return _cached(repr(table), lambda: real[0](table))
+
+    def roots(version: str) -> dict[str, bytes]:
+        return _cached(version, lambda: real[1](version))
+
+    try:
+        writer_module.pair_objects, writer_module.root_objects = pairs, roots
+        yield
+    finally:
+        writer_module.pair_objects, writer_module.root_objects = real
+
+
+_tables: dict[str, dict[str, bytes]] = {}
+
+
+def _cached(key: str, make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
+    if key not in _tables:
+        _tables[key] = make()
+    return _tables[key]
+
+
+def tree(store: Path) -> dict[str, bytes]:
+    """Every file below a folder, temporary ones too."""
+    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+
+
+def tree_digest(store: Path) -> str:
+    return digest_strings(part for path, data in tree(store).items() for part in (path, content_hash(data)))
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+class Towers:
+    """A process that forks towers. `with Towers() as towers: towers.start([{"store": …}])`."""
+
+    def __enter__(self) -> "Towers":
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, __file__], **pipes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def start(self, *runs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Run towers side by side until all have ended.
+
+        Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does nothing), `kill` (see
+        `faults_syscalls.Kill`) and `kill_after` in seconds. Each result: `killed`, `error` (a string, empty if there
+        was none) and `done`.
+        """
+        assert self.process.stdin
+        assert self.process.stdout
+        requests = [{**run, "store": str(run["store"]), "spec": asdict(run.get("spec", TowerSpec()))} for run in runs]
+        self.process.stdin.write(json.dumps(requests) + "\n")
+        self.process.stdin.flush()
+        answer: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def run(self, store: Path, **options: Any) -> dict[str, Any]:
+        return self.start({"store": store, **options})[0]
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        children = [_fork(request) for request in json.loads(line)]
+        sys.stdout.write(json.dumps([_result(*child) for child in children]) + "\n")
+        sys.stdout.flush()
+
+
+def _fork(request: dict[str, Any]) -> tuple[int, int, float | None]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, reading, request.get("kill_after")
+    os.close(reading)
+    try:
+        answer = {"done": _run(request), "error": ""}
+    except Exception as error:
+        answer = {"done": [], "error": f"{type(error).__name__}: {error}"}
+    os.write(writing, json.dumps(answer).encode())
+    os._exit(0)
+
+
+def _run(request: dict[str, Any]) -> list[str]:
+    from faults_syscalls import Kill, intercepted, unsynced
+
+    store, spec = Path(request["store"]), TowerSpec(**request["spec"])
+    kill = Kill(**request["kill"]) if request.get("kill") else None
+    if request.get("unsynced") or kill:
+        with intercepted(store.parent, unsynced(kill) if request.get("unsynced") else kill):
+            return run(store, spec, shards=request.get("shards"))
+    return run(store, spec, shards=request.get("shards"))
+
+
+def _result(child: int, reading: int, kill_after: float | None) -> dict[str, Any]:
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return {"done": [], "error": "" if killed else "no answer", **json.loads(answer or "{}"), "killed": killed}
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,295 @@
+"""Recipes: the zoo, files, overrides, and the messages for everything that is wrong with one."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apecache.errors import RecipeError
+from apecache.heads.pooled import HeadSpec, build_heads
+from apecache.recipes.recipe import (
+    LossSpec,
+    OptimiserSpec,
+    Recipe,
+    ScheduleSpec,
+    load_recipe,
+    parse_recipe,
+    zoo_names,
+)
+
+
+def refused(name: str, *settings: str) -> str:
+    """The message with which a recipe is refused; on one line."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, settings)
+    assert caught.value.exit_code == 3
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- the zoo ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_zoo_lists_every_file_in_its_folder() -> None:
+    found = sorted(path.name for path in (files("apecache.recipes") / "zoo").iterdir())
+    assert [f"{name}.toml" for name in zoo_names()] == found
+    assert {"ape", "projection"} <= set(zoo_names())
+
+
+@pytest.mark.parametrize("name", zoo_names())
+def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_encoders(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert len(recipe.source) > 50
+    image, text = build_heads(recipe.image, recipe.text, 1280, 384)
+    assert image.out_dim == text.out_dim
+    assert any(parameter.requires_grad for head in (image, text) for parameter in head.parameters())
+
+
+def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text() -> None:
+    recipe = load_recipe("ape")
+    assert recipe.image.kind == "identity"
+    assert recipe.text.kind == "mlp"
+    assert 4 <= recipe.text.depth <= 6
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_and_what_it_leaves_out_has_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, 'name = "mine"\n[text]\nkind = "mlp"\n[optimiser]\nbetas = [0.8, 0.9]\n'))
+    assert recipe == Recipe(name="mine", text=HeadSpec(kind="mlp"), optimiser=OptimiserSpec(betas=(0.8, 0.9)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "not TOML"),
+        ('name = "a"\nname = "b"', "not TOML"),
+        ("[loss", "not TOML"),
+        ("x = " + "[" * 100_000, "not TOML"),
+        ("", "name: Field required"),
+        ("[image]", "name: Field required"),
+    ],
+    ids=["no value", "key twice", "open bracket", "far too deep", "empty", "no name"],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    found = refused(write(tmp_path, text))
+    assert "mine.toml" in found
+    assert message in found
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b'name = "caf\xe9"')
+    assert "not TOML" in refused(str(tmp_path / "mine.toml"))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in refused(str(tmp_path / "mine.toml"))
+
+
+def test_a_folder_named_like_a_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").mkdir()
+    assert "directory" in refused(str(tmp_path / "mine.toml"))
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
+    message = refused("projektion")
+    assert "no recipe 'projektion'; there are ape, " in message
+    assert "did you mean projection?" in message
+
+
+# --- keys and values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "place", "hint"),
+    [
+        ("optimizer.lr=1", "'optimizer'", "optimiser"),
+        ("optimiser.learnin_rate=1", "'optimiser.learnin_rate'", ""),
+        ("optimiser.weight_decy=1", "'optimiser.weight_decy'", "weight_decay"),
+        ("loss.temprature=0.1", "'loss.temprature'", "temperature"),
+        ("schedule.epoch=3", "'schedule.epoch'", "epochs"),
+        ("image.dims=3", "'image.dims'", "dim"),
+        ("text.standardize=true", "'text.standardize'", "standardise"),
+        ("augmentation.nois=1", "'augmentation.nois'", "noise"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(setting: str, place: str, hint: str) -> None:
+    message = refused("ape", setting)
+    assert f"unknown key {place}; there are " in message
+    assert (f"did you mean {hint}" in message) if hint else ("did you mean" not in message)
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        ("schedule.epochs=many", "many"),
+        ("schedule.epochs=2.5", "2.5"),
+        ("schedule.epochs=0", "0"),
+        ("schedule.epochs=-1", "-1"),
+        ("schedule.epochs=nan", "nan"),
+        ("schedule.epochs=[3]", "[3]"),
+        ("schedule.batch_size=1", "1"),
+        ("schedule.warmup=1.1", "1.1"),
+        ("schedule.warmup=-0.1", "-0.1"),
+        ("schedule.final=2", "2"),
+        ("optimiser.lr=0", "0"),
+        ("optimiser.lr=-1e-3", "-0.001"),
+        ("optimiser.lr=nan", "nan"),
+        ("optimiser.lr=inf", "inf"),
+        ("optimiser.lr=fast", "fast"),
+        ("optimiser.weight_decay=-0.1", "-0.1"),
+        ("optimiser.eps=0", "0"),
+        ("optimiser.clip=-1", "-1"),
+        ("optimiser.clip=inf", "inf"),
+        ("optimiser.betas=0.9", "0.9"),
+        ("optimiser.betas=[0.9]", "[0.9]"),
+        ("optimiser.betas=[0.9, 0.9, 0.9]", "[0.9, 0.9, 0.9]"),
+        ("optimiser.betas=[0.9, 1.0]", "1.0"),
+        ("optimiser.betas=[-0.1, 0.9]", "-0.1"),
+        ("optimiser.betas=[nan, 0.9]", "nan"),
+        ("loss.temperature=0", "0"),
+        ("loss.temperature=-0.07", "-0.07"),
+        ("loss.temperature=nan", "nan"),
+        ("loss.learnable=perhaps", "perhaps"),
+        ("augmentation.noise=-1", "-1"),
+        ("augmentation.noise=inf", "inf"),
+        ("image.kind=transformer", "transformer"),
+        ("image.dim=0", "0"),
+        ("text.expansion=inf", "inf"),
+        ("text.dropout=1", "1"),
+        ("text.norm=group", "group"),
+        ("image=linear", "linear"),
+        ("loss=[1]", "[1]"),
+        ("name=3", "3"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_place_and_itself(setting: str, found: str) -> None:
+    message = refused("ape", setting)
+    assert message.startswith(f"ape: {setting.split('=')[0]}")
+    assert f"(found '{found}')" in message
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"temperature": 0.001},
+        {"temperature": 0.6},
+        {"temperature": 0.07, "min_temperature": 0.08},
+        {"temperature": 0.07, "max_temperature": 0.06},
+        {"min_temperature": 0.5, "max_temperature": 0.01},
+    ],
+    ids=str,
+)
+def test_a_temperature_outside_its_bounds_is_refused(loss: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match="loss: temperature must lie between min_temperature and max_temperature"):
+        parse_recipe({"name": "mine", "loss": loss}, "mine")
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
+def test_lilts_temperature_bounds_can_be_set(temperature: float) -> None:
+    loss = {"temperature": temperature, "min_temperature": 0.001, "max_temperature": 0.5}
+    assert parse_recipe({"name": "lilt", "loss": loss}, "lilt").loss == LossSpec(**loss)
+
+
+def test_the_first_faults_of_a_recipe_are_named_together() -> None:
+    message = refused("ape", "optimiser.lr=-1", "schedule.epochs=0", "colour=red")
+    assert "optimiser.lr" in message
+    assert "schedule.epochs" in message
+    assert "'colour'" in message
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "section", "key", "value"),
+    [
+        ("optimiser.lr=3e-4", "optimiser", "lr", 3e-4),
+        (" optimiser.lr = 3e-4 ", "optimiser", "lr", 3e-4),
+        ("optimiser.betas=[0.5, 0.75]", "optimiser", "betas", (0.5, 0.75)),
+        ("loss.learnable=false", "loss", "learnable", False),
+        ("image.kind=linear", "image", "kind", "linear"),
+        ('image.kind="linear"', "image", "kind", "linear"),
+        ("schedule.epochs=1_0", "schedule", "epochs", 10),
+        ("text.depth=6", "text", "depth", 6),
+    ],
+)
+def test_a_setting_replaces_one_value_and_leaves_all_others(setting: str, section: str, key: str, value: Any) -> None:
+    plain, changed = load_recipe("ape").model_dump(), load_recipe("ape", [setting]).model_dump()
+    assert changed[section].pop(key) == value
+    del plain[section][key]
+    assert changed == plain
+
+
+def test_a_setting_may_hold_an_equals_sign() -> None:
+    assert load_recipe("ape", ["source=a=b"]).source == "a=b"
+
+
+def test_of_two_settings_of_one_key_the_later_wins() -> None:
+    assert load_recipe("ape", ["schedule.epochs=3", "schedule.epochs=4"]).schedule.epochs == 4
+
+
+def test_a_whole_section_can_be_given_as_a_toml_table() -> None:
+    recipe = load_recipe("ape", ["schedule={epochs=3, warmup=0}"])
+    assert recipe.schedule == ScheduleSpec(epochs=3, warmup=0)
+
+
+def test_settings_of_one_call_do_not_stay_for_the_next() -> None:
+    before = load_recipe("ape")
+    load_recipe("ape", ["text.width=8"])
+    assert load_recipe("ape") == before
+
+
+@pytest.mark.parametrize("setting", ["lr", "", "=3", "optimiser..lr=3", ".lr=3", "optimiser.=3", "optimiser.lr"])
+def test_a_setting_that_is_no_assignment_is_refused_with_an_example(setting: str) -> None:
+    assert f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4" in refused("ape", setting)
+
+
+def test_a_setting_inside_a_plain_value_is_refused() -> None:
+    assert "lr is inside a plain value, not a section" in refused("ape", "name.lr=3")
+
+
+def test_a_setting_nested_without_end_is_refused_and_not_a_crash() -> None:
+    assert "optimiser.lr" in refused("ape", "optimiser.lr=" + "[" * 100_000)
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+HEADS = st.builds(
+    HeadSpec,
+    kind=st.sampled_from(["identity", "linear", "mlp"]),
+    dim=st.none() | st.integers(1, 4096),
+    depth=st.integers(1, 64),
+    dropout=st.floats(0, 1, exclude_max=True),
+    expansion=st.floats(0.01, 16),
+    skip=st.booleans(),
+)
+POSITIVE = st.floats(1e-8, 1e3)
+RECIPES = st.builds(
+    Recipe,
+    name=st.text(),
+    source=st.text(),
+    image=HEADS,
+    text=HEADS,
+    loss=st.builds(LossSpec, temperature=st.floats(0.01, 0.5), learnable=st.booleans()),
+    optimiser=st.builds(OptimiserSpec, lr=POSITIVE, betas=st.tuples(*[st.floats(0, 0.999)] * 2), clip=POSITIVE),
+    schedule=st.builds(ScheduleSpec, epochs=st.integers(1, 10**6), warmup=st.floats(0, 1)),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(RECIPES)
+def test_a_recipe_written_as_json_and_parsed_again_is_the_same(recipe: Recipe) -> None:
+    assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe

@@ -1,0 +1,218 @@
+"""Batches and splits: who trains, who chooses, and which caption goes with which image."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from apecache.errors import IncompleteError, RecipeError
+from apecache.store.reader import PairTable
+from apecache.train.batches import FeaturePairs, SplitSpec, batches, choose_splits, load_on, select_pairs
+
+
+def numbered(counts: list[int]) -> FeaturePairs:
+    """Image i is [i]; its caption c is [i, c]."""
+    owners = [(image, caption) for image, count in enumerate(counts) for caption in range(count)]
+    first = torch.tensor([0, *np.cumsum(counts)])
+    return FeaturePairs(torch.arange(len(counts)).unsqueeze(1), torch.tensor(owners), first)
+
+
+def epoch(pairs: FeaturePairs, batch_size: int, generator: torch.Generator) -> list[tuple[Any, Any]]:
+    return [(image.flatten().tolist(), text.tolist()) for image, text in batches(pairs, batch_size, generator)]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+COUNTS = st.lists(st.integers(1, 4), min_size=2, max_size=20)
+
+
+@settings(deadline=None, max_examples=60)
+@given(counts=COUNTS, batch_size=st.integers(2, 25), seed=st.integers(0, 2**31))
+def test_in_an_epoch_every_image_comes_at_most_once_with_a_caption_of_its_own(
+    counts: list[int], batch_size: int, seed: int
+) -> None:
+    made = epoch(numbered(counts), batch_size, seeded(seed))
+    size = min(batch_size, len(counts))
+    assert [len(image) for image, _ in made] == [size] * (len(counts) // size)
+    images = [row for image, _ in made for row in image]
+    assert len(set(images)) == len(images)
+    for image, text in made:
+        assert [owner for owner, _ in text] == image
+        assert all(caption < counts[owner] for owner, caption in text)
+
+
+def test_over_many_epochs_all_captions_and_all_images_come_about_equally_often() -> None:
+    counts, n_epochs = [1, 2, 5, 3, 4, 2, 5], 3000
+    pairs, generator = numbered(counts), seeded(0)
+    seen: dict[tuple[int, int], int] = {}
+    for _ in range(n_epochs):
+        for _, text in epoch(pairs, 3, generator):
+            for owner, caption in text:
+                seen[owner, caption] = seen.get((owner, caption), 0) + 1
+    assert len(seen) == sum(counts)
+    share_of_images = 6 / 7  # batches of 3 leave one of the seven out, another one in each epoch
+    for (owner, _), count in seen.items():
+        expected = n_epochs * share_of_images / counts[owner]
+        assert abs(count - expected) < 5 * expected**0.5
+
+
+def test_a_seed_gives_the_same_batches_and_another_seed_others() -> None:
+    pairs = numbered([2] * 12)
+    runs = [[epoch(pairs, 4, generator) for _ in range(2)] for generator in (seeded(1), seeded(1), seeded(2))]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert runs[0][0] != runs[0][1]
+
+
+@given(COUNTS)
+@settings(deadline=None, max_examples=20)
+def test_each_text_knows_the_row_of_its_image(counts: list[int]) -> None:
+    pairs = numbered(counts)
+    assert pairs.image_of_text.tolist() == pairs.text[:, 0].tolist()
+
+
+# --- which rows are used ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """(image of each text in any order, images to keep, usable texts); images without a text occur."""
+    n_images = draw(st.integers(1, 8))
+    rows = draw(st.lists(st.integers(0, n_images - 1), min_size=1, max_size=16))
+    keep = draw(st.lists(st.booleans(), min_size=n_images, max_size=n_images))
+    usable = draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    return np.array(rows, np.int64), np.array(keep), np.array(usable)
+
+
+@settings(deadline=None, max_examples=80)
+@given(tables())
+def test_selected_are_exactly_the_kept_images_with_their_usable_captions(
+    table: tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]],
+) -> None:
+    rows, keep, usable = table
+    image = torch.arange(len(keep)).unsqueeze(1)
+    text = torch.tensor([[owner, row] for row, owner in enumerate(rows)])
+    wanted = {
+        i: [t for t, owner in enumerate(rows) if owner == i and usable[t]] for i in range(len(keep)) if keep[i]
+    }  # by definition
+    wanted = {i: texts for i, texts in wanted.items() if texts}
+    assume(wanted)
+    chosen = select_pairs(image, text, rows, keep, usable)
+    assert chosen.image.flatten().tolist() == list(wanted)
+    assert chosen.text[:, 0].tolist() == [i for i, texts in wanted.items() for _ in texts]
+    assert chosen.text[:, 1].tolist() == [t for texts in wanted.values() for t in texts]
+    assert chosen.first_text.diff().tolist() == [len(texts) for texts in wanted.values()]
+    assert chosen.image.flatten()[chosen.image_of_text].tolist() == chosen.text[:, 0].tolist()
+
+
+def test_quarantined_images_and_texts_never_stand_in_a_batch(write_store: Any, tmp_path: Path) -> None:
+    image = np.arange(30, dtype=np.float32).repeat(2).reshape(30, 2)
+    text = np.arange(60, dtype=np.float32).repeat(2).reshape(60, 2)
+    rows, bad_images, bad_texts = [i // 2 for i in range(60)], (0, 17), (3, 10, 11, 58)
+    store = write_store(
+        tmp_path / "s", image, text, rows, [""] * 30, bad_images=bad_images, bad_texts=bad_texts, shard_rows=7
+    )
+    arrays = store.array("image"), store.array("text")
+    features = [load_on(array, torch.device("cpu")) for array in arrays]
+    ok_images, ok_texts = (array.load_ok() for array in arrays)
+    pairs = select_pairs(features[0], features[1], store.pairs.image_rows, ok_images, ok_texts)
+    assert len(pairs) == 27  # of 30: two images are bad, and both captions of image 5 are
+    seen = {
+        (int(image), int(text))
+        for seed in range(60)
+        for batch in batches(pairs, 9, seeded(seed))
+        for image, text in zip(batch[0][:, 0], batch[1][:, 0], strict=True)
+    }
+    assert seen == {(t // 2, t) for t in range(60) if t // 2 not in bad_images and t not in bad_texts}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_features_are_loaded_as_they_are_stored(dtype: str, write_store: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(20, 3)).astype(dtype), rng.normal(size=(20, 4)).astype(dtype)
+    store = write_store(tmp_path / "s", image, text, list(range(20)), [""] * 20, bad_images=(4,), shard_rows=6)
+    loaded = load_on(store.array("image"), torch.device("cpu"))
+    assert str(loaded.dtype) == f"torch.{dtype}"
+    assert torch.isnan(loaded[4]).all()
+    image[4] = np.nan
+    np.testing.assert_array_equal(loaded.numpy(), image)
+
+
+def test_features_that_are_not_complete_are_not_loaded(write_store: Any, tmp_path: Path) -> None:
+    features = np.zeros((40, 2), np.float32)
+    store = write_store(tmp_path / "s", features, features, list(range(40)), [""] * 40, shard_rows=10, n_shards=3)
+    with pytest.raises(IncompleteError, match="image/pixels is 75% done; resume with"):
+        load_on(store.array("image"), torch.device("cpu"))
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def table_of(splits: list[str]) -> PairTable:
+    blank = np.array([""] * len(splits), object)
+    return PairTable(blank, np.array(splits, object), blank, blank, blank, np.arange(len(splits)), "digest")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n_train=st.integers(10, 400), n_val=st.integers(0, 30), dev_images=st.integers(1, 60), seed=st.integers(0, 10**6)
+)
+def test_a_drawn_dev_split_is_a_share_of_train_that_never_trains(
+    n_train: int, n_val: int, dev_images: int, seed: int
+) -> None:
+    splits = ["train"] * n_train + ["val"] * n_val
+    train, dev = choose_splits(table_of(splits), SplitSpec(dev_images=dev_images, seed=seed))
+    assert not (train & dev).any()
+    assert ((train | dev) == (np.array(splits) == "train")).all()
+    assert dev.sum() == min(dev_images, n_train // 10)
+
+
+def test_the_seed_alone_decides_who_is_dev() -> None:
+    table = table_of(["train"] * 200)
+    draws = [choose_splits(table, SplitSpec(dev_images=20, seed=seed))[1] for seed in (0, 0, 1)]
+    assert (draws[0] == draws[1]).all()
+    assert (draws[0] != draws[2]).any()
+
+
+def test_a_named_dev_split_leaves_all_of_train_to_training() -> None:
+    splits = np.array(["val", "train", "train", "test", "val"])
+    train, dev = choose_splits(table_of(list(splits)), SplitSpec(dev="val"))
+    assert (train == (splits == "train")).all()
+    assert (dev == (splits == "val")).all()
+
+
+@pytest.mark.parametrize("splits", [[""] * 30, ["everything"] * 30], ids=["unnamed", "named"])
+def test_the_only_split_there_is_trains_without_being_named(splits: list[str]) -> None:
+    train, dev = choose_splits(table_of(splits), SplitSpec(dev_images=2))
+    assert (train.sum(), dev.sum()) == (28, 2)
+
+
+@pytest.mark.parametrize(
+    ("splits", "spec", "message"),
+    [
+        (["train"] * 30, SplitSpec(dev="train"), "--dev-split train is the training split"),
+        (["a"] * 20 + ["b"] * 20, SplitSpec(train="b", dev="b"), "--dev-split b is the training split"),
+        ([""] * 30, SplitSpec(dev=""), "is the training split"),
+        (["train"] * 9, SplitSpec(), "no dev split possible: 9 training images; give --dev-split or at least 10"),
+        (
+            ["training"] * 3 + ["val"] * 2 + [""],
+            SplitSpec(),
+            r"no split 'train' in the store; found: training \(3 images\), val \(2 images\), \(none\) \(1 images\); "
+            "did you mean training",
+        ),
+        (["train"] * 30 + ["val"], SplitSpec(dev="vall"), r"no split 'vall' .*; did you mean val\?"),
+        (["train"] * 30, SplitSpec(train="xyz"), r"no split 'xyz' in the store; found: train \(30 images\)$"),
+    ],
+)
+def test_splits_that_cannot_work_are_refused(splits: list[str], spec: SplitSpec, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        choose_splits(table_of(splits), spec)

@@ -1,0 +1,111 @@
+"""The optimiser's groups and the learning-rate schedule."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from apecache.heads.pooled import HeadSpec, build_heads
+from apecache.losses import Temperature
+from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
+from apecache.train.fit_head import AlignmentModel
+from apecache.train.optim import build_adamw, learning_rate_factor
+
+
+def schedule(warmup: float, final: float = 0.0) -> ScheduleSpec:
+    return ScheduleSpec(warmup=warmup, final=final)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (0, 0.1),
+        (4, 0.5),
+        (9, 1.0),
+        (10, 1.0),
+        (55, 0.5),
+        (40, 0.75),
+        (70, 0.25),
+        (99, (1 + math.cos(math.pi * 89 / 90)) / 2),
+    ],
+)
+def test_the_rate_rises_in_equal_steps_and_falls_along_a_cosine(step: int, factor: float) -> None:
+    assert learning_rate_factor(step, 100, schedule(0.1)) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "n_steps", "spec", "factor"),
+    [
+        (0, 100, schedule(0.0), 1.0),
+        (50, 100, schedule(0.0), 0.5),
+        (50, 100, schedule(0.0, final=0.2), 0.6),
+        (0, 3, schedule(0.01), 1.0),
+        (0, 4, schedule(1.0), 0.25),
+        (3, 4, schedule(1.0), 1.0),
+        (0, 1, schedule(0.0), 1.0),
+        (0, 1, schedule(1.0), 1.0),
+        (99, 100, schedule(0.3, final=1.0), 1.0),
+    ],
+)
+def test_the_ends_of_the_schedule_are_where_the_settings_put_them(
+    step: int, n_steps: int, spec: ScheduleSpec, factor: float
+) -> None:
+    assert learning_rate_factor(step, n_steps, spec) == pytest.approx(factor, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_steps=st.integers(1, 200), warmup=st.floats(0, 1), final=st.floats(0, 1))
+def test_the_rate_never_jumps_and_stays_between_nothing_and_all(n_steps: int, warmup: float, final: float) -> None:
+    factors = [learning_rate_factor(step, n_steps, schedule(warmup, final)) for step in range(n_steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    top = factors.index(max(factors))
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert all(factor >= final - 1e-12 for factor in factors[top:])
+
+
+def make_model(learnable: bool = True) -> AlignmentModel:
+    heads = build_heads(HeadSpec(kind="linear", dim=3), HeadSpec(kind="mlp", width=4, depth=1, skip=True), 5, 6)
+    return AlignmentModel(*heads, Temperature(learnable=learnable))
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(learnable: bool) -> None:
+    model = make_model(learnable)
+    optimiser = build_adamw(model.parameters(), OptimiserSpec())
+    grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert (id(model.temperature.log_scale) in grouped) is learnable
+
+
+def test_only_matrices_are_decayed() -> None:
+    model = make_model()
+    spec = OptimiserSpec(lr=0.1, weight_decay=0.5)
+    optimiser = build_adamw(model.parameters(), spec)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    for name, parameter in model.named_parameters():
+        kept = 1 - 0.1 * 0.5 if parameter.ndim >= 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
+    assert {parameter.ndim for parameter in model.parameters()} == {0, 1, 2}
+
+
+def test_the_first_step_is_adams_with_the_settings_given() -> None:
+    spec = OptimiserSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimiser = build_adamw([parameter], spec)
+    moments = torch.zeros(2, 2)
+    expected = torch.tensor([1.0, 2.0])
+    for step, gradient in enumerate((torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 0.1])), 1):
+        parameter.grad = gradient[None]
+        optimiser.step()
+        moments[0] = 0.7 * moments[0] + 0.3 * gradient
+        moments[1] = 0.8 * moments[1] + 0.2 * gradient.square()
+        first, second = moments[0] / (1 - 0.7**step), moments[1] / (1 - 0.8**step)
+        expected = expected - 0.01 * first / (second.sqrt() + 0.5)
+    torch.testing.assert_close(parameter.detach()[0], expected)
