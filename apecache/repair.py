@@ -21,7 +21,14 @@ from apecache.fingerprint import Modality, describe_difference
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import SOURCE, ArrayRecord, records_folder
-from apecache.store.mend import restore_fingerprint, restore_source, rewrite_metadata, uncommit, unmake_table
+from apecache.store.mend import (
+    require_store,
+    restore_fingerprint,
+    restore_source,
+    rewrite_metadata,
+    uncommit,
+    unmake_table,
+)
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import Problem, VerifyReport, array_names, segment_folders, verify_segment, verify_store
 from apecache.store.writer import create_store
@@ -53,9 +60,10 @@ def repair(
         spec: device, workers, and encoders that have moved (`image`, `text`); everything else is taken from the store.
 
     Raises:
-        StoreError: an array's fingerprint and its copy are lost, so that nobody knows what it was: remove it.
+        StoreError: no store; or an array's fingerprint and its copy are lost, so that nobody knows what it was.
         MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
     """
+    require_store(LocalFiles(store))
     spec = spec or ExtractSpec()
     shards: dict[str, tuple[int, ...]] = {}
     objects = [*_mend_fingerprints(store), *_mend_sources(source, store, root)]

@@ -144,7 +144,9 @@ def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, 
     from apecache.store.commit import read_record
     from apecache.store.files import LocalFiles
     from apecache.store.layout import SOURCE
+    from apecache.store.mend import require_store
 
+    require_store(LocalFiles(store))
     if pairs is not None:
         return pairs, root or pairs.parent
     try:

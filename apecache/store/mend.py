@@ -26,6 +26,12 @@ from apecache.store.layout import (
 from apecache.store.writer import PairColumns, source_bytes, table_columns
 
 
+def require_store(files: LocalFiles) -> None:
+    """Raises StoreError unless something is there that only a store has."""
+    if not (files.exists(SOURCE) or files.exists(PAIRS) or any(files.path("records").glob("*/*/fingerprint.json"))):
+        raise StoreError(f"{files.root} is no store (make one with: apecache extract)")
+
+
 def uncommit(files: LocalFiles, modality: Modality, name: str, shards: Iterable[int]) -> None:
     """Make shards pending again: the seal goes first, then each record; the chunks stay until they are rewritten."""
     files.remove(f"{records_folder(modality, name)}/seal.json")
@@ -122,8 +128,7 @@ def find_array(files: LocalFiles, name: str) -> tuple[Modality, str]:
     Raises:
         StoreError: no store, one of a newer format, no such array, or one of each modality.
     """
-    if not files.exists(SOURCE) and not files.exists(PAIRS):
-        raise StoreError(f"{files.root} is no store")
+    require_store(files)
     for record in (SOURCE, PAIRS):
         with contextlib.suppress(DamagedError):  # an array can be removed from a damaged store
             read_record(files, record)

@@ -139,6 +139,7 @@ def main() -> int:
                 folder = Path(temporary) / scenario.__name__
                 folder.mkdir()
                 begin = time.perf_counter()
+                print(f"{scenario.__name__} …", file=sys.stderr, flush=True)
                 rows.append(scenario(Bench(towers, folder, options.quick, options.seed)))
                 seconds.append(time.perf_counter() - begin)
                 shutil.rmtree(folder)

@@ -1,6 +1,8 @@
 """I/O errors: each single system call of a run fails in turn."""
 
 import errno
+import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +58,13 @@ def _fail(store: Path, spec: TowerSpec, nth: int, number: int, wanted: dict[str,
             run(store, spec)
     if tree(store) != wanted:
         result.wrong.append(f"{fail.failed}: the next run ends with another store")
+    shutil.rmtree(store)
     return True
 
 
 def _judge(
     store: Path, spec: TowerSpec, call: Call, number: int, error: Exception | None, promised: set[str]
 ) -> list[str]:
-    import os
 
     wrong, text = [], str(error)
     if not isinstance(error, StoreError) or "\n" in text:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,7 @@ def finish(towers: Towers, store: Path, spec: TowerSpec, wanted: str, result: Ki
     result.wrong += [f"{where}: {what}" for what in check(store, spec, before, begun=0)]
     if tree_digest(store) != wanted:
         result.wrong.append(f"{where}: the store differs from an undisturbed one")
+    shutil.rmtree(store)
 
 
 State = dict[str, list[tuple[str, int, int]]]

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -316,6 +317,7 @@ def _resume(folder: Path, state: State, promised: set[str], spec: TowerSpec, exp
         done = run(store, spec)
     wrong += [f"{shard} was promised and is done again" for shard in set(done) & promised]
     wrong += ["the next run ends with another store"] if tree(store) != expected.final else []
+    shutil.rmtree(folder)
     return [f"{folder.name}: {what}" for what in wrong]
 
 
@@ -343,6 +345,7 @@ def kill_then_cut(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles, e
                 run(base / "store", spec, make(base / "store"), trace.acknowledge)
         except EnoughError:
             break
+        shutil.rmtree(base)
     return result
 
 

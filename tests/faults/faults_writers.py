@@ -1,6 +1,7 @@
 """Several processes that fill one store at the same time."""
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def crowded_rounds(towers: Towers, folder: Path, spec: TowerSpec, rounds: int, s
         wrong += [f"left undone: {again}"] if again else []
         wrong += ["the store differs from that of one writer"] if tree(store) != wanted else []
         result.wrong += [f"round {number}, {kind}: {what}" for what in wrong]
+        shutil.rmtree(store)
     return result
 
 

@@ -50,11 +50,10 @@ def planted_features(seed: int = 0, aligned: bool = True) -> Features:
     return image.astype(np.float32), text.astype(np.float32)
 
 
-def make_recipe(*settings: str, name: str = "projection") -> Recipe:
-    """A recipe of the zoo, small and short."""
-    small = ["schedule.epochs=6", "schedule.batch_size=32", "optimiser.lr=0.02"]
-    sizes = ["image.dim=8", "text.dim=8"] if name == "projection" else []
-    return load_recipe(name, [*small, *sizes, *settings])
+def make_recipe(*settings: str, name: str = str(Path(__file__).with_name("small.toml"))) -> Recipe:
+    """The small recipe of these tests, or one of the zoo made short."""
+    short = ["schedule.epochs=6", "schedule.batch_size=32", "optimiser.lr=0.02"]
+    return load_recipe(name, [*short, *settings])
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +118,11 @@ def test_every_recipe_of_the_zoo_fits_real_features(name: str, tiny_store: Path,
     assert load_heads(tmp_path / "run").training["recipe"]["name"] == name
 
 
-@pytest.mark.parametrize("name", ["projection", "ape"])
-def test_both_kinds_of_recipe_learn_the_planted_pairs(name: str, store: FeatureStore, tmp_path: Path) -> None:
-    settings = ["text.width=32", "text.dropout=0", "text.input_dropout=0"] if name == "ape" else []
-    report = fit_head(store, make_recipe(*settings, name=name), tmp_path / "run", CPU)
+@pytest.mark.parametrize("settings", [(), ("image.kind=identity", "text.kind=mlp", "text.width=32", "text.dim=12")])
+def test_a_linear_pair_and_an_mlp_both_learn_the_planted_pairs(
+    settings: tuple[str, ...], store: FeatureStore, tmp_path: Path
+) -> None:
+    report = fit_head(store, make_recipe(*settings), tmp_path / "run", CPU)
     assert report.dev.text_to_image[1] > 5 * report.dev.chance_text_to_image[1]
 
 
@@ -489,7 +489,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_head(store: Featur
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["text.dim=9"], "recipe projection: the heads end in different widths: image 8, text 9"),
+        (["text.dim=9"], "recipe small: the heads end in different widths: image 8, text 9"),
         (["image.kind=identity", "text.kind=identity"], "different widths: image 12, text 10"),
     ],
 )
@@ -540,6 +540,7 @@ print(sorted({"timm", "transformers", "torchvision", "apecache.encoders.load"} &
 """
 
 
+@pytest.mark.slow
 def test_a_fit_never_imports_an_encoder_library(store: FeatureStore, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(store.path), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
