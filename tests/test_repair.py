@@ -273,3 +273,10 @@ def test_a_segment_without_its_pair_table_is_not_left_out_of_what_is_served(grow
         FeatureStore.open(grown.store)
     mend(grown)
     assert len(FeatureStore.open(grown.store).pairs.keys) == 16
+
+
+def test_what_is_no_store_is_not_made_one(grown_once: Grown, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is no store"):
+        repair(tmp_path, read_pairs(grown_once.table), grown_once.table.parent)
+    assert tree(tmp_path) == {"notes.txt": b"mine"}

@@ -245,7 +245,9 @@ def survives(mutation: Mutation) -> str:
     """Empty if the named test fails, as it must; else what happened."""
     with mutated(mutation) as copy:
         # -P and PYTHONPATH: the copy, and not the checkout that is installed.
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
+        # A folder of its own: pytest clears away those of other runs, and many run at the same time.
+        options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={copy}/temporary"]
+        command = [sys.executable, "-P", "-m", "pytest", *options, f"tests/{mutation.test}"]
         environment = {**os.environ, "PYTHONPATH": str(copy), "APECACHE_FAULTS": ""}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     return (

@@ -335,6 +335,13 @@ def test_noise_makes_training_harder_and_leaves_evaluation_alone(
     assert noisy.untrained == fitted.untrained
 
 
+def test_dropout_is_on_in_training_and_off_on_dev(store: FeatureStore, fitted: FitReport, tmp_path: Path) -> None:
+    report = fit_head(store, make_recipe("text.input_dropout=0.5"), tmp_path / "run", CPU)
+    dropped, plain = list(read_history(tmp_path / "run")), list(read_history(fitted.run))
+    assert all(a["loss"] > b["loss"] + 0.1 for a, b in zip(dropped[1:], plain[1:], strict=True))
+    assert report.untrained == fitted.untrained
+
+
 @pytest.mark.parametrize(("batch_size", "n_steps"), [(32, 5), (50, 3), (160, 1), (1024, 1)])
 def test_an_epoch_has_as_many_steps_as_whole_batches(
     batch_size: int, n_steps: int, store: FeatureStore, tmp_path: Path
