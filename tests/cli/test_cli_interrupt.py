@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_shapes
@@ -49,7 +50,9 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(
     encoders = (tiny_image_encoder, tiny_text_encoder)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run(command(many, clean, *encoders), check=True, capture_output=True, env=environment)
-    started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    started: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    # A shell's background job ignores SIGINT, and so would the children of a test run that is one.
+    started["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     killed = subprocess.Popen(command(many, broken, *encoders), **started)
     assert 4 <= stop_after(killed, broken, 4, signal.SIGKILL) < 24
