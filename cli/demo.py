@@ -11,7 +11,7 @@ import typer
 
 from .terminal import Json, Overwrite, ending, show_json, show_table
 
-RECIPES = ("projection", "ape")
+RECIPES = ("ape", "projection")  # the last one is indexed and shown
 TEMPLATES = ("a drawing of {}", "{}")
 QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
 
@@ -159,7 +159,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
     page = Page(
         title="apecache demo",
         subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",
-        commands=tuple(f"apecache {verb}" for verb in ("extract …", "fit-head …", "evaluate …", "index …", "search …")),
+        commands=(f"apecache demo --out {out}",),
         tables=(Table(title(results), COLUMNS, tuple(result_rows(results))),),
         charts=learning_charts(runs),
         galleries=galleries,
