@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from apecache.encoders.anatomy import SUPPORTED, Anatomy, Place, read_anatomy
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
@@ -70,12 +71,14 @@ class Tower(nn.Module):
     kept. Outputs are in the module's dtype and not normalised."""
 
     module: Any
+    adapter_spec: Any  # an AdapterSpec of recipes/towers.py, which this stage does not know
 
     def __init__(self, module: Any, modality: Modality, anatomy: Anatomy, pooling: Pooling, cls_id: int | None) -> None:
         super().__init__()
         self.module, self.modality, self.anatomy = module, modality, anatomy
         self.pooling, self.cls_id = pooling, cls_id
-        self.adapters = nn.ModuleDict()
+        self.adapters, self.adapter_spec = nn.ModuleDict(), None
+        self.adapter_hooks: list[RemovableHandle] = []
         self.checkpointing = False
 
     @property
