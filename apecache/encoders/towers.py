@@ -314,9 +314,9 @@ def build_tower(module: Any, modality: Modality, pooling: Pooling = "default", c
     if pooling == "default" and not anatomy.family.startswith("timm"):
         pooling = "mean" if text else "cls"
     if anatomy.family == "t5" and pooling == "cls":
-        raise EncoderError("T5 has no CLS token; use --text-pooling mean")
+        raise EncoderError("T5 has no CLS token; use --text-cut mean")
     if pooling == "cls" and getattr(module, "cls_token", 0) is None:
-        raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-pooling mean")
+        raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-cut mean")
     return Tower(module, modality, anatomy, pooling, cls_id if anatomy.family == "bert" else None)
 
 

@@ -472,7 +472,7 @@ def test_too_little_disk(
 def test_another_fingerprint_is_shown_field_by_field(
     tiny_store: Path, shapes_once: Path, extract_images: Callable[..., Result]
 ) -> None:
-    result = extract_images(shapes_once, tiny_store, "--image-pooling", "cls")
+    result = extract_images(shapes_once, tiny_store, "--image-cut", "cls")
     line = error_of(result, 4)
     assert "encoder.inputs.pooling" in line
     assert "cls" in result.stderr.split("difference", 1)[1]
