@@ -140,8 +140,8 @@ def _records(parts: list[_Part], extra: list[str], columns: Columns) -> Iterator
         names = [*extra, *columns.names]
         label = part.data.features.get(columns.label) if columns.label else None
         plain = part.data.select_columns(names) if names else None
-        for row in range(len(part.data)):
-            record = dict(plain[row]) if plain is not None else {}
+        for row, found in enumerate(plain if plain is not None else ({} for _ in range(len(part.data)))):
+            record = dict(found)
             if isinstance(label, ClassLabel) and isinstance(record[columns.label], int):
                 number = record[columns.label]
                 record[columns.label] = label.int2str(number) if number >= 0 else ""

@@ -1,15 +1,17 @@
 """Parquet tables: paths of images, or the images themselves as bytes or as structs of bytes and path (Hugging Face)."""
 
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apecache.data.columns import Columns, choose_columns, image_keys, to_row
-from apecache.data.media import FolderMedia, Media, check_bytes
+from apecache.data.media import FolderMedia, check_bytes
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.spec import OpenSpec, require_only
 from apecache.errors import ManifestError, MissingExtraError, RowError
@@ -33,46 +35,44 @@ class Place(NamedTuple):
 class TableMedia:
     """Images that stand in a column of a Parquet file."""
 
-    path: Path
-    column: str
+    groups: "RowGroups"
     places: Mapping[str, Place]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_groups", _Groups(self.path, self.column))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TableMedia, (self.path, self.column, self.places)
 
     @property
     def place(self) -> str:
-        return str(self.path.resolve())
+        return str(self.groups.path.resolve())
 
     def read(self, key: str) -> bytes:
         if key not in self.places:
             raise RowError("missing", f"{key}: its row has no image")
-        group, row = self.places[key]
-        groups: _Groups = getattr(self, "_groups")  # noqa: B009
-        return groups.read(group, row, key)
+        return self.groups.read(self.places[key], key)
 
     def exists(self, key: str) -> bool:
         return key in self.places
 
 
-class _Groups:
-    """The column's row groups, the last few kept; one thread decodes while others wait for it."""
+class RowGroups:
+    """A column's row groups, the last few kept; one thread decodes while others wait for it.
+
+    `column` is that of the bytes: `a`, or the field `a.bytes` of a struct. A pickle of it keeps no group.
+    """
 
     def __init__(self, path: Path, column: str) -> None:
-        self._path, self._column = path, column
+        self.path, self.column = path, column
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
-    def read(self, group: int, row: int, key: str) -> bytes:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroups, (self.path, self.column)
+
+    def read(self, place: Place, key: str) -> bytes:
+        """Raises as `Media.read` does."""
         import pyarrow as pa
 
         try:
-            value = self._column_of(group)[row].as_py()
+            value = self._column_of(place.group)[place.row].as_py()
         except (OSError, IndexError, pa.ArrowException) as error:
-            raise RowError("missing", f"{key}: {self._path}: {one_line(error)}") from None
+            raise RowError("missing", f"{key}: {self.path}: {one_line(error)}") from None
         data: bytes | None = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             raise RowError("missing", f"{key}: its row has no image")
@@ -84,7 +84,7 @@ class _Groups:
             if group not in self._kept:
                 while len(self._kept) >= GROUPS_KEPT:
                     self._kept.popitem(last=False)
-                self._kept[group] = _read_group(self._path, group, self._column)
+                self._kept[group] = _read_group(self.path, group, self.column)
             self._kept.move_to_end(group)
             return self._kept[group]
 
@@ -105,12 +105,13 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
         ManifestError: no Parquet, or cut; a missing or ambiguous column; an empty key; no rows.
     """
     with _opened(path) as file:
-        schema = file.schema_arrow
-        columns = choose_columns(schema.names, path, spec)
-        kind = _kind(schema.field(columns.image).type, columns.image, path)
-        if kind != "path" and (kind == "bytes" or _has_bytes(file, columns.image)):
+        columns = choose_columns(file.schema_arrow.names, path, spec)
+        kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
+        leaf = f"{columns.image}.bytes" if kind == "struct" else columns.image
+        present = _present(file, leaf) if kind != "path" else []
+        if any(present) or (kind != "path" and not _has_path(file, columns.image)):
             require_only(spec, path, "image_column", "caption_column", "split_column")
-            return _with_images(file, columns, path, kind)
+            return _with_images(file, columns, path, leaf, present)
         rows = _rows_with_paths(file, columns, kind, path)
     return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
 
@@ -127,33 +128,21 @@ def parquet_rows(path: Path, spec: OpenSpec) -> list[Row]:
         return _rows_with_paths(file, columns, kind, path)
 
 
-class _opened:  # noqa: N801  (a context manager that is used like a function)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     """A Parquet file, and its library's errors as ManifestErrors that name it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise MissingExtraError("pyarrow", "parquet") from None
-        try:
-            self.file = ParquetFile(self.path)
-        except Exception as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self.file
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
         import pyarrow as pa
-
-        if hasattr(self, "file"):
-            self.file.close()
-        if isinstance(error, pa.ArrowException | OSError):
-            raise ManifestError(
-                f"{self.path}: no Parquet table that can be read ({one_line(error)}); write or copy it again"
-            ) from None
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise MissingExtraError("pyarrow", "parquet") from None
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(
+            f"{path}: no Parquet table that can be read ({one_line(error)}); write or copy it again"
+        ) from None
 
 
 def one_line(error: BaseException) -> str:
@@ -177,31 +166,29 @@ def _kind(found: Any, name: str, path: Path) -> str:
     )
 
 
-def _has_bytes(file: Any, column: str) -> bool:
-    """Whether any struct has bytes: if none has, its paths name files."""
-    batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
-    return any(value is not None for batch in batches for value in _fields(batch.column(0), "bytes"))
+def _records(file: Any, names: Sequence[str], label: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if the table can."""
+    classes = _class_names(file.schema_arrow, label)
+    batches = file.iter_batches(columns=list(names))
+    for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+        if label and isinstance(record[label], int):
+            record[label] = classes.get(record[label], record[label])
+        yield number, record
 
 
-def _fields(structs: Any, name: str) -> Any:
-    from pyarrow import compute
-
-    return compute.struct_field(structs, name).to_pylist()
-
-
-def _records(file: Any, names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row from 1, values) of some columns; `a.b` reads one field of a struct."""
-    number = 1
-    for batch in file.iter_batches(columns=list(names)):
-        for record in batch.to_pylist():
-            yield number, record
-            number += 1
+def _class_names(schema: Any, label: str | None) -> dict[int, str]:
+    """Of a class label that Hugging Face's library wrote, which keeps the names beside the schema."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        return {number: str(name) for number, name in enumerate(described)}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _rows_with_paths(file: Any, columns: Columns, kind: str, path: Path) -> list[Row]:
     names = [columns.image if kind == "path" else f"{columns.image}.path", *columns.names]
     rows = []
-    for line, record in _records(file, names):
+    for line, record in _records(file, names, columns.label):
         image = record.get(columns.image)
         plain = image["path"] if isinstance(image, dict) else image
         rows.append(to_row(line, {**record, columns.image: plain}, columns, path))
@@ -214,54 +201,70 @@ def _require_rows(rows: list[Row], path: Path) -> list[Row]:
     return rows
 
 
-def _with_images(file: Any, columns: Columns, path: Path, kind: str) -> PairSource:
+def _with_images(file: Any, columns: Columns, path: Path, leaf: str, present: list[bool]) -> PairSource:
     """Bytes are not read, but where a path is repeated."""
-    places = _places(file, columns.image, path)
-    column = f"{columns.image}.bytes" if kind == "struct" else columns.image
-    groups = _Groups(path, column)
-    present, paths = _present(file, columns.image, kind)
+    places = _places(file, leaf, path)
+    groups = RowGroups(path, leaf)
 
     def digest(row: int) -> str:
-        return content_hash(groups.read(*places[row], str(row))) if present[row] else ""
+        return content_hash(groups.read(places[row], str(row))) if present[row] else ""
 
-    keys = image_keys(paths, [str(row) for row in range(len(places))], digest)
+    keys = image_keys(_paths(file, columns.image), [str(row) for row in range(len(places))], digest)
     first: dict[str, Place] = {}
     for key, place, there in zip(keys, places, present, strict=True):
         if there:
             first.setdefault(key, place)
-    records = _records(file, columns.names) if columns.names else ((row + 1, {}) for row in range(len(places)))
+    numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
+    records = _records(file, columns.names, columns.label) if columns.names else numbered
     named = zip(records, keys, strict=True)
     rows = [to_row(line, {**record, columns.image: key}, columns, path) for (line, record), key in named]
-    media: Media = TableMedia(path, column, first)
-    return PairSource(join_rows(_require_rows(rows, path), str(path)), str(path), media)
+    return PairSource(join_rows(_require_rows(rows, path), str(path)), str(path), TableMedia(groups, first))
 
 
-def _places(file: Any, column: str, path: Path) -> list[Place]:
+def _chunk(file: Any, group: int, leaf: str) -> Any:
+    """What the footer says of a column in a row group."""
+    described = file.metadata.row_group(group)
+    return next(c for i in range(described.num_columns) if (c := described.column(i)).path_in_schema == leaf)
+
+
+def _present(file: Any, leaf: str) -> list[bool]:
+    """Of every row, whether there are bytes; they are read only where the footer's counts leave it open."""
+    present: list[bool] = []
+    for group in range(file.metadata.num_row_groups):
+        n_rows, statistics = file.metadata.row_group(group).num_rows, _chunk(file, group, leaf).statistics
+        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if nulls in (0, n_rows):
+            present += [nulls == 0] * n_rows
+            continue
+        for batch in file.iter_batches(row_groups=[group], columns=[leaf], batch_size=64):
+            values = batch.column(0)
+            values = values.field("bytes") if hasattr(values, "field") else values
+            present += values.is_valid().to_pylist()
+    return present
+
+
+def _has_path(file: Any, column: str) -> bool:
+    kind = file.schema_arrow.field(column).type
+    return hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
+
+
+def _paths(file: Any, column: str) -> list[str | None]:
+    """Of every row, the path in its struct, if there is one."""
+    if not _has_path(file, column):
+        return [None] * int(file.metadata.num_rows)
+    batches = file.iter_batches(columns=[f"{column}.path"])
+    return [image and image["path"] for batch in batches for image in batch.column(0).to_pylist()]
+
+
+def _places(file: Any, leaf: str, path: Path) -> list[Place]:
     """Of every row; refuses row groups that are too large to be decoded whole."""
     places: list[Place] = []
     for group in range(file.metadata.num_row_groups):
-        described = file.metadata.row_group(group)
-        chunks = [described.column(i) for i in range(described.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+        size = _chunk(file, group, leaf).total_uncompressed_size
         if size > MAX_GROUP_BYTES:
             raise ManifestError(
                 f"{path}: row group {group} holds {size / 1e9:.1f} GB of images; write the table with smaller ones "
                 f"(row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        places += map(partial(Place, group), range(described.num_rows))
+        places += map(partial(Place, group), range(file.metadata.row_group(group).num_rows))
     return places
-
-
-def _present(file: Any, column: str, kind: str) -> tuple[list[bool], list[str | None]]:
-    """Of every row, whether it has an image, and its path if it has one."""
-    from pyarrow import compute
-
-    present: list[bool] = []
-    paths: list[str | None] = []
-    for batch in file.iter_batches(columns=[column], batch_size=64):
-        images = batch.column(0)
-        data = compute.struct_field(images, "bytes") if kind == "struct" else images
-        named = kind == "struct" and images.type.get_field_index("path") >= 0
-        present += compute.is_valid(data).to_pylist()
-        paths += _fields(images, "path") if named else [None] * len(images)
-    return present, paths
