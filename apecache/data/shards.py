@@ -133,7 +133,7 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
 
 
 def _is_wanted(name: str, info: tarfile.TarInfo) -> bool:
-    hidden = any(part.startswith((".", "__")) for part in name.split("/"))
+    hidden = any(part.startswith((".", "__")) and part != ".." for part in name.split("/"))
     return info.isreg() and not info.issparse() and not hidden and _split_name(name)[1] in (*IMAGES, *TEXTS)
 
 

@@ -158,6 +158,7 @@ def test_every_kind_gives_its_pairs_and_its_images(kind: str, tmp_path: Path) ->
         assert [source.media.read(key) for key in source.keys] == [image_bytes(row) for row in rows]
 
 
+@pytest.mark.usefixtures("no_fsync", "load_once")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("captions alone", "split and class folders")])
 def test_the_same_images_have_bit_equal_features_wherever_they_come_from(
     kind: str,
@@ -231,11 +232,8 @@ def as_json(content: Any) -> Callable[[Path], str]:
 
 PHOTO = {"filename": "a.png", "split": "train", "sentences": [{"raw": "x"}]}
 BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
-    "missing": (
-        lambda f: str(Path(tables(f, "pairs.csv")).with_name("pair.csv")),
-        ["no such file", "did you mean pairs"],
-    ),
-    "missing folder": (lambda f: str(f / "nowhere"), ["expected a file that ends in"]),
+    "missing": (lambda f: tables(f, "pairs.csv").replace("pairs", "pair"), ["no such file; did you mean pairs.csv?"]),
+    "missing folder": (lambda f: str(f / "nowhere"), ["nowhere: no such file"]),
     "missing tar of a range": (lambda f: two_tars(f).replace("9}", "10}"), ["00010.tar: no such file"]),
     "empty": (write("t.csv", b""), ["the file is empty"]),
     "empty JSON": (write("t.json", b""), ["line 1: no JSON"]),
@@ -251,7 +249,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     ),
     "ambiguous columns": (
         write("t.csv", "path,filename\na,b\n"),
-        ["'path' and 'filename'", "choose with --image-column"],
+        ["'path' and 'filename'", "--image-column"],
     ),
     "ambiguous captions": (write("t.csv", "image,title,text\na,b,c\n"), ["'title' and 'text'", "--caption-column"]),
     "null key": (write("t.tsv", "image\tcaption\na\tx\n\ty\n"), ["line 3", "the image column is empty"]),
@@ -279,7 +277,11 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "not UTF-8, tar": (lambda f: str(write_tar(f / "x.tar", {"a.png": b"x", "a.txt": b"\xff"})), ["a.txt: not UTF-8"]),
     "ragged row": (write("t.csv", "image,caption\na,b\nc\n"), ["line 3: 1 columns, the header has 2"]),
     "truncated Parquet": (cut_parquet, ["no Parquet table that can be read", "write or copy it again"]),
-    "truncated tar": (cut_tar(lambda size: 5000), ["x.tar", "it ends inside", "members can be read, the last is"]),
+    "truncated tar": (
+        cut_tar(lambda size: 5000),
+        ["x.tar", "damaged or cut", "5 members can be read, the last is b.txt"],
+    ),
+    "tar cut inside an image": (cut_tar(lambda size: 600), ["it ends inside a.png", "nothing of it can be read"]),
     "tar cut between members": (cut_tar(lambda size: 1024 + 512), ["damaged or cut", "members can be read"]),
     "tar without its end": (lambda f: without_end(f), ["its end is missing", "15 members can be read"]),
     "tar with a damaged header": (lambda f: damaged_header(f), ["no header at byte", "1 members can be read"]),
@@ -313,7 +315,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "no data set": (lambda f: f"hf-datasets:{f / 'nowhere'}", ["cannot be opened", "expected hf-datasets:/folder"]),
     "no name": (lambda f: "hf-datasets:", ["no name"]),
     "backward range": (lambda f: str(f / "{00009..00001}.tar"), ["0 tars; expected 1 to"]),
-    "endless range": (lambda f: str(f / "{0..999999999}.tar"), ["999999999 tars" if 0 else "tars; expected 1 to"]),
+    "endless range": (lambda f: str(f / "{0..999999999}.tar"), ["1000000000 tars; expected 1 to"]),
 }
 
 
