@@ -115,7 +115,9 @@ def _field(record: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
     value = record.get(name)
     if not isinstance(value, kind) or value == "":
         found = "nothing" if value is None else repr(value)[:40]
-        raise ManifestError(f"{where}: {name} is {found}; expected {getattr(kind, '__name__', 'a number or text')}")
+        raise ManifestError(
+            f"{where}: {name} is {found}; expected {kind.__name__ if isinstance(kind, type) else 'a number or text'}"
+        )
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from apecache.data.columns import Columns, choose_columns, image_keys, to_row
 from apecache.data.media import FolderMedia, check_bytes
 from apecache.data.pairs import PairSource, Row, join_rows
+from apecache.data.parquet import one_line
 from apecache.data.spec import SPLITS, OpenSpec, require_only
 from apecache.errors import ManifestError, MissingExtraError, RowError
 from apecache.fingerprint import content_hash
@@ -91,20 +92,18 @@ def _load(uri: str) -> tuple[Any, Path]:
         raise MissingExtraError("datasets", "hf") from None
     name = uri.removeprefix(PREFIX)
     match = NAME.fullmatch(name)
+    if match is None and not _is_folder(name):
+        raise ManifestError(f"{uri}: no name; expected {PREFIX}/folder or {PREFIX}NAME[:CONFIG][@REVISION]")
     try:
         if _is_folder(name):
             folder = Path(name).expanduser()
             return datasets.load_from_disk(str(folder)), folder
-        if match is None:
-            raise ManifestError(f"{uri}: no name; expected {PREFIX}/folder or {PREFIX}NAME[:CONFIG][@REVISION]")
-        loaded = datasets.load_dataset(match["name"], match["config"], revision=match["revision"])
+        asked = match.groupdict() if match else {}
+        loaded = datasets.load_dataset(asked["name"], asked["config"], revision=asked["revision"])
         return loaded, Path(datasets.config.HF_CACHE_HOME)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, ManifestError):
-            raise
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # IndexError, KeyError, … of a damaged folder; what the hub raises; a script
         raise ManifestError(
-            f"{uri}: cannot be opened ({found}); expected {PREFIX}/folder, as save_to_disk wrote it, or the name of a "
+            f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as save_to_disk wrote it, or the name of a "
             "data set on the hub"
         ) from None
 

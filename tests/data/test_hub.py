@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from inputs import CAPTIONS, NAMES, image_bytes, structs, write_images
 
+from apecache.data.hub import HubMedia, Place
+from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
@@ -68,12 +70,8 @@ def test_images_that_are_files_are_read_below_the_data_set_only(tmp_path: Path) 
     write_images(tmp_path, ["out.png"])
     rows = [{"bytes": None, "path": path} for path in ("files/in.png", str(tmp_path / "out.png"))]
     table = made({"image": rows}, image=datasets.Image(decode=False))
-    table._data.table  # noqa: B018  (stays as it is: save_to_disk would put the bytes in)
-    from apecache.data.hub import HubMedia, Place
-    from apecache.data.media import FolderMedia
-
-    part = table.with_format("arrow")
-    media = HubMedia((part,), {"a": Place(0, 0), "b": Place(0, 1)}, FolderMedia(tmp_path / "saved"), "")
+    places = {"a": Place(0, 0), "b": Place(0, 1)}
+    media = HubMedia((table.with_format("arrow"),), places, FolderMedia(tmp_path / "saved"), "")
     assert media.read("a") == image_bytes(0)
     with pytest.raises(RowError, match="outside-root"):
         media.read("b")
@@ -130,9 +128,12 @@ def test_what_the_library_says_becomes_one_line(error: Exception, monkeypatch: p
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="has no rows"):
+def test_a_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ManifestError, match="cannot be opened"):
         open_pairs(saved(tmp_path, alone=images([])))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: images([]))
+    with pytest.raises(ManifestError, match="has no rows"):
+        open_pairs("hf-datasets:x")
 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
