@@ -103,8 +103,8 @@ def _load(uri: str) -> tuple[Any, Path]:
         return loaded, Path(datasets.config.HF_CACHE_HOME)
     except Exception as error:  # IndexError, KeyError, … of a damaged folder; what the hub raises; a script
         raise ManifestError(
-            f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as save_to_disk wrote it, or the name of a "
-            "data set on the hub"
+            f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as save_to_disk wrote it, or the "
+            "name of a data set on the hub"
         ) from None
 
 
