@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from apecache.data.pairs import Pair, PairSource
-    from apecache.data.tables import TableSpec, read_pairs
+    from apecache.data.sources import open_pairs
+    from apecache.data.spec import OpenSpec
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.errors import ApecacheError
     from apecache.evaluate.embeddings import embed_store
@@ -31,13 +32,13 @@ _HOME = {
     "FeatureStore": "store.reader",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
     "SplitSpec": "train.batches",
-    "TableSpec": "data.tables",
     "TrainedHeads": "heads.checkpoint",
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
@@ -47,8 +48,8 @@ _HOME = {
     "fit_head": "train.fit_head",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
+    "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
-    "read_pairs": "data.tables",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "zero_shot": "evaluate.zeroshot",
@@ -63,13 +64,13 @@ __all__ = [
     "FeatureStore",
     "FitReport",
     "FitSpec",
+    "OpenSpec",
     "Pair",
     "PairSource",
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
     "SplitSpec",
-    "TableSpec",
     "TrainedHeads",
     "ZeroShotReport",
     "ZeroShotSpec",
@@ -79,8 +80,8 @@ __all__ = [
     "fit_head",
     "load_heads",
     "load_recipe",
+    "open_pairs",
     "parse_encoder",
-    "read_pairs",
     "retrieval_report",
     "save_heads",
     "zero_shot",

@@ -116,9 +116,9 @@ def test_no_such_table(chain: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_missing_column_names_those_found(chain: dict[str, Path], tmp_path: Path) -> None:
     table = tmp_path / "pairs.tsv"
-    table.write_text("image\ttitle\nx.jpg\ta dog\n")
+    table.write_text("image\ttitel\nx.jpg\ta dog\n")
     line = one_line_error(extract(chain, table=table, store=tmp_path / "new"), 3)
-    assert "no column 'caption'; columns found: image, title" in line
+    assert "no column 'caption'; columns found: image, titel" in line
 
 
 @pytest.mark.parametrize(
