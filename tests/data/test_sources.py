@@ -308,6 +308,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "class tree without images": (in_folder("cat/a.txt", "dog/b.txt"), ["no images"]),
     "images at two depths": (in_folder("a.png", "cat/b.png"), ["both in it (a.png) and in folders below"]),
     "images and tars": (in_folder("a.png", "b.tar"), ["both images and tars"]),
+    "a table beside its images": (in_folder("images/a.png", "captions.tsv"), ["captions.tsv) beside them; give"]),
     "two metadata tables": (in_folder("metadata.csv", "metadata.jsonl"), ["take one away"]),
     "metadata at two depths": (in_folder("metadata.csv", "train/metadata.csv"), ["here and in train"]),
     "saved data set as a folder": (in_folder("state.json"), ["open it as hf-datasets:"]),
