@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.data.images import LoadedImage, Preprocessed, preprocess_ahead
+from apecache.data.decoding import Ahead, Preprocessed, preprocess_ahead
+from apecache.data.images import LoadedImage, load_image
 from apecache.data.pairs import PairSource
+from apecache.data.tensors import decode_tensor
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
@@ -49,12 +51,14 @@ class EncodedShard:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """Arrays of one source that are laid out alike: the same shards, the same batches."""
+    """Arrays of one source that are laid out alike, the same shards and batches, and resized alike. `workers` and
+    `hang_seconds` as in `Ahead`."""
 
     source: PairSource
     targets: tuple[Target[ImageEncoder], ...]
     workers: int
     views: Views | None = None
+    hang_seconds: float = 30.0
 
     @property
     def layout(self) -> ArrayLayout:
@@ -67,12 +71,20 @@ class ImageJob:
         """Decoding runs ahead of the models across batches and shards."""
         shards = [self.layout.shard(index) for index in indices]
         keys = [self.key(row) for rows in shards for row in rows]
-        ahead = 2 * self.layout.batch_size + self.workers
-        with preprocess_ahead(keys, self.source.media, self.preprocess, self.workers, ahead) as decoded:
+        ahead = Ahead(self.workers, 2 * self.layout.batch_size + self.workers, self.hang_seconds)
+        views = self.views.count if self.views else 1
+        shapes = [(views, *first.encoder.input_shape) for first, *_ in self._models]
+        with preprocess_ahead(keys, self.load, self.preprocess, shapes, ahead) as decoded:
             for rows in shards:
                 yield self._encode(rows, decoded, advance)
 
-    def preprocess(self, loaded: LoadedImage) -> list[Tensor]:
+    def load(self, key: str) -> LoadedImage[Any]:
+        """As a tensor for encoders that resize those; views are drawn from Pillow's images."""
+        if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
+            return load_image(key, self.source.media, decode_tensor)
+        return load_image(key, self.source.media)
+
+    def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
         """For each model the pixels of one image, float32 [views, 3, height, width]; one view if there are none."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
         return [torch.stack([first.encoder.preprocess(i) for i in images]) for first, *_ in self._models]

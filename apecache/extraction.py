@@ -213,7 +213,7 @@ def _image_jobs(
         groups = _alike(targets, lambda target: target.encoder.spec.resize)
         totals["image"].passes = len(groups)
         for group in groups:
-            yield ImageJob(part, tuple(group), spec.workers, spec.views)
+            yield ImageJob(part, tuple(group), spec.workers, spec.views, spec.hang_seconds)
 
 
 def _text_jobs(

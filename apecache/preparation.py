@@ -31,6 +31,7 @@ class ExtractSpec:
 
     `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`: augmentations to encode
     in place of each image.
+    `workers`: processes that decode, 0 for threads. `hang_seconds`: how long one of them may take for one image.
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
@@ -43,6 +44,7 @@ class ExtractSpec:
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32"] = "float16"
     workers: int = field(default_factory=lambda: min(16, cpu_count() or 1))
+    hang_seconds: float = 30.0
     max_bad: float = 0.01
     device: str = "auto"
     add: bool = False
