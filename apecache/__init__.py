@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.index import SearchIndex, build_index
+    from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ApecacheError": "errors",
     "EncoderSpec": "encoders.spec",
+    "ExtractPlan": "planning",
     "ExtractReport": "extraction",
     "ExtractSpec": "extraction",
     "FeatureArray": "store.reader",
@@ -50,6 +52,7 @@ _HOME = {
     "load_recipe": "recipes.recipe",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
+    "plan_extraction": "planning",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "zero_shot": "evaluate.zeroshot",
@@ -58,6 +61,7 @@ _HOME = {
 __all__ = [
     "ApecacheError",
     "EncoderSpec",
+    "ExtractPlan",
     "ExtractReport",
     "ExtractSpec",
     "FeatureArray",
@@ -82,6 +86,7 @@ __all__ = [
     "load_recipe",
     "open_pairs",
     "parse_encoder",
+    "plan_extraction",
     "retrieval_report",
     "save_heads",
     "zero_shot",
