@@ -199,7 +199,11 @@ def _time_images(job: ImageJob) -> float:
             _fetch(encode_images(group, batch))
 
     encoding = views * _seconds_of(encode) / size
-    return decoding + encoding if encoders[0][0].device.type == "cpu" else max(decoding, encoding)
+    return decoding + encoding if _share_cores(encoders[0][0].device) else max(decoding, encoding)
+
+
+def _share_cores(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _time_texts(job: TextJob) -> float:

@@ -21,8 +21,16 @@ from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chu
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import create_array
 
+FEW_CORES, MAX_WORKERS = 2, 16
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 256, 4096
 SHARD_SECONDS = 60
+
+
+def default_workers() -> int:
+    """Decoding processes, one for each core. On few cores they take them from the model's own threads, and threads are
+    faster (benchmarks/speed/extract compares both)."""
+    cores = cpu_count() or 1
+    return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class ExtractSpec:
 
     `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`: augmentations to encode
     in place of each image.
-    `workers`: processes that decode, 0 for threads. `hang_seconds`: how long one of them may take for one image.
+    `workers`: processes that decode, 0 for threads of this one (the default on up to two cores). `hang_seconds`: how
+    long one of them may take for one image.
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
@@ -43,7 +52,7 @@ class ExtractSpec:
     text_batch: int | None = None
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32"] = "float16"
-    workers: int = field(default_factory=lambda: min(16, cpu_count() or 1))
+    workers: int = field(default_factory=default_workers)
     hang_seconds: float = 30.0
     max_bad: float = 0.01
     device: str = "auto"

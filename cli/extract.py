@@ -70,7 +70,8 @@ def extract(
         str, typer.Option(help="reference (the encoder's own) or torchvision: faster, other in the last bits.")
     ] = "reference",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Decoding processes; 0 is threads. Default: one per core.")
+        int | None,
+        typer.Option(min=0, help="Decoding processes; 0 is threads. Default: one a core; on two, threads."),
     ] = None,
     hang_seconds: Annotated[
         float, typer.Option(min=0.1, help="A decoding process that takes longer for one image is replaced.")
