@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.errors import ApecacheError
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.labelled import LabelledSpec
+    from apecache.evaluate.probe import ProbeReport, probe
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
@@ -32,9 +34,11 @@ _HOME = {
     "FeatureStore": "store.reader",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "LabelledSpec": "evaluate.labelled",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
+    "ProbeReport": "evaluate.probe",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
@@ -50,6 +54,7 @@ _HOME = {
     "load_recipe": "recipes.recipe",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
+    "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "zero_shot": "evaluate.zeroshot",
@@ -64,9 +69,11 @@ __all__ = [
     "FeatureStore",
     "FitReport",
     "FitSpec",
+    "LabelledSpec",
     "OpenSpec",
     "Pair",
     "PairSource",
+    "ProbeReport",
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
@@ -82,6 +89,7 @@ __all__ = [
     "load_recipe",
     "open_pairs",
     "parse_encoder",
+    "probe",
     "retrieval_report",
     "save_heads",
     "zero_shot",

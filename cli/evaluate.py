@@ -23,11 +23,11 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")
+        str | None, typer.Option(help="The split to report. Default: retrieval val, zero-shot all, probe test.")
     ] = None,
-    task: Annotated[str, typer.Option(help="retrieval or zeroshot.")] = "retrieval",
+    task: Annotated[str, typer.Option(help="retrieval, zeroshot or probe.")] = "retrieval",
     labels: Annotated[
-        str | None, typer.Option(help="Zero-shot: images with labels: a table, a folder per class, tars, ….")
+        str | None, typer.Option(help="Zero-shot, probe: images with labels: a table, a folder per class, tars, ….")
     ] = None,
     root: Root = None,
     image_column: ImageColumn = None,
@@ -39,6 +39,7 @@ def evaluate(
     template: Annotated[
         list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
     ] = None,
+    probe_train_split: Annotated[str, typer.Option(help="Probe: the split that the classifiers learn.")] = "train",
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
     folds: Annotated[
@@ -51,24 +52,35 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a run: retrieval on a split of a store, or zero-shot classification of labelled images.
+    """Measure a run: retrieval on a split of a store; on labelled images zero-shot classification, or probes of their
+    features before and after the head.
 
     Example: apecache evaluate run --store store --split val
 
     Example: apecache evaluate run --task zeroshot --labels labels.tsv --template "a photo of {}"
     """
     with ending():
-        choice("--task", task, ("retrieval", "zeroshot"))
+        choice("--task", task, ("retrieval", "zeroshot", "probe"))
         if task == "retrieval":
             result = retrieval(run, store, split or "val", device, folds, by_language)
         else:
             splits = (split_column, split_file, split_fraction, split_seed)
-            spec = open_spec(("image", "label"), image_column, caption_column, *splits, root)
-            result = zeroshot(run, labels, spec, split, template, image, text, device, max_bad)
+            opening = open_spec(("image", "label"), image_column, caption_column, *splits, root)
+            if task == "probe":
+                wanted: tuple[str, ...] = (probe_train_split, split or "test")
+            else:
+                wanted = (split,) if split else ()
+            heads, images = labelled(run, labels, opening, wanted, image, device, max_bad)
+            if task == "probe":
+                result = probes(heads, images, *wanted)
+            else:
+                result = zeroshot(heads, images, split, template, text)
         if json:
             show_json(result)
         elif task == "retrieval":
             show_retrieval(run, result)
+        elif task == "probe":
+            show_probes(run, result)
         else:
             show_zeroshot(run, result)
 
@@ -137,18 +149,10 @@ def _seen(training: Any, data: str, split: str) -> bool:
     return training.get("data") == data and split in ((splits.get("train") or "train"), splits.get("dev"))
 
 
-def zeroshot(
-    run: Path,
-    labels: str | None,
-    opening: Any,
-    split: str | None,
-    templates: list[str] | None,
-    image: str | None,
-    text: str | None,
-    device: str,
-    max_bad: float,
-) -> dict[str, Any]:
-    """The JSON form of a zero-shot report: accuracies in per cent."""
+def labelled(
+    run: Path, labels: str | None, opening: Any, splits: tuple[str, ...], image: str | None, device: str, max_bad: float
+) -> tuple[Any, Any]:
+    """The run's heads, and what to open of the images with labels."""
     from apecache.errors import OptionError
 
     if labels is None:
@@ -157,16 +161,40 @@ def zeroshot(
 
     source = open_pairs(labels, opening)
     from apecache.encoders.encoder import parse_device
-    from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
+    from apecache.evaluate.labelled import LabelledSpec
     from apecache.heads.checkpoint import load_heads
 
     heads = load_heads(run, parse_device(device))
-    moved = (moved_encoder(heads.image.encoder, image), moved_encoder(heads.text.encoder, text))
-    prompts = tuple(templates or TEMPLATES)
-    spec = ZeroShotSpec(source, run / "caches", split, prompts, *moved, device, max_bad)
+    moved = moved_encoder(heads.image.encoder, image)
+    return heads, LabelledSpec(source, run / "caches", splits, moved, device, max_bad)
+
+
+def zeroshot(
+    heads: Any, images: Any, split: str | None, templates: list[str] | None, text: str | None
+) -> dict[str, Any]:
+    """The JSON form of a zero-shot report: accuracies in per cent."""
+    from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
+
+    spec = ZeroShotSpec(images, tuple(templates or TEMPLATES), moved_encoder(heads.text.encoder, text))
     with progress() as update:
         report = zero_shot(heads, spec, update)
     return {"task": "zeroshot", "split": split, **vars(report)}
+
+
+def probes(heads: Any, images: Any, train_split: str, split: str) -> dict[str, Any]:
+    """The JSON form of two probe reports: of the encoder's features, and of the embeddings that the head makes."""
+    from apecache.evaluate.labelled import labelled_images
+    from apecache.evaluate.probe import probe
+
+    with progress() as update:
+        found = labelled_images(heads, images, update)
+    rows = {name: [i for i, other in enumerate(found.splits) if other == name] for name in (train_split, split)}
+    labels = {name: [found.labels[i] for i in chosen] for name, chosen in rows.items()}
+    told: dict[str, Any] = {"task": "probe", "train_split": train_split, "split": split}
+    for what, features in (("before", found.features.float()), ("after", heads.image.embed(found.features).cpu())):
+        train, test = (features[rows[name]].numpy() for name in (train_split, split))
+        told[what] = vars(probe(train, labels[train_split], test, labels[split]))
+    return told
 
 
 def moved_encoder(recorded: Any, name: str | None) -> Any:
@@ -204,3 +232,15 @@ def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
         ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
     ]
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
+
+
+def show_probes(run: Path, result: dict[str, Any]) -> None:
+    before = result["before"]
+    title = f"probes of {run}: {before['n_train']:,} images of {result['train_split']}, {before['n_test']:,} of "
+    rows: list[tuple[object, ...]] = [
+        (what, r["linear"], r["linear_per_class"], f"C {r['regularisation']:g}", r["knn"], f"k {r['neighbours']}")
+        for what, r in (("encoder's features", before), ("after the head", result["after"]))
+    ]
+    rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
+    columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
+    show_table(title + str(result["split"]), columns, rows)
