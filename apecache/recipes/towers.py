@@ -93,14 +93,16 @@ class AdapterSpec(_Section):
 
 class TowersSpec(_Section):
     """What trains within the towers. What neither `rules` nor, after them, `freezing` names: heads train, the rest is
-    frozen. `lr_decay`: the learning rate of a block is that of the block above times this. `checkpointing`: blocks are
-    run again in the backward pass instead of being kept in memory.
+    frozen. `…_pooling` default: that of the encoder. `lr_decay`: the learning rate of a block is that of the block
+    above times this. `checkpointing`: blocks are run again in the backward pass instead of being kept in memory.
     """
 
     freezing: str = "Vff-Tff"
     rules: tuple[Rule, ...] = ()
     image_adapter: AdapterSpec | None = None
     text_adapter: AdapterSpec | None = None
+    image_pooling: Literal["default", "cls", "mean"] = "default"
+    text_pooling: Literal["default", "cls", "mean"] = "default"
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     checkpointing: bool = False
 
