@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, T5EncoderModel
 from transformers.utils import logging
 
 from apecache.encoders.encoder import (
@@ -121,6 +121,17 @@ def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEnc
     return ImageEncoder(
         spec, frozen, preprocess, forward, (shape[0], shape[1], shape[2]), int(config.hidden_size), fingerprint, device
     )
+
+
+def shape_transformers(spec: EncoderSpec) -> Any:
+    """The architecture without weights, on the meta device; of an encoder with a decoder, the encoder.
+
+    Raises:
+        EncoderError: its config.json cannot be had.
+    """
+    config = _config(spec)
+    with torch.device("meta"):
+        return T5EncoderModel(config) if config.model_type == "t5" else AutoModel.from_config(config)
 
 
 def _config(spec: EncoderSpec) -> Any:

@@ -101,12 +101,21 @@ class Tower(nn.Module):
                 return int(self.module.config.hidden_size)
 
     @property
-    def n_heads(self) -> int:
+    def output_dim(self) -> int:
+        """Width of the pooled output: timm's own head may be wider than the tokens."""
+        own = self.pooling == "default"
+        return int(getattr(self.module, "head_hidden_size", self.dim)) if own else self.dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that an image tower was made for."""
         match self.anatomy.family:
             case "timm" | "timm-beit":
-                return int(self.module.blocks[0].attn.num_heads)
+                height, width = self.module.patch_embed.img_size
             case _:
-                return int(self.module.config.num_attention_heads)
+                size = self.module.config.image_size
+                height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
