@@ -27,7 +27,7 @@ from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import SEGMENTS, SOURCE, ArrayLayout, ArrayRecord, storable
 from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_store
+from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, add_segment, create_store
 
 __all__ = [
     "ArrayReport",
@@ -130,13 +130,22 @@ def _extract_segment(
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
-    create_store(LocalFiles(path), pair_columns(part), str(root.resolve()), version("apecache"))
+    make_segment(path, part, root)
     opened = FeatureStore.open(path)
     jobs = [_job(opened, encoder, part, root, spec, totals[encoder.spec.modality]) for encoder in encoders]
     for job in jobs:
         if spec.recheck:
             _require_same_content(opened, job)
         _run(opened.files, job, totals[job.record.modality], progress)
+
+
+def make_segment(path: Path, part: PairSource, root: Path) -> None:
+    """The store, or a segment of one, that is at `path`; what is there already stays. Raises as `create_store` does."""
+    about = (pair_columns(part), str(root.resolve()), version("apecache"))
+    if path.parent.name == SEGMENTS:
+        add_segment(LocalFiles(path.parents[1]), path.name, *about)
+    else:
+        create_store(LocalFiles(path), *about)
 
 
 def load_encoders(spec: ExtractSpec) -> list[ImageEncoder | TextEncoder]:

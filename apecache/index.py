@@ -23,12 +23,13 @@ from torch import Tensor
 from apecache.data.images import SUFFIXES, LoadedImage, decode_image, read_file
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import DataError, MissingExtraError, OptionError, RowError, RunError, nearest, require_new
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.fingerprint import content_hash
 from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
-from apecache.store.reader import FeatureStore, PairTable
+from apecache.store.reader import FeatureStore
+from apecache.store.table import PairTable
 
 FORMAT_VERSION = 1
 Target = Literal["images", "captions"]
@@ -173,13 +174,13 @@ class SearchIndex:
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        encoder = load_text_encoder(self.text or EncoderSpec(**self.heads.text.encoder), self.device)
+        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
         self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
         return encoder
 
     @cached_property
     def _image_encoder(self) -> ImageEncoder:
-        encoder = load_image_encoder(self.image or EncoderSpec(**self.heads.image.encoder), self.device)
+        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
         self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
         return encoder
 

@@ -16,7 +16,7 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
 from apecache.fingerprint import Fingerprint, Json, describe_difference
-from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, with_metadata
+from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chunk_bytes, with_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import create_array
 
@@ -77,7 +77,8 @@ def prepare_array(
         fingerprint = _fingerprint(encoder, spec.storage_dtype, layout.batch_size)
         where = environment(encoder.device)
         name, modality = encoder.spec.slug, encoder.spec.modality
-        record = with_metadata(ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where))
+        table = store.source["digest"]
+        record = with_metadata(ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where, table))
         create_array(store.files, record)
     torch.set_num_threads(record.layout.threads)  # the last bits of features depend on it
     return record
@@ -149,10 +150,10 @@ def _calibrated_rows(encoder: ImageEncoder | TextEncoder, batch: int, captions: 
 
 
 def _require_room(store: FeatureStore, layout: ArrayLayout) -> None:
-    needed = int(1.05 * layout.n_shards * layout.shard_rows * (layout.dim * np.dtype(layout.dtype).itemsize + 1))
+    needed = int(1.05 * layout.n_shards * sum(chunk_bytes(layout).values()))
     free = shutil.disk_usage(store.path).free
     if needed > free:
-        raise StoreError(f"{store.path}: {needed / 1e9:.1f} GB needed for the features, {free / 1e9:.1f} GB free")
+        raise StoreError(f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} MB free")
 
 
 def environment(device: torch.device) -> Json:

@@ -5,6 +5,7 @@ leaves an incomplete store, never a wrong one; then the pending shards are encod
 written again from the records, the pair table from the user's table.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,10 +21,18 @@ from apecache.extraction import ExtractSpec, Progress, extract_pending, load_enc
 from apecache.fingerprint import Modality, describe_difference
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
-from apecache.store.layout import SOURCE, ArrayRecord, records_folder
+from apecache.store.layout import (
+    SEGMENT_RECORDS,
+    SEGMENTS,
+    SOURCE,
+    ArrayRecord,
+    records_folder,
+    segment_record_name,
+)
 from apecache.store.mend import (
     require_store,
     restore_fingerprint,
+    restore_segment_records,
     restore_source,
     rewrite_metadata,
     uncommit,
@@ -94,21 +103,28 @@ def _mend_fingerprints(store: Path) -> list[str]:
 def _mend_sources(source: PairSource, store: Path, root: Path) -> list[str]:
     """Lost claims to the table, so that it can be divided into segments; returns those that were written again. How
     many images a segment has, its image features still know; the last one has the rest."""
-    first, mended = 0, []
-    for path in (store, *segment_folders(store)):
+    first, mended, root_files = 0, list[str](), LocalFiles(store)
+    recorded = {store / SEGMENTS / name.removesuffix(".json") for name in root_files.list(SEGMENT_RECORDS)}
+    segments = sorted({*segment_folders(store), *recorded})
+    for path in (store, *segments):
         files = LocalFiles(path)
         try:
             count = read_record(files, SOURCE)["n_images"]
         except DamagedError:
-            count = _n_images(files, len(source) - first)
+            count = _n_images(root_files, path, len(source) - first)
             part = PairSource(source.pairs[first : first + count], source.origin)
             restore_source(files, pair_columns(part), str(root.resolve()))
             mended.append((path / SOURCE).relative_to(store).as_posix())
         first += count
-    return mended
+    return mended + restore_segment_records(root_files, [path.name for path in segments])
 
 
-def _n_images(files: LocalFiles, otherwise: int) -> int:
+def _n_images(store: LocalFiles, segment: Path, otherwise: int) -> int:
+    """How many images a segment has that has lost its own record of it."""
+    with contextlib.suppress(DamagedError):
+        count: int = read_record(store, segment_record_name(segment.name))["n_images"]
+        return count
+    files = LocalFiles(segment)
     for name in files.list("records/image"):
         rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")["layout"]["rows"]
         return rows

@@ -127,9 +127,9 @@ def moved_encoder(recorded: Any, name: str | None) -> Any:
     """The recorded encoder's settings under a new name, or None if no name was given."""
     if name is None:
         return None
-    from apecache.encoders.spec import EncoderSpec
+    from apecache.encoders.spec import spec_from_json
 
-    return EncoderSpec(**recorded).with_name(name)
+    return spec_from_json(recorded).with_name(name)
 
 
 def show_retrieval(run: Path, result: dict[str, Any]) -> None:

@@ -145,39 +145,56 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     modalities: tuple[str, ...] = ("image", "text"),
     shard_rows: int = 64,
     n_shards: int | None = None,
+    text_lengths=None,
 ):
     """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own writer.
 
     `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit only so many of each
-    array and leave it unfinished. Returns the opened store; calling again with other names adds arrays.
+    array and leave it unfinished. `text_lengths`: the texts are ragged tokens [n_texts, tokens, dim]. Returns the
+    opened store; calling again with other names adds arrays.
     """
     from apecache.encoders.spec import EncoderSpec
     from apecache.fingerprint import Fingerprint, content_hash, digest_strings
     from apecache.store.files import LocalFiles
     from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
     from apecache.store.reader import FeatureStore
-    from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
+    from apecache.store.writer import (
+        ArrayWriter,
+        PairColumns,
+        QuarantinedRow,
+        add_segment,
+        create_array,
+        create_store,
+    )
 
     keys = keys or [f"images/{row}.png" for row in range(len(image))]
     texts = captions or [f"caption {row}" for row in range(len(text))]
     digest = digest_strings([*keys, *splits, *texts, *map(str, image_rows)])
     blank = [""] * len(keys), ["en"] * len(texts)
     files = LocalFiles(folder)
-    create_store(files, PairColumns(keys, splits, blank[0], texts, blank[1], image_rows, digest, "made up"), "", "0")
+    columns = PairColumns(keys, splits, blank[0], texts, blank[1], image_rows, digest, "made up")
+    if folder.parent.name == "segments":
+        add_segment(LocalFiles(folder.parents[1]), folder.name, columns, "", "0")
+    else:
+        create_store(files, columns, "", "0")
     for modality, name, features, bad in (("image", names[0], image, bad_images), ("text", names[1], text, bad_texts)):
         if modality not in modalities:
             continue
-        layout = ArrayLayout(*features.shape, str(features.dtype), shard_rows, shard_rows, 1)
+        lengths = text_lengths if modality == "text" else None
+        tokens = features.shape[1] if features.ndim == 3 else None
+        about = (len(features), features.shape[-1], str(features.dtype), shard_rows, shard_rows, 1)
+        layout = ArrayLayout(*about, None, tokens, lengths is not None)
         fingerprint = Fingerprint({"encoder": {"modality": modality, "weights": name}, "storage": layout.dtype})
         spec = EncoderSpec("timm" if modality == "image" else "hf", name, modality)
-        record = with_metadata(ArrayRecord(modality, name, spec, fingerprint, layout, {}, {}))
+        record = with_metadata(ArrayRecord(modality, name, spec, fingerprint, layout, {}, {}, digest))
         create_array(files, record)
         writer = ArrayWriter(files, record)
         for shard in range(layout.n_shards if n_shards is None else n_shards):
             rows = layout.shard(shard)
             out = [QuarantinedRow(row, str(row), "empty", "made up") for row in bad if row in rows]
             content = [content_hash(f"{modality} {row}") for row in rows]
-            writer.commit(shard, features[rows.start : rows.stop], content, out)
+            own_lengths = None if lengths is None else lengths[rows.start : rows.stop]
+            writer.commit(shard, features[rows.start : rows.stop], content, out, own_lengths)
         if n_shards is None:
             writer.seal()
     return FeatureStore.open(folder)

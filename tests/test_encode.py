@@ -36,7 +36,7 @@ def bert(tiny_text_encoder: Path) -> TextEncoder:
 
 def record(encoder: ImageEncoder | TextEncoder, rows: int, batch_size: int, shard_rows: int) -> ArrayRecord:
     layout = ArrayLayout(rows, encoder.dim, "float32", shard_rows, batch_size, 1)
-    return ArrayRecord(encoder.spec.modality, "name", encoder.spec, encoder.fingerprint, layout, {}, {})
+    return ArrayRecord(encoder.spec.modality, "name", encoder.spec, encoder.fingerprint, layout, {}, {}, "")
 
 
 def image_job(table: Path, encoder: ImageEncoder, batch: int, shard_rows: int = 5, workers: int = 2) -> ImageJob:

@@ -280,3 +280,23 @@ def test_what_is_no_store_is_not_made_one(grown_once: Grown, tmp_path: Path) -> 
     with pytest.raises(StoreError, match="is no store"):
         repair(tmp_path, read_pairs(grown_once.table), grown_once.table.parent)
     assert tree(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("lost", ["record", "source too", "folder"])
+def test_a_lost_segment_or_its_record_is_made_again(
+    grown: Grown, tiny_image_encoder: Path, tiny_text_encoder: Path, lost: str
+) -> None:
+    """A segment that is gone altogether is made again empty; the next extraction fills it."""
+    files = tree(grown.store)
+    if lost == "folder":
+        shutil.rmtree(grown.store / SEGMENT)
+    else:
+        (grown.store / "records/segments/0001.json").unlink()
+    if lost == "source too":
+        (grown.store / SEGMENT / "records/source.json").unlink()
+    mend(grown)
+    if lost == "folder":
+        with pytest.raises(IncompleteError):
+            FeatureStore.open(grown.store).array("image").load()
+        extract_tiny(grown.table, grown.store, tiny_image_encoder, tiny_text_encoder, max_bad=1.0)
+    assert tree(grown.store) == files

@@ -4,12 +4,13 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Modality
 
 Pooling = Literal["default", "cls", "mean"]
+ComputeDtype = Literal["float32", "float16", "bfloat16"]
 LIBRARIES = ("timm", "hf")
 
 
@@ -29,7 +30,7 @@ class EncoderSpec:
     pooling: Pooling = "default"
     resolution: int | None = None
     max_tokens: int | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: ComputeDtype = "float32"
 
     @property
     def folder(self) -> Path | None:
@@ -53,6 +54,30 @@ class EncoderSpec:
         """The same settings for an encoder that now has the name `text` (a local folder that has moved)."""
         other = parse_encoder(text, self.modality)
         return replace(self, library=other.library, name=other.name, revision=other.revision)
+
+
+def spec_from_json(value: object) -> EncoderSpec:
+    """A spec as a store or a head keeps it (`dataclasses.asdict`).
+
+    Raises:
+        EncoderError: not what an apecache has written.
+    """
+    try:
+        spec = EncoderSpec(**value)  # type: ignore[arg-type]
+        texts = (spec.library, spec.name, *([] if spec.revision is None else [spec.revision]))
+        sizes = [size for size in (spec.resolution, spec.max_tokens) if size is not None]
+        known = (
+            spec.modality in get_args(Modality)
+            and spec.pooling in get_args(Pooling)
+            and spec.dtype in get_args(ComputeDtype)
+        )
+        if not known or not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
+            raise ValueError("fields of other kinds than expected")
+    except (TypeError, ValueError) as error:
+        raise EncoderError(f"not the description of an encoder: {str(error)[:200]}") from None
+    if spec.library not in LIBRARIES:
+        raise EncoderError(f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}")
+    return spec
 
 
 def looks_local(name: str) -> bool:

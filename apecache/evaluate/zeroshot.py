@@ -13,7 +13,7 @@ from apecache.data.pairs import PairSource
 from apecache.data.tables import TableSpec, read_pairs
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import DataError, ManifestError, OptionError, nearest
 from apecache.evaluate.embeddings import find_features
 from apecache.extraction import ExtractSpec, Progress, extract
@@ -67,10 +67,10 @@ def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lamb
     """
     _require_templates(spec.templates)
     source = _labelled(read_pairs(spec.labels, TableSpec(require=("image", "label"))), spec)
-    image_spec = spec.image or EncoderSpec(**heads.image.encoder)
+    image_spec = spec.image or spec_from_json(heads.image.encoder)
     image_encoder = load_image_encoder(image_spec, spec.device)  # compared before the cache is filled with its features
     heads.image.require_encoder(image_encoder.fingerprint, f"image encoder {image_spec}")
-    text_encoder = load_text_encoder(spec.text or EncoderSpec(**heads.text.encoder), spec.device)
+    text_encoder = load_text_encoder(spec.text or spec_from_json(heads.text.encoder), spec.device)
     heads.text.require_encoder(text_encoder.fingerprint, f"text encoder {text_encoder.spec}")
     root = spec.root or spec.labels.parent
     store = spec.caches / digest_strings([source.digest, str(root.resolve())])[:16]  # another root has other files

@@ -104,6 +104,8 @@ def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads
         if value["format"] > FORMAT_VERSION:
             raise RunError(f"{path} has format {value['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
         sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
+        if not all(type(value[side]["dim"]) is int and value[side]["dim"] > 0 for side in sides):
+            raise ValueError("dim is no width")
         with torch.device("meta"):  # nothing is allocated for widths that the file only claims
             image, text = build_heads(sides["image"], sides["text"], value["image"]["dim"], value["text"]["dim"])
         heads = TrainedHeads(

@@ -10,10 +10,15 @@ from apecache.fingerprint import Json, canonical_json, content_hash
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
     FORMAT_VERSION,
+    PAIRS,
+    SEGMENT_RECORDS,
+    SOURCE,
+    ZARR,
     ArrayRecord,
     chunk_bytes,
     chunk_name,
     commit_name,
+    quarantine_name,
     records_folder,
     require_format,
 )
@@ -102,12 +107,13 @@ def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecor
         raise MismatchError(f"{name}: shard {record.shard} of {array.name} was made by another encoder")
     rows = array.layout.shard(record.shard)
     sizes = {part: entry.bytes for part, entry in record.objects.items()}
-    wanted = {chunk_name(array.modality, array.name, p, record.shard): n for p, n in chunk_bytes(array.layout).items()}
+    wanted = {chunk_name(array, part, record.shard): size for part, size in chunk_bytes(array.layout).items()}
     if (
         name != commit_name(array.modality, array.name, record.shard)
         or record.rows != (rows.start, rows.stop)
         or len(record.content) != len(rows)
         or wanted.items() - sizes.items()
+        or sizes.keys() - wanted.keys() - {quarantine_name(array.modality, array.name, record.shard)}
     ):
         raise DamagedError(f"{name}: the record is not of this shard of {array.name}; restore the file")
     return record
@@ -121,7 +127,35 @@ def read_record(files: LocalFiles, name: str) -> dict[str, Any]:
         raise DamagedError(f"{files.path(name)} is missing; restore the file") from None
     if value.get("object") != name:
         raise DamagedError(f"{files.path(name)} is in the wrong place ({value.get('object')}); restore the file")
+    if not _has_fields(value, name):
+        raise DamagedError(f"{files.path(name)} lacks what such a record says; restore the file")
     return value
+
+
+def _has_fields(value: Mapping[str, Any], name: str) -> bool:
+    """Whether a record says what one of its place must say. Fingerprints are looked at by `ArrayRecord.from_json`."""
+    counts: tuple[str, ...] = ()
+    if name == SOURCE or name.startswith(f"{SEGMENT_RECORDS}/"):
+        counts = ("n_images", "n_texts")
+    if name.endswith("/fingerprint.json"):
+        return True
+    if name == PAIRS and not _are_objects(value.get("objects")):
+        return False
+    return isinstance(value.get("digest"), str) and all(
+        type(value.get(count)) is int and value[count] >= 0 for count in counts
+    )
+
+
+def _are_objects(value: Any) -> bool:
+    """Whether these are Zarr's objects of a pair table, each with its hash; nothing outside is ever read."""
+    return isinstance(value, dict) and all(
+        name.startswith(f"{ZARR}/")
+        and ".." not in name.split("/")
+        and "\0" not in name
+        and isinstance(entry, dict)
+        and isinstance(entry.get("blake3"), str)
+        for name, entry in value.items()
+    )
 
 
 def seal_record(name: str, body: Mapping[str, Json]) -> bytes:
@@ -141,7 +175,10 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
     whole = data.startswith(CHECKSUM) and data[stop : stop + 2] == b'",'
     if not whole or content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]:
         raise DamagedError(f"{where}: the record is damaged (its checksum does not fit)")
-    value: dict[str, Any] = json.loads(data)
-    del value["checksum"]
+    try:
+        value: dict[str, Any] = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{where}: the record is damaged ({error})") from None
+    value.pop("checksum", None)
     require_format(value, where)
     return value

@@ -113,6 +113,13 @@ class LocalFiles:
     def exists(self, name: str) -> bool:
         return self.path(name).is_file()
 
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None if it is not there."""
+        try:
+            return os.stat(self.path(name)).st_size
+        except FileNotFoundError:
+            return None
+
     def list(self, folder: str) -> list[str]:
         """Names of the objects in a folder, sorted, temporary ones left out; none if there is no such folder."""
         try:

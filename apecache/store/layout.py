@@ -4,9 +4,11 @@
     STORE/features.zarr/                      nothing but Zarr v3
         pairs/                                keys, splits, labels, captions, languages, text -> image row
         image/<name>/features, status         [rows, dim] float16 or float32; uint8 [rows]
-        text/<name>/features, status          rows are captions
+        image/<name>/length                   uint16 [rows], only where rows have different numbers of tokens
+        text/<name>/…                         rows are captions
     STORE/records/source.json                 digest of the table: claims the store for it
     STORE/records/pairs.json                  hashes of the pair table's objects: the store exists
+    STORE/records/segments/0001.json          which table was appended as segment 0001
     STORE/records/<modality>/<name>/
         fingerprint.json                      what makes these features; layout; Zarr metadata
         commits/00000012.json                 one immutable record per shard
@@ -15,9 +17,11 @@
 
     STORE/segments/0001/                      rows that were appended: a store of its own, with the same layout
 
-One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros.
+Features are [rows, dim], [rows, tokens, dim], [rows, views, dim] or [rows, views, tokens, dim]; a row with fewer tokens
+is padded with zeros. One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,23 +32,38 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import StoreError
 from apecache.fingerprint import Fingerprint, Json, Modality
 
 FORMAT_VERSION = 1
 ZARR = "features.zarr"
 SOURCE, PAIRS = "records/source.json", "records/pairs.json"
-SEGMENTS = "segments"
+SEGMENTS, SEGMENT_RECORDS = "segments", "records/segments"
 MISSING, OK, QUARANTINED = 0, 1, 2
-MAX_SHARD_BYTES = 64 << 20
+DTYPES = ("float16", "float32")
+MAX_SHARD_BYTES, MAX_CHUNK_BYTES = 64 << 20, 1 << 31
+"""What we make of an array at most (unless one row is longer), and what we believe a record that we read."""
 PAIR_CHUNK_ROWS = 65_536
+PAIR_COLUMNS = (
+    ("image_key", "image"),
+    ("image_split", "image"),
+    ("image_label", "image"),
+    ("text_caption", "text"),
+    ("text_language", "text"),
+    ("text_image_row", "text"),
+)
+"""Columns of the pair table, each with what its rows are."""
+PAIR_CODECS = (["vlen-utf8", "zstd", "crc32c"], ["bytes", "zstd", "crc32c"])
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """Shape of one array and how its rows were batched; fixed when the array is created, and used by every resume."""
+    """Shape of one array and how its rows were batched; fixed when the array is created, and used by every resume.
+
+    `views`: augmentations of each image; `tokens`: positions of each row (of the longest, if the array is `ragged`).
+    """
 
     rows: int
     dim: int
@@ -52,6 +71,27 @@ class ArrayLayout:
     shard_rows: int
     batch_size: int
     threads: int
+    views: int | None = None
+    tokens: int | None = None
+    ragged: bool = False
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: (dim,), (tokens, dim), (views, dim) or (views, tokens, dim)."""
+        return tuple(count for count in (self.views, self.tokens, self.dim) if count is not None)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Zarr arrays beside each other: name -> (dtype, shape of a row)."""
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {
+            "features": (self.dtype, self.row_shape),
+            "status": ("uint8", ()),
+        }
+        return {**parts, "length": ("uint16", ())} if self.ragged else parts
 
     @property
     def n_shards(self) -> int:
@@ -64,7 +104,8 @@ class ArrayLayout:
 
 @dataclass(frozen=True)
 class ArrayRecord:
-    """`fingerprint.json`: everything about an array that is fixed when it is created."""
+    """`fingerprint.json`: everything about an array that is fixed when it is created. `table`: digest of the pair table
+    that its rows are those of."""
 
     modality: Modality
     name: str
@@ -73,6 +114,7 @@ class ArrayRecord:
     layout: ArrayLayout
     metadata: Mapping[str, str]
     environment: Mapping[str, Json]
+    table: str
 
     @property
     def encoder(self) -> Fingerprint:
@@ -86,6 +128,7 @@ class ArrayRecord:
             "digest": self.fingerprint.digest,
             "fields": self.fingerprint.fields,
             "layout": asdict(self.layout),
+            "table": self.table,
             "environment": self.environment,
             "metadata": self.metadata,
         }
@@ -96,13 +139,28 @@ class ArrayRecord:
         require_format(value, f"{records_folder(modality, name)}/fingerprint.json")
         try:
             fingerprint = Fingerprint(value["fields"])
-            spec, layout = EncoderSpec(**value["spec"]), ArrayLayout(**value["layout"])
-            record = ArrayRecord(modality, name, spec, fingerprint, layout, value["metadata"], value["environment"])
-            if fingerprint.digest != value["digest"]:
+            spec, layout = spec_from_json(value["spec"]), layout_from_json(value["layout"])
+            about = ({str(k): str(v) for k, v in value["metadata"].items()}, dict(value["environment"]))
+            record = ArrayRecord(modality, name, spec, fingerprint, layout, *about, str(value["table"]))
+            if fingerprint.digest != value["digest"] or not isinstance(fingerprint.fields.get("encoder"), dict):
                 raise ValueError("its digest does not fit its fields")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreError(f"records of {modality}/{name} are damaged: {error}") from None
         return record
+
+
+def layout_from_json(value: Any) -> ArrayLayout:
+    """Raises ValueError for a layout that no array can have, TypeError for strange fields."""
+    layout = ArrayLayout(**value)
+    counts = (layout.dim, layout.shard_rows, layout.batch_size, layout.threads, layout.views, layout.tokens)
+    whole = all(type(count) is int and count >= 1 for count in counts if count is not None)
+    if not whole or type(layout.rows) is not int or layout.rows < 0 or type(layout.ragged) is not bool:
+        raise ValueError("a layout with counts that are none")
+    if layout.ragged and (layout.tokens is None or layout.views is not None):
+        raise ValueError("a ragged layout without tokens")
+    if layout.dtype not in DTYPES or layout.row_bytes * layout.shard_rows > MAX_CHUNK_BYTES:
+        raise ValueError(f"a layout of {layout.dtype}, {layout.shard_rows} x {layout.row_shape}")
+    return layout
 
 
 def require_format(value: Any, where: str) -> None:
@@ -129,17 +187,21 @@ def quarantine_name(modality: str, name: str, shard: int) -> str:
     return f"{records_folder(modality, name)}/quarantine/{shard:08d}.jsonl"
 
 
-def chunk_name(modality: str, name: str, part: str, shard: int) -> str:
-    suffix = ".0" if part == "features" else ""
-    return f"{array_folder(modality, name)}/{part}/c.{shard}{suffix}"
+def chunk_name(array: ArrayRecord, part: str, shard: int) -> str:
+    _, row_shape = array.layout.parts[part]
+    return f"{array_folder(array.modality, array.name)}/{part}/c.{shard}{'.0' * len(row_shape)}"
 
 
 def chunk_bytes(layout: ArrayLayout) -> dict[str, int]:
     """Size of one chunk file of each part, its crc32c included."""
     return {
-        "features": layout.shard_rows * layout.dim * np.dtype(layout.dtype).itemsize + 4,
-        "status": layout.shard_rows + 4,
+        part: layout.shard_rows * math.prod(shape) * np.dtype(dtype).itemsize + 4
+        for part, (dtype, shape) in layout.parts.items()
     }
+
+
+def segment_record_name(segment: str) -> str:
+    return f"{SEGMENT_RECORDS}/{segment}.json"
 
 
 def with_metadata(record: ArrayRecord) -> ArrayRecord:
@@ -152,8 +214,10 @@ def with_metadata(record: ArrayRecord) -> ArrayRecord:
     described = {key: value for key, value in record.to_json().items() if key != "metadata"}
     layout, modality = record.layout, record.modality
     group = zarr.create_group(memory, zarr_format=3, attributes={"apecache": described})
-    _create(group, "features", (layout.rows, layout.dim), (layout.shard_rows, layout.dim), layout.dtype, modality)
-    _create(group, "status", (layout.rows,), (layout.shard_rows,), "uint8", modality)
+    axes = [axis for axis, count in (("view", layout.views), ("token", layout.tokens)) if count is not None]
+    for part, (dtype, row_shape) in layout.parts.items():
+        dimensions = (modality, *(f"{part}_{axis}" for axis in (*axes, "feature")))[: 1 + len(row_shape)]
+        _create(group, part, (layout.rows, *row_shape), (layout.shard_rows, *row_shape), dtype, dimensions)
     metadata = {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
     return replace(record, metadata=metadata)
 
@@ -166,7 +230,9 @@ def described_record(modality: Modality, name: str, attributes: Mapping[str, Any
     return with_metadata(ArrayRecord.from_json(modality, name, {**described, "metadata": {}}))
 
 
-def _create(group: Any, part: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, modality: str) -> None:
+def _create(
+    group: Any, part: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, dimensions: tuple[str, ...]
+) -> None:
     floating = np.dtype(dtype).kind == "f"
     group.create_array(
         part,
@@ -178,7 +244,7 @@ def _create(group: Any, part: str, shape: tuple[int, ...], chunks: tuple[int, ..
         compressors=[Crc32cCodec()],
         filters=None,
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=(modality, f"{part}_feature")[: len(shape)],
+        dimension_names=dimensions,
     )
 
 

@@ -4,9 +4,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import zarr
 
 from apecache.errors import DamagedError, MismatchError, StoreError, nearest
 from apecache.fingerprint import Modality
@@ -14,16 +11,16 @@ from apecache.store.commit import read_record, seal_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
     PAIRS,
+    SEGMENTS,
     SOURCE,
-    ZARR,
     ArrayRecord,
     array_folder,
     commit_name,
     described_record,
     records_folder,
-    storable,
+    segment_record_name,
 )
-from apecache.store.writer import PairColumns, source_bytes, table_columns
+from apecache.store.writer import PairColumns, source_bytes
 
 
 def require_store(files: LocalFiles) -> None:
@@ -46,37 +43,37 @@ def rewrite_metadata(files: LocalFiles, record: ArrayRecord) -> None:
 
 
 def restore_source(files: LocalFiles, pairs: PairColumns, root: str) -> None:
-    """Write a lost source record again, for the table that the rest of the store fits.
+    """Write a lost source record again, for the table that the rest of the store is of.
 
     Raises:
         MismatchError: the store's other records are of another table.
     """
-    rows = {"image": len(pairs.keys), "text": len(pairs.captions)}
-    for kind, count in rows.items():
-        for name in files.list(f"records/{kind}"):
-            found = read_record(files, f"{records_folder(kind, name)}/fingerprint.json")["layout"]["rows"]
-            if found != count:
-                raise MismatchError(f"{files.root}: {kind}/{name} has {found} rows, the table {count}: not its table")
-    try:
-        digest = read_record(files, PAIRS)["digest"]
-    except DamagedError:
-        digest = pairs.digest if _fits_columns(files, pairs) else ""
-    if digest != pairs.digest:
-        raise MismatchError(f"{files.root} was made from another table than {pairs.origin}")
+    records = [PAIRS, *(f"{records_folder(*array)}/fingerprint.json" for array in recorded_arrays(files))]
+    for name in records:
+        with contextlib.suppress(DamagedError):
+            record = read_record(files, name)
+            if record.get("table", record.get("digest") if name == PAIRS else None) != pairs.digest:
+                raise MismatchError(f"{files.root} was made from another table than {pairs.origin} ({name})")
     files.write(SOURCE, source_bytes(pairs, root))
 
 
-def _fits_columns(files: LocalFiles, pairs: PairColumns) -> bool:
-    """Both records of the table are lost: whether what can still be read of its columns is of `pairs`."""
-    for name, (_, values) in table_columns(pairs).items():
+def recorded_arrays(files: LocalFiles) -> list[tuple[Modality, str]]:
+    kinds: tuple[Modality, ...] = ("image", "text")
+    return [(kind, name) for kind in kinds for name in files.list(f"records/{kind}")]
+
+
+def restore_segment_records(files: LocalFiles, segments: Iterable[str]) -> list[str]:
+    """Write lost records of appended segments again, from the segments' own; returns the names of the records."""
+    mended = []
+    for segment in segments:
+        name = segment_record_name(segment)
         try:
-            array: Any = zarr.open_array(files.path(f"{ZARR}/pairs/{name}"), mode="r")
-            found = [str(value) for value in array[:]]
-        except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, RecursionError):
-            continue
-        if found != [storable(value) for value in values]:
-            return False
-    return True
+            read_record(files, name)
+        except DamagedError:
+            source = read_record(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), SOURCE)
+            files.write(name, seal_record(name, {key: source[key] for key in ("digest", "n_images", "n_texts")}))
+            mended.append(name)
+    return mended
 
 
 def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> None:
@@ -89,7 +86,7 @@ def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> Non
     try:
         group = json.loads(files.read(f"{array_folder(modality, name)}/zarr.json"))
         record = described_record(modality, name, group["attributes"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
             f"{files.path(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features are; "
             f"apecache remove STORE {modality}/{name}, and extract again"

@@ -1,7 +1,6 @@
 """Reading a store: what is in it, how complete it is, and features whole into memory, checked."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from google_crc32c import extend as crc32c_extend
 from numpy.typing import NDArray
 
@@ -23,42 +21,23 @@ from apecache.store.layout import (
     OK,
     PAIRS,
     QUARANTINED,
+    SEGMENT_RECORDS,
     SEGMENTS,
     SOURCE,
-    ZARR,
     ArrayRecord,
     chunk_name,
     quarantine_name,
     records_folder,
+    segment_record_name,
 )
+from apecache.store.table import PairTable, read_table
 from apecache.store.writer import ArrayWriter
 
 
 @dataclass(frozen=True)
-class PairTable:
-    """Columns of the pair table. Images [n_images]: keys, splits, labels; texts [n_texts]: captions, languages,
-    image_rows (the row of each caption's image)."""
-
-    keys: NDArray[np.object_]
-    splits: NDArray[np.object_]
-    labels: NDArray[np.object_]
-    captions: NDArray[np.object_]
-    languages: NDArray[np.object_]
-    image_rows: NDArray[np.int64]
-    digest: str
-
-    @cached_property
-    def row_of_key(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.keys)}
-
-    def split_counts(self) -> dict[str, int]:
-        """Images per split, in the order of first appearance; the empty name means no split was given."""
-        return dict(Counter(self.splits.tolist()))
-
-
-@dataclass(frozen=True)
 class FeatureArray:
-    """One encoder's features of one modality. `rows` of `dim`, `dtype` float16 or float32, not normalised.
+    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), `dtype` float16 or
+    float32, not normalised.
 
     `files`, `record` and `commits` are those of the first segment; `appended` are the later ones. `rows_to_come`:
     rows of segments that have nothing of this encoder yet.
@@ -80,6 +59,20 @@ class FeatureArray:
     @property
     def dim(self) -> int:
         return self.record.layout.dim
+
+    @property
+    def tokens(self) -> int | None:
+        """Positions of each row, padding included; None for pooled features."""
+        return self.record.layout.tokens
+
+    @property
+    def views(self) -> int | None:
+        """Augmentations of each image; None for the image as it is."""
+        return self.record.layout.views
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.record.layout.row_shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -108,10 +101,10 @@ class FeatureArray:
         commits = self._known.values()
         names = [quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits]
         rows = [
-            json.loads(line)
+            row
             for commit, name in zip(commits, names, strict=True)
             if name in commit.objects
-            for line in self._read_checked(commit, name).splitlines()
+            for row in self._quarantine(commit, name)
         ]
         later = (({**row, "row": row["row"] + first}) for array, first in self._later for row in array.quarantined())
         return [*rows, *later]
@@ -126,7 +119,7 @@ class FeatureArray:
         return hashes + [""] * self.rows_to_come
 
     def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
-        """All rows [rows, dim], read in parallel into one buffer; quarantined rows are NaN.
+        """All rows [rows, *row_shape], read in parallel into one buffer; quarantined rows are NaN.
 
         Args:
             out: a buffer of that shape and of the array's dtype to fill (pinned memory, for instance).
@@ -134,10 +127,11 @@ class FeatureArray:
         Raises:
             IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
         """
-        commits = self._sealed
-        target = np.empty((self.rows, self.dim), self.dtype) if out is None else out
-        if target.shape != (self.rows, self.dim) or target.dtype != self.dtype or not target.flags.carray:
-            raise ValueError(f"out: expected contiguous, writable {(self.rows, self.dim)} of {self.dtype}")
+        commits, shape = self._sealed, (self.rows, *self.row_shape)
+        self._require_sizes(commits)
+        target = np.empty(shape, self.dtype) if out is None else out
+        if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
+            raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda commit: self._load_shard(commit, "features", target), commits.values()))
         for array, first in self._later:
@@ -146,18 +140,33 @@ class FeatureArray:
 
     def load_ok(self) -> NDArray[np.bool_]:
         """[rows], True where the row has features. Raises as `load` does."""
+        commits = self._sealed
+        self._require_sizes(commits)
         status = np.zeros(self.rows, np.uint8)
-        for commit in self._sealed.values():
+        for commit in commits.values():
             self._load_shard(commit, "status", status)
         for array, first in self._later:
             status[first : first + array.rows] = np.where(array.load_ok(), OK, QUARANTINED)
         ok: NDArray[np.bool_] = status == OK
         return ok
 
+    def load_lengths(self) -> NDArray[np.uint16] | None:
+        """[rows], tokens of each row (0 where quarantined); None if all rows have the same. Raises as `load` does."""
+        if not self.record.layout.ragged:
+            return None
+        commits = self._sealed
+        self._require_sizes(commits)
+        lengths = np.zeros(self.rows, np.uint16)
+        for commit in commits.values():
+            self._load_shard(commit, "length", lengths)
+        for array, first in self._later:
+            lengths[first : first + array.rows] = array.load_lengths()  # type: ignore[assignment]  # ragged, as we are
+        return lengths
+
     def load_shard(self, shard: int) -> NDArray[Any]:
         """Rows of one committed shard, complete or not. Raises DamagedError as `load` does, IncompleteError if it is
         not committed."""
-        target = np.empty((len(self.record.layout.shard(shard)), self.dim), self.dtype)
+        target = np.empty((len(self.record.layout.shard(shard)), *self.row_shape), self.dtype)
         self._read_chunk(self._commit(shard), "features", target)
         return target
 
@@ -214,28 +223,50 @@ class FeatureArray:
             raise IncompleteError(f"shard {shard} of {self.record.modality}/{self.name} is not committed")
         return self.commits[shard]
 
+    def _require_sizes(self, commits: Mapping[int, CommitRecord]) -> None:
+        """Files as long as their records say, before memory is allocated for what is in them."""
+        for commit in commits.values():
+            for part in self.record.layout.parts:
+                name = chunk_name(self.record, part, commit.shard)
+                if (size := self.files.size(name)) != commit.objects[name].bytes:
+                    what = "is missing" if size is None else "differs from its commit record"
+                    raise self._damaged(commit.shard, name, what)
+
     def _load_shard(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
         first, stop = commit.rows
         self._read_chunk(commit, part, target[first:stop])
 
     def _read_chunk(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
         """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
-        name = chunk_name(self.record.modality, self.name, part, commit.shard)
+        name = chunk_name(self.record, part, commit.shard)
         expected = commit.objects[name]
         view = target.data.cast("B")
         padding, ending = memoryview(bytearray(expected.bytes - view.nbytes - 4)), memoryview(bytearray(4))
-        sums = [0]
+        check, summed = 0, 0
 
         def add(block: memoryview) -> None:
-            sums.append(crc32c_extend(sums[-1], np.frombuffer(block, np.uint8)))
+            nonlocal check, summed
+            if summed < expected.bytes - 4:  # blocks never reach from the data into its checksum
+                check = crc32c_extend(check, np.frombuffer(block, np.uint8))
+            summed += block.nbytes
 
         try:
             count = self.files.read_into(name, [view, padding, ending], add)
         except FileNotFoundError:
             raise self._damaged(commit.shard, name, "is missing") from None
-        check, stored = sums[-2] if count == expected.bytes else None, int.from_bytes(ending, "little")
+        stored = int.from_bytes(ending, "little")
         if count != expected.bytes or check != expected.crc32c or stored != check:
             raise self._damaged(commit.shard, name, "differs from its commit record")
+
+    def _quarantine(self, commit: CommitRecord, name: str) -> list[dict[str, Any]]:
+        try:
+            rows = [json.loads(line) for line in self._read_checked(commit, name).splitlines()]
+            kinds = {"row": int, "key": str, "reason": str, "detail": str}
+            if all({key: type(value) for key, value in row.items()} == kinds for row in rows):
+                return rows
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise self._damaged(commit.shard, name, "is no list of rows")
 
     def _read_checked(self, commit: CommitRecord, name: str) -> bytes:
         try:
@@ -276,7 +307,7 @@ class FeatureStore:
             what = "was not finished being made; run the same apecache extract again" if begun else f"is no store{hint}"
             raise StoreError(f"{root} {what}" + ("" if begun else " (make one with: apecache extract)"))
         read_record(files, PAIRS)
-        return FeatureStore(root, files, tuple(FeatureStore.open(path) for path in segment_paths(root)))
+        return FeatureStore(root, files, tuple(_open_segment(files, name) for name in segment_names(files)))
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -292,7 +323,7 @@ class FeatureStore:
     @cached_property
     def pairs(self) -> PairTable:
         """The whole pair table. Raises DamagedError if an object of it is not what was written."""
-        tables = [self._own_pairs(), *(segment.pairs for segment in self.segments)]
+        tables = [read_table(self.files), *(segment.pairs for segment in self.segments)]
         if len(tables) == 1:
             return tables[0]
         names = ("keys", "splits", "labels", "captions", "languages")
@@ -300,19 +331,6 @@ class FeatureStore:
         starts = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
         image_rows = np.concatenate([t.image_rows + first for t, first in zip(tables, starts, strict=True)])
         return PairTable(keys, splits, labels, captions, languages, image_rows, self.digest)
-
-    def _own_pairs(self) -> PairTable:
-        record = read_record(self.files, PAIRS)
-        if record["digest"] != self.source["digest"]:
-            raise DamagedError(f"{self.files.path(PAIRS)} and {SOURCE} are of different tables; restore the files")
-        for name, entry in record["objects"].items():
-            if not self.files.exists(name) or content_hash(self.files.read(name)) != entry["blake3"]:
-                raise DamagedError(f"{self.files.path(name)} differs from its record, or is missing")
-        group: Any = zarr.open_group(self.files.path(f"{ZARR}/pairs"), mode="r")
-        names = ("image_key", "image_split", "image_label", "text_caption", "text_language")
-        keys, splits, labels, captions, languages = (np.asarray(group[name][:], dtype=object) for name in names)
-        image_rows = np.asarray(group["text_image_row"][:], dtype=np.int64)
-        return PairTable(keys, splits, labels, captions, languages, image_rows, self.source["digest"])
 
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Every array, images first, by name."""
@@ -338,6 +356,10 @@ class FeatureStore:
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
         value = read_record(self.files, f"{records_folder(modality, name)}/fingerprint.json")
         record = ArrayRecord.from_json(modality, name, value)
+        if record.table != self.source["digest"]:
+            raise DamagedError(
+                f"{modality}/{name} is of another table than {self.path}; apecache remove {self.path} {modality}/{name}"
+            )
         there = [segment for segment in self.segments if name in segment._names(modality)]
         count = "n_images" if modality == "image" else "n_texts"
         to_come = sum(segment.source[count] for segment in self.segments if segment not in there)
@@ -351,9 +373,27 @@ class FeatureStore:
         ]
 
 
-def segment_paths(root: Path) -> list[Path]:
-    """Folders of the appended segments, in order; one that was only just begun is none yet."""
-    return [path for path in sorted((root / SEGMENTS).glob("*")) if (path / PAIRS).is_file() or _has_arrays(path)]
+def segment_names(files: LocalFiles) -> list[str]:
+    """Names of the appended segments, in order; one that was only just begun is none yet.
+
+    Raises:
+        DamagedError: a segment without its record in the store, or the other way round.
+    """
+    recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
+    begun = {name for name in files.list(SEGMENTS) if _has_arrays(files.path(f"{SEGMENTS}/{name}"))}
+    for name in sorted(begun - recorded):
+        raise DamagedError(f"{files.path(segment_record_name(name))} is missing; write it again with: apecache repair")
+    return sorted(recorded)
+
+
+def _open_segment(files: LocalFiles, name: str) -> FeatureStore:
+    path, record = files.path(f"{SEGMENTS}/{name}"), read_record(files, segment_record_name(name))
+    if not path.is_dir():
+        raise DamagedError(f"{path} is missing ({record['n_images']} images); restore it, or: apecache repair")
+    segment = FeatureStore.open(path)
+    if segment.source["digest"] != record["digest"]:
+        raise DamagedError(f"{path} is not the segment that was appended in its place; restore it")
+    return segment
 
 
 def _has_arrays(root: Path) -> bool:

@@ -13,6 +13,7 @@ from apecache.store.files import TEMPORARY, LocalFiles
 from apecache.store.layout import (
     PAIRS,
     README,
+    SEGMENT_RECORDS,
     SEGMENTS,
     SOURCE,
     ZARR,
@@ -22,6 +23,7 @@ from apecache.store.layout import (
     commit_name,
     quarantine_name,
     records_folder,
+    segment_record_name,
 )
 
 Kind = Literal["damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign"]
@@ -71,6 +73,7 @@ def verify_store(path: Path, progress: Progress = lambda _: None, threads: int =
         StoreError: there is no store at `path`, or one of a newer format.
     """
     own = verify_segment(path, progress, threads)
+    own = replace(own, problems=(*own.problems, *_segment_problems(path)))
     return _with_segments(own, [verify_segment(folder, progress, threads) for folder in segment_folders(path)])
 
 
@@ -85,6 +88,33 @@ def verify_segment(path: Path, progress: Progress = lambda _: None, threads: int
         check.array(modality, name)
     check.strangers()
     return VerifyReport(path, check.n_objects, check.n_bytes, tuple(check.problems))
+
+
+def _segment_problems(path: Path) -> Iterator[Problem]:
+    """Segments against their records in the store: lost ones, swapped ones, and those that no record knows."""
+    files = LocalFiles(path)
+    there = {folder.name for folder in segment_folders(path)}
+    recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
+    for segment in sorted(there | recorded):
+        name = segment_record_name(segment)
+        if segment not in there:
+            yield Problem("missing", f"{SEGMENTS}/{segment}", "a segment that was appended is not there")
+            continue
+        if segment not in recorded:
+            if any(folder.is_file() for folder in files.path(f"{SEGMENTS}/{segment}").glob("records/*/*/*.json")):
+                yield Problem("missing", name, "the segment has no record in the store")
+            continue
+        try:
+            wanted, found = (
+                read_record(files, name),
+                read_record(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), SOURCE),
+            )
+        except DamagedError as error:
+            if not files.exists(name) or name in str(error):
+                yield Problem("damaged", name, str(error))
+            continue
+        if wanted["digest"] != found["digest"]:
+            yield Problem("damaged", f"{SEGMENTS}/{segment}", "not the segment that was appended in its place")
 
 
 def _with_segments(own: VerifyReport, segments: Sequence[VerifyReport]) -> VerifyReport:
@@ -128,6 +158,7 @@ class _Check:
         self.files, self.progress, self.threads = files, progress, threads
         self.problems: list[Problem] = []
         self.known: set[str] = {SOURCE, PAIRS, "README.md"}
+        self.known.update(f"{SEGMENT_RECORDS}/{name}" for name in files.list(SEGMENT_RECORDS))
         self.n_objects = self.n_bytes = 0
 
     def table(self) -> None:
@@ -150,6 +181,9 @@ class _Check:
         except StoreError as error:
             self._add("damaged", where, str(error), array)
             record = None
+        source = self._record(SOURCE)
+        if record and source and record.table != source["digest"]:
+            self._add("damaged", where, "an array of another table", array)
         if record is None:
             self._disown(modality, name)
             return
@@ -272,6 +306,6 @@ class _Check:
 
 def shard_objects(record: ArrayRecord, shard: int) -> Iterator[str]:
     """Every object that a shard may have."""
-    for part in ("features", "status"):
-        yield chunk_name(record.modality, record.name, part, shard)
+    for part in record.layout.parts:
+        yield chunk_name(record, part, shard)
     yield quarantine_name(record.modality, record.name, shard)

@@ -6,6 +6,7 @@ A shard exists when its record does. There is no cursor: resuming is listing the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from google_crc32c import value as crc32c
@@ -28,6 +29,7 @@ from apecache.store.layout import (
     PAIRS,
     QUARANTINED,
     README,
+    SEGMENTS,
     SOURCE,
     ZARR,
     ArrayLayout,
@@ -39,6 +41,7 @@ from apecache.store.layout import (
     quarantine_name,
     records_folder,
     root_objects,
+    segment_record_name,
 )
 
 
@@ -80,6 +83,17 @@ def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
             _write_pairs(files, pairs, version)
+
+
+def add_segment(files: LocalFiles, segment: str, pairs: PairColumns, root: str, version: str) -> None:
+    """Make `segments/<segment>`, a store of its own, and record in the first that it is there.
+
+    Raises as `create_store` does; MismatchError also if another table has that place.
+    """
+    create_store(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), pairs, root, version)
+    name = segment_record_name(segment)
+    files.create(name, seal_record(name, _identity(pairs)))
+    _require_same_source(read_record(files, name), _identity(pairs), files)
 
 
 def source_bytes(pairs: PairColumns, root: str) -> bytes:
@@ -175,12 +189,14 @@ class ArrayWriter:
         features: NDArray[np.floating],
         content: Sequence[str],
         quarantined: Sequence[QuarantinedRow] = (),
+        lengths: NDArray[np.integer] | None = None,
     ) -> CommitRecord:
         """Write one whole shard and its record.
 
         Args:
-            features: [rows of the shard, dim] in the array's dtype; rows that are quarantined may hold anything.
+            features: [rows of the shard, *row_shape] in the array's dtype; rows that are quarantined may hold anything.
             content: hash of each row's input, empty where it could not be read.
+            lengths: [rows of the shard], tokens of each row, if the array is ragged.
 
         Raises:
             StoreError: the operating system refused; DamagedError: what was read back differs;
@@ -190,7 +206,7 @@ class ArrayWriter:
         bad = {row.row for row in quarantined}
         if len(content) != len(rows) or len(bad) != len(quarantined) or not bad <= set(rows):
             raise ValueError(f"shard {shard}: content and quarantined rows must be those of rows {rows}")
-        payloads = self._payloads(shard, features, quarantined)
+        payloads = self._payloads(shard, self._chunks(shard, features, quarantined, lengths), quarantined)
         objects = {name: _describe(payload) for name, payload in payloads.items()}
         counts = (len(rows) - len(bad), len(bad))
         digest = self.record.fingerprint.digest
@@ -228,36 +244,45 @@ class ArrayWriter:
         return records_folder(self.record.modality, self.record.name)
 
     def _payloads(
-        self, shard: int, features: NDArray[np.floating], quarantined: Sequence[QuarantinedRow]
+        self, shard: int, chunks: Mapping[str, NDArray[Any]], quarantined: Sequence[QuarantinedRow]
     ) -> dict[str, tuple[Buffer, ...]]:
         """Every object of a shard. Chunks are data and crc32c, exactly as Zarr's codecs write them."""
-        modality, name = self.record.modality, self.record.name
-        chunk, status = self._chunks(shard, features, quarantined)
         payloads: dict[str, tuple[Buffer, ...]] = {}
-        for part, array in (("features", chunk), ("status", status)):
+        for part, array in chunks.items():
             data = array.data.cast("B")
-            payloads[chunk_name(modality, name, part, shard)] = (data, checksum(data).to_bytes(4, "little"))
+            payloads[chunk_name(self.record, part, shard)] = (data, checksum(data).to_bytes(4, "little"))
         if quarantined:
             lines = b"".join(canonical_json(vars(row)) + b"\n" for row in quarantined)
-            payloads[quarantine_name(modality, name, shard)] = (lines,)
+            payloads[quarantine_name(self.record.modality, self.record.name, shard)] = (lines,)
         return payloads
 
     def _chunks(
-        self, shard: int, features: NDArray[np.floating], quarantined: Sequence[QuarantinedRow]
-    ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
-        """Full chunks as Zarr wants them: the last shard is padded, quarantined rows are NaN."""
-        rows = self.layout.shard(shard)
-        if features.shape != (len(rows), self.layout.dim):
-            raise ValueError(f"shard {shard}: expected {(len(rows), self.layout.dim)}, found {features.shape}")
-        chunk = np.full(
-            (self.layout.shard_rows, self.layout.dim), np.nan, dtype=f"<{np.dtype(self.layout.dtype).str[1:]}"
-        )
-        chunk[: len(rows)] = features
-        status = np.zeros(self.layout.shard_rows, dtype=np.uint8)
+        self,
+        shard: int,
+        features: NDArray[np.floating],
+        quarantined: Sequence[QuarantinedRow],
+        lengths: NDArray[np.integer] | None,
+    ) -> dict[str, NDArray[Any]]:
+        """Full chunks as Zarr wants them: the last shard is padded, quarantined rows are NaN, padding tokens are 0."""
+        rows, layout = self.layout.shard(shard), self.layout
+        wanted = (len(rows), *layout.row_shape)
+        if features.shape != wanted or (lengths is not None) != layout.ragged:
+            raise ValueError(f"shard {shard}: expected {wanted}, found {features.shape}, lengths {lengths is not None}")
+        chunks: dict[str, NDArray[Any]] = {
+            part: np.zeros((layout.shard_rows, *shape), dtype=np.dtype(dtype).newbyteorder("<"))
+            for part, (dtype, shape) in layout.parts.items()
+        }
+        chunk, status = chunks["features"], chunks["status"]
+        chunk[: len(rows)], chunk[len(rows) :] = features, np.nan
         status[: len(rows)] = OK
         bad = [row.row - rows.start for row in quarantined]
+        if lengths is not None:
+            chunks["length"][: len(rows)] = lengths
+            chunks["length"][bad] = 0
+            beyond = np.arange(layout.tokens or 0) >= chunks["length"][: len(rows), None]
+            chunk[: len(rows)][beyond] = 0
         chunk[bad], status[bad] = np.nan, QUARANTINED
-        return chunk, status
+        return chunks
 
     def _put(self, name: str, payload: tuple[Buffer, ...], wanted: str) -> None:
         """Write one object and compare what is there with what should be."""

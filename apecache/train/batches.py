@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.errors import RecipeError, nearest
-from apecache.store.reader import FeatureArray, PairTable
+from apecache.store.reader import FeatureArray
+from apecache.store.table import PairTable
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from benchmarks.record import Goal, print_goals, print_table, write_result
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
 
 import faults_damage
+import faults_hostile
 import faults_io
 import faults_kill
 import faults_power
@@ -105,6 +106,12 @@ def damaged_files(bench: Bench) -> Row:
     return _row("damaged file, then read", outcomes.total(), wrong, detail)
 
 
+def hostile_files(bench: Bench) -> Row:
+    result = faults_hostile.hostile_files(bench.folder, bench.count(500, 5000), bench.seed)
+    detail = ", ".join(f"{result.refused[kind]} of {count} {kind}s" for kind, count in sorted(result.tried.items()))
+    return _row("file made to do harm", result.tried.total(), result.wrong, f"refused: {detail}")
+
+
 SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     named_kills,
     random_kills,
@@ -114,6 +121,7 @@ SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     failing_calls,
     crowds,
     damaged_files,
+    hostile_files,
 )
 
 

@@ -149,7 +149,7 @@ class Bench:
         layout = ArrayLayout(rows, DIM, "float16", SHARD_ROWS, 64, 1)
         fingerprint = Fingerprint({"encoder": {}, "storage": {}})
         record = with_metadata(
-            ArrayRecord("image", "e", EncoderSpec("timm", "e", "image"), fingerprint, layout, {}, {})
+            ArrayRecord("image", "e", EncoderSpec("timm", "e", "image"), fingerprint, layout, {}, {}, name)
         )
         create_array(files, record)
         writer = ArrayWriter(files, record)

@@ -91,9 +91,9 @@ def array_record(spec: TowerSpec, modality: Modality) -> ArrayRecord:
     fields = {"library": "tower", "weights": content_hash(spec.encoder), "modality": modality, "dtype": spec.dtype}
     fingerprint = Fingerprint({"encoder": fields, "storage": {"dtype": spec.dtype, "batch_size": 2}})
     layout = spec.layout(modality)
-    encoder = EncoderSpec("hf", NAME, modality)
+    encoder, table = EncoderSpec("hf", NAME, modality), columns(spec).digest
     return with_metadata(
-        ArrayRecord(modality, NAME, encoder, fingerprint, layout, {}, {"versions": {}, "device": "cpu"})
+        ArrayRecord(modality, NAME, encoder, fingerprint, layout, {}, {"versions": {}, "device": "cpu"}, table)
     )
 
 

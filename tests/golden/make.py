@@ -28,7 +28,13 @@ def main() -> None:
         captions = [f"{word} {rows}" for word in ("un chat", "ein Hund", "猫", "a <b>", "=1+1", "x")[: rows + 1]]
         keys = [f"images/{first + row}.png" for row in range(rows)]
         options = {"keys": keys, "captions": captions, "shard_rows": 2, "bad_images": (1,)}
-        write_feature_store(folder, image, text, [0, *range(rows)], ["train", "val", "", "", ""][:rows], **options)
+        about = ([0, *range(rows)], ["train", "val", "", "", ""][:rows])
+        write_feature_store(folder, image, text, *about, **options)
+        patches, tokens = (chance.standard_normal((n, 3, 4)).astype(np.float16) for n in (rows, rows + 1))
+        lengths = chance.integers(1, 4, rows + 1)
+        write_feature_store(
+            folder, patches, tokens, *about, **options, names=("patches", "tokens"), text_lengths=lengths
+        )
     (HERE / f"format-{FORMAT_VERSION}.json").write_text(json.dumps(served(store), ensure_ascii=False, indent=1) + "\n")
 
 
@@ -43,6 +49,7 @@ def served(store: Path) -> dict[str, object]:
         ok, features = array.load_ok(), array.load()
         told[f"{array.record.modality}/{array.name}"] = {
             "dtype": str(array.dtype),
+            "lengths": None if (lengths := array.load_lengths()) is None else lengths.tolist(),
             "features": [row.astype(float).tolist() if good else None for row, good in zip(features, ok, strict=True)],
             "content": array.content(),
             "quarantined": array.quarantined(),

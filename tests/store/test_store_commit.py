@@ -108,7 +108,8 @@ def test_a_record_of_another_fingerprint_is_refused(tower_store: Path) -> None:
         {"objects": {}},
         {
             "objects": {
-                chunk_name("image", NAME, part, 1): ObjectRecord(10**12, "", 0) for part in ("features", "status")
+                chunk_name(array_record(SMALL, "image"), part, 1): ObjectRecord(10**12, "", 0)
+                for part in ("features", "status")
             }
         },
         {"content": [""] * 3},

@@ -37,7 +37,7 @@ def test_a_chunk_file_has_the_size_and_the_name_that_zarr_gives_it(tower_store_o
     for part, size in sizes.items():
         array = zarr.open_array(tower_store_once / "features.zarr" / modality / NAME / part, mode="r")
         for shard in range(SMALL.layout(modality).n_shards):
-            name = chunk_name(modality, NAME, part, shard)
+            name = chunk_name(array_record(SMALL, modality), part, shard)
             assert name.endswith(f"{part}/{array.metadata.encode_chunk_key((shard, 0)[: array.ndim])}")
             assert (tower_store_once / name).stat().st_size == size
 

@@ -204,7 +204,7 @@ def test_a_stray_file_among_the_arrays_is_no_array(tower_store: Path) -> None:
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 
-CHUNK, STATUS = chunk_name("image", NAME, "features", 1), chunk_name("image", NAME, "status", 1)
+CHUNK, STATUS = (chunk_name(array_record(SMALL, "image"), part, 1) for part in ("features", "status"))
 COMMIT, QUARANTINE = commit_name("image", NAME, 1), quarantine_name("image", NAME, 1)
 FINGERPRINT, SEAL = f"records/image/{NAME}/fingerprint.json", f"records/image/{NAME}/seal.json"
 CAPTIONS = "features.zarr/pairs/text_caption/c/0"
@@ -338,3 +338,81 @@ def test_any_random_damage_is_noticed_or_changes_nothing_that_is_served(tower_st
     assert outcomes["noticed"] > 0.7 * outcomes.total(), outcomes
     assert outcomes["the same"] < 0.1 * outcomes.total(), outcomes
     assert tree(tower_store) == before
+
+
+# --- tokens, views and other stores -----------------------------------------------------------------------------------
+
+
+def test_ragged_tokens_come_back_with_their_lengths_and_padding_is_zero(
+    tmp_path: Path, write_store: Callable[..., FeatureStore]
+) -> None:
+    chance = np.random.default_rng(0)
+    patches, tokens = chance.standard_normal((7, 3, 4)).astype(np.float16), chance.standard_normal((9, 5, 2))
+    lengths = np.array([5, 1, 2, 3, 4, 5, 5, 1, 2])
+    store = write_store(
+        tmp_path / "store", patches, tokens.astype(np.float32), [0, 0, *range(7)], ["train"] * 7,
+        shard_rows=4, bad_texts=(6,), text_lengths=lengths,
+    )  # fmt: skip
+    image, text = store.array("image"), store.array("text")
+    assert (image.tokens, image.row_shape, image.load_lengths()) == (3, (3, 4), None)
+    assert same(image.load(), patches)
+    wanted = np.where((np.arange(5) < lengths[:, None])[..., None], tokens.astype(np.float32), 0)
+    wanted[6] = np.nan
+    assert same(text.load(), wanted)
+    found = text.load_lengths()
+    assert found is not None
+    assert found.dtype == np.uint16
+    assert found.tolist() == [*lengths[:6], 0, *lengths[7:]]
+    assert same(text.load_shard(2), wanted[8:])
+    root = zarr.open_group(store.path / "features.zarr", mode="r")
+    assert same(root["text/words/features"][:], wanted)  # type: ignore[index]
+    assert same(root["text/words/length"][:], found)  # type: ignore[index]
+    group = xarray.open_zarr(store.path / "features.zarr/text/words", consolidated=False, mask_and_scale=False)
+    assert group["features"].dims == ("text", "features_token", "features_feature")
+    tree_ = xarray.open_datatree(store.path / "features.zarr", engine="zarr", consolidated=False)
+    assert same(tree_["text/words/length"], found)
+
+
+@pytest.mark.parametrize("part", ["features", "length"])
+def test_damaged_tokens_and_lengths_are_noticed(
+    tmp_path: Path, write_store: Callable[..., FeatureStore], part: str
+) -> None:
+    tokens = np.ones((4, 3, 2), np.float16)
+    store = write_store(
+        tmp_path / "store", np.ones((4, 2), np.float16), tokens, range(4), [""] * 4, text_lengths=np.ones(4, np.int64)
+    )
+    name = chunk_name(store.array("text").record, part, 0)
+    data = store.files.read(name)
+    (store.path / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    read = store.array("text").load if part == "features" else store.array("text").load_lengths
+    with pytest.raises(DamagedError, match=Path(name).name):
+        read()
+
+
+def test_a_longer_chunk_is_noticed_by_who_reads_one_shard(tower_store: Path) -> None:
+    with (tower_store / CHUNK).open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(DamagedError, match=r"c.1.0 \(shard 1\) differs"):
+        FeatureStore.open(tower_store).array("image").load_shard(1)
+
+
+def test_a_read_that_returns_few_bytes_at_a_time_is_no_damage(
+    tower_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As reads over a network do."""
+    whole, real = FeatureStore.open(tower_store).array("image").load(), os.readv
+    monkeypatch.setattr(os, "readv", lambda file, views: real(file, [views[0][:3]]))
+    assert same(FeatureStore.open(tower_store).array("image").load(), whole)
+
+
+def test_an_array_of_the_store_of_another_table_is_refused(tmp_path: Path) -> None:
+    """All of it, data and records, in the place of the array of that name: only the table's digest tells."""
+    for images in (10, 11):
+        tower.run(tmp_path / str(images), replace(SMALL, images=images))
+    for folder in (f"records/text/{NAME}", f"features.zarr/text/{NAME}"):
+        shutil.rmtree(tmp_path / "10" / folder)
+        shutil.copytree(tmp_path / "11" / folder, tmp_path / "10" / folder)
+    store = FeatureStore.open(tmp_path / "10")
+    assert store.array("image").load().shape == (10, 8)
+    with pytest.raises(DamagedError, match=f"text/{NAME} is of another table than .* apecache remove"):
+        store.array("text")

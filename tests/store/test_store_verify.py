@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import DAMAGES, Grown, damaged, put, tree
 
-from apecache.errors import StoreError
+from apecache.errors import DamagedError, StoreError
+from apecache.store.reader import FeatureStore
 from apecache.store.verify import Problem, verify_store
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -137,3 +139,38 @@ def test_what_is_no_store_is_refused(tmp_path: Path, make: Callable[[Path], None
 def test_harm_is_what_is_damaged_or_missing() -> None:
     kinds = ("damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign")
     assert [kind for kind in kinds if Problem(kind, "x", "").harmful] == ["damaged", "missing"]
+
+
+# Segments
+
+
+def _segments(store: Path) -> list[str]:
+    return [problem.object for problem in verify_store(store).problems if problem.harmful]
+
+
+def test_a_deleted_segment_is_missed(grown: Grown) -> None:
+    shutil.rmtree(grown.store / "segments/0001")
+    assert _segments(grown.store) == ["segments/0001"]
+    with pytest.raises(DamagedError, match=r"segments/0001 is missing \(4 images\)"):
+        FeatureStore.open(grown.store)
+
+
+def test_a_segment_whose_record_is_lost_is_not_left_out(grown: Grown) -> None:
+    (grown.store / "records/segments/0001.json").unlink()
+    assert _segments(grown.store) == ["records/segments/0001.json"]
+    with pytest.raises(DamagedError, match=r"0001.json is missing; write it again with: apecache repair"):
+        FeatureStore.open(grown.store)
+
+
+def test_swapped_segments_are_noticed(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> None:
+    """Each is a sound store of its own."""
+    for folder, key in (("", "a"), ("segments/0001", "b"), ("segments/0002", "c")):
+        write_store(tmp_path / "store" / folder, np.ones((1, 2), "f2"), np.ones((1, 2), "f2"), [0], [""], keys=[key])
+    assert FeatureStore.open(tmp_path / "store").pairs.keys.tolist() == ["a", "b", "c"]
+    segments = tmp_path / "store" / "segments"
+    (segments / "0001").rename(segments / "x")
+    (segments / "0002").rename(segments / "0001")
+    (segments / "x").rename(segments / "0002")
+    assert _segments(tmp_path / "store") == ["segments/0001", "segments/0002"]
+    with pytest.raises(DamagedError, match="0001 is not the segment that was appended in its place"):
+        FeatureStore.open(tmp_path / "store")

@@ -194,7 +194,7 @@ def test_a_committed_chunk_that_was_damaged_is_mended_by_committing_its_shard_ag
     writer = begin(tmp_path / "store")
     commit_shard(writer, SMALL, 0)
     before = tree(tmp_path)
-    (tmp_path / "store" / chunk_name("image", NAME, "features", 0)).write_bytes(b"rotten")
+    (tmp_path / "store" / chunk_name(array_record(SMALL, "image"), "features", 0)).write_bytes(b"rotten")
     commit_shard(writer, SMALL, 0)
     assert tree(tmp_path) == before
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from apecache.errors import IncompleteError, RecipeError
-from apecache.store.reader import PairTable
+from apecache.store.table import PairTable
 from apecache.train.batches import FeaturePairs, SplitSpec, batches, choose_splits, load_on, select_pairs
 
 

@@ -1,0 +1,78 @@
+"""The pair table of a store: keys, splits, labels, captions and languages, checked before they are believed."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from apecache.errors import DamagedError
+from apecache.fingerprint import content_hash
+from apecache.store.commit import read_record
+from apecache.store.files import LocalFiles
+from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Columns of the pair table. Images [n_images]: keys, splits, labels; texts [n_texts]: captions, languages,
+    image_rows (the row of each caption's image)."""
+
+    keys: NDArray[np.object_]
+    splits: NDArray[np.object_]
+    labels: NDArray[np.object_]
+    captions: NDArray[np.object_]
+    languages: NDArray[np.object_]
+    image_rows: NDArray[np.int64]
+    digest: str
+
+    @cached_property
+    def row_of_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def split_counts(self) -> dict[str, int]:
+        """Images per split, in the order of first appearance; the empty name means no split was given."""
+        return dict(Counter(self.splits.tolist()))
+
+
+def read_table(files: LocalFiles) -> PairTable:
+    """Raises DamagedError if an object of the table is not what was written, or not what a table is made of."""
+    record, source = read_record(files, PAIRS), read_record(files, SOURCE)
+    if record["digest"] != source["digest"]:
+        raise DamagedError(f"{files.path(PAIRS)} and {SOURCE} are of different tables; restore the files")
+    for name, entry in record["objects"].items():
+        if not files.exists(name) or content_hash(files.read(name)) != entry["blake3"]:
+            raise DamagedError(f"{files.path(name)} differs from its record, or is missing")
+    n_rows = {"image": source["n_images"], "text": source["n_texts"]}
+    columns = {name: _column(files, name, n_rows[dimension], record["objects"]) for name, dimension in PAIR_COLUMNS}
+    image_rows = np.asarray(columns.pop("text_image_row"), dtype=np.int64)
+    if len(image_rows) and not (image_rows.min() >= 0 and image_rows.max() < n_rows["image"]):
+        raise DamagedError(f"{files.path(PAIRS)}: captions of images that the table does not have; restore the files")
+    keys, splits, labels, captions, languages = (np.asarray(column, dtype=object) for column in columns.values())
+    return PairTable(keys, splits, labels, captions, languages, image_rows, source["digest"])
+
+
+def _column(files: LocalFiles, name: str, rows: int, objects: Mapping[str, Any]) -> NDArray[Any]:
+    """One column, after a look at its description: what Zarr would allocate and run must be what we write."""
+    folder = f"{ZARR}/pairs/{name}"
+    try:
+        described = json.loads(files.read(f"{folder}/zarr.json"))
+        (chunk,) = described["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs = [codec["name"] for codec in described["codecs"]]
+        n_chunks = -(-rows // chunk)
+        whole = all(f"{folder}/c/{index}" in objects for index in range(n_chunks))
+        if described["shape"] != [rows] or not 1 <= chunk <= PAIR_CHUNK_ROWS or not whole:
+            raise ValueError(f"it is not a column of {rows} rows")
+        if codecs not in PAIR_CODECS:
+            raise ValueError(f"codecs {codecs} are not those that apecache writes")
+        array: Any = zarr.open_array(files.path(folder), mode="r")
+        values = array[:]
+    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DamagedError(f"{files.path(folder)} cannot be read: {why}; restore the files") from None
+    return np.asarray(values)
