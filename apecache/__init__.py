@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from apecache.data.pairs import Pair, PairSource
     from apecache.data.tables import TableSpec, read_pairs
     from apecache.encoders.spec import EncoderSpec, parse_encoder
+    from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.index import SearchIndex, build_index
+    from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
+    from apecache.train.fit_encoder import FitEncoderReport, FitEncoderSpec, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
+    from apecache.train.trained_encoders import TrainedEncoders, load_encoders
 
 _HOME = {
     "ApecacheError": "errors",
@@ -29,22 +33,31 @@ _HOME = {
     "ExtractSpec": "extraction",
     "FeatureArray": "store.reader",
     "FeatureStore": "store.reader",
+    "FitEncoderReport": "train.fit_encoder",
+    "FitEncoderSpec": "train.fit_encoder",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
+    "Plan": "recipes.plan",
+    "PlanSpec": "recipes.plan",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
     "SplitSpec": "train.batches",
     "TableSpec": "data.tables",
+    "Tower": "encoders.towers",
+    "TrainedEncoders": "train.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
     "build_index": "index",
+    "build_tower": "encoders.towers",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
+    "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
+    "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
     "parse_encoder": "encoders.spec",
@@ -61,22 +74,31 @@ __all__ = [
     "ExtractSpec",
     "FeatureArray",
     "FeatureStore",
+    "FitEncoderReport",
+    "FitEncoderSpec",
     "FitReport",
     "FitSpec",
     "Pair",
     "PairSource",
+    "Plan",
+    "PlanSpec",
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
     "SplitSpec",
     "TableSpec",
+    "Tower",
+    "TrainedEncoders",
     "TrainedHeads",
     "ZeroShotReport",
     "ZeroShotSpec",
     "build_index",
+    "build_tower",
     "embed_store",
     "extract",
+    "fit_encoder",
     "fit_head",
+    "load_encoders",
     "load_heads",
     "load_recipe",
     "parse_encoder",

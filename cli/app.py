@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command()(extract.extract)
 app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
+app.command("fit-encoder")(fit.fit_encoder)
 app.command()(evaluate.evaluate)
 app.command()(search.index)
 app.command()(search.search)
