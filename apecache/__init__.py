@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from apecache.data.pairs import Pair, PairSource
-    from apecache.data.tables import TableSpec, read_pairs
+    from apecache.data.sources import open_pairs
+    from apecache.data.spec import OpenSpec
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
@@ -37,6 +38,7 @@ _HOME = {
     "FitEncoderSpec": "train.fit_encoder",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
     "Plan": "recipes.plan",
@@ -45,7 +47,6 @@ _HOME = {
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
     "SplitSpec": "train.batches",
-    "TableSpec": "data.tables",
     "Tower": "encoders.towers",
     "TrainedEncoders": "train.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
@@ -60,8 +61,8 @@ _HOME = {
     "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
+    "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
-    "read_pairs": "data.tables",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "zero_shot": "evaluate.zeroshot",
@@ -78,6 +79,7 @@ __all__ = [
     "FitEncoderSpec",
     "FitReport",
     "FitSpec",
+    "OpenSpec",
     "Pair",
     "PairSource",
     "Plan",
@@ -86,7 +88,6 @@ __all__ = [
     "RetrievalReport",
     "SearchIndex",
     "SplitSpec",
-    "TableSpec",
     "Tower",
     "TrainedEncoders",
     "TrainedHeads",
@@ -101,8 +102,8 @@ __all__ = [
     "load_encoders",
     "load_heads",
     "load_recipe",
+    "open_pairs",
     "parse_encoder",
-    "read_pairs",
     "retrieval_report",
     "save_heads",
     "zero_shot",

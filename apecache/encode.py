@@ -6,7 +6,6 @@ cannot be read keeps its place as a filler, and captions are sorted by length on
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,6 @@ class EncodedShard:
 @dataclass(frozen=True)
 class ImageJob:
     source: PairSource
-    root: Path
     encoder: ImageEncoder
     record: ArrayRecord
     workers: int
@@ -51,7 +49,7 @@ class ImageJob:
         shards = [self.record.layout.shard(index) for index in indices]
         keys = [self.key(row) for rows in shards for row in rows]
         ahead = 2 * self.record.layout.batch_size + self.workers
-        with preprocess_ahead(keys, self.root, self.encoder.preprocess, self.workers, ahead) as decoded:
+        with preprocess_ahead(keys, self.source.media, self.encoder.preprocess, self.workers, ahead) as decoded:
             for rows in shards:
                 yield self._encode(rows, decoded, advance)
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apecache.data.images import load_image, read_file, resolve_below
+from apecache.data.images import load_image
+from apecache.data.media import FolderMedia, NoMedia
 from apecache.data.pairs import PairSource
 from apecache.encode import EncodedShard, ImageJob, TextJob
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.errors import BadRowsError, DataError, MismatchError, OptionError, RowError
+from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError, RowError
 from apecache.fingerprint import Modality, content_hash, shorten
 from apecache.preparation import ExtractSpec, prepare_array
 from apecache.store.commit import read_record
@@ -77,26 +78,20 @@ class ExtractReport:
         return not any(array.n_encoded for array in self.arrays)
 
 
-def extract(
-    source: PairSource, root: Path, store: Path, spec: ExtractSpec, progress: Progress = lambda *_: None
-) -> ExtractReport:
+def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progress = lambda *_: None) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`; what is committed already is not done again.
 
-    Args:
-        root: the folder that the table's image paths are relative to; nothing outside it is read.
-
     Raises:
-        EncoderError, MismatchError, StoreError: before anything is encoded.
+        ManifestError, EncoderError, MismatchError, StoreError: before anything is encoded.
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the store.
         DataError: one image, byte for byte, stands in two splits.
     """
+    _require_inputs(source, spec)
     encoders = load_encoders(spec)
-    if spec.image:
-        _require_findable(source, root)
     segments = split_source(source, store, spec.append)
     totals = {encoder.spec.modality: _Total(_n_rows(source, encoder)) for encoder in encoders}
     for path, part in segments:
-        _extract_segment(path, part, root, encoders, spec, totals, progress)
+        _extract_segment(path, part, encoders, spec, totals, progress)
     opened = FeatureStore.open(store)
     reports = tuple(_report(opened, modality, total) for modality, total in totals.items())
     duplicates = _duplicates(opened, reports)
@@ -107,7 +102,6 @@ def extract(
 def extract_pending(
     segment: Path,
     part: PairSource,
-    root: Path,
     encoders: Sequence[ImageEncoder | TextEncoder],
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
@@ -117,31 +111,30 @@ def extract_pending(
     Raises as `extract` does.
     """
     totals = {encoder.spec.modality: _Total(_n_rows(part, encoder)) for encoder in encoders}
-    _extract_segment(segment, part, root, encoders, spec, totals, progress)
+    _extract_segment(segment, part, encoders, spec, totals, progress)
 
 
 def _extract_segment(
     path: Path,
     part: PairSource,
-    root: Path,
     encoders: Sequence[ImageEncoder | TextEncoder],
     spec: ExtractSpec,
     totals: Mapping[Modality, "_Total"],
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
-    make_segment(path, part, root)
+    make_segment(path, part)
     opened = FeatureStore.open(path)
-    jobs = [_job(opened, encoder, part, root, spec, totals[encoder.spec.modality]) for encoder in encoders]
+    jobs = [_job(opened, encoder, part, spec, totals[encoder.spec.modality]) for encoder in encoders]
     for job in jobs:
         if spec.recheck:
             _require_same_content(opened, job)
         _run(opened.files, job, totals[job.record.modality], progress)
 
 
-def make_segment(path: Path, part: PairSource, root: Path) -> None:
+def make_segment(path: Path, part: PairSource) -> None:
     """The store, or a segment of one, that is at `path`; what is there already stays. Raises as `create_store` does."""
-    about = (pair_columns(part), str(root.resolve()), version("apecache"))
+    about = (pair_columns(part), part.media.place, version("apecache"))
     if path.parent.name == SEGMENTS:
         add_segment(LocalFiles(path.parents[1]), path.name, *about)
     else:
@@ -178,12 +171,12 @@ def split_source(source: PairSource, store: Path, append: bool = False) -> list[
     segments, position = [], 0
     for path in _begun_segments(store):
         record = read_record(LocalFiles(path), SOURCE)
-        part = PairSource(source.pairs[position : position + record["n_images"]], source.origin)
+        part = source.part(position, position + record["n_images"])
         if part.digest != record["digest"]:
             raise MismatchError(_other_table(path, part, position))
         segments.append((path, part))
         position += record["n_images"]
-    rest = PairSource(source.pairs[position:], source.origin)
+    rest = source.part(position)
     if not segments:
         return [(store, source)]
     if len(rest) and not append:
@@ -225,21 +218,26 @@ def _other_table(path: Path, part: PairSource, first_row: int) -> str:
     return f"{other}: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
 
 
-def _require_findable(source: PairSource, root: Path) -> None:
-    """Refuse a wrong --root before anything is written; single missing images are quarantined later."""
-    missing = [key for key in source.keys if not _findable(key, root)]
+def _require_inputs(source: PairSource, spec: ExtractSpec) -> None:
+    """Refuse a source that cannot give what is asked for before anything is written."""
+    if spec.text and not source.captions:
+        raise ManifestError(f"{source.origin} has no captions to encode; leave --text out, or give a source that has")
+    if spec.image and isinstance(source.media, NoMedia):
+        raise ManifestError(f"{source.origin} has no images to encode; leave --image out, or give a source that has")
+    if spec.image:
+        _require_findable(source)
+
+
+def _require_findable(source: PairSource) -> None:
+    """Refuse a wrong --root; single missing images are quarantined later."""
+    missing = [key for key in source.keys if not source.media.exists(key)]
     if len(missing) > UNFINDABLE_SHARE * len(source):
+        below = isinstance(source.media, FolderMedia)
+        remedy = "give the folder that the paths are relative to as --root" if below else "every row needs its image"
         raise BadRowsError(
-            f"{source.origin}: {len(missing)} of {len(source)} images are not below {root} (the first: {missing[0]}); "
-            "give the folder that the paths are relative to as --root"
+            f"{source.origin}: {len(missing)} of {len(source)} images are not {'below' if below else 'in'} "
+            f"{source.media.place} (the first: {missing[0]}); {remedy}"
         )
-
-
-def _findable(key: str, root: Path) -> bool:
-    try:
-        return resolve_below(key, root).exists()
-    except (RowError, OSError, ValueError):
-        return False
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -266,7 +264,6 @@ def _job(
     store: FeatureStore,
     encoder: ImageEncoder | TextEncoder,
     part: PairSource,
-    root: Path,
     spec: ExtractSpec,
     total: _Total,
 ) -> ImageJob | TextJob:
@@ -274,7 +271,7 @@ def _job(
     record = prepare_array(store, encoder, _n_rows(part, encoder), spec, total.layout, captions)
     total.layout, total.name = total.layout or record.layout, record.name
     if isinstance(encoder, ImageEncoder):
-        return ImageJob(part, root, encoder, record, spec.workers)
+        return ImageJob(part, encoder, record, spec.workers)
     return TextJob(part, encoder, record)
 
 
@@ -348,7 +345,7 @@ def _encode_rows(job: ImageJob | TextJob, rows: list[int]) -> NDArray[np.float32
         encoded: NDArray[np.float32] = job.encoder.encode([job.source.captions[row] for row in rows]).numpy()
         return encoded
     try:
-        pixels = [job.encoder.preprocess(load_image(job.key(row), job.root).image) for row in rows]
+        pixels = [job.encoder.preprocess(load_image(job.key(row), job.source.media).image) for row in rows]
     except RowError as error:
         raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
     encoded = job.encoder.encode(torch.stack(pixels)).numpy()
@@ -375,7 +372,7 @@ def _content(job: ImageJob | TextJob, row: int) -> str:
     if isinstance(job, TextJob):
         return content_hash(job.source.captions[row])
     try:
-        return content_hash(read_file(resolve_below(job.key(row), job.root), job.key(row)))
+        return content_hash(job.source.media.read(job.key(row)))
     except RowError:
         return ""
 

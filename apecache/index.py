@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apecache.data.images import SUFFIXES, LoadedImage, decode_image, read_file
+from apecache.data.images import SUFFIXES, LoadedImage, decode_image
+from apecache.data.media import read_file
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json

@@ -58,14 +58,14 @@ class RepairReport:
 
 
 def repair(
-    store: Path, source: PairSource, root: Path, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
+    store: Path, source: PairSource, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
 ) -> RepairReport:
     """Verify a store, make what is damaged again, and verify it once more.
 
     Shards that an interrupted repair (or a killed extraction) has left without a record are encoded as well.
 
     Args:
-        source, root: the table that the store was made from, and the folder of its images.
+        source: what the store was made from, opened with the same options.
         spec: device, workers, and encoders that have moved (`image`, `text`); everything else is taken from the store.
 
     Raises:
@@ -75,10 +75,10 @@ def repair(
     require_store(LocalFiles(store))
     spec = spec or ExtractSpec()
     shards: dict[str, tuple[int, ...]] = {}
-    objects = [*_mend_fingerprints(store), *_mend_sources(source, store, root)]
+    objects = [*_mend_fingerprints(store), *_mend_sources(source, store)]
     # The last first: the store opens only when all of its segments do.
     for path, part in reversed(split_source(source, store)):
-        again, rewritten = _repair_segment(path, part, root, spec, progress)
+        again, rewritten = _repair_segment(path, part, spec, progress)
         prefix = "" if path == store else f"{path.relative_to(store).as_posix()}/"
         shards |= {f"{prefix}{array}": damaged for array, damaged in again.items()}
         objects += [f"{prefix}{name}" for name in rewritten]
@@ -100,7 +100,7 @@ def _mend_fingerprints(store: Path) -> list[str]:
     return mended
 
 
-def _mend_sources(source: PairSource, store: Path, root: Path) -> list[str]:
+def _mend_sources(source: PairSource, store: Path) -> list[str]:
     """Lost claims to the table, so that it can be divided into segments; returns those that were written again. How
     many images a segment has, its image features still know; the last one has the rest."""
     first, mended, root_files = 0, list[str](), LocalFiles(store)
@@ -112,8 +112,8 @@ def _mend_sources(source: PairSource, store: Path, root: Path) -> list[str]:
             count = read_record(files, SOURCE)["n_images"]
         except DamagedError:
             count = _n_images(root_files, path, len(source) - first)
-            part = PairSource(source.pairs[first : first + count], source.origin)
-            restore_source(files, pair_columns(part), str(root.resolve()))
+            part = source.part(first, first + count)
+            restore_source(files, pair_columns(part), part.media.place)
             mended.append((path / SOURCE).relative_to(store).as_posix())
         first += count
     return mended + restore_segment_records(root_files, [path.name for path in segments])
@@ -132,28 +132,28 @@ def _n_images(store: LocalFiles, segment: Path, otherwise: int) -> int:
 
 
 def _repair_segment(
-    store: Path, source: PairSource, root: Path, spec: ExtractSpec, progress: Progress
+    store: Path, source: PairSource, spec: ExtractSpec, progress: Progress
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shards that were encoded again by array, and other objects that were written again."""
     files = LocalFiles(store)
     problems = verify_segment(store).problems
     harmful = [problem for problem in problems if problem.harmful or problem.kind in ("unsealed", "uncommitted")]
-    objects = _mend_table(files, harmful, source, root) + _mend_metadata(store, harmful)
+    objects = _mend_table(files, harmful, source) + _mend_metadata(store, harmful)
     shards = _damaged_shards(harmful)
     ready = [_ready(FeatureStore.open(store).array(*array).record, spec) for array in shards]
     for (modality, name), damaged in shards.items():
         uncommit(files, modality, name, damaged)
     for again, encoders in ready:
-        extract_pending(store, source, root, encoders, again, progress)
+        extract_pending(store, source, encoders, again, progress)
     return {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}, objects
 
 
-def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource, root: Path) -> list[str]:
+def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource) -> list[str]:
     """The pair table, its records, the README and Zarr's root metadata, from the user's table."""
     names = [problem.object for problem in problems if problem.array is None]
     if names:
         unmake_table(files)
-        create_store(files, pair_columns(source), str(root.resolve()), version("apecache"))
+        create_store(files, pair_columns(source), source.media.place, version("apecache"))
     return names
 
 

@@ -98,6 +98,7 @@ def call(*arguments: str) -> None:
 
 def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, Any]]:
     """Retrieval and zero-shot figures of the trained heads and of the same heads before training."""
+    from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.retrieval import retrieval_report
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
@@ -109,7 +110,7 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     opened = FeatureStore.open(store)
     rows = []
     stages = (("before training", untrained_heads(opened, load_recipe(name))), ("trained", load_heads(run)))
-    spec = ZeroShotSpec(folder / "pairs.tsv", run / "caches", split="val", templates=TEMPLATES)
+    spec = ZeroShotSpec(open_pairs(folder / "pairs.tsv"), run / "caches", split="val", templates=TEMPLATES)
     for stage, heads in stages:
         embedded = embed_store(heads, opened, "val")
         report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
@@ -121,9 +122,9 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
 
 def a_val_image(folder: Path) -> Path:
     """The first image of the val split."""
-    from apecache.data.tables import read_pairs
+    from apecache.data.sources import open_pairs
 
-    return folder / next(pair.key for pair in read_pairs(folder / "pairs.tsv") if pair.split == "val")
+    return folder / next(pair.key for pair in open_pairs(folder / "pairs.tsv") if pair.split == "val")
 
 
 COLUMNS = ("", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10", "category top-1", "top-5")
@@ -149,13 +150,15 @@ def show_results(results: list[dict[str, Any]]) -> None:
 
 
 def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path:
+    from apecache.data.media import FolderMedia
     from apecache.heads.checkpoint import load_heads
     from apecache.report.page import Page, Table, write_page
     from apecache.report.run_page import learning_charts, retrieval_galleries
     from apecache.store.reader import FeatureStore
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
-    galleries = retrieval_galleries(load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store"), "val", folder)
+    heads, store = load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store")
+    galleries = retrieval_galleries(heads, store, "val", FolderMedia(folder))
     page = Page(
         title="apecache demo",
         subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",

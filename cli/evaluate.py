@@ -6,6 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from .extract import choice
+from .inputs import (
+    CaptionColumn,
+    ImageColumn,
+    Root,
+    SplitColumn,
+    SplitFile,
+    SplitFraction,
+    SplitSeed,
+    open_spec,
+)
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
 
@@ -16,10 +26,16 @@ def evaluate(
         str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")
     ] = None,
     task: Annotated[str, typer.Option(help="retrieval or zeroshot.")] = "retrieval",
-    labels: Annotated[Path | None, typer.Option(help="Zero-shot: a table with columns image and label.")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Zero-shot: folder of the image paths. Default: the table's own.")
+    labels: Annotated[
+        str | None, typer.Option(help="Zero-shot: images with labels: a table, a folder per class, tars, ….")
     ] = None,
+    root: Root = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    split_column: SplitColumn = None,
+    split_file: SplitFile = None,
+    split_fraction: SplitFraction = None,
+    split_seed: SplitSeed = 0,
     template: Annotated[
         list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
     ] = None,
@@ -42,7 +58,9 @@ def evaluate(
         if task == "retrieval":
             result = retrieval(run, store, split or "val", device)
         else:
-            result = zeroshot(run, labels, root, split, template, image, text, device, max_bad)
+            splits = (split_column, split_file, split_fraction, split_seed)
+            spec = open_spec(("image", "label"), image_column, caption_column, *splits, root)
+            result = zeroshot(run, labels, spec, split, template, image, text, device, max_bad)
         if json:
             show_json(result)
         elif task == "retrieval":
@@ -96,8 +114,8 @@ def _seen(training: Any, data: str, split: str) -> bool:
 
 def zeroshot(
     run: Path,
-    labels: Path | None,
-    root: Path | None,
+    labels: str | None,
+    opening: Any,
     split: str | None,
     templates: list[str] | None,
     image: str | None,
@@ -109,7 +127,10 @@ def zeroshot(
     from apecache.errors import OptionError
 
     if labels is None:
-        raise OptionError("--labels is missing: give a table with columns image and label")
+        raise OptionError("--labels is missing: give images with labels, as a table or a folder per class")
+    from apecache.data.sources import open_pairs
+
+    source = open_pairs(labels, opening)
     from apecache.encoders.encoder import parse_device
     from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
     from apecache.heads.checkpoint import load_heads
@@ -117,7 +138,7 @@ def zeroshot(
     heads = load_heads(run, parse_device(device))
     moved = (moved_encoder(heads.image.encoder, image), moved_encoder(heads.text.encoder, text))
     prompts = tuple(templates or TEMPLATES)
-    spec = ZeroShotSpec(labels, run / "caches", root, split, prompts, *moved, device, max_bad)
+    spec = ZeroShotSpec(source, run / "caches", split, prompts, *moved, device, max_bad)
     with progress() as update:
         report = zero_shot(heads, spec, update)
     return {"task": "zeroshot", "split": split, **vars(report)}

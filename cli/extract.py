@@ -5,22 +5,34 @@ from typing import Annotated, Any
 
 import typer
 
+from .inputs import (
+    SOURCE,
+    CaptionColumn,
+    ImageColumn,
+    Root,
+    Split,
+    SplitFile,
+    SplitFraction,
+    SplitSeed,
+    open_spec,
+)
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
 
 def extract(
-    pairs: Annotated[
-        Path, typer.Argument(help="TSV, CSV or JSONL with columns image, caption; split, lang, label if any.")
-    ],
+    pairs: Annotated[str, typer.Argument(help=SOURCE)],
     store: Annotated[Path, typer.Option(help="The feature store to make or to go on with.")],
     image: Annotated[
         str | None, typer.Option(help="Image encoder: timm:NAME, hf:ID (@REV), timm:/folder, hf:/folder.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text encoder: hf:ID (@REV) or hf:/folder.")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the image paths. Default: the table's own folder.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Name of the column that holds the split. Default: split.")] = None,
+    root: Root = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    split: Split = None,
+    split_file: SplitFile = None,
+    split_fraction: SplitFraction = None,
+    split_seed: SplitSeed = 0,
     image_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
     text_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
     resolution: Annotated[
@@ -50,7 +62,7 @@ def extract(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Run the frozen encoders once over a table of images and captions, into a feature store.
+    """Run the frozen encoders once over images and captions, into a feature store.
 
     One image is encoded once however many captions it has. Killed or interrupted, the same command goes on; run again
     when all is done, it says so and does nothing.
@@ -61,10 +73,11 @@ def extract(
     with ending():
         choice("--storage", storage, ("float16", "float32"))
         specs: list[Any] = []
-        from apecache.data.tables import TableSpec, read_pairs
+        from apecache.data.sources import open_pairs
 
-        required = ("image", *(("caption",) if text else ()))
-        source = read_pairs(pairs, TableSpec(split=split, require=required))
+        required = (*(("image",) if image else ()), *(("caption",) if text else ()))
+        splits = (split, split_file, split_fraction, split_seed)
+        source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root))
         for name, modality, pooling in ((image, "image", image_pooling), (text, "text", text_pooling)):
             specs.append(encoder_spec(name, modality, pooling, resolution, max_tokens, dtype))
         from apecache.extraction import ExtractSpec
@@ -76,7 +89,7 @@ def extract(
         options |= {"workers": workers} if workers else {}
         spec = ExtractSpec(**options)
         with progress() as update:
-            report = run(source, root or pairs.parent, store, spec, update)
+            report = run(source, store, spec, update)
         show_extracted(report, json)
 
 

@@ -101,6 +101,7 @@ def fit_encoder(
             for name, modality in ((image, "image"), (text, "text"))
         ]
         from apecache.data.images import load_image
+        from apecache.data.media import FolderMedia
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_encoder import FitEncoderSpec
@@ -111,7 +112,7 @@ def fit_encoder(
         spec = FitEncoderSpec(
             specs[0], specs[1], image_features, text_features, splits, seed, slice_size, precision, device, overwrite
         )
-        opener = (lambda key: load_image(key, root).image) if root else None
+        opener = (lambda key: load_image(key, FolderMedia(root)).image) if root else None
         report = run(FeatureStore.open(store), loaded, out, spec, opener, show_epoch)
         if json:
             show_json(report)

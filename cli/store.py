@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .inputs import CaptionColumn, ImageColumn, Split, SplitFile, SplitFraction, SplitSeed, open_spec
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
 Store = Annotated[Path, typer.Argument(help="A feature store.")]
@@ -101,9 +102,14 @@ def show_problems(report: Any) -> None:
 
 def repair(
     store: Store,
-    pairs: Annotated[Path | None, typer.Option(help="The table. Default: where it was when extracted.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="The source. Default: where it was when extracted.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the image paths. Default: as when it was made.")] = None,
-    split: Annotated[str | None, typer.Option(help="Name of the split's column, as it was given to extract.")] = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    split: Split = None,
+    split_file: SplitFile = None,
+    split_fraction: SplitFraction = None,
+    split_seed: SplitSeed = 0,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
     device: Device = "auto",
@@ -111,20 +117,21 @@ def repair(
 ) -> None:
     """Make exactly what is damaged again: shards by encoding their rows, everything else from the records.
 
+    A store remembers where its source was, not how it was opened: give the options that extract was given.
+
     Example: apecache repair store --pairs pairs.tsv
     """
     with ending():
-        from apecache.data.tables import TableSpec, read_pairs
         from apecache.encoders.spec import parse_encoder
         from apecache.extraction import ExtractSpec
         from apecache.repair import repair as run
 
-        table, folder = pairs_of(store, pairs, root)
+        splits = (split, split_file, split_fraction, split_seed)
+        source = source_of(store, pairs, open_spec((), image_column, caption_column, *splits, root))
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
-        source = read_pairs(table, TableSpec(split=split, require=("image",)))
         with progress() as update:
-            report = run(store, source, folder, ExtractSpec(moved_image, moved_text, device=device), update)
+            report = run(store, source, ExtractSpec(moved_image, moved_text, device=device), update)
         if json:
             shown = {"shards": report.shards, "objects": report.objects, "sound": report.after.sound}
             show_json({"store": str(store), **shown, "nothing_to_do": report.nothing_to_do})
@@ -138,8 +145,12 @@ def repair(
         show_problems(report.after)
 
 
-def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, Path]:
-    """The table and the image folder that were given, or those that the store remembers."""
+def source_of(store: Path, pairs: str | None, spec: Any) -> Any:
+    """The source that was given, or the one that the store remembers, with its images where they were."""
+    from dataclasses import replace
+
+    from apecache.data.media import FolderMedia
+    from apecache.data.sources import open_pairs
     from apecache.errors import DamagedError, StoreError
     from apecache.store.commit import read_record
     from apecache.store.files import LocalFiles
@@ -148,12 +159,14 @@ def pairs_of(store: Path, pairs: Path | None, root: Path | None) -> tuple[Path, 
 
     require_store(LocalFiles(store))
     if pairs is not None:
-        return pairs, root or pairs.parent
+        return open_pairs(pairs, spec)
     try:
-        source = read_record(LocalFiles(store), SOURCE)
+        record = read_record(LocalFiles(store), SOURCE)
     except DamagedError:
-        raise StoreError(f"{store} does not remember its table; give it with --pairs TABLE") from None
-    return Path(source["origin"]), root or Path(source["root"])
+        raise StoreError(f"{store} does not remember its source; give it with --pairs SOURCE") from None
+    source = open_pairs(record["origin"], spec)
+    below = spec.root is None and isinstance(source.media, FolderMedia)
+    return replace(source, media=FolderMedia(Path(record["root"]))) if below else source
 
 
 def remove(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.images import load_image
+from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
-from apecache.data.tables import read_pairs
+from apecache.data.sources import open_pairs
 from apecache.encode import EncodedShard, ImageJob, TextJob, caption_error, encode_or_halve
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
@@ -40,8 +41,8 @@ def record(encoder: ImageEncoder | TextEncoder, rows: int, batch_size: int, shar
 
 
 def image_job(table: Path, encoder: ImageEncoder, batch: int, shard_rows: int = 5, workers: int = 2) -> ImageJob:
-    source = read_pairs(table)
-    return ImageJob(source, table.parent, encoder, record(encoder, len(source), batch, shard_rows), workers)
+    source = open_pairs(table)
+    return ImageJob(source, encoder, record(encoder, len(source), batch, shard_rows), workers)
 
 
 def text_job(captions: Sequence[str], encoder: TextEncoder, batch: int, shard_rows: int = 5) -> TextJob:
@@ -69,7 +70,7 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 @pytest.fixture(scope="module")
 def one_by_one(shapes_once: Path, vit: ImageEncoder) -> NDArray[np.float32]:
     """Each image of the table alone, through the encoder and nothing else."""
-    images = [load_image(key, shapes_once.parent).image for key in read_pairs(shapes_once).keys]
+    images = [load_image(key, FolderMedia(shapes_once.parent)).image for key in open_pairs(shapes_once).keys]
     return np.concatenate([vit.encode(vit.preprocess(image)[None]).numpy() for image in images])
 
 
@@ -84,7 +85,7 @@ def test_row_i_is_image_i_whatever_the_batch(
     assert cosines(found, one_by_one).min() > 0.99999
     others = cosines(found, np.roll(one_by_one, 1, 0))
     assert others.max() < 0.9999  # the images differ enough for a swap to show
-    keys = read_pairs(shapes_once).keys
+    keys = open_pairs(shapes_once).keys
     contents = [content_hash((shapes_once.parent / key).read_bytes()) for key in keys]
     assert [content for shard in shards for content in shard.content] == contents
     assert [shard.bad for shard in shards] == [{}] * len(shards)
@@ -125,7 +126,7 @@ def broken(shapes_once: Path, tmp_path: Path) -> Path:
     """The table of shapes with images 0, 4, 6, 7 and 11 broken."""
     shutil.copytree(shapes_once.parent, tmp_path / "broken")
     table = tmp_path / "broken" / "pairs.tsv"
-    paths = [table.parent / key for key in read_pairs(table).keys]
+    paths = [table.parent / key for key in open_pairs(table).keys]
     paths[0].unlink()
     paths[4].write_bytes(b"")
     paths[6].write_bytes(paths[6].read_bytes()[:80])
@@ -158,7 +159,7 @@ def test_a_shard_of_nothing_but_bad_images_is_encoded_too(broken: Path, vit: Ima
 
 
 def test_keys_are_those_of_the_rows(shapes_once: Path, vit: ImageEncoder, bert: TextEncoder) -> None:
-    source = read_pairs(shapes_once)
+    source = open_pairs(shapes_once)
     image = image_job(shapes_once, vit, 4)
     assert [image.key(row) for row in range(12)] == source.keys
     text = TextJob(source, bert, record(bert, 24, 4, 5))

@@ -18,7 +18,7 @@ import apecache.encoders.encoder as encoder_module
 import apecache.encoders.from_timm as from_timm
 import apecache.extraction as extraction
 import apecache.preparation as preparation
-from apecache.data.tables import read_pairs
+from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, IncompleteError, MismatchError, OptionError
 from apecache.extraction import ExtractReport, ExtractSpec, extract
@@ -175,7 +175,7 @@ def refused(store: Path, table: Path, spec: ExtractSpec, field: str) -> None:
     """With exit code 4, naming the field, before anything is written."""
     before = tree(store)
     with pytest.raises(MismatchError, match=re.escape(field)) as caught:
-        extract(read_pairs(table), table.parent, store, spec)
+        extract(open_pairs(table), store, spec)
     assert caught.value.exit_code == 4
     found = {path: (here, there) for path, here, there in caught.value.differences}
     assert field in {path.split(".0")[0] for path in found}
@@ -302,7 +302,7 @@ def test_add_keeps_both_encoders_and_touches_nothing_of_the_first(
 
 def test_nothing_to_encode_is_refused(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--image"):
-        extract(read_pairs(shapes), shapes.parent, tmp_path / "store", ExtractSpec())
+        extract(open_pairs(shapes), tmp_path / "store", ExtractSpec())
 
 
 # Growing
@@ -435,7 +435,7 @@ def test_an_array_that_was_not_appended_to_is_incomplete_by_its_share(
     kept: Path, long_table: Path, tiny_image_encoder: Path, again: Callable[..., ExtractReport], load_once: None
 ) -> None:
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", append=True)
-    extract(read_pairs(long_table), long_table.parent, kept, spec)
+    extract(open_pairs(long_table), kept, spec)
     store = FeatureStore.open(kept)
     image, text = store.array("image"), store.array("text")
     assert (image.complete, text.complete, text.rows, text.share_done) == (True, False, 48, 0.5)
@@ -689,6 +689,6 @@ def test_progress_counts_every_row_of_both_segments_once(
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", max_bad=1.0)
     shutil.rmtree(grown.store / "records/image/tiny-vit/commits")
     (grown.store / "records/image/tiny-vit/seal.json").unlink()
-    extract(read_pairs(grown.table), grown.table.parent, grown.store, spec, lambda *told: seen.append(told))
+    extract(open_pairs(grown.table), grown.store, spec, lambda *told: seen.append(told))
     assert [done for _, done, _ in seen] == [0, 4, 5, 9, 10, 12, 16]
     assert {(what, total) for what, _, total in seen} == {("image", 16)}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from apecache.data.images import load_image
-from apecache.data.tables import read_pairs
+from apecache.data.media import FolderMedia
+from apecache.data.sources import open_pairs
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import DataError, MismatchError, MissingExtraError, OptionError, RunError
@@ -48,7 +49,7 @@ def index(built: Path, tmp_path: Path) -> Path:
 
 def extract_to(table: Path, store: Path, image: Path, text: Path) -> None:
     encoders = parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text")
-    extract(read_pairs(table), table.parent, store, ExtractSpec(*encoders, shard_rows=8, device="cpu"))
+    extract(open_pairs(table), store, ExtractSpec(*encoders, shard_rows=8, device="cpu"))
 
 
 def open_index(path: Path) -> SearchIndex:
@@ -69,7 +70,7 @@ def embed_query(heads: TrainedHeads, query: str | Path) -> torch.Tensor:
     if isinstance(query, str):
         return heads.text.embed(load_text_encoder(EncoderSpec(**heads.text.encoder), "cpu").encode([query]))[0]
     encoder = load_image_encoder(EncoderSpec(**heads.image.encoder), "cpu")
-    pixels = encoder.preprocess(load_image(query.name, query.parent).image)
+    pixels = encoder.preprocess(load_image(query.name, FolderMedia(query.parent)).image)
     return heads.image.embed(encoder.encode(pixels.unsqueeze(0)))[0]
 
 

@@ -79,7 +79,7 @@ from apecache_cli.demo import data_folder
 assert "site" in apecache.__file__ and "site" in apecache_cli.__file__
 assert zoo_names() == ["ape", "projection"], zoo_names()
 assert "site" in str(data_folder().resolve()), data_folder()
-assert len(apecache.read_pairs(data_folder() / "pairs.tsv")) == 577
+assert len(apecache.open_pairs(data_folder() / "pairs.tsv")) == 577
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

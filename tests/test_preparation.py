@@ -12,7 +12,7 @@ import torch
 from tiny import extract_tiny, loaded_once, tree
 
 import apecache.preparation as preparation
-from apecache.data.tables import read_pairs
+from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import MismatchError, StoreError
@@ -41,7 +41,7 @@ def bert(tiny_text_encoder: Path) -> TextEncoder:
 @pytest.fixture
 def empty(tmp_path: Path, shapes_once: Path) -> FeatureStore:
     """A store of the shapes without features."""
-    create_store(LocalFiles(tmp_path / "store"), pair_columns(read_pairs(shapes_once)), "", "0")
+    create_store(LocalFiles(tmp_path / "store"), pair_columns(open_pairs(shapes_once)), "", "0")
     return FeatureStore.open(tmp_path / "store")
 
 

@@ -9,7 +9,8 @@ import pytest
 from tiny import DAMAGES, Grown, damaged, extract_tiny, loaded_once, put, tree
 
 import apecache.extraction as extraction
-from apecache.data.tables import read_pairs
+from apecache.data.sources import open_pairs
+from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
 from apecache.extraction import ExtractSpec
@@ -25,7 +26,11 @@ SEGMENT = "segments/0001"
 
 
 def mend(grown: Grown, spec: ExtractSpec | None = None, table: Path | None = None) -> RepairReport:
-    return repair(grown.store, read_pairs(table or grown.table), grown.table.parent, spec or ExtractSpec(device="cpu"))
+    return repair(
+        grown.store,
+        open_pairs(table or grown.table, OpenSpec(root=grown.table.parent)),
+        spec or ExtractSpec(device="cpu"),
+    )
 
 
 def hit(grown: Grown, name: str, how: str = "flip") -> None:
@@ -262,7 +267,7 @@ def test_inputs_that_changed_give_other_bytes_but_never_silently_other_rows(grow
         shutil.copy(root / "images" / "blue-circle-0.png", path)
     hit(grown, CHUNK)
     with pytest.raises(MismatchError, match="come out otherwise now"):
-        repair(grown.store, read_pairs(root / "pairs.tsv"), root, ExtractSpec(device="cpu"))
+        repair(grown.store, open_pairs(root / "pairs.tsv"), ExtractSpec(device="cpu"))
     with pytest.raises(IncompleteError):
         FeatureStore.open(grown.store).array("image").load()
 
@@ -278,7 +283,7 @@ def test_a_segment_without_its_pair_table_is_not_left_out_of_what_is_served(grow
 def test_what_is_no_store_is_not_made_one(grown_once: Grown, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="is no store"):
-        repair(tmp_path, read_pairs(grown_once.table), grown_once.table.parent)
+        repair(tmp_path, open_pairs(grown_once.table))
     assert tree(tmp_path) == {"notes.txt": b"mine"}
 
 

@@ -47,13 +47,13 @@ def make_shapes(folder: Path, copies: int = 1) -> Path:
 
 def extract_tiny(table: Path, store: Path, image: Path, text: Path, **options: object):  # type: ignore[no-untyped-def]
     """Extract with batches of 4 and shards of 5 rows."""
-    from apecache.data.tables import read_pairs
+    from apecache.data.sources import open_pairs
     from apecache.encoders.spec import parse_encoder
     from apecache.extraction import ExtractSpec, extract
 
     settings: dict[str, object] = {"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **options}
     spec = ExtractSpec(parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text"), **settings)  # type: ignore[arg-type]
-    return extract(read_pairs(table), table.parent, store, spec)
+    return extract(open_pairs(table), store, spec)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From a path in a user's table to an RGB image, or a reason why not.
+"""From the bytes that a key stands for to an RGB image, or a reason why not.
 
 Every conversion is defined: EXIF orientation is applied, transparency is composited over white, 16-bit samples are
 scaled to 8 bits, of an animation the first frame is taken, everything ends as RGB. Nothing is decoded before the
@@ -6,8 +6,6 @@ header's size is known, formats come from an allow-list, and a truncated file is
 """
 
 import io
-import os
-import stat
 import threading
 import warnings
 from collections import deque
@@ -15,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from apecache.data.media import Media
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
 
@@ -39,43 +37,14 @@ class LoadedImage:
     digest: str
 
 
-def load_image(key: str, root: Path) -> LoadedImage:
-    """Read the image that a table calls `key`, below `root`.
+def load_image(key: str, media: Media) -> LoadedImage:
+    """Read the image that a table calls `key`.
 
     Raises:
-        RowError: outside-root, missing, not-a-file, empty, not-an-image, too-large, truncated.
+        RowError: not-an-image, too-large, truncated, and what `Media.read` raises.
     """
-    data = read_file(resolve_below(key, root), key)
+    data = media.read(key)
     return LoadedImage(decode_image(data, key), content_hash(data))
-
-
-def resolve_below(key: str, root: Path) -> Path:
-    """The real path of `key`; symbolic links are followed and must stay below `root`."""
-    if "\0" in key:
-        raise RowError("outside-root", f"{key!r} contains a NUL byte")
-    base = os.path.realpath(root)
-    try:
-        path = os.path.realpath(os.path.join(base, key))
-    except UnicodeEncodeError:
-        raise RowError("missing", f"{key!r} holds a lone surrogate, which no file name can") from None
-    if os.path.commonpath([base, path]) != base:
-        raise RowError("outside-root", f"{key} leads outside {root}; give --root for absolute paths")
-    return Path(path)
-
-
-def read_file(path: Path, key: str) -> bytes:
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise RowError("not-a-file", f"{key} is no regular file")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise RowError("missing", f"{key}: no such file") from None
-    except OSError as error:
-        raise RowError("missing", f"{key}: {error.strerror}") from None
-    if not data:
-        raise RowError("empty", f"{key} has 0 bytes")
-    return data
 
 
 def decode_image(data: bytes, key: str) -> Image.Image:
@@ -152,7 +121,7 @@ class Preprocessed(Generic[T]):
 
 @contextmanager
 def preprocess_ahead(
-    keys: Sequence[str], root: Path, preprocess: Callable[[Image.Image], T], workers: int, ahead: int
+    keys: Sequence[str], media: Media, preprocess: Callable[[Image.Image], T], workers: int, ahead: int
 ) -> Iterator[Iterator[Preprocessed[T]]]:
     """Images read and preprocessed by `workers` threads, in the order of `keys`, at most `ahead` of the consumer.
 
@@ -160,7 +129,7 @@ def preprocess_ahead(
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
-            yield _in_order(keys, lambda key: _preprocess(key, root, preprocess), pool, ahead)
+            yield _in_order(keys, lambda key: _preprocess(key, media, preprocess), pool, ahead)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -176,9 +145,9 @@ def _in_order(
         yield result
 
 
-def _preprocess(key: str, root: Path, preprocess: Callable[[Image.Image], T]) -> Preprocessed[T]:
+def _preprocess(key: str, media: Media, preprocess: Callable[[Image.Image], T]) -> Preprocessed[T]:
     try:
-        loaded = load_image(key, root)
+        loaded = load_image(key, media)
         return Preprocessed(preprocess(loaded.image), loaded.digest, None)
     except RowError as error:
         return Preprocessed(None, "", error)

@@ -1,9 +1,10 @@
 """Pairs of images and captions: one image with all its captions, its split and its label."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from apecache.data.media import Media, NoMedia
 from apecache.errors import ManifestError
 from apecache.fingerprint import digest_strings
 
@@ -26,16 +27,22 @@ class PairSource:
     """Ordered, sized, hashable: the same table gives the same `digest`, wherever it lies.
 
     Rows of images are numbered in the order of their first appearance; captions (texts) in the order image by image.
+    `origin` is how the source was named, `media` where its images' bytes come from; neither is part of its identity.
     """
 
     pairs: tuple[Pair, ...]
     origin: str = field(default="", compare=False)
+    media: Media = field(default=NoMedia(), compare=False)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
+
+    def part(self, start: int, stop: int | None = None) -> "PairSource":
+        """The pairs of these rows, from the same place."""
+        return replace(self, pairs=self.pairs[start:stop])
 
     @cached_property
     def keys(self) -> list[str]:
@@ -76,7 +83,7 @@ class Row:
     label: str
 
 
-def join_rows(rows: Sequence[Row], where: str) -> PairSource:
+def join_rows(rows: Sequence[Row], where: str) -> tuple[Pair, ...]:
     """Group rows by image, keeping the order of first appearance.
 
     Raises:
@@ -85,7 +92,7 @@ def join_rows(rows: Sequence[Row], where: str) -> PairSource:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row.image, []).append(row)
-    return PairSource(tuple(_pair(key, group, where) for key, group in grouped.items()), where)
+    return tuple(_pair(key, group, where) for key, group in grouped.items())
 
 
 def _pair(key: str, rows: list[Row], where: str) -> Pair:

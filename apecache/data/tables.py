@@ -1,72 +1,60 @@
-"""Tables of pairs: TSV, CSV and JSON lines with the columns image, caption, split, lang (or language), label.
+"""Tables of text: TSV, CSV and JSON lines.
 
 Several rows may name one image; a JSON line's caption may be a list. Every error names the file, the line and what
-mends it.
+mends it. Which column is what, `columns` says.
 """
 
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from apecache.data.columns import choose_columns, to_row
+from apecache.data.media import FolderMedia
 from apecache.data.pairs import PairSource, Row, join_rows
-from apecache.errors import ManifestError, nearest
+from apecache.data.spec import OpenSpec
+from apecache.errors import ManifestError
 
 DIALECTS = {".tsv": "excel-tab", ".csv": "excel"}
-SUFFIXES = (".tsv", ".csv", ".jsonl")
-LANGUAGE_COLUMNS = ("lang", "language")
 
 
-@dataclass(frozen=True)
-class TableSpec:
-    """Which columns to read. `split` None: the column `split` if there is one. `require`d columns must be there."""
-
-    split: str | None = None
-    require: tuple[str, ...] = ("image", "caption")
-
-
-def read_pairs(path: Path, spec: TableSpec | None = None) -> PairSource:
-    """Read a whole table.
+def open_table(path: Path, spec: OpenSpec) -> PairSource:
+    """A whole table, its images in files.
 
     Raises:
-        ManifestError: no such file, unknown ending, not UTF-8, a missing column, a ragged row, an empty key, no rows.
+        ManifestError: not UTF-8, a missing or ambiguous column, a ragged row, an empty key, no rows.
     """
-    spec = spec or TableSpec()
+    rows = table_rows(path, spec)
+    return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
+
+
+def table_rows(path: Path, spec: OpenSpec) -> list[Row]:
+    """Raises as `open_table` does."""
     try:
-        _require_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(_rows(file, path, spec))
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not UTF-8 ({_place(path, error)}); save the table as UTF-8") from None
-    except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}; expected a table that can be read") from None
+        raise ManifestError(not_utf8(path, error)) from None
     if not rows:
         found = "the table has a header but no rows" if path.stat().st_size else "the file is empty"
-        raise ManifestError(f"{path}: {found}; expected a row for every caption, columns {', '.join(spec.require)}")
-    return join_rows(rows, str(path))
+        raise ManifestError(f"{path}: {found}; expected a row for every caption, columns image, caption")
+    return rows
 
 
-def _require_file(path: Path) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        raise ManifestError(f"{path}: expected a table that ends in {', '.join(SUFFIXES)}")
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}")
-    if not path.is_file():
-        raise ManifestError(f"{path}: a folder or device; expected a table that ends in {', '.join(SUFFIXES)}")
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    return f"{path}: not UTF-8 ({_place(path, error)}); save the file as UTF-8"
 
 
-def _rows(file: TextIO, path: Path, spec: TableSpec) -> Iterator[Row]:
+def _rows(file: TextIO, path: Path, spec: OpenSpec) -> Iterator[Row]:
     records = _json_records(file, path) if path.suffix.lower() == ".jsonl" else _csv_records(file, path)
     first = next(records, None)
     if first is None:
         return
-    columns = _choose_columns(first[1], path, spec)
+    columns = choose_columns(list(first[1]), path, spec)
     for line, record in chain([first], records):
-        yield _row(line, record, columns, path)
+        yield to_row(line, record, columns, path)
 
 
 def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -118,48 +106,6 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(items):
         raise ValueError("a name appears twice")
     return record
-
-
-def _choose_columns(record: Mapping[str, Any], path: Path, spec: TableSpec) -> dict[str, str]:
-    """Role -> column name. The first record of JSON lines decides what is there."""
-    names = [name if name.isprintable() else repr(name) for name in record]
-    required = [*spec.require, *([spec.split] if spec.split else [])]
-    for name in required:
-        if name not in record:
-            found = ", ".join(names) or "none"
-            raise ManifestError(f"{path}: no column {name!r}; columns found: {found}{nearest(name, names)}")
-    language = next((name for name in LANGUAGE_COLUMNS if name in record), "lang")
-    return {
-        "image": "image",
-        "caption": "caption",
-        "split": spec.split or "split",
-        "language": language,
-        "label": "label",
-    }
-
-
-def _row(line: int, record: Mapping[str, Any], columns: Mapping[str, str], path: Path) -> Row:
-    image = _text(record.get(columns["image"]), line, "image", path)
-    if not image.strip():
-        raise ManifestError(f"{path}, line {line}: the image column is empty; every row needs the path of its image")
-    captions = record.get(columns["caption"])
-    texts = captions if isinstance(captions, list) else [] if captions is None else [captions]
-    return Row(
-        line,
-        image,
-        tuple(_text(text, line, "caption", path) for text in texts),
-        _text(record.get(columns["split"]), line, "split", path),
-        _text(record.get(columns["language"]), line, "language", path),
-        _text(record.get(columns["label"]), line, "label", path),
-    )
-
-
-def _text(value: Any, line: int, column: str, path: Path) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool | dict | list):
-        raise ManifestError(f"{path}, line {line}: {column} is a {type(value).__name__}; expected text")
-    return str(value)
 
 
 def _place(path: Path, error: UnicodeDecodeError) -> str:

@@ -1,7 +1,8 @@
 """A loaded, frozen encoder: what extraction, evaluation and search call, whichever library it came from."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -13,26 +14,57 @@ from apecache.fingerprint import FEATURE_CODE_VERSION, Fingerprint, Json, digest
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+State = int | Literal["end", "own"]
+"""Where a forward pass is tapped: after so many blocks; `end`: the tokens that the model returns; `own`: what it makes
+of them itself."""
+States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
+"""One forward pass on the model's inputs, and what the states asked for are in it."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Which state of the forward pass features are taken from, and how they are pooled. Encoders with the same
+    `states` are cuts of one model: one pass serves all of them.
+
+    `pool`: (state, mask or None) -> [n, dim] or, for `tokens`, [n, length, dim].
+    """
+
+    states: States
+    state: State
+    pool: Callable[[Tensor, Tensor | None], Tensor]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Images: (pixels); texts: (ids, mask)."""
+        mask = inputs[1] if len(inputs) > 1 else None
+        return self.pool(self.states(inputs, (self.state,))[self.state], mask)
+
 
 @dataclass(frozen=True)
 class ImageEncoder:
     """`preprocess`: RGB image -> float32 [3, height, width] on the CPU, safe to call from several threads.
-    `forward`: float [n, 3, height, width] on `device` -> [n, dim] in the encoder's dtype, not normalised."""
+    `forward`: float [n, 3, height, width] on `device` -> [n, *row_shape] in the encoder's dtype, not normalised.
+    `row_shape`: (dim,) or, for `tokens`, (tokens, dim)."""
 
     spec: EncoderSpec
     module: nn.Module
     preprocess: Callable[[Image.Image], Tensor]
     forward: Callable[[Tensor], Tensor]
     input_shape: tuple[int, int, int]
-    dim: int
+    row_shape: tuple[int, ...]
     fingerprint: Fingerprint
     device: torch.device
 
+    @property
+    def dim(self) -> int:
+        return self.row_shape[-1]
+
     def encode(self, pixels: Tensor) -> Tensor:
-        """float32 [n, 3, height, width] on any device -> float32 [n, dim] on the CPU, not normalised."""
+        """float32 [n, 3, height, width] on any device -> float32 [n, *row_shape] on the CPU, not normalised."""
         with torch.inference_mode():
-            moved = pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
-            return self.forward(moved).float().cpu()
+            return self.forward(self.move(pixels)).float().cpu()
+
+    def move(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -45,7 +77,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """`tokenise`: texts -> Tokens. `forward`: (ids, mask) int64 [n, length] on `device` -> [n, dim], not normalised."""
+    """`tokenise`: texts -> Tokens. `forward`: (ids, mask) int64 [n, length] on `device` -> [n, dim] or, for `tokens`,
+    [n, length, dim], not normalised. `row_shape`: (dim,) or (max_tokens, dim). `length`: pad every batch to so many
+    tokens, for models that see the padding; None: to its longest text."""
 
     spec: EncoderSpec
     module: nn.Module
@@ -53,27 +87,65 @@ class TextEncoder:
     forward: Callable[[Tensor, Tensor], Tensor]
     pad_id: int
     max_tokens: int
-    dim: int
+    row_shape: tuple[int, ...]
     fingerprint: Fingerprint
     device: torch.device
-    prefix: str = field(default="")
+    length: int | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.row_shape[-1]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """One padded batch: lists of token ids -> float32 [n, dim] on the CPU, not normalised."""
-        batch, mask = pad_ids(ids, self.pad_id)
+        """One padded batch: lists of token ids -> float32 [n, dim] or [n, longest, dim] on the CPU, not normalised."""
+        batch, mask = self.pad(ids)
         with torch.inference_mode():
-            return self.forward(batch.to(self.device), mask.to(self.device)).float().cpu()
+            return self.forward(batch, mask).float().cpu()
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(ids, mask) int64 [n, longest] on the device."""
+        batch, mask = pad_ids(ids, self.pad_id, self.length or 1)
+        return batch.to(self.device), mask.to(self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """float32 [n, dim] in the order of `texts`; for queries and class names, not for data sets (see extract)."""
+        """float32 [n, dim] in the order of `texts`; for queries and class names, not for data sets (see extract).
+
+        Raises:
+            EncoderError: an encoder of tokens, which are not one vector each.
+        """
+        if len(self.row_shape) > 1:
+            raise EncoderError(f"encoder {self.spec}: one vector for each text is needed, not its tokens")
         ids = self.tokenise(texts).ids
         parts = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
 
-def pad_ids(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask) int64 [n, longest], padded on the right."""
-    longest = max(1, max(map(len, ids), default=1))
+def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
+    """One batch by several encoders that take the same pixels, each as `encode` gives it; cuts of one model in one
+    forward pass."""
+    with torch.inference_mode():
+        return _tapped([encoder.forward for encoder in encoders], (encoders[0].move(pixels),))
+
+
+def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """One batch of token ids by several cuts of one model, each as `encode_ids` gives it, in one forward pass."""
+    with torch.inference_mode():
+        return _tapped([encoder.forward for encoder in encoders], encoders[0].pad(ids))
+
+
+def _tapped(forwards: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    first = forwards[0]
+    if len(forwards) == 1 or not isinstance(first, Tap):
+        return [forward(*inputs).float().cpu() for forward in forwards]
+    taps = [forward for forward in forwards if isinstance(forward, Tap)]
+    found = first.states(inputs, {tap.state for tap in taps})
+    mask = inputs[1] if len(inputs) > 1 else None
+    return [tap.pool(found[tap.state], mask).float().cpu() for tap in taps]
+
+
+def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple[Tensor, Tensor]:
+    """(ids, mask) int64 [n, longest, but at least `length`], padded on the right."""
+    longest = max(length, max(map(len, ids), default=1))
     batch = torch.full((len(ids), longest), pad_id, dtype=torch.long)
     mask = torch.zeros((len(ids), longest), dtype=torch.long)
     for row, sequence in enumerate(ids):
@@ -82,14 +154,27 @@ def pad_ids(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return batch, mask
 
 
-def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """[n, length, dim] -> [n, dim]: the first token, or the mean over the tokens that `mask` [n, length] keeps."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    if mask is None:
-        return hidden.mean(1)
-    weights = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix: int = 0) -> Tensor:
+    """[n, length, dim] -> [n, dim], [n, 2 dim] for `cls+mean`, all of it for `tokens`.
+
+    Mean and max are over the tokens that `mask` [n, length] keeps, and without the first `n_prefix` ones (an image's
+    CLS and register tokens).
+    """
+    match pooling:
+        case "tokens":
+            return hidden
+        case "cls":
+            return hidden[:, 0]
+        case "cls+mean":
+            return torch.cat((hidden[:, 0], pool_tokens(hidden, mask, "mean", n_prefix)), dim=1)
+        case "max":
+            kept = hidden if mask is None else hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)
+            return kept[:, n_prefix:].amax(1)
+        case _:
+            if mask is None:
+                return hidden[:, n_prefix:].mean(1)
+            weights = mask.to(hidden.dtype).unsqueeze(-1)
+            return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def digest_module(module: nn.Module, exclude: Sequence[str] = ()) -> str:
@@ -121,7 +206,7 @@ def build_fingerprint(spec: EncoderSpec, weights: str, architecture: Json, input
             "revision": spec.revision,
             "weights": weights,
             "modality": spec.modality,
-            "cut": "pooled",
+            "cut": "tokens" if spec.pooling == "tokens" else "pooled",
             "inputs": inputs,
             "compute_dtype": spec.dtype,
             "compile": "eager",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import timm
@@ -10,37 +11,53 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from apecache.encoders.encoder import ImageEncoder, build_fingerprint, digest_module, freeze
+from apecache.encoders.encoder import (
+    ImageEncoder,
+    State,
+    States,
+    Tap,
+    build_fingerprint,
+    digest_module,
+    freeze,
+    pool_tokens,
+)
+from apecache.encoders.layers import caught, resolve_layer
+from apecache.encoders.pixels import image_preprocess, probe, resize_of
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
-from apecache.fingerprint import IMAGE_DECODING, Json
+from apecache.fingerprint import Json
 
 
-def load_timm(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
-    """Pooled features before the classifier, [n, num_features].
+def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
+    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
 
     Raises:
         EncoderError: an unknown architecture, a hub that cannot be reached, weights that do not fit.
     """
+    spec = specs[0]
     module = _create(spec)
     config = resolve_model_data_config(module)
     if spec.resolution:
         config["input_size"] = (3, spec.resolution, spec.resolution)
     height, width = config["input_size"][1:]
     transform = create_transform(**config, is_training=False)
-    inputs: Json = {
-        "decoding": IMAGE_DECODING,
-        "backend": "timm-pil",
-        "config": _plain(config),
-        "transform": _steps(transform),
-    }
-    inputs["pooling"] = "model" if spec.pooling == "default" else spec.pooling
-    fingerprint = build_fingerprint(spec, digest_module(module), _architecture(module, spec), inputs)
+    about: Json = {"config": _plain(config), "transform": _steps(transform)}
+    weights, architecture = digest_module(module), _architecture(module, spec)
+    layers = [resolve_layer(module, cut) for cut in specs]
     frozen = freeze(module, spec, device)
-    pooled = getattr(module, "head_hidden_size", module.num_features)  # the model's own pooling may widen
-    dim = int(pooled if spec.pooling == "default" else module.num_features)
-    forward = _forward(frozen, spec)
-    return ImageEncoder(spec, frozen, transform, forward, (3, height, width), dim, fingerprint, device)
+    states = _states(frozen, spec)
+
+    def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
+        _require_tokens(frozen, cut)
+        preprocess, backend = image_preprocess(cut, transform, "timm-pil", resize_of(config))
+        inputs = {**about, **backend, "pooling": "model" if cut.pooling == "default" else cut.pooling}
+        inputs |= {} if layer == "end" else {"layer": layer}
+        fingerprint = build_fingerprint(cut, weights, architecture, inputs)
+        tap = Tap(states, "own" if cut.pooling == "default" else layer, _pool(frozen, cut))
+        shape = (3, height, width)
+        return ImageEncoder(cut, frozen, preprocess, tap, shape, probe(tap, shape, cut, device), fingerprint, device)
+
+    return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
 def shape_timm(spec: EncoderSpec) -> Any:
@@ -113,26 +130,34 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
     return {"class": name, "pool": str(getattr(pool, "pool_type", pool)), "arguments": saved.get("model_args") or {}}
 
 
-def _forward(module: Any, spec: EncoderSpec) -> Any:
-    """timm's own pooling, or the CLS token, or the mean over patch tokens (prefix tokens left out)."""
+def _states(module: Any, spec: EncoderSpec) -> States:
+    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+        end, found = caught(module, spec, wanted, lambda: module.forward_features(*inputs))
+        found["end"] = end
+        return {**found, "own": module.forward_head(end)} if "own" in wanted else found
+
+    return states
+
+
+def _require_tokens(module: Any, spec: EncoderSpec) -> None:
+    has_cls = int(getattr(module, "num_prefix_tokens", 0)) and getattr(module, "has_class_token", True)
+    if spec.pooling in ("cls", "cls+mean") and not has_cls:
+        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
+
+
+def _pool(module: Any, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """timm's own pooling, or over tokens without the prefix ones; maps of convolutional networks count as tokens."""
     if spec.pooling == "default":
-        return module
+        return lambda own, _: own
     prefix = int(getattr(module, "num_prefix_tokens", 0))
     channels_last = getattr(module, "output_fmt", None) == "NHWC"
-    if spec.pooling == "cls" and not (prefix and getattr(module, "has_class_token", True)):
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-pooling default or mean")
 
-    def pooled(pixels: Tensor) -> Tensor:
-        tokens = module.forward_features(pixels)
-        if spec.pooling == "cls":
-            result: Tensor = tokens[:, 0]
-        else:
-            result = (
-                tokens.mean((1, 2) if channels_last else (2, 3)) if tokens.ndim == 4 else tokens[:, prefix:].mean(1)
-            )
-        return result
+    def pool(state: Tensor, _: Tensor | None) -> Tensor:
+        if state.ndim == 4:
+            state = (state if channels_last else state.permute(0, 2, 3, 1)).flatten(1, 2)
+        return pool_tokens(state, None, spec.pooling, prefix)
 
-    return pooled
+    return pool
 
 
 def _steps(transform: Any) -> list[str]:

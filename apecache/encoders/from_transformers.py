@@ -1,18 +1,30 @@
-"""transformers encoders: text towers of the BERT kind, and vision transformers with a CLS token."""
+"""transformers encoders: text towers of the BERT kind and T5's, and vision transformers."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    MT5EncoderModel,
+    SiglipVisionModel,
+    T5EncoderModel,
+)
 from transformers.utils import logging
 
 from apecache.encoders.encoder import (
     ImageEncoder,
+    State,
+    Tap,
     TextEncoder,
     Tokens,
     build_fingerprint,
@@ -20,13 +32,17 @@ from apecache.encoders.encoder import (
     freeze,
     pool_tokens,
 )
+from apecache.encoders.layers import caught, resolve_layer
+from apecache.encoders.pixels import image_preprocess, probe
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
 
 VISION_TYPES = ("beit", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit")
+SIGLIP_TYPES = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
+T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
 FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # these interpolate their positions only when told to
-N_CLASS_TOKENS = {"deit": 2, "ijepa": 0}  # all others have one
+N_CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0}  # all others have one
 NOT_IDENTITY = (
     "_commit_hash",
     "_name_or_path",
@@ -53,74 +69,127 @@ WELL_KNOWN = (
 """Only to suggest a name when one cannot be found."""
 
 
-def load_transformers_text(spec: EncoderSpec, device: torch.device) -> TextEncoder:
-    """Pooled last hidden states, [n, hidden_size].
+def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
+    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
 
     Raises:
         EncoderError: not found, not a text encoder, or weights that miss parts of the model.
     """
+    spec = specs[0]
     config = _config(spec)
-    if getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config"):
+    t5 = config.model_type in T5_TYPES
+    if not t5 and (getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config")):
         raise EncoderError(
-            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models are supported"
+            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models and T5 are supported"
         )
     tokenizer = _open(AutoTokenizer, spec)
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise EncoderError(f"encoder {spec}: its tokenizer knows no words; save it beside the model")
-    module, unloaded = _load_model(spec)
-    pooling, max_tokens = _text_pooling(spec), _max_tokens(spec, tokenizer, config)
-    inputs: Json = {"tokenizer": _digest_tokenizer(tokenizer), "max_tokens": max_tokens, "pooling": pooling}
-    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), _architecture(module, spec), inputs)
+    module, unloaded = _load_model(spec, T5_TYPES[config.model_type] if t5 else AutoModel)
+    max_tokens, prefix = _max_tokens(spec, tokenizer, config), text_prefix(spec)
+    about: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
+    about |= {"prefix": prefix} if prefix else {}
+    weights, architecture = digest_module(module, unloaded), _architecture(module, spec)
+    layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
 
+    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+        ids, mask = inputs
+        out, found = caught(frozen, spec, wanted, lambda: frozen(input_ids=ids, attention_mask=mask))
+        return {**found, "end": out.last_hidden_state}
+
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return _tokenise(tokenizer, texts, max_tokens)
+        return tokenise_with(tokenizer, [prefix + text for text in texts] if prefix else texts, max_tokens)
 
-    def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        return pool_tokens(frozen(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling)
+    def encoder(cut: EncoderSpec, layer: State) -> TextEncoder:
+        pooling = _text_pooling(cut)
+        if t5 and "cls" in pooling:
+            raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
+        inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
+        fingerprint = build_fingerprint(cut, weights, architecture, inputs)
+        tap = Tap(states, layer, lambda state, mask: pool_tokens(state, mask, pooling))
+        width = int(config.hidden_size) * (2 if pooling == "cls+mean" else 1)
+        shape = (max_tokens, width) if pooling == "tokens" else (width,)
+        pad_id = int(tokenizer.pad_token_id or 0)
+        return TextEncoder(cut, frozen, tokenise, tap, pad_id, max_tokens, shape, fingerprint, device)
 
-    pad_id = int(tokenizer.pad_token_id or 0)
-    return TextEncoder(
-        spec, frozen, tokenise, forward, pad_id, max_tokens, int(config.hidden_size), fingerprint, device
-    )
+    return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
-def load_transformers_image(spec: EncoderSpec, device: torch.device) -> ImageEncoder:
-    """The CLS token (or the mean of the patch tokens: the default where there is no CLS token) after the final norm,
-    [n, hidden_size].
+def text_prefix(spec: EncoderSpec) -> str:
+    """What stands before every text: the spec's, else `query: ` for E5 models, which were trained with it."""
+    name = (spec.folder.resolve().name if spec.folder else spec.name.rpartition("/")[2]).lower()
+    asked_for = "query: " if re.match(r"(multilingual-)?e5-", name) else ""
+    return asked_for if spec.prefix is None else spec.prefix
+
+
+def load_transformers_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
+    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
+
+    Default pooling: SigLIP's own, else the CLS token, else (where there is none) the mean of the patch tokens.
 
     Raises:
         EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
     """
+    spec = specs[0]
     config = _config(spec)
-    if config.model_type not in VISION_TYPES:
+    siglip = config.model_type in SIGLIP_TYPES
+    if siglip:
+        config = getattr(config, "vision_config", config)
+    elif config.model_type not in VISION_TYPES:
         raise EncoderError(
             f"encoder {spec}: {config.model_type} is not supported as an image encoder; supported are "
-            + ", ".join(VISION_TYPES)
+            + ", ".join((*VISION_TYPES, *SIGLIP_TYPES))
         )
     processor: Any = _open(AutoImageProcessor, spec)
     size = _resize(processor, spec.resolution)
-    module, unloaded = _load_model(spec)
-    pooling: Pooling = _image_pooling(spec, config)
-    inputs: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size), "pooling": pooling}
-    fingerprint = build_fingerprint(spec, digest_module(module, unloaded), _architecture(module, spec), inputs)
+    module, unloaded = _load_model(spec, SIGLIP_TYPES[config.model_type] if siglip else AutoModel)
+    reference = ProcessorPreprocess(processor, size)
+    preprocess, _ = image_preprocess(spec, reference, "transformers", None)
+    about: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size)}
+    weights, architecture = digest_module(module, unloaded), _architecture(module, spec)
+    layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
-    options = {"interpolate_pos_encoding": True} if spec.resolution and config.model_type in FIXED_SIZE_TYPES else {}
+    fixed_size = siglip or config.model_type in FIXED_SIZE_TYPES
+    options = {"interpolate_pos_encoding": True} if spec.resolution and fixed_size else {}
 
-    def preprocess(image: Image.Image) -> Tensor:
-        pixels: Tensor = processor(images=image, return_tensors="pt", **size)["pixel_values"][0]
+    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+        (pixels,) = inputs
+        out, found = caught(frozen, spec, wanted, lambda: frozen(pixel_values=pixels, **options))
+        found["end"] = out.last_hidden_state
+        return {**found, "own": out.pooler_output} if "own" in wanted else found
+
+    height, width = reference(Image.new("RGB", (640, 480))).shape[1:]
+
+    def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
+        own = siglip and cut.pooling == "default"
+        pooling: Pooling = "default" if own else _image_pooling(cut, config)
+        inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
+        fingerprint = build_fingerprint(cut, weights, architecture, inputs)
+        n_prefix = _n_prefix(config)
+        tap = (
+            Tap(states, "own", lambda state, _: state)
+            if own
+            else Tap(states, layer, lambda state, _: pool_tokens(state, None, pooling, n_prefix))
+        )
+        shape = (3, int(height), int(width))
+        return ImageEncoder(cut, frozen, preprocess, tap, shape, probe(tap, shape, cut, device), fingerprint, device)
+
+    return [encoder(*both) for both in zip(specs, layers, strict=True)]
+
+
+@dataclass(frozen=True)
+class ProcessorPreprocess:
+    """The library's own image processor, with the options that give another size."""
+
+    processor: Any
+    size: dict[str, Any]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self.processor(images=image, return_tensors="pt", **self.size)["pixel_values"][0]
         return pixels
-
-    def forward(pixels: Tensor) -> Tensor:
-        hidden: Tensor = frozen(pixel_values=pixels, **options).last_hidden_state
-        return hidden[:, 0] if pooling == "cls" else hidden[:, _n_prefix(config) :].mean(1)
-
-    shape = tuple(preprocess(Image.new("RGB", (640, 480))).shape)
-    return ImageEncoder(
-        spec, frozen, preprocess, forward, (shape[0], shape[1], shape[2]), int(config.hidden_size), fingerprint, device
-    )
 
 
 def shape_transformers(spec: EncoderSpec) -> Any:
@@ -131,7 +200,8 @@ def shape_transformers(spec: EncoderSpec) -> Any:
     """
     config = _config(spec)
     with torch.device("meta"):
-        return T5EncoderModel(config) if config.model_type == "t5" else AutoModel.from_config(config)
+        half = T5_TYPES.get(config.model_type)
+        return AutoModel.from_config(config) if half is None else half(config)
 
 
 def _config(spec: EncoderSpec) -> Any:
@@ -148,11 +218,11 @@ def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
         raise EncoderError(f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder") from error
 
 
-def _load_model(spec: EncoderSpec) -> tuple[Any, list[str]]:
+def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
     """The model and the names of its parameters that the files do not hold (only an unused pooler may be missing)."""
     with _quiet(local=spec.folder is not None):
         module, report = _open(
-            AutoModel, spec, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
+            factory, spec, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
         )
     missing = sorted(report["missing_keys"])
     lost = [name for name in missing if "pooler" not in name] + [name for name, *_ in report["mismatched_keys"]]
@@ -195,9 +265,7 @@ def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
     if named in ("cls", "mean"):
         return "cls" if named == "cls" else "mean"
     if len(chosen) != 1 or chosen[0] not in modes:
-        raise EncoderError(
-            f"encoder {spec}: pooling {chosen or named} is not supported; give --text-pooling mean or cls"
-        )
+        raise EncoderError(f"encoder {spec}: pooling {chosen or named} is not supported; give --text-cut mean or cls")
     return modes[chosen[0]]
 
 
@@ -217,7 +285,7 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     return max_tokens
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
+def tokenise_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     if not texts:
         return Tokens([], 0)
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)["input_ids"]
@@ -226,7 +294,7 @@ def _tokenise(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     return Tokens(ids, sum(len(row) > max_tokens for row in longer))
 
 
-def _digest_tokenizer(tokenizer: Any) -> str:
+def digest_tokenizer(tokenizer: Any) -> str:
     """Content of the tokenizer without the truncation and padding that calls switch on and off."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
@@ -241,8 +309,8 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
 
 def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
     has_class = N_CLASS_TOKENS.get(config.model_type, 1) > 0
-    if spec.pooling == "cls" and not has_class:
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-pooling default or mean")
+    if "cls" in spec.pooling and not has_class:
+        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
     return ("cls" if has_class else "mean") if spec.pooling == "default" else spec.pooling
 
 

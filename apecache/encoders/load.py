@@ -1,29 +1,69 @@
-"""From a spec to a loaded encoder. Libraries are imported only when one of their encoders is asked for."""
+"""From specs to loaded encoders. Libraries are imported only when one of their encoders is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.towers import Tower, build_tower
+from apecache.errors import EncoderError
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
     """Raises EncoderError when the encoder or the device cannot be had."""
-    where = parse_device(device)
-    match spec.library:
-        case "timm":
-            from apecache.encoders.from_timm import load_timm
-
-            return load_timm(spec, where)
-        case _:
-            from apecache.encoders.from_transformers import load_transformers_image
-
-            return load_transformers_image(spec, where)
+    return load_image_encoders([spec], device)[0]
 
 
 def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
     """Raises EncoderError when the encoder or the device cannot be had."""
-    from apecache.encoders.from_transformers import load_transformers_text
+    return load_text_encoders([spec], device)[0]
 
-    return load_transformers_text(spec, parse_device(device))
+
+def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[ImageEncoder]:
+    """In the order of the specs; cuts of one model share it, so that one forward pass serves all of them.
+
+    Raises EncoderError as `load_image_encoder` does.
+    """
+    where = parse_device(device)
+    loaded: dict[EncoderSpec, ImageEncoder] = {}
+    for cuts in _by_model(specs):
+        match cuts[0].library:
+            case "timm":
+                from apecache.encoders.from_timm import load_timm
+
+                encoders = load_timm(cuts, where)
+            case "open_clip":
+                from apecache.encoders.from_open_clip import load_open_clip_image
+
+                encoders = load_open_clip_image(cuts, where)
+            case _:
+                from apecache.encoders.from_transformers import load_transformers_image
+
+                encoders = load_transformers_image(cuts, where)
+        loaded |= zip(cuts, encoders, strict=True)
+    return [loaded[spec] for spec in specs]
+
+
+def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
+    """As `load_image_encoders`."""
+    where = parse_device(device)
+    loaded: dict[EncoderSpec, TextEncoder] = {}
+    for cuts in _by_model(specs):
+        match cuts[0].library:
+            case "open_clip":
+                from apecache.encoders.from_open_clip import load_open_clip_text
+
+                encoders = load_open_clip_text(cuts, where)
+            case "st":
+                from apecache.encoders.from_sentence_transformers import load_sentence_transformers
+
+                encoders = load_sentence_transformers(cuts, where)
+            case _:
+                from apecache.encoders.from_transformers import load_transformers_text
+
+                encoders = load_transformers_text(cuts, where)
+        loaded |= zip(cuts, encoders, strict=True)
+    return [loaded[spec] for spec in specs]
 
 
 def shape_tower(spec: EncoderSpec) -> Tower:
@@ -37,8 +77,18 @@ def shape_tower(spec: EncoderSpec) -> Tower:
             from apecache.encoders.from_timm import shape_timm
 
             module = shape_timm(spec)
-        case _:
+        case "hf":
             from apecache.encoders.from_transformers import shape_transformers
 
             module = shape_transformers(spec)
+        case _:
+            raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
     return build_tower(module.eval(), spec.modality, spec.pooling, cls_id=0)
+
+
+def _by_model(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:
+    """Specs that differ in pooling and layer only, together; each once."""
+    groups: dict[EncoderSpec, list[EncoderSpec]] = {}
+    for spec in dict.fromkeys(specs):
+        groups.setdefault(replace(spec, pooling="default", layer=None), []).append(spec)
+    return list(groups.values())

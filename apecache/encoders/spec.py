@@ -6,21 +6,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from apecache.errors import EncoderError, nearest
+from apecache.errors import EncoderError, OptionError, nearest
 from apecache.fingerprint import Modality
 
-Pooling = Literal["default", "cls", "mean"]
+Pooling = Literal["default", "cls", "mean", "max", "cls+mean", "tokens"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
-LIBRARIES = ("timm", "hf")
+Resize = Literal["reference", "torchvision"]
+LIBRARIES = ("timm", "hf", "open_clip", "st")
+DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
+"""The file that makes a local folder one of the library's; config.json in the others."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """`timm:NAME@REV` or `hf:ID@REV`; a local folder stands in place of the name.
+    """`timm:NAME@REV`, `hf:ID@REV`, `open_clip:NAME/TAG` or `st:ID@REV` (sentence-transformers); a local folder stands
+    in place of the name.
 
-    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling file, else CLS for
-    images and the attention-masked mean for text). `resolution` in pixels and `max_tokens` override what the encoder's
-    files say. `dtype` is that of the computation; features are stored as float16.
+    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling file, SigLIP's
+    attention pooling, CLIP's projection, else CLS for images and the attention-masked mean for text); `cls+mean` is CLS
+    and mean patch (or word) one after the other, `tokens` all of them. `layer`: after how many blocks, before the final
+    norm; negative counts from the end (-1: after the last); None: the model's output. `resolution` in pixels and
+    `max_tokens` override what the encoder's files say. `prefix` is put before every text (E5: `query: `; None: what the
+    encoder's files or name ask for). `resize`: `torchvision` decodes and resizes on uint8 tensors, faster and different
+    in the last bits. `dtype` is that of the computation; features are stored as float16.
     """
 
     library: str
@@ -31,6 +40,9 @@ class EncoderSpec:
     resolution: int | None = None
     max_tokens: int | None = None
     dtype: ComputeDtype = "float32"
+    layer: int | None = None
+    prefix: str | None = None
+    resize: Resize = "reference"
 
     @property
     def folder(self) -> Path | None:
@@ -43,6 +55,8 @@ class EncoderSpec:
         """A name safe as a folder and as a Zarr group: the last part of a local folder, a hub id with `--` for `/`."""
         name = self.folder.resolve().name if self.folder else self.name.replace("/", "--")
         parts = [name, "" if self.pooling == "default" else self.pooling]
+        parts += [f"layer{self.layer}" if self.layer is not None else "", self.resize.removeprefix("reference")]
+        parts += [f"prefix-{self.prefix}" if self.prefix is not None else ""]
         parts += [f"{self.resolution}px" if self.resolution else "", f"{self.max_tokens}t" if self.max_tokens else ""]
         parts += ["" if self.dtype == "float32" else self.dtype]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(p for p in parts if p)).strip(".-")[:100] or "encoder"
@@ -64,12 +78,13 @@ def spec_from_json(value: object) -> EncoderSpec:
     """
     try:
         spec = EncoderSpec(**value)  # type: ignore[arg-type]
-        texts = (spec.library, spec.name, *([] if spec.revision is None else [spec.revision]))
-        sizes = [size for size in (spec.resolution, spec.max_tokens) if size is not None]
+        texts = (spec.library, spec.name, *(text for text in (spec.revision, spec.prefix) if text is not None))
+        sizes = [size for size in (spec.resolution, spec.max_tokens, spec.layer) if size is not None]
         known = (
             spec.modality in get_args(Modality)
-            and spec.pooling in get_args(Pooling)
+            and spec.pooling in POOLINGS
             and spec.dtype in get_args(ComputeDtype)
+            and spec.resize in get_args(Resize)
         )
         if not known or not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
             raise ValueError("fields of other kinds than expected")
@@ -88,27 +103,47 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
     """`timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`, `timm:/folder`, …
 
     Raises:
-        EncoderError: no or an unknown library, an empty name, timm for text, or a local folder that is not there.
+        EncoderError: no or an unknown library, an empty name, a library without encoders of that modality, or a local
+        folder that is not there.
     """
     library, colon, name = text.partition(":")
     if not colon or library not in LIBRARIES:
         hint = nearest(library, LIBRARIES) if colon else f"; did you mean timm:{text} or hf:{text}?"
         raise EncoderError(f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of {', '.join(LIBRARIES)}{hint}")
-    if library == "timm" and modality == "text":
-        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or hf:/folder")
+    if (library, modality) in (("timm", "text"), ("st", "image")):
+        what = (
+            "timm has no text encoders; use hf:ID or st:ID" if library == "timm" else "st: is for texts; use timm:NAME"
+        )
+        raise EncoderError(f"encoder {text!r}: {what}")
     revision = None
     if not looks_local(name) and not os.path.isdir(name):
         name, _, revision = name.partition("@")
     if not name:
         raise EncoderError(f"encoder {text!r}: the name after {library}: is empty")
     spec = EncoderSpec(library, name, modality, revision or None)
-    if spec.folder and not os.path.isfile(spec.folder / "config.json"):
-        raise EncoderError(f"encoder {text!r}: {missing_folder(spec.folder)}")
+    description = DESCRIPTIONS.get(library, "config.json")
+    if spec.folder and not os.path.isfile(spec.folder / description):
+        raise EncoderError(f"encoder {text!r}: {missing_folder(spec.folder, description)}")
     return spec
 
 
-def missing_folder(folder: Path) -> str:
+def parse_cut(text: str) -> tuple[Pooling, int | None]:
+    """`POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+
+    Raises:
+        OptionError: an unknown pooling, or a layer that is no whole number.
+    """
+    pooling, at, layer = text.partition("@")
+    if pooling not in POOLINGS or (at and not re.fullmatch(r"-?\d+", layer)):
+        known = ", ".join(POOLINGS)
+        raise OptionError(f"cut {text!r}: expected one of {known}, with @LAYER or without{nearest(pooling, POOLINGS)}")
+    if pooling == "default" and at:
+        raise OptionError(f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …")
+    return pooling, int(layer) if at else None
+
+
+def missing_folder(folder: Path, description: str) -> str:
     if not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         return f"there is no folder {folder}{nearest(folder.name, siblings)}"
-    return f"folder {folder} has no config.json, so it is not a saved model; save one with save_pretrained"
+    return f"folder {folder} has no {description}, so it is not a saved model; save one with save_pretrained"

@@ -103,8 +103,9 @@ class Tower(nn.Module):
     @property
     def output_dim(self) -> int:
         """Width of the pooled output: timm's own head may be wider than the tokens."""
-        own = self.pooling == "default"
-        return int(getattr(self.module, "head_hidden_size", self.dim)) if own else self.dim
+        if self.pooling == "default":
+            return int(getattr(self.module, "head_hidden_size", self.dim))
+        return 2 * self.dim if self.pooling == "cls+mean" else self.dim
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -167,12 +168,10 @@ class Tower(nn.Module):
         return self.module.encoder.dropout(normed) if self.anatomy.family == "t5" else normed
 
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens after the final norm -> [n, dim]: timm's own head for `default`, else CLS or mean (without prefix)."""
+        """Tokens after the final norm -> [n, output_dim]: timm's own head for `default`, else as in extraction."""
         if self.pooling == "default":
             return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
-        if self.pooling == "mean" and self.modality == "image":
-            return tokens[:, self.n_prefix :].mean(1)
-        return pool_tokens(tokens, mask, self.pooling)
+        return pool_tokens(tokens, mask, self.pooling, self.n_prefix if self.modality == "image" else 0)
 
     @property
     def n_prefix(self) -> int:
@@ -322,15 +321,23 @@ def build_tower(module: Any, modality: Modality, pooling: Pooling = "default", c
         raise EncoderError(f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}")
     if pooling == "default" and not anatomy.family.startswith("timm"):
         pooling = "mean" if text else "cls"
-    if anatomy.family == "t5" and pooling == "cls":
-        raise EncoderError("T5 has no CLS token; use --text-pooling mean")
-    if pooling == "cls" and getattr(module, "cls_token", 0) is None:
-        raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-pooling mean")
+    if pooling == "tokens":
+        raise EncoderError("a tower gives one vector for each image or text, not its tokens; pool them")
+    if anatomy.family == "t5" and "cls" in pooling:
+        raise EncoderError("T5 has no CLS token; use --text-cut mean")
+    if "cls" in pooling and getattr(module, "cls_token", 0) is None:
+        raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-cut mean")
     return Tower(module, modality, anatomy, pooling, cls_id if anatomy.family == "bert" else None)
 
 
 def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
-    """The view of a loaded encoder, with its own pooling. Raises EncoderError as `build_tower` does."""
+    """The view of a loaded encoder, with its own pooling.
+
+    Raises:
+        EncoderError: as `build_tower` does; or its features are of a layer within, which no tower ends in.
+    """
+    if encoder.spec.layer is not None:
+        raise EncoderError(f"encoder {encoder.spec}: a tower ends after its last norm; leave the layer out")
     if isinstance(encoder, ImageEncoder):
         return build_tower(encoder.module, "image", encoder.spec.pooling)
     inputs: Any = encoder.fingerprint.fields["inputs"]

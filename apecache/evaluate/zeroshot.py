@@ -1,7 +1,7 @@
 """Zero-shot classification: class names through prompt templates, images by the run's own encoder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apecache.data.pairs import PairSource
-from apecache.data.tables import TableSpec, read_pairs
+from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
@@ -27,14 +26,13 @@ TEMPLATES = ("a photo of {}",)
 
 @dataclass(frozen=True)
 class ZeroShotSpec:
-    """`labels`: a table with columns image and label. `caches`: where the images' features are kept for the next time.
+    """`labels`: images with labels. `caches`: where the images' features are kept for the next time.
 
     `image`, `text`: encoders that have moved, in place of those that the run names.
     """
 
-    labels: Path
+    labels: PairSource
     caches: Path
-    root: Path | None = None
     split: str | None = None
     templates: tuple[str, ...] = TEMPLATES
     image: EncoderSpec | None = None
@@ -59,23 +57,22 @@ class ZeroShotReport:
 
 
 def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
-    """Classify a labelled table's images by their nearest class name.
+    """Classify labelled images by their nearest class name.
 
     Raises:
-        ManifestError: the table, or a row without a label. MismatchError: an encoder that is not the run's.
+        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
         OptionError: a template without {}. DataError: no image that can be read.
     """
     _require_templates(spec.templates)
-    source = _labelled(read_pairs(spec.labels, TableSpec(require=("image", "label"))), spec)
+    source = _labelled(spec.labels, spec.split)
     image_spec = spec.image or spec_from_json(heads.image.encoder)
     image_encoder = load_image_encoder(image_spec, spec.device)  # compared before the cache is filled with its features
     heads.image.require_encoder(image_encoder.fingerprint, f"image encoder {image_spec}")
     text_encoder = load_text_encoder(spec.text or spec_from_json(heads.text.encoder), spec.device)
     heads.text.require_encoder(text_encoder.fingerprint, f"text encoder {text_encoder.spec}")
-    root = spec.root or spec.labels.parent
-    store = spec.caches / digest_strings([source.digest, str(root.resolve())])[:16]  # another root has other files
+    store = spec.caches / digest_strings([source.digest, source.media.place])[:16]  # another root has other files
     options = ExtractSpec(image=image_spec, device=spec.device, max_bad=spec.max_bad)
-    extract(source, root, store, options, progress)
+    extract(source, store, options, progress)
     images, labels = _embed_images(heads, FeatureStore.open(store))
     classes = tuple(sorted({pair.label for pair in source}))
     weights = class_embeddings(heads, text_encoder, classes, spec.templates).to(images.device)
@@ -118,17 +115,17 @@ def classification_report(
     )
 
 
-def _labelled(source: PairSource, spec: ZeroShotSpec) -> PairSource:
+def _labelled(source: PairSource, split: str | None) -> PairSource:
     """Images of the split, without captions."""
     splits = {pair.split for pair in source}
-    if spec.split is not None and spec.split not in splits:
-        found = ", ".join(sorted(split or "(none)" for split in splits))
-        raise ManifestError(f"{spec.labels}: no split {spec.split!r}; found: {found}{nearest(spec.split, splits)}")
-    pairs = [pair for pair in source if spec.split in (None, pair.split)]
+    if split is not None and split not in splits:
+        found = ", ".join(sorted(name or "(none)" for name in splits))
+        raise ManifestError(f"{source.origin}: no split {split!r}; found: {found}{nearest(split, splits)}")
+    pairs = [pair for pair in source if split in (None, pair.split)]
     unlabelled = next((pair.key for pair in pairs if not pair.label.strip()), None)
     if unlabelled is not None:
-        raise ManifestError(f"{spec.labels}: image {unlabelled} has no label")
-    return PairSource(tuple(type(p)(p.key, (), (), p.split, p.label) for p in pairs), source.origin)
+        raise ManifestError(f"{source.origin}: image {unlabelled} has no label")
+    return replace(source, pairs=tuple(Pair(p.key, (), (), p.split, p.label) for p in pairs))
 
 
 def _embed_images(heads: TrainedHeads, store: FeatureStore) -> tuple[Tensor, list[str]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apecache.data.images import load_image
+from apecache.data.media import Media
 from apecache.errors import RowError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.retrieval import text_to_image_ranks
@@ -35,14 +36,14 @@ def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:
 
 
 def retrieval_galleries(
-    heads: TrainedHeads, store: FeatureStore, split: str, root: Path, n_items: int = 6, top: int = 5
+    heads: TrainedHeads, store: FeatureStore, split: str, media: Media, n_items: int = 6, top: int = 5
 ) -> tuple[Gallery, Gallery]:
     """Captions that find their image first, and captions that miss it in the top 10, evenly spread over the split."""
     embedded = embed_store(heads, store, split)
     ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text)
     hits = spread(torch.nonzero(ranks == 0).flatten().tolist(), n_items)
     misses = spread(torch.nonzero(ranks >= 10).flatten().tolist(), n_items)
-    make = _ItemMaker(embedded, store, root, ranks, top)
+    make = _ItemMaker(embedded, store, media, ranks, top)
     return (
         Gallery("Found", "Captions whose image came first.", tuple(make.item(text) for text in hits)),
         Gallery(
@@ -57,8 +58,8 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
 
 
 class _ItemMaker:
-    def __init__(self, embedded: Embeddings, store: FeatureStore, root: Path, ranks: Tensor, top: int) -> None:
-        self.embedded, self.pairs, self.root, self.ranks, self.top = embedded, store.pairs, root, ranks, top
+    def __init__(self, embedded: Embeddings, store: FeatureStore, media: Media, ranks: Tensor, top: int) -> None:
+        self.embedded, self.pairs, self.media, self.ranks, self.top = embedded, store.pairs, media, ranks, top
         texts = embedded.text_rows[::-1]  # so that an image's first usable caption stays
         self.captions = {int(self.pairs.image_rows[text]): int(text) for text in texts}
 
@@ -74,7 +75,7 @@ class _ItemMaker:
     def _result(self, image: int, score: float, correct: bool) -> Result:
         row = int(self.embedded.image_rows[image])
         try:
-            picture = thumbnail(load_image(str(self.pairs.keys[row]), self.root).image)
+            picture = thumbnail(load_image(str(self.pairs.keys[row]), self.media).image)
         except RowError:
             picture = None
         return Result(picture, str(self.pairs.captions[self.captions[row]]), score, correct)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, pad_ids
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Image.Image]
@@ -36,17 +36,15 @@ class CachedInputs:
 @dataclass(frozen=True)
 class TextInputs:
     ids: list[list[int]]
-    pad_id: int
-    device: torch.device
+    encoder: TextEncoder
 
     @staticmethod
     def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
         """All captions tokenised once."""
-        return TextInputs(encoder.tokenise(captions).ids, encoder.pad_id, encoder.device)
+        return TextInputs(encoder.tokenise(captions).ids, encoder)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        ids, mask = pad_ids([self.ids[row] for row in rows], self.pad_id)
-        return ids.to(self.device), mask.to(self.device)
+        return self.encoder.pad([self.ids[row] for row in rows])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, pad_ids, parse_device
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import spec_from_json
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Fingerprint, describe_difference
 from apecache.recipes.recipe import parse_recipe
@@ -41,7 +41,7 @@ class TrainedEncoders:
         ids = self.text.tokenise(texts).ids
         if self.model.text.tower is None:
             return self.model.text(self.text.encode_ids(ids).to(self.text.device)).float()  # type: ignore[no-any-return]
-        batch, mask = (x.to(self.text.device) for x in pad_ids(ids, self.text.pad_id))
+        batch, mask = self.text.pad(ids)
         return self.model.text(batch, mask).float()  # type: ignore[no-any-return]
 
 
@@ -81,7 +81,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _load(side: dict[str, Any], name: str, run: Path, device: str) -> ImageEncoder | TextEncoder:
-    spec = EncoderSpec(**side["encoder"])
+    spec = spec_from_json(side["encoder"])
     encoder = load_image_encoder(spec, device) if name == "image" else load_text_encoder(spec, device)
     differences = encoder.fingerprint.difference(Fingerprint(side["fingerprint"]))
     if differences:

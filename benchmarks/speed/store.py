@@ -176,8 +176,8 @@ def share_of_extraction(quick: bool) -> dict[str, Any]:
     from apecache.encoders.packaged import write_packaged_encoders
 
     table = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
-    source = apecache.read_pairs(table)
-    source = apecache.PairSource(source.pairs[:128] if quick else source.pairs, source.origin)
+    source = apecache.open_pairs(table)
+    source = source.part(0, 128 if quick else None)
     spent = [0.0]
     commit = ArrayWriter.commit
 
@@ -196,7 +196,7 @@ def share_of_extraction(quick: bool) -> dict[str, Any]:
         ArrayWriter.commit = counted  # type: ignore[method-assign]
         try:
             begin = time.process_time()
-            apecache.extract(source, table.parent, Path(folder) / "store", spec)
+            apecache.extract(source, Path(folder) / "store", spec)
             total = time.process_time() - begin
         finally:
             ArrayWriter.commit = commit  # type: ignore[method-assign]

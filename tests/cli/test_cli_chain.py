@@ -116,9 +116,9 @@ def test_no_such_table(chain: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_missing_column_names_those_found(chain: dict[str, Path], tmp_path: Path) -> None:
     table = tmp_path / "pairs.tsv"
-    table.write_text("image\ttitle\nx.jpg\ta dog\n")
+    table.write_text("image\ttitel\nx.jpg\ta dog\n")
     line = one_line_error(extract(chain, table=table, store=tmp_path / "new"), 3)
-    assert "no column 'caption'; columns found: image, title" in line
+    assert "no column 'caption'; columns found: image, titel" in line
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_changed_table_does_not_fit_the_store(chain: dict[str, Path], shapes: 
 
 
 def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Path) -> None:
-    result = extract(chain, "--text-pooling", "cls", store=tmp_path / "cls")
+    result = extract(chain, "--text-cut", "cls", store=tmp_path / "cls")
     assert result.exit_code == 0, result.output
     line = one_line_error(call("evaluate", chain["run"], "--store", tmp_path / "cls", "--split", "val"), 4)
     assert "inputs.pooling" in line

@@ -132,7 +132,7 @@ def test_repair_says_what_it_made_again(grown: Grown) -> None:
 def test_repair_asks_for_the_table_when_the_store_has_forgotten_it(grown: Grown) -> None:
     before = tree(grown.store)
     hit(grown.store, "records/source.json", "delete")
-    assert "--pairs TABLE" in error_of(call("repair", grown.store), 3)
+    assert "--pairs SOURCE" in error_of(call("repair", grown.store), 3)
     assert call("repair", grown.store, "--pairs", grown.table).exit_code == 0
     assert tree(grown.store) == before
 
@@ -272,7 +272,7 @@ def write(text: str | bytes, name: str = "t.tsv") -> Callable[[Path], None]:
         ("t.jsonl", write('{"image": null, "caption": "a"}\n', "t.jsonl"), "line 1: the image column is empty"),
         ("t.tsv", write(b"image\tcaption\nx\t\xff\n"), "not UTF-8 (line 2, byte 3)"),
         ("t.tsv", write(HEADER + "x\ty\tz\n"), "line 2: 3 columns, the header has 2"),
-        ("t.parquet", write(b"PAR1", "t.parquet"), "ends in .tsv, .csv, .jsonl"),
+        ("t.parquet", write(b"PAR1", "t.parquet"), "no Parquet table that can be read"),
         ("t.tsv", write("image\tcaption\tsplit\nx\ta\ttrain\nx\tb\ttest\n"), "has split 'test' here and 'train'"),
     ],
     ids=["missing", "empty", "header only", "missing column", "column twice", "null key", "null key in JSON",
@@ -472,7 +472,7 @@ def test_too_little_disk(
 def test_another_fingerprint_is_shown_field_by_field(
     tiny_store: Path, shapes_once: Path, extract_images: Callable[..., Result]
 ) -> None:
-    result = extract_images(shapes_once, tiny_store, "--image-pooling", "cls")
+    result = extract_images(shapes_once, tiny_store, "--image-cut", "cls")
     line = error_of(result, 4)
     assert "encoder.inputs.pooling" in line
     assert "cls" in result.stderr.split("difference", 1)[1]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from apecache.data.images import MAX_PIXELS, decode_image, load_image, preprocess_ahead
+from apecache.data.media import FolderMedia
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
 
@@ -259,13 +260,13 @@ def root(tmp_path: Path) -> Path:
 
 def reason(key: str, root: Path) -> str:
     with pytest.raises(RowError) as caught:
-        load_image(key, root)
+        load_image(key, FolderMedia(root))
     assert key in caught.value.detail or repr(key) in caught.value.detail
     return caught.value.reason
 
 
 def test_an_image_comes_with_the_hash_of_its_file(root: Path) -> None:
-    loaded = load_image("sub/good.png", root)
+    loaded = load_image("sub/good.png", FolderMedia(root))
     assert loaded.digest == content_hash((root / "sub/good.png").read_bytes())
     assert np.array_equal(np.asarray(loaded.image), np.asarray(noise()))
 
@@ -276,14 +277,14 @@ def test_an_image_comes_with_the_hash_of_its_file(root: Path) -> None:
 def test_paths_and_links_that_stay_below_the_root_are_read(root: Path, key: str) -> None:
     (root / "link.png").symlink_to("sub/good.png")
     (root / "folder").symlink_to(root / "sub")
-    assert load_image(key, root).image.size == (30, 40)
+    assert load_image(key, FolderMedia(root)).image.size == (30, 40)
 
 
 def test_the_root_itself_may_be_a_link_and_keys_absolute_paths_below_it(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to(root)
-    assert load_image("sub/good.png", link).image.size == (30, 40)
-    assert load_image(str(root / "sub/good.png"), link).image.size == (30, 40)
+    assert load_image("sub/good.png", FolderMedia(link)).image.size == (30, 40)
+    assert load_image(str(root / "sub/good.png"), FolderMedia(link)).image.size == (30, 40)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_images_come_in_the_order_of_their_keys_with_bad_ones_between(
     folder: tuple[Path, list[str]], workers: int, ahead: int
 ) -> None:
     root, keys = folder
-    with preprocess_ahead(keys, root, width_slowly, workers, ahead) as decoded:
+    with preprocess_ahead(keys, FolderMedia(root), width_slowly, workers, ahead) as decoded:
         rows = list(decoded)
     assert [row.value for row in rows] == [None if width % 5 == 0 else width for width in range(1, 49)]
     reasons = {i + 1: row.error.reason for i, row in enumerate(rows) if row.error}
@@ -382,11 +383,14 @@ def test_an_image_that_the_encoder_cannot_take_is_a_bad_row_and_a_defect_is_not(
     def defect(image: Image.Image) -> int:
         raise TypeError("a defect")
 
-    with preprocess_ahead(["sub/good.png"], root, refuse, 1, 1) as decoded:
+    with preprocess_ahead(["sub/good.png"], FolderMedia(root), refuse, 1, 1) as decoded:
         error = next(decoded).error
     assert error is not None
     assert (error.reason, error.detail) == ("unusable", "sub/good.png: too narrow")
-    with preprocess_ahead(["sub/good.png"], root, defect, 1, 1) as decoded, pytest.raises(TypeError, match="a defect"):
+    with (
+        preprocess_ahead(["sub/good.png"], FolderMedia(root), defect, 1, 1) as decoded,
+        pytest.raises(TypeError, match="a defect"),
+    ):
         next(decoded)
 
 
@@ -394,7 +398,7 @@ def test_decoding_is_never_further_ahead_than_allowed(folder: tuple[Path, list[s
     root, keys = folder
     keys = [key for key in keys if int(key.partition(".")[0]) % 5]
     started: list[int] = []
-    with preprocess_ahead(keys, root, lambda image: started.append(image.width), 4, 6) as decoded:
+    with preprocess_ahead(keys, FolderMedia(root), lambda image: started.append(image.width), 4, 6) as decoded:
         for consumed, _ in enumerate(decoded, 1):
             time.sleep(0.002)
             assert len(started) <= consumed + 6
@@ -409,7 +413,7 @@ def test_leaving_early_cancels_what_has_not_begun_and_leaves_no_thread(root: Pat
         time.sleep(0.01)
 
     before = threading.active_count()
-    with preprocess_ahead(["sub/good.png"] * 200, root, slowly, 2, 200) as decoded:
+    with preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), slowly, 2, 200) as decoded:
         next(decoded)
     at_exit = len(started)
     assert at_exit < 100  # all 200 were handed to the workers
@@ -425,7 +429,10 @@ def test_leaving_by_an_error_cancels_too(root: Path) -> None:
         started.append(1)
         time.sleep(0.01)
 
-    with pytest.raises(KeyError), preprocess_ahead(["sub/good.png"] * 200, root, slowly, 2, 200) as decoded:  # noqa: PT012
+    with (  # noqa: PT012
+        pytest.raises(KeyError),
+        preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), slowly, 2, 200) as decoded,
+    ):
         next(decoded)
         raise KeyError
     assert len(started) < 100
@@ -434,6 +441,6 @@ def test_leaving_by_an_error_cancels_too(root: Path) -> None:
 def test_decoding_in_threads_leaves_the_warning_filters_of_the_process_alone(root: Path) -> None:
     before = list(warnings.filters)
     for _ in range(3):
-        with preprocess_ahead(["sub/good.png"] * 200, root, lambda image: image.size, 8, 32) as decoded:
+        with preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), lambda image: image.size, 8, 32) as decoded:
             assert sum(1 for _ in decoded) == 200
         assert list(warnings.filters) == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from apecache.data.pairs import Pair, PairSource, Row, join_rows
-from apecache.data.tables import read_pairs
+from apecache.data.sources import open_pairs
 from apecache.errors import ManifestError
 from apecache.fingerprint import content_hash
 
@@ -58,7 +58,7 @@ def test_the_digest_is_the_same_wherever_the_table_lies(tmp_path: Path) -> None:
     here, there = tmp_path / "one" / "pairs.tsv", tmp_path / "other.csv"
     here.write_text(content)
     there.write_text(content.replace("\t", ","))
-    first, second = read_pairs(here), read_pairs(there)
+    first, second = open_pairs(here), open_pairs(there)
     assert first.origin != second.origin
     parts = ["a.jpg", "train", "", "1", "one", "", "b.jpg", "val", "", "1", "two", ""]
     prefixed = b"".join(len(part).to_bytes(8, "little") + part.encode() for part in parts)

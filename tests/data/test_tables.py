@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apecache.data.pairs import Pair, PairSource
-from apecache.data.tables import TableSpec, read_pairs
+from apecache.data.sources import open_pairs
+from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError
 
 Write = Callable[[str, bytes | str], Path]
@@ -45,14 +46,14 @@ def write(tmp_path: Path) -> Write:
     ids=["tsv", "csv", "upper case and CRLF", "other column order", "BOM and blank line", "list captions", "jsonl BOM"],
 )  # fmt: skip
 def test_every_format_gives_the_same_pairs(write: Write, name: str, content: str) -> None:
-    source = read_pairs(write(name, content))
+    source = open_pairs(write(name, content))
     assert source.pairs == TWO_IMAGES
     assert source.image_rows == [0, 0, 1]
 
 
 def test_rows_of_one_image_are_joined_in_the_order_of_first_appearance(write: Write) -> None:
     table = write("t.tsv", "image\tcaption\nb\tone\na\ttwo\nb\tthree\na\tfour\n")
-    source = read_pairs(table)
+    source = open_pairs(table)
     assert source.keys == ["b", "a"]
     assert source.captions == ["one", "three", "two", "four"]
     assert source.image_rows == [0, 0, 1, 1]
@@ -62,23 +63,23 @@ def test_rows_of_one_image_are_joined_in_the_order_of_first_appearance(write: Wr
 @pytest.mark.parametrize("column", ["lang", "language"])
 def test_language_split_and_label_are_read(write: Write, column: str) -> None:
     text = f"image\tcaption\tsplit\t{column}\tlabel\na\tein Hund\ttrain\tde\tdog\na\ta dog\ttrain\ten\tdog\n"
-    assert read_pairs(write("t.tsv", text)).pairs == (Pair("a", ("ein Hund", "a dog"), ("de", "en"), "train", "dog"),)
+    assert open_pairs(write("t.tsv", text)).pairs == (Pair("a", ("ein Hund", "a dog"), ("de", "en"), "train", "dog"),)
 
 
 def test_a_split_column_is_chosen_by_name(write: Write) -> None:
     table = write("t.csv", "image,caption,split,fold\na,x,train,1\nb,y,val,2\n")
-    assert [pair.split for pair in read_pairs(table)] == ["train", "val"]
-    assert [pair.split for pair in read_pairs(table, TableSpec(split="fold"))] == ["1", "2"]
+    assert [pair.split for pair in open_pairs(table)] == ["train", "val"]
+    assert [pair.split for pair in open_pairs(table, OpenSpec(split_column="fold"))] == ["1", "2"]
 
 
 def test_a_table_for_labels_needs_no_captions(write: Write) -> None:
     table = write("t.tsv", "image\tlabel\na\tdog\nb\tcat\n")
-    source = read_pairs(table, TableSpec(require=("image", "label")))
+    source = open_pairs(table, OpenSpec(require=("image", "label")))
     assert [(pair.label, pair.captions) for pair in source] == [("dog", ()), ("cat", ())]
 
 
 def test_quoted_cells_hold_separators_quotes_and_line_breaks(write: Write) -> None:
-    source = read_pairs(write("t.csv", 'image,caption\n"a,1.jpg","he said ""go"",\nthen left"\nb.jpg,it\'s 5" wide\n'))
+    source = open_pairs(write("t.csv", 'image,caption\n"a,1.jpg","he said ""go"",\nthen left"\nb.jpg,it\'s 5" wide\n'))
     assert source.keys == ["a,1.jpg", "b.jpg"]
     assert source.captions == ['he said "go",\nthen left', "it's 5\" wide"]
 
@@ -87,7 +88,7 @@ def test_quoted_cells_hold_separators_quotes_and_line_breaks(write: Write) -> No
     "caption", ["", "\u202eright to left", "<script>alert(1)</script>", "=HYPERLINK(1)", "\x07 bell"]
 )
 def test_strange_captions_are_kept_exactly(write: Write, caption: str) -> None:
-    assert read_pairs(write("t.tsv", f"image\tcaption\na\t{caption}\n")).captions == [caption]
+    assert open_pairs(write("t.tsv", f"image\tcaption\na\t{caption}\n")).captions == [caption]
 
 
 def test_json_values_become_text_and_null_captions_are_none(write: Write) -> None:
@@ -96,7 +97,7 @@ def test_json_values_become_text_and_null_captions_are_none(write: Write) -> Non
         {"image": "b", "caption": None},
         {"image": "c", "caption": []},
     ]
-    source = read_pairs(write("t.jsonl", "\n".join(map(json.dumps, lines))))
+    source = open_pairs(write("t.jsonl", "\n".join(map(json.dumps, lines))))
     assert source.pairs == (Pair("7", ("1.5", "x"), ("", ""), "", "3"), Pair("b", (), ()), Pair("c", (), ()))
 
 
@@ -108,13 +109,18 @@ BROKEN = [
     ("blank.tsv", b"image\tcaption\n\n\n", ["a header but no rows"]),
     ("column.tsv", b"imagee\tcaptn\na\tb\n",
      ["no column 'image'", "columns found: imagee, captn", "did you mean imagee?"]),
-    ("column.jsonl", b'{"image": "a", "captions": "x"}\n',
-     ["no column 'caption'", "columns found: image, captions", "did you mean captions?"]),
+    ("column.jsonl", b'{"image": "a", "captn": "x"}\n',
+     ["no column 'caption'", "columns found: image, captn", "did you mean captn?", "--caption-column"]),
+    ("two.csv", b"image,text,title\na,x,y\n",
+     ["columns 'title' and 'text' could each be the caption", "--caption-column"]),
+    ("two.jsonl", b'{"path": "a", "filename": "b", "caption": "x"}\n',
+     ["columns 'path' and 'filename' could each be the image", "--image-column"]),
+    ("url.tsv", b"image\tcaption\na\tx\nhttps://example.org/a.jpg\ty\n", ["line 3", "is a URL", "download the images"]),
     ("column.jsonl", b"{}\n", ["no column 'image'", "columns found: none"]),
     ("line break.csv", b'"ima\nge",caption\na,b\n', ["no column 'image'", r"'ima\nge'"]),
-    ("latin1.tsv", "image\tcaption\na\tcaf\u00e9\n".encode("latin-1"), ["line 2, byte 6", "save the table as UTF-8"]),
-    ("utf16.csv", "image,caption\na,b\n".encode("utf-16"), ["line 1, byte 1", "save the table as UTF-8"]),
-    ("latin1.jsonl", LINE_1.encode() * 3000 + b"\xff\n", ["line 3001, byte 1", "save the table as UTF-8"]),
+    ("latin1.tsv", "image\tcaption\na\tcaf\u00e9\n".encode("latin-1"), ["line 2, byte 6", "save the file as UTF-8"]),
+    ("utf16.csv", "image,caption\na,b\n".encode("utf-16"), ["line 1, byte 1", "save the file as UTF-8"]),
+    ("latin1.jsonl", LINE_1.encode() * 3000 + b"\xff\n", ["line 3001, byte 1", "save the file as UTF-8"]),
     ("few.tsv", b"image\tcaption\na\tx\nb\n", ["line 3", "1 columns, the header has 2", "quote cells"]),
     ("many.csv", b"image,caption\na,x\nb,y,z\n", ["line 3", "3 columns, the header has 2", "quote cells"]),
     ("many later.csv", b'image,caption\na,"x\n\ny"\nb,y,z\n', ["line 5", "3 columns"]),
@@ -138,7 +144,7 @@ BROKEN = [
     ("labels.csv", b"image,caption,label\na,x,dog\na,y,cat\n",
      ["line 3", "label 'cat' here and 'dog' on line 2", "give one label per image"]),
     ("break.csv", b'image,caption,split\n"a\nb",x,1\n"a\nb",y,2\n', ["line 4", r"image 'a\nb' has split"]),
-    ("table.parquet", b"PAR1", [".tsv, .csv, .jsonl"]),
+    ("table.tvs", b"image\n", [".tsv, .csv, .jsonl", "did you mean .tsv"]),
     ("table", b"image\n", [".tsv, .csv, .jsonl"]),
 ]  # fmt: skip
 
@@ -149,7 +155,7 @@ def test_a_broken_table_is_refused_in_one_line_that_says_what_mends_it(
 ) -> None:
     table = write(name, content)
     with pytest.raises(ManifestError) as caught:
-        read_pairs(table)
+        open_pairs(table, OpenSpec(require=("image", "caption")))
     message = str(caught.value)
     assert message.startswith(str(table))
     assert [part for part in parts if part not in message] == []
@@ -162,27 +168,25 @@ def test_a_missing_split_column_is_refused_with_the_nearest_name(write: Write) -
     with pytest.raises(
         ManifestError, match=r"no column 'folds'; columns found: image, caption, fold; did you mean fold\?"
     ):
-        read_pairs(table, TableSpec(split="folds"))
+        open_pairs(table, OpenSpec(split_column="folds"))
 
 
 def test_a_missing_table_is_refused_with_a_near_name(write: Write) -> None:
     there = write("captions.tsv", "image\tcaption\na\tx\n")
     with pytest.raises(ManifestError, match=r"caption\.tsv: no such file; did you mean captions\.tsv\?$") as caught:
-        read_pairs(there.with_name("caption.tsv"))
+        open_pairs(there.with_name("caption.tsv"))
     assert caught.value.exit_code == 3
     with pytest.raises(ManifestError, match=r"no such file$"):
-        read_pairs(there.parent / "no folder" / "captions.tsv")
+        open_pairs(there.parent / "no folder" / "captions.tsv")
 
 
-@pytest.mark.parametrize("kind", ["folder", "fifo", "long"])
+@pytest.mark.parametrize("kind", ["fifo", "long"])
 def test_a_path_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("x" * 300 + ".tsv" if kind == "long" else "t.tsv")
-    if kind == "folder":
-        path.mkdir()
     if kind == "fifo":
         os.mkfifo(path)
-    with pytest.raises(ManifestError, match="File name too long; expected" if kind == "long" else "a folder or device"):
-        read_pairs(path)
+    with pytest.raises(ManifestError, match="File name too long; expected" if kind == "long" else "a device or pipe"):
+        open_pairs(path)
 
 
 def test_a_refusal_leaves_no_file_open(write: Write) -> None:
@@ -192,7 +196,7 @@ def test_a_refusal_leaves_no_file_open(write: Write) -> None:
     before = len(os.listdir(folder))
     for name, content, _ in BROKEN:
         with pytest.raises(ManifestError) as caught:
-            read_pairs(write(name, content))
+            open_pairs(write(name, content), OpenSpec(require=("image", "caption")))
         del caught
     assert len(os.listdir(folder)) == before
 
@@ -225,7 +229,7 @@ def test_whatever_the_bytes_only_pairs_or_a_manifest_error_come_out(write: Write
 
 def read_or_refuse(table: Path) -> PairSource | ManifestError:
     try:
-        return read_pairs(table)
+        return open_pairs(table)
     except ManifestError as error:
         return error
 
@@ -264,6 +268,6 @@ def test_what_is_written_with_proper_quoting_is_read_back(tmp_path: Path, source
             writer = csv.DictWriter(file, columns, dialect="excel-tab" if suffix == ".tsv" else "excel")
             writer.writeheader()
             writer.writerows(rows)
-    read = read_pairs(path)
+    read = open_pairs(path)
     assert read == source
     assert read.digest == source.digest

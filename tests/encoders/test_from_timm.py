@@ -136,7 +136,7 @@ def test_networks_without_tokens_pool_over_the_picture(
 @pytest.mark.parametrize(("architecture", "arguments"), [("test_resnet", {}), ("test_vit3", {"img_size": 32})])
 def test_cls_pooling_needs_a_cls_token(tmp_path: Path, architecture: str, arguments: dict[str, Any]) -> None:
     folder = save_model(tmp_path / "model", architecture, **arguments)
-    with pytest.raises(EncoderError, match="has no CLS token; use --image-pooling default or mean"):
+    with pytest.raises(EncoderError, match="has no CLS token; use --image-cut default or mean"):
         load(folder, pooling="cls")
 
 

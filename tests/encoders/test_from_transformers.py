@@ -138,7 +138,7 @@ def test_a_pooling_that_is_not_there_is_refused(
     tiny_text_encoder: Path, variant: Variant, edits: Any, saved: dict[str, Any]
 ) -> None:
     folder = variant(tiny_text_encoder, edits.write("1_Pooling/config.json", saved))
-    with pytest.raises(EncoderError, match="is not supported; give --text-pooling mean or cls"):
+    with pytest.raises(EncoderError, match="is not supported; give --text-cut mean or cls"):
         load(folder)
 
 
@@ -347,7 +347,7 @@ def test_image_features_are_the_cls_token_or_the_mean_of_the_patches(vision: dic
 
 
 def test_cls_pooling_needs_a_cls_token(vision: dict[str, Path]) -> None:
-    with pytest.raises(EncoderError, match="has no CLS token; use --image-pooling default or mean"):
+    with pytest.raises(EncoderError, match="has no CLS token; use --image-cut default or mean"):
         load_image(vision["ijepa"], pooling="cls")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apecache.data.images import load_image
+from apecache.data.media import FolderMedia
 from apecache.encoders import packaged
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
@@ -70,7 +71,7 @@ def test_efficientnet_puts_garments_of_one_class_together(packaged_encoders: tup
     encoder = load_image_encoder(parse_encoder(f"timm:{packaged_encoders[0]}", "image"), "cpu")
     kinds = sorted(path.name for path in (PHOTOS / "test").iterdir())
     keys = [f"test/{kind}/{path.name}" for kind in kinds[:6] for path in sorted((PHOTOS / "test" / kind).iterdir())[:5]]
-    pixels = torch.stack([encoder.preprocess(load_image(key, PHOTOS).image) for key in keys])
+    pixels = torch.stack([encoder.preprocess(load_image(key, FolderMedia(PHOTOS)).image) for key in keys])
     features = torch.nn.functional.normalize(encoder.encode(pixels))
     nearest = (features @ features.T).fill_diagonal_(-1).argmax(1).numpy()
     labels = np.array([key.split("/")[1] for key in keys])

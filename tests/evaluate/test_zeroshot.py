@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apecache.data.images import load_image
+from apecache.data.media import FolderMedia
+from apecache.data.pairs import PairSource
+from apecache.data.sources import open_pairs
+from apecache.data.spec import OpenSpec
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
@@ -34,13 +38,14 @@ def text_encoder(tiny_run: Path) -> TextEncoder:
     return load_text_encoder(EncoderSpec(**load_heads(tiny_run).text.encoder), "cpu")
 
 
-def spec_for(labels: Path, caches: Path, **options: Any) -> ZeroShotSpec:
-    return ZeroShotSpec(labels=labels, caches=caches, device="cpu", **options)
+def spec_for(labels: Path, caches: Path, root: Path | None = None, **options: Any) -> ZeroShotSpec:
+    source = open_pairs(labels, OpenSpec(root=root, require=("image", "label")))
+    return ZeroShotSpec(labels=source, caches=caches, device="cpu", **options)
 
 
 def embed_images(heads: TrainedHeads, keys: list[str], root: Path) -> Tensor:
     encoder = load_image_encoder(EncoderSpec(**heads.image.encoder), "cpu")
-    pixels = torch.stack([encoder.preprocess(load_image(key, root).image) for key in keys])
+    pixels = torch.stack([encoder.preprocess(load_image(key, FolderMedia(root)).image) for key in keys])
     return heads.image.embed(encoder.encode(pixels))
 
 
@@ -69,7 +74,7 @@ def test_underscores_in_class_names_are_spaces(heads: TrainedHeads, text_encoder
 
 
 def test_lilts_prompt_is_the_default(tmp_path: Path) -> None:
-    assert ZeroShotSpec(tmp_path, tmp_path).templates == TEMPLATES == ("a photo of {}",)
+    assert ZeroShotSpec(PairSource(()), tmp_path).templates == TEMPLATES == ("a photo of {}",)
 
 
 @pytest.mark.parametrize("templates", [("a photo",), ("a {}", "a photo of { }"), ("",)])
@@ -77,7 +82,7 @@ def test_a_template_without_a_place_for_the_class_is_refused_before_anything_is_
     templates: tuple[str, ...], heads: TrainedHeads, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=r"has no \{\} for the class name") as caught:
-        zero_shot(heads, spec_for(tmp_path / "none.tsv", tmp_path / "caches", templates=templates))
+        zero_shot(heads, ZeroShotSpec(PairSource(()), tmp_path / "caches", templates=templates))
     assert caught.value.exit_code == 2
 
 

@@ -106,7 +106,7 @@ class Attacks:
         self.folder = folder
         run(folder / "store", SMALL)
         self.store = {f"store/{name}": data for name, data in tree(folder / "store").items()}
-        self.heads = self._write_heads()
+        self.heads, self.manifests = self._write_heads(), self._write_manifests()
         self.kinds: Mapping[str, Callable[[random.Random], Attempt]] = {
             "manifest": self.manifest,
             "store": self.stored_record,
@@ -134,20 +134,59 @@ class Attacks:
         return self.kinds[kind](chance)
 
     def manifest(self, chance: random.Random) -> Attempt:
-        from apecache.data.tables import read_pairs
+        """Tables and annotation files as text, Parquet and tar as bytes."""
+        from apecache.data.sources import open_pairs
 
-        rows = [("image", "caption", "split"), *((f"images/{i}.jpg", f"caption {i}", "train") for i in range(6))]
-        ending = chance.choice((".tsv", ".csv", ".jsonl"))
-        if ending == ".jsonl":
-            records = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-            records[chance.randrange(6)] = changed_json(records[0], chance)
-            data = "\n".join(json.dumps(record) for record in records).encode("utf-8", "surrogatepass")
+        name = chance.choice(sorted(self.manifests))
+        data = self.manifests[name]
+        if name.endswith(".json") and chance.random() < 0.5:
+            data = json.dumps(changed_json(json.loads(data), chance)).encode("utf-8", "surrogatepass")
+        elif name.endswith(".jsonl") and chance.random() < 0.5:
+            lines = [json.loads(line) for line in data.splitlines()]
+            lines[chance.randrange(len(lines))] = changed_json(lines[0], chance)
+            data = b"\n".join(json.dumps(line).encode("utf-8", "surrogatepass") for line in lines)
         else:
-            data = "\n".join(("\t" if ending == ".tsv" else ",").join(row) for row in rows).encode()
-        if chance.random() < 0.7:
             data = changed_bytes(data, chance)
-        name = f"pairs{ending}"
-        return {name: data}, lambda: read_pairs(self.folder / name)
+        return {name: data}, lambda: open_pairs(self.folder / name).captions
+
+    @staticmethod
+    def _write_manifests() -> Files:
+        """A small one of every kind that is one file."""
+        import io
+        import tarfile
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [{"image": f"images/{i}.jpg", "caption": f"caption {i}", "split": "train"} for i in range(6)]
+        names = list(rows[0])
+        lines = [names, *([row[name] for name in names] for row in rows)]
+        karpathy = [
+            {"filename": row["image"], "split": "restval", "sentences": [{"raw": row["caption"]}], "imgid": number}
+            for number, row in enumerate(rows)
+        ]
+        coco = {
+            "images": [{"id": number, "file_name": row["image"]} for number, row in enumerate(rows)],
+            "annotations": [{"image_id": number, "caption": row["caption"]} for number, row in enumerate(rows)],
+        }
+        parquet, tar = io.BytesIO(), io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), parquet)
+        with tarfile.open(fileobj=tar, mode="w") as archive:
+            for number in range(3):
+                for ending, data in ((".jpg", b"x" * 40), (".txt", b"a caption")):
+                    member = tarfile.TarInfo(f"{number:05d}{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        return {
+            "pairs.tsv": "\n".join("\t".join(line) for line in lines).encode(),
+            "pairs.csv": "\n".join(",".join(line) for line in lines).encode(),
+            "pairs.jsonl": "\n".join(json.dumps(row) for row in rows).encode(),
+            "karpathy.json": json.dumps({"images": karpathy, "dataset": "x"}).encode(),
+            "coco.json": json.dumps(coco).encode(),
+            "pairs.parquet": parquet.getvalue(),
+            "pairs.tar": tar.getvalue(),
+            "captions.txt": b"one\ntwo\n",
+        }
 
     def stored_record(self, chance: random.Random) -> Attempt:
         """A record, or one of Zarr's descriptions, changed and sealed again, with all that depends on it."""

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from apecache.data.tables import read_pairs
+from apecache.data.media import FolderMedia
+from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.extraction import ExtractSpec, extract
@@ -51,7 +52,7 @@ def store(
 ) -> FeatureStore:
     path = tmp_path_factory.mktemp("gallery-store") / "store"
     encoders = parse_encoder(f"timm:{tiny_image_encoder}", "image"), parse_encoder(f"hf:{tiny_text_encoder}", "text")
-    extract(read_pairs(table), table.parent, path, ExtractSpec(*encoders, shard_rows=16, max_bad=0.1, device="cpu"))
+    extract(open_pairs(table), path, ExtractSpec(*encoders, shard_rows=16, max_bad=0.1, device="cpu"))
     return FeatureStore.open(path)
 
 
@@ -102,7 +103,7 @@ def text_of(hit: Hit, store: FeatureStore, embedded: Embeddings) -> int:
 def test_found_captions_rank_first_and_missed_ones_not_in_the_first_ten(
     heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", table.parent, n_items=100)
+    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=100)
     ranks = [rank_by_definition(embedded, text) for text in range(len(embedded.text))]
     for gallery, wanted in ((found, [r == 1 for r in ranks]), (missed, [r > 10 for r in ranks])):
         texts = [text_of(hit, store, embedded) for hit in gallery.items]
@@ -117,7 +118,7 @@ def test_found_captions_rank_first_and_missed_ones_not_in_the_first_ten(
 def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
     heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", table.parent, n_items=3, top=4)
+    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=3, top=4)
     pairs = store.pairs
     for hit in (*found.items, *missed.items):
         text = text_of(hit, store, embedded)
@@ -131,7 +132,7 @@ def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
 
 
 def test_pictures_are_those_of_the_images_found(heads: TrainedHeads, store: FeatureStore, table: Path) -> None:
-    found, _ = retrieval_galleries(heads, store, "val", table.parent, n_items=1, top=1)
+    found, _ = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=1, top=1)
     (result,) = found.items[0].results
     assert result.image is not None
     shown = decode(result.image)
@@ -148,7 +149,8 @@ def decode(uri: str) -> Image.Image:
 def test_an_image_is_named_by_its_first_usable_caption(
     heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
 ) -> None:
-    everything = retrieval_galleries(heads, store, "val", table.parent, n_items=1, top=100)[0].items[0].results
+    found, _ = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=1, top=100)
+    everything = found.items[0].results
     named = {result.text for result in everything}
     assert "the blue-circle-0" in named
     assert {text for text in named if not text.startswith("a ")} == {"the blue-circle-0"}
@@ -158,7 +160,7 @@ def test_an_image_is_named_by_its_first_usable_caption(
 def test_a_picture_that_is_gone_leaves_its_place_empty(
     heads: TrainedHeads, store: FeatureStore, tmp_path: Path
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", tmp_path)
+    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(tmp_path))
     assert {result.image for hit in (*found.items, *missed.items) for result in hit.results} == {None}
 
 
@@ -166,7 +168,7 @@ def test_a_picture_that_is_gone_leaves_its_place_empty(
 def test_a_gallery_has_at_most_as_many_items_and_results_as_asked_for(
     n_items: int, top: int, heads: TrainedHeads, store: FeatureStore, table: Path
 ) -> None:
-    for gallery in retrieval_galleries(heads, store, "val", table.parent, n_items, top):
+    for gallery in retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items, top):
         assert 1 <= len(gallery.items) <= n_items
         assert {len(hit.results) for hit in gallery.items} == {min(top, 24)}
 
@@ -174,7 +176,7 @@ def test_a_gallery_has_at_most_as_many_items_and_results_as_asked_for(
 def test_charts_and_galleries_make_a_page(
     tiny_run: Path, heads: TrainedHeads, store: FeatureStore, table: Path, parse: Callable[[Page], Any]
 ) -> None:
-    galleries = retrieval_galleries(heads, store, "val", table.parent, n_items=2, top=2)
+    galleries = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=2, top=2)
     page = Page("A run", "what it is", charts=learning_charts({"run": tiny_run}), galleries=galleries)
     document = parse(page)
     n_pictures = sum(len(hit.results) for gallery in galleries for hit in gallery.items)

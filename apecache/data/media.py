@@ -1,0 +1,140 @@
+"""Where the bytes of images come from: files below a folder, or members of tar files.
+
+A medium is small to pickle and safe to share between threads: it opens what it reads, and keeps nothing open.
+"""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from apecache.errors import RowError
+
+MAX_IMAGE_BYTES = 1 << 30
+"""Larger files are refused before they are read: far beyond any image within the pixel limit."""
+
+
+class Media(Protocol):
+    @property
+    def place(self) -> str:
+        """Where the images lie, for people, for the store's record and to tell two places with the same keys apart."""
+
+    def read(self, key: str) -> bytes:
+        """The bytes of the image that the table calls `key`; never empty.
+
+        Raises:
+            RowError: outside-root, missing, not-a-file, empty, too-large, truncated.
+        """
+
+    def exists(self, key: str) -> bool:
+        """Whether there is something to read; it may still be no image."""
+
+
+@dataclass(frozen=True)
+class NoMedia:
+    """For sources of captions only."""
+
+    place = ""
+
+    def read(self, key: str) -> bytes:
+        raise RowError("missing", f"{key}: the source has no images")
+
+    def exists(self, key: str) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class FolderMedia:
+    """Keys are paths relative to `root`, or absolute ones below it; nothing outside it is read."""
+
+    root: Path
+
+    @property
+    def place(self) -> str:
+        return str(self.root.resolve())
+
+    def read(self, key: str) -> bytes:
+        return read_file(resolve_below(key, self.root), key)
+
+    def exists(self, key: str) -> bool:
+        try:
+            return resolve_below(key, self.root).exists()
+        except (RowError, OSError, ValueError):
+            return False
+
+
+class Member(NamedTuple):
+    """A file inside a tar: the tar's number in `TarMedia.tars`, where its bytes begin, and how many they are."""
+
+    tar: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarMedia:
+    """Members of uncompressed tars, read in place and never extracted, so their names lead nowhere."""
+
+    tars: tuple[Path, ...]
+    members: Mapping[str, Member]
+
+    @property
+    def place(self) -> str:
+        """The tars from the first to the last."""
+        return " … ".join(str(path.resolve()) for path in dict.fromkeys((self.tars[0], self.tars[-1])))
+
+    def read(self, key: str) -> bytes:
+        member = self.members.get(key)
+        if member is None:
+            raise RowError("missing", f"{key}: its sample has no image")
+        check_bytes(member.size, key)
+        try:
+            with self.tars[member.tar].open("rb") as file:
+                file.seek(member.offset)
+                data = file.read(member.size)
+        except OSError as error:
+            raise RowError("missing", f"{key}: {self.tars[member.tar]}: {error.strerror}") from None
+        if len(data) < member.size:
+            raise RowError("truncated", f"{key}: {self.tars[member.tar]} ends inside it")
+        return data
+
+    def exists(self, key: str) -> bool:
+        return key in self.members
+
+
+def resolve_below(key: str, root: Path) -> Path:
+    """The real path of `key`; symbolic links are followed and must stay below `root`."""
+    if "\0" in key:
+        raise RowError("outside-root", f"{key!r} contains a NUL byte")
+    base = os.path.realpath(root)
+    try:
+        path = os.path.realpath(os.path.join(base, key))
+    except UnicodeEncodeError:
+        raise RowError("missing", f"{key!r} holds a lone surrogate, which no file name can") from None
+    if os.path.commonpath([base, path]) != base:
+        raise RowError("outside-root", f"{key} leads outside {root}; give --root for absolute paths")
+    return Path(path)
+
+
+def read_file(path: Path, key: str) -> bytes:
+    """The bytes of a regular file."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise RowError("not-a-file", f"{key} is no regular file")
+        check_bytes(found.st_size, key)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RowError("missing", f"{key}: no such file") from None
+    except OSError as error:
+        raise RowError("missing", f"{key}: {error.strerror}") from None
+
+
+def check_bytes(size: int, key: str) -> None:
+    """Refuse an image by the size that its file declares."""
+    if not size:
+        raise RowError("empty", f"{key} has 0 bytes")
+    if size > MAX_IMAGE_BYTES:
+        raise RowError("too-large", f"{key} has {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,}")

@@ -1,0 +1,270 @@
+"""Parquet tables: paths of images, or the images themselves as bytes or as structs of bytes and path (Hugging Face)."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apecache.data.columns import Columns, choose_columns, image_keys, to_row
+from apecache.data.media import FolderMedia, check_bytes
+from apecache.data.pairs import PairSource, Row, join_rows
+from apecache.data.spec import OpenSpec, require_only
+from apecache.errors import ManifestError, MissingExtraError, RowError
+from apecache.fingerprint import content_hash
+
+MAX_GROUP_BYTES = 1 << 30
+"""A row group of images is decoded whole: larger ones are refused."""
+
+GROUPS_KEPT = 2
+"""Decoded row groups that are kept: images are asked for almost in order, so they span at most two."""
+
+
+class Place(NamedTuple):
+    """A row of a Parquet file: its row group and its number inside it."""
+
+    group: int
+    row: int
+
+
+@dataclass(frozen=True)
+class TableMedia:
+    """Images that stand in a column of a Parquet file."""
+
+    groups: "RowGroups"
+    places: Mapping[str, Place]
+
+    @property
+    def place(self) -> str:
+        return str(self.groups.path.resolve())
+
+    def read(self, key: str) -> bytes:
+        if key not in self.places:
+            raise RowError("missing", f"{key}: its row has no image")
+        return self.groups.read(self.places[key], key)
+
+    def exists(self, key: str) -> bool:
+        return key in self.places
+
+
+class RowGroups:
+    """A column's row groups, the last few kept; one thread decodes while others wait for it.
+
+    `column` is that of the bytes: `a`, or the field `a.bytes` of a struct. A pickle of it keeps no group.
+    """
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroups, (self.path, self.column)
+
+    def read(self, place: Place, key: str) -> bytes:
+        """Raises as `Media.read` does."""
+        import pyarrow as pa
+
+        try:
+            value = self._column_of(place.group)[place.row].as_py()
+        except (OSError, IndexError, pa.ArrowException) as error:
+            raise RowError("missing", f"{key}: {self.path}: {one_line(error)}") from None
+        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise RowError("missing", f"{key}: its row has no image")
+        check_bytes(len(data), key)
+        return data
+
+    def _column_of(self, group: int) -> Any:
+        with self._lock:
+            if group not in self._kept:
+                while len(self._kept) >= GROUPS_KEPT:
+                    self._kept.popitem(last=False)
+                self._kept[group] = _read_group(self.path, group, self.column)
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+
+def _read_group(path: Path, group: int, column: str) -> Any:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(0)
+
+
+def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
+    """A whole table. Images that stand in it have their struct's path as key, or else the number of their row from 0:
+    see `image_keys`.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        ManifestError: no Parquet, or cut; a missing or ambiguous column; an empty key; no rows.
+    """
+    with _opened(path) as file:
+        columns = choose_columns(file.schema_arrow.names, path, spec)
+        kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
+        leaf = f"{columns.image}.bytes" if kind == "struct" else columns.image
+        present = _present(file, leaf) if kind != "path" else []
+        if any(present) or (kind != "path" and not _has_path(file, columns.image)):
+            require_only(spec, path, "image_column", "caption_column", "split_column")
+            return _with_images(file, columns, path, leaf, present)
+        rows = _rows_with_paths(file, columns, kind, path)
+    return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
+
+
+def parquet_rows(path: Path, spec: OpenSpec) -> list[Row]:
+    """Rows of a table whose images are files. Raises as `open_parquet` does, and ManifestError for images inside."""
+    with _opened(path) as file:
+        columns = choose_columns(file.schema_arrow.names, path, spec)
+        kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
+        if kind != "path":
+            raise ManifestError(
+                f"{path}: column {columns.image!r} holds images; expected names of files: give the table"
+            )
+        return _rows_with_paths(file, columns, kind, path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A Parquet file, and its library's errors as ManifestErrors that name it."""
+    try:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise MissingExtraError("pyarrow", "parquet") from None
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(
+            f"{path}: no Parquet table that can be read ({one_line(error)}); write or copy it again"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _kind(found: Any, name: str, path: Path) -> str:
+    """path, bytes, or struct (of bytes and, mostly, path)."""
+    from pyarrow import types
+
+    value = found.value_type if types.is_dictionary(found) else found
+    if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
+        return "path"
+    if types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value):
+        return "bytes"
+    if types.is_struct(value) and value.get_field_index("bytes") >= 0:
+        return "struct"
+    raise ManifestError(
+        f"{path}: column {name!r} is {str(found)[:60]}; expected paths of images, their bytes, or structs of both"
+    )
+
+
+def _records(file: Any, names: Sequence[str], label: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if the table can."""
+    classes = _class_names(file.schema_arrow, label)
+    batches = file.iter_batches(columns=list(names))
+    for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+        if label and isinstance(record[label], int):
+            record[label] = classes.get(record[label], record[label])
+        yield number, record
+
+
+def _class_names(schema: Any, label: str | None) -> dict[int, str]:
+    """Of a class label that Hugging Face's library wrote, which keeps the names beside the schema."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        return {number: str(name) for number, name in enumerate(described)}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _rows_with_paths(file: Any, columns: Columns, kind: str, path: Path) -> list[Row]:
+    names = [columns.image if kind == "path" else f"{columns.image}.path", *columns.names]
+    rows = []
+    for line, record in _records(file, names, columns.label):
+        image = record.get(columns.image)
+        plain = image["path"] if isinstance(image, dict) else image
+        rows.append(to_row(line, {**record, columns.image: plain}, columns, path))
+    return _require_rows(rows, path)
+
+
+def _require_rows(rows: list[Row], path: Path) -> list[Row]:
+    if not rows:
+        raise ManifestError(f"{path}: the table has columns but no rows; expected a row for every image")
+    return rows
+
+
+def _with_images(file: Any, columns: Columns, path: Path, leaf: str, present: list[bool]) -> PairSource:
+    """Bytes are not read, but where a path is repeated."""
+    places = _places(file, leaf, path)
+    groups = RowGroups(path, leaf)
+
+    def digest(row: int) -> str:
+        return content_hash(groups.read(places[row], str(row))) if present[row] else ""
+
+    keys = image_keys(_paths(file, columns.image), [str(row) for row in range(len(places))], digest)
+    first: dict[str, Place] = {}
+    for key, place, there in zip(keys, places, present, strict=True):
+        if there:
+            first.setdefault(key, place)
+    numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
+    records = _records(file, columns.names, columns.label) if columns.names else numbered
+    named = zip(records, keys, strict=True)
+    rows = [to_row(line, {**record, columns.image: key}, columns, path) for (line, record), key in named]
+    return PairSource(join_rows(_require_rows(rows, path), str(path)), str(path), TableMedia(groups, first))
+
+
+def _chunk(file: Any, group: int, leaf: str) -> Any:
+    """What the footer says of a column in a row group."""
+    described = file.metadata.row_group(group)
+    return next(c for i in range(described.num_columns) if (c := described.column(i)).path_in_schema == leaf)
+
+
+def _present(file: Any, leaf: str) -> list[bool]:
+    """Of every row, whether there are bytes; they are read only where the footer's counts leave it open."""
+    present: list[bool] = []
+    for group in range(file.metadata.num_row_groups):
+        n_rows, statistics = file.metadata.row_group(group).num_rows, _chunk(file, group, leaf).statistics
+        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if nulls in (0, n_rows):
+            present += [nulls == 0] * n_rows
+            continue
+        for batch in file.iter_batches(row_groups=[group], columns=[leaf], batch_size=64):
+            values = batch.column(0)
+            values = values.field("bytes") if hasattr(values, "field") else values
+            present += values.is_valid().to_pylist()
+    return present
+
+
+def _has_path(file: Any, column: str) -> bool:
+    kind = file.schema_arrow.field(column).type
+    return hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
+
+
+def _paths(file: Any, column: str) -> list[str | None]:
+    """Of every row, the path in its struct, if there is one."""
+    if not _has_path(file, column):
+        return [None] * int(file.metadata.num_rows)
+    batches = file.iter_batches(columns=[f"{column}.path"])
+    return [image and image["path"] for batch in batches for image in batch.column(0).to_pylist()]
+
+
+def _places(file: Any, leaf: str, path: Path) -> list[Place]:
+    """Of every row; refuses row groups that are too large to be decoded whole."""
+    places: list[Place] = []
+    for group in range(file.metadata.num_row_groups):
+        size = _chunk(file, group, leaf).total_uncompressed_size
+        if size > MAX_GROUP_BYTES:
+            raise ManifestError(
+                f"{path}: row group {group} holds {size / 1e9:.1f} GB of images; write the table with smaller ones "
+                f"(row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
+            )
+        places += map(partial(Place, group), range(file.metadata.row_group(group).num_rows))
+    return places

@@ -1,0 +1,91 @@
+"""`open_pairs`: whatever a user has, as one `PairSource`. What it is, its path tells; one module reads each family."""
+
+from pathlib import Path
+
+from apecache.data.annotations import open_annotations
+from apecache.data.folders import open_folder
+from apecache.data.hub import PREFIX, open_hub
+from apecache.data.pairs import PairSource
+from apecache.data.parquet import open_parquet
+from apecache.data.shards import brace_paths, open_shards
+from apecache.data.spec import OpenSpec, is_url
+from apecache.data.splits import resplit
+from apecache.data.tables import open_table
+from apecache.data.texts import open_texts
+from apecache.errors import ManifestError, nearest
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".tar", ".txt")
+
+
+def open_pairs(uri: str | Path, spec: OpenSpec | None = None) -> PairSource:
+    """Open a source of images, captions or both, and check all of it that is not an image.
+
+    Args:
+        uri: a table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions alone (.txt), tars
+            (.tar, `{00000..00012}.tar`), a folder (of tars, of images with metadata.csv, of a folder per class, of
+            images), or `hf-datasets:` and a folder or name.
+
+    Raises:
+        ManifestError: what cannot be opened, with its line where there is one and what mends it.
+        OptionError: an option that this kind of source cannot follow. MissingExtraError: a library is missing.
+    """
+    spec = spec or OpenSpec()
+    try:
+        source = _open(str(uri), spec)
+    except OSError as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{uri}: {error.strerror or error}; expected a source that can be read") from None
+    _require(source, spec)
+    return resplit(source, spec)
+
+
+def _open(uri: str, spec: OpenSpec) -> PairSource:
+    if uri.startswith(PREFIX):
+        return open_hub(uri, spec)
+    if uri == "-":
+        raise ManifestError(
+            "standard input cannot be read again to go on after a kill; save it as a file and give that"
+        )
+    if is_url(uri):
+        raise ManifestError(f"{uri}: a URL, and nothing is downloaded; download it and give the file")
+    path = Path(uri)
+    tars = None if path.exists() else brace_paths(uri)
+    if tars is not None:
+        return open_shards(tars, uri, spec)
+    if path.is_dir():
+        return open_folder(path, spec)
+    _require_file(path)
+    match path.suffix.lower():
+        case ".parquet":
+            return open_parquet(path, spec)
+        case ".json":
+            return open_annotations(path, spec)
+        case ".tar":
+            return open_shards([path], str(path), spec)
+        case ".txt":
+            return open_texts(path, spec)
+        case _:
+            return open_table(path, spec)
+
+
+def _require_file(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES and (path.exists() or suffix):
+        what = f"expected a file that ends in {', '.join(SUFFIXES)}, or a folder"
+        raise ManifestError(f"{path}: {what}{nearest(suffix, SUFFIXES)}")
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}")
+    if not path.is_file():
+        raise ManifestError(f"{path}: a device or pipe; expected a file that ends in {', '.join(SUFFIXES)}")
+
+
+def _require(source: PairSource, spec: OpenSpec) -> None:
+    """That the source as a whole has what is asked for; its rows may lack it."""
+    has = {"image": bool(source.media.place), "caption": bool(source.captions)}
+    has["label"] = any(pair.label for pair in source)
+    for role in spec.require:
+        if not has[role]:
+            there = ", ".join(f"{name}s" for name, found in has.items() if found) or "nothing"
+            raise ManifestError(f"{source.origin} has no {role}s, only {there}; give a source that has them")

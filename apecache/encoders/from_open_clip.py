@@ -1,0 +1,182 @@
+"""open_clip models, either tower: the projected embedding, with the model's own preprocessing and tokenizer."""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apecache.encoders.encoder import (
+    ImageEncoder,
+    State,
+    States,
+    Tap,
+    TextEncoder,
+    Tokens,
+    build_fingerprint,
+    digest_module,
+    freeze,
+)
+from apecache.encoders.pixels import TensorPreprocess, image_preprocess, probe
+from apecache.encoders.spec import EncoderSpec
+from apecache.errors import EncoderError, MissingExtraError, nearest
+from apecache.fingerprint import Json, content_hash
+
+
+def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
+    """The image tower's embedding before normalisation, [n, embed_dim]; there are no other cuts.
+
+    Raises:
+        EncoderError: no such model or weights, or a cut other than the model's own output.
+        MissingExtraError: open_clip is not installed.
+    """
+    (spec,) = _only_own(specs)
+    model = _create(spec)
+    config: dict[str, Any] = dict(model.visual.preprocess_cfg)
+    if spec.resolution:
+        config["size"] = spec.resolution
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    preprocess, backend = image_preprocess(spec, transform, "open-clip-pil", _tensor_form(config))
+    inputs: Json = {**backend, "config": {key: _plain(value) for key, value in sorted(config.items())}}
+    fingerprint = build_fingerprint(spec, digest_module(model.visual), _architecture(model, spec), inputs)
+    visual: Any = freeze(model.visual, spec, device)
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    tap = Tap(_states(visual), "own", lambda state, _: state)
+    shape = (3, height, width)
+    return [ImageEncoder(spec, visual, preprocess, tap, shape, probe(tap, shape, spec, device), fingerprint, device)]
+
+
+def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
+    """The text tower's embedding before normalisation, [n, embed_dim]; there are no other cuts.
+
+    A causal tower that pools at the end-of-text token never sees the padding after it, so batches are padded to their
+    longest caption only; any other one gets the whole context, as open_clip gives it.
+
+    Raises as `load_open_clip_image` does.
+    """
+    (spec,) = _only_own(specs)
+    model = _create(spec)
+    tokenizer, context = _tokenizer(spec), int(model.context_length)
+    if spec.max_tokens and spec.max_tokens != context:
+        raise EncoderError(f"encoder {spec}: its context is {context} tokens; leave --max-tokens off")
+    tower = model.text
+    trimmed = getattr(tower, "pool_type", "") in ("argmax", "eos") and getattr(tower, "attn_mask", None) is not None
+    prefix = spec.prefix or ""
+    inputs: Json = {"tokenizer": _digest(tokenizer), "max_tokens": context, "pooling": "default"}
+    inputs |= {"prefix": prefix} if prefix else {}
+    fingerprint = build_fingerprint(spec, digest_module(tower), _architecture(model, spec), inputs)
+    frozen: Any = freeze(tower, spec, device)
+
+    def tokenise(texts: Sequence[str]) -> Tokens:
+        return _tokenise(tokenizer, [prefix + text for text in texts], context, trimmed)
+
+    tap = Tap(_states(frozen), "own", lambda state, _: state)
+    length = None if trimmed else context
+    with torch.inference_mode():
+        dim = int(frozen(torch.zeros(1, context, dtype=torch.long, device=device)).shape[1])
+    return [TextEncoder(spec, frozen, tokenise, tap, 0, context, (dim,), fingerprint, device, length)]
+
+
+def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
+    for spec in specs:
+        if spec.pooling != "default" or spec.layer is not None:
+            raise EncoderError(f"encoder {spec}: of open_clip models only the output can be taken; leave the cut off")
+    return specs
+
+
+def _create(spec: EncoderSpec) -> Any:
+    try:
+        import open_clip
+    except ImportError:
+        raise MissingExtraError("open_clip", "open-clip") from None
+    name, _, tag = spec.name.partition("/")
+    if spec.folder:
+        source: dict[str, Any] = {"model_name": f"local-dir:{spec.folder}"}
+    elif spec.name.startswith("hf-hub:"):
+        source = {"model_name": spec.name}
+    else:
+        _require_known(spec, name, tag, open_clip)
+        source = {"model_name": name, "pretrained": tag}
+    try:
+        # As a tower of its own the text side takes batches shorter than its context.
+        model = open_clip.create_model(
+            **source, require_pretrained=True, force_custom_text=True, force_image_size=spec.resolution
+        )
+    except Exception as error:  # open_clip raises what its hub client, torch and json raise
+        first = " ".join(str(error).split())[:200]
+        raise EncoderError(f"encoder {spec} cannot be opened ({first}); or give open_clip:/folder") from error
+    return model.eval()
+
+
+def _require_known(spec: EncoderSpec, name: str, tag: str, open_clip: Any) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tags:
+        known = open_clip.list_models()
+        raise EncoderError(f"encoder {spec}: open_clip has no pretrained model {name!r}{nearest(name, known)}")
+    if tag not in tags:
+        raise EncoderError(f"encoder {spec}: give NAME/TAG; the tags of {name} are {', '.join(tags)}")
+
+
+def _tokenizer(spec: EncoderSpec) -> Any:
+    import open_clip
+
+    if spec.folder:
+        return open_clip.get_tokenizer(f"local-dir:{spec.folder}")
+    return open_clip.get_tokenizer(spec.name if spec.name.startswith("hf-hub:") else spec.name.partition("/")[0])
+
+
+def _states(tower: Any) -> States:
+    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
+        return {"own": tower(inputs[0])}
+
+    return states
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
+    """Rows without their padding, or whole; which were cut, one more token of room tells."""
+    if not texts:
+        return Tokens([], 0)
+    ids = tokenizer(list(texts), context_length=context)
+    full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last]
+    longer = tokenizer(full, context_length=context + 1) if full else ids[:0]
+    n_truncated = int((longer[:, -1] != 0).sum()) if full else 0
+    rows = [row[: int(row.argmax()) + 1].tolist() if trimmed else row.tolist() for row in ids]
+    return Tokens(rows, n_truncated)
+
+
+def _digest(tokenizer: Any) -> str:
+    """Content of the tokenizer: its merges or its tokenizer.json, and how text is cleaned."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    content = inner.backend_tokenizer.to_str() if inner is not None else json.dumps(sorted(tokenizer.encoder.items()))
+    clean = getattr(getattr(tokenizer, "clean_fn", None), "__name__", "")
+    return content_hash(f"{type(tokenizer).__name__}\0{clean}\0{content}")
+
+
+def _architecture(model: Any, spec: EncoderSpec) -> Json:
+    """The class and what the weights do not show: the model's configuration where it is known."""
+    if spec.folder:
+        described: Json = json.loads((Path(spec.folder) / "open_clip_config.json").read_text())["model_cfg"]
+    else:
+        import open_clip
+
+        described = open_clip.get_model_config(spec.name.partition("/")[0]) or {"name": spec.name}
+    return {"class": type(model).__name__, "config": described}
+
+
+def _tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
+    size = config["size"]
+    side = size if isinstance(size, int) else size[0] if size[0] == size[1] else None
+    if side is None or config.get("resize_mode", "shortest") != "shortest":
+        return None
+    return TensorPreprocess(
+        side, (side, side), config.get("interpolation", "bicubic"), tuple(config["mean"]), tuple(config["std"])
+    )
+
+
+def _plain(value: Any) -> Json:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,52 @@
+"""The options that say how a source of images and captions is opened: the same in every command that takes one."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SOURCE = "A table, captions in JSON, tars, a folder of images, or hf-datasets:NAME; the README lists all."
+
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", help="Name of the column of images. Default: guessed.")
+]
+CaptionColumn = Annotated[
+    str | None, typer.Option("--caption-column", help="Name of the column of captions. Default: guessed.")
+]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", "--split-column", help="Name of the column that holds the split. Default: split."),
+]
+SplitColumn = Annotated[
+    str | None, typer.Option("--split-column", help="Name of the column that holds the split. Default: split.")
+]
+SplitFile = Annotated[
+    Path | None, typer.Option("--split-file", help="TSV of key and split, or a folder of train.txt, val.txt, ….")
+]
+SplitFraction = Annotated[
+    str | None, typer.Option("--split-fraction", help="Shares like train=.9,val=.1, dealt out by a hash of the key.")
+]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another number deals --split-fraction out otherwise.")]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Folder of the image paths. Default: the table's own folder.")
+]
+
+
+def open_spec(
+    require: tuple[Any, ...],
+    image_column: str | None,
+    caption_column: str | None,
+    split_column: str | None,
+    split_file: Path | None,
+    split_fraction: str | None,
+    split_seed: int,
+    root: Path | None,
+) -> Any:
+    """An OpenSpec from command-line options."""
+    from apecache.data.spec import OpenSpec
+    from apecache.data.splits import parse_fractions
+
+    fractions = parse_fractions(split_fraction) if split_fraction is not None else ()
+    return OpenSpec(
+        image_column, caption_column, split_column, split_file, fractions, split_seed, root, require=require
+    )
