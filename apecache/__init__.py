@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
-    from apecache.train.fit_encoder import FitEncoderReport, FitEncoderSpec, fit_encoder
+    from apecache.train.encoder_data import FitEncoderSpec
+    from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
     from apecache.train.trained_encoders import TrainedEncoders, load_encoders
 
@@ -35,7 +36,7 @@ _HOME = {
     "FeatureArray": "store.reader",
     "FeatureStore": "store.reader",
     "FitEncoderReport": "train.fit_encoder",
-    "FitEncoderSpec": "train.fit_encoder",
+    "FitEncoderSpec": "train.encoder_data",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
     "OpenSpec": "data.spec",

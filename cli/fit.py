@@ -104,7 +104,7 @@ def fit_encoder(
         from apecache.data.media import FolderMedia
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
-        from apecache.train.fit_encoder import FitEncoderSpec
+        from apecache.train.encoder_data import FitEncoderSpec
         from apecache.train.fit_encoder import fit_encoder as run
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)

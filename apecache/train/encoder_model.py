@@ -13,19 +13,26 @@ from apecache.fingerprint import Modality
 from apecache.heads.pooled import PooledHead, build_heads
 from apecache.losses import Temperature, info_nce
 from apecache.recipes.adapters import insert_adapters
-from apecache.recipes.freezing import freeze_head, freeze_towers, trained_parameters
+from apecache.recipes.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
 from apecache.recipes.recipe import OptimiserSpec, Recipe
 
 
 class Side(nn.Module):
-    """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32."""
+    """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
+    are the tokens after so many blocks; None: pixels or token ids."""
 
-    def __init__(self, tower: Tower | None, head: PooledHead) -> None:
+    def __init__(self, tower: Tower | None, head: PooledHead, cut: int | None = None) -> None:
         super().__init__()
-        self.tower, self.head = tower, head
+        self.tower, self.head, self.cut = tower, head, cut
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        embedded: Tensor = self.head(inputs if self.tower is None else self.tower(inputs, mask))
+        if self.tower is None:
+            pooled = inputs
+        elif self.cut is None:
+            pooled = self.tower(inputs, mask)
+        else:
+            pooled = self.tower.forward_from(self.cut, inputs, mask)
+        embedded: Tensor = self.head(pooled)
         return embedded
 
 
@@ -64,20 +71,26 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 
 def build_model(
-    recipe: Recipe, encoders: Sequence[ImageEncoder | TextEncoder | None], dims: Sequence[int], device: torch.device
+    recipe: Recipe,
+    encoders: Sequence[ImageEncoder | TextEncoder | None],
+    dims: Sequence[int],
+    device: torch.device,
+    cuts: Sequence[int | None] = (None, None),
 ) -> EncoderModel:
-    """The recipe's model around loaded encoders, image before text (None: that side is cached). Draws from torch's
-    generator. Raises RecipeError as `fit_encoder` does."""
+    """The recipe's model around loaded encoders, image before text (None: that side is cached). `cuts`: as of `Side`.
+    Draws from torch's generator. Raises RecipeError as `fit_encoder` does."""
     try:
         heads = build_heads(recipe.image, recipe.text, dims[0], dims[1])
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
-    sides = [Side(tower, head.to(device)) for tower, head in zip(towers, heads, strict=True)]
+    sides = [Side(tower, head.to(device), cut) for tower, head, cut in zip(towers, heads, cuts, strict=True)]
     for side in sides:
         _prepare(side, recipe)
     live = [(side.tower, side.head) for side in sides if side.tower is not None]
     matches = freeze_towers(live, recipe.towers)
+    for side in sides:
+        _require_frozen_below(side, matches, recipe)
     temperature = Temperature(
         recipe.loss.temperature, recipe.loss.min_temperature, recipe.loss.max_temperature, recipe.loss.learnable
     ).to(device)
@@ -101,6 +114,18 @@ def _prepare(side: Side, recipe: Recipe) -> None:
     if adapter:
         insert_adapters(side.tower, adapter)
     side.tower.checkpointing = recipe.towers.checkpointing
+
+
+def _require_frozen_below(side: Side, matches: Sequence[Match], recipe: Recipe) -> None:
+    """Raises RecipeError if something below the cached tokens would train."""
+    if side.tower is None or side.cut is None:
+        return
+    found = find_cut(matches, side.tower)
+    if found.cut is None or (isinstance(found.cut, int) and found.cut < side.cut):
+        raise RecipeError(
+            f"recipe {recipe.name}: the {side.tower.modality} features are tokens after {side.cut} blocks, but "
+            f"{found.reason}; choose features of a lower layer, or of none"
+        )
 
 
 def parameter_groups(pairs: Sequence[tuple[nn.Parameter, float]], spec: OptimiserSpec) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The encoder trainer: what a recipe unlocks within the towers trains, a side that is frozen comes from the cache.
 
-A side of which nothing but the head can train is read as the store's pooled features, and its encoder is never opened;
-any other side runs live from pixels or token ids, as a whole: tokens at a cut between blocks are not read from a store.
+A side of which nothing but the head can train is read as the store's pooled features, and its encoder is never opened.
+A side whose features are the tokens of a layer (`tokens@8`) runs from there; any other side from pixels or token ids.
 Epochs are chosen on the dev split only. Every epoch ends with a checkpoint, from which the same command goes on, to
 the same result bit by bit on the same machine.
 """
@@ -10,47 +10,29 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec
-from apecache.encoders.towers import tower_of
+from apecache.encoders.encoder import parse_device
 from apecache.errors import DataError, OptionError, RecipeError
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import SplitSpec, choose_splits
+from apecache.train.encoder_data import FitEncoderSpec, Source, open_inputs, open_source, split_rows
 from apecache.train.encoder_model import EncoderModel, build_model
 from apecache.train.encoder_run import Checkpoint, Progress, begin_run, finish_run, save_checkpoint
 from apecache.train.grad_cache import backward_in_slices, forked_generators
-from apecache.train.live import CachedInputs, ImageInputs, Inputs, OpenImage, PairRows, TextInputs, pair_rows
+from apecache.train.live import (
+    Inputs,
+    OpenImage,
+    PairRows,
+)
 from apecache.train.optim import learning_rate_factor
-
-
-@dataclass(frozen=True)
-class FitEncoderSpec:
-    """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: pairs that are in
-    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32."""
-
-    image: EncoderSpec | None = None
-    text: EncoderSpec | None = None
-    image_features: str | None = None
-    text_features: str | None = None
-    splits: SplitSpec = field(default_factory=SplitSpec)
-    seed: int = 0
-    slice_size: int | None = None
-    autocast: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +71,14 @@ def fit_encoder(
     """
     spec = spec or FitEncoderSpec()
     device = parse_device(spec.device)
-    _require_sensible(recipe, spec, open_image)
+    _require_sensible(recipe, spec)
     begin = time.perf_counter()
-    sources = [_source(store, recipe, side, spec, device) for side in ("image", "text")]
-    train, dev = _split(store, sources, spec)
+    sources = [open_source(store, recipe, side, spec, device) for side in ("image", "text")]
+    train, dev = split_rows(store, sources, spec)
     model, inputs = _build(store, recipe, spec, sources, train, open_image, device)
-    identity = Fingerprint({**_identity(store, recipe, spec), "encoders": [s.fingerprint.fields for s in sources]})
+    identity = Fingerprint(
+        {**_identity(store, recipe, spec), "sides": [[s.fingerprint.fields, s.cut] for s in sources]}
+    )
     saved = begin_run(out, recipe, identity, spec.overwrite)
     best = _train(model, inputs, (train, dev), recipe, spec, out, saved, progress)
     model.load_kept(best.tensors)
@@ -118,23 +102,9 @@ def fit_encoder(
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One side: its cached features, or its encoder."""
-
-    side: Modality
-    features: Tensor | None
-    encoder: ImageEncoder | TextEncoder | None
-    encoder_spec: EncoderSpec
-    fingerprint: Fingerprint
-    ok: NDArray[np.bool_] | None
-
-
-def _require_sensible(recipe: Recipe, spec: FitEncoderSpec, open_image: OpenImage | None) -> None:
+def _require_sensible(recipe: Recipe, spec: FitEncoderSpec) -> None:
     if spec.slice_size is not None and spec.slice_size < 1:
         raise OptionError(f"slices of {spec.slice_size} pairs; expected at least 1")
-    if recipe.towers.may_train("image") and open_image is None:
-        raise OptionError(f"recipe {recipe.name} trains the image tower, so it needs the images; give their folder")
     if not recipe.trains_towers:
         raise RecipeError(f"recipe {recipe.name} trains heads alone; use fit-head, which is faster")
     sliced = spec.slice_size is not None and spec.slice_size < recipe.schedule.batch_size
@@ -142,77 +112,27 @@ def _require_sensible(recipe: Recipe, spec: FitEncoderSpec, open_image: OpenImag
         raise RecipeError(f"recipe {recipe.name}: batch norm needs the whole batch at once; leave slices out")
 
 
-def _source(store: FeatureStore, recipe: Recipe, side: Modality, spec: FitEncoderSpec, device: torch.device) -> _Source:
-    named, name = (spec.image, spec.image_features) if side == "image" else (spec.text, spec.text_features)
-    live = recipe.towers.may_train(side)
-    array = None if live and named else store.array(side, name)
-    ok = array.load_ok() if array else None
-    if not live:
-        assert array is not None
-        if array.tokens is not None or array.views is not None:
-            raise RecipeError(f"{side} features {array.name} are no pooled features of one view; choose others")
-        features = torch.from_numpy(array.load()).to(device)
-        return _Source(side, features, None, array.record.spec, array.record.encoder, ok)
-    chosen = named or (array.record.spec if array else None)
-    assert chosen is not None
-    pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
-    wanted = replace(chosen, dtype="float32", pooling=chosen.pooling if pooling == "default" else pooling)
-    load: Any = load_image_encoder if side == "image" else load_text_encoder
-    encoder = load(wanted, str(device))
-    return _Source(side, None, encoder, wanted, encoder.fingerprint, ok)
-
-
-def _split(store: FeatureStore, sources: Sequence[_Source], spec: FitEncoderSpec) -> tuple[PairRows, PairRows]:
-    pairs = store.pairs
-    captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
-    images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
-    texts = captions if sources[1].ok is None else captions & sources[1].ok
-    train, dev = (pair_rows(pairs.image_rows, mask & images, texts) for mask in choose_splits(pairs, spec.splits))
-    for what, rows in (("training", train), ("dev", dev)):
-        if len(rows) < 2:
-            raise RecipeError(f"only {len(rows)} {what} images with a caption; a contrastive loss needs at least 2")
-    return train, dev
-
-
 def _build(
     store: FeatureStore,
     recipe: Recipe,
     spec: FitEncoderSpec,
-    sources: Sequence[_Source],
+    sources: Sequence[Source],
     train: PairRows,
     open_image: OpenImage | None,
     device: torch.device,
 ) -> tuple[EncoderModel, tuple[Inputs, Inputs]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = build_model(recipe, [source.encoder for source in sources], [_width(s) for s in sources], device)
+        encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
+        model = build_model(recipe, encoders, [source.dim for source in sources], device, cuts)
     rows = (train.images, [row for texts in train.texts for row in texts])
     for side, source, used in zip((model.image, model.text), sources, rows, strict=True):
-        if source.features is not None:
+        if side.tower is None and source.features is not None:
             side.head.fit_statistics(source.features[torch.tensor(used, device=device)])
-    image, text = sources
-    captions = [str(caption) for caption in store.pairs.captions]
-    first: Inputs
-    match image:
-        case _Source(features=Tensor() as features):
-            first = CachedInputs(features)
-        case _:
-            assert isinstance(image.encoder, ImageEncoder)
-            assert open_image is not None
-            first = ImageInputs(list(store.pairs.keys), open_image, image.encoder)
-    if text.features is not None:
-        return model, (first, CachedInputs(text.features))
-    assert isinstance(text.encoder, TextEncoder)
-    return model, (first, TextInputs.of(text.encoder, captions))
-
-
-def _width(source: _Source) -> int:
-    return source.features.shape[1] if source.features is not None else tower_of(_encoder(source)).output_dim
-
-
-def _encoder(source: _Source) -> ImageEncoder | TextEncoder:
-    assert source.encoder is not None
-    return source.encoder
+    return model, (
+        open_inputs(sources[0], store, open_image, device),
+        open_inputs(sources[1], store, open_image, device),
+    )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -360,14 +280,15 @@ def _identity(store: FeatureStore, recipe: Recipe, spec: FitEncoderSpec) -> dict
 
 
 def _describe(
-    recipe: Recipe, spec: FitEncoderSpec, sources: Sequence[_Source], store: FeatureStore, report: FitEncoderReport
+    recipe: Recipe, spec: FitEncoderSpec, sources: Sequence[Source], store: FeatureStore, report: FitEncoderReport
 ) -> dict[str, Json]:
     sides: dict[str, Json] = {
         source.side: {
             "encoder": asdict(source.encoder_spec),
             "fingerprint": source.fingerprint.fields,
-            "dim": _width(source),
+            "dim": source.dim,
             "cached": source.encoder is None,
+            "cut": source.cut,
         }
         for source in sources
     }

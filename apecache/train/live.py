@@ -22,7 +22,8 @@ class Inputs(Protocol):
     """Inputs of one side, by row of the store's table."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Features [n, dim], pixels [n, 3, height, width], or token ids and mask [n, length], all on the device."""
+        """Features [n, dim], pixels [n, 3, height, width], token ids with their mask [n, length], or tokens [n, length,
+        dim] with theirs; on the device."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,25 @@ class CachedInputs:
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return self.features[torch.tensor(rows, device=self.features.device)].float(), None
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Cached tokens [rows, tokens, dim] after some blocks, on the host. `lengths` [rows]: tokens of each row, where
+    they differ; batches are cut to the longest."""
+
+    features: Tensor
+    lengths: Tensor | None
+    device: torch.device
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        index = torch.tensor(rows)
+        if self.lengths is None:
+            return self.features[index].to(self.device).float(), None
+        lengths = self.lengths[index]
+        longest = int(lengths.max())
+        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        return self.features[index, :longest].to(self.device).float(), mask.to(self.device)
 
 
 @dataclass(frozen=True)

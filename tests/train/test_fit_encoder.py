@@ -2,25 +2,34 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import extract_tiny, make_shapes
 from torch import nn
 
+from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
+from apecache.encoders.towers import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
 from apecache.evaluate.retrieval import retrieval_report
+from apecache.fingerprint import Fingerprint, content_hash
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
+from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
+from apecache.store.writer import ArrayWriter, create_array
+from apecache.train import encoder_data
 from apecache.train import fit_encoder as module
 from apecache.train.batches import SplitSpec
+from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_model import EncoderModel, parameter_groups
 from apecache.train.encoder_run import CHECKPOINT, DESCRIPTION, HISTORY, WEIGHTS, read_tensors
-from apecache.train.fit_encoder import FitEncoderReport, FitEncoderSpec, fit_encoder
+from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
 from apecache.train.trained_encoders import load_encoders
 
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
@@ -92,7 +101,7 @@ def test_lit_reads_images_from_the_cache_and_learns(data: Any, tmp_path: Path, m
     def forbidden(*_: Any) -> None:
         raise AssertionError("the frozen encoder was opened")
 
-    monkeypatch.setattr(module, "load_image_encoder", forbidden)
+    monkeypatch.setattr(encoder_data, "load_image_encoder", forbidden)
     watch = Watch(monkeypatch)
     report = fit_encoder(
         data[0], recipe_of("lit", "schedule.epochs=16", "optimiser.lr=5e-3"), tmp_path / "run", FitEncoderSpec(**SPEC)
@@ -184,6 +193,107 @@ def test_learning_rates_by_rule_and_decay_by_shape() -> None:
     groups = parameter_groups([(matrix, 1.0), (vector, 1.0), (slow, 0.1)], OptimiserSpec(weight_decay=0.3))
     found = {(group["factor"], group["weight_decay"]): group["params"] for group in groups}
     assert found == {(1.0, 0.3): [matrix], (1.0, 0.0): [vector], (0.1, 0.3): [slow]}
+
+
+# --- tokens from the cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def token_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> tuple[FeatureStore, OpenImage]:
+    """The same shapes; beside pooled features the tokens of images after 3 blocks and of texts after 1, in float32."""
+    folder = tmp_path_factory.mktemp("token-data")
+    table = make_shapes(folder / "shapes", copies=2)
+    extract_tiny(table, folder / "store", tiny_image_encoder, tiny_text_encoder)
+    store = FeatureStore.open(folder / "store")
+    image = replace(parse_encoder(f"timm:{tiny_image_encoder}", "image"), pooling="tokens", layer=3)
+    text = replace(parse_encoder(f"hf:{tiny_text_encoder}", "text"), pooling="tokens", layer=-2)
+    images, texts = load_image_encoder(image, "cpu"), load_text_encoder(text, "cpu")
+    pixels = [images.preprocess(Image.open(table.parent / key).convert("RGB")) for key in store.pairs.keys]
+    ids = texts.tokenise([str(caption) for caption in store.pairs.captions]).ids
+    write_tokens(store, images, images.encode(torch.stack(pixels)).numpy())
+    write_tokens(store, texts, texts.encode_ids(ids).numpy(), np.array([len(row) for row in ids]))
+    return store, lambda key: Image.open(table.parent / key).convert("RGB")
+
+
+def write_tokens(store: FeatureStore, encoder: Any, features: Any, lengths: Any = None) -> None:
+    rows, tokens, dim = features.shape
+    layout = ArrayLayout(rows, dim, "float32", rows, rows, 1, None, tokens, lengths is not None)
+    fingerprint = Fingerprint({"encoder": encoder.fingerprint.fields, "storage": {"dtype": "float32"}})
+    modality, name = encoder.spec.modality, f"{encoder.spec.modality}-tokens"
+    record = with_metadata(
+        ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, {}, store.source["digest"])
+    )
+    create_array(store.files, record)
+    writer = ArrayWriter(store.files, record)
+    writer.commit(0, features, [content_hash(str(row)) for row in range(rows)], lengths=lengths)
+    writer.seal()
+
+
+TOKENS = {"image_features": "image-tokens", "text_features": "text-tokens"}
+POOLED = {"image_features": "tiny-vit", "text_features": "tiny-bert"}
+LAST = 'towers.rules=[{part = "image.blocks[3:]"}, {part = "text.blocks[1:]"}]'
+
+
+def test_from_the_cut_it_is_as_from_the_inputs_without_running_what_lies_below(
+    token_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("lilt-c", LAST)
+    whole = fit(token_data, recipe, tmp_path / "whole", **POOLED)
+    watch = Watch(monkeypatch)
+    monkeypatch.setattr(Tower, "embed", None)
+    cut = fit_encoder(token_data[0], recipe, tmp_path / "cut", FitEncoderSpec(**SPEC | TOKENS))
+    assert cut.untrained == whole.untrained
+    assert cut.n_trained_parameters == whole.n_trained_parameters
+    assert watch.changed() == watch.trained()
+    assert json.loads((tmp_path / "cut" / DESCRIPTION).read_text())["image"]["cut"] == 3
+    monkeypatch.undo()
+    loaded, pairs = load_encoders(tmp_path / "cut", "cpu"), token_data[0].pairs
+    assert loaded.embed_texts([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
+
+
+@torch.no_grad()
+def test_cached_tokens_give_the_embeddings_of_a_live_run(token_data: Any) -> None:
+    recipe, device = recipe_of("lilt-c", LAST), torch.device("cpu")
+    found = []
+    for names in (POOLED, TOKENS):
+        spec = FitEncoderSpec(**SPEC | names)
+        sources = [encoder_data.open_source(token_data[0], recipe, side, spec, device) for side in ("image", "text")]
+        torch.manual_seed(0)
+        encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
+        model = module.build_model(recipe, encoders, [source.dim for source in sources], device, cuts).eval()
+        inputs = [encoder_data.open_inputs(source, *token_data, device) for source in sources]
+        taken = [source.take([1, 2, 5, 8]) for source in inputs]
+        found.append((cuts, [side(*x) for side, x in zip((model.image, model.text), taken, strict=True)], taken[1][1]))
+    (whole, live, mask), (cut, cached, same_mask) = found
+    assert (whole, cut) == ([None, None], [3, 1])
+    assert mask is not None
+    assert torch.equal(mask, same_mask)
+    assert not mask.all()
+    for one, other in zip(live, cached, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+def test_training_below_the_cached_tokens_is_refused(token_data: Any, tmp_path: Path) -> None:
+    for rules in ('towers.rules=[{part = "image.blocks[2:]"}]', 'towers.rules=[{part = "image.cls"}]'):
+        with pytest.raises(
+            RecipeError, match=r"tokens after 3 blocks, but (training begins in block 2|cls at the very bottom)"
+        ):
+            fit(token_data, recipe_of("lilt-c", rules), tmp_path / "run", **TOKENS | {"text_features": "tiny-bert"})
+    with pytest.raises(RecipeError, match="no pooled features of one view"):
+        fit(token_data, recipe_of("lit"), tmp_path / "run", **TOKENS)
+
+
+def test_tokens_of_other_weights_are_refused(
+    token_data: Any, tmp_path: Path, other_text_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = encoder_data.load_text_encoder
+    other = parse_encoder(f"hf:{other_text_encoder}", "text")
+    monkeypatch.setattr(encoder_data, "load_text_encoder", lambda spec, device: load(other, device))
+    recipe = recipe_of("lilt-c", 'towers.rules=[{part = "text.blocks[1:]"}]')
+    with pytest.raises(MismatchError, match="were made with; extract again"):
+        fit(token_data, recipe, tmp_path / "run", **TOKENS | {"image_features": "tiny-vit"})
 
 
 def test_a_smaller_factor_moves_less(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
