@@ -1,106 +1,200 @@
-"""Encoding one shard after another: the loop around the model.
+"""Encoding one shard after another: the loop around the models.
 
 Which rows share a batch is a pure function of (shard, batch size), image batches have one fixed shape, a row that
-cannot be read keeps its place as a filler, and captions are sorted by length only inside a shard.
+cannot be read keeps its place as a filler, and captions are sorted by length only inside a shard. Several arrays of one
+modality are filled together: each image is decoded once, and cuts of one model cost one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apecache.data.images import Preprocessed, preprocess_ahead
+from apecache.data.augment import Views
+from apecache.data.images import LoadedImage, Preprocessed, preprocess_ahead
 from apecache.data.pairs import PairSource
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
-from apecache.store.layout import ArrayRecord
+from apecache.store.layout import ArrayLayout, ArrayRecord
 
 Advance = Callable[[int], None]
 """Called with the number of rows of every encoded batch."""
+Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder, covariant=True)
+
+
+@dataclass(frozen=True)
+class Target(Generic[Encoder]):
+    """One array, and the encoder that fills it."""
+
+    encoder: Encoder
+    record: ArrayRecord
 
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """Encoded rows of one shard: float32 [n, dim], input hashes, and the rows that could not be encoded."""
+    """Encoded rows of one shard: for each target float32 [n, *row_shape], and for all of them the input hashes, the
+    rows that could not be encoded, and (texts) the number of tokens of each row."""
 
-    features: NDArray[np.float32]
+    features: tuple[NDArray[np.float32], ...]
     content: list[str]
     bad: dict[int, RowError]
+    lengths: NDArray[np.int64] | None = None
     n_truncated: int = 0
 
 
 @dataclass(frozen=True)
 class ImageJob:
+    """Arrays of one source that are laid out alike: the same shards, the same batches."""
+
     source: PairSource
-    encoder: ImageEncoder
-    record: ArrayRecord
+    targets: tuple[Target[ImageEncoder], ...]
     workers: int
+    views: Views | None = None
+
+    @property
+    def layout(self) -> ArrayLayout:
+        return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
         return self.source.pairs[row].key
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
-        """Decoding runs ahead of the model across batches and shards."""
-        shards = [self.record.layout.shard(index) for index in indices]
+        """Decoding runs ahead of the models across batches and shards."""
+        shards = [self.layout.shard(index) for index in indices]
         keys = [self.key(row) for rows in shards for row in rows]
-        ahead = 2 * self.record.layout.batch_size + self.workers
-        with preprocess_ahead(keys, self.source.media, self.encoder.preprocess, self.workers, ahead) as decoded:
+        ahead = 2 * self.layout.batch_size + self.workers
+        with preprocess_ahead(keys, self.source.media, self.preprocess, self.workers, ahead) as decoded:
             for rows in shards:
                 yield self._encode(rows, decoded, advance)
 
-    def _encode(self, rows: range, decoded: Iterator[Preprocessed[Tensor]], advance: Advance) -> EncodedShard:
-        size = self.record.layout.batch_size
-        features = np.zeros((len(rows), self.encoder.dim), np.float32)
-        content, bad = [""] * len(rows), {}
-        pixels = torch.zeros(size, *self.encoder.input_shape, pin_memory=self.encoder.device.type == "cuda")
+    def preprocess(self, loaded: LoadedImage) -> list[Tensor]:
+        """For each model the pixels of one image, float32 [views, 3, height, width]; one view if there are none."""
+        images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
+        return [torch.stack([first.encoder.preprocess(i) for i in images]) for first, *_ in self._models]
+
+    @property
+    def _models(self) -> list[list[Target[ImageEncoder]]]:
+        return _by_model(self.targets)
+
+    def _encode(self, rows: range, decoded: Iterator[Preprocessed[list[Tensor]]], advance: Advance) -> EncodedShard:
+        size, shape = self.layout.batch_size, (len(rows), *((self.views.count,) if self.views else ()))
+        features = {id(t): np.zeros((*shape, *t.encoder.row_shape), np.float32) for t in self.targets}
+        content, bad = [""] * len(rows), dict[int, RowError]()
+        buffers = [_PixelBuffers(targets, size, self.views.count if self.views else 1) for targets in self._models]
+        late: list[_Late] = []
         for begin in range(0, len(rows), size):
             count = min(size, len(rows) - begin)
-            pixels.zero_()
+            pixels = [buffer.next() for buffer in buffers]
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
-                if row.value is not None:
-                    pixels[slot] = row.value
-                elif row.error is not None:
+                for buffer, value in zip(pixels, row.value or (), strict=row.value is not None):
+                    buffer[slot] = value
+                if row.error is not None:
                     bad[begin + slot] = row.error
-            features[begin : begin + count] = encode_or_halve(self.encoder.encode, pixels)[:count].numpy()
+            started = [_Late(t, begin, count, pixels) for t, pixels in zip(self._models, pixels, strict=True)]
+            _finish(late, features)  # the results of the batch before, while this one is on its way
+            late = started
             advance(count)
-        return EncodedShard(features, content, bad)
+        _finish(late, features)
+        return EncodedShard(tuple(features[id(target)] for target in self.targets), content, bad)
+
+
+class _PixelBuffers:
+    """Two batches of pixels of one model, pinned for CUDA: one is filled while the other is copied and encoded."""
+
+    def __init__(self, targets: Sequence[Target[ImageEncoder]], size: int, views: int) -> None:
+        encoder = targets[0].encoder
+        pinned = encoder.device.type == "cuda"
+        shape = (size, views, *encoder.input_shape)
+        self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(2 if pinned else 1)]
+        self.turn = 0
+
+    def next(self) -> Tensor:
+        self.turn += 1
+        return self.buffers[self.turn % len(self.buffers)].zero_()
+
+
+class _Late:
+    """A batch that has been given to a model, and whose results are fetched when the next one has been given too."""
+
+    def __init__(self, targets: Sequence[Target[ImageEncoder]], begin: int, count: int, pixels: Tensor) -> None:
+        self.targets, self.begin, self.count = targets, begin, count
+        encoders = [target.encoder for target in targets]
+        self.results = [
+            encode_or_halve(lambda batch: encode_images(encoders, batch), pixels[:, view])
+            for view in range(pixels.shape[1])
+        ]
+
+    def store(self, features: dict[int, NDArray[np.float32]]) -> None:
+        for place, target in enumerate(self.targets):
+            out = features[id(target)][self.begin : self.begin + self.count]
+            for view, results in enumerate(self.results):
+                found = results[place][: self.count].cpu().numpy()
+                if target.record.layout.views:
+                    out[:, view] = found
+                else:
+                    out[:] = found
+
+
+def _finish(late: Sequence[_Late], features: dict[int, NDArray[np.float32]]) -> None:
+    for batch in late:
+        batch.store(features)
 
 
 @dataclass(frozen=True)
 class TextJob:
+    """Arrays of one source that are laid out alike, all of cuts of one model."""
+
     source: PairSource
-    encoder: TextEncoder
-    record: ArrayRecord
+    targets: tuple[Target[TextEncoder], ...]
+
+    @property
+    def layout(self) -> ArrayLayout:
+        return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
         return self.source.pairs[self.source.image_rows[row]].key
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         for index in indices:
-            rows = self.record.layout.shard(index)
+            rows = self.layout.shard(index)
             yield self._encode(self.source.captions[rows.start : rows.stop], advance)
 
     def _encode(self, texts: list[str], advance: Advance) -> EncodedShard:
         bad = {row: error for row, text in enumerate(texts) if (error := caption_error(text))}
         good = [row for row in range(len(texts)) if row not in bad]
-        tokens = self.encoder.tokenise([texts[row] for row in good])
+        encoders = [target.encoder for target in self.targets]
+        tokens = encoders[0].tokenise([texts[row] for row in good])
         order = sorted(range(len(good)), key=lambda i: (len(tokens.ids[i]), i))
-        features = np.zeros((len(texts), self.encoder.dim), np.float32)
-        size = self.record.layout.batch_size
+        features = [np.zeros((len(texts), *target.record.layout.row_shape), np.float32) for target in self.targets]
+        lengths = np.zeros(len(texts), np.int64)
+        lengths[good] = [len(ids) for ids in tokens.ids]
+        size = self.layout.batch_size
         for begin in range(0, len(order), size):
             batch = order[begin : begin + size]
-            encoded = encode_or_halve(self.encoder.encode_ids, [tokens.ids[i] for i in batch])
-            features[[good[i] for i in batch]] = encoded.numpy()
+            rows = [good[i] for i in batch]
+            encoded = encode_or_halve(lambda ids: encode_texts(encoders, ids), [tokens.ids[i] for i in batch])
+            for out, found in zip(features, encoded, strict=True):
+                place = (rows, slice(found.shape[1])) if out.ndim == 3 else rows
+                out[place] = found.cpu().numpy()
             advance(len(batch))
         advance(len(bad))
-        return EncodedShard(features, [content_hash(text) for text in texts], bad, tokens.n_truncated)
+        content = [content_hash(text) for text in texts]
+        return EncodedShard(tuple(features), content, bad, lengths, tokens.n_truncated)
+
+
+def _by_model(targets: Sequence[Target[Encoder]]) -> list[list[Target[Encoder]]]:
+    """Targets whose encoders are cuts of one model, together."""
+    groups: dict[int, list[Target[Encoder]]] = {}
+    for target in targets:
+        groups.setdefault(id(target.encoder.module), []).append(target)
+    return list(groups.values())
 
 
 def caption_error(text: str) -> RowError | None:
@@ -113,7 +207,7 @@ def caption_error(text: str) -> RowError | None:
     return None
 
 
-def encode_or_halve(encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
+def encode_or_halve(encode: Callable[[Any], list[Tensor]], batch: Any) -> list[Tensor]:
     """`encode(batch)`; when the device runs out of memory, in halves (equal then to cosine 0.99999, not bit by bit)."""
     try:
         return encode(batch)
@@ -122,4 +216,13 @@ def encode_or_halve(encode: Callable[[Any], Tensor], batch: Any) -> Tensor:
             raise
         torch.cuda.empty_cache()
         half = len(batch) // 2
-        return torch.cat([encode_or_halve(encode, batch[:half]), encode_or_halve(encode, batch[half:])])
+        halves = encode_or_halve(encode, batch[:half]), encode_or_halve(encode, batch[half:])
+        return [_joined(*parts) for parts in zip(*halves, strict=True)]
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Rows of both; tokens are padded with zeros to the longer of the two."""
+    if first.ndim == 3 and first.shape[1] != second.shape[1]:
+        longest = max(first.shape[1], second.shape[1])
+        first, second = (torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (first, second))
+    return torch.cat([first, second])

@@ -5,30 +5,28 @@ The same table and encoder give the same bytes however often the run is killed (
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from apecache.data.images import load_image
 from apecache.data.media import FolderMedia, NoMedia
 from apecache.data.pairs import PairSource
-from apecache.encode import EncodedShard, ImageJob, TextJob
+from apecache.encode import EncodedShard, ImageJob, Target, TextJob
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError, RowError
-from apecache.fingerprint import Modality, content_hash, shorten
-from apecache.preparation import ExtractSpec, prepare_array
-from apecache.store.commit import read_record
+from apecache.encoders.load import load_image_encoders, load_text_encoders
+from apecache.errors import BadRowsError, DataError, ManifestError, OptionError, RowError
+from apecache.fingerprint import Modality
+from apecache.preparation import ExtractSpec, prepare_arrays
+from apecache.recheck import require_same_content, spot_check
+from apecache.segments import make_segment, split_source
 from apecache.store.files import LocalFiles
-from apecache.store.layout import SEGMENTS, SOURCE, ArrayLayout, ArrayRecord, storable
-from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, add_segment, create_store
+from apecache.store.layout import ArrayLayout, ArrayRecord
+from apecache.store.reader import FeatureStore
+from apecache.store.writer import ArrayWriter, QuarantinedRow
 
 __all__ = [
     "ArrayReport",
@@ -38,14 +36,11 @@ __all__ = [
     "extract",
     "extract_pending",
     "load_encoders",
-    "pair_columns",
-    "split_source",
 ]
 
 Progress = Callable[[str, int, int], None]
 """Called with (modality, rows done, rows in all) after every batch."""
 
-RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
 UNFINDABLE_SHARE = 0.5
 
 
@@ -89,11 +84,11 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
     _require_inputs(source, spec)
     encoders = load_encoders(spec)
     segments = split_source(source, store, spec.append)
-    totals = {encoder.spec.modality: _Total(_n_rows(source, encoder)) for encoder in encoders}
+    totals = _totals(source, encoders)
     for path, part in segments:
         _extract_segment(path, part, encoders, spec, totals, progress)
     opened = FeatureStore.open(store)
-    reports = tuple(_report(opened, modality, total) for modality, total in totals.items())
+    reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
     duplicates = _duplicates(opened, reports)
     _require_few_bad(reports, spec.max_bad)
     return ExtractReport(store, reports, duplicates)
@@ -102,7 +97,7 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
 def extract_pending(
     segment: Path,
     part: PairSource,
-    encoders: Sequence[ImageEncoder | TextEncoder],
+    encoders: "Encoders",
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
 ) -> None:
@@ -110,112 +105,43 @@ def extract_pending(
 
     Raises as `extract` does.
     """
-    totals = {encoder.spec.modality: _Total(_n_rows(part, encoder)) for encoder in encoders}
-    _extract_segment(segment, part, encoders, spec, totals, progress)
+    _extract_segment(segment, part, encoders, spec, _totals(part, encoders), progress)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    image: tuple[ImageEncoder, ...]
+    text: tuple[TextEncoder, ...]
+
+
+def load_encoders(spec: ExtractSpec) -> Encoders:
+    if not spec.images and not spec.texts:
+        raise OptionError("nothing to encode: give --image, --text, or both")
+    images = load_image_encoders(spec.images, spec.device) if spec.images else ()
+    texts = load_text_encoders(spec.texts, spec.device) if spec.texts else ()
+    return Encoders(tuple(images), tuple(texts))
 
 
 def _extract_segment(
     path: Path,
     part: PairSource,
-    encoders: Sequence[ImageEncoder | TextEncoder],
+    encoders: Encoders,
     spec: ExtractSpec,
-    totals: Mapping[Modality, "_Total"],
+    totals: "dict[Modality, _Total]",
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
     make_segment(path, part)
     opened = FeatureStore.open(path)
-    jobs = [_job(opened, encoder, part, spec, totals[encoder.spec.modality]) for encoder in encoders]
+    jobs: list[ImageJob | TextJob] = [*_image_jobs(opened, encoders.image, part, spec, totals)]
+    jobs += _text_jobs(opened, encoders.text, part, spec, totals)
     for job in jobs:
         if spec.recheck:
-            _require_same_content(opened, job)
-        _run(opened.files, job, totals[job.record.modality], progress)
+            require_same_content(opened, job)
+        _run(opened.files, job, totals[job.targets[0].record.modality], progress)
 
 
-def make_segment(path: Path, part: PairSource) -> None:
-    """The store, or a segment of one, that is at `path`; what is there already stays. Raises as `create_store` does."""
-    about = (pair_columns(part), part.media.place, version("apecache"))
-    if path.parent.name == SEGMENTS:
-        add_segment(LocalFiles(path.parents[1]), path.name, *about)
-    else:
-        create_store(LocalFiles(path), *about)
-
-
-def load_encoders(spec: ExtractSpec) -> list[ImageEncoder | TextEncoder]:
-    if spec.image is None and spec.text is None:
-        raise OptionError("nothing to encode: give --image, --text, or both")
-    encoders: list[ImageEncoder | TextEncoder] = []
-    if spec.image:
-        encoders.append(load_image_encoder(spec.image, spec.device))
-    if spec.text:
-        encoders.append(load_text_encoder(spec.text, spec.device))
-    return encoders
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def pair_columns(source: PairSource) -> PairColumns:
-    splits, labels = [pair.split for pair in source], [pair.label for pair in source]
-    return PairColumns(
-        source.keys, splits, labels, source.captions, source.languages, source.image_rows, source.digest, source.origin
-    )
-
-
-def split_source(source: PairSource, store: Path, append: bool = False) -> list[tuple[Path, PairSource]]:
-    """Each segment's folder and its part of the table; with `append`, a new segment for what is new at its end.
-
-    Raises:
-        MismatchError: the table is not that of the store, or has grown without `append`.
-    """
-    segments, position = [], 0
-    for path in _begun_segments(store):
-        record = read_record(LocalFiles(path), SOURCE)
-        part = source.part(position, position + record["n_images"])
-        if part.digest != record["digest"]:
-            raise MismatchError(_other_table(path, part, position))
-        segments.append((path, part))
-        position += record["n_images"]
-    rest = source.part(position)
-    if not segments:
-        return [(store, source)]
-    if len(rest) and not append:
-        raise MismatchError(
-            f"{source.origin} has {len(rest)} images more than {store} was made from; add --append to encode them too"
-        )
-    return [*segments, (store / SEGMENTS / f"{len(segments):04d}", rest)] if len(rest) else segments
-
-
-def _begun_segments(store: Path) -> list[Path]:
-    """Folders that are claimed for a table, whether or not they were finished being made."""
-    if not LocalFiles(store).exists(SOURCE):
-        return []
-    return [store, *sorted(path.parents[1] for path in (store / SEGMENTS).glob(f"*/{SOURCE}"))]
-
-
-def _other_table(path: Path, part: PairSource, first_row: int) -> str:
-    """Where a table departs from the one that a segment was made from."""
-    other = f"{path} was made from another table"
-    remedy = "a store belongs to one table (--append takes it with new rows at its end): choose another --store"
-    try:
-        pairs = FeatureStore.open(path).pairs
-    except DataError:
-        return f"{other} than {part.origin}; {remedy}"
-    captions: list[list[str]] = [[] for _ in pairs.keys]
-    languages: list[list[str]] = [[] for _ in pairs.keys]
-    for text, image in enumerate(pairs.image_rows):
-        captions[image].append(str(pairs.captions[text]))
-        languages[image].append(str(pairs.languages[text]))
-    there = zip(pairs.keys, pairs.splits, pairs.labels, captions, languages, strict=True)
-    for row, (pair, (key, split, label, texts, tongues)) in enumerate(zip(part, there, strict=False)):
-        compared: list[tuple[str, str, str]] = [("image", pair.key, key), ("split", pair.split, split)]
-        compared += [("label", pair.label, label), ("number of captions", str(len(pair.captions)), str(len(texts)))]
-        compared += [("caption", *both) for both in zip(map(storable, pair.captions), texts, strict=False)]
-        compared += [("language", *both) for both in zip(pair.languages, tongues, strict=False)]
-        for what, a, b in compared:
-            if a != b:
-                return f"{other}: row {first_row + row} has {what} {shorten(a)!r}, not {shorten(b)!r}; {remedy}"
-    return f"{other}: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
+# --- before ----------------------------------------------------------------------------------------------------------
 
 
 def _require_inputs(source: PairSource, spec: ExtractSpec) -> None:
@@ -244,146 +170,147 @@ def _require_findable(source: PairSource) -> None:
 
 
 @dataclass
-class _Total:
-    """What a run did with one modality, over all segments. `layout` is that of the first."""
+class _Tally:
+    """What a run did for one array, over all segments. `layout` is that of the first."""
 
-    rows: int
-    layout: ArrayLayout | None = None
-    name: str = ""
-    done: int = 0
+    layout: ArrayLayout
     n_encoded: int = 0
     n_truncated: int = 0
     seconds: float = 0.0
 
 
-def _n_rows(source: PairSource, encoder: ImageEncoder | TextEncoder) -> int:
-    return len(source) if isinstance(encoder, ImageEncoder) else len(source.captions)
+@dataclass
+class _Total:
+    """What a run did with one modality: rows of all of its passes, and a tally for each array by name."""
+
+    modality: Modality
+    rows: int
+    passes: int = 1
+    done: int = 0
+    tallies: dict[str, _Tally] = field(default_factory=dict)
 
 
-def _job(
+def _totals(source: PairSource, encoders: Encoders) -> dict[Modality, _Total]:
+    totals: dict[Modality, _Total] = {}
+    if encoders.image:
+        totals["image"] = _Total("image", len(source))
+    if encoders.text:
+        totals["text"] = _Total("text", len(source.captions))
+    return totals
+
+
+def _image_jobs(
     store: FeatureStore,
-    encoder: ImageEncoder | TextEncoder,
+    encoders: tuple[ImageEncoder, ...],
     part: PairSource,
     spec: ExtractSpec,
+    totals: dict[Modality, _Total],
+) -> Iterator[ImageJob]:
+    """One for all arrays that are laid out alike: images are decoded once for all of them."""
+    if encoders:
+        records = _prepared(store, encoders, len(part), spec, totals["image"], ())
+        targets = [Target(*both) for both in zip(encoders, records, strict=True)]
+        groups = _alike(targets, lambda target: target.encoder.spec.resize)
+        totals["image"].passes = len(groups)
+        for group in groups:
+            yield ImageJob(part, tuple(group), spec.workers, spec.views)
+
+
+def _text_jobs(
+    store: FeatureStore,
+    encoders: tuple[TextEncoder, ...],
+    part: PairSource,
+    spec: ExtractSpec,
+    totals: dict[Modality, _Total],
+) -> Iterator[TextJob]:
+    """One for all cuts of one model."""
+    if encoders:
+        records = _prepared(store, encoders, len(part.captions), spec, totals["text"], part.captions)
+        targets = [Target(*both) for both in zip(encoders, records, strict=True)]
+        groups = _alike(targets, lambda target: id(target.encoder.module))
+        totals["text"].passes = len(groups)
+        for group in groups:
+            yield TextJob(part, tuple(group))
+
+
+def _prepared(
+    store: FeatureStore,
+    encoders: Sequence[ImageEncoder | TextEncoder],
+    rows: int,
+    spec: ExtractSpec,
     total: _Total,
-) -> ImageJob | TextJob:
-    captions = () if isinstance(encoder, ImageEncoder) else part.captions
-    record = prepare_array(store, encoder, _n_rows(part, encoder), spec, total.layout, captions)
-    total.layout, total.name = total.layout or record.layout, record.name
-    if isinstance(encoder, ImageEncoder):
-        return ImageJob(part, encoder, record, spec.workers)
-    return TextJob(part, encoder, record)
+    captions: Sequence[str],
+) -> list[ArrayRecord]:
+    like = {name: tally.layout for name, tally in total.tallies.items()}
+    records = prepare_arrays(store, encoders, rows, spec, like, captions)
+    for record in records:
+        total.tallies.setdefault(record.name, _Tally(record.layout))
+    return records
+
+
+def _alike(targets: list[Any], kind: Callable[[Any], object]) -> list[list[Any]]:
+    """Targets of the same kind whose arrays have the same batches and shards, together."""
+    groups: dict[object, list[Any]] = {}
+    for target in targets:
+        layout = target.record.layout
+        groups.setdefault((kind(target), layout.batch_size, layout.shard_rows, layout.threads), []).append(target)
+    return list(groups.values())
 
 
 def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
-    """Encode and commit every pending shard of one segment, then seal it."""
-    writer, record = ArrayWriter(files, job.record), job.record
-    committed = writer.committed()
-    pending = [shard for shard in range(record.layout.n_shards) if shard not in committed]
-    if pending and committed:
-        _spot_check(files, job)
+    """Encode and commit every pending shard of one segment, then seal its arrays."""
+    writers = [ArrayWriter(files, target.record) for target in job.targets]
+    committed = [writer.committed().keys() for writer in writers]
+    pending = [shard for shard in range(job.layout.n_shards) if any(shard not in done for done in committed)]
+    for place, done in enumerate(committed):
+        if done and len(done) < job.layout.n_shards:
+            spot_check(files, job, place)
 
     def advance(count: int) -> None:
         total.done += count
-        progress(record.modality, total.done, total.rows)
+        progress(total.modality, total.done, total.rows * total.passes)
 
-    advance(sum(stop - start for start, stop in (commit.rows for commit in committed.values())))
-    begin, done_before = time.perf_counter(), total.done
+    advance(sum(len(job.layout.shard(shard)) for shard in range(job.layout.n_shards) if shard not in set(pending)))
+    begin = time.perf_counter()
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
-        features, quarantined = _storable(encoded, record, shard, job)
-        writer.commit(shard, features, encoded.content, quarantined)
-        total.n_truncated += encoded.n_truncated
-    writer.seal()
-    total.n_encoded += total.done - done_before
-    total.seconds += time.perf_counter() - begin
+        for writer, done, features in zip(writers, committed, encoded.features, strict=True):
+            if shard not in done:
+                _commit(writer, shard, features, encoded, job)
+                total.tallies[writer.record.name].n_encoded += len(encoded.content)
+                total.tallies[writer.record.name].n_truncated += encoded.n_truncated
+    for writer in writers:
+        writer.seal()
+        total.tallies[writer.record.name].seconds += time.perf_counter() - begin
 
 
-def _storable(
-    encoded: EncodedShard, record: ArrayRecord, shard: int, job: ImageJob | TextJob
-) -> tuple[NDArray[Any], list[QuarantinedRow]]:
+def _commit(
+    writer: ArrayWriter, shard: int, encoded: NDArray[np.float32], whole: EncodedShard, job: ImageJob | TextJob
+) -> None:
     """Features in the storage dtype; rows that are not finite are quarantined as well."""
+    layout = writer.record.layout
     with np.errstate(over="ignore"):
-        features = encoded.features.astype(record.layout.dtype)
-    bad = dict(encoded.bad)
-    for row in np.flatnonzero(~np.isfinite(features).all(1)):
-        overflow = bool(np.isfinite(encoded.features[row]).all())
-        detail = f"a value is beyond {record.layout.dtype}; use --storage float32" if overflow else "NaN or infinity"
+        features = encoded.astype(layout.dtype)
+    bad = dict(whole.bad)
+    for row in np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(1)):
+        overflow = bool(np.isfinite(encoded[row]).all())
+        detail = f"a value is beyond {layout.dtype}; use --storage float32" if overflow else "NaN or infinity"
         bad.setdefault(int(row), RowError("overflow" if overflow else "not-finite", detail))
-    start = record.layout.shard(shard).start
+    start = layout.shard(shard).start
     rows = [QuarantinedRow(start + row, job.key(start + row), e.reason, e.detail) for row, e in sorted(bad.items())]
-    return features, rows
+    writer.commit(shard, features, whole.content, rows, whole.lengths if layout.ragged else None)
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+# --- after -----------------------------------------------------------------------------------------------------------
 
 
-def _spot_check(files: LocalFiles, job: ImageJob | TextJob) -> None:
-    """Encode a few committed rows again: a library update between two runs can change pixels or kernels.
-
-    Raises:
-        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot be read any more.
-    """
-    array = FeatureArray(files, job.record)
-    shard = min(array.commits)
-    first = job.record.layout.shard(shard).start
-    rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
-    if not rows:
-        return
-    stored = array.load_shard(shard)[[row - first for row in rows]].astype(np.float32)
-    fresh = _encode_rows(job, rows)
-    norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
-    cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
-    if cosine < RECHECK_COSINE:
-        raise MismatchError(
-            f"{job.record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a "
-            "library, the device or an input changed; use the versions in apecache info --json, or a new --store"
-        )
-
-
-def _encode_rows(job: ImageJob | TextJob, rows: list[int]) -> NDArray[np.float32]:
-    if isinstance(job, TextJob):
-        encoded: NDArray[np.float32] = job.encoder.encode([job.source.captions[row] for row in rows]).numpy()
-        return encoded
-    try:
-        pixels = [job.encoder.preprocess(load_image(job.key(row), job.source.media).image) for row in rows]
-    except RowError as error:
-        raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
-    encoded = job.encoder.encode(torch.stack(pixels)).numpy()
-    return encoded
-
-
-def _require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
-    """Read every committed row's input again.
-
-    Raises:
-        MismatchError: some have other bytes than when they were encoded.
-    """
-    recorded = FeatureArray(store.files, job.record).content()
-    changed = [row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest]
-    if changed:
-        keys = ", ".join(job.key(row) for row in changed[:3])
-        raise MismatchError(
-            f"{len(changed)} of {len(recorded)} {job.record.modality} rows are not what was encoded ({keys}); "
-            "bring the old files back, or make a new --store"
-        )
-
-
-def _content(job: ImageJob | TextJob, row: int) -> str:
-    if isinstance(job, TextJob):
-        return content_hash(job.source.captions[row])
-    try:
-        return content_hash(job.source.media.read(job.key(row)))
-    except RowError:
-        return ""
-
-
-def _report(store: FeatureStore, modality: Modality, total: _Total) -> ArrayReport:
-    array = store.array(modality, total.name)
+def _report(store: FeatureStore, total: _Total, name: str) -> ArrayReport:
+    array, tally = store.array(total.modality, name), total.tallies[name]
     bad = array.quarantined() if array.n_quarantined else []
     reasons = dict(Counter(row["reason"] for row in bad))
     examples = tuple(f"row {row['row']}: {row['reason']}: {row['detail']}" for row in bad[:5])
-    counts = (total.n_encoded, len(bad), total.n_truncated)
-    return ArrayReport(modality, array.name, array.rows, array.dim, *counts, reasons, examples, total.seconds)
+    counts = (tally.n_encoded, len(bad), tally.n_truncated)
+    about = (total.modality, array.name, array.rows, array.dim)
+    return ArrayReport(*about, *counts, reasons, examples, tally.seconds)
 
 
 def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:

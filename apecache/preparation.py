@@ -3,8 +3,8 @@
 import platform
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from os import cpu_count
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
@@ -28,13 +29,15 @@ SHARD_SECONDS = 60
 class ExtractSpec:
     """What to encode and how. `None` leaves a choice to the store (when resuming) or to the machine (when new).
 
+    `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`: augmentations to encode
+    in place of each image.
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
     """
 
-    image: EncoderSpec | None = None
-    text: EncoderSpec | None = None
+    image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
+    text: EncoderSpec | tuple[EncoderSpec, ...] | None = None
     image_batch: int | None = None
     text_batch: int | None = None
     shard_rows: int | None = None
@@ -45,58 +48,94 @@ class ExtractSpec:
     add: bool = False
     append: bool = False
     recheck: bool = False
+    views: Views | None = None
+
+    @property
+    def images(self) -> tuple[EncoderSpec, ...]:
+        return _several(self.image)
+
+    @property
+    def texts(self) -> tuple[EncoderSpec, ...]:
+        return _several(self.text)
 
     def batch(self, encoder: ImageEncoder | TextEncoder) -> int | None:
         return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
 
 
-def prepare_array(
+def _several(specs: EncoderSpec | tuple[EncoderSpec, ...] | None) -> tuple[EncoderSpec, ...]:
+    return () if specs is None else (specs,) if isinstance(specs, EncoderSpec) else tuple(dict.fromkeys(specs))
+
+
+def prepare_arrays(
     store: FeatureStore,
-    encoder: ImageEncoder | TextEncoder,
+    encoders: Sequence[ImageEncoder | TextEncoder],
     rows: int,
     spec: ExtractSpec,
-    like: ArrayLayout | None = None,
+    like: Mapping[str, ArrayLayout] | None = None,
     captions: Sequence[str] = (),
-) -> ArrayRecord:
-    """The array to fill: the one that is there, if it is of this encoder, else a new one.
+) -> list[ArrayRecord]:
+    """The arrays to fill, all of one modality: for each encoder the one that is there, or a new one.
+
+    New ones get shards of equally many rows, so that one pass over the inputs fills all of them.
 
     Args:
-        like: how an earlier segment of the same array is laid out; a later one is batched and sharded alike.
-        captions: what a text encoder is timed on.
+        like: how the arrays of an earlier segment are laid out, by name; those of a later one are laid out alike.
+        captions: what text encoders are timed on, and their longest one in tokens is what token arrays are as wide as.
 
     Raises:
         MismatchError: features of another encoder, preprocessing or batch size. StoreError: the disk is too small.
     """
-    found = _find_array(store, encoder, spec)
-    if found is not None:
-        create_array(store.files, found.record)  # finishes what a killed run began
-        record = found.record
-    else:
-        layout = _layout(encoder, rows, spec, like, captions)
-        _require_room(store, layout)
-        fingerprint = _fingerprint(encoder, spec.storage_dtype, layout.batch_size)
-        where = environment(encoder.device)
-        name, modality = encoder.spec.slug, encoder.spec.modality
-        table = store.source["digest"]
-        record = with_metadata(ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where, table))
-        create_array(store.files, record)
-    torch.set_num_threads(record.layout.threads)  # the last bits of features depend on it
-    return record
+    names = [array_name(encoder, spec) for encoder in encoders]
+    found = [_find_array(store, encoder, spec, names) for encoder in encoders]
+    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
+    layouts = _layouts(new, rows, spec, like or {}, captions)
+    _require_room(store, layouts)
+    new_records = (_new_record(store, *both, spec) for both in zip(new, layouts, strict=True))
+    records = [array.record if array is not None else next(new_records) for array in found]
+    for record in records:
+        create_array(store.files, record)  # finishes what a killed run began
+    torch.set_num_threads(records[0].layout.threads)  # the last bits of features depend on it
+    return records
 
 
-def _find_array(store: FeatureStore, encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> FeatureArray | None:
-    """The array of that name or of that encoder; without `add`, any other one is a mismatch."""
-    existing = store.arrays(encoder.spec.modality)
-    same = next((array for array in existing if array.name == encoder.spec.slug), None)
-    alike = next((array for array in existing if array.record.encoder.digest == encoder.fingerprint.digest), None)
-    nearest_array = same or alike or (existing[0] if existing and not spec.add else None)
+def array_name(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> str:
+    """The encoder's, and how many views."""
+    views = spec.views if isinstance(encoder, ImageEncoder) else None
+    return encoder.spec.slug + (f"-{views.count}views" if views else "")
+
+
+def _new_record(
+    store: FeatureStore, encoder: ImageEncoder | TextEncoder, layout: ArrayLayout, spec: ExtractSpec
+) -> ArrayRecord:
+    fingerprint = _fingerprint(encoder, spec, layout.batch_size)
+    modality, name, where = encoder.spec.modality, array_name(encoder, spec), environment(encoder.device)
+    record = ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where, store.source["digest"])
+    return with_metadata(record)
+
+
+def _find_array(
+    store: FeatureStore, encoder: ImageEncoder | TextEncoder, spec: ExtractSpec, names: Sequence[str]
+) -> FeatureArray | None:
+    """The array of that name or of that encoder; without `add`, any other one that was not asked for is a mismatch."""
+    existing, name = store.arrays(encoder.spec.modality), array_name(encoder, spec)
+    wanted = _fingerprint(encoder, spec, 0).fields
+    same = next((array for array in existing if array.name == name), None)
+    alike = next((array for array in existing if _kind(array.record.fingerprint.fields) == _kind(wanted)), None)
+    others = [array for array in existing if array.name not in names] if not spec.add else []
+    nearest_array = same or alike or (others[0] if others else None)
     if nearest_array is not None:
         _require_same(store, nearest_array, encoder, spec)
     return same or alike
 
 
-def _fingerprint(encoder: ImageEncoder | TextEncoder, dtype: str, batch: int) -> Fingerprint:
-    return Fingerprint({"encoder": encoder.fingerprint.fields, "storage": {"dtype": dtype, "batch_size": batch}})
+def _kind(fields: Mapping[str, Json]) -> Json:
+    return {key: fields.get(key) for key in ("encoder", "views")}
+
+
+def _fingerprint(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec, batch: int) -> Fingerprint:
+    views = {"views": spec.views.to_json()} if spec.views and isinstance(encoder, ImageEncoder) else {}
+    storage = {"dtype": spec.storage_dtype, "batch_size": batch}
+    return Fingerprint({"encoder": encoder.fingerprint.fields, "storage": storage, **views})
 
 
 def _require_same(
@@ -104,44 +143,70 @@ def _require_same(
 ) -> None:
     """Without a batch size asked for, the recorded one is taken; the encoder and the storage must be the same."""
     recorded = array.record
-    wanted = _fingerprint(encoder, spec.storage_dtype, spec.batch(encoder) or recorded.layout.batch_size)
+    wanted = _fingerprint(encoder, spec, spec.batch(encoder) or recorded.layout.batch_size)
     differences = wanted.difference(recorded.fingerprint)
     if differences:
         raise MismatchError(
             f"{store.path} holds {recorded.modality} features {array.name} of another encoder or setting: "
             f"{describe_difference(differences)}; choose another --store"
-            + (", or add --add to keep both" if array.name != encoder.spec.slug else ""),
+            + (", or add --add to keep both" if array.name != array_name(encoder, spec) else ""),
             differences,
         )
 
 
-def _layout(
-    encoder: ImageEncoder | TextEncoder,
+def _layouts(
+    encoders: Sequence[ImageEncoder | TextEncoder],
     rows: int,
     spec: ExtractSpec,
-    like: ArrayLayout | None,
+    like: Mapping[str, ArrayLayout],
     captions: Sequence[str],
+) -> list[ArrayLayout]:
+    """One for each encoder, with shards of the same rows unless an earlier segment says otherwise."""
+    if not encoders:
+        return []
+    size = spec.batch(encoders[0]) or (256 if encoders[0].device.type == "cuda" else 32)
+    plain = [_layout(encoder, rows, size, spec, captions) for encoder in encoders]
+    wanted = spec.shard_rows
+    if wanted is None and not all(array_name(encoder, spec) in like for encoder in encoders):
+        wanted = _calibrated_rows(encoders, size, captions)
+    most = min(max(1, MAX_SHARD_BYTES // layout.row_bytes) for layout in plain)
+    return [
+        _as_before(layout, like[name])
+        if (name := array_name(encoder, spec)) in like
+        else replace(layout, shard_rows=max(1, min(wanted or 1, rows, most)))
+        for encoder, layout in zip(encoders, plain, strict=True)
+    ]
+
+
+def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
+    shard_rows = max(1, min(like.shard_rows, layout.rows, MAX_SHARD_BYTES // layout.row_bytes))
+    return replace(layout, shard_rows=shard_rows, batch_size=like.batch_size, threads=like.threads)
+
+
+def _layout(
+    encoder: ImageEncoder | TextEncoder, rows: int, size: int, spec: ExtractSpec, captions: Sequence[str]
 ) -> ArrayLayout:
-    if like is not None:
-        shard_rows, size, threads = like.shard_rows, like.batch_size, like.threads
-    else:
-        size = spec.batch(encoder) or (256 if encoder.device.type == "cuda" else 32)
-        shard_rows = spec.shard_rows or _calibrated_rows(encoder, size, captions)
-        threads = torch.get_num_threads()
-    per_row = encoder.dim * np.dtype(spec.storage_dtype).itemsize
-    shard_rows = max(1, min(shard_rows, rows, MAX_SHARD_BYTES // per_row))
-    return ArrayLayout(rows, encoder.dim, spec.storage_dtype, shard_rows, size, threads)
+    """Without the rows of its shards."""
+    tokens = encoder.row_shape[0] if len(encoder.row_shape) > 1 else None
+    ragged = tokens is not None and isinstance(encoder, TextEncoder)
+    if ragged and isinstance(encoder, TextEncoder):
+        tokens = max((len(ids) for ids in encoder.tokenise(captions).ids), default=1)
+    views = spec.views.count if spec.views and isinstance(encoder, ImageEncoder) else None
+    threads = torch.get_num_threads()
+    return ArrayLayout(rows, encoder.dim, spec.storage_dtype, 1, size, threads, views, tokens, ragged)
 
 
-def _calibrated_rows(encoder: ImageEncoder | TextEncoder, batch: int, captions: Sequence[str]) -> int:
+def _calibrated_rows(encoders: Sequence[ImageEncoder | TextEncoder], batch: int, captions: Sequence[str]) -> int:
     """Rows of about a minute of encoding, as a power of two: what a kill can cost at most."""
+    models = {id(encoder.module): encoder for encoder in encoders}
 
     def once() -> float:
         begin = time.perf_counter()
-        if isinstance(encoder, ImageEncoder):
-            encoder.encode(torch.zeros(batch, *encoder.input_shape))
-        else:
-            encoder.encode(list(captions[:batch]) or ["a"], batch)
+        for encoder in models.values():
+            if isinstance(encoder, ImageEncoder):
+                encoder.encode(torch.zeros(batch, *encoder.input_shape))
+            else:
+                encoder.encode_ids(encoder.tokenise(list(captions[:batch]) or ["a"]).ids)
         return time.perf_counter() - begin
 
     once()
@@ -149,8 +214,8 @@ def _calibrated_rows(encoder: ImageEncoder | TextEncoder, batch: int, captions: 
     return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, 2 ** int(np.log2(rows)))))
 
 
-def _require_room(store: FeatureStore, layout: ArrayLayout) -> None:
-    needed = int(1.05 * layout.n_shards * sum(chunk_bytes(layout).values()))
+def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:
+    needed = int(1.05 * sum(layout.n_shards * sum(chunk_bytes(layout).values()) for layout in layouts))
     free = shutil.disk_usage(store.path).free
     if needed > free:
         raise StoreError(f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} MB free")

@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from apecache.data.augment import views_from_json
 from apecache.data.pairs import PairSource
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DamagedError, MismatchError
-from apecache.extraction import ExtractSpec, Progress, extract_pending, load_encoders, pair_columns, split_source
+from apecache.extraction import Encoders, ExtractSpec, Progress, extract_pending, load_encoders
 from apecache.fingerprint import Modality, describe_difference
+from apecache.segments import pair_columns, split_source
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
@@ -177,7 +178,7 @@ def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], l
     return {array: sorted(damaged) for array, damaged in shards.items()}
 
 
-def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, list[ImageEncoder | TextEncoder]]:
+def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoders]:
     """The recorded settings and the loaded encoder: that it is the same is known before anything is un-committed.
 
     Raises:
@@ -187,9 +188,12 @@ def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, list[Im
     chosen = record.spec if moved is None else record.spec.with_name(str(moved))
     image, text = (chosen if record.modality == kind else None for kind in ("image", "text"))
     storage: Any = record.layout.dtype
-    again = replace(spec, image=image, text=text, storage_dtype=storage, add=True, max_bad=1.0)
-    (encoder,) = encoders = load_encoders(again)
-    differences = encoder.fingerprint.difference(record.encoder)
+    views = record.fingerprint.fields.get("views")
+    about: dict[str, Any] = {"storage_dtype": storage, "views": None if views is None else views_from_json(views)}
+    again = replace(spec, image=image, text=text, add=True, max_bad=1.0, **about)
+    encoders = load_encoders(again)
+    (found,) = (encoder.fingerprint for group in (encoders.image, encoders.text) for encoder in group)
+    differences = found.difference(record.encoder)
     if differences:
         raise MismatchError(
             f"{record.modality}/{record.name} was made by another encoder than {chosen}: "

@@ -212,7 +212,7 @@ def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import apecache.extraction
 
     for modality in ("image", "text"):
-        monkeypatch.setattr(apecache.extraction, f"load_{modality}_encoder", loaded_once(modality))
+        monkeypatch.setattr(apecache.extraction, f"load_{modality}_encoders", loaded_once(modality))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
 from apecache.data.sources import open_pairs
-from apecache.encode import EncodedShard, ImageJob, TextJob, caption_error, encode_or_halve
+from apecache.encode import EncodedShard, ImageJob, Target, TextJob, caption_error, encode_or_halve
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
@@ -42,21 +42,21 @@ def record(encoder: ImageEncoder | TextEncoder, rows: int, batch_size: int, shar
 
 def image_job(table: Path, encoder: ImageEncoder, batch: int, shard_rows: int = 5, workers: int = 2) -> ImageJob:
     source = open_pairs(table)
-    return ImageJob(source, encoder, record(encoder, len(source), batch, shard_rows), workers)
+    return ImageJob(source, (Target(encoder, record(encoder, len(source), batch, shard_rows)),), workers)
 
 
 def text_job(captions: Sequence[str], encoder: TextEncoder, batch: int, shard_rows: int = 5) -> TextJob:
     halves = [tuple(captions[:3]), tuple(captions[3:])]
     source = PairSource(tuple(Pair(f"{i}.png", texts, ("",) * len(texts)) for i, texts in enumerate(halves)))
-    return TextJob(source, encoder, record(encoder, len(captions), batch, shard_rows))
+    return TextJob(source, (Target(encoder, record(encoder, len(captions), batch, shard_rows)),))
 
 
 def run(job: ImageJob | TextJob) -> list[EncodedShard]:
-    return list(job.shards(range(job.record.layout.n_shards), lambda n: None))
+    return list(job.shards(range(job.layout.n_shards), lambda n: None))
 
 
 def features(job: ImageJob | TextJob) -> NDArray[np.float32]:
-    return np.concatenate([shard.features for shard in run(job)])
+    return np.concatenate([shard.features[0] for shard in run(job)])
 
 
 def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -80,7 +80,7 @@ def test_row_i_is_image_i_whatever_the_batch(
     shapes_once: Path, vit: ImageEncoder, one_by_one: NDArray[np.float32], batch: int, shard_rows: int
 ) -> None:
     shards = run(image_job(shapes_once, vit, batch, shard_rows))
-    found = np.concatenate([shard.features for shard in shards])
+    found = np.concatenate([shard.features[0] for shard in shards])
     assert found.shape == one_by_one.shape == (12, 64)
     assert cosines(found, one_by_one).min() > 0.99999
     others = cosines(found, np.roll(one_by_one, 1, 0))
@@ -100,9 +100,9 @@ def test_any_number_of_workers_gives_the_same_bits(shapes_once: Path, vit: Image
 def test_any_shards_in_any_order_give_the_same_bits(shapes_once: Path, vit: ImageEncoder) -> None:
     job = image_job(shapes_once, vit, 4)
     whole = run(job)
-    assert [len(shard.features) for shard in whole] == [5, 5, 2]
+    assert [len(shard.features[0]) for shard in whole] == [5, 5, 2]
     for shard, index in zip(job.shards([2, 0], lambda n: None), [2, 0], strict=True):
-        assert shard.features.tobytes() == whole[index].features.tobytes()
+        assert shard.features[0].tobytes() == whole[index].features[0].tobytes()
         assert shard.content == whole[index].content
 
 
@@ -144,7 +144,7 @@ def test_bad_images_leave_their_neighbours_bits_unchanged(
     bad = {5 * i + row: error.reason for i, shard in enumerate(shards) for row, error in shard.bad.items()}
     assert bad == {0: "missing", 4: "empty", 6: "truncated", 7: "not-an-image", 11: "not-a-file"}
     good = [row for row in range(12) if row not in bad]
-    found = np.concatenate([shard.features for shard in shards])
+    found = np.concatenate([shard.features[0] for shard in shards])
     assert found[good].tobytes() == whole[good].tobytes()
     contents = [content for shard in shards for content in shard.content]
     assert [row for row, content in enumerate(contents) if not content] == sorted(bad)
@@ -154,15 +154,15 @@ def test_a_shard_of_nothing_but_bad_images_is_encoded_too(broken: Path, vit: Ima
     for path in (broken.parent / "images").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for shard in run(image_job(broken, vit, 4)):
-        assert sorted(shard.bad) == list(range(len(shard.features)))
-        assert np.isfinite(shard.features).all()
+        assert sorted(shard.bad) == list(range(len(shard.features[0])))
+        assert np.isfinite(shard.features[0]).all()
 
 
 def test_keys_are_those_of_the_rows(shapes_once: Path, vit: ImageEncoder, bert: TextEncoder) -> None:
     source = open_pairs(shapes_once)
     image = image_job(shapes_once, vit, 4)
     assert [image.key(row) for row in range(12)] == source.keys
-    text = TextJob(source, bert, record(bert, 24, 4, 5))
+    text = TextJob(source, (Target(bert, record(bert, 24, 4, 5)),))
     assert [text.key(row) for row in range(24)] == [key for key in source.keys for _ in range(2)]
 
 
@@ -196,7 +196,7 @@ CAPTIONS = [
 @pytest.mark.parametrize("shard_rows", [5, 100])
 def test_row_i_is_caption_i_whatever_the_batch(bert: TextEncoder, batch: int, shard_rows: int) -> None:
     shards = run(text_job(CAPTIONS, bert, batch, shard_rows))
-    found = np.concatenate([shard.features for shard in shards])
+    found = np.concatenate([shard.features[0] for shard in shards])
     expected = np.concatenate([bert.encode([caption]).numpy() for caption in CAPTIONS])
     assert cosines(found, expected).min() > 0.99999
     assert cosines(found, np.roll(expected, 1, 0)).max() < 0.9999
@@ -232,7 +232,7 @@ def test_captions_that_cannot_be_encoded_are_named_and_the_others_keep_their_row
     assert found == {row: reason for row, (_, reason) in bad.items()}
     assert sum(advanced) == 12
     good = [row for row in range(12) if row not in bad]
-    rows = np.concatenate([shard.features for shard in shards])
+    rows = np.concatenate([shard.features[0] for shard in shards])
     assert cosines(rows[good], features(text_job(CAPTIONS, bert, 7))[good]).min() > 0.99999
     assert [content for shard in shards for content in shard.content] == [content_hash(text) for text in captions]
 
@@ -240,7 +240,7 @@ def test_captions_that_cannot_be_encoded_are_named_and_the_others_keep_their_row
 def test_a_shard_of_nothing_but_bad_captions_is_encoded_too(bert: TextEncoder) -> None:
     (shard,) = run(text_job([""] * 4, bert, 2))
     assert sorted(shard.bad) == [0, 1, 2, 3]
-    assert shard.features.shape == (4, 32)
+    assert shard.features[0].shape == (4, 32)
 
 
 @pytest.mark.parametrize(

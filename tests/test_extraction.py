@@ -165,9 +165,9 @@ def test_any_other_field_of_the_identity_is_compared_too(
     kept: Path, shapes_once: Path, tiny_image_encoder: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: str
 ) -> None:
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu")
-    encoder = loaded_once("image")(spec.image, "cpu")
+    encoder = loaded_once("image")(spec.images, "cpu")[0]
     other = replace(encoder, fingerprint=Fingerprint({**encoder.fingerprint.fields, field: value}))
-    monkeypatch.setattr(extraction, "load_image_encoder", lambda *_: other)
+    monkeypatch.setattr(extraction, "load_image_encoders", lambda *_: [other])
     refused(kept, shapes_once, spec, f"encoder.{field}")
 
 

@@ -16,8 +16,9 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import MismatchError, StoreError
-from apecache.extraction import ExtractSpec, pair_columns
-from apecache.preparation import environment, prepare_array
+from apecache.extraction import ExtractSpec
+from apecache.preparation import environment, prepare_arrays
+from apecache.segments import pair_columns
 from apecache.store.files import LocalFiles
 from apecache.store.layout import ArrayRecord
 from apecache.store.reader import FeatureStore
@@ -26,15 +27,22 @@ from apecache.store.writer import create_store
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
 
 
+def prepare_one(store, encoder, rows, spec, like=None, captions=()):  # type: ignore[no-untyped-def]
+    """The record of one array."""
+    layouts = {} if like is None else {encoder.spec.slug: like}
+    (record,) = prepare_arrays(store, [encoder], rows, spec, layouts, captions)
+    return record
+
+
 @pytest.fixture
 def vit(tiny_image_encoder: Path) -> ImageEncoder:
-    encoder: ImageEncoder = loaded_once("image")(parse_encoder(f"timm:{tiny_image_encoder}", "image"), "cpu")
+    encoder: ImageEncoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
     return encoder
 
 
 @pytest.fixture
 def bert(tiny_text_encoder: Path) -> TextEncoder:
-    encoder: TextEncoder = loaded_once("text")(parse_encoder(f"hf:{tiny_text_encoder}", "text"), "cpu")
+    encoder: TextEncoder = loaded_once("text")((parse_encoder(f"hf:{tiny_text_encoder}", "text"),), "cpu")[0]
     return encoder
 
 
@@ -47,7 +55,7 @@ def empty(tmp_path: Path, shapes_once: Path) -> FeatureStore:
 
 def test_what_is_asked_for_is_what_is_recorded(empty: FeatureStore, vit: ImageEncoder) -> None:
     spec = ExtractSpec(image_batch=3, text_batch=7, shard_rows=5, storage_dtype="float32")
-    record = prepare_array(empty, vit, 12, spec)
+    record = prepare_one(empty, vit, 12, spec)
     layout = record.layout
     assert (layout.rows, layout.dim, layout.dtype, layout.shard_rows, layout.batch_size) == (12, 64, "float32", 5, 3)
     assert layout.threads == torch.get_num_threads()
@@ -58,11 +66,11 @@ def test_what_is_asked_for_is_what_is_recorded(empty: FeatureStore, vit: ImageEn
 
 
 def test_captions_are_batched_by_their_own_batch_size(empty: FeatureStore, bert: TextEncoder) -> None:
-    assert prepare_array(empty, bert, 24, ExtractSpec(image_batch=3, text_batch=7, shard_rows=5)).layout.batch_size == 7
+    assert prepare_one(empty, bert, 24, ExtractSpec(image_batch=3, text_batch=7, shard_rows=5)).layout.batch_size == 7
 
 
 def test_without_a_batch_size_the_default_is_32_on_a_cpu(empty: FeatureStore, vit: ImageEncoder) -> None:
-    assert prepare_array(empty, vit, 12, ExtractSpec(shard_rows=5)).layout.batch_size == 32
+    assert prepare_one(empty, vit, 12, ExtractSpec(shard_rows=5)).layout.batch_size == 32
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_a_shard_is_about_a_minute_of_encoding(
     clock = iter(np.arange(1000) * seconds)
     monkeypatch.setattr(preparation.time, "perf_counter", lambda: next(clock))
     encoder: Any = vit if modality == "image" else bert
-    record = prepare_array(empty, encoder, 100_000, ExtractSpec(), captions=["a red circle"])
+    record = prepare_one(empty, encoder, 100_000, ExtractSpec(), captions=["a red circle"])
     assert record.layout.shard_rows == rows
 
 
@@ -91,7 +99,7 @@ def test_a_shard_is_about_a_minute_of_encoding(
 def test_a_shard_is_no_longer_than_the_table_and_no_larger_than_64_mb(
     empty: FeatureStore, vit: ImageEncoder, dim: int, rows: int, shard_rows: int
 ) -> None:
-    record = prepare_array(empty, replace(vit, dim=dim), rows, ExtractSpec(shard_rows=4096))
+    record = prepare_one(empty, replace(vit, row_shape=(dim,)), rows, ExtractSpec(shard_rows=4096))
     assert record.layout.shard_rows == shard_rows
 
 
@@ -106,10 +114,10 @@ def test_too_little_disk_is_refused_before_anything_is_encoded(
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: Usage(0, 0, int(free)))
     before = tree(empty.path)
     if fits:
-        prepare_array(empty, vit, 9000, ExtractSpec(shard_rows=100))
+        prepare_one(empty, vit, 9000, ExtractSpec(shard_rows=100))
     else:
         with pytest.raises(StoreError, match=r"0.0 GB needed for the features, 0.0 GB free") as caught:
-            prepare_array(empty, vit, 9000, ExtractSpec(shard_rows=100))
+            prepare_one(empty, vit, 9000, ExtractSpec(shard_rows=100))
         assert caught.value.exit_code == 3
         assert tree(empty.path) == before
 
@@ -127,9 +135,9 @@ def test_a_resume_takes_batch_shards_and_threads_from_the_store(empty: FeatureSt
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = prepare_array(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
+        first = prepare_one(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
         torch.set_num_threads(2)
-        again = prepare_array(FeatureStore.open(empty.path), vit, 12, ExtractSpec(shard_rows=9))
+        again = prepare_one(FeatureStore.open(empty.path), vit, 12, ExtractSpec(shard_rows=9))
         assert again == first
         assert again.layout.threads == torch.get_num_threads() == 1
     finally:
@@ -138,35 +146,35 @@ def test_a_resume_takes_batch_shards_and_threads_from_the_store(empty: FeatureSt
 
 @pytest.mark.parametrize("gone", ["zarr.json", "features/zarr.json", "status/zarr.json"])
 def test_an_array_that_a_killed_run_had_begun_is_finished(empty: FeatureStore, vit: ImageEncoder, gone: str) -> None:
-    prepare_array(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
+    prepare_one(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
     before = tree(empty.path)
     (empty.path / "features.zarr/image/tiny-vit" / gone).unlink()
-    prepare_array(FeatureStore.open(empty.path), vit, 12, ExtractSpec())
+    prepare_one(FeatureStore.open(empty.path), vit, 12, ExtractSpec())
     assert tree(empty.path) == before
 
 
 def test_an_appended_segment_is_laid_out_as_the_first(empty: FeatureStore, vit: ImageEncoder) -> None:
-    like = prepare_array(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5)).layout
+    like = prepare_one(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5)).layout
     shutil.rmtree(empty.path / "records/image")
     shutil.rmtree(empty.path / "features.zarr/image/tiny-vit")
-    layout = prepare_array(FeatureStore.open(empty.path), vit, 40, ExtractSpec(shard_rows=30), like).layout
+    layout = prepare_one(FeatureStore.open(empty.path), vit, 40, ExtractSpec(shard_rows=30), like).layout
     assert (layout.rows, layout.batch_size, layout.shard_rows) == (40, 3, 5)
 
 
 def test_another_encoder_is_refused_or_with_add_put_beside(empty: FeatureStore, vit: ImageEncoder) -> None:
-    prepare_array(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
+    prepare_one(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
     store = FeatureStore.open(empty.path)
     other = replace(vit, spec=replace(vit.spec, pooling="cls"), fingerprint=fields(vit, weights="0"))
     with pytest.raises(MismatchError, match="add --add to keep both"):
-        prepare_array(store, other, 12, ExtractSpec(shard_rows=5))
-    assert prepare_array(store, other, 12, ExtractSpec(shard_rows=5, add=True)).name == "tiny-vit-cls"
+        prepare_one(store, other, 12, ExtractSpec(shard_rows=5))
+    assert prepare_one(store, other, 12, ExtractSpec(shard_rows=5, add=True)).name == "tiny-vit-cls"
 
 
 def test_add_does_not_put_two_encoders_under_one_name(empty: FeatureStore, vit: ImageEncoder) -> None:
-    prepare_array(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
+    prepare_one(empty, vit, 12, ExtractSpec(image_batch=3, shard_rows=5))
     other = replace(vit, fingerprint=fields(vit, weights="0"))
     with pytest.raises(MismatchError, match=r"encoder\.weights") as caught:
-        prepare_array(FeatureStore.open(empty.path), other, 12, ExtractSpec(shard_rows=5, add=True))
+        prepare_one(FeatureStore.open(empty.path), other, 12, ExtractSpec(shard_rows=5, add=True))
     assert "--add" not in str(caught.value)
 
 
@@ -182,6 +190,6 @@ def test_the_environment_names_versions_and_device_and_no_host() -> None:
 
 
 def test_the_environment_is_recorded_and_no_part_of_the_identity(empty: FeatureStore, vit: ImageEncoder) -> None:
-    record: ArrayRecord = prepare_array(empty, vit, 12, ExtractSpec(shard_rows=5))
+    record: ArrayRecord = prepare_one(empty, vit, 12, ExtractSpec(shard_rows=5))
     assert record.environment == environment(torch.device("cpu"))
     assert "versions" not in record.fingerprint.fields

@@ -153,16 +153,16 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, n_batches: int) -> None:
     from dataclasses import replace
 
     def load(*arguments: Any) -> Any:
-        encoder, calls = loaded_once("image")(*arguments), iter(range(n_batches))
+        encoder, calls = loaded_once("image")(*arguments)[0], iter(range(n_batches))
 
         def forward(pixels: Any) -> Any:
             if next(calls, None) is None:
                 raise RuntimeError("the device is lost")
             return encoder.forward(pixels)
 
-        return replace(encoder, forward=forward)
+        return [replace(encoder, forward=forward)]
 
-    monkeypatch.setattr(extraction, "load_image_encoder", load)
+    monkeypatch.setattr(extraction, "load_image_encoders", load)
 
 
 @pytest.mark.parametrize("n_batches", [0, 2, 4])

@@ -59,9 +59,9 @@ def extract_tiny(table: Path, store: Path, image: Path, text: Path, **options: o
 @functools.cache
 def loaded_once(modality: str):  # type: ignore[no-untyped-def]
     """The loader of that modality, which loads each encoder once."""
-    from apecache.encoders.load import load_image_encoder, load_text_encoder
+    from apecache.encoders.load import load_image_encoders, load_text_encoders
 
-    return functools.cache(load_image_encoder if modality == "image" else load_text_encoder)
+    return functools.cache(load_image_encoders if modality == "image" else load_text_encoders)
 
 
 class Grown(NamedTuple):

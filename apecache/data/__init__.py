@@ -1,1 +1,1 @@
-"""Tables of image-caption pairs and safe image reading."""
+"""Sources of images and captions: opened, checked, read safely."""

@@ -17,6 +17,7 @@ from apecache.data.tables import table_rows
 from apecache.errors import ManifestError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
 
 
 def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
@@ -39,7 +40,9 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
     if tables:
         return _with_metadata(folder, tables, spec)
     require_only(spec, folder)
-    return _images(folder)
+    source = _images(folder)
+    _require_no_table(folder, names, source)
+    return source
 
 
 def _metadata(folder: Path, names: list[str]) -> list[Path]:
@@ -88,6 +91,16 @@ def _images(folder: Path) -> PairSource:
         )
     in_splits = all(key.partition("/")[0] in SPLITS for key in keys)
     return PairSource(tuple(_pair(key, in_splits) for key in keys), str(folder), FolderMedia(folder))
+
+
+def _require_no_table(folder: Path, names: list[str], source: PairSource) -> None:
+    """A table beside images without classes says more about them than their names do."""
+    tables = [name for name in names if name.endswith(TABLES)]
+    if tables and len({pair.label for pair in source}) == 1:
+        raise ManifestError(
+            f"{folder}: images without classes, and a table ({tables[0]}) beside them; give {folder / tables[0]}, or, "
+            "for images alone, a folder that holds nothing else"
+        )
 
 
 def _pair(key: str, in_splits: bool) -> Pair:

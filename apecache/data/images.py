@@ -121,7 +121,7 @@ class Preprocessed(Generic[T]):
 
 @contextmanager
 def preprocess_ahead(
-    keys: Sequence[str], media: Media, preprocess: Callable[[Image.Image], T], workers: int, ahead: int
+    keys: Sequence[str], media: Media, preprocess: Callable[[LoadedImage], T], workers: int, ahead: int
 ) -> Iterator[Iterator[Preprocessed[T]]]:
     """Images read and preprocessed by `workers` threads, in the order of `keys`, at most `ahead` of the consumer.
 
@@ -145,10 +145,10 @@ def _in_order(
         yield result
 
 
-def _preprocess(key: str, media: Media, preprocess: Callable[[Image.Image], T]) -> Preprocessed[T]:
+def _preprocess(key: str, media: Media, preprocess: Callable[[LoadedImage], T]) -> Preprocessed[T]:
     try:
         loaded = load_image(key, media)
-        return Preprocessed(preprocess(loaded.image), loaded.digest, None)
+        return Preprocessed(preprocess(loaded), loaded.digest, None)
     except RowError as error:
         return Preprocessed(None, "", error)
     except (ValueError, OSError, RuntimeError) as error:

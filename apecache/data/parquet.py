@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from apecache.data.columns import Columns, choose_columns, image_keys, to_row
 from apecache.data.media import FolderMedia, check_bytes
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.spec import OpenSpec, require_only
-from apecache.errors import ManifestError, MissingExtraError, RowError
+from apecache.errors import ApecacheError, ManifestError, MissingExtraError, RowError
 from apecache.fingerprint import content_hash
 
 MAX_GROUP_BYTES = 1 << 30
@@ -22,6 +22,9 @@ MAX_GROUP_BYTES = 1 << 30
 
 GROUPS_KEPT = 2
 """Decoded row groups that are kept: images are asked for almost in order, so they span at most two."""
+
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -108,10 +111,9 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
         columns = choose_columns(file.schema_arrow.names, path, spec)
         kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
         leaf = f"{columns.image}.bytes" if kind == "struct" else columns.image
-        present = _present(file, leaf) if kind != "path" else []
-        if any(present) or (kind != "path" and not _has_path(file, columns.image)):
+        if kind == "bytes" or (kind == "struct" and _has_bytes(file, columns.image)):
             require_only(spec, path, "image_column", "caption_column", "split_column")
-            return _with_images(file, columns, path, leaf, present)
+            return _with_images(file, columns, path, leaf)
         rows = _rows_with_paths(file, columns, kind, path)
     return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
 
@@ -139,7 +141,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with ParquetFile(path) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except ApecacheError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(
             f"{path}: no Parquet table that can be read ({one_line(error)}); write or copy it again"
         ) from None
@@ -151,7 +155,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _kind(found: Any, name: str, path: Path) -> str:
-    """path, bytes, or struct (of bytes and, mostly, path)."""
+    """path, bytes, or struct (of both)."""
     from pyarrow import types
 
     value = found.value_type if types.is_dictionary(found) else found
@@ -159,7 +163,7 @@ def _kind(found: Any, name: str, path: Path) -> str:
         return "path"
     if types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value):
         return "bytes"
-    if types.is_struct(value) and value.get_field_index("bytes") >= 0:
+    if types.is_struct(value) and min(value.get_field_index("bytes"), value.get_field_index("path")) >= 0:
         return "struct"
     raise ManifestError(
         f"{path}: column {name!r} is {str(found)[:60]}; expected paths of images, their bytes, or structs of both"
@@ -170,10 +174,24 @@ def _records(file: Any, names: Sequence[str], label: str | None) -> Iterator[tup
     """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if the table can."""
     classes = _class_names(file.schema_arrow, label)
     batches = file.iter_batches(columns=list(names))
-    for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+    for number, record in enumerate(_all(file, (record for batch in batches for record in batch.to_pylist())), 1):
         if label and isinstance(record[label], int):
             record[label] = classes.get(record[label], record[label])
         yield number, record
+
+
+def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
+    """As many values as the table says it has rows.
+
+    Raises:
+        ValueError: a column of another length.
+    """
+    count, n_rows = 0, file.metadata.num_rows
+    for count, value in enumerate(values, 1):
+        if count <= n_rows:
+            yield value
+    if count != n_rows:
+        raise ValueError(f"a column has {count} rows, the table {n_rows}")
 
 
 def _class_names(schema: Any, label: str | None) -> dict[int, str]:
@@ -201,19 +219,21 @@ def _require_rows(rows: list[Row], path: Path) -> list[Row]:
     return rows
 
 
-def _with_images(file: Any, columns: Columns, path: Path, leaf: str, present: list[bool]) -> PairSource:
+def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSource:
     """Bytes are not read, but where a path is repeated."""
-    places = _places(file, leaf, path)
+    places = _places(file, path)
     groups = RowGroups(path, leaf)
 
     def digest(row: int) -> str:
-        return content_hash(groups.read(places[row], str(row))) if present[row] else ""
+        try:
+            return content_hash(groups.read(places[row], str(row)))
+        except RowError:
+            return ""
 
     keys = image_keys(_paths(file, columns.image), [str(row) for row in range(len(places))], digest)
     first: dict[str, Place] = {}
-    for key, place, there in zip(keys, places, present, strict=True):
-        if there:
-            first.setdefault(key, place)
+    for key, place in zip(keys, places, strict=True):
+        first.setdefault(key, place)
     numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
     records = _records(file, columns.names, columns.label) if columns.names else numbered
     named = zip(records, keys, strict=True)
@@ -221,50 +241,32 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str, present: li
     return PairSource(join_rows(_require_rows(rows, path), str(path)), str(path), TableMedia(groups, first))
 
 
-def _chunk(file: Any, group: int, leaf: str) -> Any:
-    """What the footer says of a column in a row group."""
-    described = file.metadata.row_group(group)
-    return next(c for i in range(described.num_columns) if (c := described.column(i)).path_in_schema == leaf)
-
-
-def _present(file: Any, leaf: str) -> list[bool]:
-    """Of every row, whether there are bytes; they are read only where the footer's counts leave it open."""
-    present: list[bool] = []
-    for group in range(file.metadata.num_row_groups):
-        n_rows, statistics = file.metadata.row_group(group).num_rows, _chunk(file, group, leaf).statistics
-        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
-        if nulls in (0, n_rows):
-            present += [nulls == 0] * n_rows
-            continue
-        for batch in file.iter_batches(row_groups=[group], columns=[leaf], batch_size=64):
-            values = batch.column(0)
-            values = values.field("bytes") if hasattr(values, "field") else values
-            present += values.is_valid().to_pylist()
-    return present
-
-
-def _has_path(file: Any, column: str) -> bool:
-    kind = file.schema_arrow.field(column).type
-    return hasattr(kind, "get_field_index") and kind.get_field_index("path") >= 0
+def _has_bytes(file: Any, column: str) -> bool:
+    """Whether any struct has bytes: if none has, its paths name files."""
+    batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
+    return any(image and image["bytes"] is not None for batch in batches for image in batch.column(0).to_pylist())
 
 
 def _paths(file: Any, column: str) -> list[str | None]:
     """Of every row, the path in its struct, if there is one."""
-    if not _has_path(file, column):
+    if not hasattr(file.schema_arrow.field(column).type, "get_field_index"):
         return [None] * int(file.metadata.num_rows)
     batches = file.iter_batches(columns=[f"{column}.path"])
-    return [image and image["path"] for batch in batches for image in batch.column(0).to_pylist()]
+    return list(_all(file, (image and image["path"] for batch in batches for image in batch.column(0).to_pylist())))
 
 
-def _places(file: Any, leaf: str, path: Path) -> list[Place]:
-    """Of every row; refuses row groups that are too large to be decoded whole."""
+def _places(file: Any, path: Path) -> list[Place]:
+    """Of every row; refuses row groups that are too large to be decoded whole.
+
+    The footer's description of single columns is left alone: pyarrow ends the process on one that is damaged.
+    """
     places: list[Place] = []
     for group in range(file.metadata.num_row_groups):
-        size = _chunk(file, group, leaf).total_uncompressed_size
-        if size > MAX_GROUP_BYTES:
+        described = file.metadata.row_group(group)
+        if described.total_byte_size > MAX_GROUP_BYTES:
             raise ManifestError(
-                f"{path}: row group {group} holds {size / 1e9:.1f} GB of images; write the table with smaller ones "
-                f"(row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
+                f"{path}: row group {group} holds {described.total_byte_size / 1e9:.1f} GB; write the table with "
+                f"smaller ones (row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        places += map(partial(Place, group), range(file.metadata.row_group(group).num_rows))
+        places += map(partial(Place, group), range(described.num_rows))
     return places

@@ -95,7 +95,7 @@ def _samples(path: Path, number: int) -> Iterator[_Sample]:
         key, ending = _split_name(name)
         sample = samples.setdefault(key, _Sample(key, number))
         if ending in sample.members:
-            raise ManifestError(f"{path}: {name} is there twice; every member of a tar needs its own name")
+            raise ManifestError(f"{path}: {_shown(name)} is there twice; every member of a tar needs its own name")
         sample.members[ending] = member
         if text is not None:
             sample.texts[ending] = text
@@ -116,8 +116,8 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
             total = file.seek(0, os.SEEK_END)
             for info in archive:
                 if info.offset_data + info.size > total:
-                    raise tarfile.ReadError(f"it ends inside {info.name}")
-                n_read, last = n_read + 1, info.name
+                    raise tarfile.ReadError(f"it ends inside {_shown(info.name)}")
+                n_read, last = n_read + 1, _shown(info.name)
                 name = info.name.removeprefix("./")
                 if _is_wanted(name, info):
                     member = Member(number, info.offset_data, info.size)
@@ -130,6 +130,11 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}") from None
+
+
+def _shown(name: str) -> str:
+    """A name for a message of one line."""
+    return name if name.isprintable() else repr(name)
 
 
 def _is_wanted(name: str, info: tarfile.TarInfo) -> bool:
@@ -157,21 +162,25 @@ def _why(path: Path, error: tarfile.TarError) -> str:
 
 def _text(file: BinaryIO, path: Path, name: str, member: Member) -> str:
     if member.size > MAX_TEXT_BYTES:
-        raise ManifestError(f"{path}: {name} has {member.size:,} bytes; expected a caption, at most {MAX_TEXT_BYTES:,}")
+        raise ManifestError(
+            f"{path}: {_shown(name)} has {member.size:,} bytes; expected a caption, at most {MAX_TEXT_BYTES:,}"
+        )
     file.seek(member.offset)
     data = file.read(member.size)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: {name}: not UTF-8 (byte {error.start + 1}); write texts as UTF-8") from None
+        raise ManifestError(
+            f"{path}: {_shown(name)}: not UTF-8 (byte {error.start + 1}); write texts as UTF-8"
+        ) from None
 
 
 def _pair(sample: _Sample, column: str | None, tar: Path) -> Pair:
-    where = f"{tar}: {sample.key}"
+    where = f"{tar}: {_shown(sample.key)}"
     described = _json(sample.texts.get("json"), where)
     plain = next((sample.texts[ending] for ending in ("txt", "caption") if ending in sample.texts), None)
     if column is not None and column not in described:
-        found = ", ".join(described) or "none"
+        found = ", ".join(map(_shown, described)) or "none"
         raise ManifestError(
             f"{where}: its JSON has no field {column!r}; fields found: {found}{nearest(column, described)}"
         )

@@ -121,14 +121,14 @@ class TextEncoder:
 
 
 def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
-    """One batch by several encoders that take the same pixels, each as `encode` gives it; cuts of one model in one
-    forward pass."""
+    """One batch by cuts of one model in one forward pass: for each, what `encode` gives, still on the device."""
     with torch.inference_mode():
         return _tapped([encoder.forward for encoder in encoders], (encoders[0].move(pixels),))
 
 
 def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """One batch of token ids by several cuts of one model, each as `encode_ids` gives it, in one forward pass."""
+    """One batch of token ids by cuts of one model in one forward pass: for each, what `encode_ids` gives, still on the
+    device."""
     with torch.inference_mode():
         return _tapped([encoder.forward for encoder in encoders], encoders[0].pad(ids))
 
@@ -136,11 +136,11 @@ def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) 
 def _tapped(forwards: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[Tensor]:
     first = forwards[0]
     if len(forwards) == 1 or not isinstance(first, Tap):
-        return [forward(*inputs).float().cpu() for forward in forwards]
+        return [forward(*inputs).float() for forward in forwards]
     taps = [forward for forward in forwards if isinstance(forward, Tap)]
     found = first.states(inputs, {tap.state for tap in taps})
     mask = inputs[1] if len(inputs) > 1 else None
-    return [tap.pool(found[tap.state], mask).float().cpu() for tap in taps]
+    return [tap.pool(found[tap.state], mask).float() for tap in taps]
 
 
 def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,9 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
 
+N_PATCH_CONVOLUTIONS = 4
+"""A transformer has at most so many convolutions: its patch embedding, or a small stem."""
+
 
 def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
     """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
@@ -41,11 +44,13 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
         config["input_size"] = (3, spec.resolution, spec.resolution)
     height, width = config["input_size"][1:]
     transform = create_transform(**config, is_training=False)
+    memory = memory_format(module)
     about: Json = {"config": _plain(config), "transform": _steps(transform)}
+    about |= {"memory_format": "channels_last"} if memory is torch.channels_last else {}
     weights, architecture = digest_module(module), _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
-    frozen = freeze(module, spec, device)
-    states = _states(frozen, spec)
+    frozen: Any = freeze(module, spec, device).to(memory_format=memory)
+    states = _states(frozen, spec, memory)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
         _require_tokens(frozen, cut)
@@ -130,9 +135,17 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
     return {"class": name, "pool": str(getattr(pool, "pool_type", pool)), "arguments": saved.get("model_args") or {}}
 
 
-def _states(module: Any, spec: EncoderSpec) -> States:
+def memory_format(module: Any) -> torch.memory_format:
+    """Channels last for convolutional networks: a third faster on a CPU, and what tensor cores want; contiguous for
+    transformers, whose one convolution does not care."""
+    n_convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in module.modules())
+    return torch.channels_last if n_convolutions > N_PATCH_CONVOLUTIONS else torch.contiguous_format
+
+
+def _states(module: Any, spec: EncoderSpec, memory: torch.memory_format) -> States:
     def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
-        end, found = caught(module, spec, wanted, lambda: module.forward_features(*inputs))
+        pixels = inputs[0].contiguous(memory_format=memory)
+        end, found = caught(module, spec, wanted, lambda: module.forward_features(pixels))
         found["end"] = end
         return {**found, "own": module.forward_head(end)} if "own" in wanted else found
 

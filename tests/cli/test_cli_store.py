@@ -359,7 +359,7 @@ def spoil_first_row(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     batches = iter(range(100))
 
     def load(*arguments: Any) -> Any:
-        encoder = loaded_once("image")(*arguments)
+        encoder = loaded_once("image")(*arguments)[0]
 
         def forward(pixels: torch.Tensor) -> torch.Tensor:
             features = encoder.forward(pixels).clone()
@@ -367,9 +367,9 @@ def spoil_first_row(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
                 features[0, 0] = value
             return features
 
-        return replace(encoder, forward=forward)
+        return [replace(encoder, forward=forward)]
 
-    monkeypatch.setattr(extraction, "load_image_encoder", load)
+    monkeypatch.setattr(extraction, "load_image_encoders", load)
 
 
 def test_out_of_memory_is_halved_away(
@@ -378,7 +378,7 @@ def test_out_of_memory_is_halved_away(
     from dataclasses import replace
 
     def load(*arguments: Any) -> Any:
-        encoder = loaded_once("image")(*arguments)
+        encoder = loaded_once("image")(*arguments)[0]
 
         def forward(pixels: torch.Tensor) -> torch.Tensor:
             if len(pixels) > 2:
@@ -386,9 +386,9 @@ def test_out_of_memory_is_halved_away(
             features: torch.Tensor = encoder.forward(pixels)
             return features
 
-        return replace(encoder, forward=forward)
+        return [replace(encoder, forward=forward)]
 
-    monkeypatch.setattr(extraction, "load_image_encoder", load)
+    monkeypatch.setattr(extraction, "load_image_encoders", load)
     assert extract_images(shapes, tmp_path / "store").exit_code == 0
     assert call_json("info", tmp_path / "store")["arrays"][0]["complete"]
 

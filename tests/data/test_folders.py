@@ -64,3 +64,9 @@ def test_an_error_in_metadata_names_the_table_and_the_line(tmp_path: Path) -> No
     write_table(tmp_path / "metadata.csv", ["file_name", "text"], [["a.png", "x"], ["b.png"]])
     with pytest.raises(ManifestError, match=r"metadata\.csv, line 3: 1 columns"):
         open_pairs(tmp_path)
+
+
+def test_a_table_beside_classes_does_not_disturb_them(tmp_path: Path) -> None:
+    write_images(tmp_path, ["cat/a.png", "dog/b.png"])
+    (tmp_path / "labels.tsv").write_text("not read")
+    assert [pair.label for pair in open_pairs(tmp_path)] == ["cat", "dog"]

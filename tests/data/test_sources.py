@@ -1,6 +1,7 @@
 """`open_pairs`: every kind of source gives its pairs, every kind of bad input one clear line, and all give the same
 features."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from inputs import (
     CAPTIONS,
     LABELS,
@@ -27,7 +30,7 @@ from apecache.data.pairs import Pair
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import parse_encoder
-from apecache.errors import ManifestError, OptionError
+from apecache.errors import ManifestError, OptionError, RowError
 from apecache.extraction import ExtractSpec, extract
 from apecache.store.reader import FeatureStore
 
@@ -305,6 +308,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "class tree without images": (in_folder("cat/a.txt", "dog/b.txt"), ["no images"]),
     "images at two depths": (in_folder("a.png", "cat/b.png"), ["both in it (a.png) and in folders below"]),
     "images and tars": (in_folder("a.png", "b.tar"), ["both images and tars"]),
+    "a table beside its images": (in_folder("images/a.png", "captions.tsv"), ["captions.tsv) beside them; give"]),
     "two metadata tables": (in_folder("metadata.csv", "metadata.jsonl"), ["take one away"]),
     "metadata at two depths": (in_folder("metadata.csv", "train/metadata.csv"), ["here and in train"]),
     "saved data set as a folder": (in_folder("state.json"), ["open it as hf-datasets:"]),
@@ -429,3 +433,56 @@ def test_captions_alone_fill_a_store_of_texts(tmp_path: Path, tiny_text_encoder:
     store = FeatureStore.open(tmp_path / "store")
     assert [str(caption) for caption in store.pairs.captions] == list(CAPTIONS)
     assert store.arrays()[0].load().shape == (5, 32)
+
+
+# --- damaged files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A sound file of each kind, by name."""
+    folder = tmp_path_factory.mktemp("whole")
+    kinds = {"x.tar": "tar", "x.txt": "captions alone", "k.json": "karpathy", "c.json": "coco"}
+    if has_pyarrow():
+        kinds |= {"s.parquet": "parquet of structs", "p.parquet": "parquet of paths"}
+    found = {}
+    for name, kind in kinds.items():
+        (folder / kind).mkdir()
+        found[name] = Path(KINDS[kind][0](folder / kind)).read_bytes()
+    return found
+
+
+def has_pyarrow() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("pyarrow") is not None
+
+
+EDITS = st.lists(
+    st.tuples(st.floats(0, 0.999), st.sampled_from(["set", "cut", "insert"]), st.binary(min_size=1, max_size=40)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(number=st.integers(0, 5), edits=EDITS)
+def test_a_damaged_file_gives_pairs_or_a_manifest_error_and_nothing_else(
+    whole: dict[str, bytes], tmp_path: Path, number: int, edits: list[tuple[float, str, bytes]]
+) -> None:
+    name = list(whole)[number % len(whole)]
+    data = bytearray(whole[name])
+    for where, how, new in edits:
+        at = int(where * len(data))
+        data[at : at + {"set": len(new), "cut": 20 * len(new), "insert": 0}[how]] = b"" if how == "cut" else new
+    (tmp_path / name).write_bytes(data)
+    try:
+        source = open_pairs(tmp_path / name)
+    except ManifestError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    for key in source.keys:
+        with contextlib.suppress(RowError):
+            assert source.media.read(key)

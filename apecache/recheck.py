@@ -1,0 +1,92 @@
+"""Is what is committed still what the inputs and the encoder give? Asked before rows are added to it."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from apecache.data.images import load_image
+from apecache.encode import ImageJob, Target, TextJob
+from apecache.encoders.encoder import TextEncoder
+from apecache.errors import MismatchError, RowError
+from apecache.fingerprint import content_hash
+from apecache.store.files import LocalFiles
+from apecache.store.reader import FeatureArray, FeatureStore
+
+RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
+
+
+def spot_check(files: LocalFiles, job: ImageJob | TextJob, place: int) -> None:
+    """Encode a few committed rows of the job's target `place` again: a library update between two runs can change
+    pixels or kernels.
+
+    Raises:
+        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot be read any more.
+    """
+    record = job.targets[place].record
+    array = FeatureArray(files, record)
+    shard = min(array.commits)
+    first = record.layout.shard(shard).start
+    rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
+    if not rows:
+        return
+    stored = array.load_shard(shard)[[row - first for row in rows]].astype(np.float32).reshape(len(rows), -1)
+    fresh = _encode_rows(job, place, rows).reshape(len(rows), -1)
+    norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+    cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
+    if cosine < RECHECK_COSINE:
+        raise MismatchError(
+            f"{record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a "
+            "library, the device or an input changed; use the versions in apecache info --json, or a new --store"
+        )
+
+
+def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArray[np.float32]:
+    """Float32 [n, *row_shape of the array] by one target alone."""
+    if isinstance(job, TextJob):
+        return _encode_texts(job.targets[place], [job.source.captions[row] for row in rows])
+    alone = ImageJob(job.source, (job.targets[place],), 1, job.views)
+    try:
+        (views,) = zip(*(alone.preprocess(load_image(job.key(row), job.source.media)) for row in rows), strict=True)
+    except RowError as error:
+        raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
+    pixels = torch.stack(views)
+    found = [job.targets[place].encoder.encode(pixels[:, view]) for view in range(pixels.shape[1])]
+    encoded: NDArray[np.float32] = (torch.stack(found, 1) if job.views else found[0]).numpy()
+    return encoded
+
+
+def _encode_texts(target: Target[TextEncoder], texts: list[str]) -> NDArray[np.float32]:
+    """One after another: each text's tokens have a length of their own."""
+    if target.record.layout.tokens is None:
+        encoded: NDArray[np.float32] = target.encoder.encode(texts).numpy()
+        return encoded
+    out = np.zeros((len(texts), *target.record.layout.row_shape), np.float32)
+    for row, ids in enumerate(target.encoder.tokenise(texts).ids):
+        out[row, : len(ids)] = target.encoder.encode_ids([ids])[0].numpy()
+    return out
+
+
+def require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
+    """Read every committed row's input again.
+
+    Raises:
+        MismatchError: some have other bytes than when they were encoded.
+    """
+    for target in job.targets:
+        recorded = FeatureArray(store.files, target.record).content()
+        changed = [row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest]
+        if changed:
+            keys = ", ".join(job.key(row) for row in changed[:3])
+            raise MismatchError(
+                f"{len(changed)} of {len(recorded)} {target.record.modality} rows are not what was encoded ({keys}); "
+                "bring the old files back, or make a new --store"
+            )
+
+
+def _content(job: ImageJob | TextJob, row: int) -> str:
+    if isinstance(job, TextJob):
+        return content_hash(job.source.captions[row])
+    try:
+        return content_hash(job.source.media.read(job.key(row)))
+    except RowError:
+        return ""
