@@ -6,23 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import extract_tiny, make_shapes
 from torch import nn
 
-from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.towers import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
 from apecache.evaluate.retrieval import retrieval_report
-from apecache.fingerprint import Fingerprint, content_hash
+from apecache.extraction import ExtractSpec, extract
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
-from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
-from apecache.store.writer import ArrayWriter, create_array
 from apecache.train import encoder_data
 from apecache.train import fit_encoder as module
 from apecache.train.batches import SplitSpec
@@ -205,33 +202,15 @@ def token_data(
     """The same shapes; beside pooled features the tokens of images after 3 blocks and of texts after 1, in float32."""
     folder = tmp_path_factory.mktemp("token-data")
     table = make_shapes(folder / "shapes", copies=2)
-    extract_tiny(table, folder / "store", tiny_image_encoder, tiny_text_encoder)
-    store = FeatureStore.open(folder / "store")
-    image = replace(parse_encoder(f"timm:{tiny_image_encoder}", "image"), pooling="tokens", layer=3)
-    text = replace(parse_encoder(f"hf:{tiny_text_encoder}", "text"), pooling="tokens", layer=-2)
-    images, texts = load_image_encoder(image, "cpu"), load_text_encoder(text, "cpu")
-    pixels = [images.preprocess(Image.open(table.parent / key).convert("RGB")) for key in store.pairs.keys]
-    ids = texts.tokenise([str(caption) for caption in store.pairs.captions]).ids
-    write_tokens(store, images, images.encode(torch.stack(pixels)).numpy())
-    write_tokens(store, texts, texts.encode_ids(ids).numpy(), np.array([len(row) for row in ids]))
-    return store, lambda key: Image.open(table.parent / key).convert("RGB")
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = parse_encoder(f"hf:{tiny_text_encoder}", "text")
+    images = (image, replace(image, pooling="tokens", layer=3))
+    texts = (text, replace(text, pooling="tokens", layer=-2))
+    extract(open_pairs(table), folder / "store", ExtractSpec(images, texts, storage_dtype="float32", device="cpu"))
+    return FeatureStore.open(folder / "store"), lambda key: Image.open(table.parent / key).convert("RGB")
 
 
-def write_tokens(store: FeatureStore, encoder: Any, features: Any, lengths: Any = None) -> None:
-    rows, tokens, dim = features.shape
-    layout = ArrayLayout(rows, dim, "float32", rows, rows, 1, None, tokens, lengths is not None)
-    fingerprint = Fingerprint({"encoder": encoder.fingerprint.fields, "storage": {"dtype": "float32"}})
-    modality, name = encoder.spec.modality, f"{encoder.spec.modality}-tokens"
-    record = with_metadata(
-        ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, {}, store.source["digest"])
-    )
-    create_array(store.files, record)
-    writer = ArrayWriter(store.files, record)
-    writer.commit(0, features, [content_hash(str(row)) for row in range(rows)], lengths=lengths)
-    writer.seal()
-
-
-TOKENS = {"image_features": "image-tokens", "text_features": "text-tokens"}
+TOKENS = {"image_features": "tiny-vit-tokens-layer3", "text_features": "tiny-bert-tokens-layer-2"}
 POOLED = {"image_features": "tiny-vit", "text_features": "tiny-bert"}
 LAST = 'towers.rules=[{part = "image.blocks[3:]"}, {part = "text.blocks[1:]"}]'
 
