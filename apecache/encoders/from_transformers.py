@@ -204,6 +204,13 @@ def shape_transformers(spec: EncoderSpec) -> Any:
         return AutoModel.from_config(config) if half is None else half(config)
 
 
+def image_size(spec: EncoderSpec) -> tuple[int, int]:
+    """(height, width) of what the encoder's own processor makes of an image. Raises EncoderError without one."""
+    processor: Any = _open(AutoImageProcessor, spec)
+    pixels = ProcessorPreprocess(processor, _resize(processor, spec.resolution))(Image.new("RGB", (640, 480)))
+    return pixels.shape[1], pixels.shape[2]
+
+
 def _config(spec: EncoderSpec) -> Any:
     return _open(AutoConfig, spec)
 

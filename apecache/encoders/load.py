@@ -76,14 +76,15 @@ def shape_tower(spec: EncoderSpec) -> Tower:
         case "timm":
             from apecache.encoders.from_timm import shape_timm
 
-            module = shape_timm(spec)
+            return build_tower(shape_timm(spec).eval(), spec.modality, spec.pooling, cls_id=0)
         case "hf":
-            from apecache.encoders.from_transformers import shape_transformers
+            from apecache.encoders.from_transformers import image_size, shape_transformers
 
-            module = shape_transformers(spec)
+            tower = build_tower(shape_transformers(spec).eval(), spec.modality, spec.pooling, cls_id=0)
+            tower.pixels = image_size(spec) if spec.modality == "image" else None
+            return tower
         case _:
             raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
-    return build_tower(module.eval(), spec.modality, spec.pooling, cls_id=0)
 
 
 def _by_model(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:

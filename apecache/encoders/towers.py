@@ -68,7 +68,8 @@ class RowEmbedding(nn.Module):
 class Tower(nn.Module):
     """`module`: the library's model. `adapters`: what recipes/adapters.py puts in; `adapters.deep`, if there, is a
     block that runs after the library's own. `checkpointing`: blocks are run again in the backward pass instead of being
-    kept. Outputs are in the module's dtype and not normalised."""
+    kept. `pixels`: size of the images that preprocessing gives, if known. Outputs: the module's dtype, not normalised.
+    """
 
     module: Any
     adapter_spec: Any  # an AdapterSpec of recipes/towers.py, which this stage does not know
@@ -80,6 +81,7 @@ class Tower(nn.Module):
         self.adapters, self.adapter_spec = nn.ModuleDict(), None
         self.adapter_hooks: list[RemovableHandle] = []
         self.checkpointing = False
+        self.pixels: tuple[int, int] | None = None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -109,7 +111,9 @@ class Tower(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images that an image tower was made for."""
+        """(height, width) in pixels: `pixels` if it is set, else that which the image tower was made for."""
+        if self.pixels is not None:
+            return self.pixels
         match self.anatomy.family:
             case "timm" | "timm-beit":
                 height, width = self.module.patch_embed.img_size

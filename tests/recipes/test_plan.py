@@ -1,12 +1,14 @@
 """The planner: operations against closed formulas, bytes against what a pass really keeps, cuts, costs, the command."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from apecache_cli.app import app
 from small_towers import pictures, sentences, shapes_only, small_bert, small_t5, small_vit
 from torch import nn
@@ -243,6 +245,17 @@ def test_shapes_are_those_of_the_encoders(tiny_image_encoder: Path, tiny_text_en
         assert [(p.name, p.count) for p in shape.parts()] == [(p.name, p.count) for p in tower.parts()]
         assert (shape.output_dim, shape.pooling == "default") == (tower.output_dim, spec.library == "timm")
     assert loaded[0].image_size == (32, 32)
+
+
+def test_images_are_counted_at_the_size_that_preprocessing_gives(tmp_path: Path) -> None:
+    """DINOv2 models are made for 518 pixels, and their processors give 224."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
+    hf.Dinov2Model(hf.Dinov2Config(image_size=56, patch_size=14, **sizes)).save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    hf.BitImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path)
+    spec = parse_encoder(f"hf:{tmp_path}", "image")
+    assert shape_tower(spec).image_size == (28, 28)
+    assert shape_tower(replace(spec, resolution=42)).image_size == (42, 42)
 
 
 def test_adapters_do_not_change_what_is_cached_once() -> None:
