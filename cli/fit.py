@@ -36,8 +36,8 @@ def fit_head(
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
-        if loaded.trains_towers:
-            raise RecipeError(f"recipe {loaded.name} trains towers, not heads alone; use apecache fit-encoder")
+        if not loaded.trains_heads_alone:
+            raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec

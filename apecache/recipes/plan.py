@@ -111,7 +111,7 @@ def plan(recipe: Recipe, image: Callable[[], Tower], text: Callable[[], Tower], 
     n_steps, batch = _steps(recipe, spec)
     return Plan(
         recipe.name,
-        _path(sides),
+        _path(recipe, sides),
         device,
         n_steps,
         batch,
@@ -130,8 +130,9 @@ def _check(spec: PlanSpec) -> None:
         raise OptionError(f"{spec}: rows, captions, tokens and slices are at least 1, utilisation lies in (0, 1]")
 
 
-def _path(sides: Sequence[SidePlan]) -> str:
-    return "fit-head" if all(side.cut == "pooled" for side in sides) else "fit-encoder"
+def _path(recipe: Recipe, sides: Sequence[SidePlan]) -> str:
+    cached = all(side.cut == "pooled" for side in sides)
+    return "fit-head" if cached and recipe.trains_heads_alone else "fit-encoder"
 
 
 def _steps(recipe: Recipe, spec: PlanSpec) -> tuple[int, int]:

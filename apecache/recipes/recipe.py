@@ -79,8 +79,13 @@ class Recipe(_Section):
 
     @property
     def trains_towers(self) -> bool:
-        """Whether anything within the towers may train: then it takes `fit-encoder`, not `fit-head`."""
+        """Whether anything within the towers may train."""
         return self.towers.may_train("image") or self.towers.may_train("text")
+
+    @property
+    def trains_heads_alone(self) -> bool:
+        """Whether `fit-head` does all that the recipe says: no tower trains, and both heads do."""
+        return not self.trains_towers and not self.towers.freezes_heads
 
 
 def zoo_names() -> list[str]:

@@ -124,6 +124,10 @@ class TowersSpec(_Section):
         named = ((rule, parse_selector(rule.part)) for rule in self.rules + shorthand_rules(self.freezing))
         return any(rule.train and where.side in (None, side) and where.name != "head" for rule, where in named)
 
+    @property
+    def freezes_heads(self) -> bool:
+        return any(not rule.train and parse_selector(rule.part).name in ("head", "all") for rule in self.rules)
+
 
 def shorthand_rules(text: str) -> tuple[Rule, ...]:
     """`V_u^f T_u^u`, or `Vuf-Tuu`, as rules (To freeze or not to freeze, section 3).

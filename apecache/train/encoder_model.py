@@ -88,7 +88,7 @@ def build_model(
     for side in sides:
         _prepare(side, recipe)
     live = [(side.tower, side.head) for side in sides if side.tower is not None]
-    matches = freeze_towers(live, recipe.towers)
+    matches = freeze_towers(live, recipe.towers) if live else ()
     for side in sides:
         _require_frozen_below(side, matches, recipe)
     temperature = Temperature(

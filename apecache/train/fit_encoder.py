@@ -105,7 +105,7 @@ def fit_encoder(
 def _require_sensible(recipe: Recipe, spec: FitEncoderSpec) -> None:
     if spec.slice_size is not None and spec.slice_size < 1:
         raise OptionError(f"slices of {spec.slice_size} pairs; expected at least 1")
-    if not recipe.trains_towers:
+    if recipe.trains_heads_alone:
         raise RecipeError(f"recipe {recipe.name} trains heads alone; use fit-head, which is faster")
     sliced = spec.slice_size is not None and spec.slice_size < recipe.schedule.batch_size
     if sliced and "batch" in (recipe.image.norm, recipe.text.norm):

@@ -147,6 +147,7 @@ def test_a_cached_tower_is_not_in_memory() -> None:
     [
         ("ape", "pooled", "pooled", "fit-head"),
         ("projection", "pooled", "pooled", "fit-head"),
+        ("lilt-a", "pooled", "pooled", "fit-encoder"),
         ("lilt-c", "pooled", "pooled", "fit-head"),
         ("lilt-f", 3, 3, "fit-encoder"),
         ("lilt-i", None, None, "fit-encoder"),

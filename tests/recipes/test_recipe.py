@@ -76,6 +76,7 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
     image, text = build_heads(recipe.image, recipe.text, 768, 384)
     assert image.out_dim == text.out_dim
     assert recipe.trains_towers == (name not in ("lilt-a", "lilt-c"))
+    assert recipe.trains_heads_alone == (name == "lilt-c")
 
 
 def test_every_shorthand_is_a_recipe() -> None:
@@ -94,7 +95,7 @@ def test_no_shorthand_is_refused_with_the_nearest_one() -> None:
 
 
 def test_recipes_on_pooled_features_train_no_tower() -> None:
-    assert not any(load_recipe(name).trains_towers for name in zoo_names())
+    assert all(load_recipe(name).trains_heads_alone for name in zoo_names())
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,14 @@ def test_rules_for_heads_hold_on_the_cached_side_too(
     assert {id(p) for p in slow} == {id(p) for p in watch.model.text.head.parameters()}
 
 
+def test_the_temperature_alone(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    report = fit(data, recipe_of("lilt-a"), tmp_path / "run")
+    assert watch.changed() == {"temperature.log_scale"}
+    assert (report.n_trained_parameters, report.cached) == (1, ("image", "text"))
+    assert report.dev == report.untrained
+
+
 def test_a_frozen_text_tower_is_read_from_the_cache(data: Any, tmp_path: Path) -> None:
     report = fit(data, recipe_of("freeze/Vuf-Tff", "text.standardise=true"), tmp_path / "run")
     assert report.cached == ("text",)
