@@ -218,7 +218,13 @@ def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:
     needed = int(1.05 * sum(layout.n_shards * sum(chunk_bytes(layout).values()) for layout in layouts))
     free = shutil.disk_usage(store.path).free
     if needed > free:
-        raise StoreError(f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} MB free")
+        raise StoreError(f"{store.path}: {_size(needed)} needed for the features, {_size(free)} free")
+
+
+def _size(count: int) -> str:
+    """`1.2 MB`: bytes in the largest unit that leaves a whole one."""
+    unit = next((unit for unit in (10**9, 10**6, 10**3) if count >= unit), 1)
+    return f"{count / unit:,.1f} { {10**9: 'GB', 10**6: 'MB', 10**3: 'kB', 1: 'bytes'}[unit] }"
 
 
 def environment(device: torch.device) -> Json:

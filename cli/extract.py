@@ -18,14 +18,20 @@ from .inputs import (
 )
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
+CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
+
 
 def extract(
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     store: Annotated[Path, typer.Option(help="The feature store to make or to go on with.")],
     image: Annotated[
-        str | None, typer.Option(help="Image encoder: timm:NAME, hf:ID (@REV), timm:/folder, hf:/folder.")
+        list[str] | None,
+        typer.Option(help="Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text encoder: hf:ID (@REV) or hf:/folder.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
+    ] = None,
     root: Root = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
@@ -33,8 +39,16 @@ def extract(
     split_file: SplitFile = None,
     split_fraction: SplitFraction = None,
     split_seed: SplitSeed = 0,
-    image_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
-    text_pooling: Annotated[str, typer.Option(help="default (the encoder's own), cls or mean.")] = "default",
+    image_cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")] = None,
+    text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
+    text_prefix: Annotated[
+        str | None, typer.Option(help="Put before every caption. Default: what the encoder asks for.")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="Encode so many augmented views in place of each image.")
+    ] = None,
+    view_scale: Annotated[str, typer.Option(help="Smallest and largest crop of a view, share of the area.")] = "0.2,1",
+    view_seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Image side in pixels. Default: the encoder's own.")
     ] = None,
@@ -72,42 +86,54 @@ def extract(
     """
     with ending():
         choice("--storage", storage, ("float16", "float32"))
-        specs: list[Any] = []
         from apecache.data.sources import open_pairs
 
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
         splits = (split, split_file, split_fraction, split_seed)
         source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root))
-        for name, modality, pooling in ((image, "image", image_pooling), (text, "text", text_pooling)):
-            specs.append(encoder_spec(name, modality, pooling, resolution, max_tokens, dtype))
+        images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution)
+        texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
         from apecache.extraction import ExtractSpec
         from apecache.extraction import extract as run
 
-        options: dict[str, Any] = {"image": specs[0], "text": specs[1], "storage_dtype": storage, "max_bad": max_bad}
+        options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
         options |= {"device": device, "add": add, "append": append, "recheck": recheck}
         options |= {"workers": workers} if workers else {}
+        options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
         with progress() as update:
             report = run(source, store, spec, update)
         show_extracted(report, json)
 
 
-def encoder_spec(
-    name: str | None, modality: Any, pooling: str, resolution: int | None, max_tokens: int | None, dtype: str
-) -> Any:
-    """An EncoderSpec from command-line options, or None."""
+def encoder_specs(names: list[str] | None, modality: Any, cuts: list[str] | None, dtype: Any, **settings: Any) -> Any:
+    """Every cut of every encoder, from command-line options."""
     from dataclasses import replace
 
-    from apecache.encoders.spec import parse_encoder
+    from apecache.encoders.spec import parse_cut, parse_encoder
 
-    choice(f"--{modality}-pooling", pooling, ("default", "cls", "mean"))
     choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
-    if name is None:
-        return None
-    settings: dict[str, Any] = {"pooling": pooling, "dtype": dtype}
-    settings |= {"resolution": resolution} if modality == "image" else {"max_tokens": max_tokens}
-    return replace(parse_encoder(name, modality), **settings)
+    taken = [parse_cut(cut) for cut in cuts or ["default"]]
+    specs = [parse_encoder(name, modality) for name in names or ()]
+    return tuple(
+        replace(spec, pooling=pooling, layer=layer, dtype=dtype, **settings)
+        for spec in specs
+        for pooling, layer in taken
+    )
+
+
+def view_spec(count: int, scale: str, seed: int) -> Any:
+    from apecache.data.augment import Views
+    from apecache.errors import OptionError
+
+    try:
+        low, high = (float(part) for part in scale.split(","))
+        if not 0 < low <= high <= 1:
+            raise ValueError
+    except ValueError:
+        raise OptionError(f"--view-scale {scale}: expected two shares of the area like 0.2,1") from None
+    return Views(count, seed, (low, high))
 
 
 def choice(option: str, value: str, known: tuple[str, ...]) -> None:

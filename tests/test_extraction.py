@@ -15,9 +15,10 @@ import torch
 from tiny import Grown, extract_tiny, loaded_once, make_shapes, tree
 
 import apecache.encoders.encoder as encoder_module
-import apecache.encoders.from_timm as from_timm
+import apecache.encoders.pixels as pixels
 import apecache.extraction as extraction
 import apecache.preparation as preparation
+import apecache.segments as segments
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, IncompleteError, MismatchError, OptionError
@@ -148,7 +149,7 @@ def test_a_changed_setting_is_refused_by_field(
     ("module", "name", "value", "field"),
     [
         (encoder_module, "FEATURE_CODE_VERSION", 2, "encoder.feature_code"),
-        (from_timm, "IMAGE_DECODING", "as it comes", "encoder.inputs.decoding"),
+        (pixels, "IMAGE_DECODING", "as it comes", "encoder.inputs.decoding"),
     ],
 )
 def test_changed_code_of_ours_is_refused_by_field(
@@ -279,7 +280,7 @@ def test_library_versions_and_the_working_folder_are_no_identity(
     kept: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "version", lambda name: "99.0")
-    monkeypatch.setattr(extraction, "version", lambda name: "99.0")
+    monkeypatch.setattr(segments, "version", lambda name: "99.0")
     monkeypatch.chdir(shapes.parent)
     before = tree(kept)
     assert again(Path("pairs.tsv"), kept).nothing_to_do
@@ -354,7 +355,8 @@ def test_an_appended_store_equals_one_made_in_one_go(
     assert [array.n_encoded for array in report.arrays] == [24 - first, 48 - 2 * first]
     assert [array.rows for array in report.arrays] == [24, 48]
     assert before.items() <= tree(store).items()
-    assert all(name.startswith("segments/0001/") for name in tree(store).keys() - before.keys())
+    new = tree(store).keys() - before.keys() - {"records/segments/0001.json"}
+    assert all(name.startswith("segments/0001/") for name in new)
     opened = FeatureStore.open(store)
     for column in ("keys", "splits", "labels", "captions", "languages", "image_rows"):
         assert getattr(opened.pairs, column).tolist() == getattr(in_one_go.pairs, column).tolist()
@@ -484,10 +486,10 @@ def wrap_encoder(
     """The encoder's network is seen through `forward(batch, the real one)`."""
 
     def load(*arguments: Any) -> Any:
-        encoder = loaded_once(modality)(*arguments)
-        return replace(encoder, forward=lambda *batch: forward(*batch, encoder.forward))
+        encoder = loaded_once(modality)(*arguments)[0]
+        return [replace(encoder, forward=lambda *batch: forward(*batch, encoder.forward))]
 
-    monkeypatch.setattr(extraction, f"load_{modality}_encoder", load)
+    monkeypatch.setattr(extraction, f"load_{modality}_encoders", load)
 
 
 def test_changed_images_are_found_when_asked_to_read_all_again(

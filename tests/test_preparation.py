@@ -116,7 +116,7 @@ def test_too_little_disk_is_refused_before_anything_is_encoded(
     if fits:
         prepare_one(empty, vit, 9000, ExtractSpec(shard_rows=100))
     else:
-        with pytest.raises(StoreError, match=r"0.0 GB needed for the features, 0.0 GB free") as caught:
+        with pytest.raises(StoreError, match=r"1.2 MB needed for the features, 1.2 MB free") as caught:
             prepare_one(empty, vit, 9000, ExtractSpec(shard_rows=100))
         assert caught.value.exit_code == 3
         assert tree(empty.path) == before

@@ -75,7 +75,7 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     def tokenise(texts: Sequence[str]) -> Tokens:
         return _tokenise(tokenizer, [prefix + text for text in texts], context, trimmed)
 
-    tap = Tap(_states(frozen), "own", lambda state, _: state)
+    tap = Tap((_trimmed_states if trimmed else _states)(frozen), "own", lambda state, _: state)
     length = None if trimmed else context
     with torch.inference_mode():
         dim = int(frozen(torch.zeros(1, context, dtype=torch.long, device=device)).shape[1])
@@ -133,6 +133,17 @@ def _tokenizer(spec: EncoderSpec) -> Any:
 def _states(tower: Any) -> States:
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
         return {"own": tower(inputs[0])}
+
+    return states
+
+
+def _trimmed_states(tower: Any) -> States:
+    """Texts shorter than the context: positions follow the text's length by themselves, the causal mask does not."""
+    mask = tower.attn_mask
+
+    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
+        length = inputs[0].shape[1]
+        return {"own": torch.func.functional_call(tower, {"attn_mask": mask[:length, :length]}, (inputs[0],))}
 
     return states
 

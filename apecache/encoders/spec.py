@@ -111,10 +111,8 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
         hint = nearest(library, LIBRARIES) if colon else f"; did you mean timm:{text} or hf:{text}?"
         raise EncoderError(f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of {', '.join(LIBRARIES)}{hint}")
     if (library, modality) in (("timm", "text"), ("st", "image")):
-        what = (
-            "timm has no text encoders; use hf:ID or st:ID" if library == "timm" else "st: is for texts; use timm:NAME"
-        )
-        raise EncoderError(f"encoder {text!r}: {what}")
+        other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
+        raise EncoderError(f"encoder {text!r}: {library} has no {modality} encoders here; use {other}")
     revision = None
     if not looks_local(name) and not os.path.isdir(name):
         name, _, revision = name.partition("@")

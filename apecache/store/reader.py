@@ -1,9 +1,10 @@
 """Reading a store: what is in it, how complete it is, and features whole into memory, checked."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -62,8 +63,9 @@ class FeatureArray:
 
     @property
     def tokens(self) -> int | None:
-        """Positions of each row, padding included; None for pooled features."""
-        return self.record.layout.tokens
+        """Positions of each row, padding included (of the widest segment, if ragged); None for pooled features."""
+        own = self.record.layout.tokens
+        return None if own is None else max(own, *(array.tokens or 0 for array in self.appended), 0)
 
     @property
     def views(self) -> int | None:
@@ -72,7 +74,7 @@ class FeatureArray:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return self.record.layout.row_shape
+        return replace(self.record.layout, tokens=self.tokens).row_shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -132,10 +134,12 @@ class FeatureArray:
         target = np.empty(shape, self.dtype) if out is None else out
         if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda commit: self._load_shard(commit, "features", target), commits.values()))
+        shape = self.record.layout.row_shape
+        with _as_wide(target[: self.record.layout.rows], shape) as own, ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda commit: self._load_shard(commit, "features", own), commits.values()))
         for array, first in self._later:
-            array.load(target[first : first + array.rows], threads)
+            with _as_wide(target[first : first + array.rows], array.row_shape) as own:
+                array.load(own, threads)
         return target
 
     def load_ok(self) -> NDArray[np.bool_]:
@@ -166,7 +170,7 @@ class FeatureArray:
     def load_shard(self, shard: int) -> NDArray[Any]:
         """Rows of one committed shard, complete or not. Raises DamagedError as `load` does, IncompleteError if it is
         not committed."""
-        target = np.empty((len(self.record.layout.shard(shard)), *self.row_shape), self.dtype)
+        target = np.empty((len(self.record.layout.shard(shard)), *self.record.layout.row_shape), self.dtype)
         self._read_chunk(self._commit(shard), "features", target)
         return target
 
@@ -279,6 +283,18 @@ class FeatureArray:
 
     def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
         return DamagedError(f"{self.files.path(name)} (shard {shard}) {what}; repair with: apecache repair STORE")
+
+
+@contextmanager
+def _as_wide(target: NDArray[Any], row_shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
+    """A buffer for rows of `row_shape`: the target itself, or one whose rows are then laid into its first tokens."""
+    if target.shape[1:] == row_shape:
+        yield target
+        return
+    narrow = np.empty((len(target), *row_shape), target.dtype)
+    yield narrow
+    target[:] = 0
+    target[:, : row_shape[0]] = narrow
 
 
 @dataclass(frozen=True)

@@ -466,7 +466,7 @@ def test_too_little_disk(
 ) -> None:
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
     line = error_of(extract_images(shapes, tmp_path / "store"), 3)
-    assert "GB needed for the features" in line
+    assert "needed for the features" in line
 
 
 def test_another_fingerprint_is_shown_field_by_field(

@@ -57,7 +57,7 @@ def test_a_local_folder_may_hold_an_at_sign_and_need_not_begin_with_a_dot(
     ("text", "parts"),
     [
         ("resnet18", ["expected LIBRARY:NAME", "timm, hf", "did you mean timm:resnet18 or hf:resnet18?"]),
-        ("tim:resnet18", ["LIBRARY one of timm, hf; did you mean timm?"]),
+        ("tim:resnet18", ["LIBRARY one of timm, hf, open_clip, st; did you mean timm?"]),
         ("http://example.org/x", ["LIBRARY one of timm, hf"]),
         ("", ["expected LIBRARY:NAME"]),
         ("timm:", ["the name after timm: is empty"]),
@@ -76,7 +76,7 @@ def test_what_is_no_encoder_is_refused_with_what_is_expected(text: str, parts: l
 
 
 def test_timm_has_no_text_encoders() -> None:
-    with pytest.raises(EncoderError, match="timm has no text encoders; use hf:ID"):
+    with pytest.raises(EncoderError, match="timm has no text encoders here; use hf:ID"):
         parse_encoder("timm:resnet18", "text")
 
 
