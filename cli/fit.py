@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .extract import choice, encoder_spec
+from .extract import choice, encoder_specs
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table
 
 
@@ -96,10 +96,8 @@ def fit_encoder(
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
-        specs = [
-            encoder_spec(name, modality, "default", resolution, max_tokens, "float32")
-            for name, modality in ((image, "image"), (text, "text"))
-        ]
+        images = encoder_specs([image] if image else None, "image", None, "float32", resolution=resolution)
+        texts = encoder_specs([text] if text else None, "text", None, "float32", max_tokens=max_tokens)
         from apecache.data.images import load_image
         from apecache.data.media import FolderMedia
         from apecache.store.reader import FeatureStore
@@ -110,7 +108,16 @@ def fit_encoder(
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
         precision: Any = autocast
         spec = FitEncoderSpec(
-            specs[0], specs[1], image_features, text_features, splits, seed, slice_size, precision, device, overwrite
+            next(iter(images), None),
+            next(iter(texts), None),
+            image_features,
+            text_features,
+            splits,
+            seed,
+            slice_size,
+            precision,
+            device,
+            overwrite,
         )
         opener = (lambda key: load_image(key, FolderMedia(root)).image) if root else None
         report = run(FeatureStore.open(store), loaded, out, spec, opener, show_epoch)

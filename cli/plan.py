@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .extract import encoder_spec
+from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
 
 
@@ -41,19 +41,19 @@ def plan(
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
-        poolings = (loaded.towers.image_pooling, loaded.towers.text_pooling)
-        specs = [
-            encoder_spec(name, modality, pooling, resolution, tokens, "float32")
-            for name, modality, pooling in zip((image, text), ("image", "text"), poolings, strict=True)
-        ]
+        towers = loaded.towers
+        specs = (
+            *encoder_specs([image], "image", [str(towers.image_pooling)], "float32", resolution=resolution),
+            *encoder_specs([text], "text", [str(towers.text_pooling)], "float32", max_tokens=tokens),
+        )
         from apecache.encoders.load import shape_tower
         from apecache.recipes.devices import find_device
         from apecache.recipes.plan import PlanSpec
         from apecache.recipes.plan import plan as run
 
         settings = PlanSpec(rows, captions, tokens, slice_size, utilisation, price)
-        towers = [partial(shape_tower, spec) for spec in specs]
-        found = run(loaded, towers[0], towers[1], settings, find_device(device))
+        shapes = [partial(shape_tower, spec) for spec in specs]
+        found = run(loaded, shapes[0], shapes[1], settings, find_device(device))
         if json:
             show_json(found)
         else:

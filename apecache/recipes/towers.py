@@ -101,8 +101,8 @@ class TowersSpec(_Section):
     rules: tuple[Rule, ...] = ()
     image_adapter: AdapterSpec | None = None
     text_adapter: AdapterSpec | None = None
-    image_pooling: Literal["default", "cls", "mean"] = "default"
-    text_pooling: Literal["default", "cls", "mean"] = "default"
+    image_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
+    text_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     checkpointing: bool = False
 
