@@ -41,6 +41,10 @@ def evaluate(
     ] = None,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000).")
+    ] = None,
+    by_language: Annotated[bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")] = False,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")
     ] = 0.01,
@@ -56,7 +60,7 @@ def evaluate(
     with ending():
         choice("--task", task, ("retrieval", "zeroshot"))
         if task == "retrieval":
-            result = retrieval(run, store, split or "val", device)
+            result = retrieval(run, store, split or "val", device, folds, by_language)
         else:
             splits = (split_column, split_file, split_fraction, split_seed)
             spec = open_spec(("image", "label"), image_column, caption_column, *splits, root)
@@ -69,7 +73,9 @@ def evaluate(
             show_zeroshot(run, result)
 
 
-def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[str, Any]:
+def retrieval(
+    run: Path, store: Path | None, split: str, device: str, folds: int | None = None, by_language: bool = False
+) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""
     from apecache.errors import OptionError
 
@@ -77,6 +83,7 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
     from apecache.encoders.encoder import parse_device
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
     from apecache.evaluate.retrieval import retrieval_report
     from apecache.heads.checkpoint import load_heads
     from apecache.store.reader import FeatureStore
@@ -84,7 +91,11 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
     heads = load_heads(run, parse_device(device))
     opened = FeatureStore.open(store)
     embedded = embed_store(heads, opened, split)
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    about = (embedded.image, embedded.text, embedded.image_of_text)
+    report = folded_report(*about, folds) if folds else retrieval_report(*about)
+    intervals = None if folds else bootstrap_intervals(*about)
+    tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
+    languages = language_reports(*about, tongues) if by_language else {}
     seen = _seen(heads.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
@@ -100,6 +111,20 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
             "text_to_image": keyed(report.chance_text_to_image),
         },
         "seen_in_training": seen,
+        "mean_recall_at_1": round(report.mean_recall_at_1, 4),
+        "folds_of": folds,
+        "intervals": None if intervals is None else vars(intervals),
+        "languages": {language: told(found) for language, found in languages.items()},
+    }
+
+
+def told(report: Any) -> dict[str, Any]:
+    """A report in short."""
+    return {
+        "image_to_text": keyed(report.image_to_text),
+        "text_to_image": keyed(report.text_to_image),
+        "n_images": report.n_images,
+        "n_texts": report.n_texts,
     }
 
 
@@ -155,12 +180,19 @@ def moved_encoder(recorded: Any, name: str | None) -> Any:
 
 def show_retrieval(run: Path, result: dict[str, Any]) -> None:
     ks = list(result["image_to_text"])
-    rows = [
-        (what, *values["image_to_text"].values(), *values["text_to_image"].values())
-        for what, values in ((str(run), result), ("chance", result["chance"]))
+    tables = [(str(run), result), ("chance", result["chance"])]
+    tables += [
+        (f"{language or '(no language)'}: {r['n_texts']:,} texts", r) for language, r in result["languages"].items()
     ]
+    rows: list[tuple[object, ...]] = [
+        (what, *values["image_to_text"].values(), *values["text_to_image"].values()) for what, values in tables
+    ]
+    if result["intervals"]:
+        ends = [e for side in ("image_to_text", "text_to_image") for e in result["intervals"][side].values()]
+        rows.insert(1, ("95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends)))
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
-    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts", columns, rows)
+    fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
+    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}", columns, rows)
 
 
 def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
