@@ -1,10 +1,11 @@
-"""`apecache fit-head`."""
+"""`apecache fit-head` and `apecache fit-encoder`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .extract import choice, encoder_specs
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table
 
 
@@ -31,9 +32,12 @@ def fit_head(
     Example: apecache fit-head store --recipe ape --out run --set optimiser.lr=3e-4
     """
     with ending():
+        from apecache.errors import RecipeError
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
+        if not loaded.trains_heads_alone:
+            raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec
@@ -51,6 +55,81 @@ def fit_head(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
             ("train images", "dev images", "parameters", "seconds", *names),
             [(report.n_train_images, report.n_dev_images, report.n_trained_parameters, report.seconds, *recalls)],
+        )
+
+
+def fit_encoder(
+    store: Annotated[Path, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
+    recipe: Annotated[str, typer.Option(help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu) or a file.toml.")],
+    out: Annotated[Path, typer.Option(help="The run folder to make or to go on with.")],
+    image: Annotated[str | None, typer.Option(help="Encoder of a live image side. Default: the store's.")] = None,
+    text: Annotated[str | None, typer.Option(help="Encoder of a live text side. Default: the store's.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels, with --image.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest caption in tokens, with --text.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
+    ] = None,
+    slice_size: Annotated[
+        int | None, typer.Option("--slice", min=1, help="Pairs in memory at once; gradients are the whole batch's.")
+    ] = None,
+    autocast: Annotated[str, typer.Option(help="Computation of the towers: float32 or bfloat16.")] = "float32",
+    train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
+    dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
+    dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
+    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train within the towers what a recipe unlocks; a side that stays frozen is read from the cache.
+
+    Killed or interrupted, the same command goes on after the last whole epoch.
+
+    Example: apecache fit-encoder store --recipe lit --out run --slice 32
+    """
+    with ending():
+        choice("--autocast", autocast, ("float32", "bfloat16"))
+        from apecache.recipes.recipe import load_recipe
+
+        loaded = load_recipe(recipe, set_ or ())
+        images = encoder_specs([image] if image else None, "image", None, "float32", resolution=resolution)
+        texts = encoder_specs([text] if text else None, "text", None, "float32", max_tokens=max_tokens)
+        from apecache.data.images import load_image
+        from apecache.data.media import FolderMedia
+        from apecache.store.reader import FeatureStore
+        from apecache.train.batches import SplitSpec
+        from apecache.train.encoder_data import FitEncoderSpec
+        from apecache.train.fit_encoder import fit_encoder as run
+
+        splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
+        precision: Any = autocast
+        spec = FitEncoderSpec(
+            next(iter(images), None),
+            next(iter(texts), None),
+            image_features,
+            text_features,
+            splits,
+            seed,
+            slice_size,
+            precision,
+            device,
+            overwrite,
+        )
+        opener = (lambda key: load_image(key, FolderMedia(root)).image) if root else None
+        report = run(FeatureStore.open(store), loaded, out, spec, opener, show_epoch)
+        if json:
+            show_json(report)
+            return
+        cached = ", ".join(report.cached) or "neither"
+        values = (report.n_train_images, report.n_dev_images, report.n_trained_parameters, cached, report.seconds)
+        show_table(
+            f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
+            ("train images", "dev images", "parameters", "cached sides", "seconds", "dev mean recall", "before"),
+            [(*values, report.dev.mean_recall, report.untrained.mean_recall)],
         )
 
 

@@ -4,12 +4,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apecache.errors import RecipeError, nearest
 from apecache.heads.pooled import HeadSpec
+from apecache.recipes.towers import TowersSpec, require_shorthand
+
+FREEZE = "freeze/"
+"""`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
 
 
 class _Section(BaseModel):
@@ -71,11 +75,32 @@ class Recipe(_Section):
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     augmentation: AugmentationSpec = AugmentationSpec()
+    towers: TowersSpec = TowersSpec()
+
+    @property
+    def trains_towers(self) -> bool:
+        """Whether anything within the towers may train."""
+        return self.towers.may_train("image") or self.towers.may_train("text")
+
+    @property
+    def trains_heads_alone(self) -> bool:
+        """Whether `fit-head` does all that the recipe says: no tower trains, and both heads do."""
+        return not self.trains_towers and not self.towers.freezes_heads
 
 
 def zoo_names() -> list[str]:
-    """Names of the recipes that come with apecache, sorted."""
-    return sorted(path.name.removesuffix(".toml") for path in _zoo().iterdir() if path.name.endswith(".toml"))
+    """Names of the recipes on pooled features that come with apecache, sorted."""
+    return _names("zoo")
+
+
+def tower_zoo_names() -> list[str]:
+    """Names of the recipes that name parts of the towers, sorted; `freeze/` stands before any shorthand."""
+    return _names("tower_zoo")
+
+
+def _names(folder: str) -> list[str]:
+    paths = (files("apecache.recipes") / folder).iterdir()
+    return sorted(path.name.removesuffix(".toml") for path in paths if path.name.endswith(".toml"))
 
 
 def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
@@ -84,19 +109,15 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the wrong kind.
     """
-    local = name.endswith(".toml")
-    if not local and name not in zoo_names():
-        known = zoo_names()
-        raise RecipeError(
-            f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}"
-        )
-    source: Any = Path(name) if local else _zoo() / f"{name}.toml"
+    source = Path(name) if name.endswith(".toml") else _packaged("freeze" if name.startswith(FREEZE) else name)
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{name}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{name}: not TOML: {error}") from None
+    if name.startswith(FREEZE) and not name.endswith(".toml"):
+        values = _freeze(values, name.removeprefix(FREEZE))
     for setting in settings:
         values = _override(values, setting)
     return parse_recipe(values, name)
@@ -110,8 +131,18 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}") from None
 
 
-def _zoo() -> Any:
-    return files("apecache.recipes") / "zoo"
+def _packaged(name: str) -> Any:
+    """A file of one of the zoos. Raises RecipeError for an unknown name."""
+    for folder in ("zoo", "tower_zoo"):
+        if name in _names(folder):
+            return files("apecache.recipes") / folder / f"{name}.toml"
+    known = [*zoo_names(), *tower_zoo_names()]
+    raise RecipeError(f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}")
+
+
+def _freeze(values: dict[str, Any], shorthand: str) -> dict[str, Any]:
+    plain = require_shorthand(shorthand)
+    return {**values, "name": f"{FREEZE}{plain}", "towers": {**values["towers"], "freezing": plain}}
 
 
 def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
@@ -146,5 +177,8 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     """Keys of the section at `path` of a recipe."""
     model: Any = Recipe
     for part in path:
-        model = model.model_fields[part].annotation
+        if isinstance(part, str):  # an index into a list of sections stays with these sections
+            annotation = model.model_fields[part].annotation
+            models = (annotation, *get_args(annotation))
+            model = next(found for found in models if isinstance(found, type) and issubclass(found, BaseModel))
     return list(model.model_fields)

@@ -17,8 +17,10 @@ from apecache.recipes.recipe import (
     ScheduleSpec,
     load_recipe,
     parse_recipe,
+    tower_zoo_names,
     zoo_names,
 )
+from apecache.recipes.towers import shorthand_names
 
 
 def refused(name: str, *settings: str) -> str:
@@ -54,6 +56,61 @@ def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_enco
     image, text = build_heads(recipe.image, recipe.text, 1280, 384)
     assert image.out_dim == text.out_dim
     assert any(parameter.requires_grad for head in (image, text) for parameter in head.parameters())
+
+
+def test_the_tower_zoo_has_the_papers_recipes_under_names_of_their_own() -> None:
+    found = sorted(path.name for path in (files("apecache.recipes") / "tower_zoo").iterdir())
+    assert [f"{name}.toml" for name in tower_zoo_names()] == found
+    assert {*(f"lilt-{row}" for row in "abcdefghijklmnop"), "lilt-pattern-a", "freeze", "lit", "clip"} <= set(
+        tower_zoo_names()
+    )
+    assert not set(tower_zoo_names()) & set(zoo_names())
+
+
+@pytest.mark.parametrize("name", tower_zoo_names())
+def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert len(recipe.source) > 50
+    assert (recipe.image.standardise, recipe.text.standardise) == (False, False)
+    image, text = build_heads(recipe.image, recipe.text, 768, 384)
+    assert image.out_dim == text.out_dim
+    assert recipe.trains_towers == (name not in ("lilt-a", "lilt-c"))
+    assert recipe.trains_heads_alone == (name == "lilt-c")
+
+
+def test_every_shorthand_is_a_recipe() -> None:
+    for name in shorthand_names():
+        recipe = load_recipe(f"freeze/{name}")
+        assert (recipe.name, recipe.towers.freezing) == (f"freeze/{name}", name)
+        assert recipe.optimiser == load_recipe("freeze").optimiser
+    assert load_recipe("freeze/V_u^f T_u^u") == load_recipe("freeze/Vuf-Tuu")
+    assert not load_recipe("freeze/Vff-Tff").trains_towers
+    assert load_recipe("freeze/Vff-Tff", ["towers.freezing=Vcf-Tff"]).trains_towers
+
+
+def test_no_shorthand_is_refused_with_the_nearest_one() -> None:
+    assert "did you mean" in refused("freeze/Vuf-Tu")
+    assert "expected one like Vuf-Tuu" in refused("freeze/everything")
+
+
+def test_recipes_on_pooled_features_train_no_tower() -> None:
+    assert all(load_recipe(name).trains_heads_alone for name in zoo_names())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('towers.rules=[{part = "block"}]', "did you mean blocks"),
+        ('towers.rules=[{parts = "blocks"}]', "unknown key 'towers.rules.0.parts'; there are part, train, lr"),
+        ("towers.rule=1", "unknown key 'towers.rule'; there are freezing, rules"),
+        ("towers.image_adapter.kinds=deep", "did you mean kind"),
+        ("towers.image_adapter.kind=wide", "towers.image_adapter.kind"),
+        ("towers.freezing=all", "expected one like Vuf-Tuu"),
+    ],
+)
+def test_what_is_wrong_with_the_towers_section(setting: str, message: str) -> None:
+    assert message in refused("lit", setting)
 
 
 def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text() -> None:
