@@ -20,7 +20,7 @@ from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.fingerprint import Json
 from apecache.heads.checkpoint import DESCRIPTION, WEIGHTS, TrainedHeads, TrainedSide, save_heads
 from apecache.heads.pooled import PooledHead, build_heads
-from apecache.losses import Temperature, info_nce
+from apecache.losses.contrastive import Temperature, info_nce
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.train.batches import FeaturePairs, SplitSpec, batches, choose_splits, load_on, select_pairs

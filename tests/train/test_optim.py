@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apecache.heads.pooled import HeadSpec, build_heads
-from apecache.losses import Temperature
+from apecache.losses.contrastive import Temperature
 from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
 from apecache.train.fit_head import AlignmentModel
 from apecache.train.optim import build_adamw, learning_rate_factor
