@@ -1,6 +1,7 @@
 """Embeddings of a store's images and captions under a trained pair of heads."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,10 +44,20 @@ def embed_store(heads: TrainedHeads, store: FeatureStore, split: str | None = No
         raise DataError(f"{store.path}: split {split!r} has no image with a caption")
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image, text = (
-        side.embed(torch.from_numpy(array.load()[rows]))
+        side.embed(torch.from_numpy(array.load()[rows]), _select(load_lengths(array), rows))
         for side, array, rows in ((heads.image, arrays[0], images), (heads.text, arrays[1], texts))
     )
     return Embeddings(image, text, images, texts, owners.to(image.device))
+
+
+def load_lengths(array: Any) -> Tensor | None:
+    """int64 [rows]: tokens of each row that are there; None for pooled features, and where all rows have all tokens."""
+    ragged = array.load_lengths() if getattr(array, "tokens", None) else None
+    return None if ragged is None else torch.from_numpy(ragged.astype(np.int64))
+
+
+def _select(lengths: Tensor | None, rows: NDArray[np.int64]) -> Tensor | None:
+    return None if lengths is None else lengths[torch.from_numpy(rows)]
 
 
 def find_features(side: TrainedSide, store: FeatureStore, modality: Modality) -> FeatureArray:

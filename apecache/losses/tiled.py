@@ -21,7 +21,7 @@ def tiled_info_nce(
     image: Tensor, text: Tensor, scale: Tensor | float, groups: Groups | None = None, tile: int = TILE
 ) -> Tensor:
     """`info_nce`, or with groups `grouped_info_nce`, without keeping the logits. Gradients of the first order only."""
-    found: Tensor = _InfoNce.apply(image, text, torch.as_tensor(scale, dtype=image.dtype), groups, tile)  # type: ignore[no-untyped-call]
+    found: Tensor = _InfoNce.apply(image, text, torch.as_tensor(scale, dtype=image.dtype), groups, tile)
     return found
 
 
@@ -35,7 +35,7 @@ def tiled_sigmoid_loss(
 ) -> Tensor:
     """`sigmoid_loss` without keeping the logits. Gradients of the first order only."""
     scale, bias = (torch.as_tensor(value, dtype=image.dtype) for value in (scale, bias))
-    found: Tensor = _Sigmoid.apply(image, text, scale, bias, groups, tile)  # type: ignore[no-untyped-call]
+    found: Tensor = _Sigmoid.apply(image, text, scale, bias, groups, tile)
     return found
 
 
@@ -52,10 +52,10 @@ class _InfoNce(torch.autograd.Function):
         weights = share_of(rows, len(image), own.dtype), share_of(columns, len(text), own.dtype)
         ctx.save_for_backward(image, text, scale, rows, columns, to_text, to_image, *margins, *weights)
         ctx.groups, ctx.tile = groups, tile
-        return sum((w * softplus(m)).sum() for w, m in zip(weights, margins, strict=True)) / 2
+        return torch.stack([(w * softplus(m)).sum() for w, m in zip(weights, margins, strict=True)]).sum() / 2
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, rows, columns, to_text, to_image, *rest = ctx.saved_tensors
         lost = [w * torch.sigmoid(m) / 2 for m, w in zip(rest[:2], rest[2:], strict=True)]
@@ -100,7 +100,7 @@ class _Sigmoid(torch.autograd.Function):
         return total / len(text)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, scale, grad_image, grad_text, grad_bias = ctx.saved_tensors
         grad = grad / len(grad_text)

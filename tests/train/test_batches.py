@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from apecache.errors import IncompleteError, RecipeError
 from apecache.store.reader import PairTable
-from apecache.train.batches import FeaturePairs, SplitSpec, batches, choose_splits, load_on, select_pairs
+from apecache.train.batches import FeaturePairs, Features, SplitSpec, batches, choose_splits, load_on, select_pairs
 
 
 def numbered(counts: list[int]) -> FeaturePairs:
@@ -23,7 +23,7 @@ def numbered(counts: list[int]) -> FeaturePairs:
 
 
 def epoch(pairs: FeaturePairs, batch_size: int, generator: torch.Generator) -> list[tuple[Any, Any]]:
-    return [(image.flatten().tolist(), text.tolist()) for image, text in batches(pairs, batch_size, generator)]
+    return [(b.image.flatten().tolist(), b.text.tolist()) for b in batches(pairs, batch_size, generator)]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -106,7 +106,7 @@ def test_selected_are_exactly_the_kept_images_with_their_usable_captions(
     }  # by definition
     wanted = {i: texts for i, texts in wanted.items() if texts}
     assume(wanted)
-    chosen = select_pairs(image, text, rows, keep, usable)
+    chosen = select_pairs(Features(image), Features(text), rows, keep, usable)
     assert chosen.image.flatten().tolist() == list(wanted)
     assert chosen.text[:, 0].tolist() == [i for i, texts in wanted.items() for _ in texts]
     assert chosen.text[:, 1].tolist() == [t for texts in wanted.values() for t in texts]
@@ -130,7 +130,7 @@ def test_quarantined_images_and_texts_never_stand_in_a_batch(write_store: Any, t
         (int(image), int(text))
         for seed in range(60)
         for batch in batches(pairs, 9, seeded(seed))
-        for image, text in zip(batch[0][:, 0], batch[1][:, 0], strict=True)
+        for image, text in zip(batch.image[:, 0], batch.text[:, 0], strict=True)
     }
     assert seen == {(t // 2, t) for t in range(60) if t // 2 not in bad_images and t not in bad_texts}
 
@@ -140,7 +140,7 @@ def test_features_are_loaded_as_they_are_stored(dtype: str, write_store: Any, tm
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(20, 3)).astype(dtype), rng.normal(size=(20, 4)).astype(dtype)
     store = write_store(tmp_path / "s", image, text, list(range(20)), [""] * 20, bad_images=(4,), shard_rows=6)
-    loaded = load_on(store.array("image"), torch.device("cpu"))
+    loaded = load_on(store.array("image"), torch.device("cpu")).values
     assert str(loaded.dtype) == f"torch.{dtype}"
     assert torch.isnan(loaded[4]).all()
     image[4] = np.nan

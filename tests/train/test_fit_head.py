@@ -21,7 +21,8 @@ from apecache.heads.checkpoint import load_heads, save_heads
 from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, read_history, untrained_heads
+from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, untrained_heads
+from apecache.train.run_folder import read_history
 
 N_TRAIN, N_DEV, N_VAL = 160, 32, 24
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
@@ -487,7 +488,7 @@ def test_an_incomplete_store_is_refused_with_how_far_it_is(write_store: Any, tmp
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_head(store: FeatureStore, tmp_path: Path) -> None:
     recipe = make_recipe("optimiser.lr=3e38", "schedule.warmup=0", "schedule.epochs=20")
-    with pytest.raises(DataError, match=r"the loss is not finite before step 5; lower optimiser\.lr"):
+    with pytest.raises(DataError, match=r"not finite at step 2; the last good .* of step 0; lower optimiser\.lr"):
         fit_head(store, recipe, tmp_path / "run", CPU)
     assert not (tmp_path / "run" / "head.json").exists()
     assert [line["epoch"] for line in read_history(tmp_path / "run")] == [0]

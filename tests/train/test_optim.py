@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apecache.heads.pooled import HeadSpec, build_heads
+from apecache.heads.build import build_heads
+from apecache.heads.head import HeadSpec
 from apecache.losses.contrastive import Temperature
 from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
-from apecache.train.fit_head import AlignmentModel
-from apecache.train.optim import build_adamw, learning_rate_factor
+from apecache.train.model import AlignmentModel
+from apecache.train.optim import build_optimiser, learning_rate_factor
 
 
 def schedule(warmup: float, final: float = 0.0) -> ScheduleSpec:
@@ -75,7 +76,7 @@ def make_model(learnable: bool = True) -> AlignmentModel:
 @pytest.mark.parametrize("learnable", [True, False])
 def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(learnable: bool) -> None:
     model = make_model(learnable)
-    optimiser = build_adamw(model.parameters(), OptimiserSpec())
+    optimiser = build_optimiser(model.parameters(), OptimiserSpec())
     grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert (id(model.temperature.log_scale) in grouped) is learnable
@@ -84,7 +85,7 @@ def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_grou
 def test_only_matrices_are_decayed() -> None:
     model = make_model()
     spec = OptimiserSpec(lr=0.1, weight_decay=0.5)
-    optimiser = build_adamw(model.parameters(), spec)
+    optimiser = build_optimiser(model.parameters(), spec)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -98,7 +99,7 @@ def test_only_matrices_are_decayed() -> None:
 def test_the_first_step_is_adams_with_the_settings_given() -> None:
     spec = OptimiserSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    optimiser = build_adamw([parameter], spec)
+    optimiser = build_optimiser([parameter], spec)
     moments = torch.zeros(2, 2)
     expected = torch.tensor([1.0, 2.0])
     for step, gradient in enumerate((torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 0.1])), 1):
