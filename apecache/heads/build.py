@@ -1,6 +1,6 @@
 """Heads from their descriptions."""
 
-from apecache.heads.head import EnsembleHead, Head, HeadSpec
+from apecache.heads.head import Head, HeadSpec, SeveralHeads
 from apecache.heads.pooled import PooledHead
 from apecache.heads.tokens import TokenHead
 
@@ -11,8 +11,8 @@ def build_heads(image: HeadSpec, text: HeadSpec, image_dim: int, text_dim: int) 
     Raises:
         ValueError: the widths cannot be made equal, or a width does not suit its kind.
     """
-    if image.members != text.members:
-        raise ValueError(f"both heads need as many members: image {image.members}, text {text.members}")
+    if image.parts or text.parts:
+        return _build_several(image, text, image_dim, text_dim)
     widths = {"image": _fixed_dim(image, image_dim), "text": _fixed_dim(text, text_dim)}
     fixed = {width for width in widths.values() if width is not None}
     if len(fixed) > 1:
@@ -24,11 +24,15 @@ def build_heads(image: HeadSpec, text: HeadSpec, image_dim: int, text_dim: int) 
 
 
 def build_head(spec: HeadSpec, in_dim: int, out_dim: int) -> Head:
-    """`out_dim`: of one member. Raises ValueError as `build_heads` does."""
-    if spec.members > 1:
-        single = spec.model_copy(update={"members": 1})
-        return EnsembleHead(spec, [build_head(single, in_dim, out_dim) for _ in range(spec.members)])
+    """A single head. Raises ValueError as `build_heads` does."""
     return TokenHead(spec, in_dim, out_dim) if spec.cut == "tokens" else PooledHead(spec, in_dim, out_dim)
+
+
+def _build_several(image: HeadSpec, text: HeadSpec, image_dim: int, text_dim: int) -> tuple[Head, Head]:
+    if len(image.parts) != len(text.parts):
+        raise ValueError(f"both sides need as many parts: image {len(image.parts)}, text {len(text.parts)}")
+    pairs = [build_heads(*parts, image_dim, text_dim) for parts in zip(image.parts, text.parts, strict=True)]
+    return SeveralHeads(image, [pair[0] for pair in pairs]), SeveralHeads(text, [pair[1] for pair in pairs])
 
 
 def _fixed_dim(spec: HeadSpec, in_dim: int) -> int | None:

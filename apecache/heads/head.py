@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 Kind = Literal[
@@ -22,6 +22,7 @@ Kind = Literal[
     "attention",
     "anchors",
     "projector",
+    "several",
 ]
 TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector"})
 
@@ -47,8 +48,11 @@ class HeadSpec(BaseModel):
 
     `dim` None: the other side's width. `standardise`: subtract the training mean and divide by the training deviation
     of each feature first (kept in the head). `skip`: add a direct linear map from input to output. `input_dropout`
-    comes before everything else. `members`: so many heads of this kind side by side, each trained by a loss of its own
-    and normalised by itself; the embedding is all of them, `members` x `dim` wide, and a cosine is the mean of theirs.
+    comes before everything else.
+
+    `several`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part i of the other in a
+    width of their own and is trained by a loss of its own; the embedding is all of them, each L2-normalised, so that a
+    cosine is the mean of theirs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -65,16 +69,26 @@ class HeadSpec(BaseModel):
     activation: Literal["relu", "gelu"] = "gelu"
     standardise: bool = True
     skip: bool = False
-    members: int = Field(default=1, ge=1, le=64)
     n_heads: int = Field(default=0, ge=0)
     pooling: Literal["mean", "cls", "cls-and-mean"] = "mean"
     refine: bool = False
     top: int = Field(default=800, ge=1)
     power: float = Field(default=8.0, gt=0)
+    parts: tuple["HeadSpec", ...] = Field(default=(), max_length=64)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "HeadSpec":
+        if (self.kind == "several") != bool(self.parts):
+            raise ValueError("kind several and parts go together: give both or none")
+        if any(part.parts for part in self.parts) or len({part.cut for part in self.parts}) > 1:
+            raise ValueError("parts are single heads, all on pooled features or all on tokens")
+        return self
 
     @property
     def cut(self) -> Literal["pooled", "tokens"]:
         """Which features the head needs."""
+        if self.parts:
+            return self.parts[0].cut
         return "tokens" if self.kind in TOKEN_KINDS else "pooled"
 
 
@@ -95,7 +109,7 @@ class Head(nn.Module):
     def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 65536) -> None:
         """Take mean and deviation from training features [..., in_dim] (of tokens where `mask` is True), in blocks of
         `rows` and in double precision; a constant feature keeps deviation 1."""
-        if not self.spec.standardise:
+        if not (self.spec.standardise or any(part.standardise for part in self.spec.parts)):
             return
         flat = features.reshape(-1, self.in_dim) if mask is None else features[mask]
         count, mean = len(flat), sum(part.double().sum(0) for part in flat.split(rows)) / max(1, len(flat))
@@ -110,21 +124,23 @@ class Head(nn.Module):
         return dropped
 
 
-class EnsembleHead(Head):
-    """`members` heads side by side: see `HeadSpec`."""
+class SeveralHeads(Head):
+    """Heads side by side: see `HeadSpec`."""
 
     def __init__(self, spec: HeadSpec, heads: list[Head]) -> None:
         super().__init__(spec, heads[0].in_dim, sum(head.out_dim for head in heads))
-        self.members = nn.ModuleList(heads)
+        self.parts = nn.ModuleList(heads)
+        self.widths = [head.out_dim for head in heads]
 
     def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 65536) -> None:
-        """The same for every member."""
+        """The same for every part that standardises."""
         super().fit_statistics(features, mask, rows)
-        for head in self.members:
-            head.load_state_dict({"mean": self.mean, "deviation": self.deviation}, strict=False)
+        for part, described in zip(self.parts, self.spec.parts, strict=True):
+            if described.standardise:
+                part.load_state_dict({"mean": self.mean, "deviation": self.deviation}, strict=False)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        parts = [head(features, mask) for head in self.members]
+        parts = [part(features, mask) for part in self.parts]
         side_by_side: Tensor = torch.cat(parts, dim=-1) / len(parts) ** 0.5
         return side_by_side
 

@@ -134,7 +134,8 @@ class Recipe(_Section):
         fixed = self.schedule.epochs == 0 and self.schedule.steps == 0
         if fixed and self.init == "random":
             raise ValueError("schedule.epochs is 0 and init is random: nothing would be fitted; give one of them")
-        if ("dictionary" in (self.image.kind, self.text.kind)) != (self.init == "asif"):
+        kinds = {part.kind for side in (self.image, self.text) for part in (side, *side.parts)}
+        if ("dictionary" in kinds) != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
         if self.init == "asif" and not fixed:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
@@ -241,7 +242,7 @@ def _explain(item: Any) -> str:
         return f"unknown key {place!r}; there are {', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
     known = [part.strip("'") for part in item.get("ctx", {}).get("expected", "").replace(" or ", ", ").split(", ")]
     hint = nearest(str(item["input"]), known) if item["type"] == "literal_error" else ""
-    message = item["msg"].removeprefix("Value error, ")
+    message: str = item["msg"].removeprefix("Value error, ")
     if not place:
         return message
     return f"{place}: {message} (found {str(item['input'])[:40]!r}){hint}"
@@ -251,5 +252,6 @@ def _keys_at(path: Sequence[Any]) -> list[str]:
     """Keys of the section at `path` of a recipe."""
     model: Any = Recipe
     for part in path:
-        model = model.model_fields[part].annotation
+        if isinstance(part, str):  # a number stands for one of several heads
+            model = HeadSpec if part == "parts" else model.model_fields[part].annotation
     return list(model.model_fields)

@@ -174,7 +174,7 @@ def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Ge
 def _gather(features: Tensor, rows: Tensor, size: int, device: torch.device, views: bool) -> Iterator[Tensor]:
     """features[rows] in batches of `size` on `device`. From another device they come in blocks of several batches."""
     source = features.flatten(0, 1) if views else features
-    if source.device == device:
+    if _same_place(source, device):
         for part in rows.to(device).split(size):
             yield source.index_select(0, part)
         return
@@ -182,6 +182,10 @@ def _gather(features: Tensor, rows: Tensor, size: int, device: torch.device, vie
         staged = torch.empty((len(block), *source.shape[1:]), dtype=source.dtype, pin_memory=device.type == "cuda")
         torch.index_select(source, 0, block, out=staged)
         yield from staged.to(device, non_blocking=True).split(size)
+
+
+def _same_place(features: Tensor, device: torch.device) -> bool:
+    return features.device == device
 
 
 def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | None:

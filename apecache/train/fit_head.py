@@ -210,9 +210,9 @@ def _logger(out: Path, progress: Progress) -> Progress:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        return torch.empty(1, device=name).device  # with its index, as tensors on it have it
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from None
 

@@ -18,7 +18,7 @@ from apecache.heads.closed_form import (
     procrustes_map,
     ridge_map,
 )
-from apecache.heads.head import EnsembleHead, Head
+from apecache.heads.head import Head
 from apecache.heads.pooled import Dictionary, GatedUnit, PooledHead
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs
@@ -106,25 +106,23 @@ def _resized(head: Head, dim: int) -> Head:
         return head
     with torch.random.fork_rng(devices=[]):
         made = build_head(head.spec.model_copy(update={"dim": dim}), head.in_dim, dim).to(head.mean.device)
-    for part in getattr(made, "members", [made]):
-        part.load_state_dict({"mean": head.mean, "deviation": head.deviation}, strict=False)
+    made.load_state_dict({"mean": head.mean, "deviation": head.deviation}, strict=False)
     return made
 
 
 def _fill(head: Head, affine: AffineMap) -> Head:
     """The map as the linear body, or as the direct way beside a body that is silent at first (and can still learn: only
     its last layer is zero)."""
-    for part in head.members if isinstance(head, EnsembleHead) else [head]:
-        assert isinstance(part, PooledHead)
-        if part.direct is None:
-            assert isinstance(part.body, nn.Linear)
-            part.body.weight.copy_(affine.weight)
-            part.body.bias.copy_(affine.bias)
-        else:
-            part.direct.weight.copy_(affine.weight)
-            last = part.body.last if isinstance(part.body, GatedUnit) else part.body[-1]  # type: ignore[index]
-            last.weight.zero_()
-            last.bias.copy_(affine.bias)
+    assert isinstance(head, PooledHead)
+    if head.direct is None:
+        assert isinstance(head.body, nn.Linear)
+        head.body.weight.copy_(affine.weight)
+        head.body.bias.copy_(affine.bias)
+    else:
+        head.direct.weight.copy_(affine.weight)
+        last = head.body.last if isinstance(head.body, GatedUnit) else head.body[-1]  # type: ignore[index]
+        last.weight.zero_()
+        last.bias.copy_(affine.bias)
     return head
 
 

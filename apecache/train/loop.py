@@ -185,7 +185,7 @@ def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         training.losses.append(_step(training, islice(drawn, plan.accumulate), plan))
         training.step, training.in_epoch = training.step + 1, training.in_epoch + 1
-        if training.in_epoch < plan.per_epoch:  # the end of an epoch is saved once it is evaluated
+        if training.in_epoch < plan.per_epoch and training.step < plan.n_steps:  # an end is saved once it is evaluated
             save(False)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from apecache.errors import RecipeError
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.heads.build import build_heads
-from apecache.heads.head import Head, embed, mask_of
+from apecache.heads.head import Head, SeveralHeads, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Groups, Temperature, grouped_info_nce, info_nce, sigmoid_loss
 from apecache.losses.geometry import structure_divergence
@@ -27,21 +27,21 @@ class AlignmentModel(nn.Module):
         self.loss = loss or LossSpec()
 
     def forward(self, batch: Batch, step: int = 0) -> Tensor:
-        """Loss of a batch (a scalar) at the 0-based `step`. Members of an ensemble have a loss each; this is the mean
-        of theirs."""
+        """Loss of a batch (a scalar) at the 0-based `step`. Several heads side by side have a loss each; this is the
+        mean of theirs."""
         image, text = self.image(batch.image, batch.image_mask), self.text(batch.text, batch.text_mask)
-        members = self.image.spec.members
-        pairs = zip(image.chunk(members, dim=-1), text.chunk(members, dim=-1), strict=True)
-        losses = [self._contrast(i, t, batch.groups, members**0.5) for i, t in pairs]
-        total = torch.stack(losses).mean()
+        if isinstance(self.image, SeveralHeads):
+            widths = self.image.widths
+            pairs = zip(image.split(widths, dim=-1), text.split(widths, dim=-1), strict=True)
+            length = len(widths) ** 0.5
+            total = torch.stack([self._contrast(i * length, t * length, batch.groups) for i, t in pairs]).mean()
+        else:
+            total = self._contrast(image, text, batch.groups)
         if self.loss.structure:
             total = total + self._structure_weight(step) * self._structure(batch, image, text)
         return total
 
-    def _contrast(self, image: Tensor, text: Tensor, groups: Groups | None, length: float) -> Tensor:
-        """`length`: what unit vectors were divided by."""
-        if length != 1:
-            image, text = image * length, text * length
+    def _contrast(self, image: Tensor, text: Tensor, groups: Groups | None) -> Tensor:
         scale = self.temperature.scale()
         tiled = len(image) * len(text) > TILED_FROM
         match self.loss.kind:

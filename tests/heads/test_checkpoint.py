@@ -28,7 +28,10 @@ PAIRS = {
         HeadSpec(kind="projector", refine=True, standardise=False),
     ),
     "anchors": (HeadSpec(kind="anchors", dim=4), HeadSpec(kind="attention")),
-    "members": (HeadSpec(kind="gated", dim=4, expansion=2, members=2), HeadSpec(members=2)),
+    "several": (
+        HeadSpec(kind="several", parts=(HeadSpec(kind="gated", dim=4, expansion=2), HeadSpec(kind="identity"))),
+        HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=3))),
+    ),
     "dictionary": (HeadSpec(kind="dictionary", dim=7, top=3), HeadSpec(kind="dictionary", dim=7, top=3)),
     "batch norm": (HeadSpec(kind="mlp", width=3, residual=False, norm="batch"), HeadSpec(dim=4)),
 }

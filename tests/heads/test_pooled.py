@@ -112,7 +112,6 @@ def test_gated_and_fusemix_heads_compute_what_their_papers_say(kind: str) -> Non
         (HeadSpec(kind="gated", expansion=8), 2 * 7 + 2 * (7 * 56 + 56) + 56 * 4 + 4),
         (HeadSpec(kind="fusemix", depth=4, expansion=4), 4 * (14 + 7 * 28 + 28 + 28 * 7 + 7) + 14 + 7 * 4 + 4),
         (HeadSpec(kind="fusemix", depth=1, expansion=4, skip=True), 14 + 2 * 196 + 35 + 14 + 32 + 28),
-        (HeadSpec(kind="linear", members=3), 3 * (7 * 4 + 4)),
     ],
 )
 def test_parameters_of_the_later_kinds_are_counted_as_their_layers_have_them(spec: HeadSpec, wanted: int) -> None:
@@ -132,20 +131,44 @@ def test_a_dictionary_keeps_the_largest_similarities_to_its_entries() -> None:
     assert n_trained(head) == 0
 
 
-def test_members_are_heads_of_their_own_and_a_cosine_is_the_mean_of_theirs() -> None:
+def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -> None:
     torch.manual_seed(0)
-    sides = [build_head(HeadSpec(kind="linear", members=3), dim, 4).eval() for dim in (6, 5)]
+    image = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardise=False)))
+    text = HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=8), HeadSpec(kind="gated", dim=3)))
+    sides = [head.eval() for head in build_heads(image, text, 6, 5)]
     x = features(8, 6) * 3 + 1, features(8, 5, seed=1)
     for head, part in zip(sides, x, strict=True):
         head.fit_statistics(part)
     cosines = sides[0](x[0]) @ sides[1](x[1]).T
-    alone = [[member(part) for member in side.members] for side, part in zip(sides, x, strict=True)]
+    alone = [[single(part) for single in side.parts] for side, part in zip(sides, x, strict=True)]
     wanted = sum(a @ b.T for a, b in zip(*alone, strict=True)) / 3
     torch.testing.assert_close(cosines, wanted)
-    assert not torch.allclose(alone[0][0], alone[0][1])
-    assert sides[0].out_dim == 12
-    with pytest.raises(ValueError, match="as many members: image 3, text 1"):
-        build_heads(HeadSpec(members=3, dim=4), HeadSpec(dim=4), 6, 5)
+    assert sides[0].widths == sides[1].widths == [4, 6, 3]
+    assert sides[0].out_dim == 13
+    assert sides[0].parts[2].mean.abs().sum() == 0
+    torch.testing.assert_close(sides[0].parts[0].mean, x[0].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "several"}, "go together"),
+        ({"parts": [{}]}, "go together"),
+        ({"kind": "several", "parts": [{"kind": "several", "parts": [{}]}]}, "parts are single heads"),
+        ({"kind": "several", "parts": [{}, {"kind": "anchors"}]}, "all on pooled features or all on tokens"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(spec: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        HeadSpec.model_validate(spec)
+
+
+def test_parts_meet_one_by_one() -> None:
+    two = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(dim=4)))
+    with pytest.raises(ValueError, match="as many parts: image 2, text 0"):
+        build_heads(two, HeadSpec(dim=4), 6, 5)
+    with pytest.raises(ValueError, match="different widths: image 4, text 3"):
+        build_heads(two, HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(dim=3))), 6, 5)
 
 
 def test_views_are_embedded_one_by_one_and_averaged() -> None:

@@ -16,6 +16,7 @@ from apecache.recipes.recipe import (
     OptimiserSpec,
     Recipe,
     ScheduleSpec,
+    count_parameters,
     load_recipe,
     parse_recipe,
     zoo_names,
@@ -52,9 +53,52 @@ def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_enco
     recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe.source) > 50
-    image, text = build_heads(recipe.image, recipe.text, 1280, 384)
-    assert image.out_dim == text.out_dim
-    assert any(parameter.requires_grad for head in (image, text) for parameter in head.parameters())
+    assert 20 < len(recipe.summary) < 120
+    n_parameters = count_parameters(recipe, 1280, 384)
+    assert (n_parameters > 1000) == (recipe.schedule.epochs > 0)
+    if recipe.init == "random":
+        image, text = build_heads(recipe.image, recipe.text, 1280, 384)
+        assert image.out_dim == text.out_dim
+        trained = sum(p.numel() for head in (image, text) for p in head.parameters())
+        assert n_parameters == trained + recipe.loss.learnable + (recipe.loss.kind == "sigmoid")
+
+
+def test_the_zoo_has_the_recipes_of_the_papers() -> None:
+    pooled = {"ape", "projection", "lilt-projection", "sharelock", "fusemix", "sail", "structure", "gated", "whole-set"}
+    closed = {"csa", "asif", "ridge", "procrustes", "cca"}
+    cuts = {name: load_recipe(name).cut for name in zoo_names()}
+    assert {name for name, cut in cuts.items() if cut == "tokens"} == {"deep-adapter", "freeze-align", "token-anchors"}
+    assert pooled | closed <= {name for name, cut in cuts.items() if cut == "pooled"}
+    assert {name for name in cuts if load_recipe(name).schedule.epochs == 0} == closed
+
+
+def test_lilts_recipes_train_as_many_parameters_as_its_table_says() -> None:
+    """The deep adapter's text side has a final norm of its own here (BERT's own last norm stays frozen): 1,536 more."""
+    assert count_parameters(load_recipe("lilt-projection"), 768, 768) == 393_729
+    assert count_parameters(load_recipe("deep-adapter"), 768, 768) == 14_571_009 + 1_536
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["schedule.epochs=0"], "schedule.epochs is 0 and init is random: nothing would be fitted"),
+        (["text.kind=dictionary"], "init asif and heads of kind dictionary go together"),
+        (["init=asif"], "init asif and heads of kind dictionary go together"),
+        (["text.kind=anchors", "augmentation.mixup=1"], "mixup mixes pooled features; these heads take tokens"),
+    ],
+)
+def test_parts_that_do_not_work_together_are_refused(settings: list[str], message: str) -> None:
+    assert message in refused("ape", *settings)
+
+
+def test_a_value_of_a_list_is_refused_with_the_nearest_one() -> None:
+    assert "did you mean fusemix?" in refused("ape", "text.kind=fusmix")
+    assert "did you mean adam, adamw" in refused("ape", "optimiser.kind=adamW")
+
+
+def test_counting_parameters_of_widths_that_do_not_work_is_refused() -> None:
+    with pytest.raises(RecipeError, match="deep-adapter: 100 features cannot be divided among 3 attention heads"):
+        count_parameters(load_recipe("deep-adapter", ["image.n_heads=3"]), 100, 64)
 
 
 def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text() -> None:
@@ -107,7 +151,7 @@ def test_a_folder_named_like_a_recipe_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     message = refused("projektion")
     assert "no recipe 'projektion'; there are ape, " in message
-    assert "did you mean projection?" in message
+    assert "did you mean projection, " in message
 
 
 # --- keys and values -------------------------------------------------------------------------------------------------
