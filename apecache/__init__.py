@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
+    from apecache.heads.combine import combine_heads
     from apecache.index import SearchIndex, build_index
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.store.reader import FeatureArray, FeatureStore
@@ -42,6 +43,7 @@ _HOME = {
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
     "build_index": "index",
+    "combine_heads": "heads.combine",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
     "fit_head": "train.fit_head",
@@ -74,6 +76,7 @@ __all__ = [
     "ZeroShotReport",
     "ZeroShotSpec",
     "build_index",
+    "combine_heads",
     "embed_store",
     "extract",
     "fit_head",

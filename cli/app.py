@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, search, store
+from . import demo, evaluate, extract, fit, recipes, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -17,7 +17,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extract.extract)
+app.command()(recipes.recipes)
 app.command("fit-head")(fit.fit_head)
+app.command()(fit.combine)
 app.command()(evaluate.evaluate)
 app.command()(search.index)
 app.command()(search.search)
