@@ -37,7 +37,7 @@ def main() -> None:
         work = options.work or Path(temporary)
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
         names = options.recipes or [name for name in zoo_names() if load_recipe(name).cut == "pooled"]
-        rows = [measure(store, name, options, work) for name in names]
+        rows = [row for name in names if (row := measure(store, name, options, work))]
     rows.sort(key=lambda row: -row["mean R@1"])
     print_table(rows)
     if not options.quick:
@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
+    parser.add_argument("--finished", action="store_true", help="fit nothing: report the finished runs in --work")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -64,15 +65,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1."""
+    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1. Empty without a run."""
     recipe = load_recipe(name, ["schedule.epochs=1"] if options.quick and load_recipe(name).schedule.epochs else [])
     seeds = options.seeds if recipe.schedule.epochs else 1
     runs = [work / f"{name}-{seed}" for seed in range(seeds)]
     splits = SplitSpec() if not options.quick else SplitSpec(dev="dev")
+    if options.finished:
+        runs = [run for run in runs if (run / "head.json").is_file()]
     for seed, run in enumerate(runs):
         if not (run / "head.json").is_file():
             fit_head(store, recipe, run, FitSpec(splits=splits, seed=seed, device="cpu"))
     heads = [load_heads(run) for run in runs]
+    if not heads:
+        return {}
     if any(head.training["recipe"] != recipe.model_dump(mode="json") for head in heads):
         raise SystemExit(f"{work} holds runs of another version of {name}; choose another --work")
     reports = [report(head, store) for head in heads]
@@ -85,7 +90,7 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     row["dev recall"] = round(statistics.mean(_mean_recall(head.training["dev"]) for head in heads), 2)
     row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
     row["parameters"] = count_parameters(recipe, store.array("image").dim, store.array("text").dim)
-    return {**row, "seeds": seeds, "n_images": reports[0].n_images, "n_texts": reports[0].n_texts}
+    return {**row, "seeds": len(runs), "n_images": reports[0].n_images, "n_texts": reports[0].n_texts}
 
 
 def report(heads: Any, store: FeatureStore) -> Any:
