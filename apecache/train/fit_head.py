@@ -26,7 +26,14 @@ from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Progress, Training, require_finite, run_training, seeded
 from apecache.train.model import AlignmentModel, evaluate_model
-from apecache.train.run_folder import add_to_history, clear_folder, find_checkpoint, require_usable, write_history
+from apecache.train.run_folder import (
+    add_to_history,
+    clear_folder,
+    find_checkpoint,
+    locked,
+    require_usable,
+    write_history,
+)
 
 WAYS = ("image_to_text", "text_to_image")
 SAVE_SHARE = 0.05
@@ -78,8 +85,9 @@ def fit_head(
     goes on with a fit that was broken off.
 
     Raises:
-        RunError: `out` holds a finished run. MismatchError: it holds another fit, broken off. IncompleteError,
-        DamagedError: the store. RecipeError: the splits or widths do not work. DataError: a loss is not finite.
+        RunError: `out` holds a finished run, or another process fits into it. MismatchError: it holds another fit,
+        broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do not work. DataError:
+        a loss is not finite.
     """
     spec = spec or FitSpec()
     require_usable(out, spec.overwrite)
@@ -92,7 +100,7 @@ def fit_head(
     training, plan = Training(model, recipe, spec.seed), Plan.of(recipe, train)
     if plan.n_steps and training.optimiser is None:
         raise RecipeError(f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn")
-    with seeded(spec.seed + 1, device):
+    with locked(out), seeded(spec.seed + 1, device):
         if found is None:
             clear_folder(out, recipe)
         else:
@@ -101,9 +109,9 @@ def fit_head(
         resumed_step = training.step
         save = _saver(training, out, identity, spec.save_seconds)
         run_training(training, train, dev, plan, _logger(out, progress), save)
-    report = _report(training, train, dev, out, plan, resumed_step)
-    save_heads(_trained(training.model, arrays, recipe, spec, store, report, chosen), out)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+        report = _report(training, train, dev, out, plan, resumed_step)
+        save_heads(_trained(training.model, arrays, recipe, spec, store, report, chosen), out)
+        (out / CHECKPOINT).unlink(missing_ok=True)
     return report
 
 

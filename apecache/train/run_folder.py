@@ -1,13 +1,16 @@
 """What stands in a run folder: recipe, history, checkpoint while it runs, head when it is done."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apecache.errors import MismatchError, require_new
+from apecache.errors import MismatchError, RunError, require_new
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, shorten
 from apecache.heads.checkpoint import DESCRIPTION, WEIGHTS
@@ -52,10 +55,27 @@ def find_checkpoint(out: Path, identity: Fingerprint) -> tuple[dict[str, Any], d
     return tensors, state
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for one fit at a time. The lock goes with the process, also by a kill.
+
+    Raises:
+        RunError: another process fits into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunError(f"another process is fitting into {out}; wait for it, or choose another --out") from None
+    finally:
+        os.close(descriptor)
+
+
 def clear_folder(out: Path, recipe: Recipe) -> None:
-    if out.is_dir():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / RECIPE).write_text(json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Recipes: the zoo, files, overrides, and the messages for everything that is wrong with one."""
 
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text()
     assert recipe.image.kind == "identity"
     assert recipe.text.kind == "mlp"
     assert 4 <= recipe.text.depth <= 6
+
+
+def test_the_recipe_in_the_readme_is_one() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("```toml\n")[2].partition("```")[0]
+    recipe = parse_recipe(tomllib.loads(block), "README.md")
+    assert recipe.init == "cca"
+    assert count_parameters(recipe, 1280, 384) > 1000
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -180,6 +180,19 @@ def test_a_fit_killed_between_its_head_and_the_end_only_finishes(
         fit_head(store, make_recipe(), out, ALWAYS)
 
 
+def test_two_processes_never_fit_into_one_folder(store: FeatureStore, tmp_path: Path) -> None:
+    program = "import sys, time; from pathlib import Path; from apecache.train.run_folder import locked\n"
+    program += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is fitting into"):
+            fit_head(store, make_recipe(), tmp_path / "run", ALWAYS)
+        other.kill()
+    fit_head(store, make_recipe(), tmp_path / "run", ALWAYS)
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "noise", "other tensors", "newer"])
 def test_a_damaged_checkpoint_is_refused(
     damage: str, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
