@@ -4,6 +4,7 @@ A head maps features to float32 [n, out_dim] embeddings, L2-normalised. Heads on
 heads on tokens take float [n, tokens, in_dim] and a mask of the tokens that are there.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -106,22 +107,33 @@ class Head(nn.Module):
         self.input_dropout = nn.Dropout(spec.input_dropout)
 
     @torch.no_grad()
-    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 65536) -> None:
-        """Take mean and deviation from training features [..., in_dim] (of tokens where `mask` is True), in blocks of
-        `rows` and in double precision; a constant feature keeps deviation 1."""
+    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 4096) -> None:
+        """Take mean and deviation from training features [n, ..., in_dim] (of tokens where `mask` is True), in blocks
+        of `rows` and in double precision; a constant feature keeps deviation 1. Features may be on another device."""
         if not (self.spec.standardise or any(part.standardise for part in self.spec.parts)):
             return
-        flat = features.reshape(-1, self.in_dim) if mask is None else features[mask]
-        count, mean = len(flat), sum(part.double().sum(0) for part in flat.split(rows)) / max(1, len(flat))
-        squares = sum((part.double() - mean).square().sum(0) for part in flat.split(rows))
-        deviation = (torch.as_tensor(squares) / max(1, count)).sqrt()
+        count, total = 0, torch.zeros(self.in_dim, dtype=torch.float64, device=features.device)
+        for part in _blocks(features, mask, rows):
+            count, total = count + len(part), total + part.sum(0)
+        mean = total / max(1, count)
+        squares = torch.zeros_like(mean)
+        for part in _blocks(features, mask, rows):
+            squares += (part - mean).square().sum(0)
+        deviation = (squares / max(1, count)).sqrt()
         self.mean.copy_(mean)
-        self.deviation.copy_(torch.where(deviation > 1e-6 * (1 + self.mean.abs()), deviation, 1.0))
+        self.deviation.copy_(torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0))
 
     def standardised(self, features: Tensor) -> Tensor:
         """Input as the body sees it, dropped out in training."""
         dropped: Tensor = self.input_dropout((features.float() - self.mean) / self.deviation)
         return dropped
+
+
+def _blocks(features: Tensor, mask: Tensor | None, rows: int) -> Iterator[Tensor]:
+    """float64 [m, dim]: the features of `rows` rows at a time, of tokens those that are there."""
+    for begin in range(0, len(features), rows):
+        part = features[begin : begin + rows]
+        yield (part.flatten(0, -2) if mask is None else part[mask[begin : begin + rows]]).double()
 
 
 class SeveralHeads(Head):
@@ -132,7 +144,7 @@ class SeveralHeads(Head):
         self.parts = nn.ModuleList(heads)
         self.widths = [head.out_dim for head in heads]
 
-    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 65536) -> None:
+    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 4096) -> None:
         """The same for every part that standardises."""
         super().fit_statistics(features, mask, rows)
         for part, described in zip(self.parts, self.spec.parts, strict=True):
