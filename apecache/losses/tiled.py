@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from apecache.losses.contrastive import Groups, share_of, softplus
 
-TILE = 512
+TILE = 256
 """Images per tile; a tile of logits is small enough for the caches of a processor at usual batch sizes."""
 
 
