@@ -82,7 +82,7 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     heads = [load_heads(run) for run in runs]
     if not heads:
         return {}
-    if any(head.training["recipe"] != recipe.model_dump(mode="json") for head in heads):
+    if any(_settings(head.training["recipe"]) != _settings(recipe.model_dump(mode="json")) for head in heads):
         raise SystemExit(f"{work} holds runs of another version of {name}; choose another --work")
     reports = [report(head, store) for head in heads]
     row = recalls(name, reports)
@@ -90,6 +90,11 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
     row["parameters"] = count_parameters(recipe, store.array("image").dim, store.array("text").dim)
     return {**row, **_counts(reports)}
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what is only said about it."""
+    return {key: value for key, value in recipe.items() if key not in ("source", "summary")}
 
 
 def combined(store: FeatureStore, work: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
