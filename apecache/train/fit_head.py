@@ -126,6 +126,8 @@ def load_splits(
     recipe: Recipe | None = None,
 ) -> tuple[FeaturePairs, FeaturePairs]:
     """Training and dev pairs, on the device where they fit. Raises as `fit_head` does."""
+    for array, head in ((image, recipe.image), (text, recipe.text)) if recipe else ():
+        _require_kind(array, head, recipe.name if recipe else "")
     pairs = store.pairs
     masks = choose_splits(pairs, spec)
     features = load_on(image, device), load_on(text, device)
@@ -135,10 +137,20 @@ def load_splits(
     for what, chosen in zip(("training", "dev"), found, strict=True):
         if len(chosen) < 2:
             raise RecipeError(f"only {len(chosen)} {what} images with a caption; a contrastive loss needs at least 2")
-    heads = (recipe.image, recipe.text) if recipe else (HeadSpec(), HeadSpec())
-    views = [x.values.ndim == 3 and head.cut == "pooled" for x, head in zip(features, heads, strict=True)]
+    views = image.views is not None, text.views is not None
     train, dev = (replace(x, image_views=views[0], text_views=views[1], device=device) for x in found)
     return train, dev
+
+
+def _require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:
+    """Raises RecipeError for a head of pooled features on tokens, and for what no head takes."""
+    side = array.record.modality
+    if array.tokens is not None and (head.cut == "pooled" or array.views is not None):
+        what = "views of tokens" if array.views is not None else "tokens"
+        raise RecipeError(
+            f"recipe {recipe}: {side}.kind {head.kind} takes one vector for each {side}, but {array.name} holds {what};"
+            f" choose other features with --{side}-features"
+        )
 
 
 def untrained_heads(store: FeatureStore, recipe: Recipe, spec: FitSpec | None = None) -> TrainedHeads:

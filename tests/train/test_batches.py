@@ -1,5 +1,6 @@
 """Batches and splits: who trains, who chooses, and which caption goes with which image."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from apecache.errors import IncompleteError, RecipeError
+from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 from apecache.train import batches as train_batches
 from apecache.train.batches import FeaturePairs, Features, SplitSpec, batches, choose_splits, load_on, select_pairs
@@ -314,21 +316,12 @@ def test_streamed_batches_are_those_of_resident_features(monkeypatch: pytest.Mon
     assert sorted(calls) == [16, 16, 32, 32]
 
 
-def test_tokens_and_views_are_loaded_by_the_shape_that_an_array_tells() -> None:
-    class Ragged:
-        rows, dim, tokens, views, dtype = 3, 2, 4, None, np.dtype("float16")
-
-        def load(self, out: NDArray[np.float16]) -> None:
-            out[:] = np.arange(24).reshape(3, 4, 2)
-
-        def load_lengths(self) -> NDArray[np.uint16]:
-            return np.array([4, 1, 2], np.uint16)
-
-    class Views(Ragged):
-        tokens, views = None, 4  # type: ignore[assignment]
-
-    values, lengths = load_on(Ragged(), torch.device("cpu"))  # type: ignore[arg-type]
-    assert values.shape == (3, 4, 2)
-    assert lengths is not None
-    assert lengths.tolist() == [4, 1, 2]
-    assert load_on(Views(), torch.device("cpu")).lengths is None  # type: ignore[arg-type]
+def test_ragged_tokens_are_loaded_with_their_lengths(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> None:
+    tokens = np.arange(24, dtype=np.float16).reshape(3, 4, 2)
+    store = write_store(tmp_path / "store", tokens, tokens, [0, 1, 2], ["train"] * 3, text_lengths=np.array([4, 1, 2]))
+    patches, words = (load_on(store.array(side), torch.device("cpu")) for side in ("image", "text"))  # type: ignore[arg-type]
+    assert patches.lengths is None
+    assert torch.equal(patches.values, torch.from_numpy(tokens))
+    assert words.lengths is not None
+    assert words.lengths.tolist() == [4, 1, 2]
+    assert torch.equal(words.values[1, 1:], torch.zeros(3, 2, dtype=torch.float16))
