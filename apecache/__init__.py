@@ -11,18 +11,26 @@ if TYPE_CHECKING:
     from apecache.data.sources import open_pairs
     from apecache.data.spec import OpenSpec
     from apecache.encoders.spec import EncoderSpec, parse_encoder
+    from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.labelled import LabelledSpec
+    from apecache.evaluate.probe import ProbeReport, probe
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
+    from apecache.heads.combine import combine_heads
     from apecache.index import SearchIndex, build_index
     from apecache.planning import ExtractPlan, plan_extraction
+    from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
+    from apecache.train.encoder_data import FitEncoderSpec
+    from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
+    from apecache.train.trained_encoders import TrainedEncoders, load_encoders
 
 _HOME = {
     "ApecacheError": "errors",
@@ -32,27 +40,40 @@ _HOME = {
     "ExtractSpec": "extraction",
     "FeatureArray": "store.reader",
     "FeatureStore": "store.reader",
+    "FitEncoderReport": "train.fit_encoder",
+    "FitEncoderSpec": "train.encoder_data",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "LabelledSpec": "evaluate.labelled",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
+    "Plan": "recipes.plan",
+    "PlanSpec": "recipes.plan",
+    "ProbeReport": "evaluate.probe",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
     "SplitSpec": "train.batches",
+    "Tower": "encoders.towers",
+    "TrainedEncoders": "train.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
     "build_index": "index",
+    "build_tower": "encoders.towers",
+    "combine_heads": "heads.combine",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
+    "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
+    "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
+    "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "zero_shot": "evaluate.zeroshot",
@@ -66,27 +87,40 @@ __all__ = [
     "ExtractSpec",
     "FeatureArray",
     "FeatureStore",
+    "FitEncoderReport",
+    "FitEncoderSpec",
     "FitReport",
     "FitSpec",
+    "LabelledSpec",
     "OpenSpec",
     "Pair",
     "PairSource",
+    "Plan",
+    "PlanSpec",
+    "ProbeReport",
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
     "SplitSpec",
+    "Tower",
+    "TrainedEncoders",
     "TrainedHeads",
     "ZeroShotReport",
     "ZeroShotSpec",
     "build_index",
+    "build_tower",
+    "combine_heads",
     "embed_store",
     "extract",
+    "fit_encoder",
     "fit_head",
+    "load_encoders",
     "load_heads",
     "load_recipe",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",
+    "probe",
     "retrieval_report",
     "save_heads",
     "zero_shot",

@@ -100,6 +100,7 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     """Retrieval and zero-shot figures of the trained heads and of the same heads before training."""
     from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.retrieval import retrieval_report
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
     from apecache.heads.checkpoint import load_heads
@@ -110,7 +111,8 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     opened = FeatureStore.open(store)
     rows = []
     stages = (("before training", untrained_heads(opened, load_recipe(name))), ("trained", load_heads(run)))
-    spec = ZeroShotSpec(open_pairs(folder / "pairs.tsv"), run / "caches", split="val", templates=TEMPLATES)
+    images = LabelledSpec(open_pairs(folder / "pairs.tsv"), run / "caches", ("val",))
+    spec = ZeroShotSpec(images, TEMPLATES)
     for stage, heads in stages:
         embedded = embed_store(heads, opened, "val")
         report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)

@@ -23,11 +23,11 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split to report. Retrieval: default val. Zero-shot: default all.")
+        str | None, typer.Option(help="The split to report. Default: retrieval val, zero-shot all, probe test.")
     ] = None,
-    task: Annotated[str, typer.Option(help="retrieval or zeroshot.")] = "retrieval",
+    task: Annotated[str, typer.Option(help="retrieval, zeroshot or probe.")] = "retrieval",
     labels: Annotated[
-        str | None, typer.Option(help="Zero-shot: images with labels: a table, a folder per class, tars, ….")
+        str | None, typer.Option(help="Zero-shot, probe: images with labels: a table, a folder per class, tars, ….")
     ] = None,
     root: Root = None,
     image_column: ImageColumn = None,
@@ -39,37 +39,55 @@ def evaluate(
     template: Annotated[
         list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
     ] = None,
+    probe_train_split: Annotated[str, typer.Option(help="Probe: the split that the classifiers learn.")] = "train",
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000).")
+    ] = None,
+    by_language: Annotated[bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")] = False,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")
     ] = 0.01,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a run: retrieval on a split of a store, or zero-shot classification of labelled images.
+    """Measure a run: retrieval on a split of a store; on labelled images zero-shot classification, or probes of their
+    features before and after the head.
 
     Example: apecache evaluate run --store store --split val
 
     Example: apecache evaluate run --task zeroshot --labels labels.tsv --template "a photo of {}"
     """
     with ending():
-        choice("--task", task, ("retrieval", "zeroshot"))
+        choice("--task", task, ("retrieval", "zeroshot", "probe"))
         if task == "retrieval":
-            result = retrieval(run, store, split or "val", device)
+            result = retrieval(run, store, split or "val", device, folds, by_language)
         else:
             splits = (split_column, split_file, split_fraction, split_seed)
-            spec = open_spec(("image", "label"), image_column, caption_column, *splits, root)
-            result = zeroshot(run, labels, spec, split, template, image, text, device, max_bad)
+            opening = open_spec(("image", "label"), image_column, caption_column, *splits, root)
+            if task == "probe":
+                wanted: tuple[str, ...] = (probe_train_split, split or "test")
+            else:
+                wanted = (split,) if split else ()
+            heads, images = labelled(run, labels, opening, wanted, image, device, max_bad)
+            if task == "probe":
+                result = probes(heads, images, *wanted)
+            else:
+                result = zeroshot(heads, images, split, template, text)
         if json:
             show_json(result)
         elif task == "retrieval":
             show_retrieval(run, result)
+        elif task == "probe":
+            show_probes(run, result)
         else:
             show_zeroshot(run, result)
 
 
-def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[str, Any]:
+def retrieval(
+    run: Path, store: Path | None, split: str, device: str, folds: int | None = None, by_language: bool = False
+) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""
     from apecache.errors import OptionError
 
@@ -77,6 +95,7 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
     from apecache.encoders.encoder import parse_device
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
     from apecache.evaluate.retrieval import retrieval_report
     from apecache.heads.checkpoint import load_heads
     from apecache.store.reader import FeatureStore
@@ -84,7 +103,11 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
     heads = load_heads(run, parse_device(device))
     opened = FeatureStore.open(store)
     embedded = embed_store(heads, opened, split)
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    about = (embedded.image, embedded.text, embedded.image_of_text)
+    report = folded_report(*about, folds) if folds else retrieval_report(*about)
+    intervals = None if folds else bootstrap_intervals(*about)
+    tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
+    languages = language_reports(*about, tongues) if by_language else {}
     seen = _seen(heads.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
@@ -100,6 +123,20 @@ def retrieval(run: Path, store: Path | None, split: str, device: str) -> dict[st
             "text_to_image": keyed(report.chance_text_to_image),
         },
         "seen_in_training": seen,
+        "mean_recall_at_1": round(report.mean_recall_at_1, 4),
+        "folds_of": folds,
+        "intervals": None if intervals is None else vars(intervals),
+        "languages": {language: told(found) for language, found in languages.items()},
+    }
+
+
+def told(report: Any) -> dict[str, Any]:
+    """A report in short."""
+    return {
+        "image_to_text": keyed(report.image_to_text),
+        "text_to_image": keyed(report.text_to_image),
+        "n_images": report.n_images,
+        "n_texts": report.n_texts,
     }
 
 
@@ -112,18 +149,10 @@ def _seen(training: Any, data: str, split: str) -> bool:
     return training.get("data") == data and split in ((splits.get("train") or "train"), splits.get("dev"))
 
 
-def zeroshot(
-    run: Path,
-    labels: str | None,
-    opening: Any,
-    split: str | None,
-    templates: list[str] | None,
-    image: str | None,
-    text: str | None,
-    device: str,
-    max_bad: float,
-) -> dict[str, Any]:
-    """The JSON form of a zero-shot report: accuracies in per cent."""
+def labelled(
+    run: Path, labels: str | None, opening: Any, splits: tuple[str, ...], image: str | None, device: str, max_bad: float
+) -> tuple[Any, Any]:
+    """The run's heads, and what to open of the images with labels."""
     from apecache.errors import OptionError
 
     if labels is None:
@@ -132,16 +161,40 @@ def zeroshot(
 
     source = open_pairs(labels, opening)
     from apecache.encoders.encoder import parse_device
-    from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
+    from apecache.evaluate.labelled import LabelledSpec
     from apecache.heads.checkpoint import load_heads
 
     heads = load_heads(run, parse_device(device))
-    moved = (moved_encoder(heads.image.encoder, image), moved_encoder(heads.text.encoder, text))
-    prompts = tuple(templates or TEMPLATES)
-    spec = ZeroShotSpec(source, run / "caches", split, prompts, *moved, device, max_bad)
+    moved = moved_encoder(heads.image.encoder, image)
+    return heads, LabelledSpec(source, run / "caches", splits, moved, device, max_bad)
+
+
+def zeroshot(
+    heads: Any, images: Any, split: str | None, templates: list[str] | None, text: str | None
+) -> dict[str, Any]:
+    """The JSON form of a zero-shot report: accuracies in per cent."""
+    from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
+
+    spec = ZeroShotSpec(images, tuple(templates or TEMPLATES), moved_encoder(heads.text.encoder, text))
     with progress() as update:
         report = zero_shot(heads, spec, update)
     return {"task": "zeroshot", "split": split, **vars(report)}
+
+
+def probes(heads: Any, images: Any, train_split: str, split: str) -> dict[str, Any]:
+    """The JSON form of two probe reports: of the encoder's features, and of the embeddings that the head makes."""
+    from apecache.evaluate.labelled import labelled_images
+    from apecache.evaluate.probe import probe
+
+    with progress() as update:
+        found = labelled_images(heads, images, update)
+    rows = {name: [i for i, other in enumerate(found.splits) if other == name] for name in (train_split, split)}
+    labels = {name: [found.labels[i] for i in chosen] for name, chosen in rows.items()}
+    told: dict[str, Any] = {"task": "probe", "train_split": train_split, "split": split}
+    for what, features in (("before", found.features.float()), ("after", heads.image.embed(found.features).cpu())):
+        train, test = (features[rows[name]].numpy() for name in (train_split, split))
+        told[what] = vars(probe(train, labels[train_split], test, labels[split]))
+    return told
 
 
 def moved_encoder(recorded: Any, name: str | None) -> Any:
@@ -155,12 +208,19 @@ def moved_encoder(recorded: Any, name: str | None) -> Any:
 
 def show_retrieval(run: Path, result: dict[str, Any]) -> None:
     ks = list(result["image_to_text"])
-    rows = [
-        (what, *values["image_to_text"].values(), *values["text_to_image"].values())
-        for what, values in ((str(run), result), ("chance", result["chance"]))
+    tables = [(str(run), result), ("chance", result["chance"])]
+    tables += [
+        (f"{language or '(no language)'}: {r['n_texts']:,} texts", r) for language, r in result["languages"].items()
     ]
+    rows: list[tuple[object, ...]] = [
+        (what, *values["image_to_text"].values(), *values["text_to_image"].values()) for what, values in tables
+    ]
+    if result["intervals"]:
+        ends = [e for side in ("image_to_text", "text_to_image") for e in result["intervals"][side].values()]
+        rows.insert(1, ("95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends)))
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
-    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts", columns, rows)
+    fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
+    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}", columns, rows)
 
 
 def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
@@ -172,3 +232,15 @@ def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
         ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
     ]
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
+
+
+def show_probes(run: Path, result: dict[str, Any]) -> None:
+    before = result["before"]
+    title = f"probes of {run}: {before['n_train']:,} images of {result['train_split']}, {before['n_test']:,} of "
+    rows: list[tuple[object, ...]] = [
+        (what, r["linear"], r["linear_per_class"], f"C {r['regularisation']:g}", r["knn"], f"k {r['neighbours']}")
+        for what, r in (("encoder's features", before), ("after the head", result["after"]))
+    ]
+    rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
+    columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
+    show_table(title + str(result["split"]), columns, rows)

@@ -1,16 +1,17 @@
-"""`apecache fit-head`."""
+"""`apecache fit-head` and `apecache fit-encoder`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .extract import choice, encoder_specs
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table
 
 
 def fit_head(
     store: Annotated[Path, typer.Argument(help="A complete feature store.")],
-    recipe: Annotated[str, typer.Option(help="A recipe by name (projection, ape) or a file.toml.")],
+    recipe: Annotated[str, typer.Option(help="A recipe by name (apecache recipes lists them) or a file.toml.")],
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
@@ -22,36 +23,142 @@ def fit_head(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Fit alignment heads on cached features; the epoch is chosen on a dev split, never on the reported one.
 
+    A fit that was killed or interrupted goes on when the same command is given again.
+
     Example: apecache fit-head store --recipe ape --out run --set optimiser.lr=3e-4
     """
     with ending():
+        from apecache.errors import RecipeError
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
+        if not loaded.trains_heads_alone:
+            raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec
         from apecache.train.fit_head import fit_head as run
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
-        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite)
+        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds)
         report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
         if json:
             show_json(report)
             return
         recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
+        counts = (report.n_train_images, report.n_dev_images, report.n_negatives, report.n_trained_parameters)
         names = (*(f"i2t R@{k}" for k in report.dev.image_to_text), *(f"t2i R@{k}" for k in report.dev.text_to_image))
         show_table(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            ("train images", "dev images", "parameters", "seconds", *names),
-            [(report.n_train_images, report.n_dev_images, report.n_trained_parameters, report.seconds, *recalls)],
+            ("train images", "dev images", "negatives", "parameters", "seconds", *names),
+            [(*counts, report.seconds, *recalls)],
         )
+
+
+def fit_encoder(
+    store: Annotated[Path, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
+    recipe: Annotated[str, typer.Option(help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu) or a file.toml.")],
+    out: Annotated[Path, typer.Option(help="The run folder to make or to go on with.")],
+    image: Annotated[str | None, typer.Option(help="Encoder of a live image side. Default: the store's.")] = None,
+    text: Annotated[str | None, typer.Option(help="Encoder of a live text side. Default: the store's.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels, with --image.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest caption in tokens, with --text.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
+    ] = None,
+    slice_size: Annotated[
+        int | None, typer.Option("--slice", min=1, help="Pairs in memory at once; gradients are the whole batch's.")
+    ] = None,
+    autocast: Annotated[str, typer.Option(help="Computation of the towers: float32 or bfloat16.")] = "float32",
+    train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
+    dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
+    dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
+    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train within the towers what a recipe unlocks; a side that stays frozen is read from the cache.
+
+    Killed or interrupted, the same command goes on after the last whole epoch.
+
+    Example: apecache fit-encoder store --recipe lit --out run --slice 32
+    """
+    with ending():
+        choice("--autocast", autocast, ("float32", "bfloat16"))
+        from apecache.recipes.recipe import load_recipe
+
+        loaded = load_recipe(recipe, set_ or ())
+        images = encoder_specs([image] if image else None, "image", None, "float32", resolution=resolution)
+        texts = encoder_specs([text] if text else None, "text", None, "float32", max_tokens=max_tokens)
+        from apecache.data.images import load_image
+        from apecache.data.media import FolderMedia
+        from apecache.store.reader import FeatureStore
+        from apecache.train.batches import SplitSpec
+        from apecache.train.encoder_data import FitEncoderSpec
+        from apecache.train.fit_encoder import fit_encoder as run
+
+        splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
+        precision: Any = autocast
+        spec = FitEncoderSpec(
+            next(iter(images), None),
+            next(iter(texts), None),
+            image_features,
+            text_features,
+            splits,
+            seed,
+            slice_size,
+            precision,
+            device,
+            overwrite,
+        )
+        opener = (lambda key: load_image(key, FolderMedia(root)).image) if root else None
+        report = run(FeatureStore.open(store), loaded, out, spec, opener, show_epoch)
+        if json:
+            show_json(report)
+            return
+        cached = ", ".join(report.cached) or "neither"
+        values = (report.n_train_images, report.n_dev_images, report.n_trained_parameters, cached, report.seconds)
+        show_table(
+            f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
+            ("train images", "dev images", "parameters", "cached sides", "seconds", "dev mean recall", "before"),
+            [(*values, report.dev.mean_recall, report.untrained.mean_recall)],
+        )
+
+
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs on the same features.")],
+    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    json: Json = False,
+) -> None:
+    """Put the heads of several runs side by side: cosines of the new heads are the mean of theirs. Nothing trains.
+
+    Example: apecache combine run-linear run-mlp --out both
+    """
+    with ending():
+        from apecache.errors import require_new
+        from apecache.heads.checkpoint import load_heads, save_heads
+        from apecache.heads.combine import combine_heads
+
+        require_new(out, "run folder")
+        combined = combine_heads([load_heads(run) for run in runs])
+        save_heads(combined, out)
+        found = {"run": str(out), "n_runs": len(runs), "dim": combined.image.head.out_dim, "scale": combined.scale}
+        if json:
+            show_json(found)
+        else:
+            typer.echo(f"{out}: {len(runs)} runs side by side, {combined.image.head.out_dim} dimensions")
 
 
 def show_epoch(line: dict[str, Any]) -> None:

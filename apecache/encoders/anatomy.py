@@ -21,7 +21,7 @@ HF_VISION = ("vit", "deit", "dinov2", "dinov2_with_registers")
 BERT_LIKE = ("bert", "roberta", "xlm-roberta")
 SUPPORTED = (
     "timm VisionTransformer, VisionTransformerDistilled, Beit; transformers " + ", ".join((*HF_VISION, "beit")) + "; "
-    "for text " + ", ".join((*BERT_LIKE, "t5"))
+    "for text " + ", ".join((*BERT_LIKE, "t5", "mt5"))
 )
 
 
@@ -94,7 +94,7 @@ def read_anatomy(module: Any) -> Anatomy:
             ends = ("attention.output.dropout", "output.dropout")
             norms = ("attention.output.LayerNorm", "output.LayerNorm")
             return Anatomy("bert", "encoder.layer", BERT_PLACES, None, norms, ends)
-        case "t5" if not hasattr(module, "decoder"):
+        case "t5" | "mt5" if not hasattr(module, "decoder"):
             return Anatomy("t5", "encoder.block", T5_PLACES, "encoder.final_layer_norm", T5_NORMS)
         case _:
             raise EncoderError(f"{type(module).__name__} ({kind}) cannot be seen as a tower; supported are {SUPPORTED}")

@@ -65,6 +65,19 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
+def shape_timm(spec: EncoderSpec) -> Any:
+    """The architecture without weights or classifier, on the meta device. Raises EncoderError as `load_timm` does."""
+    size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
+    if not spec.folder:
+        _require_known(spec)
+    name = f"local-dir:{spec.folder}" if spec.folder else spec.name
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False, num_classes=0, **size)
+    except Exception as error:  # as in _create
+        raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error
+
+
 def _create(spec: EncoderSpec) -> Any:
     """The model, loaded with its classifier, which is then taken off: asked for a model without one, timm accepts
     weights that lack other parameters too, and leaves those random."""

@@ -192,6 +192,25 @@ class ProcessorPreprocess:
         return pixels
 
 
+def shape_transformers(spec: EncoderSpec) -> Any:
+    """The architecture without weights, on the meta device; of an encoder with a decoder, the encoder.
+
+    Raises:
+        EncoderError: its config.json cannot be had.
+    """
+    config = _config(spec)
+    with torch.device("meta"):
+        half = T5_TYPES.get(config.model_type)
+        return AutoModel.from_config(config) if half is None else half(config)
+
+
+def image_size(spec: EncoderSpec) -> tuple[int, int]:
+    """(height, width) of what the encoder's own processor makes of an image. Raises EncoderError without one."""
+    processor: Any = _open(AutoImageProcessor, spec)
+    pixels = ProcessorPreprocess(processor, _resize(processor, spec.resolution))(Image.new("RGB", (640, 480)))
+    return pixels.shape[1], pixels.shape[2]
+
+
 def _config(spec: EncoderSpec) -> Any:
     return _open(AutoConfig, spec)
 

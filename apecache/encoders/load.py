@@ -5,6 +5,8 @@ from dataclasses import replace
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.towers import Tower, build_tower
+from apecache.errors import EncoderError
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -62,6 +64,27 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
                 encoders = load_transformers_text(cuts, where)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
+
+
+def shape_tower(spec: EncoderSpec) -> Tower:
+    """A tower with the encoder's shapes and no weights, on the meta device: to count with.
+
+    Raises:
+        EncoderError: the encoder's description cannot be had, or it cannot be seen as a tower.
+    """
+    match spec.library:
+        case "timm":
+            from apecache.encoders.from_timm import shape_timm
+
+            return build_tower(shape_timm(spec).eval(), spec.modality, spec.pooling, cls_id=0)
+        case "hf":
+            from apecache.encoders.from_transformers import image_size, shape_transformers
+
+            tower = build_tower(shape_transformers(spec).eval(), spec.modality, spec.pooling, cls_id=0)
+            tower.pixels = image_size(spec) if spec.modality == "image" else None
+            return tower
+        case _:
+            raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
 
 
 def _by_model(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:

@@ -68,7 +68,8 @@ class RowEmbedding(nn.Module):
 class Tower(nn.Module):
     """`module`: the library's model. `adapters`: what recipes/adapters.py puts in; `adapters.deep`, if there, is a
     block that runs after the library's own. `checkpointing`: blocks are run again in the backward pass instead of being
-    kept. Outputs are in the module's dtype and not normalised."""
+    kept. `pixels`: size of the images that preprocessing gives, if known. Outputs: the module's dtype, not normalised.
+    """
 
     module: Any
     adapter_spec: Any  # an AdapterSpec of recipes/towers.py, which this stage does not know
@@ -80,6 +81,7 @@ class Tower(nn.Module):
         self.adapters, self.adapter_spec = nn.ModuleDict(), None
         self.adapter_hooks: list[RemovableHandle] = []
         self.checkpointing = False
+        self.pixels: tuple[int, int] | None = None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -101,12 +103,24 @@ class Tower(nn.Module):
                 return int(self.module.config.hidden_size)
 
     @property
-    def n_heads(self) -> int:
+    def output_dim(self) -> int:
+        """Width of the pooled output: timm's own head may be wider than the tokens."""
+        if self.pooling == "default":
+            return int(getattr(self.module, "head_hidden_size", self.dim))
+        return 2 * self.dim if self.pooling == "cls+mean" else self.dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels: `pixels` if it is set, else that which the image tower was made for."""
+        if self.pixels is not None:
+            return self.pixels
         match self.anatomy.family:
             case "timm" | "timm-beit":
-                return int(self.module.blocks[0].attn.num_heads)
+                height, width = self.module.patch_embed.img_size
             case _:
-                return int(self.module.config.num_attention_heads)
+                size = self.module.config.image_size
+                height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -158,12 +172,10 @@ class Tower(nn.Module):
         return self.module.encoder.dropout(normed) if self.anatomy.family == "t5" else normed
 
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens after the final norm -> [n, dim]: timm's own head for `default`, else CLS or mean (without prefix)."""
+        """Tokens after the final norm -> [n, output_dim]: timm's own head for `default`, else as in extraction."""
         if self.pooling == "default":
             return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
-        if self.pooling == "mean" and self.modality == "image":
-            return tokens[:, self.n_prefix :].mean(1)
-        return pool_tokens(tokens, mask, self.pooling)
+        return pool_tokens(tokens, mask, self.pooling, self.n_prefix if self.modality == "image" else 0)
 
     @property
     def n_prefix(self) -> int:
@@ -313,15 +325,23 @@ def build_tower(module: Any, modality: Modality, pooling: Pooling = "default", c
         raise EncoderError(f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}")
     if pooling == "default" and not anatomy.family.startswith("timm"):
         pooling = "mean" if text else "cls"
-    if anatomy.family == "t5" and pooling == "cls":
+    if pooling == "tokens":
+        raise EncoderError("a tower gives one vector for each image or text, not its tokens; pool them")
+    if anatomy.family == "t5" and "cls" in pooling:
         raise EncoderError("T5 has no CLS token; use --text-cut mean")
-    if pooling == "cls" and getattr(module, "cls_token", 0) is None:
+    if "cls" in pooling and getattr(module, "cls_token", 0) is None:
         raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-cut mean")
     return Tower(module, modality, anatomy, pooling, cls_id if anatomy.family == "bert" else None)
 
 
 def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
-    """The view of a loaded encoder, with its own pooling. Raises EncoderError as `build_tower` does."""
+    """The view of a loaded encoder, with its own pooling.
+
+    Raises:
+        EncoderError: as `build_tower` does; or its features are of a layer within, which no tower ends in.
+    """
+    if encoder.spec.layer is not None:
+        raise EncoderError(f"encoder {encoder.spec}: a tower ends after its last norm; leave the layer out")
     if isinstance(encoder, ImageEncoder):
         return build_tower(encoder.module, "image", encoder.spec.pooling)
     inputs: Any = encoder.fingerprint.fields["inputs"]

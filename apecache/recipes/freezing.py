@@ -61,6 +61,14 @@ def trained_parameters(tower: Tower, head: nn.Module, matches: Sequence[Match]) 
     return list(chosen.items())
 
 
+def freeze_head(side: Modality, head: nn.Module, spec: TowersSpec) -> list[tuple[nn.Parameter, float]]:
+    """The same for a side whose tower is not at hand, its output being cached: only the rules for heads count."""
+    named = ((rule, parse_selector(rule.part)) for rule in spec.all_rules)
+    found = next((rule for rule, where in named if where.name in ("head", "all") and where.side in (None, side)), None)
+    head.requires_grad_(found is None or found.train)
+    return [(parameter, found.lr if found else 1.0) for parameter in head.parameters() if parameter.requires_grad]
+
+
 def count_trained(matches: Sequence[Match]) -> int:
     return sum(match.part.count for match in matches if match.train)
 

@@ -93,14 +93,16 @@ class AdapterSpec(_Section):
 
 class TowersSpec(_Section):
     """What trains within the towers. What neither `rules` nor, after them, `freezing` names: heads train, the rest is
-    frozen. `lr_decay`: the learning rate of a block is that of the block above times this. `checkpointing`: blocks are
-    run again in the backward pass instead of being kept in memory.
+    frozen. `…_pooling` default: that of the encoder. `lr_decay`: the learning rate of a block is that of the block
+    above times this. `checkpointing`: blocks are run again in the backward pass instead of being kept in memory.
     """
 
     freezing: str = "Vff-Tff"
     rules: tuple[Rule, ...] = ()
     image_adapter: AdapterSpec | None = None
     text_adapter: AdapterSpec | None = None
+    image_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
+    text_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     checkpointing: bool = False
 
@@ -121,6 +123,10 @@ class TowersSpec(_Section):
         """Whether anything but the head of that side could train, as far as the text tells (False is certain)."""
         named = ((rule, parse_selector(rule.part)) for rule in self.rules + shorthand_rules(self.freezing))
         return any(rule.train and where.side in (None, side) and where.name != "head" for rule, where in named)
+
+    @property
+    def freezes_heads(self) -> bool:
+        return any(not rule.train and parse_selector(rule.part).name in ("head", "all") for rule in self.rules)
 
 
 def shorthand_rules(text: str) -> tuple[Rule, ...]:

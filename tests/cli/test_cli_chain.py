@@ -216,3 +216,16 @@ def test_wrong_input_is_one_line_with_its_exit_code(
     result = call(*(argument.format(**chain) for argument in arguments))
     assert words in one_line_error(result, code)
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_tells_intervals_languages_and_folds(chain: dict[str, Path]) -> None:
+    plain = call_json("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--by-language")
+    for side in ("image_to_text", "text_to_image"):
+        for k, (low, high) in plain["intervals"][side].items():
+            assert low <= plain[side][k] <= high
+    assert plain["languages"]["en"]["n_texts"] == plain["n_texts"]
+    folded = call_json("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--folds", "2")
+    assert (folded["n_images"], folded["folds_of"], folded["intervals"]) == (2, 2, None)
+    refused = call("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--folds", "5000")
+    assert refused.exit_code == 3
+    assert "fewer than one fold of 5000" in refused.output

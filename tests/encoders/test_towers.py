@@ -16,6 +16,7 @@ from apecache.errors import EncoderError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 PIXELS = {"image_size": 16, "patch_size": 4}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 60}
 HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vit (ViT, DINO)": (hf.ViTModel, hf.ViTConfig, {**SMALL, **PIXELS}),
     "deit": (hf.DeiTModel, hf.DeiTConfig, {**SMALL, **PIXELS}),
@@ -40,11 +41,8 @@ HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert (mBERT, MiniLM, E5)": (hf.BertModel, hf.BertConfig, {**SMALL, "vocab_size": 60}),
     "roberta": (hf.RobertaModel, hf.RobertaConfig, {**SMALL, "vocab_size": 60}),
     "xlm-roberta (E5)": (hf.XLMRobertaModel, hf.XLMRobertaConfig, {**SMALL, "vocab_size": 60}),
-    "t5 encoder": (
-        hf.T5EncoderModel,
-        hf.T5Config,
-        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 60},
-    ),
+    "t5 encoder": (hf.T5EncoderModel, hf.T5Config, T5_SIZES),
+    "mt5 encoder": (hf.MT5EncoderModel, hf.MT5Config, T5_SIZES),
 }
 
 
@@ -95,14 +93,16 @@ def equal_whole_and_cut(tower: Tower, expected: Tensor, inputs: Tensor, mask: Te
 
 
 @pytest.mark.parametrize("name", HF_IMAGE)
-@pytest.mark.parametrize("pooling", ["default", "mean"])
+@pytest.mark.parametrize("pooling", ["default", "mean", "max", "cls+mean"])
 def test_transformers_images(name: str, pooling: Any) -> None:
     module = hf_model(HF_IMAGE[name])
     tower = build_tower(module, "image", pooling)
     with torch.no_grad():
         tokens = module(pictures()).last_hidden_state
     n_prefix = tokens.shape[1] - 16
-    equal_whole_and_cut(tower, tokens[:, 0] if pooling == "default" else tokens[:, n_prefix:].mean(1), pictures())
+    expected = pool_tokens(tokens, None, "cls" if pooling == "default" else pooling, n_prefix)
+    assert expected.shape[1] == tower.output_dim
+    equal_whole_and_cut(tower, expected, pictures())
 
 
 @pytest.mark.parametrize("name", list(TIMM))
@@ -128,7 +128,7 @@ def test_transformers_texts_with_padding(name: str, attention: str) -> None:
     with torch.no_grad():
         tokens = module(input_ids=ids, attention_mask=mask).last_hidden_state
     equal_whole_and_cut(build_tower(module, "text", "mean", 2), pool_tokens(tokens, mask, "mean"), ids, mask)
-    if name != "t5 encoder":
+    if "t5" not in name:
         equal_whole_and_cut(build_tower(module, "text", "cls", 2), tokens[:, 0], ids, mask)
 
 
@@ -153,7 +153,7 @@ def test_every_family_has_the_same_parts() -> None:
         assert {part.depth for part in parts if part.place == "block"} == {0, 1, 2}
         assert all(part.depth == -1 for part in parts if part.place in EMBEDDING_PLACES)
         assert sum(part.norm for part in parts if part.place == "block") in (6, 12)  # weights, and biases but for T5
-        is_t5 = tower.anatomy.family == "t5"
+        is_t5 = tower.anatomy.family == "t5"  # mT5 too
         assert any(part.bias for part in parts) is not is_t5
         assert ("cls" in places) is not is_t5
 
@@ -249,5 +249,7 @@ def test_what_cannot_be_is_refused() -> None:
         bert_tower().run_to(4, *sentences(0))
     with pytest.raises(EncoderError, match="no CLS token"):
         build_tower(hf_model(HF_TEXT["t5 encoder"]), "text", "cls")
+    with pytest.raises(EncoderError, match="not its tokens"):
+        bert_tower(pooling="tokens")
     with pytest.raises(EncoderError, match="no CLS row"):
         bert_tower(cls_id=None).split_cls()

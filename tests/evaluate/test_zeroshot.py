@@ -22,6 +22,7 @@ from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError
+from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, class_embeddings, classification_report, zero_shot
 from apecache.heads.checkpoint import TrainedHeads, load_heads
 
@@ -38,9 +39,13 @@ def text_encoder(tiny_run: Path) -> TextEncoder:
     return load_text_encoder(EncoderSpec(**load_heads(tiny_run).text.encoder), "cpu")
 
 
-def spec_for(labels: Path, caches: Path, root: Path | None = None, **options: Any) -> ZeroShotSpec:
+def spec_for(
+    labels: Path, caches: Path, root: Path | None = None, split: str | None = None, image: Any = None,
+    max_bad: float = 0.01, **options: Any,
+) -> ZeroShotSpec:  # fmt: skip
     source = open_pairs(labels, OpenSpec(root=root, require=("image", "label")))
-    return ZeroShotSpec(labels=source, caches=caches, device="cpu", **options)
+    splits = () if split is None else (split,)
+    return ZeroShotSpec(LabelledSpec(source, caches, splits, image, "cpu", max_bad), **options)
 
 
 def embed_images(heads: TrainedHeads, keys: list[str], root: Path) -> Tensor:
@@ -74,7 +79,8 @@ def test_underscores_in_class_names_are_spaces(heads: TrainedHeads, text_encoder
 
 
 def test_lilts_prompt_is_the_default(tmp_path: Path) -> None:
-    assert ZeroShotSpec(PairSource(()), tmp_path).templates == TEMPLATES == ("a photo of {}",)
+    spec = ZeroShotSpec(LabelledSpec(PairSource(()), tmp_path))
+    assert spec.templates == TEMPLATES == ("a photo of {}",)
 
 
 @pytest.mark.parametrize("templates", [("a photo",), ("a {}", "a photo of { }"), ("",)])
@@ -82,7 +88,7 @@ def test_a_template_without_a_place_for_the_class_is_refused_before_anything_is_
     templates: tuple[str, ...], heads: TrainedHeads, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=r"has no \{\} for the class name") as caught:
-        zero_shot(heads, ZeroShotSpec(PairSource(()), tmp_path / "caches", templates=templates))
+        zero_shot(heads, ZeroShotSpec(LabelledSpec(PairSource(()), tmp_path / "caches"), templates))
     assert caught.value.exit_code == 2
 
 

@@ -124,6 +124,16 @@ def test_deep_adapters_follow_the_last_block() -> None:
         torch.testing.assert_close(run(text), text.adapters["deep"](below, mask)[:, 0])
 
 
+def test_a_layerwise_adapter_is_a_residual_bottleneck() -> None:
+    adapter, x = Adapter(8, 4, truncated=False), torch.randn(3, 8)
+    expected = x + nn.functional.linear(
+        nn.functional.gelu(nn.functional.linear(x, adapter.down.weight, adapter.down.bias)),
+        adapter.up.weight,
+        adapter.up.bias,
+    )
+    torch.testing.assert_close(adapter(x), expected)
+
+
 def test_layerwise_adapters_begin_as_published() -> None:
     torch.manual_seed(0)
     for truncated in (False, True):

@@ -11,10 +11,11 @@ from torch import nn
 
 from apecache.encoders.towers import Tower, build_tower
 from apecache.errors import RecipeError
+from apecache.heads.build import build_heads
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.freezing import Match, count_trained, find_cut, freeze_towers, trained_parameters
+from apecache.recipes.recipe import load_recipe
 from apecache.recipes.towers import (
-    AdapterSpec,
     Rule,
     TowersSpec,
     parse_selector,
@@ -296,65 +297,65 @@ def test_nothing_below_the_cut_gets_a_gradient() -> None:
 # --- the published counts --------------------------------------------------------------------------------------------
 
 
-def lilt(size: str, how: TowersSpec, text_size: str | None = None) -> tuple[int, int]:
-    """(trained, all) of LilT's model: two towers, projections with bias to 256, a temperature that always trains."""
-    sides = shapes_only(size, text_size)
+def lilt(size: str, row: str, *settings: str) -> tuple[int, int]:
+    """(trained, all) of a recipe's model: two towers, their heads, a temperature that always trains."""
+    recipe = load_recipe(f"lilt-{row}", settings)
+    sides = shapes_only(size)
     with torch.device("meta"):
-        heads = [nn.Linear(tower.dim, 256) for tower in sides]
+        heads = build_heads(recipe.image, recipe.text, *(tower.dim for tower in sides))
         for tower in sides:
-            adapter = how.adapter(tower.modality)
+            adapter = recipe.towers.adapter(tower.modality)
             if adapter:
                 insert_adapters(tower, adapter)
-    matches = freeze_towers(list(zip(sides, heads, strict=True)), how)
+    matches = freeze_towers(list(zip(sides, heads, strict=True)), recipe.towers)
     return count_trained(matches) + 1, sum(match.part.count for match in matches) + 1
 
 
-LAYERWISE, DEEP = AdapterSpec(kind="layerwise"), AdapterSpec(kind="deep")
-BOTH_LAYERWISE = {"image_adapter": LAYERWISE, "text_adapter": LAYERWISE}
-BOTH_DEEP = {"image_adapter": DEEP, "text_adapter": DEEP}
 ROWS = {
-    "a": (spec(frozen("head")), 1, 195_130_113),
-    "b": (spec("norms", frozen("head")), 76_801, 195_130_113),
-    "c": (spec(), 393_729, 195_130_113),
-    "d": (spec("norms"), 470_529, 195_130_113),
-    "e": (spec("biases"), 598_785, 195_130_113),
-    "f": (spec("adapters", "image.final_norm", **BOTH_DEEP), 14_571_009, 209_305_857),
-    "g": (spec("adapters", "norms", **BOTH_DEEP), 14_646_273, 209_305_857),
-    "h": (spec("adapters", **BOTH_LAYERWISE), 14_595_585, 209_331_969),
-    "i": (spec("adapters", "norms", **BOTH_LAYERWISE), 14_672_385, 209_331_969),
-    "j": (spec("adapters", "biases", "norms", **BOTH_LAYERWISE), 14_839_041, 209_331_969),
-    "j without the norms' weights": (spec("adapters", "biases", **BOTH_LAYERWISE), 14_800_641, 209_331_969),
-    "k": (spec("adapters", "image.final_norm", "biases", **BOTH_DEEP), 14_775_297, 209_305_857),
-    "l": (spec(freezing="Vff-Tuu"), 109_285_377, 195_130_113),
-    "m": (spec(frozen("head"), freezing="Vuu-Tff"), 85_844_737, 195_130_113),
-    "m with projections": (spec(freezing="Vuu-Tff"), 86_238_465, 195_130_113),
-    "o": (
-        spec("image.adapters", "image.norms", freezing="Vff-Tuu", image_adapter=LAYERWISE),
-        116_424_705,
-        202_231_041,
-    ),
-    "p": (spec("all"), 195_130_113, 195_130_113),
+    "a": (1, 195_130_113, 0.00),
+    "b": (76_801, 195_130_113, 0.04),
+    "c": (393_729, 195_130_113, 0.20),
+    "d": (470_529, 195_130_113, 0.24),
+    "e": (598_785, 195_130_113, 0.31),
+    "f": (14_571_009, 209_305_857, 6.96),
+    "g": (14_646_273, 209_305_857, 7.00),
+    "h": (14_595_585, 209_331_969, 6.97),
+    "i": (14_672_385, 209_331_969, 7.01),
+    "j": (14_839_041, 209_331_969, 7.09),
+    "k": (14_775_297, 209_305_857, 7.06),
+    "l": (109_285_377, 195_130_113, 56.01),
+    "m": (85_844_737, 195_130_113, 43.99),
+    "o": (116_424_705, 202_231_041, 57.57),
+    "p": (195_130_113, 195_130_113, 100.0),
 }
-PERCENT = {
-    "a": 0.00, "b": 0.04, "c": 0.20, "d": 0.24, "e": 0.31, "f": 6.96, "g": 7.00, "h": 6.97, "i": 7.01, "j": 7.09,
-    "j without the norms' weights": 7.07, "k": 7.06, "l": 56.01, "m": 43.99, "m with projections": 44.20, "o": 57.57,
-    "p": 100.0,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_lilt_table_1_to_the_digit(row: str) -> None:
     """Row n, LiT with deep adapters (65.87 %), fits no reading of the paper that we know."""
-    how, trained, total = ROWS[row]
-    assert lilt("base", how) == (trained, total)
-    assert round(100 * trained / total, 2) == PERCENT[row]
+    trained, total, percent = ROWS[row]
+    assert lilt("base", row) == (trained, total)
+    assert round(100 * trained / total, 2) == percent
+
+
+def test_lilt_variants_to_the_digit() -> None:
+    only_biases = 'towers.rules=[{part = "adapters"}, {part = "biases"}]'
+    assert lilt("base", "j", only_biases) == (14_800_641, 209_331_969)
+    assert lilt("base", "m", "towers.rules=[]") == (86_238_465, 195_130_113)
+    assert lilt("base", "n") == (393_729 + 108_891_648 + 14_175_744, 209_305_857)  # our reading of the open row
+
+
+@pytest.mark.parametrize("pattern", ["a", "b"])
+def test_patterns_unlock_the_same_number_of_norms_of_blocks(pattern: str) -> None:
+    outside = {"a": 2 * 2 * 768, "b": 0}[pattern]  # the image tower's final norm, the text embeddings' norm
+    assert lilt("base", f"pattern-{pattern}")[0] == 393_729 + 2 * 6 * 2 * 2 * 768 + outside
 
 
 @pytest.mark.parametrize(
     ("size", "row", "trained"), [("large", "i", 51_180_033), ("large", "g", 25_920_001), ("tiny", "g", 736_449)]
 )
 def test_lilt_in_other_sizes(size: str, row: str, trained: int) -> None:
-    assert lilt(size, ROWS[row][0])[0] == trained
+    assert lilt(size, row)[0] == trained
 
 
 def test_one_layerwise_adapter_and_all_of_them() -> None:

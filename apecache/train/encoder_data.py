@@ -1,0 +1,135 @@
+"""What the encoder trainer works on: of each side the store's features, an encoder, or cached tokens and an encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.layers import resolve_layer
+from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.towers import tower_of
+from apecache.errors import MismatchError, OptionError, RecipeError
+from apecache.fingerprint import Fingerprint, Modality
+from apecache.recipes.recipe import Recipe
+from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.train.batches import SplitSpec, choose_splits
+from apecache.train.live import (
+    CachedInputs,
+    ImageInputs,
+    Inputs,
+    OpenImage,
+    PairRows,
+    TextInputs,
+    TokenInputs,
+    pair_rows,
+)
+
+
+@dataclass(frozen=True)
+class FitEncoderSpec:
+    """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: pairs that are in
+    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32."""
+
+    image: EncoderSpec | None = None
+    text: EncoderSpec | None = None
+    image_features: str | None = None
+    text_features: str | None = None
+    splits: SplitSpec = field(default_factory=SplitSpec)
+    seed: int = 0
+    slice_size: int | None = None
+    autocast: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """One side: its cached features, its encoder, or both, features being the tokens after `cut` blocks then."""
+
+    side: Modality
+    features: Tensor | None
+    encoder: ImageEncoder | TextEncoder | None
+    encoder_spec: EncoderSpec
+    fingerprint: Fingerprint
+    ok: NDArray[np.bool_] | None
+    cut: int | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of what the head takes."""
+        if self.encoder is not None:
+            return tower_of(self.encoder).output_dim
+        assert self.features is not None
+        return self.features.shape[1]
+
+
+def open_source(
+    store: FeatureStore, recipe: Recipe, side: Modality, spec: FitEncoderSpec, device: torch.device
+) -> Source:
+    named, name = (spec.image, spec.image_features) if side == "image" else (spec.text, spec.text_features)
+    live = recipe.towers.may_train(side)
+    array = None if live and named else store.array(side, name)
+    ok = array.load_ok() if array else None
+    if not live:
+        assert array is not None
+        if array.tokens is not None or array.views is not None:
+            raise RecipeError(f"{side} features {array.name} are no pooled features of one view; choose others")
+        features = torch.from_numpy(array.load()).to(device)
+        return Source(side, features, None, array.record.spec, array.record.encoder, ok)
+    chosen = named or (array.record.spec if array else None)
+    assert chosen is not None
+    pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
+    tokens = array is not None and named is None and chosen.pooling == "tokens" and chosen.layer is not None
+    own: Pooling = "default" if tokens else chosen.pooling
+    wanted = replace(chosen, dtype="float32", layer=None, pooling=own if pooling == "default" else pooling)
+    load: Any = load_image_encoder if side == "image" else load_text_encoder
+    encoder = load(wanted, str(device))
+    source = Source(side, None, encoder, wanted, encoder.fingerprint, ok)
+    return _with_tokens(source, array, encoder) if tokens and array is not None else source
+
+
+def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | TextEncoder) -> Source:
+    """Raises MismatchError if the tokens are of other weights than the encoder's."""
+    weights = [Fingerprint({"weights": of.fields["weights"]}) for of in (encoder.fingerprint, array.record.encoder)]
+    if weights[0] != weights[1]:
+        raise MismatchError(
+            f"{encoder.spec} is not what {source.side} features {array.name} were made with; extract again"
+        )
+    cut = resolve_layer(encoder.module, array.record.spec)
+    if not isinstance(cut, int) or array.views is not None:
+        raise RecipeError(f"{source.side} features {array.name} are no tokens of a layer and one view; choose others")
+    lengths = array.load_lengths()
+    counts = None if lengths is None else torch.from_numpy(lengths.astype(np.int64))
+    return replace(source, features=torch.from_numpy(array.load()), cut=cut, lengths=counts)
+
+
+def split_rows(store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec) -> tuple[PairRows, PairRows]:
+    pairs = store.pairs
+    captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
+    images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
+    texts = captions if sources[1].ok is None else captions & sources[1].ok
+    train, dev = (pair_rows(pairs.image_rows, mask & images, texts) for mask in choose_splits(pairs, spec.splits))
+    for what, rows in (("training", train), ("dev", dev)):
+        if len(rows) < 2:
+            raise RecipeError(f"only {len(rows)} {what} images with a caption; a contrastive loss needs at least 2")
+    return train, dev
+
+
+def open_inputs(source: Source, store: FeatureStore, open_image: OpenImage | None, device: torch.device) -> Inputs:
+    encoder = source.encoder
+    if source.features is not None:
+        cached = CachedInputs(source.features) if encoder is None else None
+        return cached or TokenInputs(source.features, source.lengths, device)
+    if isinstance(encoder, TextEncoder):
+        return TextInputs.of(encoder, [str(caption) for caption in store.pairs.captions])
+    assert encoder is not None
+    if open_image is None:
+        raise OptionError("the image tower runs from pixels, so it needs the images; give their folder (--root)")
+    return ImageInputs(list(store.pairs.keys), open_image, encoder)

@@ -1,0 +1,143 @@
+"""The model of the encoder trainer: two sides, each a tower (unless it is cached) and a head, and a temperature."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.towers import Tower, tower_of
+from apecache.errors import RecipeError, RunError
+from apecache.fingerprint import Modality
+from apecache.heads.build import build_heads
+from apecache.heads.head import Head
+from apecache.losses.contrastive import Temperature, info_nce
+from apecache.recipes.adapters import insert_adapters
+from apecache.recipes.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
+from apecache.recipes.recipe import OptimiserSpec, Recipe
+
+
+class Side(nn.Module):
+    """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
+    are the tokens after so many blocks; None: pixels or token ids."""
+
+    def __init__(self, tower: Tower | None, head: Head, cut: int | None = None) -> None:
+        super().__init__()
+        self.tower, self.head, self.cut = tower, head, cut
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.tower is None:
+            pooled = inputs
+        elif self.cut is None:
+            pooled = self.tower(inputs, mask)
+        else:
+            pooled = self.tower.forward_from(self.cut, inputs, mask)
+        embedded: Tensor = self.head(pooled)
+        return embedded
+
+
+class EncoderModel(nn.Module):
+    """Two sides and a temperature."""
+
+    def __init__(self, image: Side, text: Side, temperature: Temperature, groups: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.image, self.text, self.temperature = image, text, temperature
+        self.groups = groups
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        return info_nce(image, text, self.temperature.scale())
+
+    @property
+    def n_trained(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What training can change: trained parameters, and all of heads and temperature."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        ours = ("image.head.", "text.head.", "temperature.")
+        return {n: t for n, t in self.state_dict().items() if n in trained or n.startswith(ours)}
+
+    def load_kept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises RunError unless these are what `kept_state` gives."""
+        wanted = self.kept_state()
+        wrong = sorted(n for n in wanted.keys() | tensors.keys() if _shape(wanted, n) != _shape(tensors, n))
+        if wrong:
+            raise RunError(f"saved weights do not fit the model of their recipe: {', '.join(wrong[:3])}; train again")
+        self.load_state_dict(dict(tensors), strict=False)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
+def build_model(
+    recipe: Recipe,
+    encoders: Sequence[ImageEncoder | TextEncoder | None],
+    dims: Sequence[int],
+    device: torch.device,
+    cuts: Sequence[int | None] = (None, None),
+) -> EncoderModel:
+    """The recipe's model around loaded encoders, image before text (None: that side is cached). `cuts`: as of `Side`.
+    Draws from torch's generator. Raises RecipeError as `fit_encoder` does."""
+    try:
+        heads = build_heads(recipe.image, recipe.text, dims[0], dims[1])
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from None
+    towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
+    sides = [Side(tower, head.to(device), cut) for tower, head, cut in zip(towers, heads, cuts, strict=True)]
+    for side in sides:
+        _prepare(side, recipe)
+    live = [(side.tower, side.head) for side in sides if side.tower is not None]
+    matches = freeze_towers(live, recipe.towers) if live else ()
+    for side in sides:
+        _require_frozen_below(side, matches, recipe)
+    temperature = Temperature(
+        recipe.loss.temperature, recipe.loss.min_temperature, recipe.loss.max_temperature, recipe.loss.learnable
+    ).to(device)
+    pairs = [pair for tower, head in live for pair in trained_parameters(tower, head, matches)]
+    names: tuple[Modality, ...] = ("image", "text")
+    cached = [(name, side.head) for name, side in zip(names, sides, strict=True) if side.tower is None]
+    pairs += [pair for name, head in cached for pair in freeze_head(name, head, recipe.towers)]
+    pairs += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
+    return EncoderModel(sides[0], sides[1], temperature, parameter_groups(pairs, recipe.optimiser))
+
+
+def _prepare(side: Side, recipe: Recipe) -> None:
+    if side.tower is None:
+        return
+    if side.head.spec.standardise:
+        raise RecipeError(
+            f"recipe {recipe.name}: {side.tower.modality}.standardise takes the statistics of cached features, but "
+            f"that tower trains; set {side.tower.modality}.standardise=false"
+        )
+    adapter = recipe.towers.adapter(side.tower.modality)
+    if adapter:
+        insert_adapters(side.tower, adapter)
+    side.tower.checkpointing = recipe.towers.checkpointing
+
+
+def _require_frozen_below(side: Side, matches: Sequence[Match], recipe: Recipe) -> None:
+    """Raises RecipeError if something below the cached tokens would train."""
+    if side.tower is None or side.cut is None:
+        return
+    found = find_cut(matches, side.tower)
+    if found.cut is None or (isinstance(found.cut, int) and found.cut < side.cut):
+        raise RecipeError(
+            f"recipe {recipe.name}: the {side.tower.modality} features are tokens after {side.cut} blocks, but "
+            f"{found.reason}; choose features of a lower layer, or of none"
+        )
+
+
+def parameter_groups(pairs: Sequence[tuple[nn.Parameter, float]], spec: OptimiserSpec) -> list[dict[str, Any]]:
+    """AdamW's groups: by factor of the learning rate (kept as `factor`), and with or without weight decay (none on
+    parameters with fewer than two dimensions)."""
+    keys = dict.fromkeys((factor, parameter.ndim >= 2) for parameter, factor in pairs)
+    return [
+        {
+            "params": [p for p, f in pairs if (f, p.ndim >= 2) == (factor, decayed)],
+            "weight_decay": spec.weight_decay if decayed else 0.0,
+            "factor": factor,
+        }
+        for factor, decayed in keys
+    ]

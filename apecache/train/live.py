@@ -1,0 +1,120 @@
+"""What a training step reads: cached features of a frozen tower, or pixels and token ids for a live one."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.errors import DataError, RowError
+
+OpenImage = Callable[[str], Image.Image]
+"""Key of the pair table -> RGB image; raises RowError."""
+
+
+class Inputs(Protocol):
+    """Inputs of one side, by row of the store's table."""
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Features [n, dim], pixels [n, 3, height, width], token ids with their mask [n, length], or tokens [n, length,
+        dim] with theirs; on the device."""
+
+
+@dataclass(frozen=True)
+class CachedInputs:
+    features: Tensor
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return self.features[torch.tensor(rows, device=self.features.device)].float(), None
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Cached tokens [rows, tokens, dim] after some blocks, on the host. `lengths` [rows]: tokens of each row, where
+    they differ; batches are cut to the longest."""
+
+    features: Tensor
+    lengths: Tensor | None
+    device: torch.device
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        index = torch.tensor(rows)
+        if self.lengths is None:
+            return self.features[index].to(self.device).float(), None
+        lengths = self.lengths[index]
+        longest = int(lengths.max())
+        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        return self.features[index, :longest].to(self.device).float(), mask.to(self.device)
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    ids: list[list[int]]
+    encoder: TextEncoder
+
+    @staticmethod
+    def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
+        """All captions tokenised once."""
+        return TextInputs(encoder.tokenise(captions).ids, encoder)
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return self.encoder.pad([self.ids[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images are read and preprocessed as for extraction (no augmentation), by `workers` threads."""
+
+    keys: Sequence[str]
+    open_image: OpenImage
+    encoder: ImageEncoder
+    workers: int = 4
+
+    def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            pixels = list(pool.map(self._read, rows))
+        return torch.stack(pixels).to(self.encoder.device), None
+
+    def _read(self, row: int) -> Tensor:
+        try:
+            return self.encoder.preprocess(self.open_image(self.keys[row]))
+        except RowError as error:
+            raise DataError(
+                f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
+            ) from None
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Rows of images, and of the texts of each: `texts[i]` belong to `images[i]`, one at least."""
+
+    images: list[int]
+    texts: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def epoch(self, batch_size: int, generator: torch.Generator) -> list[list[tuple[int, int]]]:
+        """Batches of (image row, text row): every image at most once, with one of its captions at random; the short
+        rest is left out."""
+        order = torch.randperm(len(self), generator=generator).tolist()
+        drawn = torch.rand(len(self), generator=generator).tolist()
+        pairs = [
+            (self.images[i], self.texts[i][int(u * len(self.texts[i]))]) for i, u in zip(order, drawn, strict=True)
+        ]
+        size = min(batch_size, len(self))
+        return [pairs[begin : begin + size] for begin in range(0, len(self) - size + 1, size)]
+
+
+def pair_rows(image_rows: NDArray[np.int64], keep: NDArray[np.bool_], ok_texts: NDArray[np.bool_]) -> PairRows:
+    """The kept images that have a usable caption. `image_rows` [n_texts]: each caption's image; masks by row."""
+    texts: dict[int, list[int]] = {}
+    for row in np.flatnonzero(ok_texts & keep[image_rows]).tolist():
+        texts.setdefault(int(image_rows[row]), []).append(row)
+    return PairRows(sorted(texts), [texts[image] for image in sorted(texts)])

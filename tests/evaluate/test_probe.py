@@ -1,0 +1,89 @@
+"""Probes: settings chosen without the test, figures as scikit-learn gives them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from apecache_cli.app import app
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
+
+from apecache.errors import DataError
+from apecache.evaluate.probe import probe
+
+
+def digits() -> tuple[NDArray[np.floating], list[str], NDArray[np.floating], list[str]]:
+    x, y = load_digits(return_X_y=True)
+    names = [f"digit {label}" for label in y]
+    return x[:600], names[:600], x[600:1100], names[600:1100]
+
+
+def test_real_digits_are_found_by_both_probes_and_the_settings_are_those_that_are_told() -> None:
+    train, labels, test, wanted = digits()
+    report = probe(train, labels, test, wanted)
+    assert report.linear > 88
+    assert report.knn > 90
+    assert (report.n_train, report.n_test, report.n_classes) == (600, 500, 10)
+    mean, deviation = train.mean(0), train.std(0)
+    scale = np.where(deviation > 1e-6, deviation, 1)
+    model = LogisticRegression(C=report.regularisation, max_iter=1000, tol=1e-3).fit((train - mean) / scale, labels)
+    assert report.linear == pytest.approx(100 * model.score((test - mean) / scale, wanted))
+    nearest = KNeighborsClassifier(report.neighbours, metric="cosine", algorithm="brute")
+    assert report.knn == pytest.approx(100 * nearest.fit(train.astype(np.float32), labels).score(test, wanted))
+
+
+def test_the_settings_do_not_depend_on_the_test() -> None:
+    train, labels, test, wanted = digits()
+    shuffled = list(np.random.default_rng(0).permutation(wanted))
+    first, second = probe(train, labels, test, wanted), probe(train, labels, test, shuffled)
+    assert (first.regularisation, first.neighbours) == (second.regularisation, second.neighbours)
+    assert second.linear < 20
+
+
+def test_features_without_the_label_stay_at_chance_and_their_scale_does_not_matter() -> None:
+    chance = np.random.default_rng(0)
+    labels = ["a", "b"] * 100
+    noise = chance.standard_normal((200, 8))
+    report = probe(noise, labels, chance.standard_normal((200, 8)), labels)
+    assert 35 < report.linear < 65
+    assert report.chance == 50
+    train, names, test, wanted = digits()
+    assert probe(1000 * train + 5, names, 1000 * test + 5, wanted).linear == pytest.approx(
+        probe(train, names, test, wanted).linear, abs=1.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted", "said"),
+    [
+        (["a"] * 20, ["a"] * 4, "one class only"),
+        (["a", "b"] * 10, ["a", "c"], "class 'c' has no training images"),
+        (["a", "b", "c", "d"], ["a", "b"], "too few to choose on"),
+        (["a"] * 19 + ["b"], ["a", "b"], "too few to choose on"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(labels: list[str], wanted: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        probe(np.ones((len(labels), 3)), labels, np.ones((len(wanted), 3)), wanted)
+
+
+def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: Path) -> None:
+    from tiny import make_shapes
+
+    table = make_shapes(tmp_path / "shapes", copies=3)
+    command = ["evaluate", str(tiny_run), "--task", "probe", "--labels", str(table), "--split", "val"]
+    command += ["--split-fraction", "train=.6,val=.4"]  # the table's own val has one shape only
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["before"]["n_train"] + told["before"]["n_test"] == 36
+    assert {"linear", "knn"} <= told["before"].keys() == told["after"].keys()
+    shown = CliRunner().invoke(app, command)
+    assert "after the head" in shown.stdout
+    refused = CliRunner().invoke(app, [*command, "--probe-train-split", "tain"])
+    assert refused.exit_code == 3
+    assert "did you mean train" in refused.output

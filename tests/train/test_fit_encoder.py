@@ -1,0 +1,454 @@
+"""The encoder trainer on small real encoders: what it changes and what it never does, resuming, what it writes."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import extract_tiny, make_shapes
+from torch import nn
+
+from apecache.data.sources import open_pairs
+from apecache.encoders.spec import parse_encoder
+from apecache.encoders.towers import Tower
+from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
+from apecache.evaluate.retrieval import retrieval_report
+from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
+from apecache.store.reader import FeatureStore
+from apecache.train import encoder_data
+from apecache.train import fit_encoder as module
+from apecache.train.batches import SplitSpec
+from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.encoder_model import EncoderModel, parameter_groups
+from apecache.train.encoder_run import CHECKPOINT, DESCRIPTION, HISTORY, WEIGHTS, read_tensors
+from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
+from apecache.train.trained_encoders import load_encoders
+
+SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
+OpenImage = Callable[[str], Image.Image]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same bits whoever else uses the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> tuple[FeatureStore, OpenImage]:
+    """24 images with two captions each, and their store."""
+    folder = tmp_path_factory.mktemp("encoder-data")
+    table = make_shapes(folder / "shapes", copies=2)
+    extract_tiny(table, folder / "store", tiny_image_encoder, tiny_text_encoder)
+    return FeatureStore.open(folder / "store"), lambda key: Image.open(table.parent / key).convert("RGB")
+
+
+def recipe_of(name: str, *settings: str) -> Recipe:
+    short = ["schedule.epochs=3", "schedule.batch_size=8", "schedule.warmup=0", "optimiser.lr=1e-3"]
+    return load_recipe(name, [*short, *settings])
+
+
+class Watch:
+    """Keeps the model that is trained, and its parameters before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, self.before = None, {}
+        build = module.build_model
+
+        def watched(*arguments: Any) -> EncoderModel:
+            model = build(*arguments)
+            self.model = model
+            self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            return model
+
+        monkeypatch.setattr(module, "build_model", watched)
+
+    def changed(self) -> set[str]:
+        assert self.model is not None
+        return {name for name, p in self.model.named_parameters() if not torch.equal(p, self.before[name])}
+
+    def trained(self) -> set[str]:
+        assert self.model is not None
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def fit(data: Any, recipe: Recipe, out: Path, progress: Any = None, **settings: Any) -> FitEncoderReport:
+    store, open_image = data
+    return fit_encoder(store, recipe, out, FitEncoderSpec(**SPEC | settings), open_image, progress or (lambda _: None))
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
+
+
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+def test_lit_reads_images_from_the_cache_and_learns(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the frozen encoder was opened")
+
+    monkeypatch.setattr(encoder_data, "load_image_encoder", forbidden)
+    watch = Watch(monkeypatch)
+    report = fit_encoder(
+        data[0], recipe_of("lit", "schedule.epochs=16", "optimiser.lr=5e-3"), tmp_path / "run", FitEncoderSpec(**SPEC)
+    )
+    assert report.cached == ("image",)
+    losses = [line["loss"] for line in history(tmp_path / "run")]
+    assert losses[0] is None
+    assert losses[-1] < 0.7 * losses[1]
+    assert watch.changed() == watch.trained()
+    assert "text.tower.module.embeddings.word_embeddings.weight" in watch.changed()
+    assert report.dev.mean_recall == max(line["dev"]["mean_recall"] for line in history(tmp_path / "run")[1:])
+    assert (report.n_train_images, report.n_dev_images) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "some", "never"),
+    [
+        ("lilt-d", "image.tower.module.norm.weight", "qkv"),
+        ("lilt-i", "text.tower.adapters.layerwise.0.0.down.weight", "word_embeddings"),
+        ("lilt-k", "image.tower.adapters.deep.norm1.weight", "pos_embed"),
+        ("lilt-m", "image.tower.module.cls_token", "text."),
+        ("freeze/Vcf-Tcf", "text.tower.module.embeddings.word_embeddings.row", "word_embeddings.weight"),
+        ("freeze/Vuf-Tuu", "image.tower.module.patch_embed.proj.weight", "image.tower.module.blocks"),
+    ],
+)
+def test_frozen_parameters_are_the_same_bits_after_training(
+    name: str, some: str, never: str, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(monkeypatch)
+    report = fit(data, recipe_of(name, "optimiser.lr=1e-2", "optimiser.weight_decay=0.5"), tmp_path / "run")
+    assert some in watch.changed() <= watch.trained()
+    assert not any(never in parameter for parameter in watch.changed())
+    assert report.n_trained_parameters == sum(watch.before[parameter].numel() for parameter in watch.trained())
+    kept, _ = read_tensors(tmp_path / "run" / WEIGHTS)
+    assert {n for n in kept if ".tower." in n} == {n for n in watch.trained() if ".tower." in n}
+
+
+def test_rules_for_heads_hold_on_the_cached_side_too(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(monkeypatch)
+    rules = 'towers.rules=[{part = "image.head", train = false}, {part = "head", lr = 0.5}]'
+    fit(data, recipe_of("lilt-l", rules), tmp_path / "run")
+    assert {name for name in watch.changed() if ".head." in name} == {"text.head.body.weight", "text.head.body.bias"}
+    assert watch.model is not None
+    slow = [p for group in watch.model.groups if group["factor"] == 0.5 for p in group["params"]]
+    assert {id(p) for p in slow} == {id(p) for p in watch.model.text.head.parameters()}
+
+
+def test_the_temperature_alone(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    report = fit(data, recipe_of("lilt-a"), tmp_path / "run")
+    assert watch.changed() == {"temperature.log_scale"}
+    assert (report.n_trained_parameters, report.cached) == (1, ("image", "text"))
+    assert report.dev == report.untrained
+
+
+def test_a_frozen_text_tower_is_read_from_the_cache(data: Any, tmp_path: Path) -> None:
+    report = fit(data, recipe_of("freeze/Vuf-Tff", "text.standardise=true"), tmp_path / "run")
+    assert report.cached == ("text",)
+
+
+def test_lora_and_checkpointing(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ['towers.rules=[{part = "text.adapters"}]', "towers.text_adapter.kind=lora", "towers.text_adapter.rank=2"]
+    weights = []
+    for checkpointing in ("false", "true"):
+        watch = Watch(monkeypatch)
+        recipe = recipe_of("lilt-c", *adapter, f"towers.checkpointing={checkpointing}")
+        report = fit(data, recipe, tmp_path / checkpointing)
+        assert report.cached == ("image",)
+        assert any(".lora." in name for name in watch.changed())
+        weights.append(read_tensors(tmp_path / checkpointing / WEIGHTS)[0])
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor)
+
+
+def test_slices_train_like_the_whole_batch(data: Any, tmp_path: Path) -> None:
+    """A first step of the same size and no dropout: the tiny text encoder has some, so it is switched off here."""
+    still = 'towers.rules=[{part = "image.all"}]'
+    recipe = recipe_of("lilt-c", still, "schedule.epochs=1", "optimiser.eps=1e-3")
+    for name, size in (("whole", None), ("slices", 3)):
+        fit(data, recipe, tmp_path / name, slice_size=size)
+    whole, sliced = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "slices"))
+    assert any(name.startswith("image.tower.") for name in whole)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sliced[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision_keeps_parameters_in_float32(data: Any, tmp_path: Path) -> None:
+    report = fit(data, recipe_of("lit"), tmp_path / "run", autocast="bfloat16")
+    assert all(tensor.dtype == torch.float32 for tensor in read_tensors(tmp_path / "run" / WEIGHTS)[0].values())
+    assert 0 < report.dev.mean_recall <= 100
+
+
+def test_learning_rates_by_rule_and_decay_by_shape() -> None:
+    matrix, vector, slow = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 3)))
+    groups = parameter_groups([(matrix, 1.0), (vector, 1.0), (slow, 0.1)], OptimiserSpec(weight_decay=0.3))
+    found = {(group["factor"], group["weight_decay"]): group["params"] for group in groups}
+    assert found == {(1.0, 0.3): [matrix], (1.0, 0.0): [vector], (0.1, 0.3): [slow]}
+
+
+# --- tokens from the cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def token_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> tuple[FeatureStore, OpenImage]:
+    """The same shapes; beside pooled features the tokens of images after 3 blocks and of texts after 1, in float32."""
+    folder = tmp_path_factory.mktemp("token-data")
+    table = make_shapes(folder / "shapes", copies=2)
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = parse_encoder(f"hf:{tiny_text_encoder}", "text")
+    images = (image, replace(image, pooling="tokens", layer=3))
+    texts = (text, replace(text, pooling="tokens", layer=-2))
+    extract(open_pairs(table), folder / "store", ExtractSpec(images, texts, storage_dtype="float32", device="cpu"))
+    return FeatureStore.open(folder / "store"), lambda key: Image.open(table.parent / key).convert("RGB")
+
+
+TOKENS = {"image_features": "tiny-vit-tokens-layer3", "text_features": "tiny-bert-tokens-layer-2"}
+POOLED = {"image_features": "tiny-vit", "text_features": "tiny-bert"}
+LAST = 'towers.rules=[{part = "image.blocks[3:]"}, {part = "text.blocks[1:]"}]'
+
+
+def test_from_the_cut_it_is_as_from_the_inputs_without_running_what_lies_below(
+    token_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of("lilt-c", LAST)
+    whole = fit(token_data, recipe, tmp_path / "whole", **POOLED)
+    watch = Watch(monkeypatch)
+    monkeypatch.setattr(Tower, "embed", None)
+    cut = fit_encoder(token_data[0], recipe, tmp_path / "cut", FitEncoderSpec(**SPEC | TOKENS))
+    assert cut.untrained == whole.untrained
+    assert cut.n_trained_parameters == whole.n_trained_parameters
+    assert watch.changed() == watch.trained()
+    assert json.loads((tmp_path / "cut" / DESCRIPTION).read_text())["image"]["cut"] == 3
+    monkeypatch.undo()
+    loaded, pairs = load_encoders(tmp_path / "cut", "cpu"), token_data[0].pairs
+    assert loaded.embed_texts([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
+
+
+@torch.no_grad()
+def test_cached_tokens_give_the_embeddings_of_a_live_run(token_data: Any) -> None:
+    recipe, device = recipe_of("lilt-c", LAST), torch.device("cpu")
+    found = []
+    for names in (POOLED, TOKENS):
+        spec = FitEncoderSpec(**SPEC | names)
+        sources = [encoder_data.open_source(token_data[0], recipe, side, spec, device) for side in ("image", "text")]
+        torch.manual_seed(0)
+        encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
+        model = module.build_model(recipe, encoders, [source.dim for source in sources], device, cuts).eval()
+        inputs = [encoder_data.open_inputs(source, *token_data, device) for source in sources]
+        taken = [source.take([1, 2, 5, 8]) for source in inputs]
+        found.append((cuts, [side(*x) for side, x in zip((model.image, model.text), taken, strict=True)], taken[1][1]))
+    (whole, live, mask), (cut, cached, same_mask) = found
+    assert (whole, cut) == ([None, None], [3, 1])
+    assert mask is not None
+    assert torch.equal(mask, same_mask)
+    assert not mask.all()
+    for one, other in zip(live, cached, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+def test_training_below_the_cached_tokens_is_refused(token_data: Any, tmp_path: Path) -> None:
+    for rules in ('towers.rules=[{part = "image.blocks[2:]"}]', 'towers.rules=[{part = "image.cls"}]'):
+        with pytest.raises(
+            RecipeError, match=r"tokens after 3 blocks, but (training begins in block 2|cls at the very bottom)"
+        ):
+            fit(token_data, recipe_of("lilt-c", rules), tmp_path / "run", **TOKENS | {"text_features": "tiny-bert"})
+    with pytest.raises(RecipeError, match="no pooled features of one view"):
+        fit(token_data, recipe_of("lit"), tmp_path / "run", **TOKENS)
+
+
+def test_tokens_of_other_weights_are_refused(
+    token_data: Any, tmp_path: Path, other_text_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = encoder_data.load_text_encoder
+    other = parse_encoder(f"hf:{other_text_encoder}", "text")
+    monkeypatch.setattr(encoder_data, "load_text_encoder", lambda spec, device: load(other, device))
+    recipe = recipe_of("lilt-c", 'towers.rules=[{part = "text.blocks[1:]"}]')
+    with pytest.raises(MismatchError, match="were made with; extract again"):
+        fit(token_data, recipe, tmp_path / "run", **TOKENS | {"image_features": "tiny-vit"})
+
+
+def test_a_smaller_factor_moves_less(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    rules = 'towers.rules=[{part = "text.blocks[0]", lr = 0.01}, {part = "text.blocks[1]"}]'
+    fit(data, recipe_of("lilt-c", rules, "schedule.epochs=1", "optimiser.weight_decay=0"), tmp_path / "run")
+    assert watch.model is not None
+    now, step = dict(watch.model.named_parameters()), {}
+    for block in (0, 1):
+        name = f"text.tower.module.encoder.layer.{block}.intermediate.dense.weight"
+        step[block] = (now[name] - watch.before[name]).abs().max().item()
+    assert 0 < step[0] < 0.05 * step[1]
+
+
+# --- resuming and the run folder -------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after(epoch: int) -> Callable[[dict[str, Any]], None]:
+    def progress(line: dict[str, Any]) -> None:
+        if line["epoch"] == epoch:
+            raise StoppedError
+
+    return progress
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(epoch: int, data: Any, tmp_path: Path) -> None:
+    recipe = recipe_of("lit", "schedule.epochs=4")
+    fit(data, recipe, tmp_path / "whole", slice_size=4)
+    with pytest.raises(StoppedError):
+        fit(data, recipe, tmp_path / "broken", stop_after(epoch), slice_size=4)
+    assert (tmp_path / "broken" / CHECKPOINT).is_file()
+    assert not (tmp_path / "broken" / DESCRIPTION).exists()
+    seen: list[int] = []
+    fit(data, recipe, tmp_path / "broken", lambda line: seen.append(line["epoch"]), slice_size=4)
+    assert seen == list(range(epoch + 1, 5))
+    whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
+    without_time = [[{**line, "seconds": 0} for line in history(tmp_path / name)] for name in ("whole", "broken")]
+    assert without_time[0] == without_time[1]
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"recipe.json", HISTORY, WEIGHTS, DESCRIPTION}
+
+
+def test_another_run_is_not_gone_on_with(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        fit(data, recipe_of("lit"), tmp_path / "run", stop_after(1))
+    with pytest.raises(MismatchError, match=r"holds another run, broken off: seed"):
+        fit(data, recipe_of("lit"), tmp_path / "run", seed=1)
+    fit(data, recipe_of("lit"), tmp_path / "run", seed=1, overwrite=True)
+    with pytest.raises(RunError, match="exists already"):
+        fit(data, recipe_of("lit"), tmp_path / "run")
+    assert fit(data, recipe_of("lit", "schedule.epochs=1"), tmp_path / "run", overwrite=True).n_epochs == 1
+
+
+def test_what_is_not_ours_is_never_deleted(data: Any, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(RunError):
+            fit(data, recipe_of("lit"), tmp_path / "run", overwrite=overwrite)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_damaged_checkpoint_is_named(data: Any, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        fit(data, recipe_of("lit"), tmp_path / "run", stop_after(1))
+    (tmp_path / "run" / CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors cannot be read"):
+        fit(data, recipe_of("lit"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["lit", "lilt-i", "freeze/Vcf-Tcf"])
+def test_a_finished_run_embeds_as_it_was_evaluated(name: str, data: Any, tmp_path: Path) -> None:
+    report = fit(data, recipe_of(name), tmp_path / "run")
+    loaded, pairs = load_encoders(tmp_path / "run", "cpu"), data[0].pairs
+    rows = [row for row, split in enumerate(pairs.splits) if split == "val"]
+    texts = [row for row, image in enumerate(pairs.image_rows) if image in rows]
+    image = loaded.embed_images([data[1](pairs.keys[row]) for row in rows])
+    text = loaded.embed_texts([pairs.captions[row] for row in texts])
+    owner = torch.tensor([rows.index(pairs.image_rows[row]) for row in texts])
+    assert retrieval_report(image, text, owner) == report.dev
+    torch.testing.assert_close(image.norm(dim=-1), torch.ones(len(rows)))
+
+
+def test_a_run_whose_encoder_has_changed_is_refused(data: Any, tmp_path: Path, other_text_encoder: Path) -> None:
+    fit(data, recipe_of("lit", "schedule.epochs=1"), tmp_path / "run")
+    path = tmp_path / "run" / DESCRIPTION
+    value = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(
+            {
+                **value,
+                "text": {**value["text"], "encoder": {**value["text"]["encoder"], "name": str(other_text_encoder)}},
+            }
+        )
+    )
+    with pytest.raises(MismatchError, match=r"is not what .* was trained with"):
+        load_encoders(tmp_path / "run", "cpu")
+    path.write_text("{}")
+    with pytest.raises(RunError, match="is damaged"):
+        load_encoders(tmp_path / "run", "cpu")
+    with pytest.raises(RunError, match="no finished run of fit-encoder"):
+        load_encoders(tmp_path / "nothing", "cpu")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "spec", "error", "message"),
+    [
+        ("projection", [], {}, RecipeError, "use fit-head"),
+        ("lit", ["text.standardise=true"], {}, RecipeError, "set text.standardise=false"),
+        (
+            "lit",
+            ["text.kind=mlp", "text.norm=batch"],
+            {"slice_size": 2},
+            RecipeError,
+            "batch norm needs the whole batch",
+        ),
+        ("lit", ["text.dim=7"], {}, RecipeError, "different widths"),
+        ("lit", [], {"slice_size": 0}, OptionError, "slices of 0 pairs"),
+        (
+            "lit",
+            ["towers.text_pooling=cls", 'towers.rules=[{part = "text.registers"}]'],
+            {},
+            RecipeError,
+            "fits nothing",
+        ),
+        ("lit", [], {"splits": SplitSpec(dev="dev")}, RecipeError, "no split 'dev'"),
+    ],
+)
+def test_what_cannot_be_trained(
+    name: str,
+    settings: list[str],
+    spec: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    data: Any,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(data, recipe_of(name, *settings), tmp_path / "run", **spec)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_live_image_side_needs_its_images(data: Any, tmp_path: Path) -> None:
+    from apecache.errors import RowError
+
+    def missing(key: str) -> Image.Image:
+        raise RowError("missing", f"{key}: no such file")
+
+    with pytest.raises(OptionError, match="needs the images"):
+        fit_encoder(data[0], recipe_of("clip"), tmp_path / "run", FitEncoderSpec(**SPEC))
+    with pytest.raises(DataError, match=r"cannot be read.*no such file"):
+        fit_encoder(data[0], recipe_of("clip"), tmp_path / "run", FitEncoderSpec(**SPEC), missing)
+
+
+def test_a_live_side_may_have_another_encoder_than_the_store(
+    data: Any, other_text_encoder: Path, tmp_path: Path
+) -> None:
+    other = parse_encoder(f"hf:{other_text_encoder}", "text")
+    fit(data, recipe_of("lit", "schedule.epochs=1"), tmp_path / "run", text=other)
+    assert json.loads((tmp_path / "run" / DESCRIPTION).read_text())["text"]["encoder"]["name"] == str(
+        other_text_encoder
+    )

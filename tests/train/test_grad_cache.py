@@ -1,0 +1,82 @@
+"""Slices: the gradients of the whole batch, whatever the slices, the dropout and the side that is cached."""
+
+import pytest
+import torch
+from small_towers import pictures, small_bert, small_vit
+from torch import Tensor, nn
+
+from apecache.encoders.towers import Tower
+from apecache.losses.contrastive import Temperature, info_nce
+from apecache.train.grad_cache import backward_in_slices
+
+N = 256
+
+
+class Pair(nn.Module):
+    """Two small towers in double precision, and a temperature; keeps what every call returned."""
+
+    def __init__(self, **settings: float) -> None:
+        super().__init__()
+        self.image: Tower = small_vit(depth=1)
+        self.text: Tower = small_bert(num_hidden_layers=1, **settings)
+        self.temperature = Temperature()
+        self.double().train()
+        self.pixels, self.calls = pictures(N).double(), list[tuple[Tensor, Tensor]]()
+        self.ids = torch.randint(5, 60, (N, 6), generator=torch.Generator().manual_seed(2))
+
+    def encode(self, part: range) -> tuple[Tensor, Tensor]:
+        rows = slice(part.start, part.stop)
+        sides = self.image(self.pixels[rows]), self.text(self.ids[rows], torch.ones_like(self.ids[rows]))
+        first, second = (nn.functional.normalize(side, dim=-1) for side in sides)
+        self.calls.append((first.detach(), second.detach()))
+        return first, second
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        return info_nce(image, text, self.temperature.scale())
+
+    def run(self, slice_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+        self.zero_grad()
+        value = backward_in_slices(self.encode, self.loss, N, slice_size)
+        return value, {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("slice_size", [16, 100, 255])
+def test_gradients_in_slices_are_those_of_the_whole_batch(slice_size: int) -> None:
+    pair = Pair()
+    (value, whole), (again, sliced) = pair.run(None), pair.run(slice_size)
+    torch.testing.assert_close(again, value)
+    assert sliced.keys() == whole.keys()
+    assert "temperature.log_scale" in whole
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_slices_are_no_accumulation() -> None:
+    """Accumulating the losses of slices would lose the negatives of the other slices."""
+    pair = Pair()
+    _, whole = pair.run(None)
+    pair.zero_grad()
+    for begin in range(0, N, 16):
+        (pair.loss(*pair.encode(range(begin, begin + 16))) / 16).backward()
+    assert any(not torch.allclose(p.grad, whole[n]) for n, p in pair.named_parameters() if p.grad is not None)
+
+
+def test_dropout_draws_the_same_in_both_passes_and_not_in_all_slices() -> None:
+    pair = Pair(hidden_dropout_prob=0.3)
+    torch.manual_seed(5)
+    pair.run(64)
+    first, second = pair.calls[:4], pair.calls[4:]
+    for (_, before), (_, after) in zip(first, second, strict=True):
+        assert torch.equal(before, after)
+    pair.calls.clear()
+    pair.run(64)
+    assert not torch.equal(first[0][1], pair.calls[0][1])
+
+
+def test_a_side_without_gradients_stays_without() -> None:
+    pair = Pair()
+    pair.image.requires_grad_(False)
+    (_, whole), (_, sliced) = pair.run(None), pair.run(32)
+    assert not any(name.startswith("image.") for name in whole.keys() | sliced.keys())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
