@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apecache.data.augment import Views
 from apecache.data.decoding import Ahead, Preprocessed, preprocess_ahead
-from apecache.data.images import LoadedImage, load_image
+from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
@@ -86,7 +86,7 @@ class ImageJob:
     def load(self, key: str) -> LoadedImage[Any]:
         """As a tensor for encoders that resize those; views are drawn from Pillow's images."""
         if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
-            return load_image(key, self.source.media, decode_tensor)
+            return load_as(decode_tensor, key, self.source.media)
         return load_image(key, self.source.media)
 
     def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:

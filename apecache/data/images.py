@@ -44,16 +44,17 @@ def decode_image(data: bytes, key: str) -> Image.Image:
     return decode_opened(data, key, _load)
 
 
-def load_image(
-    key: str,
-    media: Media,
-    decode: Callable[[bytes, str], T] = decode_image,  # type: ignore[assignment]
-) -> LoadedImage[T]:
+def load_image(key: str, media: Media) -> LoadedImage[Image.Image]:
     """Read the image that a table calls `key`.
 
     Raises:
-        RowError: what `decode` and `Media.read` raise.
+        RowError: what `decode_image` and `Media.read` raise.
     """
+    return load_as(decode_image, key, media)
+
+
+def load_as(decode: Callable[[bytes, str], T], key: str, media: Media) -> LoadedImage[T]:
+    """`load_image` by another decoder."""
     data = media.read(key)
     return LoadedImage(decode(data, key), content_hash(data))
 
