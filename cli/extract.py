@@ -16,6 +16,7 @@ from .inputs import (
     SplitSeed,
     open_spec,
 )
+from .memory import keep_freed_memory
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
 CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
@@ -111,6 +112,8 @@ def extract(
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
         from apecache.extraction import ExtractSpec
         from apecache.extraction import extract as run
+
+        keep_freed_memory()
 
         options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
