@@ -1,5 +1,6 @@
 """Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `export` and `upgrade`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,15 +29,16 @@ def info(store: Store, json: Json = False) -> None:
             return
         splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items())
         typer.echo(f"{store}: {counts['n_images']:,} images, {counts['n_texts']:,} captions; images by split: {splits}")
-        columns = ("modality", "features", "encoder", "rows", "dim", "dtype", "done", "unreadable", "MB")
+        columns = ("modality", "features", "encoder", "rows", "each", "dtype", "done", "unreadable", "MB")
         show_table("features", columns, map(info_row, arrays))
 
 
 def info_row(array: dict[str, Any]) -> tuple[Any, ...]:
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(array["reasons"].items()))
     done = f"{array['done']:.0%}" if array["complete"] or array["done"] < 1 else "100%, not sealed"
-    plain = tuple(array[key] for key in ("modality", "name", "encoder", "rows", "dim", "dtype"))
-    return (*plain, done, reasons or "0", array["mb"])
+    plain = tuple(array[key] for key in ("modality", "name", "encoder", "rows"))
+    each = " x ".join(map(str, array["row_shape"])) + (" at most" if array["ragged"] else "")
+    return (*plain, each, array["dtype"], done, reasons or "0", array["mb"])
 
 
 def describe(array: Any) -> dict[str, Any]:
@@ -51,12 +53,14 @@ def describe(array: Any) -> dict[str, Any]:
         "encoder": str(record.spec),
         "rows": array.rows,
         "dim": array.dim,
+        "row_shape": list(array.row_shape),
+        "ragged": record.layout.ragged,
         "dtype": str(array.dtype),
         "done": array.share_done,
         "complete": array.complete,
         "quarantined": array.n_quarantined,
         "reasons": reasons,
-        "mb": array.rows * array.dim * array.dtype.itemsize / 1e6,
+        "mb": array.rows * math.prod(array.row_shape) * array.dtype.itemsize / 1e6,
         "fingerprint": record.fingerprint.digest,
         "layout": vars(record.layout),
         "environment": record.environment,

@@ -1,11 +1,13 @@
 """Every recipe on pooled features, several seeds each, on one store of features: which heads are worth their training.
 
     python -m benchmarks.quality.heads --store flickr8k/store --work runs
+    python -m benchmarks.quality.heads --store tokens/store --cut tokens --image-features … --text-features … --work w
     python -m benchmarks.quality.heads --quick            # made-up features and one seed, for a smoke test
 
 Train images fit, a seeded 500 of them choose epochs and settings, val is only reported. Runs stay in `--work`; those
-that are finished there are not fitted again, and one that was broken off goes on. References: untuned loops on the same
-features; the best of ten heads in each column.
+that are finished there are not fitted again, and one that was broken off goes on. With `--cut tokens` it is the recipes
+on tokens, and `--pooled` measures `projection` on the pooled features of the same encoders beside them. References:
+untuned loops on the same features; the best of ten heads in each column.
 """
 
 import argparse
@@ -39,21 +41,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
-        names = options.recipes or [name for name in zoo_names() if load_recipe(name).cut == "pooled"]
+        names = options.recipes or [name for name in zoo_names() if load_recipe(name).cut == options.cut]
         rows = [row for name in names if (row := measure(store, name, options, work))]
-        rows += combined(store, work, rows)
+        if options.cut == "tokens" and options.pooled:
+            options.image_features, options.text_features = options.pooled
+            rows.append(measure(store, "projection", options, work))
+        if options.cut == "pooled":
+            rows += combined(store, work, rows)
     rows.sort(key=lambda row: -row["mean R@1"])
     print_table(rows)
+    met = goals(rows) if options.cut == "pooled" else token_goals(rows)
     if not options.quick:
-        print_goals(goals(rows))
+        print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-heads", goals(rows), rows, options.json)
+        write_result("quality-heads" if options.cut == "pooled" else "quality-token-heads", met, rows, options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recall of every recipe on pooled features, from one store.")
     parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
     parser.add_argument("--recipes", nargs="+", help="default: every recipe on pooled features")
+    parser.add_argument("--cut", choices=("pooled", "tokens"), default="pooled")
+    parser.add_argument("--image-features", help="which, if the store has several")
+    parser.add_argument("--text-features", help="which, if the store has several")
+    parser.add_argument(
+        "--pooled", nargs=2, metavar=("IMAGE", "TEXT"), help="--cut tokens: pooled features beside them"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
@@ -78,7 +91,8 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
         runs = [run for run in runs if (run / "head.json").is_file()]
     for seed, run in enumerate(runs):
         if not (run / "head.json").is_file():
-            fit_head(store, recipe, run, FitSpec(splits=splits, seed=seed, device="cpu"))
+            features = (options.image_features, options.text_features)
+            fit_head(store, recipe, run, FitSpec(*features, splits=splits, seed=seed, device="cpu"))
     heads = [load_heads(run) for run in runs]
     if not heads:
         return {}
@@ -88,7 +102,8 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     row = recalls(name, reports)
     row["dev recall"] = round(statistics.mean(_mean_recall(head.training["dev"]) for head in heads), 2)
     row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
-    row["parameters"] = count_parameters(recipe, store.array("image").dim, store.array("text").dim)
+    arrays = (store.array("image", options.image_features), store.array("text", options.text_features))
+    row["parameters"] = count_parameters(recipe, *(array.dim for array in arrays))
     return {**row, **_counts(reports)}
 
 
@@ -146,6 +161,13 @@ def goals(rows: list[dict[str, Any]]) -> list[Goal]:
         worse = sum(value <= max(closed) for value in trained)
         found.append(Goal("trained recipes that the best closed form beats", worse, 0, "lower"))
     return found
+
+
+def token_goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """The best recipe on tokens against `projection` on pooled features of the same encoders, if that was measured."""
+    tokens = [row["mean R@1"] for row in rows if "tokens" in load_recipe(row["recipe"]).cut]
+    pooled = [row["mean R@1"] for row in rows if load_recipe(row["recipe"]).cut == "pooled"]
+    return [Goal("best recipe on tokens: mean R@1 on val", max(tokens), max(pooled, default=0.1), "higher")]
 
 
 def made_up(work: Path) -> Path:
