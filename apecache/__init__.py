@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
-    from apecache.index import SearchIndex, build_index
+    from apecache.index import build_index, update_index
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
+    from apecache.search import Query, SearchIndex
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
@@ -48,9 +49,10 @@ _HOME = {
     "Plan": "recipes.plan",
     "PlanSpec": "recipes.plan",
     "ProbeReport": "evaluate.probe",
+    "Query": "search",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
-    "SearchIndex": "index",
+    "SearchIndex": "search",
     "SplitSpec": "train.batches",
     "Tower": "encoders.towers",
     "TrainedEncoders": "train.trained_encoders",
@@ -71,6 +73,7 @@ _HOME = {
     "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
+    "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
 }
 
@@ -92,6 +95,7 @@ __all__ = [
     "Plan",
     "PlanSpec",
     "ProbeReport",
+    "Query",
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
@@ -115,6 +119,7 @@ __all__ = [
     "probe",
     "retrieval_report",
     "save_heads",
+    "update_index",
     "zero_shot",
 ]
 
