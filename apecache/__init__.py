@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
+    from apecache.heads.combine import combine_heads
     from apecache.index import build_index, update_index
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
@@ -61,6 +62,7 @@ _HOME = {
     "ZeroShotSpec": "evaluate.zeroshot",
     "build_index": "index",
     "build_tower": "encoders.towers",
+    "combine_heads": "heads.combine",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
     "fit_encoder": "train.fit_encoder",
@@ -107,6 +109,7 @@ __all__ = [
     "ZeroShotSpec",
     "build_index",
     "build_tower",
+    "combine_heads",
     "embed_store",
     "extract",
     "fit_encoder",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, plan, search, store
+from . import demo, evaluate, extract, fit, plan, recipes, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -17,9 +17,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(extract.extract)
+app.command()(recipes.recipes)
 app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)
+app.command()(fit.combine)
 app.command()(evaluate.evaluate)
 app.command()(search.index)
 app.command()(search.search)

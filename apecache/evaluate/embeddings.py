@@ -43,18 +43,39 @@ def embed_store(heads: TrainedHeads, store: FeatureStore, split: str | None = No
         raise DataError(f"{store.path}: split {split!r} has no image with a caption")
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image, text = (
-        side.embed(torch.from_numpy(array.load()[rows]))
+        side.embed(torch.from_numpy(array.load()[rows]), _select(load_lengths(array), rows))
         for side, array, rows in ((heads.image, arrays[0], images), (heads.text, arrays[1], texts))
     )
     return Embeddings(image, text, images, texts, owners.to(image.device))
 
 
+def load_lengths(array: FeatureArray) -> Tensor | None:
+    """int64 [rows]: tokens of each row that are there; None for pooled features, and where all rows have all tokens."""
+    ragged = array.load_lengths()
+    return None if ragged is None else torch.from_numpy(ragged.astype(np.int64))
+
+
+def _select(lengths: Tensor | None, rows: NDArray[np.int64]) -> Tensor | None:
+    return None if lengths is None else lengths[torch.from_numpy(rows)]
+
+
 def find_features(side: TrainedSide, store: FeatureStore, modality: Modality) -> FeatureArray:
-    """The store's features of the encoder that the head was trained on, whatever they are called."""
+    """The store's features of the encoder that the head was trained on, whatever they are called: of the images as they
+    are, which is what a head serves that was trained on augmented views of them.
+
+    Raises:
+        MismatchError: there are only others. DataError: there are none, or augmented views only.
+    """
     arrays = store.arrays(modality)
-    for array in arrays:
-        if array.record.encoder.digest == side.fingerprint.digest:
+    own = [array for array in arrays if array.record.encoder.digest == side.fingerprint.digest]
+    for array in own:
+        if array.views is None:
             return array
+    if own:
+        raise DataError(
+            f"{store.path} has augmented views of the {modality}s only ({own[0].name}); measured are {modality}s as "
+            "they are: add them with the same apecache extract --add, without --views"
+        )
     if not arrays:
         raise DataError(f"{store.path} has no {modality} features; make them with: apecache extract")
     side.require_encoder(arrays[0].record.encoder, f"{store.path}: {modality} features {arrays[0].name}")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from apecache.errors import MismatchError, RunError, nearest
 from apecache.fingerprint import Fingerprint, Json, canonical_json, describe_difference, digest_tensors
-from apecache.heads.pooled import HeadSpec, PooledHead, build_heads
+from apecache.heads.build import build_heads
+from apecache.heads.head import Head, HeadSpec, embed
 
 FORMAT_VERSION = 1
 WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
@@ -28,7 +29,7 @@ WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
 class TrainedSide:
     """One modality: its head, and the encoder that it belongs to (`encoder` is the spec as JSON)."""
 
-    head: PooledHead
+    head: Head
     encoder: Mapping[str, Json]
     fingerprint: Fingerprint
 
@@ -41,13 +42,9 @@ class TrainedSide:
                 differences,
             )
 
-    @torch.inference_mode()
-    def embed(self, features: Tensor, batch: int = 8192) -> Tensor:
-        """Float [n, in_dim] -> float32 [n, out_dim], L2-normalised, on the head's device, dropout off."""
-        self.head.eval()
-        where = self.head.mean.device
-        parts = [self.head(part.to(where)) for part in features.split(batch)]
-        return torch.cat(parts) if parts else torch.empty(0, self.head.out_dim, device=where)
+    def embed(self, features: Tensor, lengths: Tensor | None = None, batch: int = 8192) -> Tensor:
+        """Features of n rows -> float32 [n, out_dim], L2-normalised; see `apecache.heads.head.embed`."""
+        return embed(self.head, features, lengths, batch)
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads
     return heads
 
 
-def _side(head: PooledHead, value: Mapping[str, Json]) -> TrainedSide:
+def _side(head: Head, value: Mapping[str, Json]) -> TrainedSide:
     return TrainedSide(head, dict(value["encoder"]), Fingerprint(dict(value["fingerprint"])))
 
 

@@ -1,42 +1,12 @@
-"""Heads on pooled features: what is trained when both encoders stay frozen.
-
-A head maps float [n, in_dim] features to float32 [n, out_dim] embeddings, L2-normalised.
-"""
+"""Heads on pooled features: what is trained when both encoders stay frozen. See `HeadSpec`."""
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-
-class HeadSpec(BaseModel):
-    """One side's head.
-
-    `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256). `mlp`: `depth`
-    layers Linear, norm, activation, dropout of `width`, then a last Linear; with `residual`, a Linear to `width`, then
-    `depth` blocks x + dropout(Linear(act(Linear(norm(x))))), norm and a last Linear. `dim` None: the other side's
-    width. `standardise`: subtract the training mean and divide by the training deviation of each feature first (kept in
-    the head). `skip`: add a direct linear map from input to output. `input_dropout` comes before everything else.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    kind: Literal["identity", "linear", "mlp"] = "linear"
-    dim: int | None = Field(default=None, gt=0)
-    depth: int = Field(default=2, ge=1, le=64)
-    width: int = Field(default=1024, gt=0)
-    residual: bool = True
-    norm: Literal["layer", "batch", "none"] = "layer"
-    expansion: float = Field(default=1.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    input_dropout: float = Field(default=0.0, ge=0, lt=1)
-    activation: Literal["relu", "gelu"] = "gelu"
-    standardise: bool = True
-    skip: bool = False
-
+from apecache.heads.head import Head, HeadSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -58,6 +28,54 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         grown: Tensor = x + self.branch(x)
         return grown
+
+
+class FuseMixBlock(nn.Module):
+    """x + Linear(dropout(gelu(Linear(norm(x))))) (FuseMix, Vouitsis et al. 2024; block of an inverted bottleneck)."""
+
+    def __init__(self, dim: int, expansion: float, dropout: float) -> None:
+        super().__init__()
+        inner = max(1, round(dim * expansion))
+        layers = nn.LayerNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim)
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grown: Tensor = x + self.branch(x)
+        return grown
+
+
+class GatedUnit(nn.Module):
+    """W3(dropout(relu6(W1 x) * W2 x)) of x = LayerNorm (SAIL, Zhang et al. 2024)."""
+
+    def __init__(self, in_dim: int, out_dim: int, expansion: float, dropout: float) -> None:
+        super().__init__()
+        inner = max(1, round(in_dim * expansion))
+        self.norm = nn.LayerNorm(in_dim)
+        self.gate, self.value = nn.Linear(in_dim, inner), nn.Linear(in_dim, inner)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(inner, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        y: Tensor = self.last(self.dropout(F.relu6(self.gate(x)) * self.value(x)))
+        return y
+
+
+class Dictionary(nn.Module):
+    """Similarities to the entries [n_entries, in_dim], of which the `top` largest positive ones stay, to a power
+    (ASIF, Norelli et al. 2022)."""
+
+    entries: Tensor
+
+    def __init__(self, spec: HeadSpec, in_dim: int, n_entries: int) -> None:
+        super().__init__()
+        self.top, self.power = min(spec.top, n_entries), spec.power
+        self.register_buffer("entries", torch.zeros(n_entries, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        similar = F.normalize(x, dim=-1) @ self.entries.T
+        values, places = similar.topk(self.top, dim=-1)
+        return torch.zeros_like(similar).scatter_(-1, places, values.clamp_min(0) ** self.power)
 
 
 def _norm(spec: HeadSpec) -> nn.Module:
@@ -84,20 +102,19 @@ def _mlp(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(*layers, last)
 
 
-class PooledHead(nn.Module):
-    """See `HeadSpec`. `mean` and `deviation` [in_dim] are buffers, so they are saved and never trained."""
+def _fusemix(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
+    blocks = (FuseMixBlock(in_dim, spec.expansion, spec.dropout) for _ in range(spec.depth))
+    return nn.Sequential(*blocks, nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim))
 
-    mean: Tensor
-    deviation: Tensor
+
+class PooledHead(Head):
+    """float [n, in_dim] -> float32 [n, out_dim], L2-normalised."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.spec, self.in_dim, self.out_dim = spec, in_dim, out_dim
-        self.register_buffer("mean", torch.zeros(in_dim))
-        self.register_buffer("deviation", torch.ones(in_dim))
-        self.input_dropout = nn.Dropout(spec.input_dropout)
+        super().__init__(spec, in_dim, out_dim)
         self.body = self._build_body()
-        self.direct = nn.Linear(in_dim, out_dim, bias=False) if spec.skip and spec.kind == "mlp" else None
+        skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix")
+        self.direct = nn.Linear(in_dim, out_dim, bias=False) if skips else None
 
     def _build_body(self) -> nn.Module:
         spec = self.spec
@@ -108,37 +125,15 @@ class PooledHead(nn.Module):
                 return nn.Linear(self.in_dim, self.out_dim)
             case "mlp":
                 return _mlp(spec, self.in_dim, self.out_dim)
+            case "gated":
+                return GatedUnit(self.in_dim, self.out_dim, spec.expansion, spec.dropout)
+            case "fusemix":
+                return _fusemix(spec, self.in_dim, self.out_dim)
+            case "dictionary":
+                return Dictionary(spec, self.in_dim, self.out_dim)
+        raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")
 
-    @torch.no_grad()
-    def fit_statistics(self, features: Tensor) -> None:
-        """Take mean and deviation from training features [n, in_dim]; a constant feature keeps deviation 1."""
-        if self.spec.standardise:
-            wide = features.float()
-            self.mean.copy_(wide.mean(0))
-            deviation = wide.std(0, correction=0)
-            self.deviation.copy_(torch.where(deviation > 1e-6, deviation, 1.0))
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.input_dropout((features.float() - self.mean) / self.deviation)
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.standardised(features)
         y = self.body(x)
         return F.normalize(y if self.direct is None else y + self.direct(x), dim=-1)
-
-
-def build_heads(image: HeadSpec, text: HeadSpec, image_dim: int, text_dim: int) -> tuple[PooledHead, PooledHead]:
-    """Both sides' heads with one output width.
-
-    Raises:
-        ValueError: the widths cannot be made equal.
-    """
-    widths = {"image": _fixed_dim(image, image_dim), "text": _fixed_dim(text, text_dim)}
-    fixed = {width for width in widths.values() if width is not None}
-    if len(fixed) > 1:
-        raise ValueError(f"the heads end in different widths: image {widths['image']}, text {widths['text']}")
-    if not fixed:
-        raise ValueError("neither head has a width; give dim to one of them")
-    out = fixed.pop()
-    return PooledHead(image, image_dim, out), PooledHead(text, text_dim, out)
-
-
-def _fixed_dim(spec: HeadSpec, in_dim: int) -> int | None:
-    return in_dim if spec.kind == "identity" else spec.dim

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from apecache.encoders.towers import Cut, Tower
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Modality
-from apecache.heads.pooled import PooledHead, build_heads
+from apecache.heads.build import build_heads
+from apecache.heads.head import Head
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.devices import Device
 from apecache.recipes.freezing import Match, find_cut, freeze_towers
@@ -176,7 +177,7 @@ def _model(
     return (first, second), (one, two)
 
 
-def _count(tower: Tower, head: PooledHead, matches: Sequence[Match], spec: PlanSpec) -> tuple[SidePlan, _Counted]:
+def _count(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpec) -> tuple[SidePlan, _Counted]:
     found = find_cut(matches, tower)
     inputs, mask = _inputs(tower, spec)
     with torch.no_grad():

@@ -4,16 +4,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apecache.errors import RecipeError, nearest
-from apecache.heads.pooled import HeadSpec
+from apecache.heads.build import build_heads
+from apecache.heads.head import HeadSpec
+from apecache.losses.geometry import Divergence
 from apecache.recipes.towers import TowersSpec, require_shorthand
 
 FREEZE = "freeze/"
 """`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -21,12 +27,25 @@ class _Section(BaseModel):
 
 
 class LossSpec(_Section):
-    """Symmetric InfoNCE. `temperature` divides the cosines and is clamped to [min_temperature, max_temperature]."""
+    """`infonce`: symmetric, over the batch; `sigmoid`: every pair by itself, `bias` added to the logits at the start.
 
+    `temperature` divides the cosines and is clamped to [min_temperature, max_temperature]; `learnable` goes for
+    the bias too. `captions`: so many different captions of each image stand in a batch; none is the other's negative.
+    `structure`: weight of the divergence between who resembles whom before and after the head (STRUCTURE), grown
+    linearly over the first `structure_warmup` steps.
+    """
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
     temperature: float = Field(default=0.07, gt=0)
     min_temperature: float = Field(default=0.01, gt=0)
     max_temperature: float = Field(default=0.5, gt=0)
     learnable: bool = True
+    bias: float = -10.0
+    captions: int = Field(default=1, ge=1, le=64)
+    structure: float = Field(default=0.0, ge=0)
+    structure_temperature: float = Field(default=0.05, gt=0)
+    structure_divergence: Divergence = "jensen-shannon"
+    structure_warmup: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "LossSpec":
@@ -39,38 +58,75 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserSpec(_Section):
-    """AdamW; parameters with fewer than two dimensions are not decayed. `clip`: largest gradient norm, 0 for none."""
+    """Parameters with fewer than two dimensions are not decayed. `adam`: decay as a part of the gradient; `sgd`:
+    betas[0] is the momentum. `clip`: largest gradient norm, 0 for none. `ema`: decay of an average of the weights,
+    which is what is evaluated and kept; 0 for none."""
 
+    kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)
     clip: float = Field(default=0.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
 
 
 class ScheduleSpec(_Section):
-    """Linear warm-up over a share of all steps, then cosine to `final` times the learning rate. In every epoch each
-    image is seen once, with one of its captions drawn at random."""
+    """Linear warm-up over a share of all steps, or over `warmup_steps`; then the rate falls along a cosine to `final`
+    times itself, or stays (`constant`). In every epoch each image is seen once, with captions drawn at random.
 
-    epochs: int = Field(default=30, ge=1)
+    `epochs` 0: nothing trains, the heads stay as `init` makes them. `steps` above 0 replaces `epochs`. `batch_size`:
+    images in a batch (more than there are: all). `accumulate`: batches per step; they add no negatives. `patience`:
+    evaluations without a better one before it stops, 0: never. Dev is evaluated every `evaluate_every` epochs.
+    """
+
+    epochs: int = Field(default=30, ge=0)
+    steps: int = Field(default=0, ge=0)
     batch_size: int = Field(default=1024, ge=2)
+    accumulate: int = Field(default=1, ge=1)
     warmup: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["cosine", "constant"] = "cosine"
     final: float = Field(default=0.0, ge=0, le=1)
+    patience: int = Field(default=0, ge=0)
+    evaluate_every: int = Field(default=1, ge=1)
 
 
 class AugmentationSpec(_Section):
-    """In feature space. `noise`: standard deviation of Gaussian noise in units of each feature's own deviation."""
+    """In feature space. `noise`: standard deviation of Gaussian noise in units of each feature's own deviation.
+    `mixup`: one half of a batch is mixed with the other, both modalities with one coefficient from Beta(mixup, mixup)
+    (FuseMix; it halves the batch). `token_dropout`: share of tokens hidden, never the first. Of features with several
+    views, each image shows a random one in every epoch."""
 
     noise: float = Field(default=0.0, ge=0)
+    mixup: float = Field(default=0.0, ge=0)
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ClosedFormSpec(_Section):
+    """Candidates of what a closed form leaves open; the best combination is chosen on dev. `ridge` is in units of the
+    mean eigenvalue; `rank` (of `cca`; a head's own `dim` goes before) and `power` of the canonical correlations."""
+
+    ridge: tuple[Positive, ...] = Field(default=(0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
+    rank: tuple[Count, ...] = Field(default=(64, 128, 256, 512), min_length=1)
+    power: tuple[NotNegative, ...] = Field(default=(1.0,), min_length=1)
 
 
 class Recipe(_Section):
-    """`source`: where the recipe comes from, and what of it is our choice."""
+    """`source`: where the recipe comes from, and what of it is our choice; `summary`: one line.
+
+    `init`: `random`, or a closed form that the heads begin with: `cca` (both sides linear, or with `skip`), `ridge` and
+    `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both sides a `dictionary` of the training
+    pairs; nothing trains). With `schedule.epochs` 0 that is the whole fit.
+    """
 
     name: str
     source: str = ""
+    summary: str = ""
+    init: Literal["random", "cca", "ridge", "procrustes", "asif"] = "random"
     image: HeadSpec = HeadSpec()
     text: HeadSpec = HeadSpec()
+    closed_form: ClosedFormSpec = ClosedFormSpec()
     loss: LossSpec = LossSpec()
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -86,6 +142,50 @@ class Recipe(_Section):
     def trains_heads_alone(self) -> bool:
         """Whether `fit-head` does all that the recipe says: no tower trains, and both heads do."""
         return not self.trains_towers and not self.towers.freezes_heads
+
+    @model_validator(mode="after")
+    def _works_together(self) -> "Recipe":
+        fixed = self.schedule.epochs == 0 and self.schedule.steps == 0
+        if fixed and self.init == "random":
+            raise ValueError("schedule.epochs is 0 and init is random: nothing would be fitted; give one of them")
+        kinds = {part.kind for side in (self.image, self.text) for part in (side, *side.parts)}
+        if ("dictionary" in kinds) != (self.init == "asif"):
+            raise ValueError("init asif and heads of kind dictionary go together, and only so")
+        if self.init == "asif" and not fixed:
+            raise ValueError("init asif trains nothing: set schedule.epochs to 0")
+        if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
+            raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
+        return self
+
+    @property
+    def cut(self) -> str:
+        """What must be cached: `pooled` or `tokens`, or both named where the sides differ (image before text)."""
+        sides = (self.image.cut, self.text.cut)
+        return sides[0] if sides[0] == sides[1] else f"{sides[0]}, {sides[1]}"
+
+
+def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
+    """Trained parameters of both heads and the loss, for features of these widths; nothing is allocated.
+
+    Raises:
+        RecipeError: the widths do not work.
+    """
+    image, text = (_with_dim(side, 1) if side.kind == "dictionary" else side for side in (recipe.image, recipe.text))
+    if recipe.init == "cca" and image.dim is None and text.dim is None:
+        image = _with_dim(image, min(image_dim, text_dim, max(recipe.closed_form.rank)))
+    try:
+        with torch.device("meta"):
+            heads = build_heads(image, text, image_dim, text_dim)
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: {error}") from None
+    if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
+        return 0
+    scalars = recipe.loss.learnable * (2 if recipe.loss.kind == "sigmoid" else 1)
+    return sum(p.numel() for head in heads for p in head.parameters()) + scalars
+
+
+def _with_dim(spec: HeadSpec, dim: int) -> HeadSpec:
+    return spec.model_copy(update={"dim": dim})
 
 
 def zoo_names() -> list[str]:
@@ -170,15 +270,21 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         known = _keys_at(item["loc"][:-1])
         return f"unknown key {place!r}; there are {', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')} (found {str(item['input'])[:40]!r})"
+    known = [part.strip("'") for part in item.get("ctx", {}).get("expected", "").replace(" or ", ", ").split(", ")]
+    hint = nearest(str(item["input"]), known) if item["type"] == "literal_error" else ""
+    message: str = item["msg"].removeprefix("Value error, ")
+    if not place:
+        return message
+    return f"{place}: {message} (found {str(item['input'])[:40]!r}){hint}"
 
 
 def _keys_at(path: Sequence[Any]) -> list[str]:
     """Keys of the section at `path` of a recipe."""
     model: Any = Recipe
     for part in path:
-        if isinstance(part, str):  # an index into a list of sections stays with these sections
+        if isinstance(part, str):  # a number stands for one of several heads or sections
             annotation = model.model_fields[part].annotation
             models = (annotation, *get_args(annotation))
-            model = next(found for found in models if isinstance(found, type) and issubclass(found, BaseModel))
+            found = (one for one in models if isinstance(one, type) and issubclass(one, BaseModel))
+            model = HeadSpec if part == "parts" else next(found)
     return list(model.model_fields)

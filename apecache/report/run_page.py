@@ -15,7 +15,7 @@ from apecache.heads.checkpoint import TrainedHeads
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
 from apecache.report.page import Chart, Curve
 from apecache.store.reader import FeatureStore
-from apecache.train.fit_head import read_history
+from apecache.train.run_folder import read_history
 
 
 def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:

@@ -1,7 +1,8 @@
-"""Cached features on the device, and batches of them by index."""
+"""Cached features, on the device where they fit, and batches of them by index."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,72 +10,200 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.errors import RecipeError, nearest
+from apecache.evaluate.embeddings import load_lengths
+from apecache.heads.head import mask_of
+from apecache.losses.contrastive import Groups
 from apecache.store.reader import FeatureArray
 from apecache.store.table import PairTable
+
+RESIDENT_SHARE = 0.6
+"""Features that need more than this share of a device's free memory stay on the host and are streamed."""
+BLOCK = 8
+"""Batches that are gathered on the host and sent at once when features are streamed."""
+
+
+class Features(NamedTuple):
+    """`values`: [n, dim], [n, tokens, dim] or [n, views, dim]; `lengths`: int64 [n], tokens that are there (None: all
+    of them, or no tokens)."""
+
+    values: Tensor
+    lengths: Tensor | None = None
+
+    def select(self, rows: NDArray[np.int64]) -> "Features":
+        index = torch.from_numpy(rows).to(self.values.device)
+        lengths = None if self.lengths is None else self.lengths.index_select(0, index)
+        return Features(self.values.index_select(0, index), lengths)
 
 
 @dataclass(frozen=True)
 class FeaturePairs:
-    """Images [n, image_dim] and texts [m, text_dim] in the stored dtype, on one device.
+    """Images and texts in the stored dtype: [n, dim], or [n, tokens, dim] with lengths, or [n, views, dim].
 
     `first_text` int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i. Every image has one.
+    `content` int64 [n]: equal numbers are images of equal content (None: all differ). `image_views`, `text_views`: the
+    second axis holds views, of which a batch takes a random one. `device`: where batches go (None: where the images
+    are); features on another device are streamed to it.
     """
 
     image: Tensor
     text: Tensor
     first_text: Tensor
+    image_lengths: Tensor | None = None
+    text_lengths: Tensor | None = None
+    content: Tensor | None = None
+    image_views: bool = False
+    text_views: bool = False
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.image)
 
     @property
+    def place(self) -> torch.device:
+        return self.device or self.image.device
+
+    @property
     def image_of_text(self) -> Tensor:
         """int64 [m]: the row of each text's image."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.image.device), self.first_text.diff())
+        return torch.repeat_interleave(torch.arange(len(self), device=self.first_text.device), self.first_text.diff())
 
 
-def load_on(array: FeatureArray, device: torch.device) -> Tensor:
-    """A whole array on `device`: read straight into one (pinned, for CUDA) buffer. Raises as FeatureArray.load does."""
+@dataclass(frozen=True)
+class Batch:
+    """n images and k captions of each, those of one image one after another; masks of tokens, where there are tokens;
+    `groups`: which image belongs with which text (None: row with row)."""
+
+    image: Tensor
+    text: Tensor
+    image_mask: Tensor | None = None
+    text_mask: Tensor | None = None
+    groups: Groups | None = None
+
+
+def load_on(array: FeatureArray, device: torch.device) -> Features:
+    """A whole array, read straight into one (pinned, for CUDA) buffer; on `device` if it fits there, else on the host.
+
+    Raises as FeatureArray.load does.
+    """
     dtype = torch.float16 if array.dtype == np.float16 else torch.float32
-    buffer = torch.empty(array.rows, array.dim, dtype=dtype, pin_memory=device.type == "cuda")
+    buffer = torch.empty(array.rows, *array.row_shape, dtype=dtype, pin_memory=device.type == "cuda")
     array.load(buffer.numpy())
-    return buffer.to(device, non_blocking=True)
+    values = buffer.to(device, non_blocking=True) if _fits(buffer, device) else buffer
+    lengths = load_lengths(array)
+    return Features(values, None if lengths is None else lengths.to(values.device))
+
+
+def _fits(buffer: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return buffer.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def select_pairs(
-    image: Tensor,
-    text: Tensor,
+    image: Features,
+    text: Features,
     image_rows: NDArray[np.int64],
     keep_images: NDArray[np.bool_],
     ok_texts: NDArray[np.bool_],
+    content: NDArray[np.int64] | None = None,
 ) -> FeaturePairs:
     """The kept images that have a usable caption, and those captions; order is that of the table."""
     texts = np.flatnonzero(ok_texts & keep_images[image_rows])
     images, owner = np.unique(image_rows[texts], return_inverse=True)
     first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(images)))]).astype(np.int64)
     texts = texts[np.argsort(owner, kind="stable")]
-    device = image.device
+    chosen, captions = image.select(images), text.select(texts)
     return FeaturePairs(
-        image.index_select(0, torch.from_numpy(images).to(device)),
-        text.index_select(0, torch.from_numpy(texts).to(device)),
-        torch.from_numpy(first).to(device),
+        chosen.values,
+        captions.values,
+        torch.from_numpy(first).to(chosen.values.device),
+        chosen.lengths,
+        captions.lengths,
+        None if content is None else torch.from_numpy(content[images]).to(chosen.values.device),
     )
 
 
-def batches(pairs: FeaturePairs, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch: every image at most once, with one of its captions drawn at random; the short rest is left out.
+def n_batches(pairs: FeaturePairs, batch_size: int) -> int:
+    """Whole batches in an epoch; at least one, of all images."""
+    return max(1, len(pairs) // min(batch_size, len(pairs)))
 
-    Indices are drawn on the CPU, so that a seed gives the same batches on every device. No two captions of one image
-    stand in one batch, hence none is ever the other's negative.
+
+def batches(
+    pairs: FeaturePairs, batch_size: int, generator: torch.Generator, captions: int = 1, skip: int = 0
+) -> Iterator[Batch]:
+    """One epoch: every image at most once, with `captions` different ones of its captions (one that has fewer gives
+    them again) drawn at random; the short rest is left out, and so are the first `skip` batches.
+
+    Indices are drawn on the CPU, so that a seed gives the same batches on every device. With one caption per image and
+    no equal images, nothing in a batch is wrongly another's negative, and there are no groups.
     """
-    order = torch.randperm(len(pairs), generator=generator)
-    first, last = pairs.first_text[:-1].cpu()[order], pairs.first_text[1:].cpu()[order]
-    chosen = first + (torch.rand(len(order), generator=generator) * (last - first)).long()
-    order, chosen = order.to(pairs.image.device), chosen.to(pairs.image.device)
     size = min(batch_size, len(pairs))
-    for begin in range(0, len(pairs) - size + 1, size):
-        rows = slice(begin, begin + size)
-        yield pairs.image.index_select(0, order[rows]), pairs.text.index_select(0, chosen[rows])
+    order = torch.randperm(len(pairs), generator=generator)
+    chosen = _draw_captions(pairs, order, captions, generator)
+    images = _draw_views(order, pairs.image, pairs.image_views, generator)
+    texts = _draw_views(chosen, pairs.text, pairs.text_views, generator)
+    whole = slice(skip * size, len(pairs) - len(pairs) % size)
+    image_parts = _gather(pairs.image, images[whole], size, pairs.place, pairs.image_views)
+    text_parts = _gather(pairs.text, texts[whole].flatten(), size * captions, pairs.place, pairs.text_views)
+    for begin, image, text in zip(range(whole.start, whole.stop, size), image_parts, text_parts, strict=True):
+        rows = order[begin : begin + size]
+        image_mask = _mask(pairs.image_lengths, rows, image)
+        text_mask = _mask(pairs.text_lengths, chosen[begin : begin + size].flatten(), text)
+        yield Batch(image, text, image_mask, text_mask, _groups(pairs, rows, captions))
+
+
+def _draw_captions(pairs: FeaturePairs, order: Tensor, captions: int, generator: torch.Generator) -> Tensor:
+    """int64 [n, captions]: rows of texts."""
+    first, count = pairs.first_text[:-1].cpu()[order], pairs.first_text.diff().cpu()[order]
+    if captions == 1:
+        return (first + (torch.rand(len(order), generator=generator) * count).long()).unsqueeze(1)
+    keys = torch.rand(len(order), int(count.max()), generator=generator)
+    keys.masked_fill_(torch.arange(keys.shape[1]) >= count.unsqueeze(1), 2.0)
+    places = torch.arange(captions) % count.unsqueeze(1)
+    return first.unsqueeze(1) + keys.argsort(1).gather(1, places)
+
+
+def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Generator) -> Tensor:
+    """Rows in the features with the first two axes made one."""
+    if not views:
+        return rows
+    return rows * features.shape[1] + torch.randint(features.shape[1], rows.shape, generator=generator)
+
+
+def _gather(features: Tensor, rows: Tensor, size: int, device: torch.device, views: bool) -> Iterator[Tensor]:
+    """features[rows] in batches of `size` on `device`. From another device they come in blocks of several batches."""
+    source = features.flatten(0, 1) if views else features
+    if _same_place(source, device):
+        for part in rows.to(device).split(size):
+            yield source.index_select(0, part)
+        return
+    for block in rows.split(size * BLOCK):
+        staged = torch.empty((len(block), *source.shape[1:]), dtype=source.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(source, 0, block, out=staged)
+        yield from staged.to(device, non_blocking=True).split(size)
+
+
+def _same_place(features: Tensor, device: torch.device) -> bool:
+    return features.device == device
+
+
+def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | None:
+    if lengths is None:
+        return None
+    return mask_of(lengths[rows.to(lengths.device)].to(features.device), features)
+
+
+def _groups(pairs: FeaturePairs, rows: Tensor, captions: int) -> Groups | None:
+    """None where row belongs to row and no other."""
+    own = torch.arange(len(rows))
+    if pairs.content is not None:
+        found, own = pairs.content.cpu()[rows].unique(return_inverse=True)
+        if captions == 1 and len(found) == len(rows):
+            return None
+    elif captions == 1:
+        return None
+    own = own.to(pairs.place)
+    return Groups(own, own.repeat_interleave(captions))
 
 
 @dataclass(frozen=True)

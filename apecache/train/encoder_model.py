@@ -10,8 +10,9 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.towers import Tower, tower_of
 from apecache.errors import RecipeError, RunError
 from apecache.fingerprint import Modality
-from apecache.heads.pooled import PooledHead, build_heads
-from apecache.losses import Temperature, info_nce
+from apecache.heads.build import build_heads
+from apecache.heads.head import Head
+from apecache.losses.contrastive import Temperature, info_nce
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
 from apecache.recipes.recipe import OptimiserSpec, Recipe
@@ -21,7 +22,7 @@ class Side(nn.Module):
     """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
     are the tokens after so many blocks; None: pixels or token ids."""
 
-    def __init__(self, tower: Tower | None, head: PooledHead, cut: int | None = None) -> None:
+    def __init__(self, tower: Tower | None, head: Head, cut: int | None = None) -> None:
         super().__init__()
         self.tower, self.head, self.cut = tower, head, cut
 

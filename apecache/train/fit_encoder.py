@@ -107,9 +107,42 @@ def _require_sensible(recipe: Recipe, spec: FitEncoderSpec) -> None:
         raise OptionError(f"slices of {spec.slice_size} pairs; expected at least 1")
     if recipe.trains_heads_alone:
         raise RecipeError(f"recipe {recipe.name} trains heads alone; use fit-head, which is faster")
+    _require_known(recipe)
     sliced = spec.slice_size is not None and spec.slice_size < recipe.schedule.batch_size
     if sliced and "batch" in (recipe.image.norm, recipe.text.norm):
         raise RecipeError(f"recipe {recipe.name}: batch norm needs the whole batch at once; leave slices out")
+
+
+ONLY: dict[str, object] = {
+    "init": "random",
+    "loss.kind": "infonce",
+    "loss.captions": 1,
+    "loss.structure": 0.0,
+    "optimiser.kind": "adamw",
+    "optimiser.ema": 0.0,
+    "schedule.steps": 0,
+    "schedule.accumulate": 1,
+    "schedule.patience": 0,
+    "schedule.evaluate_every": 1,
+    "augmentation.noise": 0.0,
+    "augmentation.mixup": 0.0,
+    "augmentation.token_dropout": 0.0,
+}
+"""What a recipe may say of these: the head trainer knows more."""
+
+
+def _require_known(recipe: Recipe) -> None:
+    """Refuse what this trainer would pass over in silence."""
+    values = recipe.model_dump()
+    for path, only in ONLY.items():
+        found: Any = values
+        for key in path.split("."):
+            found = found[key]
+        if found != only:
+            raise RecipeError(f"recipe {recipe.name}: {path} is {found}; fit-encoder knows {only} only")
+    if recipe.schedule.epochs < 1 or "tokens" in recipe.cut:
+        what = "at least one epoch" if recipe.schedule.epochs < 1 else "heads on pooled outputs"
+        raise RecipeError(f"recipe {recipe.name}: fit-encoder needs {what}")
 
 
 def _build(

@@ -1,7 +1,8 @@
-"""Optimiser and learning-rate schedule."""
+"""Optimisers and learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,21 +10,54 @@ from torch import nn
 from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
 
 
-def build_adamw(parameters: Iterable[nn.Parameter], spec: OptimiserSpec) -> torch.optim.AdamW:
-    """Fused AdamW; biases, norms and the temperature (fewer than two dimensions) are not decayed."""
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum, decoupled weight decay (Chen et al. 2023, algorithm 2)."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if not trained:
+                continue
+            for p in trained:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            gradients, momenta = [p.grad for p in trained], [self.state[p]["momentum"] for p in trained]
+            first, second = group["betas"]
+            updates = torch._foreach_sign(torch._foreach_lerp(gradients, momenta, first))
+            torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(trained, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, gradients, 1 - second)
+
+
+def build_optimiser(parameters: Iterable[nn.Parameter], spec: OptimiserSpec) -> torch.optim.Optimizer:
+    """Biases, norms and the temperature (fewer than two dimensions) are not decayed; fused where torch has it."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     kept = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(kept, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+    match spec.kind:
+        case "adamw":
+            return torch.optim.AdamW(kept, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+        case "adam":
+            return torch.optim.Adam(kept, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+        case "lion":
+            return Lion(kept, spec.lr, spec.betas)
+        case "sgd":
+            return torch.optim.SGD(kept, lr=spec.lr, momentum=spec.betas[0], fused=True)
 
 
 def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:
-    """Factor for the 0-based `step`: linear warm-up from 1/w to 1 over w steps, then cosine to `final`."""
-    warmup = max(1, round(spec.warmup * n_steps)) if spec.warmup else 0
+    """Factor for the 0-based `step`: linear warm-up from 1/w to 1 over w steps, then cosine to `final`, or constant."""
+    warmup = spec.warmup_steps or (max(1, round(spec.warmup * n_steps)) if spec.warmup else 0)
     if step < warmup:
         return (step + 1) / warmup
+    if spec.decay == "constant":
+        return 1.0
     progress = (step - warmup) / max(1, n_steps - warmup)
     return spec.final + (1 - spec.final) * (1 + math.cos(math.pi * progress)) / 2

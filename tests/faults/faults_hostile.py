@@ -120,8 +120,9 @@ class Attacks:
 
         from apecache.encoders.spec import EncoderSpec
         from apecache.fingerprint import Fingerprint
+        from apecache.heads.build import build_heads
         from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
-        from apecache.heads.pooled import HeadSpec, build_heads
+        from apecache.heads.head import HeadSpec
 
         torch.manual_seed(0)
         pair = build_heads(HeadSpec(dim=4), HeadSpec(kind="mlp", width=3, depth=1), 6, 5)

@@ -14,14 +14,25 @@ from torch import Tensor
 
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Fingerprint
+from apecache.heads.build import build_heads
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads, save_heads
-from apecache.heads.pooled import HeadSpec, build_heads
+from apecache.heads.head import HeadSpec
 
 IMAGE_DIM, TEXT_DIM = 6, 5
 PAIRS = {
     "two projections": (HeadSpec(dim=4), HeadSpec(dim=4, input_dropout=0.25)),
     "text mlp": (HeadSpec(kind="identity"), HeadSpec(kind="mlp", depth=2, width=8, skip=True)),
     "image mlp": (HeadSpec(kind="mlp", width=3, activation="relu", expansion=2.0), HeadSpec(kind="identity")),
+    "tokens": (
+        HeadSpec(kind="transformer", dim=4, depth=1, n_heads=2, skip=True),
+        HeadSpec(kind="projector", refine=True, standardise=False),
+    ),
+    "anchors": (HeadSpec(kind="anchors", dim=4), HeadSpec(kind="attention")),
+    "several": (
+        HeadSpec(kind="several", parts=(HeadSpec(kind="gated", dim=4, expansion=2), HeadSpec(kind="identity"))),
+        HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=3))),
+    ),
+    "dictionary": (HeadSpec(kind="dictionary", dim=7, top=3), HeadSpec(kind="dictionary", dim=7, top=3)),
     "batch norm": (HeadSpec(kind="mlp", width=3, residual=False, norm="batch"), HeadSpec(dim=4)),
 }
 
@@ -79,7 +90,8 @@ def test_heads_come_back_bit_by_bit(pair: str, tmp_path: Path) -> None:
     assert loaded.image.encoder == saved.image.encoder
     assert loaded.text.fingerprint.digest == saved.text.fingerprint.digest
     assert loaded.digest == saved.digest
-    x = torch.randn(3, IMAGE_DIM, generator=torch.Generator().manual_seed(1))
+    shape = (3, IMAGE_DIM) if saved.image.head.spec.cut == "pooled" else (3, 4, IMAGE_DIM)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded.image.embed(x), saved.image.embed(x))
 
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from apecache.heads.pooled import HeadSpec, PooledHead, ResidualBlock, build_heads
+from apecache.heads.build import build_head, build_heads
+from apecache.heads.head import HeadSpec, embed
+from apecache.heads.pooled import PooledHead, ResidualBlock
 
 SPECS = {
     "identity": HeadSpec(kind="identity"),
@@ -16,6 +18,8 @@ SPECS = {
     "mlp": HeadSpec(kind="mlp", depth=2, width=16),
     "mlp with skip": HeadSpec(kind="mlp", depth=1, width=8, skip=True, activation="relu", expansion=2.5),
     "plain mlp": HeadSpec(kind="mlp", depth=2, width=8, residual=False, norm="batch"),
+    "gated": HeadSpec(kind="gated", expansion=2.0),
+    "fusemix": HeadSpec(kind="fusemix", depth=2, expansion=2.0, skip=True),
 }
 
 
@@ -69,6 +73,109 @@ def test_a_linear_head_is_one_affine_map_of_the_standardised_features() -> None:
     standard = (x - x.mean(0)) / x.std(0, correction=0)
     wanted = F.normalize(standard @ weight.T + bias, dim=-1)
     torch.testing.assert_close(head(x), wanted)
+
+
+def by_definition(head: PooledHead, x: Tensor) -> Tensor:
+    """A gated or FuseMix head in double precision, from nothing but its state."""
+    state = iter(tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body"))
+
+    def linear(value: Tensor) -> Tensor:
+        weight, bias = next(state), next(state)
+        return value @ weight.T + bias
+
+    def norm(value: Tensor) -> Tensor:
+        mean, variance = value.mean(-1, keepdim=True), value.var(-1, keepdim=True, correction=0)
+        return (value - mean) / (variance + 1e-5).sqrt() * next(state) + next(state)
+
+    y = x.double()
+    if head.spec.kind == "gated":
+        z = norm(y)
+        gate = linear(z).clamp(0, 6)
+        return F.normalize(linear(gate * linear(z)), dim=-1)
+    for _ in range(head.spec.depth):
+        y = y + linear(F.gelu(linear(norm(y))))
+    return F.normalize(linear(norm(y)), dim=-1)
+
+
+@pytest.mark.parametrize("kind", ["gated", "fusemix"])
+def test_gated_and_fusemix_heads_compute_what_their_papers_say(kind: str) -> None:
+    spec = HeadSpec.model_validate({"kind": kind, "depth": 3, "expansion": 1.5, "standardise": False})
+    head = make(spec, 5, 4)
+    randomise_norms(head)
+    x = features(9, 5) * 4
+    torch.testing.assert_close(head(x).double(), by_definition(head, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        (HeadSpec(kind="gated", expansion=8), 2 * 7 + 2 * (7 * 56 + 56) + 56 * 4 + 4),
+        (HeadSpec(kind="fusemix", depth=4, expansion=4), 4 * (14 + 7 * 28 + 28 + 28 * 7 + 7) + 14 + 7 * 4 + 4),
+        (HeadSpec(kind="fusemix", depth=1, expansion=4, skip=True), 14 + 2 * 196 + 35 + 14 + 32 + 28),
+    ],
+)
+def test_parameters_of_the_later_kinds_are_counted_as_their_layers_have_them(spec: HeadSpec, wanted: int) -> None:
+    assert n_trained(build_head(spec, 7, 4)) == wanted
+
+
+def test_a_dictionary_keeps_the_largest_similarities_to_its_entries() -> None:
+    head = make(HeadSpec(kind="dictionary", top=2, power=3, standardise=False), 3, 4)
+    entries = F.normalize(torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [-1, 0, 0]]), dim=-1)
+    head.load_state_dict({"body.entries": entries}, strict=False)
+    x = torch.tensor([[3.0, 1, 0], [-2, 0, 0]])
+    cosines = F.normalize(x, dim=-1) @ entries.T
+    wanted = torch.zeros(2, 4)
+    wanted[0, :2] = cosines[0, :2] ** 3
+    wanted[1, 3] = 1  # the second largest is 0 or less
+    torch.testing.assert_close(head(x), F.normalize(wanted, dim=-1))
+    assert n_trained(head) == 0
+
+
+def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -> None:
+    torch.manual_seed(0)
+    image = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardise=False)))
+    text = HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=8), HeadSpec(kind="gated", dim=3)))
+    sides = [head.eval() for head in build_heads(image, text, 6, 5)]
+    x = features(8, 6) * 3 + 1, features(8, 5, seed=1)
+    for head, part in zip(sides, x, strict=True):
+        head.fit_statistics(part)
+    cosines = sides[0](x[0]) @ sides[1](x[1]).T
+    alone = [[single(part) for single in side.parts] for side, part in zip(sides, x, strict=True)]
+    wanted = sum(a @ b.T for a, b in zip(*alone, strict=True)) / 3
+    torch.testing.assert_close(cosines, wanted)
+    assert sides[0].widths == sides[1].widths == [4, 6, 3]
+    assert sides[0].out_dim == 13
+    assert sides[0].parts[2].mean.abs().sum() == 0
+    torch.testing.assert_close(sides[0].parts[0].mean, x[0].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "several"}, "go together"),
+        ({"parts": [{}]}, "go together"),
+        ({"kind": "several", "parts": [{"kind": "several", "parts": [{}]}]}, "parts are single heads"),
+        ({"kind": "several", "parts": [{}, {"kind": "anchors"}]}, "all on pooled features or all on tokens"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(spec: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        HeadSpec.model_validate(spec)
+
+
+def test_parts_meet_one_by_one() -> None:
+    two = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(dim=4)))
+    with pytest.raises(ValueError, match="as many parts: image 2, text 0"):
+        build_heads(two, HeadSpec(dim=4), 6, 5)
+    with pytest.raises(ValueError, match="different widths: image 4, text 3"):
+        build_heads(two, HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(dim=3))), 6, 5)
+
+
+def test_views_are_embedded_one_by_one_and_averaged() -> None:
+    head = make(HeadSpec(kind="mlp", width=8), 5, 4)
+    views = features(18, 5).view(6, 3, 5)
+    wanted = F.normalize(sum(head(views[:, i]) for i in range(3)).detach(), dim=-1)
+    torch.testing.assert_close(embed(head, views, batch=4), wanted)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -259,7 +366,7 @@ def test_widths_that_cannot_meet_are_refused(image: HeadSpec, text: HeadSpec, me
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"kind": "transformer"},
+        {"kind": "perceptron"},
         {"dim": 0},
         {"dim": -3},
         {"depth": 0},

@@ -11,7 +11,7 @@ from torch import nn
 
 from apecache.encoders.towers import Tower, build_tower
 from apecache.errors import RecipeError
-from apecache.heads.pooled import build_heads
+from apecache.heads.build import build_heads
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.freezing import Match, count_trained, find_cut, freeze_towers, trained_parameters
 from apecache.recipes.recipe import load_recipe

@@ -24,7 +24,7 @@ from apecache.report import Page
 from apecache.report.gallery import IMAGE_PREFIX, Hit
 from apecache.report.run_page import learning_charts, retrieval_galleries, spread
 from apecache.store.reader import FeatureStore
-from apecache.train.fit_head import read_history
+from apecache.train.run_folder import read_history
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 

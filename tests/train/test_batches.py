@@ -1,5 +1,7 @@
 """Batches and splits: who trains, who chooses, and which caption goes with which image."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from apecache.errors import IncompleteError, RecipeError
+from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
-from apecache.train.batches import FeaturePairs, SplitSpec, batches, choose_splits, load_on, select_pairs
+from apecache.train import batches as train_batches
+from apecache.train.batches import FeaturePairs, Features, SplitSpec, batches, choose_splits, load_on, select_pairs
 
 
 def numbered(counts: list[int]) -> FeaturePairs:
@@ -23,7 +27,7 @@ def numbered(counts: list[int]) -> FeaturePairs:
 
 
 def epoch(pairs: FeaturePairs, batch_size: int, generator: torch.Generator) -> list[tuple[Any, Any]]:
-    return [(image.flatten().tolist(), text.tolist()) for image, text in batches(pairs, batch_size, generator)]
+    return [(b.image.flatten().tolist(), b.text.tolist()) for b in batches(pairs, batch_size, generator)]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -106,7 +110,7 @@ def test_selected_are_exactly_the_kept_images_with_their_usable_captions(
     }  # by definition
     wanted = {i: texts for i, texts in wanted.items() if texts}
     assume(wanted)
-    chosen = select_pairs(image, text, rows, keep, usable)
+    chosen = select_pairs(Features(image), Features(text), rows, keep, usable)
     assert chosen.image.flatten().tolist() == list(wanted)
     assert chosen.text[:, 0].tolist() == [i for i, texts in wanted.items() for _ in texts]
     assert chosen.text[:, 1].tolist() == [t for texts in wanted.values() for t in texts]
@@ -130,7 +134,7 @@ def test_quarantined_images_and_texts_never_stand_in_a_batch(write_store: Any, t
         (int(image), int(text))
         for seed in range(60)
         for batch in batches(pairs, 9, seeded(seed))
-        for image, text in zip(batch[0][:, 0], batch[1][:, 0], strict=True)
+        for image, text in zip(batch.image[:, 0], batch.text[:, 0], strict=True)
     }
     assert seen == {(t // 2, t) for t in range(60) if t // 2 not in bad_images and t not in bad_texts}
 
@@ -140,7 +144,7 @@ def test_features_are_loaded_as_they_are_stored(dtype: str, write_store: Any, tm
     rng = np.random.default_rng(0)
     image, text = rng.normal(size=(20, 3)).astype(dtype), rng.normal(size=(20, 4)).astype(dtype)
     store = write_store(tmp_path / "s", image, text, list(range(20)), [""] * 20, bad_images=(4,), shard_rows=6)
-    loaded = load_on(store.array("image"), torch.device("cpu"))
+    loaded = load_on(store.array("image"), torch.device("cpu")).values
     assert str(loaded.dtype) == f"torch.{dtype}"
     assert torch.isnan(loaded[4]).all()
     image[4] = np.nan
@@ -216,3 +220,108 @@ def test_the_only_split_there_is_trains_without_being_named(splits: list[str]) -
 def test_splits_that_cannot_work_are_refused(splits: list[str], spec: SplitSpec, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         choose_splits(table_of(splits), spec)
+
+
+# --- several captions, views, tokens, equal images, streams ----------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(counts=COUNTS, captions=st.integers(2, 5), seed=st.integers(0, 2**31))
+def test_several_captions_of_an_image_are_different_ones_while_it_has_them(
+    counts: list[int], captions: int, seed: int
+) -> None:
+    for batch in batches(numbered(counts), 4, seeded(seed), captions):
+        assert batch.groups is not None
+        assert batch.groups.text.tolist() == [row for row in batch.groups.image.tolist() for _ in range(captions)]
+        drawn = batch.text.view(len(batch.image), captions, 2)
+        for image, own in zip(batch.image.flatten().tolist(), drawn.tolist(), strict=True):
+            assert {owner for owner, _ in own} == {image}
+            assert len({caption for _, caption in own}) == min(captions, counts[image])
+
+
+def test_all_captions_come_about_equally_often_where_several_are_drawn() -> None:
+    seen = torch.zeros(5)
+    generator = seeded(0)
+    for _ in range(500):
+        for batch in batches(numbered([5, 5]), 2, generator, 2):
+            seen += torch.bincount(batch.text[:, 1], minlength=5)
+    assert (seen - 400).abs().max() < 80
+
+
+def test_images_of_equal_content_are_of_one_group() -> None:
+    pairs = replace(numbered([1] * 6), content=torch.tensor([3, 9, 3, 4, 5, 6]))
+    for batch in batches(pairs, 6, seeded(0)):
+        assert batch.groups is not None
+        same = batch.groups.image.unsqueeze(1) == batch.groups.image
+        rows = batch.image.flatten()
+        twins = torch.isin(rows, torch.tensor([0, 2]))
+        assert torch.equal(same, torch.eye(6, dtype=torch.bool) | (twins.unsqueeze(1) & twins))
+        assert torch.equal(batch.groups.text, batch.groups.image)
+    apart = replace(pairs, content=torch.arange(6))
+    assert all(batch.groups is None for batch in batches(apart, 3, seeded(0)))
+
+
+def test_of_several_views_a_random_one_stands_in_the_batch() -> None:
+    views = torch.arange(4).view(4, 1, 1) * 10 + torch.arange(3).view(1, 3, 1)
+    pairs = replace(numbered([2] * 4), image=views, image_views=True)
+    seen: dict[int, int] = {}
+    generator = seeded(0)
+    for _ in range(300):
+        for batch in batches(pairs, 4, generator):
+            assert batch.image.shape == (4, 1)
+            assert (batch.image.flatten() // 10).tolist() == batch.text[:, 0].tolist()
+            for value in batch.image.flatten().tolist():
+                seen[value] = seen.get(value, 0) + 1
+    assert len(seen) == 12
+    assert all(abs(count - 100) < 50 for count in seen.values())
+
+
+def test_tokens_come_with_the_mask_of_their_own_row() -> None:
+    lengths = torch.tensor([2, 1, 3, 2, 1])
+    tokens = torch.arange(5).view(5, 1, 1).expand(5, 3, 2)
+    pairs = FeaturePairs(tokens, tokens, torch.arange(6), lengths, lengths)
+    for batch in batches(pairs, 5, seeded(0)):
+        assert batch.image_mask is not None
+        assert batch.text_mask is not None
+        assert batch.image_mask.sum(1).tolist() == lengths[batch.image[:, 0, 0]].tolist()
+        assert torch.equal(batch.text_mask, batch.image_mask)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+@pytest.mark.parametrize("skip", [0, 1, 5])
+def test_the_first_batches_can_be_left_out(captions: int, skip: int) -> None:
+    pairs = numbered([3] * 20)
+    whole = list(batches(pairs, 3, seeded(0), captions))
+    rest = list(batches(pairs, 3, seeded(0), captions, skip))
+    assert len(rest) == 6 - skip
+    for a, b in zip(rest, whole[skip:], strict=True):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.text, b.text)
+
+
+def test_streamed_batches_are_those_of_resident_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that calls itself of another device is gathered on the host in blocks."""
+    pairs = numbered([2] * 50)
+    wanted = epoch(pairs, 4, seeded(0))
+    calls: list[int] = []
+    taken = torch.index_select
+
+    def counted(source: torch.Tensor, dim: int, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        return taken(source, dim, rows, out=out)
+
+    monkeypatch.setattr(torch, "index_select", counted)
+    monkeypatch.setattr(train_batches, "_same_place", lambda source, device: False)
+    assert epoch(pairs, 4, seeded(0)) == wanted
+    assert sorted(calls) == [16, 16, 32, 32]
+
+
+def test_ragged_tokens_are_loaded_with_their_lengths(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> None:
+    tokens = np.arange(24, dtype=np.float16).reshape(3, 4, 2)
+    store = write_store(tmp_path / "store", tokens, tokens, [0, 1, 2], ["train"] * 3, text_lengths=np.array([4, 1, 2]))
+    patches, words = (load_on(store.array(side), torch.device("cpu")) for side in ("image", "text"))  # type: ignore[arg-type]
+    assert patches.lengths is None
+    assert torch.equal(patches.values, torch.from_numpy(tokens))
+    assert words.lengths is not None
+    assert words.lengths.tolist() == [4, 1, 2]
+    assert torch.equal(words.values[1, 1:], torch.zeros(3, 2, dtype=torch.float16))

@@ -18,10 +18,12 @@ from apecache.errors import DataError, IncompleteError, RecipeError, RunError, S
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.heads.checkpoint import load_heads, save_heads
-from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
-from apecache.store.reader import FeatureStore
+from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
+from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.train.batches import Features as Loaded
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, read_history, untrained_heads
+from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, untrained_heads
+from apecache.train.run_folder import read_history
 
 N_TRAIN, N_DEV, N_VAL = 160, 32, 24
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
@@ -112,10 +114,111 @@ def test_captions_that_belong_to_other_images_teach_nothing(shuffled: FeatureSto
 @pytest.mark.parametrize("name", zoo_names())
 def test_every_recipe_of_the_zoo_fits_real_features(name: str, tiny_store: Path, tmp_path: Path) -> None:
     spec = FitSpec(splits=SplitSpec(dev="val"), device="cpu")
-    recipe = load_recipe(name, ["schedule.epochs=2", "schedule.batch_size=4"])
-    report = fit_head(FeatureStore.open(tiny_store), recipe, tmp_path / "run", spec)
+    recipe = load_recipe(name, ["schedule.batch_size=4"])
+    if recipe.schedule.epochs:
+        recipe = load_recipe(name, ["schedule.epochs=2", "schedule.batch_size=4"])
+    if recipe.cut == "tokens":
+        with pytest.raises(RecipeError, match="needs tokens, but the image features are pooled; extract tokens"):
+            fit_head(FeatureStore.open(tiny_store), recipe, tmp_path / "run", spec)
+        return
+    store = FeatureStore.open(tiny_store)
+    report = fit_head(store, recipe, tmp_path / "run", spec)
     assert (report.n_train_images, report.n_dev_images) == (8, 4)
-    assert load_heads(tmp_path / "run").training["recipe"]["name"] == name
+    assert report.n_trained_parameters == count_parameters(recipe, store.array("image").dim, store.array("text").dim)
+    heads = load_heads(tmp_path / "run")
+    assert heads.training["recipe"]["name"] == name
+    embedded = embed_store(heads, store, "val")
+    assert retrieval_report(embedded.image, embedded.text, embedded.image_of_text) == report.dev
+    assert (
+        heads.training["n_negatives"] == report.n_negatives == (0 if not recipe.schedule.epochs else report.n_negatives)
+    )
+
+
+@pytest.mark.parametrize("name", ["deep-adapter", "freeze-align", "token-anchors"])
+def test_recipes_on_tokens_fit_tokens_of_different_lengths(
+    name: str, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pooled feature as several tokens, most of them noise or padding that holds NaN."""
+
+    def load_tokens(array: FeatureArray, device: torch.device) -> Loaded:
+        pooled = torch.from_numpy(array.load())
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randn(len(pooled), 4, pooled.shape[1], generator=generator)
+        tokens[:, :2] = pooled.unsqueeze(1)
+        lengths = torch.randint(2, 5, (len(pooled),), generator=generator)
+        return Loaded(tokens.masked_fill((torch.arange(4) >= lengths.unsqueeze(1)).unsqueeze(-1), torch.nan), lengths)
+
+    monkeypatch.setattr("apecache.train.fit_head.load_on", load_tokens)
+    settings = ["optimiser.lr=0.01", "augmentation.token_dropout=0.1", "image.n_heads=2", "text.n_heads=2"]
+    report = fit_head(store, make_recipe(*settings, name=name), tmp_path / "run", CPU)
+    assert report.dev.text_to_image[1] > 5 * report.dev.chance_text_to_image[1]
+    assert load_heads(tmp_path / "run").image.head.spec.cut == "tokens"
+
+
+@pytest.mark.parametrize("name", ["ridge", "procrustes", "cca", "csa", "asif"])
+def test_closed_forms_find_planted_pairs_without_a_step(name: str, store: FeatureStore, tmp_path: Path) -> None:
+    report = fit_head(store, load_recipe(name), tmp_path / "run", CPU)
+    assert report.dev.text_to_image[5] > 3 * report.dev.chance_text_to_image[5]
+    assert (report.best_epoch, report.n_epochs, report.n_trained_parameters) == (0, 0, 0)
+    assert report.untrained == report.dev
+    heads = load_heads(tmp_path / "run")
+    embedded = embed_store(heads, store, "val")
+    found = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    assert found.text_to_image[5] > 3 * found.chance_text_to_image[5]
+    if name == "csa":
+        assert set(heads.training["closed_form"]) == {"ridge", "rank", "power"}
+
+
+def test_what_a_closed_form_leaves_open_is_chosen_on_dev(store: FeatureStore, tmp_path: Path) -> None:
+    """Every candidate by itself: the one that was chosen is the best of them."""
+    alone = []
+    for number, (ridge, rank) in enumerate((r, k) for r in (0.01, 30.0) for k in (1, 6)):
+        settings = [f"closed_form.ridge=[{ridge}]", f"closed_form.rank=[{rank}]"]
+        alone.append(fit_head(store, load_recipe("cca", settings), tmp_path / str(number), CPU).dev.mean_recall)
+    settings = ["closed_form.ridge=[0.01, 30.0]", "closed_form.rank=[1, 6]"]
+    assert fit_head(store, load_recipe("cca", settings), tmp_path / "all", CPU).dev.mean_recall == max(alone)
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("init=cca", "image.dim=6", "text.dim=6"),
+        (
+            "init=cca",
+            "image.kind=mlp",
+            "text.kind=gated",
+            "image.skip=true",
+            "text.skip=true",
+            "image.dim=6",
+            "text.dim=6",
+        ),
+        ("init=ridge", "image={kind='identity'}", "text={kind='mlp', skip=true, width=16}"),
+        ("init=procrustes", "image={kind='identity'}", "text={kind='linear'}"),
+    ],
+    ids=["linear", "beside a body", "ridge beside a body", "procrustes"],
+)
+def test_a_fit_can_begin_with_a_closed_form(settings: tuple[str, ...], store: FeatureStore, tmp_path: Path) -> None:
+    report = fit_head(store, make_recipe(*settings, "optimiser.lr=1e-3"), tmp_path / "run", CPU)
+    assert report.untrained.text_to_image[5] > 3 * report.untrained.chance_text_to_image[5]
+    assert report.dev.mean_recall > 0.9 * report.untrained.mean_recall
+    losses = [line["loss"] for line in read_history(tmp_path / "run")][1:]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("init=cca", "image.dim=11", "text.dim=11"), "cca gives at most 10 dimensions; dim is 11"),
+        (("init=cca", "image.kind=identity"), "init cca needs both heads on pooled features, linear or with skip"),
+        (("init=ridge",), "init ridge needs image.kind identity, and text on pooled features"),
+    ],
+)
+def test_heads_that_cannot_begin_with_a_closed_form_are_refused(
+    settings: tuple[str, ...], message: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        fit_head(store, make_recipe(*settings), tmp_path / "run", CPU)
 
 
 @pytest.mark.parametrize("settings", [(), ("image.kind=identity", "text.kind=mlp", "text.width=32", "text.dim=12")])
@@ -350,6 +453,94 @@ def test_an_epoch_has_as_many_steps_as_whole_batches(
     assert [line["step"] for line in read_history(tmp_path / "run")] == [0, n_steps, 2 * n_steps]
 
 
+LEARNS = {
+    "adam": ["optimiser.kind=adam", "optimiser.weight_decay=1e-4"],
+    "lion": ["optimiser.kind=lion", "optimiser.lr=0.01", "optimiser.betas=[0.9, 0.99]", "schedule.epochs=12"],
+    "sgd": [
+        "optimiser.kind=sgd",
+        "optimiser.lr=100.0",
+        "optimiser.weight_decay=0",
+        "optimiser.clip=0.05",
+        "schedule.epochs=30",
+    ],
+    "average": ["optimiser.ema=0.8", "schedule.decay=constant"],
+    "sigmoid": ["loss.kind=sigmoid", "loss.temperature=0.05"],
+    "several captions": ["loss.captions=3"],
+    "mixup": ["augmentation.mixup=1.0", "schedule.epochs=12"],
+    "structure": ["loss.structure=1.0", "loss.structure_warmup=10"],
+    "accumulation": ["schedule.accumulate=2", "schedule.epochs=10"],
+    "several": [
+        "image={kind='several', parts=[{dim=8}, {kind='identity'}]}",
+        "text={kind='several', parts=[{}, {kind='mlp', width=16}]}",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LEARNS)
+def test_every_way_of_training_learns_the_planted_pairs(name: str, store: FeatureStore, tmp_path: Path) -> None:
+    report = fit_head(store, make_recipe(*LEARNS[name]), tmp_path / "run", CPU)
+    assert report.dev.text_to_image[1] > 5 * report.dev.chance_text_to_image[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "negatives"),
+    [
+        (["schedule.accumulate=2"], [0, 2, 4], 31),  # of 5 batches 4 are used
+        (["schedule.accumulate=99"], [0, 1, 2], 31),
+        (["schedule.steps=7"], [0, 5, 7], 31),
+        (["schedule.batch_size=500"], [0, 1, 2], 159),
+        (["augmentation.mixup=1"], [0, 5, 10], 15),
+        (["schedule.evaluate_every=2"], [0, 10], 31),
+    ],
+    ids=str,
+)
+def test_steps_and_effective_negatives_are_told(
+    settings: list[str], steps: list[int], negatives: int, store: FeatureStore, tmp_path: Path
+) -> None:
+    report = fit_head(store, make_recipe("schedule.epochs=2", *settings), tmp_path / "run", CPU)
+    assert [line["step"] for line in read_history(tmp_path / "run")] == steps
+    assert report.n_negatives == negatives
+
+
+def test_accumulated_gradients_are_those_of_the_mean_of_the_batches(write_store: Any, tmp_path: Path) -> None:
+    """Without anything random but the order, and with a step so small that all batches see the same weights."""
+    store = write_store(tmp_path / "s", *planted_features(), IMAGE_ROWS, SPLITS)
+    settings = ["optimiser.kind=sgd", "optimiser.betas=[0, 0]", "optimiser.lr=1e-6", "optimiser.weight_decay=0"]
+    once = [*settings, "schedule.epochs=1", "schedule.warmup=0", "schedule.decay=constant"]
+    moved = {}
+    before = untrained_heads(store, make_recipe(*once), CPU).text.head.state_dict()["body.weight"]
+    for accumulate in (1, 5):
+        run = tmp_path / str(accumulate)
+        fit_head(store, make_recipe(*once, f"schedule.accumulate={accumulate}"), run, CPU)
+        moved[accumulate] = load_heads(run).text.head.state_dict()["body.weight"] - before
+    torch.testing.assert_close(moved[1], 5 * moved[5], rtol=0.05, atol=2e-8)
+    assert moved[1].abs().max() > 1e-6
+
+
+def test_a_fit_that_gets_no_better_stops_early(shuffled: FeatureStore, tmp_path: Path) -> None:
+    report = fit_head(shuffled, make_recipe("schedule.epochs=40", "schedule.patience=3"), tmp_path / "run", CPU)
+    epochs = [line["epoch"] for line in read_history(tmp_path / "run")]
+    assert epochs[-1] == report.best_epoch + 3 < 40
+
+
+def test_an_average_of_the_weights_is_what_is_kept(store: FeatureStore, tmp_path: Path) -> None:
+    settings = ["schedule.epochs=1", "optimiser.lr=0.1", "schedule.steps=1"]
+    fit_head(store, make_recipe(*settings), tmp_path / "last", CPU)
+    fit_head(store, make_recipe(*settings, "optimiser.ema=0.75"), tmp_path / "mean", CPU)
+    name = "body.weight"
+    before = untrained_heads(store, make_recipe(), CPU).text.head.state_dict()[name]
+    last, mean = (load_heads(tmp_path / run).text.head.state_dict()[name] for run in ("last", "mean"))
+    torch.testing.assert_close(mean, 0.75 * before + 0.25 * last)
+
+
+def test_nothing_to_train_is_refused(write_store: Any, tmp_path: Path) -> None:
+    image, text = planted_features()
+    store = write_store(tmp_path / "s", image[:, :10].copy(), text, IMAGE_ROWS, SPLITS)
+    recipe = make_recipe("image.kind=identity", "text.kind=identity", "loss.learnable=false")
+    with pytest.raises(RecipeError, match="nothing would be trained; let a head or the temperature learn"):
+        fit_head(store, recipe, tmp_path / "run", CPU)
+
+
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
@@ -487,7 +678,7 @@ def test_an_incomplete_store_is_refused_with_how_far_it_is(write_store: Any, tmp
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_head(store: FeatureStore, tmp_path: Path) -> None:
     recipe = make_recipe("optimiser.lr=3e38", "schedule.warmup=0", "schedule.epochs=20")
-    with pytest.raises(DataError, match=r"the loss is not finite before step 5; lower optimiser\.lr"):
+    with pytest.raises(DataError, match=r"not finite at step 2; the last good .* of step 0; lower optimiser\.lr"):
         fit_head(store, recipe, tmp_path / "run", CPU)
     assert not (tmp_path / "run" / "head.json").exists()
     assert [line["epoch"] for line in read_history(tmp_path / "run")] == [0]

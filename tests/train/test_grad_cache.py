@@ -6,7 +6,7 @@ from small_towers import pictures, small_bert, small_vit
 from torch import Tensor, nn
 
 from apecache.encoders.towers import Tower
-from apecache.losses import Temperature, info_nce
+from apecache.losses.contrastive import Temperature, info_nce
 from apecache.train.grad_cache import backward_in_slices
 
 N = 256

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apecache.heads.pooled import HeadSpec, build_heads
-from apecache.losses import Temperature
+from apecache.heads.build import build_heads
+from apecache.heads.head import HeadSpec
+from apecache.losses.contrastive import Temperature
 from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
-from apecache.train.fit_head import AlignmentModel
-from apecache.train.optim import build_adamw, learning_rate_factor
+from apecache.train.model import AlignmentModel
+from apecache.train.optim import build_optimiser, learning_rate_factor
 
 
 def schedule(warmup: float, final: float = 0.0) -> ScheduleSpec:
@@ -75,7 +76,7 @@ def make_model(learnable: bool = True) -> AlignmentModel:
 @pytest.mark.parametrize("learnable", [True, False])
 def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(learnable: bool) -> None:
     model = make_model(learnable)
-    optimiser = build_adamw(model.parameters(), OptimiserSpec())
+    optimiser = build_optimiser(model.parameters(), OptimiserSpec())
     grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert (id(model.temperature.log_scale) in grouped) is learnable
@@ -84,7 +85,7 @@ def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_grou
 def test_only_matrices_are_decayed() -> None:
     model = make_model()
     spec = OptimiserSpec(lr=0.1, weight_decay=0.5)
-    optimiser = build_adamw(model.parameters(), spec)
+    optimiser = build_optimiser(model.parameters(), spec)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -95,10 +96,45 @@ def test_only_matrices_are_decayed() -> None:
     assert {parameter.ndim for parameter in model.parameters()} == {0, 1, 2}
 
 
+def test_lion_moves_by_the_sign_of_its_momentum() -> None:
+    spec = OptimiserSpec(kind="lion", lr=0.01, betas=(0.6, 0.9), weight_decay=0.5)
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0, -3.0]]))
+    optimiser = build_optimiser([parameter], spec)
+    momentum, expected = torch.zeros(3), parameter.detach()[0].clone()
+    for gradient in (torch.tensor([0.3, -0.2, 0.0]), torch.tensor([-0.1, 0.1, 2.0]), torch.tensor([-0.9, 0.3, 1.0])):
+        parameter.grad = gradient[None].clone()
+        optimiser.step()
+        update = (0.6 * momentum + 0.4 * gradient).sign()
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * update
+        momentum = 0.9 * momentum + 0.1 * gradient
+    torch.testing.assert_close(parameter.detach()[0], expected)
+    torch.testing.assert_close(optimiser.state[parameter]["momentum"][0], momentum)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (OptimiserSpec(kind="adam"), torch.optim.Adam),
+        (OptimiserSpec(kind="sgd"), torch.optim.SGD),
+        (OptimiserSpec(), torch.optim.AdamW),
+    ],
+)
+def test_torchs_optimisers_are_fused_and_decay_only_matrices(spec: OptimiserSpec, kind: type) -> None:
+    optimiser = build_optimiser(make_model().parameters(), spec)
+    assert type(optimiser) is kind
+    assert all(group["fused"] for group in optimiser.param_groups)
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.1, 0.0]
+
+
+def test_warm_up_can_be_told_in_steps_and_the_rate_can_stay() -> None:
+    spec = ScheduleSpec(warmup=0.9, warmup_steps=4, decay="constant")
+    assert [learning_rate_factor(step, 100, spec) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+
+
 def test_the_first_step_is_adams_with_the_settings_given() -> None:
     spec = OptimiserSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    optimiser = build_adamw([parameter], spec)
+    optimiser = build_optimiser([parameter], spec)
     moments = torch.zeros(2, 2)
     expected = torch.tensor([1.0, 2.0])
     for step, gradient in enumerate((torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 0.1])), 1):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from apecache.losses import Temperature, info_nce
+from apecache.losses.contrastive import Temperature, info_nce
 
 
 def info_nce_by_definition(image: NDArray[np.float64], text: NDArray[np.float64], scale: float) -> float:

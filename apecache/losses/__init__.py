@@ -1,0 +1,1 @@
+"""What a fit minimises, on batches of embeddings."""

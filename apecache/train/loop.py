@@ -1,0 +1,260 @@
+"""The loop of a fit, and all of its state: what a checkpoint holds, so that a fit goes on as if never broken off."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apecache.errors import DataError, RunError
+from apecache.evaluate.retrieval import RetrievalReport
+from apecache.fingerprint import Json
+from apecache.recipes.recipe import Recipe
+from apecache.train.augment import augment
+from apecache.train.batches import Batch, FeaturePairs, batches, n_batches
+from apecache.train.checkpoint import flatten_optimiser, restore_optimiser
+from apecache.train.model import AlignmentModel, evaluate_model
+from apecache.train.optim import build_optimiser, learning_rate_factor
+from apecache.train.run_folder import history_line
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with one line of the history after every evaluation; epoch 0 is the untrained head."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of a fit: `accumulate` batches each, `per_epoch` of them in an epoch."""
+
+    n_steps: int
+    per_epoch: int
+    accumulate: int
+
+    @property
+    def n_epochs(self) -> int:
+        return -(-self.n_steps // self.per_epoch)
+
+    @staticmethod
+    def of(recipe: Recipe, train: FeaturePairs) -> "Plan":
+        count = n_batches(train, recipe.schedule.batch_size)
+        accumulate = min(recipe.schedule.accumulate, count)
+        per_epoch = count // accumulate
+        return Plan(recipe.schedule.steps or per_epoch * recipe.schedule.epochs, per_epoch, accumulate)
+
+
+@dataclass
+class Best:
+    """The evaluation that is best on dev so far; `stale` ones came after it."""
+
+    epoch: int = 0
+    recall: float = -math.inf
+    stale: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Training:
+    """Everything that a fit changes. `step`: steps done; `in_epoch`: those of the present epoch, whose batches were
+    drawn from `epoch_draws`; `saved_step`: that of the last checkpoint."""
+
+    def __init__(self, model: AlignmentModel, recipe: Recipe, seed: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.optimiser = build_optimiser(model.parameters(), recipe.optimiser) if _trains(model, recipe) else None
+        self.average = copy.deepcopy(model) if recipe.optimiser.ema else None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.epoch_draws = self.generator.get_state()
+        self.epoch, self.step, self.in_epoch = 0, 0, 0
+        self.losses: list[Tensor] = []
+        self.history: list[dict[str, Any]] = []
+        self.best = Best()
+        self.seconds, self.saved_step = 0.0, 0
+
+    @property
+    def evaluated(self) -> AlignmentModel:
+        return self.average or self.model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, averages, best weights, the optimiser's state, random states, losses of this epoch."""
+        parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "best": self.best.weights}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        if self.optimiser is not None:
+            parts["optimiser"] = flatten_optimiser(self.optimiser)
+        parts["random"] = {"draws": self.generator.get_state(), "epoch": self.epoch_draws, "cpu": torch.get_rng_state()}
+        device = self.model.image.mean.device
+        if device.type == "cuda":
+            parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state(device)}
+        parts["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
+        return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+
+    def state(self) -> dict[str, Json]:
+        recall = self.best.recall if self.best.weights else None
+        best = {"epoch": self.best.epoch, "recall": recall, "stale": self.best.stale}
+        counts = {"epoch": self.epoch, "step": self.step, "in_epoch": self.in_epoch}
+        return {**counts, "history": self.history, "best": best, "seconds": self.seconds}
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
+        """Raises RunError unless these are the tensors of such a fit."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+        try:
+            self.model.load_state_dict(parts["model"])
+            if self.average is not None:
+                self.average.load_state_dict(parts["average"])
+            if self.optimiser is not None:
+                restore_optimiser(self.optimiser, parts.get("optimiser", {}))
+            self._restore_random(parts["random"])
+            device = self.model.image.mean.device
+            self.losses = [loss.to(device) for loss in parts.get("losses", {}).get("epoch", torch.empty(0)).unbind()]
+            self.epoch, self.step, self.in_epoch = (int(state[name]) for name in ("epoch", "step", "in_epoch"))
+            self.history, self.seconds = list(state["history"]), float(state["seconds"])
+            best, weights = state["best"], {name: t.to(device) for name, t in parts.get("best", {}).items()}
+            recall = -math.inf if best["recall"] is None else float(best["recall"])
+            self.best = Best(int(best["epoch"]), recall, int(best["stale"]), weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise RunError(f"the checkpoint does not fit its fit ({why}); begin anew with --overwrite") from None
+
+    def _restore_random(self, states: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(states["draws"])
+        self.epoch_draws = states["epoch"]
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.model.image.mean.device)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's own generators by seed, for dropout and noise; the program's numbers are left alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def run_training(
+    training: Training,
+    train: FeaturePairs,
+    dev: FeaturePairs,
+    plan: Plan,
+    log: Progress,
+    save: Callable[[bool], None],
+) -> None:
+    """From wherever `training` stands to the end. Afterwards `training.best` holds what is to be kept.
+
+    `save(False)` is called after every step and may do nothing. The untrained head is no candidate, unless nothing
+    trains.
+
+    Raises:
+        DataError: a loss is not finite.
+    """
+    if not training.history:
+        _record(training, evaluate_model(training.evaluated, dev), math.nan, 0.0, log)
+        if not plan.n_steps:
+            _keep(training, training.history[-1]["dev"]["mean_recall"])
+        save(True)
+    patience = training.recipe.schedule.patience
+    while training.step < plan.n_steps and not (patience and training.best.stale >= patience):
+        begin = time.perf_counter()
+        _epoch(training, train, plan, save)
+        require_finite(training)
+        loss = _mean_loss(training)
+        training.epoch, training.in_epoch, training.losses = training.epoch + 1, 0, []
+        if training.epoch % training.recipe.schedule.evaluate_every == 0 or training.step >= plan.n_steps:
+            report = evaluate_model(training.evaluated, dev)
+            _record(training, report, loss, time.perf_counter() - begin, log)
+            _keep(training, report.mean_recall)
+        save(False)
+
+
+def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[bool], None]) -> None:
+    """One pass, or the rest of one that was broken off."""
+    recipe = training.recipe
+    if training.in_epoch:
+        training.generator.set_state(training.epoch_draws)
+    else:
+        training.epoch_draws = training.generator.get_state()
+    skip = training.in_epoch * plan.accumulate
+    drawn = batches(train, recipe.schedule.batch_size, training.generator, recipe.loss.captions, skip)
+    training.model.train()
+    while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
+        training.losses.append(_step(training, islice(drawn, plan.accumulate), plan))
+        training.step, training.in_epoch = training.step + 1, training.in_epoch + 1
+        if training.in_epoch < plan.per_epoch and training.step < plan.n_steps:  # an end is saved once it is evaluated
+            save(False)
+
+
+def _step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+    """One step of the optimiser; returns its loss, still on the device."""
+    model, optimiser, recipe = training.model, training.optimiser, training.recipe
+    assert optimiser is not None
+    factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.optimiser.lr * factor
+    optimiser.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=model.image.mean.device)
+    for batch in drawn:
+        loss = model(augment(batch, recipe.augmentation, model.image, model.text), training.step) / plan.accumulate
+        loss.backward()
+        total += loss.detach()
+    if recipe.optimiser.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
+    optimiser.step()
+    model.temperature.clamp()
+    if training.average is not None:
+        _follow(training.average, model, recipe.optimiser.ema)
+    return total
+
+
+@torch.no_grad()
+def _follow(average: AlignmentModel, model: AlignmentModel, decay: float) -> None:
+    """Move the average of the weights; buffers, and what is no fraction, are taken as they are."""
+    for name, theirs in model.state_dict().items():
+        ours = average.state_dict()[name]
+        if name in dict(model.named_parameters()):
+            ours.lerp_(theirs, 1 - decay)
+        else:
+            ours.copy_(theirs)
+
+
+def require_finite(training: Training) -> None:
+    """Raises DataError that names the first step of this epoch whose loss is not finite."""
+    if not training.losses:
+        return
+    bad = (~torch.isfinite(torch.stack(training.losses))).nonzero()
+    if len(bad):
+        step = training.step - len(training.losses) + int(bad[0]) + 1
+        raise DataError(
+            f"the loss is not finite at step {step}; the last good checkpoint is that of step {training.saved_step}; "
+            "lower optimiser.lr, and add --overwrite"
+        )
+
+
+def _mean_loss(training: Training) -> float:
+    return float(torch.stack(training.losses).mean())
+
+
+def _record(training: Training, report: RetrievalReport, loss: float, seconds: float, log: Progress) -> None:
+    lr = training.optimiser.param_groups[0]["lr"] if training.optimiser is not None and training.step else 0.0
+    temperature = 1 / float(training.evaluated.temperature.scale().detach())
+    line = history_line(training.epoch, training.step, loss, lr, temperature, report, seconds)
+    training.history.append(line)
+    log(line)
+
+
+def _keep(training: Training, recall: float) -> None:
+    if recall > training.best.recall:
+        weights = {name: tensor.detach().clone() for name, tensor in training.evaluated.state_dict().items()}
+        training.best = Best(training.epoch, recall, 0, weights)
+    else:
+        training.best.stale += 1
+
+
+def _trains(model: AlignmentModel, recipe: Recipe) -> bool:
+    fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
+    return not fixed and any(p.requires_grad for p in model.parameters())

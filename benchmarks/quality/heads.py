@@ -1,0 +1,169 @@
+"""Every recipe on pooled features, several seeds each, on one store of features: which heads are worth their training.
+
+    python -m benchmarks.quality.heads --store flickr8k/store --work runs
+    python -m benchmarks.quality.heads --quick            # made-up features and one seed, for a smoke test
+
+Train images fit, a seeded 500 of them choose epochs and settings, val is only reported. Runs stay in `--work`; those
+that are finished there are not fitted again, and one that was broken off goes on. References: untuned loops on the same
+features; the best of ten heads in each column.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.heads.combine import combine_heads
+from apecache.recipes.recipe import count_parameters, load_recipe, zoo_names
+from apecache.store.reader import FeatureStore
+from apecache.train.batches import SplitSpec
+from apecache.train.fit_head import FitSpec, fit_head
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+COMBINATION = ("mixed", "gated", "projection", "projection")
+"""Runs put side by side by `apecache combine`, the second projection of another seed; chosen on dev."""
+TARGET, REFERENCE = 28.0, {"i2t R@1": 31.3, "t2i R@1": 22.0, "mean R@1": 25.9}
+"""To be reached by the best recipe; the best reference of each column."""
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        store = FeatureStore.open(made_up(work) if options.quick else options.store)
+        names = options.recipes or [name for name in zoo_names() if load_recipe(name).cut == "pooled"]
+        rows = [row for name in names if (row := measure(store, name, options, work))]
+        rows += combined(store, work, rows)
+    rows.sort(key=lambda row: -row["mean R@1"])
+    print_table(rows)
+    if not options.quick:
+        print_goals(goals(rows))
+    if options.json or not options.quick:
+        write_result("quality-heads", goals(rows), rows, options.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recall of every recipe on pooled features, from one store.")
+    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
+    parser.add_argument("--recipes", nargs="+", help="default: every recipe on pooled features")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder to keep the runs in")
+    parser.add_argument("--finished", action="store_true", help="fit nothing: report the finished runs in --work")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds = 1
+    elif not options.store:
+        parser.error("--store is needed (or --quick)")
+    return options
+
+
+def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1. Empty without a run."""
+    recipe = load_recipe(name, ["schedule.epochs=1"] if options.quick and load_recipe(name).schedule.epochs else [])
+    seeds = options.seeds if recipe.schedule.epochs else 1
+    runs = [work / f"{name}-{seed}" for seed in range(seeds)]
+    splits = SplitSpec() if not options.quick else SplitSpec(dev="dev")
+    if options.finished:
+        runs = [run for run in runs if (run / "head.json").is_file()]
+    for seed, run in enumerate(runs):
+        if not (run / "head.json").is_file():
+            fit_head(store, recipe, run, FitSpec(splits=splits, seed=seed, device="cpu"))
+    heads = [load_heads(run) for run in runs]
+    if not heads:
+        return {}
+    if any(_settings(head.training["recipe"]) != _settings(recipe.model_dump(mode="json")) for head in heads):
+        raise SystemExit(f"{work} holds runs of another version of {name}; choose another --work")
+    reports = [report(head, store) for head in heads]
+    row = recalls(name, reports)
+    row["dev recall"] = round(statistics.mean(_mean_recall(head.training["dev"]) for head in heads), 2)
+    row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
+    row["parameters"] = count_parameters(recipe, store.array("image").dim, store.array("text").dim)
+    return {**row, **_counts(reports)}
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what is only said about it."""
+    return {key: value for key, value in recipe.items() if key not in ("source", "summary")}
+
+
+def combined(store: FeatureStore, work: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of COMBINATION, if all of its recipes were measured."""
+    found = {row["recipe"]: row for row in rows}
+    if not set(COMBINATION) <= found.keys():
+        return []
+    seeds = min(found[name]["seeds"] for name in COMBINATION)
+    reports = []
+    for seed in range(seeds):
+        places = [(name, seed + COMBINATION[:i].count(name)) for i, name in enumerate(COMBINATION)]
+        runs = [load_heads(work / f"{name}-{number % found[name]['seeds']}") for name, number in places]
+        reports.append(report(combine_heads(runs), store))
+    totals = {key: round(sum(found[name][key] for name in COMBINATION), 1) for key in ("seconds", "parameters")}
+    return [{**recalls(" + ".join(COMBINATION), reports), "dev recall": "-", **totals, **_counts(reports)}]
+
+
+def recalls(name: str, reports: list[RetrievalReport]) -> dict[str, Any]:
+    row: dict[str, Any] = {"recipe": name}
+    for way, short in (("image_to_text", "i2t"), ("text_to_image", "t2i")):
+        row |= {f"{short} R@{k}": round(statistics.mean(getattr(r, way)[k] for r in reports), 2) for k in (1, 5, 10)}
+    ones = [r.mean_recall_at_1 for r in reports]
+    row["mean R@1"] = round(statistics.mean(ones), 2)
+    row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
+    return row
+
+
+def _counts(reports: list[RetrievalReport]) -> dict[str, int]:
+    return {"seeds": len(reports), "n_images": reports[0].n_images, "n_texts": reports[0].n_texts}
+
+
+def report(heads: TrainedHeads, store: FeatureStore) -> RetrievalReport:
+    embedded = embed_store(heads, store, "val")
+    return retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+
+
+def _mean_recall(dev: dict[str, Any]) -> float:
+    return statistics.mean([*dev["image_to_text"].values(), *dev["text_to_image"].values()])
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    """The last one counts trained recipes that a closed form beats: a number of 0 would be all of them better."""
+    best = max(rows, key=lambda row: row["mean R@1"])
+    found = [Goal(f"best heads ({best['recipe']}): mean R@1 on val", best["mean R@1"], TARGET, "higher")]
+    found += [Goal(f"best heads: {name}", best[name], target, "higher") for name, target in REFERENCE.items()]
+    closed = [row["mean R@1"] for row in rows if not row["parameters"]]
+    trained = [row["mean R@1"] for row in rows if row["parameters"]]
+    if closed and trained:
+        worse = sum(value <= max(closed) for value in trained)
+        found.append(Goal("trained recipes that the best closed form beats", worse, 0, "lower"))
+    return found
+
+
+def made_up(work: Path) -> Path:
+    """A store of 80 images with two captions each: two noisy views of a few hidden numbers."""
+    import numpy as np
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    from conftest import write_feature_store
+
+    rng = np.random.default_rng(0)
+    splits = ["train"] * 48 + ["dev"] * 16 + ["val"] * 16
+    owners = [image for image in range(len(splits)) for _ in range(2)]
+    hidden = rng.normal(size=(len(splits), 6))
+    image = hidden @ rng.normal(size=(6, 24)) + 0.3 * rng.normal(size=(len(splits), 24))
+    text = hidden[owners] @ rng.normal(size=(6, 16)) + 0.3 * rng.normal(size=(len(owners), 16))
+    write_feature_store(work / "store", image.astype(np.float32), text.astype(np.float32), owners, splits)
+    return work / "store"
+
+
+if __name__ == "__main__":
+    main()
