@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+    from apecache.evaluate.scout import ScoutReport, ScoutSpec, scout
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
@@ -53,6 +54,8 @@ _HOME = {
     "Query": "search",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
+    "ScoutReport": "evaluate.scout",
+    "ScoutSpec": "evaluate.scout",
     "SearchIndex": "search",
     "SplitSpec": "train.batches",
     "Tower": "encoders.towers",
@@ -75,6 +78,7 @@ _HOME = {
     "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
+    "scout": "evaluate.scout",
     "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
 }
@@ -100,6 +104,8 @@ __all__ = [
     "Query",
     "Recipe",
     "RetrievalReport",
+    "ScoutReport",
+    "ScoutSpec",
     "SearchIndex",
     "SplitSpec",
     "Tower",
@@ -122,6 +128,7 @@ __all__ = [
     "probe",
     "retrieval_report",
     "save_heads",
+    "scout",
     "update_index",
     "zero_shot",
 ]

@@ -192,12 +192,15 @@ def exact_search(vectors: Floats, queries: Floats, k: int) -> tuple[Floats, NDAr
     """
     asked = torch.from_numpy(np.ascontiguousarray(queries))
     best, rows = torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.long)
+    buffer = torch.empty(len(asked) * min(TILE, len(vectors)))
     for begin in range(0, len(vectors), TILE):
-        scores = asked @ torch.from_numpy(vectors[begin : begin + TILE]).T
+        tile = torch.from_numpy(vectors[begin : begin + TILE])
+        scores = buffer[: len(asked) * len(tile)].view(len(asked), len(tile))
+        torch.mm(asked, tile.T, out=scores)
         found = scores.topk(min(k, scores.shape[1]), dim=1)
-        scores, tile = torch.cat((best, found.values), 1), torch.cat((rows, found.indices + begin), 1)
-        best, order = scores.topk(min(k, scores.shape[1]), dim=1)
-        rows = tile.gather(1, order)
+        candidates, places = torch.cat((best, found.values), 1), torch.cat((rows, found.indices + begin), 1)
+        best, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
+        rows = places.gather(1, order)
     return best.numpy(), rows.numpy()
 
 

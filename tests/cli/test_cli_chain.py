@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from apecache_cli.app import app
+from tiny import make_shapes
 from typer.testing import CliRunner, Result
 
 runner = CliRunner()
@@ -289,3 +290,19 @@ def test_an_index_of_another_kind_shows_its_recall_and_an_update_its_changes(
     assert "0 added, 0 removed" in call(*make, "--update").stdout
     told = call_json(*make, "--update")
     assert (told["kind"], told["n_added"], told["images"]["recall_at_10"]) == ("hnsw", 0, 1.0)
+
+
+def test_scout_ranks_cuts_and_draws_them(chain: dict[str, Path], tmp_path: Path) -> None:
+    table = make_shapes(tmp_path / "shapes", copies=4)
+    ask = ("scout", table, "--image", f"timm:{chain['image']}", "--text", f"hf:{chain['text']}", "--text-cut", "cls")
+    told = call_json(*ask, "--image-cut", "default", "--image-cut", "mean@-2", "--heat-map", tmp_path / "scout.svg")
+    assert {row["image"] for row in told["rows"]} == {"tiny-vit", "tiny-vit-mean-layer-2"}
+    assert {"cka", "mutual_knn", "image_to_text", "text_to_image"} <= told["rows"][0].keys()
+    drawn = (tmp_path / "scout.svg").read_text()
+    assert drawn.count("tiny-bert-cls") == 3
+    shown = call(*ask, "--split", "train").stdout
+    assert "chance" in shown
+    assert "mutual kNN" in shown
+    assert "did you mean val" in one_line_error(call(*ask, "--split", "vall"), 3)
+    assert "one vector" in one_line_error(call(*ask, "--image-cut", "tokens"), 2)
+    assert "has 6 blocks" in one_line_error(call(*ask, "--image-cut", "mean@9"), 3)
