@@ -14,8 +14,9 @@ from tiny import Grown, extract_tiny
 from apecache.errors import DataError, MismatchError, OptionError, RunError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.fingerprint import Fingerprint
+from apecache.heads.build import build_heads
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads, save_heads
-from apecache.heads.pooled import HeadSpec, build_heads
+from apecache.heads.head import HeadSpec
 from apecache.index import build_index, read_description, read_rows, require_same, update_index
 from apecache.search import Hit, Query, SearchIndex
 from apecache.store.reader import FeatureStore
@@ -111,6 +112,19 @@ def test_an_update_is_what_a_new_index_would_be(
     for image in (0, 599, list(after)[-1]):
         key = f"images/{image:04}.jpg"
         assert opened.find(Query(keys=(key,)), 1, "images")[0] == Hit(1, key, f"caption {2 * image}", pytest.approx(1))
+
+
+def test_an_image_whose_file_has_changed_is_another_image(make: Any, run: Path, tmp_path: Path) -> None:
+    store = make(list(range(30)))
+    build_index(run, store, tmp_path / "index")
+    right = (tmp_path / "index" / "images.faiss").read_bytes()
+    rows = (tmp_path / "index" / "images.jsonl").read_text().splitlines()
+    changed = json.dumps({**json.loads(rows[3]), "content": "of an older file"})
+    (tmp_path / "index" / "images.jsonl").write_text("\n".join([*rows[:3], changed, *rows[4:]]) + "\n")
+    build_vectors("flat", np.eye(8, dtype=np.float32)[np.arange(30) % 8])[0].save(tmp_path / "index" / "images.faiss")
+    report = update_index(run, store, tmp_path / "index")
+    assert (report.n_added, report.n_removed) == (1, 1)
+    assert (tmp_path / "index" / "images.faiss").read_bytes() == right
 
 
 def test_lists_are_learnt_anew_when_there_are_twice_as_many(make: Any, run: Path, tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_an_exact_index_is_a_matrix_product() -> None:
     np.testing.assert_allclose(np.take_along_axis(product, rows, 1), scores, atol=1e-6)
 
 
+@pytest.mark.parametrize("tile", [1, 64, 1499, 1500, 9999])
+def test_tiles_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = QUERIES[:50] @ VECTORS.T
+    monkeypatch.setattr(apecache.vectors, "TILE", tile)
+    for k in (1, 100, 1500):
+        scores, rows = apecache.vectors.exact_search(VECTORS, QUERIES[:50], k)
+        np.testing.assert_allclose(scores, -np.sort(-product)[:, :k], atol=1e-6)
+        np.testing.assert_allclose(np.take_along_axis(product, rows, 1), scores, atol=1e-6)
+
+
 def test_equal_vectors_count_as_found_and_missing_ones_do_not() -> None:
     vectors = np.repeat(np.eye(4, dtype=np.float32), 3, axis=0)
     best = np.ones((1, 2), np.float32)
