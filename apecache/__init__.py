@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.heads.combine import combine_heads
     from apecache.index import build_index, update_index
+    from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.search import Query, SearchIndex
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ApecacheError": "errors",
     "EncoderSpec": "encoders.spec",
+    "ExtractPlan": "planning",
     "ExtractReport": "extraction",
     "ExtractSpec": "extraction",
     "FeatureArray": "store.reader",
@@ -75,6 +77,7 @@ _HOME = {
     "load_recipe": "recipes.recipe",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
+    "plan_extraction": "planning",
     "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
@@ -86,6 +89,7 @@ _HOME = {
 __all__ = [
     "ApecacheError",
     "EncoderSpec",
+    "ExtractPlan",
     "ExtractReport",
     "ExtractSpec",
     "FeatureArray",
@@ -125,6 +129,7 @@ __all__ = [
     "load_recipe",
     "open_pairs",
     "parse_encoder",
+    "plan_extraction",
     "probe",
     "retrieval_report",
     "save_heads",

@@ -6,6 +6,7 @@ modality are filled together: each image is decoded once, and cuts of one model 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.data.images import LoadedImage, Preprocessed, preprocess_ahead
+from apecache.data.decoding import Ahead, Preprocessed, preprocess_ahead
+from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
+from apecache.data.tensors import decode_tensor
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
@@ -49,12 +52,14 @@ class EncodedShard:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """Arrays of one source that are laid out alike: the same shards, the same batches."""
+    """Arrays of one source that are laid out alike, the same shards and batches, and resized alike. `workers` and
+    `hang_seconds` as in `Ahead`."""
 
     source: PairSource
     targets: tuple[Target[ImageEncoder], ...]
     workers: int
     views: Views | None = None
+    hang_seconds: float = 30.0
 
     @property
     def layout(self) -> ArrayLayout:
@@ -67,25 +72,37 @@ class ImageJob:
         """Decoding runs ahead of the models across batches and shards."""
         shards = [self.layout.shard(index) for index in indices]
         keys = [self.key(row) for rows in shards for row in rows]
-        ahead = 2 * self.layout.batch_size + self.workers
-        with preprocess_ahead(keys, self.source.media, self.preprocess, self.workers, ahead) as decoded:
+        with self.decode(keys) as decoded:
             for rows in shards:
                 yield self._encode(rows, decoded, advance)
 
-    def preprocess(self, loaded: LoadedImage) -> list[Tensor]:
+    def decode(self, keys: Sequence[str]) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
+        """What `preprocess` makes of each image, at most two batches in front of the consumer."""
+        ahead = Ahead(self.workers, 2 * self.layout.batch_size + self.workers, self.hang_seconds)
+        views = self.views.count if self.views else 1
+        shapes = [(views, *first.encoder.input_shape) for first, *_ in self.models]
+        return preprocess_ahead(keys, self.load, self.preprocess, shapes, ahead)
+
+    def load(self, key: str) -> LoadedImage[Any]:
+        """As a tensor for encoders that resize those; views are drawn from Pillow's images."""
+        if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
+            return load_as(decode_tensor, key, self.source.media)
+        return load_image(key, self.source.media)
+
+    def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
         """For each model the pixels of one image, float32 [views, 3, height, width]; one view if there are none."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
-        return [torch.stack([first.encoder.preprocess(i) for i in images]) for first, *_ in self._models]
+        return [torch.stack([first.encoder.preprocess(i) for i in images]) for first, *_ in self.models]
 
     @property
-    def _models(self) -> list[list[Target[ImageEncoder]]]:
+    def models(self) -> list[list[Target[ImageEncoder]]]:
         return _by_model(self.targets)
 
     def _encode(self, rows: range, decoded: Iterator[Preprocessed[list[Tensor]]], advance: Advance) -> EncodedShard:
         size, shape = self.layout.batch_size, (len(rows), *((self.views.count,) if self.views else ()))
         features = {id(t): np.zeros((*shape, *t.encoder.row_shape), np.float32) for t in self.targets}
         content, bad = [""] * len(rows), dict[int, RowError]()
-        buffers = [_PixelBuffers(targets, size, self.views.count if self.views else 1) for targets in self._models]
+        buffers = [_PixelBuffers(targets, size, self.views.count if self.views else 1) for targets in self.models]
         late: list[_Late] = []
         for begin in range(0, len(rows), size):
             count = min(size, len(rows) - begin)
@@ -97,7 +114,7 @@ class ImageJob:
                     buffer[slot] = value
                 if row.error is not None:
                     bad[begin + slot] = row.error
-            started = [_Late(t, begin, count, pixels) for t, pixels in zip(self._models, pixels, strict=True)]
+            started = [_Late(t, begin, count, pixels) for t, pixels in zip(self.models, pixels, strict=True)]
             _finish(late, features)  # the results of the batch before, while this one is on its way
             late = started
             advance(count)
@@ -187,6 +204,30 @@ class TextJob:
         advance(len(bad))
         content = [content_hash(text) for text in texts]
         return EncodedShard(tuple(features), content, bad, lengths, tokens.n_truncated)
+
+
+def image_jobs(
+    source: PairSource, targets: Sequence[Target[ImageEncoder]], workers: int, views: Views | None, hang_seconds: float
+) -> list[ImageJob]:
+    """One for all arrays that are laid out alike: images are decoded once for all of them."""
+    groups = _alike(targets, lambda target: target.encoder.spec.resize)
+    return [ImageJob(source, tuple(group), workers, views, hang_seconds) for group in groups]
+
+
+def text_jobs(source: PairSource, targets: Sequence[Target[TextEncoder]]) -> list[TextJob]:
+    """One for all cuts of one model."""
+    return [TextJob(source, tuple(group)) for group in _alike(targets, lambda target: id(target.encoder.module))]
+
+
+def _alike(
+    targets: Sequence[Target[Encoder]], kind: Callable[[Target[Encoder]], object]
+) -> list[list[Target[Encoder]]]:
+    """Targets of the same kind whose arrays have the same batches and shards, together."""
+    groups: dict[object, list[Target[Encoder]]] = {}
+    for target in targets:
+        layout = target.record.layout
+        groups.setdefault((kind(target), layout.batch_size, layout.shard_rows, layout.threads), []).append(target)
+    return list(groups.values())
 
 
 def _by_model(targets: Sequence[Target[Encoder]]) -> list[list[Target[Encoder]]]:

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apecache.data.media import FolderMedia, NoMedia
 from apecache.data.pairs import PairSource
-from apecache.encode import EncodedShard, ImageJob, Target, TextJob
+from apecache.encode import EncodedShard, ImageJob, Target, TextJob, image_jobs, text_jobs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.errors import BadRowsError, DataError, ManifestError, OptionError, RowError
@@ -33,20 +32,35 @@ __all__ = [
     "ExtractReport",
     "ExtractSpec",
     "Progress",
+    "Standing",
     "extract",
     "extract_pending",
     "load_encoders",
 ]
 
-Progress = Callable[[str, int, int], None]
-"""Called with (modality, rows done, rows in all) after every batch."""
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is with one modality: `done` of `rows`. `n_bad` of them could not be encoded and `n_bytes` of
+    features were committed, both by this run and in the shards that it has finished."""
+
+    modality: Modality
+    done: int
+    rows: int
+    n_bad: int = 0
+    n_bytes: int = 0
+
+
+Progress = Callable[[Standing], None]
+"""Called after every batch and every commit."""
 
 UNFINDABLE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class ArrayReport:
-    """One array after the run. `n_encoded` rows were encoded by this run, in `seconds`; `n_truncated` captions cut."""
+    """One array after the run. `n_encoded` rows, `n_bytes` of features, were encoded by this run, in `seconds`;
+    `n_truncated` captions were cut."""
 
     modality: Modality
     name: str
@@ -58,15 +72,18 @@ class ArrayReport:
     reasons: dict[str, int]
     examples: tuple[str, ...]
     seconds: float
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all the same)."""
+    """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all the same).
+    `seconds`: of the whole run, without loading the encoders."""
 
     store: Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
+    seconds: float = 0.0
 
     @property
     def nothing_to_do(self) -> bool:
@@ -81,8 +98,9 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the store.
         DataError: one image, byte for byte, stands in two splits.
     """
-    _require_inputs(source, spec)
+    require_inputs(source, spec)
     encoders = load_encoders(spec)
+    begin = time.perf_counter()
     segments = split_source(source, store, spec.append)
     totals = _totals(source, encoders)
     for path, part in segments:
@@ -91,7 +109,7 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
     reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
     duplicates = _duplicates(opened, reports)
     _require_few_bad(reports, spec.max_bad)
-    return ExtractReport(store, reports, duplicates)
+    return ExtractReport(store, reports, duplicates, time.perf_counter() - begin)
 
 
 def extract_pending(
@@ -144,7 +162,7 @@ def _extract_segment(
 # --- before ----------------------------------------------------------------------------------------------------------
 
 
-def _require_inputs(source: PairSource, spec: ExtractSpec) -> None:
+def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a source that cannot give what is asked for before anything is written."""
     if spec.text and not source.captions:
         raise ManifestError(f"{source.origin} has no captions to encode; leave --text out, or give a source that has")
@@ -176,6 +194,7 @@ class _Tally:
     layout: ArrayLayout
     n_encoded: int = 0
     n_truncated: int = 0
+    n_bytes: int = 0
     seconds: float = 0.0
 
 
@@ -187,7 +206,13 @@ class _Total:
     rows: int
     passes: int = 1
     done: int = 0
+    n_bad: int = 0
     tallies: dict[str, _Tally] = field(default_factory=dict)
+
+    @property
+    def standing(self) -> Standing:
+        n_bytes = sum(tally.n_bytes for tally in self.tallies.values())
+        return Standing(self.modality, self.done, self.rows * self.passes, self.n_bad, n_bytes)
 
 
 def _totals(source: PairSource, encoders: Encoders) -> dict[Modality, _Total]:
@@ -206,14 +231,12 @@ def _image_jobs(
     spec: ExtractSpec,
     totals: dict[Modality, _Total],
 ) -> Iterator[ImageJob]:
-    """One for all arrays that are laid out alike: images are decoded once for all of them."""
     if encoders:
         records = _prepared(store, encoders, len(part), spec, totals["image"], ())
         targets = [Target(*both) for both in zip(encoders, records, strict=True)]
-        groups = _alike(targets, lambda target: target.encoder.spec.resize)
-        totals["image"].passes = len(groups)
-        for group in groups:
-            yield ImageJob(part, tuple(group), spec.workers, spec.views)
+        jobs = image_jobs(part, targets, spec.workers, spec.views, spec.hang_seconds)
+        totals["image"].passes = len(jobs)
+        yield from jobs
 
 
 def _text_jobs(
@@ -223,14 +246,12 @@ def _text_jobs(
     spec: ExtractSpec,
     totals: dict[Modality, _Total],
 ) -> Iterator[TextJob]:
-    """One for all cuts of one model."""
     if encoders:
         records = _prepared(store, encoders, len(part.captions), spec, totals["text"], part.captions)
         targets = [Target(*both) for both in zip(encoders, records, strict=True)]
-        groups = _alike(targets, lambda target: id(target.encoder.module))
-        totals["text"].passes = len(groups)
-        for group in groups:
-            yield TextJob(part, tuple(group))
+        jobs = text_jobs(part, targets)
+        totals["text"].passes = len(jobs)
+        yield from jobs
 
 
 def _prepared(
@@ -248,15 +269,6 @@ def _prepared(
     return records
 
 
-def _alike(targets: list[Any], kind: Callable[[Any], object]) -> list[list[Any]]:
-    """Targets of the same kind whose arrays have the same batches and shards, together."""
-    groups: dict[object, list[Any]] = {}
-    for target in targets:
-        layout = target.record.layout
-        groups.setdefault((kind(target), layout.batch_size, layout.shard_rows, layout.threads), []).append(target)
-    return list(groups.values())
-
-
 def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
     """Encode and commit every pending shard of one segment, then seal its arrays."""
     writers = [ArrayWriter(files, target.record) for target in job.targets]
@@ -268,7 +280,7 @@ def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Pr
 
     def advance(count: int) -> None:
         total.done += count
-        progress(total.modality, total.done, total.rows * total.passes)
+        progress(total.standing)
 
     advance(sum(len(job.layout.shard(shard)) for shard in range(job.layout.n_shards) if shard not in set(pending)))
     begin = time.perf_counter()
@@ -276,11 +288,18 @@ def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Pr
         for writer, done, features in zip(writers, committed, encoded.features, strict=True):
             if shard not in done:
                 _commit(writer, shard, features, encoded, job)
-                total.tallies[writer.record.name].n_encoded += len(encoded.content)
-                total.tallies[writer.record.name].n_truncated += encoded.n_truncated
+                _count(total.tallies[writer.record.name], encoded)
+        total.n_bad += len(encoded.bad)
+        advance(0)
     for writer in writers:
         writer.seal()
         total.tallies[writer.record.name].seconds += time.perf_counter() - begin
+
+
+def _count(tally: _Tally, encoded: EncodedShard) -> None:
+    tally.n_encoded += len(encoded.content)
+    tally.n_truncated += encoded.n_truncated
+    tally.n_bytes += len(encoded.content) * tally.layout.row_bytes
 
 
 def _commit(
@@ -310,7 +329,7 @@ def _report(store: FeatureStore, total: _Total, name: str) -> ArrayReport:
     examples = tuple(f"row {row['row']}: {row['reason']}: {row['detail']}" for row in bad[:5])
     counts = (tally.n_encoded, len(bad), tally.n_truncated)
     about = (total.modality, array.name, array.rows, array.dim)
-    return ArrayReport(*about, *counts, reasons, examples, tally.seconds)
+    return ArrayReport(*about, *counts, reasons, examples, tally.seconds, tally.n_bytes)
 
 
 def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:

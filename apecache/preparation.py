@@ -21,8 +21,16 @@ from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chu
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import create_array
 
+FEW_CORES, MAX_WORKERS = 2, 16
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 256, 4096
 SHARD_SECONDS = 60
+
+
+def default_workers() -> int:
+    """Decoding processes, one for each core. On few cores they take them from the model's own threads, and threads are
+    faster (benchmarks/speed/extract compares both)."""
+    cores = cpu_count() or 1
+    return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class ExtractSpec:
 
     `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`: augmentations to encode
     in place of each image.
+    `workers`: processes that decode, 0 for threads of this one (the default on up to two cores). `hang_seconds`: how
+    long one of them may take for one image.
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
@@ -42,7 +52,8 @@ class ExtractSpec:
     text_batch: int | None = None
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32"] = "float16"
-    workers: int = field(default_factory=lambda: min(16, cpu_count() or 1))
+    workers: int = field(default_factory=default_workers)
+    hang_seconds: float = 30.0
     max_bad: float = 0.01
     device: str = "auto"
     add: bool = False
@@ -85,17 +96,36 @@ def prepare_arrays(
     Raises:
         MismatchError: features of another encoder, preprocessing or batch size. StoreError: the disk is too small.
     """
-    names = [array_name(encoder, spec) for encoder in encoders]
-    found = [_find_array(store, encoder, spec, names) for encoder in encoders]
-    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
-    layouts = _layouts(new, rows, spec, like or {}, captions)
-    _require_room(store, layouts)
-    new_records = (_new_record(store, *both, spec) for both in zip(new, layouts, strict=True))
-    records = [array.record if array is not None else next(new_records) for array in found]
+    found, layouts = arrays_and_layouts(store, encoders, rows, spec, like or {}, captions)
+    _require_room(store, [layout for array, layout in zip(found, layouts, strict=True) if array is None])
+    records = [
+        array.record if array is not None else _new_record(store, encoder, layout, spec)
+        for array, encoder, layout in zip(found, encoders, layouts, strict=True)
+    ]
     for record in records:
         create_array(store.files, record)  # finishes what a killed run began
     torch.set_num_threads(records[0].layout.threads)  # the last bits of features depend on it
     return records
+
+
+def arrays_and_layouts(
+    store: FeatureStore | None,
+    encoders: Sequence[ImageEncoder | TextEncoder],
+    rows: int,
+    spec: ExtractSpec,
+    like: Mapping[str, ArrayLayout],
+    captions: Sequence[str],
+) -> tuple[list[FeatureArray | None], list[ArrayLayout]]:
+    """For each encoder the array that is there, if any, and how it is or would be laid out; nothing is written.
+
+    Raises:
+        MismatchError: as `prepare_arrays`.
+    """
+    names = [array_name(encoder, spec) for encoder in encoders]
+    found = [_find_array(store, encoder, spec, names) if store else None for encoder in encoders]
+    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
+    layouts = iter(_layouts(new, rows, spec, like, captions))
+    return found, [array.record.layout if array is not None else next(layouts) for array in found]
 
 
 def array_name(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> str:
@@ -215,16 +245,15 @@ def _calibrated_rows(encoders: Sequence[ImageEncoder | TextEncoder], batch: int,
 
 
 def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:
-    needed = int(1.05 * sum(layout.n_shards * sum(chunk_bytes(layout).values()) for layout in layouts))
+    needed = sum(room_bytes(layout, layout.n_shards) for layout in layouts)
     free = shutil.disk_usage(store.path).free
     if needed > free:
-        raise StoreError(f"{store.path}: {_size(needed)} needed for the features, {_size(free)} free")
+        raise StoreError(f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} MB free")
 
 
-def _size(count: int) -> str:
-    """`1.2 MB`: bytes in the largest unit that leaves a whole one."""
-    unit = next((unit for unit in (10**9, 10**6, 10**3) if count >= unit), 1)
-    return f"{count / unit:,.1f} { {10**9: 'GB', 10**6: 'MB', 10**3: 'kB', 1: 'bytes'}[unit] }"
+def room_bytes(layout: ArrayLayout, shards: int) -> int:
+    """On disk, records included."""
+    return int(1.05 * shards * sum(chunk_bytes(layout).values()))
 
 
 def environment(device: torch.device) -> Json:

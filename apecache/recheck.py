@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apecache.data.images import load_image
 from apecache.encode import ImageJob, Target, TextJob
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
@@ -46,7 +45,7 @@ def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArra
         return _encode_texts(job.targets[place], [job.source.captions[row] for row in rows])
     alone = ImageJob(job.source, (job.targets[place],), 1, job.views)
     try:
-        (views,) = zip(*(alone.preprocess(load_image(job.key(row), job.source.media)) for row in rows), strict=True)
+        (views,) = zip(*(alone.preprocess(alone.load(job.key(row))) for row in rows), strict=True)
     except RowError as error:
         raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
     pixels = torch.stack(views)

@@ -16,6 +16,7 @@ from .inputs import (
     SplitSeed,
     open_spec,
 )
+from .memory import keep_freed_memory
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
 CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
@@ -66,13 +67,28 @@ def extract(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
+    resize: Annotated[
+        str, typer.Option(help="reference (the encoder's own) or torchvision: faster, other in the last bits.")
+    ] = "reference",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Decoding processes; 0 is threads. Default: one a core; on two, threads."),
+    ] = None,
+    hang_seconds: Annotated[
+        float, typer.Option(min=0.1, help="A decoding process that takes longer for one image is replaced.")
+    ] = 30.0,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
     ] = 0.01,
     add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
     append: Annotated[bool, typer.Option("--append", help="The table has grown at its end: encode that too.")] = False,
     recheck: Annotated[bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take in bytes, time and money; write nothing.")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of the machine, in any currency; for --dry-run.")
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -91,20 +107,47 @@ def extract(
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
         splits = (split, split_file, split_fraction, split_seed)
         source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root))
-        images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution)
+        choice("--resize", resize, ("reference", "torchvision"))
+        images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
         from apecache.extraction import ExtractSpec
         from apecache.extraction import extract as run
 
+        keep_freed_memory()
+
         options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
         options |= {"device": device, "add": add, "append": append, "recheck": recheck}
-        options |= {"workers": workers} if workers else {}
+        options |= {"hang_seconds": hang_seconds} | ({"workers": workers} if workers is not None else {})
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
+        if dry_run:
+            show_plan(source, store, spec, price_per_hour, json)
+            return
         with progress() as update:
             report = run(source, store, spec, update)
         show_extracted(report, json)
+
+
+def show_plan(source: Any, store: Path, spec: Any, price_per_hour: float | None, json: bool) -> None:
+    from apecache.planning import plan_extraction
+
+    plan = plan_extraction(source, store, spec, price_per_hour)
+    if json:
+        sums = {"n_bytes": plan.n_bytes, "seconds": plan.seconds, "fits": plan.fits}
+        show_json({**vars(plan), "arrays": [vars(array) for array in plan.arrays], **sums})
+        return
+    columns = ("modality", "features", "rows", "shape", "to encode", "MB")
+    rows = [
+        (a.modality, a.name, a.rows, " x ".join(map(str, a.row_shape)), a.n_pending, a.n_bytes / 1e6)
+        for a in plan.arrays
+    ]
+    show_table(str(plan.store), columns, rows)
+    about = f"about {plan.seconds:,.0f} s (images {plan.image_seconds:,.0f}, texts {plan.text_seconds:,.0f})"
+    money = "" if plan.price is None else f", price {plan.price:,.2f}"
+    typer.echo(f"{about}{money}; {plan.n_bytes / 1e6:,.1f} MB of {plan.free_bytes / 1e6:,.1f} MB free; nothing written")
+    if not plan.fits:
+        warn("the disk is too small")
 
 
 def encoder_specs(names: list[str] | None, modality: Any, cuts: list[str] | None, dtype: Any, **settings: Any) -> Any:
@@ -164,3 +207,11 @@ def show_extracted(report: Any, json: bool) -> None:
             for a in report.arrays
         ]
         show_table(str(report.store), columns, rows)
+        typer.echo(summary(report))
+
+
+def summary(report: Any) -> str:
+    """One line. Arrays that are filled in one pass share its seconds."""
+    rows, size = sum(a.n_encoded for a in report.arrays), sum(a.n_bytes for a in report.arrays)
+    bad = sum(a.n_quarantined for a in report.arrays)
+    return f"{rows:,} rows encoded in {report.seconds:.1f} s, {size / 1e6:,.1f} MB; {bad:,} unreadable"

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .extract import choice, encoder_specs
+from .memory import keep_freed_memory
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table
 
 
@@ -108,6 +109,8 @@ def fit_encoder(
         from apecache.train.batches import SplitSpec
         from apecache.train.encoder_data import FitEncoderSpec
         from apecache.train.fit_encoder import fit_encoder as run
+
+        keep_freed_memory()
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
         precision: Any = autocast

@@ -17,7 +17,7 @@ from .inputs import (
     SplitSeed,
     open_spec,
 )
-from .terminal import Device, Json, ending, progress, show_json, show_table, warn
+from .terminal import Device, Json, ending, show_json, show_table, warn
 
 
 def scout(
@@ -60,8 +60,7 @@ def scout(
         from apecache.evaluate.scout import ScoutSpec, of_split
         from apecache.evaluate.scout import scout as run
 
-        with progress() as update:
-            report = run(of_split(source, split), ScoutSpec(images, texts, n, seed, device), update)
+        report = run(of_split(source, split), ScoutSpec(images, texts, n, seed, device), show_progress)
         if report.n_unreadable:
             warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
         if heat_map:
@@ -73,6 +72,12 @@ def scout(
             show_json({**vars(report), "rows": rows})
         else:
             show_report(report)
+
+
+def show_progress(encoder: str, done: int, total: int) -> None:
+    """A line for each encoder that is done; samples are small."""
+    if done == total:
+        typer.echo(f"{encoder}: {done:,} encoded", err=True)
 
 
 def heat_maps(report: Any) -> list[Any]:

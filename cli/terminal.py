@@ -95,28 +95,60 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
 
 
+class _Rate:
+    """What progress says of one stage: rows a second since it began, what is written, what could not be read.
+
+    `Standing` comes from `apecache.extraction`, which is too heavy to import here.
+    """
+
+    def __init__(self, first: Any) -> None:
+        self.began, self.first = time.monotonic(), first.done
+
+    def per_second(self, standing: Any) -> float:
+        return float((standing.done - self.first) / max(time.monotonic() - self.began, 1e-9))
+
+    def text(self, standing: Any) -> str:
+        size = f", {standing.n_bytes / 1e9:.3f} GB" if standing.n_bytes else ""
+        bad = f", {standing.n_bad:,} unreadable" if standing.n_bad else ""
+        return f"{self.per_second(standing):.1f}/s{size}{bad}"
+
+
 class _Lines:
     """Progress for a log file: a line at the start of a stage, every ten seconds, and at its end."""
 
     def __init__(self) -> None:
-        self.began: dict[str, tuple[float, int]] = {}
+        self.rates: dict[str, _Rate] = {}
         self.shown = 0.0
+        self.last: Any = None
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began, first = self.began.setdefault(what, (now, done))
-        if now - self.shown >= 10 or done == total:
-            self.shown = now
-            rate = (done - first) / max(now - began, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            typer.echo(f"{what}: {done:,}/{total:,}, {rate:.1f}/s{left}", err=True)
+    def __call__(self, standing: Any) -> None:
+        if standing.modality not in self.rates:
+            self.end()
+            self.rates[standing.modality], self.shown = _Rate(standing), 0.0
+        self.last = standing
+        if time.monotonic() - self.shown >= 10:
+            self._show(standing)
+
+    def end(self) -> None:
+        """The last line of a stage, once all of it is known."""
+        if self.last is not None:
+            self._show(self.last)
+
+    def _show(self, standing: Any) -> None:
+        self.shown, self.last = time.monotonic(), None
+        rate, left = self.rates[standing.modality], standing.rows - standing.done
+        per_second = rate.per_second(standing)
+        until = f", {left / per_second:.0f} s left" if per_second and left else ""
+        typer.echo(f"{standing.modality}: {standing.done:,}/{standing.rows:,}, {rate.text(standing)}{until}", err=True)
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Callable[[Any], None]]:
     """Progress with rate and time left, on standard error: a bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
-        yield _Lines()
+        lines = _Lines()
+        yield lines
+        lines.end()
         return
     from rich import progress as rich_progress
     from rich.console import Console
@@ -129,13 +161,13 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, tuple[Any, float, int]] = {}
+        tasks: dict[str, tuple[Any, _Rate]] = {}
 
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = (bar.add_task(what, total=total, completed=done, rate=""), time.monotonic(), done)
-            task, began, first = tasks[what]
-            rate = (done - first) / max(time.monotonic() - began, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
+        def update(standing: Any) -> None:
+            if standing.modality not in tasks:
+                task = bar.add_task(standing.modality, total=standing.rows, completed=standing.done, rate="")
+                tasks[standing.modality] = task, _Rate(standing)
+            task, rate = tasks[standing.modality]
+            bar.update(task, completed=standing.done, total=standing.rows, rate=rate.text(standing))
 
         yield update

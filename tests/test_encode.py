@@ -171,7 +171,7 @@ def test_stopping_between_shards_leaves_no_decoding_thread(shapes_once: Path, vi
     shards = image_job(shapes_once, vit, 1, workers=4).shards(range(3), lambda n: None)
     next(shards)
     shards.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 # Captions

@@ -22,7 +22,7 @@ import apecache.segments as segments
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, IncompleteError, MismatchError, OptionError
-from apecache.extraction import ExtractReport, ExtractSpec, extract
+from apecache.extraction import ExtractReport, ExtractSpec, Standing, extract
 from apecache.fingerprint import Fingerprint, content_hash
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
@@ -687,10 +687,11 @@ def test_the_report_says_what_was_done(
 def test_progress_counts_every_row_of_both_segments_once(
     grown: Grown, tiny_image_encoder: Path, load_once: None
 ) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[Standing] = []
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", max_bad=1.0)
     shutil.rmtree(grown.store / "records/image/tiny-vit/commits")
     (grown.store / "records/image/tiny-vit/seal.json").unlink()
-    extract(open_pairs(grown.table), grown.store, spec, lambda *told: seen.append(told))
-    assert [done for _, done, _ in seen] == [0, 4, 5, 9, 10, 12, 16]
-    assert {(what, total) for what, _, total in seen} == {("image", 16)}
+    extract(open_pairs(grown.table), grown.store, spec, seen.append)
+    assert list(dict.fromkeys(standing.done for standing in seen)) == [0, 4, 5, 9, 10, 12, 16]
+    assert {(standing.modality, standing.rows) for standing in seen} == {("image", 16)}
+    assert (seen[-1].n_bad, seen[-1].n_bytes) == (1, 12 * 64 * 2)  # four rows were there

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from tiny import tree
 from typer.testing import CliRunner
 
-import apecache.data.images as images
 from apecache.data.augment import Views
 from apecache.data.images import load_image
 from apecache.data.sources import open_pairs
@@ -70,19 +69,20 @@ def test_cuts_of_one_model_and_a_second_encoder_are_what_each_is_alone(
     assert tokens.load().shape == (12, tokens.tokens, tokens.dim)
 
 
-def test_an_image_is_decoded_once_for_all_arrays(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded: list[str] = []
-    real = images.load_image
+def test_an_image_is_decoded_once_for_all_arrays(shapes_once: Path, tmp_path: Path, image: EncoderSpec) -> None:
+    read: list[str] = []
+    source = open_pairs(shapes_once)
 
-    def counted(key: str, media: Any) -> Any:
-        decoded.append(key)
-        return real(key, media)
+    class Counted:
+        place, exists = source.media.place, source.media.exists
 
-    monkeypatch.setattr(images, "load_image", counted)
-    run(shapes_once, tmp_path / "store", options(image=(image, replace(image, pooling="max"))))
-    assert sorted(decoded) == sorted(open_pairs(shapes_once).keys)
+        def read(self, key: str) -> bytes:
+            read.append(key)
+            return source.media.read(key)
+
+    several = (image, replace(image, pooling="max"), replace(image, resolution=64))
+    extract(replace(source, media=Counted()), tmp_path / "store", options(image=several, workers=0))
+    assert sorted(read) == sorted(source.keys)
 
 
 def test_ragged_tokens_are_each_captions_own(shapes_once: Path, tmp_path: Path, text: EncoderSpec) -> None:

@@ -193,3 +193,11 @@ def test_the_environment_is_recorded_and_no_part_of_the_identity(empty: FeatureS
     record: ArrayRecord = prepare_one(empty, vit, 12, ExtractSpec(shard_rows=5))
     assert record.environment == environment(torch.device("cpu"))
     assert "versions" not in record.fingerprint.fields
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 0), (2, 0), (3, 3), (8, 8), (64, 16), (None, 0)])
+def test_decoding_has_a_process_for_each_core_and_threads_on_few(
+    cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "cpu_count", lambda: cores)
+    assert ExtractSpec().workers == expected

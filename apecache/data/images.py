@@ -8,10 +8,8 @@ header's size is known, formats come from an allow-list, and a truncated file is
 import io
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -30,31 +28,44 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LoadedImage:
-    """`image` is RGB; `digest` is the BLAKE3 of the file's bytes."""
+class LoadedImage(Generic[T]):
+    """`image` is RGB, of the kind that `decode` gave; `digest` is the BLAKE3 of the file's bytes."""
 
-    image: Image.Image
+    image: T
     digest: str
 
 
-def load_image(key: str, media: Media) -> LoadedImage:
+def decode_image(data: bytes, key: str) -> Image.Image:
+    """RGB image from the bytes of a file.
+
+    Raises:
+        RowError: not-an-image, too-large, truncated.
+    """
+    return decode_opened(data, key, _load)
+
+
+def load_image(key: str, media: Media) -> LoadedImage[Image.Image]:
     """Read the image that a table calls `key`.
 
     Raises:
-        RowError: not-an-image, too-large, truncated, and what `Media.read` raises.
+        RowError: what `decode_image` and `Media.read` raise.
     """
+    return load_as(decode_image, key, media)
+
+
+def load_as(decode: Callable[[bytes, str], T], key: str, media: Media) -> LoadedImage[T]:
+    """`load_image` by another decoder."""
     data = media.read(key)
-    return LoadedImage(decode_image(data, key), content_hash(data))
+    return LoadedImage(decode(data, key), content_hash(data))
 
 
-def decode_image(data: bytes, key: str) -> Image.Image:
-    """RGB image from the bytes of a file."""
+def decode_opened(data: bytes, key: str, decode: Callable[[Image.Image], T]) -> T:
+    """What `decode` makes of an image whose header is read, its format and size found to be allowed."""
     try:
         with _QUIET:
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(opened, key)
-            opened.load()
-            return to_rgb(ImageOps.exif_transpose(opened))
+            return decode(opened)
     except UnidentifiedImageError:
         raise RowError("not-an-image", f"{key} is none of {', '.join(FORMATS)} that can be read") from None
     except Image.DecompressionBombError:
@@ -65,8 +76,13 @@ def decode_image(data: bytes, key: str) -> Image.Image:
         raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
 
 
+def _load(opened: Image.Image) -> Image.Image:
+    opened.load()
+    return to_rgb(ImageOps.exif_transpose(opened))
+
+
 class _Quiet:
-    """Hides Pillow's warnings of odd metadata; what cannot be decoded raises.
+    """Hides warnings of odd metadata (Pillow) and of a successor that we do not need (torchvision).
 
     Filters belong to the whole process, so `catch_warnings` in each of several threads would leave them changed: the
     first thread in changes them, the last one out restores them.
@@ -80,6 +96,7 @@ class _Quiet:
             if self._inside == 0:
                 self._saved.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchV")
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -108,48 +125,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class Preprocessed(Generic[T]):
-    """What `preprocess` made of one image, or why there is none. `digest` is that of the file, empty if unread."""
-
-    value: T | None
-    digest: str
-    error: RowError | None
-
-
-@contextmanager
-def preprocess_ahead(
-    keys: Sequence[str], media: Media, preprocess: Callable[[LoadedImage], T], workers: int, ahead: int
-) -> Iterator[Iterator[Preprocessed[T]]]:
-    """Images read and preprocessed by `workers` threads, in the order of `keys`, at most `ahead` of the consumer.
-
-    Threads suffice: Pillow decodes and resizes without the interpreter's lock.
-    """
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            yield _in_order(keys, lambda key: _preprocess(key, media, preprocess), pool, ahead)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _in_order(
-    keys: Sequence[str], work: Callable[[str], Preprocessed[T]], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Preprocessed[T]]:
-    waiting: deque[Future[Preprocessed[T]]] = deque(pool.submit(work, key) for key in keys[:ahead])
-    for position in range(len(keys)):
-        result = waiting.popleft().result()
-        if position + ahead < len(keys):
-            waiting.append(pool.submit(work, keys[position + ahead]))
-        yield result
-
-
-def _preprocess(key: str, media: Media, preprocess: Callable[[LoadedImage], T]) -> Preprocessed[T]:
-    try:
-        loaded = load_image(key, media)
-        return Preprocessed(preprocess(loaded), loaded.digest, None)
-    except RowError as error:
-        return Preprocessed(None, "", error)
-    except (ValueError, OSError, RuntimeError) as error:
-        return Preprocessed(None, "", RowError("unusable", f"{key}: {error}"))

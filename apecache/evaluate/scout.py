@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apecache.data.images import Preprocessed, preprocess_ahead
+from apecache.data.decoding import Ahead, preprocess_ahead
+from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
 from apecache.encode import caption_error, encode_or_halve
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
@@ -115,13 +116,22 @@ def _pixel_batches(
     source: PairSource, keys: list[str], encoder: ImageEncoder, spec: ScoutSpec
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first row, float32 [n, 3, height, width], bool [n]); what cannot be read is zeros."""
-    ahead = 2 * spec.batch + spec.workers
-    with preprocess_ahead(keys, source.media, lambda i: encoder.preprocess(i.image), spec.workers, ahead) as decoded:
+    ahead = Ahead(spec.workers, 2 * spec.batch + spec.workers)
+    with preprocess_ahead(
+        keys,
+        lambda key: load_image(key, source.media),
+        lambda loaded: [encoder.preprocess(loaded.image)],
+        [encoder.input_shape],
+        ahead,
+    ) as decoded:
         for begin in range(0, len(keys), spec.batch):
-            found: list[Preprocessed[Tensor]] = [next(decoded) for _ in keys[begin : begin + spec.batch]]
-            blank = torch.zeros(encoder.input_shape)
-            pixels = torch.stack([blank if row.value is None else row.value for row in found])
-            yield begin, pixels, torch.tensor([row.value is not None for row in found])
+            count = min(spec.batch, len(keys) - begin)
+            pixels, good = torch.zeros(count, *encoder.input_shape), torch.zeros(count, dtype=torch.bool)
+            for slot in range(count):
+                row = next(decoded)
+                if row.value is not None:
+                    pixels[slot], good[slot] = row.value[0], True
+            yield begin, pixels, good
 
 
 def _encode_all_texts(captions: list[str], spec: ScoutSpec, progress: Progress) -> dict[EncoderSpec, Tensor]:

@@ -1,10 +1,8 @@
-"""Image files: exact pixels for every defined conversion, a reason for everything else, and decoding ahead."""
+"""Image files: exact pixels for every defined conversion, a reason for everything else."""
 
 import io
 import os
 import struct
-import threading
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from apecache.data.images import MAX_PIXELS, decode_image, load_image, preprocess_ahead
+from apecache.data.images import MAX_PIXELS, decode_image, load_image
 from apecache.data.media import FolderMedia
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
@@ -338,109 +336,3 @@ def test_a_file_that_cannot_be_an_image_is_refused_with_its_reason(root: Path, k
     for name, content in contents.items():
         (root / name).write_bytes(content)
     assert reason(key, root) == expected
-
-
-# Decoding ahead of the consumer
-
-
-def width_slowly(image: Image.Image) -> int:
-    time.sleep(0.001 * (image.width % 4))  # later images would overtake earlier ones
-    return image.width
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> tuple[Path, list[str]]:
-    """48 images, 1 to 48 pixels wide; every fifth is bad in one way or another."""
-    for width in range(1, 49):
-        noise(width, 3, width).save(tmp_path / f"{width}.png")
-    for width in range(5, 49, 5):
-        path = tmp_path / f"{width}.png"
-        path.write_bytes(path.read_bytes()[: 60 if width % 2 else 0])
-    (tmp_path / "10.png").unlink()
-    return tmp_path, [f"{width}.png" for width in range(1, 49)]
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
-@pytest.mark.parametrize("ahead", [1, 5, 100])
-def test_images_come_in_the_order_of_their_keys_with_bad_ones_between(
-    folder: tuple[Path, list[str]], workers: int, ahead: int
-) -> None:
-    root, keys = folder
-    with preprocess_ahead(keys, FolderMedia(root), width_slowly, workers, ahead) as decoded:
-        rows = list(decoded)
-    assert [row.value for row in rows] == [None if width % 5 == 0 else width for width in range(1, 49)]
-    reasons = {i + 1: row.error.reason for i, row in enumerate(rows) if row.error}
-    expected = {width: "truncated" if width % 2 else "empty" for width in range(5, 49, 5)} | {10: "missing"}
-    assert reasons == expected
-    for key, row in zip(keys, rows, strict=True):
-        assert row.digest == ("" if row.error else content_hash((root / key).read_bytes()))
-
-
-def test_an_image_that_the_encoder_cannot_take_is_a_bad_row_and_a_defect_is_not(root: Path) -> None:
-    def refuse(image: Image.Image) -> int:
-        raise ValueError("too narrow")
-
-    def defect(image: Image.Image) -> int:
-        raise TypeError("a defect")
-
-    with preprocess_ahead(["sub/good.png"], FolderMedia(root), refuse, 1, 1) as decoded:
-        error = next(decoded).error
-    assert error is not None
-    assert (error.reason, error.detail) == ("unusable", "sub/good.png: too narrow")
-    with (
-        preprocess_ahead(["sub/good.png"], FolderMedia(root), defect, 1, 1) as decoded,
-        pytest.raises(TypeError, match="a defect"),
-    ):
-        next(decoded)
-
-
-def test_decoding_is_never_further_ahead_than_allowed(folder: tuple[Path, list[str]]) -> None:
-    root, keys = folder
-    keys = [key for key in keys if int(key.partition(".")[0]) % 5]
-    started: list[int] = []
-    with preprocess_ahead(keys, FolderMedia(root), lambda image: started.append(image.width), 4, 6) as decoded:
-        for consumed, _ in enumerate(decoded, 1):
-            time.sleep(0.002)
-            assert len(started) <= consumed + 6
-    assert len(started) == len(keys)
-
-
-def test_leaving_early_cancels_what_has_not_begun_and_leaves_no_thread(root: Path) -> None:
-    started: list[int] = []
-
-    def slowly(image: Image.Image) -> None:
-        started.append(1)
-        time.sleep(0.01)
-
-    before = threading.active_count()
-    with preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), slowly, 2, 200) as decoded:
-        next(decoded)
-    at_exit = len(started)
-    assert at_exit < 100  # all 200 were handed to the workers
-    assert threading.active_count() == before
-    time.sleep(0.03)
-    assert len(started) == at_exit
-
-
-def test_leaving_by_an_error_cancels_too(root: Path) -> None:
-    started: list[int] = []
-
-    def slowly(image: Image.Image) -> None:
-        started.append(1)
-        time.sleep(0.01)
-
-    with (  # noqa: PT012
-        pytest.raises(KeyError),
-        preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), slowly, 2, 200) as decoded,
-    ):
-        next(decoded)
-        raise KeyError
-    assert len(started) < 100
-
-
-def test_decoding_in_threads_leaves_the_warning_filters_of_the_process_alone(root: Path) -> None:
-    before = list(warnings.filters)
-    for _ in range(3):
-        with preprocess_ahead(["sub/good.png"] * 200, FolderMedia(root), lambda image: image.size, 8, 32) as decoded:
-            assert sum(1 for _ in decoded) == 200
-        assert list(warnings.filters) == before

@@ -1,0 +1,135 @@
+"""Worker processes and their parent: neither outlives the other, and what they share ends with them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from apecache.data import processes
+from apecache.data.processes import Result, open_processes
+from apecache.errors import ApecacheError
+
+PARENT = """
+import os, sys, time, torch
+from apecache.data.processes import open_processes
+
+def work(position):
+    if position == 1:
+        {moment}
+    return [torch.zeros(2)], str(os.getpid()), None
+
+with open_processes(work, 10**6, [(2,)], 2, 4, 1000.0) as results:
+    print(*sorted({{next(results)[1]}}), flush=True)
+    for result in results:
+        {after}
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("moment", "after"),
+    [("time.sleep(1000)", "pass"), ("time.sleep(0)", "pass"), ("time.sleep(0)", "time.sleep(1000)")],
+    ids=["a worker hangs", "all are busy", "workers wait"],
+)
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_their_parent(by: signal.Signals, moment: str, after: str) -> None:
+    code = PARENT.format(moment=moment, after=after)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline()
+    workers = children_of(parent.pid)
+    assert len(workers) == 2
+    parent.send_signal(by)
+    _, told = parent.communicate(timeout=20)
+    if by is not signal.SIGINT:  # an interrupt shows where the parent was
+        assert told == ""
+    assert told.count("Traceback") == (by is signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, workers))
+
+
+def test_an_interrupt_of_the_terminal_reaches_the_parent_only() -> None:
+    def work(position: int) -> Result:
+        os.kill(os.getpid(), signal.SIGINT)
+        return [torch.full((2,), float(position))], "", None
+
+    with open_processes(work, 20, [(2,)], 2, 4, 5.0) as results:
+        assert [int(values[0][0]) for values, _, error in results if values] == list(range(20))
+
+
+def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() -> None:
+    def work(position: int) -> Result:
+        time.sleep(0.002)
+        return [torch.full((2,), float(position))], str(os.getpid()), None
+
+    lost = 0
+    with open_processes(work, 400, [(2,)], 3, 8, 5.0) as results:
+        for position, (values, _, error) in enumerate(results):
+            if values is None:
+                assert error is not None
+                assert error.reason == "decoder-crash"
+                lost += 1
+            else:
+                assert values[0].tolist() == [position, position]
+            if position % 40 == 20:
+                os.kill(children_of(os.getpid())[-1], signal.SIGKILL)
+    assert lost <= 10
+
+
+def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_settle", lambda parent: os._exit(3))
+    with (
+        pytest.raises(ApecacheError, match="ended with exit status 3 before they begin; use --workers 0"),
+        open_processes(lambda position: ([], "", None), 3, [], 2, 4, 5.0) as results,
+    ):
+        next(results)
+    assert children_of(os.getpid()) == []
+
+
+def test_no_more_workers_are_forked_than_there_is_work() -> None:
+    with open_processes(lambda position: ([torch.zeros(1)], "", None), 2, [(1,)], 50, 4, 5.0) as results:
+        next(results)
+        assert len(children_of(os.getpid())) == 2
+
+
+def test_a_worker_computes_with_one_thread() -> None:
+    def work(position: int) -> Result:
+        return [torch.tensor([float(torch.get_num_threads())])], "", None
+
+    with open_processes(work, 1, [(1,)], 1, 1, 5.0) as results:
+        values, _, _ = next(results)
+        assert values is not None
+        assert values[0].item() == 1
+
+
+def test_memory_does_not_grow_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def work(position: int) -> Result:
+        return [torch.zeros(250_000)], "", None
+
+    with open_processes(work, 600, [(250_000,)], 2, 8, 5.0) as results:
+        for _ in range(50):
+            next(results)
+        before = resident()
+        for _ in results:
+            pass
+        assert resident() - before < 20e6  # 550 results are 550 MB
