@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+    from apecache.evaluate.scout import ScoutReport, ScoutSpec, scout
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
     from apecache.extraction import ExtractReport, ExtractSpec, extract
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.heads.combine import combine_heads
-    from apecache.index import SearchIndex, build_index
+    from apecache.index import build_index, update_index
     from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
+    from apecache.search import Query, SearchIndex
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
@@ -51,9 +53,12 @@ _HOME = {
     "Plan": "recipes.plan",
     "PlanSpec": "recipes.plan",
     "ProbeReport": "evaluate.probe",
+    "Query": "search",
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
-    "SearchIndex": "index",
+    "ScoutReport": "evaluate.scout",
+    "ScoutSpec": "evaluate.scout",
+    "SearchIndex": "search",
     "SplitSpec": "train.batches",
     "Tower": "encoders.towers",
     "TrainedEncoders": "train.trained_encoders",
@@ -76,6 +81,8 @@ _HOME = {
     "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
+    "scout": "evaluate.scout",
+    "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
 }
 
@@ -98,8 +105,11 @@ __all__ = [
     "Plan",
     "PlanSpec",
     "ProbeReport",
+    "Query",
     "Recipe",
     "RetrievalReport",
+    "ScoutReport",
+    "ScoutSpec",
     "SearchIndex",
     "SplitSpec",
     "Tower",
@@ -123,6 +133,8 @@ __all__ = [
     "probe",
     "retrieval_report",
     "save_heads",
+    "scout",
+    "update_index",
     "zero_shot",
 ]
 

@@ -1,236 +1,246 @@
-"""A searchable index of embeddings (FAISS), with the heads that made it, so that it can encode queries by itself.
+"""A searchable index of embeddings, with the heads that made it, so that it can encode queries by itself.
 
-INDEX/index.json                  what is in it, of which head
+INDEX/index.json                  what is in it, of which head; how each set was built and how well it finds
 INDEX/head.json, head.safetensors
-INDEX/images.faiss, texts.faiss   exact inner product of L2-normalised vectors: cosine
-INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors
+INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
+INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; of images the hash of their file too
 """
 
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from apecache.data.images import SUFFIXES, LoadedImage, decode_image
-from apecache.data.media import read_file
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import DataError, MissingExtraError, OptionError, RowError, RunError, nearest, require_new
-from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.fingerprint import content_hash
+from apecache.errors import MismatchError, OptionError, RunError, nearest, require_new
+from apecache.evaluate.embeddings import Embeddings, embed_store, find_features
 from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
 from apecache.store.reader import FeatureStore
-from apecache.store.table import PairTable
+from apecache.vectors import Floats, KindReport, VectorIndex, build_vectors, load_faiss, measured, open_vectors
 
 FORMAT_VERSION = 1
-Target = Literal["images", "captions"]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result. `score` is a cosine. For an image, `caption` is its first caption."""
-
-    rank: int
-    key: str
-    caption: str
-    score: float
+Part = Literal["images", "texts"]
+PARTS: tuple[Part, ...] = ("images", "texts")
+Row = Mapping[str, str]
+Fill = Callable[[Part, Floats, Sequence[Row]], tuple[VectorIndex, KindReport]]
+"""Makes the index of one part out of its vectors and their rows."""
 
 
 @dataclass(frozen=True)
 class IndexReport:
+    """`images` and `texts` say how they were built. `n_added`, `n_removed`: images and captions together."""
+
     index: Path
     n_images: int
     n_texts: int
     dim: int
+    kind: str
+    images: KindReport
+    texts: KindReport
+    n_added: int
+    n_removed: int = 0
 
 
 def build_index(
-    run: Path, store: FeatureStore, out: Path, split: str | None = None, overwrite: bool = False
+    run: Path,
+    store: FeatureStore,
+    out: Path,
+    split: str | None = None,
+    overwrite: bool = False,
+    kind: str = "flat",
 ) -> IndexReport:
     """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all.
 
+    `kind`: as in `apecache.vectors`.
+
     Raises:
         RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's encoders.
-        MissingExtraError: FAISS is not installed.
+        MissingExtraError: FAISS is not installed. OptionError: no such kind. DataError: too little to train it on.
     """
-    faiss = _faiss()
+    load_faiss()
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
     heads = load_heads(run)
     embedded = embed_store(heads, store, split)
-    temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    try:
-        save_heads(heads, temporary)
-        for name, vectors in (("images", embedded.image), ("texts", embedded.text)):
-            _write_vectors(faiss, temporary / f"{name}.faiss", vectors)
-        _write_rows(temporary, store.pairs, embedded)
-        counts = {"n_images": len(embedded.image), "n_texts": len(embedded.text), "dim": embedded.image.shape[1]}
+    report = _write(out, heads, store, embedded, (split, kind), lambda _, vectors, rows: build_vectors(kind, vectors))
+    return replace(report, n_added=report.n_images + report.n_texts)
+
+
+def update_index(run: Path, store: FeatureStore, out: Path) -> IndexReport:
+    """Bring an index up to date with its store: rows that are new are added, rows that are gone removed, by key. No
+    encoder runs; the kind and the split stay.
+
+    An image is the same if key and file are, a caption if key and words are. Rows that follow those of the index are
+    added to it. After any other change it is filled anew, in the order of the store, for FAISS's graphs can forget
+    nothing; what it was trained on is kept unless there are now twice or half as many vectors.
+
+    Raises:
+        MismatchError: the index is of another head than the run. RunError: no index, or one that is damaged.
+    """
+    description = read_description(out)
+    heads = load_heads(run)
+    _require_head(description, heads, out, run)
+    embedded = embed_store(heads, store, description.get("split"))
+    added, removed = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+
+    def fill(part: Part, vectors: Floats, rows: Sequence[Row]) -> tuple[VectorIndex, KindReport]:
+        old, new = [_identity(row) for row in read_rows(out, part)], [_identity(row) for row in rows]
+        added.update(Counter(new) - Counter(old))
+        removed.update(Counter(old) - Counter(new))
+        report = read_report(description, part)
+        if report.trained_on and not report.trained_on / 2 <= len(new) <= 2 * report.trained_on:
+            return build_vectors(kind_of(description), vectors)
+        index = open_vectors(out / f"{part}.faiss", report.factory, mmap=False)
+        if index.shape != (len(old), vectors.shape[1]):
+            raise RunError(f"{out}: {part}.faiss does not fit {part}.jsonl and the head; build the index again")
+        if new[: len(old)] == old:
+            index.add(vectors[len(old) :])
+        else:
+            index.refill(vectors)
+        return index, report
+
+    report = _write(out, heads, store, embedded, (description.get("split"), kind_of(description)), fill)
+    return replace(report, n_added=added.total(), n_removed=removed.total())
+
+
+def _write(
+    out: Path,
+    heads: TrainedHeads,
+    store: FeatureStore,
+    embedded: Embeddings,
+    settings: tuple[str | None, str],
+    fill: Fill,
+) -> IndexReport:
+    split, kind = settings
+    vectors = {
+        part: np.ascontiguousarray(v.cpu()) for part, v in zip(PARTS, (embedded.image, embedded.text), strict=True)
+    }
+    rows = dict(zip(PARTS, _rows(store, heads, embedded), strict=True))
+    reports: dict[Part, KindReport] = {}
+    with _replacing(out) as folder:
+        save_heads(heads, folder)
+        for part, other in zip(PARTS, reversed(PARTS), strict=True):
+            index, report = fill(part, vectors[part], rows[part])
+            reports[part] = measured(report, index, vectors[part], vectors[other])
+            index.save(folder / f"{part}.faiss")
+            _write_rows(folder / f"{part}.jsonl", rows[part])
+        counts = {"n_images": len(rows["images"]), "n_texts": len(rows["texts"]), "dim": embedded.image.shape[1]}
         description = {
             "format": FORMAT_VERSION,
             "head": heads.digest,
             "split": split,
             "data": store.digest,
+            "kind": kind,
             **counts,
+            "built": {part: asdict(report) for part, report in reports.items()},
         }
-        (temporary / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    return IndexReport(out, **counts, kind=kind, images=reports["images"], texts=reports["texts"], n_added=0)
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out` when all went well, and is gone when it did not."""
+    temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return IndexReport(out, **counts)
 
 
-def _write_vectors(faiss: Any, path: Path, vectors: Tensor) -> None:
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors.cpu().numpy()))
-    faiss.write_index(index, str(path))
+def _rows(store: FeatureStore, heads: TrainedHeads, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
+    """For each image its key, its first usable caption and the hash of its file; for each caption key and words."""
+    pairs, content = store.pairs, find_features(heads.image, store, "image").content()
+    owners = pairs.image_rows[embedded.text_rows]
+    first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}
+    images: list[Row] = [
+        {"key": pairs.keys[i], "caption": pairs.captions[first[int(i)]], "content": content[i]}
+        for i in embedded.image_rows
+    ]
+    texts: list[Row] = [
+        {"key": pairs.keys[i], "caption": pairs.captions[t]} for t, i in zip(embedded.text_rows, owners, strict=True)
+    ]
+    return images, texts
 
 
-def _write_rows(folder: Path, pairs: PairTable, embedded: Embeddings) -> None:
-    first = {
-        int(image): row
-        for row, image in reversed(list(zip(embedded.text_rows, pairs.image_rows[embedded.text_rows], strict=True)))
-    }
-    images = ({"key": pairs.keys[i], "caption": pairs.captions[first[int(i)]]} for i in embedded.image_rows)
-    texts = ({"key": pairs.keys[pairs.image_rows[t]], "caption": pairs.captions[t]} for t in embedded.text_rows)
-    for name, rows in (("images", images), ("texts", texts)):
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@dataclass(frozen=True)
-class SearchIndex:
-    """An index that exists. Encoders are loaded at the first query that needs them.
-
-    `image`, `text`: encoders that have moved, in place of those that the index names.
-    """
-
-    path: Path
-    heads: TrainedHeads
-    description: dict[str, Any]
-    image: EncoderSpec | None = None
-    text: EncoderSpec | None = None
-    device: str = "auto"
-
-    @staticmethod
-    def open(
-        path: Path, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
-    ) -> "SearchIndex":
-        """Raises RunError if there is no index, or one that is damaged or of another head than its own."""
-        file = path / "index.json"
-        if not file.is_file():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = "" if path.exists() else nearest(path.name, siblings)
-            raise RunError(f"{path} is no index{hint} (make one with: apecache index RUN --store STORE --out {path})")
-        try:
-            description = json.loads(file.read_text(encoding="utf-8"))
-            newer = description["format"] > FORMAT_VERSION
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise RunError(f"{file} is damaged; build the index again") from None
-        if newer:
-            raise RunError(
-                f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade"
-            )
-        heads = load_heads(path)
-        if heads.digest != description.get("head"):
-            raise RunError(f"{path} was built with another head than the one in it; build the index again")
-        return SearchIndex(path, heads, description, image, text, device)
-
-    def search(self, query: str, k: int = 5, target: Target | None = None) -> list[Hit]:
-        """Search by text, or by an image file if `query` is one. By default text finds images and a photo captions.
-
-        Raises:
-            OptionError: an empty query or a `k` that makes no sense. DataError: an image that cannot be read.
-        """
-        path = image_path(query)
-        if path is not None:
-            return self.search_image(path, k, target or "captions")
-        return self.search_text(query, k, target or "images")
-
-    def search_text(self, text: str, k: int = 5, target: Target = "images") -> list[Hit]:
-        if not text.strip():
-            raise OptionError("the query is empty; give words or an image file")
-        return self._nearest(self.heads.text.embed(self._text_encoder.encode([text])), k, target)
-
-    def search_image(self, path: Path, k: int = 5, target: Target = "captions") -> list[Hit]:
-        try:
-            data = read_file(path, str(path))
-            loaded = LoadedImage(decode_image(data, str(path)), content_hash(data))
-        except RowError as error:
-            raise DataError(f"query image cannot be read: {error.detail}") from None
-        pixels = self._image_encoder.preprocess(loaded.image).unsqueeze(0)
-        return self._nearest(self.heads.image.embed(self._image_encoder.encode(pixels)), k, target)
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
-        self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-        return encoder
-
-    @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
-        self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
-        return encoder
-
-    def _nearest(self, query: Tensor, k: int, target: Target) -> list[Hit]:
-        """The k nearest of [1, dim], best first; fewer if the index has fewer."""
-        if k < 1:
-            raise OptionError(f"-k {k}: at least 1 result")
-        name = "images" if target == "images" else "texts"
-        index = self._vectors(name)
-        rows = self._rows(name)
-        if (index.ntotal, index.d) != (len(rows), query.shape[1]):
-            raise RunError(f"{self.path}: {name}.faiss does not fit {name}.jsonl and the head; build the index again")
-        scores, found = index.search(np.ascontiguousarray(query.cpu().numpy()), min(k, index.ntotal))
-        return [
-            Hit(rank, rows[i][0], rows[i][1], float(score))
-            for rank, (i, score) in enumerate(zip(found[0].tolist(), scores[0].tolist(), strict=True), 1)
-        ]
-
-    def _vectors(self, name: str) -> Any:
-        try:
-            return _faiss().read_index(str(self.path / f"{name}.faiss"))
-        except RuntimeError as error:
-            raise RunError(
-                f"{self.path / name}.faiss cannot be read ({str(error).splitlines()[0][:80]}); build it again"
-            ) from None
-
-    def _rows(self, name: str) -> Sequence[tuple[str, str]]:
-        """(key, caption) in the order of the vectors."""
-        try:
-            with (self.path / f"{name}.jsonl").open(encoding="utf-8", newline="\n") as file:
-                return [(row["key"], row["caption"]) for row in map(json.loads, file)]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunError(f"{self.path / name}.jsonl cannot be read ({error}); build the index again") from None
+def _identity(row: Row) -> tuple[str, str]:
+    return row["key"], row.get("content", row["caption"])
 
 
-def image_path(query: str) -> Path | None:
-    """The query as an image file: one that exists, or a name that ends like one (then it must exist)."""
+def _require_head(description: Mapping[str, Any], heads: TrainedHeads, out: Path, run: Path) -> None:
+    found, there = str(description.get("head")), heads.digest
+    if found != there:
+        raise MismatchError(
+            f"{out} is of the head {found[:16]}, {run} has {there[:16]}: build the index again with --overwrite",
+            [("head", there, found)],
+        )
+
+
+def require_same(description: Mapping[str, Any], split: str | None, kind: str | None) -> None:
+    """Raises OptionError if an update asks for another split or kind than the index has."""
+    for option, wanted, there in (("--split", split, description.get("split")), ("--kind", kind, kind_of(description))):
+        if wanted is not None and wanted != there:
+            raise OptionError(f"{option} {wanted}: the index has {there}, and --update keeps it; leave {option} out")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What `index.json` says. Raises RunError if there is no index, or one that is damaged or newer."""
+    file = path / "index.json"
+    if not file.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = "" if path.exists() else nearest(path.name, siblings)
+        raise RunError(f"{path} is no index{hint} (make one with: apecache index RUN --store STORE --out {path})")
     try:
-        path = Path(query)
-        named = path.suffix.lower() in SUFFIXES and not any(c.isspace() for c in query.strip())
-        return path if path.is_file() or named else None
-    except (OSError, ValueError):
-        return None
+        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        newer = description["format"] > FORMAT_VERSION
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunError(f"{file} is damaged; build the index again") from None
+    if newer:
+        raise RunError(
+            f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade"
+        )
+    return description
 
 
-def _faiss() -> Any:
+def kind_of(description: Mapping[str, Any]) -> str:
+    return str(description.get("kind", "flat"))
+
+
+def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
+    """How a part was built; of an index that does not say so, as an exact one. Raises RunError if it is damaged."""
+    exact = {"factory": "Flat", "trained_on": 0, "build_seconds": 0.0}
     try:
-        import faiss
-    except ImportError:
-        raise MissingExtraError("faiss", "cpu") from None
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
+        report = KindReport(**description.get("built", {}).get(part, exact))
+        if type(report.factory) is not str or type(report.trained_on) is not int:
+            raise TypeError
+        return report
+    except (TypeError, AttributeError):
+        raise RunError(f"index.json is damaged: it does not say how {part} were built; build the index again") from None
+
+
+def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
+    """Rows in the order of the vectors. Raises RunError if they cannot be read."""
+    try:
+        with (path / f"{part}.jsonl").open(encoding="utf-8", newline="\n") as file:
+            rows = [json.loads(line) for line in file]
+        if not all(isinstance(row["key"], str) and isinstance(row["caption"], str) for row in rows):
+            raise ValueError("a row without key and caption")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{path / part}.jsonl cannot be read ({error}); build the index again") from None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, plan, recipes, search, store
+from . import demo, evaluate, extract, fit, plan, recipes, scout, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(extract.extract)
 app.command()(recipes.recipes)
+app.command()(scout.scout)
 app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)

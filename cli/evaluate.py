@@ -46,6 +46,9 @@ def evaluate(
         int | None, typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000).")
     ] = None,
     by_language: Annotated[bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")] = False,
+    csls: Annotated[
+        bool, typer.Option("--csls", help="Retrieval: one more row, corrected for hubs; the plain figures stay.")
+    ] = False,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")
     ] = 0.01,
@@ -62,7 +65,7 @@ def evaluate(
     with ending():
         choice("--task", task, ("retrieval", "zeroshot", "probe"))
         if task == "retrieval":
-            result = retrieval(run, store, split or "val", device, folds, by_language)
+            result = retrieval(run, store, split or "val", device, folds, by_language, csls)
         else:
             splits = (split_column, split_file, split_fraction, split_seed)
             opening = open_spec(("image", "label"), image_column, caption_column, *splits, root)
@@ -86,7 +89,13 @@ def evaluate(
 
 
 def retrieval(
-    run: Path, store: Path | None, split: str, device: str, folds: int | None = None, by_language: bool = False
+    run: Path,
+    store: Path | None,
+    split: str,
+    device: str,
+    folds: int | None = None,
+    by_language: bool = False,
+    csls: bool = False,
 ) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""
     from apecache.errors import OptionError
@@ -94,6 +103,7 @@ def retrieval(
     if store is None:
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
     from apecache.encoders.encoder import parse_device
+    from apecache.evaluate.csls import csls_report
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
     from apecache.evaluate.retrieval import retrieval_report
@@ -105,6 +115,8 @@ def retrieval(
     embedded = embed_store(heads, opened, split)
     about = (embedded.image, embedded.text, embedded.image_of_text)
     report = folded_report(*about, folds) if folds else retrieval_report(*about)
+    measure = csls_report
+    corrected = (folded_report(*about, folds, measure=measure) if folds else measure(*about)) if csls else None
     intervals = None if folds else bootstrap_intervals(*about)
     tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
     languages = language_reports(*about, tongues) if by_language else {}
@@ -125,6 +137,7 @@ def retrieval(
         "seen_in_training": seen,
         "mean_recall_at_1": round(report.mean_recall_at_1, 4),
         "folds_of": folds,
+        "csls": None if corrected is None else told(corrected),
         "intervals": None if intervals is None else vars(intervals),
         "languages": {language: told(found) for language, found in languages.items()},
     }
@@ -209,6 +222,7 @@ def moved_encoder(recorded: Any, name: str | None) -> Any:
 def show_retrieval(run: Path, result: dict[str, Any]) -> None:
     ks = list(result["image_to_text"])
     tables = [(str(run), result), ("chance", result["chance"])]
+    tables += [("with CSLS", result["csls"])] if result["csls"] else []
     tables += [
         (f"{language or '(no language)'}: {r['n_texts']:,} texts", r) for language, r in result["languages"].items()
     ]

@@ -13,59 +13,113 @@ from .terminal import Device, Json, Overwrite, ending, printable, show_json, sho
 def index(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     store: Annotated[Path, typer.Option(help="The feature store whose images and captions are to be found.")],
-    out: Annotated[Path, typer.Option(help="The index folder to make.")],
+    out: Annotated[Path, typer.Option(help="The index folder to make, or to update.")],
     split: Annotated[str | None, typer.Option(help="Only this split. Default: everything.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="flat (exact; the default), ivf, hnsw, or a FAISS factory string: IVF256,PQ32, SQ8, …."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Add and remove what has changed in the store, by key.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Make a searchable index (FAISS) of a store's images and captions under a run's heads.
 
+    An approximate kind is measured when it is built: the share of the true ten nearest that it finds, and its time.
+
     Example: apecache index run --store store --out index
+
+    Example: apecache index run --store store --out index --update
     """
     with ending():
-        from apecache.index import build_index
+        from apecache.errors import OptionError
+        from apecache.index import build_index, read_description, require_same, update_index
         from apecache.store.reader import FeatureStore
 
-        report = build_index(run, FeatureStore.open(store), out, split, overwrite)
+        if update and overwrite:
+            raise OptionError("--update and --overwrite: an index is either brought up to date or made anew")
+        if update:
+            require_same(read_description(out), split, kind)
+            report = update_index(run, FeatureStore.open(store), out)
+        else:
+            report = build_index(run, FeatureStore.open(store), out, split, overwrite, kind or "flat")
         if json:
             show_json(report)
         else:
-            typer.echo(f"{out}: {report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions")
+            show_index(report, update)
+
+
+def show_index(report: Any, update: bool) -> None:
+    changes = f"; {report.n_added:,} added, {report.n_removed:,} removed" if update else ""
+    counts = f"{report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions"
+    typer.echo(f"{report.index}: {counts}{changes}")
+    rows = [
+        (what, r.factory, 100 * r.recall_at_10, f"{r.ms_per_query:.3g}", f"{r.exact_ms_per_query:.3g}", r.n_queries)
+        for what, r in (("images", report.images), ("captions", report.texts))
+        if r.recall_at_10 is not None
+    ]
+    if rows:
+        columns = ("found are", "kind", "recall@10, %", "ms per query", "ms if exact", "queries")
+        show_table("against comparing with everything", columns, rows)
 
 
 def search(
     index: Annotated[Path, typer.Argument(help="An index folder.")],
-    query: Annotated[str, typer.Argument(help="Words, or an image file.")],
+    query: Annotated[str | None, typer.Argument(help="Words, or an image file.")] = None,
+    key: Annotated[list[str] | None, typer.Option(help="An image of the index. May be repeated: a sum.")] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(help="Words or an image file to add to the query. May be repeated.")
+    ] = None,
+    unlike: Annotated[
+        list[str] | None, typer.Option(help="Words or an image file to subtract from it. May be repeated.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many results.")] = 5,
     target: Annotated[
-        str | None, typer.Option(help="images or captions. Default: text finds images, a photo captions.")
+        str | None, typer.Option(help="images or captions. Default: words find images, pictures alone captions.")
     ] = None,
+    csls: Annotated[
+        bool, typer.Option("--csls", help="Rank by CSLS: what is near to everything comes later. Not a cosine.")
+    ] = False,
+    nprobe: Annotated[int | None, typer.Option(help="Lists to look through (kinds with lists).")] = None,
+    ef_search: Annotated[int | None, typer.Option("--ef-search", help="Candidates on the way (hnsw).")] = None,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Find images by words, and captions by a photo.
+    """Find images by words, and captions by a photo; or either by sums and differences of words, photos and keys.
 
     Example: apecache search index "a dog in the snow"
 
     Example: apecache search index photo.jpg --target images
+
+    Example: apecache search index --key images/0001.jpg --like "at night" --unlike "a dog"
     """
     with ending():
         if target is not None:
             choice("--target", target, ("images", "captions"))
         from apecache.heads.checkpoint import load_heads
-        from apecache.index import SearchIndex
+        from apecache.search import Query, SearchIndex
 
-        moved: dict[str, Any] = {}
+        moved: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
         if image or text:
             heads = load_heads(index)
             moved["image"] = moved_encoder(heads.image.encoder, image)
             moved["text"] = moved_encoder(heads.text.encoder, text)
+        wanted = Query((*(() if query is None else (query,)), *(like or ())), tuple(unlike or ()), tuple(key or ()))
         aim: Any = target
-        hits = SearchIndex.open(index, **moved, device=device).search(query, k, aim)
+        hits = SearchIndex.open(index, **moved, device=device).find(wanted, k, aim, csls)
+        score = "CSLS" if csls else "cosine"
         if json:
-            show_json({"query": query, "hits": [vars(hit) for hit in hits]})
+            told = {"like": wanted.like, "unlike": wanted.unlike, "keys": wanted.keys, "score": score}
+            show_json({"query": query, **told, "hits": [vars(hit) for hit in hits]})
         else:
             rows = [(hit.rank, f"{hit.score:.3f}", hit.key, hit.caption) for hit in hits]
-            show_table(printable(query), ("", "cosine", "image", "caption"), rows)
+            show_table(printable(title_of(wanted)), ("", score, "image", "caption"), rows)
+
+
+def title_of(query: Any) -> str:
+    """The sum as it was asked for."""
+    return " + ".join((*query.like, *query.keys)) + "".join(f" - {text}" for text in query.unlike)

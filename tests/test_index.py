@@ -19,8 +19,9 @@ from apecache.errors import DataError, MismatchError, MissingExtraError, OptionE
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.extraction import ExtractSpec, extract
 from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
-from apecache.index import Hit, SearchIndex, build_index, image_path
+from apecache.index import build_index
 from apecache.recipes.recipe import load_recipe
+from apecache.search import Hit, SearchIndex, image_path
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import FitSpec, fit_head

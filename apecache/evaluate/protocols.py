@@ -1,6 +1,6 @@
 """Ways to read ranks: intervals by bootstrap over images, folds of 1,000 images as published, language by language."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from apecache.errors import DataError
 from apecache.evaluate.retrieval import KS, RetrievalReport, image_to_text_ranks, retrieval_report, text_to_image_ranks
 
 RESAMPLES, LEVEL = 1000, 0.95
+Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int]], RetrievalReport]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ def bootstrap_intervals(
 
 
 def folded_report(
-    image: Tensor, text: Tensor, image_of_text: Tensor, fold_images: int = 1000, ks: Sequence[int] = KS
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    fold_images: int = 1000,
+    ks: Sequence[int] = KS,
+    measure: Measure = retrieval_report,
 ) -> RetrievalReport:
     """Means over folds of so many images in their order, each with its own captions as candidates: the "1k" figures of
     COCO, five folds of its 5,000 test images (Karpathy & Fei-Fei 2015, section 4.1). A rest of fewer is left out.
+    `measure`: what each fold is measured by.
 
     Raises:
         DataError: fewer images than one fold.
@@ -64,7 +71,7 @@ def folded_report(
         first = fold * fold_images
         texts = torch.nonzero((image_of_text >= first) & (image_of_text < first + fold_images)).squeeze(1)
         owners = image_of_text[texts] - first
-        reports.append(retrieval_report(image[first : first + fold_images], text[texts], owners, ks))
+        reports.append(measure(image[first : first + fold_images], text[texts], owners, ks))
     return _mean(reports)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from apecache_cli.app import app
+from tiny import make_shapes
 from typer.testing import CliRunner, Result
 
 runner = CliRunner()
@@ -229,3 +230,79 @@ def test_evaluate_tells_intervals_languages_and_folds(chain: dict[str, Path]) ->
     refused = call("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--folds", "5000")
     assert refused.exit_code == 3
     assert "fewer than one fold of 5000" in refused.output
+
+
+def test_csls_is_a_row_of_its_own(chain: dict[str, Path]) -> None:
+    asked = ("evaluate", chain["run"], "--store", chain["store"], "--split", "val")
+    plain, corrected = call_json(*asked), call_json(*asked, "--csls")
+    assert plain["csls"] is None
+    assert corrected.pop("csls")["n_texts"] == 8
+    plain.pop("csls")
+    assert plain == corrected
+    assert "with CSLS" in call(*asked, "--csls").stdout
+    assert "with CSLS" not in call(*asked).stdout
+    assert call_json(*asked, "--csls", "--folds", "2")["csls"]["n_images"] == 2
+
+
+def test_search_by_key_and_arithmetic_and_csls(chain: dict[str, Path]) -> None:
+    key = "images/red-circle-0.png"
+    by_key = call_json("search", chain["index"], "--key", key, "--target", "images")
+    assert (by_key["hits"][0]["key"], by_key["score"], by_key["keys"]) == (key, "cosine", [key])
+    terms = ("--like", "a red circle", "--like", "a blue square", "--unlike", "a green triangle")
+    assert len(call_json("search", chain["index"], *terms, "-k", "3")["hits"]) == 3
+    shown = call("search", chain["index"], "a red circle", "--unlike", "a blue square", "--csls").stdout
+    assert "CSLS" in shown
+    assert "cosine" not in shown
+    assert "a red circle - a blue square" in shown
+    assert call_json("search", chain["index"], "a red circle", "--csls")["score"] == "CSLS"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["search", "{index}"], 2, "the query is empty"),
+        (["search", "{index}", "--key", "images/red-circel-0.png"], 3, "did you mean images/red-circle-0.png"),
+        (["search", "{index}", "dog", "--unlike", "dog"], 2, "cancel out"),
+        (["search", "{index}", "dog", "--nprobe", "4"], 2, "has no use for it"),
+        (["search", "{index}", "dog", "--device", "cuda:99"], 3, "cuda:99"),
+        (["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "ivf"], 3, "use --kind flat"),
+        (["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "fla"], 2, "FAISS refuses fla"),
+        (["index", "{run}", "--store", "{store}", "--out", "x", "--update"], 3, "is no index"),
+        (["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--overwrite"], 2, "made anew"),
+        (["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--kind", "hnsw"], 2, "has flat"),
+    ],
+)
+def test_wrong_searches_and_indexes_are_one_line(
+    chain: dict[str, Path], arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in one_line_error(call(*(argument.format(**chain) for argument in arguments)), code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_another_kind_shows_its_recall_and_an_update_its_changes(
+    chain: dict[str, Path], tmp_path: Path
+) -> None:
+    make = ("index", chain["run"], "--store", chain["store"], "--out", tmp_path / "index")
+    shown = call(*make, "--kind", "hnsw").stdout
+    assert "recall@10" in shown
+    assert "100.0" in shown
+    assert "0 added, 0 removed" in call(*make, "--update").stdout
+    told = call_json(*make, "--update")
+    assert (told["kind"], told["n_added"], told["images"]["recall_at_10"]) == ("hnsw", 0, 1.0)
+
+
+def test_scout_ranks_cuts_and_draws_them(chain: dict[str, Path], tmp_path: Path) -> None:
+    table = make_shapes(tmp_path / "shapes", copies=4)
+    ask = ("scout", table, "--image", f"timm:{chain['image']}", "--text", f"hf:{chain['text']}", "--text-cut", "cls")
+    told = call_json(*ask, "--image-cut", "default", "--image-cut", "mean@-2", "--heat-map", tmp_path / "scout.svg")
+    assert {row["image"] for row in told["rows"]} == {"tiny-vit", "tiny-vit-mean-layer-2"}
+    assert {"cka", "mutual_knn", "image_to_text", "text_to_image"} <= told["rows"][0].keys()
+    drawn = (tmp_path / "scout.svg").read_text()
+    assert drawn.count("tiny-bert-cls") == 3
+    shown = call(*ask, "--split", "train").stdout
+    assert "chance" in shown
+    assert "mutual kNN" in shown
+    assert "did you mean val" in one_line_error(call(*ask, "--split", "vall"), 3)
+    assert "one vector" in one_line_error(call(*ask, "--image-cut", "tokens"), 2)
+    assert "has 6 blocks" in one_line_error(call(*ask, "--image-cut", "mean@9"), 3)

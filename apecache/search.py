@@ -1,0 +1,210 @@
+"""Searching an index by words, pictures, keys, and sums and differences of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apecache.data.images import SUFFIXES, LoadedImage, decode_image
+from apecache.data.media import read_file
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
+from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.errors import DataError, OptionError, RowError, RunError, nearest
+from apecache.fingerprint import content_hash
+from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.index import Part, read_description, read_report, read_rows
+from apecache.vectors import Floats, VectorIndex, load_faiss, open_vectors
+
+Target = Literal["images", "captions"]
+CSLS_NEIGHBOURS, CSLS_CANDIDATES = 10, 1000
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result. `score` is a cosine, or the CSLS score where that was asked for. For an image, `caption` is its first
+    caption."""
+
+    rank: int
+    key: str
+    caption: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Query:
+    """`like`: words or image files; `keys`: images of the index; `unlike`: words or image files. Results are near to
+    the sum of the first two less the third, each L2-normalised before and the sum again."""
+
+    like: Sequence[str] = ()
+    unlike: Sequence[str] = ()
+    keys: Sequence[str] = ()
+
+    @property
+    def modality(self) -> Part:
+        """Of pictures alone images; of words, or both, texts."""
+        return "images" if all(image_path(text) for text in (*self.like, *self.unlike)) else "texts"
+
+    @property
+    def target(self) -> Target:
+        """What is found unless it is said: by pictures captions, by words images."""
+        return "captions" if self.modality == "images" else "images"
+
+
+@dataclass(frozen=True)
+class SearchIndex:
+    """An index that exists. Encoders and vectors are loaded at the first query that needs them.
+
+    `image`, `text`: encoders that have moved, in place of those that the index names. `device`: a CUDA device that is
+    named (not `auto`) also holds the vectors, if FAISS can. `nprobe`, `ef_search`: see `apecache.vectors`; None: as the
+    index was built.
+    """
+
+    path: Path
+    heads: TrainedHeads
+    description: dict[str, Any]
+    image: EncoderSpec | None = None
+    text: EncoderSpec | None = None
+    device: str = "auto"
+    nprobe: int | None = None
+    ef_search: int | None = None
+
+    @staticmethod
+    def open(
+        path: Path,
+        image: EncoderSpec | None = None,
+        text: EncoderSpec | None = None,
+        device: str = "auto",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+    ) -> "SearchIndex":
+        """Raises RunError if there is no index, or one that is damaged or of another head than its own."""
+        description = read_description(path)
+        heads = load_heads(path)
+        if heads.digest != description.get("head"):
+            raise RunError(f"{path} was built with another head than the one in it; build the index again")
+        return SearchIndex(path, heads, description, image, text, device, nprobe, ef_search)
+
+    def search(self, query: str, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
+        """`find` by words, or by an image file if `query` is one. By default text finds images and a photo captions."""
+        return self.find(Query((query,)), k, target, csls)
+
+    def find(self, query: Query, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
+        """The k nearest, best first; fewer if there are fewer, or if an approximate index finds fewer.
+
+        `csls`: ranked by 2 cos(x, y) - r(x) - r(y), r(x) the mean cosine of the query to its ten nearest, r(y) that of
+        a result to its ten nearest of the query's modality in the index: hubs, which are near to everything, come later
+        (Conneau et al. 2018, Word translation without parallel data, section 2.3). Among the 1,000 nearest by cosine.
+
+        Raises:
+            OptionError: an empty query, terms that cancel out, or a `k` that makes no sense. DataError: an image that
+            cannot be read, or a key that the index does not have.
+        """
+        if k < 1:
+            raise OptionError(f"-k {k}: at least 1 result")
+        wanted: Target = target or query.target
+        part: Part = "images" if wanted == "images" else "texts"
+        vector = self.embed(query).cpu().numpy()
+        vectors, rows = self._opened(part)
+        scores, found = (side[0] for side in vectors.search(vector, max(k, CSLS_CANDIDATES) if csls else k))
+        scores, found = scores[found >= 0], found[found >= 0]
+        if csls:
+            scores, found = self._csls(vectors, self._opened(query.modality)[0], scores, found)
+        ranked = enumerate(zip(found[:k].tolist(), scores[:k].tolist(), strict=True), 1)
+        return [Hit(rank, rows[i]["key"], rows[i]["caption"], score) for rank, (i, score) in ranked]
+
+    def embed(self, query: Query) -> Tensor:
+        """float32 [1, dim], L2-normalised, on the CPU. Raises as `find` does."""
+        if not (query.like or query.keys):
+            raise OptionError("the query is empty; give words, an image file or --key")
+        terms = [*(self._embed(text) for text in query.like), *(self._embed_key(key) for key in query.keys)]
+        terms += [-self._embed(text) for text in query.unlike]
+        total = torch.cat(terms).sum(0, keepdim=True)
+        if float(total.norm()) < 1e-4:
+            raise OptionError("the terms of the query cancel out: what is like and what is unlike are the same")
+        return F.normalize(total, dim=1)
+
+    def _embed(self, text: str) -> Tensor:
+        """Words, or an image file. As they come from the head: normalised."""
+        path = image_path(text)
+        if path is not None:
+            return self.heads.image.embed(self._image_encoder.encode(self._pixels(path))).cpu()
+        if not text.strip():
+            raise OptionError("the query is empty; give words or an image file")
+        return self.heads.text.embed(self._text_encoder.encode([text])).cpu()
+
+    def _pixels(self, path: Path) -> Tensor:
+        try:
+            data = read_file(path, str(path))
+            loaded = LoadedImage(decode_image(data, str(path)), content_hash(data))
+        except RowError as error:
+            raise DataError(f"query image cannot be read: {error.detail}") from None
+        return self._image_encoder.preprocess(loaded.image).unsqueeze(0)
+
+    def _embed_key(self, key: str) -> Tensor:
+        row = self._row_of_key.get(key)
+        if row is None:
+            raise DataError(f"{self.path} has no image {key!r}{nearest(key, self._row_of_key)}")
+        return torch.from_numpy(self._opened("images")[0].vectors(np.array([row])))
+
+    def _csls(
+        self, vectors: VectorIndex, others: VectorIndex, cosines: Floats, rows: NDArray[np.int64]
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        near, found = others.search(vectors.vectors(rows), CSLS_NEIGHBOURS)
+        near_rows = np.where(found >= 0, near, 0).sum(1) / np.maximum((found >= 0).sum(1), 1)
+        scores = 2 * cosines - cosines[:CSLS_NEIGHBOURS].mean() - near_rows
+        order = np.argsort(-scores, kind="stable")
+        return scores[order], rows[order]
+
+    def _opened(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
+        load_faiss()
+        return self._images if part == "images" else self._texts
+
+    @cached_property
+    def _images(self) -> tuple[VectorIndex, list[dict[str, str]]]:
+        return self._open("images")
+
+    @cached_property
+    def _texts(self) -> tuple[VectorIndex, list[dict[str, str]]]:
+        return self._open("texts")
+
+    def _open(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
+        vectors = open_vectors(self.path / f"{part}.faiss", read_report(self.description, part).factory)
+        rows = read_rows(self.path, part)
+        if vectors.shape != (len(rows), self.heads.image.head.out_dim):
+            raise RunError(f"{self.path}: {part}.faiss does not fit {part}.jsonl and the head; build the index again")
+        vectors.tune(self.nprobe, self.ef_search)
+        return (vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors), rows
+
+    @cached_property
+    def _row_of_key(self) -> dict[str, int]:
+        return {row["key"]: i for i, row in enumerate(self._images[1])}
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
+        self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
+        return encoder
+
+    @cached_property
+    def _image_encoder(self) -> ImageEncoder:
+        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
+        self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
+        return encoder
+
+
+def image_path(query: str) -> Path | None:
+    """The query as an image file: one that exists, or a name that ends like one (then it must exist)."""
+    try:
+        path = Path(query)
+        named = path.suffix.lower() in SUFFIXES and not any(c.isspace() for c in query.strip())
+        return path if path.is_file() or named else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,39 @@
+"""Heat maps: well-formed, every value in its cell, darker for more, and inert."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from apecache.report.heatmap import HeatMap, render_heat_maps
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def shades(svg: str) -> list[int]:
+    cells = ElementTree.fromstring(svg).findall(f"{SVG}rect")[1:]
+    return [sum(bytes.fromhex(cell.attrib["fill"][1:])) for cell in cells]
+
+
+def test_every_value_stands_in_its_cell_and_more_is_darker() -> None:
+    one = HeatMap("first", ("a", "b"), ("x", "y", "z"), ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)))
+    svg = render_heat_maps([one, HeatMap("second", ("a",), ("x",), ((0.1234,),), 3)])
+    words = [text.text for text in ElementTree.fromstring(svg).findall(f"{SVG}text")]
+    assert words == ["first", *"xyz", "a", "1.0", "2.0", "3.0", "b", "4.0", "5.0", "6.0", "second", "x", "a", "0.123"]
+    assert shades(svg)[:6] == sorted(shades(svg)[:6], reverse=True)
+    assert len(set(shades(svg)[:6])) == 6
+
+
+def test_the_picture_holds_all_that_is_in_it() -> None:
+    svg = ElementTree.fromstring(render_heat_maps([HeatMap("t", ("a" * 40,), ("b" * 40,) * 9, ((1.0,) * 9,))] * 3))
+    for cell in svg.findall(f"{SVG}rect")[1:]:
+        assert float(cell.attrib["x"]) + float(cell.attrib["width"]) <= float(svg.attrib["width"])
+        assert float(cell.attrib["y"]) + float(cell.attrib["height"]) <= float(svg.attrib["height"])
+    assert all(float(text.attrib["y"]) > 0 for text in svg.findall(f"{SVG}text"))
+
+
+@pytest.mark.parametrize("word", ["<script>alert(1)</script>", '" onload="x', "a\x00\x1b[31mb", "\ud800", "]]>&amp;"])
+def test_names_are_inert(word: str) -> None:
+    svg = render_heat_maps([HeatMap(word, (word,), (word,), ((1.0,),))])
+    tags = {element.tag.removeprefix(SVG) for element in ElementTree.fromstring(svg).iter()}
+    assert tags == {"svg", "rect", "text"}
+    svg.encode()
