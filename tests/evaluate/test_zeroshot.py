@@ -24,6 +24,7 @@ from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError
 from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, class_embeddings, classification_report, zero_shot
+from apecache.extraction import Standing
 from apecache.heads.checkpoint import TrainedHeads, load_heads
 
 CLASSES = ("circle", "square", "triangle")
@@ -215,14 +216,18 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+def told(now: Standing) -> tuple[str, int, int]:
+    return now.modality, now.done, now.rows
+
+
 def test_the_second_time_nothing_is_encoded(heads: TrainedHeads, shapes: Path, tmp_path: Path) -> None:
     spec = spec_for(shapes, tmp_path / "caches")
     first: list[tuple[str, int, int]] = []
     second: list[tuple[str, int, int]] = []
-    report = zero_shot(heads, spec, lambda *call: first.append(call))
+    report = zero_shot(heads, spec, lambda now: first.append(told(now)))
     assert (first[0], first[-1]) == (("image", 0, 12), ("image", 12, 12))
     before = snapshot(tmp_path / "caches")
-    assert zero_shot(heads, spec, lambda *call: second.append(call)) == report
+    assert zero_shot(heads, spec, lambda now: second.append(told(now))) == report
     assert second == [("image", 12, 12)]
     assert snapshot(tmp_path / "caches") == before
 
@@ -230,7 +235,7 @@ def test_the_second_time_nothing_is_encoded(heads: TrainedHeads, shapes: Path, t
 def test_other_prompts_use_the_same_cache(heads: TrainedHeads, shapes: Path, tmp_path: Path) -> None:
     zero_shot(heads, spec_for(shapes, tmp_path / "caches"))
     calls: list[tuple[str, int, int]] = []
-    zero_shot(heads, spec_for(shapes, tmp_path / "caches", templates=("a {}",)), lambda *call: calls.append(call))
+    zero_shot(heads, spec_for(shapes, tmp_path / "caches", templates=("a {}",)), lambda now: calls.append(told(now)))
     assert calls == [("image", 12, 12)]
 
 
