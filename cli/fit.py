@@ -24,6 +24,12 @@ def fit_head(
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of this machine, in any currency: the ledger then tells the money.")
+    ] = None,
+    extract_report: Annotated[
+        Path | None, typer.Option(help="What apecache extract --json printed: when the cache has paid for itself.")
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -47,7 +53,8 @@ def fit_head(
         from apecache.train.fit_head import fit_head as run
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
-        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds)
+        ledger: dict[str, Any] = {"price_per_hour": price_per_hour, "extract_report": extract_report}
+        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds, **ledger)
         report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
         if json:
             show_json(report)
