@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
     from apecache.train.trained_encoders import TrainedEncoders, load_encoders
+    from apecache.trained import ImageTextModel, load
 
 _HOME = {
     "ApecacheError": "errors",
@@ -42,6 +43,7 @@ _HOME = {
     "FitEncoderSpec": "train.encoder_data",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "ImageTextModel": "trained",
     "LabelledSpec": "evaluate.labelled",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
@@ -65,6 +67,7 @@ _HOME = {
     "extract": "extraction",
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
+    "load": "trained",
     "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
@@ -87,6 +90,7 @@ __all__ = [
     "FitEncoderSpec",
     "FitReport",
     "FitSpec",
+    "ImageTextModel",
     "LabelledSpec",
     "OpenSpec",
     "Pair",
@@ -110,6 +114,7 @@ __all__ = [
     "extract",
     "fit_encoder",
     "fit_head",
+    "load",
     "load_encoders",
     "load_heads",
     "load_recipe",

@@ -34,8 +34,10 @@ from apecache.train.ledger import (
     save_ledger,
     stored_bytes,
 )
+from apecache.train.lint import lint_fit, n_negatives, require_sound
 from apecache.train.loop import Plan, Progress, Training, require_finite, run_training, seeded
 from apecache.train.model import AlignmentModel, evaluate_model
+from apecache.train.model_card import save_card
 from apecache.train.run_folder import (
     add_to_history,
     clear_folder,
@@ -54,6 +56,7 @@ SAVE_SHARE = 0.05
 class FitSpec:
     """Which features, which splits, where. Names of features are needed only if the store has several.
 
+    `report_split` will be reported: a fit that trains or chooses on it is refused (`apecache.train.lint`).
     A checkpoint is written at most every `save_seconds`. For the ledger: `price_per_hour` of this machine in any
     currency, and `extract_report`, what `apecache extract --json` printed. Features, splits and seed are part of what a
     fit is: with another value a fit that was broken off does not go on.
@@ -66,6 +69,7 @@ class FitSpec:
     device: str = "auto"
     overwrite: bool = False
     save_seconds: float = 30.0
+    report_split: str = "test"
     price_per_hour: float | None = None
     extract_report: Path | None = None
 
@@ -101,7 +105,7 @@ def fit_head(
     Raises:
         RunError: `out` holds a finished run, or another process fits into it. MismatchError: it holds another fit,
         broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do not work. DataError:
-        a loss is not finite.
+        a check of `apecache lint` fails, or a loss is not finite.
     """
     spec = spec or FitSpec()
     if not recipe.trains_heads_alone:
@@ -119,6 +123,8 @@ def fit_head(
     training, plan = Training(model, recipe, spec.seed), Plan.of(recipe, train)
     if plan.n_steps and training.optimiser is None:
         raise RecipeError(f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn")
+    findings = lint_fit(store, arrays, recipe, spec.splits, spec.report_split, train, model, training.optimiser)
+    require_sound(findings)
     with locked(out), seeded(spec.seed + 1, device):
         if found is None:
             clear_folder(out, recipe)
@@ -130,9 +136,12 @@ def fit_head(
         save = _saver(training, out, identity, spec.save_seconds)
         run_training(training, train, dev, plan, _logger(out, progress), save)
         ledger = _ledger(training, train, plan, arrays, meter, extraction, spec.price_per_hour, resumed_step)
+        ledger = replace(ledger, warnings=tuple(str(found) for found in findings))
         report = _report(training, train, dev, out, plan, resumed_step, ledger)
         save_ledger(ledger, out)
-        save_heads(_trained(training.model, arrays, recipe, spec, store, report, chosen), out)
+        heads = _trained(training.model, arrays, recipe, spec, store, report, chosen)
+        save_card(heads, recipe, report.dev, ledger, str(store.source["origin"]), out)
+        save_heads(heads, out)
         (out / CHECKPOINT).unlink(missing_ok=True)
     return report
 
@@ -238,14 +247,6 @@ def _ledger(
         extraction.seconds if extraction else None,
         runs_until_paid(extraction, n_images, n_samples, loading) if extraction else None,
     )
-
-
-def n_negatives(recipe: Recipe, n_images: int) -> int:
-    """Wrong candidates of each query in a batch: accumulation adds none, mixing halves them, and where nothing trains
-    there are none."""
-    if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
-        return 0
-    return min(recipe.schedule.batch_size, n_images) // (2 if recipe.augmentation.mixup else 1) - 1
 
 
 def _report(

@@ -546,6 +546,7 @@ def test_nothing_to_train_is_refused(write_store: Any, tmp_path: Path) -> None:
 
 def test_a_run_says_what_it_was_made_of(store: FeatureStore, fitted: FitReport) -> None:
     assert sorted(contents(fitted.run)) == [
+        "README.md",
         "head.json",
         "head.safetensors",
         "history.jsonl",
