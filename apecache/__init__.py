@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
+    from apecache.estimator import AlignmentHead
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from apecache.trained import ImageTextModel, load
 
 _HOME = {
+    "AlignmentHead": "estimator",
     "ApecacheError": "errors",
     "EncoderSpec": "encoders.spec",
     "ExtractReport": "extraction",
@@ -80,6 +82,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AlignmentHead",
     "ApecacheError",
     "EncoderSpec",
     "ExtractReport",

@@ -215,7 +215,7 @@ def _probe(model: AlignmentModel, recipe: Recipe, train: FeaturePairs) -> tuple[
     with which a body beside a closed form begins, gradients come with the second."""
     probed = copy.deepcopy(model)
     tested = {name: p for name, p in probed.named_parameters() if not name.startswith("temperature.")}
-    silent, shut = set(tested), set()
+    silent, shut = set(tested), set[str]()
     size = min(PROBE_IMAGES, recipe.schedule.batch_size)
     generator = torch.Generator().manual_seed(0)
     with seeded(0, train.place):
