@@ -53,20 +53,20 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Raises RecipeError (a ValueError) for a recipe that needs tokens or trains towers, ValueError for arrays that
         do not fit each other."""
         options = {"dtype": np.float32, "multi_output": True, "y_numeric": True, "ensure_min_samples": LEAST_ROWS}
-        X, y = validate_data(self, X, y, **options)
-        y = _columns(y)
+        images, texts = validate_data(self, X, y, **options)
+        texts = _columns(texts)
         recipe = _recipe(self.recipe, self.settings)
         if not 0 < self.dev_fraction <= 0.5:
             raise ValueError(f"dev_fraction {self.dev_fraction}: expected a share above 0, at most 0.5")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        train, dev = _split(X, y, self.dev_fraction, seed, torch.device(self.device))
+        train, dev = _split(images, texts, self.dev_fraction, seed, torch.device(self.device))
         model, _ = initial_model(recipe, train, dev, seed)
         training = Training(model, recipe, seed)
         with seeded(seed + 1, train.place):
             run_training(training, train, dev, Plan.of(recipe, train), lambda _: None, lambda _: None)
         model.load_state_dict(training.best.weights)
         self.model_: AlignmentModel = model.eval().requires_grad_(False)
-        self.history_, self.n_features_y_ = training.history, y.shape[1]
+        self.history_, self.n_features_y_ = training.history, texts.shape[1]
         self.dev_report_ = _report(self._embed("image", dev.image), self._embed("text", dev.text))
         self._n_features_out = model.image.out_dim
         return self
@@ -76,7 +76,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         check_is_fitted(self)
         image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
         if y is None:
-            return image.cpu().numpy()  # type: ignore[no-any-return]
+            return image.cpu().numpy()
         return image.cpu().numpy(), self._embed("text", _tensor(self._checked(y))).cpu().numpy()
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:

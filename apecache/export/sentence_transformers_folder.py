@@ -39,8 +39,9 @@ def export_sentence_transformers(heads: TrainedHeads, out: Path, text: EncoderSp
     _require_cut(spec)
     encoder = load_text_encoder(spec, "cpu")
     heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-    modules = list(encoder.module) if spec.library == "st" else _transformer(encoder)
-    prompts = _prompts(spec, encoder.module)
+    loaded: Any = encoder.module
+    modules = list(loaded) if spec.library == "st" else _transformer(encoder)
+    prompts = _prompts(spec, loaded)
     model = SentenceTransformer(modules=[*modules, _dense(head), Normalize()], device="cpu", **prompts)
     if spec.library == "st":
         model.max_seq_length = encoder.max_tokens

@@ -208,14 +208,14 @@ def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[
 def _counted_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """A step; the operations of the first are counted. All have the same shapes, so they are those of every step."""
     if training.step_flops is not None:
-        return _step(training, drawn, plan)
+        return take_step(training, drawn, plan)
     with FlopCounterMode(display=False) as counter:
-        loss = _step(training, drawn, plan)
+        loss = take_step(training, drawn, plan)
     training.step_flops = int(counter.get_total_flops())
     return loss
 
 
-def _step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+def take_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """One step of the optimiser; returns its loss, still on the device."""
     model, optimiser, recipe = training.model, training.optimiser, training.recipe
     assert optimiser is not None
