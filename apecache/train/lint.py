@@ -27,7 +27,7 @@ from apecache.train.optim import build_optimiser
 PROBE_IMAGES = 256
 LEAST_DEV_IMAGES = 100
 """A recall of 50 % among so many has a standard error of 5 points: more than recipes differ by."""
-BLOCK_ROWS = 65536
+BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def wrong_negatives(batch: Batch) -> bool:
 
 def _rows_of_equal_features(train: FeaturePairs) -> int:
     """Images whose features are those of an earlier one, though their content is not known to be equal. Found by a
-    random projection in double precision."""
+    random projection in double precision, of tokens and views that of the first."""
     generator = torch.Generator().manual_seed(0)
-    width = int(train.image[0].numel())
-    direction = torch.randn(width, generator=generator, dtype=torch.float64).to(train.image.device)
-    parts = (part.flatten(1).double().nan_to_num() @ direction for part in train.image.split(BLOCK_ROWS))
+    direction = torch.randn(train.image.shape[-1], generator=generator, dtype=torch.float64).to(train.image.device)
+    first = train.image if train.image.ndim == 2 else train.image[:, 0]
+    parts = (part.double().nan_to_num() @ direction for part in first.split(BLOCK_ROWS))
     _, same = torch.cat(list(parts)).unique(return_inverse=True)
     kinds = torch.arange(len(train), device=same.device) if train.content is None else train.content.to(same.device)
     return len(torch.stack((same, kinds)).unique(dim=1).T) - len(same.unique())
