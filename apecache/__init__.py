@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
+    from apecache.estimator import AlignmentHead
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
     from apecache.train.trained_encoders import TrainedEncoders, load_encoders
+    from apecache.trained import ImageTextModel, load
 
 _HOME = {
+    "AlignmentHead": "estimator",
     "ApecacheError": "errors",
     "EncoderSpec": "encoders.spec",
     "ExtractPlan": "planning",
@@ -46,6 +49,7 @@ _HOME = {
     "FitEncoderSpec": "train.encoder_data",
     "FitReport": "train.fit_head",
     "FitSpec": "train.fit_head",
+    "ImageTextModel": "trained",
     "LabelledSpec": "evaluate.labelled",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
@@ -72,6 +76,7 @@ _HOME = {
     "extract": "extraction",
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
+    "load": "trained",
     "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
@@ -87,6 +92,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AlignmentHead",
     "ApecacheError",
     "EncoderSpec",
     "ExtractPlan",
@@ -98,6 +104,7 @@ __all__ = [
     "FitEncoderSpec",
     "FitReport",
     "FitSpec",
+    "ImageTextModel",
     "LabelledSpec",
     "OpenSpec",
     "Pair",
@@ -124,6 +131,7 @@ __all__ = [
     "extract",
     "fit_encoder",
     "fit_head",
+    "load",
     "load_encoders",
     "load_heads",
     "load_recipe",

@@ -155,7 +155,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
     from apecache.data.media import FolderMedia
     from apecache.heads.checkpoint import load_heads
     from apecache.report.page import Page, Table, write_page
-    from apecache.report.run_page import learning_charts, retrieval_galleries
+    from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
     from apecache.store.reader import FeatureStore
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
@@ -165,7 +165,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
         title="apecache demo",
         subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",
         commands=(f"apecache demo --out {out}",),
-        tables=(Table(title(results), COLUMNS, tuple(result_rows(results))),),
+        tables=(Table(title(results), COLUMNS, tuple(result_rows(results))), ledger_table(runs)),
         charts=learning_charts(runs),
         galleries=galleries,
         notes=("Drawings: Art4Apps, CC BY-SA 3.0; see examples/drawings/ATTRIBUTION.md.",),

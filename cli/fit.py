@@ -7,7 +7,7 @@ import typer
 
 from .extract import choice, encoder_specs
 from .memory import keep_freed_memory
-from .terminal import Device, Json, Overwrite, ending, show_json, show_table
+from .terminal import Device, Json, Overwrite, ending, show_json, show_table, warn
 
 
 def fit_head(
@@ -25,6 +25,13 @@ def fit_head(
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
+    report_split: Annotated[str, typer.Option(help="Will be reported: neither trained nor chosen on.")] = "test",
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of this machine, in any currency: the ledger then tells the money.")
+    ] = None,
+    extract_report: Annotated[
+        Path | None, typer.Option(help="What apecache extract --json printed: when the cache has paid for itself.")
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -48,8 +55,15 @@ def fit_head(
         from apecache.train.fit_head import fit_head as run
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
-        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds)
+        about: dict[str, Any] = {
+            "report_split": report_split,
+            "price_per_hour": price_per_hour,
+            "extract_report": extract_report,
+        }
+        spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds, **about)
         report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
+        for warning in report.ledger.warnings:
+            warn(warning)
         if json:
             show_json(report)
             return

@@ -13,8 +13,9 @@ from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.retrieval import text_to_image_ranks
 from apecache.heads.checkpoint import TrainedHeads
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
-from apecache.report.page import Chart, Curve
+from apecache.report.page import Chart, Curve, Table
 from apecache.store.reader import FeatureStore
+from apecache.train.ledger import load_ledger
 from apecache.train.run_folder import read_history
 
 
@@ -33,6 +34,15 @@ def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:
         Chart("Training loss", "epoch", "InfoNCE", losses),
         Chart("Dev split: mean of R@1, 5, 10, both ways", "epoch", "recall, %", recalls),
     )
+
+
+def ledger_table(runs: Mapping[str, Path]) -> Table:
+    """What each run has cost, a column each; what a run's ledger does not know is left empty."""
+    ledgers = {name: load_ledger(path) for name, path in runs.items()}
+    costs = {name: dict(ledger.rows()) if ledger else {} for name, ledger in ledgers.items()}
+    lines = dict.fromkeys(what for found in costs.values() for what in found)
+    rows = tuple((what, *(found.get(what) for found in costs.values())) for what in lines)
+    return Table("What it has cost", ("", *costs), rows)
 
 
 def retrieval_galleries(

@@ -24,8 +24,20 @@ from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.train.batches import FeaturePairs, SplitSpec, choose_splits, load_on, select_pairs
 from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.train.initial import initial_model
+from apecache.train.ledger import (
+    Extraction,
+    Ledger,
+    Meter,
+    money,
+    read_extraction,
+    runs_until_paid,
+    save_ledger,
+    stored_bytes,
+)
+from apecache.train.lint import lint_fit, n_negatives, require_sound
 from apecache.train.loop import Plan, Progress, Training, require_finite, run_training, seeded
 from apecache.train.model import AlignmentModel, evaluate_model
+from apecache.train.model_card import save_card
 from apecache.train.run_folder import (
     add_to_history,
     clear_folder,
@@ -44,8 +56,10 @@ SAVE_SHARE = 0.05
 class FitSpec:
     """Which features, which splits, where. Names of features are needed only if the store has several.
 
-    A checkpoint is written at most every `save_seconds`. Everything but `device`, `overwrite` and `save_seconds` is
-    part of what a fit is: with another value a fit that was broken off does not go on.
+    `report_split` will be reported: a fit that trains or chooses on it is refused (`apecache.train.lint`).
+    A checkpoint is written at most every `save_seconds`. For the ledger: `price_per_hour` of this machine in any
+    currency, and `extract_report`, what `apecache extract --json` printed. Features, splits and seed are part of what a
+    fit is: with another value a fit that was broken off does not go on.
     """
 
     image_features: str | None = None
@@ -55,6 +69,9 @@ class FitSpec:
     device: str = "auto"
     overwrite: bool = False
     save_seconds: float = 30.0
+    report_split: str = "test"
+    price_per_hour: float | None = None
+    extract_report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class FitReport:
     n_negatives: int
     resumed_step: int
     seconds: float
+    ledger: Ledger
 
 
 def fit_head(
@@ -87,7 +105,7 @@ def fit_head(
     Raises:
         RunError: `out` holds a finished run, or another process fits into it. MismatchError: it holds another fit,
         broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do not work. DataError:
-        a loss is not finite.
+        a check of `apecache lint` fails, or a loss is not finite.
     """
     spec = spec or FitSpec()
     if not recipe.trains_heads_alone:
@@ -96,23 +114,34 @@ def fit_head(
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
     identity = _identity(recipe, spec, store, arrays)
     found = None if spec.overwrite else find_checkpoint(out, identity)
+    extraction = read_extraction(spec.extract_report, arrays) if spec.extract_report else None
     device = _device(spec.device)
+    meter, begin = Meter(device), time.perf_counter()
     train, dev = load_splits(store, *arrays, spec.splits, device, recipe)
+    loading_seconds = time.perf_counter() - begin
     model, chosen = initial_model(recipe, train, dev, spec.seed)
     training, plan = Training(model, recipe, spec.seed), Plan.of(recipe, train)
     if plan.n_steps and training.optimiser is None:
         raise RecipeError(f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn")
+    findings = lint_fit(store, arrays, recipe, spec.splits, spec.report_split, train, model, training.optimiser)
+    require_sound(findings)
     with locked(out), seeded(spec.seed + 1, device):
         if found is None:
             clear_folder(out, recipe)
         else:
             training.restore(*found)
             write_history(out, training.history)
+        training.loading_seconds += loading_seconds
         resumed_step = training.step
         save = _saver(training, out, identity, spec.save_seconds)
         run_training(training, train, dev, plan, _logger(out, progress), save)
-        report = _report(training, train, dev, out, plan, resumed_step)
-        save_heads(_trained(training.model, arrays, recipe, spec, store, report, chosen), out)
+        ledger = _ledger(training, train, plan, arrays, meter, extraction, spec.price_per_hour, resumed_step)
+        ledger = replace(ledger, warnings=tuple(str(found) for found in findings))
+        report = _report(training, train, dev, out, plan, resumed_step, ledger)
+        save_ledger(ledger, out)
+        heads = _trained(training.model, arrays, recipe, spec, store, report, chosen)
+        save_card(heads, recipe, report.dev, ledger, str(store.source["origin"]), out)
+        save_heads(heads, out)
         (out / CHECKPOINT).unlink(missing_ok=True)
     return report
 
@@ -198,15 +227,54 @@ def _saver(training: Training, out: Path, identity: Fingerprint, every: float) -
     return save
 
 
+def _ledger(
+    training: Training,
+    train: FeaturePairs,
+    plan: Plan,
+    arrays: tuple[FeatureArray, FeatureArray],
+    meter: Meter,
+    extraction: Extraction | None,
+    price_per_hour: float | None,
+    resumed_step: int,
+) -> Ledger:
+    schedule, loss = training.recipe.schedule, training.recipe.loss
+    size = min(schedule.batch_size, len(train))
+    n_images = training.step * plan.accumulate * size
+    n_samples = n_images * loss.captions
+    loading, evaluation, step_flops = training.loading_seconds, training.evaluation_seconds, training.step_flops or 0
+    return Ledger(
+        training.seconds - evaluation,
+        evaluation,
+        loading,
+        training.step,
+        step_flops,
+        step_flops * training.step,
+        n_samples,
+        n_negatives(training.recipe, len(train)),
+        size * plan.accumulate if plan.n_steps else 0,
+        sum(stored_bytes(array) for array in arrays),
+        *meter.peak(),
+        None if resumed_step else meter.joules(),
+        money(loading + training.seconds, price_per_hour),
+        extraction.seconds if extraction else None,
+        runs_until_paid(extraction, n_images, n_samples, loading) if extraction else None,
+    )
+
+
 def _report(
-    training: Training, train: FeaturePairs, dev: FeaturePairs, out: Path, plan: Plan, resumed_step: int
+    training: Training,
+    train: FeaturePairs,
+    dev: FeaturePairs,
+    out: Path,
+    plan: Plan,
+    resumed_step: int,
+    ledger: Ledger,
 ) -> FitReport:
     """Of the best weights, which are put into the model."""
     training.model.load_state_dict(training.best.weights)
     found = evaluate_model(training.model, dev)
     first = training.history[0]["dev"]
     to_text, to_image = ({int(k): float(v) for k, v in first[way].items()} for way in WAYS)
-    batch = min(training.recipe.schedule.batch_size, len(train)) // (2 if training.recipe.augmentation.mixup else 1)
     return FitReport(
         out,
         training.best.epoch,
@@ -216,9 +284,10 @@ def _report(
         sum(p.numel() for p in training.model.parameters() if p.requires_grad) if plan.n_steps else 0,
         len(train),
         len(dev),
-        batch - 1 if plan.n_steps else 0,
+        ledger.n_negatives,
         resumed_step,
         training.seconds,
+        ledger,
     )
 
 

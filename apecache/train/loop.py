@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from apecache.errors import DataError, RunError
 from apecache.evaluate.retrieval import RetrievalReport
@@ -59,7 +60,8 @@ class Best:
 
 class Training:
     """Everything that a fit changes. `step`: steps done; `in_epoch`: those of the present epoch, whose batches were
-    drawn from `epoch_draws`; `saved_step`: that of the last checkpoint."""
+    drawn from `epoch_draws`; `saved_step`: that of the last checkpoint; `step_flops`: operations of one step,
+    once one was counted. `seconds` holds those of evaluation, not those of loading."""
 
     def __init__(self, model: AlignmentModel, recipe: Recipe, seed: int) -> None:
         self.model, self.recipe = model, recipe
@@ -72,6 +74,8 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self.best = Best()
         self.seconds, self.saved_step = 0.0, 0
+        self.evaluation_seconds, self.loading_seconds = 0.0, 0.0
+        self.step_flops: int | None = None
 
     @property
     def evaluated(self) -> AlignmentModel:
@@ -95,7 +99,9 @@ class Training:
         recall = self.best.recall if self.best.weights else None
         best = {"epoch": self.best.epoch, "recall": recall, "stale": self.best.stale}
         counts = {"epoch": self.epoch, "step": self.step, "in_epoch": self.in_epoch}
-        return {**counts, "history": self.history, "best": best, "seconds": self.seconds}
+        seconds = {"evaluation_seconds": self.evaluation_seconds, "loading_seconds": self.loading_seconds}
+        costs = {"seconds": self.seconds, **seconds, "step_flops": self.step_flops}
+        return {**counts, "history": self.history, "best": best, **costs}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
         """Raises RunError unless these are the tensors of such a fit."""
@@ -114,6 +120,9 @@ class Training:
             self.losses = [loss.to(device) for loss in parts.get("losses", {}).get("epoch", torch.empty(0)).unbind()]
             self.epoch, self.step, self.in_epoch = (int(state[name]) for name in ("epoch", "step", "in_epoch"))
             self.history, self.seconds = list(state["history"]), float(state["seconds"])
+            self.evaluation_seconds = float(state["evaluation_seconds"])
+            self.loading_seconds = float(state["loading_seconds"])
+            self.step_flops = state["step_flops"]
             best, weights = state["best"], {name: t.to(device) for name, t in parts.get("best", {}).items()}
             recall = -math.inf if best["recall"] is None else float(best["recall"])
             self.best = Best(int(best["epoch"]), recall, int(best["stale"]), weights)
@@ -154,7 +163,7 @@ def run_training(
         DataError: a loss is not finite.
     """
     if not training.history:
-        _record(training, evaluate_model(training.evaluated, dev), math.nan, 0.0, log)
+        _record(training, _evaluate(training, dev), math.nan, 0.0, log)
         if not plan.n_steps:
             _keep(training, training.history[-1]["dev"]["mean_recall"])
         save(True)
@@ -166,10 +175,17 @@ def run_training(
         loss = _mean_loss(training)
         training.epoch, training.in_epoch, training.losses = training.epoch + 1, 0, []
         if training.epoch % training.recipe.schedule.evaluate_every == 0 or training.step >= plan.n_steps:
-            report = evaluate_model(training.evaluated, dev)
+            report = _evaluate(training, dev)
             _record(training, report, loss, time.perf_counter() - begin, log)
             _keep(training, report.mean_recall)
         save(False)
+
+
+def _evaluate(training: Training, dev: FeaturePairs) -> RetrievalReport:
+    begin = time.perf_counter()
+    report = evaluate_model(training.evaluated, dev)
+    training.evaluation_seconds += time.perf_counter() - begin
+    return report
 
 
 def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[bool], None]) -> None:
@@ -183,13 +199,23 @@ def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[
     drawn = batches(train, recipe.schedule.batch_size, training.generator, recipe.loss.captions, skip)
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
-        training.losses.append(_step(training, islice(drawn, plan.accumulate), plan))
+        training.losses.append(_counted_step(training, islice(drawn, plan.accumulate), plan))
         training.step, training.in_epoch = training.step + 1, training.in_epoch + 1
         if training.in_epoch < plan.per_epoch and training.step < plan.n_steps:  # an end is saved once it is evaluated
             save(False)
 
 
-def _step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+def _counted_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+    """A step; the operations of the first are counted. All have the same shapes, so they are those of every step."""
+    if training.step_flops is not None:
+        return take_step(training, drawn, plan)
+    with FlopCounterMode(display=False) as counter:
+        loss = take_step(training, drawn, plan)
+    training.step_flops = int(counter.get_total_flops())
+    return loss
+
+
+def take_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """One step of the optimiser; returns its loss, still on the device."""
     model, optimiser, recipe = training.model, training.optimiser, training.recipe
     assert optimiser is not None

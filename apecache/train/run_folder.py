@@ -16,9 +16,11 @@ from apecache.fingerprint import Fingerprint, shorten
 from apecache.heads.checkpoint import DESCRIPTION, WEIGHTS
 from apecache.recipes.recipe import Recipe
 from apecache.train.checkpoint import CHECKPOINT, load_checkpoint
+from apecache.train.ledger import LEDGER
+from apecache.train.model_card import CARD
 
 HISTORY, RECIPE = "history.jsonl", "recipe.json"
-OURS = {HISTORY, RECIPE, WEIGHTS, DESCRIPTION, CHECKPOINT}
+OURS = {HISTORY, RECIPE, WEIGHTS, DESCRIPTION, CHECKPOINT, LEDGER, CARD}
 
 
 def require_usable(out: Path, overwrite: bool) -> None:

@@ -545,7 +545,14 @@ def test_nothing_to_train_is_refused(write_store: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_says_what_it_was_made_of(store: FeatureStore, fitted: FitReport) -> None:
-    assert sorted(contents(fitted.run)) == ["head.json", "head.safetensors", "history.jsonl", "recipe.json"]
+    assert sorted(contents(fitted.run)) == [
+        "README.md",
+        "head.json",
+        "head.safetensors",
+        "history.jsonl",
+        "ledger.json",
+        "recipe.json",
+    ]
     recipe = make_recipe()
     assert Recipe.model_validate_json((fitted.run / "recipe.json").read_text(encoding="utf-8")) == recipe
     heads = load_heads(fitted.run)

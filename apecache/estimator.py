@@ -1,0 +1,141 @@
+"""The scikit-learn face: any recipe on pooled features as an estimator of paired arrays, in the shape of
+`sklearn.cross_decomposition.CCA`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+
+from apecache.errors import RecipeError
+from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+from apecache.heads.head import embed
+from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.train.batches import FeaturePairs
+from apecache.train.initial import initial_model
+from apecache.train.loop import Plan, Training, run_training, seeded
+from apecache.train.model import AlignmentModel
+
+LEAST_ROWS = 4
+"""Two to train on and two to choose on."""
+Array = NDArray[np.float32]
+
+
+class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Heads that bring row i of X and row i of y together, both float [n, width]; a vector y is one column.
+
+    `recipe`: a name or a file, as `load_recipe` takes it, or a Recipe; `settings` its overrides. A seeded
+    `dev_fraction` of the rows (at least 2, at most half) chooses the epoch, or what a closed form leaves open; the rest
+    is fitted. Embeddings are float32 [n, dim], L2-normalised. Rows of equal X are not known to be one image.
+
+    Fitted: `model_` (heads and temperature), `dev_report_`, `history_`, `n_features_in_`, `n_features_y_`.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Recipe = "projection",
+        settings: Sequence[str] = (),
+        dev_fraction: float = 0.1,
+        random_state: int | np.random.RandomState | None = 0,
+        device: str = "cpu",
+    ) -> None:
+        self.recipe = recipe
+        self.settings = settings
+        self.dev_fraction = dev_fraction
+        self.random_state = random_state
+        self.device = device
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> "AlignmentHead":
+        """Raises RecipeError (a ValueError) for a recipe that needs tokens or trains towers, ValueError for arrays that
+        do not fit each other."""
+        options = {"dtype": np.float32, "multi_output": True, "y_numeric": True, "ensure_min_samples": LEAST_ROWS}
+        images, texts = validate_data(self, X, y, **options)
+        texts = _columns(texts)
+        recipe = _recipe(self.recipe, self.settings)
+        if not 0 < self.dev_fraction <= 0.5:
+            raise ValueError(f"dev_fraction {self.dev_fraction}: expected a share above 0, at most 0.5")
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        train, dev = _split(images, texts, self.dev_fraction, seed, torch.device(self.device))
+        model, _ = initial_model(recipe, train, dev, seed)
+        training = Training(model, recipe, seed)
+        with seeded(seed + 1, train.place):
+            run_training(training, train, dev, Plan.of(recipe, train), lambda _: None, lambda _: None)
+        model.load_state_dict(training.best.weights)
+        self.model_: AlignmentModel = model.eval().requires_grad_(False)
+        self.history_, self.n_features_y_ = training.history, texts.shape[1]
+        self.dev_report_ = _report(self._embed("image", dev.image), self._embed("text", dev.text))
+        self._n_features_out = model.image.out_dim
+        return self
+
+    def transform(self, X: ArrayLike, y: ArrayLike | None = None) -> Array | tuple[Array, Array]:
+        """Embeddings of X, or of X and y."""
+        check_is_fitted(self)
+        image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
+        if y is None:
+            return image.cpu().numpy()
+        return image.cpu().numpy(), self._embed("text", _tensor(self._checked(y))).cpu().numpy()
+
+    def score(self, X: ArrayLike, y: ArrayLike) -> float:
+        """Mean of R@1 both ways among these rows, a share in [0, 1]."""
+        check_is_fitted(self)
+        image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
+        text = self._embed("text", _tensor(self._checked(y)))
+        if len(image) != len(text):
+            raise ValueError(f"X has {len(image)} rows and y {len(text)}; row i of one belongs to row i of the other")
+        return _report(image, text).mean_recall_at_1 / 100
+
+    def _checked(self, y: ArrayLike) -> Array:
+        found = _columns(check_array(y, dtype=np.float32, ensure_2d=False, input_name="y"))
+        if found.shape[1] != self.n_features_y_:
+            raise ValueError(
+                f"y has {found.shape[1]} features, but {type(self).__name__} was fitted with {self.n_features_y_}"
+            )
+        return found
+
+    def _embed(self, side: str, features: torch.Tensor) -> torch.Tensor:
+        return embed(getattr(self.model_, side), features)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+def _recipe(recipe: str | Recipe, settings: Sequence[str]) -> Recipe:
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    if not found.trains_heads_alone or found.cut != "pooled":
+        raise RecipeError(f"recipe {found.name} needs more than pooled features; choose another (apecache recipes)")
+    return found
+
+
+def _columns(y: NDArray[Any]) -> Array:
+    return np.asarray(y, np.float32).reshape(len(y), -1)
+
+
+def _tensor(values: NDArray[Any]) -> torch.Tensor:
+    """A copy: torch wants memory that can be written."""
+    return torch.from_numpy(np.array(values, np.float32, order="C"))
+
+
+def _split(X: Array, y: Array, fraction: float, seed: int, device: torch.device) -> tuple[FeaturePairs, FeaturePairs]:
+    """(training, dev) pairs; both keep the order of the rows."""
+    n_dev = min(max(2, round(fraction * len(X))), len(X) // 2)
+    chosen = np.zeros(len(X), bool)
+    chosen[np.random.default_rng(seed).choice(len(X), n_dev, replace=False)] = True
+    train, dev = (_pairs(X[mask], y[mask], device) for mask in (~chosen, chosen))
+    return train, dev
+
+
+def _pairs(X: Array, y: Array, device: torch.device) -> FeaturePairs:
+    first = torch.arange(len(X) + 1, device=device)
+    return FeaturePairs(_tensor(X).to(device), _tensor(y).to(device), first)
+
+
+def _report(image: torch.Tensor, text: torch.Tensor) -> RetrievalReport:
+    return retrieval_report(image, text, torch.arange(len(text), device=text.device))

@@ -1,0 +1,243 @@
+"""Checks for the traps of published training code: what is wrong with a fit although it runs.
+
+An error stops a fit. A warning stands in its ledger. Models are checked on real features: two steps of the recipe's own
+optimiser, on a copy of the model and a part of one batch.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from apecache.errors import DataError
+from apecache.heads.pooled import GatedUnit
+from apecache.recipes.recipe import Recipe
+from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.train.augment import augment
+from apecache.train.batches import Batch, FeaturePairs, SplitSpec, batches, choose_splits
+from apecache.train.loop import seeded
+from apecache.train.model import AlignmentModel
+from apecache.train.optim import build_optimiser
+
+PROBE_IMAGES = 256
+LEAST_DEV_IMAGES = 100
+"""A recall of 50 % among so many has a standard error of 5 points: more than recipes differ by."""
+BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`check` is a short fixed word; `message` says what was found and what mends it."""
+
+    check: str
+    level: Literal["error", "warning"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
+
+
+def require_sound(findings: Sequence[Finding]) -> None:
+    """Raises DataError that names every error among the findings."""
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    if errors:
+        failed = "1 check fails" if len(errors) == 1 else f"{len(errors)} checks fail"
+        raise DataError(f"{failed}: {'; '.join(errors)}")
+
+
+def lint_fit(
+    store: FeatureStore,
+    arrays: tuple[FeatureArray, FeatureArray],
+    recipe: Recipe,
+    splits: SplitSpec,
+    report_split: str,
+    train: FeaturePairs,
+    model: AlignmentModel,
+    optimiser: torch.optim.Optimizer | None,
+) -> list[Finding]:
+    """Every check on what a fit is about to do. `report_split`: where results will be reported, if the store has it.
+
+    Raises:
+        RecipeError: the splits do not work.
+    """
+    return [
+        *lint_recipe(recipe, len(train)),
+        *lint_splits(store, arrays, splits, report_split),
+        *lint_positives(train, recipe),
+        *(lint_model(model, optimiser, recipe, train) if optimiser is not None else ()),
+    ]
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def n_negatives(recipe: Recipe, n_images: int) -> int:
+    """Wrong candidates of each query in a batch: accumulation adds none, mixing halves them, and where nothing trains
+    there are none."""
+    if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
+        return 0
+    return min(recipe.schedule.batch_size, n_images) // (2 if recipe.augmentation.mixup else 1) - 1
+
+
+def lint_recipe(recipe: Recipe, n_images: int | None = None) -> Iterator[Finding]:
+    """What the recipe alone shows; `n_images`: training images, where they are known."""
+    schedule = recipe.schedule
+    size = schedule.batch_size if n_images is None else min(schedule.batch_size, n_images)
+    found, nominal = n_negatives(recipe, size), size * schedule.accumulate
+    if 0 < found < nominal - 1:
+        why = [f"accumulate {schedule.accumulate} adds none"] if schedule.accumulate > 1 else []
+        why += ["mixup halves them"] if recipe.augmentation.mixup else []
+        text = f"the nominal batch is {nominal}, but each query has {found} negatives ({', '.join(why)})"
+        yield Finding("negatives", "warning", f"{text}; for more raise schedule.batch_size")
+
+
+# --- the splits ------------------------------------------------------------------------------------------------------
+
+
+def lint_splits(
+    store: FeatureStore, arrays: tuple[FeatureArray, FeatureArray], spec: SplitSpec, report_split: str
+) -> Iterator[Finding]:
+    """What is chosen on must not be reported, what is trained on must be in no other split."""
+    pairs = store.pairs
+    train, dev = choose_splits(pairs, spec)
+    if (pairs.splits[dev] == report_split).any():
+        text = f"the dev split is {report_split!r}, which is to be reported: what is chosen on it is no measure of it"
+        yield Finding("selection", "error", f"{text}; give another --dev-split, or another --report-split")
+    elif (pairs.splits[train] == report_split).any():
+        text = f"training images are of {report_split!r}, which is to be reported"
+        yield Finding("selection", "error", f"{text}; give another --train-split, or another --report-split")
+    if dev.sum() < LEAST_DEV_IMAGES:
+        error = 50 / max(1, int(dev.sum())) ** 0.5
+        text = f"the dev split has {int(dev.sum())} images: a recall of 50 % is known to {error:.0f} points"
+        yield Finding("dev-size", "warning", f"{text}; choose on at least {LEAST_DEV_IMAGES}")
+    yield from _overlaps(store, arrays, train, dev)
+
+
+def _overlaps(
+    store: FeatureStore,
+    arrays: tuple[FeatureArray, FeatureArray],
+    train: NDArray[np.bool_],
+    dev: NDArray[np.bool_],
+) -> Iterator[Finding]:
+    """By hashes of files and captions. Equal captions of different images are common, so they are no error."""
+    pairs = store.pairs
+    rest = {name: (pairs.splits == name) & ~train & ~dev for name in pairs.split_counts()}
+    others = {"dev": dev, **{name or "(none)": mask for name, mask in rest.items() if mask.any()}}
+    contents = [np.array(array.content(), object) for array in arrays]
+    for name, mask in others.items():
+        images = _in_both(contents[0], train, mask)
+        if images:
+            text = f"{images} images of {name} have the content of a training image"
+            level: Literal["error", "warning"] = "warning" if name == "dev" else "error"
+            yield Finding("overlap", level, f"{text}; take one of each out of the table")
+        texts = _in_both(contents[1], train[pairs.image_rows], mask[pairs.image_rows])
+        if texts:
+            yield Finding("overlap", "warning", f"{texts} captions of {name} are word for word training captions")
+
+
+def _in_both(content: NDArray[np.object_], first: NDArray[np.bool_], second: NDArray[np.bool_]) -> int:
+    known = set(content[first].tolist()) - {""}
+    return sum(digest in known for digest in content[second].tolist())
+
+
+# --- the batches -----------------------------------------------------------------------------------------------------
+
+
+def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
+    """Captions of one image as each other's negatives: in a batch, or because the image stands in several rows."""
+    batch = next(batches(train, PROBE_IMAGES, torch.Generator().manual_seed(0), recipe.loss.captions))
+    if wrong_negatives(batch):
+        text = f"{recipe.loss.captions} captions of each image stand in a batch, and they are each other's negatives"
+        yield Finding("captions", "error", f"{text}; give the batch groups")
+    count = _rows_of_equal_features(train)
+    if count:
+        text = f"{count} training images have the features of another one, and their captions are negatives of it"
+        yield Finding("captions", "warning", f"{text}; give all captions of an image one key")
+
+
+def wrong_negatives(batch: Batch) -> bool:
+    """Whether captions of one image, which stand one after another, are not all its positives."""
+    captions = len(batch.text) // len(batch.image)
+    if captions == 1:
+        return False
+    if batch.groups is None:
+        return True
+    return not torch.equal(batch.groups.text, batch.groups.image.repeat_interleave(captions))
+
+
+def _rows_of_equal_features(train: FeaturePairs) -> int:
+    """Images whose features are those of an earlier one, though their content is not known to be equal. Found by a
+    random projection in double precision, of tokens and views that of the first."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(train.image.shape[-1], generator=generator, dtype=torch.float64).to(train.image.device)
+    first = train.image if train.image.ndim == 2 else train.image[:, 0]
+    parts = (part.double().nan_to_num() @ direction for part in first.split(BLOCK_ROWS))
+    _, same = torch.cat(list(parts)).unique(return_inverse=True)
+    kinds = torch.arange(len(train), device=same.device) if train.content is None else train.content.to(same.device)
+    return len(torch.stack((same, kinds)).unique(dim=1).T) - len(same.unique())
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def lint_model(
+    model: AlignmentModel, optimiser: torch.optim.Optimizer, recipe: Recipe, train: FeaturePairs
+) -> Iterator[Finding]:
+    """Whether everything that should learn can."""
+    held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
+        text = "the temperature is learnable, but in no group of the optimiser"
+        yield Finding("temperature", "error", f"{text}; give the optimiser every parameter of the model")
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    left = [name for name in left if not name.startswith("temperature.")]
+    if left:
+        yield Finding("optimiser", "error", f"{_some(left)} in no group of the optimiser; give it every parameter")
+    silent, shut = _probe(model, recipe, train)
+    if shut:
+        yield Finding("gate", "error", f"{_some(shut)} shut for every training image or text; begin with other weights")
+    silent = [name for name in silent if not any(name.startswith(gate.rpartition(".")[0]) for gate in shut)]
+    if silent:
+        yield Finding("gradient", "error", f"{_some(silent)} without gradient in the first two steps; freeze or use it")
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
+
+
+def _probe(model: AlignmentModel, recipe: Recipe, train: FeaturePairs) -> tuple[list[str], list[str]]:
+    """(parameters without gradient, gates that never open) in two steps. Two, because behind a last layer of zeros,
+    with which a body beside a closed form begins, gradients come with the second."""
+    probed = copy.deepcopy(model)
+    tested = {name: p for name, p in probed.named_parameters() if not name.startswith("temperature.")}
+    silent, shut = set(tested), set[str]()
+    size = min(PROBE_IMAGES, recipe.schedule.batch_size)
+    generator = torch.Generator().manual_seed(0)
+    with seeded(0, train.place):
+        drawn = [next(batches(train, size, generator, recipe.loss.captions)) for _ in range(2)]
+        optimiser = build_optimiser(probed.parameters(), recipe.optimiser)
+        probed.train()
+        for number, batch in enumerate(drawn):
+            outputs = _gate_outputs(probed)
+            probed(augment(batch, recipe.augmentation, probed.image, probed.text), number).backward()
+            silent -= {name for name, p in tested.items() if p.grad is not None and bool((p.grad != 0).any())}
+            now = {name for name, values in outputs.items() if not any(bool((x > 0).any()) for x in values)}
+            shut = now if number == 0 else shut & now
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+    return sorted(silent), sorted(shut)
+
+
+def _gate_outputs(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What the gates give from now on, by name, before the activation that shuts them below zero."""
+    outputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GatedUnit):
+            kept = outputs.setdefault(f"{name}.gate", [])
+            module.gate.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out.detach()))
+    return outputs

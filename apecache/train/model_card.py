@@ -1,0 +1,127 @@
+"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not known says so."""
+
+import html
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.evaluate.retrieval import RetrievalReport
+from apecache.heads.checkpoint import TrainedHeads, TrainedSide
+from apecache.recipes.recipe import Recipe
+from apecache.train.ledger import Ledger
+
+CARD = "README.md"
+UNKNOWN = "not stated"
+Row = tuple[str, str]
+
+
+def save_card(
+    heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str, run: Path
+) -> None:
+    """`origin`: where the pairs came from; of a path the last part only, since cards are published."""
+    (run / CARD).write_text(model_card(heads, recipe, dev, ledger, origin), encoding="utf-8")
+
+
+def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
+    """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one line."""
+    about = heads.training
+    splits = about.get("splits") or {}
+    facts = [
+        ("recipe", recipe.name),
+        ("what it is", recipe.summary or UNKNOWN),
+        ("source", recipe.source or UNKNOWN),
+        ("trained parameters", f"{about.get('n_trained_parameters', 0):,}"),
+        ("best epoch, chosen on dev", str(about.get("best_epoch", UNKNOWN))),
+        ("seed", str(about.get("seed", UNKNOWN))),
+    ]
+    data = [
+        ("data", Path(origin).name or UNKNOWN),
+        ("licence of the data", UNKNOWN),
+        ("licence of these weights", UNKNOWN),
+        ("fingerprint of the pairs", str(about.get("data", UNKNOWN))),
+        ("training split", splits.get("train") or "train, or the only one"),
+        ("dev split", splits.get("dev") or f"a share of the training images, seed {splits.get('seed', UNKNOWN)}"),
+        ("training images", f"{about.get('n_train_images', 0):,}"),
+        ("dev images", f"{about.get('n_dev_images', 0):,}"),
+    ]
+    return "\n".join(
+        (
+            f"# {literal(recipe.name)}",
+            "",
+            f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted by apecache.",
+            "",
+            *_table(("heads", ""), facts),
+            *_table(("image encoder", ""), _encoder(heads.image)),
+            *_table(("text encoder", ""), _encoder(heads.text)),
+            *_table(("data", ""), data),
+            *_measured(dev),
+            *_table(("cost", ""), [(what, _number(value)) for what, value in ledger.rows()]),
+            *_warnings(ledger),
+            "## Use",
+            "",
+            "```python",
+            "import apecache",
+            "",
+            'model = apecache.load("this folder")',
+            'scores = model.similarity(model.encode_image(["photo.jpg"]), model.encode_text(["a dog"]))',
+            "```",
+            "",
+        )
+    )
+
+
+def literal(text: str) -> str:
+    """Text as itself in Markdown and HTML, on one line."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", html.escape(plain, quote=False))
+
+
+def _encoder(side: TrainedSide) -> list[Row]:
+    return [
+        ("encoder", _public_name(spec_from_json(side.encoder)) if side.encoder else UNKNOWN),
+        ("fingerprint", side.fingerprint.digest),
+        ("width", str(side.head.in_dim)),
+        ("head", side.head.spec.kind),
+    ]
+
+
+def _public_name(spec: EncoderSpec) -> str:
+    """A local folder by its last part."""
+    return str(replace(spec, name=spec.folder.resolve().name) if spec.folder else spec)
+
+
+def _measured(dev: RetrievalReport) -> list[str]:
+    """Recalls on dev, beside chance."""
+    ways = (
+        ("image to text", dev.image_to_text, dev.chance_image_to_text),
+        ("text to image", dev.text_to_image, dev.chance_text_to_image),
+    )
+    rows = [(f"{way} R@{k}", f"{found[k]:.1f} (chance {chance[k]:.1f})") for way, found, chance in ways for k in found]
+    title = f"dev, {dev.n_images:,} images, {dev.n_texts:,} captions"
+    return [
+        *_table((title, "recall, %"), rows),
+        "The epoch was chosen on these images: they are no measure of generalisation.",
+        "",
+    ]
+
+
+def _warnings(ledger: Ledger) -> list[str]:
+    if not ledger.warnings:
+        return []
+    return ["Warnings of the checks:", "", *(f"- {literal(warning)}" for warning in ledger.warnings), ""]
+
+
+def _table(columns: Row, rows: Iterable[Row]) -> list[str]:
+    lines = [f"| {literal(columns[0])} | {literal(columns[1])} |", "|---|---|"]
+    return [*lines, *(f"| {literal(what)} | {literal(value)} |" for what, value in rows), ""]
+
+
+def _number(value: str | int | float) -> str:
+    match value:
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+    return value

@@ -1,0 +1,257 @@
+"""A training step on cached features against its matrix products alone, and loading a batch against the loops of today.
+
+    python -m benchmarks.speed.fit
+    python -m benchmarks.speed.fit --quick       # few rows, small batches, no goals to speak of
+
+Two heads of four layers, 768 and 384 wide features to 1,024 to 512; batches of 1,024 of 40,000 pairs, float16, one
+thread. `products`: the products of forward and backward pass and of the logits, nothing else. Loops of today read row
+by row: a TensorDataset in a DataLoader, a data set of dicts over NumPy arrays (FuseMix), of lists of tensors (SAIL), an
+HDF5 file, and Zarr arrays (chunks of 64 rows, not compressed). Each gives batches like those that apecache gives.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from apecache.recipes.recipe import Recipe, parse_recipe
+from apecache.train.batches import Batch, FeaturePairs, batches
+from apecache.train.loop import Plan, Training, take_step
+from apecache.train.model import build_model
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+IMAGE_DIM, TEXT_DIM, WIDTH, OUT_DIM, LAYERS = 768, 384, 1024, 512, 4
+CHUNK_ROWS = 64
+Loader = Callable[[int], Iterable[Any]]
+"""At most so many batches of an epoch."""
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, missing = measure(options, Path(folder))
+    print_table(rows)
+    for name, why in missing.items():
+        print(f"left out: {name}: {why}")
+    print_goals(goals(rows))
+    if options.json or not options.quick:
+        left_out = [{"case": name, "left out": why} for name, why in missing.items()]
+        write_result("speed-fit", goals(rows), [*rows, *left_out], options.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A step on cached features, and loading a batch, against others.")
+    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    if options.quick:
+        options.rows, options.batch, options.repeats = 2048, 256, 5
+    return options
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of all cases, interleaved, medians; and why a case is left out."""
+    pairs = make_pairs(options.rows)
+    loaders, missing = make_loaders(pairs, options.batch, folder)
+    cases: dict[str, Callable[[], float]] = {
+        "products": timed(products(options.batch), 1),
+        "step": timed(step(pairs, options.batch), 1),
+        **{
+            f"load: {name}": timed_loading(loader, pairs, options, "per item" in name)
+            for name, loader in loaders.items()
+        },
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for repeat in range(options.repeats + 1):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            cpu = case()
+            if repeat:  # the first round warms up
+                seconds[name].append((cpu, time.perf_counter() - begin))
+    return [row(name, times) for name, times in seconds.items()], missing
+
+
+def row(name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
+    cpu = 1000 * statistics.median(cpu for cpu, _ in times)
+    return {"case": name, "cpu ms per batch": round(cpu, 4), "rounds": len(times)}
+
+
+def timed(run: Callable[[], object], batches_in_it: int) -> Callable[[], float]:
+    """CPU seconds per batch."""
+
+    def case() -> float:
+        begin = time.process_time()
+        run()
+        return (time.process_time() - begin) / batches_in_it
+
+    return case
+
+
+def timed_loading(
+    loader: Loader, pairs: FeaturePairs, options: argparse.Namespace, per_item: bool
+) -> Callable[[], float]:
+    """A whole epoch, so that drawing its order counts with its share; of files that are read item by item, which takes
+    seconds a batch, two batches."""
+    count = 2 if per_item else len(pairs) // options.batch
+
+    def run() -> None:
+        given = sum(1 for _ in loader(count))
+        assert given == count, (given, count)
+
+    return timed(run, count)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def make_pairs(rows: int) -> FeaturePairs:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(rows, dim, generator=generator).half() for dim in (IMAGE_DIM, TEXT_DIM))
+    return FeaturePairs(image, text, torch.arange(rows + 1))
+
+
+def make_recipe(batch: int) -> Recipe:
+    head = {"kind": "mlp", "depth": LAYERS - 1, "width": WIDTH, "residual": False, "dim": OUT_DIM}
+    schedule = {"epochs": 1000, "batch_size": batch}
+    return parse_recipe({"name": "benchmark", "image": head, "text": head, "schedule": schedule}, "benchmark")
+
+
+def step(pairs: FeaturePairs, batch: int) -> Callable[[], object]:
+    """A step of the trainer on a batch that is there: both heads, loss, backward pass, AdamW."""
+    recipe = make_recipe(batch)
+    training, plan = Training(build_model(recipe, pairs, 0), recipe, 0), Plan.of(recipe, pairs)
+    drawn = next(batches(pairs, batch, torch.Generator().manual_seed(1)))
+    training.model.train()
+    return lambda: take_step(training, iter([drawn]), plan)
+
+
+def products(batch: int) -> Callable[[], object]:
+    """Of every layer y = x W, and in the backward pass dW = x' dy and (but for the first) dx = dy W'; of the logits
+    the product and both of its gradients."""
+    jobs: list[tuple[Tensor, Tensor]] = []
+    for dim in (IMAGE_DIM, TEXT_DIM):
+        widths = [dim, *[WIDTH] * (LAYERS - 1), OUT_DIM]
+        for number, (before, after) in enumerate(pairwise(widths)):
+            x, weight, dy = torch.randn(batch, before), torch.randn(after, before), torch.randn(batch, after)
+            jobs += [(x, weight.T), (dy.T, x)] + ([(dy, weight)] if number else [])
+    image, text, dlogits = torch.randn(batch, OUT_DIM), torch.randn(batch, OUT_DIM), torch.randn(batch, batch)
+    jobs += [(image, text.T), (dlogits, text), (dlogits.T, image)]
+    outs = [torch.empty(a.shape[0], b.shape[1]) for a, b in jobs]
+
+    def run() -> None:
+        for (a, b), out in zip(jobs, outs, strict=True):
+            torch.mm(a, b, out=out)
+
+    return run
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+class DictRows(Dataset[dict[str, Any]]):
+    """FuseMix's way: a dict of both sides for every row of NumPy arrays."""
+
+    def __init__(self, image: Any, text: Any) -> None:
+        self.image, self.text = image, text
+
+    def __len__(self) -> int:
+        return int(self.image.shape[0])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"image": self.image[row], "text": self.text[row], "row": row}
+
+
+class ListRows(Dataset[tuple[Tensor, Tensor]]):
+    """SAIL's way: lists of one tensor for every row."""
+
+    def __init__(self, pairs: FeaturePairs) -> None:
+        self.image, self.text = list(pairs.image.clone().unbind()), list(pairs.text.clone().unbind())
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.image[row], self.text[row]
+
+
+def make_loaders(pairs: FeaturePairs, batch: int, folder: Path) -> tuple[dict[str, Loader], dict[str, str]]:
+    arrays = pairs.image.numpy(), pairs.text.numpy()
+    loaders: dict[str, Loader] = {
+        "apecache": ours(pairs, batch),
+        "TensorDataset": loop_of(TensorDataset(pairs.image, pairs.text), batch),
+        "dict of arrays": loop_of(DictRows(*arrays), batch),
+        "list of tensors": loop_of(ListRows(pairs), batch),
+        "zarr per item": loop_of(DictRows(*write_zarr(arrays, folder)), batch),
+    }
+    missing: dict[str, str] = {}
+    try:
+        loaders["HDF5 per item"] = loop_of(DictRows(*write_hdf5(arrays, folder)), batch)
+    except ImportError as error:
+        missing["HDF5 per item"] = f"h5py is not installed ({error})"
+    return loaders, missing
+
+
+def ours(pairs: FeaturePairs, batch: int) -> Loader:
+    generator = torch.Generator().manual_seed(2)
+
+    def load(count: int) -> Iterator[Batch]:
+        return (found for found, _ in zip(batches(pairs, batch, generator), range(count), strict=False))
+
+    return load
+
+
+def loop_of(rows: Dataset[Any], batch: int) -> Loader:
+    loader: DataLoader[Any] = DataLoader(rows, batch, shuffle=True, drop_last=True)
+    return lambda count: (found for _, found in zip(range(count), loader, strict=False))
+
+
+def write_zarr(arrays: tuple[Any, Any], folder: Path) -> list[Any]:
+    found = []
+    for name, values in zip(("image", "text"), arrays, strict=True):
+        chunks = (CHUNK_ROWS, values.shape[1])
+        array = zarr.create_array(
+            folder / name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=None
+        )
+        array[:] = values
+        found.append(array)
+    return found
+
+
+def write_hdf5(arrays: tuple[Any, Any], folder: Path) -> list[Any]:
+    import h5py
+
+    file = h5py.File(folder / "features.h5", "w")
+    return [file.create_dataset(name, data=np.asarray(x)) for name, x in zip(("image", "text"), arrays, strict=True)]
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+
+def goals(rows: list[dict[str, Any]]) -> list[Goal]:
+    found = {row["case"]: row["cpu ms per batch"] for row in rows}
+    ours, whole = found["load: apecache"], found["step"] + found["load: apecache"]
+    other = found["load: zarr per item"]
+    return [
+        Goal("CPU time of a step / of its matrix products", found["step"] / found["products"], 1.25, "lower"),
+        Goal("loading: % of a step with its loading", 100 * ours / whole, 0.5, "lower"),
+        Goal("loading a batch: zarr per item / apecache", other / ours, 8, "higher"),
+        Goal("step with its loading: zarr per item / apecache", (found["step"] + other) / whole, 8, "higher"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`apecache export-run`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .evaluate import moved_encoder
+from .terminal import Json, ending, show_json
+
+
+def export_run(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Both heads as ONNX graphs.")] = False,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="Both heads as plain tensors, and a JSON that says what they are.")
+    ] = False,
+    sentence_transformers: Annotated[
+        bool, typer.Option("--sentence-transformers", help="Text encoder and linear head as one model.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a run's heads for other programs.
+
+    Example: apecache export-run run heads --onnx
+    """
+    with ending():
+        from apecache.errors import OptionError, require_new
+        from apecache.heads.checkpoint import load_heads
+
+        if onnx + safetensors + sentence_transformers != 1:
+            raise OptionError("give one of --onnx, --safetensors and --sentence-transformers")
+        require_new(out, "folder")
+        heads = load_heads(run)
+        if onnx:
+            from apecache.export.onnx_graphs import export_onnx
+
+            names = export_onnx(heads, out)
+        elif safetensors:
+            from apecache.export.weights import export_safetensors
+
+            names = export_safetensors(heads, out)
+        else:
+            from apecache.export.sentence_transformers_folder import export_sentence_transformers
+
+            names = export_sentence_transformers(heads, out, moved_encoder(heads.text.encoder, text))
+        if json:
+            show_json({"run": str(run), "out": str(out), "wrote": names})
+        else:
+            typer.echo(f"{out}: {', '.join(names)}")
