@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from apecache.index import SearchIndex, build_index
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
+    from apecache.recipes.runs import load_run
+    from apecache.recipes.trained_encoders import TrainedEncoders, load_encoders
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
-    from apecache.train.trained_encoders import TrainedEncoders, load_encoders
 
 _HOME = {
     "ApecacheError": "errors",
@@ -54,7 +55,7 @@ _HOME = {
     "SearchIndex": "index",
     "SplitSpec": "train.batches",
     "Tower": "encoders.towers",
-    "TrainedEncoders": "train.trained_encoders",
+    "TrainedEncoders": "recipes.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
@@ -65,9 +66,10 @@ _HOME = {
     "extract": "extraction",
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
-    "load_encoders": "train.trained_encoders",
+    "load_encoders": "recipes.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
+    "load_run": "recipes.runs",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "probe": "evaluate.probe",
@@ -113,6 +115,7 @@ __all__ = [
     "load_encoders",
     "load_heads",
     "load_recipe",
+    "load_run",
     "open_pairs",
     "parse_encoder",
     "probe",

@@ -1,7 +1,7 @@
-"""A searchable index of embeddings (FAISS), with the heads that made it, so that it can encode queries by itself.
+"""A searchable index of embeddings (FAISS), with the run that made it, so that it can encode queries by itself.
 
-INDEX/index.json                  what is in it, of which head
-INDEX/head.json, head.safetensors
+INDEX/index.json                  what is in it, of which run
+INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
 INDEX/images.faiss, texts.faiss   exact inner product of L2-normalised vectors: cosine
 INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors
 """
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from apecache.data.images import SUFFIXES, LoadedImage, decode_image
 from apecache.data.media import read_file
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, MissingExtraError, OptionError, RowError, RunError, nearest, require_new
-from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store
 from apecache.fingerprint import content_hash
-from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
+from apecache.recipes.runs import Embed, Run, copy_run, image_embedder, load_run, text_embedder
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 
@@ -55,9 +53,16 @@ class IndexReport:
 
 
 def build_index(
-    run: Path, store: FeatureStore, out: Path, split: str | None = None, overwrite: bool = False
+    run: Path,
+    store: FeatureStore,
+    out: Path,
+    split: str | None = None,
+    overwrite: bool = False,
+    open_image: OpenImage | None = None,
 ) -> IndexReport:
     """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all.
+
+    `open_image`: as of `embed_store`.
 
     Raises:
         RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's encoders.
@@ -66,19 +71,19 @@ def build_index(
     faiss = _faiss()
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
-    heads = load_heads(run)
-    embedded = embed_store(heads, store, split)
+    loaded = load_run(run)
+    embedded = embed_store(loaded, store, split, open_image)
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
-        save_heads(heads, temporary)
+        copy_run(run, temporary)
         for name, vectors in (("images", embedded.image), ("texts", embedded.text)):
             _write_vectors(faiss, temporary / f"{name}.faiss", vectors)
         _write_rows(temporary, store.pairs, embedded)
         counts = {"n_images": len(embedded.image), "n_texts": len(embedded.text), "dim": embedded.image.shape[1]}
         description = {
             "format": FORMAT_VERSION,
-            "head": heads.digest,
+            "head": loaded.digest,
             "split": split,
             "data": store.digest,
             **counts,
@@ -118,7 +123,7 @@ class SearchIndex:
     """
 
     path: Path
-    heads: TrainedHeads
+    run: Run
     description: dict[str, Any]
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -143,10 +148,10 @@ class SearchIndex:
             raise RunError(
                 f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade"
             )
-        heads = load_heads(path)
-        if heads.digest != description.get("head"):
+        run = load_run(path, "cpu", image, text)
+        if run.digest != description.get("head"):
             raise RunError(f"{path} was built with another head than the one in it; build the index again")
-        return SearchIndex(path, heads, description, image, text, device)
+        return SearchIndex(path, run, description, image, text, device)
 
     def search(self, query: str, k: int = 5, target: Target | None = None) -> list[Hit]:
         """Search by text, or by an image file if `query` is one. By default text finds images and a photo captions.
@@ -162,7 +167,7 @@ class SearchIndex:
     def search_text(self, text: str, k: int = 5, target: Target = "images") -> list[Hit]:
         if not text.strip():
             raise OptionError("the query is empty; give words or an image file")
-        return self._nearest(self.heads.text.embed(self._text_encoder.encode([text])), k, target)
+        return self._nearest(self._embed_texts([text]), k, target)
 
     def search_image(self, path: Path, k: int = 5, target: Target = "captions") -> list[Hit]:
         try:
@@ -170,20 +175,15 @@ class SearchIndex:
             loaded = LoadedImage(decode_image(data, str(path)), content_hash(data))
         except RowError as error:
             raise DataError(f"query image cannot be read: {error.detail}") from None
-        pixels = self._image_encoder.preprocess(loaded.image).unsqueeze(0)
-        return self._nearest(self.heads.image.embed(self._image_encoder.encode(pixels)), k, target)
+        return self._nearest(self._embed_images([loaded.image]), k, target)
 
     @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
-        self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-        return encoder
+    def _embed_texts(self) -> Embed:
+        return text_embedder(self.run.text, self.device, self.text)
 
     @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
-        self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
-        return encoder
+    def _embed_images(self) -> Embed:
+        return image_embedder(self.run.image, self.device, self.image)
 
     def _nearest(self, query: Tensor, k: int, target: Target) -> list[Hit]:
         """The k nearest of [1, dim], best first; fewer if the index has fewer."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import moved_encoder
+from .evaluate import moved_encoders, opener
 from .extract import choice
 from .terminal import Device, Json, Overwrite, ending, printable, show_json, show_table
 
@@ -15,10 +15,11 @@ def index(
     store: Annotated[Path, typer.Option(help="The feature store whose images and captions are to be found.")],
     out: Annotated[Path, typer.Option(help="The index folder to make.")],
     split: Annotated[str | None, typer.Option(help="Only this split. Default: everything.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, if the run trained its image tower.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Make a searchable index (FAISS) of a store's images and captions under a run's heads.
+    """Make a searchable index (FAISS) of a store's images and captions under a run.
 
     Example: apecache index run --store store --out index
     """
@@ -26,7 +27,7 @@ def index(
         from apecache.index import build_index
         from apecache.store.reader import FeatureStore
 
-        report = build_index(run, FeatureStore.open(store), out, split, overwrite)
+        report = build_index(run, FeatureStore.open(store), out, split, overwrite, opener(root))
         if json:
             show_json(report)
         else:
@@ -54,16 +55,10 @@ def search(
     with ending():
         if target is not None:
             choice("--target", target, ("images", "captions"))
-        from apecache.heads.checkpoint import load_heads
         from apecache.index import SearchIndex
 
-        moved: dict[str, Any] = {}
-        if image or text:
-            heads = load_heads(index)
-            moved["image"] = moved_encoder(heads.image.encoder, image)
-            moved["text"] = moved_encoder(heads.text.encoder, text)
         aim: Any = target
-        hits = SearchIndex.open(index, **moved, device=device).search(query, k, aim)
+        hits = SearchIndex.open(index, *moved_encoders(index, image, text), device).search(query, k, aim)
         if json:
             show_json({"query": query, "hits": [vars(hit) for hit in hits]})
         else:

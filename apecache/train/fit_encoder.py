@@ -21,10 +21,10 @@ from apecache.encoders.encoder import parse_device
 from apecache.errors import DataError, OptionError, RecipeError
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.fingerprint import Fingerprint, Json, Modality
+from apecache.recipes.encoder_model import EncoderModel, build_model
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureStore
 from apecache.train.encoder_data import FitEncoderSpec, Source, open_inputs, open_source, split_rows
-from apecache.train.encoder_model import EncoderModel, build_model
 from apecache.train.encoder_run import Checkpoint, Progress, begin_run, finish_run, save_checkpoint
 from apecache.train.grad_cache import backward_in_slices, forked_generators
 from apecache.train.live import (

@@ -16,18 +16,20 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.towers import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
+from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.encoder_model import EncoderModel, parameter_groups
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
+from apecache.recipes.runs import image_embedder, text_embedder
+from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train import encoder_data
 from apecache.train import fit_encoder as module
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_model import EncoderModel, parameter_groups
-from apecache.train.encoder_run import CHECKPOINT, DESCRIPTION, HISTORY, WEIGHTS, read_tensors
+from apecache.train.encoder_run import CHECKPOINT, HISTORY
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.trained_encoders import load_encoders
 
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
 OpenImage = Callable[[str], Image.Image]
@@ -237,7 +239,7 @@ def test_from_the_cut_it_is_as_from_the_inputs_without_running_what_lies_below(
     assert json.loads((tmp_path / "cut" / DESCRIPTION).read_text())["image"]["cut"] == 3
     monkeypatch.undo()
     loaded, pairs = load_encoders(tmp_path / "cut", "cpu"), token_data[0].pairs
-    assert loaded.embed_texts([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
+    assert text_embedder(loaded.text)([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
 
 
 @torch.no_grad()
@@ -363,10 +365,13 @@ def test_a_finished_run_embeds_as_it_was_evaluated(name: str, data: Any, tmp_pat
     loaded, pairs = load_encoders(tmp_path / "run", "cpu"), data[0].pairs
     rows = [row for row, split in enumerate(pairs.splits) if split == "val"]
     texts = [row for row, image in enumerate(pairs.image_rows) if image in rows]
-    image = loaded.embed_images([data[1](pairs.keys[row]) for row in rows])
-    text = loaded.embed_texts([pairs.captions[row] for row in texts])
+    image = image_embedder(loaded.image, "cpu")([data[1](pairs.keys[row]) for row in rows])
+    text = text_embedder(loaded.text, "cpu")([pairs.captions[row] for row in texts])
     owner = torch.tensor([rows.index(pairs.image_rows[row]) for row in texts])
     assert retrieval_report(image, text, owner) == report.dev
+    embedded = embed_store(loaded, data[0], "val", data[1])
+    torch.testing.assert_close(embedded.image, image, atol=2e-3, rtol=0)
+    torch.testing.assert_close(embedded.text, text, atol=2e-3, rtol=0)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(len(rows)))
 
 

@@ -26,6 +26,10 @@ class Side(nn.Module):
         super().__init__()
         self.tower, self.head, self.cut = tower, head, cut
 
+    @property
+    def dim(self) -> int:
+        return self.head.out_dim
+
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.tower is None:
             pooled = inputs
