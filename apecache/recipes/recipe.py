@@ -13,7 +13,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.geometry import Divergence
-from apecache.recipes.towers import TowersSpec, require_shorthand
+from apecache.recipes.towers import DistillationSpec, SharedSpec, TowersSpec, require_shorthand
 
 FREEZE = "freeze/"
 """`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
@@ -132,6 +132,8 @@ class Recipe(_Section):
     schedule: ScheduleSpec = ScheduleSpec()
     augmentation: AugmentationSpec = AugmentationSpec()
     towers: TowersSpec = TowersSpec()
+    shared: SharedSpec | None = None
+    distillation: DistillationSpec | None = None
 
     @property
     def trains_towers(self) -> bool:
@@ -153,6 +155,10 @@ class Recipe(_Section):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
         if self.init == "asif" and not fixed:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
+        if self.distillation and not self.shared:
+            raise ValueError("distillation teaches a shared encoder: give a section shared too")
+        if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
+            raise ValueError("below a shared block both towers train: set towers.freezing to Vuu-Tuu")
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
         return self

@@ -17,8 +17,9 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Fingerprint, Json, describe_difference, digest_tensors
 from apecache.heads.checkpoint import TrainedSide
-from apecache.recipes.encoder_model import EncoderModel, Side, build_model
+from apecache.recipes.encoder_model import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import parse_recipe
+from apecache.recipes.shared_encoder import SharedSide
 
 WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
 
@@ -30,7 +31,7 @@ class TrainedTower:
     `encoder`, `fingerprint`: of the encoder as it was before training.
     """
 
-    side: Side
+    side: Side | SharedSide
     loaded: ImageEncoder | TextEncoder
     encoder: Mapping[str, Json]
     fingerprint: Fingerprint
@@ -87,13 +88,14 @@ def load_encoders(
     ]
     dims = [value[side]["dim"] for side in ("image", "text")]
     with torch.random.fork_rng(devices=[]):
-        model = build_model(recipe, live, dims, where)
+        teacher = Teacher(value["teacher"]["dim"]) if recipe.distillation else None
+        model = build_model(recipe, live, dims, where, teacher=teacher)
     tensors, _ = read_tensors(run / WEIGHTS)
     model.load_kept(tensors)
     model.eval().requires_grad_(False)
     parts = ((model.image, live[0], value["image"]), (model.text, live[1], value["text"]))
     first, second = (_side(module, encoder, about) for module, encoder, about in parts)
-    return TrainedEncoders(model, first, second, float(model.temperature.scale()), value, _digest(value, tensors))
+    return TrainedEncoders(model, first, second, model.temperature.scale().item(), value, _digest(value, tensors))
 
 
 def read_description(run: Path) -> dict[str, Any]:
@@ -120,11 +122,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _side(
-    module: Side, encoder: ImageEncoder | TextEncoder | None, about: dict[str, Any]
+    module: Side | SharedSide, encoder: ImageEncoder | TextEncoder | None, about: dict[str, Any]
 ) -> TrainedSide | TrainedTower:
     fingerprint = Fingerprint(about["fingerprint"])
-    if encoder is None:
+    if encoder is None and isinstance(module, Side):
         return TrainedSide(module.head, about["encoder"], fingerprint)
+    assert encoder is not None
     return TrainedTower(module, encoder, about["encoder"], fingerprint)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
-from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.towers import tower_of
 from apecache.errors import MismatchError, OptionError, RecipeError
@@ -110,10 +110,57 @@ def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | Te
     return replace(source, features=torch.from_numpy(array.load()), cut=cut, lengths=counts)
 
 
-def split_rows(store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec) -> tuple[PairRows, PairRows]:
+@dataclass(frozen=True)
+class TeacherSource:
+    """Cached features of the teacher, or the class distributions that they mean: `taught` [n_images, dim]."""
+
+    name: str
+    taught: Tensor
+    ok: NDArray[np.bool_]
+    fingerprint: Fingerprint
+
+
+def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> TeacherSource | None:
+    """None for a recipe that has none.
+
+    Raises:
+        RecipeError: the store has no such features, or they are not pooled ones of one view. EncoderError: the
+        teacher's classifier cannot be had.
+    """
+    spec = recipe.distillation
+    if spec is None:
+        return None
+    there = [array.record.name for array in store.arrays("image")]
+    if (spec.teacher or len(there) != 1) and spec.teacher not in there:
+        found = f"{store.path} has the image features {', '.join(there) or 'none'}"
+        wanted = f"but not the teacher {spec.teacher!r}" if spec.teacher else "and distillation.teacher names none"
+        raise RecipeError(
+            f"recipe {recipe.name}: {found}, {wanted}; set distillation.teacher, or add it with: apecache extract "
+            "--add --image ENCODER --image-cut cls@-1"
+        )
+    array = store.array("image", spec.teacher or None)
+    if array.tokens is not None or array.views is not None:
+        raise RecipeError(f"image features {array.name} are no pooled features of one view, which a teacher's are")
+    taught = torch.from_numpy(array.load()).to(device)
+    if spec.kind == "classes":
+        taught = _distributions(taught, array.record.spec)
+    return TeacherSource(array.name, taught, array.load_ok(), array.record.encoder)
+
+
+@torch.no_grad()
+def _distributions(features: Tensor, spec: EncoderSpec) -> Tensor:
+    """Of the teacher's classes [n, n_classes], rows of sum 1."""
+    classifier = load_classifier(spec).to(features.device)
+    return torch.cat([classifier(part.float()).softmax(-1) for part in features.split(8192)])
+
+
+def split_rows(
+    store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec, teacher: TeacherSource | None = None
+) -> tuple[PairRows, PairRows]:
     pairs = store.pairs
     captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
     images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
+    images = images if teacher is None else images & teacher.ok
     texts = captions if sources[1].ok is None else captions & sources[1].ok
     train, dev = (pair_rows(pairs.image_rows, mask & images, texts) for mask in choose_splits(pairs, spec.splits))
     for what, rows in (("training", train), ("dev", dev)):
