@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apecache.data.augment import Views
 from apecache.encoders.encoder import parse_device
 from apecache.errors import DataError, OptionError, RecipeError
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
@@ -36,6 +37,7 @@ from apecache.train.encoder_data import (
 from apecache.train.encoder_run import Checkpoint, Progress, begin_run, finish_run, save_checkpoint
 from apecache.train.grad_cache import backward_in_slices, forked_generators
 from apecache.train.live import (
+    ImageInputs,
     Inputs,
     OpenImage,
     PairRows,
@@ -92,6 +94,7 @@ def fit_encoder(
             "teacher": None if teacher is None else teacher.fingerprint.fields,
         }
     )
+    _augmented(inputs, recipe, spec, 0)
     saved = begin_run(out, recipe, identity, spec.overwrite)
     best = _train(model, inputs, (train, dev), recipe, spec, out, saved, progress)
     model.load_kept(best.tensors)
@@ -239,6 +242,7 @@ def _epoch(
 ) -> float:
     """One pass; the mean loss. What is drawn depends on seed and epoch only."""
     model.train()
+    inputs = _augmented(inputs, recipe, spec, epoch)
     batches = train.epoch(recipe.schedule.batch_size, torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch))
     n_steps, first = recipe.schedule.epochs * len(batches), (epoch - 1) * len(batches)
     losses = []
@@ -253,6 +257,22 @@ def _epoch(
     if not math.isfinite(mean):
         raise DataError(f"the loss is not finite in epoch {epoch}; lower optimiser.lr")
     return mean
+
+
+def _augmented(
+    inputs: tuple[Inputs, Inputs], recipe: Recipe, spec: FitEncoderSpec, epoch: int
+) -> tuple[Inputs, Inputs]:
+    """As training sees them in this epoch; evaluation sees the images as they are.
+
+    Raises RecipeError where the image side runs from cached tokens, which cannot be distorted.
+    """
+    wanted = recipe.augmentation.image
+    if wanted is None:
+        return inputs
+    if not isinstance(inputs[0], ImageInputs):
+        raise RecipeError(f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs")
+    views = Views(1, spec.seed, wanted.scale, wanted.ratio, wanted.flip, wanted.operations, wanted.magnitude)
+    return inputs[0].augmented(views, epoch), inputs[1]
 
 
 def _step(

@@ -189,6 +189,26 @@ def test_slices_train_like_the_whole_batch(data: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(sliced[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_live_images_are_distorted_in_training_only_and_the_same_when_it_goes_on(data: Any, tmp_path: Path) -> None:
+    distort = ("augmentation.image.scale=[0.3, 1.0]", "augmentation.image.operations=2")
+    recipe = recipe_of("clip", *distort, "schedule.epochs=2")
+    report = fit(data, recipe, tmp_path / "whole")
+    plain = fit(data, recipe_of("clip", "schedule.epochs=2"), tmp_path / "plain")
+    assert report.untrained == plain.untrained
+    assert history(tmp_path / "whole")[1]["loss"] != history(tmp_path / "plain")[1]["loss"]
+    with pytest.raises(StoppedError):
+        fit(data, recipe, tmp_path / "broken", stop_after(1), slice_size=None)
+    fit(data, recipe, tmp_path / "broken")
+    whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
+    assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
+
+
+def test_cached_tokens_cannot_be_distorted(token_data: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs images, not cached tokens"):
+        fit(token_data, recipe_of("lilt-c", LAST, "augmentation.image.flip=true"), tmp_path / "run", **TOKENS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_mixed_precision_keeps_parameters_in_float32(data: Any, tmp_path: Path) -> None:
     report = fit(data, recipe_of("lit"), tmp_path / "run", autocast="bfloat16")
     assert all(tensor.dtype == torch.float32 for tensor in read_tensors(tmp_path / "run" / WEIGHTS)[0].values())
