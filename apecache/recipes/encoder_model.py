@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.towers import Tower, tower_of
+from apecache.encoders.towers import Cut, Tower, tower_of
 from apecache.errors import RecipeError, RunError
 from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
@@ -22,11 +22,21 @@ from apecache.recipes.shared_encoder import Distillation, SharedLoss, SharedSide
 
 class Side(nn.Module):
     """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
-    are the tokens after so many blocks; None: pixels or token ids."""
+    are the tokens after so many blocks; None: pixels or token ids. `still`: so many blocks, and the embeddings, train
+    nothing and run without dropout, cached or not; `pooled`: the whole tower."""
 
     def __init__(self, tower: Tower | None, head: Head, cut: int | None = None) -> None:
         super().__init__()
         self.tower, self.head, self.cut = tower, head, cut
+        self.still: Cut | None = None
+
+    def train(self, mode: bool = True) -> "Side":
+        super().train(mode)
+        if mode and self.tower is not None and self.still is not None:
+            self.tower.module.eval()
+            for block in self.tower.blocks[self.tower.n_blocks if self.still == "pooled" else self.still :]:
+                block.train()
+        return self
 
     @property
     def dim(self) -> int:
@@ -133,6 +143,7 @@ def build_model(
     matches = freeze_towers(live, recipe.towers) if live else ()
     for side in sides:
         _require_frozen_below(side, matches, recipe)
+        side.still = None if side.tower is None else find_cut(matches, side.tower).cut
     temperature = _temperature(recipe, device)
     pairs = [pair for tower, head in live for pair in trained_parameters(tower, head, matches)]
     names: tuple[Modality, ...] = ("image", "text")

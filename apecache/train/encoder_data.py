@@ -34,7 +34,8 @@ from apecache.train.live import (
 @dataclass(frozen=True)
 class FitEncoderSpec:
     """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: pairs that are in
-    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32."""
+    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32.
+    `cache` False: frozen sides run from their inputs too, to the same result: only to measure what the cache saves."""
 
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -46,6 +47,7 @@ class FitEncoderSpec:
     autocast: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     overwrite: bool = False
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def open_source(
     store: FeatureStore, recipe: Recipe, side: Modality, spec: FitEncoderSpec, device: torch.device
 ) -> Source:
     named, name = (spec.image, spec.image_features) if side == "image" else (spec.text, spec.text_features)
-    live = recipe.towers.may_train(side)
+    live = recipe.towers.may_train(side) or not spec.cache
     array = None if live and named else store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
@@ -86,7 +88,9 @@ def open_source(
     chosen = named or (array.record.spec if array else None)
     assert chosen is not None
     pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
-    tokens = array is not None and named is None and chosen.pooling == "tokens" and chosen.layer is not None
+    tokens = (
+        spec.cache and array is not None and named is None and chosen.pooling == "tokens" and chosen.layer is not None
+    )
     own: Pooling = "default" if tokens else chosen.pooling
     wanted = replace(chosen, dtype="float32", layer=None, pooling=own if pooling == "default" else pooling)
     load: Any = load_image_encoder if side == "image" else load_text_encoder

@@ -223,8 +223,10 @@ def _train(
     for epoch in range(checkpoint.epoch + 1, recipe.schedule.epochs + 1):
         begin = time.perf_counter()
         loss = _epoch(model, inputs, train, recipe, spec, optimiser, epoch)
+        trained = time.perf_counter() - begin
         report = evaluate(model, inputs, dev, spec)
         line = _line(epoch, loss, model, report, time.perf_counter() - begin)
+        line["training_seconds"] = trained
         checkpoint.advance(epoch, model.kept_state(), report)
         save_checkpoint(out, checkpoint.add(line), optimiser)
         progress(line)

@@ -284,6 +284,74 @@ def test_cached_tokens_give_the_embeddings_of_a_live_run(token_data: Any) -> Non
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def cut_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> dict[str, tuple[FeatureStore, OpenImage]]:
+    """Stores in float32 and float16 with all cuts that recipes have: pooled, after some blocks, after all."""
+    folder = tmp_path_factory.mktemp("cut-data")
+    table = make_shapes(folder / "shapes")
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = replace(parse_encoder(f"hf:{tiny_text_encoder}", "text"), pooling="cls")
+    images = (image, *(replace(image, pooling="tokens", layer=layer) for layer in (3, -1)))
+    texts = (text, *(replace(text, pooling="tokens", layer=layer) for layer in (-2, -1)))
+    for dtype in ("float32", "float16"):
+        spec = ExtractSpec(images, texts, storage_dtype=dtype, device="cpu")
+        extract(open_pairs(table), folder / dtype, spec)
+    opener: OpenImage = lambda key: Image.open(table.parent / key).convert("RGB")  # noqa: E731
+    return {dtype: (FeatureStore.open(folder / dtype), opener) for dtype in ("float32", "float16")}
+
+
+ALL_POOLED = {"image_features": "tiny-vit", "text_features": "tiny-bert-cls"}
+LAST_TOKENS = {"image_features": "tiny-vit-tokens-layer-1", "text_features": "tiny-bert-cls-tokens-layer-1"}
+SOME_TOKENS = {"image_features": "tiny-vit-tokens-layer3", "text_features": "tiny-bert-tokens-layer-2"}
+WITH_CUTS = [
+    ("lit", [], ALL_POOLED),
+    ("lilt-l", [], ALL_POOLED),
+    ("lilt-m", [], ALL_POOLED),
+    ("lilt-f", [], LAST_TOKENS),
+    ("lilt-c", [LAST], SOME_TOKENS),
+    ("lilt-n", [], {**ALL_POOLED, "image_features": LAST_TOKENS["image_features"]}),
+    ("freeze/Vff-Tuu", [], ALL_POOLED),
+    ("freeze/Vuf-Tff", [], ALL_POOLED),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("name", "settings", "features"), WITH_CUTS, ids=[case[0] for case in WITH_CUTS])
+def test_logits_and_gradients_from_the_cache_are_those_from_the_inputs_dropout_included(
+    name: str, settings: list[str], features: dict[str, str], dtype: str, cut_data: Any
+) -> None:
+    store, open_image = cut_data[dtype]
+    recipe, device = recipe_of(name, *settings), torch.device("cpu")
+    features = {side: value.replace("bert-cls-tokens", "bert-tokens") for side, value in features.items()}
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for cache in (False, True):
+        spec = FitEncoderSpec(**SPEC | features, cache=cache)
+        sources = [encoder_data.open_source(store, recipe, side, spec, device) for side in ("image", "text")]
+        assert all(cache or source.features is None for source in sources)
+        torch.manual_seed(0)
+        encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
+        model = module.build_model(recipe, encoders, [source.dim for source in sources], device, cuts).train()
+        inputs = [encoder_data.open_inputs(source, store, open_image, device) for source in sources]
+        torch.manual_seed(1)
+        image, text = (
+            side.outputs(*source.take(rows))
+            for side, source, rows in ((model.image, inputs[0], [0, 1, 5]), (model.text, inputs[1], [0, 3, 10]))
+        )
+        model.loss(image, text, [0, 1, 5]).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        found.append(((image @ text.T).detach() * model.temperature.scale().detach(), grads))
+    (live, of_inputs), (cached, of_cache) = found
+    exact = dtype == "float32"
+    torch.testing.assert_close(cached, live, rtol=0, atol=1e-4 if exact else 0.05)
+    assert of_inputs.keys() == of_cache.keys()
+    assert of_cache
+    for parameter, gradient in of_inputs.items():
+        size = max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(of_cache[parameter], gradient, rtol=0, atol=(1e-5 if exact else 2e-2) * max(size, 1))
+
+
 def test_training_below_the_cached_tokens_is_refused(token_data: Any, tmp_path: Path) -> None:
     for rules in ('towers.rules=[{part = "image.blocks[2:]"}]', 'towers.rules=[{part = "image.cls"}]'):
         with pytest.raises(
@@ -346,7 +414,10 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(epoch: int, data: An
     whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
-    without_time = [[{**line, "seconds": 0} for line in history(tmp_path / name)] for name in ("whole", "broken")]
+    without_time = [
+        [{**line, "seconds": 0, "training_seconds": 0} for line in history(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
     assert without_time[0] == without_time[1]
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {"recipe.json", HISTORY, WEIGHTS, DESCRIPTION}
 
