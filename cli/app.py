@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, plan, recipes, search, store
+from . import analyze, demo, evaluate, extract, fit, plan, recipes, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)
 app.command()(fit.combine)
 app.command()(evaluate.evaluate)
+app.command()(analyze.analyze)
 app.command()(search.index)
 app.command()(search.search)
 for _command in (store.info, store.verify, store.repair, store.remove, store.export, store.upgrade):

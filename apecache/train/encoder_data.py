@@ -88,15 +88,13 @@ def open_source(
     chosen = named or (array.record.spec if array else None)
     assert chosen is not None
     pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
-    tokens = (
-        spec.cache and array is not None and named is None and chosen.pooling == "tokens" and chosen.layer is not None
-    )
+    tokens = array is not None and named is None and chosen.pooling == "tokens" and chosen.layer is not None
     own: Pooling = "default" if tokens else chosen.pooling
     wanted = replace(chosen, dtype="float32", layer=None, pooling=own if pooling == "default" else pooling)
     load: Any = load_image_encoder if side == "image" else load_text_encoder
     encoder = load(wanted, str(device))
     source = Source(side, None, encoder, wanted, encoder.fingerprint, ok)
-    return _with_tokens(source, array, encoder) if tokens and array is not None else source
+    return _with_tokens(source, array, encoder) if tokens and array is not None and spec.cache else source
 
 
 def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | TextEncoder) -> Source:
