@@ -6,7 +6,8 @@
 First part: each recipe trains with its own optimiser, warm-up scaled to the smaller of 1,000 steps and a tenth; its
 loss must fall and its R@1 on held-out pairs be above chance. Second part: LiT, the last two blocks, and deep adapters
 with and without the cache: the same losses, less time and memory, beside what `apecache plan` says. Every run has a
-process of its own, whose peak memory is counted above what it began with (CUDA: what torch allocated).
+process of its own, whose peak memory is counted above what it began with, libraries that it loads included (CUDA: what
+torch allocated).
 """
 
 import argparse
@@ -93,7 +94,7 @@ def main() -> None:
         cuts = [] if options.recipes else [show(compare(setting, case)) for case in CUTS]
     print_table(rows)
     print_table(cuts)
-    found = goals(rows, cuts)
+    found = goals(rows, cuts, above_chance=not options.quick)
     print_goals(found)
     if options.json or not options.quick:
         write_result("quality-recipes", found, rows + cuts, options.json)
@@ -311,14 +312,14 @@ def with_cache(job: Job, case: str, cache: bool) -> Job:
     return replace(job, case=f"{case} {'cached' if cache else 'whole'}", spec=spec)
 
 
-def goals(rows: list[dict[str, Any]], cuts: list[dict[str, Any]]) -> list[Goal]:
+def goals(rows: list[dict[str, Any]], cuts: list[dict[str, Any]], above_chance: bool) -> list[Goal]:
+    """`above_chance` False: nothing is asked of held-out pairs, as after a few steps from random encoders."""
     measured = [row for row in rows if row["recipe"] not in WITHOUT_GOAL]
     falling = sum(row["last loss"] < row["first loss"] for row in measured)
     above = sum(row["R@1"] > row["chance"] for row in measured)
-    found = [
-        Goal("recipes whose loss falls", falling, len(measured), "higher"),
-        Goal("recipes with R@1 above chance on val", above, len(measured), "higher"),
-    ]
+    found = [Goal("recipes whose loss falls", falling, len(measured), "higher")]
+    if above_chance:
+        found.append(Goal("recipes with R@1 above chance on val", above, len(measured), "higher"))
     for row in cuts:
         found.append(Goal(f"{row['cut']}: losses with and without the cache apart", row["losses apart"], 0.01, "lower"))
         found.append(Goal(f"{row['cut']}: times as fast with the cache", row["times as fast"], 1.0, "higher"))
