@@ -173,12 +173,12 @@ class Recipe(_Section):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
         if self.init == "asif" and not fixed:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
-        if self.augmentation.image and not self.towers.may_train("image"):
-            raise ValueError("augmentation.image is for recipes whose image tower trains; others: extract --views")
         if self.distillation and not self.shared:
             raise ValueError("distillation teaches a shared encoder: give a section shared too")
         if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
             raise ValueError("below a shared block both towers train: set towers.freezing to Vuu-Tuu")
+        if self.augmentation.image and not self.towers.may_train("image"):
+            raise ValueError("augmentation.image is for recipes whose image tower trains; others: extract --views")
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
         return self

@@ -242,10 +242,13 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
         if line["epoch"] == 1:
             raise StoppedError
 
-    fit(data, recipe, tmp_path / "whole", slice_size=3)
+    losses: list[float] = []
+    fit(data, recipe, tmp_path / "whole", lambda line: losses.append(line["loss"]), slice_size=3)
     with pytest.raises(StoppedError):
         fit(data, recipe, tmp_path / "broken", stop, slice_size=3)
-    fit(data, recipe, tmp_path / "broken", slice_size=3)
+    after: list[float] = []
+    fit(data, recipe, tmp_path / "broken", lambda line: after.append(line["loss"]), slice_size=3)
+    assert after == losses[2:]
     whole, broken = (read_tensors(tmp_path / run / WEIGHTS)[0] for run in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
