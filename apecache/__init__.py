@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
+    from apecache.recipes.runs import load_run
+    from apecache.recipes.trained_encoders import TrainedEncoders, load_encoders
     from apecache.search import Query, SearchIndex
     from apecache.store.reader import FeatureArray, FeatureStore
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
-    from apecache.train.trained_encoders import TrainedEncoders, load_encoders
     from apecache.trained import ImageTextModel, load
 
 _HOME = {
@@ -65,7 +66,7 @@ _HOME = {
     "SearchIndex": "search",
     "SplitSpec": "train.batches",
     "Tower": "encoders.towers",
-    "TrainedEncoders": "train.trained_encoders",
+    "TrainedEncoders": "recipes.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
     "ZeroShotReport": "evaluate.zeroshot",
     "ZeroShotSpec": "evaluate.zeroshot",
@@ -77,9 +78,10 @@ _HOME = {
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
     "load": "trained",
-    "load_encoders": "train.trained_encoders",
+    "load_encoders": "recipes.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
+    "load_run": "recipes.runs",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
@@ -135,6 +137,7 @@ __all__ = [
     "load_encoders",
     "load_heads",
     "load_recipe",
+    "load_run",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",

@@ -1,7 +1,7 @@
-"""A searchable index of embeddings, with the heads that made it, so that it can encode queries by itself.
+"""A searchable index of embeddings, with the run that made it, so that it can encode queries by itself.
 
-INDEX/index.json                  what is in it, of which head; how each set was built and how well it finds
-INDEX/head.json, head.safetensors
+INDEX/index.json                  what is in it, of which run; how each set was built and how well it finds
+INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
 INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
 INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; of images the hash of their file too
 """
@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 
 from apecache.errors import MismatchError, OptionError, RunError, nearest, require_new
-from apecache.evaluate.embeddings import Embeddings, embed_store, find_features
-from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
+from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, find_features
+from apecache.heads.checkpoint import TrainedSide
+from apecache.recipes.runs import Run, copy_run, load_run
 from apecache.store.reader import FeatureStore
 from apecache.vectors import Floats, KindReport, VectorIndex, build_vectors, load_faiss, measured, open_vectors
 
@@ -55,10 +56,11 @@ def build_index(
     split: str | None = None,
     overwrite: bool = False,
     kind: str = "flat",
+    open_image: OpenImage | None = None,
 ) -> IndexReport:
     """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all.
 
-    `kind`: as in `apecache.vectors`.
+    `kind`: as in `apecache.vectors`. `open_image`: as of `embed_store`.
 
     Raises:
         RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's encoders.
@@ -67,15 +69,16 @@ def build_index(
     load_faiss()
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
-    heads = load_heads(run)
-    embedded = embed_store(heads, store, split)
-    report = _write(out, heads, store, embedded, (split, kind), lambda _, vectors, rows: build_vectors(kind, vectors))
+    loaded = load_run(run)
+    embedded = embed_store(loaded, store, split, open_image)
+    made = (split, kind)
+    report = _write(out, run, loaded, store, embedded, made, lambda _, vectors, rows: build_vectors(kind, vectors))
     return replace(report, n_added=report.n_images + report.n_texts)
 
 
-def update_index(run: Path, store: FeatureStore, out: Path) -> IndexReport:
+def update_index(run: Path, store: FeatureStore, out: Path, open_image: OpenImage | None = None) -> IndexReport:
     """Bring an index up to date with its store: rows that are new are added, rows that are gone removed, by key. No
-    encoder runs; the kind and the split stay.
+    encoder runs that the run has left frozen; the kind and the split stay.
 
     An image is the same if key and file are, a caption if key and words are. Rows that follow those of the index are
     added to it. After any other change it is filled anew, in the order of the store, for FAISS's graphs can forget
@@ -85,9 +88,9 @@ def update_index(run: Path, store: FeatureStore, out: Path) -> IndexReport:
         MismatchError: the index is of another head than the run. RunError: no index, or one that is damaged.
     """
     description = read_description(out)
-    heads = load_heads(run)
-    _require_head(description, heads, out, run)
-    embedded = embed_store(heads, store, description.get("split"))
+    loaded = load_run(run)
+    _require_head(description, loaded, out, run)
+    embedded = embed_store(loaded, store, description.get("split"), open_image)
     added, removed = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
 
     def fill(part: Part, vectors: Floats, rows: Sequence[Row]) -> tuple[VectorIndex, KindReport]:
@@ -106,13 +109,14 @@ def update_index(run: Path, store: FeatureStore, out: Path) -> IndexReport:
             index.refill(vectors)
         return index, report
 
-    report = _write(out, heads, store, embedded, (description.get("split"), kind_of(description)), fill)
+    report = _write(out, run, loaded, store, embedded, (description.get("split"), kind_of(description)), fill)
     return replace(report, n_added=added.total(), n_removed=removed.total())
 
 
 def _write(
     out: Path,
-    heads: TrainedHeads,
+    run: Path,
+    loaded: Run,
     store: FeatureStore,
     embedded: Embeddings,
     settings: tuple[str | None, str],
@@ -122,10 +126,10 @@ def _write(
     vectors = {
         part: np.ascontiguousarray(v.cpu()) for part, v in zip(PARTS, (embedded.image, embedded.text), strict=True)
     }
-    rows = dict(zip(PARTS, _rows(store, heads, embedded), strict=True))
+    rows = dict(zip(PARTS, _rows(store, loaded, embedded), strict=True))
     reports: dict[Part, KindReport] = {}
     with _replacing(out) as folder:
-        save_heads(heads, folder)
+        copy_run(run, folder)
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
             index, report = fill(part, vectors[part], rows[part])
             reports[part] = measured(report, index, vectors[part], vectors[other])
@@ -134,7 +138,7 @@ def _write(
         counts = {"n_images": len(rows["images"]), "n_texts": len(rows["texts"]), "dim": embedded.image.shape[1]}
         description = {
             "format": FORMAT_VERSION,
-            "head": heads.digest,
+            "head": loaded.digest,
             "split": split,
             "data": store.digest,
             "kind": kind,
@@ -159,9 +163,9 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rows(store: FeatureStore, heads: TrainedHeads, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
+def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
     """For each image its key, its first usable caption and the hash of its file; for each caption key and words."""
-    pairs, content = store.pairs, find_features(heads.image, store, "image").content()
+    pairs, content = store.pairs, _content(store, run)
     owners = pairs.image_rows[embedded.text_rows]
     first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}
     images: list[Row] = [
@@ -174,6 +178,14 @@ def _rows(store: FeatureStore, heads: TrainedHeads, embedded: Embeddings) -> tup
     return images, texts
 
 
+def _content(store: FeatureStore, run: Run) -> list[str]:
+    """Hash of each image's file, as it was when the store's features were made; empty where the store has none."""
+    if isinstance(run.image, TrainedSide):
+        return find_features(run.image, store, "image").content()
+    arrays = store.arrays("image")
+    return arrays[0].content() if arrays else [""] * len(store.pairs.keys)
+
+
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -183,8 +195,8 @@ def _identity(row: Row) -> tuple[str, str]:
     return row["key"], row.get("content", row["caption"])
 
 
-def _require_head(description: Mapping[str, Any], heads: TrainedHeads, out: Path, run: Path) -> None:
-    found, there = str(description.get("head")), heads.digest
+def _require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
+    found, there = str(description.get("head")), loaded.digest
     if found != there:
         raise MismatchError(
             f"{out} is of the head {found[:16]}, {run} has {there[:16]}: build the index again with --overwrite",

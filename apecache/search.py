@@ -10,17 +10,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from apecache.data.images import SUFFIXES, LoadedImage, decode_image
+from apecache.data.images import SUFFIXES, decode_image
 from apecache.data.media import read_file
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.encoders.encoder import parse_device
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RowError, RunError, nearest
-from apecache.fingerprint import content_hash
-from apecache.heads.checkpoint import TrainedHeads, load_heads
 from apecache.index import Part, read_description, read_report, read_rows
+from apecache.recipes.runs import Embed, Run, image_embedder, load_run, text_embedder
 from apecache.vectors import Floats, VectorIndex, load_faiss, open_vectors
 
 Target = Literal["images", "captions"]
@@ -68,7 +67,7 @@ class SearchIndex:
     """
 
     path: Path
-    heads: TrainedHeads
+    run: Run
     description: dict[str, Any]
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -87,10 +86,10 @@ class SearchIndex:
     ) -> "SearchIndex":
         """Raises RunError if there is no index, or one that is damaged or of another head than its own."""
         description = read_description(path)
-        heads = load_heads(path)
-        if heads.digest != description.get("head"):
+        run = load_run(path, "cpu", image, text)
+        if run.digest != description.get("head"):
             raise RunError(f"{path} was built with another head than the one in it; build the index again")
-        return SearchIndex(path, heads, description, image, text, device, nprobe, ef_search)
+        return SearchIndex(path, run, description, image, text, device, nprobe, ef_search)
 
     def search(self, query: str, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
         """`find` by words, or by an image file if `query` is one. By default text finds images and a photo captions."""
@@ -135,18 +134,17 @@ class SearchIndex:
         """Words, or an image file. As they come from the head: normalised."""
         path = image_path(text)
         if path is not None:
-            return self.heads.image.embed(self._image_encoder.encode(self._pixels(path))).cpu()
+            return self._embed_images([self._picture(path)]).cpu()
         if not text.strip():
             raise OptionError("the query is empty; give words or an image file")
-        return self.heads.text.embed(self._text_encoder.encode([text])).cpu()
+        return self._embed_texts([text]).cpu()
 
-    def _pixels(self, path: Path) -> Tensor:
+    def _picture(self, path: Path) -> Image.Image:
         try:
             data = read_file(path, str(path))
-            loaded = LoadedImage(decode_image(data, str(path)), content_hash(data))
+            return decode_image(data, str(path))
         except RowError as error:
             raise DataError(f"query image cannot be read: {error.detail}") from None
-        return self._image_encoder.preprocess(loaded.image).unsqueeze(0)
 
     def _embed_key(self, key: str) -> Tensor:
         row = self._row_of_key.get(key)
@@ -178,7 +176,7 @@ class SearchIndex:
     def _open(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
         vectors = open_vectors(self.path / f"{part}.faiss", read_report(self.description, part).factory)
         rows = read_rows(self.path, part)
-        if vectors.shape != (len(rows), self.heads.image.head.out_dim):
+        if vectors.shape != (len(rows), self.description.get("dim")):
             raise RunError(f"{self.path}: {part}.faiss does not fit {part}.jsonl and the head; build the index again")
         vectors.tune(self.nprobe, self.ef_search)
         return (vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors), rows
@@ -188,16 +186,12 @@ class SearchIndex:
         return {row["key"]: i for i, row in enumerate(self._images[1])}
 
     @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
-        self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-        return encoder
+    def _embed_texts(self) -> Embed:
+        return text_embedder(self.run.text, self.device, self.text)
 
     @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
-        self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
-        return encoder
+    def _embed_images(self) -> Embed:
+        return image_embedder(self.run.image, self.device, self.image)
 
 
 def image_path(query: str) -> Path | None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, export_run, extract, fit, lint, plan, recipes, scout, search, store
+from . import analyze, demo, evaluate, export_run, extract, fit, lint, plan, recipes, scout, search, store
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(lint.lint)
 app.command("export-run")(export_run.export_run)
 app.command()(fit.combine)
 app.command()(evaluate.evaluate)
+app.command()(analyze.analyze)
 app.command()(search.index)
 app.command()(search.search)
 for _command in (store.info, store.verify, store.repair, store.remove, store.export, store.upgrade):

@@ -65,7 +65,8 @@ def evaluate(
     with ending():
         choice("--task", task, ("retrieval", "zeroshot", "probe"))
         if task == "retrieval":
-            result = retrieval(run, store, split or "val", device, folds, by_language, csls)
+            moved = moved_encoders(run, image, text)
+            result = retrieval(run, store, split or "val", device, folds, by_language, csls, root, moved)
         else:
             splits = (split_column, split_file, split_fraction, split_seed)
             opening = open_spec(("image", "label"), image_column, caption_column, *splits, root)
@@ -73,11 +74,12 @@ def evaluate(
                 wanted: tuple[str, ...] = (probe_train_split, split or "test")
             else:
                 wanted = (split,) if split else ()
-            heads, images = labelled(run, labels, opening, wanted, image, device, max_bad)
+            moved = moved_encoders(run, image, text)
+            loaded, images = labelled(run, labels, opening, wanted, moved, device, max_bad)
             if task == "probe":
-                result = probes(heads, images, *wanted)
+                result = probes(loaded, images, *wanted)
             else:
-                result = zeroshot(heads, images, split, template, text)
+                result = zeroshot(loaded, images, split, template, moved[1])
         if json:
             show_json(result)
         elif task == "retrieval":
@@ -96,23 +98,24 @@ def retrieval(
     folds: int | None = None,
     by_language: bool = False,
     csls: bool = False,
+    root: Path | None = None,
+    moved: tuple[Any, Any] = (None, None),
 ) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""
     from apecache.errors import OptionError
 
     if store is None:
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
-    from apecache.encoders.encoder import parse_device
     from apecache.evaluate.csls import csls_report
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
     from apecache.evaluate.retrieval import retrieval_report
-    from apecache.heads.checkpoint import load_heads
+    from apecache.recipes.runs import load_run
     from apecache.store.reader import FeatureStore
 
-    heads = load_heads(run, parse_device(device))
+    loaded = load_run(run, device, *moved)
     opened = FeatureStore.open(store)
-    embedded = embed_store(heads, opened, split)
+    embedded = embed_store(loaded, opened, split, opener(root))
     about = (embedded.image, embedded.text, embedded.image_of_text)
     report = folded_report(*about, folds) if folds else retrieval_report(*about)
     measure = csls_report
@@ -120,7 +123,7 @@ def retrieval(
     intervals = None if folds else bootstrap_intervals(*about)
     tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
     languages = language_reports(*about, tongues) if by_language else {}
-    seen = _seen(heads.training, opened.digest, split)
+    seen = _seen(loaded.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
     return {
@@ -163,9 +166,15 @@ def _seen(training: Any, data: str, split: str) -> bool:
 
 
 def labelled(
-    run: Path, labels: str | None, opening: Any, splits: tuple[str, ...], image: str | None, device: str, max_bad: float
+    run: Path,
+    labels: str | None,
+    opening: Any,
+    splits: tuple[str, ...],
+    moved: tuple[Any, Any],
+    device: str,
+    max_bad: float,
 ) -> tuple[Any, Any]:
-    """The run's heads, and what to open of the images with labels."""
+    """The run, and what to open of the images with labels."""
     from apecache.errors import OptionError
 
     if labels is None:
@@ -173,50 +182,59 @@ def labelled(
     from apecache.data.sources import open_pairs
 
     source = open_pairs(labels, opening)
-    from apecache.encoders.encoder import parse_device
     from apecache.evaluate.labelled import LabelledSpec
-    from apecache.heads.checkpoint import load_heads
+    from apecache.recipes.runs import load_run
 
-    heads = load_heads(run, parse_device(device))
-    moved = moved_encoder(heads.image.encoder, image)
-    return heads, LabelledSpec(source, run / "caches", splits, moved, device, max_bad)
+    loaded = load_run(run, device, *moved)
+    return loaded, LabelledSpec(source, run / "caches", splits, moved[0], device, max_bad)
 
 
-def zeroshot(
-    heads: Any, images: Any, split: str | None, templates: list[str] | None, text: str | None
-) -> dict[str, Any]:
+def zeroshot(run: Any, images: Any, split: str | None, templates: list[str] | None, moved: Any) -> dict[str, Any]:
     """The JSON form of a zero-shot report: accuracies in per cent."""
     from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, zero_shot
 
-    spec = ZeroShotSpec(images, tuple(templates or TEMPLATES), moved_encoder(heads.text.encoder, text))
+    spec = ZeroShotSpec(images, tuple(templates or TEMPLATES), moved)
     with progress() as update:
-        report = zero_shot(heads, spec, update)
+        report = zero_shot(run, spec, update)
     return {"task": "zeroshot", "split": split, **vars(report)}
 
 
-def probes(heads: Any, images: Any, train_split: str, split: str) -> dict[str, Any]:
-    """The JSON form of two probe reports: of the encoder's features, and of the embeddings that the head makes."""
+def probes(run: Any, images: Any, train_split: str, split: str) -> dict[str, Any]:
+    """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the run."""
     from apecache.evaluate.labelled import labelled_images
     from apecache.evaluate.probe import probe
 
     with progress() as update:
-        found = labelled_images(heads, images, update)
+        found = labelled_images(run, images, update)
     rows = {name: [i for i, other in enumerate(found.splits) if other == name] for name in (train_split, split)}
     labels = {name: [found.labels[i] for i in chosen] for name, chosen in rows.items()}
     told: dict[str, Any] = {"task": "probe", "train_split": train_split, "split": split}
-    for what, features in (("before", found.features.float()), ("after", heads.image.embed(found.features).cpu())):
+    for what, features in (("before", found.features.float()), ("after", found.embedded.cpu())):
         train, test = (features[rows[name]].numpy() for name in (train_split, split))
         told[what] = vars(probe(train, labels[train_split], test, labels[split]))
     return told
 
 
-def moved_encoder(recorded: Any, name: str | None) -> Any:
-    """The recorded encoder's settings under a new name, or None if no name was given."""
-    if name is None:
-        return None
-    from apecache.encoders.spec import spec_from_json
+def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any, Any]:
+    """The recorded encoders' settings under new names; None where no name was given."""
+    if image is None and text is None:
+        return None, None
+    from apecache.recipes.runs import recorded_encoder
 
-    return spec_from_json(recorded).with_name(name)
+    names: tuple[tuple[Any, str | None], ...] = (("image", image), ("text", text))
+    found = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]
+    return found[0], found[1]
+
+
+def opener(root: Path | None) -> Any:
+    """Reads the image of a key below `root`; None without one."""
+    if root is None:
+        return None
+    from apecache.data.images import load_image
+    from apecache.data.media import FolderMedia
+
+    media = FolderMedia(root)
+    return lambda key: load_image(key, media).image
 
 
 def show_retrieval(run: Path, result: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .evaluate import moved_encoder
+from .evaluate import moved_encoders
 from .terminal import Json, ending, show_json
 
 
@@ -45,7 +45,7 @@ def export_run(
         else:
             from apecache.export.sentence_transformers_folder import export_sentence_transformers
 
-            names = export_sentence_transformers(heads, out, moved_encoder(heads.text.encoder, text))
+            names = export_sentence_transformers(heads, out, moved_encoders(run, None, text)[1])
         if json:
             show_json({"run": str(run), "out": str(out), "wrote": names})
         else:

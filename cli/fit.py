@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .evaluate import opener
 from .extract import choice, encoder_specs
 from .memory import keep_freed_memory
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table, warn
@@ -117,8 +118,6 @@ def fit_encoder(
         loaded = load_recipe(recipe, set_ or ())
         images = encoder_specs([image] if image else None, "image", None, "float32", resolution=resolution)
         texts = encoder_specs([text] if text else None, "text", None, "float32", max_tokens=max_tokens)
-        from apecache.data.images import load_image
-        from apecache.data.media import FolderMedia
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.encoder_data import FitEncoderSpec
@@ -140,8 +139,7 @@ def fit_encoder(
             device,
             overwrite,
         )
-        opener = (lambda key: load_image(key, FolderMedia(root)).image) if root else None
-        report = run(FeatureStore.open(store), loaded, out, spec, opener, show_epoch)
+        report = run(FeatureStore.open(store), loaded, out, spec, opener(root), show_epoch)
         if json:
             show_json(report)
             return
@@ -167,8 +165,11 @@ def combine(
         from apecache.errors import require_new
         from apecache.heads.checkpoint import load_heads, save_heads
         from apecache.heads.combine import combine_heads
+        from apecache.recipes.runs import require_head_run
 
         require_new(out, "run folder")
+        for run in runs:
+            require_head_run(run, "combine")
         combined = combine_heads([load_heads(run) for run in runs])
         save_heads(combined, out)
         found = {"run": str(out), "n_runs": len(runs), "dim": combined.image.head.out_dim, "scale": combined.scale}

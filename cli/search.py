@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import moved_encoder
+from .evaluate import moved_encoders, opener
 from .extract import choice
 from .terminal import Device, Json, Overwrite, ending, printable, show_json, show_table
 
@@ -22,10 +22,11 @@ def index(
     update: Annotated[
         bool, typer.Option("--update", help="Add and remove what has changed in the store, by key.")
     ] = False,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, if the run trained its image tower.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Make a searchable index (FAISS) of a store's images and captions under a run's heads.
+    """Make a searchable index (FAISS) of a store's images and captions under a run.
 
     An approximate kind is measured when it is built: the share of the true ten nearest that it finds, and its time.
 
@@ -42,9 +43,9 @@ def index(
             raise OptionError("--update and --overwrite: an index is either brought up to date or made anew")
         if update:
             require_same(read_description(out), split, kind)
-            report = update_index(run, FeatureStore.open(store), out)
+            report = update_index(run, FeatureStore.open(store), out, opener(root))
         else:
-            report = build_index(run, FeatureStore.open(store), out, split, overwrite, kind or "flat")
+            report = build_index(run, FeatureStore.open(store), out, split, overwrite, kind or "flat", opener(root))
         if json:
             show_json(report)
         else:
@@ -100,17 +101,13 @@ def search(
     with ending():
         if target is not None:
             choice("--target", target, ("images", "captions"))
-        from apecache.heads.checkpoint import load_heads
         from apecache.search import Query, SearchIndex
 
-        moved: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search}
-        if image or text:
-            heads = load_heads(index)
-            moved["image"] = moved_encoder(heads.image.encoder, image)
-            moved["text"] = moved_encoder(heads.text.encoder, text)
+        moved = moved_encoders(index, image, text)
+        tuned: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "device": device}
         wanted = Query((*(() if query is None else (query,)), *(like or ())), tuple(unlike or ()), tuple(key or ()))
         aim: Any = target
-        hits = SearchIndex.open(index, **moved, device=device).find(wanted, k, aim, csls)
+        hits = SearchIndex.open(index, *moved, **tuned).find(wanted, k, aim, csls)
         score = "CSLS" if csls else "cosine"
         if json:
             told = {"like": wanted.like, "unlike": wanted.unlike, "keys": wanted.keys, "score": score}

@@ -88,7 +88,7 @@ def test_a_search_finds_what_comparing_with_everything_finds(
     hits = opened.search(str(query), 7, target)  # type: ignore[arg-type]
     pairs = store.pairs
     vectors = embedded.image if target == "images" else embedded.text
-    scores = (vectors @ embed_query(opened.heads, query)).numpy()
+    scores = (vectors @ embed_query(opened.run, query)).numpy()
     order = np.argsort(-scores, kind="stable")[:7]
     assert [hit.score for hit in hits] == pytest.approx(scores[order].tolist(), abs=1e-5)
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6, 7]
@@ -196,7 +196,7 @@ def test_an_index_says_what_is_in_it_and_of_which_head(
 ) -> None:
     value = json.loads((built / "index.json").read_text(encoding="utf-8"))
     assert (value["n_images"], value["n_texts"], value["dim"]) == (12, 24, 16)
-    assert value["head"] == load_heads(tiny_run).digest == opened.heads.digest
+    assert value["head"] == load_heads(tiny_run).digest == opened.run.digest
     assert value["data"] == store.digest
     assert value["split"] is None
     names = [
@@ -436,7 +436,7 @@ def test_encoders_that_have_moved_are_found_where_they_are_said_to_be(
 ) -> None:
     moved = [
         EncoderSpec(**encoder).with_name(f"{encoder['library']}:{shutil.copytree(encoder['name'], tmp_path / side)}")
-        for side, encoder in (("image", opened.heads.image.encoder), ("text", opened.heads.text.encoder))
+        for side, encoder in (("image", opened.run.image.encoder), ("text", opened.run.text.encoder))
     ]
     elsewhere = SearchIndex.open(index, *moved, device="cpu")
     photo = str(shapes_once.parent / "images" / "red-circle-0.png")

@@ -78,15 +78,27 @@ def shape_timm(spec: EncoderSpec) -> Any:
         raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error
 
 
+def timm_classifier(spec: EncoderSpec) -> torch.nn.Module:
+    """The classifier that `load_timm` takes off. Raises EncoderError if there is none."""
+    classifier: torch.nn.Module = _create_whole(spec).get_classifier()
+    if not isinstance(classifier, torch.nn.Linear):
+        raise EncoderError(f"encoder {spec}: these weights have no linear classifier; choose a supervised teacher")
+    return classifier.float().requires_grad_(False)
+
+
 def _create(spec: EncoderSpec) -> Any:
     """The model, loaded with its classifier, which is then taken off: asked for a model without one, timm accepts
     weights that lack other parameters too, and leaves those random."""
+    module = _create_whole(spec)
+    module.reset_classifier(0)
+    return module
+
+
+def _create_whole(spec: EncoderSpec) -> Any:
     try:
         if not spec.folder:
             _require_known(spec)
-        module = _pretrained(f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec), spec.resolution)
-        module.reset_classifier(0)
-        return module
+        return _pretrained(f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec), spec.resolution)
     except EncoderError:
         raise
     except Exception as error:  # the hub client, safetensors and timm share no base class of errors

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.towers import Tower, build_tower
@@ -64,6 +66,19 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
                 encoders = load_transformers_text(cuts, where)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
+
+
+def load_classifier(spec: EncoderSpec) -> nn.Module:
+    """The encoder's own classifier, from its pooled features [n, dim] to logits [n, n_classes]; float32, on the CPU.
+
+    Raises:
+        EncoderError: no timm encoder, or another pooling than its own, whose features no classifier takes; no classes.
+    """
+    if spec.library != "timm" or spec.pooling != "default" or spec.layer is not None:
+        raise EncoderError(f"encoder {spec}: a classifier is known of timm: encoders with their own pooling only")
+    from apecache.encoders.from_timm import timm_classifier
+
+    return timm_classifier(spec)
 
 
 def shape_tower(spec: EncoderSpec) -> Tower:

@@ -1,16 +1,48 @@
-"""Embeddings of a store's images and captions under a trained pair of heads."""
+"""Embeddings of a store's images and captions under a run."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from apecache.errors import DataError, nearest
-from apecache.fingerprint import Modality
-from apecache.heads.checkpoint import TrainedHeads, TrainedSide
+from apecache.errors import DataError, OptionError, RowError, nearest
+from apecache.fingerprint import Fingerprint, Json, Modality
+from apecache.heads.checkpoint import TrainedSide
 from apecache.store.reader import FeatureArray, FeatureStore
+
+OpenImage = Callable[[str], Image.Image]
+"""Key of the pair table -> RGB image; raises RowError."""
+
+
+class LiveSide(Protocol):
+    """A modality whose tower was trained: it embeds images or texts themselves, no features of them. `encoder`,
+    `fingerprint`: of the encoder before training, as of a `TrainedSide`."""
+
+    @property
+    def encoder(self) -> Mapping[str, Json]: ...
+
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+
+    def require_encoder(self, found: Fingerprint, where: str) -> None: ...
+
+    def embed(self, inputs: Sequence[Any], batch: int = 64) -> Tensor:
+        """float32 [n, dim], L2-normalised."""
+
+
+class Run(Protocol):
+    """What is measured, of either trainer."""
+
+    @property
+    def image(self) -> TrainedSide | LiveSide: ...
+
+    @property
+    def text(self) -> TrainedSide | LiveSide: ...
 
 
 @dataclass(frozen=True)
@@ -27,26 +59,65 @@ class Embeddings:
     image_of_text: Tensor
 
 
-def embed_store(heads: TrainedHeads, store: FeatureStore, split: str | None = None) -> Embeddings:
-    """Every image that has features and a usable caption, with those captions; of one split, or of all.
+def embed_store(
+    run: Run, store: FeatureStore, split: str | None = None, open_image: OpenImage | None = None
+) -> Embeddings:
+    """Every image and usable caption that belong together; of one split, or of all.
+
+    A frozen side is read from the store's features; a tower that was trained runs from the captions, or from images
+    that `open_image` reads.
 
     Raises:
-        MismatchError: the store has no features of the heads' encoders. DataError: no such split, or nothing in it.
-        IncompleteError, DamagedError: the store.
+        MismatchError: the store has no features of a frozen encoder. DataError: no such split, nothing in it, or an
+        image that cannot be read. OptionError: images are needed. IncompleteError, DamagedError: the store.
     """
     pairs = store.pairs
-    arrays = find_features(heads.image, store, "image"), find_features(heads.text, store, "text")
-    keep = arrays[0].load_ok() & _split_mask(store, split)
-    texts = np.flatnonzero(arrays[1].load_ok() & keep[pairs.image_rows])
+    keep = _usable(run.image, store, "image") & _split_mask(store, split)
+    texts = np.flatnonzero(_usable(run.text, store, "text") & keep[pairs.image_rows])
     images = np.unique(pairs.image_rows[texts])
     if not len(images):
         raise DataError(f"{store.path}: split {split!r} has no image with a caption")
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
-    image, text = (
-        side.embed(torch.from_numpy(array.load()[rows]), _select(load_lengths(array), rows))
-        for side, array, rows in ((heads.image, arrays[0], images), (heads.text, arrays[1], texts))
-    )
-    return Embeddings(image, text, images, texts, owners.to(image.device))
+    image = embed_rows(run.image, store, "image", images, open_image)
+    text = embed_rows(run.text, store, "text", texts)
+    return Embeddings(image, text.to(image.device), images, texts, owners.to(image.device))
+
+
+def embed_rows(
+    side: TrainedSide | LiveSide,
+    store: FeatureStore,
+    modality: Modality,
+    rows: NDArray[np.int64],
+    open_image: OpenImage | None = None,
+    batch: int = 64,
+) -> Tensor:
+    """Rows of the store's table -> float32 [n, dim], L2-normalised. Raises as `embed_store` does."""
+    if isinstance(side, TrainedSide):
+        array = find_features(side, store, modality)
+        return side.embed(torch.from_numpy(array.load()[rows]), _select(load_lengths(array), rows))
+    if modality == "text":
+        return side.embed([str(store.pairs.captions[row]) for row in rows])
+    if open_image is None:
+        raise OptionError("this run trained its image tower, so it needs the images; give their folder (--root)")
+    keys = [str(store.pairs.keys[row]) for row in rows]
+    return torch.cat([side.embed(_read(keys[i : i + batch], open_image)) for i in range(0, len(keys), batch)])
+
+
+def _read(keys: Sequence[str], open_image: OpenImage) -> list[Image.Image]:
+    try:
+        return [open_image(key) for key in keys]
+    except RowError as error:
+        raise DataError(f"an image cannot be read ({error}); mend it, or take it out of the table") from None
+
+
+def _usable(side: TrainedSide | LiveSide, store: FeatureStore, modality: Modality) -> NDArray[np.bool_]:
+    """Rows that can be embedded: those with features; for a trained tower those that any encoder could read."""
+    if isinstance(side, TrainedSide):
+        return find_features(side, store, modality).load_ok()
+    arrays = store.arrays(modality)
+    values: Any = store.pairs.keys if modality == "image" else store.pairs.captions
+    there = np.array([bool(str(value).strip()) for value in values], dtype=bool)
+    return there & arrays[0].load_ok() if arrays else there
 
 
 def load_lengths(array: FeatureArray) -> Tensor | None:
@@ -59,7 +130,7 @@ def _select(lengths: Tensor | None, rows: NDArray[np.int64]) -> Tensor | None:
     return None if lengths is None else lengths[torch.from_numpy(rows)]
 
 
-def find_features(side: TrainedSide, store: FeatureStore, modality: Modality) -> FeatureArray:
+def find_features(side: TrainedSide | LiveSide, store: FeatureStore, modality: Modality) -> FeatureArray:
     """The store's features of the encoder that the head was trained on, whatever they are called: of the images as they
     are, which is what a head serves that was trained on augmented views of them.
 

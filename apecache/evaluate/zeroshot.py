@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apecache.encoders.encoder import TextEncoder
-from apecache.encoders.load import load_text_encoder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import OptionError
 from apecache.evaluate.labelled import LabelledSpec, labelled_images
 from apecache.extraction import Progress
-from apecache.heads.checkpoint import TrainedHeads
+from apecache.recipes.runs import Embed, Run, text_embedder
 
 TEMPLATES = ("a photo of {}",)
 """LilT's single prompt."""
@@ -43,7 +41,7 @@ class ZeroShotReport:
     classes: tuple[str, ...]
 
 
-def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
+def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
     """Classify labelled images by their nearest class name.
 
     Raises:
@@ -51,23 +49,19 @@ def zero_shot(heads: TrainedHeads, spec: ZeroShotSpec, progress: Progress = lamb
         OptionError: a template without {}. DataError: no image that can be read.
     """
     _require_templates(spec.templates)
-    text_encoder = load_text_encoder(spec.text or spec_from_json(heads.text.encoder), spec.images.device)
-    heads.text.require_encoder(text_encoder.fingerprint, f"text encoder {text_encoder.spec}")
-    found = labelled_images(heads, spec.images, progress)  # after both encoders were compared
-    images = heads.image.embed(found.features)
+    embed_texts = text_embedder(run.text, spec.images.device, spec.text)
+    found = labelled_images(run, spec.images, progress)  # after both encoders were compared
     classes = tuple(sorted(set(found.all_labels)))
-    weights = class_embeddings(heads, text_encoder, classes, spec.templates).to(images.device)
+    weights = class_embeddings(embed_texts, classes, spec.templates).to(found.embedded.device)
     return classification_report(
-        images @ weights.T, [classes.index(label) for label in found.labels], classes, spec.templates
+        found.embedded @ weights.T, [classes.index(label) for label in found.labels], classes, spec.templates
     )
 
 
-def class_embeddings(
-    heads: TrainedHeads, encoder: TextEncoder, classes: Sequence[str], templates: Sequence[str]
-) -> Tensor:
+def class_embeddings(embed_texts: Embed, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """float32 [n_classes, dim]: the normalised mean over templates of each class's normalised embeddings."""
     texts = [template.replace("{}", name.replace("_", " ")) for name in classes for template in templates]
-    embedded = heads.text.embed(encoder.encode(texts)).view(len(classes), len(templates), -1)
+    embedded = embed_texts(texts).view(len(classes), len(templates), -1)
     return F.normalize(embedded.mean(1), dim=-1)
 
 

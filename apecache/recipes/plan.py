@@ -103,6 +103,8 @@ def plan(recipe: Recipe, image: Callable[[], Tower], text: Callable[[], Tower], 
         RecipeError: rules, adapters or widths do not fit the towers. OptionError: settings that make no sense.
     """
     _check(spec)
+    if recipe.shared is not None:
+        raise RecipeError(f"recipe {recipe.name}: the planner does not know shared encoders, only towers by themselves")
     sides, counted = _model(recipe.towers, recipe, image(), text(), spec)
     planned = _cost(recipe, sides, counted, spec, device, cached=True)
     without = _cost(recipe, sides, counted, spec, device, cached=False)

@@ -13,7 +13,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.geometry import Divergence
-from apecache.recipes.towers import TowersSpec, require_shorthand
+from apecache.recipes.towers import DistillationSpec, SharedSpec, TowersSpec, require_shorthand
 
 FREEZE = "freeze/"
 """`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
@@ -92,15 +92,33 @@ class ScheduleSpec(_Section):
     evaluate_every: int = Field(default=1, ge=1)
 
 
+class ImageAugmentationSpec(_Section):
+    """Of the images of a live image side, another view in every epoch: a random crop of `scale` (share of the area) and
+    `ratio` (of the sides), mirrored half of the time, then `operations` of RandAugment at `magnitude` (0 to 10)."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = False
+    operations: int = Field(default=0, ge=0)
+    magnitude: float = Field(default=7.0, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "ImageAugmentationSpec":
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ValueError("scale and ratio are ranges with 0 < first <= second, scale up to 1")
+        return self
+
+
 class AugmentationSpec(_Section):
-    """In feature space. `noise`: standard deviation of Gaussian noise in units of each feature's own deviation.
-    `mixup`: one half of a batch is mixed with the other, both modalities with one coefficient from Beta(mixup, mixup)
-    (FuseMix; it halves the batch). `token_dropout`: share of tokens hidden, never the first. Of features with several
-    views, each image shows a random one in every epoch."""
+    """In feature space, but for `image`. `noise`: standard deviation of Gaussian noise in units of each feature's own
+    deviation. `mixup`: one half of a batch is mixed with the other, both modalities with one coefficient from
+    Beta(mixup, mixup) (FuseMix; it halves the batch). `token_dropout`: share of tokens hidden, never the first. Of
+    features with several views, each image shows a random one in every epoch."""
 
     noise: float = Field(default=0.0, ge=0)
     mixup: float = Field(default=0.0, ge=0)
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    image: ImageAugmentationSpec | None = None
 
 
 class ClosedFormSpec(_Section):
@@ -132,6 +150,8 @@ class Recipe(_Section):
     schedule: ScheduleSpec = ScheduleSpec()
     augmentation: AugmentationSpec = AugmentationSpec()
     towers: TowersSpec = TowersSpec()
+    shared: SharedSpec | None = None
+    distillation: DistillationSpec | None = None
 
     @property
     def trains_towers(self) -> bool:
@@ -153,6 +173,12 @@ class Recipe(_Section):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
         if self.init == "asif" and not fixed:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
+        if self.distillation and not self.shared:
+            raise ValueError("distillation teaches a shared encoder: give a section shared too")
+        if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
+            raise ValueError("below a shared block both towers train: set towers.freezing to Vuu-Tuu")
+        if self.augmentation.image and not self.towers.may_train("image"):
+            raise ValueError("augmentation.image is for recipes whose image tower trains; others: extract --views")
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
         return self

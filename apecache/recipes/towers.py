@@ -129,6 +129,38 @@ class TowersSpec(_Section):
         return any(not rule.train and parse_selector(rule.part).name in ("head", "all") for rule in self.rules)
 
 
+class SharedSpec(_Section):
+    """One pre-norm transformer block for both modalities, randomly initialised, above the first `image_blocks` and
+    `text_blocks` of the towers, whose other blocks are taken away (the shared encoder of recipe `shared-encoder`).
+
+    `n_heads` 0: one per 64 features. `expansion`: width of its feed-forward layer. `layer_scale`: of its two branches
+    at the start; `type_scale`: of the embedding that tells it the modality.
+    """
+
+    image_blocks: int = Field(default=6, ge=1)
+    text_blocks: int = Field(default=6, ge=1)
+    n_heads: int = Field(default=0, ge=0)
+    expansion: int = Field(default=4, ge=1)
+    layer_scale: float = Field(default=0.2, gt=0)
+    type_scale: float = Field(default=1e-5, gt=0)
+
+
+class DistillationSpec(_Section):
+    """What both modalities of a shared encoder learn of a teacher's cached image features; added to the contrastive
+    loss, unweighted.
+
+    `contrastive`: to find the own image's feature among the batch's and a `bank` of the last ones, all L2-normalised
+    and divided by `temperature`, which is fixed; `mse`: the feature itself; `classes`: the teacher's distribution over
+    its classes, which timm's classifier makes of its pooled features. `teacher`: name of image features in the store;
+    empty: the only ones.
+    """
+
+    kind: Literal["contrastive", "mse", "classes"] = "contrastive"
+    teacher: str = ""
+    bank: int = Field(default=65536, ge=0)
+    temperature: float = Field(default=0.07, gt=0)
+
+
 def shorthand_rules(text: str) -> tuple[Rule, ...]:
     """`V_u^f T_u^u`, or `Vuf-Tuu`, as rules (To freeze or not to freeze, section 3).
 

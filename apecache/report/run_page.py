@@ -11,7 +11,7 @@ from apecache.data.media import Media
 from apecache.errors import RowError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.retrieval import text_to_image_ranks
-from apecache.heads.checkpoint import TrainedHeads
+from apecache.recipes.runs import Run
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
 from apecache.report.page import Chart, Curve, Table
 from apecache.store.reader import FeatureStore
@@ -46,10 +46,10 @@ def ledger_table(runs: Mapping[str, Path]) -> Table:
 
 
 def retrieval_galleries(
-    heads: TrainedHeads, store: FeatureStore, split: str, media: Media, n_items: int = 6, top: int = 5
+    run: Run, store: FeatureStore, split: str, media: Media, n_items: int = 6, top: int = 5
 ) -> tuple[Gallery, Gallery]:
     """Captions that find their image first, and captions that miss it in the top 10, evenly spread over the split."""
-    embedded = embed_store(heads, store, split)
+    embedded = embed_store(run, store, split, lambda key: load_image(key, media).image)
     ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text)
     hits = spread(torch.nonzero(ranks == 0).flatten().tolist(), n_items)
     misses = spread(torch.nonzero(ranks >= 10).flatten().tolist(), n_items)

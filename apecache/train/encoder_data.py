@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
-from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.towers import tower_of
 from apecache.errors import MismatchError, OptionError, RecipeError
@@ -34,7 +34,8 @@ from apecache.train.live import (
 @dataclass(frozen=True)
 class FitEncoderSpec:
     """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: pairs that are in
-    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32."""
+    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32.
+    `cache` False: frozen sides run from their inputs too, to the same result: only to measure what the cache saves."""
 
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -46,6 +47,7 @@ class FitEncoderSpec:
     autocast: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     overwrite: bool = False
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def open_source(
     store: FeatureStore, recipe: Recipe, side: Modality, spec: FitEncoderSpec, device: torch.device
 ) -> Source:
     named, name = (spec.image, spec.image_features) if side == "image" else (spec.text, spec.text_features)
-    live = recipe.towers.may_train(side)
+    live = recipe.towers.may_train(side) or not spec.cache
     array = None if live and named else store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
@@ -92,7 +94,7 @@ def open_source(
     load: Any = load_image_encoder if side == "image" else load_text_encoder
     encoder = load(wanted, str(device))
     source = Source(side, None, encoder, wanted, encoder.fingerprint, ok)
-    return _with_tokens(source, array, encoder) if tokens and array is not None else source
+    return _with_tokens(source, array, encoder) if tokens and array is not None and spec.cache else source
 
 
 def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | TextEncoder) -> Source:
@@ -110,10 +112,57 @@ def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | Te
     return replace(source, features=torch.from_numpy(array.load()), cut=cut, lengths=counts)
 
 
-def split_rows(store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec) -> tuple[PairRows, PairRows]:
+@dataclass(frozen=True)
+class TeacherSource:
+    """Cached features of the teacher, or the class distributions that they mean: `taught` [n_images, dim]."""
+
+    name: str
+    taught: Tensor
+    ok: NDArray[np.bool_]
+    fingerprint: Fingerprint
+
+
+def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> TeacherSource | None:
+    """None for a recipe that has none.
+
+    Raises:
+        RecipeError: the store has no such features, or they are not pooled ones of one view. EncoderError: the
+        teacher's classifier cannot be had.
+    """
+    spec = recipe.distillation
+    if spec is None:
+        return None
+    there = [array.record.name for array in store.arrays("image")]
+    if (spec.teacher or len(there) != 1) and spec.teacher not in there:
+        found = f"{store.path} has the image features {', '.join(there) or 'none'}"
+        wanted = f"but not the teacher {spec.teacher!r}" if spec.teacher else "and distillation.teacher names none"
+        raise RecipeError(
+            f"recipe {recipe.name}: {found}, {wanted}; set distillation.teacher, or add it with: apecache extract "
+            "--add --image ENCODER --image-cut cls@-1"
+        )
+    array = store.array("image", spec.teacher or None)
+    if array.tokens is not None or array.views is not None:
+        raise RecipeError(f"image features {array.name} are no pooled features of one view, which a teacher's are")
+    taught = torch.from_numpy(array.load()).to(device)
+    if spec.kind == "classes":
+        taught = _distributions(taught, array.record.spec)
+    return TeacherSource(array.name, taught, array.load_ok(), array.record.encoder)
+
+
+@torch.no_grad()
+def _distributions(features: Tensor, spec: EncoderSpec) -> Tensor:
+    """Of the teacher's classes [n, n_classes], rows of sum 1."""
+    classifier = load_classifier(spec).to(features.device)
+    return torch.cat([classifier(part.float()).softmax(-1) for part in features.split(8192)])
+
+
+def split_rows(
+    store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec, teacher: TeacherSource | None = None
+) -> tuple[PairRows, PairRows]:
     pairs = store.pairs
     captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
     images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
+    images = images if teacher is None else images & teacher.ok
     texts = captions if sources[1].ok is None else captions & sources[1].ok
     train, dev = (pair_rows(pairs.image_rows, mask & images, texts) for mask in choose_splits(pairs, spec.splits))
     for what, rows in (("training", train), ("dev", dev)):

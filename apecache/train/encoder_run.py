@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from apecache.errors import MismatchError, RunError, require_new
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json, describe_difference
 from apecache.recipes.recipe import Recipe
+from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, read_tensors
 
 HISTORY, RECIPE, IDENTITY, CHECKPOINT = "history.jsonl", "recipe.json", "identity.json", "checkpoint.safetensors"
-WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
 OURS = {HISTORY, RECIPE, IDENTITY, CHECKPOINT, WEIGHTS, DESCRIPTION}
 Progress = Callable[[dict[str, Any]], None]
 """Called with one line of the history after every epoch; epoch 0 is before training."""
@@ -146,16 +145,6 @@ def finish_run(out: Path, tensors: Mapping[str, Tensor], description: dict[str, 
     _write(out / DESCRIPTION, description)
     for name in (CHECKPOINT, IDENTITY):
         (out / name).unlink(missing_ok=True)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the header that `_save` wrote. Raises RunError for anything else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["apecache"])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}); train again") from None
 
 
 def _save(tensors: dict[str, Tensor], path: Path, header: dict[str, Any]) -> None:

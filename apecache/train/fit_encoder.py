@@ -17,17 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apecache.data.augment import Views
 from apecache.encoders.encoder import parse_device
 from apecache.errors import DataError, OptionError, RecipeError
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.fingerprint import Fingerprint, Json, Modality
+from apecache.recipes.encoder_model import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureStore
-from apecache.train.encoder_data import FitEncoderSpec, Source, open_inputs, open_source, split_rows
-from apecache.train.encoder_model import EncoderModel, build_model
+from apecache.train.encoder_data import (
+    FitEncoderSpec,
+    Source,
+    TeacherSource,
+    open_inputs,
+    open_source,
+    open_teacher,
+    split_rows,
+)
 from apecache.train.encoder_run import Checkpoint, Progress, begin_run, finish_run, save_checkpoint
 from apecache.train.grad_cache import backward_in_slices, forked_generators
 from apecache.train.live import (
+    ImageInputs,
     Inputs,
     OpenImage,
     PairRows,
@@ -74,11 +84,17 @@ def fit_encoder(
     _require_sensible(recipe, spec)
     begin = time.perf_counter()
     sources = [open_source(store, recipe, side, spec, device) for side in ("image", "text")]
-    train, dev = split_rows(store, sources, spec)
-    model, inputs = _build(store, recipe, spec, sources, train, open_image, device)
+    teacher = open_teacher(store, recipe, device)
+    train, dev = split_rows(store, sources, spec, teacher)
+    model, inputs = _build(store, recipe, spec, sources, train, open_image, device, teacher)
     identity = Fingerprint(
-        {**_identity(store, recipe, spec), "sides": [[s.fingerprint.fields, s.cut] for s in sources]}
+        {
+            **_identity(store, recipe, spec),
+            "sides": [[s.fingerprint.fields, s.cut] for s in sources],
+            "teacher": None if teacher is None else teacher.fingerprint.fields,
+        }
     )
+    _augmented(inputs, recipe, spec, 0)
     saved = begin_run(out, recipe, identity, spec.overwrite)
     best = _train(model, inputs, (train, dev), recipe, spec, out, saved, progress)
     model.load_kept(best.tensors)
@@ -95,7 +111,7 @@ def fit_encoder(
         cached,
         time.perf_counter() - begin,
     )
-    finish_run(out, model.kept_state(), _describe(recipe, spec, sources, store, report))
+    finish_run(out, model.final_state(), _describe(recipe, spec, sources, store, report, teacher))
     return report
 
 
@@ -153,14 +169,16 @@ def _build(
     train: PairRows,
     open_image: OpenImage | None,
     device: torch.device,
+    teacher: TeacherSource | None,
 ) -> tuple[EncoderModel, tuple[Inputs, Inputs]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
-        model = build_model(recipe, encoders, [source.dim for source in sources], device, cuts)
+        taught = None if teacher is None else Teacher(teacher.taught.shape[1], teacher.taught)
+        model = build_model(recipe, encoders, [source.dim for source in sources], device, cuts, taught)
     rows = (train.images, [row for texts in train.texts for row in texts])
     for side, source, used in zip((model.image, model.text), sources, rows, strict=True):
-        if side.tower is None and source.features is not None:
+        if isinstance(side, Side) and side.tower is None and source.features is not None:
             side.head.fit_statistics(source.features[torch.tensor(used, device=device)])
     return model, (
         open_inputs(sources[0], store, open_image, device),
@@ -205,8 +223,10 @@ def _train(
     for epoch in range(checkpoint.epoch + 1, recipe.schedule.epochs + 1):
         begin = time.perf_counter()
         loss = _epoch(model, inputs, train, recipe, spec, optimiser, epoch)
+        trained = time.perf_counter() - begin
         report = evaluate(model, inputs, dev, spec)
         line = _line(epoch, loss, model, report, time.perf_counter() - begin)
+        line["training_seconds"] = trained
         checkpoint.advance(epoch, model.kept_state(), report)
         save_checkpoint(out, checkpoint.add(line), optimiser)
         progress(line)
@@ -224,6 +244,7 @@ def _epoch(
 ) -> float:
     """One pass; the mean loss. What is drawn depends on seed and epoch only."""
     model.train()
+    inputs = _augmented(inputs, recipe, spec, epoch)
     batches = train.epoch(recipe.schedule.batch_size, torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch))
     n_steps, first = recipe.schedule.epochs * len(batches), (epoch - 1) * len(batches)
     losses = []
@@ -240,6 +261,22 @@ def _epoch(
     return mean
 
 
+def _augmented(
+    inputs: tuple[Inputs, Inputs], recipe: Recipe, spec: FitEncoderSpec, epoch: int
+) -> tuple[Inputs, Inputs]:
+    """As training sees them in this epoch; evaluation sees the images as they are.
+
+    Raises RecipeError where the image side runs from cached tokens, which cannot be distorted.
+    """
+    wanted = recipe.augmentation.image
+    if wanted is None:
+        return inputs
+    if not isinstance(inputs[0], ImageInputs):
+        raise RecipeError(f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs")
+    views = Views(1, spec.seed, wanted.scale, wanted.ratio, wanted.flip, wanted.operations, wanted.magnitude)
+    return inputs[0].augmented(views, epoch), inputs[1]
+
+
 def _step(
     model: EncoderModel,
     inputs: tuple[Inputs, Inputs],
@@ -251,15 +288,18 @@ def _step(
     def encode(part: range) -> tuple[Tensor, Tensor]:
         rows = batch[part.start : part.stop]
         with _autocast(spec, model):
-            image = model.image(*inputs[0].take([row for row, _ in rows]))
-            return image.float(), model.text(*inputs[1].take([row for _, row in rows])).float()
+            image = model.image.outputs(*inputs[0].take([row for row, _ in rows]))
+            return image.float(), model.text.outputs(*inputs[1].take([row for _, row in rows])).float()
+
+    def loss_of(image: Tensor, text: Tensor) -> Tensor:
+        return model.loss(image, text, [row for row, _ in batch])
 
     optimiser.zero_grad(set_to_none=True)
-    loss = backward_in_slices(encode, model.loss, len(batch), spec.slice_size)
+    loss = backward_in_slices(encode, loss_of, len(batch), spec.slice_size)
     if recipe.optimiser.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
     optimiser.step()
-    model.temperature.clamp()
+    model.clamp()
     return loss
 
 
@@ -313,7 +353,12 @@ def _identity(store: FeatureStore, recipe: Recipe, spec: FitEncoderSpec) -> dict
 
 
 def _describe(
-    recipe: Recipe, spec: FitEncoderSpec, sources: Sequence[Source], store: FeatureStore, report: FitEncoderReport
+    recipe: Recipe,
+    spec: FitEncoderSpec,
+    sources: Sequence[Source],
+    store: FeatureStore,
+    report: FitEncoderReport,
+    teacher: TeacherSource | None,
 ) -> dict[str, Json]:
     sides: dict[str, Json] = {
         source.side: {
@@ -325,8 +370,10 @@ def _describe(
         }
         for source in sources
     }
+    taught: Json = None if teacher is None else {"name": teacher.name, "dim": teacher.taught.shape[1]}
     return {
         **sides,
+        "teacher": taught,
         **_identity(store, recipe, spec),
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),

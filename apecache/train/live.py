@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.errors import DataError, RowError
 
@@ -69,12 +70,18 @@ class TextInputs:
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images are read and preprocessed as for extraction (no augmentation), by `workers` threads."""
+    """Images are read and preprocessed as for extraction, by `workers` threads; with `views` a view of them, which
+    depends on its seed, the epoch and the key alone."""
 
     keys: Sequence[str]
     open_image: OpenImage
     encoder: ImageEncoder
     workers: int = 4
+    views: Views | None = None
+    epoch: int = 0
+
+    def augmented(self, views: Views, epoch: int) -> "ImageInputs":
+        return replace(self, views=views, epoch=epoch)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -83,11 +90,14 @@ class ImageInputs:
 
     def _read(self, row: int) -> Tensor:
         try:
-            return self.encoder.preprocess(self.open_image(self.keys[row]))
+            image = self.open_image(self.keys[row])
         except RowError as error:
             raise DataError(
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
             ) from None
+        if self.views is not None:
+            image = self.views.of(image, f"epoch {self.epoch} {self.keys[row]}")[0]
+        return self.encoder.preprocess(image)
 
 
 @dataclass(frozen=True)

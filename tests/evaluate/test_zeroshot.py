@@ -26,6 +26,7 @@ from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, class_embeddings, classification_report, zero_shot
 from apecache.extraction import Standing
 from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.recipes.runs import Embed
 
 CLASSES = ("circle", "square", "triangle")
 
@@ -49,6 +50,10 @@ def spec_for(
     return ZeroShotSpec(LabelledSpec(source, caches, splits, image, "cpu", max_bad), **options)
 
 
+def by_heads(heads: TrainedHeads, encoder: TextEncoder) -> Embed:
+    return lambda texts: heads.text.embed(encoder.encode(texts))
+
+
 def embed_images(heads: TrainedHeads, keys: list[str], root: Path) -> Tensor:
     encoder = load_image_encoder(EncoderSpec(**heads.image.encoder), "cpu")
     pixels = torch.stack([encoder.preprocess(load_image(key, FolderMedia(root)).image) for key in keys])
@@ -66,14 +71,14 @@ def test_a_class_is_the_mean_of_its_prompts_each_normalised_first(
     heads: TrainedHeads, text_encoder: TextEncoder
 ) -> None:
     templates = ("a photo of {}", "the {} in red {}", "{}")
-    found = class_embeddings(heads, text_encoder, CLASSES, templates)
+    found = class_embeddings(by_heads(heads, text_encoder), CLASSES, templates)
     for row, name in enumerate(CLASSES):
         single = embed_texts(heads, text_encoder, f"a photo of {name}", f"the {name} in red {name}", name)
         torch.testing.assert_close(found[row], F.normalize(single.mean(0), dim=0), rtol=1e-4, atol=1e-5)
 
 
 def test_underscores_in_class_names_are_spaces(heads: TrainedHeads, text_encoder: TextEncoder) -> None:
-    found = class_embeddings(heads, text_encoder, ("red_circle",), ("a {}",))
+    found = class_embeddings(by_heads(heads, text_encoder), ("red_circle",), ("a {}",))
     torch.testing.assert_close(found, embed_texts(heads, text_encoder, "a red circle"), rtol=1e-4, atol=1e-5)
     other = embed_texts(heads, text_encoder, "a red_circle")
     assert not torch.allclose(found, other, atol=1e-3)
@@ -103,7 +108,9 @@ def test_images_are_classified_by_their_nearest_class_name(
     report = zero_shot(heads, spec_for(shapes, tmp_path / "caches", templates=templates))
     keys = sorted(str(path.relative_to(shapes.parent)) for path in (shapes.parent / "images").iterdir())
     labels = [Path(key).stem.split("-")[1] for key in keys]
-    scores = embed_images(heads, keys, shapes.parent) @ class_embeddings(heads, text_encoder, CLASSES, templates).T
+    scores = (
+        embed_images(heads, keys, shapes.parent) @ class_embeddings(by_heads(heads, text_encoder), CLASSES, templates).T
+    )
     predicted = [CLASSES[row] for row in scores.argmax(1)]
     right = [a == b for a, b in zip(predicted, labels, strict=True)]
     assert report.top1 == pytest.approx(100 * sum(right) / 12)

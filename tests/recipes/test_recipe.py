@@ -119,10 +119,20 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
     assert recipe.name == name
     assert len(recipe.source) > 50
     assert (recipe.image.standardise, recipe.text.standardise) == (False, False)
-    image, text = build_heads(recipe.image, recipe.text, 768, 384)
+    image, text = build_heads(recipe.image, recipe.text, 768, 768 if recipe.shared else 384)
     assert image.out_dim == text.out_dim
     assert recipe.trains_towers == (name not in ("lilt-a", "lilt-c"))
     assert recipe.trains_heads_alone == (name == "lilt-c")
+
+
+def test_pixels_are_distorted_only_where_an_image_tower_trains() -> None:
+    assert load_recipe("clip").augmentation.image is None
+    found = load_recipe("clip", ["augmentation.image.scale=[0.2, 1.0]", "augmentation.image.operations=2"])
+    assert found.augmentation.image is not None
+    assert (found.augmentation.image.scale, found.augmentation.image.operations) == ((0.2, 1.0), 2)
+    assert "whose image tower trains" in refused("lit", "augmentation.image.operations=2")
+    assert "0 < first <= second" in refused("clip", "augmentation.image.scale=[0.9, 0.2]")
+    assert "there are scale, ratio, flip" in refused("clip", "augmentation.image.crop=1")
 
 
 def test_every_shorthand_is_a_recipe() -> None:

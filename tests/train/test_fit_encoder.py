@@ -16,18 +16,20 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.towers import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
+from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.encoder_model import EncoderModel, parameter_groups
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
+from apecache.recipes.runs import image_embedder, text_embedder
+from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train import encoder_data
 from apecache.train import fit_encoder as module
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_model import EncoderModel, parameter_groups
-from apecache.train.encoder_run import CHECKPOINT, DESCRIPTION, HISTORY, WEIGHTS, read_tensors
+from apecache.train.encoder_run import CHECKPOINT, HISTORY
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.trained_encoders import load_encoders
 
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
 OpenImage = Callable[[str], Image.Image]
@@ -187,6 +189,26 @@ def test_slices_train_like_the_whole_batch(data: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(sliced[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_live_images_are_distorted_in_training_only_and_the_same_when_it_goes_on(data: Any, tmp_path: Path) -> None:
+    distort = ("augmentation.image.scale=[0.3, 1.0]", "augmentation.image.operations=2")
+    recipe = recipe_of("clip", *distort, "schedule.epochs=2")
+    report = fit(data, recipe, tmp_path / "whole")
+    plain = fit(data, recipe_of("clip", "schedule.epochs=2"), tmp_path / "plain")
+    assert report.untrained == plain.untrained
+    assert history(tmp_path / "whole")[1]["loss"] != history(tmp_path / "plain")[1]["loss"]
+    with pytest.raises(StoppedError):
+        fit(data, recipe, tmp_path / "broken", stop_after(1), slice_size=None)
+    fit(data, recipe, tmp_path / "broken")
+    whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
+    assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
+
+
+def test_cached_tokens_cannot_be_distorted(token_data: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs images, not cached tokens"):
+        fit(token_data, recipe_of("lilt-c", LAST, "augmentation.image.flip=true"), tmp_path / "run", **TOKENS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_mixed_precision_keeps_parameters_in_float32(data: Any, tmp_path: Path) -> None:
     report = fit(data, recipe_of("lit"), tmp_path / "run", autocast="bfloat16")
     assert all(tensor.dtype == torch.float32 for tensor in read_tensors(tmp_path / "run" / WEIGHTS)[0].values())
@@ -237,7 +259,7 @@ def test_from_the_cut_it_is_as_from_the_inputs_without_running_what_lies_below(
     assert json.loads((tmp_path / "cut" / DESCRIPTION).read_text())["image"]["cut"] == 3
     monkeypatch.undo()
     loaded, pairs = load_encoders(tmp_path / "cut", "cpu"), token_data[0].pairs
-    assert loaded.embed_texts([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
+    assert text_embedder(loaded.text)([str(caption) for caption in pairs.captions[:4]]).shape == (4, 256)
 
 
 @torch.no_grad()
@@ -260,6 +282,74 @@ def test_cached_tokens_give_the_embeddings_of_a_live_run(token_data: Any) -> Non
     assert not mask.all()
     for one, other in zip(live, cached, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cut_data(
+    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path
+) -> dict[str, tuple[FeatureStore, OpenImage]]:
+    """Stores in float32 and float16 with all cuts that recipes have: pooled, after some blocks, after all."""
+    folder = tmp_path_factory.mktemp("cut-data")
+    table = make_shapes(folder / "shapes")
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = replace(parse_encoder(f"hf:{tiny_text_encoder}", "text"), pooling="cls")
+    images = (image, *(replace(image, pooling="tokens", layer=layer) for layer in (3, -1)))
+    texts = (text, *(replace(text, pooling="tokens", layer=layer) for layer in (-2, -1)))
+    for dtype in ("float32", "float16"):
+        spec = ExtractSpec(images, texts, storage_dtype=dtype, device="cpu")
+        extract(open_pairs(table), folder / dtype, spec)
+    opener: OpenImage = lambda key: Image.open(table.parent / key).convert("RGB")  # noqa: E731
+    return {dtype: (FeatureStore.open(folder / dtype), opener) for dtype in ("float32", "float16")}
+
+
+ALL_POOLED = {"image_features": "tiny-vit", "text_features": "tiny-bert-cls"}
+LAST_TOKENS = {"image_features": "tiny-vit-tokens-layer-1", "text_features": "tiny-bert-cls-tokens-layer-1"}
+SOME_TOKENS = {"image_features": "tiny-vit-tokens-layer3", "text_features": "tiny-bert-tokens-layer-2"}
+WITH_CUTS = [
+    ("lit", [], ALL_POOLED),
+    ("lilt-l", [], ALL_POOLED),
+    ("lilt-m", [], ALL_POOLED),
+    ("lilt-f", [], LAST_TOKENS),
+    ("lilt-c", [LAST], SOME_TOKENS),
+    ("lilt-n", [], {**ALL_POOLED, "image_features": LAST_TOKENS["image_features"]}),
+    ("freeze/Vff-Tuu", [], ALL_POOLED),
+    ("freeze/Vuf-Tff", [], ALL_POOLED),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("name", "settings", "features"), WITH_CUTS, ids=[case[0] for case in WITH_CUTS])
+def test_logits_and_gradients_from_the_cache_are_those_from_the_inputs_dropout_included(
+    name: str, settings: list[str], features: dict[str, str], dtype: str, cut_data: Any
+) -> None:
+    store, open_image = cut_data[dtype]
+    recipe, device = recipe_of(name, *settings), torch.device("cpu")
+    features = {side: value.replace("bert-cls-tokens", "bert-tokens") for side, value in features.items()}
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for cache in (False, True):
+        spec = FitEncoderSpec(**SPEC | features, cache=cache)
+        sources = [encoder_data.open_source(store, recipe, side, spec, device) for side in ("image", "text")]
+        assert all(cache or source.features is None for source in sources)
+        torch.manual_seed(0)
+        encoders, cuts = [source.encoder for source in sources], [source.cut for source in sources]
+        model = module.build_model(recipe, encoders, [source.dim for source in sources], device, cuts).train()
+        inputs = [encoder_data.open_inputs(source, store, open_image, device) for source in sources]
+        torch.manual_seed(1)
+        image, text = (
+            side.outputs(*source.take(rows))
+            for side, source, rows in ((model.image, inputs[0], [0, 1, 5]), (model.text, inputs[1], [0, 3, 10]))
+        )
+        model.loss(image, text, [0, 1, 5]).backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        found.append(((image @ text.T).detach() * model.temperature.scale().detach(), grads))
+    (live, of_inputs), (cached, of_cache) = found
+    exact = dtype == "float32"
+    torch.testing.assert_close(cached, live, rtol=0, atol=1e-4 if exact else 0.05)
+    assert of_inputs.keys() == of_cache.keys()
+    assert of_cache
+    for parameter, gradient in of_inputs.items():
+        size = max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(of_cache[parameter], gradient, rtol=0, atol=(1e-5 if exact else 2e-2) * max(size, 1))
 
 
 def test_training_below_the_cached_tokens_is_refused(token_data: Any, tmp_path: Path) -> None:
@@ -324,7 +414,10 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(epoch: int, data: An
     whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
-    without_time = [[{**line, "seconds": 0} for line in history(tmp_path / name)] for name in ("whole", "broken")]
+    without_time = [
+        [{**line, "seconds": 0, "training_seconds": 0} for line in history(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
     assert without_time[0] == without_time[1]
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {"recipe.json", HISTORY, WEIGHTS, DESCRIPTION}
 
@@ -363,10 +456,13 @@ def test_a_finished_run_embeds_as_it_was_evaluated(name: str, data: Any, tmp_pat
     loaded, pairs = load_encoders(tmp_path / "run", "cpu"), data[0].pairs
     rows = [row for row, split in enumerate(pairs.splits) if split == "val"]
     texts = [row for row, image in enumerate(pairs.image_rows) if image in rows]
-    image = loaded.embed_images([data[1](pairs.keys[row]) for row in rows])
-    text = loaded.embed_texts([pairs.captions[row] for row in texts])
+    image = image_embedder(loaded.image, "cpu")([data[1](pairs.keys[row]) for row in rows])
+    text = text_embedder(loaded.text, "cpu")([pairs.captions[row] for row in texts])
     owner = torch.tensor([rows.index(pairs.image_rows[row]) for row in texts])
     assert retrieval_report(image, text, owner) == report.dev
+    embedded = embed_store(loaded, data[0], "val", data[1])
+    torch.testing.assert_close(embedded.image, image, atol=2e-3, rtol=0)
+    torch.testing.assert_close(embedded.text, text, atol=2e-3, rtol=0)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(len(rows)))
 
 

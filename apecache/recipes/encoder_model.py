@@ -1,13 +1,14 @@
 """The model of the encoder trainer: two sides, each a tower (unless it is cached) and a head, and a temperature."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.towers import Tower, tower_of
+from apecache.encoders.towers import Cut, Tower, tower_of
 from apecache.errors import RecipeError, RunError
 from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
@@ -16,15 +17,30 @@ from apecache.losses.contrastive import Temperature, info_nce
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
 from apecache.recipes.recipe import OptimiserSpec, Recipe
+from apecache.recipes.shared_encoder import Distillation, SharedLoss, SharedSide, build_sides
 
 
 class Side(nn.Module):
     """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
-    are the tokens after so many blocks; None: pixels or token ids."""
+    are the tokens after so many blocks; None: pixels or token ids. `still`: so many blocks, and the embeddings, train
+    nothing and run without dropout, cached or not; `pooled`: the whole tower."""
 
     def __init__(self, tower: Tower | None, head: Head, cut: int | None = None) -> None:
         super().__init__()
         self.tower, self.head, self.cut = tower, head, cut
+        self.still: Cut | None = None
+
+    def train(self, mode: bool = True) -> "Side":
+        super().train(mode)
+        if mode and self.tower is not None and self.still is not None:
+            self.tower.module.eval()
+            for block in self.tower.blocks[self.tower.n_blocks if self.still == "pooled" else self.still :]:
+                block.train()
+        return self
+
+    @property
+    def dim(self) -> int:
+        return self.head.out_dim
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.tower is None:
@@ -36,17 +52,36 @@ class Side(nn.Module):
         embedded: Tensor = self.head(pooled)
         return embedded
 
+    def outputs(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the loss takes."""
+        return self(inputs, mask)  # type: ignore[no-any-return]
+
 
 class EncoderModel(nn.Module):
-    """Two sides and a temperature."""
+    """Two sides, a temperature, and for a shared encoder a loss of its own."""
 
-    def __init__(self, image: Side, text: Side, temperature: Temperature, groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        image: Side | SharedSide,
+        text: Side | SharedSide,
+        temperature: Temperature,
+        groups: list[dict[str, Any]],
+        shared: SharedLoss | None = None,
+    ) -> None:
         super().__init__()
-        self.image, self.text, self.temperature = image, text, temperature
+        self.image, self.text, self.temperature, self.shared = image, text, temperature, shared
         self.groups = groups
 
-    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+    def loss(self, image: Tensor, text: Tensor, rows: Sequence[int]) -> Tensor:
+        """From the sides' `outputs`, float32; `rows`: of the images."""
+        if self.shared is not None:
+            return self.shared(image, text, rows, self.temperature)  # type: ignore[no-any-return]
         return info_nce(image, text, self.temperature.scale())
+
+    def clamp(self) -> None:
+        """Bring the temperatures back into their bounds."""
+        for temperature in (self.temperature, *((self.shared.inner,) if self.shared else ())):
+            temperature.clamp()
 
     @property
     def n_trained(self) -> int:
@@ -55,8 +90,13 @@ class EncoderModel(nn.Module):
     def kept_state(self) -> dict[str, Tensor]:
         """What training can change: trained parameters, and all of heads and temperature."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        ours = ("image.head.", "text.head.", "temperature.")
-        return {n: t for n, t in self.state_dict().items() if n in trained or n.startswith(ours)}
+        ours = ("image.head.", "text.head.", "temperature.", "shared.")
+        kept = {n: t for n, t in self.state_dict().items() if n in trained or n.startswith(ours)}
+        return {name: tensor for name, tensor in kept.items() if not name.startswith("text.layers.")}  # the image's
+
+    def final_state(self) -> dict[str, Tensor]:
+        """The same without what is of use in training only."""
+        return {name: tensor for name, tensor in self.kept_state().items() if ".bank." not in name}
 
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises RunError unless these are what `kept_state` gives."""
@@ -71,15 +111,26 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Width of what is taught, and of every image of a store [n_images, dim]; None where nothing trains any more."""
+
+    dim: int
+    features: Tensor | None = None
+
+
 def build_model(
     recipe: Recipe,
     encoders: Sequence[ImageEncoder | TextEncoder | None],
     dims: Sequence[int],
     device: torch.device,
     cuts: Sequence[int | None] = (None, None),
+    teacher: Teacher | None = None,
 ) -> EncoderModel:
     """The recipe's model around loaded encoders, image before text (None: that side is cached). `cuts`: as of `Side`.
     Draws from torch's generator. Raises RecipeError as `fit_encoder` does."""
+    if recipe.shared is not None:
+        return build_shared([tower_of(encoder) for encoder in encoders if encoder], recipe, device, teacher)
     try:
         heads = build_heads(recipe.image, recipe.text, dims[0], dims[1])
     except ValueError as error:
@@ -92,15 +143,35 @@ def build_model(
     matches = freeze_towers(live, recipe.towers) if live else ()
     for side in sides:
         _require_frozen_below(side, matches, recipe)
-    temperature = Temperature(
-        recipe.loss.temperature, recipe.loss.min_temperature, recipe.loss.max_temperature, recipe.loss.learnable
-    ).to(device)
+        side.still = None if side.tower is None else find_cut(matches, side.tower).cut
+    temperature = _temperature(recipe, device)
     pairs = [pair for tower, head in live for pair in trained_parameters(tower, head, matches)]
     names: tuple[Modality, ...] = ("image", "text")
     cached = [(name, side.head) for name, side in zip(names, sides, strict=True) if side.tower is None]
     pairs += [pair for name, head in cached for pair in freeze_head(name, head, recipe.towers)]
     pairs += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
     return EncoderModel(sides[0], sides[1], temperature, parameter_groups(pairs, recipe.optimiser))
+
+
+def build_shared(
+    towers: Sequence[Tower], recipe: Recipe, device: torch.device, teacher: Teacher | None
+) -> EncoderModel:
+    """A shared encoder around two towers, image before text. Raises RecipeError as `build_sides` does."""
+    assert recipe.shared is not None
+    image, text, pairs = build_sides(recipe, recipe.shared, towers, device)
+    outer, inner = _temperature(recipe, device), _temperature(recipe, device)
+    distillation = None
+    if recipe.distillation is not None:
+        assert teacher is not None
+        distillation = Distillation(recipe.distillation, image.dim, teacher.dim, teacher.features).to(device)
+    loss = SharedLoss(image.dim, inner, distillation)
+    pairs += [(p, 1.0) for module in (outer, loss) for p in module.parameters() if p.requires_grad]
+    return EncoderModel(image, text, outer, parameter_groups(pairs, recipe.optimiser), loss)
+
+
+def _temperature(recipe: Recipe, device: torch.device) -> Temperature:
+    loss = recipe.loss
+    return Temperature(loss.temperature, loss.min_temperature, loss.max_temperature, loss.learnable).to(device)
 
 
 def _prepare(side: Side, recipe: Recipe) -> None:

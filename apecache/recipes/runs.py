@@ -1,0 +1,84 @@
+"""A finished run of either trainer: what evaluation, index and report take, without asking which it is."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apecache.encoders.encoder import parse_device
+from apecache.encoders.load import load_image_encoder, load_text_encoder
+from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.errors import RunError
+from apecache.fingerprint import Modality
+from apecache.heads import checkpoint
+from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads
+from apecache.recipes import trained_encoders
+from apecache.recipes.trained_encoders import TrainedEncoders, TrainedTower, load_encoders
+
+Run = TrainedHeads | TrainedEncoders
+RunSide = TrainedSide | TrainedTower
+Embed = Callable[[Sequence[Any]], Tensor]
+"""RGB images, or texts -> float32 [n, dim], L2-normalised."""
+
+
+def load_run(
+    folder: Path, device: str = "cpu", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+) -> Run:
+    """Read a run or index folder. `image`, `text`: encoders that have moved; opened only where their towers trained.
+
+    Raises:
+        RunError, EncoderError, MismatchError: as `load_heads` and `load_encoders` do.
+    """
+    if _is_encoder_run(folder):
+        return load_encoders(folder, device, image, text)
+    return load_heads(folder, parse_device(device))
+
+
+def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:
+    """The encoder that a run names, which is not opened. Raises RunError if there is no run."""
+    if not _is_encoder_run(folder):
+        return spec_from_json(getattr(load_heads(folder), side).encoder)
+    return spec_from_json(trained_encoders.read_description(folder)[side]["encoder"])
+
+
+def require_head_run(folder: Path, what: str) -> None:
+    """Raises RunError for a run whose towers trained; `what` cannot serve one."""
+    if _is_encoder_run(folder):
+        raise RunError(f"{folder} is a run of fit-encoder; {what} takes runs of fit-head only")
+
+
+def copy_run(folder: Path, out: Path) -> None:
+    """Weights and description of a finished run into another folder, in that order."""
+    module = trained_encoders if _is_encoder_run(folder) else checkpoint
+    for name in (module.WEIGHTS, module.DESCRIPTION):
+        shutil.copyfile(folder / name, out / name)
+
+
+def _is_encoder_run(folder: Path) -> bool:
+    return (folder / trained_encoders.DESCRIPTION).is_file()
+
+
+def image_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:
+    """Opens the side's encoder, or `moved`. Raises MismatchError if it is not the one that the run was trained on."""
+    if isinstance(side, TrainedTower):
+        return side.embed
+    encoder = load_image_encoder(moved or spec_from_json(side.encoder), device)
+    side.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
+
+    def embed(images: Sequence[Image.Image]) -> Tensor:
+        return side.embed(encoder.encode(torch.stack([encoder.preprocess(image) for image in images])))
+
+    return embed
+
+
+def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:
+    """As `image_embedder`."""
+    if isinstance(side, TrainedTower):
+        return side.embed
+    encoder = load_text_encoder(moved or spec_from_json(side.encoder), device)
+    side.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
+    return lambda texts: side.embed(encoder.encode(texts))

@@ -1,0 +1,330 @@
+"""Every recipe of the four papers that trains within towers, on pairs of your own; and what the cache saves.
+
+    python -m benchmarks.quality.recipes --pairs captions.tsv --image timm:/folder --text hf:/folder --images 1000
+    python -m benchmarks.quality.recipes --quick       # eight recipes, the drawings of the demo, tiny random encoders
+
+First part: each recipe trains with its own optimiser, warm-up scaled to the smaller of 1,000 steps and a tenth; its
+loss must fall and its R@1 on held-out pairs be above chance. Second part: LiT, the last two blocks, and deep adapters
+with and without the cache: the same losses, less time and memory, beside what `apecache plan` says. Every run has a
+process of its own, whose peak memory is counted above what it began with, libraries that it loads included (CUDA: what
+torch allocated).
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apecache.data.images import load_image
+from apecache.data.pairs import PairSource
+from apecache.data.sources import open_pairs
+from apecache.encoders.load import shape_tower
+from apecache.encoders.spec import EncoderSpec, parse_encoder
+from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.retrieval import retrieval_report
+from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.devices import measure_device
+from apecache.recipes.plan import PlanSpec, plan
+from apecache.recipes.recipe import Recipe, load_recipe, tower_zoo_names
+from apecache.recipes.runs import load_run
+from apecache.recipes.towers import shorthand_names
+from apecache.store.reader import FeatureStore
+from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.fit_encoder import fit_encoder
+from apecache.train.fit_head import FitSpec, fit_head
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
+WITHOUT_GOAL = {"lilt-a"}
+"""Trains the temperature alone, so its recall stays what it was."""
+QUICK = ("lit", "lilt-d", "lilt-f", "lilt-h", "lilt-m", "freeze/Vuf-Tuu", "freeze/Vcf-Tcf", "shared-encoder")
+LAST_BLOCKS = 'towers.rules=[{part = "image.blocks[-2:]"}, {part = "text.blocks[-2:]"}]'
+CUTS = {"lit": ("lit",), "last 2 blocks": ("lilt-c", LAST_BLOCKS), "deep adapters": ("lilt-f",)}
+LAYERS = {"last 2 blocks": -3, "deep adapters": -1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of one call have in common."""
+
+    pairs: Path
+    image: EncoderSpec
+    text: EncoderSpec
+    images: int
+    epochs: int
+    batch: int
+    lr: float | None
+    threads: int
+    work: Path
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch: a tenth of the images, at most 500, are the dev split."""
+        return max(1, (self.images - min(500, self.images // 10)) // self.batch)
+
+
+@dataclass(frozen=True)
+class Job:
+    setting: Setting
+    case: str
+    recipe: Recipe
+    spec: FitEncoderSpec
+
+
+def main() -> None:
+    options = parse_arguments()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        image, text = quick_encoders(work) if options.quick else (options.image, options.text)
+        specs = parse_encoder(image, "image"), replace(parse_encoder(text, "text"), pooling="cls")
+        numbers = options.images, options.epochs, options.batch, options.lr, options.threads
+        setting = Setting(options.pairs, *specs, *numbers, work)
+        apart(prepare, setting)
+        names = options.recipes or (QUICK if options.quick else recipe_names())
+        rows = [show(apart(train, job_of(setting, name))) for name in names]
+        cuts = [] if options.recipes else [show(compare(setting, case)) for case in CUTS]
+    print_table(rows)
+    print_table(cuts)
+    found = goals(rows, cuts, above_chance=not options.quick)
+    print_goals(found)
+    if options.json or not options.quick:
+        write_result("quality-recipes", found, rows + cuts, options.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Every recipe that trains within towers, and what the cache saves.")
+    parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
+    parser.add_argument("--image", help="ViT, for example timm:/folder")
+    parser.add_argument("--text", help="BERT, for example hf:/folder")
+    parser.add_argument("--images", type=int, default=1000, help="so many training images, and at most as many of val")
+    parser.add_argument("--recipes", nargs="+", help="only these, and no comparison with and without the cache")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, help="instead of each recipe's own")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder to keep the store and the runs in")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.pairs, options.images, options.epochs, options.batch, options.lr = DRAWINGS, 64, 3, 16, 1e-3
+    elif not (options.pairs and options.image and options.text):
+        parser.error("--pairs, --image and --text are needed (or --quick)")
+    return options
+
+
+def recipe_names() -> list[str]:
+    """Those of the papers, all freezing combinations, and one of CLS alone."""
+    plain = [f"freeze/{name}" for name in shorthand_names() if "c" not in name]
+    return [*(name for name in tower_zoo_names() if name != "freeze"), *plain, "freeze/Vcf-Tcf"]
+
+
+def apart(run: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a fresh process, which a server with everything imported has forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["apecache.train.fit_encoder", "apecache.recipes.plan", "timm", "transformers"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def show(row: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+# --- what is trained on ----------------------------------------------------------------------------------------------
+
+
+def prepare(setting: Setting) -> None:
+    """A store with all that the recipes read: pooled features, the teachers', and tokens for the cuts."""
+    torch.set_num_threads(setting.threads)
+    image, text = setting.image, setting.text
+    images = (image, replace(image, pooling="cls", layer=-1), *(tokens_of(image, layer) for layer in LAYERS.values()))
+    texts = (text, *(tokens_of(text, layer) for layer in LAYERS.values()))
+    extract(source(setting), setting.work / "store", ExtractSpec(images, texts))
+
+
+def tokens_of(spec: EncoderSpec, layer: int) -> EncoderSpec:
+    return replace(spec, pooling="tokens", layer=layer)
+
+
+def source(setting: Setting) -> PairSource:
+    """The first so many images of train, and of val."""
+    whole = open_pairs(setting.pairs)
+    chosen = [[pair for pair in whole if pair.split == split][: setting.images] for split in ("train", "val")]
+    return replace(whole, pairs=tuple(chosen[0] + chosen[1]))
+
+
+def quick_encoders(work: Path) -> tuple[str, str]:
+    """Eight random blocks of width 64 each: a ViT at 32 px with 10 classes, and a BERT without dropout."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    _quick_vit(work / "vit")
+    _quick_bert(work / "bert")
+    return f"timm:{work.resolve() / 'vit'}", f"hf:{work.resolve() / 'bert'}"
+
+
+def _quick_vit(folder: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    size = {"img_size": 32, "depth": 8}
+    model = timm.create_model("test_vit", pretrained=False, num_classes=10, **size)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    config: dict[str, Any] = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    config |= {"interpolation": "bicubic", "num_classes": 10, "first_conv": "patch_embed.proj", "classifier": "head"}
+    config |= {"fixed_input_size": True}
+    about = {"architecture": "test_vit", "num_classes": 10, "model_args": size, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(about))
+
+
+def _quick_bert(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = sorted({word for pair in open_pairs(DRAWINGS) for text in pair.captions for word in text.lower().split()})
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys((*names.values(), *words)))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 128}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 32}
+    config = BertConfig(vocab_size=len(vocabulary), **sizes, **still)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def job_of(setting: Setting, name: str, *settings: str) -> Job:
+    warmup = min(1000, max(1, setting.epochs * setting.steps // 10))
+    short = [f"schedule.epochs={setting.epochs}", f"schedule.batch_size={setting.batch}", "schedule.warmup=0"]
+    short += [f"schedule.warmup_steps={warmup}", *settings]
+    short += [f"optimiser.lr={setting.lr}"] if setting.lr else []
+    if name in ("shared-encoder", "see-hear-read"):
+        teacher = setting.image if name == "see-hear-read" else replace(setting.image, pooling="cls", layer=-1)
+        short.append(f"distillation.teacher={teacher.slug}")
+    spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, overwrite=True)
+    return Job(setting, name, load_recipe(name, short), spec)
+
+
+def train(job: Job) -> dict[str, Any]:
+    """One run, measured on val."""
+    run, history, peak = fit(job)
+    media = source(job.setting).media
+    store = FeatureStore.open(job.setting.work / "store")
+    found = embed_store(load_run(run), store, "val", lambda key: load_image(key, media).image)
+    report = retrieval_report(found.image, found.text, found.image_of_text)
+    losses = [line["loss"] for line in history if line["loss"] is not None]
+    row = {"recipe": job.case, "trained": trained_share(job), "s/step": step_seconds(job, history), "peak MB": peak}
+    row |= {"first loss": round(losses[0], 4), "last loss": round(losses[-1], 4)}
+    for way, recalls in (("i2t", report.image_to_text), ("t2i", report.text_to_image)):
+        row |= {f"{way} R@{k}": round(value, 2) for k, value in recalls.items()}
+    chance = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
+    return {**row, "R@1": round(report.mean_recall_at_1, 2), "chance": round(chance, 2), "images": report.n_images}
+
+
+def fit(job: Job) -> tuple[Path, list[dict[str, Any]], float]:
+    """(run folder, history, peak memory in MB)."""
+    torch.set_num_threads(job.setting.threads)
+    out = job.setting.work / "runs" / job.case.replace("/", "-").replace(" ", "-")
+    history: list[dict[str, Any]] = []
+    store, media = FeatureStore.open(job.setting.work / "store"), source(job.setting).media
+    before = used()
+    if job.recipe.trains_heads_alone:
+        spec = FitSpec(job.spec.image_features, job.spec.text_features, overwrite=True)
+        fit_head(store, job.recipe, out, spec, history.append)
+    else:
+        fit_encoder(store, job.recipe, out, job.spec, lambda key: load_image(key, media).image, history.append)
+    return out, history, round((used() - before) / 1e6, 1)
+
+
+def used() -> float:
+    """Bytes: torch's peak on CUDA, else the process's."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def step_seconds(job: Job, history: list[dict[str, Any]]) -> float:
+    """Median over epochs; the evaluation on dev is not in it, but for recipes of heads alone."""
+    seconds = sorted(line.get("training_seconds", line.get("seconds", 0.0)) for line in history if line["loss"])
+    return round(float(seconds[len(seconds) // 2]) / job.setting.steps, 5)
+
+
+def planned(job: Job) -> Any:
+    towers = job.recipe.towers
+    image = replace(job.setting.image, pooling=towers.image_pooling)
+    text = replace(job.setting.text, pooling=towers.text_pooling)
+    shapes = [partial(shape_tower, spec) for spec in (image, text)]
+    return plan(job.recipe, shapes[0], shapes[1], PlanSpec(job.setting.images, tokens=16), measure_device(seconds=0.2))
+
+
+def trained_share(job: Job) -> str:
+    """Per cent of both towers and heads; the planner does not count shared encoders."""
+    if job.recipe.shared is not None:
+        return "shared"
+    found = planned(job)
+    return f"{100 * found.n_trained / found.n_parameters:.2f} %"
+
+
+def compare(setting: Setting, case: str) -> dict[str, Any]:
+    """With the cache and without, in one process each."""
+    name, *settings = CUTS[case]
+    job = job_of(setting, name, *settings)
+    found = [apart(fit, with_cache(job, case, cache)) for cache in (True, False)]
+    losses = [[line["loss"] for line in history if line["loss"] is not None] for _, history, _ in found]
+    seconds = [step_seconds(job, history) for _, history, _ in found]
+    said = planned(job)
+    return {
+        "cut": case,
+        "losses apart": max(abs(one - other) for one, other in zip(*losses, strict=True)),
+        "s/step": seconds[0],
+        "without": seconds[1],
+        "times as fast": round(seconds[1] / seconds[0], 2),
+        "planned": round(said.without_cache.step_flops / said.planned.step_flops, 2),
+        "peak MB": found[0][2],
+        "without, MB": found[1][2],
+        "planned MB": round(said.planned.peak_bytes / 1e6, 1),
+        "planned without, MB": round(said.without_cache.peak_bytes / 1e6, 1),
+    }
+
+
+def with_cache(job: Job, case: str, cache: bool) -> Job:
+    """The job that reads the tokens of its cut; without the cache the same encoders run from the inputs."""
+    layer, spec = LAYERS.get(case), replace(job.spec, cache=cache)
+    if layer is not None:
+        image, text = (tokens_of(one, layer).slug for one in (job.setting.image, job.setting.text))
+        spec = replace(spec, image_features=image, text_features=text)
+    return replace(job, case=f"{case} {'cached' if cache else 'whole'}", spec=spec)
+
+
+def goals(rows: list[dict[str, Any]], cuts: list[dict[str, Any]], above_chance: bool) -> list[Goal]:
+    """`above_chance` False: nothing is asked of held-out pairs, as after a few steps from random encoders."""
+    measured = [row for row in rows if row["recipe"] not in WITHOUT_GOAL]
+    falling = sum(row["last loss"] < row["first loss"] for row in measured)
+    above = sum(row["R@1"] > row["chance"] for row in measured)
+    found = [Goal("recipes whose loss falls", falling, len(measured), "higher")]
+    if above_chance:
+        found.append(Goal("recipes with R@1 above chance on val", above, len(measured), "higher"))
+    for row in cuts:
+        found.append(Goal(f"{row['cut']}: losses with and without the cache apart", row["losses apart"], 0.01, "lower"))
+        found.append(Goal(f"{row['cut']}: times as fast with the cache", row["times as fast"], 1.0, "higher"))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`apecache analyze`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .evaluate import moved_encoders
+from .terminal import Device, Json, ending, show_json, show_table
+
+
+def analyze(
+    run: Annotated[Path, typer.Argument(help="A finished run of fit-encoder.")],
+    layernorm_shift: Annotated[
+        bool, typer.Option("--layernorm-shift", help="How far each norm moved from its pretrained weights, by depth.")
+    ] = False,
+    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Say what training changed within the towers; the chart is written beside the run.
+
+    Example: apecache analyze run --layernorm-shift
+    """
+    with ending():
+        from apecache.errors import OptionError
+
+        if not layernorm_shift:
+            raise OptionError("nothing to analyze; give --layernorm-shift")
+        from apecache.evaluate.analysis import layernorm_shift as measure
+        from apecache.evaluate.analysis import write_charts
+        from apecache.recipes.runs import load_run
+
+        moved = moved_encoders(run, image, text)
+        found = measure(load_run(run, device, *moved), device, *moved)
+        charts = write_charts(found, run)
+        if json:
+            show_json({"sides": [asdict(report) for report in found], "charts": [str(path) for path in charts]})
+            return
+        for report in found:
+            _show(report)
+        typer.echo("charts: " + ", ".join(str(path) for path in charts))
+
+
+def _show(report: Any) -> None:
+    rows = [(norm.norm, norm.depth, norm.l1_weight, norm.l1_bias) for norm in report.norms]
+    rows.append(("correlation with depth", "", report.correlation_weight, report.correlation_bias))
+    show_table(f"{report.side} tower: L1 change of every norm", ("norm", "block", "weight", "bias"), rows)
