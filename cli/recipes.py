@@ -20,16 +20,19 @@ def recipes(
     Example: apecache recipes sail
     """
     with ending():
-        from apecache.recipes.recipe import count_parameters, load_recipe, zoo_names
+        from apecache.recipes.recipe import count_parameters, load_recipe, tower_zoo_names, zoo_names
 
         found = [load_recipe(each) for each in ([name] if name else zoo_names())]
         rows = [(r.name, r.cut, r.summary, count_parameters(r, image_dim, text_dim)) for r in found]
         if json:
             keys = ("name", "cut", "summary", "n_trained_parameters", "source")
             listed = [dict(zip(keys, (*row, r.source), strict=True)) for row, r in zip(rows, found, strict=True)]
-            show_json({"image_dim": image_dim, "text_dim": text_dim, "recipes": listed})
+            told = {"image_dim": image_dim, "text_dim": text_dim, "recipes": listed}
+            show_json({**told, "encoder_recipes": tower_zoo_names()})
             return
         title = f"recipes; parameters for features of width {image_dim} (image) and {text_dim} (text)"
         show_table(title, ("recipe", "needs", "what it is", "parameters"), rows)
         if name:
             typer.echo(f"source: {found[0].source}")
+        else:
+            typer.echo(f"for fit-encoder (see apecache plan): {', '.join(tower_zoo_names())}, and freeze/Vuf-Tuu, …")

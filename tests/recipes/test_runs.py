@@ -14,9 +14,10 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.evaluate.embeddings import OpenImage, embed_store
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
-from apecache.index import SearchIndex, build_index
+from apecache.index import build_index
 from apecache.recipes.recipe import load_recipe
 from apecache.recipes.runs import image_embedder, load_run, recorded_encoder, text_embedder
+from apecache.search import SearchIndex
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
