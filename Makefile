@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed.store --quick
 	$(BIN)/python -m benchmarks.speed.losses --quick
+	$(BIN)/python -m benchmarks.speed.sweep --quick
 	$(BIN)/python -m benchmarks.quality.flickr8k --quick
 	$(BIN)/python -m benchmarks.quality.heads --quick
 	$(BIN)/python -m benchmarks.reliability.faults --quick

@@ -184,7 +184,8 @@ class _BatchNorm(nn.Module):
             part.running_mean.copy_(own_mean)
             part.running_var.copy_(own_variance)
             part.num_batches_tracked.add_(1)
-        return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+        stacked: Tensor = y.unflatten(1, (len(x), -1)).transpose(0, 1)
+        return stacked
 
 
 class _Dropout(nn.Module):

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """float [k]: `info_nce` of image[i], text[i] ([k, n, dim], normalised) and scale[i].
 
-    Gradients are made with the losses, model by model, so that one model's logits [n, n] are in memory at a time, and in
-    the caches of a processor. Gradients of the first order only.
+    Gradients are made with the losses, model by model, so that one model's logits [n, n] are in memory at a time, and
+    in the caches of a processor. One backward pass, of the first order.
     """
     found: Tensor = _StackedInfoNce.apply(image, text, scale)
     return found
@@ -43,4 +43,4 @@ class _StackedInfoNce(torch.autograd.Function):
         image, text, scale = ctx.saved_tensors
         each = gradient.view(-1, 1, 1)
         needed = ctx.needs_input_grad
-        return image * each if needed[0] else None, text * each if needed[1] else None, scale * gradient
+        return image.mul_(each) if needed[0] else None, text.mul_(each) if needed[1] else None, scale * gradient

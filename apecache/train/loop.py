@@ -170,7 +170,7 @@ def train_epoch(
 ) -> None:
     """One round of `run_training`."""
     begin = time.perf_counter()
-    _epoch(training, train, plan, save)
+    take_steps(training, draw_epoch(training, train, plan), plan, save)
     end_epoch(training, dev, plan, log, begin)
     save(False)
 
@@ -209,9 +209,10 @@ def draw_epoch(training: Training, train: FeaturePairs, plan: Plan) -> Iterator[
     return batches(train, recipe.schedule.batch_size, training.generator, recipe.loss.captions, skip)
 
 
-def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[bool], None]) -> None:
-    """One pass, or the rest of one that was broken off."""
-    drawn = draw_epoch(training, train, plan)
+def take_steps(
+    training: Training, drawn: Iterator[Batch], plan: Plan, save: Callable[[bool], None] = lambda _: None
+) -> None:
+    """Steps on these batches up to the end of the epoch."""
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         training.losses.append(_step(training, islice(drawn, plan.accumulate), plan))

@@ -2,8 +2,8 @@
 
 Members of one structure, batch size and number of steps share batched products; all else is a member's own and goes
 through the code of the ordinary trainer: optimiser, schedule, temperature, augmentation, batches, dropout, evaluation.
-A member that is done, dropped or no longer finite leaves the stack, and the stack shrinks. (The bias of a layer before a
-batch norm changes nothing and has no gradient but rounding, which Adam amplifies: it alone may end elsewhere.)
+A member that is done, dropped or no longer finite leaves the stack, and the stack shrinks. (The bias of a layer before
+a batch norm changes nothing and has no gradient but rounding, which Adam amplifies: it alone may end elsewhere.)
 """
 
 import time
@@ -111,21 +111,26 @@ class Population:
             heads.release()
 
     def epoch(self, train: FeaturePairs, dev: FeaturePairs) -> None:
-        """One epoch, or what is left of the steps, of all that are present."""
-        begin, plan = time.perf_counter(), self.plan
-        members = {i: self.members[i] for i in self.present}
-        drawn = [draw_epoch(member, train, plan) for member in members.values()]
-        first = members[self.present[0]]
-        while first.in_epoch < plan.per_epoch and first.step < plan.n_steps:
-            for member, loss in zip(members.values(), self._step(drawn).unbind(), strict=True):
-                member.losses.append(loss)
-                member.step, member.in_epoch = member.step + 1, member.in_epoch + 1
-        for i, member in members.items():
+        """One epoch, or what is left of the steps, of all that are present; then they are evaluated."""
+        begin, done = time.perf_counter(), []
+        self.take_steps(train)
+        for i in self.present:
             try:
-                end_epoch(member, dev, plan, _silent, begin)
+                end_epoch(self.members[i], dev, self.plan, _silent, begin)
             except DataError as error:
                 self.failures[i] = str(error)
-        self.drop([i for i, member in members.items() if i in self.failures or is_done(member, plan)])
+            if i in self.failures or is_done(self.members[i], self.plan):
+                done.append(i)
+        self.drop(done)
+
+    def take_steps(self, train: FeaturePairs) -> None:
+        """The steps of an epoch of all that are present."""
+        plan, members = self.plan, [self.members[i] for i in self.present]
+        drawn = [draw_epoch(member, train, plan) for member in members]
+        while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
+            for member, loss in zip(members, self._step(drawn).unbind(), strict=True):
+                member.losses.append(loss)
+                member.step, member.in_epoch = member.step + 1, member.in_epoch + 1
 
     def _step(self, drawn: Sequence[Iterator[Batch]]) -> Tensor:
         """float [k]: losses of one step."""
@@ -165,7 +170,8 @@ class Population:
             loss.backward()
             losses.append(loss.detach())
         ends = [(end, rows) for end, rows in zip((image, text), sides, strict=True) if end.requires_grad]
-        torch.autograd.backward([end for end, _ in ends], [torch.stack([r.grad for r in rows]) for _, rows in ends])
+        gradients = [torch.stack([row.grad for row in rows if row.grad is not None]) for _, rows in ends]
+        torch.autograd.backward([end for end, _ in ends], gradients)
         return torch.stack(losses)
 
 
