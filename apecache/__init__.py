@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from apecache.index import SearchIndex, build_index
     from apecache.recipes.plan import Plan, PlanSpec
     from apecache.recipes.recipe import Recipe, load_recipe
+    from apecache.space import Space, load_space
     from apecache.store.reader import FeatureArray, FeatureStore
+    from apecache.sweeping import SweepReport, SweepSpec, sweep
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
@@ -52,7 +54,10 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "RetrievalReport": "evaluate.retrieval",
     "SearchIndex": "index",
+    "Space": "space",
     "SplitSpec": "train.batches",
+    "SweepReport": "sweeping",
+    "SweepSpec": "sweeping",
     "Tower": "encoders.towers",
     "TrainedEncoders": "train.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
@@ -68,11 +73,13 @@ _HOME = {
     "load_encoders": "train.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
+    "load_space": "space",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "probe": "evaluate.probe",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
+    "sweep": "sweeping",
     "zero_shot": "evaluate.zeroshot",
 }
 
@@ -97,7 +104,10 @@ __all__ = [
     "Recipe",
     "RetrievalReport",
     "SearchIndex",
+    "Space",
     "SplitSpec",
+    "SweepReport",
+    "SweepSpec",
     "Tower",
     "TrainedEncoders",
     "TrainedHeads",
@@ -113,11 +123,13 @@ __all__ = [
     "load_encoders",
     "load_heads",
     "load_recipe",
+    "load_space",
     "open_pairs",
     "parse_encoder",
     "probe",
     "retrieval_report",
     "save_heads",
+    "sweep",
     "zero_shot",
 ]
 

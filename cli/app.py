@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, evaluate, extract, fit, plan, recipes, search, store
+from . import demo, evaluate, extract, fit, plan, recipes, search, store, sweep
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(recipes.recipes)
 app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)
+app.command()(sweep.sweep)
 app.command()(fit.combine)
 app.command()(evaluate.evaluate)
 app.command()(search.index)

@@ -3,9 +3,9 @@
     python -m benchmarks.speed.sweep
     python -m benchmarks.speed.sweep --quick       # fewer repeats, members of 1 and 4
 
-Both go through the trainers as a user's fit does: batches drawn and gathered, standardised, the step, AdamW with a rate and
-decay of each member's own; without evaluation. One head each side, linear 1280 and 384 -> 512, batch 512. On one thread and on as many as torch takes:
-an idle thread that waits for the next product costs CPU time as well, which is what a population saves.
+Both go through the trainers as a user's fit does: batches drawn and gathered, standardised, the step, AdamW with a rate
+and decay of each member's own; without evaluation. One head each side, linear 1280 and 384 -> 512, batch 512. On one
+thread and on as many as torch takes: a thread that waits for the next product costs CPU time as well.
 """
 
 import argparse

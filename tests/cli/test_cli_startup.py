@@ -8,7 +8,7 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner
 
-COMMANDS = ("extract", "info", "plan", "fit-head", "fit-encoder", "evaluate", "index", "search", "demo")
+COMMANDS = ("extract", "info", "plan", "fit-head", "fit-encoder", "sweep", "evaluate", "index", "search", "demo")
 runner = CliRunner()
 
 
