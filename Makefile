@@ -35,6 +35,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed.extract --quick
 	$(BIN)/python -m benchmarks.speed.losses --quick
 	$(BIN)/python -m benchmarks.speed.fit --quick
+	$(BIN)/python -m benchmarks.speed.sweep --quick
 	$(BIN)/python -m benchmarks.quality.flickr8k --quick
 	$(BIN)/python -m benchmarks.quality.heads --quick
 	$(BIN)/python -m benchmarks.quality.recipes --quick

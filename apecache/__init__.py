@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from apecache.recipes.runs import load_run
     from apecache.recipes.trained_encoders import TrainedEncoders, load_encoders
     from apecache.search import Query, SearchIndex
+    from apecache.space import Space, load_space
     from apecache.store.reader import FeatureArray, FeatureStore
+    from apecache.sweeping import SweepReport, SweepSpec, sweep
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
@@ -64,7 +66,10 @@ _HOME = {
     "ScoutReport": "evaluate.scout",
     "ScoutSpec": "evaluate.scout",
     "SearchIndex": "search",
+    "Space": "space",
     "SplitSpec": "train.batches",
+    "SweepReport": "sweeping",
+    "SweepSpec": "sweeping",
     "Tower": "encoders.towers",
     "TrainedEncoders": "recipes.trained_encoders",
     "TrainedHeads": "heads.checkpoint",
@@ -82,6 +87,7 @@ _HOME = {
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
     "load_run": "recipes.runs",
+    "load_space": "space",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
@@ -89,6 +95,7 @@ _HOME = {
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "scout": "evaluate.scout",
+    "sweep": "sweeping",
     "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
 }
@@ -120,7 +127,10 @@ __all__ = [
     "ScoutReport",
     "ScoutSpec",
     "SearchIndex",
+    "Space",
     "SplitSpec",
+    "SweepReport",
+    "SweepSpec",
     "Tower",
     "TrainedEncoders",
     "TrainedHeads",
@@ -138,6 +148,7 @@ __all__ = [
     "load_heads",
     "load_recipe",
     "load_run",
+    "load_space",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",
@@ -145,6 +156,7 @@ __all__ = [
     "retrieval_report",
     "save_heads",
     "scout",
+    "sweep",
     "update_index",
     "zero_shot",
 ]

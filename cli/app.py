@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import analyze, demo, evaluate, export_run, extract, fit, lint, plan, recipes, scout, search, store
+from . import analyze, demo, evaluate, export_run, extract, fit, lint, plan, recipes, scout, search, store, sweep
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(scout.scout)
 app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)
+app.command()(sweep.sweep)
 app.command()(lint.lint)
 app.command("export-run")(export_run.export_run)
 app.command()(fit.combine)

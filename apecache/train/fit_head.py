@@ -115,7 +115,7 @@ def fit_head(
     identity = _identity(recipe, spec, store, arrays)
     found = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(spec.extract_report, arrays) if spec.extract_report else None
-    device = _device(spec.device)
+    device = choose_device(spec.device)
     meter, begin = Meter(device), time.perf_counter()
     train, dev = load_splits(store, *arrays, spec.splits, device, recipe)
     loading_seconds = time.perf_counter() - begin
@@ -156,7 +156,7 @@ def load_splits(
 ) -> tuple[FeaturePairs, FeaturePairs]:
     """Training and dev pairs, on the device where they fit. Raises as `fit_head` does."""
     for array, head in ((image, recipe.image), (text, recipe.text)) if recipe else ():
-        _require_kind(array, head, recipe.name if recipe else "")
+        require_kind(array, head, recipe.name if recipe else "")
     pairs = store.pairs
     masks = choose_splits(pairs, spec)
     features = load_on(image, device), load_on(text, device)
@@ -171,7 +171,7 @@ def load_splits(
     return train, dev
 
 
-def _require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:
+def require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:
     """Raises RecipeError for a head of pooled features on tokens, and for what no head takes."""
     side = array.record.modality
     if array.tokens is not None and (head.cut == "pooled" or array.views is not None):
@@ -186,7 +186,7 @@ def untrained_heads(store: FeatureStore, recipe: Recipe, spec: FitSpec | None = 
     """The recipe's heads as they are before training, standardisation fitted: the baseline of a result table."""
     spec = spec or FitSpec()
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
-    train, dev = load_splits(store, *arrays, spec.splits, _device(spec.device), recipe)
+    train, dev = load_splits(store, *arrays, spec.splits, choose_device(spec.device), recipe)
     model, _ = initial_model(recipe, train, dev, spec.seed)
     sides = (_side(model.image, arrays[0]), _side(model.text, arrays[1]))
     return TrainedHeads(*sides, float(model.temperature.scale().detach()))
@@ -299,7 +299,7 @@ def _logger(out: Path, progress: Progress) -> Progress:
     return log
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -163,22 +163,30 @@ def run_training(
         DataError: a loss is not finite.
     """
     if not training.history:
-        _record(training, _evaluate(training, dev), math.nan, 0.0, log)
-        if not plan.n_steps:
-            _keep(training, training.history[-1]["dev"]["mean_recall"])
+        evaluate_untrained(training, dev, plan, log)
         save(True)
+    while not is_done(training, plan):
+        train_epoch(training, train, dev, plan, log, save)
+
+
+def train_epoch(
+    training: Training,
+    train: FeaturePairs,
+    dev: FeaturePairs,
+    plan: Plan,
+    log: Progress,
+    save: Callable[[bool], None],
+) -> None:
+    """One round of `run_training`."""
+    begin = time.perf_counter()
+    take_steps(training, draw_epoch(training, train, plan), plan, save)
+    end_epoch(training, dev, plan, log, begin)
+    save(False)
+
+
+def is_done(training: Training, plan: Plan) -> bool:
     patience = training.recipe.schedule.patience
-    while training.step < plan.n_steps and not (patience and training.best.stale >= patience):
-        begin = time.perf_counter()
-        _epoch(training, train, plan, save)
-        require_finite(training)
-        loss = _mean_loss(training)
-        training.epoch, training.in_epoch, training.losses = training.epoch + 1, 0, []
-        if training.epoch % training.recipe.schedule.evaluate_every == 0 or training.step >= plan.n_steps:
-            report = _evaluate(training, dev)
-            _record(training, report, loss, time.perf_counter() - begin, log)
-            _keep(training, report.mean_recall)
-        save(False)
+    return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
 
 
 def _evaluate(training: Training, dev: FeaturePairs) -> RetrievalReport:
@@ -188,15 +196,39 @@ def _evaluate(training: Training, dev: FeaturePairs) -> RetrievalReport:
     return report
 
 
-def _epoch(training: Training, train: FeaturePairs, plan: Plan, save: Callable[[bool], None]) -> None:
-    """One pass, or the rest of one that was broken off."""
+def evaluate_untrained(training: Training, dev: FeaturePairs, plan: Plan, log: Progress) -> None:
+    """Epoch 0 of the history."""
+    _record(training, _evaluate(training, dev), math.nan, 0.0, log)
+    if not plan.n_steps:
+        _keep(training, training.history[-1]["dev"]["mean_recall"])
+
+
+def end_epoch(training: Training, dev: FeaturePairs, plan: Plan, log: Progress, begin: float) -> None:
+    """Evaluate if it is time. `begin`: the clock at the epoch's beginning. Raises as `run_training` does."""
+    require_finite(training)
+    loss = _mean_loss(training)
+    training.epoch, training.in_epoch, training.losses = training.epoch + 1, 0, []
+    if training.epoch % training.recipe.schedule.evaluate_every == 0 or training.step >= plan.n_steps:
+        report = _evaluate(training, dev)
+        _record(training, report, loss, time.perf_counter() - begin, log)
+        _keep(training, report.mean_recall)
+
+
+def draw_epoch(training: Training, train: FeaturePairs, plan: Plan) -> Iterator[Batch]:
+    """Batches of an epoch, or of the rest of one that was broken off."""
     recipe = training.recipe
     if training.in_epoch:
         training.generator.set_state(training.epoch_draws)
     else:
         training.epoch_draws = training.generator.get_state()
     skip = training.in_epoch * plan.accumulate
-    drawn = batches(train, recipe.schedule.batch_size, training.generator, recipe.loss.captions, skip)
+    return batches(train, recipe.schedule.batch_size, training.generator, recipe.loss.captions, skip)
+
+
+def take_steps(
+    training: Training, drawn: Iterator[Batch], plan: Plan, save: Callable[[bool], None] = lambda _: None
+) -> None:
+    """Steps on these batches up to the end of the epoch."""
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         training.losses.append(_counted_step(training, islice(drawn, plan.accumulate), plan))
@@ -219,22 +251,29 @@ def take_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """One step of the optimiser; returns its loss, still on the device."""
     model, optimiser, recipe = training.model, training.optimiser, training.recipe
     assert optimiser is not None
-    factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
-    for group in optimiser.param_groups:
-        group["lr"] = recipe.optimiser.lr * factor
     optimiser.zero_grad(set_to_none=True)
     total = torch.zeros((), device=model.image.mean.device)
     for batch in drawn:
         loss = model(augment(batch, recipe.augmentation, model.image, model.text), training.step) / plan.accumulate
         loss.backward()
         total += loss.detach()
+    update_weights(training, plan)
+    return total
+
+
+def update_weights(training: Training, plan: Plan) -> None:
+    """The optimiser's part of a step, from gradients that are there."""
+    model, optimiser, recipe = training.model, training.optimiser, training.recipe
+    assert optimiser is not None
+    factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.optimiser.lr * factor
     if recipe.optimiser.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
     optimiser.step()
     model.temperature.clamp()
     if training.average is not None:
         _follow(training.average, model, recipe.optimiser.ema)
-    return total
 
 
 @torch.no_grad()

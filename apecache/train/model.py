@@ -30,6 +30,10 @@ class AlignmentModel(nn.Module):
         """Loss of a batch (a scalar) at the 0-based `step`. Several heads side by side have a loss each; this is the
         mean of theirs."""
         image, text = self.image(batch.image, batch.image_mask), self.text(batch.text, batch.text_mask)
+        return self.loss_of(batch, image, text, step)
+
+    def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
+        """The same, of a batch's embeddings."""
         if isinstance(self.image, SeveralHeads):
             widths = self.image.widths
             pairs = zip(image.split(widths, dim=-1), text.split(widths, dim=-1), strict=True)

@@ -8,7 +8,10 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner
 
-COMMANDS = ("extract", "scout", "info", "plan", "fit-head", "fit-encoder", "evaluate", "index", "search", "demo")
+COMMANDS = (
+    "extract", "scout", "info", "plan", "fit-head", "fit-encoder", "sweep", "lint",
+    "evaluate", "index", "search", "demo",
+)  # fmt: skip
 runner = CliRunner()
 
 

@@ -1,0 +1,78 @@
+"""`apecache sweep`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .extract import choice
+from .terminal import Device, Json, ending, show_json, show_table
+
+
+def sweep(
+    store: Annotated[Path, typer.Argument(help="A complete feature store.")],
+    recipe: Annotated[list[str], typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several.")],
+    space: Annotated[Path, typer.Option(help='TOML lines such as "optimiser.lr" = {log = [1e-4, 1e-2]}.')],
+    out: Annotated[Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")],
+    trials: Annotated[int, typer.Option(min=1, help="Points to try; of a grid at most.")] = 20,
+    sampler: Annotated[str, typer.Option(help="random, grid or tpe (needs optuna).")] = "random",
+    seeds: Annotated[int, typer.Option(min=1, help="Fits of each point; it counts by their mean.")] = 1,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop two thirds early, twice (successive halving).")
+    ] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="A trial that fails does not end the sweep.")
+    ] = False,
+    population: Annotated[int, typer.Option(min=1, help="Heads that train together at most.")] = 16,
+    memory_gb: Annotated[float, typer.Option(min=0.01, help="Memory of heads that train together.")] = 2.0,
+    sampler_seed: Annotated[int, typer.Option(help="Seed of the points.")] = 0,
+    train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
+    dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
+    dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
+    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
+    seed: Annotated[int, typer.Option(help="First seed of weights, batches and dropout.")] = 0,
+    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Try many settings of recipes, heads of one structure together; all is chosen on the dev split.
+
+    Killed or interrupted, the same command goes on.
+
+    Example: apecache sweep store --recipe projection --space space.toml --trials 64 --out sweep --halving
+    """
+    with ending():
+        choice("--sampler", sampler, ("random", "grid", "tpe"))
+        from apecache.space import load_space
+
+        loaded = load_space(space, recipe)
+        from apecache.store.reader import FeatureStore
+        from apecache.sweeping import SweepSpec
+        from apecache.sweeping import sweep as run
+        from apecache.train.batches import SplitSpec
+        from apecache.train.fit_head import FitSpec
+
+        splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
+        fit = FitSpec(image_features, text_features, splits, seed, device)
+        kind: Any = sampler
+        memory = int(memory_gb * 2**30)
+        spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, fit)
+        report = run(FeatureStore.open(store), loaded, out, spec, show_trial)
+        if json:
+            show_json(report)
+            return
+        rows = [(t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings)) for t in report.trials]
+        columns = ("trial", "state", "epochs", "dev mean recall", "95 %", "recipe", "settings")
+        show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
+        typer.echo(f"the best again: {report.command}")
+
+
+def show_trial(trial: Any) -> None:
+    score = trial.error or f"dev mean recall {trial.mean:.1f}"
+    typer.echo(f"trial {trial.number:3d}  {trial.state}  {score}  {' '.join(trial.settings)}", err=True)
+
+
+def _score(trial: Any) -> tuple[str, str]:
+    mean = "" if trial.mean is None else f"{trial.mean:.1f}"
+    return mean, "" if trial.low is None else f"{trial.low:.1f} to {trial.high:.1f}"
