@@ -150,7 +150,7 @@ def test_a_new_head_is_indexed_without_an_encoder(
     make: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for modality in ("image", "text"):
-        monkeypatch.setattr(f"apecache.search.load_{modality}_encoder", None)
+        monkeypatch.setattr(f"apecache.recipes.runs.load_{modality}_encoder", None)
     store = make(list(range(30)))
     build_index(run, store, tmp_path / "index")
     save_heads(heads(1), tmp_path / "other")

@@ -126,7 +126,8 @@ def read_record(files: LocalFiles, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError(f"{files.path(name)} is missing; restore the file") from None
     if value.get("object") != name:
-        raise DamagedError(f"{files.path(name)} is in the wrong place ({value.get('object')}); restore the file")
+        place = " ".join(str(value.get("object")).split())[:200]
+        raise DamagedError(f"{files.path(name)} is in the wrong place ({place}); restore the file")
     if not _has_fields(value, name):
         raise DamagedError(f"{files.path(name)} lacks what such a record says; restore the file")
     return value

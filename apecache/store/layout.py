@@ -144,8 +144,11 @@ class ArrayRecord:
             record = ArrayRecord(modality, name, spec, fingerprint, layout, *about, str(value["table"]))
             if fingerprint.digest != value["digest"] or not isinstance(fingerprint.fields.get("encoder"), dict):
                 raise ValueError("its digest does not fit its fields")
+            if not set(record.metadata) <= {"zarr.json", *(f"{part}/zarr.json" for part in layout.parts)}:
+                raise ValueError("its metadata files are not those of an array")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StoreError(f"records of {modality}/{name} are damaged: {error}") from None
+            why = " ".join(str(error).split())[:200]
+            raise StoreError(f"records of {modality}/{name} are damaged: {why}") from None
         return record
 
 

@@ -72,7 +72,7 @@ def _column(files: LocalFiles, name: str, rows: int, objects: Mapping[str, Any])
             raise ValueError(f"codecs {codecs} are not those that apecache writes")
         array: Any = zarr.open_array(files.path(folder), mode="r")
         values = array[:]
-    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except Exception as error:  # what zarr, numpy and the codecs raise over strange metadata shares no base class
         why = " ".join(str(error).split())[:200]
         raise DamagedError(f"{files.path(folder)} cannot be read: {why}; restore the files") from None
     return np.asarray(values)
