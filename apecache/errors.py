@@ -96,6 +96,11 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     return f"; did you mean {', '.join(found)}?" if found else ""
 
 
+def one_line(text: object, limit: int = 200) -> str:
+    """What somebody else wrote, fit for a message: white space as single spaces, cut at `limit`."""
+    return " ".join(str(text).split())[:limit]
+
+
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
     """Refuse to write over something that exists. `overwrite`: it was asked for, but this is nothing of ours.
 

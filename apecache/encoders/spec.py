@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from apecache.errors import EncoderError, OptionError, nearest
+from apecache.errors import EncoderError, OptionError, nearest, one_line
 from apecache.fingerprint import Modality
 
 Pooling = Literal["default", "cls", "mean", "max", "cls+mean", "tokens"]
@@ -89,7 +89,7 @@ def spec_from_json(value: object) -> EncoderSpec:
         if not known or not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
-        raise EncoderError(f"not the description of an encoder: {str(error)[:200]}") from None
+        raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
     if spec.library not in LIBRARIES:
         raise EncoderError(f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}")
     return spec

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apecache.errors import DamagedError, MismatchError
+from apecache.errors import DamagedError, MismatchError, one_line
 from apecache.fingerprint import Json, canonical_json, content_hash
 from apecache.store.files import LocalFiles
 from apecache.store.layout import (
@@ -61,12 +61,16 @@ class CommitRecord:
         value = parse_record(data, where)
         try:
             objects = {name: ObjectRecord(**entry) for name, entry in value["objects"].items()}
+            kinds = {(type(entry.bytes), type(entry.blake3), type(entry.crc32c)) for entry in objects.values()}
+            if not kinds <= {(int, str, int), (int, str, type(None))}:
+                raise ValueError("objects of other kinds than expected")
             rows = (int(value["rows"][0]), int(value["rows"][1]))
             counts = (int(value["n_ok"]), int(value["n_quarantined"]))
             content = ["" if digest == UNREAD else digest for digest in value["content"].split()]
             return CommitRecord(int(value["shard"]), rows, *counts, objects, content, str(value["fingerprint"]))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise DamagedError(f"{where}: the record is damaged ({error}); run apecache extract again") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            why = one_line(error)
+            raise DamagedError(f"{where}: the record is damaged ({why}); run apecache extract again") from None
 
 
 def read_commits(files: LocalFiles, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
@@ -126,7 +130,7 @@ def read_record(files: LocalFiles, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError(f"{files.path(name)} is missing; restore the file") from None
     if value.get("object") != name:
-        place = " ".join(str(value.get("object")).split())[:200]
+        place = one_line(value.get("object"))
         raise DamagedError(f"{files.path(name)} is in the wrong place ({place}); restore the file")
     if not _has_fields(value, name):
         raise DamagedError(f"{files.path(name)} lacks what such a record says; restore the file")

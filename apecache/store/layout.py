@@ -33,7 +33,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import StoreError
+from apecache.errors import StoreError, one_line
 from apecache.fingerprint import Fingerprint, Json, Modality
 
 FORMAT_VERSION = 1
@@ -147,8 +147,7 @@ class ArrayRecord:
             if not set(record.metadata) <= {"zarr.json", *(f"{part}/zarr.json" for part in layout.parts)}:
                 raise ValueError("its metadata files are not those of an array")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise StoreError(f"records of {modality}/{name} are damaged: {why}") from None
+            raise StoreError(f"records of {modality}/{name} are damaged: {one_line(error)}") from None
         return record
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from apecache.errors import DamagedError
+from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
 from apecache.store.commit import read_record
 from apecache.store.files import LocalFiles
@@ -73,6 +73,5 @@ def _column(files: LocalFiles, name: str, rows: int, objects: Mapping[str, Any])
         array: Any = zarr.open_array(files.path(folder), mode="r")
         values = array[:]
     except Exception as error:  # what zarr, numpy and the codecs raise over strange metadata shares no base class
-        why = " ".join(str(error).split())[:200]
-        raise DamagedError(f"{files.path(folder)} cannot be read: {why}; restore the files") from None
+        raise DamagedError(f"{files.path(folder)} cannot be read: {one_line(error)}; restore the files") from None
     return np.asarray(values)

@@ -12,7 +12,7 @@ import numpy as np
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
-from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.errors import DamagedError, MismatchError, StoreError, one_line
 from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
 from apecache.store.commit import (
     CommitRecord,
@@ -140,8 +140,9 @@ def _refuse_foreign(files: LocalFiles) -> None:
 def _require_same_source(found: Mapping[str, Json], wanted: Mapping[str, Json], files: LocalFiles) -> None:
     differences = [(key, wanted[key], found.get(key)) for key in sorted(wanted) if wanted[key] != found.get(key)]
     if differences:
+        origin = one_line(found.get("origin"))
         raise MismatchError(
-            f"{files.root} was made from another table ({found.get('origin')}): {describe_difference(differences)}; "
+            f"{files.root} was made from another table ({origin}): {describe_difference(differences)}; "
             "a store belongs to one table: choose another --store",
             differences,
         )
