@@ -49,13 +49,21 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_workers_end_with_their_parent(by: signal.Signals, moment: str, after: str) -> None:
     code = PARENT.format(moment=moment, after=after)
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    assert parent.stdout.readline()
-    workers = children_of(parent.pid)
-    assert len(workers) == 2
-    parent.send_signal(by)
-    _, told = parent.communicate(timeout=20)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
+    )  # fmt: skip
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline()
+        workers = children_of(parent.pid)
+        assert len(workers) == 2
+        parent.send_signal(by)
+        _, told = parent.communicate(timeout=20)
+    except BaseException:
+        parent.kill()
+        parent.communicate()
+        raise
     if by is not signal.SIGINT:  # an interrupt shows where the parent was
         assert told == ""
     assert told.count("Traceback") == (by is signal.SIGINT)
