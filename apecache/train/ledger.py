@@ -56,8 +56,10 @@ class Ledger:
         return self.loading_seconds + self.training_seconds + self.evaluation_seconds
 
     def rows(self) -> tuple[tuple[str, str | int | float], ...]:
-        """(what, value) for tables; what is not known is left out."""
-        known = {name: value for name, value in asdict(self).items() if value is not None and name != "warnings"}
+        """(what, value) for tables; what is not known is left out. A resident set that did not grow says nothing: an
+        earlier fit of the same process had grown it already."""
+        silent = {"warnings", *(() if self.peak_bytes else ("peak_bytes", "peak_of"))}
+        known = {name: value for name, value in asdict(self).items() if value is not None and name not in silent}
         return tuple((name.replace("_", " "), value) for name, value in known.items())
 
 

@@ -89,6 +89,9 @@ def test_seconds_are_parted_and_what_nobody_measured_is_absent(store: FeatureSto
     assert (ledger.energy_joules, ledger.money, ledger.extraction_seconds, ledger.runs_until_paid) == (None,) * 4
     assert ledger.peak_of == "resident growth"
     assert ledger.peak_bytes >= 0
+    told = {size: dict(replace(ledger, peak_bytes=size).rows()) for size in (0, 7)}
+    assert told[7]["peak bytes"] == 7
+    assert not {"peak bytes", "peak of"} & told[0].keys()
     shown = dict(ledger.rows())
     assert shown["flops"] == ledger.flops
     assert "money" not in shown
