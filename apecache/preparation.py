@@ -16,12 +16,14 @@ from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
-from apecache.fingerprint import Fingerprint, Json, describe_difference
+from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chunk_bytes, with_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import create_array
 
 FEW_CORES, MAX_WORKERS = 2, 16
+CPU_BATCH: dict[Modality, int] = {"image": 32, "text": 64}
+CUDA_BATCH = 256
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 256, 4096
 SHARD_SECONDS = 60
 
@@ -194,7 +196,7 @@ def _layouts(
     """One for each encoder, with shards of the same rows unless an earlier segment says otherwise."""
     if not encoders:
         return []
-    size = spec.batch(encoders[0]) or (256 if encoders[0].device.type == "cuda" else 32)
+    size = spec.batch(encoders[0]) or _default_batch(encoders[0])
     plain = [_layout(encoder, rows, size, spec, captions) for encoder in encoders]
     wanted = spec.shard_rows
     if wanted is None and not all(array_name(encoder, spec) in like for encoder in encoders):
@@ -206,6 +208,10 @@ def _layouts(
         else replace(layout, shard_rows=max(1, min(wanted or 1, rows, most)))
         for encoder, layout in zip(encoders, plain, strict=True)
     ]
+
+
+def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
+    return CUDA_BATCH if encoder.device.type == "cuda" else CPU_BATCH[encoder.spec.modality]
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:

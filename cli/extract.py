@@ -9,6 +9,7 @@ from .inputs import (
     SOURCE,
     CaptionColumn,
     ImageColumn,
+    Restval,
     Root,
     Split,
     SplitFile,
@@ -40,6 +41,7 @@ def extract(
     split_file: SplitFile = None,
     split_fraction: SplitFraction = None,
     split_seed: SplitSeed = 0,
+    restval: Restval = True,
     image_cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")] = None,
     text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
     text_prefix: Annotated[
@@ -62,7 +64,7 @@ def extract(
         int | None, typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256.")
     ] = None,
     text_batch: Annotated[
-        int | None, typer.Option(min=1, help="Captions per batch; recorded. Default: 32, on CUDA 256.")
+        int | None, typer.Option(min=1, help="Captions per batch; recorded. Default: 64, on CUDA 256.")
     ] = None,
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")
@@ -106,7 +108,7 @@ def extract(
 
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
         splits = (split, split_file, split_fraction, split_seed)
-        source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root))
+        source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root, restval))
         choice("--resize", resize, ("reference", "torchvision"))
         images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)

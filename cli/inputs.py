@@ -20,6 +20,9 @@ Split = Annotated[
 SplitColumn = Annotated[
     str | None, typer.Option("--split-column", help="Name of the column that holds the split. Default: split.")
 ]
+Restval = Annotated[
+    bool, typer.Option("--restval/--no-restval", help="Of a Karpathy file, take restval as train, or leave it out.")
+]
 SplitFile = Annotated[
     Path | None, typer.Option("--split-file", help="TSV of key and split, or a folder of train.txt, val.txt, ….")
 ]
@@ -41,12 +44,12 @@ def open_spec(
     split_fraction: str | None,
     split_seed: int,
     root: Path | None,
+    restval: bool = True,
 ) -> Any:
     """An OpenSpec from command-line options."""
     from apecache.data.spec import OpenSpec
     from apecache.data.splits import parse_fractions
 
     fractions = parse_fractions(split_fraction) if split_fraction is not None else ()
-    return OpenSpec(
-        image_column, caption_column, split_column, split_file, fractions, split_seed, root, require=require
-    )
+    splits = (split_column, split_file, fractions, split_seed)
+    return OpenSpec(image_column, caption_column, *splits, root, restval, require)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .inputs import CaptionColumn, ImageColumn, Split, SplitFile, SplitFraction, SplitSeed, open_spec
+from .inputs import CaptionColumn, ImageColumn, Restval, Split, SplitFile, SplitFraction, SplitSeed, open_spec
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
 Store = Annotated[Path, typer.Argument(help="A feature store.")]
@@ -114,6 +114,7 @@ def repair(
     split_file: SplitFile = None,
     split_fraction: SplitFraction = None,
     split_seed: SplitSeed = 0,
+    restval: Restval = True,
     image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
     text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
     device: Device = "auto",
@@ -131,7 +132,7 @@ def repair(
         from apecache.repair import repair as run
 
         splits = (split, split_file, split_fraction, split_seed)
-        source = source_of(store, pairs, open_spec((), image_column, caption_column, *splits, root))
+        source = source_of(store, pairs, open_spec((), image_column, caption_column, *splits, root, restval))
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
         with progress() as update:

@@ -69,8 +69,11 @@ def test_captions_are_batched_by_their_own_batch_size(empty: FeatureStore, bert:
     assert prepare_one(empty, bert, 24, ExtractSpec(image_batch=3, text_batch=7, shard_rows=5)).layout.batch_size == 7
 
 
-def test_without_a_batch_size_the_default_is_32_on_a_cpu(empty: FeatureStore, vit: ImageEncoder) -> None:
+def test_without_a_batch_size_the_default_on_a_cpu_is_32_images_or_64_captions(
+    empty: FeatureStore, vit: ImageEncoder, bert: TextEncoder
+) -> None:
     assert prepare_one(empty, vit, 12, ExtractSpec(shard_rows=5)).layout.batch_size == 32
+    assert prepare_one(empty, bert, 24, ExtractSpec(shard_rows=5)).layout.batch_size == 64
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_a_shard_is_about_a_minute_of_encoding(
     clock = iter(np.arange(1000) * seconds)
     monkeypatch.setattr(preparation.time, "perf_counter", lambda: next(clock))
     encoder: Any = vit if modality == "image" else bert
-    record = prepare_one(empty, encoder, 100_000, ExtractSpec(), captions=["a red circle"])
+    record = prepare_one(empty, encoder, 100_000, ExtractSpec(image_batch=32, text_batch=32), captions=["a red circle"])
     assert record.layout.shard_rows == rows
 
 

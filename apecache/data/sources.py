@@ -12,7 +12,7 @@ from apecache.data.spec import OpenSpec, is_url
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table
 from apecache.data.texts import open_texts
-from apecache.errors import ManifestError, nearest
+from apecache.errors import ManifestError, OptionError, nearest
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".tar", ".txt")
 
@@ -30,6 +30,8 @@ def open_pairs(uri: str | Path, spec: OpenSpec | None = None) -> PairSource:
         OptionError: an option that this kind of source cannot follow. MissingExtraError: a library is missing.
     """
     spec = spec or OpenSpec()
+    if not spec.restval and Path(uri).suffix.lower() != ".json":
+        raise OptionError(f"{uri}: --no-restval is for Karpathy's JSON; leave it out")
     try:
         source = _open(str(uri), spec)
     except OSError as error:

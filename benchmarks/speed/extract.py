@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from apecache_cli.memory import keep_freed_memory
 
 from apecache.data.images import decode_image, load_image
 from apecache.data.media import FolderMedia
@@ -34,12 +35,14 @@ from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.pixels import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
+from apecache.preparation import CPU_BATCH
 from apecache.segments import make_segment
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.speed.inputs import captions, write_photographs, write_vit
 from benchmarks.speed.peers import BATCH, sentence_transformers_encode, timm_loop, transformers_loop
 
 SIZES = (500, 640, 1600)
+TEXT_BATCH = CPU_BATCH["text"]
 WORKERS = len(os.sched_getaffinity(0))
 KILL_SHARDS = 20
 PARTS = ("images", "decoding", "texts", "growth", "resume", "finished")
@@ -76,6 +79,7 @@ def main() -> None:
     if options.child:
         extract_as_child(*map(Path, options.child))
         return
+    keep_freed_memory()  # as the command does; here for the loops beside it too
     scale = QUICK if options.quick else FULL
     rows, goals = list[Row](), list[Goal]()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +143,7 @@ class Bench:
         return self.folder / f"store-{self.count}"
 
     def spec(self, **settings: Any) -> ExtractSpec:
-        return ExtractSpec(image_batch=BATCH, text_batch=BATCH, device="cpu", shard_rows=4096, **settings)
+        return ExtractSpec(image_batch=BATCH, text_batch=TEXT_BATCH, device="cpu", shard_rows=4096, **settings)
 
     def run(self, source: PairSource, encoders: Encoders, spec: ExtractSpec, progress: Any = lambda _: None) -> Path:
         """An extraction with encoders that are loaded."""
@@ -207,7 +211,7 @@ class Bench:
         encoder, source = encoders.text[0], text_source(texts)
         ids = sorted(encoder.tokenise(texts).ids, key=len)
         cases: dict[str, Callable[[], object]] = {
-            "bare model": lambda: [encoder.encode_ids(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)],
+            "bare model": lambda: [encoder.encode_ids(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)],
             "tokenising": lambda: encoder.tokenise(texts),
         }
         loops = {

@@ -103,6 +103,7 @@ def test_zero_shot_takes_a_folder_per_class(classes: Path, tiny_run: Path) -> No
         (["--split", "a", "--split-fraction", "train=1"], 2, "says nothing about this kind of source"),
         (["--split-file", "s.tsv", "--split-fraction", "train=1"], 2, "give one of --split"),
         (["--split-fraction", "train=.5"], 2, "sum to 0.5; expected 1"),
+        (["--no-restval"], 2, "--no-restval is for Karpathy's JSON"),
         (["--root", "."], 2, "--root says nothing about this kind of source"),
         (["--split-file", "nowhere.tsv"], 3, "no such split file"),
         (["--text", "hf:nothing"], 3, "has no captions, only images, labels"),
@@ -115,6 +116,18 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     result = call("extract", classes, "--store", tmp_path / "store", *encoder, *more)
     assert said in error_of(result, code)
     assert not (tmp_path / "store").exists()
+
+
+def test_restval_can_be_left_out(shapes_once: Path, tmp_path: Path, tiny_text_encoder: Path) -> None:
+    images = [
+        {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"a {split}"}]}
+        for n, split in enumerate(("train", "restval", "test"))
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    call_json("extract", tmp_path / "dataset.json", "--store", tmp_path / "store",
+              "--text", f"hf:{tiny_text_encoder}", "--no-restval")  # fmt: skip
+    about = call_json("info", tmp_path / "store")
+    assert [array["rows"] for array in about["arrays"]] == [2]
 
 
 def test_captions_alone_have_no_images_to_encode(tmp_path: Path, tiny_image_encoder: Path) -> None:

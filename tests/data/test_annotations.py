@@ -9,7 +9,7 @@ import pytest
 from apecache.data.pairs import Pair
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
-from apecache.errors import ManifestError
+from apecache.errors import ManifestError, OptionError
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -35,6 +35,12 @@ def test_restval_is_train_or_left_out(tmp_path: Path) -> None:
     assert b == Pair("val2014/b.jpg", ("three",), ("",), "train")
     assert c == Pair("val2014/c.jpg", (), (), "test")
     assert list(open_pairs(path, OpenSpec(restval=False))) == [a, c]
+
+
+def test_leaving_restval_out_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text("image\tcaption\na.jpg\tone\n")
+    with pytest.raises(OptionError, match="--no-restval is for Karpathy's JSON"):
+        open_pairs(tmp_path / "pairs.tsv", OpenSpec(restval=False))
 
 
 def test_coco_joins_by_id_and_keeps_images_without_captions(tmp_path: Path) -> None:
