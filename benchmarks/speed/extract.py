@@ -5,8 +5,8 @@
 Cases of one comparison are interleaved in one process; figures are medians of CPU and wall milliseconds a row, decoding
 processes included. Encoders are loaded beforehand; apecache writes a store, the others keep features in memory.
 Where model and decoder share the cores, no loop can be faster than both after another: CPU time is held against that
-sum, and wall time against the slower of the two, which only an accelerator of its own lets one reach. The compiled model
-is here because extraction does not compile: its goal is missed as soon as that would pay on a CPU.
+sum, and wall time against the slower of the two, which only an accelerator of its own lets one reach.
+The compiled model is here because extraction does not compile: its goal is missed as soon as that would pay on a CPU.
 """
 
 import argparse
