@@ -30,7 +30,7 @@ from apecache.train.loop import (
     train_epoch,
     update_weights,
 )
-from apecache.train.model import TILED_FROM
+from apecache.recipes.objective import TILED_FROM
 
 FLOAT_BYTES = 4
 STATES = 5
