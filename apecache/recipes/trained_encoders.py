@@ -38,6 +38,10 @@ class TrainedTower:
     encoder: Mapping[str, Json]
     fingerprint: Fingerprint
 
+    @property
+    def dim(self) -> int:
+        return self.side.dim
+
     def require_encoder(self, found: Fingerprint, where: str) -> None:
         """Raises MismatchError unless `found` is the encoder that training began with."""
         differences = found.difference(self.fingerprint)

@@ -245,10 +245,10 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
     losses: list[float] = []
     fit(data, recipe, tmp_path / "whole", lambda line: losses.append(line["loss"]), slice_size=3)
     with pytest.raises(StoppedError):
-        fit(data, recipe, tmp_path / "broken", stop, slice_size=3)
+        fit(data, recipe, tmp_path / "broken", stop, slice_size=3, save_seconds=0)
     after: list[float] = []
     fit(data, recipe, tmp_path / "broken", lambda line: after.append(line["loss"]), slice_size=3)
-    assert after == losses[2:]
+    assert after == losses[1:]  # the last checkpoint was within the first epoch
     whole, broken = (read_tensors(tmp_path / run / WEIGHTS)[0] for run in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
