@@ -106,7 +106,10 @@ def image_views(recipe: Recipe, spec: FitEncoderSpec, inputs: tuple[Inputs, Inpu
     if wanted is None:
         return None
     if not isinstance(inputs[0], ImageInputs):
-        raise RecipeError(f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs")
+        raise RecipeError(
+            f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs; name pooled features "
+            "with --image-features, so that the tower runs from pixels, or leave it out"
+        )
     return Views(1, spec.seed, wanted.scale, wanted.ratio, wanted.flip, wanted.operations, wanted.magnitude)
 
 

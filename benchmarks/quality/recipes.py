@@ -32,8 +32,9 @@ from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.counting import PlanSpec
 from apecache.recipes.devices import measure_device
-from apecache.recipes.plan import PlanSpec, plan
+from apecache.recipes.plan import plan
 from apecache.recipes.recipe import Recipe, load_recipe, tower_zoo_names
 from apecache.recipes.runs import load_run
 from apecache.recipes.towers import shorthand_names
