@@ -1,5 +1,6 @@
 """`apecache plan`."""
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
@@ -53,7 +54,7 @@ def plan(
         where = find_device(device)
         found = [_plan(one, image, text, teacher, resolution, settings, where) for one in loaded]
         if len(found) > 1:
-            show_json({"plans": found}) if json else _compare(found, rows)
+            show_json({"plans": [asdict(one) for one in found]}) if json else _compare(found, rows)
         elif json:
             show_json(found[0])
         else:

@@ -95,7 +95,8 @@ def test_checkpointing_runs_every_block_once_more() -> None:
 
 def test_layerwise_adapters_cost_what_they_are() -> None:
     plain = make_plan("lilt-c").without_cache.step_flops
-    found = make_plan("lilt-h", 'towers.rules=[{part = "adapters", train = false}]').without_cache.step_flops
+    frozen = ('towers.rules=[{part = "adapters", train = false}]', "augmentation={}")
+    found = make_plan("lilt-h", *frozen).without_cache.step_flops
     adapters = 3 * 2 * 2 * 2 * 4 * 16
     assert found - plain == 100 * (17 + 32) * adapters
 
