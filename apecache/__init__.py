@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from apecache.heads.combine import combine_heads
     from apecache.index import build_index, update_index
     from apecache.planning import ExtractPlan, plan_extraction
-    from apecache.recipes.plan import Plan, PlanSpec
+    from apecache.recipes.counting import PlanSpec
+    from apecache.recipes.plan import Plan
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.recipes.runs import load_run
     from apecache.recipes.trained_encoders import TrainedEncoders, load_encoders
@@ -58,7 +59,7 @@ _HOME = {
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
     "Plan": "recipes.plan",
-    "PlanSpec": "recipes.plan",
+    "PlanSpec": "recipes.counting",
     "ProbeReport": "evaluate.probe",
     "Query": "search",
     "Recipe": "recipes.recipe",

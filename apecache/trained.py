@@ -1,4 +1,4 @@
-"""A finished run in use: images and texts in, embeddings out, by the run's own encoders and heads."""
+"""A finished run in use, of either trainer: images and texts in, embeddings out, by the run's own encoders."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -16,46 +15,43 @@ from torch import Tensor
 from apecache.data.images import decode_image, to_rgb
 from apecache.data.media import read_file
 from apecache.encode import caption_error
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
-from apecache.encoders.load import load_image_encoder, load_text_encoder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, RowError
-from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.recipes.runs import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 
 Picture = str | Path | Image.Image
 Embeddings = NDArray[np.float32]
 Item = TypeVar("Item")
-BATCH = 64
 
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """Embeddings are float32 [n, dim], L2-normalised, in the order given. Encoders are loaded when they are first
-    needed. `image`, `text`: encoders that have moved, in place of those that the run names."""
+    """Embeddings are float32 [n, dim], L2-normalised, in the order given. Encoders of frozen sides are loaded when they
+    are first needed. `image`, `text`: those that have moved, in place of the ones that the run names."""
 
-    heads: TrainedHeads
+    run: Run
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
     device: str = "auto"
 
     @property
     def dim(self) -> int:
-        return self.heads.image.head.out_dim
+        return self.run.image.dim
 
     @property
     def scale(self) -> float:
         """What cosines are multiplied with before a softmax: 1 / the learned temperature."""
-        return self.heads.scale
+        return self.run.scale
 
     def encode_image(self, images: Sequence[Picture]) -> Embeddings:
         """Paths, or PIL images (taken as they are, in RGB).
 
         Raises:
             DataError: an image that cannot be read. EncoderError: the encoder cannot be had. MismatchError: it is not
-            the one that the heads were trained on.
+            the one that the run was trained on.
         """
         pictures = (_open(image) for image in _listed(images))
-        parts = [self._image_batch(batch) for batch in _batches(pictures)]
+        parts = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def encode_text(self, texts: Sequence[str]) -> Embeddings:
@@ -64,7 +60,7 @@ class ImageTextModel:
         for number, text in enumerate(wanted):
             if error := caption_error(text):
                 raise DataError(f"text {number}: {error.detail}; give every text at least one word")
-        parts = [self._text_batch(batch) for batch in _batches(iter(wanted))]
+        parts = [_array(self._embed_texts(batch)) for batch in _batches(iter(wanted))]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
@@ -72,40 +68,25 @@ class ImageTextModel:
         scores: Embeddings = (self.scale * (image @ text.T)).astype(np.float32)
         return scores
 
-    def _image_batch(self, pictures: Sequence[Image.Image]) -> Embeddings:
-        encoder = self._image_encoder
-        pixels = torch.stack([encoder.preprocess(picture) for picture in pictures])
-        return _array(self.heads.image.embed(encoder.encode(pixels)))
-
-    def _text_batch(self, texts: Sequence[str]) -> Embeddings:
-        encoder = self._text_encoder
-        ids = encoder.tokenise(texts).ids
-        features = encoder.encode_ids(ids)
-        lengths = torch.tensor([len(row) for row in ids]) if features.ndim == 3 else None
-        return _array(self.heads.text.embed(features, lengths))
+    @cached_property
+    def _embed_images(self) -> Embed:
+        return image_embedder(self.run.image, self.device, self.image)
 
     @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        encoder = load_image_encoder(self.image or spec_from_json(self.heads.image.encoder), self.device)
-        self.heads.image.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
-        return encoder
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        encoder = load_text_encoder(self.text or spec_from_json(self.heads.text.encoder), self.device)
-        self.heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-        return encoder
+    def _embed_texts(self) -> Embed:
+        return text_embedder(self.run.text, self.device, self.text)
 
 
 def load(
     run: Path | str, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
 ) -> ImageTextModel:
-    """A run of `fit_head`, or heads that were combined, ready for images and texts.
+    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts.
 
     Raises:
-        RunError: no finished run there. EncoderError: the device cannot be used.
+        RunError: no finished run there. EncoderError: the device cannot be used. Of towers that were trained, which are
+        loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one that was trained.
     """
-    return ImageTextModel(load_heads(Path(run), parse_device(device)), image, text, device)
+    return ImageTextModel(load_run(Path(run), device, image, text), image, text, device)
 
 
 def _listed(values: Sequence[Item]) -> Sequence[Item]:

@@ -201,11 +201,11 @@ def zeroshot(run: Any, images: Any, split: str | None, templates: list[str] | No
 
 def probes(run: Any, images: Any, train_split: str, split: str) -> dict[str, Any]:
     """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the run."""
-    from apecache.evaluate.labelled import labelled_images
+    from apecache.evaluate.labelled import labelled_features
     from apecache.evaluate.probe import probe
 
     with progress() as update:
-        found = labelled_images(run, images, update)
+        found = labelled_features(run, images, update)
     rows = {name: [i for i, other in enumerate(found.splits) if other == name] for name in (train_split, split)}
     labels = {name: [found.labels[i] for i in chosen] for name, chosen in rows.items()}
     told: dict[str, Any] = {"task": "probe", "train_split": train_split, "split": split}

@@ -101,15 +101,23 @@ def fit_encoder(
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
+    report_split: Annotated[str, typer.Option(help="Will be reported: neither trained nor chosen on.")] = "test",
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of this machine, in any currency: the ledger then tells the money.")
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Train within the towers what a recipe unlocks; a side that stays frozen is read from the cache.
 
-    Killed or interrupted, the same command goes on after the last whole epoch.
+    Killed or interrupted, the same command goes on after its last checkpoint. Under torchrun several processes train
+    one model, with all of the batch as negatives.
 
     Example: apecache fit-encoder store --recipe lit --out run --slice 32
+
+    Example: torchrun --nproc-per-node 2 -m apecache fit-encoder store --recipe clip --root images --out run
     """
     with ending():
         choice("--autocast", autocast, ("float32", "bfloat16"))
@@ -138,8 +146,15 @@ def fit_encoder(
             precision,
             device,
             overwrite,
+            save_seconds=save_seconds,
+            report_split=report_split,
+            price_per_hour=price_per_hour,
         )
         report = run(FeatureStore.open(store), loaded, out, spec, opener(root), show_epoch)
+        if report.rank:
+            return
+        for warning in report.ledger.warnings:
+            warn(warning)
         if json:
             show_json(report)
             return

@@ -27,7 +27,7 @@ def model(tiny_run: Path) -> ImageTextModel:
 
 def test_embeddings_are_those_of_the_store(model: ImageTextModel, tiny_store: Path, shapes_once: Path) -> None:
     store = FeatureStore.open(tiny_store)
-    wanted = embed_store(model.heads, store)
+    wanted = embed_store(model.run, store)
     keys = [store.pairs.keys[row] for row in wanted.image_rows]
     image = model.encode_image([shapes_once.parent / key for key in keys])
     text = model.encode_text([str(store.pairs.captions[row]) for row in wanted.text_rows])
@@ -91,11 +91,11 @@ def test_heads_on_tokens_see_the_tokens_that_are_there(model: ImageTextModel, tm
     from apecache.encoders.spec import spec_from_json
     from apecache.heads.checkpoint import TrainedSide
 
-    side = model.heads.text
+    side = model.run.text
     spec = replace(spec_from_json(side.encoder), pooling="tokens")
     head = TokenHead(HeadSpec(kind="attention", dim=model.dim, n_heads=2), side.head.in_dim, model.dim)
     tokens = TrainedSide(head, vars(spec), load_text_encoder(spec, "cpu").fingerprint)
-    save_heads(replace(model.heads, text=tokens), tmp_path / "run")
+    save_heads(replace(model.run, text=tokens), tmp_path / "run")
     assert isinstance(load_heads(tmp_path / "run").text.head, TokenHead)
     loaded = apecache.load(tmp_path / "run", device="cpu")
     texts = ["a circle", "a photo of the red square on the white shape in a drawing"]

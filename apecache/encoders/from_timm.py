@@ -67,13 +67,22 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
 
 def shape_timm(spec: EncoderSpec) -> Any:
     """The architecture without weights or classifier, on the meta device. Raises EncoderError as `load_timm` does."""
+    return _shape(spec, num_classes=0)
+
+
+def count_timm_classes(spec: EncoderSpec) -> int:
+    """Of the classifier that belongs to the weights, which are not read. Raises EncoderError as `load_timm` does."""
+    return int(_shape(spec).num_classes)
+
+
+def _shape(spec: EncoderSpec, **options: Any) -> Any:
     size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
     if not spec.folder:
         _require_known(spec)
     name = f"local-dir:{spec.folder}" if spec.folder else spec.name
     try:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False, num_classes=0, **size)
+            return timm.create_model(name, pretrained=False, **size, **options)
     except Exception as error:  # as in _create
         raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error
 

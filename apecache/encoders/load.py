@@ -102,6 +102,15 @@ def shape_tower(spec: EncoderSpec) -> Tower:
             raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
 
 
+def count_classes(spec: EncoderSpec) -> int:
+    """Of the encoder's own classifier, without its weights. Raises EncoderError as `load_classifier` does."""
+    if spec.library != "timm":
+        raise EncoderError(f"encoder {spec}: a classifier is known of timm: encoders only")
+    from apecache.encoders.from_timm import count_timm_classes
+
+    return count_timm_classes(spec)
+
+
 def _by_model(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:
     """Specs that differ in pooling and layer only, together; each once."""
     groups: dict[EncoderSpec, list[EncoderSpec]] = {}

@@ -1,22 +1,27 @@
 """Images with labels and their features by a run's own encoder, encoded once and kept beside the run."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import DataError, ManifestError, nearest
+from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features
-from apecache.extraction import ExtractSpec, Progress, extract
+from apecache.extraction import ExtractSpec, Progress, Standing, extract
 from apecache.fingerprint import digest_strings
-from apecache.recipes.runs import Run
+from apecache.recipes.runs import BATCH, Run
+from apecache.recipes.trained_encoders import TrainedTower
 from apecache.store.reader import FeatureStore
+
+READERS = 4
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,36 @@ class LabelledSpec:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images that could be read: `features` [n, dim] as the encoder gives them before any training, `embedded`
-    [n, out_dim] by the run, and the label and split of each. `all_labels`: those of the unreadable ones too."""
+    """Images that could be read: `embedded` [n, out_dim] by the run, and the label and split of each. `all_labels`:
+    those of the unreadable ones too."""
 
-    features: Tensor
     embedded: Tensor
     labels: list[str]
     splits: list[str]
     all_labels: list[str]
 
 
+@dataclass(frozen=True)
+class LabelledFeatures(LabelledImages):
+    """And `features` [n, dim] of the same images, as the encoder gives them before any training."""
+
+    features: Tensor
+
+
 def labelled_images(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledImages:
-    """Raises:
-    ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
-    DataError: no image that can be read.
+    """Every image is encoded once: by an image tower that was trained, or else into the cache of the frozen encoder.
+
+    Raises:
+        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
+        DataError: no image that can be read. BadRowsError: more than `max_bad` of them cannot be.
     """
+    if isinstance(run.image, TrainedTower):
+        return _by_tower(run.image, _labelled(spec.labels, spec.splits), spec.max_bad, progress)
+    return labelled_features(run, spec, progress)
+
+
+def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledFeatures:
+    """Also where the image tower was trained, whose images are then encoded twice. Raises as `labelled_images` does."""
     source = _labelled(spec.labels, spec.splits)
     image_spec = spec.image or spec_from_json(run.image.encoder)
     encoder = load_image_encoder(image_spec, spec.device)  # compared before the cache is filled with its features
@@ -60,10 +80,42 @@ def labelled_images(run: Run, spec: LabelledSpec, progress: Progress = lambda *_
     rows = np.flatnonzero(array.load_ok())
     if not len(rows):
         raise DataError(f"{store.source['origin']}: none of its {array.rows} images could be read")
-    labels, splits = ([str(column[row]) for row in rows] for column in (store.pairs.labels, store.pairs.splits))
     embedded = embed_rows(run.image, store, "image", rows, lambda key: load_image(key, source.media).image)
-    all_labels = [pair.label for pair in source]
-    return LabelledImages(torch.from_numpy(array.load()[rows]), embedded, labels, splits, all_labels)
+    return LabelledFeatures(embedded, *_columns(source, rows.tolist()), torch.from_numpy(array.load()[rows]))
+
+
+def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress: Progress) -> LabelledImages:
+    parts, rows, bad = list[Tensor](), list[int](), list[RowError]()
+    for begin in range(0, len(source), BATCH):
+        pairs = source.pairs[begin : begin + BATCH]
+        with ThreadPoolExecutor(READERS) as pool:
+            read = list(pool.map(lambda pair: _read(pair.key, source), pairs))
+        images = [image for image in read if not isinstance(image, RowError)]
+        bad += [error for error in read if isinstance(error, RowError)]
+        rows += [begin + i for i, image in enumerate(read) if not isinstance(image, RowError)]
+        parts.append(tower.embed(images))
+        progress(Standing("image", begin + len(pairs), len(source), len(bad)))
+    if len(bad) > max_bad * len(source):
+        raise BadRowsError(
+            f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, or accept with "
+            "--max-bad"
+        )
+    if not rows:
+        raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
+    return LabelledImages(torch.cat(parts), *_columns(source, rows))
+
+
+def _read(key: str, source: PairSource) -> Image.Image | RowError:
+    try:
+        return load_image(key, source.media).image
+    except RowError as error:
+        return error
+
+
+def _columns(source: PairSource, rows: list[int]) -> tuple[list[str], list[str], list[str]]:
+    """(labels, splits) of these rows, and all labels."""
+    pairs = [source.pairs[row] for row in rows]
+    return [pair.label for pair in pairs], [pair.split for pair in pairs], [pair.label for pair in source]
 
 
 def _labelled(source: PairSource, splits: tuple[str, ...]) -> PairSource:

@@ -33,6 +33,10 @@ class TrainedSide:
     encoder: Mapping[str, Json]
     fingerprint: Fingerprint
 
+    @property
+    def dim(self) -> int:
+        return self.head.out_dim
+
     def require_encoder(self, found: Fingerprint, where: str) -> None:
         """Raises MismatchError unless `found` is the encoder that the head was trained on."""
         if found.digest != self.fingerprint.digest:

@@ -5,15 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def distil_contrastive(student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | float) -> Tensor:
+def distil_contrastive(
+    student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | float, own: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of finding the own teacher's feature among this batch's and a bank's.
 
     Args:
-        student, teacher: [n, dim], L2-normalised, row by row of one image (or of its caption). bank: [k, dim],
-        L2-normalised features of the teacher; k may be 0. Neither teacher nor bank gets a gradient.
+        student [m, dim], teacher [n, dim]: L2-normalised, of images (or captions) and of images. own: int64 [m], the
+        row of the teacher of each; None: row by row. bank: [k, dim], L2-normalised features of the teacher; k may be 0.
+        Neither teacher nor bank gets a gradient.
     """
     candidates = torch.cat([teacher, bank]).detach()
-    targets = torch.arange(len(student), device=student.device)
+    targets = torch.arange(len(student), device=student.device) if own is None else own
     return F.cross_entropy(scale * student @ candidates.T, targets)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +11,24 @@ from apecache.encoders.towers import Cut, Tower, tower_of
 from apecache.errors import RecipeError, RunError
 from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
-from apecache.heads.head import Head
-from apecache.losses.contrastive import Temperature, info_nce
+from apecache.heads.head import Head, SeveralHeads
+from apecache.losses.contrastive import Groups, Temperature
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
-from apecache.recipes.recipe import OptimiserSpec, Recipe
+from apecache.recipes.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.recipes.recipe import LossSpec, Recipe
 from apecache.recipes.shared_encoder import Distillation, SharedLoss, SharedSide, build_sides
 
 
 class Side(nn.Module):
     """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised, float32. `cut`: inputs
     are the tokens after so many blocks; None: pixels or token ids. `still`: so many blocks, and the embeddings, train
-    nothing and run without dropout, cached or not; `pooled`: the whole tower."""
+    nothing and run without dropout, cached or not; `pooled`: the whole tower. `structured`: the loss compares what the
+    head gives with what it is given."""
 
-    def __init__(self, tower: Tower | None, head: Head, cut: int | None = None) -> None:
+    def __init__(self, tower: Tower | None, head: Head, cut: int | None = None, structured: bool = False) -> None:
         super().__init__()
-        self.tower, self.head, self.cut = tower, head, cut
+        self.tower, self.head, self.cut, self.structured = tower, head, cut, structured
         self.still: Cut | None = None
 
     def train(self, mode: bool = True) -> "Side":
@@ -43,18 +44,21 @@ class Side(nn.Module):
         return self.head.out_dim
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.tower is None:
-            pooled = inputs
-        elif self.cut is None:
-            pooled = self.tower(inputs, mask)
-        else:
-            pooled = self.tower.forward_from(self.cut, inputs, mask)
-        embedded: Tensor = self.head(pooled)
+        embedded: Tensor = self.head(self._pooled(inputs, mask))
         return embedded
 
     def outputs(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the loss takes."""
-        return self(inputs, mask)  # type: ignore[no-any-return]
+        """What the loss takes: [n, dim], or with `structured` [n, dim + in_dim], the pooled features behind."""
+        pooled = self._pooled(inputs, mask)
+        embedded: Tensor = self.head(pooled)
+        return torch.cat([embedded, pooled.detach().to(embedded.dtype)], dim=-1) if self.structured else embedded
+
+    def _pooled(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        if self.tower is None:
+            return inputs
+        if self.cut is None:
+            return self.tower(inputs, mask)  # type: ignore[no-any-return]
+        return self.tower.forward_from(self.cut, inputs, mask)
 
 
 class EncoderModel(nn.Module):
@@ -65,18 +69,37 @@ class EncoderModel(nn.Module):
         image: Side | SharedSide,
         text: Side | SharedSide,
         temperature: Temperature,
-        groups: list[dict[str, Any]],
+        rates: Sequence[tuple[nn.Parameter, float]],
+        objective: LossSpec | None = None,
         shared: SharedLoss | None = None,
     ) -> None:
         super().__init__()
         self.image, self.text, self.temperature, self.shared = image, text, temperature, shared
-        self.groups = groups
+        self.objective = objective or LossSpec()
+        self._rates = list(rates)
 
-    def loss(self, image: Tensor, text: Tensor, rows: Sequence[int]) -> Tensor:
-        """From the sides' `outputs`, float32; `rows`: of the images."""
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """What trains, each with its factor of the learning rate."""
+        return self._rates
+
+    def loss(
+        self, image: Tensor, text: Tensor, rows: Sequence[int], groups: Groups | None = None, step: int = 0
+    ) -> Tensor:
+        """From the sides' `outputs`, float32, at the 0-based `step`. `rows`: of the images, which a teacher needs;
+        `groups` as for the losses."""
         if self.shared is not None:
-            return self.shared(image, text, rows, self.temperature)  # type: ignore[no-any-return]
-        return info_nce(image, text, self.temperature.scale())
+            return self.shared(image, text, rows, self.temperature, groups)  # type: ignore[no-any-return]
+        spec, dim = self.objective, self.image.dim
+        ends = image[:, :dim], text[:, :dim]
+        total = contrast(*ends, self.temperature, groups, spec, self._widths())
+        if spec.structure:
+            terms = [structure_term(side[:, dim:], end, spec) for side, end in zip((image, text), ends, strict=True)]
+            total = total + structure_weight(step, spec) * torch.stack(terms).mean()
+        return total
+
+    def _widths(self) -> Sequence[int]:
+        head = getattr(self.image, "head", None)
+        return head.widths if isinstance(head, SeveralHeads) else ()
 
     def clamp(self) -> None:
         """Bring the temperatures back into their bounds."""
@@ -136,7 +159,9 @@ def build_model(
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
-    sides = [Side(tower, head.to(device), cut) for tower, head, cut in zip(towers, heads, cuts, strict=True)]
+    structured = recipe.loss.structure > 0
+    parts = zip(towers, heads, cuts, strict=True)
+    sides = [Side(tower, head.to(device), cut, structured) for tower, head, cut in parts]
     for side in sides:
         _prepare(side, recipe)
     live = [(side.tower, side.head) for side in sides if side.tower is not None]
@@ -144,13 +169,13 @@ def build_model(
     for side in sides:
         _require_frozen_below(side, matches, recipe)
         side.still = None if side.tower is None else find_cut(matches, side.tower).cut
-    temperature = _temperature(recipe, device)
+    temperature = build_temperature(recipe.loss).to(device)
     pairs = [pair for tower, head in live for pair in trained_parameters(tower, head, matches)]
     names: tuple[Modality, ...] = ("image", "text")
     cached = [(name, side.head) for name, side in zip(names, sides, strict=True) if side.tower is None]
     pairs += [pair for name, head in cached for pair in freeze_head(name, head, recipe.towers)]
     pairs += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
-    return EncoderModel(sides[0], sides[1], temperature, parameter_groups(pairs, recipe.optimiser))
+    return EncoderModel(sides[0], sides[1], temperature, pairs, recipe.loss)
 
 
 def build_shared(
@@ -159,19 +184,14 @@ def build_shared(
     """A shared encoder around two towers, image before text. Raises RecipeError as `build_sides` does."""
     assert recipe.shared is not None
     image, text, pairs = build_sides(recipe, recipe.shared, towers, device)
-    outer, inner = _temperature(recipe, device), _temperature(recipe, device)
+    outer, inner = (build_temperature(recipe.loss).to(device) for _ in range(2))
     distillation = None
     if recipe.distillation is not None:
         assert teacher is not None
         distillation = Distillation(recipe.distillation, image.dim, teacher.dim, teacher.features).to(device)
-    loss = SharedLoss(image.dim, inner, distillation)
+    loss = SharedLoss(image.dim, inner, recipe.loss, distillation)
     pairs += [(p, 1.0) for module in (outer, loss) for p in module.parameters() if p.requires_grad]
-    return EncoderModel(image, text, outer, parameter_groups(pairs, recipe.optimiser), loss)
-
-
-def _temperature(recipe: Recipe, device: torch.device) -> Temperature:
-    loss = recipe.loss
-    return Temperature(loss.temperature, loss.min_temperature, loss.max_temperature, loss.learnable).to(device)
+    return EncoderModel(image, text, outer, pairs, recipe.loss, loss)
 
 
 def _prepare(side: Side, recipe: Recipe) -> None:
@@ -198,17 +218,3 @@ def _require_frozen_below(side: Side, matches: Sequence[Match], recipe: Recipe) 
             f"recipe {recipe.name}: the {side.tower.modality} features are tokens after {side.cut} blocks, but "
             f"{found.reason}; choose features of a lower layer, or of none"
         )
-
-
-def parameter_groups(pairs: Sequence[tuple[nn.Parameter, float]], spec: OptimiserSpec) -> list[dict[str, Any]]:
-    """AdamW's groups: by factor of the learning rate (kept as `factor`), and with or without weight decay (none on
-    parameters with fewer than two dimensions)."""
-    keys = dict.fromkeys((factor, parameter.ndim >= 2) for parameter, factor in pairs)
-    return [
-        {
-            "params": [p for p, f in pairs if (f, p.ndim >= 2) == (factor, decayed)],
-            "weight_decay": spec.weight_decay if decayed else 0.0,
-            "factor": factor,
-        }
-        for factor, decayed in keys
-    ]

@@ -178,7 +178,9 @@ class Recipe(_Section):
         if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
             raise ValueError("below a shared block both towers train: set towers.freezing to Vuu-Tuu")
         if self.augmentation.image and not self.towers.may_train("image"):
-            raise ValueError("augmentation.image is for recipes whose image tower trains; others: extract --views")
+            raise ValueError(
+                "augmentation.image is for recipes whose image tower trains; others: extract --views (augmentation={})"
+            )
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
         return self

@@ -23,6 +23,7 @@ Run = TrainedHeads | TrainedEncoders
 RunSide = TrainedSide | TrainedTower
 Embed = Callable[[Sequence[Any]], Tensor]
 """RGB images, or texts -> float32 [n, dim], L2-normalised."""
+BATCH = 64
 
 
 def load_run(
@@ -81,4 +82,15 @@ def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None
         return side.embed
     encoder = load_text_encoder(moved or spec_from_json(side.encoder), device)
     side.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-    return lambda texts: side.embed(encoder.encode(texts))
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        parts = [embed_batch(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        return torch.cat(parts) if parts else torch.empty(0, side.dim)
+
+    def embed_batch(texts: Sequence[str]) -> Tensor:
+        ids = encoder.tokenise(texts).ids
+        features = encoder.encode_ids(ids)
+        lengths = torch.tensor([len(row) for row in ids]) if features.ndim == 3 else None
+        return side.embed(features, lengths)
+
+    return embed

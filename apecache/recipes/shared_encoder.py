@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from apecache.encoders.towers import MASKED, Tower
 from apecache.errors import RecipeError
 from apecache.fingerprint import Modality
-from apecache.losses.contrastive import Temperature, info_nce
+from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
 from apecache.recipes.freezing import freeze_towers, trained_parameters
-from apecache.recipes.recipe import Recipe
+from apecache.recipes.objective import contrast
+from apecache.recipes.recipe import LossSpec, Recipe
 from apecache.recipes.towers import DistillationSpec, SharedSpec
 
 
@@ -101,42 +102,51 @@ class Distillation(nn.Module):
         self.bank = TeacherBank(spec.bank, teacher_dim) if banked else None
 
     def forward(self, outputs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Mean over both modalities' outputs [n, dim]; `rows`: of their images. The teacher's features enter the bank
-        afterwards."""
+        """Mean over both modalities' outputs [k n, dim], k of them for each image; `rows`: of the n images. The
+        teacher's features enter the bank afterwards."""
         assert self.teacher is not None
         teacher = self.teacher[torch.tensor(rows, device=self.teacher.device)].float()
         students = [self.project(self.norm(output)) for output in outputs]
+        own = [
+            torch.arange(len(teacher), device=teacher.device).repeat_interleave(len(x) // len(teacher))
+            for x in students
+        ]
         match self.spec.kind:
             case "mse":
-                losses = [distil_mse(student, teacher) for student in students]
+                losses = [distil_mse(student, teacher[rows]) for student, rows in zip(students, own, strict=True)]
             case "classes":
-                losses = [distil_classes(student, teacher) for student in students]
+                losses = [distil_classes(student, teacher[rows]) for student, rows in zip(students, own, strict=True)]
             case "contrastive":
-                losses = self._contrast([F.normalize(student, dim=-1) for student in students], teacher)
+                losses = self._contrast([F.normalize(student, dim=-1) for student in students], teacher, own)
         return torch.stack(losses).mean()
 
-    def _contrast(self, students: Sequence[Tensor], teacher: Tensor) -> list[Tensor]:
+    def _contrast(self, students: Sequence[Tensor], teacher: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
         assert self.bank is not None
         unit, scale = F.normalize(teacher, dim=-1), 1 / self.spec.temperature
-        losses = [distil_contrastive(student, unit, self.bank.entries, scale) for student in students]
+        pairs = zip(students, own, strict=True)
+        losses = [distil_contrastive(student, unit, self.bank.entries, scale, rows) for student, rows in pairs]
         self.bank.push(unit)
         return losses
 
 
 class SharedLoss(nn.Module):
-    """Mean of two symmetric InfoNCE, each with a scale of its own, plus the distillation, if there is one."""
+    """Mean of two contrastive losses, each with a scale of its own, plus the distillation, if there is one."""
 
-    def __init__(self, dim: int, inner: Temperature, distillation: Distillation | None) -> None:
+    def __init__(self, dim: int, inner: Temperature, spec: LossSpec, distillation: Distillation | None) -> None:
         super().__init__()
-        self.dim, self.inner, self.distillation = dim, inner, distillation
+        self.dim, self.inner, self.spec, self.distillation = dim, inner, spec, distillation
 
-    def forward(self, image: Tensor, text: Tensor, rows: Sequence[int], outer: Temperature) -> Tensor:
-        """`image`, `text`: as `SharedSide.outputs` gives them, float32."""
+    def forward(
+        self, image: Tensor, text: Tensor, rows: Sequence[int], outer: Temperature, groups: Groups | None = None
+    ) -> Tensor:
+        """`image`, `text`: as `SharedSide.outputs` gives them, float32; of each image the same number of texts, one
+        after another, in the order of `rows`."""
         inner = [F.normalize(side[:, : -self.dim], dim=-1) for side in (image, text)]
         outputs = [side[:, -self.dim :] for side in (image, text)]
         unit = [F.normalize(output, dim=-1) for output in outputs]
-        contrast = info_nce(inner[0], inner[1], self.inner.scale()) + info_nce(unit[0], unit[1], outer.scale())
-        return contrast / 2 if self.distillation is None else contrast / 2 + self.distillation(outputs, rows)
+        first = contrast(inner[0], inner[1], self.inner, groups, self.spec)
+        both = (first + contrast(unit[0], unit[1], outer, groups, self.spec)) / 2
+        return both if self.distillation is None else both + self.distillation(outputs, rows)
 
 
 def build_sides(

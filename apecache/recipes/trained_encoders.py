@@ -1,6 +1,7 @@
 """A finished run of the encoder trainer, ready to embed images and texts."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
@@ -35,6 +37,10 @@ class TrainedTower:
     loaded: ImageEncoder | TextEncoder
     encoder: Mapping[str, Json]
     fingerprint: Fingerprint
+
+    @property
+    def dim(self) -> int:
+        return self.side.dim
 
     def require_encoder(self, found: Fingerprint, where: str) -> None:
         """Raises MismatchError unless `found` is the encoder that training began with."""
@@ -96,6 +102,20 @@ def load_encoders(
     parts = ((model.image, live[0], value["image"]), (model.text, live[1], value["text"]))
     first, second = (_side(module, encoder, about) for module, encoder, about in parts)
     return TrainedEncoders(model, first, second, model.temperature.scale().item(), value, _digest(value, tensors))
+
+
+def save_encoders(run: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Json]) -> None:
+    """Write the weights, then the description, whose presence makes the folder a finished run.
+
+    `tensors`: what training can change; frozen parameters are those of the encoder that the description names.
+    """
+    temporary = run / f".{WEIGHTS}.tmp"
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, temporary, metadata={"apecache": "{}"})
+    os.replace(temporary, run / WEIGHTS)
+    temporary = run / f".{DESCRIPTION}.tmp"
+    temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, run / DESCRIPTION)
 
 
 def read_description(run: Path) -> dict[str, Any]:

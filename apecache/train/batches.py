@@ -37,7 +37,8 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class FeaturePairs:
-    """Images and texts in the stored dtype: [n, dim], or [n, tokens, dim] with lengths, or [n, views, dim].
+    """Images and texts in the stored dtype: [n, dim], or [n, tokens, dim] with lengths, or [n, views, dim]; or for
+    towers, int64 [n], rows of the store's table.
 
     `first_text` int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i. Every image has one.
     `content` int64 [n]: equal numbers are images of equal content (None: all differ). `image_views`, `text_views`: the
@@ -121,6 +122,21 @@ def select_pairs(
         captions.lengths,
         None if content is None else torch.from_numpy(content[images]).to(chosen.values.device),
     )
+
+
+def equal_images(array: FeatureArray) -> NDArray[np.int64] | None:
+    """int64 [rows]: equal numbers for images of equal content; None where all differ."""
+    hashes = array.content()
+    known: dict[str, int] = {}
+    numbers = [row if not digest else known.setdefault(digest, row) for row, digest in enumerate(hashes)]
+    return None if len(known) == sum(map(bool, hashes)) else np.array(numbers, np.int64)
+
+
+def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
+    """Raises RecipeError for a split that is too small for a contrastive loss."""
+    for what, chosen in (("training", train), ("dev", dev)):
+        if len(chosen) < 2:
+            raise RecipeError(f"only {len(chosen)} {what} images with a caption; a contrastive loss needs at least 2")
 
 
 def n_batches(pairs: FeaturePairs, batch_size: int) -> int:

@@ -18,24 +18,24 @@ from apecache.errors import MismatchError, OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.train.batches import SplitSpec, choose_splits
-from apecache.train.live import (
-    CachedInputs,
-    ImageInputs,
-    Inputs,
-    OpenImage,
-    PairRows,
-    TextInputs,
-    TokenInputs,
-    pair_rows,
+from apecache.train.batches import (
+    FeaturePairs,
+    Features,
+    SplitSpec,
+    choose_splits,
+    equal_images,
+    require_images,
+    select_pairs,
 )
+from apecache.train.live import CachedInputs, ImageInputs, Inputs, OpenImage, TextInputs, TokenInputs
 
 
 @dataclass(frozen=True)
 class FitEncoderSpec:
-    """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: pairs that are in
-    memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters stay float32.
-    `cache` False: frozen sides run from their inputs too, to the same result: only to measure what the cache saves."""
+    """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: images, with their
+    captions, that are in memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters
+    stay float32. `cache` False: frozen sides run from their inputs too, to the same result: only to measure what the
+    cache saves. `save_seconds`, `report_split`, `price_per_hour`: as of `FitSpec`."""
 
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -48,11 +48,15 @@ class FitEncoderSpec:
     device: str = "auto"
     overwrite: bool = False
     cache: bool = True
+    save_seconds: float = 30.0
+    report_split: str = "test"
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """One side: its cached features, its encoder, or both, features being the tokens after `cut` blocks then."""
+    """One side: its cached features, its encoder, or both, features being the tokens after `cut` blocks then. `array`:
+    whence the features were read."""
 
     side: Modality
     features: Tensor | None
@@ -62,6 +66,7 @@ class Source:
     ok: NDArray[np.bool_] | None
     cut: int | None = None
     lengths: Tensor | None = None
+    array: FeatureArray | None = None
 
     @property
     def dim(self) -> int:
@@ -84,7 +89,7 @@ def open_source(
         if array.tokens is not None or array.views is not None:
             raise RecipeError(f"{side} features {array.name} are no pooled features of one view; choose others")
         features = torch.from_numpy(array.load()).to(device)
-        return Source(side, features, None, array.record.spec, array.record.encoder, ok)
+        return Source(side, features, None, array.record.spec, array.record.encoder, ok, array=array)
     chosen = named or (array.record.spec if array else None)
     assert chosen is not None
     pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
@@ -109,17 +114,20 @@ def _with_tokens(source: Source, array: FeatureArray, encoder: ImageEncoder | Te
         raise RecipeError(f"{source.side} features {array.name} are no tokens of a layer and one view; choose others")
     lengths = array.load_lengths()
     counts = None if lengths is None else torch.from_numpy(lengths.astype(np.int64))
-    return replace(source, features=torch.from_numpy(array.load()), cut=cut, lengths=counts)
+    return replace(source, features=torch.from_numpy(array.load()), cut=cut, lengths=counts, array=array)
 
 
 @dataclass(frozen=True)
 class TeacherSource:
     """Cached features of the teacher, or the class distributions that they mean: `taught` [n_images, dim]."""
 
-    name: str
+    array: FeatureArray
     taught: Tensor
     ok: NDArray[np.bool_]
-    fingerprint: Fingerprint
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.array.record.encoder
 
 
 def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> TeacherSource | None:
@@ -146,7 +154,7 @@ def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> T
     taught = torch.from_numpy(array.load()).to(device)
     if spec.kind == "classes":
         taught = _distributions(taught, array.record.spec)
-    return TeacherSource(array.name, taught, array.load_ok(), array.record.encoder)
+    return TeacherSource(array, taught, array.load_ok())
 
 
 @torch.no_grad()
@@ -158,16 +166,18 @@ def _distributions(features: Tensor, spec: EncoderSpec) -> Tensor:
 
 def split_rows(
     store: FeatureStore, sources: Sequence[Source], spec: FitEncoderSpec, teacher: TeacherSource | None = None
-) -> tuple[PairRows, PairRows]:
+) -> tuple[FeaturePairs, FeaturePairs]:
+    """Training and dev pairs whose features are rows of the store's table, int64 [n] and [m], on the CPU."""
     pairs = store.pairs
     captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
     images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
     images = images if teacher is None else images & teacher.ok
     texts = captions if sources[1].ok is None else captions & sources[1].ok
-    train, dev = (pair_rows(pairs.image_rows, mask & images, texts) for mask in choose_splits(pairs, spec.splits))
-    for what, rows in (("training", train), ("dev", dev)):
-        if len(rows) < 2:
-            raise RecipeError(f"only {len(rows)} {what} images with a caption; a contrastive loss needs at least 2")
+    rows = Features(torch.arange(len(pairs.keys))), Features(torch.arange(len(pairs.captions)))
+    content = next((equal_images(array) for array in store.arrays("image")), None)
+    masks = choose_splits(pairs, spec.splits)
+    train, dev = (select_pairs(*rows, pairs.image_rows, mask & images, texts, content) for mask in masks)
+    require_images(train, dev)
     return train, dev
 
 

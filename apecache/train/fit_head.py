@@ -6,13 +6,10 @@ the same weights, bit by bit.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from apecache.errors import RecipeError
 from apecache.evaluate.retrieval import RetrievalReport
@@ -21,35 +18,24 @@ from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.train.batches import FeaturePairs, SplitSpec, choose_splits, load_on, select_pairs
-from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
+from apecache.train.batches import (
+    FeaturePairs,
+    SplitSpec,
+    choose_splits,
+    equal_images,
+    load_on,
+    require_images,
+    select_pairs,
+)
+from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.initial import initial_model
-from apecache.train.ledger import (
-    Extraction,
-    Ledger,
-    Meter,
-    money,
-    read_extraction,
-    runs_until_paid,
-    save_ledger,
-    stored_bytes,
-)
-from apecache.train.lint import lint_fit, n_negatives, require_sound
-from apecache.train.loop import Plan, Progress, Training, require_finite, run_training, seeded
-from apecache.train.model import AlignmentModel, evaluate_model
+from apecache.train.ledger import Ledger, Meter, read_extraction, save_ledger
+from apecache.train.lint import lint_fit, require_sound
+from apecache.train.loop import Plan, Progress, Training, seeded
+from apecache.train.model import AlignmentModel
 from apecache.train.model_card import save_card
-from apecache.train.run_folder import (
-    add_to_history,
-    clear_folder,
-    find_checkpoint,
-    locked,
-    require_usable,
-    write_history,
-)
-
-WAYS = ("image_to_text", "text_to_image")
-SAVE_SHARE = 0.05
-"""Share of the time that writing checkpoints may take."""
+from apecache.train.run_folder import find_checkpoint, locked, require_usable
+from apecache.train.session import RunFolder, best_and_untrained, build_ledger, run_in_folder, with_extraction
 
 
 @dataclass(frozen=True)
@@ -125,18 +111,13 @@ def fit_head(
         raise RecipeError(f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn")
     findings = lint_fit(store, arrays, recipe, spec.splits, spec.report_split, train, model, training.optimiser)
     require_sound(findings)
+    folder = RunFolder(out, identity, spec.save_seconds, progress)
     with locked(out), seeded(spec.seed + 1, device):
-        if found is None:
-            clear_folder(out, recipe)
-        else:
-            training.restore(*found)
-            write_history(out, training.history)
-        training.loading_seconds += loading_seconds
-        resumed_step = training.step
-        save = _saver(training, out, identity, spec.save_seconds)
-        run_training(training, train, dev, plan, _logger(out, progress), save)
-        ledger = _ledger(training, train, plan, arrays, meter, extraction, spec.price_per_hour, resumed_step)
-        ledger = replace(ledger, warnings=tuple(str(found) for found in findings))
+        resumed_step = run_in_folder(training, train, dev, plan, folder, found, loading_seconds)
+        ledger = build_ledger(training, len(train), plan, arrays, meter, spec.price_per_hour, resumed_step)
+        ledger = replace(
+            with_extraction(ledger, extraction, recipe.loss.captions), warnings=tuple(str(found) for found in findings)
+        )
         report = _report(training, train, dev, out, plan, resumed_step, ledger)
         save_ledger(ledger, out)
         heads = _trained(training.model, arrays, recipe, spec, store, report, chosen)
@@ -161,11 +142,9 @@ def load_splits(
     masks = choose_splits(pairs, spec)
     features = load_on(image, device), load_on(text, device)
     ok_images, ok_texts = image.load_ok(), text.load_ok()
-    content = _equal_images(image)
+    content = equal_images(image)
     found = [select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, content) for mask in masks]
-    for what, chosen in zip(("training", "dev"), found, strict=True):
-        if len(chosen) < 2:
-            raise RecipeError(f"only {len(chosen)} {what} images with a caption; a contrastive loss needs at least 2")
+    require_images(found[0], found[1])
     views = image.views is not None, text.views is not None
     train, dev = (replace(x, image_views=views[0], text_views=views[1], device=device) for x in found)
     return train, dev
@@ -192,14 +171,6 @@ def untrained_heads(store: FeatureStore, recipe: Recipe, spec: FitSpec | None = 
     return TrainedHeads(*sides, float(model.temperature.scale().detach()))
 
 
-def _equal_images(array: FeatureArray) -> NDArray[np.int64] | None:
-    """int64 [rows]: equal numbers for images of equal content; None where all differ."""
-    hashes = array.content()
-    known: dict[str, int] = {}
-    numbers = [row if not digest else known.setdefault(digest, row) for row, digest in enumerate(hashes)]
-    return None if len(known) == sum(map(bool, hashes)) else np.array(numbers, np.int64)
-
-
 def _identity(
     recipe: Recipe, spec: FitSpec, store: FeatureStore, arrays: tuple[FeatureArray, FeatureArray]
 ) -> Fingerprint:
@@ -207,58 +178,6 @@ def _identity(
     image, text = (array.record.encoder.digest for array in arrays)
     data = {"data": store.digest, "image_features": image, "text_features": text, "splits": asdict(spec.splits)}
     return Fingerprint({"recipe": recipe.model_dump(mode="json"), "seed": spec.seed, **data})
-
-
-def _saver(training: Training, out: Path, identity: Fingerprint, every: float) -> Callable[[bool], None]:
-    """Writes a checkpoint when it is time, or when told to; keeps the count of seconds."""
-    begin, before = time.perf_counter(), training.seconds
-    due = [begin + every]
-
-    def save(now: bool) -> None:
-        clock = time.perf_counter()
-        training.seconds = before + clock - begin
-        if now or clock >= due[0]:
-            require_finite(training)
-            save_checkpoint(out, training.tensors(), {"identity": dict(identity.fields), **training.state()})
-            training.saved_step = training.step
-            took = time.perf_counter() - clock
-            due[0] = time.perf_counter() + max(every, took / SAVE_SHARE if every else 0)
-
-    return save
-
-
-def _ledger(
-    training: Training,
-    train: FeaturePairs,
-    plan: Plan,
-    arrays: tuple[FeatureArray, FeatureArray],
-    meter: Meter,
-    extraction: Extraction | None,
-    price_per_hour: float | None,
-    resumed_step: int,
-) -> Ledger:
-    schedule, loss = training.recipe.schedule, training.recipe.loss
-    size = min(schedule.batch_size, len(train))
-    n_images = training.step * plan.accumulate * size
-    n_samples = n_images * loss.captions
-    loading, evaluation, step_flops = training.loading_seconds, training.evaluation_seconds, training.step_flops or 0
-    return Ledger(
-        training.seconds - evaluation,
-        evaluation,
-        loading,
-        training.step,
-        step_flops,
-        step_flops * training.step,
-        n_samples,
-        n_negatives(training.recipe, len(train)),
-        size * plan.accumulate if plan.n_steps else 0,
-        sum(stored_bytes(array) for array in arrays),
-        *meter.peak(),
-        None if resumed_step else meter.joules(),
-        money(loading + training.seconds, price_per_hour),
-        extraction.seconds if extraction else None,
-        runs_until_paid(extraction, n_images, n_samples, loading) if extraction else None,
-    )
 
 
 def _report(
@@ -271,16 +190,13 @@ def _report(
     ledger: Ledger,
 ) -> FitReport:
     """Of the best weights, which are put into the model."""
-    training.model.load_state_dict(training.best.weights)
-    found = evaluate_model(training.model, dev)
-    first = training.history[0]["dev"]
-    to_text, to_image = ({int(k): float(v) for k, v in first[way].items()} for way in WAYS)
+    found, untrained = best_and_untrained(training, dev)
     return FitReport(
         out,
         training.best.epoch,
         plan.n_epochs,
         found,
-        replace(found, image_to_text=to_text, text_to_image=to_image),
+        untrained,
         sum(p.numel() for p in training.model.parameters() if p.requires_grad) if plan.n_steps else 0,
         len(train),
         len(dev),
@@ -289,14 +205,6 @@ def _report(
         training.seconds,
         ledger,
     )
-
-
-def _logger(out: Path, progress: Progress) -> Progress:
-    def log(line: dict[str, Json]) -> None:
-        add_to_history(out, line)
-        progress(line)
-
-    return log
 
 
 def choose_device(name: str) -> torch.device:

@@ -220,7 +220,7 @@ def _probe(model: AlignmentModel, recipe: Recipe, train: FeaturePairs) -> tuple[
     generator = torch.Generator().manual_seed(0)
     with seeded(0, train.place):
         drawn = [next(batches(train, size, generator, recipe.loss.captions)) for _ in range(2)]
-        optimiser = build_optimiser(probed.parameters(), recipe.optimiser)
+        optimiser = build_optimiser(probed.rates(), recipe.optimiser)
         probed.train()
         for number, batch in enumerate(drawn):
             outputs = _gate_outputs(probed)

@@ -8,6 +8,7 @@ import torch
 from apecache.errors import MismatchError, RunError
 from apecache.evaluate.embeddings import find_features
 from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.recipes.objective import build_temperature
 from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
@@ -15,7 +16,7 @@ from apecache.train.fit_head import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint import LEAST_DEV_IMAGES, Finding, lint_fit, lint_recipe
 from apecache.train.loop import Training
-from apecache.train.model import AlignmentModel, build_temperature
+from apecache.train.model import AlignmentModel
 
 
 def lint_plan(recipe: Recipe, store: FeatureStore | None = None, spec: FitSpec | None = None) -> list[Finding]:

@@ -5,9 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -98,33 +96,3 @@ class ImageInputs:
         if self.views is not None:
             image = self.views.of(image, f"epoch {self.epoch} {self.keys[row]}")[0]
         return self.encoder.preprocess(image)
-
-
-@dataclass(frozen=True)
-class PairRows:
-    """Rows of images, and of the texts of each: `texts[i]` belong to `images[i]`, one at least."""
-
-    images: list[int]
-    texts: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def epoch(self, batch_size: int, generator: torch.Generator) -> list[list[tuple[int, int]]]:
-        """Batches of (image row, text row): every image at most once, with one of its captions at random; the short
-        rest is left out."""
-        order = torch.randperm(len(self), generator=generator).tolist()
-        drawn = torch.rand(len(self), generator=generator).tolist()
-        pairs = [
-            (self.images[i], self.texts[i][int(u * len(self.texts[i]))]) for i, u in zip(order, drawn, strict=True)
-        ]
-        size = min(batch_size, len(self))
-        return [pairs[begin : begin + size] for begin in range(0, len(self) - size + 1, size)]
-
-
-def pair_rows(image_rows: NDArray[np.int64], keep: NDArray[np.bool_], ok_texts: NDArray[np.bool_]) -> PairRows:
-    """The kept images that have a usable caption. `image_rows` [n_texts]: each caption's image; masks by row."""
-    texts: dict[int, list[int]] = {}
-    for row in np.flatnonzero(ok_texts & keep[image_rows]).tolist():
-        texts.setdefault(int(image_rows[row]), []).append(row)
-    return PairRows(sorted(texts), [texts[image] for image in sorted(texts)])

@@ -1,13 +1,13 @@
 """The loop of a fit, and all of its state: what a checkpoint holds, so that a fit goes on as if never broken off."""
 
-import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimiser, learning_rate_factor
 from apecache.train.run_folder import history_line
 
+SCALE = "temperature.log_scale"
 Progress = Callable[[dict[str, Any]], None]
 """Called with one line of the history after every evaluation; epoch 0 is the untrained head."""
 
@@ -58,15 +59,34 @@ class Best:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Training:
+class Trainable(Protocol):
+    """What a fit needs of a model. `rates`: what trains, with factors of the learning rate; `kept_state`: all that a
+    fit can change, by the names of `named_parameters` and buffers, the temperature's among them."""
+
+    def rates(self) -> list[tuple[nn.Parameter, float]]: ...
+    def kept_state(self) -> dict[str, Tensor]: ...
+    def load_kept(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def clamp(self) -> None: ...
+    def train(self) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+Model = TypeVar("Model", bound=Trainable)
+
+
+class Fit(ABC, Generic[Model]):
     """Everything that a fit changes. `step`: steps done; `in_epoch`: those of the present epoch, whose batches were
     drawn from `epoch_draws`; `saved_step`: that of the last checkpoint; `step_flops`: operations of one step,
-    once one was counted. `seconds` holds those of evaluation, not those of loading."""
+    once one was counted; `average`: of the weights, where the recipe wants one. `seconds` holds those of evaluation,
+    not those of loading."""
 
-    def __init__(self, model: AlignmentModel, recipe: Recipe, seed: int) -> None:
+    def __init__(self, model: Model, recipe: Recipe, seed: int) -> None:
         self.model, self.recipe = model, recipe
-        self.optimiser = build_optimiser(model.parameters(), recipe.optimiser) if _trains(model, recipe) else None
-        self.average = copy.deepcopy(model) if recipe.optimiser.ema else None
+        rates = model.rates()
+        self.optimiser = build_optimiser(rates, recipe.optimiser) if rates and _has_steps(recipe) else None
+        self.device = model.kept_state()[SCALE].device
+        self.average = _cloned(model.kept_state()) if recipe.optimiser.ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_draws = self.generator.get_state()
         self.epoch, self.step, self.in_epoch = 0, 0, 0
@@ -77,21 +97,45 @@ class Training:
         self.evaluation_seconds, self.loading_seconds = 0.0, 0.0
         self.step_flops: int | None = None
 
+    @abstractmethod
+    def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
+        """Retrieval on dev with the weights that the model has, dropout off."""
+
+    @abstractmethod
+    def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
+        """Add the gradients of a batch's loss over `accumulate`; returns it, on the device, without a graph."""
+
+    def join_gradients(self) -> None:
+        """Called once before the optimiser's step: where several processes have a part of the gradients each."""
+
     @property
-    def evaluated(self) -> AlignmentModel:
-        return self.average or self.model
+    def outcome(self) -> dict[str, Tensor]:
+        """What is evaluated and kept: the average, or the weights."""
+        return self.model.kept_state() if self.average is None else self.average
+
+    @contextmanager
+    def with_outcome(self) -> Iterator[None]:
+        """The average in the place of the model's weights for a while, where there is one."""
+        if self.average is None:
+            yield
+            return
+        own = _cloned(self.model.kept_state())
+        self.model.load_kept(self.average)
+        try:
+            yield
+        finally:
+            self.model.load_kept(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averages, best weights, the optimiser's state, random states, losses of this epoch."""
-        parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "best": self.best.weights}
+        parts: dict[str, Mapping[str, Tensor]] = {"model": self.model.kept_state(), "best": self.best.weights}
         if self.average is not None:
-            parts["average"] = self.average.state_dict()
+            parts["average"] = self.average
         if self.optimiser is not None:
             parts["optimiser"] = flatten_optimiser(self.optimiser)
         parts["random"] = {"draws": self.generator.get_state(), "epoch": self.epoch_draws, "cpu": torch.get_rng_state()}
-        device = self.model.image.mean.device
-        if device.type == "cuda":
-            parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state(device)}
+        if self.device.type == "cuda":
+            parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state(self.device)}
         parts["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
         return {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
 
@@ -110,20 +154,21 @@ class Training:
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         try:
-            self.model.load_state_dict(parts["model"])
+            self.model.load_kept(parts["model"])
             if self.average is not None:
-                self.average.load_state_dict(parts["average"])
+                for name, tensor in self.average.items():
+                    tensor.copy_(parts["average"][name])
             if self.optimiser is not None:
                 restore_optimiser(self.optimiser, parts.get("optimiser", {}))
             self._restore_random(parts["random"])
-            device = self.model.image.mean.device
-            self.losses = [loss.to(device) for loss in parts.get("losses", {}).get("epoch", torch.empty(0)).unbind()]
+            losses = parts.get("losses", {}).get("epoch", torch.empty(0))
+            self.losses = [loss.to(self.device) for loss in losses.unbind()]
             self.epoch, self.step, self.in_epoch = (int(state[name]) for name in ("epoch", "step", "in_epoch"))
             self.history, self.seconds = list(state["history"]), float(state["seconds"])
             self.evaluation_seconds = float(state["evaluation_seconds"])
             self.loading_seconds = float(state["loading_seconds"])
             self.step_flops = state["step_flops"]
-            best, weights = state["best"], {name: t.to(device) for name, t in parts.get("best", {}).items()}
+            best, weights = state["best"], {n: t.to(self.device) for n, t in parts.get("best", {}).items()}
             recall = -math.inf if best["recall"] is None else float(best["recall"])
             self.best = Best(int(best["epoch"]), recall, int(best["stale"]), weights)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -135,7 +180,21 @@ class Training:
         self.epoch_draws = states["epoch"]
         torch.set_rng_state(states["cpu"])
         if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.model.image.mean.device)
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+class Training(Fit[AlignmentModel]):
+    """A fit of heads on cached features."""
+
+    def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
+        return evaluate_model(self.model, dev)
+
+    def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
+        model = self.model
+        drawn = augment(batch, self.recipe.augmentation, model.image, model.text)
+        loss: Tensor = model(drawn, self.step) / accumulate
+        loss.backward()
+        return loss.detach()
 
 
 @contextmanager
@@ -147,7 +206,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def run_training(
-    training: Training,
+    training: Fit[Any],
     train: FeaturePairs,
     dev: FeaturePairs,
     plan: Plan,
@@ -170,7 +229,7 @@ def run_training(
 
 
 def train_epoch(
-    training: Training,
+    training: Fit[Any],
     train: FeaturePairs,
     dev: FeaturePairs,
     plan: Plan,
@@ -184,26 +243,27 @@ def train_epoch(
     save(False)
 
 
-def is_done(training: Training, plan: Plan) -> bool:
+def is_done(training: Fit[Any], plan: Plan) -> bool:
     patience = training.recipe.schedule.patience
     return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
 
 
-def _evaluate(training: Training, dev: FeaturePairs) -> RetrievalReport:
+def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
     begin = time.perf_counter()
-    report = evaluate_model(training.evaluated, dev)
+    with training.with_outcome():
+        report = training.evaluate(dev)
     training.evaluation_seconds += time.perf_counter() - begin
     return report
 
 
-def evaluate_untrained(training: Training, dev: FeaturePairs, plan: Plan, log: Progress) -> None:
+def evaluate_untrained(training: Fit[Any], dev: FeaturePairs, plan: Plan, log: Progress) -> None:
     """Epoch 0 of the history."""
     _record(training, _evaluate(training, dev), math.nan, 0.0, log)
     if not plan.n_steps:
         _keep(training, training.history[-1]["dev"]["mean_recall"])
 
 
-def end_epoch(training: Training, dev: FeaturePairs, plan: Plan, log: Progress, begin: float) -> None:
+def end_epoch(training: Fit[Any], dev: FeaturePairs, plan: Plan, log: Progress, begin: float) -> None:
     """Evaluate if it is time. `begin`: the clock at the epoch's beginning. Raises as `run_training` does."""
     require_finite(training)
     loss = _mean_loss(training)
@@ -214,7 +274,7 @@ def end_epoch(training: Training, dev: FeaturePairs, plan: Plan, log: Progress, 
         _keep(training, report.mean_recall)
 
 
-def draw_epoch(training: Training, train: FeaturePairs, plan: Plan) -> Iterator[Batch]:
+def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: Plan) -> Iterator[Batch]:
     """Batches of an epoch, or of the rest of one that was broken off."""
     recipe = training.recipe
     if training.in_epoch:
@@ -226,7 +286,7 @@ def draw_epoch(training: Training, train: FeaturePairs, plan: Plan) -> Iterator[
 
 
 def take_steps(
-    training: Training, drawn: Iterator[Batch], plan: Plan, save: Callable[[bool], None] = lambda _: None
+    training: Fit[Any], drawn: Iterator[Batch], plan: Plan, save: Callable[[bool], None] = lambda _: None
 ) -> None:
     """Steps on these batches up to the end of the epoch."""
     training.model.train()
@@ -237,7 +297,7 @@ def take_steps(
             save(False)
 
 
-def _counted_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+def _counted_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """A step; the operations of the first are counted. All have the same shapes, so they are those of every step."""
     if training.step_flops is not None:
         return take_step(training, drawn, plan)
@@ -247,47 +307,49 @@ def _counted_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Ten
     return loss
 
 
-def take_step(training: Training, drawn: Iterator[Batch], plan: Plan) -> Tensor:
+def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """One step of the optimiser; returns its loss, still on the device."""
-    model, optimiser, recipe = training.model, training.optimiser, training.recipe
-    assert optimiser is not None
-    optimiser.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=model.image.mean.device)
+    assert training.optimiser is not None
+    training.optimiser.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=training.device)
     for batch in drawn:
-        loss = model(augment(batch, recipe.augmentation, model.image, model.text), training.step) / plan.accumulate
-        loss.backward()
-        total += loss.detach()
+        total += training.add_gradients(batch, plan.accumulate)
+    training.join_gradients()
     update_weights(training, plan)
     return total
 
 
-def update_weights(training: Training, plan: Plan) -> None:
+def update_weights(training: Fit[Any], plan: Plan) -> None:
     """The optimiser's part of a step, from gradients that are there."""
     model, optimiser, recipe = training.model, training.optimiser, training.recipe
     assert optimiser is not None
     factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
     for group in optimiser.param_groups:
-        group["lr"] = recipe.optimiser.lr * factor
+        group["lr"] = recipe.optimiser.lr * factor * group["factor"]
     if recipe.optimiser.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
     optimiser.step()
-    model.temperature.clamp()
+    model.clamp()
     if training.average is not None:
         _follow(training.average, model, recipe.optimiser.ema)
 
 
 @torch.no_grad()
-def _follow(average: AlignmentModel, model: AlignmentModel, decay: float) -> None:
+def _follow(average: dict[str, Tensor], model: Trainable, decay: float) -> None:
     """Move the average of the weights; buffers, and what is no fraction, are taken as they are."""
-    for name, theirs in model.state_dict().items():
-        ours = average.state_dict()[name]
-        if name in dict(model.named_parameters()):
-            ours.lerp_(theirs, 1 - decay)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, theirs in model.kept_state().items():
+        if name in parameters:
+            average[name].lerp_(theirs, 1 - decay)
         else:
-            ours.copy_(theirs)
+            average[name].copy_(theirs)
 
 
-def require_finite(training: Training) -> None:
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def require_finite(training: Fit[Any]) -> None:
     """Raises DataError that names the first step of this epoch whose loss is not finite."""
     if not training.losses:
         return
@@ -300,26 +362,24 @@ def require_finite(training: Training) -> None:
         )
 
 
-def _mean_loss(training: Training) -> float:
+def _mean_loss(training: Fit[Any]) -> float:
     return float(torch.stack(training.losses).mean())
 
 
-def _record(training: Training, report: RetrievalReport, loss: float, seconds: float, log: Progress) -> None:
+def _record(training: Fit[Any], report: RetrievalReport, loss: float, seconds: float, log: Progress) -> None:
     lr = training.optimiser.param_groups[0]["lr"] if training.optimiser is not None and training.step else 0.0
-    temperature = 1 / float(training.evaluated.temperature.scale().detach())
+    temperature = 1 / float(training.outcome[SCALE].exp())
     line = history_line(training.epoch, training.step, loss, lr, temperature, report, seconds)
     training.history.append(line)
     log(line)
 
 
-def _keep(training: Training, recall: float) -> None:
+def _keep(training: Fit[Any], recall: float) -> None:
     if recall > training.best.recall:
-        weights = {name: tensor.detach().clone() for name, tensor in training.evaluated.state_dict().items()}
-        training.best = Best(training.epoch, recall, 0, weights)
+        training.best = Best(training.epoch, recall, 0, _cloned(training.outcome))
     else:
         training.best.stale += 1
 
 
-def _trains(model: AlignmentModel, recipe: Recipe) -> bool:
-    fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
-    return not fixed and any(p.requires_grad for p in model.parameters())
+def _has_steps(recipe: Recipe) -> bool:
+    return recipe.schedule.epochs > 0 or recipe.schedule.steps > 0

@@ -1,5 +1,7 @@
 """Two heads, a temperature, and the loss of a batch of pairs."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -8,14 +10,10 @@ from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, SeveralHeads, embed, mask_of
 from apecache.heads.tokens import masked_mean
-from apecache.losses.contrastive import Groups, Temperature, grouped_info_nce, info_nce, sigmoid_loss
-from apecache.losses.geometry import structure_divergence
-from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
+from apecache.losses.contrastive import Temperature
+from apecache.recipes.objective import build_temperature, contrast, structure_term, structure_weight
 from apecache.recipes.recipe import LossSpec, Recipe
 from apecache.train.batches import Batch, FeaturePairs
-
-TILED_FROM = 2**22
-"""Logits of a batch above which the tiled losses are used: 2,048 images with one caption each."""
 
 
 class AlignmentModel(nn.Module):
@@ -34,47 +32,35 @@ class AlignmentModel(nn.Module):
 
     def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
         """The same, of a batch's embeddings."""
-        if isinstance(self.image, SeveralHeads):
-            widths = self.image.widths
-            pairs = zip(image.split(widths, dim=-1), text.split(widths, dim=-1), strict=True)
-            length = len(widths) ** 0.5
-            total = torch.stack([self._contrast(i * length, t * length, batch.groups) for i, t in pairs]).mean()
-        else:
-            total = self._contrast(image, text, batch.groups)
+        widths = self.image.widths if isinstance(self.image, SeveralHeads) else ()
+        total = contrast(image, text, self.temperature, batch.groups, self.loss, widths)
         if self.loss.structure:
-            total = total + self._structure_weight(step) * self._structure(batch, image, text)
+            total = total + structure_weight(step, self.loss) * self._structure(batch, image, text)
         return total
-
-    def _contrast(self, image: Tensor, text: Tensor, groups: Groups | None) -> Tensor:
-        scale = self.temperature.scale()
-        tiled = len(image) * len(text) > TILED_FROM
-        match self.loss.kind:
-            case "infonce" if tiled:
-                return tiled_info_nce(image, text, scale, groups)
-            case "infonce":
-                return info_nce(image, text, scale) if groups is None else grouped_info_nce(image, text, scale, groups)
-            case "sigmoid":
-                bias = self.temperature.bias if self.temperature.bias is not None else self.loss.bias
-                return (tiled_sigmoid_loss if tiled else sigmoid_loss)(image, text, scale, bias, groups)
 
     def _structure(self, batch: Batch, image: Tensor, text: Tensor) -> Tensor:
         """Mean over both sides; tokens are taken by their mean."""
-        spec = self.loss
         sides = ((batch.image, batch.image_mask, image), (batch.text, batch.text_mask, text))
         terms = [
-            structure_divergence(
-                before.float() if before.ndim == 2 else masked_mean(before.float(), mask),
-                after,
-                spec.structure_temperature,
-                spec.structure_divergence,
-            )
+            structure_term(before.float() if before.ndim == 2 else masked_mean(before.float(), mask), after, self.loss)
             for before, mask, after in sides
         ]
         return torch.stack(terms).mean()
 
-    def _structure_weight(self, step: int) -> float:
-        grown = min(1.0, (step + 1) / self.loss.structure_warmup) if self.loss.structure_warmup else 1.0
-        return self.loss.structure * grown
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """What trains, each with its factor of the learning rate."""
+        return [(p, 1.0) for p in self.parameters() if p.requires_grad]
+
+    def clamp(self) -> None:
+        """Bring the temperature back into its bounds."""
+        self.temperature.clamp()
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """All that a fit keeps."""
+        return self.state_dict()
+
+    def load_kept(self, tensors: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(dict(tensors))
 
 
 def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentModel:
@@ -99,11 +85,6 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
     image.fit_statistics(train.image, _whole_mask(train.image, train.image_lengths))
     text.fit_statistics(train.text, _whole_mask(train.text, train.text_lengths))
     return AlignmentModel(image, text, build_temperature(recipe.loss).to(train.place), recipe.loss)
-
-
-def build_temperature(loss: LossSpec) -> Temperature:
-    bias = loss.bias if loss.kind == "sigmoid" else None
-    return Temperature(loss.temperature, loss.min_temperature, loss.max_temperature, loss.learnable, bias)
 
 
 def _whole_mask(features: Tensor, lengths: Tensor | None) -> Tensor | None:

@@ -33,23 +33,34 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - second)
 
 
-def build_optimiser(parameters: Iterable[nn.Parameter], spec: OptimiserSpec) -> torch.optim.Optimizer:
-    """Biases, norms and the temperature (fewer than two dimensions) are not decayed; fused where torch has it."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(rates: Iterable[tuple[nn.Parameter, float]], spec: OptimiserSpec) -> list[dict[str, Any]]:
+    """By factor of the learning rate (kept as `factor`), and with or without weight decay: biases, norms and the
+    temperature (fewer than two dimensions) are not decayed."""
+    rates = list(rates)
+    keys = sorted({(factor, parameter.ndim >= 2) for parameter, factor in rates}, reverse=True)
+    return [
+        {
+            "params": [p for p, f in rates if (f, p.ndim >= 2) == (factor, decayed)],
+            "lr": spec.lr * factor,
+            "weight_decay": spec.weight_decay if decayed else 0.0,
+            "factor": factor,
+        }
+        for factor, decayed in keys
     ]
-    kept = [group for group in groups if group["params"]]
+
+
+def build_optimiser(rates: Iterable[tuple[nn.Parameter, float]], spec: OptimiserSpec) -> torch.optim.Optimizer:
+    """Over parameters and their factors of the learning rate; fused where torch has it."""
+    groups = parameter_groups(rates, spec)
     match spec.kind:
         case "adamw":
-            return torch.optim.AdamW(kept, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+            return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         case "adam":
-            return torch.optim.Adam(kept, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+            return torch.optim.Adam(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         case "lion":
-            return Lion(kept, spec.lr, spec.betas)
+            return Lion(groups, spec.lr, spec.betas)
         case "sgd":
-            return torch.optim.SGD(kept, lr=spec.lr, momentum=spec.betas[0], fused=True)
+            return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.betas[0], fused=True)
 
 
 def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:

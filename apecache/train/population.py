@@ -18,6 +18,7 @@ from apecache.errors import DataError
 from apecache.heads.head import SeveralHeads
 from apecache.heads.stacked import StackedHeads, Streams, structure_of
 from apecache.losses.stacked import stacked_info_nce
+from apecache.recipes.objective import TILED_FROM
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.loop import (
@@ -30,7 +31,6 @@ from apecache.train.loop import (
     train_epoch,
     update_weights,
 )
-from apecache.train.model import TILED_FROM
 
 FLOAT_BYTES = 4
 STATES = 5

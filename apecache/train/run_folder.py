@@ -20,19 +20,22 @@ from apecache.train.ledger import LEDGER
 from apecache.train.model_card import CARD
 
 HISTORY, RECIPE = "history.jsonl", "recipe.json"
-OURS = {HISTORY, RECIPE, WEIGHTS, DESCRIPTION, CHECKPOINT, LEDGER, CARD}
+OURS = {HISTORY, RECIPE, CHECKPOINT, LEDGER, CARD}
+HEAD_FILES = (WEIGHTS, DESCRIPTION)
 
 
-def require_usable(out: Path, overwrite: bool) -> None:
-    """A finished run is begun anew only with `overwrite`, a foreign folder never; an unfinished one goes on.
+def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FILES) -> None:
+    """A finished run is begun anew only with `overwrite`, a foreign folder never; an unfinished one goes on. `files`:
+    weights and description, whose presence makes a run of this kind a finished one.
 
     Raises:
         RunError: `out` holds a finished run, or something else.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    done = DESCRIPTION in names and RECIPE in names  # an index has a head, but no recipe
-    ours = out.is_dir() and names <= OURS | {f".{name}.tmp" for name in OURS}
-    unfinished = ours and (CHECKPOINT in names or DESCRIPTION not in names)
+    done = files[1] in names and RECIPE in names  # an index has a head, but no recipe
+    known = OURS | set(files)
+    ours = out.is_dir() and names <= known | {f".{name}.tmp" for name in known}
+    unfinished = ours and (CHECKPOINT in names or files[1] not in names)
     if not unfinished and not (overwrite and done):
         require_new(out, "run folder", overwrite)
 

@@ -7,7 +7,7 @@ First part: each recipe trains with its own optimiser, warm-up scaled to the sma
 loss must fall and its R@1 on held-out pairs be above chance. Second part: LiT, the last two blocks, and deep adapters
 with and without the cache: the same losses, less time and memory, beside what `apecache plan` says. Every run has a
 process of its own, whose peak memory is counted above what it began with, libraries that it loads included (CUDA: what
-torch allocated).
+torch allocated). With --work a call that was broken off goes on: rows that are done are printed again, not measured.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import resource
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,25 @@ import torch
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
 from apecache.data.sources import open_pairs
-from apecache.encoders.load import shape_tower
+from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
+from apecache.errors import EncoderError, MismatchError, RecipeError
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
+from apecache.recipes.counting import PlanSpec
+from apecache.recipes.counting_shared import Taught, count_teacher
 from apecache.recipes.devices import measure_device
-from apecache.recipes.plan import PlanSpec, plan
+from apecache.recipes.plan import plan
 from apecache.recipes.recipe import Recipe, load_recipe, tower_zoo_names
 from apecache.recipes.runs import load_run
 from apecache.recipes.towers import shorthand_names
 from apecache.store.reader import FeatureStore
+from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
 from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.run_folder import read_history
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
@@ -65,6 +70,7 @@ class Setting:
     lr: float | None
     threads: int
     work: Path
+    teacher: EncoderSpec
 
     @property
     def steps(self) -> int:
@@ -87,12 +93,15 @@ def main() -> None:
         image, text = quick_encoders(work) if options.quick else (options.image, options.text)
         specs = parse_encoder(image, "image"), replace(parse_encoder(text, "text"), pooling="cls")
         numbers = options.images, options.epochs, options.batch, options.lr, options.threads
-        setting = Setting(options.pairs, *specs, *numbers, work)
+        teacher = parse_encoder(options.teacher, "image") if options.teacher else specs[0]
+        setting = Setting(options.pairs, *specs, *numbers, work, teacher)
         apart(prepare, setting)
         names = options.recipes or (QUICK if options.quick else recipe_names())
-        rows = [show(apart(train, job_of(setting, name))) for name in names]
-        cuts = [] if options.recipes else [show(compare(setting, case)) for case in CUTS]
-    print_table(rows)
+        jobs = [job_of(setting, name) for name in names]
+        rows = [show(once(job, job.case, partial(apart, train, job))) for job in jobs]
+        cases = {} if options.recipes else {case: job_of(setting, *CUTS[case]) for case in CUTS}
+        cuts = [show(once(job, f"cut {case}", partial(compare, job, case))) for case, job in cases.items()]
+    print_table([row for row in rows if "left out" not in row])
     print_table(cuts)
     found = goals(rows, cuts, above_chance=not options.quick)
     print_goals(found)
@@ -105,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
     parser.add_argument("--image", help="ViT, for example timm:/folder")
     parser.add_argument("--text", help="BERT, for example hf:/folder")
+    parser.add_argument("--teacher", help="supervised timm encoder for see-hear-read; default: --image, if it is one")
     parser.add_argument("--images", type=int, default=1000, help="so many training images, and at most as many of val")
     parser.add_argument("--recipes", nargs="+", help="only these, and no comparison with and without the cache")
     parser.add_argument("--epochs", type=int, default=5)
@@ -141,6 +151,25 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def once(job: Job, case: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row that an earlier call with the same settings has left in the work folder, or a new one."""
+    path = job.setting.work / "rows" / f"{plain(case)}.json"
+    asked = {"setting": asdict(job.setting), "recipe": job.recipe.model_dump(mode="json")}
+    about = json.loads(json.dumps(asked, default=str))
+    if path.is_file() and (kept := json.loads(path.read_text()))["about"] == about:
+        return dict(kept["row"])
+    row = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"about": about, "row": row}))
+    temporary.replace(path)
+    return row
+
+
+def plain(case: str) -> str:
+    return case.replace("/", "-").replace(" ", "-")
+
+
 # --- what is trained on ----------------------------------------------------------------------------------------------
 
 
@@ -149,6 +178,7 @@ def prepare(setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     image, text = setting.image, setting.text
     images = (image, replace(image, pooling="cls", layer=-1), *(tokens_of(image, layer) for layer in LAYERS.values()))
+    images += () if setting.teacher in images else (setting.teacher,)
     texts = (text, *(tokens_of(text, layer) for layer in LAYERS.values()))
     extract(source(setting), setting.work / "store", ExtractSpec(images, texts))
 
@@ -215,21 +245,29 @@ def job_of(setting: Setting, name: str, *settings: str) -> Job:
     short += [f"schedule.warmup_steps={warmup}", *settings]
     short += [f"optimiser.lr={setting.lr}"] if setting.lr else []
     if name in ("shared-encoder", "see-hear-read"):
-        teacher = setting.image if name == "see-hear-read" else replace(setting.image, pooling="cls", layer=-1)
+        own = replace(setting.image, pooling="cls", layer=-1)
+        teacher = setting.teacher if name == "see-hear-read" else own
         short.append(f"distillation.teacher={teacher.slug}")
     spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, overwrite=True)
     return Job(setting, name, load_recipe(name, short), spec)
 
 
 def train(job: Job) -> dict[str, Any]:
-    """One run, measured on val."""
-    run, history, peak = fit(job)
+    """One run, measured on val; a recipe that does not suit the encoders says why."""
+    try:
+        return measured(job)
+    except (EncoderError, RecipeError) as error:
+        return {"recipe": job.case, "left out": str(error)}
+
+
+def measured(job: Job) -> dict[str, Any]:
+    run, history, seconds, peak = fit(job)
     media = source(job.setting).media
     store = FeatureStore.open(job.setting.work / "store")
     found = embed_store(load_run(run), store, "val", lambda key: load_image(key, media).image)
     report = retrieval_report(found.image, found.text, found.image_of_text)
     losses = [line["loss"] for line in history if line["loss"] is not None]
-    row = {"recipe": job.case, "trained": trained_share(job), "s/step": step_seconds(job, history), "peak MB": peak}
+    row = {"recipe": job.case, "trained": trained_share(job), "s/step": seconds, "peak MB": peak}
     row |= {"first loss": round(losses[0], 4), "last loss": round(losses[-1], 4)}
     for way, recalls in (("i2t", report.image_to_text), ("t2i", report.text_to_image)):
         row |= {f"{way} R@{k}": round(value, 2) for k, value in recalls.items()}
@@ -237,19 +275,33 @@ def train(job: Job) -> dict[str, Any]:
     return {**row, "R@1": round(report.mean_recall_at_1, 2), "chance": round(chance, 2), "images": report.n_images}
 
 
-def fit(job: Job) -> tuple[Path, list[dict[str, Any]], float]:
-    """(run folder, history, peak memory in MB)."""
+def fit(job: Job) -> tuple[Path, list[dict[str, Any]], float, float]:
+    """(run folder, history, seconds of a step, peak memory in MB); one that was broken off goes on."""
     torch.set_num_threads(job.setting.threads)
-    out = job.setting.work / "runs" / job.case.replace("/", "-").replace(" ", "-")
-    history: list[dict[str, Any]] = []
+    out = job.setting.work / "runs" / plain(job.case)
     store, media = FeatureStore.open(job.setting.work / "store"), source(job.setting).media
     before = used()
+    try:
+        report = fit_job(job, store, out, media, overwrite=not (out / CHECKPOINT).is_file())
+    except MismatchError:  # of other settings
+        report = fit_job(job, store, out, media, overwrite=True)
+    history = list(read_history(out))
+    step = step_seconds(history, report.ledger.evaluation_seconds, job.setting.steps)
+    return out, history, step, round((used() - before) / 1e6, 1)
+
+
+def step_seconds(history: list[dict[str, Any]], evaluation_seconds: float, steps: int) -> float:
+    """Of the median epoch (the first one warms up), without its share of the evaluation on dev."""
+    seconds = sorted(line["seconds"] for line in history if line["loss"] is not None)
+    return round((float(seconds[len(seconds) // 2]) - evaluation_seconds / len(history)) / steps, 5)
+
+
+def fit_job(job: Job, store: FeatureStore, out: Path, media: Any, overwrite: bool) -> Any:
     if job.recipe.trains_heads_alone:
-        spec = FitSpec(job.spec.image_features, job.spec.text_features, overwrite=True)
-        fit_head(store, job.recipe, out, spec, history.append)
-    else:
-        fit_encoder(store, job.recipe, out, job.spec, lambda key: load_image(key, media).image, history.append)
-    return out, history, round((used() - before) / 1e6, 1)
+        spec = FitSpec(job.spec.image_features, job.spec.text_features, overwrite=overwrite)
+        return fit_head(store, job.recipe, out, spec)
+    spec = replace(job.spec, overwrite=overwrite)
+    return fit_encoder(store, job.recipe, out, spec, lambda key: load_image(key, media).image)
 
 
 def used() -> float:
@@ -259,35 +311,33 @@ def used() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def step_seconds(job: Job, history: list[dict[str, Any]]) -> float:
-    """Median over epochs; the evaluation on dev is not in it, but for recipes of heads alone."""
-    seconds = sorted(line.get("training_seconds", line.get("seconds", 0.0)) for line in history if line["loss"])
-    return round(float(seconds[len(seconds) // 2]) / job.setting.steps, 5)
-
-
 def planned(job: Job) -> Any:
     towers = job.recipe.towers
     image = replace(job.setting.image, pooling=towers.image_pooling)
     text = replace(job.setting.text, pooling=towers.text_pooling)
     shapes = [partial(shape_tower, spec) for spec in (image, text)]
-    return plan(job.recipe, shapes[0], shapes[1], PlanSpec(job.setting.images, tokens=16), measure_device(seconds=0.2))
+    spec = PlanSpec(job.setting.images, tokens=16)
+    return plan(job.recipe, *shapes, spec, measure_device(seconds=0.2), partial(teacher, job, spec))
+
+
+def teacher(job: Job, spec: PlanSpec) -> Taught:
+    """The image encoder itself, or what is taught by a classifier, without its cost."""
+    if job.recipe.distillation is not None and job.recipe.distillation.kind == "classes":
+        return Taught(count_classes(job.setting.teacher))
+    return count_teacher(shape_tower(job.setting.image), spec)
 
 
 def trained_share(job: Job) -> str:
-    """Per cent of both towers and heads; the planner does not count shared encoders."""
-    if job.recipe.shared is not None:
-        return "shared"
+    """Per cent of both towers, as far as they are run, and heads."""
     found = planned(job)
     return f"{100 * found.n_trained / found.n_parameters:.2f} %"
 
 
-def compare(setting: Setting, case: str) -> dict[str, Any]:
+def compare(job: Job, case: str) -> dict[str, Any]:
     """With the cache and without, in one process each."""
-    name, *settings = CUTS[case]
-    job = job_of(setting, name, *settings)
     found = [apart(fit, with_cache(job, case, cache)) for cache in (True, False)]
-    losses = [[line["loss"] for line in history if line["loss"] is not None] for _, history, _ in found]
-    seconds = [step_seconds(job, history) for _, history, _ in found]
+    losses = [[line["loss"] for line in history if line["loss"] is not None] for _, history, _, _ in found]
+    seconds = [step for _, _, step, _ in found]
     said = planned(job)
     return {
         "cut": case,
@@ -296,8 +346,8 @@ def compare(setting: Setting, case: str) -> dict[str, Any]:
         "without": seconds[1],
         "times as fast": round(seconds[1] / seconds[0], 2),
         "planned": round(said.without_cache.step_flops / said.planned.step_flops, 2),
-        "peak MB": found[0][2],
-        "without, MB": found[1][2],
+        "peak MB": found[0][3],
+        "without, MB": found[1][3],
         "planned MB": round(said.planned.peak_bytes / 1e6, 1),
         "planned without, MB": round(said.without_cache.peak_bytes / 1e6, 1),
     }
@@ -314,12 +364,13 @@ def with_cache(job: Job, case: str, cache: bool) -> Job:
 
 def goals(rows: list[dict[str, Any]], cuts: list[dict[str, Any]], above_chance: bool) -> list[Goal]:
     """`above_chance` False: nothing is asked of held-out pairs, as after a few steps from random encoders."""
-    measured = [row for row in rows if row["recipe"] not in WITHOUT_GOAL]
-    falling = sum(row["last loss"] < row["first loss"] for row in measured)
-    above = sum(row["R@1"] > row["chance"] for row in measured)
-    found = [Goal("recipes whose loss falls", falling, len(measured), "higher")]
+    asked = [row for row in rows if row["recipe"] not in WITHOUT_GOAL]
+    done = [row for row in asked if "left out" not in row]
+    falling = sum(row["last loss"] < row["first loss"] for row in done)
+    above = sum(row["R@1"] > row["chance"] for row in done)
+    found = [Goal("recipes whose loss falls", falling, len(asked), "higher")]
     if above_chance:
-        found.append(Goal("recipes with R@1 above chance on val", above, len(measured), "higher"))
+        found.append(Goal("recipes with R@1 above chance on val", above, len(asked), "higher"))
     for row in cuts:
         found.append(Goal(f"{row['cut']}: losses with and without the cache apart", row["losses apart"], 0.01, "lower"))
         found.append(Goal(f"{row['cut']}: times as fast with the cache", row["times as fast"], 1.0, "higher"))

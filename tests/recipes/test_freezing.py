@@ -332,7 +332,7 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_lilt_table_1_to_the_digit(row: str) -> None:
-    """Row n, LiT with deep adapters (65.87 %), fits no reading of the paper that we know."""
+    """Row n, LiT with deep adapters (65.87 %), fits no reading of the paper: see `lilt-n`."""
     trained, total, percent = ROWS[row]
     assert lilt("base", row) == (trained, total)
     assert round(100 * trained / total, 2) == percent

@@ -12,20 +12,26 @@ import transformers as hf
 from apecache_cli.app import app
 from small_towers import pictures, sentences, shapes_only, small_bert, small_t5, small_vit
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from apecache.encoders.load import shape_tower
+from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.towers import Tower, build_tower
-from apecache.errors import OptionError, RecipeError
+from apecache.errors import EncoderError, OptionError, RecipeError
 from apecache.recipes.adapters import insert_adapters
+from apecache.recipes.counting import PlanSpec, SidePlan, measure
+from apecache.recipes.counting_shared import Taught, count_teacher
 from apecache.recipes.devices import DEVICES, Device, block_flops, find_device
-from apecache.recipes.plan import Plan, PlanSpec, SidePlan, plan
+from apecache.recipes.encoder_model import Teacher, build_shared
+from apecache.recipes.plan import Plan, plan
 from apecache.recipes.recipe import load_recipe
 from apecache.recipes.towers import AdapterSpec
 
 BERT_FLOPS, VIT_FLOPS = 12 * block_flops(768, 32), 12 * block_flops(768, 257) + 2 * 256 * 768 * 768
 SMALL = {"image": 3 * block_flops(16, 17) + 2 * 16 * 48 * 16, "text": 3 * block_flops(16, 32, expansion=2)}
+CPU = torch.device("cpu")
 UNIT = Device("unit", 1e6, None, "made up")
 
 
@@ -89,7 +95,8 @@ def test_checkpointing_runs_every_block_once_more() -> None:
 
 def test_layerwise_adapters_cost_what_they_are() -> None:
     plain = make_plan("lilt-c").without_cache.step_flops
-    found = make_plan("lilt-h", 'towers.rules=[{part = "adapters", train = false}]').without_cache.step_flops
+    frozen = ('towers.rules=[{part = "adapters", train = false}]', "augmentation={}")
+    found = make_plan("lilt-h", *frozen).without_cache.step_flops
     adapters = 3 * 2 * 2 * 2 * 4 * 16
     assert found - plain == 100 * (17 + 32) * adapters
 
@@ -112,11 +119,9 @@ def test_kept_activations_are_those_of_a_real_pass(make: Any) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = tower(inputs, mask)
     assert out.requires_grad
-    from apecache.recipes.plan import _measure
-
     meta = on_meta(make)
     like = [None if x is None else torch.zeros_like(x, device="meta") for x in (inputs, mask)]
-    _, counted = _measure(lambda: meta(*like), backward=True)
+    _, counted = measure(lambda: meta(*like), backward=True)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert 0.99 * real <= counted <= 1.5 * real
 
@@ -125,11 +130,12 @@ def test_peak_memory_is_the_sum_of_its_parts() -> None:
     found = make_plan("clip")
     logits = 3 * 4 * 100**2
     trained = found.n_parameters - 1
-    per_pair = (found.full.peak_bytes - 16 * trained - logits) / 100
+    held = 20 * trained + 20  # weights, gradients, two moments, the best weights; the temperature too
+    per_pair = (found.full.peak_bytes - held - logits) / 100
     assert found.planned == found.without_cache == found.full
     assert per_pair > found.image.saved_bytes + found.text.saved_bytes
     sliced = make_plan("clip", slice_size=10)
-    assert sliced.full.peak_bytes == 16 * trained + logits + 10 * per_pair
+    assert sliced.full.peak_bytes == held + logits + 10 * per_pair
     assert sliced.full.step_flops == found.full.step_flops + 100 * (SMALL["image"] + SMALL["text"])
 
 
@@ -214,6 +220,65 @@ def test_a_recipe_that_does_not_fit_is_refused() -> None:
         make_plan("clip", rows=0)
 
 
+# --- a shared encoder ------------------------------------------------------------------------------------------------
+
+SHARED = ("shared.image_blocks=2", "shared.text_blocks=1", "distillation.bank=50", "schedule.batch_size=10")
+
+
+def test_a_shared_encoder_is_counted_as_it_is_built() -> None:
+    found = make_plan("shared-encoder", *SHARED)
+    built = build_shared([small_vit(), small_bert()], load_recipe("shared-encoder", SHARED), CPU, Teacher(16))
+    assert found.n_trained == found.n_parameters == built.n_trained
+    assert ("temperatures", 2, 2) in found.common
+    assert (found.image.cut, found.text.cut, found.path) == (None, None, "fit-encoder")
+    assert "nothing can be cached" in found.image.reason
+    base = base_plan("shared-encoder")
+    assert base.n_trained == 117_318_146 + 256 * 768 - 196 * 768  # the published count, at 256 pixels
+
+
+def test_a_shared_encoder_costs_its_blocks_its_losses_and_its_teacher_once() -> None:
+    teacher = count_teacher(on_meta(small_vit), PlanSpec(1))
+    find = partial(
+        plan, load_recipe("shared-encoder", SHARED), partial(on_meta, small_vit), partial(on_meta, small_bert)
+    )
+    found, alone = (find(PlanSpec(100, 5), UNIT, taught) for taught in (lambda: teacher, None))
+    blocks = {"image": 3 * block_flops(16, 17), "text": block_flops(16, 32, expansion=2) + block_flops(16, 32)}
+    patches = 2 * 16 * 48 * 16
+    items = 3 * blocks["image"] + 2 * patches + 3 * blocks["text"]
+    contrast, distil = 3 * 2 * 10**2 * (4 + 1) * 16, 2 * (6 * 10 * 16 * 16 + 4 * 10 * 60 * 16)
+    assert alone.planned.step_flops == 10 * items + contrast + distil
+    assert (alone.planned.once_flops, alone.teacher_bytes) == (0, 100 * 16 * 2)
+    assert found.planned.once_flops == 100 * SMALL["image"]
+    assert found.planned.step_flops == alone.planned.step_flops
+    assert found.without_cache.step_flops == alone.planned.step_flops + 10 * SMALL["image"]
+    assert found.planned.total_flops < found.without_cache.total_flops
+
+
+def test_see_hear_read_learns_of_classes_and_says_what_it_needs(tiny_image_encoder: Path) -> None:
+    with pytest.raises(RecipeError, match="depends on the teacher; give --teacher"):
+        make_plan("see-hear-read", *SHARED[:2])
+    spec = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    taught = count_teacher(shape_tower(spec), PlanSpec(1), count_classes(spec))
+    assert taught.dim == 3
+    with pytest.raises(EncoderError, match="timm: encoders only"):
+        count_classes(replace(spec, library="hf"))
+
+
+@pytest.mark.parametrize("name", ["shared-encoder", "see-hear-read"])
+def test_activations_and_operations_are_those_of_a_real_step(name: str) -> None:
+    settings = SHARED if name == "shared-encoder" else SHARED[:2]
+    recipe = load_recipe(name, settings)
+    torch.manual_seed(0)
+    model = build_shared([small_vit(), small_bert()], recipe, CPU, Teacher(5, torch.randn(2, 5).softmax(-1)))
+    (ids, mask), rows = sentences(2), [0, 1]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model.image.outputs(pictures(2)), model.text.outputs(ids, mask), rows).backward()
+    towers = (partial(on_meta, small_vit), partial(on_meta, small_bert))
+    spec = PlanSpec(2, tokens=ids.shape[1])
+    counted = plan(recipe, *towers, spec, UNIT, lambda: Taught(5)).without_cache.step_flops
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +355,31 @@ def test_the_command(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
         "temperature",
     ):
         assert words in shown, words
+
+
+def test_the_command_compares_recipes(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
+    encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}", "--device", "H100"]
+    arguments = [
+        "plan",
+        "--recipe",
+        "lit",
+        "--recipe",
+        "clip",
+        *encoders,
+        "--rows",
+        "1000",
+        "--price",
+        "2",
+        "--tokens",
+        "12",
+    ]
+    runner = CliRunner()
+    plans = json.loads(runner.invoke(app, [*arguments, "--json"], catch_exceptions=False).output)["plans"]
+    assert [found["recipe"] for found in plans] == ["lit", "clip"]
+    assert plans[0]["n_trained"] < plans[1]["n_trained"]
+    shown = runner.invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"}).output
+    assert "pooled, none" in shown
+    assert "none, none" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs of both trainers in every command: measured, classified with, searched, without asking which they are."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from apecache_cli.app import app
 from tiny import COLOURS, SHAPES
 from typer.testing import CliRunner, Result
 
+import apecache
 from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
+from apecache.data.sources import open_pairs
+from apecache.errors import BadRowsError
+from apecache.evaluate import labelled
 from apecache.evaluate.embeddings import OpenImage, embed_store
+from apecache.evaluate.labelled import LabelledSpec, labelled_features, labelled_images
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.index import build_index
 from apecache.recipes.recipe import load_recipe
@@ -84,17 +90,48 @@ def test_evaluate_serves_it(name: str, runs: Any, tiny_store: Path, shapes_once:
 
 def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_once: Path) -> None:
     """Before: the encoder as it was; after: the tower as trained, not the head on the old features."""
-    from apecache.data.sources import open_pairs
-    from apecache.evaluate.labelled import LabelledSpec, labelled_images
-
     run = load_run(runs["clip"][0])
-    found = labelled_images(run, LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"))
+    found = labelled_features(run, LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"))
     media = FolderMedia(shapes_once.parent)
     keys = [pair.key for pair in open_pairs(shapes_once)]
     after = image_embedder(run.image)([load_image(key, media).image for key in keys])
     torch.testing.assert_close(found.embedded, after)
     old = run.image.side.head(found.features.float())  # type: ignore[union-attr]
     assert (old - after).abs().max() > 1e-3
+
+
+def test_a_trained_image_tower_encodes_labelled_images_once(
+    runs: Any, shapes_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = load_run(runs["clip"][0]), list[int]()
+    embed = type(run.image).embed
+    monkeypatch.setattr(type(run.image), "embed", lambda self, x: (seen.append(len(x)), embed(self, x))[1])
+    monkeypatch.setattr(labelled, "extract", None)
+    table = shutil.copytree(shapes_once.parent, tmp_path / "shapes") / shapes_once.name
+    found = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
+    assert (seen, len(found.labels), (tmp_path / "caches").exists()) == ([12], 12, False)
+    (table.parent / open_pairs(table).pairs[3].key).write_bytes(b"<html>")
+    with pytest.raises(BadRowsError, match="1 of 12 images cannot be read"):
+        labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
+    less = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2))
+    assert less.labels == found.labels[:3] + found.labels[4:]
+    assert less.all_labels == found.labels
+    torch.testing.assert_close(less.embedded, torch.cat([found.embedded[:3], found.embedded[4:]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_use_it_gives_the_embeddings_of_the_evaluation(
+    name: str, runs: Any, tiny_store: Path, shapes_once: Path, open_image: OpenImage
+) -> None:
+    model, store = apecache.load(runs[name][0], device="cpu"), FeatureStore.open(tiny_store)
+    wanted = embed_store(load_run(runs[name][0]), store, "val", open_image)
+    image = model.encode_image([shapes_once.parent / store.pairs.keys[row] for row in wanted.image_rows])
+    text = model.encode_text([str(store.pairs.captions[row]) for row in wanted.text_rows])
+    torch.testing.assert_close(torch.from_numpy(text), wanted.text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(image), wanted.image, rtol=0, atol=2e-3 if name == "lit" else 1e-5)
+    assert model.dim == image.shape[1] == text.shape[1]
+    assert model.scale == load_run(runs[name][0]).scale
+    assert model.encode_text([]).shape == (0, model.dim)
 
 
 @pytest.mark.parametrize("name", NAMES)

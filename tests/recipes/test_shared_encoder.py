@@ -24,7 +24,6 @@ from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
 from apecache.losses.contrastive import info_nce
 from apecache.recipes.encoder_model import EncoderModel, Teacher, build_shared
-from apecache.recipes.plan import PlanSpec, plan
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.recipes.runs import load_run
 from apecache.recipes.trained_encoders import WEIGHTS, read_tensors
@@ -152,7 +151,6 @@ def test_the_loss_is_the_mean_of_two_contrasts_plus_the_distillation(kind: str) 
 
 def test_what_cannot_be_shared() -> None:
     wide = small_bert(hidden_size=32)
-    recipe = load_recipe("shared-encoder", SMALL)
     for towers, settings, message in (
         ([small_vit(), wide], [], "the towers are 16 and 32 wide"),
         (
@@ -169,8 +167,6 @@ def test_what_cannot_be_shared() -> None:
         load_recipe("shared-encoder", ["towers.freezing=Vff-Tuu"])
     with pytest.raises(RecipeError, match="distillation teaches a shared encoder"):
         load_recipe("clip", ["distillation.kind=mse"])
-    with pytest.raises(RecipeError, match="planner does not know shared encoders"):
-        plan(recipe, small_vit, small_bert, PlanSpec(10), None)  # type: ignore[arg-type]
 
 
 # --- training it -----------------------------------------------------------------------------------------------------
@@ -245,10 +241,10 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
     losses: list[float] = []
     fit(data, recipe, tmp_path / "whole", lambda line: losses.append(line["loss"]), slice_size=3)
     with pytest.raises(StoppedError):
-        fit(data, recipe, tmp_path / "broken", stop, slice_size=3)
+        fit(data, recipe, tmp_path / "broken", stop, slice_size=3, save_seconds=0)
     after: list[float] = []
     fit(data, recipe, tmp_path / "broken", lambda line: after.append(line["loss"]), slice_size=3)
-    assert after == losses[2:]
+    assert after == losses[1:]  # the last checkpoint was within the first epoch
     whole, broken = (read_tensors(tmp_path / run / WEIGHTS)[0] for run in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())

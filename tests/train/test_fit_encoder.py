@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from apecache.errors import DataError, MismatchError, OptionError, RecipeError, 
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
-from apecache.recipes.encoder_model import EncoderModel, parameter_groups
+from apecache.recipes.encoder_model import EncoderModel
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
 from apecache.recipes.runs import image_embedder, text_embedder
 from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
@@ -27,9 +28,12 @@ from apecache.store.reader import FeatureStore
 from apecache.train import encoder_data
 from apecache.train import fit_encoder as module
 from apecache.train.batches import SplitSpec
+from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_run import CHECKPOINT, HISTORY
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
+from apecache.train.ledger import load_ledger, stored_bytes
+from apecache.train.optim import parameter_groups
+from apecache.train.run_folder import HISTORY
 
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
 OpenImage = Callable[[str], Image.Image]
@@ -146,7 +150,7 @@ def test_rules_for_heads_hold_on_the_cached_side_too(
     fit(data, recipe_of("lilt-l", rules), tmp_path / "run")
     assert {name for name in watch.changed() if ".head." in name} == {"text.head.body.weight", "text.head.body.bias"}
     assert watch.model is not None
-    slow = [p for group in watch.model.groups if group["factor"] == 0.5 for p in group["params"]]
+    slow = [p for p, factor in watch.model.rates() if factor == 0.5]
     assert {id(p) for p in slow} == {id(p) for p in watch.model.text.head.parameters()}
 
 
@@ -196,8 +200,8 @@ def test_live_images_are_distorted_in_training_only_and_the_same_when_it_goes_on
     plain = fit(data, recipe_of("clip", "schedule.epochs=2"), tmp_path / "plain")
     assert report.untrained == plain.untrained
     assert history(tmp_path / "whole")[1]["loss"] != history(tmp_path / "plain")[1]["loss"]
-    with pytest.raises(StoppedError):
-        fit(data, recipe, tmp_path / "broken", stop_after(1), slice_size=None)
+    with stopped_after(3):
+        fit(data, recipe, tmp_path / "broken", save_seconds=0)
     fit(data, recipe, tmp_path / "broken")
     whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
@@ -392,40 +396,85 @@ class StoppedError(Exception):
     pass
 
 
-def stop_after(epoch: int) -> Callable[[dict[str, Any]], None]:
-    def progress(line: dict[str, Any]) -> None:
-        if line["epoch"] == epoch:
+@contextmanager
+def stopped_after(n_saves: int) -> Iterator[None]:
+    """Broken off right after so many checkpoints, as by a kill: nothing more is written."""
+    count = [0]
+
+    def save(*arguments: Any) -> None:
+        save_checkpoint(*arguments)
+        count[0] += 1
+        if count[0] >= n_saves:
             raise StoppedError
 
-    return progress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apecache.train.session.save_checkpoint", save)
+        with suppress(StoppedError):
+            yield
+    assert count[0] == n_saves
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(epoch: int, data: Any, tmp_path: Path) -> None:
-    recipe = recipe_of("lit", "schedule.epochs=4")
-    fit(data, recipe, tmp_path / "whole", slice_size=4)
-    with pytest.raises(StoppedError):
-        fit(data, recipe, tmp_path / "broken", stop_after(epoch), slice_size=4)
+EVERYTHING = {
+    "plain": ["schedule.epochs=4"],
+    "average": ["optimiser.ema=0.8", "schedule.evaluate_every=2", "schedule.epochs=4"],
+    "lion, sigmoid": ["optimiser.kind=lion", "loss.kind=sigmoid", "loss.temperature=0.1", "optimiser.ema=0.5"],
+    "sgd, captions": ["optimiser.kind=sgd", "loss.captions=2", "schedule.steps=7"],
+    "accumulation, structure": ["schedule.accumulate=2", "schedule.batch_size=4", "loss.structure=1"],
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(name: str, data: Any, tmp_path: Path) -> None:
+    recipe = recipe_of("lit", *EVERYTHING[name])
+    fit(data, recipe, tmp_path / "whole", slice_size=3)
+    for n_saves in (1, 2, 3):
+        with stopped_after(n_saves):
+            fit(data, recipe, tmp_path / "broken", slice_size=3, save_seconds=0)
+        torch.rand(3)
     assert (tmp_path / "broken" / CHECKPOINT).is_file()
     assert not (tmp_path / "broken" / DESCRIPTION).exists()
-    seen: list[int] = []
-    fit(data, recipe, tmp_path / "broken", lambda line: seen.append(line["epoch"]), slice_size=4)
-    assert seen == list(range(epoch + 1, 5))
+    assert fit(data, recipe, tmp_path / "broken", slice_size=3).resumed_step == 5
     whole, broken = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(broken[name], tensor) for name, tensor in whole.items())
-    without_time = [
-        [{**line, "seconds": 0, "training_seconds": 0} for line in history(tmp_path / name)]
-        for name in ("whole", "broken")
-    ]
+    without_time = [[{**line, "seconds": 0} for line in history(tmp_path / name)] for name in ("whole", "broken")]
     assert without_time[0] == without_time[1]
-    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"recipe.json", HISTORY, WEIGHTS, DESCRIPTION}
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {
+        *("recipe.json", "ledger.json", HISTORY, WEIGHTS, DESCRIPTION)
+    }
+
+
+def test_the_average_is_what_is_evaluated_and_kept(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    still = ["optimiser.ema=0.999999", "schedule.epochs=2"]
+    report = fit(data, recipe_of("lit", *still), tmp_path / "run")
+    assert report.dev == report.untrained
+    kept, _ = read_tensors(tmp_path / "run" / WEIGHTS)
+    for name, tensor in kept.items():
+        if name in watch.before:
+            torch.testing.assert_close(tensor, watch.before[name], rtol=0, atol=1e-6)
+    plain = fit(data, recipe_of("lit", "schedule.epochs=2"), tmp_path / "plain")
+    assert plain.dev != report.dev
+
+
+def test_the_ledger_says_what_it_has_cost(data: Any, tmp_path: Path) -> None:
+    settings = ["schedule.accumulate=2", "schedule.batch_size=4", "schedule.epochs=2"]
+    report = fit(data, recipe_of("lit", *settings), tmp_path / "run", price_per_hour=3.6)
+    ledger = load_ledger(tmp_path / "run")
+    assert ledger == report.ledger
+    assert (ledger.n_steps, ledger.n_samples, ledger.n_negatives, ledger.nominal_batch) == (4, 32, 3, 8)
+    assert ledger.flops == 4 * ledger.step_flops > 0
+    assert ledger.money == pytest.approx(ledger.seconds / 1000)
+    assert ledger.store_bytes == stored_bytes(data[0].array("image"))
+    assert any("accumulate 2 adds none" in warning for warning in ledger.warnings)
+    with pytest.raises(DataError, match="selection: the dev split is 'val'"):
+        fit(data, recipe_of("lit"), tmp_path / "other", report_split="val")
 
 
 def test_another_run_is_not_gone_on_with(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(StoppedError):
-        fit(data, recipe_of("lit"), tmp_path / "run", stop_after(1))
-    with pytest.raises(MismatchError, match=r"holds another run, broken off: seed"):
+    with stopped_after(2):
+        fit(data, recipe_of("lit"), tmp_path / "run", save_seconds=0)
+    with pytest.raises(MismatchError, match=r"holds another fit, broken off \(seed is 1, there 0\)"):
         fit(data, recipe_of("lit"), tmp_path / "run", seed=1)
     fit(data, recipe_of("lit"), tmp_path / "run", seed=1, overwrite=True)
     with pytest.raises(RunError, match="exists already"):
@@ -443,10 +492,10 @@ def test_what_is_not_ours_is_never_deleted(data: Any, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named(data: Any, tmp_path: Path) -> None:
-    with pytest.raises(StoppedError):
-        fit(data, recipe_of("lit"), tmp_path / "run", stop_after(1))
+    with stopped_after(2):
+        fit(data, recipe_of("lit"), tmp_path / "run", save_seconds=0)
     (tmp_path / "run" / CHECKPOINT).write_bytes(b"nothing")
-    with pytest.raises(RunError, match=r"checkpoint\.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged"):
         fit(data, recipe_of("lit"), tmp_path / "run")
 
 
@@ -512,6 +561,9 @@ def test_a_run_whose_encoder_has_changed_is_refused(data: Any, tmp_path: Path, o
             "fits nothing",
         ),
         ("lit", [], {"splits": SplitSpec(dev="dev")}, RecipeError, "no split 'dev'"),
+        ("lit", ["init=ridge"], {}, RecipeError, "init is ridge; fit-encoder takes random only"),
+        ("lit", ["augmentation.mixup=1"], {}, RecipeError, "mixup is for cached features"),
+        ("shared-encoder", ["loss.structure=1"], {}, RecipeError, "compares heads"),
     ],
 )
 def test_what_cannot_be_trained(

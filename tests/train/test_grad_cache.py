@@ -6,7 +6,9 @@ from small_towers import pictures, small_bert, small_vit
 from torch import Tensor, nn
 
 from apecache.encoders.towers import Tower
-from apecache.losses.contrastive import Temperature, info_nce
+from apecache.losses.contrastive import Groups
+from apecache.recipes.objective import build_temperature, contrast
+from apecache.recipes.recipe import LossSpec
 from apecache.train.grad_cache import backward_in_slices
 
 N = 256
@@ -15,24 +17,27 @@ N = 256
 class Pair(nn.Module):
     """Two small towers in double precision, and a temperature; keeps what every call returned."""
 
-    def __init__(self, **settings: float) -> None:
+    def __init__(self, kind: str = "infonce", captions: int = 1, **settings: float) -> None:
         super().__init__()
+        self.kind, self.captions = kind, captions
         self.image: Tower = small_vit(depth=1)
         self.text: Tower = small_bert(num_hidden_layers=1, **settings)
-        self.temperature = Temperature()
+        self.temperature = build_temperature(LossSpec(kind=kind))
         self.double().train()
         self.pixels, self.calls = pictures(N).double(), list[tuple[Tensor, Tensor]]()
-        self.ids = torch.randint(5, 60, (N, 6), generator=torch.Generator().manual_seed(2))
+        self.ids = torch.randint(5, 60, (N * captions, 6), generator=torch.Generator().manual_seed(2))
+        own = torch.arange(N)
+        self.groups = Groups(own, own.repeat_interleave(captions)) if captions > 1 else None
 
     def encode(self, part: range) -> tuple[Tensor, Tensor]:
-        rows = slice(part.start, part.stop)
-        sides = self.image(self.pixels[rows]), self.text(self.ids[rows], torch.ones_like(self.ids[rows]))
+        rows, ids = slice(part.start, part.stop), self.ids[part.start * self.captions : part.stop * self.captions]
+        sides = self.image(self.pixels[rows]), self.text(ids, torch.ones_like(ids))
         first, second = (nn.functional.normalize(side, dim=-1) for side in sides)
         self.calls.append((first.detach(), second.detach()))
         return first, second
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        return info_nce(image, text, self.temperature.scale())
+        return contrast(image, text, self.temperature, self.groups, LossSpec(kind=self.kind))
 
     def run(self, slice_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:
         self.zero_grad()
@@ -40,13 +45,16 @@ class Pair(nn.Module):
         return value, {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("slice_size", [16, 100, 255])
-def test_gradients_in_slices_are_those_of_the_whole_batch(slice_size: int) -> None:
-    pair = Pair()
+@pytest.mark.parametrize(
+    ("slice_size", "kind", "captions"),
+    [(16, "infonce", 1), (100, "infonce", 2), (255, "infonce", 1), (16, "sigmoid", 1), (100, "sigmoid", 2)],
+)
+def test_gradients_in_slices_are_those_of_the_whole_batch(slice_size: int, kind: str, captions: int) -> None:
+    pair = Pair(kind, captions)
     (value, whole), (again, sliced) = pair.run(None), pair.run(slice_size)
     torch.testing.assert_close(again, value)
     assert sliced.keys() == whole.keys()
-    assert "temperature.log_scale" in whole
+    assert {"temperature.log_scale", *(["temperature.bias"] if kind == "sigmoid" else [])} <= whole.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
 

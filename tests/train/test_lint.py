@@ -89,7 +89,7 @@ def test_a_parameter_that_nothing_uses_is_found(store: FeatureStore) -> None:
     recipe = make_recipe()
     train, model = loaded(store, recipe)
     model.image.forgotten = torch.nn.Linear(3, 3)
-    (found,) = lint_model(model, build_optimiser(model.parameters(), recipe.optimiser), recipe, train)
+    (found,) = lint_model(model, build_optimiser(model.rates(), recipe.optimiser), recipe, train)
     assert (found.check, found.level) == ("gradient", "error")
     assert "image.forgotten.bias, image.forgotten.weight are without gradient" in found.message
 
@@ -98,7 +98,7 @@ def test_a_frozen_parameter_of_a_head_is_found(store: FeatureStore) -> None:
     recipe = make_recipe()
     train, model = loaded(store, recipe)
     model.text.body.weight.requires_grad_(False)  # type: ignore[union-attr]
-    (found,) = lint_model(model, build_optimiser(model.parameters(), recipe.optimiser), recipe, train)
+    (found,) = lint_model(model, build_optimiser(model.rates(), recipe.optimiser), recipe, train)
     assert str(found).startswith("gradient: text.body.weight is without gradient")
 
 
@@ -106,19 +106,19 @@ def test_a_temperature_in_no_group_is_found(store: FeatureStore) -> None:
     recipe = make_recipe()
     train, model = loaded(store, recipe)
     heads = [*model.image.parameters(), *model.text.parameters()]
-    (found,) = lint_model(model, build_optimiser(heads, recipe.optimiser), recipe, train)
+    (found,) = lint_model(model, build_optimiser([(p, 1.0) for p in heads], recipe.optimiser), recipe, train)
     assert (found.check, found.level) == ("temperature", "error")
     fixed = make_recipe("loss.learnable=false")
     train, model = loaded(store, fixed)
     heads = [*model.image.parameters(), *model.text.parameters()]
-    assert list(lint_model(model, build_optimiser(heads, fixed.optimiser), fixed, train)) == []
+    assert list(lint_model(model, build_optimiser([(p, 1.0) for p in heads], fixed.optimiser), fixed, train)) == []
 
 
 def test_a_head_in_no_group_is_found(store: FeatureStore) -> None:
     recipe = make_recipe()
     train, model = loaded(store, recipe)
     some = [*model.image.parameters(), *model.temperature.parameters()]
-    (found,) = lint_model(model, build_optimiser(some, recipe.optimiser), recipe, train)
+    (found,) = lint_model(model, build_optimiser([(p, 1.0) for p in some], recipe.optimiser), recipe, train)
     assert str(found).startswith("optimiser: text.body.weight, text.body.bias are in no group")
 
 
@@ -127,7 +127,7 @@ def test_a_gate_that_can_never_open_is_found(store: FeatureStore) -> None:
     train, model = loaded(store, recipe)
     with torch.no_grad():
         model.text.body.gate.bias.fill_(-100.0)  # type: ignore[union-attr]
-    (found,) = lint_model(model, build_optimiser(model.parameters(), recipe.optimiser), recipe, train)
+    (found,) = lint_model(model, build_optimiser(model.rates(), recipe.optimiser), recipe, train)
     assert str(found).startswith("gate: text.body.gate is shut for every training image or text")
 
 
@@ -136,7 +136,7 @@ def test_looking_changes_neither_the_model_nor_the_random_numbers(store: Feature
     train, model = loaded(store, recipe)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    list(lint_model(model, build_optimiser(model.parameters(), recipe.optimiser), recipe, train))
+    list(lint_model(model, build_optimiser(model.rates(), recipe.optimiser), recipe, train))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

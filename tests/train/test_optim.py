@@ -76,7 +76,7 @@ def make_model(learnable: bool = True) -> AlignmentModel:
 @pytest.mark.parametrize("learnable", [True, False])
 def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(learnable: bool) -> None:
     model = make_model(learnable)
-    optimiser = build_optimiser(model.parameters(), OptimiserSpec())
+    optimiser = build_optimiser(model.rates(), OptimiserSpec())
     grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert (id(model.temperature.log_scale) in grouped) is learnable
@@ -85,7 +85,7 @@ def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_grou
 def test_only_matrices_are_decayed() -> None:
     model = make_model()
     spec = OptimiserSpec(lr=0.1, weight_decay=0.5)
-    optimiser = build_optimiser(model.parameters(), spec)
+    optimiser = build_optimiser(model.rates(), spec)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -99,7 +99,7 @@ def test_only_matrices_are_decayed() -> None:
 def test_lion_moves_by_the_sign_of_its_momentum() -> None:
     spec = OptimiserSpec(kind="lion", lr=0.01, betas=(0.6, 0.9), weight_decay=0.5)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0, -3.0]]))
-    optimiser = build_optimiser([parameter], spec)
+    optimiser = build_optimiser([(parameter, 1.0)], spec)
     momentum, expected = torch.zeros(3), parameter.detach()[0].clone()
     for gradient in (torch.tensor([0.3, -0.2, 0.0]), torch.tensor([-0.1, 0.1, 2.0]), torch.tensor([-0.9, 0.3, 1.0])):
         parameter.grad = gradient[None].clone()
@@ -120,7 +120,7 @@ def test_lion_moves_by_the_sign_of_its_momentum() -> None:
     ],
 )
 def test_torchs_optimisers_are_fused_and_decay_only_matrices(spec: OptimiserSpec, kind: type) -> None:
-    optimiser = build_optimiser(make_model().parameters(), spec)
+    optimiser = build_optimiser(make_model().rates(), spec)
     assert type(optimiser) is kind
     assert all(group["fused"] for group in optimiser.param_groups)
     assert [group["weight_decay"] for group in optimiser.param_groups] == [0.1, 0.0]
@@ -134,7 +134,7 @@ def test_warm_up_can_be_told_in_steps_and_the_rate_can_stay() -> None:
 def test_the_first_step_is_adams_with_the_settings_given() -> None:
     spec = OptimiserSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    optimiser = build_optimiser([parameter], spec)
+    optimiser = build_optimiser([(parameter, 1.0)], spec)
     moments = torch.zeros(2, 2)
     expected = torch.tensor([1.0, 2.0])
     for step, gradient in enumerate((torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 0.1])), 1):

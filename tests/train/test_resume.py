@@ -84,7 +84,7 @@ def stop_after(n_saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if count[0] >= n_saves:
             raise StoppedError
 
-    monkeypatch.setattr("apecache.train.fit_head.save_checkpoint", save)
+    monkeypatch.setattr("apecache.train.session.save_checkpoint", save)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
