@@ -124,19 +124,13 @@ def _load_checkpoint(path: Path) -> Checkpoint:
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = tensor
-        reports = (_report(header["best_dev"]), _report(header["untrained"]))
+        reports = (RetrievalReport.from_json(header["best_dev"]), RetrievalReport.from_json(header["untrained"]))
         epochs = (header["epoch"], header["best_epoch"])
         return Checkpoint(
             epochs[0], groups["now"], epochs[1], groups["best"], *reports, header["history"], groups["optimiser"]
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RunError(f"{path} is damaged; add --overwrite to begin anew") from None
-
-
-def _report(value: dict[str, Any]) -> RetrievalReport:
-    """From JSON, whose keys are strings."""
-    tables = {k: {int(i): v for i, v in table.items()} for k, table in value.items() if isinstance(table, dict)}
-    return RetrievalReport(**{**value, **tables})
 
 
 def finish_run(out: Path, tensors: Mapping[str, Tensor], description: dict[str, Json]) -> None:
