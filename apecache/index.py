@@ -1,6 +1,6 @@
 """A searchable index of embeddings, with the run that made it, so that it can encode queries by itself.
 
-INDEX/index.json                  what is in it, of which run; where the images lay; how each set was built, how well it finds
+INDEX/index.json                  what is in it, of which run; where images lay; how each set was built and finds
 INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
 INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
 INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; of images the hash of their file too

@@ -12,7 +12,8 @@ from .terminal import Device, Json, command_line, ending, show_json
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs of either trainer; or one folder of a sweep.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page. Default: RUN-report.html beside the run, or report.html in the sweep.")
+        Path | None,
+        typer.Option(help="The page. Default: RUN-report.html beside the run, report.html in a sweep."),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Measure on this store, and show pictures.")] = None,
     split: Annotated[

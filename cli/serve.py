@@ -18,7 +18,7 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
-    expose: Annotated[bool, typer.Option("--expose", help="Let other machines reach it. There is no password.")] = False,
+    expose: Annotated[bool, typer.Option("--expose", help="Let others reach it. There is no password.")] = False,
     root: Root = None,
     source: Annotated[
         str | None, typer.Option(help="Where the images lie, if not in a folder: what extract was given.")

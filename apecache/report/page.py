@@ -159,8 +159,10 @@ def _printable(value: object) -> object:
 def _cell(value: Cell, decimals: int) -> str:
     if value is None:
         return "\u2013"
-    if isinstance(value, str | int):
+    if isinstance(value, str | bool):
         return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     if math.isfinite(value) and abs(value) >= 1e15:
         return f"{value:.{decimals}e}"
     # Adding zero turns the -0.0 that rounding may leave into 0.0.

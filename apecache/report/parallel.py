@@ -1,4 +1,4 @@
-"""Parallel coordinates: an axis for each setting and one for the score, a line for each trial. Inline SVG, no script."""
+"""Parallel coordinates: an axis for each setting and one for the score, a line for each trial. Inline SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from apecache.report.axes import ticks
+from apecache.report.axes import log_ticks, ticks
 
 SPACING, TOP, HEIGHT, UNSET = 132, 34, 230, 26
 LABEL = 14
@@ -52,8 +52,7 @@ class Axis:
         low, high = self.extent
         whole = all(isinstance(value, int) for value in self.values if value is not None)
         if self.kind == "log" and low > 0:
-            powers = [10.0**n for n in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-            marks = powers if len(powers) > 1 else [low, high]
+            marks = list(log_ticks(low, high))
         else:
             marks = [mark for mark in ticks(low, high, whole) if low <= mark <= high]
         return [(place, f"{mark:.4g}") for mark in marks if (place := self.place(mark)) is not None]

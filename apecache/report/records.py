@@ -1,4 +1,4 @@
-"""What run folders say of themselves, side by side: what trained, figures, settings that differ, seeds of one recipe."""
+"""What run folders say of themselves, side by side: what trained, figures, settings that differ, seeds."""
 
 import json
 import math
@@ -12,16 +12,18 @@ from typing import Any
 from scipy.special import stdtrit
 
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import OptionError, RunError
+from apecache.errors import OptionError, RunError, one_line
 from apecache.evaluate.protocols import Intervals
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.recipes.runs import is_encoder_run, recorded_encoder, recorded_training
 from apecache.report.page import Cell, Table
 from apecache.train.batches import SplitSpec
+from apecache.train.model_card import public_name
 
 MEAN = "mean of all"
 FREE = ("recipe.name", "recipe.summary", "recipe.source")
 """Words about a recipe; they change nothing."""
+NUMBERS = ("seed", "best_epoch", "n_trained_parameters", "n_train_images", "seconds")
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,16 @@ def _read(name: str, path: Path) -> RunRecord:
             str(told.get("data", "")),
             SplitSpec(**(told.get("splits") or {})),
             dev=RetrievalReport.from_json(told["dev"]) if "dev" in told else None,
-            **{key: told.get(key) for key in ("seed", "best_epoch", *COUNTS, "seconds")},
+            **{name: _number(name, told.get(name)) for name in NUMBERS},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} does not say how it was trained ({str(error).splitlines()[0]}); train again") from None
+        raise RunError(f"{path} does not say how it was trained ({one_line(error)}); train again") from None
 
 
-COUNTS = ("n_trained_parameters", "n_train_images")
+def _number(name: str, value: Any) -> Any:
+    if value is not None and type(value) not in (int, float):
+        raise ValueError(f"{name} is no number")
+    return value
 
 
 def _settings(
@@ -93,7 +98,7 @@ def _settings(
         if name not in FREE:
             yield name.removeprefix("recipe."), value
     for side, encoder in encoders.items():
-        yield f"{side} encoder", str(encoder)
+        yield f"{side} encoder", public_name(encoder)
     yield from _flat("splits", told.get("splits") or {})
     yield "data", str(told.get("data", ""))[:16]
 
@@ -138,12 +143,12 @@ def recalls(report: RetrievalReport) -> tuple[float, ...]:
 
 def _columns(report: RetrievalReport) -> tuple[str, ...]:
     ks = list(report.image_to_text)
-    return (*(f"image to text R@{k}, %" for k in ks), *(f"text to image R@{k}, %" for k in ks))
+    return (*(f"image to text R@{k},\u00a0%" for k in ks), *(f"text to image R@{k},\u00a0%" for k in ks))
 
 
 def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) -> Table:
     """Ends of the intervals, and medians of the ranks."""
-    rows = tuple(
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
             name,
             *(ends(*each) for way in (found.image_to_text, found.text_to_image) for each in way.values()),
@@ -158,7 +163,7 @@ def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) 
 
 
 def ends(low: float, high: float) -> str:
-    return f"{low:.1f} to {high:.1f}"
+    return f"{low:.1f}\u00a0to\u00a0{high:.1f}"
 
 
 def settings_table(records: Sequence[RunRecord]) -> Table | None:
@@ -174,10 +179,10 @@ def settings_table(records: Sequence[RunRecord]) -> Table | None:
 
 def seeds_table(records: Sequence[RunRecord], reports: Mapping[str, RetrievalReport]) -> Table | None:
     """Runs that differ in their seed alone, by mean and interval; None if there are none."""
-    groups: dict[tuple[tuple[str, str], ...], list[RunRecord]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
         if record.name in reports and record.seed is not None:
-            groups[record.trains, *record.settings.items()].append(record)  # type: ignore[index]
+            groups[record.trains, *record.settings.items()].append(record)
     rows: list[tuple[Cell, ...]] = []
     for group in groups.values():
         if len({record.seed for record in group}) > 1:

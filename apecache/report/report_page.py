@@ -38,9 +38,9 @@ CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """`store`: measure on it. `split`: of the store, in place of each run's own dev images. `media`: where pictures lie;
-    None: where the store remembers them. `command`: shown as what made the page. `n_items`, `top`: queries of each gallery, and results of each query. A run
-    that trained its image tower reads the images themselves."""
+    """`store`: measure on it. `split`: of the store, in place of each run's own dev images. `media`: where pictures
+    lie; None: where the store remembers them. `command`: shown as what made the page. `n_items`, `top`: queries of each
+    gallery, and results of each query."""
 
     store: FeatureStore | None = None
     split: str | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.media import Media
-from apecache.errors import RowError, RunError
+from apecache.errors import RowError, RunError, one_line
 from apecache.evaluate.embeddings import Embeddings
 from apecache.evaluate.retrieval import text_to_image_ranks
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
@@ -41,7 +41,7 @@ def _history(run: Path) -> list[dict[str, Any]]:
     try:
         return list(read_history(run)) if (run / HISTORY).is_file() else []
     except (OSError, ValueError) as error:
-        raise RunError(f"{run / HISTORY} is damaged ({str(error).splitlines()[0]}); train again") from None
+        raise RunError(f"{run / HISTORY} is damaged ({one_line(error)}); train again") from None
 
 
 def ledger_table(runs: Mapping[str, Path]) -> Table:

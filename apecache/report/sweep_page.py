@@ -3,12 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from apecache.errors import MissingExtraError, RunError
+from apecache.errors import MissingExtraError, RunError, one_line
 from apecache.heads.checkpoint import DESCRIPTION
 from apecache.report.importance import FEWEST, importances
 from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
@@ -57,11 +57,11 @@ def sweep_page(folder: Path, out: Path | None = None, title: str = "") -> Path:
     sweep = _read(folder)
     fitted = (sweep.best / DESCRIPTION).is_file()
     shares, remark = _importance(sweep)
-    costs = ledger_table({"the best run": sweep.best}) if fitted else None
+    costs = replace(ledger_table({"": sweep.best}), title="What the best run has cost") if fitted else None
     tables = [_trials_table(sweep), shares, _cost_table(sweep), costs if costs and costs.rows else None]
     curves = learning_charts({f"trial {sweep.trials[0].number}": sweep.best}) if fitted else ()
     page = Page(
-        title=title or f"Sweep {folder.resolve().name}",
+        title=title or f"Sweep: {folder.resolve().name}",
         subtitle=_subtitle(sweep),
         commands=(sweep.command,) if sweep.command else (),
         tables=tuple(table for table in tables if table),
@@ -82,7 +82,7 @@ def _read(folder: Path) -> _Sweep:
         told = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
         space = {name: dict(dimension) for name, dimension in about["space"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{folder} is damaged ({str(error).splitlines()[0]}); sweep again into another --out") from None
+        raise RunError(f"{folder} is damaged ({one_line(error)}); sweep again into another --out") from None
     if not trials:
         raise RunError(f"{folder} has no finished trial yet; go on with the same apecache sweep")
     return _Sweep(folder, about, space, trials, told)
@@ -114,11 +114,15 @@ def _trials_table(sweep: _Sweep) -> Table:
 
 def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
     trials = sweep.scored
-    if len(trials) < 2 or not sweep.space:
+    chosen = {name: [trial.values.get(name) for trial in trials] for name in sweep.space}
+    axes = [axis_of(n, sweep.space[n], values) for n, values in chosen.items() if any(v != values[0] for v in values)]
+    if not axes:
         return ()
-    axes = [axis_of(n, dimension, [t.values.get(n) for t in trials]) for n, dimension in sweep.space.items()]
     scores = tuple(trial.mean or 0.0 for trial in trials)
-    note = "A line for each trial, the stronger the better; the best one stands out. Stopped trials had fewer epochs."
+    note = (
+        "A line for each trial over the settings that vary, the stronger the better; the best one stands out. "
+        "Stopped trials had fewer epochs."
+    )
     return (Parallel("Settings and scores", note, (*axes, axis_of(SCORE, {}, scores)), scores),)
 
 
