@@ -38,12 +38,13 @@ class PageError(Exception):
 @dataclass(frozen=True)
 class Asked:
     """`words`, `without`: what results are like, and unlike; `like`: rows of images of the index; `picture`: one that
-    was sent. `target` empty: captions for pictures alone, images for words."""
+    was sent. `k` None: as many as are usual, or there are. `target` empty: captions for pictures alone, images for
+    words."""
 
     words: str = ""
     without: str = ""
     like: tuple[int, ...] = ()
-    k: int = USUAL
+    k: int | None = None
     target: str = ""
     picture: Image.Image | None = field(default=None, repr=False)
 
@@ -74,7 +75,7 @@ def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
     likes = list(dict.fromkeys(_number(text, "An image's number", 0) for text in fields.get("like", ())))
     if len(likes) > TERMS:
         raise PageError(400, f"At most {TERMS} images of the index in one query.")
-    k = _number(one("k"), "The number of results", 1) if one("k") else USUAL
+    k = _number(one("k"), "The number of results", 1) if one("k") else None
     return Asked(words, without, tuple(likes), k, target, _decoded(picture) if picture else None)
 
 
@@ -115,12 +116,13 @@ class SearchPage:
         query = self._query(asked)
         target: Target = "captions" if (asked.target or query.target) == "captions" else "images"
         most = min(self.counts[target], MOST)
-        if asked.k > most:
+        k = asked.k or min(USUAL, most)
+        if k > most:
             held = f"the index has {self.counts[target]:,} {target}"
-            raise PageError(400, f"{asked.k:,} results are too many: {held}, and a page shows {MOST} at most.")
+            raise PageError(400, f"{k:,} results are too many: {held}, and a page shows {MOST} at most.")
         try:
             with self.lock:
-                hits = self.index.find(query, asked.k, target)
+                hits = self.index.find(query, k, target)
         except OptionError as error:
             raise PageError(400, _sentence(error)) from None
         except DataError as error:
@@ -152,10 +154,11 @@ class SearchPage:
     def render(self, asked: Asked, found: Sequence[Found] | None = None, problem: str = "") -> str:
         """The whole page. `found` None: nothing was asked yet."""
         about = {"asked": asked, "found": found, "problem": problem, "counts": self.counts, "most": MOST}
+        k = asked.k or min(USUAL, *self.counts.values())
         likes = [(row, self.rows[row]) for row in asked.like if row < len(self.rows)]
         sent = None if asked.picture is None else thumbnail(asked.picture)
         pictures = not isinstance(self.media, NoMedia)
-        return environment().get_template("search.html").render(**about, likes=likes, sent=sent, pictures=pictures)
+        return environment().get_template("search.html").render(**about, k=k, likes=likes, sent=sent, pictures=pictures)
 
     def answer(self, asked: Asked) -> tuple[int, str]:
         """Status and page."""

@@ -94,6 +94,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen()  # so that whoever is told the address finds it open
     except (OSError, OverflowError) as error:
         bound.close()
         why = getattr(error, "strerror", None) or error

@@ -157,9 +157,7 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix(IMAGE_PREFIX)))).convert("RGB")
 
 
-def test_an_image_is_named_by_its_first_usable_caption(
-    store: FeatureStore, table: Path, embedded: Embeddings
-) -> None:
+def test_an_image_is_named_by_its_first_usable_caption(store: FeatureStore, table: Path, embedded: Embeddings) -> None:
     *_, found = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=1, top=100)
     everything = found.items[0].results
     named = {result.text for result in everything}
