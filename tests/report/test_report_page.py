@@ -166,7 +166,7 @@ def test_a_combination_is_measured_on_a_split(runs: dict[str, Path], store: Feat
         report_page([tmp_path / "both"], tmp_path / "page.html")
     page = report_page([tmp_path / "both"], tmp_path / "page.html", ReportSpec(store, "val", device="cpu"))
     assert Cells(page).tables["The run"][1][:2] == ["both", "combination"]
-    anywhere = replace(combine_heads([load_heads(runs["first"])] * 2), training={})
+    anywhere = replace(load_heads(runs["first"]), training={})
     save_heads(anywhere, tmp_path / "anywhere")
     with pytest.raises(DataError, match="say what to measure on with --split"):
         report_page([tmp_path / "anywhere"], tmp_path / "page.html", ReportSpec(store))
