@@ -57,7 +57,7 @@ def sweep_page(folder: Path, out: Path | None = None, title: str = "") -> Path:
     sweep = _read(folder)
     fitted = (sweep.best / DESCRIPTION).is_file()
     shares, remark = _importance(sweep)
-    costs = replace(ledger_table({"": sweep.best}), title="What the best run has cost") if fitted else None
+    costs = replace(ledger_table({"the best run": sweep.best}), title="What the best run has cost") if fitted else None
     tables = [_trials_table(sweep), shares, _cost_table(sweep), costs if costs and costs.rows else None]
     curves = learning_charts({f"trial {sweep.trials[0].number}": sweep.best}) if fitted else ()
     page = Page(
