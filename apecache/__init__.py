@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from apecache.recipes.recipe import Recipe, load_recipe
     from apecache.recipes.runs import load_run
     from apecache.recipes.trained_encoders import TrainedEncoders, load_encoders
+    from apecache.report.report_page import ReportSpec, report_page
+    from apecache.report.serve import ServeSpec, serve
+    from apecache.report.sweep_page import sweep_page
     from apecache.search import Query, SearchIndex
     from apecache.space import Space, load_space
     from apecache.store.reader import FeatureArray, FeatureStore
@@ -63,10 +66,12 @@ _HOME = {
     "ProbeReport": "evaluate.probe",
     "Query": "search",
     "Recipe": "recipes.recipe",
+    "ReportSpec": "report.report_page",
     "RetrievalReport": "evaluate.retrieval",
     "ScoutReport": "evaluate.scout",
     "ScoutSpec": "evaluate.scout",
     "SearchIndex": "search",
+    "ServeSpec": "report.serve",
     "Space": "space",
     "SplitSpec": "train.batches",
     "SweepReport": "sweeping",
@@ -93,10 +98,13 @@ _HOME = {
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
     "probe": "evaluate.probe",
+    "report_page": "report.report_page",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
     "scout": "evaluate.scout",
+    "serve": "report.serve",
     "sweep": "sweeping",
+    "sweep_page": "report.sweep_page",
     "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
 }
@@ -124,10 +132,12 @@ __all__ = [
     "ProbeReport",
     "Query",
     "Recipe",
+    "ReportSpec",
     "RetrievalReport",
     "ScoutReport",
     "ScoutSpec",
     "SearchIndex",
+    "ServeSpec",
     "Space",
     "SplitSpec",
     "SweepReport",
@@ -154,10 +164,13 @@ __all__ = [
     "parse_encoder",
     "plan_extraction",
     "probe",
+    "report_page",
     "retrieval_report",
     "save_heads",
     "scout",
+    "serve",
     "sweep",
+    "sweep_page",
     "update_index",
     "zero_shot",
 ]

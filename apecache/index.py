@@ -1,6 +1,6 @@
 """A searchable index of embeddings, with the run that made it, so that it can encode queries by itself.
 
-INDEX/index.json                  what is in it, of which run; how each set was built and how well it finds
+INDEX/index.json                  what is in it, of which run; where images lay; how each set was built and finds
 INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
 INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
 INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; of images the hash of their file too
@@ -89,7 +89,7 @@ def update_index(run: Path, store: FeatureStore, out: Path, open_image: OpenImag
     """
     description = read_description(out)
     loaded = load_run(run)
-    _require_head(description, loaded, out, run)
+    require_head(description, loaded, out, run)
     embedded = embed_store(loaded, store, description.get("split"), open_image)
     added, removed = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
 
@@ -142,6 +142,7 @@ def _write(
             "split": split,
             "data": store.digest,
             "kind": kind,
+            "place": store.source.get("root", ""),
             **counts,
             "built": {part: asdict(report) for part, report in reports.items()},
         }
@@ -195,7 +196,8 @@ def _identity(row: Row) -> tuple[str, str]:
     return row["key"], row.get("content", row["caption"])
 
 
-def _require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
+def require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
+    """Raises MismatchError unless the index at `out` was made with the heads of `run`."""
     found, there = str(description.get("head")), loaded.digest
     if found != there:
         raise MismatchError(

@@ -1,6 +1,6 @@
 """Searching an index by words, pictures, keys, and sums and differences of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,17 +39,24 @@ class Hit:
 
 @dataclass(frozen=True)
 class Query:
-    """`like`: words or image files; `keys`: images of the index; `unlike`: words or image files. Results are near to
-    the sum of the first two less the third, each L2-normalised before and the sum again."""
+    """`like`: words or image files; `keys`: images of the index; `images`: pictures in RGB; `unlike`: words or image
+    files. Results are near to the sum of the first three less the last, each L2-normalised before and the sum again.
+    `files`: False where the words are somebody else's: then they are words only, and no file is opened."""
 
     like: Sequence[str] = ()
     unlike: Sequence[str] = ()
     keys: Sequence[str] = ()
+    images: Sequence[Image.Image] = ()
+    files: bool = True
 
     @property
     def modality(self) -> Part:
         """Of pictures alone images; of words, or both, texts."""
-        return "images" if all(image_path(text) for text in (*self.like, *self.unlike)) else "texts"
+        return "images" if all(self.path_of(text) for text in (*self.like, *self.unlike)) else "texts"
+
+    def path_of(self, text: str) -> Path | None:
+        """The image file that a term names; None for words."""
+        return image_path(text) if self.files else None
 
     @property
     def target(self) -> Target:
@@ -121,18 +128,19 @@ class SearchIndex:
 
     def embed(self, query: Query) -> Tensor:
         """float32 [1, dim], L2-normalised, on the CPU. Raises as `find` does."""
-        if not (query.like or query.keys):
+        if not (query.like or query.keys or query.images):
             raise OptionError("the query is empty; give words, an image file or --key")
-        terms = [*(self._embed(text) for text in query.like), *(self._embed_key(key) for key in query.keys)]
-        terms += [-self._embed(text) for text in query.unlike]
+        terms = [self._embed(text, query.path_of(text)) for text in query.like]
+        terms += [self._embed_key(key) for key in query.keys]
+        terms += [self._embed_images([image]).cpu() for image in query.images]
+        terms += [-self._embed(text, query.path_of(text)) for text in query.unlike]
         total = torch.cat(terms).sum(0, keepdim=True)
         if float(total.norm()) < 1e-4:
             raise OptionError("the terms of the query cancel out: what is like and what is unlike are the same")
         return F.normalize(total, dim=1)
 
-    def _embed(self, text: str) -> Tensor:
+    def _embed(self, text: str, path: Path | None) -> Tensor:
         """Words, or an image file. As they come from the head: normalised."""
-        path = image_path(text)
         if path is not None:
             return self._embed_images([self._picture(path)]).cpu()
         if not text.strip():
@@ -147,9 +155,9 @@ class SearchIndex:
             raise DataError(f"query image cannot be read: {error.detail}") from None
 
     def _embed_key(self, key: str) -> Tensor:
-        row = self._row_of_key.get(key)
+        row = self.row_of_key.get(key)
         if row is None:
-            raise DataError(f"{self.path} has no image {key!r}{nearest(key, self._row_of_key)}")
+            raise DataError(f"{self.path} has no image {key!r}{nearest(key, self.row_of_key)}")
         return torch.from_numpy(self._opened("images")[0].vectors(np.array([row])))
 
     def _csls(
@@ -181,8 +189,13 @@ class SearchIndex:
         vectors.tune(self.nprobe, self.ef_search)
         return (vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors), rows
 
+    @property
+    def image_rows(self) -> Sequence[Mapping[str, str]]:
+        """Key and first caption of every image, in the order of the vectors."""
+        return self._opened("images")[1]
+
     @cached_property
-    def _row_of_key(self) -> dict[str, int]:
+    def row_of_key(self) -> dict[str, int]:
         return {row["key"]: i for i, row in enumerate(self._images[1])}
 
     @cached_property

@@ -35,7 +35,7 @@ from apecache.train.loop import Plan, Training
 from apecache.train.population import split_members, train_together
 from apecache.train.run_folder import RECIPE, locked
 
-TRIALS, DESCRIBED, WORK, JOURNAL = "trials.jsonl", "sweep.json", "work", "optuna.journal"
+TRIALS, DESCRIBED, WORK, JOURNAL, COMMAND = "trials.jsonl", "sweep.json", "work", "optuna.journal", "command.txt"
 ETA = 3
 WAVE = 64
 """Trials that are planned at once; the tree-structured sampler plans as many as train together."""
@@ -138,7 +138,9 @@ def sweep(
     run, recipe = out / "best", space.recipe(best.values)
     if not _is_run_of(run, recipe):
         fit_head(store, recipe, run, replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()))
-    return SweepReport(out, run, best, _command(store, best, spec.fit, run), tuple(ranked))
+    command = _command(store, best, spec.fit, run)
+    _replace(out / COMMAND, f"{command}\n")
+    return SweepReport(out, run, best, command, tuple(ranked))
 
 
 def read_trials(out: Path) -> dict[int, Trial]:

@@ -5,7 +5,23 @@ from typing import Annotated
 
 import typer
 
-from . import analyze, demo, evaluate, export_run, extract, fit, lint, plan, recipes, scout, search, store, sweep
+from . import (
+    analyze,
+    demo,
+    evaluate,
+    export_run,
+    extract,
+    fit,
+    lint,
+    plan,
+    recipes,
+    report,
+    scout,
+    search,
+    serve,
+    store,
+    sweep,
+)
 from .terminal import INTERRUPTED, command_line
 
 app = typer.Typer(
@@ -30,6 +46,8 @@ app.command()(evaluate.evaluate)
 app.command()(analyze.analyze)
 app.command()(search.index)
 app.command()(search.search)
+app.command()(report.report)
+app.command()(serve.serve)
 for _command in (store.info, store.verify, store.repair, store.remove, store.export, store.upgrade):
     app.command()(_command)
 app.command()(demo.demo)

@@ -153,6 +153,7 @@ def show_results(results: list[dict[str, Any]]) -> None:
 
 def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path:
     from apecache.data.media import FolderMedia
+    from apecache.evaluate.embeddings import embed_store
     from apecache.heads.checkpoint import load_heads
     from apecache.report.page import Page, Table, write_page
     from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
@@ -160,7 +161,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
     heads, store = load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store")
-    galleries = retrieval_galleries(heads, store, "val", FolderMedia(folder))
+    galleries = retrieval_galleries(embed_store(heads, store, "val"), store, FolderMedia(folder))
     page = Page(
         title="apecache demo",
         subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",

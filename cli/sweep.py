@@ -1,5 +1,6 @@
 """`apecache sweep`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,13 +60,17 @@ def sweep(
         memory = int(memory_gb * 2**30)
         spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, fit)
         report = run(FeatureStore.open(store), loaded, out, spec, show_trial)
+        from apecache.report.sweep_page import sweep_page
+
+        page = sweep_page(out)
         if json:
-            show_json(report)
+            show_json({**asdict(report), "page": page})
             return
         rows = [(t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings)) for t in report.trials]
         columns = ("trial", "state", "epochs", "dev mean recall", "95 %", "recipe", "settings")
         show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
         typer.echo(f"the best again: {report.command}")
+        typer.echo(f"the page with all trials: {page}")
 
 
 def show_trial(trial: Any) -> None:

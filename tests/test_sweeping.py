@@ -52,7 +52,8 @@ def test_the_best_trial_is_an_ordinary_run_that_a_solo_fit_makes_again(store: Fe
     alone = fit_head(store, space.recipe(report.best.values), tmp_path / "alone", CPU)
     assert (tmp_path / "out/best/head.safetensors").read_bytes() == (tmp_path / "alone/head.safetensors").read_bytes()
     assert report.best.recalls == pytest.approx((alone.dev.mean_recall,), abs=1e-9)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best", "sweep.json", "trials.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["best", "command.txt", "sweep.json", "trials.jsonl"]
+    assert (tmp_path / "out/command.txt").read_text() == f"{report.command}\n"
     assert f"--set optimiser.lr={report.best.values['optimiser.lr']}" in report.command
 
 

@@ -65,6 +65,11 @@ class FolderMedia:
             return False
 
 
+def media_at(place: str) -> Media:
+    """A folder that a store or index remembers as `place`; nothing where it is no folder (any more)."""
+    return FolderMedia(Path(place)) if place and Path(place).is_dir() else NoMedia()
+
+
 class Member(NamedTuple):
     """A file inside a tar: the tar's number in `TarMedia.tars`, where its bytes begin, and how many they are."""
 

@@ -60,9 +60,14 @@ class Embeddings:
 
 
 def embed_store(
-    run: Run, store: FeatureStore, split: str | None = None, open_image: OpenImage | None = None
+    run: Run,
+    store: FeatureStore,
+    split: str | None = None,
+    open_image: OpenImage | None = None,
+    among: NDArray[np.bool_] | None = None,
 ) -> Embeddings:
-    """Every image and usable caption that belong together; of one split, or of all.
+    """Every image and usable caption that belong together; of one split, or of all. `among` [n_images]: only these
+    images, for a dev split that has no name.
 
     A frozen side is read from the store's features; a tower that was trained runs from the captions, or from images
     that `open_image` reads.
@@ -72,7 +77,7 @@ def embed_store(
         image that cannot be read. OptionError: images are needed. IncompleteError, DamagedError: the store.
     """
     pairs = store.pairs
-    keep = _usable(run.image, store, "image") & _split_mask(store, split)
+    keep = _usable(run.image, store, "image") & (_split_mask(store, split) if among is None else among)
     texts = np.flatnonzero(_usable(run.text, store, "text") & keep[pairs.image_rows])
     images = np.unique(pairs.image_rows[texts])
     if not len(images):

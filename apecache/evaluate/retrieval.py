@@ -5,9 +5,10 @@ own for images. A wrong candidate that scores as high as the right one counts as
 have collapsed to one point score zero and not one hundred.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ class RetrievalReport:
     n_texts: int
     chance_image_to_text: dict[int, float]
     chance_text_to_image: dict[int, float]
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "RetrievalReport":
+        """What `asdict` made of it, after JSON, whose keys are strings. Raises KeyError, TypeError or ValueError."""
+        tables = {
+            name: {int(k): float(recall) for k, recall in value[name].items()}
+            for name in ("image_to_text", "text_to_image", "chance_image_to_text", "chance_text_to_image")
+        }
+        return RetrievalReport(n_images=int(value["n_images"]), n_texts=int(value["n_texts"]), **tables)
 
     @property
     def mean_recall(self) -> float:

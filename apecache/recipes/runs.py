@@ -1,7 +1,7 @@
 """A finished run of either trainer: what evaluation, index and report take, without asking which it is."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +34,42 @@ def load_run(
     Raises:
         RunError, EncoderError, MismatchError: as `load_heads` and `load_encoders` do.
     """
-    if _is_encoder_run(folder):
+    if is_encoder_run(folder):
         return load_encoders(folder, device, image, text)
     return load_heads(folder, parse_device(device))
 
 
 def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:
     """The encoder that a run names, which is not opened. Raises RunError if there is no run."""
-    if not _is_encoder_run(folder):
+    if not is_encoder_run(folder):
         return spec_from_json(getattr(load_heads(folder), side).encoder)
     return spec_from_json(trained_encoders.read_description(folder)[side]["encoder"])
 
 
+def recorded_training(folder: Path) -> Mapping[str, Any]:
+    """What a run says of its own training: recipe, seed, splits, data, dev, counts; a combination says nothing.
+    Encoders are not opened. Raises RunError if there is no finished run."""
+    if is_encoder_run(folder):
+        return trained_encoders.read_description(folder)
+    return load_heads(folder).training
+
+
+def is_encoder_run(folder: Path) -> bool:
+    """Whether towers trained: a finished run of fit-encoder."""
+    return (folder / trained_encoders.DESCRIPTION).is_file()
+
+
 def require_head_run(folder: Path, what: str) -> None:
     """Raises RunError for a run whose towers trained; `what` cannot serve one."""
-    if _is_encoder_run(folder):
+    if is_encoder_run(folder):
         raise RunError(f"{folder} is a run of fit-encoder; {what} takes runs of fit-head only")
 
 
 def copy_run(folder: Path, out: Path) -> None:
     """Weights and description of a finished run into another folder, in that order."""
-    module = trained_encoders if _is_encoder_run(folder) else checkpoint
+    module = trained_encoders if is_encoder_run(folder) else checkpoint
     for name in (module.WEIGHTS, module.DESCRIPTION):
         shutil.copyfile(folder / name, out / name)
-
-
-def _is_encoder_run(folder: Path) -> bool:
-    return (folder / trained_encoders.DESCRIPTION).is_file()
 
 
 def image_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:

@@ -91,13 +91,18 @@ def thumbnail(image: Image.Image, side: int = 160) -> str:
     Raises:
         ValueError: `side` is below 1.
     """
+    return IMAGE_PREFIX + base64.b64encode(small_jpeg(image, side)).decode("ascii")
+
+
+def small_jpeg(image: Image.Image, side: int = 160) -> bytes:
+    """The bytes that `thumbnail` wraps."""
     if side < 1:
         raise ValueError(f"side must be at least 1 pixel, got {side}")
     small = _on_white(ImageOps.exif_transpose(image))
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return IMAGE_PREFIX + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def _on_white(image: Image.Image) -> Image.Image:

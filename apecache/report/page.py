@@ -16,7 +16,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from apecache.report.axes import ticks
 from apecache.report.gallery import Gallery
+from apecache.report.parallel import Parallel, draw
 
 Cell = str | float | int | None
 Point = tuple[float, float]
@@ -90,6 +92,7 @@ class Page:
         subtitle: a line below it, left out when empty.
         commands: command lines that reproduce the result, shown verbatim.
         tables: result tables.
+        parallels: settings and scores of a sweep's trials.
         charts: learning curves and the like.
         galleries: retrieval examples.
         notes: closing remarks, one paragraph each.
@@ -99,6 +102,7 @@ class Page:
     subtitle: str = ""
     commands: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
+    parallels: tuple[Parallel, ...] = ()
     charts: tuple[Chart, ...] = ()
     galleries: tuple[Gallery, ...] = ()
     notes: tuple[str, ...] = ()
@@ -106,7 +110,7 @@ class Page:
 
 def render_page(page: Page) -> str:
     """Return the page as an HTML document that encodes to UTF-8 without error."""
-    return _environment().get_template("page.html").render(page=page)
+    return environment().get_template("page.html").render(page=page)
 
 
 def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
@@ -127,8 +131,9 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates, with autoescape; whatever is shown goes through here."""
+    templates = Environment(
         loader=PackageLoader("apecache.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -136,8 +141,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(cell=_cell, numeric_columns=_numeric_columns, plot=_plot)
-    return environment
+    templates.filters.update(cell=_cell, numeric_columns=_numeric_columns, plot=_plot, parallel=draw)
+    return templates
 
 
 # Control characters but tab and line ends, lone surrogates (which UTF-8 cannot encode) and non-characters.
@@ -154,8 +159,10 @@ def _printable(value: object) -> object:
 def _cell(value: Cell, decimals: int) -> str:
     if value is None:
         return "\u2013"
-    if isinstance(value, str | int):
+    if isinstance(value, str | bool):
         return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     if math.isfinite(value) and abs(value) >= 1e15:
         return f"{value:.{decimals}e}"
     # Adding zero turns the -0.0 that rounding may leave into 0.0.
@@ -264,21 +271,6 @@ def _extent(values: Sequence[float]) -> Point:
         return low, high
     pad = size / 2 if size > _SMALLEST else 1.0
     return low - pad, high + pad
-
-
-def ticks(low: float, high: float, whole: bool = False) -> tuple[float, ...]:
-    """Return at most eight evenly spaced round values that enclose low…high.
-
-    The step is 1, 2 or 5 times a power of ten, and at least 1 where `whole` asks for integers.
-    """
-    rough = (high - low) / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1.0, step)
-    # Without the tolerance, 0.3 / 0.05 or 0.6 / 0.1 could add an empty interval.
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return tuple(index * step for index in range(first, max(last, first + 1) + 1))
 
 
 def _labels(values: Iterable[float]) -> list[str]:

@@ -2,26 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.media import Media
-from apecache.errors import RowError
-from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.errors import RowError, RunError, one_line
+from apecache.evaluate.embeddings import Embeddings
 from apecache.evaluate.retrieval import text_to_image_ranks
-from apecache.recipes.runs import Run
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
 from apecache.report.page import Chart, Curve, Table
 from apecache.store.reader import FeatureStore
 from apecache.train.ledger import load_ledger
-from apecache.train.run_folder import read_history
+from apecache.train.run_folder import HISTORY, read_history
 
 
-def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:
-    """Training loss, and mean recall on the dev split (epoch 0: untrained), by run name."""
-    histories = {name: list(read_history(path)) for name, path in runs.items()}
+def learning_charts(runs: Mapping[str, Path], marker: float | None = None) -> tuple[Chart, Chart]:
+    """Training loss, and mean recall on the dev split (epoch 0: untrained), by run name. `marker`: the chosen epoch."""
+    histories = {name: _history(path) for name, path in runs.items()}
     losses = tuple(
         Curve(name, tuple((line["epoch"], line["loss"]) for line in lines if line["loss"] is not None))
         for name, lines in histories.items()
@@ -31,9 +31,17 @@ def learning_charts(runs: Mapping[str, Path]) -> tuple[Chart, Chart]:
         for name, lines in histories.items()
     )
     return (
-        Chart("Training loss", "epoch", "InfoNCE", losses),
-        Chart("Dev split: mean of R@1, 5, 10, both ways", "epoch", "recall, %", recalls),
+        Chart("Training loss", "epoch", "loss", losses, marker, "chosen"),
+        Chart("Dev split: mean of R@1, 5, 10, both ways", "epoch", "recall, %", recalls, marker, "chosen"),
     )
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """Nothing of a run that has none: a combination."""
+    try:
+        return list(read_history(run)) if (run / HISTORY).is_file() else []
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run / HISTORY} is damaged ({one_line(error)}); train again") from None
 
 
 def ledger_table(runs: Mapping[str, Path]) -> Table:
@@ -46,19 +54,22 @@ def ledger_table(runs: Mapping[str, Path]) -> Table:
 
 
 def retrieval_galleries(
-    run: Run, store: FeatureStore, split: str, media: Media, n_items: int = 6, top: int = 5
-) -> tuple[Gallery, Gallery]:
-    """Captions that find their image first, and captions that miss it in the top 10, evenly spread over the split."""
-    embedded = embed_store(run, store, split, lambda key: load_image(key, media).image)
+    embedded: Embeddings, store: FeatureStore, media: Media, n_items: int = 6, top: int = 5, seed: int = 0
+) -> tuple[Gallery, ...]:
+    """Captions that miss their image in the first ten, the worst first; captions drawn at random; captions that find
+    it first, evenly spread. A gallery without items is left out."""
     ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text)
+    worst = ranks.argsort(descending=True, stable=True)[: int((ranks >= 10).sum())].tolist()
+    drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed)).tolist()
     hits = spread(torch.nonzero(ranks == 0).flatten().tolist(), n_items)
-    misses = spread(torch.nonzero(ranks >= 10).flatten().tolist(), n_items)
     make = _ItemMaker(embedded, store, media, ranks, top)
-    return (
-        Gallery("Found", "Captions whose image came first.", tuple(make.item(text) for text in hits)),
-        Gallery(
-            "Missed", "Captions whose image is not among the first ten.", tuple(make.item(text) for text in misses)
-        ),
+    chosen = (
+        ("Worst misses", "Captions whose image ranks last; none is among the first ten.", worst[:n_items]),
+        ("Drawn at random", "Captions of all kinds, by a fixed seed.", drawn[:n_items]),
+        ("Found", "Captions whose image came first, evenly spread.", hits),
+    )
+    return tuple(
+        Gallery(title, note, tuple(make.item(text) for text in texts)) for title, note, texts in chosen if texts
     )
 
 
@@ -72,6 +83,7 @@ class _ItemMaker:
         self.embedded, self.pairs, self.media, self.ranks, self.top = embedded, store.pairs, media, ranks, top
         texts = embedded.text_rows[::-1]  # so that an image's first usable caption stays
         self.captions = {int(self.pairs.image_rows[text]): int(text) for text in texts}
+        self.pictures: dict[int, str | None] = {}
 
     def item(self, text: int) -> Hit:
         scores = self.embedded.image @ self.embedded.text[text]
@@ -84,8 +96,13 @@ class _ItemMaker:
 
     def _result(self, image: int, score: float, correct: bool) -> Result:
         row = int(self.embedded.image_rows[image])
-        try:
-            picture = thumbnail(load_image(str(self.pairs.keys[row]), self.media).image)
-        except RowError:
-            picture = None
-        return Result(picture, str(self.pairs.captions[self.captions[row]]), score, correct)
+        return Result(self._picture(row), str(self.pairs.captions[self.captions[row]]), score, correct)
+
+    def _picture(self, row: int) -> str | None:
+        """None where the image cannot be read."""
+        if row not in self.pictures:
+            try:
+                self.pictures[row] = thumbnail(load_image(str(self.pairs.keys[row]), self.media).image)
+            except RowError:
+                self.pictures[row] = None
+        return self.pictures[row]

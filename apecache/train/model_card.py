@@ -80,14 +80,14 @@ def literal(text: str) -> str:
 
 def _encoder(side: TrainedSide) -> list[Row]:
     return [
-        ("encoder", _public_name(spec_from_json(side.encoder)) if side.encoder else UNKNOWN),
+        ("encoder", public_name(spec_from_json(side.encoder)) if side.encoder else UNKNOWN),
         ("fingerprint", side.fingerprint.digest),
         ("width", str(side.head.in_dim)),
         ("head", side.head.spec.kind),
     ]
 
 
-def _public_name(spec: EncoderSpec) -> str:
+def public_name(spec: EncoderSpec) -> str:
     """A local folder by its last part."""
     return str(replace(spec, name=spec.folder.resolve().name) if spec.folder else spec)
 

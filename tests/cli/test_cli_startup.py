@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 COMMANDS = (
     "extract", "scout", "info", "plan", "fit-head", "fit-encoder", "sweep", "lint",
-    "evaluate", "index", "search", "demo",
+    "evaluate", "index", "search", "report", "serve", "demo",
 )  # fmt: skip
 runner = CliRunner()
 
@@ -27,7 +27,8 @@ from apecache_cli.app import app
 result = CliRunner().invoke(app, ["--help"])
 assert result.exit_code == 0, result.output
 print(result.output)
-print("HEAVY", [m for m in ("torch", "transformers", "timm", "zarr", "numpy", "faiss", "pydantic") if m in sys.modules])
+heavy = ("torch", "transformers", "timm", "zarr", "numpy", "faiss", "pydantic", "starlette", "uvicorn")
+print("HEAVY", [m for m in heavy if m in sys.modules])
 """
     output = run_python(code)
     assert "HEAVY []" in output

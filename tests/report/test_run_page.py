@@ -100,25 +100,36 @@ def text_of(hit: Hit, store: FeatureStore, embedded: Embeddings) -> int:
     return captions.index(hit.query_text)
 
 
-def test_found_captions_rank_first_and_missed_ones_not_in_the_first_ten(
-    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
+def test_the_worst_misses_come_first_then_a_draw_then_what_was_found(
+    store: FeatureStore, table: Path, embedded: Embeddings
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=100)
+    missed, drawn, found = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=100)
     ranks = [rank_by_definition(embedded, text) for text in range(len(embedded.text))]
-    for gallery, wanted in ((found, [r == 1 for r in ranks]), (missed, [r > 10 for r in ranks])):
-        texts = [text_of(hit, store, embedded) for hit in gallery.items]
-        assert texts == [text for text, is_wanted in enumerate(wanted) if is_wanted]
+    shown = [[text_of(hit, store, embedded) for hit in gallery.items] for gallery in (missed, drawn, found)]
+    assert sorted(shown[0]) == [text for text, rank in enumerate(ranks) if rank > 10]
+    assert [ranks[text] for text in shown[0]] == sorted((ranks[text] for text in shown[0]), reverse=True)
+    assert sorted(shown[1]) == list(range(len(ranks)))
+    assert shown[2] == [text for text, rank in enumerate(ranks) if rank == 1]
+    for gallery, texts in zip((missed, drawn, found), shown, strict=True):
         assert [hit.rank for hit in gallery.items] == [ranks[text] for text in texts]
-    assert found.items
     assert missed.items
     assert all(hit.found for hit in found.items)
     assert not any(hit.found for hit in missed.items)
 
 
+def test_the_draw_is_by_its_seed(store: FeatureStore, embedded: Embeddings, tmp_path: Path) -> None:
+    def drawn(seed: int) -> list[str | None]:
+        galleries = retrieval_galleries(embedded, store, FolderMedia(tmp_path), n_items=5, seed=seed)
+        return [hit.query_text for hit in galleries[1].items]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert len(set(drawn(0))) == 5
+
+
 def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
-    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
+    store: FeatureStore, table: Path, embedded: Embeddings
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=3, top=4)
+    missed, _, found = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=3, top=4)
     pairs = store.pairs
     for hit in (*found.items, *missed.items):
         text = text_of(hit, store, embedded)
@@ -131,8 +142,8 @@ def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
             assert result.correct is (row == int(embedded.image_of_text[text]))
 
 
-def test_pictures_are_those_of_the_images_found(heads: TrainedHeads, store: FeatureStore, table: Path) -> None:
-    found, _ = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=1, top=1)
+def test_pictures_are_those_of_the_images_found(embedded: Embeddings, store: FeatureStore, table: Path) -> None:
+    *_, found = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=1, top=1)
     (result,) = found.items[0].results
     assert result.image is not None
     shown = decode(result.image)
@@ -146,10 +157,8 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix(IMAGE_PREFIX)))).convert("RGB")
 
 
-def test_an_image_is_named_by_its_first_usable_caption(
-    heads: TrainedHeads, store: FeatureStore, table: Path, embedded: Embeddings
-) -> None:
-    found, _ = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=1, top=100)
+def test_an_image_is_named_by_its_first_usable_caption(store: FeatureStore, table: Path, embedded: Embeddings) -> None:
+    *_, found = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=1, top=100)
     everything = found.items[0].results
     named = {result.text for result in everything}
     assert "the blue-circle-0" in named
@@ -158,25 +167,25 @@ def test_an_image_is_named_by_its_first_usable_caption(
 
 
 def test_a_picture_that_is_gone_leaves_its_place_empty(
-    heads: TrainedHeads, store: FeatureStore, tmp_path: Path
+    embedded: Embeddings, store: FeatureStore, tmp_path: Path
 ) -> None:
-    found, missed = retrieval_galleries(heads, store, "val", FolderMedia(tmp_path))
-    assert {result.image for hit in (*found.items, *missed.items) for result in hit.results} == {None}
+    galleries = retrieval_galleries(embedded, store, FolderMedia(tmp_path))
+    assert {result.image for each in galleries for hit in each.items for result in hit.results} == {None}
 
 
 @pytest.mark.parametrize(("n_items", "top"), [(1, 1), (2, 3), (6, 100)])
 def test_a_gallery_has_at_most_as_many_items_and_results_as_asked_for(
-    n_items: int, top: int, heads: TrainedHeads, store: FeatureStore, table: Path
+    n_items: int, top: int, embedded: Embeddings, store: FeatureStore, table: Path
 ) -> None:
-    for gallery in retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items, top):
+    for gallery in retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items, top):
         assert 1 <= len(gallery.items) <= n_items
         assert {len(hit.results) for hit in gallery.items} == {min(top, 24)}
 
 
 def test_charts_and_galleries_make_a_page(
-    tiny_run: Path, heads: TrainedHeads, store: FeatureStore, table: Path, parse: Callable[[Page], Any]
+    tiny_run: Path, embedded: Embeddings, store: FeatureStore, table: Path, parse: Callable[[Page], Any]
 ) -> None:
-    galleries = retrieval_galleries(heads, store, "val", FolderMedia(table.parent), n_items=2, top=2)
+    galleries = retrieval_galleries(embedded, store, FolderMedia(table.parent), n_items=2, top=2)
     page = Page("A run", "what it is", charts=learning_charts({"run": tiny_run}), galleries=galleries)
     document = parse(page)
     n_pictures = sum(len(hit.results) for gallery in galleries for hit in gallery.items)

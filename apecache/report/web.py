@@ -1,0 +1,149 @@
+"""The search page over HTTP. The only module that knows Starlette.
+
+Every answer forbids scripts, foreign contents, framing and guessing of types. A request must name a host that is ours:
+a page of another site whose name suddenly leads to this machine (DNS rebinding) is refused.
+"""
+
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import urlencode
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from apecache.report.page import environment
+from apecache.report.search_page import Asked, PageError, SearchPage, parse
+
+MOST_BYTES = 32 * 2**20
+"""Of a request: an image and a few fields."""
+FIELDS = 32
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False) -> ASGIApp:
+    """The application. `names`: hosts, beside addresses of this machine, by which it may be called; `remote`: any
+    address, for a server that others reach."""
+
+    async def home(request: Request) -> Response:
+        fields = {name: request.query_params.getlist(name) for name in request.query_params}
+        if not fields:
+            return HTMLResponse(page.render(Asked()))
+        return await _answered(page, fields, b"")
+
+    async def search(request: Request) -> Response:
+        async with request.form(max_files=1, max_fields=FIELDS) as form:
+            sent = form.get("image")
+            picture = await sent.read() if isinstance(sent, UploadFile) else b""
+            fields = {name: [v for v in form.getlist(name) if isinstance(v, str)] for name in form}
+        if not picture:  # an address that can be kept and gone back to
+            kept = [(name, value) for name, values in fields.items() for value in values if value or name == "q"]
+            return RedirectResponse(f"/?{urlencode(kept)}", 303)
+        return await _answered(page, fields, picture)
+
+    async def picture(request: Request) -> Response:
+        data = await run_in_threadpool(page.jpeg, request.path_params["row"])
+        return Response(data, media_type="image/jpeg")
+
+    async def style(_: Request) -> Response:
+        return Response(stylesheet(), media_type="text/css")
+
+    def failed(_: Request, error: Exception) -> Response:
+        status, message = 500, "Something went wrong here; the terminal of apecache serve says what."
+        if isinstance(error, PageError):
+            status, message = error.status, error.message
+        elif isinstance(error, HTTPException):
+            status, message = error.status_code, f"{error.detail}."
+        return HTMLResponse(page.render(Asked(), None, message), status)
+
+    routes = [
+        Route("/", home, methods=["GET"]),
+        Route("/search", search, methods=["POST"], max_body_size=MOST_BYTES),
+        Route("/image/{row:int}", picture, methods=["GET"]),
+        Route("/style.css", style, methods=["GET"]),
+    ]
+    handlers = {PageError: failed, HTTPException: failed, Exception: failed}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), names, remote)
+
+
+async def _answered(page: SearchPage, fields: dict[str, list[str]], picture: bytes) -> Response:
+    status, text = await run_in_threadpool(lambda: page.answer(parse(fields, picture)))
+    return HTMLResponse(text, status)
+
+
+def stylesheet() -> str:
+    return environment().get_template("search.css").render()
+
+
+class Guard:
+    """Before everything else: whose request it is, and how large; after everything else: the headers."""
+
+    def __init__(self, app: ASGIApp, names: Iterable[str], remote: bool) -> None:
+        self.app, self.remote = app, remote
+        self.names = {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        problem = self._problem(scope["method"], Headers(scope=scope))
+        if problem is None:
+            await self.app(scope, receive, with_headers)
+            return
+        if problem[0] == 413:
+            await _drain(receive)
+        headers = {"Connection": "close"}
+        await Response(problem[1], problem[0], headers, "text/plain")(scope, receive, with_headers)
+
+    def _problem(self, method: str, headers: Headers) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if not self.allows(host):
+            return 421, "This address does not belong to this server; use the one that apecache serve has printed."
+        origin = headers.get("origin")
+        if method not in ("GET", "HEAD") and origin is not None and origin != f"http://{host}":
+            return 403, "The form was sent from another site."
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or int(length) > MOST_BYTES:
+            return 413, f"The image is too large: {MOST_BYTES // 2**20} MB at most."
+        return None
+
+    def allows(self, host: str) -> bool:
+        """Whether a Host header names this machine: an address (those of this machine, or any where the server is for
+        others too), or a name that is ours."""
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        if name.lower() in self.names:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return self.remote or address.is_loopback
+
+
+async def _drain(receive: Receive) -> None:
+    """Take what is still sent, within bounds: a browser that cannot finish sending shows no answer."""
+    taken = 0
+    while taken < 4 * MOST_BYTES:
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return

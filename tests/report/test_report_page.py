@@ -1,0 +1,231 @@
+"""The page of one run or several: its figures are those of the training, its settings those that differ."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from apecache_cli.app import app
+from scipy.stats import t as student
+from typer.testing import CliRunner
+
+from apecache.errors import DataError, MismatchError, OptionError, RunError
+from apecache.evaluate.retrieval import RetrievalReport
+from apecache.heads.checkpoint import load_heads, save_heads
+from apecache.heads.combine import combine_heads
+from apecache.recipes.recipe import load_recipe
+from apecache.report.records import mean_interval, named_paths, read_records, seeds_table, settings_table
+from apecache.report.report_page import ReportSpec, dev_images, report_page
+from apecache.store.reader import FeatureStore
+from apecache.train.batches import SplitSpec
+from apecache.train.fit_head import FitSpec, fit_head
+
+runner = CliRunner()
+SMALL = ["image.dim=16", "text.dim=16", "schedule.epochs=2", "schedule.batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store: Path) -> FeatureStore:
+    return FeatureStore.open(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two seeds of one recipe, and another learning rate."""
+    folder = tmp_path_factory.mktemp("several")
+    for name, more, seed in (("first", [], 0), ("second", [], 1), ("faster", ["optimiser.lr=0.01"], 0)):
+        recipe, spec = load_recipe("projection", [*SMALL, *more]), FitSpec(splits=SplitSpec(dev="val"), seed=seed)
+        fit_head(store, recipe, folder / name, spec)
+    return {name: folder / name for name in ("first", "second", "faster")}
+
+
+class Cells(HTMLParser):
+    """The tables of a page as lists of rows of texts, by their heading."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self._heading, self._in, self._text = "", "", ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag in ("h2", "th", "td"):
+            self._in, self._text = tag, ""
+        if tag == "tr":
+            self.tables.setdefault(self._heading, []).append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "h2":
+            self._heading = self._text.strip()
+        if tag in ("th", "td"):
+            self.tables[self._heading][-1].append(self._text.strip().replace("\u00a0", " "))
+
+    def handle_data(self, data: str) -> None:
+        self._text += data
+
+
+def flat(report: RetrievalReport) -> list[str]:
+    return [f"{value:.1f}" for value in (*report.image_to_text.values(), *report.text_to_image.values())]
+
+
+def test_without_a_store_figures_are_those_that_training_chose_by(runs: dict[str, Path], tmp_path: Path) -> None:
+    page = Cells(report_page([runs["first"]], tmp_path / "page.html"))
+    dev = RetrievalReport.from_json(load_heads(runs["first"]).training["dev"])
+    table = page.tables["Retrieval, dev split"]
+    assert table[1] == ["first", *flat(dev), f"{dev.mean_recall:.1f}", "4", "8"]
+    assert table[2][:1] == ["chance"]
+    assert table[2][4] == "25.0"
+    assert page.tables["The run"][1][:4] == ["first", "projection", "heads", "0"]
+    assert "How sure that is" not in page.tables
+
+
+@pytest.mark.parametrize("splits", [SplitSpec(dev="val"), SplitSpec(dev_images=2, seed=3)])
+def test_measured_again_on_its_own_dev_images_a_run_has_the_same_figures(
+    splits: SplitSpec, write_store: Any, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    image, text = (rng.standard_normal((n, 12)).astype(np.float32) for n in (30, 60))
+    marks = ["val"] * 6 + ["train"] * 24
+    store = write_store(tmp_path / "store", image, text, [i // 2 for i in range(60)], marks)
+    fit_head(store, load_recipe("projection", SMALL), tmp_path / "run", FitSpec(splits=splits, device="cpu"))
+    (record,) = read_records([tmp_path / "run"])
+    assert int(dev_images(record, store).sum()) == (6 if splits.dev else 2)
+    told, measured = (
+        Cells(report_page([tmp_path / "run"], tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
+        for given in (None, store)
+    )
+    assert measured["Retrieval, dev split"] == told["Retrieval, dev split"]
+    assert len(measured["How sure that is"]) == 2
+
+
+def test_a_page_with_a_store_shows_pictures_worst_first(
+    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+) -> None:
+    page = report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, n_items=2, device="cpu"))
+    source = page.read_text(encoding="utf-8")
+    assert source.index("Drawn at random") < source.index("Found") if "<h2>Found" in source else True
+    assert source.count("data:image/jpeg;base64,") >= 4
+    assert "<script" not in source
+    assert "default-src 'none'" in source
+
+
+def test_another_split_is_measured_only_when_asked_for(
+    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+) -> None:
+    page = report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, "train", device="cpu"))
+    assert Cells(page).tables["Retrieval, split train"][1][-2:] == ["8", "16"]
+    assert "no measure of generalisation" in page.read_text(encoding="utf-8")
+
+
+def test_several_runs_are_compared(runs: dict[str, Path], tmp_path: Path) -> None:
+    tables = Cells(report_page(list(runs.values()), tmp_path / "page.html")).tables
+    assert [row[0] for row in tables["Runs"][1:]] == list(runs)
+    assert tables["Settings that differ"][0] == ["setting", *runs]
+    assert [row[0] for row in tables["Settings that differ"][1:]] == ["optimiser.lr"]
+    assert tables["Settings that differ"][1][1:] == ["0.002", "0.002", "0.01"]
+    (_, seeds) = tables["Seeds of one recipe"]
+    assert seeds[:2] == ["projection: first, second", "2"]
+    values = [r.dev.mean_recall for r in read_records([runs["first"], runs["second"]]) if r.dev]
+    assert seeds[-1].startswith(f"{np.mean(values):.1f} (")
+    assert tables["What it has cost"][0] == ["", *runs]
+
+
+def test_runs_of_other_settings_or_one_seed_are_no_group(runs: dict[str, Path]) -> None:
+    records = read_records([runs["first"], runs["faster"]])
+    assert seeds_table(records, {r.name: r.dev for r in records if r.dev}) is None
+    assert settings_table(read_records([runs["first"], runs["second"]])) is None
+
+
+def test_the_interval_is_students() -> None:
+    values = [50.0, 52.0, 57.0]
+    low, high = student.interval(0.95, 2, np.mean(values), np.std(values, ddof=1) / 3**0.5)
+    assert mean_interval(values) == pytest.approx((53.0, low, high))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/run", "b/run"], ["a/run", "b/run"]),
+        (["a/run-0", "b/run-1"], ["run-0", "run-1"]),
+        (["x/a/run", "y/a/run", "y/b/run"], ["x/a/run", "y/a/run", "b/run"]),
+        (["run", "prun"], ["run", "prun"]),
+    ],
+)
+def test_runs_are_named_by_as_little_of_their_path_as_tells_them_apart(paths: list[str], names: list[str]) -> None:
+    assert list(named_paths([Path(path) for path in paths])) == names
+
+
+def test_a_combination_is_measured_on_a_split(runs: dict[str, Path], store: FeatureStore, tmp_path: Path) -> None:
+    save_heads(combine_heads([load_heads(runs["first"]), load_heads(runs["faster"])]), tmp_path / "both")
+    with pytest.raises(DataError, match="says nothing of a dev split"):
+        report_page([tmp_path / "both"], tmp_path / "page.html")
+    page = report_page([tmp_path / "both"], tmp_path / "page.html", ReportSpec(store, "val", device="cpu"))
+    assert Cells(page).tables["The run"][1][:2] == ["both", "combination"]
+    anywhere = replace(load_heads(runs["first"]), training={})
+    save_heads(anywhere, tmp_path / "anywhere")
+    with pytest.raises(DataError, match="say what to measure on with --split"):
+        report_page([tmp_path / "anywhere"], tmp_path / "page.html", ReportSpec(store))
+
+
+def _broken(run: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    for name, change in (
+        ("dev", {"dev": {"image_to_text": 3}}),
+        ("seconds", {"seconds": [1]}),
+        ("splits", {"splits": 7}),
+    ):
+        copy = shutil.copytree(run, folder / name)
+        value = json.loads((copy / "head.json").read_text())
+        value["training"] |= change
+        (copy / "head.json").write_text(json.dumps(value))
+        yield copy, "does not say how it was trained"
+    copy = shutil.copytree(run, folder / "history")
+    (copy / "history.jsonl").write_text("{\n")
+    yield copy, "history.jsonl is damaged"
+
+
+def test_what_cannot_be_reported_is_refused_by_name(
+    runs: dict[str, Path], store: FeatureStore, write_store: Any, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    for run, words in _broken(runs["first"], tmp_path):
+        with pytest.raises(RunError, match=words):
+            report_page([run], page)
+    with pytest.raises(RunError, match="no finished run"):
+        report_page([tmp_path], page)
+    with pytest.raises(OptionError, match="given twice"):
+        report_page([runs["first"], runs["first"].parent / "." / "first"], page)
+    features = np.ones((12, 4), np.float32), np.ones((12, 4), np.float32)
+    other = write_store(tmp_path / "other", *features, list(range(12)), ["train"] * 12)
+    with pytest.raises(DataError, match="trained on another table"):
+        report_page([runs["first"]], page, ReportSpec(other))
+    with pytest.raises(MismatchError, match="not of the encoder"):
+        report_page([runs["first"]], page, ReportSpec(other, "train"))
+    assert not page.exists()
+
+
+def test_the_command_writes_beside_the_run_or_where_it_is_told(
+    runs: dict[str, Path], tiny_store: Path, tmp_path: Path
+) -> None:
+    done = runner.invoke(app, ["report", str(runs["first"]), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["page"] == str(runs["first"].parent / "first-report.html")
+    names = [str(path) for path in runs.values()]
+    out = tmp_path / "all.html"
+    done = runner.invoke(
+        app, ["report", *names, "--store", str(tiny_store), "--out", str(out), "--title", "<b>mine</b>"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "&lt;b&gt;mine&lt;/b&gt;" in out.read_text(encoding="utf-8")
+    for arguments, words in (
+        (names, "--out is missing"),
+        ([names[0], "--split", "val"], "give --store too"),
+        ([names[0], "--out", str(tmp_path / "no" / "page.html")], "a folder that exists"),
+        ([names[0], "--store", str(tiny_store), "--root", str(tmp_path / "nowhere")], "is no folder"),
+    ):
+        wrong = runner.invoke(app, ["report", *arguments])
+        assert (wrong.exit_code, words in wrong.output) == (2, True), wrong.output
