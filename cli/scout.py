@@ -64,9 +64,9 @@ def scout(
         if report.n_unreadable:
             warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
         if heat_map:
-            from apecache.report.heatmap import render_heat_maps
+            from apecache.report.heatmap import render_heat_maps, scout_maps
 
-            heat_map.write_text(render_heat_maps(heat_maps(report)), encoding="utf-8")
+            heat_map.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
         if json:
             rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
             show_json({**vars(report), "rows": rows})
@@ -78,22 +78,6 @@ def show_progress(encoder: str, done: int, total: int) -> None:
     """A line for each encoder that is done; samples are small."""
     if done == total:
         typer.echo(f"{encoder}: {done:,} encoded", err=True)
-
-
-def heat_maps(report: Any) -> list[Any]:
-    """One map for each measure: image encoders down, text encoders across."""
-    from apecache.report.heatmap import HeatMap
-
-    found = {(row.image, row.text): row.likeness for row in report.rows}
-    images, texts = (sorted({pair[side] for pair in found}) for side in (0, 1))
-    return [
-        HeatMap(title, images, texts, [[getattr(found[i, t], name) for t in texts] for i in images], digits)
-        for title, name, digits in (
-            ("R@1 of a ridge regression, mean of both ways, %", "recall_at_1", 1),
-            ("Linear CKA", "cka", 3),
-            ("Mutual nearest neighbours, k = 10", "mutual_knn", 3),
-        )
-    ]
 
 
 def show_report(report: Any) -> None:

@@ -10,11 +10,9 @@ from torch import Tensor
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import OptionError
 from apecache.evaluate.labelled import LabelledSpec, labelled_images
+from apecache.evaluate.prompts import TEMPLATES
 from apecache.extraction import Progress
 from apecache.recipes.runs import Embed, Run, text_embedder
-
-TEMPLATES = ("a photo of {}",)
-"""LilT's single prompt."""
 
 
 @dataclass(frozen=True)
