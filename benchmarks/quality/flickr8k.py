@@ -77,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "--multilingual", type=Path, help="more captions of --pairs' images: image, caption, lang, kind"
     )
     parser.add_argument("--multilingual-text", help="text encoder of many languages; learns --pairs' captions only")
+    parser.add_argument("--multilingual-seeds", type=int, default=1)
     parser.add_argument("--labels", type=Path, help="labelled images for zero-shot classification and probes")
     parser.add_argument("--labels-split", default="test")
     parser.add_argument("--probe-train-split", default="val")
@@ -192,7 +193,7 @@ def language_rows(options: argparse.Namespace, source: PairSource, image: Encode
     """Val in every language, by heads that have seen English captions only: means over seeds."""
     text = parse_encoder(options.multilingual_text, "text")
     english = extracted(source, options.work / "store", image, text)
-    runs = [fitted(options, english, image, text, seed) for seed in range(options.seeds)]
+    runs = [fitted(options, english, image, text, seed) for seed in range(options.multilingual_seeds)]
     store = extracted(many_languages(options.multilingual, source), options.work / "languages", image, text)
     found = []
     for run in runs:
