@@ -6,21 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from .extract import CUT, encoder_specs
-from .inputs import (
-    SOURCE,
-    CaptionColumn,
-    ImageColumn,
-    Root,
-    SplitColumn,
-    SplitFile,
-    SplitFraction,
-    SplitSeed,
-    open_spec,
-)
+from .inputs import SOURCE, Opening, takes_source
 from .terminal import Device, Json, ending, show_json, show_table, warn
 
 
+@takes_source
 def scout(
+    opening: Opening,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     image: Annotated[list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")],
     text: Annotated[list[str], typer.Option(help="Text encoder, as extract takes it. May be repeated.")],
@@ -29,13 +21,6 @@ def scout(
     split: Annotated[
         str | None, typer.Option(help="Draw from this split. Default: train, where there is one, else everything.")
     ] = None,
-    root: Root = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    split_column: SplitColumn = None,
-    split_file: SplitFile = None,
-    split_fraction: SplitFraction = None,
-    split_seed: SplitSeed = 0,
     n: Annotated[int, typer.Option("-n", "--pairs", min=24, help="Images to draw, with one caption each.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another number draws others.")] = 0,
     heat_map: Annotated[Path | None, typer.Option(help="Write the table as heat maps too: an SVG file.")] = None,
@@ -53,8 +38,7 @@ def scout(
     with ending():
         from apecache.data.sources import open_pairs
 
-        splits = (split_column, split_file, split_fraction, split_seed)
-        source = open_pairs(pairs, open_spec(("image", "caption"), image_column, caption_column, *splits, root))
+        source = open_pairs(pairs, opening("image", "caption"))
         images = encoder_specs(image, "image", image_cut, "float32")
         texts = encoder_specs(text, "text", text_cut, "float32")
         from apecache.evaluate.scout import ScoutSpec, of_split

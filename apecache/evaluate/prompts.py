@@ -1,41 +1,33 @@
 """Prompts of zero-shot classification: one template or an ensemble, by name or from a file."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from apecache.errors import MissingExtraError, OptionError, nearest, one_line
+from apecache.errors import OptionError, nearest, one_line
+from apecache.evaluate.benchmark_names import ENSEMBLES, Benchmark, clip_templates
 
 TEMPLATES = ("a photo of {}",)
 """LilT's single prompt."""
 NUMBER_TEMPLATES = ("a photo of the number {}",)
-"""The same for digits (SVHN, MNIST)."""
-ENSEMBLES = {"clip-7": "SIMPLE_IMAGENET_TEMPLATES", "clip-80": "OPENAI_IMAGENET_TEMPLATES"}
-"""CLIP's ensembles (Radford et al. 2021, section 3.1.4), by their names in open_clip."""
+"""The same where classes are digits."""
+OF_DIGITS = ("svhn", "mnist")
 
 
-def find_templates(name: str) -> tuple[str, ...]:
-    """`single`, `clip-7` or `clip-80`, else a file.
+def find_templates(name: str | None = None, benchmark: Benchmark | None = None) -> tuple[str, ...]:
+    """`single`, `clip-7`, `clip-80`, else a file. Without a name those of the benchmark; without both, `single`.
 
     Raises:
         MissingExtraError: CLIP's ensembles without open_clip. OptionError: no such file, or as `read_templates` does.
     """
-    if name == "single":
-        return TEMPLATES
+    if name is None and benchmark is not None:
+        return benchmark.templates
+    if name is None or name == "single":
+        return NUMBER_TEMPLATES if benchmark is not None and benchmark.name in OF_DIGITS else TEMPLATES
     if name in ENSEMBLES:
         return clip_templates(name)
     if not Path(name).is_file():
         known = ("single", *ENSEMBLES)
         raise OptionError(f"templates {name}: no such file; give one, or {', '.join(known)}{nearest(name, known)}")
     return read_templates(Path(name))
-
-
-def clip_templates(name: str) -> tuple[str, ...]:
-    """Raises MissingExtraError without open_clip, whose lists they are."""
-    try:
-        from open_clip import zero_shot_metadata
-    except ImportError:
-        raise MissingExtraError("open_clip", "open-clip") from None
-    return tuple(template("{}") for template in getattr(zero_shot_metadata, ENSEMBLES[name]))
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
@@ -48,19 +40,15 @@ def read_templates(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: cannot be read ({one_line(error)}); save the file as UTF-8") from None
-    return checked_templates(((line.strip(), f"{path}, line {n}") for n, line in enumerate(lines, 1)), str(path))
-
-
-def checked_templates(lines: Iterable[tuple[str, str]], where: str) -> tuple[str, ...]:
-    """Pairs of a template and of where it stands, with `{c}` as `{}`. Raises OptionError as `read_templates` does."""
-    found = []
-    for line, place in lines:
-        if not line:
-            continue
-        template = line.replace("{c}", "{}")
-        if "{}" not in template:
-            raise OptionError(f"{place}: template {one_line(line)!r} has no {{}} for the class name")
-        found.append(template)
+    found = [check_template(line.strip(), f"{path}, line {n}: ") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise OptionError(f"{where}: no template; expected one on each line, with {{}} for the class name")
+        raise OptionError(f"{path}: no template; expected one on each line, with {{}} for the class name")
     return tuple(found)
+
+
+def check_template(template: str, where: str = "") -> str:
+    """The template with `{}` for the class name. Raises OptionError if it has no place for it."""
+    plain = template.replace("{c}", "{}")
+    if "{}" not in plain:
+        raise OptionError(f"{where}template {one_line(template)!r} has no {{}} for the class name")
+    return plain

@@ -29,8 +29,8 @@ from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.labelled import LabelledSpec, labelled_images
-from apecache.evaluate.probe import probe
+from apecache.evaluate.labelled import LabelledSpec, labelled_features
+from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
 from apecache.evaluate.protocols import bootstrap_intervals, language_reports
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
@@ -251,15 +251,11 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: Sequence[LabelledSpec], s
 
 def probe_rows(runs: Sequence[TrainedHeads], found: Sequence[LabelledSpec], options: argparse.Namespace) -> list[Row]:
     """Of the encoder's features, and of the embeddings after each run's head."""
-    names = (options.probe_train_split, options.labels_split)
     reports: dict[str, list[Any]] = {"encoder's features": [], "after the head": []}
     for run, spec in zip(runs, found, strict=True):
-        images = labelled_images(run, spec)
-        rows = [[i for i, split in enumerate(images.splits) if split == name] for name in names]
-        labels = [[images.labels[i] for i in chosen] for chosen in rows]
-        for what, features in zip(reports, (images.features.float(), images.embedded), strict=True):
-            train, test = (features[chosen].numpy() for chosen in rows)
-            reports[what].append(probe(train, labels[0], test, labels[1]))
+        both = probe_features(labelled_features(run, spec), options.probe_train_split, options.labels_split)
+        for what, report in zip(reports, both, strict=True):
+            reports[what].append(report)
     return [
         {
             "table": "probe",

@@ -85,10 +85,10 @@ def test_evaluate_serves_it(name: str, runs: Any, tiny_store: Path, shapes_once:
 def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_once: Path) -> None:
     """Before: the encoder as it was; after: the tower as trained, not the head on the old features."""
     from apecache.data.sources import open_pairs
-    from apecache.evaluate.labelled import LabelledSpec, labelled_images
+    from apecache.evaluate.labelled import LabelledSpec, labelled_features
 
     run = load_run(runs["clip"][0])
-    found = labelled_images(run, LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"))
+    found = labelled_features(run, LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"))
     media = FolderMedia(shapes_once.parent)
     keys = [pair.key for pair in open_pairs(shapes_once)]
     after = image_embedder(run.image)([load_image(key, media).image for key in keys])
