@@ -92,10 +92,11 @@ def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: 
 def labelled_texts(folder: Path) -> Path:
     """42 texts without images: what they are about can be read off their words."""
     words = {"shape": ("circle", "square", "triangle"), "thing": ("photo", "drawing", "shape")}
+    before = ("a", "the", "of", "in", "on", "red", "white")
+    named = [(label, word) for label, several in words.items() for word in several]
     rows = [
-        (f"{before} {word}", label, "train" if before != "white" else "test")
-        for before in ("a", "the", "of", "in", "on", "red", "white") for label, several in words.items() for word in several
-    ]  # fmt: skip
+        (f"{first} {word}", label, "test" if first == "white" else "train") for first in before for label, word in named
+    ]
     table = folder / "texts.tsv"
     table.write_text("text\tlabel\tsplit\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     return table
