@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--multilingual-seeds", type=int, default=1)
     parser.add_argument("--labels", type=Path, help="labelled images for zero-shot classification and probes")
     parser.add_argument("--labels-split", default="test")
-    parser.add_argument("--probe-train-split", default="val")
+    parser.add_argument("--probe-train-split", default="train")
     parser.add_argument("--recipe", default="projection")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -94,13 +94,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_quick(options: argparse.Namespace) -> None:
-    """The drawings, one seed, two epochs, and the drawings' own words as the second language."""
+    """The drawings with their categories, one seed, two epochs, and their own words as the second language."""
     options.pairs, options.seeds = DRAWINGS, 1
     options.image, options.text = packaged(options.work)
     options.multilingual_text, options.multilingual = options.text, options.work / "again.tsv"
     lines = ["image\tcaption\tsplit\tlang\tkind"]
     lines += [f"{p.key}\t{p.captions[0]}\t{p.split}\txx\tmachine" for p in open_pairs(DRAWINGS)]
     options.multilingual.write_text("\n".join(lines), encoding="utf-8")
+    options.labels, options.labels_split, options.probe_train_split = DRAWINGS, "val", "train"
 
 
 def packaged(work: Path) -> tuple[str, str]:
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace) -> list[list[Row]]:
     if options.multilingual:
         tables.append(language_rows(options, source, image))
     if options.labels:
-        found = [labels_of(options, image, number) for number in range(len(runs))]
+        found = labels_of(options, image)
         tables += [zeroshot_rows(runs, found, options.labels_split), probe_rows(runs, found, options)]
     return tables
 
@@ -229,18 +230,18 @@ def caption_kinds(table: Path) -> dict[str, str]:
         return {row["lang"]: row["kind"] for row in csv.DictReader(file, delimiter="\t")}
 
 
-def labels_of(options: argparse.Namespace, image: EncoderSpec, number: int) -> LabelledSpec:
+def labels_of(options: argparse.Namespace, image: EncoderSpec) -> LabelledSpec:
     """The labelled images; their features are the encoder's, so all runs share one cache."""
     source = open_pairs(options.labels, OpenSpec(require=("image", "label")))
     return LabelledSpec(source, options.work / "labelled", (), image, "cpu")
 
 
-def zeroshot_rows(runs: Sequence[TrainedHeads], found: Sequence[LabelledSpec], split: str) -> list[Row]:
+def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str) -> list[Row]:
     rows = []
     for name in ("single", "clip-7", "clip-80"):
         templates = find_templates(name)
-        specs = [ZeroShotSpec(replace(spec, splits=(split,)), templates) for spec in found]
-        reports = [zero_shot(run, spec) for run, spec in zip(runs, specs, strict=True)]
+        spec = ZeroShotSpec(replace(found, splits=(split,)), templates)
+        reports = [zero_shot(run, spec) for run in runs]
         values = averaged({"top-1": r.top1, "top-5": r.top5, "mean per class": r.mean_per_class} for r in reports)
         one = reports[0]
         about = {"chance": round(one.chance_top1, 2), "n_images": one.n_images, "n_classes": one.n_classes}
@@ -249,11 +250,11 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: Sequence[LabelledSpec], s
     return rows
 
 
-def probe_rows(runs: Sequence[TrainedHeads], found: Sequence[LabelledSpec], options: argparse.Namespace) -> list[Row]:
+def probe_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, options: argparse.Namespace) -> list[Row]:
     """Of the encoder's features, and of the embeddings after each run's head."""
     reports: dict[str, list[Any]] = {"encoder's features": [], "after the head": []}
-    for run, spec in zip(runs, found, strict=True):
-        both = probe_features(labelled_features(run, spec), options.probe_train_split, options.labels_split)
+    for run in runs:
+        both = probe_features(labelled_features(run, found), options.probe_train_split, options.labels_split)
         for what, report in zip(reports, both, strict=True):
             reports[what].append(report)
     return [
