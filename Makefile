@@ -38,6 +38,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed.sweep --quick
 	$(BIN)/python -m benchmarks.quality.flickr8k --quick
 	$(BIN)/python -m benchmarks.quality.heads --quick
+	$(BIN)/python -m benchmarks.quality.scout --quick
 	$(BIN)/python -m benchmarks.quality.recipes --quick
 	$(BIN)/python -m benchmarks.reliability.faults --quick
 

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from apecache.encoders.towers import Tower, build_tower
     from apecache.errors import ApecacheError
     from apecache.estimator import AlignmentHead
+    from apecache.evaluate.benchmark_names import Benchmark, load_benchmark
+    from apecache.evaluate.class_names import ClassNames, read_class_names
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
+    from apecache.evaluate.prompts import find_templates
     from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
     from apecache.evaluate.scout import ScoutReport, ScoutSpec, scout
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec, zero_shot
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 _HOME = {
     "AlignmentHead": "estimator",
     "ApecacheError": "errors",
+    "Benchmark": "evaluate.benchmark_names",
+    "ClassNames": "evaluate.class_names",
     "EncoderSpec": "encoders.spec",
     "ExtractPlan": "planning",
     "ExtractReport": "extraction",
@@ -86,9 +91,11 @@ _HOME = {
     "combine_heads": "heads.combine",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
+    "find_templates": "evaluate.prompts",
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
     "load": "trained",
+    "load_benchmark": "evaluate.benchmark_names",
     "load_encoders": "recipes.trained_encoders",
     "load_heads": "heads.checkpoint",
     "load_recipe": "recipes.recipe",
@@ -98,6 +105,7 @@ _HOME = {
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
     "probe": "evaluate.probe",
+    "read_class_names": "evaluate.class_names",
     "report_page": "report.report_page",
     "retrieval_report": "evaluate.retrieval",
     "save_heads": "heads.checkpoint",
@@ -112,6 +120,8 @@ _HOME = {
 __all__ = [
     "AlignmentHead",
     "ApecacheError",
+    "Benchmark",
+    "ClassNames",
     "EncoderSpec",
     "ExtractPlan",
     "ExtractReport",
@@ -152,9 +162,11 @@ __all__ = [
     "combine_heads",
     "embed_store",
     "extract",
+    "find_templates",
     "fit_encoder",
     "fit_head",
     "load",
+    "load_benchmark",
     "load_encoders",
     "load_heads",
     "load_recipe",
@@ -164,6 +176,7 @@ __all__ = [
     "parse_encoder",
     "plan_extraction",
     "probe",
+    "read_class_names",
     "report_page",
     "retrieval_report",
     "save_heads",

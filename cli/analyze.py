@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import moved_encoders
+from .runs import MovedImage, MovedText, moved_encoders
 from .terminal import Device, Json, ending, show_json, show_table
 
 
@@ -15,8 +15,8 @@ def analyze(
     layernorm_shift: Annotated[
         bool, typer.Option("--layernorm-shift", help="How far each norm moved from its pretrained weights, by depth.")
     ] = False,
-    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
-    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    image: MovedImage = None,
+    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .evaluate import moved_encoders
+from .runs import MovedText, moved_encoders
 from .terminal import Json, ending, show_json
 
 
@@ -19,7 +19,7 @@ def export_run(
     sentence_transformers: Annotated[
         bool, typer.Option("--sentence-transformers", help="Text encoder and linear head as one model.")
     ] = False,
-    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    text: MovedText = None,
     json: Json = False,
 ) -> None:
     """Write a run's heads for other programs.

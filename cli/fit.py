@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import opener
 from .extract import choice, encoder_specs
 from .memory import keep_freed_memory
+from .runs import opener
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table, warn
 
 

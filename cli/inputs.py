@@ -1,5 +1,8 @@
 """The options that say how a source of images and captions is opened: the same in every command that takes one."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,3 +56,45 @@ def open_spec(
     fractions = parse_fractions(split_fraction) if split_fraction is not None else ()
     splits = (split_column, split_file, fractions, split_seed)
     return OpenSpec(image_column, caption_column, *splits, root, restval, require)
+
+
+OPENING: dict[str, tuple[Any, Any]] = {
+    "root": (Root, None),
+    "image_column": (ImageColumn, None),
+    "caption_column": (CaptionColumn, None),
+    "split_column": (SplitColumn, None),
+    "split_file": (SplitFile, None),
+    "split_fraction": (SplitFraction, None),
+    "split_seed": (SplitSeed, 0),
+    "restval": (Restval, True),
+}
+"""The options of a source, by the names that `open_spec` takes them under, and their defaults."""
+
+
+def takes_source(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of a source besides its own. It gets them as one argument: `opening(require, …)` makes
+    the OpenSpec, and `opening.root` is the folder of the images, if one was given."""
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(opening=Opening({name: given.pop(name) for name in OPENING}), **given)
+
+    signature = inspect.signature(command)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "opening"]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(n, keyword, default=value, annotation=kind) for n, (kind, value) in OPENING.items()]
+    wrapped.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in (*own, *added)}
+    return wrapped
+
+
+class Opening:
+    """What was said about a source on the command line."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+        self.root: Path | None = given["root"]
+
+    def __call__(self, *require: Any) -> Any:
+        """An OpenSpec of a source that must have these roles."""
+        return open_spec(require, **self.given)

@@ -6,21 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from .extract import CUT, encoder_specs
-from .inputs import (
-    SOURCE,
-    CaptionColumn,
-    ImageColumn,
-    Root,
-    SplitColumn,
-    SplitFile,
-    SplitFraction,
-    SplitSeed,
-    open_spec,
-)
+from .inputs import SOURCE, Opening, takes_source
 from .terminal import Device, Json, ending, show_json, show_table, warn
 
 
+@takes_source
 def scout(
+    opening: Opening,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     image: Annotated[list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")],
     text: Annotated[list[str], typer.Option(help="Text encoder, as extract takes it. May be repeated.")],
@@ -29,13 +21,6 @@ def scout(
     split: Annotated[
         str | None, typer.Option(help="Draw from this split. Default: train, where there is one, else everything.")
     ] = None,
-    root: Root = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    split_column: SplitColumn = None,
-    split_file: SplitFile = None,
-    split_fraction: SplitFraction = None,
-    split_seed: SplitSeed = 0,
     n: Annotated[int, typer.Option("-n", "--pairs", min=24, help="Images to draw, with one caption each.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another number draws others.")] = 0,
     heat_map: Annotated[Path | None, typer.Option(help="Write the table as heat maps too: an SVG file.")] = None,
@@ -53,8 +38,7 @@ def scout(
     with ending():
         from apecache.data.sources import open_pairs
 
-        splits = (split_column, split_file, split_fraction, split_seed)
-        source = open_pairs(pairs, open_spec(("image", "caption"), image_column, caption_column, *splits, root))
+        source = open_pairs(pairs, opening("image", "caption"))
         images = encoder_specs(image, "image", image_cut, "float32")
         texts = encoder_specs(text, "text", text_cut, "float32")
         from apecache.evaluate.scout import ScoutSpec, of_split
@@ -64,9 +48,9 @@ def scout(
         if report.n_unreadable:
             warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
         if heat_map:
-            from apecache.report.heatmap import render_heat_maps
+            from apecache.report.heatmap import render_heat_maps, scout_maps
 
-            heat_map.write_text(render_heat_maps(heat_maps(report)), encoding="utf-8")
+            heat_map.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
         if json:
             rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
             show_json({**vars(report), "rows": rows})
@@ -78,22 +62,6 @@ def show_progress(encoder: str, done: int, total: int) -> None:
     """A line for each encoder that is done; samples are small."""
     if done == total:
         typer.echo(f"{encoder}: {done:,} encoded", err=True)
-
-
-def heat_maps(report: Any) -> list[Any]:
-    """One map for each measure: image encoders down, text encoders across."""
-    from apecache.report.heatmap import HeatMap
-
-    found = {(row.image, row.text): row.likeness for row in report.rows}
-    images, texts = (sorted({pair[side] for pair in found}) for side in (0, 1))
-    return [
-        HeatMap(title, images, texts, [[getattr(found[i, t], name) for t in texts] for i in images], digits)
-        for title, name, digits in (
-            ("R@1 of a ridge regression, mean of both ways, %", "recall_at_1", 1),
-            ("Linear CKA", "cka", 3),
-            ("Mutual nearest neighbours, k = 10", "mutual_knn", 3),
-        )
-    ]
 
 
 def show_report(report: Any) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluate import moved_encoders, opener
 from .extract import choice
+from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, Overwrite, ending, printable, show_json, show_table
 
 
@@ -85,8 +85,8 @@ def search(
     ] = False,
     nprobe: Annotated[int | None, typer.Option(help="Lists to look through (kinds with lists).")] = None,
     ef_search: Annotated[int | None, typer.Option("--ef-search", help="Candidates on the way (hnsw).")] = None,
-    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
-    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    image: MovedImage = None,
+    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

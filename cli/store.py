@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .inputs import CaptionColumn, ImageColumn, Restval, Split, SplitFile, SplitFraction, SplitSeed, open_spec
+from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
 Store = Annotated[Path, typer.Argument(help="A feature store.")]
@@ -115,8 +116,8 @@ def repair(
     split_fraction: SplitFraction = None,
     split_seed: SplitSeed = 0,
     restval: Restval = True,
-    image: Annotated[str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")] = None,
-    text: Annotated[str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")] = None,
+    image: MovedImage = None,
+    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

@@ -1,17 +1,18 @@
 """Tables of text: TSV, CSV and JSON lines.
 
-Several rows may name one image; a JSON line's caption may be a list. Every error names the file, the line and what
+Several rows may name one image; a JSON line's caption may be a list. Labelled texts need no images: without a column of
+them every row is one by itself, its key the number of its line. Every error names the file, the line and what
 mends it. Which column is what, `columns` says.
 """
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from apecache.data.columns import choose_columns, to_row
+from apecache.data.columns import IMAGE_COLUMNS, choose_columns, to_row
 from apecache.data.media import FolderMedia
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.spec import OpenSpec
@@ -52,9 +53,16 @@ def _rows(file: TextIO, path: Path, spec: OpenSpec) -> Iterator[Row]:
     first = next(records, None)
     if first is None:
         return
-    columns = choose_columns(list(first[1]), path, spec)
+    alone = _texts_alone(first[1], spec)
+    columns = choose_columns([*first[1], *(["image"] if alone else [])], path, spec)
     for line, record in chain([first], records):
-        yield to_row(line, record, columns, path)
+        yield to_row(line, {**record, "image": str(line)} if alone else record, columns, path)
+
+
+def _texts_alone(names: Iterable[str], spec: OpenSpec) -> bool:
+    """Whether labelled texts are asked for, and there is no column of images."""
+    wanted = {"caption", "label"} <= set(spec.require) and "image" not in spec.require
+    return wanted and spec.image_column is None and not set(IMAGE_COLUMNS) & set(names)
 
 
 def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

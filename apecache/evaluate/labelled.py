@@ -1,4 +1,4 @@
-"""Images with labels and their features by a run's own encoder, encoded once and kept beside the run."""
+"""Images or texts with labels and their features by a run's own encoder, encoded once and kept beside the run."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -6,93 +6,103 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.pairs import Pair, PairSource
-from apecache.encoders.load import load_image_encoder
+from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
-from apecache.evaluate.embeddings import embed_rows, find_features
+from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.extraction import ExtractSpec, Progress, Standing, extract
-from apecache.fingerprint import digest_strings
+from apecache.fingerprint import Modality, digest_strings
+from apecache.heads.head import mask_of
+from apecache.heads.tokens import masked_mean
 from apecache.recipes.runs import BATCH, Run
 from apecache.recipes.trained_encoders import TrainedTower
-from apecache.store.reader import FeatureStore
+from apecache.store.reader import FeatureArray, FeatureStore
 
 READERS = 4
 
 
 @dataclass(frozen=True)
 class LabelledSpec:
-    """`labels`: images with labels. `caches`: where their features are kept for the next time. `splits`: only images of
-    these. `image`: the image encoder, if it has moved."""
+    """`labels`: images with labels, or captions whose label is that of their pair. `caches`: where their features are
+    kept for the next time. `splits`: only what is in these. `encoder`: that of the modality, if it has moved."""
 
     labels: PairSource
     caches: Path
     splits: tuple[str, ...] = ()
-    image: EncoderSpec | None = None
+    encoder: EncoderSpec | None = None
     device: str = "auto"
     max_bad: float = 0.01
+    modality: Modality = "image"
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Images that could be read: `embedded` [n, out_dim] by the run, and the label and split of each. `all_labels`:
-    those of the unreadable ones too."""
+class LabelledEmbeddings:
+    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each."""
 
     embedded: Tensor
     labels: list[str]
     splits: list[str]
-    all_labels: list[str]
 
 
 @dataclass(frozen=True)
-class LabelledFeatures(LabelledImages):
-    """And `features` [n, dim] of the same images, as the encoder gives them before any training."""
+class LabelledFeatures(LabelledEmbeddings):
+    """And `features` [n, dim] of the same, as the encoder gives them before any training (of tokens their mean)."""
 
     features: Tensor
 
 
-def labelled_images(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledImages:
+def labelled_images(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledEmbeddings:
     """Every image is encoded once: by an image tower that was trained, or else into the cache of the frozen encoder.
 
     Raises:
-        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
-        DataError: no image that can be read. BadRowsError: more than `max_bad` of them cannot be.
+        BadRowsError: more than `max_bad` of the images cannot be read. Else as `labelled_features`.
     """
     if isinstance(run.image, TrainedTower):
-        return _by_tower(run.image, _labelled(spec.labels, spec.splits), spec.max_bad, progress)
+        return _by_tower(run.image, _labelled(spec), spec.max_bad, progress)
     return labelled_features(run, spec, progress)
 
 
 def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledFeatures:
-    """Also where the image tower was trained, whose images are then encoded twice. Raises as `labelled_images` does."""
-    source = _labelled(spec.labels, spec.splits)
-    image_spec = spec.image or spec_from_json(run.image.encoder)
-    encoder = load_image_encoder(image_spec, spec.device)  # compared before the cache is filled with its features
-    run.image.require_encoder(encoder.fingerprint, f"image encoder {image_spec}")
+    """Of images, or of texts. By a tower that was trained they are encoded twice, for the features before it.
+
+    Raises:
+        ManifestError: no such split, or a row without a label. MismatchError: an encoder that is not the run's.
+        DataError: no image or text that can be read.
+    """
+    source, side = _labelled(spec), getattr(run, spec.modality)
+    named = spec.encoder or spec_from_json(side.encoder)
+    load = load_image_encoder if spec.modality == "image" else load_text_encoder
+    encoder = load(named, spec.device)  # compared before the cache is filled with its features
+    side.require_encoder(encoder.fingerprint, f"{spec.modality} encoder {named}")
     path = spec.caches / digest_strings([source.digest, source.media.place])[:16]  # another root has other files
-    extract(source, path, ExtractSpec(image=image_spec, device=spec.device, max_bad=spec.max_bad), progress)
+    image, text = (named, None) if spec.modality == "image" else (None, named)
+    extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
     store = FeatureStore.open(path)
-    array = find_features(run.image, store, "image")
+    array = find_features(side, store, spec.modality)
     rows = np.flatnonzero(array.load_ok())
     if not len(rows):
-        raise DataError(f"{store.source['origin']}: none of its {array.rows} images could be read")
-    embedded = embed_rows(run.image, store, "image", rows, lambda key: load_image(key, source.media).image)
-    return LabelledFeatures(embedded, *_columns(source, rows.tolist()), torch.from_numpy(array.load()[rows]))
+        raise DataError(f"{store.source['origin']}: none of its {array.rows} {spec.modality}s could be read")
+    owners = rows if spec.modality == "image" else store.pairs.image_rows[rows]
+    labels, splits = ([str(column[row]) for row in owners] for column in (store.pairs.labels, store.pairs.splits))
+    embedded = embed_rows(side, store, spec.modality, rows, lambda key: load_image(key, source.media).image)
+    return LabelledFeatures(embedded, labels, splits, _pooled(array, rows))
 
 
-def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress: Progress) -> LabelledImages:
-    parts, rows, bad = list[Tensor](), list[int](), list[RowError]()
+def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress: Progress) -> LabelledEmbeddings:
+    parts, good, bad = list[Tensor](), list[Pair](), list[RowError]()
     for begin in range(0, len(source), BATCH):
         pairs = source.pairs[begin : begin + BATCH]
         with ThreadPoolExecutor(READERS) as pool:
             read = list(pool.map(lambda pair: _read(pair.key, source), pairs))
         images = [image for image in read if not isinstance(image, RowError)]
         bad += [error for error in read if isinstance(error, RowError)]
-        rows += [begin + i for i, image in enumerate(read) if not isinstance(image, RowError)]
+        good += [pair for pair, image in zip(pairs, read, strict=True) if not isinstance(image, RowError)]
         parts.append(tower.embed(images))
         progress(Standing("image", begin + len(pairs), len(source), len(bad)))
     if len(bad) > max_bad * len(source):
@@ -100,9 +110,9 @@ def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress:
             f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, or accept with "
             "--max-bad"
         )
-    if not rows:
+    if not good:
         raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
-    return LabelledImages(torch.cat(parts), *_columns(source, rows))
+    return LabelledEmbeddings(torch.cat(parts), [pair.label for pair in good], [pair.split for pair in good])
 
 
 def _read(key: str, source: PairSource) -> Image.Image | RowError:
@@ -112,21 +122,31 @@ def _read(key: str, source: PairSource) -> Image.Image | RowError:
         return error
 
 
-def _columns(source: PairSource, rows: list[int]) -> tuple[list[str], list[str], list[str]]:
-    """(labels, splits) of these rows, and all labels."""
-    pairs = [source.pairs[row] for row in rows]
-    return [pair.label for pair in pairs], [pair.split for pair in pairs], [pair.label for pair in source]
+def wanted_labels(spec: LabelledSpec) -> list[str]:
+    """Of every image or text that is asked for, readable or not. Raises ManifestError as `labelled_features` does."""
+    return [pair.label for pair in _labelled(spec)]
 
 
-def _labelled(source: PairSource, splits: tuple[str, ...]) -> PairSource:
-    """Images of the splits, without captions."""
-    there = {pair.split for pair in source}
-    for split in splits:
+def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
+    features, lengths = torch.from_numpy(array.load()[rows]), load_lengths(array)
+    if features.ndim == 2:
+        return features
+    mask = None if lengths is None else mask_of(lengths[torch.from_numpy(rows)], features)
+    return masked_mean(features.float(), mask)
+
+
+def _labelled(spec: LabelledSpec) -> PairSource:
+    """Images of the splits without captions, or texts of the splits."""
+    source, there = spec.labels, {pair.split for pair in spec.labels}
+    for split in spec.splits:
         if split not in there:
             found = ", ".join(sorted(name or "(none)" for name in there))
             raise ManifestError(f"{source.origin}: no split {split!r}; found: {found}{nearest(split, there)}")
-    pairs = [pair for pair in source if not splits or pair.split in splits]
+    pairs = [pair for pair in source if not spec.splits or pair.split in spec.splits]
     unlabelled = next((pair.key for pair in pairs if not pair.label.strip()), None)
     if unlabelled is not None:
-        raise ManifestError(f"{source.origin}: image {unlabelled} has no label")
+        what = "image" if spec.modality == "image" else "row"
+        raise ManifestError(f"{source.origin}: {what} {unlabelled} has no label")
+    if spec.modality == "text":
+        return replace(source, pairs=tuple(pairs))
     return replace(source, pairs=tuple(Pair(p.key, (), (), p.split, p.label) for p in pairs))

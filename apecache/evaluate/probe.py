@@ -1,4 +1,4 @@
-"""Probes: what a simple classifier finds in the image features, before the head and after it.
+"""Probes: what a simple classifier finds in features of images or texts, before the head and after it.
 
 What falls from before to after is what the alignment gave up ("what is conserved", LilT section 4).
 """
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 
 from apecache.errors import DataError
+from apecache.evaluate.labelled import LabelledFeatures
 
 REGULARISATIONS = tuple(float(10**power) for power in np.arange(-4, 3.1, 0.5))
 NEIGHBOURS = (1, 5, 10, 20, 50)
@@ -21,7 +23,7 @@ VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Test accuracies in per cent, of the setting that was best on a fifth of the training images: `regularisation` is
+    """Test accuracies in per cent, of the setting that was best on a fifth of the training rows: `regularisation` is
     scikit-learn's C, `neighbours` the k. `chance`: the share of the most frequent training class in the test."""
 
     linear: float
@@ -33,6 +35,24 @@ class ProbeReport:
     n_train: int
     n_test: int
     n_classes: int
+
+
+def probe_features(
+    found: LabelledFeatures, train_split: str, split: str, seed: int = 0
+) -> tuple[ProbeReport, ProbeReport]:
+    """Of the encoder's features and of the run's embeddings, learned on one split, measured on the other.
+
+    Raises:
+        DataError: as `probe` does.
+    """
+    rows = [[i for i, other in enumerate(found.splits) if other == name] for name in (train_split, split)]
+    train_labels, test_labels = ([found.labels[i] for i in chosen] for chosen in rows)
+
+    def report(features: Tensor) -> ProbeReport:
+        train, test = (features[chosen].float().cpu().numpy() for chosen in rows)
+        return probe(train, train_labels, test, test_labels, seed)
+
+    return report(found.features), report(found.embedded)
 
 
 def probe(
@@ -54,10 +74,10 @@ def probe(
     classes, counts = np.unique(np.asarray(train_labels), return_counts=True)
     strange = sorted(set(test_labels) - set(classes.tolist()))
     if strange or len(classes) < 2:
-        what = f"class {strange[0]!r} has no training images" if strange else "one class only"
+        what = f"class {strange[0]!r} has no training rows" if strange else "one class only"
         raise DataError(f"no probe possible: {what}; give --probe-train-split another split")
     if counts.min() < 2 or round(VALIDATION_SHARE * len(train_labels)) < len(classes):
-        raise DataError(f"{len(train_labels)} training images of {len(classes)} classes are too few to choose on")
+        raise DataError(f"{len(train_labels)} training rows of {len(classes)} classes are too few to choose on")
     x, z, y = _standardised(train, test)[0], _standardised(train, test)[1], np.asarray(train_labels)
     split = StratifiedShuffleSplit(1, test_size=VALIDATION_SHARE, random_state=seed)
     fit, choose = next(split.split(x, y))

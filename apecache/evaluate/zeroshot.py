@@ -1,34 +1,42 @@
 """Zero-shot classification: class names through prompt templates, images by the run's own encoder."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import OptionError
-from apecache.evaluate.labelled import LabelledSpec, labelled_images
+from apecache.evaluate.class_names import ClassNames, match_labels
+from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
+from apecache.evaluate.prompts import TEMPLATES, check_template
 from apecache.extraction import Progress
 from apecache.recipes.runs import Embed, Run, text_embedder
 
-TEMPLATES = ("a photo of {}",)
-"""LilT's single prompt."""
+N_CONFUSIONS = 10
 
 
 @dataclass(frozen=True)
 class ZeroShotSpec:
-    """`images`: what to classify. `text`: a text encoder that has moved, in place of the one that the run names."""
+    """`images`: what to classify. `text`: a text encoder that has moved, in place of the one that the run names.
+    `names`: of the classes; without it the labels are the names."""
 
     images: LabelledSpec
     templates: tuple[str, ...] = TEMPLATES
     text: EncoderSpec | None = None
+    names: ClassNames | None = None
 
 
 @dataclass(frozen=True)
 class ZeroShotReport:
-    """Accuracies in per cent; `mean_per_class` is the mean over classes of their top-1 recall."""
+    """Accuracies in per cent; `mean_per_class` is the mean, over classes that have images, of their top-1 recall.
+
+    `classes`: all candidates; `counts`: images of each; `empty`: those without any, which make the task no easier.
+    `confusions`: class, what it was taken for, and how often; the most frequent first. `matched`: how labels were
+    matched with classes.
+    """
 
     top1: float
     top5: float
@@ -39,6 +47,10 @@ class ZeroShotReport:
     chance_top5: float
     templates: tuple[str, ...]
     classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    empty: tuple[str, ...]
+    confusions: tuple[tuple[str, str, int], ...]
+    matched: str = ""
 
 
 def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
@@ -46,16 +58,16 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
 
     Raises:
         ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
-        OptionError: a template without {}. DataError: no image that can be read.
+        OptionError: a template without {}, or a label that stands for no class. DataError: no image that can be read.
     """
-    _require_templates(spec.templates)
+    templates = tuple(map(check_template, spec.templates))
+    classes = match_labels(wanted_labels(spec.images), spec.names)
     embed_texts = text_embedder(run.text, spec.images.device, spec.text)
     found = labelled_images(run, spec.images, progress)  # after both encoders were compared
-    classes = tuple(sorted(set(found.all_labels)))
-    weights = class_embeddings(embed_texts, classes, spec.templates).to(found.embedded.device)
-    return classification_report(
-        found.embedded @ weights.T, [classes.index(label) for label in found.labels], classes, spec.templates
-    )
+    weights = class_embeddings(embed_texts, classes.names, templates).to(found.embedded.device)
+    targets = [classes.place[label] for label in found.labels]
+    report = classification_report(found.embedded @ weights.T, targets, classes.names, templates)
+    return replace(report, matched=classes.matched)
 
 
 def class_embeddings(embed_texts: Embed, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -87,10 +99,17 @@ def classification_report(
         100 * min(1.0, 5 / n_classes),
         templates,
         classes,
+        tuple(counts.tolist()),
+        tuple(name for name, count in zip(classes, counts.tolist(), strict=True) if not count),
+        confusions(scores, target, classes),
     )
 
 
-def _require_templates(templates: Sequence[str]) -> None:
-    for template in templates:
-        if "{}" not in template:
-            raise OptionError(f"template {template!r} has no {{}} for the class name")
+def confusions(scores: Tensor, target: Tensor, classes: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
+    """The most frequent pairs of a class and of the wrong one that scored highest; of equal ones the first."""
+    others = scores.scatter(1, target.unsqueeze(1), -torch.inf)
+    own = scores.gather(1, target.unsqueeze(1)).squeeze(1)
+    wrong = others.amax(1) >= own if len(classes) > 1 else torch.zeros_like(target, dtype=torch.bool)
+    pairs = Counter(zip(target[wrong].tolist(), others[wrong].argmax(1).tolist(), strict=True))
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:N_CONFUSIONS]
+    return tuple((classes[truth], classes[taken], count) for (truth, taken), count in ordered)

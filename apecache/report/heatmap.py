@@ -1,8 +1,11 @@
 """Heat maps as an SVG file of its own: no script, nothing loaded, every value written in its cell."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from apecache.evaluate.scout import ScoutReport
 
 CELL, LINE, LETTER = (72, 30), 22, 6.6
 LIGHT, DARK = (239, 244, 251), (23, 64, 122)
@@ -18,6 +21,25 @@ class HeatMap:
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
     digits: int = 1
+
+
+def scout_maps(report: ScoutReport) -> list[HeatMap]:
+    """One map for each measure: image cuts down, text cuts across, each encoder's from its first layer to its last."""
+    found = {(row.image, row.text): row.likeness for row in report.rows}
+    images, texts = (sorted({pair[side] for pair in found}, key=_by_layer) for side in (0, 1))
+    return [
+        HeatMap(title, images, texts, [[getattr(found[i, t], name) for t in texts] for i in images], digits)
+        for title, name, digits in (
+            ("R@1 of a ridge regression, mean of both ways, %", "recall_at_1", 1),
+            ("Linear CKA", "cka", 3),
+            ("Mutual nearest neighbours, k = 10", "mutual_knn", 3),
+        )
+    ]
+
+
+def _by_layer(name: str) -> tuple[str | int, ...]:
+    """Numbers in names by their size: layer 2 stands before layer 10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def render_heat_maps(maps: Sequence[HeatMap]) -> str:

@@ -1,50 +1,89 @@
-"""The whole chain by its commands on Flickr8k: extract, fit-head for each recipe and seed, evaluate, zero-shot.
+"""What the recommended head is worth: retrieval on Flickr8k, language by language, zero-shot, and what a probe finds.
 
-    python -m benchmarks.quality.flickr8k --pairs flickr8k/captions.tsv --image timm:/folder --text hf:/folder
+    python -m benchmarks.quality.flickr8k --pairs captions.tsv --image timm:/folder --text hf:/folder --work w \
+        --labels labels.tsv --multilingual captions_multilingual.tsv --multilingual-text hf:/folder
     python -m benchmarks.quality.flickr8k --quick            # the drawings of the demo and one seed, for a smoke test
 
-Train images fit, a seeded 500 of them choose the epoch, val is only reported. References: one untuned loop on the same
-two encoders (linear to 512 on both sides; four residual blocks on the text side), float32, last epoch, one seed.
+Four tables of one recipe. Train images fit, a seeded 500 of them choose the epoch, val is only reported. Intervals are
+of 95 %, by bootstrap over images. The heads of the second table learn English captions alone, by a text encoder of many
+languages: each language has one caption of each of the same images; how they were translated stands beside them. The
+labelled images are classified zero-shot with one prompt and with CLIP's ensembles, and probed before and after the
+head; probes learn on `--probe-train-split`. All stays in `--work`, and what is finished there is not done again;
+`--store` and `--runs` take the place of what would be made of `--pairs`. Reference: one untuned loop on the same two
+encoders (linear to 512 on both sides, float32, last epoch, one seed).
 """
 
 import argparse
-import json
+import csv
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Goal, print_table, write_result
+import torch
 
-REFERENCES = {"projection": (26.8, 21.1), "ape": (30.0, 19.6)}
+from apecache.data.pairs import Pair, PairSource
+from apecache.data.sources import open_pairs
+from apecache.data.spec import OpenSpec
+from apecache.encoders.spec import EncoderSpec, parse_encoder
+from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.evaluate.labelled import LabelledSpec, labelled_features
+from apecache.evaluate.probe import probe_features
+from apecache.evaluate.prompts import TEMPLATES, find_templates
+from apecache.evaluate.protocols import bootstrap_intervals, language_reports
+from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
+from apecache.extraction import ExtractSpec, extract
+from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.recipes.recipe import load_recipe
+from apecache.store.reader import FeatureStore
+from apecache.train.fit_head import FitSpec, fit_head
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+REFERENCE = {"i2t R@1": 26.8, "t2i R@1": 21.1}
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
+WAYS = (("image_to_text", "i2t"), ("text_to_image", "t2i"))
+Row = dict[str, Any]
 
 
 def main() -> None:
     options = parse_arguments()
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        work = options.work or Path(temporary)
+        options.work = options.work or Path(temporary)
         if options.quick:
-            options.pairs, options.seeds = DRAWINGS, 1
-            options.image, options.text = packaged(work)
-        rows = measure(options, work)
-    print_table(rows)
+            make_quick(options)
+        tables = measure(options)
+    for table in tables:
+        print_table(table)
+        print()
+    met = goals(tables[0])
+    if not options.quick:
+        print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-flickr8k", goals(rows), rows, options.json)
+        write_result("quality-flickr8k", met, [row for table in tables for row in table], options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recall of the recipes on Flickr8k, by the commands that users type.")
+    parser = argparse.ArgumentParser(description="Retrieval, languages, zero-shot and probes of one recipe.")
     parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
     parser.add_argument("--image", help="image encoder, for example timm:/folder")
     parser.add_argument("--text", help="text encoder, for example hf:/folder")
-    parser.add_argument("--labels", type=Path, help="labelled images for zero-shot classification, optional")
+    parser.add_argument("--store", type=Path, help="a complete store in place of that of --pairs")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="finished runs in place of new fits")
+    parser.add_argument(
+        "--multilingual", type=Path, help="more captions of --pairs' images: image, caption, lang, kind"
+    )
+    parser.add_argument("--multilingual-text", help="text encoder of many languages; learns --pairs' captions only")
+    parser.add_argument("--multilingual-seeds", type=int, default=1)
+    parser.add_argument("--labels", type=Path, help="labelled images for zero-shot classification and probes")
     parser.add_argument("--labels-split", default="test")
-    parser.add_argument("--recipes", nargs="+", default=["projection", "ape"])
+    parser.add_argument("--probe-train-split", default="train")
+    parser.add_argument("--recipe", default="projection")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the store and the runs in")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -54,6 +93,17 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def make_quick(options: argparse.Namespace) -> None:
+    """The drawings with their categories, one seed, two epochs, and their own words as the second language."""
+    options.pairs, options.seeds = DRAWINGS, 1
+    options.image, options.text = packaged(options.work)
+    options.multilingual_text, options.multilingual = options.text, options.work / "again.tsv"
+    lines = ["image\tcaption\tsplit\tlang\tkind"]
+    lines += [f"{p.key}\t{p.captions[0]}\t{p.split}\txx\tmachine" for p in open_pairs(DRAWINGS)]
+    options.multilingual.write_text("\n".join(lines), encoding="utf-8")
+    options.labels, options.labels_split, options.probe_train_split = DRAWINGS, "val", "train"
+
+
 def packaged(work: Path) -> tuple[str, str]:
     from apecache.encoders.packaged import write_packaged_encoders
 
@@ -61,63 +111,171 @@ def packaged(work: Path) -> tuple[str, str]:
     return f"timm:{image}", f"hf:{text}"
 
 
-def measure(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    store = work / "store"
-    begin = time.perf_counter()
-    encoders = ("--image", options.image, "--text", options.text)
-    extracted = apecache("extract", options.pairs, "--store", store, *encoders)
-    rows: list[dict[str, Any]] = [extraction_row(extracted, time.perf_counter() - begin)]
-    for recipe in options.recipes:
-        runs = [run(options, store, work / f"{recipe}-{seed}", recipe, seed) for seed in range(options.seeds)]
-        rows.append(summary(recipe, runs))
+def measure(options: argparse.Namespace) -> list[list[Row]]:
+    image, text = parse_encoder(options.image, "image"), parse_encoder(options.text, "text")
+    source = open_pairs(options.pairs)
+    store = (
+        FeatureStore.open(options.store) if options.store else extracted(source, options.work / "store", image, text)
+    )
+    runs = [load_heads(run) for run in options.runs]
+    runs = runs or [fitted(options, store, image, text, seed) for seed in range(options.seeds)]
+    tables = [retrieval_rows(options.recipe, runs, store)]
+    if options.multilingual:
+        tables.append(language_rows(options, source, image))
+    if options.labels:
+        found = labels_of(options, image)
+        tables += [zeroshot_rows(runs, found, options.labels_split), probe_rows(runs, found, options)]
+    return tables
+
+
+def extracted(source: PairSource, store: Path, image: EncoderSpec, text: EncoderSpec) -> FeatureStore:
+    """Features of both; a second text encoder's stand beside those of the first."""
+    extract(source, store, ExtractSpec(image, text, workers=0, device="cpu", add=store.exists()))
+    return FeatureStore.open(store)
+
+
+def fitted(
+    options: argparse.Namespace, store: FeatureStore, image: EncoderSpec, text: EncoderSpec, seed: int
+) -> TrainedHeads:
+    """The finished run of this text encoder and seed, or a new one."""
+    run = options.work / f"{options.recipe}-{text.slug}-{seed}"
+    recipe = load_recipe(options.recipe, ["schedule.epochs=2"] if options.quick else [])
+    if not (run / "head.json").is_file():
+        fit_head(store, recipe, run, FitSpec(image.slug, text.slug, seed=seed, device="cpu"))
+        print("fitted", run.name, flush=True)
+    return load_heads(run)
+
+
+def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore) -> list[Row]:
+    """A row for each run, with its intervals, and their mean; `spread` is the standard deviation over runs of the mean
+    of both R@1. Chance last."""
+    rows, reports = [], []
+    for number, run in enumerate(runs):
+        about = vectors(embed_store(run, store, "val"))
+        reports.append(retrieval_report(*about))
+        intervals = bootstrap_intervals(*about)
+        row = {"table": "retrieval", "what": f"{name}, seed {number}", **recalls(reports[-1])}
+        for way, short in WAYS:
+            row[f"{short} R@1, 95 %"] = "{:.1f} to {:.1f}".format(*getattr(intervals, way)[1])
+            row[f"{short} median rank"] = getattr(intervals, f"median_rank_{way}")
+        rows.append({**row, "n_images": reports[-1].n_images, "n_texts": reports[-1].n_texts})
+    return [mean_row(name, reports, runs), *rows, chance_row(reports[0])]
+
+
+def mean_row(name: str, reports: Sequence[RetrievalReport], runs: Sequence[TrainedHeads]) -> Row:
+    ones = [report.mean_recall_at_1 for report in reports]
+    row: Row = {"table": "retrieval", "what": f"{name}, mean of {len(reports)}", **averaged(map(recalls, reports))}
+    row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
+    return {**row, "seconds": round(statistics.median(run.training["seconds"] for run in runs), 1)}
+
+
+def chance_row(report: RetrievalReport) -> Row:
+    chances = ((report.chance_image_to_text, "i2t"), (report.chance_text_to_image, "t2i"))
+    found = {f"{short} R@{k}": round(value, 2) for chance, short in chances for k, value in chance.items()}
+    return {"table": "retrieval", "what": "chance", **found}
+
+
+def recalls(report: RetrievalReport) -> Row:
+    row: Row = {f"{short} R@{k}": round(getattr(report, way)[k], 2) for way, short in WAYS for k in (1, 5, 10)}
+    return {**row, "mean R@1": round(report.mean_recall_at_1, 2)}
+
+
+def averaged(rows: Any) -> Row:
+    """Means of what is a number in all rows."""
+    listed = list(rows)
+    return {key: round(statistics.mean(row[key] for row in listed), 2) for key in listed[0]}
+
+
+def vectors(embedded: Embeddings) -> tuple[Any, Any, Any]:
+    return embedded.image, embedded.text, embedded.image_of_text
+
+
+def language_rows(options: argparse.Namespace, source: PairSource, image: EncoderSpec) -> list[Row]:
+    """Val in every language, by heads that have seen English captions only: means over seeds."""
+    text = parse_encoder(options.multilingual_text, "text")
+    english = extracted(source, options.work / "store", image, text)
+    runs = [fitted(options, english, image, text, seed) for seed in range(options.multilingual_seeds)]
+    store = extracted(many_languages(options.multilingual, source), options.work / "languages", image, text)
+    found = []
+    for run in runs:
+        embedded = embed_store(run, store, "val")
+        languages = [str(store.pairs.languages[row]) for row in embedded.text_rows]
+        found.append(language_reports(*vectors(embedded), languages))
+    kinds, rows = caption_kinds(options.multilingual), []
+    for language, report in found[0].items():
+        about: Row = {"table": "languages", "language": language, "captions": kinds.get(language, "human, learned")}
+        about |= averaged(recalls(reports[language]) for reports in found)
+        chance = round(report.chance_text_to_image[1], 2)
+        rows.append({**about, "chance": chance, "n_images": report.n_images, "seeds": len(runs), "text": text.slug})
+    return sorted(rows, key=lambda row: -row["mean R@1"])
+
+
+def many_languages(table: Path, source: PairSource) -> PairSource:
+    """Val images that have a caption in every language, one of each, the first of `source` as `en` before them."""
+    english = {pair.key: pair.captions[0] for pair in source}
+    others = open_pairs(table, OpenSpec(root=table.parent))
+    wanted = {language for pair in others for language in pair.languages}
+    pairs = []
+    for pair in others:
+        first = dict(zip(reversed(pair.languages), reversed(pair.captions), strict=True))
+        if pair.split == "val" and wanted == first.keys() and pair.key in english:
+            captions = (english[pair.key], *(first[language] for language in sorted(wanted)))
+            pairs.append(Pair(pair.key, captions, ("en", *sorted(wanted)), "val"))
+    return replace(others, pairs=tuple(pairs), media=source.media)
+
+
+def caption_kinds(table: Path) -> dict[str, str]:
+    """Of each language: human or machine, as the table says."""
+    with table.open(encoding="utf-8", newline="") as file:
+        return {row["lang"]: row["kind"] for row in csv.DictReader(file, delimiter="\t")}
+
+
+def labels_of(options: argparse.Namespace, image: EncoderSpec) -> LabelledSpec:
+    """The labelled images; their features are the encoder's, so all runs share one cache."""
+    source = open_pairs(options.labels, OpenSpec(require=("image", "label")))
+    return LabelledSpec(source, options.work / "labelled", (), image, "cpu")
+
+
+def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str) -> list[Row]:
+    rows = []
+    for name in ("single", "clip-7", "clip-80"):
+        templates = find_templates(name)
+        spec = ZeroShotSpec(replace(found, splits=(split,)), templates)
+        reports = [zero_shot(run, spec) for run in runs]
+        values = averaged({"top-1": r.top1, "top-5": r.top5, "mean per class": r.mean_per_class} for r in reports)
+        one = reports[0]
+        about = {"chance": round(one.chance_top1, 2), "n_images": one.n_images, "n_classes": one.n_classes}
+        what = TEMPLATES[0] if name == "single" else f"CLIP's {len(templates)}"
+        rows.append({"table": "zero-shot", "prompts": what, **values, **about, "seeds": len(runs)})
     return rows
 
 
-def extraction_row(report: dict[str, Any], seconds: float) -> dict[str, Any]:
-    rates = {f"{a['modality']} rows/s": round(a["n_encoded"] / max(a["seconds"], 1e-9), 1) for a in report["arrays"]}
-    return {"what": "extract", "seconds": round(seconds, 1), **rates}
-
-
-def run(options: argparse.Namespace, store: Path, out: Path, recipe: str, seed: int) -> dict[str, Any]:
-    fitted = apecache("fit-head", store, "--recipe", recipe, "--out", out, "--seed", seed, "--overwrite")
-    measured = apecache("evaluate", out, "--store", store, "--split", "val")
-    if options.labels:
-        labels = ("--labels", options.labels, "--split", options.labels_split)
-        measured["zeroshot"] = apecache("evaluate", out, "--task", "zeroshot", *labels)["top1"]
-    return {**measured, "fit": fitted}
-
-
-def summary(recipe: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1."""
-    row: dict[str, Any] = {"what": recipe, "seconds": round(statistics.median(r["fit"]["seconds"] for r in runs), 1)}
-    row |= {"parameters": runs[0]["fit"]["n_trained_parameters"], "seeds": len(runs)}
-    for way, short in (("image_to_text", "i2t"), ("text_to_image", "t2i")):
-        row |= {f"{short} R@{k}": round(statistics.mean(r[way][k] for r in runs), 2) for k in ("1", "5", "10")}
-    ones = [(r["image_to_text"]["1"] + r["text_to_image"]["1"]) / 2 for r in runs]
-    row["mean R@1"] = round(statistics.mean(ones), 2)
-    row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else None
-    row |= {"n_images": runs[0]["n_images"], "n_texts": runs[0]["n_texts"]}
-    if "zeroshot" in runs[0]:
-        row["zero-shot top-1"] = round(statistics.mean(r["zeroshot"] for r in runs), 2)
-    return row
-
-
-def goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """Mean of both R@1 against the reference loop with the same encoders and the same kind of head."""
-    found = {row["what"]: row for row in rows}
+def probe_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, options: argparse.Namespace) -> list[Row]:
+    """Of the encoder's features, and of the embeddings after each run's head."""
+    reports: dict[str, list[Any]] = {"encoder's features": [], "after the head": []}
+    for run in runs:
+        both = probe_features(labelled_features(run, found), options.probe_train_split, options.labels_split)
+        for what, report in zip(reports, both, strict=True):
+            reports[what].append(report)
     return [
-        Goal(f"{recipe}: mean R@1 on val", found[recipe]["mean R@1"], sum(reference) / 2, "higher")
-        for recipe, reference in REFERENCES.items()
-        if recipe in found
+        {
+            "table": "probe",
+            "what": what,
+            **averaged({"linear": r.linear, "linear per class": r.linear_per_class, "knn": r.knn} for r in several),
+            "chance": round(several[0].chance, 2),
+            "n_train": several[0].n_train,
+            "n_test": several[0].n_test,
+            "seeds": len(several),
+        }
+        for what, several in reports.items()
     ]
 
 
-def apecache(*arguments: object) -> dict[str, Any]:
-    """Run a command with --json and read its answer."""
-    command = [sys.executable, "-m", "apecache", *map(str, arguments), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+def goals(retrieval: Sequence[Row]) -> list[Goal]:
+    """R@1 against the reference loop with the same encoders."""
+    mean = retrieval[0]
+    found = [Goal(f"{mean['what']}: {name} on val", mean[name], value, "higher") for name, value in REFERENCE.items()]
+    return [*found, Goal("mean of both R@1", mean["mean R@1"], statistics.mean(REFERENCE.values()), "higher")]
 
 
 if __name__ == "__main__":

@@ -306,3 +306,31 @@ def test_scout_ranks_cuts_and_draws_them(chain: dict[str, Path], tmp_path: Path)
     assert "did you mean val" in one_line_error(call(*ask, "--split", "vall"), 3)
     assert "one vector" in one_line_error(call(*ask, "--image-cut", "tokens"), 2)
     assert "has 6 blocks" in one_line_error(call(*ask, "--image-cut", "mean@9"), 3)
+
+
+def test_zeroshot_takes_class_names_and_templates_from_files(chain: dict[str, Path], tmp_path: Path) -> None:
+    names, templates = tmp_path / "names.tsv", tmp_path / "templates.txt"
+    names.write_text("circle\tround thing\nsquare\tbox\ntriangle\ttriangle\nstar\tstar\n")
+    templates.write_text("a photo of {c}\na drawing of {}\n")
+    asked = ("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"], "--class-names", names)
+    result = call(*asked, "--templates", templates, "--json")
+    told = json.loads(result.stdout)
+    assert (told["classes"], told["counts"]) == (["round thing", "box", "triangle", "star"], [4, 4, 4, 0])
+    assert told["templates"] == ["a photo of {}", "a drawing of {}"]
+    assert "1 of 4 classes have no image, and stay candidates: star" in result.stderr
+    assert "most frequent confusions" in call(*asked).stdout
+    one_line_error(call(*asked, "--templates", templates, "--template", "a {}"), 2)
+    names.write_text("circle\nsquare\n")
+    assert "'triangle'" in one_line_error(call(*asked), 2)
+    templates.write_text("a photo\n")
+    names.write_text("circle\nsquare\ntriangle\n")
+    assert "line 1" in one_line_error(call(*asked, "--templates", templates), 2)
+    names.write_text("Kreis\nQuadrat\nDreieck\n")
+    assert "labels in sorted order were taken" in call(*asked).stderr
+
+
+def test_zeroshot_by_the_name_of_a_benchmark(chain: dict[str, Path]) -> None:
+    pytest.importorskip("open_clip", reason="the extra open-clip is not installed")
+    asked = ("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"])
+    assert "none of ImageNet's 1000 classes" in one_line_error(call(*asked, "--dataset", "imagenet"), 2)
+    assert len(call_json(*asked, "--templates", "clip-7")["templates"]) == 7

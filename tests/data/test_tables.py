@@ -271,3 +271,17 @@ def test_what_is_written_with_proper_quoting_is_read_back(tmp_path: Path, source
     read = open_pairs(path)
     assert read == source
     assert read.digest == source.digest
+
+
+def test_labelled_texts_need_no_images_unless_they_are_asked_for(tmp_path: Path) -> None:
+    table = tmp_path / "texts.tsv"
+    table.write_text("text\tlabel\na red fox\tanimal\n\na red fox\tanimal\n", encoding="utf-8")
+    source = open_pairs(table, OpenSpec(require=("caption", "label")))
+    assert source.keys == ["2", "4"]
+    assert [pair.captions for pair in source] == [("a red fox",)] * 2
+    for require in (("caption",), ("image", "caption", "label"), ()):
+        with pytest.raises(ManifestError, match="no column 'image'"):
+            open_pairs(table, OpenSpec(require=require))
+    table.write_text("image\ttext\tlabel\na.png\tx\tfox\na.png\ty\tfox\n", encoding="utf-8")
+    (pair,) = open_pairs(table, OpenSpec(require=("caption", "label")))
+    assert (pair.key, pair.captions) == ("a.png", ("x", "y"))

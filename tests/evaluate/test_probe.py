@@ -61,7 +61,7 @@ def test_features_without_the_label_stay_at_chance_and_their_scale_does_not_matt
     ("labels", "wanted", "said"),
     [
         (["a"] * 20, ["a"] * 4, "one class only"),
-        (["a", "b"] * 10, ["a", "c"], "class 'c' has no training images"),
+        (["a", "b"] * 10, ["a", "c"], "class 'c' has no training rows"),
         (["a", "b", "c", "d"], ["a", "b"], "too few to choose on"),
         (["a"] * 19 + ["b"], ["a", "b"], "too few to choose on"),
     ],
@@ -87,3 +87,58 @@ def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: 
     refused = CliRunner().invoke(app, [*command, "--probe-train-split", "tain"])
     assert refused.exit_code == 3
     assert "did you mean train" in refused.output
+
+
+def labelled_texts(folder: Path) -> Path:
+    """42 texts without images: what they are about can be read off their words."""
+    words = {"shape": ("circle", "square", "triangle"), "thing": ("photo", "drawing", "shape")}
+    before = ("a", "the", "of", "in", "on", "red", "white")
+    named = [(label, word) for label, several in words.items() for word in several]
+    rows = [
+        (f"{first} {word}", label, "test" if first == "white" else "train") for first in before for label, word in named
+    ]
+    table = folder / "texts.tsv"
+    table.write_text("text\tlabel\tsplit\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return table
+
+
+def test_texts_are_probed_as_images_are(tmp_path: Path, tiny_run: Path) -> None:
+    from apecache.encoders.load import load_text_encoder
+    from apecache.encoders.spec import EncoderSpec
+    from apecache.heads.checkpoint import load_heads
+
+    table, run = labelled_texts(tmp_path), load_heads(tiny_run)
+    command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(table)]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["before"]["n_train"], told["before"]["n_test"], told["before"]["n_classes"]) == (36, 6, 2)
+    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
+    features = load_text_encoder(EncoderSpec(**run.text.encoder), "cpu").encode([text for text, *_ in rows])
+    for stage, values in (("before", features.half().float()), ("after", run.text.embed(features))):
+        parts = {
+            split: ([i for i, row in enumerate(rows) if row[2] == split], [r[1] for r in rows if r[2] == split])
+            for split in ("train", "test")
+        }
+        train, test = (values[parts[split][0]].numpy() for split in ("train", "test"))
+        expected = probe(train, parts["train"][1], test, parts["test"][1])
+        assert told[stage]["linear"] == pytest.approx(expected.linear, abs=6)
+    assert told["before"]["linear"] > 80
+    assert "36 texts of train" in CliRunner().invoke(app, command).stdout
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("text\tsplit\na\ttrain\n", "no column 'label'"),
+        ("label\tsplit\na\ttrain\n", "no column 'caption'"),
+        ("text\tlabel\tsplit\na\t\ttrain\nb\tx\ttest\n", "row 2 has no label"),
+        ("text\tlabel\tsplit\na\tx\ttrain\n", "no split 'test'"),
+    ],
+)
+def test_texts_that_cannot_be_probed_are_refused(table: str, said: str, tmp_path: Path, tiny_run: Path) -> None:
+    (tmp_path / "t.tsv").write_text(table, encoding="utf-8")
+    command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(tmp_path / "t.tsv")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 3
+    assert said in result.output

@@ -1,15 +1,19 @@
 """The scout: what it draws, that cuts of one encoder share a pass, and that its features are those of extraction."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from apecache_cli.app import app
 from tiny import make_shapes
+from typer.testing import CliRunner
 
 import apecache.evaluate.scout
 from apecache.data.pairs import PairSource
 from apecache.data.sources import open_pairs
+from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import DataError, OptionError
 from apecache.evaluate.scout import ScoutSpec, draw_pairs, of_split, scout
@@ -121,3 +125,34 @@ def test_what_cannot_be_compared_is_refused(source: PairSource, cuts: tuple[tupl
         scout(source, ScoutSpec(images, ()))
     with pytest.raises(DataError, match="a scout needs 24"):
         scout(source, ScoutSpec(images, texts, n_pairs=20, device="cpu"))
+
+
+def test_the_command_takes_the_options_of_a_source_and_draws_the_heat_map(
+    source: PairSource, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path: Path
+) -> None:
+    encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
+    command = [
+        "scout",
+        source.origin,
+        *encoders,
+        "--text-cut",
+        "default",
+        "--text-cut",
+        "cls",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    split = ["--split-fraction", "train=.75,val=.25", "--split-seed", "1"]
+    result = CliRunner().invoke(app, [*command, *split, "--heat-map", str(tmp_path / "map.svg")])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert len(told["rows"]) == 2
+    drawn = of_split(
+        open_pairs(source.origin, OpenSpec(split_fraction=(("train", 0.75), ("val", 0.25)), split_seed=1)), None
+    )
+    assert told["n_fit"] + told["n_measured"] + told["n_unreadable"] == len(drawn) < 48
+    assert "tiny-bert-cls" in (tmp_path / "map.svg").read_text(encoding="utf-8")
+    refused = CliRunner().invoke(app, [*command, "--image-column", "picture"])
+    assert refused.exit_code == 3
+    assert "no column 'picture'" in refused.output

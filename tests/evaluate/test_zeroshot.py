@@ -22,8 +22,10 @@ from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError
+from apecache.evaluate.class_names import ClassNames
 from apecache.evaluate.labelled import LabelledSpec
-from apecache.evaluate.zeroshot import TEMPLATES, ZeroShotSpec, class_embeddings, classification_report, zero_shot
+from apecache.evaluate.prompts import TEMPLATES
+from apecache.evaluate.zeroshot import ZeroShotSpec, class_embeddings, classification_report, zero_shot
 from apecache.extraction import Standing
 from apecache.heads.checkpoint import TrainedHeads, load_heads
 from apecache.recipes.runs import Embed
@@ -143,6 +145,10 @@ def test_accuracies_equal_their_definition_with_ties_counted_as_wrong(table: tup
     assert report.top5 == pytest.approx(100 * sum(rank < 5 for rank in ranks) / len(ranks))
     of_class = {c: [r == 0 for r, t in zip(ranks, targets, strict=True) if t == c] for c in set(targets)}
     assert report.mean_per_class == pytest.approx(100 * sum(sum(h) / len(h) for h in of_class.values()) / len(of_class))
+    assert report.counts == tuple(targets.count(c) for c in range(n_classes))
+    assert report.empty == tuple(str(c) for c in range(n_classes) if c not in targets)
+    assert sum(count for *_, count in report.confusions) == sum(rank > 0 for rank in ranks)
+    assert all(truth != taken for truth, taken, _ in report.confusions)
     assert report.chance_top1 == pytest.approx(100 / n_classes)
     assert report.chance_top5 == pytest.approx(min(100, 500 / n_classes))
 
@@ -150,6 +156,39 @@ def test_accuracies_equal_their_definition_with_ties_counted_as_wrong(table: tup
 def test_scores_that_are_all_alike_classify_nothing() -> None:
     report = classification_report(torch.ones(6, 3), [0, 1, 2] * 2, CLASSES)
     assert report.top1 == report.mean_per_class == 0
+
+
+def test_confusions_name_the_class_and_what_it_was_taken_for_the_most_frequent_first() -> None:
+    scores = torch.tensor([[1.0, 2.0, 0.0]] * 3 + [[0.0, 1.0, 2.0]] + [[0.0, 0.0, 1.0]])
+    report = classification_report(scores, [0, 0, 0, 1, 2], CLASSES)
+    assert report.confusions == (("circle", "square", 3), ("square", "triangle", 1))
+
+
+# --- names of classes ------------------------------------------------------------------------------------------------
+
+
+def test_names_from_elsewhere_are_the_candidates_and_those_without_images_are_told(
+    heads: TrainedHeads, text_encoder: TextEncoder, shapes: Path, tmp_path: Path
+) -> None:
+    spoken = ("a white circle", "the square", "drawing of a photo", "triangle")
+    names = ClassNames(spoken, "file", ("circle", "square", "*", "triangle"))
+    report = zero_shot(heads, spec_for(shapes, tmp_path / "caches", templates=("{c}",), names=names))
+    assert (report.classes, report.counts, report.empty) == (names.names, (4, 4, 0, 4), (spoken[2],))
+    assert (report.n_classes, report.matched, report.templates) == (4, "by label", ("{}",))
+    keys = sorted(str(path.relative_to(shapes.parent)) for path in (shapes.parent / "images").iterdir())
+    targets = torch.tensor([(0, 1, 3)[CLASSES.index(Path(key).stem.split("-")[1])] for key in keys])
+    weights = class_embeddings(by_heads(heads, text_encoder), names.names, ("{}",))
+    found = (embed_images(heads, keys, shapes.parent) @ weights.T).argmax(1)
+    assert report.top1 == pytest.approx(100 * float((found == targets).double().mean()))
+
+
+def test_a_label_without_a_name_is_refused_before_anything_is_encoded(
+    heads: TrainedHeads, shapes: Path, tmp_path: Path
+) -> None:
+    names = ClassNames(("circle", "square"), "names.txt")
+    with pytest.raises(OptionError, match=r"1 of 3 labels are none of names\.txt's 2 classes \('triangle'\)"):
+        zero_shot(heads, spec_for(shapes, tmp_path / "caches", names=names))
+    assert not (tmp_path / "caches").exists()
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -205,7 +244,7 @@ def test_a_class_whose_images_cannot_be_read_stays_a_class(heads: TrainedHeads, 
     for path in (shapes.parent / "images").glob("*circle*"):
         path.write_bytes(b"")
     report = zero_shot(heads, spec_for(shapes, tmp_path / "caches", max_bad=0.5))
-    assert (report.n_images, report.classes) == (8, CLASSES)
+    assert (report.n_images, report.classes, report.empty) == (8, CLASSES, ("circle",))
 
 
 def test_a_table_of_which_no_image_can_be_read_is_refused(heads: TrainedHeads, shapes: Path, tmp_path: Path) -> None:

@@ -115,7 +115,6 @@ def test_a_trained_image_tower_encodes_labelled_images_once(
         labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
     less = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2))
     assert less.labels == found.labels[:3] + found.labels[4:]
-    assert less.all_labels == found.labels
     torch.testing.assert_close(less.embedded, torch.cat([found.embedded[:3], found.embedded[4:]]))
 
 

@@ -4,7 +4,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from apecache.report.heatmap import HeatMap, render_heat_maps
+from apecache.evaluate.geometry import Likeness
+from apecache.evaluate.scout import ScoutReport, ScoutRow
+from apecache.report.heatmap import HeatMap, render_heat_maps, scout_maps
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,3 +39,17 @@ def test_names_are_inert(word: str) -> None:
     tags = {element.tag.removeprefix(SVG) for element in ElementTree.fromstring(svg).iter()}
     assert tags == {"svg", "rect", "text"}
     svg.encode()
+
+
+def test_a_scout_is_drawn_once_for_each_measure_with_layers_in_their_order() -> None:
+    images, texts = ("vit-mean-layer10", "vit-mean-layer2", "vit"), ("bert-mean-layer1", "bert")
+    rows = [
+        ScoutRow(image, text, Likeness(i / 10, t / 10, i, 10 * t))
+        for i, image in enumerate(images) for t, text in enumerate(texts)
+    ]  # fmt: skip
+    recall, cka, knn = scout_maps(ScoutReport(tuple(rows), 12, 12, 0, 8.3, 0.1))
+    assert recall.rows == ["vit", "vit-mean-layer2", "vit-mean-layer10"]
+    assert recall.columns == ["bert", "bert-mean-layer1"]
+    assert recall.values == [[6.0, 1.0], [5.5, 0.5], [5.0, 0.0]]
+    assert [row[0] for row in cka.values] == [0.2, 0.1, 0.0]
+    assert knn.values[0] == [0.1, 0.0]

@@ -1,0 +1,109 @@
+"""What `apecache evaluate` does with labelled images and texts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .inputs import Opening
+from .terminal import progress, show_table, warn
+
+SHOWN = 5
+"""Confusions, and classes without images, that are named on the terminal."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was said on the command line. `moved`: encoders under new names, image before text."""
+
+    run: Path
+    labels: str | None
+    opening: Opening
+    split: str | None
+    device: str
+    max_bad: float
+    moved: tuple[Any, Any]
+
+    def spec(self, modality: Any, splits: tuple[str, ...]) -> Any:
+        """A LabelledSpec. Raises OptionError without --labels."""
+        from apecache.errors import OptionError
+
+        if self.labels is None:
+            raise OptionError("--labels is missing: give images with labels, as a table or a folder per class")
+        from apecache.data.sources import open_pairs
+
+        source = open_pairs(self.labels, self.opening("image" if modality == "image" else "caption", "label"))
+        from apecache.evaluate.labelled import LabelledSpec
+
+        moved = self.moved[0 if modality == "image" else 1]
+        return LabelledSpec(source, self.run / "caches", splits, moved, self.device, self.max_bad, modality)
+
+    def load(self) -> Any:
+        from apecache.recipes.runs import load_run
+
+        return load_run(self.run, self.device, *self.moved)
+
+
+def zeroshot(
+    asked: Asked, dataset: str | None, class_names: Path | None, templates: str | None, template: list[str] | None
+) -> dict[str, Any]:
+    """The JSON form of a zero-shot report: accuracies in per cent."""
+    from apecache.errors import OptionError
+
+    if template and templates:
+        raise OptionError("--template and --templates both say what the prompts are; give one of them")
+    images = asked.spec("image", (asked.split,) if asked.split else ())
+    from apecache.evaluate.benchmark_names import load_benchmark
+    from apecache.evaluate.class_names import read_class_names
+    from apecache.evaluate.prompts import find_templates
+    from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
+
+    benchmark = load_benchmark(dataset) if dataset else None
+    names = read_class_names(class_names) if class_names else benchmark.classes if benchmark else None
+    prompts = tuple(template) if template else find_templates(templates, benchmark)
+    with progress() as update:
+        report = zero_shot(asked.load(), ZeroShotSpec(images, prompts, asked.moved[1], names), update)
+    if report.empty:
+        shown = ", ".join(report.empty[:SHOWN]) + (", …" if len(report.empty) > SHOWN else "")
+        warn(f"{len(report.empty)} of {report.n_classes} classes have no image, and stay candidates: {shown}")
+    if report.matched == "by sorted order":
+        warn("no label is a class's name or number: labels in sorted order were taken for the classes in theirs")
+    return {"task": "zeroshot", "split": asked.split, **vars(report)}
+
+
+def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
+    """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the run."""
+    split = asked.split or "test"
+    spec = asked.spec(modality, (train_split, split))
+    from apecache.evaluate.labelled import labelled_features
+    from apecache.evaluate.probe import probe_features
+
+    with progress() as update:
+        found = labelled_features(asked.load(), spec, update)
+    before, after = probe_features(found, train_split, split)
+    about = {"task": "probe" if modality == "image" else "text-probe", "train_split": train_split, "split": split}
+    return {**about, "before": vars(before), "after": vars(after)}
+
+
+def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
+    title = (
+        f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
+    )
+    rows = [
+        (str(run), result["top1"], result["top5"], result["mean_per_class"]),
+        ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
+    ]
+    show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
+    if result["confusions"]:
+        show_table("most frequent confusions", ("class", "taken for", "images"), result["confusions"][:SHOWN])
+
+
+def show_probes(run: Path, result: dict[str, Any]) -> None:
+    before, what = result["before"], "images" if result["task"] == "probe" else "texts"
+    title = f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, {before['n_test']:,} of "
+    rows: list[tuple[object, ...]] = [
+        (stage, r["linear"], r["linear_per_class"], f"C {r['regularisation']:g}", r["knn"], f"k {r['neighbours']}")
+        for stage, r in (("encoder's features", before), ("after the head", result["after"]))
+    ]
+    rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
+    columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
+    show_table(title + str(result["split"]), columns, rows)

@@ -1,0 +1,33 @@
+"""What commands that take a run share: encoders that have moved, and images to open."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MovedImage = Annotated[
+    str | None, typer.Option("--image", help="The image encoder's new place, if its folder has moved.")
+]
+MovedText = Annotated[str | None, typer.Option("--text", help="The text encoder's new place, if its folder has moved.")]
+
+
+def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any, Any]:
+    """The recorded encoders' settings under new names; None where no name was given."""
+    if image is None and text is None:
+        return None, None
+    from apecache.recipes.runs import recorded_encoder
+
+    names: tuple[tuple[Any, str | None], ...] = (("image", image), ("text", text))
+    found = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]
+    return found[0], found[1]
+
+
+def opener(root: Path | None) -> Any:
+    """Reads the image of a key below `root`; None without one."""
+    if root is None:
+        return None
+    from apecache.data.images import load_image
+    from apecache.data.media import FolderMedia
+
+    media = FolderMedia(root)
+    return lambda key: load_image(key, media).image
