@@ -48,6 +48,12 @@ class Streams:
         yield
         state[:] = self._present()
 
+    @contextmanager
+    def alone(self, member: int) -> Iterator[None]:
+        """As `use`, and what drew before is kept."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self.use(member):
+            yield
+
     def _present(self) -> list[Tensor]:
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return [torch.get_rng_state(), *cuda]

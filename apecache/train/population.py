@@ -8,14 +8,15 @@ a batch norm changes nothing and has no gradient but rounding, which Adam amplif
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apecache.errors import DataError
+from apecache.errors import DataError, RunError
+from apecache.fingerprint import Json
 from apecache.heads.head import SeveralHeads
 from apecache.heads.stacked import StackedHeads, Streams, structure_of
 from apecache.losses.stacked import stacked_info_nce
@@ -29,6 +30,7 @@ from apecache.train.loop import (
     end_epoch,
     evaluate_untrained,
     is_done,
+    require_finite,
     train_epoch,
     update_weights,
 )
@@ -300,7 +302,8 @@ def train_together(
     save: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """Train members of one `stack_key` up to epoch `n_epochs`; a single one in the ordinary way. `save` is called after
-    every epoch. Returns why some could not go on, by their places: their losses are not finite."""
+    every epoch. Returns why some could not go on, by their places: their losses are not finite (those of an earlier
+    call, too, that were restored)."""
     with torch.random.fork_rng(devices=[train.place] if train.place.type == "cuda" else []):
         for member in members:
             if not member.history:
@@ -308,12 +311,50 @@ def train_together(
         if len(members) == 1:
             return _train_alone(members[0], streams, train, dev, plan, n_epochs, save)
         population = Population(members, streams, plan)
-        population.drop([i for i, member in enumerate(members) if is_done(member, plan)])
+        population.failures.update(_failed(members))
+        population.drop([i for i, m in enumerate(members) if is_done(m, plan) or i in population.failures])
         while population.present and members[population.present[0]].epoch < n_epochs:
             population.epoch(train, dev)
             save()
         population.release()
     return population.failures
+
+
+def _failed(members: Sequence[Training]) -> dict[int, str]:
+    found = {}
+    for i, member in enumerate(members):
+        try:
+            require_finite(member)
+        except DataError as error:
+            found[i] = str(error)
+    return found
+
+
+def members_state(members: Sequence[Training], streams: Streams) -> tuple[dict[str, Tensor], dict[str, Json]]:
+    """Tensors and state of all members, as one checkpoint holds them; also in the midst of `train_together`."""
+    tensors, states = {}, []
+    for i, member in enumerate(members):
+        with streams.alone(i):
+            tensors.update({f"{i}/{name}": tensor.clone() for name, tensor in member.tensors().items()})
+        states.append(member.state())
+    return tensors, {"members": states}
+
+
+def restore_members(
+    members: Sequence[Training], streams: Streams, tensors: Mapping[str, Tensor], state: Mapping[str, Json]
+) -> None:
+    """Raises RunError unless these are the tensors of such members."""
+    parts: list[dict[str, Tensor]] = [{} for _ in members]
+    try:
+        for key, tensor in tensors.items():
+            place, _, name = key.partition("/")
+            parts[int(place)][name] = tensor
+        states = [state["members"][i] for i in range(len(members))]
+    except (LookupError, TypeError, ValueError):
+        raise RunError("the checkpoint is not one of these members; choose another --out") from None
+    for i, member in enumerate(members):
+        with streams.alone(i):
+            member.restore(parts[i], states[i])
 
 
 def _train_alone(

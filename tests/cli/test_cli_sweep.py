@@ -1,6 +1,7 @@
 """`apecache sweep` on a small store: its output, and the command that it gives."""
 
 import json
+import random
 import shlex
 import signal
 import subprocess
@@ -66,6 +67,35 @@ def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(tiny_store
         _, said = process.communicate()
         if sent == signal.SIGINT:
             assert (process.returncode, "interrupted; resume with: apecache sweep" in said) == (130, True), said
+    assert runner.invoke(app, command("broken")).exit_code == 0
+    for name in ("trials.jsonl", "best/head.safetensors"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_table(tiny_store: Path, tmp_path: Path) -> None:
+    """At random moments after the imports, within a population as well: all epochs are saved."""
+    space = tmp_path / "space.toml"
+    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [27]}\n')
+    numbers = random.Random(0)
+    program = "import sys; from apecache_cli.app import main; import apecache.sweeping; print(flush=True); main()"
+
+    def command(out: str) -> list[str]:
+        options = ["--recipe", "projection", "--space", str(space), "--out", str(tmp_path / out), "--trials", "9"]
+        options += ["--halving", "--population", "3", "--save-seconds", "0"]
+        return ["sweep", str(tiny_store), *options, "--dev-split", "val", "--device", "cpu"]
+
+    begin = time.monotonic()
+    assert runner.invoke(app, command("whole")).exit_code == 0
+    seconds = time.monotonic() - begin
+    for _ in range(10):
+        arguments = [sys.executable, "-c", program, *command("broken")]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout is not None
+        process.stdout.readline()  # all is imported
+        time.sleep(numbers.uniform(0, seconds / 3))
+        process.kill()
+        process.communicate()
     assert runner.invoke(app, command("broken")).exit_code == 0
     for name in ("trials.jsonl", "best/head.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
