@@ -155,8 +155,9 @@ class _Pooled:
         if self.direct is not None:
             y = y + self.direct.forward(x)
         self.length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
-        self.embedded = y / self.length
-        return self.embedded
+        embedded: Tensor = y / self.length
+        self.embedded = embedded
+        return embedded
 
     def backward(self, gradient: Tensor) -> None:
         along = (gradient * self.embedded).sum(-1, keepdim=True)
@@ -172,7 +173,8 @@ class _Several:
         self.parts, self.widths = parts, heads[0].widths
 
     def forward(self, features: Tensor, standardised: bool) -> Tensor:
-        return torch.cat([part.forward(features, standardised) for part in self.parts], -1) / len(self.parts) ** 0.5
+        embedded = torch.cat([part.forward(features, standardised) for part in self.parts], -1)
+        return embedded.div_(len(self.parts) ** 0.5)
 
     def backward(self, gradient: Tensor) -> None:
         for part, own in zip(self.parts, (gradient / len(self.parts) ** 0.5).split(self.widths, -1), strict=True):
@@ -305,13 +307,16 @@ class _BatchNorm:
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.transpose(0, 1).flatten(1)
         running = [torch.cat([getattr(p, n) for p in self.parts]) for n in ("running_mean", "running_var")]
-        weights = self.weight.value.flatten(), self.bias.value.flatten()
-        y, *self.batch = torch.native_batch_norm(self.x, *weights, *running, True, self.momentum, self.eps)
+        weight, bias = self.weight.value.flatten(), self.bias.value.flatten()
+        y, *self.batch = torch.native_batch_norm(
+            self.x, weight, bias, running[0], running[1], True, self.momentum, self.eps
+        )
         for part, own_mean, own_variance in zip(self.parts, *(s.chunk(len(x)) for s in running), strict=True):
             part.running_mean.copy_(own_mean)
             part.running_var.copy_(own_variance)
             part.num_batches_tracked.add_(1)
-        return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+        stacked: Tensor = y.unflatten(1, (len(x), -1)).transpose(0, 1)
+        return stacked
 
     def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
         k, mask = len(self.parts), [wanted, True, True]

@@ -58,11 +58,11 @@ def direct_update(optimiser: torch.optim.Optimizer) -> Callable[[], object]:
     does. Rates and decay may still change."""
     if not isinstance(optimiser, torch.optim.Adam) or not all(group["fused"] for group in optimiser.param_groups):
         return optimiser.step
-    groups = [(group, *_tensors(optimiser, group["params"])) for group in optimiser.param_groups]
+    groups = [(group, _tensors(optimiser, group["params"])) for group in optimiser.param_groups]
 
     @torch.no_grad()
     def update() -> None:
-        for group, parameters, gradients, first, second, steps in groups:
+        for group, (parameters, gradients, first, second, steps) in groups:
             torch._foreach_add_(steps, 1)
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
             kernel(
@@ -84,11 +84,11 @@ def direct_update(optimiser: torch.optim.Optimizer) -> Callable[[], object]:
     return update
 
 
-def _tensors(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[list[torch.Tensor], ...]:
+def _tensors(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[list[torch.Tensor]]:
     """Values, gradients, both moments and step counts of the parameters that have gradients."""
     trained = [p for p in parameters if p.grad is not None]
     states = [[optimiser.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")]
-    return [p.data for p in trained], [p.grad for p in trained if p.grad is not None], *states
+    return [[p.data for p in trained], [p.grad for p in trained if p.grad is not None], *states]
 
 
 def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:
