@@ -40,6 +40,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.quality.heads --quick
 	$(BIN)/python -m benchmarks.quality.scout --quick
 	$(BIN)/python -m benchmarks.quality.recipes --quick
+	$(BIN)/python -m benchmarks.quality.sweep --quick
 	$(BIN)/python -m benchmarks.reliability.faults --quick
 
 faults: $(VENV)/.dev

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .evaluate import moved_encoders
 from .inputs import Root
 from .report import media_of
+from .runs import moved_encoders
 from .terminal import Device, Json, ending, show_json, warn
 
 

@@ -34,6 +34,7 @@ def sweep(
     seed: Annotated[int, typer.Option(help="First seed of weights, batches and dropout.")] = 0,
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -55,7 +56,7 @@ def sweep(
         from apecache.train.fit_head import FitSpec
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
-        fit = FitSpec(image_features, text_features, splits, seed, device)
+        fit = FitSpec(image_features, text_features, splits, seed, device, save_seconds=save_seconds)
         kind: Any = sampler
         memory = int(memory_gb * 2**30)
         spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, fit)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import apecache.sweeping
+import apecache.sweep_wave
 from apecache.errors import MismatchError, OptionError, RecipeError, RunError
 from apecache.recipes.recipe import Recipe
 from apecache.space import Space, load_space
@@ -67,7 +67,7 @@ def test_a_sweep_that_is_broken_off_ends_as_one_that_was_not(
     )
     spec = SweepSpec(8, sampler, seeds=2, halving=halving, population=4, fit=CPU)
     whole = sweep(store, space, tmp_path / "whole", spec)
-    train, calls = apecache.sweeping.train_together, [0]
+    train, calls = apecache.sweep_wave.train_together, [0]
 
     def killed(*arguments: Any) -> Any:
         calls[0] += 1
@@ -75,7 +75,7 @@ def test_a_sweep_that_is_broken_off_ends_as_one_that_was_not(
             raise KeyboardInterrupt
         return train(*arguments)
 
-    monkeypatch.setattr(apecache.sweeping, "train_together", killed)
+    monkeypatch.setattr(apecache.sweep_wave, "train_together", killed)
     for _ in range(50):
         try:
             broken = sweep(store, space, tmp_path / "broken", spec)
@@ -86,6 +86,32 @@ def test_a_sweep_that_is_broken_off_ends_as_one_that_was_not(
     assert broken.trials == whole.trials
     assert (tmp_path / "broken/trials.jsonl").read_bytes() == (tmp_path / "whole/trials.jsonl").read_bytes()
     assert sweep(store, space, tmp_path / "broken", spec).trials == whole.trials
+
+
+def test_a_population_goes_on_within_its_epochs(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after every third epoch that is saved; the epochs done in all are those of a whole sweep."""
+    fit = replace(CPU, save_seconds=0.0)
+    space, spec = make_space(tmp_path), SweepSpec(4, population=4, fit=fit)
+    whole = sweep(store, space, tmp_path / "whole", spec)
+    save, epochs = apecache.sweep_wave.save_checkpoint, []
+
+    def interrupted(*arguments: Any) -> None:
+        save(*arguments)
+        epochs.append(arguments[2]["members"][0]["epoch"])
+        if len(epochs) % 3 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(apecache.sweep_wave, "save_checkpoint", interrupted)
+    broken = None
+    while broken is None:
+        try:
+            broken = sweep(store, space, tmp_path / "broken", spec)
+        except KeyboardInterrupt:
+            assert len(epochs) < 20
+    assert epochs == list(range(1, 10))
+    assert broken.trials == whole.trials
 
 
 def test_halving_stops_two_thirds_twice_and_finds_the_same_kind_of_winner(store: FeatureStore, tmp_path: Path) -> None:

@@ -1,46 +1,44 @@
-"""InfoNCE of several models at once, each with a batch of its own."""
-
-from typing import Any
+"""InfoNCE of several models at once, each with a batch of its own, and its gradients in closed form."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+SAFE_SCALE = 40.0
+"""Cosines times up to this have exponentials and sums of them within float32, so that one exponential serves both
+softmaxes."""
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """float [k]: `info_nce` of image[i], text[i] ([k, n, dim], normalised) and scale[i].
+@torch.no_grad()
+def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
+    """Losses float [k], `info_nce` of image[i], text[i] ([k, n, dim], normalised) and scale[i], and their gradients by
+    image, text and scale.
 
-    Gradients are made with the losses, model by model, so that one model's logits [n, n] are in memory at a time, and
-    in the caches of a processor. One backward pass, of the first order.
+    Model by model, so that one model's logits [n, n] are in memory at a time, and in the caches of a processor. The
+    gradient of a logit is (softmax of its row + softmax of its column - 2 on the diagonal) / 2n.
     """
-    found: Tensor = _StackedInfoNce.apply(image, text, scale)
-    return found
+    gradients = torch.empty_like(image), torch.empty_like(text), torch.empty_like(scale)
+    losses = torch.empty_like(scale)
+    for i in range(len(scale)):
+        scaled = image[i] * scale[i]
+        diagonal = (scaled * text[i]).sum()
+        sums, pull = _softmaxes(scaled @ text[i].T, scale[i])
+        losses[i] = (sums / 2 - diagonal) / len(pull)
+        by_image, by_text = gradients[0][i], gradients[1][i]
+        half = scale[i] / (2 * len(pull))
+        torch.addmm(text[i], pull, text[i], beta=-2, out=by_image).mul_(half)
+        torch.addmm(image[i], pull.T, image[i], beta=-2, out=by_text).mul_(half)
+        gradients[2][i] = torch.dot(by_image.flatten(), image[i].flatten()) / scale[i]
+    return losses, gradients
 
 
-class _StackedInfoNce(torch.autograd.Function):
-    """The gradient of a logit is (softmax of its row + softmax of its column - 2 on the diagonal) / 2n."""
-
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        grad_image, grad_text, grad_scale = torch.empty_like(image), torch.empty_like(text), torch.empty_like(scale)
-        losses = torch.empty_like(scale)
-        for i in range(len(scale)):
-            logits = (image[i] @ text[i].T).mul_(scale[i])
-            rows, columns = logits.logsumexp(1), logits.logsumexp(0)
-            losses[i] = (rows.mean() + columns.mean()) / 2 - logits.diagonal().mean()
-            pull = (logits - rows.unsqueeze(1)).exp_().add_(logits.sub_(columns).exp_())
-            pull.diagonal().sub_(2)
-            pull.mul_(scale[i] / (2 * len(logits)))
-            torch.mm(pull, text[i], out=grad_image[i])
-            torch.mm(pull.T, image[i], out=grad_text[i])
-            grad_scale[i] = torch.vdot(grad_image[i].flatten(), image[i].flatten()) / scale[i]
-        ctx.save_for_backward(grad_image, grad_text, grad_scale)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale = ctx.saved_tensors
-        each = gradient.view(-1, 1, 1)
-        needed = ctx.needs_input_grad
-        return image.mul_(each) if needed[0] else None, text.mul_(each) if needed[1] else None, scale * gradient
+def _softmaxes(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the logarithms of the sums over rows and over columns, and softmax by rows + softmax by columns. Uses up
+    the logits."""
+    if logits.device.type == "cpu" and float(scale) <= SAFE_SCALE:
+        rows, columns = logits.exp_().sum(1), logits.sum(0)
+        logs = rows.log().sum() + columns.log().sum()
+        return logs, logits.mul_(rows.reciprocal_().unsqueeze(1) + columns.reciprocal_())
+    rows, columns = logits.logsumexp(1), logits.logsumexp(0)
+    by_rows = (logits - rows.unsqueeze(1)).exp_()
+    return rows.sum() + columns.sum(), by_rows.add_(logits.sub_(columns).exp_())

@@ -319,8 +319,8 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     return total
 
 
-def update_weights(training: Fit[Any], plan: Plan) -> None:
-    """The optimiser's part of a step, from gradients that are there."""
+def update_weights(training: Fit[Any], plan: Plan, update: Callable[[], object] | None = None) -> None:
+    """The optimiser's part of a step, from gradients that are there. `update`: in place of the optimiser's own step."""
     model, optimiser, recipe = training.model, training.optimiser, training.recipe
     assert optimiser is not None
     factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
@@ -328,7 +328,7 @@ def update_weights(training: Fit[Any], plan: Plan) -> None:
         group["lr"] = recipe.optimiser.lr * factor * group["factor"]
     if recipe.optimiser.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
-    optimiser.step()
+    (update or optimiser.step)()
     model.clamp()
     if training.average is not None:
         _follow(training.average, model, recipe.optimiser.ema)

@@ -1,24 +1,27 @@
 """Many small heads trained together: every member ends where a fit of its own would, up to rounding.
 
 Members of one structure, batch size and number of steps share batched products; all else is a member's own and goes
-through the code of the ordinary trainer: optimiser, schedule, temperature, augmentation, batches, dropout, evaluation.
+through the code of the ordinary trainer: optimiser, schedule, temperature, augmentation, batches, evaluation.
 A member that is done, dropped or no longer finite leaves the stack, and the stack shrinks. (The bias of a layer before
 a batch norm changes nothing and has no gradient but rounding, which Adam amplifies: it alone may end elsewhere.)
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apecache.errors import DataError
+from apecache.errors import DataError, RunError
+from apecache.fingerprint import Json
 from apecache.heads.head import SeveralHeads
 from apecache.heads.stacked import StackedHeads, Streams, structure_of
 from apecache.losses.stacked import stacked_info_nce
 from apecache.recipes.objective import TILED_FROM
+from apecache.recipes.recipe import AugmentationSpec
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.loop import (
@@ -28,15 +31,21 @@ from apecache.train.loop import (
     end_epoch,
     evaluate_untrained,
     is_done,
+    require_finite,
     train_epoch,
     update_weights,
 )
+from apecache.train.optim import direct_update
 
 FLOAT_BYTES = 4
 STATES = 5
 """Numbers kept for each weight: itself, its gradient, two moments, the best one so far."""
 PASSES = 3
 """Numbers kept for each input and output of a layer: forward, backward, and what lies between."""
+SLAB_BYTES = 2**20
+"""Of activations that stay in the caches of a processor."""
+STANDARDISED_BYTES = 2**29
+"""Features that need more than this are standardised batch by batch."""
 
 
 def split_members(members: Sequence[Training], plans: Sequence[Plan], most: int, max_bytes: int) -> list[list[int]]:
@@ -68,13 +77,16 @@ def stack_key(member: Training, plan: Plan) -> Hashable | None:
 
 def member_bytes(member: Training) -> tuple[int, int]:
     """Bytes of the logits of a batch, which one member needs at a time, and of everything else of each member."""
-    batch, captions = member.recipe.schedule.batch_size, member.recipe.loss.captions
     weights = sum(parameter.numel() for parameter in member.model.parameters())
-    widths = [
-        _width(head) * rows for head, rows in ((member.model.image, batch), (member.model.text, batch * captions))
-    ]
-    logits = PASSES * min(batch * batch * captions, TILED_FROM)
-    return logits * FLOAT_BYTES, (STATES * weights + PASSES * sum(widths)) * FLOAT_BYTES
+    logits, activations = activation_counts(member)
+    return PASSES * min(logits, TILED_FROM) * FLOAT_BYTES, (STATES * weights + PASSES * activations) * FLOAT_BYTES
+
+
+def activation_counts(member: Training) -> tuple[int, int]:
+    """Numbers in the logits of a batch, and in the inputs and outputs of all layers."""
+    batch, captions = member.recipe.schedule.batch_size, member.recipe.loss.captions
+    image, text = _width(member.model.image), _width(member.model.text)
+    return batch * batch * captions, batch * (image + captions * text)
 
 
 def _width(head: nn.Module) -> int:
@@ -82,33 +94,41 @@ def _width(head: nn.Module) -> int:
 
 
 class Population:
-    """Members (at least two, of one `stack_key`) at the same step, and the stack of their heads. `streams`: their
-    random states, in the same order; `failures`: why a member is no longer among the `present` ones."""
+    """Members (at least two, of one `stack_key`) at the same step. `streams`: their random states, in the same order;
+    `failures`: why a member is no longer among the `present` ones.
+
+    On a CPU members take turns in slabs whose activations stay in its caches, an epoch each; on other devices all of
+    them make one slab."""
 
     def __init__(self, members: Sequence[Training], streams: Streams, plan: Plan) -> None:
         self.members, self.streams, self.plan = list(members), streams, plan
-        self.present = list(range(len(members)))
         self.failures: dict[int, str] = {}
-        self.heads = self._stack()
+        places = list(range(len(members)))
+        size = len(members) if streams.device.type != "cpu" else slab_size(members[0])
+        self.slabs = [self._slab(part) for part in _in_parts(places, size)]
+        self._fed: tuple[FeaturePairs, FeaturePairs] | None = None
 
-    def _stack(self) -> tuple[StackedHeads, StackedHeads]:
-        models = [self.members[i].model for i in self.present]
-        numbers = self.streams.of(self.present)
-        return StackedHeads([m.image for m in models], numbers), StackedHeads([m.text for m in models], numbers)
+    def _slab(self, places: list[int]) -> "Slab":
+        return Slab(places, [self.members[i] for i in places], self.streams.of(places), self.plan)
+
+    @property
+    def present(self) -> list[int]:
+        return [place for slab in self.slabs for place in slab.places]
 
     def drop(self, places: Sequence[int]) -> None:
         """Take members out; their weights stay as they are."""
-        if not set(places) & set(self.present):
-            return
-        self.release()
-        self.present = [i for i in self.present if i not in places]
-        if self.present:
-            self.heads = self._stack()
+        slabs = []
+        for slab in self.slabs:
+            left = [place for place in slab.places if place not in places]
+            if len(left) < len(slab.places):
+                slab.release()
+            if left:
+                slabs.append(slab if len(left) == len(slab.places) else self._slab(left))
+        self.slabs = slabs
 
     def release(self) -> None:
-        """Members own their weights again; the stack is of no use afterwards."""
-        for heads in self.heads:
-            heads.release()
+        """Members own their weights again; the population is of no use afterwards."""
+        self.drop(self.present)
 
     def epoch(self, train: FeaturePairs, dev: FeaturePairs) -> None:
         """One epoch, or what is left of the steps, of all that are present; then they are evaluated."""
@@ -125,54 +145,144 @@ class Population:
 
     def take_steps(self, train: FeaturePairs) -> None:
         """The steps of an epoch of all that are present."""
-        plan, members = self.plan, [self.members[i] for i in self.present]
+        fed = self._standardised(train)
+        for slab in self.slabs:
+            slab.take_steps(fed, fed is not train)
+
+    def _standardised(self, train: FeaturePairs) -> FeaturePairs:
+        """The features as all heads see them, made once; or as they are, if heads or augmentation need that."""
+        if self._fed is None or self._fed[0] is not train:
+            alike = _see_alike(self.members) and _fits(train)
+            self._fed = train, _standardise(train, self.members[0]) if alike else train
+        return self._fed[1]
+
+
+def slab_size(member: Training) -> int:
+    _, each = activation_counts(member)
+    return max(1, SLAB_BYTES // (FLOAT_BYTES * each))
+
+
+def _see_alike(members: Sequence[Training]) -> bool:
+    """Whether all heads see features in the same way, and nothing else looks at them."""
+    for member in members:
+        spec = member.recipe.augmentation
+        if spec.noise or spec.mixup or member.recipe.loss.structure or isinstance(member.model.image, SeveralHeads):
+            return False
+    models, first = [member.model for member in members], members[0].model
+    sides = [(getattr(model, side), getattr(first, side)) for model in models for side in ("image", "text")]
+    return all(torch.equal(a.mean, b.mean) and torch.equal(a.deviation, b.deviation) for a, b in sides)
+
+
+def _fits(train: FeaturePairs) -> bool:
+    there = train.image.device == train.text.device == train.place
+    return there and FLOAT_BYTES * (train.image.numel() + train.text.numel()) <= STANDARDISED_BYTES
+
+
+@torch.no_grad()
+def _standardise(train: FeaturePairs, member: Training) -> FeaturePairs:
+    image, text = (
+        features.float().sub(head.mean).div_(head.deviation)
+        for features, head in ((train.image, member.model.image), (train.text, member.model.text))
+    )
+    return replace(train, image=image, text=text)
+
+
+class Slab:
+    """Members that take their steps together; `places` are theirs in the population."""
+
+    def __init__(self, places: list[int], members: list[Training], streams: Streams, plan: Plan) -> None:
+        self.places, self.members, self.streams, self.plan = places, members, streams, plan
+        models = [member.model for member in members]
+        self.heads = StackedHeads([m.image for m in models], streams), StackedHeads([m.text for m in models], streams)
+        self.temperatures = [[p for p in m.temperature.parameters() if p.requires_grad] for m in models]
+        for parameter in (p for parameters in self.temperatures for p in parameters):
+            parameter.grad = torch.zeros_like(parameter)
+        self.updates: list[Callable[[], object]] = []
+
+    def release(self) -> None:
+        for heads in self.heads:
+            heads.release()
+
+    def take_steps(self, train: FeaturePairs, standardised: bool) -> None:
+        members, plan = self.members, self.plan
         drawn = [draw_epoch(member, train, plan) for member in members]
         while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
-            for member, loss in zip(members, self._step(drawn).unbind(), strict=True):
+            for member, loss in zip(members, self._step(drawn, standardised).unbind(), strict=True):
                 member.losses.append(loss)
                 member.step, member.in_epoch = member.step + 1, member.in_epoch + 1
 
-    def _step(self, drawn: Sequence[Iterator[Batch]]) -> Tensor:
+    @torch.no_grad()
+    def _step(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
         """float [k]: losses of one step."""
-        members = [self.members[i] for i in self.present]
-        for member in members:
-            assert member.optimiser is not None
-            member.optimiser.zero_grad(set_to_none=True)
-        parts = [self._add_gradients(members, drawn) for _ in range(self.plan.accumulate)]
         for heads in self.heads:
-            heads.share_gradients()
-        for member in members:
-            update_weights(member, self.plan)
+            heads.forget()
+        for parameters in self.temperatures:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.zero_()
+        parts = [self._add_gradients(drawn, standardised) for _ in range(self.plan.accumulate)]
+        self._update()
         return torch.stack(parts).sum(0)
 
-    def _add_gradients(self, members: Sequence[Training], drawn: Sequence[Iterator[Batch]]) -> Tensor:
-        batches = [self._next(i, next(part)) for i, part in zip(self.present, drawn, strict=True)]
-        image = self.heads[0](torch.stack([batch.image for batch in batches]))
-        text = self.heads[1](torch.stack([batch.text for batch in batches]))
-        if all(_is_plain(member, batch) for member, batch in zip(members, batches, strict=True)):
-            scale = torch.stack([member.model.temperature.scale() for member in members])
-            losses = stacked_info_nce(image, text, scale) / self.plan.accumulate
-            losses.sum().backward()
-            return losses.detach()
-        return self._one_by_one(members, batches, image, text)
+    def _update(self) -> None:
+        """The first time torch's way, which makes the state of an optimiser where there is none."""
+        updates = self.updates or [_optimiser(member).step for member in self.members]
+        for member, update in zip(self.members, updates, strict=True):
+            update_weights(member, self.plan, update)
+        self.updates = self.updates or [direct_update(_optimiser(member)) for member in self.members]
 
-    def _next(self, member: int, batch: Batch) -> Batch:
-        training = self.members[member]
-        with self.streams.use(member):
+    def _add_gradients(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
+        batches = [self._next(i, next(part)) for i, part in enumerate(drawn)]
+        image = self.heads[0].forward(_stack([batch.image for batch in batches]), standardised)
+        text = self.heads[1].forward(_stack([batch.text for batch in batches]), standardised)
+        plain = all(_is_plain(member, batch) for member, batch in zip(self.members, batches, strict=True))
+        losses, *gradients = self._contrast(image, text) if plain else self._one_by_one(batches, image, text)
+        for heads, gradient in zip(self.heads, gradients, strict=True):
+            heads.backward(gradient)
+        return losses
+
+    def _next(self, i: int, batch: Batch) -> Batch:
+        training = self.members[i]
+        if training.recipe.augmentation == AugmentationSpec():
+            return batch
+        with self.streams.use(i):
             return augment(batch, training.recipe.augmentation, training.model.image, training.model.text)
 
-    def _one_by_one(self, members: Sequence[Training], batches: Sequence[Batch], image: Tensor, text: Tensor) -> Tensor:
-        """Any loss, a member after the other, so that the logits of one are in memory at a time."""
-        sides = [[row.detach().requires_grad_(side.requires_grad) for row in side.unbind()] for side in (image, text)]
-        losses = []
-        for member, batch, *pair in zip(members, batches, *sides, strict=True):
-            loss = member.model.loss_of(batch, *pair, member.step) / self.plan.accumulate
-            loss.backward()
+    def _contrast(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, and their gradients by the embeddings; those by the temperatures are added where they belong."""
+        scale = _stack([member.model.temperature.scale() for member in self.members])
+        losses, (by_image, by_text, by_scale) = stacked_info_nce(image, text, scale)
+        if self.plan.accumulate > 1:
+            for part in (losses, by_image, by_text, by_scale):
+                part.div_(self.plan.accumulate)
+        for parameters, gradient in zip(self.temperatures, by_scale.mul_(scale).unbind(), strict=True):
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.add_(gradient)
+        return losses, by_image, by_text
+
+    def _one_by_one(self, batches: Sequence[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for any loss, a member after the other, so that the logits of one are in memory at a time."""
+        losses, gradients = [], (torch.empty_like(image), torch.empty_like(text))
+        for i, (member, batch) in enumerate(zip(self.members, batches, strict=True)):
+            pair = image[i].detach().requires_grad_(), text[i].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = member.model.loss_of(batch, *pair, member.step) / self.plan.accumulate
+                loss.backward()
             losses.append(loss.detach())
-        ends = [(end, rows) for end, rows in zip((image, text), sides, strict=True) if end.requires_grad]
-        gradients = [torch.stack([row.grad for row in rows if row.grad is not None]) for _, rows in ends]
-        torch.autograd.backward([end for end, _ in ends], gradients)
-        return torch.stack(losses)
+            for gradient, row in zip(gradients, pair, strict=True):
+                assert row.grad is not None
+                gradient[i] = row.grad
+        return torch.stack(losses), *gradients
+
+
+def _optimiser(member: Training) -> torch.optim.Optimizer:
+    assert member.optimiser is not None
+    return member.optimiser
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _is_plain(member: Training, batch: Batch) -> bool:
@@ -192,7 +302,8 @@ def train_together(
     save: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """Train members of one `stack_key` up to epoch `n_epochs`; a single one in the ordinary way. `save` is called after
-    every epoch. Returns why some could not go on, by their places: their losses are not finite."""
+    every epoch. Returns why some could not go on, by their places: their losses are not finite (those of an earlier
+    call, too, that were restored)."""
     with torch.random.fork_rng(devices=[train.place] if train.place.type == "cuda" else []):
         for member in members:
             if not member.history:
@@ -200,12 +311,50 @@ def train_together(
         if len(members) == 1:
             return _train_alone(members[0], streams, train, dev, plan, n_epochs, save)
         population = Population(members, streams, plan)
-        population.drop([i for i, member in enumerate(members) if is_done(member, plan)])
+        population.failures.update(_failed(members))
+        population.drop([i for i, m in enumerate(members) if is_done(m, plan) or i in population.failures])
         while population.present and members[population.present[0]].epoch < n_epochs:
             population.epoch(train, dev)
             save()
         population.release()
     return population.failures
+
+
+def _failed(members: Sequence[Training]) -> dict[int, str]:
+    found = {}
+    for i, member in enumerate(members):
+        try:
+            require_finite(member)
+        except DataError as error:
+            found[i] = str(error)
+    return found
+
+
+def members_state(members: Sequence[Training], streams: Streams) -> tuple[dict[str, Tensor], dict[str, Json]]:
+    """Tensors and state of all members, as one checkpoint holds them; also in the midst of `train_together`."""
+    tensors, states = {}, []
+    for i, member in enumerate(members):
+        with streams.alone(i):
+            tensors.update({f"{i}/{name}": tensor.clone() for name, tensor in member.tensors().items()})
+        states.append(member.state())
+    return tensors, {"members": states}
+
+
+def restore_members(
+    members: Sequence[Training], streams: Streams, tensors: Mapping[str, Tensor], state: Mapping[str, Json]
+) -> None:
+    """Raises RunError unless these are the tensors of such members."""
+    parts: list[dict[str, Tensor]] = [{} for _ in members]
+    try:
+        for key, tensor in tensors.items():
+            place, _, name = key.partition("/")
+            parts[int(place)][name] = tensor
+        states = [state["members"][i] for i in range(len(members))]
+    except (LookupError, TypeError, ValueError):
+        raise RunError("the checkpoint is not one of these members; choose another --out") from None
+    for i, member in enumerate(members):
+        with streams.alone(i):
+            member.restore(parts[i], states[i])
 
 
 def _train_alone(

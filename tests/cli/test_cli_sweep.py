@@ -1,11 +1,14 @@
 """`apecache sweep` on a small store: its output, and the command that it gives."""
 
 import json
+import os
+import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,50 @@ def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(tiny_store
         _, said = process.communicate()
         if sent == signal.SIGINT:
             assert (process.returncode, "interrupted; resume with: apecache sweep" in said) == (130, True), said
+    assert runner.invoke(app, command("broken")).exit_code == 0
+    for name in ("trials.jsonl", "best/head.safetensors"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+FORKS = """
+import json, os, sys
+import apecache.sweeping
+from apecache_cli.app import app
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        app(json.loads(line))
+    print(child, flush=True)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_table(tiny_store: Path, tmp_path: Path) -> None:
+    """At random moments, within populations as well: every epoch is saved. One process imports and forks the others."""
+    space = tmp_path / "space.toml"
+    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [27]}\n')
+
+    def command(out: str) -> list[str]:
+        options = ["--recipe", "projection", "--space", str(space), "--out", str(tmp_path / out), "--trials", "9"]
+        options += ["--halving", "--population", "3", "--save-seconds", "0"]
+        return ["sweep", str(tiny_store), *options, "--dev-split", "val", "--device", "cpu"]
+
+    assert runner.invoke(app, command("warm")).exit_code == 0
+    begin = time.monotonic()
+    assert runner.invoke(app, command("whole")).exit_code == 0
+    seconds, numbers = time.monotonic() - begin, random.Random(0)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", FORKS], text=True, **pipes) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        for _ in range(10):
+            print(json.dumps(command("broken")), file=parent.stdin, flush=True)
+            child = int(parent.stdout.readline())
+            time.sleep(numbers.uniform(0, seconds / 5))
+            with suppress(ProcessLookupError):  # it was done
+                os.kill(child, signal.SIGKILL)
+        parent.stdin.close()
     assert runner.invoke(app, command("broken")).exit_code == 0
     for name in ("trials.jsonl", "best/head.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

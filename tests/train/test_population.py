@@ -8,14 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from apecache.errors import RunError
 from apecache.heads.build import build_head
 from apecache.heads.head import HeadSpec
 from apecache.heads.stacked import Streams, structure_of
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
+from apecache.train.checkpoint import load_checkpoint, save_checkpoint
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, run_training, seeded
-from apecache.train.population import Population, member_bytes, split_members, stack_key, train_together
+from apecache.train.population import (
+    Population,
+    member_bytes,
+    members_state,
+    restore_members,
+    split_members,
+    stack_key,
+    train_together,
+)
 
 SMALL = str(Path(__file__).with_name("small.toml"))
 CPU = torch.device("cpu")
@@ -192,8 +202,8 @@ def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
             population.epoch(TRAIN, DEV)
         before = {i: weights(members[i]) for i in (0, 2)}
         population.drop([0, 2])
-        shapes = {tuple(stack.shape) for heads in population.heads for stack, _ in heads.joined}
-        assert {shape[0] for shape in shapes} == {2}
+        sizes = [len(stack.value) for slab in population.slabs for stack in slab.heads[0].joined]
+        assert sizes == [2] * len(sizes)
         for _ in range(4):
             population.epoch(TRAIN, DEV)
     for i in (0, 2):
@@ -233,6 +243,53 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
     train_together(again, later, TRAIN, DEV, plan, 1000)
     for member, expected in zip(again, whole, strict=True):
         assert all(torch.equal(weights(member)[name], value) for name, value in weights(expected).items())
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 2**14])
+def test_the_size_of_slabs_changes_no_member(slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apecache.train.population.SLAB_BYTES", slab_bytes)
+    cases = [[*MLP, *settings_of(i), "schedule.epochs=3"] for i in range(3)]
+    for seed, member in enumerate(together(cases)):
+        assert distance(member, solo(cases[seed], seed)) < 1e-5
+
+
+def test_features_are_standardised_once_only_where_all_heads_see_them_alike() -> None:
+    members, plan = [make([], seed)[0] for seed in range(3)], make([], 0)[1]
+    population = Population(members, Streams.seeded([1, 2, 3], CPU), plan)
+    assert population._standardised(TRAIN) is population._standardised(TRAIN) is not TRAIN
+    for settings in (["image.standardise=false"], ["augmentation.noise=0.1"], ["loss.structure=1.0"]):
+        other = [*members[:2], make(settings, 2)[0]]
+        assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardised(TRAIN) is TRAIN
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included(count: int, tmp_path: Path) -> None:
+    cases = [["schedule.warmup=0", "schedule.epochs=6", f"optimiser.lr={lr}"] for lr in (0.02, 3e38, 0.01)][:count]
+
+    def fresh(first_seed: int) -> tuple[list[Training], Streams, Plan]:
+        made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
+        return [m for m, _ in made], Streams.seeded([first_seed + s + 1 for s in range(count)], CPU), made[0][1]
+
+    members, streams, plan = fresh(0)
+    whole = train_together(members, streams, TRAIN, DEV, plan, 1000)
+
+    def stop_after_three() -> None:
+        save_checkpoint(tmp_path, *members_state(broken, going))
+        if broken[0].epoch == 3:
+            raise KeyboardInterrupt
+
+    broken, going, _ = fresh(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(broken, going, TRAIN, DEV, plan, 1000, stop_after_three)
+    again, streams, _ = fresh(50)
+    restore_members(again, streams, *load_checkpoint(tmp_path))
+    assert again[0].epoch == 3
+    assert train_together(again, streams, TRAIN, DEV, plan, 1000) == whole
+    for i in set(range(count)) - set(whole):
+        assert all(torch.equal(weights(again[i])[name], value) for name, value in weights(members[i]).items())
+    assert list(whole) == [1][: count - 1]
+    with pytest.raises(RunError, match="not one of these members"):
+        restore_members([*again, *again], streams, *load_checkpoint(tmp_path))
 
 
 def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:

@@ -1,0 +1,223 @@
+"""Running trials that were planned at once: populations of heads, rung after rung."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from apecache.errors import RecipeError
+from apecache.heads.stacked import Streams
+from apecache.recipes.recipe import Recipe
+from apecache.space import Space, Values
+from apecache.sweep_points import ask_optuna
+from apecache.sweep_results import Trial, interval, replace_text, write_trials
+from apecache.train.batches import FeaturePairs
+from apecache.train.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from apecache.train.fit_head import FitSpec
+from apecache.train.initial import initial_model
+from apecache.train.loop import Plan, Training
+from apecache.train.population import members_state, restore_members, split_members, train_together
+
+WORK = "work"
+ETA = 3
+WAVE = 64
+"""Trials that are planned at once; the tree-structured sampler plans as many as train together."""
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """`seeds`: fits of each trial, with seeds from `fit.seed` on. `seed`: of the sampler. `halving`: trials run to a
+    ninth of their epochs, the best third of them to a third, the best third of those to the end (successive halving,
+    Jamieson and Talwalkar 2016, algorithm 1), in groups of up to `WAVE`. `keep_going`: a trial that fails is a line
+    with its error, not the end of the sweep. `population`: heads that train together at most, within `memory_bytes`.
+    Without halving `n_trials` may grow when a sweep goes on."""
+
+    n_trials: int = 20
+    sampler: Literal["random", "grid", "tpe"] = "random"
+    seeds: int = 1
+    seed: int = 0
+    halving: bool = False
+    keep_going: bool = False
+    population: int = 16
+    memory_bytes: int = 2 * 2**30
+    fit: FitSpec = field(default_factory=FitSpec)
+
+
+@dataclass(frozen=True)
+class SweepData:
+    train: FeaturePairs
+    dev: FeaturePairs
+    require_kinds: Callable[[Recipe], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    number: int
+    values: Values
+    recipe: Recipe
+
+
+class Wave:
+    """Trials that are planned at once. `results`: (best recall, epochs, failure) of each (trial, seed)."""
+
+    def __init__(
+        self,
+        out: Path,
+        spec: SweepSpec,
+        space: Space,
+        data: SweepData,
+        trials: dict[int, Trial],
+        progress: Callable[[Trial], None],
+    ) -> None:
+        self.out, self.spec, self.space, self.data = out, spec, space, data
+        self.trials, self.progress = trials, progress
+        self.results: dict[tuple[int, int], tuple[float, int, str]] = {}
+
+    def run(self, planned: Sequence[Planned]) -> None:
+        (self.out / WORK).mkdir(exist_ok=True)
+        rungs = [ETA**2, ETA, 1] if self.spec.halving else [1]
+        present = list(planned)
+        for rung, share in enumerate(rungs):
+            last = share == 1
+            self._climb(present, rung, share, last)
+            if not last:
+                present = self._promoted(present)
+        shutil.rmtree(self.out / WORK)
+
+    def _climb(self, planned: Sequence[Planned], rung: int, share: int, last: bool) -> None:
+        """Train everyone up to a share of their epochs; what a killed process had done is read."""
+        keys = [(one, seed) for one in planned for seed in range(self.spec.seeds)]
+        ready = [(key, member) for key in keys if (member := self._member(*key, rung)) is not None]
+        members, plans = [m for _, m in ready], [Plan.of(m.recipe, self.data.train) for _, m in ready]
+        for part in split_members(members, plans, self.spec.population, self.spec.memory_bytes):
+            names = [(ready[i][0][0].number, ready[i][0][1]) for i in part]
+            path = self.out / WORK / f"{rung}-{names[0][0]}-{names[0][1]}.json"
+            if not path.is_file():
+                self._train(names, [members[i] for i in part], plans[part[0]], rung, share)
+                replace_text(path, json.dumps([(name, self.results[name]) for name in names]))
+                shutil.rmtree(self._under_way(names[0], rung), ignore_errors=True)
+            for name, result in json.loads(path.read_text(encoding="utf-8")):
+                self.results[tuple(name)] = tuple(result)
+            for one in planned if last else ():
+                self.finish(one, "done")
+        for one in planned:
+            if any(self.results.get((one.number, seed), (0, 0, ""))[2] for seed in range(self.spec.seeds)):
+                self.finish(one, "failed")
+
+    def _member(self, one: Planned, seed: int, rung: int) -> Training | None:
+        """As it stands at the beginning of a rung; None for one that failed."""
+        key, number = (one.number, seed), self.spec.fit.seed + seed
+        if self.results.get(key, (0, 0, ""))[2]:
+            return None
+        try:
+            self.data.require_kinds(one.recipe)
+            model, _ = initial_model(one.recipe, self.data.train, self.data.dev, number)
+            member = Training(model, one.recipe, number)
+            if member.optimiser is None and Plan.of(one.recipe, self.data.train).n_steps:
+                raise RecipeError(f"recipe {one.recipe.name}: nothing would be trained")
+        except RecipeError as error:
+            self.results[key] = (-math.inf, 0, str(error))
+            return None
+        return member
+
+    def _train(self, names: list[tuple[int, int]], members: list[Training], plan: Plan, rung: int, share: int) -> None:
+        streams = Streams.seeded([self.spec.fit.seed + seed + 1 for _, seed in names], self.data.train.place)
+        under_way = self._under_way(names[0], rung)
+        if (under_way / CHECKPOINT).is_file():
+            restore_members(members, streams, *load_checkpoint(under_way))
+        elif rung:
+            for i, member in enumerate(members):
+                with streams.alone(i):
+                    member.restore(*load_checkpoint(self._folder(names[i], rung - 1)))
+        until = -(-plan.n_epochs // share)
+        saved = time.monotonic()
+
+        def save() -> None:
+            nonlocal saved
+            if time.monotonic() - saved >= self.spec.fit.save_seconds:
+                under_way.mkdir(exist_ok=True)
+                save_checkpoint(under_way, *members_state(members, streams))
+                saved = time.monotonic()
+
+        failures = train_together(members, streams, self.data.train, self.data.dev, plan, until, save)
+        for i, (name, member) in enumerate(zip(names, members, strict=True)):
+            recall = member.best.recall if math.isfinite(member.best.recall) else -1.0
+            self.results[name] = (recall, member.epoch, failures.get(i, ""))
+            if share > 1 and i not in failures:
+                self._folder(name, rung).mkdir(exist_ok=True)
+                with streams.alone(i):
+                    save_checkpoint(self._folder(name, rung), member.tensors(), member.state())
+
+    def _folder(self, name: tuple[int, int], rung: int) -> Path:
+        return self.out / WORK / f"{rung}-member-{name[0]}-{name[1]}"
+
+    def _under_way(self, first: tuple[int, int], rung: int) -> Path:
+        """Where the checkpoint of a population stands while it trains."""
+        return self.out / WORK / f"{rung}-population-{first[0]}-{first[1]}"
+
+    def _promoted(self, planned: Sequence[Planned]) -> list[Planned]:
+        """The best third of those that did not fail; the others end here."""
+        alive = [one for one in planned if not self._failures(one)]
+        order = sorted(alive, key=lambda one: (-fmean(self._recalls(one)), one.number))
+        count = -(-len(alive) // ETA)
+        for one in order[count:]:
+            self.finish(one, "stopped")
+        return sorted(order[:count], key=lambda one: one.number)
+
+    def _recalls(self, one: Planned) -> list[float]:
+        return [self.results[one.number, seed][0] for seed in range(self.spec.seeds)]
+
+    def _failures(self, one: Planned) -> list[str]:
+        found = (self.results.get((one.number, seed)) for seed in range(self.spec.seeds))
+        return [result[2] for result in found if result and result[2]]
+
+    def finish(self, one: Planned, state: str) -> None:
+        """Write a trial's line, once the results of all its seeds are there."""
+        keys = [(one.number, seed) for seed in range(self.spec.seeds)]
+        if one.number in self.trials or (
+            state == "done" and (self._failures(one) or not set(keys) <= set(self.results))
+        ):
+            return
+        trial = Trial(
+            one.number, self.space.recipe_name(one.values), self.space.settings(one.values), one.values, state
+        )
+        if state == "failed":
+            trial = replace(trial, error=self._failures(one)[0])
+            if not self.spec.keep_going:
+                raise RecipeError(
+                    f"trial {one.number} ({' '.join(trial.settings)}): {trial.error}; or add --keep-going"
+                )
+        else:
+            recalls = self._recalls(one)
+            epochs = max(self.results[key][1] for key in keys)
+            trial = replace(trial, epochs=epochs, recalls=tuple(recalls), **interval(recalls))
+        self.trials[one.number] = trial
+        write_trials(self.out, self.trials)
+        self.progress(trial)
+
+
+def plan_trials(wave: Wave, numbers: range, points: list[Values] | None) -> list[Planned]:
+    """Points of these trials; those that make no recipe fail at once."""
+    space, spec = wave.space, wave.spec
+    if points is not None:
+        chosen = [points[number] for number in numbers]
+    elif spec.sampler == "tpe":
+        chosen = ask_optuna(wave.out, space, spec.seed, wave.trials, numbers)
+    else:
+        chosen = [space.draw(spec.seed, number) for number in numbers]
+    planned = []
+    for number, values in zip(numbers, chosen, strict=True):
+        try:
+            recipe = space.recipe(values)
+            if not recipe.trains_heads_alone:
+                raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
+            planned.append(Planned(number, values, recipe))
+        except RecipeError as error:
+            wave.results.update({(number, seed): (-math.inf, 0, str(error)) for seed in range(spec.seeds)})
+            wave.finish(Planned(number, values, Recipe.model_construct(name="")), "failed")
+    return planned

@@ -1,0 +1,149 @@
+"""A sweep as one would run it: what it finds on dev, what that is worth on val, and what it costs.
+
+    python -m benchmarks.quality.sweep --store flickr8k/store --work work
+    python -m benchmarks.quality.sweep --quick            # made-up features, four trials and one epoch, a smoke test
+
+Trials over recipes, depth, width, rates, decay, dropout, temperature, batch and loss, with halving. The best on dev and
+the default recipe are then fitted with several seeds each; val is only reported. Intervals are 95 % of the mean over
+seeds (Student), that of the gain from its differences seed by seed. What fits of all trials to their ends would cost is
+an estimate: the measured seconds of a step of each, one head at a time, times its steps; without evaluation.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.special import stdtrit
+
+from apecache.heads.checkpoint import load_heads
+from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.space import Space, load_space
+from apecache.store.reader import FeatureStore
+from apecache.sweeping import SweepReport, SweepSpec, sweep
+from apecache.train.batches import FeaturePairs, SplitSpec
+from apecache.train.fit_head import FitSpec, fit_head, load_splits
+from apecache.train.initial import initial_model
+from apecache.train.loop import Plan, Training, draw_epoch, take_step
+from benchmarks.quality.heads import made_up, report
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+SPACE = Path(__file__).with_name("flickr8k-space.toml")
+RECIPES, DEFAULT, MINUTES = ("projection", "gated", "mixed"), "projection", 30.0
+TIMED_STEPS = 2
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        store = FeatureStore.open(made_up(work) if options.quick else options.store)
+        space = load_space(quick_space(work) if options.quick else options.space, options.recipes)
+        rows, reached = measure(store, space, options, work)
+    print_table(rows)
+    if not options.quick:
+        print_goals(reached)
+    if options.json or not options.quick:
+        write_result("quality-sweep", reached, rows, options.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A real sweep: gain over the default recipe, and cost.")
+    parser.add_argument("--store", type=Path, help="a complete store of pooled features with splits train and val")
+    parser.add_argument("--space", type=Path, default=SPACE)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder to keep sweep and runs in; time only an unbroken sweep")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.trials, options.seeds = 4, 2
+    elif not options.store:
+        parser.error("--store is needed (or --quick)")
+    return options
+
+
+def quick_space(work: Path) -> Path:
+    path = work / "space.toml"
+    path.write_text('"schedule.epochs" = {choice = [1]}\n"optimiser.lr" = {log = [5e-4, 8e-3]}\n')
+    return path
+
+
+def measure(
+    store: FeatureStore, space: Space, options: argparse.Namespace, work: Path
+) -> tuple[list[dict[str, Any]], list[Goal]]:
+    fit = FitSpec(splits=SplitSpec(dev="dev") if options.quick else SplitSpec(), device="cpu")
+    spec = SweepSpec(options.trials, halving=True, keep_going=True, fit=fit)
+    begin = time.perf_counter()
+    found = sweep(store, space, work / "sweep", spec)
+    seconds = time.perf_counter() - begin
+    recipes = {"chosen on dev": space.recipe(found.best.values), "default": default_recipe(options)}
+    values = {
+        what: on_val(store, recipe, work / what.split()[0], options.seeds, fit) for what, recipe in recipes.items()
+    }
+    gains = [a - b for a, b in zip(values["chosen on dev"], values["default"], strict=True)]
+    whole = whole_seconds(store, space, found, fit)
+    cost: dict[str, Any] = {"what": "cost", "trials": len(found.trials), "sweep s": round(seconds, 1)}
+    cost |= {"whole fits s (estimate)": round(whole, 1), "estimate / sweep": round(whole / seconds, 2)}
+    rows = [{"what": what, **summary(numbers)} for what, numbers in (*values.items(), ("gain", gains))]
+    rows[0] |= {"trial": found.best.number, "recipe": found.best.recipe, "settings": " ".join(found.best.settings)}
+    goals = [
+        Goal(f"minutes of {options.trials} trials", round(seconds / 60, 2), MINUTES, "lower"),
+        Goal("lower end of the gain on val", rows[2]["low"], 0.0, "higher"),
+    ]
+    return [*rows, cost], goals
+
+
+def default_recipe(options: argparse.Namespace) -> Recipe:
+    return load_recipe(DEFAULT, ["schedule.epochs=1"] if options.quick else [])
+
+
+def on_val(store: FeatureStore, recipe: Recipe, work: Path, seeds: int, fit: FitSpec) -> list[float]:
+    """Mean of both R@1 on val, of each seed."""
+    found = []
+    for seed in range(seeds):
+        run = work.with_name(f"{work.name}-{seed}")
+        if not (run / "head.json").is_file():
+            fit_head(store, recipe, run, FitSpec(splits=fit.splits, seed=seed, device="cpu"))
+        found.append(report(load_heads(run), store).mean_recall_at_1)
+    return found
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    mean, n = statistics.fmean(values), len(values)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    low, high = (None if n == 1 else round(mean + sign * half, 2) for sign in (-1, 1))
+    return {"seeds": n, "mean R@1 on val": round(mean, 2), "low": low, "high": high}
+
+
+def whole_seconds(store: FeatureStore, space: Space, found: SweepReport, fit: FitSpec) -> float:
+    """Of all trials that did not fail, each fitted to its end."""
+    arrays = store.array("image", None), store.array("text", None)
+    train, dev = load_splits(store, *arrays, fit.splits, torch.device("cpu"))
+    recipes = [space.recipe(trial.values) for trial in found.trials if trial.state != "failed"]
+    return sum(step_seconds(recipe, train, dev) * Plan.of(recipe, train).n_steps for recipe in recipes)
+
+
+def step_seconds(recipe: Recipe, train: FeaturePairs, dev: FeaturePairs) -> float:
+    """Median of a few steps after the first."""
+    training, plan = Training(initial_model(recipe, train, dev, 0)[0], recipe, 0), Plan.of(recipe, train)
+    training.model.train()
+    times = []
+    for _ in range(TIMED_STEPS + 1):
+        batch = next(draw_epoch(training, train, plan))
+        begin = time.perf_counter()
+        take_step(training, iter([batch]), plan)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()
