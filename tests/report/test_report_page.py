@@ -14,6 +14,8 @@ from apecache_cli.app import app
 from scipy.stats import t as student
 from typer.testing import CliRunner
 
+from apecache.data.images import load_image
+from apecache.data.media import FolderMedia
 from apecache.errors import DataError, MismatchError, OptionError, RunError
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.heads.checkpoint import load_heads, save_heads
@@ -23,6 +25,8 @@ from apecache.report.records import mean_interval, named_paths, read_records, se
 from apecache.report.report_page import ReportSpec, dev_images, report_page
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
+from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.fit_encoder import fit_encoder
 from apecache.train.fit_head import FitSpec, fit_head
 
 runner = CliRunner()
@@ -108,7 +112,7 @@ def test_a_page_with_a_store_shows_pictures_worst_first(
 ) -> None:
     page = report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, n_items=2, device="cpu"))
     source = page.read_text(encoding="utf-8")
-    assert source.index("Drawn at random") < source.index("Found") if "<h2>Found" in source else True
+    assert source.index("Drawn at random") < source.index(">Found<")
     assert source.count("data:image/jpeg;base64,") >= 4
     assert "<script" not in source
     assert "default-src 'none'" in source
@@ -229,3 +233,23 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     ):
         wrong = runner.invoke(app, ["report", *arguments])
         assert (wrong.exit_code, words in wrong.output) == (2, True), wrong.output
+
+
+def test_runs_whose_towers_trained_stand_beside_runs_of_heads(
+    runs: dict[str, Path], store: FeatureStore, shapes_once: Path, tmp_path: Path
+) -> None:
+    media, spec = FolderMedia(shapes_once.parent), FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
+    recipe = load_recipe("lilt-d", ["schedule.epochs=1", "schedule.batch_size=4"])
+    fit_encoder(store, recipe, tmp_path / "towers", spec, lambda key: load_image(key, media).image)
+    both = [runs["first"], tmp_path / "towers"]
+    told, measured = (
+        Cells(report_page(both, tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
+        for given in (None, store)
+    )
+    assert [row[2] for row in told["Runs"][1:]] == ["heads", "towers"]
+    assert measured["Retrieval, dev split"] == told["Retrieval, dev split"]
+
+
+def test_a_split_that_the_store_has_not_is_refused(runs: dict[str, Path], store: FeatureStore, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no split 'vall'; .*did you mean val"):
+        report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, "vall", device="cpu"))
