@@ -248,7 +248,7 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
 @pytest.mark.parametrize("slab_bytes", [1, 2**14])
 def test_the_size_of_slabs_changes_no_member(slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apecache.train.population.SLAB_BYTES", slab_bytes)
-    cases = [[*MLP, *settings_of(i), "schedule.epochs=3"] for i in range(3)]
+    cases = [[*MLP, *settings_of(i), "schedule.epochs=6", "optimiser.lr=0.01"] for i in range(3)]
     for seed, member in enumerate(together(cases)):
         assert distance(member, solo(cases[seed], seed)) < 1e-5
 
