@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.errors import MissingExtraError
+from apecache.fingerprint import Json
 from apecache.space import Dimension, Space, Value, Values
 from apecache.sweep_results import Trial
 
@@ -28,7 +29,7 @@ def ask_optuna(out: Path, space: Space, seed: int, trials: Mapping[int, Trial], 
     earlier = [
         trials[number] for number in sorted(trials) if number < numbers.start and trials[number].mean is not None
     ]
-    study.add_trials([_told(optuna, space, trial) for trial in earlier])
+    study.add_trials([frozen_trial(optuna, space.dimensions, trial.values, trial.mean) for trial in earlier])
     chosen = []
     for number in numbers:
         with warnings.catch_warnings():
@@ -39,11 +40,14 @@ def ask_optuna(out: Path, space: Space, seed: int, trials: Mapping[int, Trial], 
     return chosen
 
 
-def _told(optuna: Any, space: Space, trial: Trial) -> Any:
-    named = {name: space.dimensions[name] for name in trial.values}
-    params = {n: json.dumps(v) if named[n].choice is not None else v for n, v in trial.values.items()}
+def frozen_trial(
+    optuna: Any, dimensions: Mapping[str, Dimension], values: Mapping[str, Json], score: float | None
+) -> Any:
+    """A finished trial as Optuna keeps it; choices are told apart by their JSON."""
+    named = {name: dimensions[name] for name in values}
+    params = {n: json.dumps(v) if named[n].choice is not None else v for n, v in values.items()}
     distributions = {name: _distribution(optuna, dimension) for name, dimension in named.items()}
-    return optuna.trial.create_trial(params=params, distributions=distributions, value=trial.mean)
+    return optuna.trial.create_trial(params=params, distributions=distributions, value=score)
 
 
 def _distribution(optuna: Any, dimension: Dimension) -> Any:

@@ -96,7 +96,9 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
         del settings[name]
     for name in ("device", "overwrite", "save_seconds"):
         del settings["fit"][name]
-    dimensions = {name: d.model_dump(mode="json") for name, d in space.dimensions.items()}
+    dimensions = {
+        name: d.model_dump(mode="json", by_alias=True, exclude_none=True) for name, d in space.dimensions.items()
+    }
     recipes = {name: space.recipe({"recipe": name}).model_dump(mode="json") for name in space.recipes}
     described = {"data": store.digest, "space": dimensions, "recipes": recipes, **settings}
     return Fingerprint(json.loads(json.dumps(described)))

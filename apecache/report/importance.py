@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apecache.errors import MissingExtraError
+from apecache.space import Dimension
+from apecache.sweep_points import frozen_trial
 
 FEWEST = 8
 """Trials below which nothing is said."""
 
 
 def importances(
-    dimensions: Mapping[str, Mapping[str, Any]], points: Sequence[Mapping[str, Any]], scores: Sequence[float]
+    dimensions: Mapping[str, Dimension], points: Sequence[Mapping[str, Any]], scores: Sequence[float]
 ) -> dict[str, float]:
     """Shares that add up to 1, the largest first, of the settings that vary; empty for fewer than `FEWEST` trials or
-    scores that are all the same. `dimensions`: as a sweep describes its space.
+    scores that are all the same.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -28,24 +30,12 @@ def importances(
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     varied = {name for name in dimensions if len({json.dumps(point.get(name)) for point in points}) > 1}
-    kinds = {name: _distribution(optuna.distributions, dimensions[name]) for name in dimensions if name in varied}
     study = optuna.create_study(direction="maximize")
     for point, score in zip(points, scores, strict=True):
-        there = {name: value for name, value in point.items() if name in kinds}
-        params = {n: json.dumps(v) if dimensions[n].get("choice") is not None else v for n, v in there.items()}
-        distributions = {name: kinds[name] for name in params}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
+        there = {name: value for name, value in point.items() if name in varied}
+        study.add_trial(frozen_trial(optuna, dimensions, there, score))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions call the evaluator experimental
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: float(share) for name, share in found.items()}
-
-
-def _distribution(kinds: Any, dimension: Mapping[str, Any]) -> Any:
-    if dimension.get("choice") is not None:
-        return kinds.CategoricalDistribution([json.dumps(value) for value in dimension["choice"]])
-    if dimension.get("int_") is not None:
-        return kinds.IntDistribution(*dimension["int_"])
-    low, high = dimension.get("log") or dimension["float_"]
-    return kinds.FloatDistribution(low, high, log=dimension.get("log") is not None)

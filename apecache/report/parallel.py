@@ -1,12 +1,13 @@
 """Parallel coordinates: an axis for each setting and one for the score, a line for each trial. Inline SVG."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from apecache.report.axes import log_ticks, ticks
+from apecache.space import Dimension
 
 SPACING, TOP, HEIGHT, UNSET = 132, 34, 230, 26
 LABEL = 14
@@ -143,9 +144,9 @@ def _y(place: float | None, bottom: int) -> float:
     return float(bottom + UNSET) if place is None else bottom - place * HEIGHT
 
 
-def axis_of(name: str, dimension: Mapping[str, Any], values: Sequence[Value]) -> Axis:
-    """The axis of one setting by how the sweep described it: `log`, `choice`, else linear."""
-    if dimension.get("choice") is not None:
-        options = tuple(worded(option) for option in dimension["choice"])
+def axis_of(name: str, dimension: Dimension | None, values: Sequence[Value]) -> Axis:
+    """The axis of one setting by how the sweep chose it: `log`, `choice`, else linear; None is linear."""
+    if dimension is not None and dimension.choice is not None:
+        options = tuple(worded(option) for option in dimension.choice)
         return Axis(name, "choice", tuple(None if v is None else worded(v) for v in values), options)
-    return Axis(name, "log" if dimension.get("log") is not None else "linear", tuple(values))
+    return Axis(name, "log" if dimension is not None and dimension.log is not None else "linear", tuple(values))

@@ -1,15 +1,12 @@
 """What run folders say of themselves, side by side: what trained, figures, settings that differ, seeds."""
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
-
-from scipy.special import stdtrit
 
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import OptionError, RunError, one_line
@@ -17,6 +14,7 @@ from apecache.evaluate.protocols import Intervals
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.recipes.runs import is_encoder_run, recorded_encoder, recorded_training
 from apecache.report.page import Cell, Table
+from apecache.sweep_results import interval
 from apecache.train.batches import SplitSpec
 from apecache.train.model_card import public_name
 
@@ -197,13 +195,6 @@ def seeds_table(records: Sequence[RunRecord], reports: Mapping[str, RetrievalRep
     return Table("Seeds of one recipe", heads, tuple(rows), note)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of two values or more, and the ends of its 95 % interval by Student's distribution."""
-    mean, n = fmean(values), len(values)
-    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
 def _mean(values: Sequence[float]) -> str:
-    mean, low, high = mean_interval(values)
-    return f"{mean:.1f} ({ends(low, high)})"
+    found = interval(values)
+    return f"{found['mean']:.1f} ({ends(found['low'], found['high'])})"

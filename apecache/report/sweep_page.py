@@ -15,6 +15,7 @@ from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
 from apecache.report.parallel import Parallel, axis_of, worded
 from apecache.report.records import ends
 from apecache.report.run_page import learning_charts, ledger_table
+from apecache.space import Dimension
 from apecache.sweeping import COMMAND, DESCRIBED, Trial, read_trials
 
 PAGE = "report.html"
@@ -31,7 +32,7 @@ class _Sweep:
 
     folder: Path
     about: Mapping[str, Any]
-    space: Mapping[str, Mapping[str, Any]]
+    space: Mapping[str, Dimension]
     trials: Sequence[Trial]
     command: str
 
@@ -80,7 +81,7 @@ def _read(folder: Path) -> _Sweep:
         trials = sorted(read_trials(folder).values(), key=lambda t: (STATES.index(t.state), -(t.mean or 0.0), t.number))
         command = folder / COMMAND
         told = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
-        space = {name: dict(dimension) for name, dimension in about["space"].items()}
+        space = {name: Dimension.model_validate(dimension) for name, dimension in about["space"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{folder} is damaged ({one_line(error)}); sweep again into another --out") from None
     if not trials:
@@ -123,7 +124,7 @@ def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
         "A line for each trial over the settings that vary, the stronger the better; the best one stands out. "
         "Stopped trials had fewer epochs."
     )
-    return (Parallel("Settings and scores", note, (*axes, axis_of(SCORE, {}, scores)), scores),)
+    return (Parallel("Settings and scores", note, (*axes, axis_of(SCORE, None, scores)), scores),)
 
 
 def _importance(sweep: _Sweep) -> tuple[Table | None, str]:

@@ -21,9 +21,10 @@ from apecache.evaluate.retrieval import RetrievalReport
 from apecache.heads.checkpoint import load_heads, save_heads
 from apecache.heads.combine import combine_heads
 from apecache.recipes.recipe import load_recipe
-from apecache.report.records import mean_interval, named_paths, read_records, seeds_table, settings_table
+from apecache.report.records import named_paths, read_records, seeds_table, settings_table
 from apecache.report.report_page import ReportSpec, dev_images, report_page
 from apecache.store.reader import FeatureStore
+from apecache.sweep_results import interval
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
@@ -148,7 +149,7 @@ def test_runs_of_other_settings_or_one_seed_are_no_group(runs: dict[str, Path]) 
 def test_the_interval_is_students() -> None:
     values = [50.0, 52.0, 57.0]
     low, high = student.interval(0.95, 2, np.mean(values), np.std(values, ddof=1) / 3**0.5)
-    assert mean_interval(values) == pytest.approx((53.0, low, high))
+    assert tuple(interval(values).values()) == pytest.approx((53.0, low, high))
 
 
 @pytest.mark.parametrize(

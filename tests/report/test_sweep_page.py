@@ -17,7 +17,7 @@ from apecache.report.axes import log_ticks
 from apecache.report.importance import importances
 from apecache.report.parallel import Axis, Parallel, axis_of, draw
 from apecache.report.sweep_page import is_sweep, sweep_page
-from apecache.space import load_space
+from apecache.space import Dimension, load_space
 from apecache.store.reader import FeatureStore
 from apecache.sweeping import SweepSpec, sweep
 from apecache.train.batches import SplitSpec
@@ -72,12 +72,13 @@ def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_b
 
 def test_what_mattered_is_what_the_score_follows() -> None:
     rng = np.random.default_rng(0)
-    space = {
+    lines = {
         "lr": {"log": [1e-4, 1.0]},
-        "depth": {"int_": [1, 9]},
+        "depth": {"int": [1, 9]},
         "kind": {"choice": ["a", "b"]},
         "same": {"choice": [1]},
     }
+    space = {name: Dimension.model_validate(line) for name, line in lines.items()}
     points = [
         {
             "lr": float(10 ** rng.uniform(-4, 0)),
@@ -141,15 +142,15 @@ def test_a_damaged_sweep_is_refused(swept: Path, tmp_path: Path, name: str, text
 
 
 def test_values_are_placed_on_their_axes() -> None:
-    lr = axis_of("lr", {"log": [1e-4, 1e-2]}, [1e-4, 1e-3, 1e-2, None])
+    lr = axis_of("lr", Dimension(log=(1e-4, 1e-2)), [1e-4, 1e-3, 1e-2, None])
     assert [lr.place(value) for value in lr.values] == [0, pytest.approx(0.5), 1, None]
     assert [words for _, words in lr.labels()] == ["0.0001", "0.001", "0.01"]
-    kind = axis_of("kind", {"choice": ["a", True, None]}, ["a", True, "b"])
+    kind = axis_of("kind", Dimension(choice=("a", True, "c")), ["a", True, "b"])
     assert [kind.place(value) for value in kind.values] == [pytest.approx(1 / 6), pytest.approx(0.5), None]
-    assert [words for _, words in kind.labels()] == ["a", "yes", "not set"]
-    depth = axis_of("depth", {"int_": [1, 9]}, [1, 3, 5])
+    assert [words for _, words in kind.labels()] == ["a", "yes", "c"]
+    depth = axis_of("depth", Dimension.model_validate({"int": [1, 9]}), [1, 3, 5])
     assert [depth.place(value) for value in depth.values] == [0, 0.5, 1]
-    assert axis_of("same", {"float_": [1, 1]}, [2.0, 2.0]).place(2.0) == 0.5
+    assert axis_of("same", Dimension.model_validate({"float": [1, 1]}), [2.0, 2.0]).place(2.0) == 0.5
 
 
 def test_the_best_trial_is_drawn_last_and_alone_in_its_colour() -> None:
