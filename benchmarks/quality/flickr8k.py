@@ -159,14 +159,14 @@ def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore)
             row[f"{short} R@1, 95 %"] = "{:.1f} to {:.1f}".format(*getattr(intervals, way)[1])
             row[f"{short} median rank"] = getattr(intervals, f"median_rank_{way}")
         rows.append({**row, "n_images": reports[-1].n_images, "n_texts": reports[-1].n_texts})
-    return [mean_row(name, reports, runs), *rows, chance_row(reports[0])]
+    return [mean_row(name, reports), *rows, chance_row(reports[0])]
 
 
-def mean_row(name: str, reports: Sequence[RetrievalReport], runs: Sequence[TrainedHeads]) -> Row:
+def mean_row(name: str, reports: Sequence[RetrievalReport]) -> Row:
     ones = [report.mean_recall_at_1 for report in reports]
     row: Row = {"table": "retrieval", "what": f"{name}, mean of {len(reports)}", **averaged(map(recalls, reports))}
     row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
-    return {**row, "seconds": round(statistics.median(run.training["seconds"] for run in runs), 1)}
+    return row
 
 
 def chance_row(report: RetrievalReport) -> Row:
