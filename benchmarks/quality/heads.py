@@ -23,7 +23,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.heads.checkpoint import TrainedHeads, load_heads
 from apecache.heads.combine import combine_heads
-from apecache.recipes.recipe import count_parameters, load_recipe, zoo_names
+from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import FitSpec, fit_head
@@ -68,6 +68,9 @@ def parse_arguments() -> argparse.Namespace:
         "--pooled", nargs=2, metavar=("IMAGE", "TEXT"), help="--cut tokens: pooled features beside them"
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--epochs", type=int, help="at most so many, where all of them would take too long; said in rows"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
     parser.add_argument("--finished", action="store_true", help="fit nothing: report the finished runs in --work")
@@ -83,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1. Empty without a run."""
-    recipe = load_recipe(name, ["schedule.epochs=1"] if options.quick and load_recipe(name).schedule.epochs else [])
+    recipe = shortened(load_recipe(name), 1 if options.quick else options.epochs)
     seeds = options.seeds if recipe.schedule.epochs else 1
     runs = [work / f"{name}-{seed}" for seed in range(seeds)]
     splits = SplitSpec() if not options.quick else SplitSpec(dev="dev")
@@ -104,7 +107,15 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
     arrays = (store.array("image", options.image_features), store.array("text", options.text_features))
     row["parameters"] = count_parameters(recipe, *(array.dim for array in arrays))
+    row |= {"epochs": recipe.schedule.epochs} if options.epochs else {}
     return {**row, **_counts(reports)}
+
+
+def shortened(recipe: Recipe, epochs: int | None) -> Recipe:
+    """With at most so many epochs; closed forms have none."""
+    if epochs is None or recipe.schedule.epochs <= epochs:
+        return recipe
+    return load_recipe(recipe.name, [f"schedule.epochs={epochs}"])
 
 
 def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
