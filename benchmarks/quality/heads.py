@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--epochs", type=int, help="at most so many, where all of them would take too long; said in rows"
+        "--epochs", type=int, help="at most so many; rows say so"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
