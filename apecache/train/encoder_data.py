@@ -194,4 +194,4 @@ def open_inputs(source: Source, store: FeatureStore, open_image: OpenImage | Non
     assert encoder is not None
     if open_image is None:
         raise OptionError("the image tower runs from pixels, so it needs the images; give their folder (--root)")
-    return ImageInputs(list(store.pairs.keys), open_image, encoder)
+    return ImageInputs(list(store.pairs.keys), open_image, encoder.preprocess, encoder.device)
