@@ -20,7 +20,7 @@ from apecache.encoders.load import load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.towers import Cut, Tower
 from apecache.errors import OptionError
-from apecache.recipes.counting import PlanSpec
+from apecache.recipes.counting import PlanSpec, example
 from apecache.recipes.counting_shared import Taught
 from apecache.recipes.encoder_model import Teacher, build_around
 from apecache.recipes.plan import Cuts, steps_of
@@ -124,7 +124,7 @@ class StepClock:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             within = [cut if isinstance(cut, int) else None for cut in cuts]
-            model = build_around(live, self.recipe, dims, self.device, within, teacher)
+            model = build_around(live, _unstandardised(self.recipe), dims, self.device, within, teacher)
         sources = zip(towers, self._live(), cuts, (1, captions), strict=True)
         image, text = (self._inputs(tower, source, cut, n_images * each) for tower, source, cut, each in sources)
         slices = self.spec.slice_size
@@ -170,7 +170,7 @@ class StepClock:
         return ImageInputs(keys, open_image, load_preprocess(self.image), self.device)
 
     def _texts(self, count: int) -> "MadeUpTexts":
-        (tower,) = (shape_tower(self.text),)
+        tower = shape_tower(self.text)
         table = next(part for part in tower.parts() if part.place == "token_embedding")
         return MadeUpTexts(*made_up_texts(count, self.spec.tokens, table.count // tower.dim), self.device)
 
@@ -179,10 +179,10 @@ class StepClock:
             return source(count)
         if cut == "pooled":
             return CachedInputs(torch.randn(count, tower.output_dim, device=self.device).half())
-        inputs, mask = source(2).take([0, 1])
-        with torch.inference_mode():
-            shape = tower.run_to(cut, inputs, mask).shape[1:]
-        lengths = None if mask is None else made_up_lengths(count, self.spec.tokens)
+        image = tower.modality == "image"
+        shape_only = shape_tower(self.image if image else self.text)
+        shape = shape_only.run_to(cut, *example(shape_only, self.spec)).shape[1:]
+        lengths = None if image else made_up_lengths(count, self.spec.tokens)
         return TokenInputs(torch.randn(count, *shape).half(), lengths, self.device)
 
     def _sampled(self) -> list[bytes]:
@@ -244,6 +244,12 @@ def read_sample(folder: Path) -> list[bytes]:
     if not paths:
         raise OptionError(f"{folder} has no images (.jpg, .png, .webp) to time with; give another folder to --sample")
     return [path.read_bytes() for path in paths]
+
+
+def _unstandardised(recipe: Recipe) -> Recipe:
+    """Statistics are those of cached features, and cost the same whatever they are."""
+    sides = {side: getattr(recipe, side).model_copy(update={"standardise": False}) for side in ("image", "text")}
+    return recipe.model_copy(update=sides)
 
 
 def _sizes(batch: int) -> Iterator[int]:
