@@ -90,6 +90,9 @@ def fit_encoder(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
     ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Run of fit-head on the same encoders: begin with its heads and temperature.")
+    ] = None,
     slice_size: Annotated[
         int | None, typer.Option("--slice", min=1, help="Pairs in memory at once; gradients are the whole batch's.")
     ] = None,
@@ -116,6 +119,8 @@ def fit_encoder(
     one model, with all of the batch as negatives.
 
     Example: apecache fit-encoder store --recipe lit --out run --slice 32
+
+    Example: apecache fit-encoder store --recipe lilt-d --root images --init-from run-lilt-c --out run
 
     Example: torchrun --nproc-per-node 2 -m apecache fit-encoder store --recipe clip --root images --out run
     """
@@ -149,6 +154,7 @@ def fit_encoder(
             save_seconds=save_seconds,
             report_split=report_split,
             price_per_hour=price_per_hour,
+            init_from=init_from,
         )
         report = run(FeatureStore.open(store), loaded, out, spec, opener(root), show_epoch)
         if report.rank:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .runs import opener
 from .terminal import Json, ending, show_json, show_table
 
 
@@ -20,6 +21,7 @@ def lint(
     seed: Annotated[int, typer.Option(help="Recipe: seed of the weights.")] = 0,
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
     json: Json = False,
 ) -> None:
     """Look for the traps of published training code: parameters without gradient, gates that are shut, selection on
@@ -35,20 +37,51 @@ def lint(
 
         opened = FeatureStore.open(store) if store else None
         if Path(target).is_dir():
-            from apecache.train.lint_run import lint_run
-
-            findings = lint_run(Path(target), opened, report_split)
+            findings = _of_run(Path(target), opened, report_split, root)
         else:
-            from apecache.recipes.recipe import load_recipe
-            from apecache.train.batches import SplitSpec
-            from apecache.train.fit_head import FitSpec
-            from apecache.train.lint_run import lint_plan
-
-            splits = SplitSpec(train_split, dev_split)
-            spec = FitSpec(image_features, text_features, splits, seed, report_split=report_split)
-            findings = lint_plan(load_recipe(target, set_ or ()), opened, spec)
+            splits = train_split, dev_split
+            features = image_features, text_features
+            findings = _of_recipe(target, set_, opened, splits, seed, features, report_split, root)
         show_findings(target, findings, json)
         require_sound(findings)
+
+
+def _of_run(run: Path, store: Any, report_split: str, root: Path | None) -> list[Any]:
+    from apecache.recipes.runs import is_encoder_run
+
+    if is_encoder_run(run):
+        from apecache.train.lint_encoder import lint_encoder_run
+
+        return lint_encoder_run(run, store, report_split, opener(root))
+    from apecache.train.lint_run import lint_run
+
+    return lint_run(run, store, report_split)
+
+
+def _of_recipe(
+    name: str,
+    settings: list[str] | None,
+    store: Any,
+    splits: tuple[str | None, str | None],
+    seed: int,
+    features: tuple[str | None, str | None],
+    report_split: str,
+    root: Path | None,
+) -> list[Any]:
+    from apecache.recipes.recipe import load_recipe
+    from apecache.train.batches import SplitSpec
+
+    recipe, chosen = load_recipe(name, settings or ()), SplitSpec(*splits)
+    if store is None or recipe.trains_heads_alone:
+        from apecache.train.fit_head import FitSpec
+        from apecache.train.lint_run import lint_plan
+
+        return lint_plan(recipe, store, FitSpec(*features, chosen, seed, report_split=report_split))
+    from apecache.train.encoder_data import FitEncoderSpec
+    from apecache.train.lint_encoder import lint_encoder_plan
+
+    spec = FitEncoderSpec(None, None, *features, chosen, seed, device="cpu", report_split=report_split)
+    return lint_encoder_plan(recipe, store, spec, opener(root))
 
 
 def show_findings(target: str, findings: list[Any], json: bool) -> None:

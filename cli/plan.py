@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,10 +21,15 @@ def plan(
     captions: Annotated[int, typer.Option(min=1, help="Captions of each image.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption, special ones and padding included.")] = 32,
     resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels.")] = None,
+    sample: Annotated[
+        Path | None, typer.Option(help="here: a folder of images like those to train on. Default: JPEGs of 500 x 375.")
+    ] = None,
     slice_size: Annotated[
         int | None, typer.Option("--slice", min=1, help="Pairs in memory at once. Default: the whole batch.")
     ] = None,
-    device: Annotated[str, typer.Option(help="here (measured, a second), or one of the table: H100, A100, …")] = "here",
+    device: Annotated[
+        str, typer.Option(help="here (steps are run and timed), or of the table: H100, A100, …")
+    ] = "here",
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the device's rate that is reached.")
     ] = 1.0,
@@ -39,20 +45,25 @@ def plan(
     """Say what a recipe trains, where each tower can be cut and why, and what that costs, before anything runs. Several
     recipes are compared in one table.
 
-    Rates of devices in the table are the vendor's peaks, so the seconds are the least that is possible.
+    Here, a step of each plan is run with random weights and made-up inputs, and timed; batches that take long are
+    extrapolated from smaller ones. Rates of devices in the table are the vendor's peaks, so their seconds are the least
+    that is possible.
 
     Example: apecache plan --recipe lit --image timm:vit_base_patch16_224 --text hf:bert-base-uncased --rows 100000
     --device H100
     """
     with ending():
+        from apecache.errors import OptionError
         from apecache.recipes.counting import PlanSpec
         from apecache.recipes.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
         settings = PlanSpec(rows, captions, tokens, slice_size, utilisation, price)
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
+        if sample is not None and device != "here":
+            raise OptionError(f"--sample is for --device here, not {device}; leave it out")
         where = find_device(device)
-        found = [_plan(one, image, text, teacher, resolution, settings, where) for one in loaded]
+        found = [_plan(one, image, text, teacher, resolution, settings, where, sample) for one in loaded]
         if len(found) > 1:
             show_json({"plans": [asdict(one) for one in found]}) if json else _compare(found, rows)
         elif json:
@@ -62,7 +73,14 @@ def plan(
 
 
 def _plan(
-    recipe: Any, image: str, text: str, teacher: str | None, resolution: int | None, settings: Any, device: Any
+    recipe: Any,
+    image: str,
+    text: str,
+    teacher: str | None,
+    resolution: int | None,
+    settings: Any,
+    device: Any,
+    sample: Path | None,
 ) -> Any:
     from apecache.encoders.load import shape_tower
     from apecache.recipes.plan import plan as run
@@ -74,7 +92,12 @@ def _plan(
     )
     shapes = [partial(shape_tower, spec) for spec in specs]
     taught = partial(_taught, recipe, teacher, settings) if teacher and recipe.distillation else None
-    return run(recipe, shapes[0], shapes[1], settings, device, taught)
+    clock = None
+    if device.name == "here":
+        from apecache.train.step_clock import StepClock
+
+        clock = StepClock(recipe, specs[0], specs[1], settings, taught, sample)
+    return run(recipe, shapes[0], shapes[1], settings, device, taught, clock)
 
 
 def _taught(recipe: Any, teacher: str, settings: Any) -> Any:

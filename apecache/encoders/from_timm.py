@@ -22,7 +22,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, resolve_layer
-from apecache.encoders.pixels import image_preprocess, probe, resize_of
+from apecache.encoders.pixels import Preprocess, image_preprocess, probe, resize_of
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
@@ -39,11 +39,8 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     """
     spec = specs[0]
     module = _create(spec)
-    config = resolve_model_data_config(module)
-    if spec.resolution:
-        config["input_size"] = (3, spec.resolution, spec.resolution)
+    config, transform = _transform(module, spec)
     height, width = config["input_size"][1:]
-    transform = create_transform(**config, is_training=False)
     memory = memory_format(module)
     about: Json = {"config": _plain(config), "transform": _steps(transform)}
     about |= {"memory_format": "channels_last"} if memory is torch.channels_last else {}
@@ -65,9 +62,24 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
-def shape_timm(spec: EncoderSpec) -> Any:
-    """The architecture without weights or classifier, on the meta device. Raises EncoderError as `load_timm` does."""
-    return _shape(spec, num_classes=0)
+def _transform(module: Any, spec: EncoderSpec) -> tuple[dict[str, Any], Any]:
+    """timm's configuration of the data, and its transform."""
+    config = resolve_model_data_config(module)
+    if spec.resolution:
+        config["input_size"] = (3, spec.resolution, spec.resolution)
+    return config, create_transform(**config, is_training=False)
+
+
+def timm_preprocess(spec: EncoderSpec) -> Preprocess:
+    """What `load_timm` preprocesses with. Raises EncoderError as it does."""
+    config, transform = _transform(_shape(spec), spec)
+    return image_preprocess(spec, transform, "timm-pil", resize_of(config))[0]
+
+
+def shape_timm(spec: EncoderSpec, device: str = "meta") -> Any:
+    """The architecture without classifier: on the meta device without weights, on another with random ones. Raises
+    EncoderError as `load_timm` does."""
+    return _shape(spec, device, num_classes=0)
 
 
 def count_timm_classes(spec: EncoderSpec) -> int:
@@ -75,13 +87,13 @@ def count_timm_classes(spec: EncoderSpec) -> int:
     return int(_shape(spec).num_classes)
 
 
-def _shape(spec: EncoderSpec, **options: Any) -> Any:
+def _shape(spec: EncoderSpec, device: str = "meta", **options: Any) -> Any:
     size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
     if not spec.folder:
         _require_known(spec)
     name = f"local-dir:{spec.folder}" if spec.folder else spec.name
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return timm.create_model(name, pretrained=False, **size, **options)
     except Exception as error:  # as in _create
         raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error

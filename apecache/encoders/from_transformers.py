@@ -33,7 +33,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, resolve_layer
-from apecache.encoders.pixels import image_preprocess, probe
+from apecache.encoders.pixels import Preprocess, image_preprocess, probe
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
@@ -192,14 +192,24 @@ class ProcessorPreprocess:
         return pixels
 
 
-def shape_transformers(spec: EncoderSpec) -> Any:
-    """The architecture without weights, on the meta device; of an encoder with a decoder, the encoder.
+def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
+    """What `load_transformers_image` preprocesses with. Raises EncoderError as it does."""
+    processor: Any = _open(AutoImageProcessor, spec)
+    return image_preprocess(
+        spec, ProcessorPreprocess(processor, _resize(processor, spec.resolution)), "transformers", None
+    )[0]
+
+
+def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
+    """The architecture, of an encoder with a decoder that encoder: on the meta device without weights, on another with
+    random ones in float32.
 
     Raises:
         EncoderError: its config.json cannot be had.
     """
     config = _config(spec)
-    with torch.device("meta"):
+    config.dtype = torch.float32
+    with torch.device(device):
         half = T5_TYPES.get(config.model_type)
         return AutoModel.from_config(config) if half is None else half(config)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
+from apecache.encoders.pixels import Preprocess
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.towers import Tower, build_tower
 from apecache.errors import EncoderError
@@ -81,8 +82,9 @@ def load_classifier(spec: EncoderSpec) -> nn.Module:
     return timm_classifier(spec)
 
 
-def shape_tower(spec: EncoderSpec) -> Tower:
-    """A tower with the encoder's shapes and no weights, on the meta device: to count with.
+def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
+    """A tower with the encoder's shapes and no weights, on the meta device: to count with. On another device it has
+    random weights, in float32: to time.
 
     Raises:
         EncoderError: the encoder's description cannot be had, or it cannot be seen as a tower.
@@ -91,13 +93,28 @@ def shape_tower(spec: EncoderSpec) -> Tower:
         case "timm":
             from apecache.encoders.from_timm import shape_timm
 
-            return build_tower(shape_timm(spec).eval(), spec.modality, spec.pooling, cls_id=0)
+            return build_tower(shape_timm(spec, device).eval(), spec.modality, spec.pooling, cls_id=0)
         case "hf":
             from apecache.encoders.from_transformers import image_size, shape_transformers
 
-            tower = build_tower(shape_transformers(spec).eval(), spec.modality, spec.pooling, cls_id=0)
+            tower = build_tower(shape_transformers(spec, device).eval(), spec.modality, spec.pooling, cls_id=0)
             tower.pixels = image_size(spec) if spec.modality == "image" else None
             return tower
+        case _:
+            raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
+
+
+def load_preprocess(spec: EncoderSpec) -> Preprocess:
+    """What the encoder makes of an RGB image, without its weights. Raises EncoderError as `shape_tower` does."""
+    match spec.library:
+        case "timm":
+            from apecache.encoders.from_timm import timm_preprocess
+
+            return timm_preprocess(spec)
+        case "hf":
+            from apecache.encoders.from_transformers import transformers_preprocess
+
+            return transformers_preprocess(spec)
         case _:
             raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
 

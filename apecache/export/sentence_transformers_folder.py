@@ -12,6 +12,7 @@ from apecache.encoders.load import load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MissingExtraError, RunError
 from apecache.heads.checkpoint import TrainedHeads
+from apecache.heads.fold import fold_linear
 from apecache.heads.head import Head
 from apecache.heads.pooled import PooledHead
 
@@ -105,8 +106,8 @@ def _dense(head: PooledHead) -> nn.Module:
 
 
 def _affine(head: PooledHead) -> tuple[Tensor, Tensor]:
-    body = head.body
-    inner = body.weight.double() if isinstance(body, nn.Linear) else torch.eye(head.in_dim, dtype=torch.float64)
-    offset = body.bias.double() if isinstance(body, nn.Linear) else torch.zeros(head.in_dim, dtype=torch.float64)
-    weight = inner / head.deviation.double()
-    return weight, offset - weight @ head.mean.double()
+    if isinstance(head.body, nn.Linear):
+        return fold_linear(head.body, head.mean, head.deviation)
+    plain = nn.Linear(head.in_dim, head.in_dim, bias=False)
+    plain.weight.copy_(torch.eye(head.in_dim))
+    return fold_linear(plain, head.mean, head.deviation)

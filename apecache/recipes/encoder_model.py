@@ -150,15 +150,27 @@ def build_model(
     cuts: Sequence[int | None] = (None, None),
     teacher: Teacher | None = None,
 ) -> EncoderModel:
-    """The recipe's model around loaded encoders, image before text (None: that side is cached). `cuts`: as of `Side`.
-    Draws from torch's generator. Raises RecipeError as `fit_encoder` does."""
+    """`build_around` the towers of loaded encoders."""
+    towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
+    return build_around(towers, recipe, dims, device, cuts, teacher)
+
+
+def build_around(
+    towers: Sequence[Tower | None],
+    recipe: Recipe,
+    dims: Sequence[int],
+    device: torch.device,
+    cuts: Sequence[int | None] = (None, None),
+    teacher: Teacher | None = None,
+) -> EncoderModel:
+    """The recipe's model around towers, image before text (None: that side is cached). `dims`: what the heads take;
+    `cuts`: as of `Side`. Draws from torch's generator. Raises RecipeError as `fit_encoder` does."""
     if recipe.shared is not None:
-        return build_shared([tower_of(encoder) for encoder in encoders if encoder], recipe, device, teacher)
+        return build_shared([tower for tower in towers if tower], recipe, device, teacher)
     try:
         heads = build_heads(recipe.image, recipe.text, dims[0], dims[1])
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
     structured = recipe.loss.structure > 0
     parts = zip(towers, heads, cuts, strict=True)
     sides = [Side(tower, head.to(device), cut, structured) for tower, head, cut in parts]

@@ -1,11 +1,12 @@
 """The planner: what a recipe trains, where each tower can be cut, and what that costs, before anything runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from apecache.encoders.towers import Tower
+from apecache.encoders.towers import Cut, Tower
 from apecache.errors import OptionError, RecipeError
 from apecache.heads.build import build_heads
 from apecache.recipes.adapters import insert_adapters
@@ -16,6 +17,8 @@ from apecache.recipes.freezing import freeze_towers
 from apecache.recipes.recipe import Recipe
 from apecache.recipes.towers import TowersSpec
 
+Cuts = tuple[Cut | None, Cut | None]
+"""Of image and text."""
 FLOAT_BYTES = 4
 """Of a parameter, a gradient or an activation."""
 STATE_BYTES = {"adamw": 8, "adam": 8, "lion": 4, "sgd": 4}
@@ -24,14 +27,28 @@ STATE_BYTES = {"adamw": 8, "adam": 8, "lion": 4, "sgd": 4}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole training. `seconds` at the device's rate times the utilisation; `money` None without a price."""
+    """Of a whole training: what is done once, for the cache, and in each step. `seconds` are without loading and
+    without evaluation on dev; `money` None without a price."""
 
     once_flops: int
     step_flops: int
     total_flops: int
     peak_bytes: int
+    once_seconds: float
+    step_seconds: float
     seconds: float
     money: float | None
+
+
+class Clock(Protocol):
+    """Times on this machine what a plan would run. Decoding, optimisers, small batches, short texts, and what a step
+    costs whatever is in it do not go by operations; so a rate times operations is no prediction of these."""
+
+    def once(self, cuts: Cuts) -> float:
+        """Seconds of what lies below the cuts (None: nothing does), of one image with its captions."""
+
+    def step(self, cuts: Cuts) -> float:
+        """Seconds of a training step that begins at the cuts (None: at the inputs)."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +98,11 @@ def plan(
     spec: PlanSpec,
     device: Device,
     teacher: Callable[[], Taught] | None = None,
+    clock: Clock | None = None,
 ) -> Plan:
     """`image`, `text` make fresh towers on the meta device (`encoders.load.shape_tower`); `teacher`: of a recipe that
-    distils (None: it is as wide as the student, and its own cost is left out).
+    distils (None: it is as wide as the student, and its own cost is left out). Seconds are operations over the device's
+    rate, or with a `clock` what it measures.
 
     Raises:
         RecipeError: rules, adapters or widths do not fit the towers. OptionError: settings that make no sense.
@@ -96,7 +115,14 @@ def plan(
         model = _Model(*count_shared(recipe, towers, spec, taught))
     else:
         model = _model(recipe.towers, recipe, image(), text(), spec)
-    n_steps, batch, _ = _steps(recipe, spec)
+    n_steps, batch, _ = steps_of(recipe, spec)
+    costs = (
+        _cost(recipe, model, spec, device, cached=True),
+        _cost(recipe, model, spec, device, cached=False),
+        _cost(recipe, full, spec, device, cached=False),
+    )
+    if clock is not None and n_steps:
+        costs = _clocked(clock, recipe, model, spec, costs)
     return Plan(
         recipe.name,
         _path(recipe, model.sides),
@@ -108,9 +134,7 @@ def plan(
         model.n_trained,
         sum(side.n_parameters for side in model.sides) + sum(count for _, _, count in model.common),
         0 if model.taught is None else model.taught.dim * spec.rows * STORED_BYTES,
-        _cost(recipe, model, spec, device, cached=True),
-        _cost(recipe, model, spec, device, cached=False),
-        _cost(recipe, full, spec, device, cached=False),
+        *costs,
     )
 
 
@@ -125,7 +149,7 @@ def _path(recipe: Recipe, sides: Sequence[SidePlan]) -> str:
     return "fit-head" if cached and recipe.trains_heads_alone else "fit-encoder"
 
 
-def _steps(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
+def steps_of(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
     """(steps, images in a batch, batches in a step): as both trainers go through the images."""
     schedule = recipe.schedule
     batch = min(schedule.batch_size, spec.rows)
@@ -161,7 +185,7 @@ def scalars(recipe: Recipe) -> Parts:
 
 
 def _cost(recipe: Recipe, model: _Model, spec: PlanSpec, device: Device, cached: bool) -> Cost:
-    n_steps, batch, accumulate = _steps(recipe, spec)
+    n_steps, batch, accumulate = steps_of(recipe, spec)
     captions = recipe.loss.captions
     once = sum(_once(side, spec) for side in model.sides) + _teacher_flops(model, spec.rows) if cached else 0
     slices = spec.slice_size is not None and spec.slice_size < batch
@@ -172,9 +196,37 @@ def _cost(recipe: Recipe, model: _Model, spec: PlanSpec, device: Device, cached:
         loss += model.taught.loss_flops(batch, 1 + captions)
     step = accumulate * (pairs + loss + (0 if cached else _teacher_flops(model, batch)))
     total = once + n_steps * step
-    seconds = total / (device.flops * spec.utilisation)
     peak = _peak(recipe, model, min(batch, spec.slice_size or batch), batch, cached)
-    return Cost(once, step, total, peak, seconds, None if spec.price is None else seconds / 3600 * spec.price)
+    rate = device.flops
+    return _priced(Cost(once, step, total, peak, once / rate, step / rate, 0.0, None), n_steps, spec)
+
+
+def _priced(cost: Cost, n_steps: int, spec: PlanSpec) -> Cost:
+    """With the sum of its seconds, at the utilisation, and what they cost."""
+    once, step = cost.once_seconds / spec.utilisation, cost.step_seconds / spec.utilisation
+    seconds = once + n_steps * step
+    money = None if spec.price is None else seconds / 3600 * spec.price
+    return replace(cost, once_seconds=once, step_seconds=step, seconds=seconds, money=money)
+
+
+def _clocked(
+    clock: Clock, recipe: Recipe, model: _Model, spec: PlanSpec, costs: tuple[Cost, Cost, Cost]
+) -> tuple[Cost, Cost, Cost]:
+    """The same with measured seconds. A teacher, and training everything, which may not fit here, are taken at the rate
+    that the step without the cache has reached."""
+    n_steps, batch, accumulate = steps_of(recipe, spec)
+    planned, whole, full = costs
+    cuts = model.sides[0].cut, model.sides[1].cut
+    step = clock.step((None, None))
+    teacher = _teacher_flops(model, accumulate * batch)
+    rate = (whole.step_flops - teacher) / step
+    cut_step = step if cuts == (None, None) else clock.step(cuts)
+    once = spec.rows * clock.once(cuts) + _teacher_flops(model, spec.rows) / rate
+    seconds = ((planned, once, cut_step), (whole, 0.0, step + teacher / rate), (full, 0.0, full.step_flops / rate))
+    first, second, third = (
+        _priced(replace(cost, once_seconds=below, step_seconds=each), n_steps, spec) for cost, below, each in seconds
+    )
+    return first, second, third
 
 
 def _once(side: SidePlan, spec: PlanSpec) -> int:

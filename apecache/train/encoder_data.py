@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +36,8 @@ class FitEncoderSpec:
     """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`: images, with their
     captions, that are in memory at once; gradients stay those of the whole batch. `autocast`: of the towers; parameters
     stay float32. `cache` False: frozen sides run from their inputs too, to the same result: only to measure what the
-    cache saves. `save_seconds`, `report_split`, `price_per_hour`: as of `FitSpec`."""
+    cache saves. `init_from`: a finished run of fit-head, whose heads and temperature the fit begins with (see
+    `apecache.train.warm_start`). `save_seconds`, `report_split`, `price_per_hour`: as of `FitSpec`."""
 
     image: EncoderSpec | None = None
     text: EncoderSpec | None = None
@@ -51,6 +53,7 @@ class FitEncoderSpec:
     save_seconds: float = 30.0
     report_split: str = "test"
     price_per_hour: float | None = None
+    init_from: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -191,4 +194,4 @@ def open_inputs(source: Source, store: FeatureStore, open_image: OpenImage | Non
     assert encoder is not None
     if open_image is None:
         raise OptionError("the image tower runs from pixels, so it needs the images; give their folder (--root)")
-    return ImageInputs(list(store.pairs.keys), open_image, encoder)
+    return ImageInputs(list(store.pairs.keys), open_image, encoder.preprocess, encoder.device)

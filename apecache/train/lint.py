@@ -7,7 +7,7 @@ optimiser, on a copy of the model and a part of one batch.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from apecache.errors import DataError
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureArray, FeatureStore
-from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs, SplitSpec, batches, choose_splits
-from apecache.train.loop import seeded
+from apecache.train.loop import Fit, Trainable, Training, seeded
 from apecache.train.model import AlignmentModel
-from apecache.train.optim import build_optimiser
 
 PROBE_IMAGES = 256
+PROBE_PAIRS = 16
+"""Images that are run through towers, twice."""
 LEAST_DEV_IMAGES = 100
 """A recall of 50 % among so many has a standard error of 5 points: more than recipes differ by."""
 BLOCK_ROWS = 8192
@@ -73,6 +73,18 @@ def lint_fit(
     ]
 
 
+def lint_encoder_data(
+    store: FeatureStore, recipe: Recipe, splits: SplitSpec, report_split: str, train: FeaturePairs
+) -> list[Finding]:
+    """The same of a fit within towers, as far as no step is needed: recipe, splits, positives. `train`: rows of the
+    store's table. Splits are compared by any features that the store has of both sides."""
+    found = [*lint_recipe(recipe, len(train)), *lint_groups_of_captions(train, recipe)]
+    images, texts = store.arrays("image"), store.arrays("text")
+    if images and texts:
+        found += lint_splits(store, (images[0], texts[0]), splits, report_split)
+    return found
+
+
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +130,18 @@ def lint_splits(
     yield from _overlaps(store, arrays, train, dev)
 
 
+def lint_named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding]:
+    """What names and counts of a run show without its data."""
+    found = []
+    if report_split in (splits.dev, splits.train):
+        text = f"trained or chosen on {report_split!r}, which is to be reported"
+        found.append(Finding("selection", "error", f"{text}; fit again with another split"))
+    if n_dev < LEAST_DEV_IMAGES:
+        text = f"the dev split had {n_dev} images"
+        found.append(Finding("dev-size", "warning", f"{text}; choose on at least {LEAST_DEV_IMAGES}"))
+    return found
+
+
 def _overlaps(
     store: FeatureStore,
     arrays: tuple[FeatureArray, FeatureArray],
@@ -150,14 +174,19 @@ def _in_both(content: NDArray[np.object_], first: NDArray[np.bool_], second: NDA
 
 def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
     """Captions of one image as each other's negatives: in a batch, or because the image stands in several rows."""
-    batch = next(batches(train, PROBE_IMAGES, torch.Generator().manual_seed(0), recipe.loss.captions))
-    if wrong_negatives(batch):
-        text = f"{recipe.loss.captions} captions of each image stand in a batch, and they are each other's negatives"
-        yield Finding("captions", "error", f"{text}; give the batch groups")
+    yield from lint_groups_of_captions(train, recipe)
     count = _rows_of_equal_features(train)
     if count:
         text = f"{count} training images have the features of another one, and their captions are negatives of it"
         yield Finding("captions", "warning", f"{text}; give all captions of an image one key")
+
+
+def lint_groups_of_captions(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
+    """Captions of one image as each other's negatives in a batch."""
+    batch = next(batches(train, PROBE_IMAGES, torch.Generator().manual_seed(0), recipe.loss.captions))
+    if wrong_negatives(batch):
+        text = f"{recipe.loss.captions} captions of each image stand in a batch, and they are each other's negatives"
+        yield Finding("captions", "error", f"{text}; give the batch groups")
 
 
 def wrong_negatives(batch: Batch) -> bool:
@@ -189,7 +218,15 @@ def lint_model(
     model: AlignmentModel, optimiser: torch.optim.Optimizer, recipe: Recipe, train: FeaturePairs
 ) -> Iterator[Finding]:
     """Whether everything that should learn can."""
-    held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    yield from lint_groups(model, optimiser, recipe)
+    probe = Training(copy.deepcopy(model), recipe, 0)
+    tested = [name for name, _ in model.named_parameters()]
+    yield from _found_by_probe(*_probe(probe, train, PROBE_IMAGES, tested))
+
+
+def lint_groups(model: Trainable, optimiser: torch.optim.Optimizer | None, recipe: Recipe) -> Iterator[Finding]:
+    """Whether the optimiser holds everything that should learn (None: it holds nothing)."""
+    held = {id(p) for group in optimiser.param_groups for p in group["params"]} if optimiser else set()
     if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
         text = "the temperature is learnable, but in no group of the optimiser"
         yield Finding("temperature", "error", f"{text}; give the optimiser every parameter of the model")
@@ -197,10 +234,22 @@ def lint_model(
     left = [name for name in left if not name.startswith("temperature.")]
     if left:
         yield Finding("optimiser", "error", f"{_some(left)} in no group of the optimiser; give it every parameter")
-    silent, shut = _probe(model, recipe, train)
+
+
+def lint_encoder_model(training: Fit[Any], train: FeaturePairs) -> Iterator[Finding]:
+    """`lint_model` of a fit within towers, whose trainable parts are looked at. The model is not copied, since towers
+    are large: afterwards it has other weights."""
+    yield from lint_groups(training.model, training.optimiser, training.recipe)
+    tested = [name for name, p in training.model.named_parameters() if p.requires_grad]
+    if training.optimiser is not None:
+        yield from _found_by_probe(*_probe(training, train, PROBE_PAIRS, tested))
+
+
+def _found_by_probe(silent: Sequence[str], shut: Sequence[str]) -> Iterator[Finding]:
     if shut:
         yield Finding("gate", "error", f"{_some(shut)} shut for every training image or text; begin with other weights")
-    silent = [name for name in silent if not any(name.startswith(gate.rpartition(".")[0]) for gate in shut)]
+    behind = tuple(prefix for gate in shut for prefix in (gate.rpartition(".")[0], f"{gate.split('.')[0]}.tower."))
+    silent = [name for name in silent if not name.startswith(behind)]
     if silent:
         yield Finding("gradient", "error", f"{_some(silent)} without gradient in the first two steps; freeze or use it")
 
@@ -210,27 +259,31 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return f"{', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
 
 
-def _probe(model: AlignmentModel, recipe: Recipe, train: FeaturePairs) -> tuple[list[str], list[str]]:
-    """(parameters without gradient, gates that never open) in two steps. Two, because behind a last layer of zeros,
-    with which a body beside a closed form begins, gradients come with the second."""
-    probed = copy.deepcopy(model)
-    tested = {name: p for name, p in probed.named_parameters() if not name.startswith("temperature.")}
-    silent, shut = set(tested), set[str]()
-    size = min(PROBE_IMAGES, recipe.schedule.batch_size)
+def _probe(fit: Fit[Any], train: FeaturePairs, n_images: int, tested: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(tested parameters without gradient, gates that never open) in two steps on at most `n_images`. Two, because
+    behind a last layer of zeros, with which a body beside a closed form begins, gradients come with the second."""
+    assert fit.optimiser is not None
+    model, recipe = fit.model, fit.recipe
+    parameters = dict(model.named_parameters())
+    silent, shut = {name for name in tested if not name.startswith("temperature.")}, set[str]()
     generator = torch.Generator().manual_seed(0)
-    with seeded(0, train.place):
+    size = min(n_images, recipe.schedule.batch_size)
+    with seeded(0, fit.device):
         drawn = [next(batches(train, size, generator, recipe.loss.captions)) for _ in range(2)]
-        optimiser = build_optimiser(probed.rates(), recipe.optimiser)
-        probed.train()
-        for number, batch in enumerate(drawn):
-            outputs = _gate_outputs(probed)
-            probed(augment(batch, recipe.augmentation, probed.image, probed.text), number).backward()
-            silent -= {name for name, p in tested.items() if p.grad is not None and bool((p.grad != 0).any())}
+        model.train()
+        for fit.step, batch in enumerate(drawn):
+            outputs = _gate_outputs(model)
+            fit.optimiser.zero_grad(set_to_none=True)
+            fit.add_gradients(batch, 1)
+            silent -= {name for name in silent if _has_gradient(parameters[name])}
             now = {name for name, values in outputs.items() if not any(bool((x > 0).any()) for x in values)}
-            shut = now if number == 0 else shut & now
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            shut = now if fit.step == 0 else shut & now
+            fit.optimiser.step()
     return sorted(silent), sorted(shut)
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool((parameter.grad != 0).any())
 
 
 def _gate_outputs(model: nn.Module) -> dict[str, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The checks of `apecache.train.lint` on a recipe that is to be fitted, and on a run that exists."""
+"""The checks of `apecache.train.lint` on heads that are to be fitted, and on a run of theirs that exists."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.lint import LEAST_DEV_IMAGES, Finding, lint_fit, lint_recipe
+from apecache.train.lint import Finding, lint_fit, lint_named, lint_recipe
 from apecache.train.loop import Training
 from apecache.train.model import AlignmentModel
 
@@ -48,25 +48,13 @@ def lint_run(run: Path, store: FeatureStore | None = None, report_split: str = "
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run} does not say how it was trained ({error}); lint takes a run of fit-head") from None
     if store is None:
-        return [*lint_recipe(recipe, n_images), *_named(splits, n_dev, report_split)]
+        return [*lint_recipe(recipe, n_images), *lint_named(splits, n_dev, report_split)]
     if heads.training["data"] != store.digest:
         raise MismatchError(f"{run} was trained on other pairs than those of {store.path}; give its own store")
     arrays = find_features(heads.image, store, "image"), find_features(heads.text, store, "text")
     train, _ = load_splits(store, *arrays, splits, torch.device("cpu"), recipe)
     model = _model(heads, recipe)
     return lint_fit(store, arrays, recipe, splits, report_split, train, model, Training(model, recipe, 0).optimiser)
-
-
-def _named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding]:
-    """What names and counts show without the data."""
-    found = []
-    if report_split in (splits.dev, splits.train):
-        text = f"trained or chosen on {report_split!r}, which is to be reported"
-        found.append(Finding("selection", "error", f"{text}; fit again with another split"))
-    if n_dev < LEAST_DEV_IMAGES:
-        text = f"the dev split had {n_dev} images"
-        found.append(Finding("dev-size", "warning", f"{text}; choose on at least {LEAST_DEV_IMAGES}"))
-    return found
 
 
 def _model(heads: TrainedHeads, recipe: Recipe) -> AlignmentModel:

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.encoder import TextEncoder
+from apecache.encoders.pixels import Preprocess
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Image.Image]
@@ -68,12 +69,13 @@ class TextInputs:
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images are read and preprocessed as for extraction, by `workers` threads; with `views` a view of them, which
-    depends on its seed, the epoch and the key alone."""
+    """Images are read and preprocessed as for extraction, by `workers` threads, and sent to `device`; with `views` a
+    view of them, which depends on its seed, the epoch and the key alone."""
 
     keys: Sequence[str]
     open_image: OpenImage
-    encoder: ImageEncoder
+    preprocess: Preprocess
+    device: torch.device
     workers: int = 4
     views: Views | None = None
     epoch: int = 0
@@ -84,7 +86,7 @@ class ImageInputs:
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         with ThreadPoolExecutor(self.workers) as pool:
             pixels = list(pool.map(self._read, rows))
-        return torch.stack(pixels).to(self.encoder.device), None
+        return torch.stack(pixels).to(self.device), None
 
     def _read(self, row: int) -> Tensor:
         try:
@@ -95,4 +97,4 @@ class ImageInputs:
             ) from None
         if self.views is not None:
             image = self.views.of(image, f"epoch {self.epoch} {self.keys[row]}")[0]
-        return self.encoder.preprocess(image)
+        return self.preprocess(image)

@@ -60,9 +60,12 @@ class Best:
 
 
 class Trainable(Protocol):
-    """What a fit needs of a model. `rates`: what trains, with factors of the learning rate; `kept_state`: all that a
-    fit can change, by the names of `named_parameters` and buffers, the temperature's among them."""
+    """What a fit, and its checks, need of a model. `rates`: what trains, with factors of the learning rate;
+    `kept_state`: all that a fit can change, by the names of `named_parameters` and buffers, the temperature's among
+    them."""
 
+    @property
+    def temperature(self) -> Any: ...
     def rates(self) -> list[tuple[nn.Parameter, float]]: ...
     def kept_state(self) -> dict[str, Tensor]: ...
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None: ...

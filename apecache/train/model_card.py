@@ -2,12 +2,13 @@
 
 import html
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.evaluate.retrieval import RetrievalReport
+from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.recipes.recipe import Recipe
 from apecache.train.ledger import Ledger
@@ -17,6 +18,16 @@ UNKNOWN = "not stated"
 Row = tuple[str, str]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A run of either trainer: a sentence on what it is, what it says of its training, both encoders (image first)."""
+
+    what: str
+    about: Mapping[str, Json]
+    image: Sequence[Row]
+    text: Sequence[Row]
+
+
 def save_card(
     heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str, run: Path
 ) -> None:
@@ -24,9 +35,29 @@ def save_card(
     (run / CARD).write_text(model_card(heads, recipe, dev, ledger, origin), encoding="utf-8")
 
 
+def save_encoder_card(
+    about: Mapping[str, Json], recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str, run: Path
+) -> None:
+    """The same for a run of fit-encoder; `about`: its description."""
+    (run / CARD).write_text(encoder_card(about, recipe, dev, ledger, origin), encoding="utf-8")
+
+
 def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
     """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one line."""
-    about = heads.training
+    what = f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted by apecache."
+    subject = Subject(what, heads.training, _head_side(heads.image), _head_side(heads.text))
+    return _card(subject, recipe, dev, ledger, origin)
+
+
+def encoder_card(about: Mapping[str, Json], recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
+    """The same for a run of fit-encoder, from its description."""
+    what = "Two encoders and what aligns them, trained by apecache. The files hold only what training changed."
+    sides = _tower_side(about["image"], recipe.image.kind, recipe), _tower_side(about["text"], recipe.text.kind, recipe)
+    return _card(Subject(what, about, *sides), recipe, dev, ledger, origin)
+
+
+def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
+    about = subject.about
     splits = about.get("splits") or {}
     facts = [
         ("recipe", recipe.name),
@@ -36,6 +67,8 @@ def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger
         ("best epoch, chosen on dev", str(about.get("best_epoch", UNKNOWN))),
         ("seed", str(about.get("seed", UNKNOWN))),
     ]
+    if about.get("init_from"):
+        facts.append(("begins with the heads of fingerprint", str(about["init_from"])))
     data = [
         ("data", Path(origin).name or UNKNOWN),
         ("licence of the data", UNKNOWN),
@@ -50,11 +83,11 @@ def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger
         (
             f"# {literal(recipe.name)}",
             "",
-            f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted by apecache.",
+            subject.what,
             "",
-            *_table(("heads", ""), facts),
-            *_table(("image encoder", ""), _encoder(heads.image)),
-            *_table(("text encoder", ""), _encoder(heads.text)),
+            *_table(("training", ""), facts),
+            *_table(("image encoder", ""), subject.image),
+            *_table(("text encoder", ""), subject.text),
             *_table(("data", ""), data),
             *_measured(dev),
             *_table(("cost", ""), [(what, _number(value)) for what, value in ledger.rows()]),
@@ -78,13 +111,31 @@ def literal(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", html.escape(plain, quote=False))
 
 
-def _encoder(side: TrainedSide) -> list[Row]:
+def _head_side(side: TrainedSide) -> list[Row]:
     return [
         ("encoder", public_name(spec_from_json(side.encoder)) if side.encoder else UNKNOWN),
         ("fingerprint", side.fingerprint.digest),
         ("width", str(side.head.in_dim)),
         ("head", side.head.spec.kind),
     ]
+
+
+def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row]:
+    """Fingerprint and width are those of the encoder before training."""
+    return [
+        ("encoder", public_name(spec_from_json(side["encoder"]))),
+        ("fingerprint", Fingerprint(side["fingerprint"]).digest),
+        ("width", str(side["dim"])),
+        ("head", head if recipe.shared is None else "a block that both sides share"),
+        ("trained parameters", f"{side['n_trained_parameters']:,}"),
+        ("in training it ran", _ran(side)),
+    ]
+
+
+def _ran(side: Mapping[str, Json]) -> str:
+    if side["cached"]:
+        return "not at all: its features were read from the cache"
+    return "from its inputs" if side["cut"] is None else f"from the cached tokens after {side['cut']} blocks"
 
 
 def public_name(spec: EncoderSpec) -> str:

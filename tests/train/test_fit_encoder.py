@@ -26,7 +26,7 @@ from apecache.recipes.runs import image_embedder, text_embedder
 from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train import encoder_data
-from apecache.train import fit_encoder as module
+from apecache.train import encoder_setup as module
 from apecache.train.batches import SplitSpec
 from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.train.encoder_data import FitEncoderSpec
@@ -440,7 +440,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(name: str, data: Any
     without_time = [[{**line, "seconds": 0} for line in history(tmp_path / name)] for name in ("whole", "broken")]
     assert without_time[0] == without_time[1]
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {
-        *("recipe.json", "ledger.json", HISTORY, WEIGHTS, DESCRIPTION)
+        *("recipe.json", "ledger.json", "README.md", HISTORY, WEIGHTS, DESCRIPTION)
     }
 
 

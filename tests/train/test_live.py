@@ -22,7 +22,7 @@ KEYS = [f"images/{colour}-circle-0.png" for colour in ("red", "green", "blue")]
 def inputs(tiny_image_encoder: Path, shapes_once: Path) -> ImageInputs:
     media = FolderMedia(shapes_once.parent)
     encoder = load_image_encoder(parse_encoder(f"timm:{tiny_image_encoder}", "image"), "cpu")
-    return ImageInputs(KEYS, lambda key: load_image(key, media).image, encoder)
+    return ImageInputs(KEYS, lambda key: load_image(key, media).image, encoder.preprocess, encoder.device)
 
 
 def test_without_views_images_are_preprocessed_as_for_extraction(inputs: ImageInputs) -> None:
