@@ -28,7 +28,7 @@ def inputs(tiny_image_encoder: Path, shapes_once: Path) -> ImageInputs:
 def test_without_views_images_are_preprocessed_as_for_extraction(inputs: ImageInputs) -> None:
     pixels, mask = inputs.take([0, 2])
     assert mask is None
-    assert torch.equal(pixels[1], inputs.encoder.preprocess(inputs.open_image(KEYS[2])))
+    assert torch.equal(pixels[1], inputs.preprocess(inputs.open_image(KEYS[2])))
 
 
 @pytest.mark.parametrize("views", [Views(1, 0), Views(1, 0, (0.3, 0.6), flip=False, operations=0)])

@@ -20,6 +20,7 @@ from apecache.extraction import ExtractSpec, extract
 from apecache.heads.checkpoint import load_heads
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.recipes.runs import recorded_training
+from apecache.recipes.trained_encoders import WEIGHTS, read_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.checkpoint import CHECKPOINT
@@ -92,6 +93,9 @@ def test_it_begins_where_the_heads_ended(
     warm = fit(data, load_recipe(name, [*SHORT, *LINEAR, *settings]), tmp_path / "warm", linear.run, **features)
     assert warm.untrained == linear.dev
     assert cold.untrained != linear.dev
+    tensors, _ = read_tensors(tmp_path / "warm" / WEIGHTS)
+    assert bool(tensors["image.head.mean"].any()) == ("image.standardise=true" in settings)
+    assert not tensors["text.head.mean"].any()
     begun = next(iter(read_history(tmp_path / "warm")))
     assert 1 / begun["temperature"] == pytest.approx(load_heads(linear.run).scale)
 
