@@ -21,6 +21,8 @@ from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
 EVALUATIONS = 10
 """On dev, of a run whose steps the size says: about so many."""
 DEV_SHARE, DEV_IMAGES = 10, 500
+FEWEST = 20
+"""Training images of an arm, dev among them, however small its share."""
 TOKENS = 16
 """Of a caption, where costs are counted."""
 
@@ -77,9 +79,13 @@ def _plain(spec: EncoderSpec) -> dict[str, Json]:
     return {**asdict(spec), "name": spec.slug if spec.folder else spec.name}
 
 
-@cache
 def count(job: Job) -> Plan:
     """What the recipe costs on these encoders, nothing loaded. Raises EncoderError where they are no towers."""
+    return _count(replace(job, seed=0, noise=0.0, start="pretrained", fits=True))
+
+
+@cache
+def _count(job: Job) -> Plan:
     images = 1000 if job.images is None else job.images
     spec = PlanSpec(max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
     shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
@@ -95,7 +101,7 @@ def _taught(job: Job, spec: PlanSpec) -> Taught:
 
 
 def counted_costs(job: Job) -> dict[str, float]:
-    """The counted metrics; nothing for encoders that cannot be counted, and closed forms. `cpu_cost` orders jobs."""
+    """The counted metrics; nothing for encoders that cannot be counted."""
     try:
         found = count(job)
     except (EncoderError, RecipeError):
@@ -143,9 +149,9 @@ def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Plan
         return Planned(law, claim, {}, "; ".join(dict.fromkeys(reasons)))
     try:
         found = {name: tuple(_jobs(law.arms[name], claim, setting, towers)) for name in claim.weights}
-        for jobs in found.values():
-            for side in ("image", "text"):
-                jobs[0].features(side)
+        for job in (jobs[0] for jobs in found.values()):
+            if not job.recipe.trains_heads_alone:
+                count(job)
     except (EncoderError, RecipeError) as error:
         return Planned(law, claim, {}, str(error))
     return Planned(law, claim, found)
@@ -168,7 +174,7 @@ def _jobs(arm: Arm, claim: Claim, setting: LawsSetting, towers: bool) -> Iterato
     size = setting.size
     most = sum(pair.split == "train" for pair in setting.pairs)
     whole = min(most, (size.images if towers else size.head_images) or most)
-    images = max(4, round(whole * arm.data))
+    images = max(min(whole, FEWEST), round(whole * arm.data))
     recipe = recipe_of(arm, setting, images, towers)
     teacher = _teacher(arm, setting, recipe)
     specs = setting.encoders[arm.image], setting.encoders[arm.text]

@@ -131,6 +131,8 @@ class Claim(_Section):
         arms = list(self.weights)
         if len(arms) == 1:
             return f"{arms[0]} > {self.above:g}"
+        if self.saves:
+            return f"{arms[0]} costs less than {arms[1]}"
         first = f"{arms[0]} {'=' if self.equal else '>'} {arms[1]}"
         return first if len(arms) == 2 else f"({arms[0]} - {arms[1]}) > ({arms[2]} - {arms[3]})"
 
