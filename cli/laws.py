@@ -63,7 +63,7 @@ def laws(
         from apecache.laws.setting import SIZES as KNOWN
         from apecache.laws.setting import LawsSetting, parse_roles
 
-        changes = {"images": images, "steps": steps, "batch": batch}
+        changes: dict[str, Any] = {"images": images, "steps": steps, "batch": batch}
         chosen = replace(KNOWN[size], **{name: value for name, value in changes.items() if value is not None})
         roles = parse_roles([f"image={image}", f"text={text}", *(encoder or [])], resolution or [])
         source = open_pairs(pairs, opening("image", "caption"))
@@ -104,8 +104,8 @@ def show_laws(json: bool) -> None:
 
 def show_plans(plans: Any, setting: Any, json: bool) -> None:
     from apecache.laws.jobs import counted_costs, jobs_in_turn
-    from apecache.laws.run import known_outcomes
     from apecache.laws.results import law_result
+    from apecache.laws.run import known_outcomes
 
     planned = [one for law in plans for one in law]
     jobs = jobs_in_turn(planned)
@@ -113,7 +113,9 @@ def show_plans(plans: Any, setting: Any, json: bool) -> None:
     results = [law_result(law, {}, setting) for law in plans]
     flops = {job.digest: counted_costs(job).get("total-flops") for job in jobs if job.fits}
     if json:
-        rows = [{"law": law.id, **vars(one), "judgement": vars(one.judgement)} for law in results for one in law.compared]
+        rows = [
+            {"law": law.id, **vars(one), "judgement": vars(one.judgement)} for law in results for one in law.compared
+        ]
         runs = [{"digest": job.digest, **job.about, "done": job.digest in done} for job in jobs]
         show_json({"comparisons": rows, "runs": runs})
         return

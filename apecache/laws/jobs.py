@@ -7,7 +7,7 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 from apecache.encoders.load import count_classes, shape_tower
-from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, RecipeError
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.laws.law import COUNTED, Arm, Claim, Law
@@ -29,8 +29,8 @@ TOKENS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training, dev among them (None:
-    all); `fits` False: it is only counted."""
+    """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training, dev among them
+    (None: all); `fits` False: it is only counted."""
 
     recipe: Recipe
     image: EncoderSpec
@@ -94,7 +94,8 @@ def _count(job: Job) -> Plan:
 
 
 def _taught(job: Job, spec: PlanSpec) -> Taught:
-    assert job.teacher is not None and job.recipe.distillation is not None
+    assert job.teacher is not None
+    assert job.recipe.distillation is not None
     if job.recipe.distillation.kind == "classes":
         return Taught(count_classes(job.teacher))
     return count_teacher(shape_tower(job.teacher), spec)
@@ -120,8 +121,8 @@ def counted_costs(job: Job) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what is only counted have
-    one for all), or why it cannot be tried. `wants`: what must be measured of its jobs besides retrieval."""
+    """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what is only counted
+    have one for all), or why it cannot be tried. `wants`: what must be measured of its jobs besides retrieval."""
 
     law: Law
     claim: Claim

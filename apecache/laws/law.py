@@ -1,4 +1,4 @@
-"""A law: what a paper claims, as arms, comparisons between them and the published figures. One TOML file each, in `zoo/`.
+"""A law: what a paper claims, as arms, comparisons of them and the published figures. One TOML file each, in `zoo/`.
 
 A comparison names its arms best first. `order` of several arms is a comparison of each with the next; `equal` says that
 two do not differ by as much as counts; `over` compares a difference with another one; `above` compares one arm with a
@@ -6,7 +6,7 @@ number. Published figures stand beside arms or comparisons, with the place that 
 """
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from typing import Literal, get_args
@@ -56,8 +56,8 @@ class Arm(_Section):
 
 
 class ComparisonSpec(_Section):
-    """As the module says. `published`: figures of the arms in their order where those of the arms do not serve; `place`:
-    where they stand; `smallest`: in place of the law's."""
+    """As the module says. `published`: figures of the arms in their order where those of the arms do not serve;
+    `place`: where they stand; `smallest`: in place of the law's."""
 
     order: tuple[str, ...] = Field(min_length=1)
     equal: bool = False
@@ -140,34 +140,41 @@ class Claim(_Section):
     def saves(self) -> bool:
         return self.metric in (*COUNTED, *PER_POINT)
 
+    def difference(self, values: Sequence[float]) -> float:
+        """Of values of the arms in their order."""
+        if self.saves:
+            return 100 * (1 - values[0] / values[1])
+        return sum(w * v for w, v in zip(self.weights.values(), values, strict=True)) - self.above
+
 
 def _claims(law: Law, spec: ComparisonSpec) -> Iterator[Claim]:
-    metric = spec.metric or law.metric
-    about = {"metric": metric, "smallest": law.smallest if spec.smallest is None else spec.smallest}
-    figures = dict(zip(spec.order, spec.published, strict=True)) if spec.published else {}
-    known = {name: arm.published[metric] for name, arm in law.arms.items() if metric in arm.published} | figures
-    about |= {"equal": spec.equal, "place": spec.place}
     if len(spec.order) == 1:
-        found = tuple(known[name] for name in spec.order if name in known)
-        gap = found[0] - (spec.above or 0.0) if found else None
-        yield Claim(weights={spec.order[0]: 1.0}, above=spec.above or 0.0, figures=found, published=gap, **about)
-        return
+        yield _claim(law, spec, {spec.order[0]: 1.0})
     for first, second in pairwise(spec.order):
-        weights = {first: 1.0, second: -1.0}
-        if spec.over:
-            weights |= {spec.over[0]: -1.0, spec.over[1]: 1.0}
-        figures = tuple(known[name] for name in weights if name in known)
-        whole = len(figures) == len(weights)
-        claim = Claim(weights=weights, figures=figures if whole else (), **about)
-        yield claim.model_copy(update={"published": _gap(claim)})
+        over = {spec.over[0]: -1.0, spec.over[1]: 1.0} if spec.over else {}
+        yield _claim(law, spec, {first: 1.0, second: -1.0, **over})
+
+
+def _claim(law: Law, spec: ComparisonSpec, weights: dict[str, float]) -> Claim:
+    metric = spec.metric or law.metric
+    known = {name: arm.published[metric] for name, arm in law.arms.items() if metric in arm.published}
+    known |= dict(zip(spec.order, spec.published, strict=True)) if spec.published else {}
+    claim = Claim(
+        weights=weights,
+        metric=metric,
+        smallest=law.smallest if spec.smallest is None else spec.smallest,
+        equal=spec.equal,
+        above=spec.above or 0.0,
+        figures=tuple(known[name] for name in weights) if weights.keys() <= known.keys() else (),
+        place=spec.place,
+    )
+    return claim.model_copy(update={"published": _gap(claim)})
 
 
 def _gap(claim: Claim) -> float | None:
     if not claim.figures:
         return None
-    if claim.saves:
-        return 100 * (1 - claim.figures[0] / claim.figures[1])
-    return sum(weight * figure for weight, figure in zip(claim.weights.values(), claim.figures, strict=True))
+    return claim.difference(claim.figures)
 
 
 def law_ids() -> list[str]:

@@ -150,8 +150,8 @@ def _fit(job: Job, bench: Bench, store: FeatureStore, out: Path, open_image: Cal
         ledger = fit_head(store, job.recipe, out, FitSpec(**common)).ledger
     else:
         live = [bench.own(job, job.encoder(side)) if job.features(side) is None else None for side in sides]
-        spec = FitEncoderSpec(image=live[0], text=live[1], **common)
-        ledger = fit_encoder(store, job.recipe, out, spec, open_image).ledger
+        own = FitEncoderSpec(image=live[0], text=live[1], **common)
+        ledger = fit_encoder(store, job.recipe, out, own, open_image).ledger
     measured = {"seconds": ledger.training_seconds, "measured-flops": float(ledger.flops)}
     return measured | ({"measured-peak": float(ledger.peak_bytes)} if ledger.peak_of == "cuda" else {})
 
@@ -166,7 +166,7 @@ def _ranks(keys: list[str], image: Tensor, text: Tensor, owners: Tensor) -> tupl
     found = image_to_text_ranks(image, text, owners), text_to_image_ranks(image, text, owners)
     chance = [sum(table.values()) / len(KS) for table in (report.chance_image_to_text, report.chance_text_to_image)]
     ones = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
-    ranks = Ranks(tuple(keys), *(tuple(ranks.tolist()) for ranks in found), tuple(owners.tolist()))
+    ranks = Ranks(tuple(keys), tuple(found[0].tolist()), tuple(found[1].tolist()), tuple(owners.tolist()))
     return ranks, {"tr": chance[0], "ir": chance[1], "recall": sum(chance) / 2, "r1": ones}
 
 

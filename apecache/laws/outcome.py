@@ -114,13 +114,14 @@ def _to_text(ranks: Ranks, ks: Sequence[int]) -> Part:
 
 def _to_image(ranks: Ranks, ks: Sequence[int]) -> Part:
     owners, n = np.array(ranks.owners), len(ranks.keys)
-    hits = np.bincount(owners, _hits(ranks.text, ks), minlength=n)
+    hits = np.bincount(owners, _hits(ranks.text, ks), minlength=n).astype(np.float64)
     return Part(ranks.keys, hits, np.bincount(owners, minlength=n).astype(np.float64))
 
 
 def _hits(ranks: Sequence[int], ks: Sequence[int]) -> NDArray[np.float64]:
     found = np.array(ranks)[:, None] < np.array(ks)
-    return found.mean(1, dtype=np.float64)
+    hits: NDArray[np.float64] = found.mean(1, dtype=np.float64)
+    return hits
 
 
 def save_outcome(outcome: Outcome, work: Path) -> None:

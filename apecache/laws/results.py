@@ -9,14 +9,14 @@ from typing import Any
 
 from apecache.errors import RunError
 from apecache.laws.jobs import Planned
-from apecache.laws.law import COUNTED, Arm, Law
+from apecache.laws.law import COUNTED, Arm, Law, Metric
 from apecache.laws.outcome import Outcome
 from apecache.laws.setting import LawsSetting
 from apecache.laws.verdict import Judgement, detectable, judge
 from apecache.sweep_results import replace_text
 
 FOLDER = "results"
-COLUMNS = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
+COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
 COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
 
 
@@ -79,8 +79,12 @@ class LawResult:
         if "broken" in verdicts:
             return "broken"
         held = verdicts.count("held")
-        return "held" if held == len(verdicts) else f"held as far as decided ({held} of {len(verdicts)})" if held else (
-            "not decided"
+        return (
+            "held"
+            if held == len(verdicts)
+            else f"held as far as decided ({held} of {len(verdicts)})"
+            if held
+            else ("not decided")
         )
 
 
@@ -110,9 +114,7 @@ def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSettin
     least = None if one.why_not else detectable(claim, n_images, n_seeds)
     unit = "% saved" if claim.saves else "r" if claim.metric.endswith(("rises", "falls")) else "points"
     known = (claim.figures, claim.published, claim.place)
-    return Compared(
-        claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes)
-    )
+    return Compared(claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes))
 
 
 def _judged(one: Planned, outcomes: Mapping[str, Outcome]) -> Judgement:
@@ -146,7 +148,7 @@ def _arm(name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str,
     return ArmResult(
         name,
         _about(arm),
-        {metric: figure for metric, figure in arm.published.items()},
+        {str(metric): figure for metric, figure in arm.published.items()},
         len(done),
         len(jobs),
         {metric: fmean(row) for metric, row in found.items() if row},
@@ -179,13 +181,17 @@ def load_results(folder: Path) -> list[LawResult]:
 def load_result(path: Path) -> LawResult:
     """Raises RunError as `load_results` does."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: value[name] for name in LawResult.__dataclass_fields__}
-        known["compared"] = tuple(_read_compared(one) for one in value["compared"])
-        known["arms"] = tuple(ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"])
-        return LawResult(**known)
+        return result_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{path} is no result of a law ({str(error).splitlines()[0]}); run the laws again") from None
+
+
+def result_of(value: Mapping[str, Any]) -> LawResult:
+    """What `asdict` made of it, after JSON. Raises KeyError, TypeError or ValueError."""
+    known = {name: value[name] for name in LawResult.__dataclass_fields__}
+    known["compared"] = tuple(_read_compared(one) for one in value["compared"])
+    known["arms"] = tuple(ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"])
+    return LawResult(**known)
 
 
 def _read_compared(value: dict[str, Any]) -> Compared:

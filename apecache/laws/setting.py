@@ -37,8 +37,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class LawsSetting:
-    """`encoders`: by role; `image` and `text` are always there. `labels`: images of classes; `languages`: captions of the
-    reported images in other languages. `price`: of an hour of this machine. Runs and results go below `work`."""
+    """`encoders`: by role; `image` and `text` are always there. `labels`: images of classes; `languages`: captions of
+    the reported images in other languages. `price`: of an hour of this machine. Runs and results go below `work`."""
 
     pairs: PairSource
     encoders: Mapping[str, EncoderSpec]
@@ -90,7 +90,7 @@ def part_of(source: PairSource, split: str, images: int | None, test_images: int
     }
     for name, pairs in kept.items():
         if not pairs:
-            raise DataError(f"{source.origin} has no image with a caption in split {name!r}; laws need train and {split}")
+            raise DataError(f"{source.origin}: no image with a caption in split {name!r}; laws need train and {split}")
     chosen = {pair.key for pairs in kept.values() for pair in pairs}
     wrong = _exchanged(kept["train"][: round(noise * len(kept["train"]))])
     return replace(source, pairs=tuple(wrong.get(pair.key, pair) for pair in source if pair.key in chosen))

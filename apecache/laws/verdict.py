@@ -22,8 +22,8 @@ from apecache.laws.outcome import Outcome, Part
 RESAMPLES = 1000
 POWER = 0.8
 DISAGREE = 0.25
-"""Assumed before running: the variance over images of a paired difference of two arms, for scores from 0 to 1; a quarter
-of the queries answered otherwise by one of them has it."""
+"""Assumed before running: the variance over images of a paired difference of two arms, for scores from 0 to 1; a
+quarter of the queries answered otherwise by one of them has it."""
 SEED_SPREAD = 1.0
 """Assumed before running: the standard deviation over seeds of one arm, in points."""
 SHIFT_SPREAD, SAVING_SPREAD = 0.1, 5.0
@@ -68,8 +68,8 @@ def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
     values = [[one.value(claim.metric) for one in _seeds(outcomes[arm], n_seeds)] for arm in claim.weights]
     known = [[value for value in row if value is not None] for row in values]
     if any(len(row) < n_seeds for row in known):
-        return Judgement("not decided", "an arm has no value: no recall to divide by, or too few norms", n_seeds=n_seeds)
-    differences = [_difference(claim, [row[seed] for row in known]) for seed in range(n_seeds)]
+        return Judgement("not decided", "an arm has no value: a recall of 0, or too few norms", n_seeds=n_seeds)
+    differences = [claim.difference([row[seed] for row in known]) for seed in range(n_seeds)]
     replicates, n_images = _replicates(claim, outcomes, n_seeds)
     difference, half, source = _interval(claim, differences, replicates, n_images)
     about = (difference, difference - half, difference + half, source, n_seeds, n_images)
@@ -101,13 +101,8 @@ def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source
     best = max(fmean(part.value for part in parts) for parts in shares)
     n = min(len(part.keys) for parts in shares for part in parts)
     error = 100 * math.sqrt(max(chance, 1e-9) / 100 * (1 - chance / 100) / n)
-    return "" if best > chance + ABOVE_CHANCE * error else "no arm is above chance, so nothing was learnt to be compared"
-
-
-def _difference(claim: Claim, values: Sequence[float]) -> float:
-    if claim.saves:
-        return 100 * (1 - values[0] / values[1]) if values[1] else math.nan
-    return sum(w * v for w, v in zip(claim.weights.values(), values, strict=True)) - claim.above
+    learnt = best > chance + ABOVE_CHANCE * error
+    return "" if learnt else "no arm is above chance, so nothing was learnt to be compared"
 
 
 def _seeds(found: Sequence[Outcome], n_seeds: int) -> Sequence[Outcome]:
