@@ -193,7 +193,8 @@ class ProcessorPreprocess:
 
 
 def shape_transformers(spec: EncoderSpec) -> Any:
-    """The architecture without weights, on the meta device; of an encoder with a decoder, the encoder.
+    """The architecture without weights, on the meta device, in float32 whatever its files hold; of an encoder with a
+    decoder, the encoder.
 
     Raises:
         EncoderError: its config.json cannot be had.
@@ -201,7 +202,7 @@ def shape_transformers(spec: EncoderSpec) -> Any:
     config = _config(spec)
     with torch.device("meta"):
         half = T5_TYPES.get(config.model_type)
-        return AutoModel.from_config(config) if half is None else half(config)
+        return (AutoModel.from_config(config) if half is None else half(config)).float()
 
 
 def image_size(spec: EncoderSpec) -> tuple[int, int]:

@@ -191,7 +191,11 @@ def test_roles_that_make_no_sense_are_refused(encoders: list[str], sizes: list[s
 
 def test_roles_are_of_their_modality_and_resolution() -> None:
     found = parse_roles(["image=timm:resnet18", "small-text=hf:x", "other=timm:resnet50"], ["56", "other=64"])
-    assert [(spec.modality, spec.resolution) for spec in found.values()] == [("image", 56), ("text", None), ("image", 64)]
+    assert [(spec.modality, spec.resolution) for spec in found.values()] == [
+        ("image", 56),
+        ("text", None),
+        ("image", 64),
+    ]
 
 
 def test_jobs_on_the_same_pairs_share_one_extraction(setting: LawsSetting) -> None:

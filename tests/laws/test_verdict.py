@@ -20,7 +20,9 @@ def outcomes(share: float, seeds: int, spread: float = 0.0, start: int = 0, n: i
         keys = tuple(f"{row:04d}" for row in range(n))
         retrieval = Ranks(keys, ranks, ranks, tuple(range(n)))
         chance = {"tr": 1.0, "recall": 1.0}
-        found.append(Outcome(f"{start}-{seed}", {}, retrieval=retrieval, costs={"trained": 10.0 * share}, chance=chance))
+        found.append(
+            Outcome(f"{start}-{seed}", {}, retrieval=retrieval, costs={"trained": 10.0 * share}, chance=chance)
+        )
     return found
 
 
