@@ -113,9 +113,10 @@ def test_a_killed_measurement_goes_on_with_the_finished_fit(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("apecache.laws.measure.embed_store", interrupted)
-        run_laws(setting, ["L4"])
+        with pytest.raises(KeyboardInterrupt):
+            run_laws(setting, ["L4"])
     fitted = [path.name for path in (setting.work / "runs").iterdir()]
     assert len(fitted) == 1
     assert load_outcome(fitted[0], setting.work) is None
@@ -191,7 +192,8 @@ def test_roles_that_make_no_sense_are_refused(encoders: list[str], sizes: list[s
 
 def test_roles_are_of_their_modality_and_resolution() -> None:
     found = parse_roles(["image=timm:resnet18", "small-text=hf:x", "other=timm:resnet50"], ["56", "other=64"])
-    assert [(spec.modality, spec.resolution) for spec in found.values()] == [
+    about = [(spec.modality, spec.resolution) for spec in found.values()]
+    assert about == [
         ("image", 56),
         ("text", None),
         ("image", 64),
