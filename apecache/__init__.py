@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.heads.combine import combine_heads
     from apecache.index import build_index, update_index
-    from apecache.planning import ExtractPlan, plan_extraction
     from apecache.laws.law import Law, load_law
     from apecache.laws.run import LawsReport, run_laws
     from apecache.laws.setting import LawsSetting
+    from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.counting import PlanSpec
     from apecache.recipes.plan import Plan
     from apecache.recipes.recipe import Recipe, load_recipe

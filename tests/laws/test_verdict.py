@@ -106,3 +106,11 @@ def test_an_outcome_is_read_as_it_was_written(tmp_path) -> None:  # type: ignore
     assert again == one
     assert again.value("tr") == one.value("tr")
     assert load_outcome("another", tmp_path) is None
+
+
+def test_seeds_that_agree_leave_the_variance_over_images() -> None:
+    first, second = outcomes(0.6, 1, start=1)[0], outcomes(0.4, 1, start=2)[0]
+    found = judge(claim(), {"a": [first] * 3, "b": [second] * 3})
+    hits = [np.array(one.retrieval.image) == 0 for one in (first, second) if one.retrieval]
+    expected = 1.96 * 100 * np.std(hits[0].astype(float) - hits[1]) / np.sqrt(N)
+    assert found.high - found.difference == pytest.approx(expected, rel=0.1)
