@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from apecache.heads.checkpoint import TrainedHeads, load_heads, save_heads
     from apecache.heads.combine import combine_heads
     from apecache.index import build_index, update_index
+    from apecache.laws.law import Law, load_law
+    from apecache.laws.run import LawsReport, run_laws
+    from apecache.laws.setting import LawsSetting
     from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.counting import PlanSpec
     from apecache.recipes.plan import Plan
@@ -63,6 +66,9 @@ _HOME = {
     "FitSpec": "train.fit_head",
     "ImageTextModel": "trained",
     "LabelledSpec": "evaluate.labelled",
+    "Law": "laws.law",
+    "LawsReport": "laws.run",
+    "LawsSetting": "laws.setting",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
@@ -98,6 +104,7 @@ _HOME = {
     "load_benchmark": "evaluate.benchmark_names",
     "load_encoders": "recipes.trained_encoders",
     "load_heads": "heads.checkpoint",
+    "load_law": "laws.law",
     "load_recipe": "recipes.recipe",
     "load_run": "recipes.runs",
     "load_space": "space",
@@ -108,6 +115,7 @@ _HOME = {
     "read_class_names": "evaluate.class_names",
     "report_page": "report.report_page",
     "retrieval_report": "evaluate.retrieval",
+    "run_laws": "laws.run",
     "save_heads": "heads.checkpoint",
     "scout": "evaluate.scout",
     "serve": "report.serve",
@@ -134,6 +142,9 @@ __all__ = [
     "FitSpec",
     "ImageTextModel",
     "LabelledSpec",
+    "Law",
+    "LawsReport",
+    "LawsSetting",
     "OpenSpec",
     "Pair",
     "PairSource",
@@ -169,6 +180,7 @@ __all__ = [
     "load_benchmark",
     "load_encoders",
     "load_heads",
+    "load_law",
     "load_recipe",
     "load_run",
     "load_space",
@@ -179,6 +191,7 @@ __all__ = [
     "read_class_names",
     "report_page",
     "retrieval_report",
+    "run_laws",
     "save_heads",
     "scout",
     "serve",

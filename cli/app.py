@@ -12,6 +12,7 @@ from . import (
     export_run,
     extract,
     fit,
+    laws,
     lint,
     plan,
     recipes,
@@ -39,6 +40,7 @@ app.command()(plan.plan)
 app.command("fit-head")(fit.fit_head)
 app.command("fit-encoder")(fit.fit_encoder)
 app.command()(sweep.sweep)
+app.command()(laws.laws)
 app.command()(lint.lint)
 app.command("export-run")(export_run.export_run)
 app.command()(fit.combine)

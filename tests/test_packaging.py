@@ -44,6 +44,7 @@ def test_the_wheel_has_two_packages_and_none_is_called_cli(wheel_names: list[str
     "name",
     [
         "apecache/py.typed",
+        "apecache/laws/zoo/L1.toml",
         "apecache/recipes/zoo/ape.toml",
         "apecache/recipes/zoo/projection.toml",
         "apecache/report/templates/page.html",

@@ -201,8 +201,8 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
 
 
 def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
-    """The architecture, of an encoder with a decoder that encoder: on the meta device without weights, on another with
-    random ones in float32.
+    """The architecture in float32 whatever its files hold, of an encoder with a decoder that encoder: on the meta
+    device without weights, on another with random ones.
 
     Raises:
         EncoderError: its config.json cannot be had.

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apecache.report.axes import ticks
 from apecache.report.gallery import Gallery
+from apecache.report.intervals import Intervals, draw_intervals
 from apecache.report.parallel import Parallel, draw
 
 Cell = str | float | int | None
@@ -96,6 +97,7 @@ class Page:
         charts: learning curves and the like.
         galleries: retrieval examples.
         notes: closing remarks, one paragraph each.
+        intervals: published and measured differences; they stand above the charts.
     """
 
     title: str
@@ -106,6 +108,7 @@ class Page:
     charts: tuple[Chart, ...] = ()
     galleries: tuple[Gallery, ...] = ()
     notes: tuple[str, ...] = ()
+    intervals: tuple[Intervals, ...] = ()
 
 
 def render_page(page: Page) -> str:
@@ -141,7 +144,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters.update(cell=_cell, numeric_columns=_numeric_columns, plot=_plot, parallel=draw)
+    templates.filters.update(
+        cell=_cell, numeric_columns=_numeric_columns, plot=_plot, parallel=draw, drawn=draw_intervals
+    )
     return templates
 
 

@@ -1,0 +1,199 @@
+"""What is known of a law: one JSON file each in `results/`, from which pages and tables are made, and nothing else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from apecache.errors import RunError
+from apecache.laws.jobs import Planned
+from apecache.laws.law import COUNTED, Arm, Law, Metric
+from apecache.laws.outcome import Outcome
+from apecache.laws.setting import LawsSetting
+from apecache.laws.verdict import Judgement, detectable, judge
+from apecache.sweep_results import replace_text
+
+FOLDER = "results"
+COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
+COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One comparison. `figures`: as published, of its arms in their order; `published`: their difference, `place` where
+    they stand. `detectable`: stated before any run. `unit` of differences."""
+
+    name: str
+    metric: str
+    unit: str
+    equal: bool
+    smallest: float
+    figures: tuple[float, ...]
+    published: float | None
+    place: str
+    detectable: float | None
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """`about`: its recipe and what is special. `values`: by metric, mean over seeds; `costs`: means likewise. `failed`:
+    errors of runs."""
+
+    name: str
+    about: str
+    published: dict[str, float]
+    n_done: int
+    n_planned: int
+    values: dict[str, float]
+    costs: dict[str, float]
+    failed: tuple[str, ...] = ()
+
+    @property
+    def per_point(self) -> dict[str, float]:
+        """Costs for each point of recall."""
+        points = self.values.get("recall", 0.0)
+        return {name: cost / points for name, cost in self.costs.items()} if points else {}
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """`setting`: how large the runs were, on what, without paths."""
+
+    id: str
+    title: str
+    source: str
+    claim: str
+    figure: str
+    missing: str
+    setting: dict[str, Any]
+    compared: tuple[Compared, ...]
+    arms: tuple[ArmResult, ...]
+
+    @property
+    def verdict(self) -> str:
+        """`broken` where a comparison is; else `held`, where none is open; else how many of them were decided."""
+        verdicts = [one.judgement.verdict for one in self.compared]
+        if "broken" in verdicts:
+            return "broken"
+        held = verdicts.count("held")
+        return (
+            "held"
+            if held == len(verdicts)
+            else f"held as far as decided ({held} of {len(verdicts)})"
+            if held
+            else ("not decided")
+        )
+
+
+def law_result(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], setting: LawsSetting) -> LawResult:
+    """Of all claims of one law. `outcomes`: by the digests of jobs."""
+    law = planned[0].law
+    compared = tuple(_compared(one, outcomes, setting) for one in planned)
+    arms = tuple(_arm(name, law, planned, outcomes) for name in law.arms)
+    about = (law.id, law.title, law.source, law.claim, law.figure, law.missing)
+    return LawResult(*about, described(setting), compared, arms)
+
+
+def described(setting: LawsSetting) -> dict[str, Any]:
+    names = {role: spec.slug if spec.folder else str(spec) for role, spec in setting.encoders.items()}
+    return {"size": asdict(setting.size), "seeds": setting.seeds, "split": setting.split, "encoders": names}
+
+
+def reported_images(setting: LawsSetting) -> int:
+    there = sum(pair.split == setting.split and bool(pair.captions) for pair in setting.pairs)
+    return min(there, setting.size.test_images or there)
+
+
+def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSetting) -> Compared:
+    claim = one.claim
+    n_images = len(setting.labels) if claim.metric == "top1" and setting.labels else reported_images(setting)
+    n_seeds = max((len(jobs) for jobs in one.jobs.values()), default=setting.seeds)
+    least = None if one.why_not else detectable(claim, n_images, n_seeds)
+    unit = "% saved" if claim.saves else "r" if claim.metric.endswith(("rises", "falls")) else "points"
+    known = (claim.figures, claim.published, claim.place)
+    return Compared(claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes))
+
+
+def _judged(one: Planned, outcomes: Mapping[str, Outcome]) -> Judgement:
+    if one.why_not:
+        return Judgement("not decided", one.why_not)
+    found: dict[str, list[Outcome]] = {}
+    for arm, jobs in one.jobs.items():
+        known = [outcomes.get(job.digest) for job in jobs]
+        failed = [outcome.error for outcome in known if outcome is not None and outcome.error]
+        if failed:
+            return Judgement("not decided", f"a run of {arm} failed: {failed[0]}")
+        done = [outcome for outcome in known if outcome is not None and outcome.has(one.claim.metric)]
+        if one.claim.metric in COUNTED and not done and known[0] is not None:
+            return Judgement("not decided", f"the encoders of {arm} are no towers whose costs can be counted")
+        found[arm] = done
+    missing = {arm: len(one.jobs[arm]) - len(done) for arm, done in found.items() if len(done) < len(one.jobs[arm])}
+    if missing:
+        runs = ", ".join(f"{count} of {arm}" for arm, count in missing.items())
+        return Judgement("not decided", f"runs are still to be made: {runs}")
+    return judge(one.claim, found)
+
+
+def _arm(name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome]) -> ArmResult:
+    jobs = {job.digest: job for one in planned for job in one.jobs.get(name, ())}
+    known = [outcomes[digest] for digest in jobs if digest in outcomes]
+    done = [outcome for outcome in known if not outcome.error]
+    values = {metric: [one.value(metric) for one in done] for metric in COLUMNS}
+    found = {metric: [v for v in row if v is not None] for metric, row in values.items()}
+    costs = {cost: [one.costs[cost] for one in done if cost in one.costs] for cost in COSTS}
+    arm = law.arms[name]
+    return ArmResult(
+        name,
+        _about(arm),
+        {str(metric): figure for metric, figure in arm.published.items()},
+        len(done),
+        len(jobs),
+        {metric: fmean(row) for metric, row in found.items() if row},
+        {cost: fmean(row) for cost, row in costs.items() if row},
+        tuple(dict.fromkeys(one.error for one in known if one.error)),
+    )
+
+
+def _about(arm: Arm) -> str:
+    given = {"image": arm.image, "text": arm.text, "teacher": arm.teacher, "start": arm.start}
+    usual = {"image": "image", "text": "text", "teacher": "", "start": "pretrained"}
+    notes = [f"{key} {value}" for key, value in given.items() if value != usual[key]]
+    notes += [f"{100 * arm.data:g} % of the data"] * (arm.data < 1) + [f"{100 * arm.noise:g} % wrong"] * bool(arm.noise)
+    notes += [f"{100 * arm.steps:g} % of the steps"] * (arm.steps < 1)
+    notes += [*arm.settings, *(f"without {section}" for section in arm.without)]
+    return ", ".join([arm.recipe, *notes])
+
+
+def save_result(result: LawResult, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / f"{result.id}.json", json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+
+
+def load_results(folder: Path) -> list[LawResult]:
+    """In the order of the laws. Raises RunError for a file that is none of ours."""
+    paths = sorted(folder.glob("L*.json"), key=lambda path: (len(path.stem), path.stem))
+    return [load_result(path) for path in paths]
+
+
+def load_result(path: Path) -> LawResult:
+    """Raises RunError as `load_results` does."""
+    try:
+        return result_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is no result of a law ({str(error).splitlines()[0]}); run the laws again") from None
+
+
+def result_of(value: Mapping[str, Any]) -> LawResult:
+    """What `asdict` made of it, after JSON. Raises KeyError, TypeError or ValueError."""
+    known = {name: value[name] for name in LawResult.__dataclass_fields__}
+    known["compared"] = tuple(_read_compared(one) for one in value["compared"])
+    known["arms"] = tuple(ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"])
+    return LawResult(**known)
+
+
+def _read_compared(value: dict[str, Any]) -> Compared:
+    judgement = Judgement(**value["judgement"])
+    return Compared(**{**value, "figures": tuple(value["figures"]), "judgement": judgement})

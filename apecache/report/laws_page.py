@@ -1,0 +1,120 @@
+"""One page of laws: what was published and what was measured, as tables and as a picture of each law."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from apecache.laws.results import COSTS, ArmResult, Compared, LawResult
+from apecache.report.intervals import Intervals, Row
+from apecache.report.page import Cell, Page, Table, write_page
+
+ARM_COLUMNS = ("tr", "ir", "recall", "r1", "top1", "unseen")
+UNITS = {"points": "points of difference", "% saved": "per cent saved", "r": "Pearson's correlation"}
+HOW = (
+    "Differences are paired: all arms answer the same queries, seed by seed. A 95 % interval adds the variance over "
+    "seeds (Student) and that over images (bootstrap, each image with its captions; candidates stay); with one seed it "
+    "speaks of the images alone.",
+    "An order is held where the interval lies above 0 and the difference is at least what counts; broken where no "
+    "difference that counts is within the interval. An equality is held where the whole interval lies within what "
+    "counts.",
+    "The detectable difference is stated before any run, from the numbers of images and seeds alone.",
+    "Nothing was tuned: each recipe runs with its own settings, at the steps and the batch of the size; where the "
+    "batch is smaller than the recipe's, its learning rate falls with the square root.",
+)
+
+
+def laws_page(laws: Sequence[LawResult], out: Path, command: str = "", title: str = "Laws") -> Path:
+    """Write the page, whose folder must exist; returns where."""
+    tables = [_summary(laws), *(table for law in laws for table in _tables(law))]
+    pictures = tuple(picture for law in laws for picture in law_pictures(law))
+    notes = (*HOW, *(f"{law.id}: {law.missing}" for law in laws if law.missing))
+    page = Page(title, _setting(laws), (command,) if command else (), tuple(tables), notes=notes, intervals=pictures)
+    return write_page(page, out)
+
+
+def law_pictures(law: LawResult) -> tuple[Intervals, ...]:
+    """One for each unit that the law's differences have."""
+    units = dict.fromkeys(one.unit for one in law.compared)
+    return tuple(_picture(law, unit, [one for one in law.compared if one.unit == unit]) for unit in units)
+
+
+def _picture(law: LawResult, unit: str, compared: Sequence[Compared]) -> Intervals:
+    rows = tuple(
+        Row(
+            f"{one.name} ({one.metric})",
+            one.published,
+            one.judgement.difference,
+            one.judgement.low,
+            one.judgement.high,
+            one.judgement.verdict,
+        )
+        for one in compared
+    )
+    return Intervals(f"{law.id}. {law.title}", UNITS[unit], rows, f"{law.source}. {law.claim}")
+
+
+def _setting(laws: Sequence[LawResult]) -> str:
+    if not laws:
+        return ""
+    about = laws[0].setting
+    encoders = ", ".join(f"{role} {name}" for role, name in about["encoders"].items())
+    return f"Size {about['size']['name']}, {about['seeds']} seeds, reported on {about['split']}; {encoders}"
+
+
+def _summary(laws: Sequence[LawResult]) -> Table:
+    rows = tuple((law.id, law.title, law.verdict, _tally(law), law.source) for law in laws)
+    return Table("Verdicts", ("law", "title", "verdict", "held, broken, open", "source"), rows)
+
+
+def _tally(law: LawResult) -> str:
+    verdicts = [one.judgement.verdict for one in law.compared]
+    return ", ".join(str(verdicts.count(name)) for name in ("held", "broken", "not decided"))
+
+
+def _tables(law: LawResult) -> tuple[Table, ...]:
+    columns = ("comparison", "metric", "published", "detectable", "counts from", "measured", "95 %", "verdict")
+    rows = tuple(_compared_row(one) for one in law.compared)
+    note = f"Published: {law.figure}." if law.figure else ""
+    compared = Table(f"{law.id}. {law.title}: comparisons", columns, rows, f"{law.claim} {note}".strip())
+    return (compared, *_arm_tables(law))
+
+
+def _compared_row(one: Compared) -> tuple[Cell, ...]:
+    judgement = one.judgement
+    published = "no figure" if one.published is None else f"{one.published:+.1f} {one.unit}"
+    where = f" ({one.place})" if one.place else ""
+    least = "" if one.detectable is None else f"{one.detectable:.1f}"
+    measured = "" if judgement.difference is None else f"{judgement.difference:+.2f} {one.unit}"
+    span = "" if judgement.low is None else f"{judgement.low:.2f} to {judgement.high:.2f} ({judgement.source})"
+    verdict = judgement.verdict + (f": {judgement.why}" if judgement.why else "")
+    return (one.name, one.metric, f"{published}{where}", least, f"{one.smallest:g}", measured, span, verdict)
+
+
+def _arm_tables(law: LawResult) -> tuple[Table, ...]:
+    known = [name for name in ARM_COLUMNS if any(name in arm.values for arm in law.arms)]
+    costs = [name for name in COSTS if any(name in arm.costs for arm in law.arms)]
+    arms = [arm for arm in law.arms if arm.values or arm.costs]
+    if not arms:
+        return ()
+    values = tuple(_arm_row(arm, known, costs) for arm in arms)
+    columns = ("arm", "recipe", "runs", *known, *costs)
+    found = [Table(f"{law.id}. {law.title}: arms", columns, values, "Means over seeds; seconds are those of training.")]
+    if law.id == "L12":
+        found.append(_per_point(arms, costs))
+    return tuple(found)
+
+
+def _arm_row(arm: ArmResult, known: Sequence[str], costs: Sequence[str]) -> tuple[Cell, ...]:
+    runs = f"{arm.n_done} of {arm.n_planned}" + (f"; failed: {'; '.join(arm.failed)}" if arm.failed else "")
+    return (arm.name, arm.about, runs, *map(arm.values.get, known), *(_whole(arm.costs.get(name)) for name in costs))
+
+
+def _per_point(arms: Sequence[ArmResult], costs: Sequence[str]) -> Table:
+    rows = tuple((arm.name, *(_whole(arm.per_point.get(name)) for name in costs)) for arm in arms)
+    return Table(
+        "Costs for each point of recall", ("arm", *costs), rows, "Recall: mean of R@1, R@5 and R@10 both ways."
+    )
+
+
+def _whole(value: float | None) -> Cell:
+    """Large numbers without decimals."""
+    return value if value is None or abs(value) < 1000 else round(value)

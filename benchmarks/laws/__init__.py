@@ -1,0 +1,1 @@
+"""Laws: what was measured, and the table of it."""
