@@ -68,9 +68,7 @@ def parse_arguments() -> argparse.Namespace:
         "--pooled", nargs=2, metavar=("IMAGE", "TEXT"), help="--cut tokens: pooled features beside them"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--epochs", type=int, help="at most so many; rows say so"
-    )
+    parser.add_argument("--epochs", type=int, help="at most so many; rows say so")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
     parser.add_argument("--finished", action="store_true", help="fit nothing: report the finished runs in --work")

@@ -67,7 +67,7 @@ class Scale(NamedTuple):
 
 
 QUICK = Scale(photos=32, vit_photos=0, vit_sizes=(), texts=256, decoded=8, repeats=5)
-FULL = Scale(photos=96, vit_photos=32, vit_sizes=SIZES, texts=2048, decoded=48, repeats=7)
+FULL = Scale(photos=64, vit_photos=16, vit_sizes=SIZES, texts=1024, decoded=24, repeats=5)
 
 
 def main() -> None:
