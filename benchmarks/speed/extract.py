@@ -67,7 +67,7 @@ class Scale(NamedTuple):
 
 
 QUICK = Scale(photos=32, vit_photos=0, vit_sizes=(), texts=256, decoded=8, repeats=5)
-FULL = Scale(photos=64, vit_photos=32, vit_sizes=SIZES, texts=2048, decoded=24, repeats=5)
+FULL = Scale(photos=64, vit_photos=32, vit_sizes=SIZES, texts=2048, decoded=24, repeats=3)
 
 
 def main() -> None:
