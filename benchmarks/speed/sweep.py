@@ -49,7 +49,7 @@ def main() -> None:
     sizes = [(members, batch) for batch in options.batches for members in options.members]
     steps = [step_row(*size, options.repeats) for size in sizes]
     print_table(steps)
-    whole = [whole_row(count, options.batches[-1], options.repeats) for count in options.members if count > 1]
+    whole = [whole_row(options.trials, options.batches[-1], options.repeats)]
     print_table(whole)
     reached = goals(steps)
     print_goals(reached)
@@ -61,13 +61,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A population of small heads against other ways to train as many.")
     parser.add_argument("--members", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 1024, 256])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=16, help="of the whole sweep")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--trial", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--json")
     options = parser.parse_args()
     if options.quick:
-        options.members, options.batches, options.repeats = [1, 4], [64], 2
+        options.members, options.batches, options.trials, options.repeats = [1, 4], [64], 4, 2
     return options
 
 
