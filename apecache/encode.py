@@ -8,6 +8,7 @@ modality are filled together: each image is decoded once, and cuts of one model 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from apecache.data.decoding import Ahead, Preprocessed, preprocess_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images, encode_texts
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
@@ -98,6 +99,12 @@ class ImageJob:
     def models(self) -> list[list[Target[ImageEncoder]]]:
         return _by_model(self.targets)
 
+    @cached_property
+    def passes(self) -> list[Callable[[Tensor], list[Tensor]]]:
+        """For each model one forward pass, for all of its cuts."""
+        cuts = [[target.encoder for target in targets] for targets in self.models]
+        return [compile_images(c) if self.layout.compiled else partial(encode_images, c) for c in cuts]
+
     def _encode(self, rows: range, decoded: Iterator[Preprocessed[list[Tensor]]], advance: Advance) -> EncodedShard:
         size, shape = self.layout.batch_size, (len(rows), *((self.views.count,) if self.views else ()))
         features = {id(t): np.zeros((*shape, *t.encoder.row_shape), np.float32) for t in self.targets}
@@ -114,7 +121,8 @@ class ImageJob:
                     buffer[slot] = value
                 if row.error is not None:
                     bad[begin + slot] = row.error
-            started = [_Late(t, begin, count, pixels) for t, pixels in zip(self.models, pixels, strict=True)]
+            given = zip(self.models, self.passes, pixels, strict=True)
+            started = [_Late(targets, encode, begin, count, batch) for targets, encode, batch in given]
             _finish(late, features)  # the results of the batch before, while this one is on its way
             late = started
             advance(count)
@@ -140,13 +148,16 @@ class _PixelBuffers:
 class _Late:
     """A batch that has been given to a model, and whose results are fetched when the next one has been given too."""
 
-    def __init__(self, targets: Sequence[Target[ImageEncoder]], begin: int, count: int, pixels: Tensor) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target[ImageEncoder]],
+        encode: Callable[[Tensor], list[Tensor]],
+        begin: int,
+        count: int,
+        pixels: Tensor,
+    ) -> None:
         self.targets, self.begin, self.count = targets, begin, count
-        encoders = [target.encoder for target in targets]
-        self.results = [
-            encode_or_halve(lambda batch: encode_images(encoders, batch), pixels[:, view])
-            for view in range(pixels.shape[1])
-        ]
+        self.results = [encode_or_halve(encode, pixels[:, view]) for view in range(pixels.shape[1])]
 
     def store(self, features: dict[int, NDArray[np.float32]]) -> None:
         for place, target in enumerate(self.targets):
@@ -226,7 +237,8 @@ def _alike(
     groups: dict[object, list[Target[Encoder]]] = {}
     for target in targets:
         layout = target.record.layout
-        groups.setdefault((kind(target), layout.batch_size, layout.shard_rows, layout.threads), []).append(target)
+        alike = (kind(target), layout.batch_size, layout.shard_rows, layout.threads, layout.compiled)
+        groups.setdefault(alike, []).append(target)
     return list(groups.values())
 
 

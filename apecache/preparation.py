@@ -3,19 +3,20 @@
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from os import cpu_count
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from apecache.data.augment import Views
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import MismatchError, StoreError
+from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chunk_bytes, with_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
@@ -26,6 +27,8 @@ CPU_BATCH: dict[Modality, int] = {"image": 32, "text": 64}
 CUDA_BATCH = 256
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 256, 4096
 SHARD_SECONDS = 60
+COMPILE_FROM_ROWS, COMPILE_FROM_SECONDS = 4096, 600
+COMPILED_SHARE = 0.9
 
 
 def default_workers() -> int:
@@ -46,6 +49,8 @@ class ExtractSpec:
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
+    `compiled`: image encoders by TorchInductor, not after a block; None: where ten minutes of encoding or more are
+    ahead and a compiled batch was measured to take less than 0.9 of the time.
     """
 
     image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
@@ -62,6 +67,7 @@ class ExtractSpec:
     append: bool = False
     recheck: bool = False
     views: Views | None = None
+    compiled: bool | None = None
 
     @property
     def images(self) -> tuple[EncoderSpec, ...]:
@@ -100,6 +106,10 @@ def prepare_arrays(
     """
     found, layouts = arrays_and_layouts(store, encoders, rows, spec, like or {}, captions)
     _require_room(store, [layout for array, layout in zip(found, layouts, strict=True) if array is None])
+    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
+    if not like and new and _decide_compiled(new, layouts[0].rows, layouts[0].batch_size, spec.compiled):
+        layouts = [replace(layout, compiled=True) for layout in layouts]
+    _require_compiler(encoders, layouts)
     records = [
         array.record if array is not None else _new_record(store, encoder, layout, spec)
         for array, encoder, layout in zip(found, encoders, layouts, strict=True)
@@ -139,7 +149,7 @@ def array_name(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> str:
 def _new_record(
     store: FeatureStore, encoder: ImageEncoder | TextEncoder, layout: ArrayLayout, spec: ExtractSpec
 ) -> ArrayRecord:
-    fingerprint = _fingerprint(encoder, spec, layout.batch_size)
+    fingerprint = _fingerprint(encoder, spec, layout.batch_size, layout.compiled)
     modality, name, where = encoder.spec.modality, array_name(encoder, spec), environment(encoder.device)
     record = ArrayRecord(modality, name, encoder.spec, fingerprint, layout, {}, where, store.source["digest"])
     return with_metadata(record)
@@ -150,7 +160,7 @@ def _find_array(
 ) -> FeatureArray | None:
     """The array of that name or of that encoder; without `add`, any other one that was not asked for is a mismatch."""
     existing, name = store.arrays(encoder.spec.modality), array_name(encoder, spec)
-    wanted = _fingerprint(encoder, spec, 0).fields
+    wanted = _fingerprint(encoder, spec, 0, False).fields
     same = next((array for array in existing if array.name == name), None)
     alike = next((array for array in existing if _kind(array.record.fingerprint.fields) == _kind(wanted)), None)
     others = [array for array in existing if array.name not in names] if not spec.add else []
@@ -164,18 +174,21 @@ def _kind(fields: Mapping[str, Json]) -> Json:
     return {key: fields.get(key) for key in ("encoder", "views")}
 
 
-def _fingerprint(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec, batch: int) -> Fingerprint:
+def _fingerprint(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec, batch: int, compiled: bool) -> Fingerprint:
     views = {"views": spec.views.to_json()} if spec.views and isinstance(encoder, ImageEncoder) else {}
-    storage = {"dtype": spec.storage_dtype, "batch_size": batch}
+    storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch}
+    storage |= {"compile": "inductor"} if compiled else {}
     return Fingerprint({"encoder": encoder.fingerprint.fields, "storage": storage, **views})
 
 
 def _require_same(
     store: FeatureStore, array: FeatureArray, encoder: ImageEncoder | TextEncoder, spec: ExtractSpec
 ) -> None:
-    """Without a batch size asked for, the recorded one is taken; the encoder and the storage must be the same."""
+    """What is not asked for, batch size and compilation, is taken as recorded; encoder and storage must be the same."""
     recorded = array.record
-    wanted = _fingerprint(encoder, spec, spec.batch(encoder) or recorded.layout.batch_size)
+    told = spec.compiled if isinstance(encoder, ImageEncoder) else None
+    compiled = recorded.layout.compiled if told is None else told
+    wanted = _fingerprint(encoder, spec, spec.batch(encoder) or recorded.layout.batch_size, compiled)
     differences = wanted.difference(recorded.fingerprint)
     if differences:
         raise MismatchError(
@@ -216,7 +229,8 @@ def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
     shard_rows = max(1, min(like.shard_rows, layout.rows, MAX_SHARD_BYTES // layout.row_bytes))
-    return replace(layout, shard_rows=shard_rows, batch_size=like.batch_size, threads=like.threads)
+    same: dict[str, Any] = {"batch_size": like.batch_size, "threads": like.threads, "compiled": like.compiled}
+    return replace(layout, shard_rows=shard_rows, **same)
 
 
 def _layout(
@@ -248,6 +262,57 @@ def _calibrated_rows(encoders: Sequence[ImageEncoder | TextEncoder], batch: int,
     once()
     rows = SHARD_SECONDS * batch / max(once(), 1e-6)
     return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, 2 ** int(np.log2(rows)))))
+
+
+def _decide_compiled(encoders: Sequence[ImageEncoder | TextEncoder], rows: int, batch: int, told: bool | None) -> bool:
+    """Whether new arrays are filled by compiled models; see `ExtractSpec.compiled`. Texts, whose batches have no one
+    shape, never are.
+
+    Raises:
+        OptionError: told to, for a cut after a block.
+    """
+    images = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
+    able = bool(images) and all(encoder.spec.layer is None for encoder in images)
+    if told and images and not able:
+        raise OptionError("--compile: a cut after a block (@LAYER) is caught by hooks and not compiled; leave it out")
+    if told is not None or not able or rows < COMPILE_FROM_ROWS:
+        return bool(told) and able
+    models = list({id(encoder.module): encoder for encoder in images}.values())
+    eager = sum(_seconds(partial(encode_images, [encoder]), encoder, batch) for encoder in models)
+    if eager * rows / batch < COMPILE_FROM_SECONDS:
+        return False
+    try:
+        return sum(_seconds(compile_images([e]), e, batch) for e in models) < COMPILED_SHARE * eager
+    except (RuntimeError, OSError):  # no compiler on this machine, or an operation that it does not know
+        return False
+
+
+def _require_compiler(encoders: Sequence[ImageEncoder | TextEncoder], layouts: Sequence[ArrayLayout]) -> None:
+    """Compiles what will be needed compiled, before anything is written.
+
+    Raises:
+        EncoderError: that cannot be done here.
+    """
+    for encoder, layout in zip(encoders, layouts, strict=True):
+        if layout.compiled and isinstance(encoder, ImageEncoder):
+            try:
+                compile_images([encoder])(torch.zeros(layout.batch_size, *encoder.input_shape))
+            except (RuntimeError, OSError) as error:
+                raise EncoderError(
+                    f"encoder {encoder.spec} cannot be compiled here ({one_line(error)}); install a C++ compiler, or "
+                    "make another --store with --no-compile"
+                ) from None
+
+
+def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, batch: int) -> float:
+    """Of one batch, the second of two, results fetched."""
+    pixels = torch.zeros(batch, *encoder.input_shape)
+    encode(pixels)
+    begin = time.perf_counter()
+    encode(pixels)
+    if encoder.device.type == "cuda":
+        torch.cuda.synchronize(encoder.device)
+    return time.perf_counter() - begin
 
 
 def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:

@@ -79,6 +79,13 @@ def extract(
     hang_seconds: Annotated[
         float, typer.Option(min=0.1, help="A decoding process that takes longer for one image is replaced.")
     ] = 30.0,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Image encoders by torch.compile; recorded. Default: if it is measured to pay in ten minutes or more.",
+        ),
+    ] = None,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
     ] = 0.01,
@@ -119,7 +126,7 @@ def extract(
 
         options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
-        options |= {"device": device, "add": add, "append": append, "recheck": recheck}
+        options |= {"device": device, "add": add, "append": append, "recheck": recheck, "compiled": compiled}
         options |= {"hang_seconds": hang_seconds} | ({"workers": workers} if workers is not None else {})
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)

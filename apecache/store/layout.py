@@ -63,6 +63,7 @@ class ArrayLayout:
     """Shape of one array and how its rows were batched; fixed when the array is created, and used by every resume.
 
     `views`: augmentations of each image; `tokens`: positions of each row (of the longest, if the array is `ragged`).
+    `compiled`: by a model that TorchInductor has compiled.
     """
 
     rows: int
@@ -74,6 +75,11 @@ class ArrayLayout:
     views: int | None = None
     tokens: int | None = None
     ragged: bool = False
+    compiled: bool = False
+
+    def to_json(self) -> Json:
+        fields = asdict(self)
+        return fields if self.compiled else {name: value for name, value in fields.items() if name != "compiled"}
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -127,7 +133,7 @@ class ArrayRecord:
             "spec": asdict(self.spec),
             "digest": self.fingerprint.digest,
             "fields": self.fingerprint.fields,
-            "layout": asdict(self.layout),
+            "layout": self.layout.to_json(),
             "table": self.table,
             "environment": self.environment,
             "metadata": self.metadata,
@@ -156,13 +162,17 @@ def layout_from_json(value: Any) -> ArrayLayout:
     layout = ArrayLayout(**value)
     counts = (layout.dim, layout.shard_rows, layout.batch_size, layout.threads, layout.views, layout.tokens)
     whole = all(type(count) is int and count >= 1 for count in counts if count is not None)
-    if not whole or type(layout.rows) is not int or layout.rows < 0 or type(layout.ragged) is not bool:
+    if not whole or type(layout.rows) is not int or layout.rows < 0 or not _are_bools(layout.ragged, layout.compiled):
         raise ValueError("a layout with counts that are none")
     if layout.ragged and (layout.tokens is None or layout.views is not None):
         raise ValueError("a ragged layout without tokens")
     if layout.dtype not in DTYPES or layout.row_bytes * layout.shard_rows > MAX_CHUNK_BYTES:
         raise ValueError(f"a layout of {layout.dtype}, {layout.shard_rows} x {layout.row_shape}")
     return layout
+
+
+def _are_bools(*values: object) -> bool:
+    return all(type(value) is bool for value in values)
 
 
 def require_format(value: Any, where: str) -> None:
