@@ -92,7 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         image, text = quick_encoders(work) if options.quick else (options.image, options.text)
-        specs = parse_encoder(image, "image"), replace(parse_encoder(text, "text"), pooling="cls")
+        seen = replace(parse_encoder(image, "image"), resolution=options.resolution)
+        specs = seen, replace(parse_encoder(text, "text"), pooling="cls")
         numbers = options.images, options.epochs, options.batch, options.lr, options.threads
         teacher = parse_encoder(options.teacher, "image") if options.teacher else specs[0]
         setting = Setting(options.pairs, *specs, *numbers, work, teacher)
@@ -115,6 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
     parser.add_argument("--image", help="ViT, for example timm:/folder")
     parser.add_argument("--text", help="BERT, for example hf:/folder")
+    parser.add_argument("--resolution", type=int, help="pixels of --image; default: the encoder's own")
     parser.add_argument("--teacher", help="supervised timm encoder for see-hear-read; default: --image, if it is one")
     parser.add_argument("--images", type=int, default=1000, help="so many training images, and at most as many of val")
     parser.add_argument("--recipes", nargs="+", help="only these, and no comparison with and without the cache")
