@@ -12,7 +12,7 @@ from apecache.errors import OptionError
 from apecache.preparation import MAX_SHARD_ROWS
 from apecache.recipes.counting import STORED_BYTES, PlanSpec, SidePlan
 from apecache.recipes.devices import GB
-from apecache.recipes.plan import Clock, Plan
+from apecache.recipes.plan import Clock, Cuts, Plan
 from apecache.store.layout import MAX_SHARD_BYTES, PAIR_CHUNK_ROWS, PAIR_COLUMNS, ArrayLayout, chunk_bytes
 from apecache.train.batches import RESIDENT_SHARE
 
@@ -27,7 +27,8 @@ class ClusterSpec:
     `efficiency`: of training on several devices, the share of their rates together that is reached. `image_rate`,
     `text_rate`: rows a second that one device was measured to encode; None: by the clock of the plan, or operations
     over the device's rate. `views`: augmentations of each image that are cached in its place. `shard_rows`: of a shard,
-    at most. `image_bytes`: of an image file on average; None: reading them is not counted.
+    at most. `image_bytes`: of an image file on average; None: reading them is not counted. `decode_rate`: images a
+    second that one node was measured to read and decode, beside its devices; None: as many as they encode.
     """
 
     nodes: int
@@ -38,6 +39,7 @@ class ClusterSpec:
     views: int = 1
     shard_rows: int = MAX_SHARD_ROWS
     image_bytes: int | None = None
+    decode_rate: float | None = None
 
     @property
     def n_devices(self) -> int:
@@ -153,8 +155,8 @@ def plan_cluster(plan: Plan, spec: PlanSpec, cluster: ClusterSpec, clock: Clock 
 
 def _check(plan: Plan, cluster: ClusterSpec) -> None:
     positive = (cluster.nodes, cluster.devices, cluster.views, cluster.shard_rows)
-    told = [rate for rate in (cluster.image_rate, cluster.text_rate, cluster.image_bytes) if rate is not None]
-    if min(positive) < 1 or not all(rate > 0 for rate in told) or not 0 < cluster.efficiency <= 1:
+    rates = (cluster.image_rate, cluster.text_rate, cluster.image_bytes, cluster.decode_rate)
+    if min(positive) < 1 or not all(rate > 0 for rate in rates if rate is not None) or not 0 < cluster.efficiency <= 1:
         raise OptionError(f"{cluster}: counts are at least 1, rates and sizes above 0, the efficiency lies in (0, 1]")
     if cluster.views > 1 and plan.image.cut is None:
         raise OptionError(f"--views {cluster.views}: recipe {plan.recipe} caches no images; leave it out")
@@ -174,27 +176,42 @@ def _stage(device_seconds: float, n_devices: int, price: float | None) -> Stage:
 
 
 def _arrays(plan: Plan, spec: PlanSpec, cluster: ClusterSpec, clock: Clock | None) -> Iterator[CachedArray]:
-    rates = {"image": cluster.image_rate, "text": cluster.text_rate}
-    cuts = {"image": (plan.image.cut, None), "text": (None, plan.text.cut)}
     for side in (plan.image, plan.text):
         if side.cut is not None:
             rows, views = _rows(side, spec), cluster.views if side.side == "image" else 1
-            rate = rates[side.side]
-            if rate is not None:
-                seconds, why = 1 / rate, f"{rate:,.6g} rows a second on each device, as given"
-            elif clock is not None:
-                seconds = clock.once(cuts[side.side]) * spec.rows / rows / spec.utilisation
-                why = f"{1 / seconds:,.4g} rows a second, timed on this machine with random weights"
-            else:
-                seconds, why = _computed(side.below_flops, plan, spec)
-            pooled = side.cut == "pooled"
+            seconds, why = _encoding(side, plan, spec, cluster, clock)
+            if side.side == "image":
+                seconds, why = _decoded(views * seconds, why, cluster)
+            pooled = side.tokens == 0
             ragged = side.side == "text" and not pooled
             yield _array(side.side, side.cache_bytes // rows, rows, cluster, views, pooled, ragged, seconds, why)
     if plan.teacher_bytes:
         below = sum(side.below_flops * _rows(side, spec) for side in (plan.image, plan.text))
-        seconds, why = _computed((plan.planned.once_flops - below) // spec.rows, plan, spec)
+        seconds, why = _decoded(*_computed((plan.planned.once_flops - below) // spec.rows, plan, spec), cluster)
         row_bytes = plan.teacher_bytes // spec.rows
         yield _array("teacher", row_bytes, spec.rows, cluster, 1, True, False, seconds, why)
+
+
+def _encoding(
+    side: SidePlan, plan: Plan, spec: PlanSpec, cluster: ClusterSpec, clock: Clock | None
+) -> tuple[float, str]:
+    """Seconds of one row (of one view) on one device, and how they come about."""
+    rate = cluster.image_rate if side.side == "image" else cluster.text_rate
+    if rate is not None:
+        return 1 / rate, f"{rate:,.6g} rows a second on each device, as given"
+    if clock is None:
+        return _computed(side.below_flops, plan, spec)
+    cuts: Cuts = (side.cut, None) if side.side == "image" else (None, side.cut)
+    seconds = clock.once(cuts) * spec.rows / _rows(side, spec) / spec.utilisation
+    return seconds, f"{1 / seconds:,.4g} rows a second, timed on this machine with random weights"
+
+
+def _decoded(seconds: float, why: str, cluster: ClusterSpec) -> tuple[float, str]:
+    """Of one image, no less than its node takes to read and decode it beside the devices."""
+    if cluster.decode_rate is None or cluster.devices / cluster.decode_rate <= seconds:
+        return seconds, why
+    why = f"held up by {cluster.decode_rate:,.6g} images a second that each node decodes, as given; else {why}"
+    return cluster.devices / cluster.decode_rate, why
 
 
 def _rows(side: SidePlan, spec: PlanSpec) -> int:
@@ -202,7 +219,6 @@ def _rows(side: SidePlan, spec: PlanSpec) -> int:
 
 
 def _computed(flops: int, plan: Plan, spec: PlanSpec) -> tuple[float, str]:
-    """Seconds of one row, and how they come about."""
     device, share = plan.device, spec.utilisation
     why = f"{flops / 1e9:,.4g} GFLOP a row at {share:.4g} of {device.flops / 1e12:,.4g} TFLOP/s"
     return flops / device.flops / share, why
@@ -219,13 +235,13 @@ def _array(
     seconds: float,
     why: str,
 ) -> CachedArray:
-    """Sizes are those of the files; a store keeps one chunk of each part, and a record, for every shard."""
+    """`seconds`: of one row. Sizes are those of files; every shard has a chunk of each part, and a record."""
     shard_rows = max(1, min(cluster.shard_rows, rows, MAX_SHARD_BYTES // (views * row_bytes)))
     layout = ArrayLayout(rows, views * row_bytes // STORED_BYTES, "float16", shard_rows, 1, 1, ragged=ragged)
     n_shards, parts = layout.n_shards, chunk_bytes(layout)
     n_bytes, n_objects = n_shards * sum(parts.values()), n_shards * (len(parts) + 1)
     sizes = (layout.row_bytes, n_bytes, rows * HASH_BYTES, shard_rows, n_shards, n_objects)
-    return CachedArray(name, rows, *sizes, pooled, rows * views * seconds, why)
+    return CachedArray(name, rows, *sizes, pooled, rows * seconds, why)
 
 
 def _table_objects(spec: PlanSpec) -> int:
@@ -245,20 +261,31 @@ def _residence(plan: Plan, arrays: tuple[CachedArray, ...]) -> tuple[bool | None
     if not needed:
         return True, 0, "no features have to be on a device"
     if device.memory_bytes is None:
-        return None, None, f"{needed / GB:,.4g} GB of features are held in each process's memory"
+        return None, None, f"{_gb(needed)} GB of features are held in each process's memory"
     room = RESIDENT_SHARE * device.memory_bytes if head else device.memory_bytes - plan.planned.peak_bytes
-    what = f"{needed / GB:,.4g} GB of features"
+    what = f"{_gb(needed)} GB of features"
     if needed <= room:
         return True, 1, f"{what} fit on one {device.name}"
     n_hold = math.ceil(needed / room) if room > 0 else None
-    share = f"{max(0.0, room) / GB:,.4g} of its {device.memory_bytes / GB:,.4g} GB are for them"
+    share = f"{_gb(max(0.0, room))} of its {_gb(device.memory_bytes)} GB are for them"
     much = f"{what} do not fit on one {device.name} ({share})"
     spread = f"; {n_hold:,} would hold them" if n_hold else ""
     if head:
-        then = f"fit-head keeps them in the host's memory, which must have {needed / GB:,.4g} GB, and streams batches"
+        then = f"fit-head keeps them in the host's memory, which must have {_gb(needed)} GB, and streams batches"
     else:
         then = "fit-encoder does not stream pooled features: take fewer rows, or a recipe of fit-head"
     return False, n_hold, f"{much}{spread}; {then}"
+
+
+def _gb(n_bytes: float) -> str:
+    return f"{n_bytes / GB:,.0f}" if n_bytes >= 1000 * GB else f"{n_bytes / GB:.4g}"
+
+
+def _demand(array: CachedArray, cluster: ClusterSpec) -> str:
+    """What a node must read while it encodes."""
+    images = cluster.devices * array.rows / array.device_seconds
+    size = cluster.image_bytes
+    return f"{images:,.0f} images a second" + ("" if size is None else f" ({images * size / GB:,.3g} GB a second)")
 
 
 def _assumptions(
@@ -269,8 +296,9 @@ def _assumptions(
         yield f"{array.name} encoding: {array.rate}"
     if arrays:
         yield "extraction: parallel efficiency 1.0, as shards are independent; loading encoders is not counted"
-        if not timed:
-            yield "reading and decoding images, and writing features, keep up with the devices"
+    for array in arrays:
+        if array.name != "text" and not timed:
+            yield f"reading and decoding keep up: {_demand(array, cluster)} on each node"
     if plan.path == "fit-head":
         yield "training: fit-head is one process on one device; more devices can only try more settings"
     elif cluster.n_devices > 1:

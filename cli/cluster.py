@@ -37,7 +37,7 @@ def show_cluster(plan: Any) -> None:
         (
             *(array.name, f"{array.rows:,}", f"{array.row_bytes:,}", size(array.n_bytes), size(array.record_bytes)),
             *(f"{array.shard_rows:,}", f"{array.n_shards:,}", f"{array.n_objects:,}"),
-            f"{array.device_seconds / 3600:,.4g}",
+            hours(array.device_seconds / 3600),
         )
         for array in plan.arrays
     ]
@@ -46,19 +46,23 @@ def show_cluster(plan: Any) -> None:
         ("extract", plan.extraction, size(plan.source_bytes), size(plan.write_bytes), plan.n_writes),
         (plan.path, plan.training, size(plan.read_bytes), "heads", plan.n_reads),
     ]
-    columns = ("stage", "devices", "device hours", "hours", "cost", "reads", "writes", "objects read or written")
+    header = ("stage", "devices", "device hours", "hours", "cost", "reads", "writes", "objects read or written")
     rows = [
         (name, f"{stage.n_devices:,}", *_costs(stage), read, written, f"{count:,}")
         for name, stage, read, written, count in stages
     ]
-    show_table(f"{plan.recipe} on {cluster}: {plan.n_steps:,} steps of {plan.batch_size:,} images", columns, rows)
+    show_table(f"{plan.recipe} on {cluster}: {plan.n_steps:,} steps of {plan.batch_size:,} images", header, rows)
     typer.echo(f"in training: {plan.residence}")
     typer.echo("assumed:\n" + "\n".join(f"  - {assumption}" for assumption in plan.assumptions))
 
 
 def _costs(stage: Any) -> tuple[str, str, str]:
     money = "no price" if stage.money is None else f"{stage.money:,.2f}"
-    return f"{stage.device_hours:,.4g}", f"{stage.hours:,.4g}", money
+    return hours(stage.device_hours), hours(stage.hours), money
+
+
+def hours(count: float) -> str:
+    return f"{count:,.0f}" if count >= 1000 else f"{count:.4g}"
 
 
 def size(count: int | None) -> str:
