@@ -70,6 +70,10 @@ def plan(
     image_kb: Annotated[
         float | None, typer.Option("--image-kb", min=0.001, help="With --nodes: kB of an image file on average.")
     ] = None,
+    decode_rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --nodes: images a second that a node was measured to read and decode."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a recipe trains, where each tower can be cut and why, and what that costs, before anything runs. Several
@@ -109,6 +113,7 @@ def plan(
             views=views,
             shard_rows=shard_rows,
             image_bytes=image_bytes,
+            decode_rate=decode_rate,
         )
         where = find_device(device)
         found = [_plan(one, image, text, teacher, resolution, settings, where, sample) for one in loaded]
@@ -201,7 +206,8 @@ def _show(plan: Any, rows: int) -> None:
     parts += [("both", part, f"{n:,}", f"{of:,}") for part, n, of in plan.common]
     show_table(title, ("tower", "part", "trained", "of"), parts)
     for side in sides:
-        place = {None: "no cut", "pooled": "cut after the pooling"}.get(side.cut, f"cut after {side.cut} blocks")
+        pooled = "cut after all blocks" if side.tokens else "cut after the pooling"
+        place = {None: "no cut", "pooled": pooled}.get(side.cut, f"cut after {side.cut} blocks")
         typer.echo(f"{side.side}: {place}: {side.reason}")
     columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
     costs = (("as planned", plan.planned), ("without the cache", plan.without_cache), ("all trained (CLIP)", plan.full))

@@ -1,6 +1,8 @@
 """A plan of a cluster: sizes are those of a real store, hours follow from rates, and what is assumed is said."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from apecache_cli.app import app
 from apecache_cli.cluster import parse_count, size
 from small_towers import small_bert, small_vit
@@ -27,6 +30,8 @@ from apecache.recipes.devices import Device
 from apecache.recipes.plan import Cuts, Plan, plan
 from apecache.recipes.recipe import load_recipe
 
+PAGE = Path(__file__).parents[1] / "docs" / "internet-scale.md"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 UNIT = Device("unit", 1e6, 10**6, "made up")
 
 
@@ -124,6 +129,17 @@ def test_measured_rates_take_the_place_of_computed_ones() -> None:
     assert half.arrays[1] == sheet("projection", spec, ClusterSpec(10)).arrays[1]
 
 
+@pytest.mark.parametrize(("views", "seconds"), [(1, 2 / 8), (3, 3 / 10)])
+def test_decoding_holds_up_devices_that_are_faster(views: int, seconds: float) -> None:
+    """Two devices of a node that encode ten rows a second each, and a node that decodes eight images a second."""
+    spec = PlanSpec(3600, 5)
+    found = sheet("projection", spec, ClusterSpec(10, 2, image_rate=10.0, decode_rate=8.0, views=views))
+    assert found.arrays[0].device_seconds == pytest.approx(3600 * seconds)
+    assert found.arrays[1] == sheet("projection", spec, ClusterSpec(10)).arrays[1]
+    assert any("held up by 8 images" in said for said in found.assumptions) == (views == 1)
+    assert f"reading and decoding keep up: {2 / seconds:.0f} images a second on each node" in found.assumptions
+
+
 def test_a_clock_is_asked_for_each_side_alone() -> None:
     class FakeClock:
         def once(self, cuts: Cuts) -> float:
@@ -194,7 +210,8 @@ def test_towers_need_cached_features_on_every_device() -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"devices": 0}, {"efficiency": 0.0}, {"efficiency": 1.5}, {"image_rate": 0.0}, {"views": 0},
-              {"text_rate": float("nan")}, {"shard_rows": 0}, {"image_bytes": 0}],
+              {"text_rate": float("nan")}, {"shard_rows": 0}, {"image_bytes": 0},
+              {"decode_rate": -1.0}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="counts are at least 1"):
@@ -214,6 +231,18 @@ def test_every_number_that_was_not_counted_is_an_assumption() -> None:
 
 
 # --- the command, and its page ---------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
+    """But for the text encoder, whose description comes from the hub: here it has the same shapes."""
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    hf.BertModel(hf.BertConfig(**sizes)).save_pretrained(tmp_path)
+    blocks = re.findall(r"```console\n\$ (.*?[^\\])\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 3
+    for command, shown in blocks:
+        words = shlex.split(command.replace("\\\n", " ").replace(MINILM, str(tmp_path)))
+        result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+        assert [line.rstrip() for line in result.output.rstrip().splitlines()] == shown.splitlines()
 
 
 @pytest.mark.parametrize(
