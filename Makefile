@@ -31,6 +31,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed.store --quick
+	$(BIN)/python -m benchmarks.speed.commits --quick
 	$(BIN)/python -m benchmarks.speed.search --quick
 	$(BIN)/python -m benchmarks.speed.extract --quick
 	$(BIN)/python -m benchmarks.speed.losses --quick

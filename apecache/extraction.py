@@ -282,7 +282,7 @@ def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Pr
         total.done += count
         progress(total.standing)
 
-    advance(sum(len(job.layout.shard(shard)) for shard in range(job.layout.n_shards) if shard not in set(pending)))
+    advance(sum(len(job.layout.shard(shard)) for shard in set(range(job.layout.n_shards)).difference(pending)))
     begin = time.perf_counter()
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
         for writer, done, features in zip(writers, committed, encoded.features, strict=True):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cluster import parse_count, show_cluster
 from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
 
@@ -17,7 +18,7 @@ def plan(
     ],
     image: Annotated[str, typer.Option(help="Image encoder, as for extract; its weights are not read.")],
     text: Annotated[str, typer.Option(help="Text encoder, as for extract; its weights are not read.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many images.")],
+    rows: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="How many images: 20000, 400M, 5B.")],
     captions: Annotated[int, typer.Option(min=1, help="Captions of each image.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption, special ones and padding included.")] = 32,
     resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels.")] = None,
@@ -33,12 +34,45 @@ def plan(
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the device's rate that is reached.")
     ] = 1.0,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one hour of the device, in any currency.")] = None,
+    price: Annotated[
+        float | None,
+        typer.Option("--price", "--price-per-hour", min=0, help="Of one hour of one device, in any currency."),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Of a recipe that distils: its image encoder, run once for each image.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="A sheet for so many nodes: hours, money, bytes, objects, assumptions.")
+    ] = None,
+    devices_per_node: Annotated[
+        int | None, typer.Option(min=1, help="With --nodes: devices of each. Default: 1.")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="With --nodes: share of all devices' rates that training reaches. Default: 1."
+        ),
+    ] = None,
+    rate_images: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --nodes: images a second that a device was measured to encode."),
+    ] = None,
+    rate_texts: Annotated[
+        float | None, typer.Option(min=0.001, help="With --nodes: captions a second, likewise.")
+    ] = None,
+    views: Annotated[int | None, typer.Option(min=1, help="With --nodes: cached augmentations of each image.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="With --nodes: rows of a shard at most. Default: as extract, 4096.")
+    ] = None,
+    image_kb: Annotated[
+        float | None, typer.Option("--image-kb", min=0.001, help="With --nodes: kB of an image file on average.")
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --nodes: images a second that a node was measured to read and decode."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -49,10 +83,17 @@ def plan(
     extrapolated from smaller ones. Rates of devices in the table are the vendor's peaks, so their seconds are the least
     that is possible.
 
+    With --nodes: what extraction of such a table and training from the cache would take on a cluster, computed from
+    these rates, or from those that you measured, with every assumption.
+
     Example: apecache plan --recipe lit --image timm:vit_base_patch16_224 --text hf:bert-base-uncased --rows 100000
     --device H100
+
+    Example: apecache plan --recipe projection --image timm:vit_base_patch16_224 --text hf:bert-base-uncased --rows 400M
+    --device H100 --utilisation 0.4 --nodes 8 --devices-per-node 8 --price-per-hour 2.5
     """
     with ending():
+        from apecache.cluster_plan import ClusterSpec, plan_cluster
         from apecache.errors import OptionError
         from apecache.recipes.counting import PlanSpec
         from apecache.recipes.devices import find_device
@@ -62,14 +103,30 @@ def plan(
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
         if sample is not None and device != "here":
             raise OptionError(f"--sample is for --device here, not {device}; leave it out")
+        image_bytes = None if image_kb is None else round(1000 * image_kb)
+        given = _given(
+            nodes is not None,
+            devices=devices_per_node,
+            efficiency=efficiency,
+            image_rate=rate_images,
+            text_rate=rate_texts,
+            views=views,
+            shard_rows=shard_rows,
+            image_bytes=image_bytes,
+            decode_rate=decode_rate,
+        )
         where = find_device(device)
         found = [_plan(one, image, text, teacher, resolution, settings, where, sample) for one in loaded]
-        if len(found) > 1:
-            show_json({"plans": [asdict(one) for one in found]}) if json else _compare(found, rows)
+        plans = [one for one, _ in found]
+        if nodes is not None:
+            cluster = ClusterSpec(nodes, **given)
+            _show_clusters([plan_cluster(one, settings, cluster, clock) for one, clock in found], json)
+        elif len(plans) > 1:
+            show_json({"plans": [asdict(one) for one in plans]}) if json else _compare(plans, rows)
         elif json:
-            show_json(found[0])
+            show_json(plans[0])
         else:
-            _show(found[0], rows)
+            _show(plans[0], rows)
 
 
 def _plan(
@@ -81,7 +138,8 @@ def _plan(
     settings: Any,
     device: Any,
     sample: Path | None,
-) -> Any:
+) -> tuple[Any, Any]:
+    """The plan, and the clock of its seconds, if they are timed."""
     from apecache.encoders.load import shape_tower
     from apecache.recipes.plan import plan as run
 
@@ -97,7 +155,7 @@ def _plan(
         from apecache.train.step_clock import StepClock
 
         clock = StepClock(recipe, specs[0], specs[1], settings, taught, sample)
-    return run(recipe, shapes[0], shapes[1], settings, device, taught, clock)
+    return run(recipe, shapes[0], shapes[1], settings, device, taught, clock), clock
 
 
 def _taught(recipe: Any, teacher: str, settings: Any) -> Any:
@@ -107,6 +165,24 @@ def _taught(recipe: Any, teacher: str, settings: Any) -> Any:
     (spec,) = encoder_specs([teacher], "image", None, "float32")
     n_classes = count_classes(spec) if recipe.distillation.kind == "classes" else None
     return count_teacher(shape_tower(spec), settings, n_classes)
+
+
+def _given(with_nodes: bool, **options: Any) -> dict[str, Any]:
+    """Settings of a cluster that were given. Raises OptionError for any without --nodes."""
+    from apecache.errors import OptionError
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not with_nodes:
+        raise OptionError(f"{', '.join(given)}: settings of a cluster; add --nodes N, or leave them out")
+    return given
+
+
+def _show_clusters(sheets: list[Any], json: bool) -> None:
+    if json:
+        show_json({"sheets": [asdict(sheet) for sheet in sheets]} if len(sheets) > 1 else sheets[0])
+        return
+    for sheet in sheets:
+        show_cluster(sheet)
 
 
 def _compare(plans: list[Any], rows: int) -> None:
@@ -130,7 +206,8 @@ def _show(plan: Any, rows: int) -> None:
     parts += [("both", part, f"{n:,}", f"{of:,}") for part, n, of in plan.common]
     show_table(title, ("tower", "part", "trained", "of"), parts)
     for side in sides:
-        place = {None: "no cut", "pooled": "cut after the pooling"}.get(side.cut, f"cut after {side.cut} blocks")
+        pooled = "cut after all blocks" if side.tokens else "cut after the pooling"
+        place = {None: "no cut", "pooled": pooled}.get(side.cut, f"cut after {side.cut} blocks")
         typer.echo(f"{side.side}: {place}: {side.reason}")
     columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
     costs = (("as planned", plan.planned), ("without the cache", plan.without_cache), ("all trained (CLIP)", plan.full))

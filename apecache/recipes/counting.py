@@ -42,7 +42,8 @@ class PlanSpec:
 class SidePlan:
     """One tower. `parts`: (part, trained, all) parameters. `cut` None: from the inputs. FLOPs are of one image or text:
     `below_flops` of what the cache saves, `live_flops` of forward and backward above the cut in a training step.
-    `saved_bytes`: float32 activations of one item that wait for the backward pass."""
+    `saved_bytes`: float32 activations of one item that wait for the backward pass. `tokens`: positions of each cached
+    item; 0 where its pooled features are cached, or nothing."""
 
     side: Modality
     parts: Parts
@@ -52,6 +53,7 @@ class SidePlan:
     below_flops: int
     live_flops: int
     saved_bytes: int
+    tokens: int = 0
 
     @property
     def n_trained(self) -> int:
@@ -80,7 +82,7 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
     inputs, mask = example(tower, spec)
     with torch.no_grad():
         whole, _ = measure(lambda: tower(inputs, mask))
-        below = found.cut if found.cut is not None else 0
+        below = _below(found.cut, tower, head)
         hidden = tower.run_to(below, inputs, mask)
         below_flops = 0 if found.cut is None else measure(lambda: tower.run_to(below, inputs, mask))[0]
     uncached, uncached_saved = measure(lambda: tower(inputs, mask), backward=True)
@@ -88,14 +90,28 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
         live, saved = uncached, uncached_saved
     else:
         live, saved = measure(lambda: tower.forward_from(below, hidden, mask), backward=True)
-    features = torch.zeros(1, head.in_dim, device="meta", requires_grad=live > 0)
+    tokens = 0 if found.cut is None or below == "pooled" else hidden.shape[1]
+    on_tokens = found.cut == "pooled" and takes_tokens(head)
+    shape = (1, tokens, head.in_dim) if on_tokens else (1, head.in_dim)
+    features = torch.zeros(shape, device="meta", requires_grad=live > 0)
     head_flops, head_saved = measure(lambda: head(features), backward=True)
     items = spec.rows * (1 if tower.modality == "image" else spec.captions)
     cache = 0 if found.cut is None else items * hidden.numel() * STORED_BYTES
-    side = SidePlan(
-        tower.modality, _by_part(matches, tower.modality), found.cut, found.reason, cache, below_flops, live, saved
-    )
+    reason = f"nothing within the tower trains: its {tokens} tokens are computed once" if on_tokens else found.reason
+    counts = (cache, below_flops, live, saved, tokens)
+    side = SidePlan(tower.modality, _by_part(matches, tower.modality), found.cut, reason, *counts)
     return side, Counted(whole, uncached, uncached_saved, head_flops, head_saved, head.out_dim)
+
+
+def takes_tokens(head: Head) -> bool:
+    return head.spec.cut == "tokens"
+
+
+def _below(cut: Cut | None, tower: Tower, head: Head) -> Cut:
+    """How far a tower is run for the cache; a head on tokens wants those after the last block."""
+    if cut == "pooled" and takes_tokens(head):
+        return tower.n_blocks
+    return 0 if cut is None else cut
 
 
 def example(tower: Tower, spec: PlanSpec) -> tuple[Tensor, Tensor | None]:

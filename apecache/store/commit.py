@@ -39,7 +39,8 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it was unreadable."""
+    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it was unreadable; it
+    is most of a record, and `without_content` is what can be kept of very many."""
 
     shard: int
     rows: tuple[int, int]
@@ -48,6 +49,9 @@ class CommitRecord:
     objects: Mapping[str, ObjectRecord]
     content: Sequence[str]
     fingerprint: str
+
+    def without_content(self) -> "CommitRecord":
+        return CommitRecord(**{**vars(self), "content": ()})
 
     def to_bytes(self) -> bytes:
         """JSON. The hashes stand in one string: thousands of short ones cost a hundred times as much to read."""
@@ -83,9 +87,7 @@ def read_commits(files: LocalFiles, array: ArrayRecord) -> Iterator[tuple[Commit
     folder = f"{records_folder(array.modality, array.name)}/commits"
     for name in files.list(folder):
         if is_commit(name):
-            data = files.read(f"{folder}/{name}")
-            record = CommitRecord.from_bytes(data, f"{folder}/{name}")
-            yield _fitting(record, array, f"{folder}/{name}"), content_hash(data)
+            yield _read_commit(files, array, f"{folder}/{name}")
 
 
 def is_commit(file: str) -> bool:
@@ -94,10 +96,14 @@ def is_commit(file: str) -> bool:
     return ending == "json" and shard.isdecimal() and file == f"{int(shard):08d}.json"
 
 
-def read_commit(files: LocalFiles, array: ArrayRecord, shard: int) -> CommitRecord:
-    """Raises FileNotFoundError if there is none, else as `read_commits` does."""
-    name = commit_name(array.modality, array.name, shard)
-    return _fitting(CommitRecord.from_bytes(files.read(name), name), array, name)
+def read_commit(files: LocalFiles, array: ArrayRecord, shard: int) -> tuple[CommitRecord, str]:
+    """One record and the hash of its bytes. Raises FileNotFoundError if there is none, else as `read_commits` does."""
+    return _read_commit(files, array, commit_name(array.modality, array.name, shard))
+
+
+def _read_commit(files: LocalFiles, array: ArrayRecord, name: str) -> tuple[CommitRecord, str]:
+    data = files.read(name)
+    return _fitting(CommitRecord.from_bytes(data, name), array, name), content_hash(data)
 
 
 def digest_commits(hashes: Iterable[str]) -> str:

@@ -82,6 +82,7 @@ class FeatureArray:
 
     @cached_property
     def commits(self) -> Mapping[int, CommitRecord]:
+        """Records by shard, without their `content`."""
         return ArrayWriter(self.files, self.record).committed()
 
     @property
@@ -90,8 +91,7 @@ class FeatureArray:
 
     @property
     def complete(self) -> bool:
-        sealed = self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
-        return sealed and not self.rows_to_come and all(array.complete for array in self.appended)
+        return self._is_sealed and not self.rows_to_come and all(array.complete for array in self.appended)
 
     @property
     def n_quarantined(self) -> int:
@@ -114,7 +114,7 @@ class FeatureArray:
     def content(self) -> list[str]:
         """Hash of every row's input, as it was read; empty where it could not be, or has not been yet."""
         hashes = [""] * self.record.layout.rows
-        for commit in self._known.values():
+        for commit in self._known_records():
             hashes[commit.rows[0] : commit.rows[1]] = commit.content
         for array in self.appended:
             hashes += array.content()
@@ -196,14 +196,24 @@ class FeatureArray:
     @cached_property
     def _own_sealed(self) -> Mapping[int, CommitRecord]:
         """Read anew: `commits` may be older than the seal."""
+        return {record.shard: record.without_content() for record in self._sealed_records()}
+
+    def _sealed_records(self) -> Iterator[CommitRecord]:
+        """One by one; raises DamagedError, after the last, unless they are those that were sealed."""
         what = f"{self.record.modality}/{self.name}"
         name = f"{records_folder(self.record.modality, self.name)}/seal.json"
         wanted = read_record(self.files, name).get("digest")
-        found = list(read_commits(self.files, self.record))
-        if len(found) != self.record.layout.n_shards or digest_commits(of for _, of in found) != wanted:
+        found = []
+        for record, of in read_commits(self.files, self.record):
+            found.append(of)
+            yield record
+        if len(found) != self.record.layout.n_shards or digest_commits(found) != wanted:
             have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
             raise DamagedError(f"{what} is not what was sealed ({have}); restore {self.files.path(name).parent}")
-        return {record.shard: record for record, _ in found}
+
+    @property
+    def _is_sealed(self) -> bool:
+        return self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
 
     @property
     def _later(self) -> list[tuple["FeatureArray", int]]:
@@ -213,14 +223,17 @@ class FeatureArray:
 
     @property
     def _rows_done(self) -> int:
-        own = sum(commit.rows[1] - commit.rows[0] for commit in self.commits.values())
+        own = sum(commit.rows[1] - commit.rows[0] for commit in self._known.values())
         return own + sum(array._rows_done for array in self.appended)
 
     @property
     def _known(self) -> Mapping[int, CommitRecord]:
         """What can be relied on: all records of a complete array, else those that are there."""
-        sealed = self.files.exists(f"{records_folder(self.record.modality, self.name)}/seal.json")
-        return self._own_sealed if sealed else self.commits
+        return self._own_sealed if self._is_sealed else self.commits
+
+    def _known_records(self) -> Iterator[CommitRecord]:
+        """The same, read anew and with their `content`."""
+        return self._sealed_records() if self._is_sealed else (r for r, _ in read_commits(self.files, self.record))
 
     def _commit(self, shard: int) -> CommitRecord:
         if shard not in self.commits:

@@ -167,7 +167,8 @@ class _Check:
         if source and pairs and source.get("digest") != pairs.get("digest"):
             self._add("damaged", PAIRS, f"belongs to another table than {SOURCE}")
         hashes = {name: entry["blake3"] for name, entry in (pairs or {"objects": {}})["objects"].items()}
-        self._hash_all({**hashes, "README.md": content_hash(README)})
+        hashes["README.md"] = content_hash(README)
+        self._hash_all([(name, wanted, None) for name, wanted in hashes.items()])
         if pairs is None:  # what it named is no stranger
             self.known.update(_objects(self.files, f"{ZARR}/pairs"))
             self.known.update(f"{ZARR}/{group}zarr.json" for group in ("", "image/", "text/"))
@@ -187,10 +188,10 @@ class _Check:
         if record is None:
             self._disown(modality, name)
             return
-        metadata = {f"{array_folder(modality, name)}/{path}": content_hash(t) for path, t in record.metadata.items()}
-        self._hash_all(metadata, array)
-        commits = self._commits(record)
-        self._seal(record, commits)
+        folder = array_folder(modality, name)
+        self._hash_all([(f"{folder}/{path}", content_hash(t), None) for path, t in record.metadata.items()], array)
+        commits, hashes = self._commits(record)
+        self._seal(record, commits, hashes)
         self._uncommitted(record, commits)
 
     def strangers(self) -> None:
@@ -206,9 +207,10 @@ class _Check:
                 "temporary" if temporary else "foreign", name, "left by a killed run" if temporary else "not ours"
             )
 
-    def _commits(self, record: ArrayRecord) -> dict[int, CommitRecord]:
-        """Valid records by shard, after hashing everything that they name."""
+    def _commits(self, record: ArrayRecord) -> tuple[dict[int, CommitRecord], list[str]]:
+        """Valid records by shard, and the hash of each, after hashing everything that they name."""
         found: dict[int, CommitRecord] = {}
+        hashes = []
         for file in self.files.list(f"{records_folder(record.modality, record.name)}/commits"):
             if not is_commit(file):
                 continue
@@ -216,16 +218,18 @@ class _Check:
             name = commit_name(record.modality, record.name, shard)
             self.known.add(name)
             try:
-                found[shard] = read_commit(self.files, record, shard)
+                commit, of = read_commit(self.files, record, shard)
+                found[shard] = commit.without_content()
+                hashes.append(of)
             except ApecacheError as error:
                 self._add("damaged", name, str(error), (record.modality, record.name), shard)
                 self._disown_shard(record, shard)
-        for shard, commit in found.items():
-            hashes = {object_: entry.blake3 for object_, entry in commit.objects.items()}
-            self._hash_all(hashes, (record.modality, record.name), shard)
-        return found
+        entries = ((shard, entry) for shard, commit in found.items() for entry in commit.objects.items())
+        objects = [(name, entry.blake3, shard) for shard, (name, entry) in entries]
+        self._hash_all(objects, (record.modality, record.name))
+        return found, hashes
 
-    def _seal(self, record: ArrayRecord, commits: Mapping[int, CommitRecord]) -> None:
+    def _seal(self, record: ArrayRecord, commits: Mapping[int, CommitRecord], hashes: Sequence[str]) -> None:
         """A sealed array must have exactly the records that were sealed."""
         array = (record.modality, record.name)
         name = f"{records_folder(*array)}/seal.json"
@@ -240,7 +244,6 @@ class _Check:
             if shard not in reported:
                 self._add("missing", commit_name(*array, shard), "the commit record is missing", array, shard)
                 self._disown_shard(record, shard)
-        hashes = (content_hash(self.files.read(commit_name(*array, shard))) for shard in sorted(commits))
         if seal and not missing and seal.get("digest") != digest_commits(hashes):
             self._add("damaged", name, "the array was sealed with other records", array)
 
@@ -263,11 +266,13 @@ class _Check:
         return None
 
     def _hash_all(
-        self, hashes: Mapping[str, str], array: tuple[Modality, str] | None = None, shard: int | None = None
+        self, objects: Sequence[tuple[str, str, int | None]], array: tuple[Modality, str] | None = None
     ) -> None:
-        self.known.update(hashes)
+        """`objects`: (name, the hash it should have, the shard it is of)."""
+        self.known.update(name for name, *_ in objects)
         with ThreadPoolExecutor(self.threads) as pool:
-            for size, problem in pool.map(lambda item: self._hash(*item), hashes.items()):
+            found = pool.map(lambda item: self._hash(*item[:2]), objects)
+            for (*_, shard), (size, problem) in zip(objects, found, strict=True):
                 self.n_objects += 1
                 self.n_bytes += size
                 self.progress(size)

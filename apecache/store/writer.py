@@ -171,13 +171,13 @@ class ArrayWriter:
         self.layout: ArrayLayout = record.layout
 
     def committed(self) -> dict[int, CommitRecord]:
-        """Valid records by shard.
+        """Valid records by shard, without their `content`.
 
         Raises:
             DamagedError: a record is not what was committed.
             MismatchError: a record of other features.
         """
-        return {record.shard: record for record, _ in read_commits(self.files, self.record)}
+        return {record.shard: record.without_content() for record, _ in read_commits(self.files, self.record)}
 
     def pending(self) -> list[int]:
         """Shards without a record, in order."""
@@ -299,7 +299,7 @@ class ArrayWriter:
         name = commit_name(self.record.modality, self.record.name, record.shard)
         if not self.files.exists(name):
             return False
-        if read_commit(self.files, self.record, record.shard).objects != record.objects:
+        if read_commit(self.files, self.record, record.shard)[0].objects != record.objects:
             raise MismatchError(f"{name}: another writer committed this shard with other bytes; run apecache verify")
         return True
 

@@ -137,14 +137,20 @@ class StepClock:
     def _head_fit(self, n_images: int) -> tuple[Fit[Any], FeaturePairs]:
         """Of heads on features that are on the device."""
         captions = self.recipe.loss.captions
-        dims = [tower.output_dim for tower in self._towers("meta")]
+        cuts = zip(self._towers("meta"), (self.recipe.image.cut, self.recipe.text.cut), strict=True)
+        shapes = [self._row_shape(tower) if cut == "tokens" else (tower.output_dim,) for tower, cut in cuts]
         image, text = (
-            torch.randn(n_images * each, dim, device=self.device).half()
-            for each, dim in zip((1, captions), dims, strict=True)
+            torch.randn(n_images * each, *shape, device=self.device).half()
+            for each, shape in zip((1, captions), shapes, strict=True)
         )
         first = torch.arange(n_images + 1, device=self.device) * captions
         pairs = FeaturePairs(image, text, first, device=self.device)
         return Training(build_model(self.recipe, pairs, 0), self.recipe, 0), pairs
+
+    def _row_shape(self, tower: Tower) -> tuple[int, ...]:
+        """(tokens, dim) after the last block, of a tower on the meta device."""
+        with torch.no_grad():
+            return tuple(tower.run_to(tower.n_blocks, *example(tower, self.spec)).shape[1:])
 
     def _towers(self, device: str = "cpu") -> list[Tower]:
         with torch.random.fork_rng(devices=[]):

@@ -89,7 +89,7 @@ MUTATIONS = (
     Mutation(
         "records against the seal",
         READER,
-        "digest_commits(of for _, of in found) != wanted",
+        "digest_commits(found) != wanted",
         "False",
         f"{READ}test_a_shard_of_another_table_with_its_record_is_refused",
     ),

@@ -87,6 +87,20 @@ def test_above_a_cut_only_what_lies_there_is_run() -> None:
     assert found.cache_bytes == 100 * 17 * 16 * 2
 
 
+@pytest.mark.parametrize("recipe", ["token-anchors", "freeze-align", "sail", "structure"])
+def test_heads_on_tokens_are_counted_on_the_tokens_that_are_cached(recipe: str) -> None:
+    found, heads = make_plan(recipe), load_recipe(recipe)
+    for side, spec, flops, n in (
+        (found.image, heads.image, SMALL["image"], 17),
+        (found.text, heads.text, SMALL["text"], 32),
+    ):
+        tokens = n if spec.cut == "tokens" else 0
+        assert (side.cut, side.tokens, side.below_flops) == ("pooled", tokens, flops)
+        assert side.cache_bytes == (100 if side.side == "image" else 500) * max(1, tokens) * 16 * 2
+        assert ("tokens are computed once" in side.reason) == bool(tokens)
+    assert found.path == "fit-head"
+
+
 def test_checkpointing_runs_every_block_once_more() -> None:
     kept, again = (make_plan("clip", f"towers.checkpointing={value}") for value in ("false", "true"))
     assert again.text.live_flops == kept.text.live_flops + SMALL["text"]

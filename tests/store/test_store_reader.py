@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tower import MODALITIES, NAME, SMALL, array_record, columns, commit_shard, 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE, chunk_name, commit_name, quarantine_name
-from apecache.store.reader import FeatureStore
+from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import ArrayWriter, create_array, create_store
 
 LONG = os.environ.get("APECACHE_FAULTS") == "long"
@@ -183,6 +184,48 @@ def test_an_array_opened_before_extraction_ended_is_not_served_with_holes(tmp_pa
     tower.run(tmp_path / "store", SMALL)
     assert same(array.load(), expected(SMALL, "image"))
     assert array.n_quarantined == 1
+
+
+class CountedFiles(LocalFiles):
+    """Knows how often each object was read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.times: Counter[str] = Counter()
+
+    def read(self, name: str) -> bytes:
+        self.times[name] += 1
+        return super().read(name)
+
+
+USES: dict[str, Callable[[FeatureArray], object]] = {
+    "what info says": lambda array: (array.share_done, array.complete, array.n_quarantined, array.quarantined()),
+    "load": lambda array: (array.load(), array.load_ok(), array.share_done),
+    "hashes of inputs": lambda array: array.content(),
+    "resume": lambda array: ArrayWriter(array.files, array.record).pending(),
+    "seal": lambda array: ArrayWriter(array.files, array.record).seal(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_record_is_read_once(tower_store_once: Path, use: str) -> None:
+    """There may be tens of thousands of them."""
+    files = CountedFiles(tower_store_once)
+    USES[use](FeatureStore(tower_store_once, files).array("text"))
+    records = {name: times for name, times in files.times.items() if "/commits/" in name}
+    assert records == {commit_name("text", NAME, shard): 1 for shard in range(4)}
+
+
+def test_hashes_of_inputs_do_not_stay_in_memory(tower_store_once: Path) -> None:
+    array = FeatureStore.open(tower_store_once).array("text")
+    assert len(array.content()) == array.rows == 20
+    array.load()
+    known = [
+        *array.commits.values(),
+        *array._sealed.values(),
+        *ArrayWriter(array.files, array.record).committed().values(),
+    ]
+    assert [record.content for record in known] == [()] * 12
 
 
 def test_arrays_are_found_by_modality_and_name_and_a_wrong_one_is_answered_with_the_nearest(tower_store: Path) -> None:

@@ -204,3 +204,11 @@ def test_the_command_runs_here(specs: Any, shapes_once: Path) -> None:
     assert result.exit_code == 0, result.output
     refused = CliRunner().invoke(app, ["plan", "--recipe", "lit", *encoders, *short, "--device", "H100"])
     assert (refused.exit_code, "leave it out" in refused.output) == (2, True)
+
+
+def test_heads_on_tokens_are_timed_on_tokens(specs: Any) -> None:
+    clock = StepClock(recipe_of("token-anchors"), *specs, SPEC)
+    fit, pairs = clock._fit(("pooled", "pooled"), 8, False)
+    assert (pairs.image.shape[0], pairs.image.ndim, pairs.text.shape[1]) == (8, 3, 12)
+    assert clock.step(("pooled", "pooled")) > 0
+    assert fit is not None
