@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from apecache.data.pairs import PairSource
 from apecache.encode import ImageJob, TextJob
 from apecache.engines.filling import Filling, ShardDone, ShardPiece, Task, fill
@@ -120,6 +122,7 @@ class _Encoding:
     """The encoders of a run, loaded, and the segments that were looked at."""
 
     def __init__(self, segments: Sequence[tuple[Path, PairSource]], spec: ExtractSpec, cpus: int) -> None:
+        torch.set_num_threads(cpus)  # what a new array records
         self.parts, self.spec = dict(segments), _on_a_node(spec, cpus)
         self.encoders = load_encoders(self.spec)
         self.totals = new_totals(segments[0][1], self.encoders)

@@ -24,6 +24,7 @@ from apecache import errors
 from apecache.errors import ApecacheError, EngineError, MissingExtraError, OptionError, one_line
 
 MINIMUM = (2, 40)
+CONNECT_SECONDS = 10.0
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """No usage statistics; and an actor without GPUs sees none."""
 
@@ -75,7 +76,11 @@ class _Refused:
 
 
 class _LostError(Exception):
-    """Ray's word on what became of an actor."""
+    """What became of an actor, in Ray's words."""
+
+
+class _Restarted:
+    """The answer of an actor that has died while it was idle, and come back without its worker."""
 
 
 class _Actor:
@@ -95,7 +100,8 @@ class _Actor:
         return None
 
     def do(self, piece: Any) -> Any:
-        assert self.worker
+        if self.worker is None:
+            return _Restarted()
         try:
             return self.worker.do(piece)
         except ApecacheError as error:
@@ -174,8 +180,11 @@ class Pool:
             raise
         except self.ray.exceptions.RayError as error:
             raise _LostError(one_line(error)) from None
-        if isinstance(result, _Refused):
-            raise result.error()
+        match result:
+            case _Restarted():
+                raise _LostError("the actor was restarted")
+            case _Refused():
+                raise result.error()
         return result
 
     def _count_loss(self, piece: Any, lost: _LostError) -> None:
@@ -235,13 +244,21 @@ def _connected(spec: RaySpec) -> Iterator[Any]:
     address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        _require_answer(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(f"no Ray cluster at {address}: {one_line(error)}; ray start --head begins one") from None
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself asks an address of which nobody answers for minutes. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _gpus(ray: Any, spec: RaySpec) -> float:

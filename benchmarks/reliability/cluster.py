@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
 from faults_cluster import KINDS, NODES, Nodes, cluster_kills, running_nodes
 from tower import TowerSpec
 
-KILLS, QUICK_KILLS = 20, 2
+KILLS, QUICK_KILLS = 20, 1
 
 
 def measure(nodes: Nodes, folder: Path, kind: str, count: int, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def test_kills_on_a_cluster_lose_nothing(nodes: "Nodes", tmp_path: Path, long_run: bool, kind: str) -> None:
     from faults_cluster import cluster_kills
 
-    count = 20 if long_run else 2
+    count = 20 if long_run else 1
     result = cluster_kills(nodes, tmp_path, TowerSpec(), kind, count, seed=5)
     assert result.wrong == []
     assert result.kills == count

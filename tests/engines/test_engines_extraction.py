@@ -49,6 +49,14 @@ class InTurn:
             yield piece, sent(done)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def in_turn(monkeypatch: pytest.MonkeyPatch, no_fsync: None, load_once: None) -> None:
     """The pool without Ray; the one with it is tested beside."""
@@ -235,12 +243,7 @@ def test_the_command_on_a_cluster_makes_the_bytes_of_the_local_engine(
     """Real encoders in two actors, paths as the driver's folder has them, and one thread everywhere."""
     table = make_shapes(tmp_path / "shapes", copies=4)
     monkeypatch.chdir(table.parent)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        extract_tiny(Path("pairs.tsv"), Path("here"), tiny_image_encoder, tiny_text_encoder)
-    finally:
-        torch.set_num_threads(threads)
+    extract_tiny(Path("pairs.tsv"), Path("here"), tiny_image_encoder, tiny_text_encoder)
     encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
     sizes = ["--image-batch", "4", "--text-batch", "4", "--shard-rows", "5", "--device", "cpu"]
     ray = ["--engine", "ray", "--address", nodes.address, "--ray-actors", "2"]

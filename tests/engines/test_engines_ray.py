@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def pool(nodes: "Nodes", tmp_path: Path) -> Iterator[Pool]:
-    with open_pool(partial(Pieces, tmp_path), RaySpec(nodes.address, actors=2, losses=2)) as running:
+    with open_pool(partial(Pieces, tmp_path), RaySpec(nodes.address, actors=2, losses=1)) as running:
         yield running
 
 
@@ -55,8 +56,14 @@ def test_every_piece_is_done_once_and_lost_ones_again(pool: Pool, tmp_path: Path
     assert pool.first("x") == "done x"
     assert not pool.working
 
-    died = [f"die {tmp_path / str(number)}" for number in range(2)]
-    assert sorted(pool.run([*died, "y"])) == [(piece, f"done {piece}") for piece in [*died, "y"]]
+    idle = alive(tmp_path)
+    assert idle
+    for pid in idle:
+        os.kill(int(pid), signal.SIGKILL)
+    assert sorted(pool.run(pieces[:3])) == [(piece, f"done {piece}") for piece in pieces[:3]]
+
+    died = f"die {tmp_path / 'here'}"
+    assert sorted(pool.run([died, "y"])) == [(died, f"done {died}"), ("y", "done y")]
 
     with pytest.raises(MismatchError, match=r"^another one$") as mismatch:
         pool.first("raise mismatch")
@@ -67,7 +74,7 @@ def test_every_piece_is_done_once_and_lost_ones_again(pool: Pool, tmp_path: Path
         pool.first("raise extra")
     with pytest.raises(KeyError, match="a bug of ours"):
         pool.first("raise bug")
-    with pytest.raises(EngineError, match=r"^always-die was lost with its Ray actor 3 times, the last time with: "):
+    with pytest.raises(EngineError, match=r"^always-die was lost with its Ray actor 2 times, the last time with: "):
         pool.first("always-die")
     assert {path.name.split("-")[1] for path in tmp_path.glob("*-*")} == {"1"}
     pool.close()
@@ -117,6 +124,14 @@ with open_pool(partial(Pieces, Path({str(tmp_path)!r})), RaySpec({nodes.address!
 
 
 # Without a cluster
+
+
+def test_an_actor_that_came_back_without_its_worker_has_lost_its_piece() -> None:
+    actor = engine._Actor(".")
+    pool = object.__new__(Pool)
+    pool.ray = SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayTaskError=(), RayError=()))
+    with pytest.raises(engine._LostError, match="was restarted"):
+        pool._get(actor.do("x"))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +194,17 @@ def test_an_actor_takes_a_gpu_where_there_are_any(
 ) -> None:
     ray = SimpleNamespace(cluster_resources=lambda: resources)
     assert engine._gpus(ray, RaySpec(gpus=told)) == count
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with (
+        pytest.raises(EngineError, match=rf"^no Ray cluster at {address}: .*refused"),
+        open_pool(refusing, RaySpec(address)),
+    ):
+        pass
 
 
 def test_no_cluster_at_an_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
