@@ -168,9 +168,10 @@ class _Encoding:
         if not any(lacking):
             return ShardDone()
         (encoded,) = job.shards([piece.shard], lambda _: None)
-        for target, features, lacks in zip(job.targets, encoded.features, lacking, strict=True):
+        writers = [ArrayWriter(segment.files, target.record) for target in job.targets]
+        for writer, features, lacks in zip(writers, encoded.features, lacking, strict=True):
             if lacks:
-                commit_shard(ArrayWriter(segment.files, target.record), piece.shard, features, encoded, job)
+                commit_shard(writer, piece.shard, features, encoded, job)
         return ShardDone(len(encoded.bad), encoded.n_truncated)
 
     def _check(self, task: Task, files: LocalFiles, job: ImageJob | TextJob) -> None:
