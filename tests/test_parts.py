@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from apecache_cli.app import app
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from part_runs import PartRuns
 from tiny import extract_tiny, loaded_once, make_shapes, tree
@@ -46,6 +46,7 @@ def runs() -> Iterator[PartRuns]:
         yield running
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50).flatmap(lambda count: st.tuples(st.integers(1, count), st.just(count))))
 def test_a_part_is_read_as_it_is_written(both: tuple[int, int]) -> None:
     part = Part(*both)
@@ -53,6 +54,7 @@ def test_a_part_is_read_as_it_is_written(both: tuple[int, int]) -> None:
     assert part.whole == (both[1] == 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 40))
 def test_every_shard_is_in_one_part_and_parts_differ_by_one_shard_at_most(count: int, n_shards: int) -> None:
     parts = [[shard for shard in range(n_shards) if shard in Part(number, count)] for number in range(1, count + 1)]

@@ -61,7 +61,7 @@ def extract_on_ray(
         raise OptionError(f"part {spec.part} of an extraction is for machines without Ray; leave one of the two out")
     require_inputs(source, spec)
     segments = split_source(source, Path(os.path.abspath(store)), spec.append)
-    with open_pool(partial(_Encoding, segments, spec), cluster or RaySpec()) as pool:
+    with open_pool(partial(_Encoding, segments, spec), (cluster or RaySpec()).for_device(spec.device)) as pool:
         pool.first(LOAD)
         begin = time.perf_counter()
         for path, part in segments:
@@ -75,11 +75,14 @@ def extract_on_ray(
 
 
 def _fill(pool: Pool, fillings: Sequence[Filling], source: PairSource, progress: Progress) -> dict[Modality, Total]:
-    totals, begin = _totals(fillings, source), time.perf_counter()
+    totals, last = _totals(fillings, source), time.perf_counter()
     for total in totals.values():
         progress(total.standing)
 
     def told(filling: Filling, shard: int, names: tuple[str, ...], done: ShardDone) -> None:
+        nonlocal last
+        now, before = time.perf_counter(), last
+        last = now
         total, rows = totals[filling.task.modality], len(filling.layout.shard(shard))
         total.done += rows
         total.n_bad += done.n_bad
@@ -87,7 +90,7 @@ def _fill(pool: Pool, fillings: Sequence[Filling], source: PairSource, progress:
             tally.n_encoded += rows
             tally.n_bytes += rows * tally.layout.row_bytes
             tally.n_truncated += done.n_truncated
-            tally.seconds = time.perf_counter() - begin
+            tally.seconds += now - before
         progress(total.standing)
 
     fill(pool, fillings, told)
@@ -130,11 +133,10 @@ class _Encoding:
         self.checked: set[tuple[Path, Modality, int]] = set()
 
     def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone | None:
-        match piece:
-            case ShardPiece():
-                return self._encode(piece)
-            case "preparing the arrays":
-                return [task for folder in self.parts for task in self._prepare(folder)]
+        if isinstance(piece, ShardPiece):
+            return self._encode(piece)
+        if piece == PREPARE:
+            return [task for folder in self.parts for task in self._prepare(folder)]
         return None  # loading is all that was asked for
 
     def _prepare(self, folder: Path) -> list[Task]:

@@ -17,7 +17,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from apecache import errors
@@ -41,6 +41,10 @@ class RaySpec:
     cpus: int = 1
     gpus: float | None = None
     losses: int = 10
+
+    def for_device(self, device: str) -> "RaySpec":
+        """Without GPUs for actors that are told to use the CPU."""
+        return replace(self, gpus=0.0) if device == "cpu" and self.gpus is None else self
 
 
 class Worker(Protocol):

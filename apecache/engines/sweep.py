@@ -37,7 +37,7 @@ def sweep_on_ray(
     """
     spec = spec or SweepSpec()
     make = partial(_Populations, Path(os.path.abspath(store.path)), space, Path(os.path.abspath(out)), spec)
-    with open_pool(make, cluster or RaySpec()) as pool:
+    with open_pool(make, (cluster or RaySpec()).for_device(spec.fit.device)) as pool:
         return sweep(store, space, out, spec, progress, partial(_ClusterWave, pool))
 
 

@@ -196,6 +196,12 @@ def test_an_actor_takes_a_gpu_where_there_are_any(
     assert engine._gpus(ray, RaySpec(gpus=told)) == count
 
 
+def test_actors_that_are_told_to_use_the_cpu_take_no_gpu() -> None:
+    assert RaySpec().for_device("cpu").gpus == 0
+    assert RaySpec().for_device("auto").gpus is None
+    assert RaySpec(gpus=0.5).for_device("cpu").gpus == 0.5
+
+
 def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False))
     with socket.create_server(("127.0.0.1", 0)) as server:
