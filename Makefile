@@ -42,10 +42,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.quality.scout --quick
 	$(BIN)/python -m benchmarks.quality.recipes --quick
 	$(BIN)/python -m benchmarks.quality.sweep --quick
+	$(BIN)/python -m benchmarks.speed.engines --quick
 	$(BIN)/python -m benchmarks.reliability.faults --quick
+	$(BIN)/python -m benchmarks.reliability.cluster --quick
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reliability.faults
+	$(BIN)/python -m benchmarks.reliability.cluster
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

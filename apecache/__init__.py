@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from apecache.data.spec import OpenSpec
     from apecache.encoders.spec import EncoderSpec, parse_encoder
     from apecache.encoders.towers import Tower, build_tower
+    from apecache.engines.extraction import extract_on_ray
+    from apecache.engines.ray import RaySpec
+    from apecache.engines.sweep import sweep_on_ray
     from apecache.errors import ApecacheError
     from apecache.estimator import AlignmentHead
     from apecache.evaluate.benchmark_names import Benchmark, load_benchmark
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from apecache.laws.law import Law, load_law
     from apecache.laws.run import LawsReport, run_laws
     from apecache.laws.setting import LawsSetting
+    from apecache.parts import Part
     from apecache.planning import ExtractPlan, plan_extraction
     from apecache.recipes.counting import PlanSpec
     from apecache.recipes.plan import Plan
@@ -72,10 +76,12 @@ _HOME = {
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
+    "Part": "parts",
     "Plan": "recipes.plan",
     "PlanSpec": "recipes.counting",
     "ProbeReport": "evaluate.probe",
     "Query": "search",
+    "RaySpec": "engines.ray",
     "Recipe": "recipes.recipe",
     "ReportSpec": "report.report_page",
     "RetrievalReport": "evaluate.retrieval",
@@ -97,6 +103,7 @@ _HOME = {
     "combine_heads": "heads.combine",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
+    "extract_on_ray": "engines.extraction",
     "find_templates": "evaluate.prompts",
     "fit_encoder": "train.fit_encoder",
     "fit_head": "train.fit_head",
@@ -120,6 +127,7 @@ _HOME = {
     "scout": "evaluate.scout",
     "serve": "report.serve",
     "sweep": "sweeping",
+    "sweep_on_ray": "engines.sweep",
     "sweep_page": "report.sweep_page",
     "update_index": "index",
     "zero_shot": "evaluate.zeroshot",
@@ -148,10 +156,12 @@ __all__ = [
     "OpenSpec",
     "Pair",
     "PairSource",
+    "Part",
     "Plan",
     "PlanSpec",
     "ProbeReport",
     "Query",
+    "RaySpec",
     "Recipe",
     "ReportSpec",
     "RetrievalReport",
@@ -173,6 +183,7 @@ __all__ = [
     "combine_heads",
     "embed_store",
     "extract",
+    "extract_on_ray",
     "find_templates",
     "fit_encoder",
     "fit_head",
@@ -196,6 +207,7 @@ __all__ = [
     "scout",
     "serve",
     "sweep",
+    "sweep_on_ray",
     "sweep_page",
     "update_index",
     "zero_shot",

@@ -75,6 +75,7 @@ class ImageJob:
         keys = [self.key(row) for rows in shards for row in rows]
         with self.decode(keys) as decoded:
             for rows in shards:
+                use_threads(self.layout)
                 yield self._encode(rows, decoded, advance)
 
     def decode(self, keys: Sequence[str]) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
@@ -192,6 +193,7 @@ class TextJob:
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         for index in indices:
             rows = self.layout.shard(index)
+            use_threads(self.layout)
             yield self._encode(self.source.captions[rows.start : rows.stop], advance)
 
     def _encode(self, texts: list[str], advance: Advance) -> EncodedShard:
@@ -228,6 +230,11 @@ def image_jobs(
 def text_jobs(source: PairSource, targets: Sequence[Target[TextEncoder]]) -> list[TextJob]:
     """One for all cuts of one model."""
     return [TextJob(source, tuple(group)) for group in _alike(targets, lambda target: id(target.encoder.module))]
+
+
+def use_threads(layout: ArrayLayout) -> None:
+    """As many as were recorded: the last bits of features depend on it."""
+    torch.set_num_threads(layout.threads)
 
 
 def _alike(

@@ -2,6 +2,7 @@
 
     ApecacheError                     exit code 1
     ├── MissingExtraError             1  an optional package is not installed (also ImportError)
+    ├── EngineError                   1  a cluster that cannot be used, or has given up (also RuntimeError)
     ├── OptionError                   2  a setting that makes no sense (also ValueError)
     ├── DataError                     3  something given to us cannot be used (also ValueError)
     │   ├── ManifestError                the table of images and captions
@@ -30,6 +31,10 @@ class ApecacheError(Exception):
 class MissingExtraError(ApecacheError, ImportError):
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed; install it with: pip install 'apecache[{extra}]'")
+
+
+class EngineError(ApecacheError, RuntimeError):
+    pass
 
 
 class OptionError(ApecacheError, ValueError):

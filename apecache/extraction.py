@@ -5,7 +5,7 @@ The same table and encoder give the same bytes however often the run is killed (
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.errors import BadRowsError, DataError, ManifestError, OptionError, RowError
 from apecache.fingerprint import Modality
+from apecache.parts import WHOLE, Part
 from apecache.preparation import ExtractSpec, prepare_arrays
 from apecache.recheck import require_same_content, spot_check
 from apecache.segments import make_segment, split_source
@@ -41,8 +42,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a run is with one modality: `done` of `rows`. `n_bad` of them could not be encoded and `n_bytes` of
-    features were committed, both by this run and in the shards that it has finished."""
+    """How far a run is with one modality: `done` of the `rows` of its part. `n_bad` of them could not be encoded and
+    `n_bytes` of features were committed, both by this run and in the shards that it has finished."""
 
     modality: Modality
     done: int
@@ -78,12 +79,16 @@ class ArrayReport:
 @dataclass(frozen=True)
 class ExtractReport:
     """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all the same).
-    `seconds`: of the whole run, without loading the encoders."""
+    `seconds`: of the whole run, without loading the encoders. `complete`: nothing is left for other parts; else
+    `share_done` says how much of the store's rows is there."""
 
     store: Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
     seconds: float = 0.0
+    part: Part = WHOLE
+    share_done: float = 1.0
+    complete: bool = True
 
     @property
     def nothing_to_do(self) -> bool:
@@ -92,6 +97,9 @@ class ExtractReport:
 
 def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progress = lambda *_: None) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`; what is committed already is not done again.
+
+    With `spec.part` only the shards of that part. The part that ends last seals the store, and judges it as one run
+    would: of the errors below the last two are raised only where all parts are done.
 
     Raises:
         ManifestError, EncoderError, MismatchError, StoreError: before anything is encoded.
@@ -102,14 +110,10 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
     encoders = load_encoders(spec)
     begin = time.perf_counter()
     segments = split_source(source, store, spec.append)
-    totals = _totals(source, encoders)
+    totals = new_totals(source, encoders)
     for path, part in segments:
         _extract_segment(path, part, encoders, spec, totals, progress)
-    opened = FeatureStore.open(store)
-    reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
-    duplicates = _duplicates(opened, reports)
-    _require_few_bad(reports, spec.max_bad)
-    return ExtractReport(store, reports, duplicates, time.perf_counter() - begin)
+    return judge(store, totals, spec, begin)
 
 
 def extract_pending(
@@ -123,7 +127,7 @@ def extract_pending(
 
     Raises as `extract` does.
     """
-    _extract_segment(segment, part, encoders, spec, _totals(part, encoders), progress)
+    _extract_segment(segment, part, encoders, spec, new_totals(part, encoders), progress)
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,24 @@ def _extract_segment(
     part: PairSource,
     encoders: Encoders,
     spec: ExtractSpec,
-    totals: "dict[Modality, _Total]",
+    totals: "dict[Modality, Total]",
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
     make_segment(path, part)
     opened = FeatureStore.open(path)
-    jobs: list[ImageJob | TextJob] = [*_image_jobs(opened, encoders.image, part, spec, totals)]
-    jobs += _text_jobs(opened, encoders.text, part, spec, totals)
-    for job in jobs:
+    for job in prepare_jobs(opened, part, encoders, spec, totals):
         if spec.recheck:
             require_same_content(opened, job)
-        _run(opened.files, job, totals[job.targets[0].record.modality], progress)
+        _run(opened.files, job, spec.part, totals[job.targets[0].record.modality], progress)
+
+
+def prepare_jobs(
+    opened: FeatureStore, part: PairSource, encoders: Encoders, spec: ExtractSpec, totals: "dict[Modality, Total]"
+) -> list[ImageJob | TextJob]:
+    """The passes over one segment, their arrays made where they were not there. Raises as `prepare_arrays` does."""
+    images = _image_jobs(opened, encoders.image, part, spec, totals)
+    return [*images, *_text_jobs(opened, encoders.text, part, spec, totals)]
 
 
 # --- before ----------------------------------------------------------------------------------------------------------
@@ -169,17 +179,18 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
     if spec.image and isinstance(source.media, NoMedia):
         raise ManifestError(f"{source.origin} has no images to encode; leave --image out, or give a source that has")
     if spec.image:
-        _require_findable(source)
+        _require_findable(source, spec.part)
 
 
-def _require_findable(source: PairSource) -> None:
-    """Refuse a wrong --root; single missing images are quarantined later."""
-    missing = [key for key in source.keys if not source.media.exists(key)]
-    if len(missing) > UNFINDABLE_SHARE * len(source):
+def _require_findable(source: PairSource, part: Part) -> None:
+    """Refuse a wrong --root; single missing images are quarantined later. A part looks at a share of the rows."""
+    keys = source.keys[part.number - 1 :: part.count]
+    missing = [key for key in keys if not source.media.exists(key)]
+    if len(missing) > UNFINDABLE_SHARE * len(keys):
         below = isinstance(source.media, FolderMedia)
         remedy = "give the folder that the paths are relative to as --root" if below else "every row needs its image"
         raise BadRowsError(
-            f"{source.origin}: {len(missing)} of {len(source)} images are not {'below' if below else 'in'} "
+            f"{source.origin}: {len(missing)} of {len(keys)} images are not {'below' if below else 'in'} "
             f"{source.media.place} (the first: {missing[0]}); {remedy}"
         )
 
@@ -188,7 +199,7 @@ def _require_findable(source: PairSource) -> None:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What a run did for one array, over all segments. `layout` is that of the first."""
 
     layout: ArrayLayout
@@ -199,28 +210,30 @@ class _Tally:
 
 
 @dataclass
-class _Total:
-    """What a run did with one modality: rows of all of its passes, and a tally for each array by name."""
+class Total:
+    """What a run did with one modality: rows of all of its passes, those `elsewhere` that are other parts', and a tally
+    for each array by name."""
 
     modality: Modality
     rows: int
     passes: int = 1
+    elsewhere: int = 0
     done: int = 0
     n_bad: int = 0
-    tallies: dict[str, _Tally] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     @property
     def standing(self) -> Standing:
         n_bytes = sum(tally.n_bytes for tally in self.tallies.values())
-        return Standing(self.modality, self.done, self.rows * self.passes, self.n_bad, n_bytes)
+        return Standing(self.modality, self.done, self.rows * self.passes - self.elsewhere, self.n_bad, n_bytes)
 
 
-def _totals(source: PairSource, encoders: Encoders) -> dict[Modality, _Total]:
-    totals: dict[Modality, _Total] = {}
+def new_totals(source: PairSource, encoders: Encoders) -> dict[Modality, Total]:
+    totals: dict[Modality, Total] = {}
     if encoders.image:
-        totals["image"] = _Total("image", len(source))
+        totals["image"] = Total("image", len(source))
     if encoders.text:
-        totals["text"] = _Total("text", len(source.captions))
+        totals["text"] = Total("text", len(source.captions))
     return totals
 
 
@@ -229,12 +242,12 @@ def _image_jobs(
     encoders: tuple[ImageEncoder, ...],
     part: PairSource,
     spec: ExtractSpec,
-    totals: dict[Modality, _Total],
+    totals: dict[Modality, Total],
 ) -> Iterator[ImageJob]:
     if encoders:
         records = _prepared(store, encoders, len(part), spec, totals["image"], ())
         targets = [Target(*both) for both in zip(encoders, records, strict=True)]
-        jobs = image_jobs(part, targets, spec.workers, spec.views, spec.hang_seconds)
+        jobs = image_jobs(part, targets, spec.decoders, spec.views, spec.hang_seconds)
         totals["image"].passes = len(jobs)
         yield from jobs
 
@@ -244,7 +257,7 @@ def _text_jobs(
     encoders: tuple[TextEncoder, ...],
     part: PairSource,
     spec: ExtractSpec,
-    totals: dict[Modality, _Total],
+    totals: dict[Modality, Total],
 ) -> Iterator[TextJob]:
     if encoders:
         records = _prepared(store, encoders, len(part.captions), spec, totals["text"], part.captions)
@@ -259,50 +272,58 @@ def _prepared(
     encoders: Sequence[ImageEncoder | TextEncoder],
     rows: int,
     spec: ExtractSpec,
-    total: _Total,
+    total: Total,
     captions: Sequence[str],
 ) -> list[ArrayRecord]:
     like = {name: tally.layout for name, tally in total.tallies.items()}
     records = prepare_arrays(store, encoders, rows, spec, like, captions)
     for record in records:
-        total.tallies.setdefault(record.name, _Tally(record.layout))
+        total.tallies.setdefault(record.name, Tally(record.layout))
     return records
 
 
-def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
-    """Encode and commit every pending shard of one segment, then seal its arrays."""
+def _run(files: LocalFiles, job: ImageJob | TextJob, part: Part, total: Total, progress: Progress) -> None:
+    """Encode and commit every pending shard of the part in one segment, then seal its arrays if they are complete."""
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     committed = [writer.committed().keys() for writer in writers]
-    pending = [shard for shard in range(job.layout.n_shards) if any(shard not in done for done in committed)]
+    own = [shard for shard in range(job.layout.n_shards) if shard in part]
+    pending = [shard for shard in own if any(shard not in done for done in committed)]
     for place, done in enumerate(committed):
-        if done and len(done) < job.layout.n_shards:
+        if done and not done >= set(own):
             spot_check(files, job, place)
 
     def advance(count: int) -> None:
         total.done += count
         progress(total.standing)
 
-    advance(sum(len(job.layout.shard(shard)) for shard in set(range(job.layout.n_shards)).difference(pending)))
+    own_rows = count_rows(job.layout, own)
+    total.elsewhere += job.layout.rows - own_rows
+    advance(own_rows - count_rows(job.layout, pending))
     begin = time.perf_counter()
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
         for writer, done, features in zip(writers, committed, encoded.features, strict=True):
             if shard not in done:
-                _commit(writer, shard, features, encoded, job)
-                _count(total.tallies[writer.record.name], encoded)
+                commit_shard(writer, shard, features, encoded, job)
+                count_shard(total.tallies[writer.record.name], encoded)
         total.n_bad += len(encoded.bad)
         advance(0)
     for writer in writers:
-        writer.seal()
+        if part.whole or not writer.pending():
+            writer.seal()
         total.tallies[writer.record.name].seconds += time.perf_counter() - begin
 
 
-def _count(tally: _Tally, encoded: EncodedShard) -> None:
+def count_rows(layout: ArrayLayout, shards: Iterable[int]) -> int:
+    return sum(len(layout.shard(shard)) for shard in shards)
+
+
+def count_shard(tally: Tally, encoded: EncodedShard) -> None:
     tally.n_encoded += len(encoded.content)
     tally.n_truncated += encoded.n_truncated
     tally.n_bytes += len(encoded.content) * tally.layout.row_bytes
 
 
-def _commit(
+def commit_shard(
     writer: ArrayWriter, shard: int, encoded: NDArray[np.float32], whole: EncodedShard, job: ImageJob | TextJob
 ) -> None:
     """Features in the storage dtype; rows that are not finite are quarantined as well."""
@@ -322,7 +343,20 @@ def _commit(
 # --- after -----------------------------------------------------------------------------------------------------------
 
 
-def _report(store: FeatureStore, total: _Total, name: str) -> ArrayReport:
+def judge(store: Path, totals: Mapping[Modality, Total], spec: ExtractSpec, begin: float) -> ExtractReport:
+    """What the run did; where the store is complete, whether it may stay as it is. Raises as `extract` does."""
+    opened = FeatureStore.open(store)
+    reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
+    arrays = [opened.array(report.modality, report.name) for report in reports]
+    complete = all(array.complete for array in arrays)
+    share_done = sum(array.share_done * array.rows for array in arrays) / sum(array.rows for array in arrays)
+    duplicates = _duplicates(opened, reports) if complete else 0
+    if complete:
+        _require_few_bad(reports, spec.max_bad)
+    return ExtractReport(store, reports, duplicates, time.perf_counter() - begin, spec.part, share_done, complete)
+
+
+def _report(store: FeatureStore, total: Total, name: str) -> ArrayReport:
     array, tally = store.array(total.modality, name), total.tallies[name]
     bad = array.quarantined() if array.n_quarantined else []
     reasons = dict(Counter(row["reason"] for row in bad))

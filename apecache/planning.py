@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,7 +14,7 @@ from apecache.data.pairs import PairSource
 from apecache.encode import ImageJob, Target, TextJob, caption_error, image_jobs, text_jobs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import OptionError
-from apecache.extraction import ExtractSpec, load_encoders, require_inputs
+from apecache.extraction import ExtractSpec, count_rows, load_encoders, require_inputs
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.preparation import array_name, arrays_and_layouts, room_bytes
 from apecache.segments import split_source
@@ -79,7 +79,7 @@ class _Part(Generic[Encoder]):
 
     @property
     def n_pending(self) -> int:
-        return _count_rows(self.layout, self.pending)
+        return count_rows(self.layout, self.pending)
 
 
 def plan_extraction(
@@ -101,7 +101,7 @@ def plan_extraction(
         new_images = list(_parts(opened, encoders.image, part, spec, images))
         new_texts = list(_parts(opened, encoders.text, part, spec, texts))
         to_do = [image.target for image in new_images if image.pending]
-        for job in image_jobs(part, to_do, spec.workers, spec.views, spec.hang_seconds):
+        for job in image_jobs(part, to_do, spec.decoders, spec.views, spec.hang_seconds):
             image_seconds.add(job, _pending_rows(job, new_images), _time_images)
         for text_job in text_jobs(part, [text.target for text in new_texts if text.pending]):
             text_seconds.add(text_job, _pending_rows(text_job, new_texts), _time_texts)
@@ -127,7 +127,8 @@ def _parts(
     for encoder, array, layout in zip(encoders, found, layouts, strict=True):
         record = array.record if array else _record(encoder, layout, spec)
         done = frozenset(array.commits) if array else frozenset[int]()
-        yield _Part(Target(encoder, record), source, frozenset(range(layout.n_shards)) - done)
+        own = frozenset(shard for shard in range(layout.n_shards) if shard in spec.part)
+        yield _Part(Target(encoder, record), source, own - done)
 
 
 def _record(encoder: ImageEncoder | TextEncoder, layout: ArrayLayout, spec: ExtractSpec) -> ArrayRecord:
@@ -149,13 +150,9 @@ def _array_plans(parts: Sequence[_Part[Encoder]]) -> Iterator[ArrayPlan]:
 def _pending_rows(job: ImageJob | TextJob, parts: Sequence[_Part[Encoder]]) -> int:
     """Rows of the shards that are pending for any of the job's arrays: all of them are encoded together."""
     names = {target.record.name for target in job.targets}
-    return _count_rows(
+    return count_rows(
         job.layout, {shard for part in parts if part.target.record.name in names for shard in part.pending}
     )
-
-
-def _count_rows(layout: ArrayLayout, shards: Iterable[int]) -> int:
-    return sum(len(layout.shard(shard)) for shard in shards)
 
 
 def _free_bytes(store: Path) -> int:

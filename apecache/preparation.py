@@ -4,7 +4,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from os import cpu_count
@@ -18,6 +18,7 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images,
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
+from apecache.parts import WHOLE, Part
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chunk_bytes, with_metadata
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.store.writer import create_array
@@ -31,10 +32,10 @@ COMPILE_FROM_ROWS, COMPILE_FROM_SECONDS = 4096, 600
 COMPILED_SHARE = 0.9
 
 
-def default_workers() -> int:
-    """Decoding processes, one for each core. On few cores they take them from the model's own threads, and threads are
-    faster (benchmarks/speed/extract compares both)."""
-    cores = cpu_count() or 1
+def default_workers(cores: int | None = None) -> int:
+    """Decoding processes, one for each core (None: of this machine). On few cores they take them from the model's own
+    threads, and threads are faster (benchmarks/speed/extract compares both)."""
+    cores = cores or cpu_count() or 1
     return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
 
 
@@ -44,13 +45,14 @@ class ExtractSpec:
 
     `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`: augmentations to encode
     in place of each image.
-    `workers`: processes that decode, 0 for threads of this one (the default on up to two cores). `hang_seconds`: how
+    `workers`: processes that decode, 0 for threads of this one; None: `default_workers`. `hang_seconds`: how
     long one of them may take for one image.
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
     `compiled`: image encoders by TorchInductor, not after a block; None: where 4,096 images and ten minutes of
     encoding or more are ahead and a compiled batch was measured to take less than 0.9 of the time.
+    `part`: the shards to encode, while others encode the rest; all of them may begin at once.
     """
 
     image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
@@ -59,7 +61,7 @@ class ExtractSpec:
     text_batch: int | None = None
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32"] = "float16"
-    workers: int = field(default_factory=default_workers)
+    workers: int | None = None
     hang_seconds: float = 30.0
     max_bad: float = 0.01
     device: str = "auto"
@@ -68,6 +70,7 @@ class ExtractSpec:
     recheck: bool = False
     views: Views | None = None
     compiled: bool | None = None
+    part: Part = WHOLE
 
     @property
     def images(self) -> tuple[EncoderSpec, ...]:
@@ -76,6 +79,10 @@ class ExtractSpec:
     @property
     def texts(self) -> tuple[EncoderSpec, ...]:
         return _several(self.text)
+
+    @property
+    def decoders(self) -> int:
+        return default_workers() if self.workers is None else self.workers
 
     def batch(self, encoder: ImageEncoder | TextEncoder) -> int | None:
         return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
@@ -95,7 +102,8 @@ def prepare_arrays(
 ) -> list[ArrayRecord]:
     """The arrays to fill, all of one modality: for each encoder the one that is there, or a new one.
 
-    New ones get shards of equally many rows, so that one pass over the inputs fills all of them.
+    New ones get shards of equally many rows, so that one pass over the inputs fills all of them. Several processes may
+    do this at the same time: what was measured by the one that puts an array's record first holds for all.
 
     Args:
         like: how the arrays of an earlier segment are laid out, by name; those of a later one are laid out alike.
@@ -114,10 +122,26 @@ def prepare_arrays(
         array.record if array is not None else _new_record(store, encoder, layout, spec)
         for array, encoder, layout in zip(found, encoders, layouts, strict=True)
     ]
-    for record in records:
-        create_array(store.files, record)  # finishes what a killed run began
-    torch.set_num_threads(records[0].layout.threads)  # the last bits of features depend on it
+    decided = _create_arrays(store, records, found)
+    if decided is not None:
+        alike = {**dict.fromkeys((record.name for record in records), decided), **(like or {})}
+        return prepare_arrays(store, encoders, rows, spec, alike, captions)
     return records
+
+
+def _create_arrays(
+    store: FeatureStore, records: Sequence[ArrayRecord], found: Sequence[FeatureArray | None]
+) -> ArrayLayout | None:
+    """Make the new ones, and finish what a killed run began. The layout of one that another process has just made
+    otherwise, if there is such a one."""
+    for record, array in zip(records, found, strict=True):
+        try:
+            create_array(store.files, record)
+        except MismatchError:
+            if array is not None:
+                raise
+            return store.array(record.modality, record.name).record.layout
+    return None
 
 
 def arrays_and_layouts(

@@ -1,5 +1,8 @@
 """Is what is committed still what the inputs and the encoder give? Asked before rows are added to it."""
 
+from collections.abc import Mapping
+from functools import cached_property
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -8,22 +11,36 @@ from apecache.encode import ImageJob, Target, TextJob
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.fingerprint import content_hash
+from apecache.store.commit import CommitRecord, is_commit, read_commit
 from apecache.store.files import LocalFiles
+from apecache.store.layout import records_folder
 from apecache.store.reader import FeatureArray, FeatureStore
 
 RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
 
 
+class _FirstCommit(FeatureArray):
+    """An array of which one commit record is read, not all of them."""
+
+    @cached_property
+    def commits(self) -> Mapping[int, CommitRecord]:
+        folder = f"{records_folder(self.record.modality, self.name)}/commits"
+        first = next((int(name[:8]) for name in self.files.list(folder) if is_commit(name)), None)
+        return {} if first is None else {first: read_commit(self.files, self.record, first)}
+
+
 def spot_check(files: LocalFiles, job: ImageJob | TextJob, place: int) -> None:
-    """Encode a few committed rows of the job's target `place` again: a library update between two runs can change
-    pixels or kernels.
+    """Encode a few committed rows of the job's target `place` again, if there are any: a library update between two
+    runs, or another one on the next node, can change pixels or kernels.
 
     Raises:
         MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot be read any more.
     """
     record = job.targets[place].record
-    array = FeatureArray(files, record)
-    shard = min(array.commits)
+    array = _FirstCommit(files, record)
+    if not array.commits:
+        return
+    (shard,) = array.commits
     first = record.layout.shard(shard).start
     rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
     if not rows:

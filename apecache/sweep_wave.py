@@ -4,8 +4,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -62,8 +63,32 @@ class Planned:
     recipe: Recipe
 
 
+Name = tuple[int, int]
+"""A trial's number, and which of its seeds."""
+Results = dict[Name, tuple[float, int, str]]
+"""Best recall, epochs, and why it failed, if it did."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Fits that train together up to a share of their epochs. `values`: JSON of each one's point."""
+
+    names: tuple[Name, ...]
+    values: tuple[str, ...]
+    rung: int
+    share: int
+
+    @staticmethod
+    def of(fits: Sequence[tuple[Planned, int]], rung: int, share: int) -> "Group":
+        values = tuple(json.dumps(one.values) for one, _ in fits)
+        return Group(tuple((one.number, seed) for one, seed in fits), values, rung, share)
+
+    def __str__(self) -> str:
+        return f"a population of {len(self.names)} heads, of which the first is trial {self.names[0][0]},"
+
+
 class Wave:
-    """Trials that are planned at once. `results`: (best recall, epochs, failure) of each (trial, seed)."""
+    """Trials that are planned at once. `results`: those of each (trial, seed) so far."""
 
     def __init__(
         self,
@@ -76,7 +101,7 @@ class Wave:
     ) -> None:
         self.out, self.spec, self.space, self.data = out, spec, space, data
         self.trials, self.progress = trials, progress
-        self.results: dict[tuple[int, int], tuple[float, int, str]] = {}
+        self.results: Results = {}
 
     def run(self, planned: Sequence[Planned]) -> None:
         (self.out / WORK).mkdir(exist_ok=True)
@@ -94,20 +119,41 @@ class Wave:
         keys = [(one, seed) for one in planned for seed in range(self.spec.seeds)]
         ready = [(key, member) for key in keys if (member := self._member(*key, rung)) is not None]
         members, plans = [m for _, m in ready], [Plan.of(m.recipe, self.data.train) for _, m in ready]
-        for part in split_members(members, plans, self.spec.population, self.spec.memory_bytes):
-            names = [(ready[i][0][0].number, ready[i][0][1]) for i in part]
-            path = self.out / WORK / f"{rung}-{names[0][0]}-{names[0][1]}.json"
-            if not path.is_file():
-                self._train(names, [members[i] for i in part], plans[part[0]], rung, share)
-                replace_text(path, json.dumps([(name, self.results[name]) for name in names]))
-                shutil.rmtree(self._under_way(names[0], rung), ignore_errors=True)
-            for name, result in json.loads(path.read_text(encoding="utf-8")):
-                self.results[tuple(name)] = tuple(result)
+        parts = split_members(members, plans, self.spec.population, self.spec.memory_bytes)
+        groups = [Group.of([ready[i][0] for i in part], rung, share) for part in parts]
+        missing = [group for group in groups if not self._file(group).is_file()]
+        done = [(group, self._read(group)) for group in groups if group not in missing]
+        by_name = {(one.number, seed): member for (one, seed), member in ready}
+        for group, results in chain(done, self.train_groups(missing, by_name)):
+            self.results |= results
+            replace_text(self._file(group), json.dumps([(name, results[name]) for name in group.names]))
+            shutil.rmtree(self._under_way(group), ignore_errors=True)
             for one in planned if last else ():
                 self.finish(one, "done")
         for one in planned:
             if any(self.results.get((one.number, seed), (0, 0, ""))[2] for seed in range(self.spec.seeds)):
                 self.finish(one, "failed")
+
+    def train_groups(
+        self, groups: Sequence[Group], members: Mapping[Name, Training]
+    ) -> Iterator[tuple[Group, Results]]:
+        """Each group with its results; `members` as they stand at the beginning of the rung."""
+        for group in groups:
+            yield group, self._train(group, [members[name] for name in group.names])
+
+    def train_group(self, group: Group) -> Results:
+        """One group by itself, in a process that has not planned it."""
+        members = [
+            self._member(Planned(number, values, self.space.recipe(values)), seed, group.rung)
+            for (number, seed), values in zip(group.names, map(json.loads, group.values), strict=True)
+        ]
+        return self._train(group, [member for member in members if member is not None])
+
+    def _file(self, group: Group) -> Path:
+        return self.out / WORK / f"{group.rung}-{group.names[0][0]}-{group.names[0][1]}.json"
+
+    def _read(self, group: Group) -> Results:
+        return {tuple(name): tuple(result) for name, result in json.loads(self._file(group).read_text("utf-8"))}
 
     def _member(self, one: Planned, seed: int, rung: int) -> Training | None:
         """As it stands at the beginning of a rung; None for one that failed."""
@@ -125,16 +171,16 @@ class Wave:
             return None
         return member
 
-    def _train(self, names: list[tuple[int, int]], members: list[Training], plan: Plan, rung: int, share: int) -> None:
-        streams = Streams.seeded([self.spec.fit.seed + seed + 1 for _, seed in names], self.data.train.place)
-        under_way = self._under_way(names[0], rung)
+    def _train(self, group: Group, members: Sequence[Training]) -> Results:
+        streams = Streams.seeded([self.spec.fit.seed + seed + 1 for _, seed in group.names], self.data.train.place)
+        under_way, plan = self._under_way(group), Plan.of(members[0].recipe, self.data.train)
         if (under_way / CHECKPOINT).is_file():
             restore_members(members, streams, *load_checkpoint(under_way))
-        elif rung:
+        elif group.rung:
             for i, member in enumerate(members):
                 with streams.alone(i):
-                    member.restore(*load_checkpoint(self._folder(names[i], rung - 1)))
-        until = -(-plan.n_epochs // share)
+                    member.restore(*load_checkpoint(self._folder(group.names[i], group.rung - 1)))
+        until = -(-plan.n_epochs // group.share)
         saved = time.monotonic()
 
         def save() -> None:
@@ -145,20 +191,22 @@ class Wave:
                 saved = time.monotonic()
 
         failures = train_together(members, streams, self.data.train, self.data.dev, plan, until, save)
-        for i, (name, member) in enumerate(zip(names, members, strict=True)):
+        results: Results = {}
+        for i, (name, member) in enumerate(zip(group.names, members, strict=True)):
             recall = member.best.recall if math.isfinite(member.best.recall) else -1.0
-            self.results[name] = (recall, member.epoch, failures.get(i, ""))
-            if share > 1 and i not in failures:
-                self._folder(name, rung).mkdir(exist_ok=True)
+            results[name] = (recall, member.epoch, failures.get(i, ""))
+            if group.share > 1 and i not in failures:
+                self._folder(name, group.rung).mkdir(exist_ok=True)
                 with streams.alone(i):
-                    save_checkpoint(self._folder(name, rung), member.tensors(), member.state())
+                    save_checkpoint(self._folder(name, group.rung), member.tensors(), member.state())
+        return results
 
-    def _folder(self, name: tuple[int, int], rung: int) -> Path:
+    def _folder(self, name: Name, rung: int) -> Path:
         return self.out / WORK / f"{rung}-member-{name[0]}-{name[1]}"
 
-    def _under_way(self, first: tuple[int, int], rung: int) -> Path:
+    def _under_way(self, group: Group) -> Path:
         """Where the checkpoint of a population stands while it trains."""
-        return self.out / WORK / f"{rung}-population-{first[0]}-{first[1]}"
+        return self.out / WORK / f"{group.rung}-population-{group.names[0][0]}-{group.names[0][1]}"
 
     def _promoted(self, planned: Sequence[Planned]) -> list[Planned]:
         """The best third of those that did not fail; the others end here."""

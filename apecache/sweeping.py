@@ -44,8 +44,10 @@ def sweep(
     out: Path,
     spec: SweepSpec | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
+    make_wave: Callable[..., Wave] = Wave,
 ) -> SweepReport:
-    """Run, or go on with, a sweep; then fit the best trial into `out`/best.
+    """Run, or go on with, a sweep; then fit the best trial into `out`/best. `make_wave` says where populations train:
+    called as `Wave` is.
 
     Raises:
         OptionError: settings that make no sense. MismatchError: `out` holds another sweep. RunError: `out` holds
@@ -54,7 +56,7 @@ def sweep(
     spec = spec or SweepSpec()
     if min(spec.n_trials, spec.seeds, spec.population) < 1:
         raise OptionError("n_trials, seeds and population must be at least 1")
-    data = _load(store, spec.fit)
+    data = load_data(store, spec.fit)
     with locked(out):
         _require_same(out, _identity(store, space, spec))
         trials = read_trials(out)
@@ -64,7 +66,7 @@ def sweep(
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
             if not set(numbers) <= set(trials):
-                wave = Wave(out, spec, space, data, trials, progress)
+                wave = make_wave(out, spec, space, data, trials, progress)
                 wave.run(plan_trials(wave, numbers, points))
         order = ranked(trials)
     best = order[0]
@@ -78,7 +80,8 @@ def sweep(
     return SweepReport(out, run, best, command, tuple(order))
 
 
-def _load(store: FeatureStore, fit: FitSpec) -> SweepData:
+def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
+    """Features of the train and dev splits, in memory. Raises as `fit_head` does."""
     arrays = store.array("image", fit.image_features), store.array("text", fit.text_features)
     train, dev = load_splits(store, *arrays, fit.splits, choose_device(fit.device))
 

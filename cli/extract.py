@@ -1,10 +1,12 @@
 """`apecache extract`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .inputs import (
     SOURCE,
     CaptionColumn,
@@ -92,6 +94,15 @@ def extract(
     add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
     append: Annotated[bool, typer.Option("--append", help="The table has grown at its end: encode that too.")] = False,
     recheck: Annotated[bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="i/n: encode the i-th of n shares of the shards, beside others who do the rest (Slurm)."),
+    ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    ray_actors: RayActors = None,
+    ray_cpus: RayCpus = None,
+    ray_gpus: RayGpus = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take in bytes, time and money; write nothing.")
     ] = False,
@@ -111,6 +122,9 @@ def extract(
     """
     with ending():
         choice("--storage", storage, ("float16", "float32"))
+        from apecache.parts import WHOLE, parse_part
+
+        own, cluster = parse_part(part) if part else WHOLE, ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
         from apecache.data.sources import open_pairs
 
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
@@ -120,22 +134,32 @@ def extract(
         images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
         from apecache.extraction import ExtractSpec
-        from apecache.extraction import extract as run
 
         keep_freed_memory()
 
         options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
         options |= {"device": device, "add": add, "append": append, "recheck": recheck, "compiled": compiled}
-        options |= {"hang_seconds": hang_seconds} | ({"workers": workers} if workers is not None else {})
+        options |= {"part": own, "hang_seconds": hang_seconds, "workers": workers}
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
         if dry_run:
             show_plan(source, store, spec, price_per_hour, json)
             return
-        with progress() as update:
-            report = run(source, store, spec, update)
+        with progress() as update, results_only(cluster):
+            report = run_on(cluster)(source, store, spec, update)
         show_extracted(report, json)
+
+
+def run_on(cluster: Any) -> Any:
+    """`extract` of the local engine, or of a Ray cluster."""
+    if cluster is None:
+        from apecache.extraction import extract
+
+        return extract
+    from apecache.engines.extraction import extract_on_ray
+
+    return partial(extract_on_ray, cluster=cluster)
 
 
 def show_plan(source: Any, store: Path, spec: Any, price_per_hour: float | None, json: bool) -> None:
@@ -208,7 +232,7 @@ def show_extracted(report: Any, json: bool) -> None:
     if json:
         show_json({**vars(report), "arrays": [vars(a) for a in report.arrays], "nothing_to_do": report.nothing_to_do})
     elif report.nothing_to_do:
-        typer.echo(f"nothing to do: {report.store} is complete")
+        typer.echo(f"nothing to do: {standing(report)}")
     else:
         columns = ("modality", "features", "rows", "dim", "encoded now", "unreadable", "rows/s")
         rows = [
@@ -216,7 +240,14 @@ def show_extracted(report: Any, json: bool) -> None:
             for a in report.arrays
         ]
         show_table(str(report.store), columns, rows)
-        typer.echo(summary(report))
+        typer.echo(summary(report) + ("" if report.part.whole else f"; {standing(report)}"))
+
+
+def standing(report: Any) -> str:
+    """How far the store is."""
+    if report.complete:
+        return f"{report.store} is complete"
+    return f"part {report.part} is done, {report.share_done:.0%} of {report.store} is"
 
 
 def summary(report: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cluster import parse_count, show_cluster
+from .cluster_sheet import parse_count, show_cluster
 from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
 

@@ -1,11 +1,13 @@
 """`apecache sweep`."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .extract import choice
 from .terminal import Device, Json, ending, show_json, show_table
 
@@ -35,6 +37,11 @@ def sweep(
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
+    engine: Engine = "local",
+    address: Address = None,
+    ray_actors: RayActors = None,
+    ray_cpus: RayCpus = None,
+    ray_gpus: RayGpus = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -46,12 +53,12 @@ def sweep(
     """
     with ending():
         choice("--sampler", sampler, ("random", "grid", "tpe"))
+        cluster = ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
         from apecache.space import load_space
 
         loaded = load_space(space, recipe)
         from apecache.store.reader import FeatureStore
         from apecache.sweeping import SweepSpec
-        from apecache.sweeping import sweep as run
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec
 
@@ -60,7 +67,8 @@ def sweep(
         kind: Any = sampler
         memory = int(memory_gb * 2**30)
         spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, fit)
-        report = run(FeatureStore.open(store), loaded, out, spec, show_trial)
+        with results_only(cluster):
+            report = run_on(cluster)(FeatureStore.open(store), loaded, out, spec, show_trial)
         from apecache.report.sweep_page import sweep_page
 
         page = sweep_page(out)
@@ -72,6 +80,17 @@ def sweep(
         show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
         typer.echo(f"the best again: {report.command}")
         typer.echo(f"the page with all trials: {page}")
+
+
+def run_on(cluster: Any) -> Any:
+    """`sweep` of the local engine, or of a Ray cluster."""
+    if cluster is None:
+        from apecache.sweeping import sweep
+
+        return sweep
+    from apecache.engines.sweep import sweep_on_ray
+
+    return partial(sweep_on_ray, cluster=cluster)
 
 
 def show_trial(trial: Any) -> None:

@@ -106,6 +106,19 @@ def test_any_shards_in_any_order_give_the_same_bits(shapes_once: Path, vit: Imag
         assert shard.content == whole[index].content
 
 
+def test_a_pass_computes_with_the_threads_that_its_arrays_record(
+    shapes_once: Path, vit: ImageEncoder, bert: TextEncoder
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for job in (image_job(shapes_once, vit, 4), text_job(["a red circle"] * 6, bert, 4)):
+            torch.set_num_threads(2)
+            run(job)
+            assert torch.get_num_threads() == job.layout.threads == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_every_batch_of_images_has_the_same_shape(shapes_once: Path, vit: ImageEncoder) -> None:
     shapes: list[tuple[int, ...]] = []
 

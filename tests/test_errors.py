@@ -27,7 +27,7 @@ def test_the_docstring_draws_the_tree_that_there_is() -> None:
 
 
 def test_every_error_ends_the_command_with_the_exit_code_drawn_in_the_docstring() -> None:
-    codes = {"MissingExtraError": 1, "OptionError": 2, "MismatchError": 4}
+    codes = {"MissingExtraError": 1, "EngineError": 1, "OptionError": 2, "MismatchError": 4}
     assert {name: error.exit_code for name, error in TREE.items()} == {name: codes.get(name, 3) for name in TREE}
     assert ApecacheError.exit_code == 1
     for name, code in [*codes.items(), ("DataError", 3)]:
@@ -36,7 +36,8 @@ def test_every_error_ends_the_command_with_the_exit_code_drawn_in_the_docstring(
 
 @pytest.mark.parametrize("name", sorted(TREE))
 def test_errors_are_builtin_errors_too(name: str) -> None:
-    assert issubclass(TREE[name], ImportError if name == "MissingExtraError" else ValueError)
+    builtin = {"MissingExtraError": ImportError, "EngineError": RuntimeError}
+    assert issubclass(TREE[name], builtin.get(name, ValueError))
 
 
 def test_a_missing_extra_names_its_pip_line() -> None:

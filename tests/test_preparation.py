@@ -13,6 +13,7 @@ from tiny import extract_tiny, loaded_once, tree
 
 import apecache.preparation as preparation
 from apecache.data.sources import open_pairs
+from apecache.encode import use_threads
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import MismatchError, StoreError
@@ -142,7 +143,9 @@ def test_a_resume_takes_batch_shards_and_threads_from_the_store(empty: FeatureSt
         torch.set_num_threads(2)
         again = prepare_one(FeatureStore.open(empty.path), vit, 12, ExtractSpec(shard_rows=9))
         assert again == first
-        assert again.layout.threads == torch.get_num_threads() == 1
+        assert (again.layout.threads, torch.get_num_threads()) == (1, 2)
+        use_threads(again.layout)
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
 
@@ -203,4 +206,5 @@ def test_decoding_has_a_process_for_each_core_and_threads_on_few(
     cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "cpu_count", lambda: cores)
-    assert ExtractSpec().workers == expected
+    assert ExtractSpec().decoders == expected
+    assert ExtractSpec(workers=5).decoders == 5

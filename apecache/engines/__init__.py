@@ -1,0 +1,1 @@
+"""Where work runs that one process is too few for."""

@@ -1,0 +1,42 @@
+"""A share of a store's shards, for jobs that run side by side and know nothing of one another."""
+
+from dataclasses import dataclass
+
+from apecache.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `count`, counted from 1.
+
+    A shard belongs to the part that its index leaves as remainder modulo `count`, in every array and segment, so that
+    arrays that are filled in one pass stay together.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    def __contains__(self, index: int) -> bool:
+        return index % self.count == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def whole(self) -> bool:
+        return self.count == 1
+
+
+WHOLE = Part()
+
+
+def parse_part(text: str) -> Part:
+    """`2/5` is the second of five parts. Raises OptionError for anything else than i/n with 1 <= i <= n."""
+    number, slash, count = text.partition("/")
+    if not (slash and _is_number(number) and _is_number(count) and 1 <= int(number) <= int(count)):
+        raise OptionError(f"--part {text}: expected i/n with i from 1 to n, such as 2/5")
+    return Part(int(number), int(count))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

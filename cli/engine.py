@@ -1,0 +1,45 @@
+"""Options of the commands that a Ray cluster can run."""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Annotated, Any
+
+import typer
+
+Engine = Annotated[str, typer.Option(help="local, or ray: actors on a Ray cluster (needs ray).")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of the Ray cluster: HOST:PORT or auto. Default: RAY_ADDRESS, or else this machine alone."),
+]
+RayActors = Annotated[
+    int | None, typer.Option("--ray-actors", min=1, help="Actors. Default: as many as the nodes have room for.")
+]
+RayCpus = Annotated[
+    int | None, typer.Option("--ray-cpus", min=1, help="CPUs of an actor, and its threads. Default: 1.")
+]
+RayGpus = Annotated[
+    float | None, typer.Option("--ray-gpus", min=0, help="GPUs of an actor. Default: 1 where the cluster has any.")
+]
+
+
+def results_only(cluster: Any) -> AbstractContextManager[object]:
+    """Ray tells on standard output what became of actors; that is for results alone."""
+    return redirect_stdout(sys.stderr) if cluster else nullcontext()
+
+
+def ray_spec(engine: str, address: str | None, actors: int | None, cpus: int | None, gpus: float | None) -> Any:
+    """The `RaySpec`, None for the local engine. Raises OptionError if there are options of the other engine."""
+    from apecache.errors import OptionError
+
+    from .extract import choice
+
+    choice("--engine", engine, ("local", "ray"))
+    options = {"--address": address, "--ray-actors": actors, "--ray-cpus": cpus, "--ray-gpus": gpus}
+    given = [name for name, value in options.items() if value is not None]
+    if engine == "local":
+        if given:
+            raise OptionError(f"{', '.join(given)}: only with --engine ray")
+        return None
+    from apecache.engines.ray import RaySpec
+
+    return RaySpec(address, actors, 1 if cpus is None else cpus, gpus)

@@ -1,0 +1,30 @@
+"""One Ray cluster of three simulated nodes for all tests here; they skip without Ray."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+
+if TYPE_CHECKING:
+    from faults_cluster import Nodes
+
+
+@pytest.fixture(scope="session")
+def nodes() -> "Iterator[Nodes]":
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray: pip install 'apecache[ray]'")
+    from faults_cluster import running_nodes
+
+    with running_nodes() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def long_run() -> bool:
+    return os.environ.get("APECACHE_FAULTS") == "long"

@@ -1,0 +1,21 @@
+"""kill -9 of actors, nodes and drivers: no row lost or twice, and the finished store is bit-identical."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from tower import TowerSpec
+
+if TYPE_CHECKING:
+    from faults_cluster import Nodes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["actor", "node", "driver"])
+def test_kills_on_a_cluster_lose_nothing(nodes: "Nodes", tmp_path: Path, long_run: bool, kind: str) -> None:
+    from faults_cluster import cluster_kills
+
+    count = 20 if long_run else 1
+    result = cluster_kills(nodes, tmp_path, TowerSpec(), kind, count, seed=5)
+    assert result.wrong == []
+    assert result.kills == count
