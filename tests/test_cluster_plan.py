@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from apecache_cli.app import app
-from apecache_cli.cluster import parse_count, size
+from apecache_cli.cluster_sheet import parse_count, size
 from small_towers import small_bert, small_vit
 from tiny import extract_tiny
 from typer import BadParameter
