@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.data.media import FolderMedia, NoMedia
+from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
 from apecache.data.pairs import PairSource
 from apecache.encode import EncodedShard, ImageJob, Target, TextJob, image_jobs, text_jobs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
@@ -21,8 +21,8 @@ from apecache.errors import BadRowsError, DataError, ManifestError, OptionError,
 from apecache.fingerprint import Modality
 from apecache.preparation import ExtractSpec, prepare_arrays
 from apecache.recheck import require_same_content, spot_check
-from apecache.segments import make_segment, split_source
-from apecache.store.files import LocalFiles
+from apecache.segments import Segment, make_segment, split_source
+from apecache.store.files import Files, open_files
 from apecache.store.layout import ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, QuarantinedRow
@@ -55,6 +55,7 @@ Progress = Callable[[Standing], None]
 """Called after every batch and every commit."""
 
 UNFINDABLE_SHARE = 0.5
+MOST_LOOKED_FOR = 256
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ExtractReport:
     """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all the same).
     `seconds`: of the whole run, without loading the encoders."""
 
-    store: Path
+    store: str | Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
     seconds: float = 0.0
@@ -90,8 +91,13 @@ class ExtractReport:
         return not any(array.n_encoded for array in self.arrays)
 
 
-def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progress = lambda *_: None) -> ExtractReport:
+def extract(
+    source: PairSource, store: str | Path, spec: ExtractSpec, progress: Progress = lambda *_: None
+) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`; what is committed already is not done again.
+
+    Args:
+        store: a folder, or a place on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`).
 
     Raises:
         ManifestError, EncoderError, MismatchError, StoreError: before anything is encoded.
@@ -101,29 +107,23 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
     require_inputs(source, spec)
     encoders = load_encoders(spec)
     begin = time.perf_counter()
-    segments = split_source(source, store, spec.append)
+    files = open_files(store, spec.single_writer)
+    segments = split_source(source, files, spec.append)
     totals = _totals(source, encoders)
-    for path, part in segments:
-        _extract_segment(path, part, encoders, spec, totals, progress)
-    opened = FeatureStore.open(store)
+    for segment in segments:
+        _extract_segment(segment, encoders, spec, totals, progress)
+    opened = FeatureStore.at(files)
     reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
     duplicates = _duplicates(opened, reports)
     _require_few_bad(reports, spec.max_bad)
-    return ExtractReport(store, reports, duplicates, time.perf_counter() - begin)
+    return ExtractReport(files.place, reports, duplicates, time.perf_counter() - begin)
 
 
 def extract_pending(
-    segment: Path,
-    part: PairSource,
-    encoders: "Encoders",
-    spec: ExtractSpec,
-    progress: Progress = lambda *_: None,
+    segment: Segment, encoders: "Encoders", spec: ExtractSpec, progress: Progress = lambda *_: None
 ) -> None:
-    """Encode and commit what is pending in one segment, given its part of the table and the encoders of `spec`.
-
-    Raises as `extract` does.
-    """
-    _extract_segment(segment, part, encoders, spec, _totals(part, encoders), progress)
+    """Encode and commit what is pending in one segment, given the encoders of `spec`. Raises as `extract` does."""
+    _extract_segment(segment, encoders, spec, _totals(segment.part, encoders), progress)
 
 
 @dataclass(frozen=True)
@@ -141,18 +141,17 @@ def load_encoders(spec: ExtractSpec) -> Encoders:
 
 
 def _extract_segment(
-    path: Path,
-    part: PairSource,
+    segment: Segment,
     encoders: Encoders,
     spec: ExtractSpec,
     totals: "dict[Modality, _Total]",
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
-    make_segment(path, part)
-    opened = FeatureStore.open(path)
-    jobs: list[ImageJob | TextJob] = [*_image_jobs(opened, encoders.image, part, spec, totals)]
-    jobs += _text_jobs(opened, encoders.text, part, spec, totals)
+    make_segment(segment)
+    opened = FeatureStore.at(segment.files)
+    jobs: list[ImageJob | TextJob] = [*_image_jobs(opened, encoders.image, segment.part, spec, totals)]
+    jobs += _text_jobs(opened, encoders.text, segment.part, spec, totals)
     for job in jobs:
         if spec.recheck:
             require_same_content(opened, job)
@@ -174,12 +173,15 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
 
 def _require_findable(source: PairSource) -> None:
     """Refuse a wrong --root; single missing images are quarantined later."""
-    missing = [key for key in source.keys if not source.media.exists(key)]
-    if len(missing) > UNFINDABLE_SHARE * len(source):
-        below = isinstance(source.media, FolderMedia)
+    keys = source.keys
+    if isinstance(source.media, ObjectMedia):  # one request each
+        keys = keys[:: -(-len(keys) // MOST_LOOKED_FOR) or 1]
+    missing = [key for key in keys if not source.media.exists(key)]
+    if len(missing) > UNFINDABLE_SHARE * len(keys):
+        below = isinstance(source.media, FolderMedia | ObjectMedia)
         remedy = "give the folder that the paths are relative to as --root" if below else "every row needs its image"
         raise BadRowsError(
-            f"{source.origin}: {len(missing)} of {len(source)} images are not {'below' if below else 'in'} "
+            f"{source.origin}: {len(missing)} of {len(keys)} images are not {'below' if below else 'in'} "
             f"{source.media.place} (the first: {missing[0]}); {remedy}"
         )
 
@@ -269,7 +271,7 @@ def _prepared(
     return records
 
 
-def _run(files: LocalFiles, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
+def _run(files: Files, job: ImageJob | TextJob, total: _Total, progress: Progress) -> None:
     """Encode and commit every pending shard of one segment, then seal its arrays."""
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     committed = [writer.committed().keys() for writer in writers]

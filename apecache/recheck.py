@@ -8,13 +8,13 @@ from apecache.encode import ImageJob, Target, TextJob
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.fingerprint import content_hash
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.reader import FeatureArray, FeatureStore
 
 RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
 
 
-def spot_check(files: LocalFiles, job: ImageJob | TextJob, place: int) -> None:
+def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     """Encode a few committed rows of the job's target `place` again: a library update between two runs can change
     pixels or kernels.
 

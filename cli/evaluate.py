@@ -18,7 +18,7 @@ TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 def evaluate(
     opening: Opening,
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
+    store: Annotated[str | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
     split: Annotated[
         str | None, typer.Option(help="The split to report. Default: retrieval val, zero-shot all, probes test.")
     ] = None,
@@ -85,13 +85,13 @@ def evaluate(
 
 def retrieval(
     run: Path,
-    store: Path | None,
+    store: str | None,
     split: str,
     device: str,
     folds: int | None = None,
     by_language: bool = False,
     csls: bool = False,
-    root: Path | None = None,
+    root: str | None = None,
     moved: tuple[Any, Any] = (None, None),
 ) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""

@@ -12,7 +12,7 @@ from .terminal import Device, Json, Overwrite, ending, show_json, show_table, wa
 
 
 def fit_head(
-    store: Annotated[Path, typer.Argument(help="A complete feature store.")],
+    store: Annotated[str, typer.Argument(help="A complete feature store.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (apecache recipes lists them) or a file.toml.")],
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
     set_: Annotated[
@@ -79,12 +79,12 @@ def fit_head(
 
 
 def fit_encoder(
-    store: Annotated[Path, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
+    store: Annotated[str, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu) or a file.toml.")],
     out: Annotated[Path, typer.Option(help="The run folder to make or to go on with.")],
     image: Annotated[str | None, typer.Option(help="Encoder of a live image side. Default: the store's.")] = None,
     text: Annotated[str | None, typer.Option(help="Encoder of a live text side. Default: the store's.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
     resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels, with --image.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest caption in tokens, with --text.")] = None,
     set_: Annotated[

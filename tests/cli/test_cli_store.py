@@ -464,7 +464,7 @@ def reading(command: str, store: Path, folder: Path) -> Result:
 def test_too_little_disk(
     shapes: Path, tmp_path: Path, extract_images: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
     line = error_of(extract_images(shapes, tmp_path / "store"), 3)
     assert "needed for the features" in line
 

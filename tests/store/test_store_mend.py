@@ -193,7 +193,7 @@ def test_an_interrupted_removal_serves_nothing_of_it_and_can_be_repeated(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalFiles, "remove", guarded(real_remove))
-        patch.setattr(mend.shutil, "rmtree", guarded(real_rmtree))
+        patch.setattr(shutil, "rmtree", guarded(real_rmtree))
         with pytest.raises(KeyboardInterrupt):
             remove_array(LocalFiles(two), "image", "both")
     store = FeatureStore.open(two)
