@@ -19,7 +19,7 @@ from werkzeug.serving import make_server
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/secret+of+tests"
 KINDS = ("503", "reset", "lost", "half", "stall")
-STALL_SECONDS = 0.6
+STALL_SECONDS = 0.5
 Answer = tuple[int, str]
 """Status and S3's code of an error."""
 

@@ -163,7 +163,7 @@ def test_a_table_that_is_not_there_or_is_wrong_is_named_by_its_url(bucket: str, 
     open_files(bucket).write("wrong.tsv", b"image\ttitel\nx.jpg\ta dog\n")
     for name, message in (
         ("none.tsv", f"{bucket}/none.tsv: no such object"),
-        ("wrong.tsv", f"{bucket}/wrong.tsv, line 1: no column 'caption'"),
+        ("wrong.tsv", f"{bucket}/wrong.tsv: no column 'caption'"),
         ("photos", "expected a file that ends in .tsv"),
         ("{00..03}.tar", "download tars and folders"),
     ):
