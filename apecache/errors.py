@@ -101,12 +101,24 @@ def one_line(text: object, limit: int = 200) -> str:
     return " ".join(str(text).split())[:limit]
 
 
+def require_local(folder: Path, what: str) -> None:
+    """Refuse a URL of object storage where only a folder will do.
+
+    Raises:
+        RunError: `folder` is one.
+    """
+    scheme, colon, _ = str(folder).partition(":/")
+    if colon and scheme in ("s3", "gs", "az"):
+        raise RunError(f"{what} {folder} is on object storage, where only stores, tables and images are; give a folder")
+
+
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
     """Refuse to write over something that exists. `overwrite`: it was asked for, but this is nothing of ours.
 
     Raises:
         RunError: `folder` exists and is not empty.
     """
+    require_local(folder, what)
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         if overwrite:
             raise RunError(f"{folder} exists and is no {what}, so it is not overwritten; choose another --out")

@@ -106,8 +106,8 @@ def split_url(url: str) -> tuple[str, str, str]:
     name, _, key = rest.partition("/")
     if "@" in name or ":" in name:
         raise StoreError(
-            f"a {scheme}:// URL with credentials or a port: it is not repeated here; give credentials in the environment "
-            f"({SCHEMES[scheme].credentials}) and {scheme}://BUCKET/NAME"
+            f"a {scheme}:// URL with credentials or a port (it is not repeated here); expected {scheme}://BUCKET/NAME; "
+            f"give credentials in the environment ({SCHEMES[scheme].credentials})"
         )
     parts = [part for part in key.split("/") if part]
     if not name or ".." in parts or "." in parts or "\0" in url:
@@ -237,12 +237,12 @@ class Bucket:
                 try:
                     return bytes(obstore.get(self.client, key).bytes()) == data
                 except FileNotFoundError:
-                    raise _Unsettled from None  # S3 answers alike where a removal of the object is under way
+                    raise _UnsettledError from None  # S3 answers alike where a removal of the object is under way
 
         return self._put(key, create)
 
     def decides_creation(self, key: str) -> bool:
-        """Whether the storage refuses to create an object that is there; tried once, on `key`, which is removed again."""
+        """Whether the storage refuses to create what is there; tried once, on `key`, which is removed again."""
         if self._decides is None:
             try:
                 self._decides = self.create(key, b"first") and not self.create(key, b"second")
@@ -306,7 +306,7 @@ class Bucket:
             except (FileNotFoundError, ValueError) as error:  # ValueError: no object can have such a name
                 self._answered = True
                 raise self._missing(key, _code(str(error))) from None
-            except (BaseError, _Unsettled) as error:
+            except (BaseError, _UnsettledError) as error:
                 if _code(str(error)) == NO_BUCKET:
                     raise self._missing(key, NO_BUCKET) from None
                 refusal = _refusal(f"{self.name}/{key}", self.scheme, error)
@@ -316,7 +316,7 @@ class Bucket:
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
-class _Unsettled(Exception):
+class _UnsettledError(Exception):
     """The storage is in between two states."""
 
 

@@ -1,6 +1,5 @@
 """`apecache extract`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +25,9 @@ CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LA
 
 def extract(
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
-    store: Annotated[str, typer.Option(help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://….")],
+    store: Annotated[
+        str, typer.Option(help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://….")
+    ],
     image: Annotated[
         list[str] | None,
         typer.Option(help="Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),

@@ -1,4 +1,4 @@
-"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `export` and `upgrade`."""
+"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and `upgrade`."""
 
 import math
 from pathlib import Path
@@ -211,6 +211,28 @@ def remove(
             show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
         else:
             typer.echo(f"removed {modality}/{found}: {total['objects']} objects, {total['bytes'] / 1e6:,.1f} MB")
+
+
+def copy(
+    store: Store,
+    to: Annotated[str, typer.Argument(help="Where the copy is to be: a folder, or s3://…, gs://…, az://….")],
+    single_writer: SingleWriter = False,
+    json: Json = False,
+) -> None:
+    """Copy a store and verify the copy: from object storage to a disk for many runs, or the other way.
+
+    Interrupted, the same command goes on; run again later, it brings what is new.
+
+    Example: apecache copy s3://bucket/store store
+    """
+    with ending():
+        from apecache.store.copy import copy_store
+
+        report = copy_store(store, to, single_writer)
+        if json:
+            show_json({**vars(report), "problems": [vars(p) for p in report.problems], "sound": report.sound})
+        else:
+            show_problems(report)
 
 
 def export(

@@ -173,7 +173,7 @@ class LocalFiles:
             yield
 
     def remove_temporary(self, *folders: str) -> None:
-        """Unless somebody is writing at this moment (a store that lies elsewhere in the root has writers of its own)."""
+        """Unless somebody is writing at this moment. A store that lies elsewhere in the root has writers of its own."""
         patterns = (f"{TEMPORARY}*", *(f"{folder}/**/{TEMPORARY}*" for folder in folders))
         with self._explained("."):
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -190,8 +190,8 @@ class LocalFiles:
         return map(self.read, names)
 
     def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
-        """`seen` gets blocks that are still in the processor's cache: summing them there costs half of what a second pass
-        over memory would."""
+        """`seen` gets blocks that are still in the processor's cache: summing them there costs half of what a second
+        pass over memory would."""
         with self._readable(name), self.path(name).open("rb", buffering=0) as file:
             total = sum(_read_full(file.fileno(), view, seen) for view in views)
             return total + len(os.read(file.fileno(), 1))

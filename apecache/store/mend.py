@@ -89,8 +89,8 @@ def restore_fingerprint(files: Files, modality: Modality, name: str) -> None:
         record = described_record(modality, name, group["attributes"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
-            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features are; "
-            f"apecache remove STORE {modality}/{name}, and extract again"
+            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features "
+            f"are; apecache remove STORE {modality}/{name}, and extract again"
         ) from None
     files.write(where, seal_record(where, record.to_json()))
 
@@ -139,5 +139,7 @@ def find_array(files: Files, name: str) -> tuple[Modality, str]:
     if len(found) != 1:
         names = [f"{kind}/{array}" for kind, array in there]
         what = "several arrays are called" if found else "no features"
-        raise StoreError(f"{files.place}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}")
+        raise StoreError(
+            f"{files.place}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}"
+        )
     return found[0]

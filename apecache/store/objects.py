@@ -1,8 +1,8 @@
 """The operations that a store is made of, on object storage. See `Files` for what each of them promises.
 
 One object is one PUT: shards have at most 64 MB, so none is sent in parts, and nothing unfinished is ever left. There
-are no locks: `If-None-Match: *` decides who committed a shard, and that the storage heeds it is tried before anything is
-written. Storage that does not may have one writer, who has to say that there is no other.
+are no locks: `If-None-Match: *` decides who committed a shard, and that the storage heeds it is tried before anything
+is written. Storage that does not may have one writer, who has to say that there is no other.
 """
 
 import contextlib

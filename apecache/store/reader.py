@@ -201,7 +201,9 @@ class FeatureArray:
         found = list(read_commits(self.files, self.record))
         if len(found) != self.record.layout.n_shards or digest_commits(of for _, of in found) != wanted:
             have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
-            raise DamagedError(f"{what} is not what was sealed ({have}); restore {self.files.where(name.rpartition('/')[0])}")
+            raise DamagedError(
+                f"{what} is not what was sealed ({have}); restore {self.files.where(name.rpartition('/')[0])}"
+            )
         return {record.shard: record for record, _ in found}
 
     @property

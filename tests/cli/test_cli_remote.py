@@ -151,7 +151,10 @@ def test_what_the_storage_refuses_is_one_line_without_secrets(
 ) -> None:  # fmt: skip
     with s3_server.faults(Faults()) as faults:
         faults.told = lambda method, path: answer
-        results = [call("extract", shapes_once, "--store", f"{bucket}/store", *encoders), call("info", f"{bucket}/store")]
+        results = [
+            call("extract", shapes_once, "--store", f"{bucket}/store", *encoders),
+            call("info", f"{bucket}/store"),
+        ]
     for result in results:
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert (result.exit_code, message in line) == (3, True), result.output

@@ -15,7 +15,6 @@ from tiny import Grown, damaged, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
 import apecache.extraction as extraction
-import apecache.preparation as preparation
 from apecache.store.commit import read_record, seal_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS

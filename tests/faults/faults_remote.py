@@ -13,7 +13,6 @@ from apecache.store.files import TEMPORARY, Files
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_files
 
-
 LIKELY = (*KINDS, *(kind for kind in KINDS if kind != "stall"))
 """Time-outs are slow."""
 
@@ -94,5 +93,3 @@ def killed_runs(towers: Towers, server: S3Server, folder: Path, spec: TowerSpec,
         errors += [f"left undone: {again}"] if again else []
         result.wrong += [f"run {result.runs}: {what}" for what in (*errors, *_wrong(place, spec, wanted))]
     return result
-
-

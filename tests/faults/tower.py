@@ -203,8 +203,8 @@ class Towers:
         """Run towers side by side until all have ended.
 
         Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does nothing), `kill` (see
-        `faults_syscalls.Kill`), `kill_after` in seconds and `environment`. Each result: `killed`, `error` (a string, empty if there
-        was none) and `done`.
+        `faults_syscalls.Kill`), `kill_after` in seconds and `environment`. Each result: `killed`, `error` (a
+        string, empty if there was none) and `done`.
         """
         assert self.process.stdin
         assert self.process.stdout

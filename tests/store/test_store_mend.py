@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny import Grown, damaged, put, tree
 
-import apecache.store.mend as mend
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE

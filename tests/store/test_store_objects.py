@@ -200,7 +200,10 @@ def test_an_array_is_removed_with_all_its_objects(files: ObjectFiles, place: str
     before = objects(files)
     went = remove_array(files, *find_array(files, f"text/{NAME}"))
     left = objects(files)
-    assert went == {"objects": len(before) - len(left), "bytes": sum(map(len, before.values())) - sum(map(len, left.values()))}
+    assert went == {
+        "objects": len(before) - len(left),
+        "bytes": sum(map(len, before.values())) - sum(map(len, left.values())),
+    }
     assert [array.record.modality for array in FeatureStore.open(place).arrays()] == ["image"]
     assert verify_store(place).problems == ()
 
