@@ -52,7 +52,11 @@ SCHEMES = {
         "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION",
     ),
     "gs": Scheme("GCSStore", (), "GOOGLE_APPLICATION_CREDENTIALS"),
-    "az": Scheme("AzureStore", ("AZURE_STORAGE_ENDPOINT",), "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+    "az": Scheme(
+        "AzureStore",
+        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+        "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    ),
 }
 
 
@@ -91,8 +95,9 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
     options |= {"allow_http": True} if endpoint and urlsplit(endpoint).scheme == "http" else {}
     try:
         client = make(name, client_options=options, retry_config=retries)
-    except (obstore.exceptions.BaseError, ValueError) as error:
-        raise _refusal(f"{scheme}://{name}", SCHEMES[scheme], error) from None
+    except (obstore.exceptions.BaseError, ValueError, OSError):
+        missing = f"give {SCHEMES[scheme].credentials} in the environment"
+        raise StoreError(f"{scheme}://{name}: what is known of it is not enough, or wrong; {missing}") from None
     return Bucket(client, scheme, name), key
 
 
@@ -265,20 +270,19 @@ class Bucket:
                     with suppress(FileNotFoundError):
                         self._repeated(key, partial(obstore.delete, self.client, key))
 
+    def walk(self, folder: str) -> list[Entry]:
+        """Every object anywhere below a folder."""
+        import obstore
+
+        return _entries(self._put(folder, lambda: obstore.list(self.client, folder or None).collect()), folder)
+
     def list(self, folder: str) -> tuple[list[str], list[Entry]]:
         """Names of the folders in a folder, and the objects in it."""
         import obstore
 
         found = self._put(folder, lambda: obstore.list_with_delimiter(self.client, folder or None))
         folders = [prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
-        return folders, [_entry(meta) for meta in found["objects"]]
-
-    def walk(self, folder: str) -> Iterator[Entry]:
-        """Every object anywhere below a folder."""
-        import obstore
-
-        found = self._put(folder, lambda: obstore.list(self.client, folder or None, chunk_size=1000).collect())
-        return map(_entry, found)
+        return folders, _entries(found["objects"], folder)
 
     def _missing(self, key: str, code: str) -> Exception:
         if code == NO_BUCKET:
@@ -357,5 +361,7 @@ def _code(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _entry(meta: Any) -> Entry:
-    return Entry(meta["path"], int(meta["size"]), meta["last_modified"])
+def _entries(found: Iterable[Any], folder: str) -> list[Entry]:
+    """Without the empty object of the folder's own name that consoles put to show it."""
+    entries = (Entry(meta["path"], int(meta["size"]), meta["last_modified"]) for meta in found)
+    return [entry for entry in entries if entry.key != folder]

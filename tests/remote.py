@@ -133,12 +133,16 @@ class S3Server:
         return {**about, "AWS_SECRET_ACCESS_KEY": SECRET, "NO_PROXY": "127.0.0.1"}
 
     def new_bucket(self) -> str:
-        name = f"bucket-{next(self.numbers)}"
+        url = f"s3://bucket-{next(self.numbers)}"
+        self.put(url)
+        return url
+
+    def put(self, url: str, data: bytes | None = None) -> None:
+        """A bucket, or an object under exactly this name."""
         connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=10)
-        connection.request("PUT", f"/{name}")
+        connection.request("PUT", url.removeprefix("s3:/"), data)
         assert connection.getresponse().status == 200
         connection.close()
-        return f"s3://{name}"
 
     @contextmanager
     def faults(self, faults: Faults) -> Iterator[Faults]:

@@ -1,5 +1,6 @@
 """Buckets: what their URLs may say, what is repeated, and what people are told, against moto's S3 on loopback."""
 
+import os
 import subprocess
 import sys
 import time
@@ -235,3 +236,14 @@ def test_obstore_is_loaded_only_where_it_is_needed() -> None:
     command = "import sys, apecache.store.reader, apecache.data.sources; print('obstore' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
+
+
+def test_other_storage_is_opened_by_what_the_environment_knows_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    assert open_bucket("gs://bucket/a")[0].name == "gs://bucket"
+    with pytest.raises(StoreError, match=r"^az://container: .*; give AZURE_STORAGE_ACCOUNT_NAME and .* environment$"):
+        open_bucket("az://container/a")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "tests")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")
+    assert open_bucket("az://container/a")[1] == "a"

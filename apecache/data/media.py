@@ -83,6 +83,9 @@ class ObjectMedia:
     def place(self) -> str:
         return self.root.rstrip("/")
 
+    def __reduce__(self) -> tuple[type["ObjectMedia"], tuple[str]]:
+        return ObjectMedia, (self.root,)
+
     @cached_property
     def _opened(self) -> tuple[Bucket, str]:
         return open_bucket(self.root)

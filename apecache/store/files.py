@@ -25,7 +25,7 @@ BLOCK_BYTES = 1 << 18
 class Files(Protocol):
     """A place that keeps objects. What is written or created stands, whole, whatever happens after the return.
 
-    All methods but the first seven raise StoreError where the place refuses, with what mends it.
+    All methods but the first six raise StoreError where the place refuses, with what mends it.
     """
 
     @property
@@ -43,6 +43,10 @@ class Files(Protocol):
 
     def free_bytes(self) -> int | None:
         """Room that is left; None where there is no telling."""
+
+    @property
+    def readers(self) -> int:
+        """How many reads side by side pay."""
 
     def settle(self, folder: str) -> None:
         """Make durable what is in a folder, also what killed writers put there."""
@@ -135,6 +139,10 @@ class LocalFiles:
         """On the disk where the root is, or would be."""
         there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
         return shutil.disk_usage(there).free
+
+    @property
+    def readers(self) -> int:
+        return 4
 
     def prepare(self) -> None:
         if self.root.exists() and not self.root.is_dir():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from apecache.errors import StoreError
-from apecache.objects import Bucket, open_bucket
+from apecache.objects import READERS, Bucket, open_bucket
 from apecache.store.files import TEMPORARY, Buffer
 
 RANGE_BYTES = 8 << 20
@@ -46,6 +46,10 @@ class ObjectFiles:
 
     def free_bytes(self) -> None:
         return None
+
+    @property
+    def readers(self) -> int:
+        return READERS
 
     def settle(self, folder: str) -> None:
         """What the storage has acknowledged is durable."""

@@ -121,11 +121,12 @@ class FeatureArray:
             hashes += array.content()
         return hashes + [""] * self.rows_to_come
 
-    def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
+    def load(self, out: NDArray[Any] | None = None, threads: int | None = None) -> NDArray[Any]:
         """All rows [rows, *row_shape], read in parallel into one buffer; quarantined rows are NaN.
 
         Args:
             out: a buffer of that shape and of the array's dtype to fill (pinned memory, for instance).
+            threads: that read side by side; None for as many as pay where the store is.
 
         Raises:
             IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
@@ -239,10 +240,10 @@ class FeatureArray:
                     raise self._damaged(commit.shard, name, what)
 
     def _load_shards(
-        self, commits: Mapping[int, CommitRecord], part: str, target: NDArray[Any], threads: int = 4
+        self, commits: Mapping[int, CommitRecord], part: str, target: NDArray[Any], threads: int | None = None
     ) -> None:
         """One part of every shard, read in parallel, to where its rows are in `target`."""
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads or self.files.readers) as pool:
             list(pool.map(lambda c: self._read_chunk(c, part, target[c.rows[0] : c.rows[1]]), commits.values()))
 
     def _read_chunk(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:

@@ -66,7 +66,7 @@ class VerifyReport:
         return not any(problem.harmful for problem in self.problems)
 
 
-def verify_store(path: str | Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+def verify_store(path: str | Path, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
     """Read and hash everything, appended segments too.
 
     Raises:
@@ -75,7 +75,7 @@ def verify_store(path: str | Path, progress: Progress = lambda _: None, threads:
     return verify_files(open_files(path), progress, threads)
 
 
-def verify_files(files: Files, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+def verify_files(files: Files, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
     """As `verify_store`."""
     own = verify_segment(files, progress, threads)
     own = replace(own, problems=(*own.problems, *_segment_problems(files)))
@@ -83,7 +83,7 @@ def verify_files(files: Files, progress: Progress = lambda _: None, threads: int
     return _with_segments(own, {name: verify_segment(files.child(name), progress, threads) for name in segments})
 
 
-def verify_segment(files: Files, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+def verify_segment(files: Files, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
     """One segment alone (the store itself is the first). Raises as `verify_store` does."""
     if not files.exists(SOURCE) and not files.exists(PAIRS):
         raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
@@ -158,8 +158,8 @@ def _is_temporary(name: str) -> bool:
 class _Check:
     """One pass over a store: collects problems, and the names of all objects that something accounts for."""
 
-    def __init__(self, files: Files, progress: Progress, threads: int) -> None:
-        self.files, self.progress, self.threads = files, progress, threads
+    def __init__(self, files: Files, progress: Progress, threads: int | None) -> None:
+        self.files, self.progress, self.threads = files, progress, threads or files.readers
         self.problems: list[Problem] = []
         self.known: set[str] = {SOURCE, PAIRS, "README.md"}
         self.known.update(f"{SEGMENT_RECORDS}/{name}" for name in files.list(SEGMENT_RECORDS))
@@ -242,7 +242,8 @@ class _Check:
             if shard not in reported:
                 self._add("missing", commit_name(*array, shard), "the commit record is missing", array, shard)
                 self._disown_shard(record, shard)
-        hashes = (content_hash(self.files.read(commit_name(*array, shard))) for shard in sorted(commits))
+        names = (commit_name(*array, shard) for shard in sorted(commits))
+        hashes = map(content_hash, self.files.read_all(names))
         if seal and not missing and seal.get("digest") != digest_commits(hashes):
             self._add("damaged", name, "the array was sealed with other records", array)
 

@@ -307,3 +307,13 @@ def test_credentials_are_in_no_object(files: ObjectFiles, tower_store_once: Path
     for name, data in objects(files).items():
         assert SECRET.encode() not in data, name
         assert b"AKIATESTS" not in data, name
+
+
+def test_the_marker_of_a_folder_that_a_console_made_is_no_object(
+    files: ObjectFiles, bucket: str, s3_server: S3Server, tower_store_once: Path
+) -> None:
+    for folder in ("some/store/", "some/store/records/"):
+        s3_server.put(f"{bucket}/{folder}", b"")
+    assert files.list("") == ["records"]
+    run(tower_store_once, SMALL, files)
+    assert {problem.kind for problem in verify_store(files.place).problems} <= {"foreign"}
