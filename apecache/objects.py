@@ -26,14 +26,19 @@ from apecache.errors import MissingExtraError, OptionError, StoreError
 T = TypeVar("T")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 RETRY_VARIABLE, REQUEST_VARIABLE = "APECACHE_RETRY_SECONDS", "APECACHE_REQUEST_SECONDS"
-RETRY_SECONDS, REQUEST_SECONDS = 120.0, 60.0
+RETRY_SECONDS, REQUEST_SECONDS = 120.0, 120.0
 """How long faults are waited out once the storage has answered, and how long one request may take."""
+FIRST_SECONDS = 3.0
+"""How long they are before it has."""
 QUICK_SECONDS, QUICK_RETRIES = 10.0, 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 READERS = 16
 BULK = 1000
 NO_BUCKET = "NoSuchBucket"
-TRANSIENT = {"InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+TRANSIENT = {"408", "409", "429", "OperationAborted", "RequestTimeout", "SlowDown"}
+"""Answers below 500 that may be others the next time."""
+CREDENTIALS = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity/")
+"""Where a machine in a cloud asks who it is."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,18 @@ class Entry:
 
 def is_object_url(place: str | Path) -> bool:
     """Whether a place is named by a URL of object storage."""
-    return isinstance(place, str) and place.partition("://")[0] in SCHEMES and "://" in place
+    return isinstance(place, str) and place.partition("://")[0].lower() in SCHEMES and "://" in place
+
+
+def require_known_scheme(place: str | Path) -> None:
+    """Refuse URLs of anything else, which would become folders of strange names.
+
+    Raises:
+        StoreError: one such.
+    """
+    if isinstance(place, str) and URL.match(place) and not is_object_url(place):
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise StoreError(f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one of {known}")
 
 
 def open_bucket(url: str) -> tuple["Bucket", str]:
@@ -108,6 +124,7 @@ def split_url(url: str) -> tuple[str, str, str]:
         StoreError: what follows the scheme is not BUCKET/KEY.
     """
     scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
     name, _, key = rest.partition("/")
     if "@" in name or ":" in name:
         raise StoreError(
@@ -134,9 +151,10 @@ def _endpoint(scheme: Scheme) -> str:
     found = urlsplit(endpoint)
     if "@" in endpoint:
         raise StoreError(f"{variable} has credentials in it; give them as {scheme.credentials}")
-    allowed = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
+    allow = f"{variable.partition('_')[0]}_ALLOW_HTTP"
+    allowed = os.environ.get(allow, "").lower() in ("1", "true", "yes")
     if found.scheme == "http" and not allowed and not _is_loopback(found.hostname or ""):
-        raise StoreError(f"{variable} is not encrypted ({_host(endpoint)}); use https://, or set AWS_ALLOW_HTTP=true")
+        raise StoreError(f"{variable} is not encrypted ({_host(endpoint)}); use https://, or set {allow}=true")
     return endpoint
 
 
@@ -192,7 +210,7 @@ class Bucket:
             try:
                 found = obstore.get(self.client, key, options={"range": (start, stop)})
             except obstore.exceptions.BaseError as error:
-                if _code(str(error)) not in ("InvalidRange", "416"):
+                if _answer(str(error))[0] != 416:
                     raise
                 return memoryview(b""), int(obstore.head(self.client, key)["size"])  # the range is beyond the end
             return memoryview(found.bytes()), found.meta["size"]
@@ -251,10 +269,9 @@ class Bucket:
         if self._decides is None:
             try:
                 self._decides = self.create(key, b"first") and not self.create(key, b"second")
+                self.remove([key])
             except _UnknownError:
                 self._decides = False
-            finally:
-                self.remove([key])
         return self._decides
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -300,8 +317,8 @@ class Bucket:
         """Raises FileNotFoundError, or StoreError."""
         from obstore.exceptions import BaseError
 
-        patience = _seconds(RETRY_VARIABLE, RETRY_SECONDS) if self._answered else 0.0
-        end, pause = time.monotonic() + patience, FIRST_PAUSE
+        patience = _seconds(RETRY_VARIABLE, RETRY_SECONDS)
+        end, pause = time.monotonic() + (patience if self._answered else min(patience, FIRST_SECONDS)), FIRST_PAUSE
         while True:
             try:
                 result = work()
@@ -309,9 +326,9 @@ class Bucket:
                 return result
             except (FileNotFoundError, ValueError) as error:  # ValueError: no object can have such a name
                 self._answered = True
-                raise self._missing(key, _code(str(error))) from None
+                raise self._missing(key, _answer(str(error))[1]) from None
             except (BaseError, _UnsettledError) as error:
-                if _code(str(error)) == NO_BUCKET:
+                if _answer(str(error))[1] == NO_BUCKET:
                     raise self._missing(key, NO_BUCKET) from None
                 refusal = _refusal(f"{self.name}/{key}", self.scheme, error)
                 if not isinstance(refusal, _SilentError) or time.monotonic() >= end:
@@ -321,7 +338,7 @@ class Bucket:
 
 
 class _UnsettledError(Exception):
-    """The storage is in between two states."""
+    """The storage is between two states."""
 
 
 class _SilentError(StoreError):
@@ -334,31 +351,28 @@ class _UnknownError(StoreError):
 
 def _refusal(where: str, scheme: Scheme, error: Exception) -> StoreError:
     """What an error of obstore means, in our words: theirs may hold what nobody should read."""
-    code, kind, text = _code(str(error)), type(error).__name__, str(error).lower()
-    if code in ("NotImplemented", "501") or kind in ("NotSupportedError", "NotImplementedError"):
-        return _UnknownError(f"{where}: the storage does not know this request ({code or kind}); use another endpoint")
-    if kind == "InvalidPathError":
-        return StoreError(f"{where!r}: no name of an object; give another")
-    refused = kind in ("PermissionDeniedError", "UnauthenticatedError") or (code and code not in TRANSIENT)
-    if refused and not code.startswith("5"):
-        what = "expired credentials" if "expired" in code.lower() else f"refused ({code or 'credentials'})"
+    text, kind = str(error), type(error).__name__
+    status, code = _answer(text)
+    if status == 501 or kind in ("NotSupportedError", "NotImplementedError"):
+        return _UnknownError(f"{where}: the storage does not know this request; use other storage")
+    if 400 <= status < 500 and not {code, str(status)} & TRANSIENT:
+        what = "expired credentials" if "expired" in code.lower() else f"refused ({code or status})"
         return StoreError(f"{where}: {what}; check {scheme.credentials} in the environment, and the name of the bucket")
-    if "credential" in text or "token" in text or "metadata" in text:
-        return StoreError(f"{where}: no credentials; give {scheme.credentials} in the environment")
+    if CREDENTIALS.search(text):
+        return _SilentError(f"{where}: no credentials; give {scheme.credentials} in the environment")
+    if "redirect without LOCATION" in text:
+        return StoreError(f"{where}: the bucket is in another region; check {scheme.credentials} in the environment")
     endpoint = next((os.environ[name] for name in scheme.endpoints if os.environ.get(name)), "")
     at = f" at {_host(endpoint)}" if endpoint else ""
-    return _SilentError(
-        f"{where}: the object storage{at} does not answer; check the network and {scheme.endpoints[0]}, then run the "
-        "same command again; committed shards stand"
-        if scheme.endpoints
-        else f"{where}: the object storage does not answer; check the network, then run the same command again"
-    )
+    check = " and ".join(["the network", *scheme.endpoints[:1]])
+    return _SilentError(f"{where}: the object storage{at} does not answer; check {check}, then run the same again")
 
 
-def _code(text: str) -> str:
-    """The storage's own word for what is wrong, or the number of its answer."""
-    found = re.search(r"<Code>(\w{1,60})</Code>", text) or re.search(r"status code: (\d{3})\b", text)
-    return found.group(1) if found else ""
+def _answer(text: str) -> tuple[int, str]:
+    """Status of the storage's answer, 0 if there was none, and its own word for what is wrong."""
+    status = re.search(r"status code: (\d{3})\b", text)
+    word = re.search(r"<Code>(\w{1,60})</Code>", text)
+    return int(status.group(1)) if status else 0, word.group(1) if word else ""
 
 
 def _entries(found: Iterable[Any], folder: str) -> list[Entry]:

@@ -26,6 +26,7 @@ def opened(bucket: str) -> Bucket:
         ("s3://bucket/a", True),
         ("gs://bucket", True),
         ("az://container/a", True),
+        ("S3://bucket/a", True),
         ("s3:/bucket/a", False),
         ("https://host/a", False),
         ("s3", False),
@@ -151,6 +152,43 @@ def test_refused_credentials_end_at_once_with_what_to_check(
     assert "AKIATESTS" not in told
     assert SECRET not in told
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokens@-1/metadata.json", "credentials", "latest"])
+def test_no_name_of_an_object_is_taken_for_what_is_wrong(opened: Bucket, s3_server: S3Server, name: str) -> None:
+    opened.write(name, b"data")
+    with s3_server.faults(Faults()) as faults:
+        lost = iter(["reset"] * 2)
+        faults.told = lambda method, path: next(lost, None)
+        opened.create(name, b"data")
+        assert faults.counts == {"reset": 2}
+
+
+@pytest.mark.parametrize(("status", "n_requests"), [(408, 2), (429, 2), (400, 1), (403, 1), (416, 1)])
+def test_answers_without_a_word_are_judged_by_their_number(
+    opened: Bucket, s3_server: S3Server, status: int, n_requests: int
+) -> None:
+    opened.write("a", b"data")
+    with s3_server.faults(Faults()) as faults:
+        once = iter([(status, "Unheard")])
+        faults.told = lambda method, path: next(once, None)
+        if n_requests == 1:
+            with pytest.raises(StoreError, match=rf"refused \({status}\)"):
+                opened.size("a")
+        else:
+            assert opened.size("a") == 4
+        assert len(faults.requests) == n_requests
+
+
+@pytest.mark.parametrize("kind", ["reset", "lost", "stall"])
+def test_a_fault_at_the_first_contact_is_survived(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "0.3")
+    with s3_server.faults(Faults()) as faults:
+        once = iter([kind])
+        faults.told = lambda method, path: next(once, None)
+        assert open_bucket(bucket)[0].create("a", b"")
 
 
 @pytest.mark.parametrize("operation", ALL)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from apecache.errors import StoreError, nearest
-from apecache.objects import is_object_url
+from apecache.objects import is_object_url, require_known_scheme
 
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
@@ -104,6 +104,7 @@ def open_files(place: str | Path, alone: bool = False) -> Files:
     Raises:
         StoreError: a URL that names no place. MissingExtraError: object storage without the extra `remote`.
     """
+    require_known_scheme(place)
     if is_object_url(place):
         from apecache.store.objects import open_objects
 

@@ -221,6 +221,14 @@ def test_the_store_of_another_table_is_refused(files: ObjectFiles, place: str, t
         create_store(files, columns(replace(SMALL, images=11)), "/data", "0")
 
 
+@pytest.mark.parametrize("place", ["https://host/store", "file:///store", "hdfs://store"])
+def test_other_urls_are_no_places_and_no_folders(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r":// is no place for a store; give a folder, or one of s3://, gs://, az://"):
+        run(place, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_there_is_no_store_where_none_is(place: str) -> None:
     with pytest.raises(StoreError, match=rf"{place} is no store \(make one with: apecache extract\)"):
         FeatureStore.open(place)
