@@ -18,7 +18,8 @@ Messages are one line: what was found, what was expected, what mends it. `exit_c
 `RowError` is no error of the run: it carries why one row could not be encoded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def one_line(text: object, limit: int = 200) -> str:
     return " ".join(str(text).split())[:limit]
 
 
+@contextmanager
+def naming(place: object, copy: object) -> Iterator[None]:
+    """Errors name `place` in place of the temporary copy of it that is worked on."""
+    try:
+        yield
+    except ApecacheError as error:
+        error.args = (str(error).replace(str(copy), str(place)), *error.args[1:])
+        raise
+
+
 def require_local(folder: Path, what: str) -> None:
     """Refuse a URL of object storage where only a folder will do.
 
@@ -109,7 +120,7 @@ def require_local(folder: Path, what: str) -> None:
     """
     scheme, colon, _ = str(folder).partition(":/")
     if colon and scheme in ("s3", "gs", "az"):
-        raise RunError(f"{what} {folder} is on object storage, where only stores, tables and images are; give a folder")
+        raise RunError(f"{what} {folder} is on object storage; this command takes a folder")
 
 
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:

@@ -1,5 +1,6 @@
 """`apecache fit-head` and `apecache fit-encoder`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from .terminal import Device, Json, Overwrite, ending, show_json, show_table, wa
 def fit_head(
     store: Annotated[str, typer.Argument(help="A complete feature store.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (apecache recipes lists them) or a file.toml.")],
-    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    out: Annotated[str, typer.Option(help="The run folder to make; s3://… and the like too.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
     ] = None,
@@ -50,6 +51,7 @@ def fit_head(
         loaded = load_recipe(recipe, set_ or ())
         if not loaded.trains_heads_alone:
             raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
+        from apecache.recipes.remote_runs import kept_run
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec
@@ -62,11 +64,12 @@ def fit_head(
             "extract_report": extract_report,
         }
         spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds, **about)
-        report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
+        with kept_run(out) as folder:
+            report = run(FeatureStore.open(store), loaded, folder, spec, show_epoch)
         for warning in report.ledger.warnings:
             warn(warning)
         if json:
-            show_json(report)
+            show_json({**asdict(report), "run": out})
             return
         recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
         counts = (report.n_train_images, report.n_dev_images, report.n_negatives, report.n_trained_parameters)

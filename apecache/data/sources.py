@@ -15,7 +15,7 @@ from apecache.data.spec import OpenSpec, is_url
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table
 from apecache.data.texts import open_texts
-from apecache.errors import ApecacheError, ManifestError, OptionError, nearest
+from apecache.errors import ManifestError, OptionError, naming, nearest
 from apecache.objects import is_object_url, open_bucket
 
 REMOTE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".txt")
@@ -92,10 +92,8 @@ def _open_object(url: str, spec: OpenSpec) -> PairSource:
             path.write_bytes(bucket.read(key))
         except FileNotFoundError:
             raise ManifestError(f"{url}: no such object; give another") from None
-        try:
+        with naming(url, path):
             source = _open(str(path), spec)
-        except ApecacheError as error:
-            raise type(error)(str(error).replace(str(path), url)) from None
     if isinstance(source.media, FolderMedia) and spec.root is None:
         return replace(source, origin=url, media=ObjectMedia(url.rpartition("/")[0]))
     if not isinstance(source.media, FolderMedia | ObjectMedia | NoMedia):

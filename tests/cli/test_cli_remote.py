@@ -66,7 +66,13 @@ def test_the_way_of_the_data_begins_and_ends_on_object_storage(
     assert call("fit-head", store, *fit, "--out", run).exit_code == 0
     assert call("fit-head", tiny_store, *fit, "--out", tmp_path / "same").exit_code == 0
     assert (run / "head.safetensors").read_bytes() == (tmp_path / "same" / "head.safetensors").read_bytes()
-    evaluated = call_json("evaluate", run, "--store", store, "--split", "val")
+    assert call("fit-head", store, *fit, "--out", f"{bucket}/run").exit_code == 0
+    assert objects(f"{bucket}/run")["head.safetensors"] == (run / "head.safetensors").read_bytes()
+    again = call("fit-head", store, *fit, "--out", f"{bucket}/run")
+    assert (again.exit_code, f"run folder {bucket}/run exists already" in again.stderr) == (3, True), again.output
+    evaluated = call_json("evaluate", f"{bucket}/run", "--store", store, "--split", "val")
+    refused = call("index", f"{bucket}/run", "--store", store, "--out", index)
+    assert (refused.exit_code, "this command takes a folder" in refused.stderr) == (3, True)
     assert evaluated["text_to_image"] == call_json("evaluate", run, "--store", tiny_store)["text_to_image"]
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
