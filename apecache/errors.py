@@ -9,7 +9,7 @@
     │   ├── EncoderError                 an encoder that cannot be found or used
     │   ├── RecipeError                  a recipe or one of its settings
     │   ├── RunError                     a run folder, head or index
-    │   └── StoreError                   not a store, a newer format
+    │   └── StoreError                   not a store, a newer format, object storage that does not answer or refuses
     │       ├── IncompleteError          extraction has not finished
     │       └── DamagedError             bytes differ from their commit record
     └── MismatchError                 4  does not belong to this store or run (also ValueError)
