@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.data.decoding import Ahead, Preprocessed, preprocess_ahead
+from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
@@ -80,7 +80,8 @@ class ImageJob:
 
     def decode(self, keys: Sequence[str]) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
         """What `preprocess` makes of each image, at most two batches in front of the consumer."""
-        ahead = Ahead(self.workers, 2 * self.layout.batch_size + self.workers, self.hang_seconds)
+        images = 2 * self.layout.batch_size + self.workers
+        ahead = reading_ahead(self.source.media, self.workers, images, self.hang_seconds)
         views = self.views.count if self.views else 1
         shapes = [(views, *first.encoder.input_shape) for first, *_ in self.models]
         return preprocess_ahead(keys, self.load, self.preprocess, shapes, ahead)

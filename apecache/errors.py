@@ -10,7 +10,7 @@
     │   ├── EncoderError                 an encoder that cannot be found or used
     │   ├── RecipeError                  a recipe or one of its settings
     │   ├── RunError                     a run folder, head or index
-    │   └── StoreError                   not a store, a newer format
+    │   └── StoreError                   not a store, a newer format, object storage that does not answer or refuses
     │       ├── IncompleteError          extraction has not finished
     │       └── DamagedError             bytes differ from their commit record
     └── MismatchError                 4  does not belong to this store or run (also ValueError)
@@ -19,7 +19,8 @@ Messages are one line: what was found, what was expected, what mends it. `exit_c
 `RowError` is no error of the run: it carries why one row could not be encoded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -106,12 +107,34 @@ def one_line(text: object, limit: int = 200) -> str:
     return " ".join(str(text).split())[:limit]
 
 
+@contextmanager
+def naming(place: object, copy: object) -> Iterator[None]:
+    """Errors name `place` in place of the temporary copy of it that is worked on."""
+    try:
+        yield
+    except ApecacheError as error:
+        error.args = (str(error).replace(str(copy), str(place)), *error.args[1:])
+        raise
+
+
+def require_local(folder: Path, what: str) -> None:
+    """Refuse a URL of object storage where only a folder will do.
+
+    Raises:
+        RunError: `folder` is one.
+    """
+    scheme, colon, _ = str(folder).partition(":/")
+    if colon and scheme in ("s3", "gs", "az"):
+        raise RunError(f"{what} {folder} is on object storage; this command takes a folder")
+
+
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
     """Refuse to write over something that exists. `overwrite`: it was asked for, but this is nothing of ours.
 
     Raises:
         RunError: `folder` exists and is not empty.
     """
+    require_local(folder, what)
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         if overwrite:
             raise RunError(f"{folder} exists and is no {what}, so it is not overwritten; choose another --out")

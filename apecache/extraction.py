@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.data.media import FolderMedia, NoMedia
+from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
 from apecache.data.pairs import PairSource
 from apecache.encode import EncodedShard, ImageJob, Target, TextJob, image_jobs, text_jobs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
@@ -22,8 +22,8 @@ from apecache.fingerprint import Modality
 from apecache.parts import WHOLE, Part
 from apecache.preparation import ExtractSpec, prepare_arrays
 from apecache.recheck import require_same_content, spot_check
-from apecache.segments import make_segment, split_source
-from apecache.store.files import LocalFiles
+from apecache.segments import Segment, make_segment, split_source
+from apecache.store.files import Files, open_files
 from apecache.store.layout import ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, QuarantinedRow
@@ -56,6 +56,7 @@ Progress = Callable[[Standing], None]
 """Called after every batch and every commit."""
 
 UNFINDABLE_SHARE = 0.5
+MOST_LOOKED_FOR = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ExtractReport:
     `seconds`: of the whole run, without loading the encoders. `complete`: nothing is left for other parts; else
     `share_done` says how much of the store's rows is there."""
 
-    store: Path
+    store: str | Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
     seconds: float = 0.0
@@ -95,11 +96,16 @@ class ExtractReport:
         return not any(array.n_encoded for array in self.arrays)
 
 
-def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progress = lambda *_: None) -> ExtractReport:
+def extract(
+    source: PairSource, store: str | Path, spec: ExtractSpec, progress: Progress = lambda *_: None
+) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`; what is committed already is not done again.
 
     With `spec.part` only the shards of that part. The part that ends last seals the store, and judges it as one run
     would: of the errors below the last two are raised only where all parts are done.
+
+    Args:
+        store: a folder, or a place on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`).
 
     Raises:
         ManifestError, EncoderError, MismatchError, StoreError: before anything is encoded.
@@ -109,25 +115,19 @@ def extract(source: PairSource, store: Path, spec: ExtractSpec, progress: Progre
     require_inputs(source, spec)
     encoders = load_encoders(spec)
     begin = time.perf_counter()
-    segments = split_source(source, store, spec.append)
+    files = open_files(store, spec.single_writer)
+    segments = split_source(source, files, spec.append)
     totals = new_totals(source, encoders)
-    for path, part in segments:
-        _extract_segment(path, part, encoders, spec, totals, progress)
-    return judge(store, totals, spec, begin)
+    for segment in segments:
+        _extract_segment(segment, encoders, spec, totals, progress)
+    return judge(files, totals, spec, begin)
 
 
 def extract_pending(
-    segment: Path,
-    part: PairSource,
-    encoders: "Encoders",
-    spec: ExtractSpec,
-    progress: Progress = lambda *_: None,
+    segment: Segment, encoders: "Encoders", spec: ExtractSpec, progress: Progress = lambda *_: None
 ) -> None:
-    """Encode and commit what is pending in one segment, given its part of the table and the encoders of `spec`.
-
-    Raises as `extract` does.
-    """
-    _extract_segment(segment, part, encoders, spec, new_totals(part, encoders), progress)
+    """Encode and commit what is pending in one segment, given the encoders of `spec`. Raises as `extract` does."""
+    _extract_segment(segment, encoders, spec, new_totals(segment.part, encoders), progress)
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,16 @@ def load_encoders(spec: ExtractSpec) -> Encoders:
 
 
 def _extract_segment(
-    path: Path,
-    part: PairSource,
+    segment: Segment,
     encoders: Encoders,
     spec: ExtractSpec,
     totals: "dict[Modality, Total]",
     progress: Progress,
 ) -> None:
     """All arrays are prepared, and every mismatch found, before the first row is encoded."""
-    make_segment(path, part)
-    opened = FeatureStore.open(path)
-    for job in prepare_jobs(opened, part, encoders, spec, totals):
+    make_segment(segment)
+    opened = FeatureStore.at(segment.files)
+    for job in prepare_jobs(opened, segment.part, encoders, spec, totals):
         if spec.recheck:
             require_same_content(opened, job)
         _run(opened.files, job, spec.part, totals[job.targets[0].record.modality], progress)
@@ -185,9 +184,11 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
 def _require_findable(source: PairSource, part: Part) -> None:
     """Refuse a wrong --root; single missing images are quarantined later. A part looks at a share of the rows."""
     keys = source.keys[part.number - 1 :: part.count]
+    if isinstance(source.media, ObjectMedia):  # one request each
+        keys = keys[:: -(-len(keys) // MOST_LOOKED_FOR) or 1]
     missing = [key for key in keys if not source.media.exists(key)]
     if len(missing) > UNFINDABLE_SHARE * len(keys):
-        below = isinstance(source.media, FolderMedia)
+        below = isinstance(source.media, FolderMedia | ObjectMedia)
         remedy = "give the folder that the paths are relative to as --root" if below else "every row needs its image"
         raise BadRowsError(
             f"{source.origin}: {len(missing)} of {len(keys)} images are not {'below' if below else 'in'} "
@@ -282,7 +283,7 @@ def _prepared(
     return records
 
 
-def _run(files: LocalFiles, job: ImageJob | TextJob, part: Part, total: Total, progress: Progress) -> None:
+def _run(files: Files, job: ImageJob | TextJob, part: Part, total: Total, progress: Progress) -> None:
     """Encode and commit every pending shard of the part in one segment, then seal its arrays if they are complete."""
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     committed = [writer.committed().keys() for writer in writers]
@@ -343,9 +344,9 @@ def commit_shard(
 # --- after -----------------------------------------------------------------------------------------------------------
 
 
-def judge(store: Path, totals: Mapping[Modality, Total], spec: ExtractSpec, begin: float) -> ExtractReport:
+def judge(files: Files, totals: Mapping[Modality, Total], spec: ExtractSpec, begin: float) -> ExtractReport:
     """What the run did; where the store is complete, whether it may stay as it is. Raises as `extract` does."""
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.at(files)
     reports = tuple(_report(opened, total, name) for total in totals.values() for name in total.tallies)
     arrays = [opened.array(report.modality, report.name) for report in reports]
     complete = all(array.complete for array in arrays)
@@ -353,7 +354,7 @@ def judge(store: Path, totals: Mapping[Modality, Total], spec: ExtractSpec, begi
     duplicates = _duplicates(opened, reports) if complete else 0
     if complete:
         _require_few_bad(reports, spec.max_bad)
-    return ExtractReport(store, reports, duplicates, time.perf_counter() - begin, spec.part, share_done, complete)
+    return ExtractReport(files.place, reports, duplicates, time.perf_counter() - begin, spec.part, share_done, complete)
 
 
 def _report(store: FeatureStore, total: Total, name: str) -> ArrayReport:

@@ -1,6 +1,5 @@
 """What an extraction would take, before it runs: rows, bytes, seconds and money. Nothing is written."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from apecache.extraction import ExtractSpec, count_rows, load_encoders, require_
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.preparation import array_name, arrays_and_layouts, room_bytes
 from apecache.segments import split_source
-from apecache.store.files import LocalFiles
+from apecache.store.files import open_files
 from apecache.store.layout import SOURCE, ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureStore
 
@@ -43,13 +42,14 @@ class ArrayPlan:
 @dataclass(frozen=True)
 class ExtractPlan:
     """`image_seconds` and `text_seconds`: of encoding what is pending, from two batches of each job timed here and now;
-    loading the encoders is not in them. `price`: of these seconds, in the currency of the price per hour."""
+    loading the encoders is not in them. `free_bytes`: None on object storage. `price`: of these seconds, in the
+    currency of the price per hour."""
 
-    store: Path
+    store: str | Path
     arrays: tuple[ArrayPlan, ...]
     image_seconds: float
     text_seconds: float
-    free_bytes: int
+    free_bytes: int | None
     price: float | None
 
     @property
@@ -62,7 +62,7 @@ class ExtractPlan:
 
     @property
     def fits(self) -> bool:
-        return self.n_bytes <= self.free_bytes
+        return self.free_bytes is None or self.n_bytes <= self.free_bytes
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Part(Generic[Encoder]):
 
 
 def plan_extraction(
-    source: PairSource, store: Path, spec: ExtractSpec, price_per_hour: float | None = None
+    source: PairSource, store: str | Path, spec: ExtractSpec, price_per_hour: float | None = None
 ) -> ExtractPlan:
     """What `extract` with the same arguments would do.
 
@@ -96,8 +96,10 @@ def plan_extraction(
     encoders = load_encoders(spec)
     images, texts = list[_Part[ImageEncoder]](), list[_Part[TextEncoder]]()
     image_seconds, text_seconds = _Stopwatch(), _Stopwatch()
-    for path, part in split_source(source, store, spec.append):
-        opened = FeatureStore.open(path) if LocalFiles(path).exists(SOURCE) else None
+    files = open_files(store)
+    for segment in split_source(source, files, spec.append):
+        part = segment.part
+        opened = FeatureStore.at(segment.files) if segment.files.exists(SOURCE) else None
         new_images = list(_parts(opened, encoders.image, part, spec, images))
         new_texts = list(_parts(opened, encoders.text, part, spec, texts))
         to_do = [image.target for image in new_images if image.pending]
@@ -108,7 +110,8 @@ def plan_extraction(
         images, texts = images + new_images, texts + new_texts
     seconds = (image_seconds.total, text_seconds.total)
     price = None if price_per_hour is None else price_per_hour * sum(seconds) / 3600
-    return ExtractPlan(store, (*_array_plans(images), *_array_plans(texts)), *seconds, _free_bytes(store), price)
+    arrays = (*_array_plans(images), *_array_plans(texts))
+    return ExtractPlan(files.place, arrays, *seconds, files.free_bytes(), price)
 
 
 def _parts(
@@ -153,12 +156,6 @@ def _pending_rows(job: ImageJob | TextJob, parts: Sequence[_Part[Encoder]]) -> i
     return count_rows(
         job.layout, {shard for part in parts if part.target.record.name in names for shard in part.pending}
     )
-
-
-def _free_bytes(store: Path) -> int:
-    """Where the store is, or would be."""
-    there = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------

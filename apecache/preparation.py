@@ -1,7 +1,6 @@
 """Before anything is encoded: which array to fill, laid out how, and whether it fits what is there."""
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +49,7 @@ class ExtractSpec:
     `max_bad`: share of rows that may be unreadable before the run ends as an error (after encoding all others).
     `add`: put features of another encoder beside those that the store has. `append`: the table has grown at its end;
     put the new rows into a new segment. `recheck`: read every input again and compare it with what was encoded.
+    `single_writer`: nobody else writes to the store, so that object storage without put-if-absent will do.
     `compiled`: image encoders by TorchInductor, not after a block; None: where 4,096 images and ten minutes of
     encoding or more are ahead and a compiled batch was measured to take less than 0.9 of the time.
     `part`: the shards to encode, while others encode the rest; all of them may begin at once.
@@ -68,6 +68,7 @@ class ExtractSpec:
     add: bool = False
     append: bool = False
     recheck: bool = False
+    single_writer: bool = False
     views: Views | None = None
     compiled: bool | None = None
     part: Part = WHOLE
@@ -341,8 +342,8 @@ def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, ba
 
 def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:
     needed = sum(room_bytes(layout, layout.n_shards) for layout in layouts)
-    free = shutil.disk_usage(store.path).free
-    if needed > free:
+    free = store.files.free_bytes()
+    if free is not None and needed > free:
         raise StoreError(f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} MB free")
 
 

@@ -12,7 +12,7 @@ from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.fingerprint import content_hash
 from apecache.store.commit import CommitRecord, is_commit, read_commit
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.layout import records_folder
 from apecache.store.reader import FeatureArray, FeatureStore
 
@@ -26,10 +26,10 @@ class _FirstCommit(FeatureArray):
     def commits(self) -> Mapping[int, CommitRecord]:
         folder = f"{records_folder(self.record.modality, self.name)}/commits"
         first = next((int(name[:8]) for name in self.files.list(folder) if is_commit(name)), None)
-        return {} if first is None else {first: read_commit(self.files, self.record, first)}
+        return {} if first is None else {first: read_commit(self.files, self.record, first)[0]}
 
 
-def spot_check(files: LocalFiles, job: ImageJob | TextJob, place: int) -> None:
+def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     """Encode a few committed rows of the job's target `place` again, if there are any: a library update between two
     runs, or another one on the next node, can change pixels or kernels.
 

@@ -19,9 +19,9 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DamagedError, MismatchError
 from apecache.extraction import Encoders, ExtractSpec, Progress, extract_pending, load_encoders
 from apecache.fingerprint import Modality, describe_difference
-from apecache.segments import pair_columns, split_source
+from apecache.segments import Segment, pair_columns, split_source
 from apecache.store.commit import read_record
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files, open_files
 from apecache.store.layout import (
     SEGMENT_RECORDS,
     SEGMENTS,
@@ -40,7 +40,7 @@ from apecache.store.mend import (
     unmake_table,
 )
 from apecache.store.reader import FeatureStore
-from apecache.store.verify import Problem, VerifyReport, array_names, segment_folders, verify_segment, verify_store
+from apecache.store.verify import Problem, VerifyReport, array_names, begun_segments, verify_files, verify_segment
 from apecache.store.writer import create_store
 
 
@@ -48,7 +48,7 @@ from apecache.store.writer import create_store
 class RepairReport:
     """`shards`: per array the shards that were encoded again. `objects`: other objects that were written again."""
 
-    store: Path
+    store: str | Path
     shards: dict[str, tuple[int, ...]]
     objects: tuple[str, ...]
     after: VerifyReport
@@ -59,7 +59,7 @@ class RepairReport:
 
 
 def repair(
-    store: Path, source: PairSource, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
+    store: str | Path, source: PairSource, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
 ) -> RepairReport:
     """Verify a store, make what is damaged again, and verify it once more.
 
@@ -73,59 +73,64 @@ def repair(
         StoreError: no store; or an array's fingerprint and its copy are lost, so that nobody knows what it was.
         MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
     """
-    require_store(LocalFiles(store))
     spec = spec or ExtractSpec()
+    files = open_files(store, spec.single_writer)
+    require_store(files)
+    files.prepare()
     shards: dict[str, tuple[int, ...]] = {}
-    objects = [*_mend_fingerprints(store), *_mend_sources(source, store)]
+    objects = [*_mend_fingerprints(files), *_mend_sources(source, files)]
     # The last first: the store opens only when all of its segments do.
-    for path, part in reversed(split_source(source, store)):
-        again, rewritten = _repair_segment(path, part, spec, progress)
-        prefix = "" if path == store else f"{path.relative_to(store).as_posix()}/"
-        shards |= {f"{prefix}{array}": damaged for array, damaged in again.items()}
-        objects += [f"{prefix}{name}" for name in rewritten]
-    return RepairReport(store, shards, tuple(objects), verify_store(store))
+    for segment in reversed(split_source(source, files)):
+        again, rewritten = _repair_segment(segment, spec, progress)
+        shards |= {_below(segment.folder, array): damaged for array, damaged in again.items()}
+        objects += [_below(segment.folder, name) for name in rewritten]
+    return RepairReport(files.place, shards, tuple(objects), verify_files(files))
 
 
-def _mend_fingerprints(store: Path) -> list[str]:
+def _mend_fingerprints(store: Files) -> list[str]:
     """Lost fingerprints of all segments, from their copy: without them nothing else of an array can be verified."""
     mended = []
-    for path in (store, *segment_folders(store)):
-        files = LocalFiles(path)
+    for folder in ("", *begun_segments(store)):
+        files = store.child(folder)
         for modality, name in array_names(files):
             where = f"{records_folder(modality, name)}/fingerprint.json"
             try:
                 read_record(files, where)
             except DamagedError:
                 restore_fingerprint(files, modality, name)
-                mended.append((path / where).relative_to(store).as_posix())
+                mended.append(_below(folder, where))
     return mended
 
 
-def _mend_sources(source: PairSource, store: Path) -> list[str]:
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _mend_sources(source: PairSource, store: Files) -> list[str]:
     """Lost claims to the table, so that it can be divided into segments; returns those that were written again. How
     many images a segment has, its image features still know; the last one has the rest."""
-    first, mended, root_files = 0, list[str](), LocalFiles(store)
-    recorded = {store / SEGMENTS / name.removesuffix(".json") for name in root_files.list(SEGMENT_RECORDS)}
-    segments = sorted({*segment_folders(store), *recorded})
-    for path in (store, *segments):
-        files = LocalFiles(path)
+    first, mended = 0, list[str]()
+    recorded = {f"{SEGMENTS}/{name.removesuffix('.json')}" for name in store.list(SEGMENT_RECORDS)}
+    segments = sorted({*begun_segments(store), *recorded})
+    for folder in ("", *segments):
+        files = store.child(folder)
         try:
             count = read_record(files, SOURCE)["n_images"]
         except DamagedError:
-            count = _n_images(root_files, path, len(source) - first)
+            count = _n_images(store, folder, len(source) - first)
             part = source.part(first, first + count)
             restore_source(files, pair_columns(part), part.media.place)
-            mended.append((path / SOURCE).relative_to(store).as_posix())
+            mended.append(_below(folder, SOURCE))
         first += count
-    return mended + restore_segment_records(root_files, [path.name for path in segments])
+    return mended + restore_segment_records(store, [folder.rpartition("/")[2] for folder in segments])
 
 
-def _n_images(store: LocalFiles, segment: Path, otherwise: int) -> int:
+def _n_images(store: Files, folder: str, otherwise: int) -> int:
     """How many images a segment has that has lost its own record of it."""
     with contextlib.suppress(DamagedError):
-        count: int = read_record(store, segment_record_name(segment.name))["n_images"]
+        count: int = read_record(store, segment_record_name(folder.rpartition("/")[2]))["n_images"]
         return count
-    files = LocalFiles(segment)
+    files = store.child(folder)
     for name in files.list("records/image"):
         rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")["layout"]["rows"]
         return rows
@@ -133,23 +138,23 @@ def _n_images(store: LocalFiles, segment: Path, otherwise: int) -> int:
 
 
 def _repair_segment(
-    store: Path, source: PairSource, spec: ExtractSpec, progress: Progress
+    segment: Segment, spec: ExtractSpec, progress: Progress
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shards that were encoded again by array, and other objects that were written again."""
-    files = LocalFiles(store)
-    problems = verify_segment(store).problems
+    files = segment.files
+    problems = verify_segment(files).problems
     harmful = [problem for problem in problems if problem.harmful or problem.kind in ("unsealed", "uncommitted")]
-    objects = _mend_table(files, harmful, source) + _mend_metadata(store, harmful)
+    objects = _mend_table(files, harmful, segment.part) + _mend_metadata(files, harmful)
     shards = _damaged_shards(harmful)
-    ready = [_ready(FeatureStore.open(store).array(*array).record, spec) for array in shards]
+    ready = [_ready(FeatureStore.at(files).array(*array).record, spec) for array in shards]
     for (modality, name), damaged in shards.items():
         uncommit(files, modality, name, damaged)
     for again, encoders in ready:
-        extract_pending(store, source, encoders, again, progress)
+        extract_pending(segment, encoders, again, progress)
     return {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}, objects
 
 
-def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource) -> list[str]:
+def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> list[str]:
     """The pair table, its records, the README and Zarr's root metadata, from the user's table."""
     names = [problem.object for problem in problems if problem.array is None]
     if names:
@@ -158,10 +163,10 @@ def _mend_table(files: LocalFiles, problems: list[Problem], source: PairSource) 
     return names
 
 
-def _mend_metadata(store: Path, problems: list[Problem]) -> list[str]:
+def _mend_metadata(files: Files, problems: list[Problem]) -> list[str]:
     """Zarr's metadata files of arrays, from their records."""
     names = [p for p in problems if p.array and p.shard is None and p.object.endswith("zarr.json")]
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.at(files)
     for array in {problem.array for problem in names if problem.array}:
         rewrite_metadata(opened.files, opened.array(*array).record)
     return [problem.object for problem in names]

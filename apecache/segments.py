@@ -1,13 +1,13 @@
 """A source divided among the segments of a store: what is there already must be what the store was made from."""
 
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from apecache.data.pairs import PairSource
 from apecache.errors import DataError, MismatchError
 from apecache.fingerprint import shorten
 from apecache.store.commit import read_record
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.layout import SEGMENTS, SOURCE, storable
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import PairColumns, add_segment, create_store
@@ -20,43 +20,56 @@ def pair_columns(source: PairSource) -> PairColumns:
     )
 
 
-def split_source(source: PairSource, store: Path, append: bool = False) -> list[tuple[Path, PairSource]]:
-    """Each segment's folder and its part of the table; with `append`, a new segment for what is new at its end.
+@dataclass(frozen=True)
+class Segment:
+    """The store's own first one (`folder` is empty), or one that was appended, and its part of the table."""
+
+    store: Files
+    folder: str
+    part: PairSource
+
+    @property
+    def files(self) -> Files:
+        return self.store.child(self.folder)
+
+
+def split_source(source: PairSource, store: Files, append: bool = False) -> list[Segment]:
+    """Every segment; with `append`, a new one for what is new at the end of the table.
 
     Raises:
         MismatchError: the table is not that of the store, or has grown without `append`.
     """
-    segments, position = [], 0
-    for path in _begun_segments(store):
-        record = read_record(LocalFiles(path), SOURCE)
-        part = source.part(position, position + record["n_images"])
-        if part.digest != record["digest"]:
-            raise MismatchError(_other_table(path, part, position))
-        segments.append((path, part))
+    segments, position = list[Segment](), 0
+    for folder in _claimed_folders(store):
+        record = read_record(store.child(folder), SOURCE)
+        segment = Segment(store, folder, source.part(position, position + record["n_images"]))
+        if segment.part.digest != record["digest"]:
+            raise MismatchError(_other_table(segment.files, segment.part, position))
+        segments.append(segment)
         position += record["n_images"]
     rest = source.part(position)
     if not segments:
-        return [(store, source)]
+        return [Segment(store, "", source)]
     if len(rest) and not append:
-        raise MismatchError(
-            f"{source.origin} has {len(rest)} images more than {store} was made from; add --append to encode them too"
-        )
-    return [*segments, (store / SEGMENTS / f"{len(segments):04d}", rest)] if len(rest) else segments
+        found = f"{source.origin} has {len(rest)} images more than {store.place} was made from"
+        raise MismatchError(f"{found}; add --append to encode them too")
+    return [*segments, Segment(store, f"{SEGMENTS}/{len(segments):04d}", rest)] if len(rest) else segments
 
 
-def _begun_segments(store: Path) -> list[Path]:
-    """Folders that are claimed for a table, whether or not they were finished being made."""
-    if not LocalFiles(store).exists(SOURCE):
+def _claimed_folders(store: Files) -> list[str]:
+    """Of segments that are claimed for a table, whether or not they were finished being made."""
+    if not store.exists(SOURCE):
         return []
-    return [store, *sorted(path.parents[1] for path in (store / SEGMENTS).glob(f"*/{SOURCE}"))]
+    folders = (f"{SEGMENTS}/{name}" for name in store.list(SEGMENTS))
+    return ["", *(folder for folder in folders if store.exists(f"{folder}/{SOURCE}"))]
 
 
-def _other_table(path: Path, part: PairSource, first_row: int) -> str:
+def _other_table(files: Files, part: PairSource, first_row: int) -> str:
     """Where a table departs from the one that a segment was made from."""
-    other = f"{path} was made from another table"
+    other = f"{files.place} was made from another table"
     remedy = "a store belongs to one table (--append takes it with new rows at its end): choose another --store"
     try:
-        pairs = FeatureStore.open(path).pairs
+        pairs = FeatureStore.at(files).pairs
     except DataError:
         return f"{other} than {part.origin}; {remedy}"
     captions: list[list[str]] = [[] for _ in pairs.keys]
@@ -76,10 +89,10 @@ def _other_table(path: Path, part: PairSource, first_row: int) -> str:
     return f"{other}: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
 
 
-def make_segment(path: Path, part: PairSource) -> None:
-    """The store, or a segment of one, that is at `path`; what is there already stays. Raises as `create_store` does."""
-    about = (pair_columns(part), part.media.place, version("apecache"))
-    if path.parent.name == SEGMENTS:
-        add_segment(LocalFiles(path.parents[1]), path.name, *about)
+def make_segment(segment: Segment) -> None:
+    """Makes the store, or a later segment of it; what is there already stays. Raises as `create_store` does."""
+    about = (pair_columns(segment.part), segment.part.media.place, version("apecache"))
+    if segment.folder:
+        add_segment(segment.store, segment.folder.rpartition("/")[2], *about)
     else:
-        create_store(LocalFiles(path), *about)
+        create_store(segment.store, *about)

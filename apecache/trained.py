@@ -17,6 +17,7 @@ from apecache.data.media import read_file
 from apecache.encode import caption_error
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, RowError
+from apecache.recipes.remote_runs import fetched_run
 from apecache.recipes.runs import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 
 Picture = str | Path | Image.Image
@@ -80,13 +81,15 @@ class ImageTextModel:
 def load(
     run: Path | str, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
 ) -> ImageTextModel:
-    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts.
+    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts. `run`: its folder,
+    or a URL of object storage.
 
     Raises:
         RunError: no finished run there. EncoderError: the device cannot be used. Of towers that were trained, which are
         loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one that was trained.
     """
-    return ImageTextModel(load_run(Path(run), device, image, text), image, text, device)
+    with fetched_run(run) as folder:
+        return ImageTextModel(load_run(folder, device, image, text), image, text, device)
 
 
 def _listed(values: Sequence[Item]) -> Sequence[Item]:

@@ -50,7 +50,7 @@ app.command()(search.index)
 app.command()(search.search)
 app.command()(report.report)
 app.command()(serve.serve)
-for _command in (store.info, store.verify, store.repair, store.remove, store.export, store.upgrade):
+for _command in (store.info, store.verify, store.repair, store.remove, store.copy, store.export, store.upgrade):
     app.command()(_command)
 app.command()(demo.demo)
 

@@ -17,8 +17,8 @@ TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 @takes_source
 def evaluate(
     opening: Opening,
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    store: Annotated[Path | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
+    run: Annotated[str, typer.Argument(help="A finished run folder; s3://… and the like too.")],
+    store: Annotated[str | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
     split: Annotated[
         str | None, typer.Option(help="The split to report. Default: retrieval val, zero-shot all, probes test.")
     ] = None,
@@ -67,15 +67,19 @@ def evaluate(
     """
     with ending():
         choice("--task", task, TASKS)
-        moved = moved_encoders(run, image, text)
-        asked = Asked(run, labels, opening, split, device, max_bad, moved)
-        match task:
-            case "retrieval":
-                result = retrieval(run, store, split or "val", device, folds, by_language, csls, opening.root, moved)
-            case "zeroshot":
-                result = zeroshot(asked, dataset, class_names, templates, template)
-            case _:
-                result = probes(asked, "image" if task == "probe" else "text", probe_train_split)
+        from apecache.recipes.remote_runs import fetched_run
+
+        with fetched_run(run) as here:
+            moved = moved_encoders(here, image, text)
+            asked = Asked(here, labels, opening, split, device, max_bad, moved)
+            about = (split or "val", device, folds, by_language, csls, opening.root, moved)
+            match task:
+                case "retrieval":
+                    result = retrieval(here, store, *about)
+                case "zeroshot":
+                    result = zeroshot(asked, dataset, class_names, templates, template)
+                case _:
+                    result = probes(asked, "image" if task == "probe" else "text", probe_train_split)
         if json:
             show_json(result)
             return
@@ -85,13 +89,13 @@ def evaluate(
 
 def retrieval(
     run: Path,
-    store: Path | None,
+    store: str | None,
     split: str,
     device: str,
     folds: int | None = None,
     by_language: bool = False,
     csls: bool = False,
-    root: Path | None = None,
+    root: str | None = None,
     moved: tuple[Any, Any] = (None, None),
 ) -> dict[str, Any]:
     """The JSON form of a retrieval report: recalls in per cent."""
@@ -158,7 +162,7 @@ def _seen(training: Any, data: str, split: str) -> bool:
     return training.get("data") == data and split in ((splits.get("train") or "train"), splits.get("dev"))
 
 
-def show_retrieval(run: Path, result: dict[str, Any]) -> None:
+def show_retrieval(run: str, result: dict[str, Any]) -> None:
     ks = list(result["image_to_text"])
     tables = [(str(run), result), ("chance", result["chance"])]
     tables += [("with CSLS", result["csls"])] if result["csls"] else []

@@ -1,7 +1,6 @@
 """`apecache extract`."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from .inputs import (
     ImageColumn,
     Restval,
     Root,
+    SingleWriter,
     Split,
     SplitFile,
     SplitFraction,
@@ -27,7 +27,9 @@ CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LA
 
 def extract(
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
-    store: Annotated[Path, typer.Option(help="The feature store to make or to go on with.")],
+    store: Annotated[
+        str, typer.Option(help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://….")
+    ],
     image: Annotated[
         list[str] | None,
         typer.Option(help="Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
@@ -94,6 +96,7 @@ def extract(
     add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
     append: Annotated[bool, typer.Option("--append", help="The table has grown at its end: encode that too.")] = False,
     recheck: Annotated[bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")] = False,
+    single_writer: SingleWriter = False,
     part: Annotated[
         str | None,
         typer.Option(help="i/n: encode the i-th of n shares of the shards, beside others who do the rest (Slurm)."),
@@ -140,6 +143,7 @@ def extract(
         options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
         options |= {"device": device, "add": add, "append": append, "recheck": recheck, "compiled": compiled}
+        options |= {"single_writer": single_writer}
         options |= {"part": own, "hang_seconds": hang_seconds, "workers": workers}
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
@@ -162,7 +166,7 @@ def run_on(cluster: Any) -> Any:
     return partial(extract_on_ray, cluster=cluster)
 
 
-def show_plan(source: Any, store: Path, spec: Any, price_per_hour: float | None, json: bool) -> None:
+def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, json: bool) -> None:
     from apecache.planning import plan_extraction
 
     plan = plan_extraction(source, store, spec, price_per_hour)
@@ -178,7 +182,8 @@ def show_plan(source: Any, store: Path, spec: Any, price_per_hour: float | None,
     show_table(str(plan.store), columns, rows)
     about = f"about {plan.seconds:,.0f} s (images {plan.image_seconds:,.0f}, texts {plan.text_seconds:,.0f})"
     money = "" if plan.price is None else f", price {plan.price:,.2f}"
-    typer.echo(f"{about}{money}; {plan.n_bytes / 1e6:,.1f} MB of {plan.free_bytes / 1e6:,.1f} MB free; nothing written")
+    free = "" if plan.free_bytes is None else f" of {plan.free_bytes / 1e6:,.1f} MB free"
+    typer.echo(f"{about}{money}; {plan.n_bytes / 1e6:,.1f} MB{free}; nothing written")
     if not plan.fits:
         warn("the disk is too small")
 

@@ -1,5 +1,6 @@
 """`apecache fit-head` and `apecache fit-encoder`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +13,9 @@ from .terminal import Device, Json, Overwrite, ending, show_json, show_table, wa
 
 
 def fit_head(
-    store: Annotated[Path, typer.Argument(help="A complete feature store.")],
+    store: Annotated[str, typer.Argument(help="A complete feature store.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (apecache recipes lists them) or a file.toml.")],
-    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    out: Annotated[str, typer.Option(help="The run folder to make; s3://… and the like too.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")
     ] = None,
@@ -50,6 +51,7 @@ def fit_head(
         loaded = load_recipe(recipe, set_ or ())
         if not loaded.trains_heads_alone:
             raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
+        from apecache.recipes.remote_runs import kept_run
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import FitSpec
@@ -62,11 +64,12 @@ def fit_head(
             "extract_report": extract_report,
         }
         spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds, **about)
-        report = run(FeatureStore.open(store), loaded, out, spec, show_epoch)
+        with kept_run(out) as folder:
+            report = run(FeatureStore.open(store), loaded, folder, spec, show_epoch)
         for warning in report.ledger.warnings:
             warn(warning)
         if json:
-            show_json(report)
+            show_json({**asdict(report), "run": out})
             return
         recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
         counts = (report.n_train_images, report.n_dev_images, report.n_negatives, report.n_trained_parameters)
@@ -79,12 +82,12 @@ def fit_head(
 
 
 def fit_encoder(
-    store: Annotated[Path, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
+    store: Annotated[str, typer.Argument(help="A complete feature store: its pairs, and features of frozen sides.")],
     recipe: Annotated[str, typer.Option(help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu) or a file.toml.")],
     out: Annotated[Path, typer.Option(help="The run folder to make or to go on with.")],
     image: Annotated[str | None, typer.Option(help="Encoder of a live image side. Default: the store's.")] = None,
     text: Annotated[str | None, typer.Option(help="Encoder of a live text side. Default: the store's.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
     resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels, with --image.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Longest caption in tokens, with --text.")] = None,
     set_: Annotated[

@@ -33,8 +33,12 @@ SplitFraction = Annotated[
     str | None, typer.Option("--split-fraction", help="Shares like train=.9,val=.1, dealt out by a hash of the key.")
 ]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another number deals --split-fraction out otherwise.")]
+SingleWriter = Annotated[
+    bool,
+    typer.Option("--single-writer", help="Nobody else writes to STORE: object storage without put-if-absent will do."),
+]
 Root = Annotated[
-    Path | None, typer.Option("--root", help="Folder of the image paths. Default: the table's own folder.")
+    str | None, typer.Option("--root", help="Folder or s3://… of the image paths. Default: the table's own folder.")
 ]
 
 
@@ -46,7 +50,7 @@ def open_spec(
     split_file: Path | None,
     split_fraction: str | None,
     split_seed: int,
-    root: Path | None,
+    root: str | None,
     restval: bool = True,
 ) -> Any:
     """An OpenSpec from command-line options."""
@@ -93,7 +97,7 @@ class Opening:
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
-        self.root: Path | None = given["root"]
+        self.root: str | None = given["root"]
 
     def __call__(self, *require: Any) -> Any:
         """An OpenSpec of a source that must have these roles."""

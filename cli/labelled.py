@@ -84,7 +84,7 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
     return {**about, "before": vars(before), "after": vars(after)}
 
 
-def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
+def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     title = (
         f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
     )
@@ -97,7 +97,7 @@ def show_zeroshot(run: Path, result: dict[str, Any]) -> None:
         show_table("most frequent confusions", ("class", "taken for", "images"), result["confusions"][:SHOWN])
 
 
-def show_probes(run: Path, result: dict[str, Any]) -> None:
+def show_probes(run: str, result: dict[str, Any]) -> None:
     before, what = result["before"], "images" if result["task"] == "probe" else "texts"
     title = f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, {before['n_test']:,} of "
     rows: list[tuple[object, ...]] = [

@@ -11,7 +11,7 @@ from .terminal import Json, ending, show_json, show_table
 
 def lint(
     target: Annotated[str, typer.Argument(help="A finished run folder, or a recipe by name or file.toml.")],
-    store: Annotated[Path | None, typer.Option(help="Its store: data and weights are checked too.")] = None,
+    store: Annotated[str | None, typer.Option(help="Its store: data and weights are checked too.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Recipe: override section.key=value. May be repeated.")
     ] = None,
@@ -21,7 +21,7 @@ def lint(
     seed: Annotated[int, typer.Option(help="Recipe: seed of the weights.")] = 0,
     image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
     text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
     json: Json = False,
 ) -> None:
     """Look for the traps of published training code: parameters without gradient, gates that are shut, selection on
@@ -46,7 +46,7 @@ def lint(
         require_sound(findings)
 
 
-def _of_run(run: Path, store: Any, report_split: str, root: Path | None) -> list[Any]:
+def _of_run(run: Path, store: Any, report_split: str, root: str | None) -> list[Any]:
     from apecache.recipes.runs import is_encoder_run
 
     if is_encoder_run(run):
@@ -66,7 +66,7 @@ def _of_recipe(
     seed: int,
     features: tuple[str | None, str | None],
     report_split: str,
-    root: Path | None,
+    root: str | None,
 ) -> list[Any]:
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec

@@ -15,7 +15,7 @@ def report(
         Path | None,
         typer.Option(help="The page. Default: RUN-report.html beside the run, report.html in a sweep."),
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="Measure on this store, and show pictures.")] = None,
+    store: Annotated[str | None, typer.Option(help="Measure on this store, and show pictures.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Measure this split. Default: the images on which each run's epoch was chosen.")
     ] = None,
@@ -64,7 +64,7 @@ def page_path(runs: list[Path], out: Path | None) -> Path:
     return page
 
 
-def runs_page(runs: list[Path], out: Path, store: Path | None, about: tuple[Any, ...]) -> Path:
+def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, ...]) -> Path:
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
@@ -80,17 +80,18 @@ def runs_page(runs: list[Path], out: Path, store: Path | None, about: tuple[Any,
     return report_page(runs, out, ReportSpec(opened, split, media, title, command_line(), items, device=device))
 
 
-def media_of(root: Path | None, source: str | None) -> Any:
+def media_of(root: str | None, source: str | None) -> Any:
     """Where images lie by these options; None where neither is given."""
-    from apecache.data.media import FolderMedia
+    from apecache.data.media import media_below
     from apecache.errors import OptionError
+    from apecache.objects import is_object_url
 
     if root is not None and source is not None:
         raise OptionError("--root and --source: give one of them")
     if root is not None:
-        if not root.is_dir():
+        if not is_object_url(root) and not Path(root).is_dir():
             raise OptionError(f"--root {root} is no folder")
-        return FolderMedia(root)
+        return media_below(root)
     if source is None:
         return None
     from apecache.data.sources import open_pairs

@@ -22,12 +22,12 @@ def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any,
     return found[0], found[1]
 
 
-def opener(root: Path | None) -> Any:
+def opener(root: str | None) -> Any:
     """Reads the image of a key below `root`; None without one."""
     if root is None:
         return None
     from apecache.data.images import load_image
-    from apecache.data.media import FolderMedia
+    from apecache.data.media import media_below
 
-    media = FolderMedia(root)
+    media = media_below(root)
     return lambda key: load_image(key, media).image

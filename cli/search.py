@@ -12,7 +12,7 @@ from .terminal import Device, Json, Overwrite, ending, printable, show_json, sho
 
 def index(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    store: Annotated[Path, typer.Option(help="The feature store whose images and captions are to be found.")],
+    store: Annotated[str, typer.Option(help="The feature store whose images and captions are to be found.")],
     out: Annotated[Path, typer.Option(help="The index folder to make, or to update.")],
     split: Annotated[str | None, typer.Option(help="Only this split. Default: everything.")] = None,
     kind: Annotated[
@@ -22,7 +22,7 @@ def index(
     update: Annotated[
         bool, typer.Option("--update", help="Add and remove what has changed in the store, by key.")
     ] = False,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images, if the run trained its image tower.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the images, if the run trained its image tower.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `export` and `upgrade`."""
+"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and `upgrade`."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .inputs import CaptionColumn, ImageColumn, Restval, Split, SplitFile, SplitFraction, SplitSeed, open_spec
+from .inputs import (
+    CaptionColumn,
+    ImageColumn,
+    Restval,
+    SingleWriter,
+    Split,
+    SplitFile,
+    SplitFraction,
+    SplitSeed,
+    open_spec,
+)
 from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
-Store = Annotated[Path, typer.Argument(help="A feature store.")]
+Store = Annotated[str, typer.Argument(help="A feature store: a folder, or s3://…, gs://…, az://….")]
 
 
 def info(store: Store, json: Json = False) -> None:
@@ -108,7 +118,7 @@ def show_problems(report: Any) -> None:
 def repair(
     store: Store,
     pairs: Annotated[str | None, typer.Option(help="The source. Default: where it was when extracted.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the image paths. Default: as when it was made.")] = None,
+    root: Annotated[str | None, typer.Option(help="Folder of the image paths. Default: as when it was made.")] = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     split: Split = None,
@@ -118,6 +128,7 @@ def repair(
     restval: Restval = True,
     image: MovedImage = None,
     text: MovedText = None,
+    single_writer: SingleWriter = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -137,7 +148,8 @@ def repair(
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
         with progress() as update:
-            report = run(store, source, ExtractSpec(moved_image, moved_text, device=device), update)
+            spec = ExtractSpec(moved_image, moved_text, device=device, single_writer=single_writer)
+            report = run(store, source, spec, update)
         if json:
             shown = {"shards": report.shards, "objects": report.objects, "sound": report.after.sound}
             show_json({"store": str(store), **shown, "nothing_to_do": report.nothing_to_do})
@@ -151,28 +163,29 @@ def repair(
         show_problems(report.after)
 
 
-def source_of(store: Path, pairs: str | None, spec: Any) -> Any:
+def source_of(store: str, pairs: str | None, spec: Any) -> Any:
     """The source that was given, or the one that the store remembers, with its images where they were."""
     from dataclasses import replace
 
-    from apecache.data.media import FolderMedia
+    from apecache.data.media import FolderMedia, ObjectMedia, media_below
     from apecache.data.sources import open_pairs
     from apecache.errors import DamagedError, StoreError
     from apecache.store.commit import read_record
-    from apecache.store.files import LocalFiles
+    from apecache.store.files import open_files
     from apecache.store.layout import SOURCE
     from apecache.store.mend import require_store
 
-    require_store(LocalFiles(store))
+    files = open_files(store)
+    require_store(files)
     if pairs is not None:
         return open_pairs(pairs, spec)
     try:
-        record = read_record(LocalFiles(store), SOURCE)
+        record = read_record(files, SOURCE)
     except DamagedError:
         raise StoreError(f"{store} does not remember its source; give it with --pairs SOURCE") from None
     source = open_pairs(record["origin"], spec)
-    below = spec.root is None and isinstance(source.media, FolderMedia)
-    return replace(source, media=FolderMedia(Path(record["root"]))) if below else source
+    below = spec.root is None and isinstance(source.media, FolderMedia | ObjectMedia)
+    return replace(source, media=media_below(record["root"])) if below else source
 
 
 def remove(
@@ -185,18 +198,41 @@ def remove(
     Example: apecache remove store minilm-l6
     """
     with ending():
-        from apecache.store.files import LocalFiles
+        from apecache.store.files import open_files
         from apecache.store.mend import find_array, remove_array
-        from apecache.store.verify import segment_folders
+        from apecache.store.verify import begun_segments
 
-        modality, found = find_array(LocalFiles(store), name)
+        files = open_files(store)
+        modality, found = find_array(files, name)
         # The store itself last: while the array is there, a removal that was interrupted can be repeated.
-        went = [remove_array(LocalFiles(path), modality, found) for path in (*segment_folders(store), store)]
+        went = [remove_array(files.child(folder), modality, found) for folder in (*begun_segments(files), "")]
         total = {key: sum(part[key] for part in went) for key in ("objects", "bytes")}
         if json:
             show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
         else:
             typer.echo(f"removed {modality}/{found}: {total['objects']} objects, {total['bytes'] / 1e6:,.1f} MB")
+
+
+def copy(
+    store: Store,
+    to: Annotated[str, typer.Argument(help="Where the copy is to be: a folder, or s3://…, gs://…, az://….")],
+    single_writer: SingleWriter = False,
+    json: Json = False,
+) -> None:
+    """Copy a store and verify the copy: from object storage to a disk for many runs, or the other way.
+
+    Interrupted, the same command goes on; run again later, it brings what is new.
+
+    Example: apecache copy s3://bucket/store store
+    """
+    with ending():
+        from apecache.store.copy import copy_store
+
+        report = copy_store(store, to, single_writer)
+        if json:
+            show_json({**vars(report), "problems": [vars(p) for p in report.problems], "sound": report.sound})
+        else:
+            show_problems(report)
 
 
 def export(
@@ -228,7 +264,7 @@ def export(
 
 def upgrade(
     store: Store,
-    out: Annotated[Path, typer.Option(help="The folder for the store in the newest format.")],
+    out: Annotated[str, typer.Option(help="The folder for the store in the newest format.")],
     json: Json = False,
 ) -> None:
     """Lift a store of an older format into a new one; the old one is left as it is. So far there is one format.

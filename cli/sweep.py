@@ -13,7 +13,7 @@ from .terminal import Device, Json, ending, show_json, show_table
 
 
 def sweep(
-    store: Annotated[Path, typer.Argument(help="A complete feature store.")],
+    store: Annotated[str, typer.Argument(help="A complete feature store.")],
     recipe: Annotated[list[str], typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several.")],
     space: Annotated[Path, typer.Option(help='TOML lines such as "optimiser.lr" = {log = [1e-4, 1e-2]}.')],
     out: Annotated[Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")],

@@ -238,3 +238,24 @@ def grown_once(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Pat
 def grown(grown_once: Grown, tmp_path: Path) -> Grown:
     """A copy of the store, to be changed; its table is not."""
     return Grown(grown_once.table, Path(shutil.copytree(grown_once.store, tmp_path / "store")))
+
+
+@pytest.fixture(scope="session")
+def s3_server():  # type: ignore[no-untyped-def]
+    """An S3 server on loopback; see `remote.S3Server`."""
+    from remote import S3Server
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch: pytest.MonkeyPatch) -> str:  # type: ignore[no-untyped-def]
+    """The URL of a new bucket, which the environment has credentials for."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("APECACHE_RETRY_SECONDS", "20")
+    monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "5")
+    return s3_server.new_bucket()

@@ -115,7 +115,7 @@ def test_too_little_disk_is_refused_before_anything_is_encoded(
     empty: FeatureStore, vit: ImageEncoder, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
 ) -> None:
     """9,000 rows of 64 float16 and a byte of status in shards of 100, and 5 % for the rest: 1.22 MB."""
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: Usage(0, 0, int(free)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, int(free)))
     before = tree(empty.path)
     if fits:
         prepare_one(empty, vit, 9000, ExtractSpec(shard_rows=100))
@@ -131,7 +131,7 @@ def test_a_resume_needs_no_room_for_what_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
     assert extract_tiny(shapes_once, store, tiny_image_encoder, tiny_text_encoder).nothing_to_do
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.data.columns import to_text
-from apecache.data.media import FolderMedia
+from apecache.data.media import media_below
 from apecache.data.pairs import Pair, PairSource
 from apecache.data.spec import SPLITS, OpenSpec, refuse_url, require_only
 from apecache.data.tables import not_utf8
@@ -42,7 +42,7 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
     else:
         raise ManifestError(f"{path}: {_found(content)}, of neither kind; expected {KINDS}")
     _require_unique(pairs, path)
-    return PairSource(pairs, str(path), FolderMedia(spec.root or path.parent))
+    return PairSource(pairs, str(path), media_below(spec.root or path.parent))
 
 
 def _load(path: Path) -> Any:

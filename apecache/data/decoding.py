@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from apecache.data.images import LoadedImage
+from apecache.data.media import Media, ObjectMedia
 from apecache.data.processes import CRASH, HANG, can_fork, open_processes
-from apecache.errors import RowError
+from apecache.errors import ApecacheError, RowError
 
 T = TypeVar("T")
 
@@ -36,11 +37,20 @@ class Ahead:
     `workers`: processes; 0 is threads of this process, one for each core, as wherever there is no fork. A file that
     brings down its decoder costs a process nothing but its one row, a thread the whole run.
     `images`: how many at most are in front of the consumer. `hang_seconds`: how long a process may take for one.
+    `threads`: instead of one for each core.
     """
 
     workers: int
     images: int
     hang_seconds: float = 30.0
+    threads: int | None = None
+
+
+def reading_ahead(media: Media, workers: int, images: int, hang_seconds: float = 30.0) -> Ahead:
+    """Object storage is read by many threads: it is far, and forked processes cannot share its client."""
+    if isinstance(media, ObjectMedia):
+        return Ahead(0, images + MAX_THREADS, threads=MAX_THREADS)
+    return Ahead(workers, images, hang_seconds)
 
 
 def preprocess_ahead(
@@ -60,7 +70,7 @@ def preprocess_ahead(
     """
     if ahead.workers and can_fork():
         return _in_processes(keys, load, preprocess, shapes, ahead)
-    threads = ahead.workers or min(MAX_THREADS, cpu_count() or 1)
+    threads = ahead.threads or ahead.workers or min(MAX_THREADS, cpu_count() or 1)
     return in_threads(keys, load, preprocess, threads, ahead.images)
 
 
@@ -122,5 +132,7 @@ def _attempt(
         return Preprocessed(preprocess(loaded), loaded.digest, None)
     except RowError as error:
         return Preprocessed(None, "", error)
+    except ApecacheError:  # of no row: the storage does not answer
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         return Preprocessed(None, "", RowError("unusable", f"{key}: {error}"))

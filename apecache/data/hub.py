@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apecache.data.columns import Columns, choose_columns, image_keys, to_row
-from apecache.data.media import FolderMedia, check_bytes
+from apecache.data.media import FolderMedia, check_bytes, media_below
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.parquet import one_line
 from apecache.data.spec import SPLITS, OpenSpec, require_only
@@ -81,7 +81,7 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
         require_only(spec, uri, "image_column", "caption_column", "split_column")
         return _with_images(parts, columns, uri, folder)
     rows = [_row(part, line, record, columns, uri) for part, line, record in _records(parts, [columns.image], columns)]
-    return PairSource(join_rows(rows, uri), uri, FolderMedia(spec.root or folder))
+    return PairSource(join_rows(rows, uri), uri, media_below(spec.root or folder))
 
 
 def _load(uri: str) -> tuple[Any, Path]:

@@ -1,19 +1,24 @@
-"""Where the bytes of images come from: files below a folder, or members of tar files.
+"""Where the bytes of images come from: files below a folder, objects of a bucket, or members of tar files.
 
 A medium is small to pickle and safe to share between threads: it opens what it reads, and keeps nothing open.
 """
 
 import os
+import posixpath
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from apecache.errors import RowError
+from apecache.objects import Bucket, is_object_url, open_bucket
 
 MAX_IMAGE_BYTES = 1 << 30
 """Larger files are refused before they are read: far beyond any image within the pixel limit."""
+READ_AT_ONCE = 8 << 20
+"""Of an object, before its size is known."""
 
 
 class Media(Protocol):
@@ -65,9 +70,58 @@ class FolderMedia:
             return False
 
 
+@dataclass(frozen=True)
+class ObjectMedia:
+    """Keys are names of objects below `root`, a URL of object storage; nothing outside it is read.
+
+    Threads may share it, forked processes may not.
+    """
+
+    root: str
+
+    @property
+    def place(self) -> str:
+        return self.root.rstrip("/")
+
+    def __reduce__(self) -> tuple[type["ObjectMedia"], tuple[str]]:
+        return ObjectMedia, (self.root,)
+
+    @cached_property
+    def _opened(self) -> tuple[Bucket, str]:
+        return open_bucket(self.root)
+
+    def read(self, key: str) -> bytes:
+        """Raises StoreError, which ends the run, where the storage does not answer: another row would do no better."""
+        name, (bucket, _) = self._name(key), self._opened
+        try:
+            first, size = bucket.read_range(name, 0, READ_AT_ONCE)
+            check_bytes(size, key)
+            rest = bucket.read_range(name, READ_AT_ONCE, size)[0] if size > READ_AT_ONCE else b""
+        except FileNotFoundError:
+            raise RowError("missing", f"{key!r}: no such object") from None
+        return b"".join((first, rest))
+
+    def exists(self, key: str) -> bool:
+        try:
+            return self._opened[0].size(self._name(key)) is not None
+        except RowError:
+            return False
+
+    def _name(self, key: str) -> str:
+        name = posixpath.normpath(key)
+        if "\0" in key or name.startswith(("/", "../")) or name in (".", ".."):
+            raise RowError("outside-root", f"{key!r} leads outside {self.place}; keys are names below --root")
+        return "/".join(part for part in (self._opened[1], name) if part)
+
+
+def media_below(root: str | Path) -> Media:
+    """Of keys that are names below a folder or a URL of object storage."""
+    return ObjectMedia(str(root)) if is_object_url(root) else FolderMedia(Path(root))
+
+
 def media_at(place: str) -> Media:
-    """A folder that a store or index remembers as `place`; nothing where it is no folder (any more)."""
-    return FolderMedia(Path(place)) if place and Path(place).is_dir() else NoMedia()
+    """What a store or index remembers as `place`; nothing where it is no folder (any more)."""
+    return media_below(place) if is_object_url(place) or (place and Path(place).is_dir()) else NoMedia()
 
 
 class Member(NamedTuple):

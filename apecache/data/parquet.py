@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from apecache.data.columns import Columns, choose_columns, image_keys, to_row
-from apecache.data.media import FolderMedia, check_bytes
+from apecache.data.media import check_bytes, media_below
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.spec import OpenSpec, require_only
 from apecache.errors import ApecacheError, ManifestError, MissingExtraError, RowError
@@ -115,7 +115,7 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
             require_only(spec, path, "image_column", "caption_column", "split_column")
             return _with_images(file, columns, path, leaf)
         rows = _rows_with_paths(file, columns, kind, path)
-    return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
+    return PairSource(join_rows(rows, str(path)), str(path), media_below(spec.root or path.parent))
 
 
 def parquet_rows(path: Path, spec: OpenSpec) -> list[Row]:

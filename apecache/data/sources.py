@@ -1,10 +1,13 @@
 """`open_pairs`: whatever a user has, as one `PairSource`. What it is, its path tells; one module reads each family."""
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from apecache.data.annotations import open_annotations
 from apecache.data.folders import open_folder
 from apecache.data.hub import PREFIX, open_hub
+from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
 from apecache.data.pairs import PairSource
 from apecache.data.parquet import open_parquet
 from apecache.data.shards import brace_paths, open_shards
@@ -12,8 +15,10 @@ from apecache.data.spec import OpenSpec, is_url
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table
 from apecache.data.texts import open_texts
-from apecache.errors import ManifestError, OptionError, nearest
+from apecache.errors import ManifestError, OptionError, naming, nearest
+from apecache.objects import is_object_url, open_bucket
 
+REMOTE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".txt")
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".tar", ".txt")
 
 
@@ -23,7 +28,8 @@ def open_pairs(uri: str | Path, spec: OpenSpec | None = None) -> PairSource:
     Args:
         uri: a table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions alone (.txt), tars
             (.tar, `{00000..00012}.tar`), a folder (of tars, of images with metadata.csv, of a folder per class, of
-            images), or `hf-datasets:` and a folder or name.
+            images), or `hf-datasets:` and a folder or name. A file of one of the first three kinds may lie on object
+            storage (`s3://BUCKET/…`); so do its images then, unless `root` says otherwise.
 
     Raises:
         ManifestError: what cannot be opened, with its line where there is one and what mends it.
@@ -49,6 +55,8 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
         raise ManifestError(
             "standard input cannot be read again to go on after a kill; save it as a file and give that"
         )
+    if is_object_url(uri):
+        return _open_object(uri, spec)
     if is_url(uri):
         raise ManifestError(f"{uri}: a URL, and nothing is downloaded; download it and give the file")
     path = Path(uri)
@@ -69,6 +77,28 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
             return open_texts(path, spec)
         case _:
             return open_table(path, spec)
+
+
+def _open_object(url: str, spec: OpenSpec) -> PairSource:
+    """A table on object storage, fetched whole."""
+    suffix = Path(url).suffix.lower()
+    if suffix not in REMOTE_SUFFIXES:
+        what = f"on object storage expected a file that ends in {', '.join(REMOTE_SUFFIXES)}"
+        raise ManifestError(f"{url}: {what}; give a table, or download tars and folders")
+    bucket, key = open_bucket(url)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"table{suffix}"
+        try:
+            path.write_bytes(bucket.read(key))
+        except FileNotFoundError:
+            raise ManifestError(f"{url}: no such object; give another") from None
+        with naming(url, path):
+            source = _open(str(path), spec)
+    if isinstance(source.media, FolderMedia) and spec.root is None:
+        return replace(source, origin=url, media=ObjectMedia(url.rpartition("/")[0]))
+    if not isinstance(source.media, FolderMedia | ObjectMedia | NoMedia):
+        raise ManifestError(f"{url}: its images stand in the file itself, and are read in place; download it")
+    return replace(source, origin=url)
 
 
 def _require_file(path: Path) -> None:

@@ -25,7 +25,7 @@ class OpenSpec:
     `split_file`: a TSV of key and split, or a folder of lists of keys called train.txt, val.txt, …
     `split_fraction`: (split, share) pairs that sum to 1; each image falls by a hash of its key and `split_seed`, so
     that rows that are added later move no other. At most one of these three, in place of the source's own splits.
-    `root`: the folder that paths of images are relative to; by default that of the table.
+    `root`: the folder (or URL of object storage) that paths of images are relative to; by default that of the table.
     `restval`: of a Karpathy file, take `restval` as `train` (False: leave those images out).
     `require`: what the source must have: "image", "caption", "label".
     """
@@ -36,7 +36,7 @@ class OpenSpec:
     split_file: Path | None = None
     split_fraction: tuple[tuple[str, float], ...] = ()
     split_seed: int = 0
-    root: Path | None = None
+    root: str | Path | None = None
     restval: bool = True
     require: tuple[Role, ...] = ()
 

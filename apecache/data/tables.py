@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from apecache.data.columns import IMAGE_COLUMNS, choose_columns, to_row
-from apecache.data.media import FolderMedia
+from apecache.data.media import media_below
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError
@@ -28,7 +28,7 @@ def open_table(path: Path, spec: OpenSpec) -> PairSource:
         ManifestError: not UTF-8, a missing or ambiguous column, a ragged row, an empty key, no rows.
     """
     rows = table_rows(path, spec)
-    return PairSource(join_rows(rows, str(path)), str(path), FolderMedia(spec.root or path.parent))
+    return PairSource(join_rows(rows, str(path)), str(path), media_below(spec.root or path.parent))
 
 
 def table_rows(path: Path, spec: OpenSpec) -> list[Row]:

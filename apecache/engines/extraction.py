@@ -3,7 +3,7 @@
 The driver divides the table, hands out shards, seals and judges; the encoders are loaded by the actors alone, and the
 first of them that is ready makes the arrays. Every actor encodes whole shards with the batch size and threads that are
 recorded and commits them itself, so features never travel. The store and the images must be reachable by every node
-under the same path (a shared folder), and by the driver.
+under the same path (a shared folder) or URL (object storage), and by the driver.
 """
 
 import os
@@ -35,10 +35,11 @@ from apecache.extraction import (
     require_inputs,
 )
 from apecache.fingerprint import Modality
+from apecache.objects import is_object_url
 from apecache.preparation import default_workers
 from apecache.recheck import require_same_content, spot_check
 from apecache.segments import make_segment, split_source
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files, open_files
 from apecache.store.layout import PAIRS, commit_name
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter
@@ -46,7 +47,7 @@ from apecache.store.writer import ArrayWriter
 
 def extract_on_ray(
     source: PairSource,
-    store: Path,
+    store: str | Path,
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
     cluster: RaySpec | None = None,
@@ -54,21 +55,25 @@ def extract_on_ray(
     """`extract`, by the actors of a Ray cluster. `progress` is called after every commit.
 
     Raises:
-        OptionError: `spec` asks for a part. EngineError, MissingExtraError: as `open_pool`, and where a node does not
-        see the store. All others as `extract`, whichever node they come from.
+        OptionError: `spec` asks for a part, or for a single writer. EngineError, MissingExtraError: as `open_pool`, and
+        where a node does not see the store. All others as `extract`, whichever node they come from.
     """
     if not spec.part.whole:
         raise OptionError(f"part {spec.part} of an extraction is for machines without Ray; leave one of the two out")
+    if spec.single_writer:
+        raise OptionError("--single-writer: the actors of a cluster are several writers; leave one of the two out")
     require_inputs(source, spec)
-    segments = split_source(source, Path(os.path.abspath(store)), spec.append)
-    with open_pool(partial(_Encoding, segments, spec), (cluster or RaySpec()).for_device(spec.device)) as pool:
+    files = open_files(store if is_object_url(store) else Path(os.path.abspath(store)))
+    segments = split_source(source, files, spec.append)
+    parts = {segment.files.place: segment.part for segment in segments}
+    with open_pool(partial(_Encoding, parts, spec), (cluster or RaySpec()).for_device(spec.device)) as pool:
         pool.first(LOAD)
         begin = time.perf_counter()
-        for path, part in segments:
-            make_segment(path, part)
+        for segment in segments:
+            make_segment(segment)
         tasks: list[Task] = pool.first(PREPARE)
         totals = _fill(pool, [Filling(task) for task in tasks], source, progress)
-    return judge(store, totals, spec, begin)
+    return judge(files, totals, spec, begin)
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------
@@ -117,20 +122,20 @@ LOAD, PREPARE = "loading the encoders", "preparing the arrays"
 
 @dataclass
 class _Segment:
-    files: LocalFiles
+    files: Files
     jobs: dict[tuple[Modality, int], ImageJob | TextJob]
 
 
 class _Encoding:
     """The encoders of a run, loaded, and the segments that were looked at."""
 
-    def __init__(self, segments: Sequence[tuple[Path, PairSource]], spec: ExtractSpec, cpus: int) -> None:
+    def __init__(self, parts: dict[str | Path, PairSource], spec: ExtractSpec, cpus: int) -> None:
         torch.set_num_threads(cpus)  # what a new array records
-        self.parts, self.spec = dict(segments), _on_a_node(spec, cpus)
+        self.parts, self.spec = parts, _on_a_node(spec, cpus)
         self.encoders = load_encoders(self.spec)
-        self.totals = new_totals(segments[0][1], self.encoders)
-        self.opened: dict[Path, _Segment] = {}
-        self.checked: set[tuple[Path, Modality, int]] = set()
+        self.totals = new_totals(next(iter(parts.values())), self.encoders)
+        self.opened: dict[str | Path, _Segment] = {}
+        self.checked: set[tuple[str | Path, Modality, int]] = set()
 
     def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone | None:
         if isinstance(piece, ShardPiece):
@@ -139,7 +144,7 @@ class _Encoding:
             return [task for folder in self.parts for task in self._prepare(folder)]
         return None  # loading is all that was asked for
 
-    def _prepare(self, folder: Path) -> list[Task]:
+    def _prepare(self, folder: str | Path) -> list[Task]:
         segment = self._segment(folder)
         if self.spec.recheck:
             for job in segment.jobs.values():
@@ -149,10 +154,10 @@ class _Encoding:
             for (modality, number), job in segment.jobs.items()
         ]
 
-    def _segment(self, folder: Path) -> _Segment:
+    def _segment(self, folder: str | Path) -> _Segment:
         """Its jobs. Raises EngineError if this node does not see what the driver has made."""
         if folder not in self.opened:
-            if not LocalFiles(folder).exists(PAIRS):
+            if not open_files(folder).exists(PAIRS):
                 raise EngineError(
                     f"node {node_name()} does not see {folder}; the store must lie where every node reaches it"
                 )
@@ -176,7 +181,7 @@ class _Encoding:
                 commit_shard(writer, piece.shard, features, encoded, job)
         return ShardDone(len(encoded.bad), encoded.n_truncated)
 
-    def _check(self, task: Task, files: LocalFiles, job: ImageJob | TextJob) -> None:
+    def _check(self, task: Task, files: Files, job: ImageJob | TextJob) -> None:
         """Whether this node gives what is committed already, once for each job."""
         key = task.folder, task.modality, task.job
         if key not in self.checked:

@@ -21,9 +21,9 @@ SEEN_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Task:
-    """Arrays of one segment that are filled in one pass: the `job`-th of the segment in `folder`."""
+    """Arrays of one segment that are filled in one pass: the `job`-th of the segment at `folder`."""
 
-    folder: Path
+    folder: str | Path
     job: int
     modality: Modality
     names: tuple[str, ...]
@@ -75,8 +75,8 @@ class Filling:
             while lost := writer.pending():
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{self.files.root} lacks {ShardPiece(self.task, lost[0])}, which an actor has committed; the "
-                        "store must be one and the same folder on every node"
+                        f"{self.files.place} lacks {ShardPiece(self.task, lost[0])}, which an actor has committed; the "
+                        "store must be one and the same place on every node"
                     )
                 time.sleep(0.5)
             writer.seal()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from apecache.engines.ray import Pool, RaySpec, open_pool
+from apecache.objects import is_object_url
 from apecache.space import Space
 from apecache.store.reader import FeatureStore
 from apecache.sweep_results import Trial
@@ -36,7 +37,8 @@ def sweep_on_ray(
         EngineError, MissingExtraError: as `open_pool`. All others as `sweep`.
     """
     spec = spec or SweepSpec()
-    make = partial(_Populations, Path(os.path.abspath(store.path)), space, Path(os.path.abspath(out)), spec)
+    place = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
+    make = partial(_Populations, place, space, Path(os.path.abspath(out)), spec)
     with open_pool(make, (cluster or RaySpec()).for_device(spec.fit.device)) as pool:
         return sweep(store, space, out, spec, progress, partial(_ClusterWave, pool))
 
@@ -57,7 +59,7 @@ class _ClusterWave(Wave):
 class _Populations:
     """An actor: the features, and a wave of which it trains what it is given."""
 
-    def __init__(self, store: Path, space: Space, out: Path, spec: SweepSpec, cpus: int) -> None:
+    def __init__(self, store: str | Path, space: Space, out: Path, spec: SweepSpec, cpus: int) -> None:
         torch.set_num_threads(cpus)
         data = load_data(FeatureStore.open(store), spec.fit)
         self.wave = Wave(out, spec, space, data, {}, lambda _: None)

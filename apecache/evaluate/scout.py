@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apecache.data.decoding import Ahead, preprocess_ahead
+from apecache.data.decoding import preprocess_ahead, reading_ahead
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
 from apecache.encode import caption_error, encode_or_halve
@@ -116,7 +116,7 @@ def _pixel_batches(
     source: PairSource, keys: list[str], encoder: ImageEncoder, spec: ScoutSpec
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(first row, float32 [n, 3, height, width], bool [n]); what cannot be read is zeros."""
-    ahead = Ahead(spec.workers, 2 * spec.batch + spec.workers)
+    ahead = reading_ahead(source.media, spec.workers, 2 * spec.batch + spec.workers)
     with preprocess_ahead(
         keys,
         lambda key: load_image(key, source.media),

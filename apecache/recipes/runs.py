@@ -12,7 +12,7 @@ from torch import Tensor
 from apecache.encoders.encoder import parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import RunError
+from apecache.errors import RunError, require_local
 from apecache.fingerprint import Modality
 from apecache.heads import checkpoint
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads
@@ -55,7 +55,8 @@ def recorded_training(folder: Path) -> Mapping[str, Any]:
 
 
 def is_encoder_run(folder: Path) -> bool:
-    """Whether towers trained: a finished run of fit-encoder."""
+    """Whether towers trained: a finished run of fit-encoder. Raises RunError for a URL."""
+    require_local(folder, "run folder")
     return (folder / trained_encoders.DESCRIPTION).is_file()
 
 

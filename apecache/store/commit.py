@@ -7,7 +7,7 @@ from typing import Any
 
 from apecache.errors import DamagedError, MismatchError, one_line
 from apecache.fingerprint import Json, canonical_json, content_hash
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.layout import (
     FORMAT_VERSION,
     PAIRS,
@@ -77,7 +77,7 @@ class CommitRecord:
             raise DamagedError(f"{where}: the record is damaged ({why}); run apecache extract again") from None
 
 
-def read_commits(files: LocalFiles, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
+def read_commits(files: Files, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
     """Records of an array in order of shards, each with the hash of its bytes; one at a time, for `content` is long.
 
     Raises:
@@ -85,9 +85,9 @@ def read_commits(files: LocalFiles, array: ArrayRecord) -> Iterator[tuple[Commit
         MismatchError: a record of other features.
     """
     folder = f"{records_folder(array.modality, array.name)}/commits"
-    for name in files.list(folder):
-        if is_commit(name):
-            yield _read_commit(files, array, f"{folder}/{name}")
+    names = [f"{folder}/{name}" for name in files.list(folder) if is_commit(name)]
+    for name, data in zip(names, files.read_all(names), strict=True):
+        yield _read_commit(data, array, name)
 
 
 def is_commit(file: str) -> bool:
@@ -96,13 +96,13 @@ def is_commit(file: str) -> bool:
     return ending == "json" and shard.isdecimal() and file == f"{int(shard):08d}.json"
 
 
-def read_commit(files: LocalFiles, array: ArrayRecord, shard: int) -> tuple[CommitRecord, str]:
+def read_commit(files: Files, array: ArrayRecord, shard: int) -> tuple[CommitRecord, str]:
     """One record and the hash of its bytes. Raises FileNotFoundError if there is none, else as `read_commits` does."""
-    return _read_commit(files, array, commit_name(array.modality, array.name, shard))
+    name = commit_name(array.modality, array.name, shard)
+    return _read_commit(files.read(name), array, name)
 
 
-def _read_commit(files: LocalFiles, array: ArrayRecord, name: str) -> tuple[CommitRecord, str]:
-    data = files.read(name)
+def _read_commit(data: bytes, array: ArrayRecord, name: str) -> tuple[CommitRecord, str]:
     return _fitting(CommitRecord.from_bytes(data, name), array, name), content_hash(data)
 
 
@@ -129,17 +129,17 @@ def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecor
     return record
 
 
-def read_record(files: LocalFiles, name: str) -> dict[str, Any]:
+def read_record(files: Files, name: str) -> dict[str, Any]:
     """Raises DamagedError if a record is missing, damaged or not in its place, StoreError for a newer format."""
     try:
         value = parse_record(files.read(name), name)
     except FileNotFoundError:
-        raise DamagedError(f"{files.path(name)} is missing; restore the file") from None
+        raise DamagedError(f"{files.where(name)} is missing; restore the file") from None
     if value.get("object") != name:
         place = one_line(value.get("object"))
-        raise DamagedError(f"{files.path(name)} is in the wrong place ({place}); restore the file")
+        raise DamagedError(f"{files.where(name)} is in the wrong place ({place}); restore the file")
     if not _has_fields(value, name):
-        raise DamagedError(f"{files.path(name)} lacks what such a record says; restore the file")
+        raise DamagedError(f"{files.where(name)} lacks what such a record says; restore the file")
     return value
 
 

@@ -1,51 +1,163 @@
-"""The few file operations that a store is made of. An object store can take this class's place.
+"""The few operations that a store is made of, on the files of a folder; `store.objects` has them for object storage.
 
 Everything a store keeps goes through here: whole objects, written durably or not at all, and the put-if-absent that
-commits them. A path is relative to the store's root and uses `/`.
+commits them. A name is a path relative to the store's root and uses `/`.
 """
 
 import contextlib
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
-from apecache.errors import StoreError
+from apecache.errors import StoreError, nearest
+from apecache.objects import is_object_url, require_known_scheme
 
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
 BLOCK_BYTES = 1 << 18
 
 
+class Files(Protocol):
+    """A place that keeps objects. What is written or created stands, whole, whatever happens after the return.
+
+    All methods but the first six raise StoreError where the place refuses, with what mends it.
+    """
+
+    @property
+    def place(self) -> str | Path:
+        """The root: a folder or a URL."""
+
+    def where(self, name: str) -> str:
+        """An object as people name it."""
+
+    def child(self, folder: str) -> "Files":
+        """A folder below as a place of its own."""
+
+    def hint(self) -> str:
+        """`; did you mean …?` for what lies beside a root that is not there, else nothing."""
+
+    def free_bytes(self) -> int | None:
+        """Room that is left; None where there is no telling."""
+
+    @property
+    def readers(self) -> int:
+        """How many reads side by side pay."""
+
+    def settle(self, folder: str) -> None:
+        """Make durable what is in a folder, also what killed writers put there."""
+
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:
+        """Keep other writers out of a folder while one that holds it works, where the place can do that. It is not what
+        makes commits safe: put-if-absent decides who was first."""
+
+    def prepare(self) -> None:
+        """Called before a run writes anything: raises where no store can be kept."""
+
+    def write(self, name: str, *buffers: Buffer) -> None:
+        """Put one object, replacing what is there."""
+
+    def create(self, name: str, *buffers: Buffer) -> bool:
+        """Put one object only if there is none: True if it was put, also where another writer put the same bytes and
+        nobody can tell."""
+
+    def remove(self, name: str) -> None:
+        """Remove one object, if it is there; gone for good after return."""
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove everything below a folder."""
+
+    def remove_temporary(self, *folders: str) -> None:
+        """Remove what killed writers left in the root and anywhere below `folders`."""
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError if there is no such object."""
+
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
+        """Objects in this order, read ahead where that pays. Raises as `read` does."""
+
+    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
+        """Fill `views` one after another; returns the number of bytes read, plus one if the object is longer.
+
+        `seen` is called with every block as it is read, in order, no block reaching over two views. Raises as `read`.
+        """
+
+    def exists(self, name: str) -> bool: ...
+
+    def list(self, folder: str) -> list[str]:
+        """Names of the objects and folders in a folder, sorted, temporary ones left out; none if there is no such."""
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every object anywhere below a folder, temporary ones too, by name and sorted."""
+
+
+def open_files(place: str | Path, alone: bool = False) -> Files:
+    """The files of a folder, or the objects below `s3://BUCKET/…`, `gs://BUCKET/…` or `az://CONTAINER/…`.
+
+    Args:
+        alone: nobody else writes there, so that object storage without put-if-absent will do.
+
+    Raises:
+        StoreError: a URL that names no place. MissingExtraError: object storage without the extra `remote`.
+    """
+    require_known_scheme(place)
+    if is_object_url(place):
+        from apecache.store.objects import open_objects
+
+        return open_objects(str(place), alone)
+    return LocalFiles(Path(place))
+
+
 class LocalFiles:
-    """Durable objects in a local folder: temporary file, fsync, rename or link, fsync of the folder."""
+    """Durable objects in a local folder: temporary file, fsync, rename or link, fsync of the folder. See `Files`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._durable: set[Path] = set()
 
+    @property
+    def place(self) -> Path:
+        return self.root
+
     def path(self, name: str) -> Path:
         return self.root / name
 
-    def write(self, name: str, *buffers: Buffer) -> None:
-        """Put one object, replacing what is there. After return it survives a power cut.
+    def where(self, name: str) -> str:
+        return str(self.path(name))
 
-        Raises:
-            StoreError: the operating system refused (disk full, no permission, …); there is the old object or the new
-                one, whole.
-        """
+    def child(self, folder: str) -> "LocalFiles":
+        return LocalFiles(self.path(folder))
+
+    def hint(self) -> str:
+        siblings = [path.name for path in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
+        return "" if self.root.exists() else nearest(self.root.name, siblings)
+
+    def free_bytes(self) -> int:
+        """On the disk where the root is, or would be."""
+        there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
+        return shutil.disk_usage(there).free
+
+    @property
+    def readers(self) -> int:
+        return 4
+
+    def prepare(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self.root} is a file; give a folder as --store")
+
+    def write(self, name: str, *buffers: Buffer) -> None:
+        """After return it survives a power cut. Where the system refuses (disk full, no permission, …) there is the old
+        object or the new one, whole."""
         with self._explained(name), self._temporary(name, buffers) as temporary:
             os.replace(temporary, self.path(name))
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """Put one object only if there is none: True if it was put. After return it survives a power cut, also where
-        another writer put it.
-
-        Raises:
-            StoreError: the operating system refused; the object is there whole, or not at all.
-        """
+        """After return it survives a power cut, also where another writer put it."""
         with self._explained(name), self._temporary(name, buffers) as temporary:
             put = True
             try:
@@ -57,16 +169,12 @@ class LocalFiles:
             return put
 
     def settle(self, folder: str) -> None:
-        """Make durable what is in a folder, also what killed writers put there. Raises StoreError as `write` does."""
         with self._explained(folder):
             self._sync_folder(self.path(folder))
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
-        """Keep other writers out of a folder while one that holds it works; the system ends it when a writer dies.
-
-        A file system without locks (some network ones) is used without: put-if-absent still decides who was first.
-        """
+        """The system ends it when a writer dies. A file system without locks (some network ones) is used without."""
         with self._explained(folder):
             self._make_folder(self.path(folder))
             descriptor = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
@@ -74,11 +182,7 @@ class LocalFiles:
             yield
 
     def remove_temporary(self, *folders: str) -> None:
-        """Remove what killed writers left in the root and anywhere below `folders`, unless somebody is writing at this
-        moment (a store that lies elsewhere in the root has writers of its own).
-
-        Raises StoreError as `write` does.
-        """
+        """Unless somebody is writing at this moment. A store that lies elsewhere in the root has writers of its own."""
         patterns = (f"{TEMPORARY}*", *(f"{folder}/**/{TEMPORARY}*" for folder in folders))
         with self._explained("."):
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
@@ -88,40 +192,42 @@ class LocalFiles:
                         path.unlink()
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if there is no such object, StoreError if the system cannot read it."""
         with self._readable(name):
             return self.path(name).read_bytes()
 
-    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
-        """Fill `views` one after another; returns the number of bytes read, plus one if the object is longer.
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
+        return map(self.read, names)
 
-        `seen` is called with every block as it is read, in order, while it is still in the processor's cache: summing
-        it there costs half of what a second pass over memory would. Raises as `read` does.
-        """
+    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
+        """`seen` gets blocks that are still in the processor's cache: summing them there costs half of what a second
+        pass over memory would."""
         with self._readable(name), self.path(name).open("rb", buffering=0) as file:
             total = sum(_read_full(file.fileno(), view, seen) for view in views)
             return total + len(os.read(file.fileno(), 1))
 
     def remove(self, name: str) -> None:
-        """Remove one object, if it is there; gone for good after return. Raises StoreError as `write` does."""
         with self._explained(name):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(name))
             if self.path(name).parent.is_dir():
                 self._sync_folder(self.path(name).parent)
 
+    def remove_folder(self, folder: str) -> None:
+        shutil.rmtree(self.path(folder), ignore_errors=True)
+
     def exists(self, name: str) -> bool:
         return self.path(name).is_file()
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object, None if it is not there."""
-        try:
-            return os.stat(self.path(name)).st_size
-        except FileNotFoundError:
-            return None
+    def sizes(self, folder: str) -> dict[str, int]:
+        found = {}
+        for where, _, names in os.walk(self.path(folder)):
+            below = Path(where).relative_to(self.root)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    found[(below / name).as_posix()] = _size(os.path.join(where, name))
+        return dict(sorted(found.items()))
 
     def list(self, folder: str) -> list[str]:
-        """Names of the objects in a folder, sorted, temporary ones left out; none if there is no such folder."""
         try:
             return sorted(name for name in os.listdir(self.path(folder)) if not name.startswith(TEMPORARY))
         except (FileNotFoundError, NotADirectoryError):
@@ -210,6 +316,14 @@ class LocalFiles:
             where = self.path(name)
             remedy = "make room or permit writing, then run the same command again; committed shards stand"
             raise StoreError(f"{where}: {error.strerror or error}; {remedy}") from error
+
+
+def _size(path: str) -> int:
+    """Of what a link leads to, or of a link that leads nowhere."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return os.lstat(path).st_size
 
 
 def _write_full(descriptor: int, view: memoryview) -> None:

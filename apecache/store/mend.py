@@ -2,17 +2,17 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 
 from apecache.errors import DamagedError, MismatchError, StoreError, nearest
 from apecache.fingerprint import Modality
 from apecache.store.commit import read_record, seal_record
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.layout import (
     PAIRS,
     SEGMENTS,
     SOURCE,
+    ZARR,
     ArrayRecord,
     array_folder,
     commit_name,
@@ -20,29 +20,30 @@ from apecache.store.layout import (
     records_folder,
     segment_record_name,
 )
+from apecache.store.reader import has_arrays
 from apecache.store.writer import PairColumns, source_bytes
 
 
-def require_store(files: LocalFiles) -> None:
+def require_store(files: Files) -> None:
     """Raises StoreError unless something is there that only a store has."""
-    if not (files.exists(SOURCE) or files.exists(PAIRS) or any(files.path("records").glob("*/*/fingerprint.json"))):
-        raise StoreError(f"{files.root} is no store (make one with: apecache extract)")
+    if not (files.exists(SOURCE) or files.exists(PAIRS) or has_arrays(files)):
+        raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
 
 
-def uncommit(files: LocalFiles, modality: Modality, name: str, shards: Iterable[int]) -> None:
+def uncommit(files: Files, modality: Modality, name: str, shards: Iterable[int]) -> None:
     """Make shards pending again: the seal goes first, then each record; the chunks stay until they are rewritten."""
     files.remove(f"{records_folder(modality, name)}/seal.json")
     for shard in shards:
         files.remove(commit_name(modality, name, shard))
 
 
-def rewrite_metadata(files: LocalFiles, record: ArrayRecord) -> None:
+def rewrite_metadata(files: Files, record: ArrayRecord) -> None:
     """Write Zarr's metadata files of an array as they were when it was created."""
     for path, text in record.metadata.items():
         files.write(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
 
 
-def restore_source(files: LocalFiles, pairs: PairColumns, root: str) -> None:
+def restore_source(files: Files, pairs: PairColumns, root: str) -> None:
     """Write a lost source record again, for the table that the rest of the store is of.
 
     Raises:
@@ -53,16 +54,16 @@ def restore_source(files: LocalFiles, pairs: PairColumns, root: str) -> None:
         with contextlib.suppress(DamagedError):
             record = read_record(files, name)
             if record.get("table", record.get("digest") if name == PAIRS else None) != pairs.digest:
-                raise MismatchError(f"{files.root} was made from another table than {pairs.origin} ({name})")
+                raise MismatchError(f"{files.place} was made from another table than {pairs.origin} ({name})")
     files.write(SOURCE, source_bytes(pairs, root))
 
 
-def recorded_arrays(files: LocalFiles) -> list[tuple[Modality, str]]:
+def recorded_arrays(files: Files) -> list[tuple[Modality, str]]:
     kinds: tuple[Modality, ...] = ("image", "text")
     return [(kind, name) for kind in kinds for name in files.list(f"records/{kind}")]
 
 
-def restore_segment_records(files: LocalFiles, segments: Iterable[str]) -> list[str]:
+def restore_segment_records(files: Files, segments: Iterable[str]) -> list[str]:
     """Write lost records of appended segments again, from the segments' own; returns the names of the records."""
     mended = []
     for segment in segments:
@@ -70,13 +71,13 @@ def restore_segment_records(files: LocalFiles, segments: Iterable[str]) -> list[
         try:
             read_record(files, name)
         except DamagedError:
-            source = read_record(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), SOURCE)
+            source = read_record(files.child(f"{SEGMENTS}/{segment}"), SOURCE)
             files.write(name, seal_record(name, {key: source[key] for key in ("digest", "n_images", "n_texts")}))
             mended.append(name)
     return mended
 
 
-def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> None:
+def restore_fingerprint(files: Files, modality: Modality, name: str) -> None:
     """Write a lost `fingerprint.json` again, from what the attributes of the Zarr group repeat of it.
 
     Raises:
@@ -88,38 +89,37 @@ def restore_fingerprint(files: LocalFiles, modality: Modality, name: str) -> Non
         record = described_record(modality, name, group["attributes"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
-            f"{files.path(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features are; "
-            f"apecache remove STORE {modality}/{name}, and extract again"
+            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features "
+            f"are; apecache remove STORE {modality}/{name}, and extract again"
         ) from None
     files.write(where, seal_record(where, record.to_json()))
 
 
-def unmake_table(files: LocalFiles) -> None:
+def unmake_table(files: Files) -> None:
     """Make the pair table pending again: the next extraction writes it and Zarr's root metadata anew."""
     files.remove(PAIRS)
 
 
-def remove_array(files: LocalFiles, modality: Modality, name: str) -> Mapping[str, int]:
+def remove_array(files: Files, modality: Modality, name: str) -> Mapping[str, int]:
     """Remove an array, data and records; returns {"objects", "bytes"} that went.
 
     Seal and commits go first and the fingerprint last: interrupted, it is an array without shards, and removing it
     again finishes the work.
     """
     folders = [array_folder(modality, name), records_folder(modality, name)]
-    paths = [path for folder in folders for path in files.path(folder).rglob("*") if path.is_file()]
-    went = {"objects": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+    sizes = [size for folder in folders for size in files.sizes(folder).values()]
     last = f"{folders[1]}/fingerprint.json"
     files.remove(f"{folders[1]}/seal.json")
     for file in files.list(f"{folders[1]}/commits"):
         files.remove(f"{folders[1]}/commits/{file}")
     for folder in (folders[0], f"{folders[1]}/quarantine", f"{folders[1]}/commits"):
-        shutil.rmtree(files.path(folder), ignore_errors=True)
+        files.remove_folder(folder)
     files.remove(last)
-    shutil.rmtree(files.path(folders[1]), ignore_errors=True)
-    return went
+    files.remove_folder(folders[1])
+    return {"objects": len(sizes), "bytes": sum(sizes)}
 
 
-def find_array(files: LocalFiles, name: str) -> tuple[Modality, str]:
+def find_array(files: Files, name: str) -> tuple[Modality, str]:
     """`NAME`, `image/NAME` or `text/NAME` of an array that is there, whole or not.
 
     Raises:
@@ -133,11 +133,13 @@ def find_array(files: LocalFiles, name: str) -> tuple[Modality, str]:
     there = [
         (kind, array)
         for kind in kinds
-        for array in sorted({*files.list(f"records/{kind}"), *files.list(array_folder(kind, "."))} - {"zarr.json"})
+        for array in sorted({*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"})
     ]
     found = [(kind, array) for kind, array in there if name in (array, f"{kind}/{array}")]
     if len(found) != 1:
         names = [f"{kind}/{array}" for kind, array in there]
         what = "several arrays are called" if found else "no features"
-        raise StoreError(f"{files.root}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}")
+        raise StoreError(
+            f"{files.place}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}"
+        )
     return found[0]

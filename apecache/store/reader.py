@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from apecache.errors import DamagedError, IncompleteError, StoreError, nearest
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.store.commit import CommitRecord, digest_commits, read_commits, read_record
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files, open_files
 from apecache.store.layout import (
     OK,
     PAIRS,
@@ -26,6 +26,7 @@ from apecache.store.layout import (
     SEGMENTS,
     SOURCE,
     ArrayRecord,
+    array_folder,
     chunk_name,
     quarantine_name,
     records_folder,
@@ -44,7 +45,7 @@ class FeatureArray:
     rows of segments that have nothing of this encoder yet.
     """
 
-    files: LocalFiles
+    files: Files
     record: ArrayRecord
     appended: tuple["FeatureArray", ...] = ()
     rows_to_come: int = 0
@@ -120,11 +121,12 @@ class FeatureArray:
             hashes += array.content()
         return hashes + [""] * self.rows_to_come
 
-    def load(self, out: NDArray[Any] | None = None, threads: int = 4) -> NDArray[Any]:
+    def load(self, out: NDArray[Any] | None = None, threads: int | None = None) -> NDArray[Any]:
         """All rows [rows, *row_shape], read in parallel into one buffer; quarantined rows are NaN.
 
         Args:
             out: a buffer of that shape and of the array's dtype to fill (pinned memory, for instance).
+            threads: that read side by side; None for as many as pay where the store is.
 
         Raises:
             IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
@@ -135,8 +137,8 @@ class FeatureArray:
         if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         shape = self.record.layout.row_shape
-        with _as_wide(target[: self.record.layout.rows], shape) as own, ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda commit: self._load_shard(commit, "features", own), commits.values()))
+        with _as_wide(target[: self.record.layout.rows], shape) as own:
+            self._load_shards(commits, "features", own, threads)
         for array, first in self._later:
             with _as_wide(target[first : first + array.rows], array.row_shape) as own:
                 array.load(own, threads)
@@ -147,8 +149,7 @@ class FeatureArray:
         commits = self._sealed
         self._require_sizes(commits)
         status = np.zeros(self.rows, np.uint8)
-        for commit in commits.values():
-            self._load_shard(commit, "status", status)
+        self._load_shards(commits, "status", status)
         for array, first in self._later:
             status[first : first + array.rows] = np.where(array.load_ok(), OK, QUARANTINED)
         ok: NDArray[np.bool_] = status == OK
@@ -161,8 +162,7 @@ class FeatureArray:
         commits = self._sealed
         self._require_sizes(commits)
         lengths = np.zeros(self.rows, np.uint16)
-        for commit in commits.values():
-            self._load_shard(commit, "length", lengths)
+        self._load_shards(commits, "length", lengths)
         for array, first in self._later:
             lengths[first : first + array.rows] = array.load_lengths()  # type: ignore[assignment]  # ragged, as we are
         return lengths
@@ -209,7 +209,9 @@ class FeatureArray:
             yield record
         if len(found) != self.record.layout.n_shards or digest_commits(found) != wanted:
             have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
-            raise DamagedError(f"{what} is not what was sealed ({have}); restore {self.files.path(name).parent}")
+            raise DamagedError(
+                f"{what} is not what was sealed ({have}); restore {self.files.where(name.rpartition('/')[0])}"
+            )
 
     @property
     def _is_sealed(self) -> bool:
@@ -242,16 +244,20 @@ class FeatureArray:
 
     def _require_sizes(self, commits: Mapping[int, CommitRecord]) -> None:
         """Files as long as their records say, before memory is allocated for what is in them."""
+        sizes = self.files.sizes(array_folder(self.record.modality, self.name))
         for commit in commits.values():
             for part in self.record.layout.parts:
                 name = chunk_name(self.record, part, commit.shard)
-                if (size := self.files.size(name)) != commit.objects[name].bytes:
-                    what = "is missing" if size is None else "differs from its commit record"
+                if sizes.get(name) != commit.objects[name].bytes:
+                    what = "differs from its commit record" if name in sizes else "is missing"
                     raise self._damaged(commit.shard, name, what)
 
-    def _load_shard(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
-        first, stop = commit.rows
-        self._read_chunk(commit, part, target[first:stop])
+    def _load_shards(
+        self, commits: Mapping[int, CommitRecord], part: str, target: NDArray[Any], threads: int | None = None
+    ) -> None:
+        """One part of every shard, read in parallel, to where its rows are in `target`."""
+        with ThreadPoolExecutor(threads or self.files.readers) as pool:
+            list(pool.map(lambda c: self._read_chunk(c, part, target[c.rows[0] : c.rows[1]]), commits.values()))
 
     def _read_chunk(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
         """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
@@ -295,7 +301,7 @@ class FeatureArray:
         return data
 
     def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
-        return DamagedError(f"{self.files.path(name)} (shard {shard}) {what}; repair with: apecache repair STORE")
+        return DamagedError(f"{self.files.where(name)} (shard {shard}) {what}; repair with: apecache repair STORE")
 
 
 @contextmanager
@@ -318,25 +324,35 @@ class FeatureStore:
     the first, in pairs and arrays alike.
     """
 
-    path: Path
-    files: LocalFiles
+    files: Files
     segments: tuple["FeatureStore", ...] = ()
 
     @staticmethod
     def open(path: Path | str) -> "FeatureStore":
-        """Raises StoreError if there is no store at `path`, or one that was not finished being made."""
-        root = Path(path)
-        files = LocalFiles(root)
+        """A store in a folder, or on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`).
+
+        Raises:
+            StoreError: there is no store at `path`, or one that was not finished being made.
+        """
+        return FeatureStore.at(open_files(path))
+
+    @staticmethod
+    def at(files: Files) -> "FeatureStore":
+        """Raises as `open` does."""
         if not files.exists(PAIRS):
-            if _has_arrays(root):
-                raise DamagedError(f"{files.path(PAIRS)} is missing; write it again with: apecache repair")
+            if has_arrays(files):
+                raise DamagedError(f"{files.where(PAIRS)} is missing; write it again with: apecache repair")
             begun = files.exists(SOURCE)
-            siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-            hint = "" if root.exists() else nearest(root.name, siblings)
-            what = "was not finished being made; run the same apecache extract again" if begun else f"is no store{hint}"
-            raise StoreError(f"{root} {what}" + ("" if begun else " (make one with: apecache extract)"))
+            what = "was not finished being made; run the same apecache extract again"
+            what = what if begun else f"is no store{files.hint()} (make one with: apecache extract)"
+            raise StoreError(f"{files.place} {what}")
         read_record(files, PAIRS)
-        return FeatureStore(root, files, tuple(_open_segment(files, name) for name in segment_names(files)))
+        return FeatureStore(files, tuple(_open_segment(files, name) for name in segment_names(files)))
+
+    @property
+    def path(self) -> str | Path:
+        """Where the store is: a folder or a URL."""
+        return self.files.place
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -402,29 +418,33 @@ class FeatureStore:
         ]
 
 
-def segment_names(files: LocalFiles) -> list[str]:
+def segment_names(files: Files) -> list[str]:
     """Names of the appended segments, in order; one that was only just begun is none yet.
 
     Raises:
         DamagedError: a segment without its record in the store, or the other way round.
     """
     recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
-    begun = {name for name in files.list(SEGMENTS) if _has_arrays(files.path(f"{SEGMENTS}/{name}"))}
+    begun = {name for name in files.list(SEGMENTS) if has_arrays(files.child(f"{SEGMENTS}/{name}"))}
     for name in sorted(begun - recorded):
-        raise DamagedError(f"{files.path(segment_record_name(name))} is missing; write it again with: apecache repair")
+        raise DamagedError(f"{files.where(segment_record_name(name))} is missing; write it again with: apecache repair")
     return sorted(recorded)
 
 
-def _open_segment(files: LocalFiles, name: str) -> FeatureStore:
-    path, record = files.path(f"{SEGMENTS}/{name}"), read_record(files, segment_record_name(name))
-    if not path.is_dir():
-        raise DamagedError(f"{path} is missing ({record['n_images']} images); restore it, or: apecache repair")
-    segment = FeatureStore.open(path)
+def _open_segment(files: Files, name: str) -> FeatureStore:
+    own, record = files.child(f"{SEGMENTS}/{name}"), read_record(files, segment_record_name(name))
+    if not own.list(""):
+        raise DamagedError(f"{own.place} is missing ({record['n_images']} images); restore it, or: apecache repair")
+    segment = FeatureStore.at(own)
     if segment.source["digest"] != record["digest"]:
-        raise DamagedError(f"{path} is not the segment that was appended in its place; restore it")
+        raise DamagedError(f"{own.place} is not the segment that was appended in its place; restore it")
     return segment
 
 
-def _has_arrays(root: Path) -> bool:
+def has_arrays(files: Files) -> bool:
     """Arrays are begun after the pair table is written, so where there is one, the table was there."""
-    return any((root / "records").glob("*/*/fingerprint.json"))
+    return any(
+        files.exists(f"{records_folder(kind, name)}/fingerprint.json")
+        for kind in ("image", "text")
+        for name in files.list(f"records/{kind}")
+    )

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
 
 from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
 from apecache.store.commit import read_record
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files
 from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
 
 
@@ -40,28 +42,39 @@ class PairTable:
         return dict(Counter(self.splits.tolist()))
 
 
-def read_table(files: LocalFiles) -> PairTable:
+def read_table(files: Files) -> PairTable:
     """Raises DamagedError if an object of the table is not what was written, or not what a table is made of."""
     record, source = read_record(files, PAIRS), read_record(files, SOURCE)
     if record["digest"] != source["digest"]:
-        raise DamagedError(f"{files.path(PAIRS)} and {SOURCE} are of different tables; restore the files")
-    for name, entry in record["objects"].items():
-        if not files.exists(name) or content_hash(files.read(name)) != entry["blake3"]:
-            raise DamagedError(f"{files.path(name)} differs from its record, or is missing")
+        raise DamagedError(f"{files.where(PAIRS)} and {SOURCE} are of different tables; restore the files")
+    objects = _read_objects(files, record["objects"])
     n_rows = {"image": source["n_images"], "text": source["n_texts"]}
-    columns = {name: _column(files, name, n_rows[dimension], record["objects"]) for name, dimension in PAIR_COLUMNS}
+    columns = {name: _column(files, name, n_rows[dimension], objects) for name, dimension in PAIR_COLUMNS}
     image_rows = np.asarray(columns.pop("text_image_row"), dtype=np.int64)
     if len(image_rows) and not (image_rows.min() >= 0 and image_rows.max() < n_rows["image"]):
-        raise DamagedError(f"{files.path(PAIRS)}: captions of images that the table does not have; restore the files")
+        raise DamagedError(f"{files.where(PAIRS)}: captions of images that the table does not have; restore the files")
     keys, splits, labels, captions, languages = (np.asarray(column, dtype=object) for column in columns.values())
     return PairTable(keys, splits, labels, captions, languages, image_rows, source["digest"])
 
 
-def _column(files: LocalFiles, name: str, rows: int, objects: Mapping[str, Any]) -> NDArray[Any]:
+def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]:
+    """By name. Raises DamagedError unless they are what was recorded."""
+    objects, reading = dict[str, bytes](), files.read_all(recorded)
+    for name, entry in recorded.items():
+        try:
+            objects[name] = next(reading)
+        except FileNotFoundError:
+            raise DamagedError(f"{files.where(name)} differs from its record, or is missing") from None
+        if content_hash(objects[name]) != entry["blake3"]:
+            raise DamagedError(f"{files.where(name)} differs from its record, or is missing")
+    return objects
+
+
+def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
     """One column, after a look at its description: what Zarr would allocate and run must be what we write."""
     folder = f"{ZARR}/pairs/{name}"
     try:
-        described = json.loads(files.read(f"{folder}/zarr.json"))
+        described = json.loads(objects[f"{folder}/zarr.json"])
         (chunk,) = described["chunk_grid"]["configuration"]["chunk_shape"]
         codecs = [codec["name"] for codec in described["codecs"]]
         n_chunks = -(-rows // chunk)
@@ -70,8 +83,9 @@ def _column(files: LocalFiles, name: str, rows: int, objects: Mapping[str, Any])
             raise ValueError(f"it is not a column of {rows} rows")
         if codecs not in PAIR_CODECS:
             raise ValueError(f"codecs {codecs} are not those that apecache writes")
-        array: Any = zarr.open_array(files.path(folder), mode="r")
+        own = {name[len(folder) + 1 :]: data for name, data in objects.items() if name.startswith(f"{folder}/")}
+        array: Any = zarr.open_array(MemoryStore({key: cpu.Buffer.from_bytes(own[key]) for key in own}), mode="r")
         values = array[:]
     except Exception as error:  # what zarr, numpy and the codecs raise over strange metadata shares no base class
-        raise DamagedError(f"{files.path(folder)} cannot be read: {one_line(error)}; restore the files") from None
+        raise DamagedError(f"{files.where(folder)} cannot be read: {one_line(error)}; restore the files") from None
     return np.asarray(values)

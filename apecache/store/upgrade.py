@@ -3,23 +3,21 @@
 from pathlib import Path
 
 from apecache.store.commit import read_record
-from apecache.store.files import LocalFiles
 from apecache.store.layout import FORMAT_VERSION, SOURCE
 from apecache.store.reader import FeatureStore
 
 
-def store_format(path: Path) -> int:
+def store_format(path: str | Path) -> int:
     """Format of the store at `path`.
 
     Raises:
         StoreError: no store, or one of a newer format than this apecache knows.
     """
-    FeatureStore.open(path)
-    found: int = read_record(LocalFiles(path), SOURCE)["format"]
+    found: int = read_record(FeatureStore.open(path).files, SOURCE)["format"]
     return found
 
 
-def upgrade_store(path: Path, out: Path) -> bool:
+def upgrade_store(path: str | Path, out: str | Path) -> bool:
     """Write the store at `path` to `out` in the newest format; False if it is of that already, and nothing was written.
 
     Raises as `store_format` does.

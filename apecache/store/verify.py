@@ -9,7 +9,7 @@ from typing import Any, Literal
 from apecache.errors import ApecacheError, DamagedError, StoreError
 from apecache.fingerprint import Modality, content_hash
 from apecache.store.commit import CommitRecord, digest_commits, is_commit, read_commit, read_record
-from apecache.store.files import TEMPORARY, LocalFiles
+from apecache.store.files import TEMPORARY, Files, open_files
 from apecache.store.layout import (
     PAIRS,
     README,
@@ -56,7 +56,7 @@ class Problem:
 class VerifyReport:
     """`n_objects` objects of `n_bytes` were read and hashed."""
 
-    store: Path
+    store: str | Path
     n_objects: int
     n_bytes: int
     problems: tuple[Problem, ...]
@@ -66,49 +66,51 @@ class VerifyReport:
         return not any(problem.harmful for problem in self.problems)
 
 
-def verify_store(path: Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+def verify_store(path: str | Path, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
     """Read and hash everything, appended segments too.
 
     Raises:
         StoreError: there is no store at `path`, or one of a newer format.
     """
-    own = verify_segment(path, progress, threads)
-    own = replace(own, problems=(*own.problems, *_segment_problems(path)))
-    return _with_segments(own, [verify_segment(folder, progress, threads) for folder in segment_folders(path)])
+    return verify_files(open_files(path), progress, threads)
 
 
-def verify_segment(path: Path, progress: Progress = lambda _: None, threads: int = 4) -> VerifyReport:
+def verify_files(files: Files, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
+    """As `verify_store`."""
+    own = verify_segment(files, progress, threads)
+    own = replace(own, problems=(*own.problems, *_segment_problems(files)))
+    segments = begun_segments(files)
+    return _with_segments(own, {name: verify_segment(files.child(name), progress, threads) for name in segments})
+
+
+def verify_segment(files: Files, progress: Progress = lambda _: None, threads: int | None = None) -> VerifyReport:
     """One segment alone (the store itself is the first). Raises as `verify_store` does."""
-    files = LocalFiles(path)
     if not files.exists(SOURCE) and not files.exists(PAIRS):
-        raise StoreError(f"{path} is no store (make one with: apecache extract)")
+        raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
     check = _Check(files, progress, threads)
     check.table()
     for modality, name in array_names(files):
         check.array(modality, name)
     check.strangers()
-    return VerifyReport(path, check.n_objects, check.n_bytes, tuple(check.problems))
+    return VerifyReport(files.place, check.n_objects, check.n_bytes, tuple(check.problems))
 
 
-def _segment_problems(path: Path) -> Iterator[Problem]:
+def _segment_problems(files: Files) -> Iterator[Problem]:
     """Segments against their records in the store: lost ones, swapped ones, and those that no record knows."""
-    files = LocalFiles(path)
-    there = {folder.name for folder in segment_folders(path)}
+    there = {folder.rpartition("/")[2] for folder in begun_segments(files)}
     recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
     for segment in sorted(there | recorded):
         name = segment_record_name(segment)
+        own = files.child(f"{SEGMENTS}/{segment}")
         if segment not in there:
             yield Problem("missing", f"{SEGMENTS}/{segment}", "a segment that was appended is not there")
             continue
         if segment not in recorded:
-            if any(folder.is_file() for folder in files.path(f"{SEGMENTS}/{segment}").glob("records/*/*/*.json")):
+            if any(name.count("/") == 3 and name.endswith(".json") for name in own.sizes("records")):
                 yield Problem("missing", name, "the segment has no record in the store")
             continue
         try:
-            wanted, found = (
-                read_record(files, name),
-                read_record(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), SOURCE),
-            )
+            wanted, found = read_record(files, name), read_record(own, SOURCE)
         except DamagedError as error:
             if not files.exists(name) or name in str(error):
                 yield Problem("damaged", name, str(error))
@@ -117,23 +119,23 @@ def _segment_problems(path: Path) -> Iterator[Problem]:
             yield Problem("damaged", f"{SEGMENTS}/{segment}", "not the segment that was appended in its place")
 
 
-def _with_segments(own: VerifyReport, segments: Sequence[VerifyReport]) -> VerifyReport:
+def _with_segments(own: VerifyReport, segments: Mapping[str, VerifyReport]) -> VerifyReport:
     """One report; the objects of a segment are named from the store's root."""
     problems = list(own.problems)
-    for report in segments:
-        prefix = report.store.relative_to(own.store).as_posix()
-        problems += [replace(problem, object=f"{prefix}/{problem.object}") for problem in report.problems]
-    n_objects = own.n_objects + sum(report.n_objects for report in segments)
-    n_bytes = own.n_bytes + sum(report.n_bytes for report in segments)
+    for folder, report in segments.items():
+        problems += [replace(problem, object=f"{folder}/{problem.object}") for problem in report.problems]
+    n_objects = own.n_objects + sum(report.n_objects for report in segments.values())
+    n_bytes = own.n_bytes + sum(report.n_bytes for report in segments.values())
     return VerifyReport(own.store, n_objects, n_bytes, tuple(problems))
 
 
-def segment_folders(path: Path) -> list[Path]:
-    """Appended segments that anything is left of, in order."""
-    return sorted(folder for folder in (path / SEGMENTS).glob("*") if any(folder.glob("records/*.json")))
+def begun_segments(files: Files) -> list[str]:
+    """Folders of the appended segments that anything is left of, in order."""
+    folders = [f"{SEGMENTS}/{name}" for name in files.list(SEGMENTS)]
+    return [folder for folder in folders if any(name.endswith(".json") for name in files.list(f"{folder}/records"))]
 
 
-def array_names(files: LocalFiles) -> list[tuple[Modality, str]]:
+def array_names(files: Files) -> list[tuple[Modality, str]]:
     """Every array that has records, or data, images first; not one that a killed writer had only made a folder for."""
     kinds: tuple[Modality, ...] = ("image", "text")
     return [
@@ -144,18 +146,20 @@ def array_names(files: LocalFiles) -> list[tuple[Modality, str]]:
     ]
 
 
-def _objects(files: LocalFiles, folder: str) -> Iterator[str]:
+def _objects(files: Files, folder: str) -> Iterator[str]:
     """Every file below a folder that is not a temporary one."""
-    for path in files.path(folder).rglob("*"):
-        if path.is_file() and not path.name.startswith(TEMPORARY):
-            yield path.relative_to(files.root).as_posix()
+    return (name for name in files.sizes(folder) if not _is_temporary(name))
+
+
+def _is_temporary(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(TEMPORARY)
 
 
 class _Check:
     """One pass over a store: collects problems, and the names of all objects that something accounts for."""
 
-    def __init__(self, files: LocalFiles, progress: Progress, threads: int) -> None:
-        self.files, self.progress, self.threads = files, progress, threads
+    def __init__(self, files: Files, progress: Progress, threads: int | None) -> None:
+        self.files, self.progress, self.threads = files, progress, threads or files.readers
         self.problems: list[Problem] = []
         self.known: set[str] = {SOURCE, PAIRS, "README.md"}
         self.known.update(f"{SEGMENT_RECORDS}/{name}" for name in files.list(SEGMENT_RECORDS))
@@ -196,16 +200,14 @@ class _Check:
 
     def strangers(self) -> None:
         """Whatever lies below the store and is not accounted for; segments account for themselves."""
-        segments = [path.relative_to(self.files.root).as_posix() for path in segment_folders(self.files.root)]
-        for path in sorted(self.files.path("").rglob("*")):
-            name = path.relative_to(self.files.root).as_posix()
-            inside = any(name.startswith(f"{folder}/") for folder in segments)
-            if path.is_dir() or name in self.known or inside:
+        segments = begun_segments(self.files)
+        for name in self.files.sizes(""):
+            if name in self.known or any(name.startswith(f"{folder}/") for folder in segments):
                 continue
-            temporary = path.name.startswith(TEMPORARY)
-            self._add(
-                "temporary" if temporary else "foreign", name, "left by a killed run" if temporary else "not ours"
-            )
+            if _is_temporary(name):
+                self._add("temporary", name, "left by a killed run")
+            else:
+                self._add("foreign", name, "not ours")
 
     def _commits(self, record: ArrayRecord) -> tuple[dict[int, CommitRecord], list[str]]:
         """Valid records by shard, and the hash of each, after hashing everything that they name."""

@@ -23,7 +23,7 @@ from apecache.store.commit import (
     read_record,
     seal_record,
 )
-from apecache.store.files import Buffer, LocalFiles
+from apecache.store.files import Buffer, Files
 from apecache.store.layout import (
     OK,
     PAIRS,
@@ -69,13 +69,14 @@ class QuarantinedRow:
     detail: str
 
 
-def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str) -> None:
+def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> None:
     """Make the store for a table, or finish making it, or find that it is there.
 
     Raises:
         MismatchError: the store belongs to another table.
         StoreError: the folder holds something else.
     """
+    files.prepare()
     _refuse_foreign(files)
     files.create(SOURCE, source_bytes(pairs, root))
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
@@ -85,12 +86,12 @@ def create_store(files: LocalFiles, pairs: PairColumns, root: str, version: str)
             _write_pairs(files, pairs, version)
 
 
-def add_segment(files: LocalFiles, segment: str, pairs: PairColumns, root: str, version: str) -> None:
+def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, version: str) -> None:
     """Make `segments/<segment>`, a store of its own, and record in the first that it is there.
 
     Raises as `create_store` does; MismatchError also if another table has that place.
     """
-    create_store(LocalFiles(files.path(f"{SEGMENTS}/{segment}")), pairs, root, version)
+    create_store(files.child(f"{SEGMENTS}/{segment}"), pairs, root, version)
     name = segment_record_name(segment)
     files.create(name, seal_record(name, _identity(pairs)))
     _require_same_source(read_record(files, name), _identity(pairs), files)
@@ -117,7 +118,7 @@ def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[i
     }
 
 
-def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
+def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
     objects = {**root_objects(version), **pair_objects(table_columns(pairs))}
     for name, data in objects.items():
         files.write(name, data)
@@ -126,29 +127,27 @@ def _write_pairs(files: LocalFiles, pairs: PairColumns, version: str) -> None:
     files.create(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
 
 
-def _refuse_foreign(files: LocalFiles) -> None:
-    if files.root.exists() and not files.root.is_dir():
-        raise StoreError(f"{files.root} is a file; give a folder as --store")
+def _refuse_foreign(files: Files) -> None:
     # Looked for last: another writer may be making the store at this moment, and the source is what it puts first.
     made, strange = files.exists(PAIRS), files.list("") not in ([], ["records"]) or files.list("records")
     if strange and not files.exists(SOURCE):
         if made:
-            raise DamagedError(f"{files.path(SOURCE)} is missing; write it again with: apecache repair")
-        raise StoreError(f"{files.root} is not empty and not a store; choose another --store")
+            raise DamagedError(f"{files.where(SOURCE)} is missing; write it again with: apecache repair")
+        raise StoreError(f"{files.place} is not empty and not a store; choose another --store")
 
 
-def _require_same_source(found: Mapping[str, Json], wanted: Mapping[str, Json], files: LocalFiles) -> None:
+def _require_same_source(found: Mapping[str, Json], wanted: Mapping[str, Json], files: Files) -> None:
     differences = [(key, wanted[key], found.get(key)) for key in sorted(wanted) if wanted[key] != found.get(key)]
     if differences:
         origin = one_line(found.get("origin"))
         raise MismatchError(
-            f"{files.root} was made from another table ({origin}): {describe_difference(differences)}; "
+            f"{files.place} was made from another table ({origin}): {describe_difference(differences)}; "
             "a store belongs to one table: choose another --store",
             differences,
         )
 
 
-def create_array(files: LocalFiles, record: ArrayRecord) -> None:
+def create_array(files: Files, record: ArrayRecord) -> None:
     """Make an array, or finish making it. The caller has compared `record` with what is there (see FeatureStore).
 
     Raises:
@@ -165,7 +164,7 @@ def create_array(files: LocalFiles, record: ArrayRecord) -> None:
 class ArrayWriter:
     """Commits the shards of one array."""
 
-    def __init__(self, files: LocalFiles, record: ArrayRecord) -> None:
+    def __init__(self, files: Files, record: ArrayRecord) -> None:
         self.files = files
         self.record = record
         self.layout: ArrayLayout = record.layout
@@ -238,7 +237,7 @@ class ArrayWriter:
         self.files.settle(f"{self._folder}/commits")
         put = self.files.create(name, seal_record(name, {"digest": digest, "rows": self.layout.rows, **totals}))
         if not put and read_record(self.files, name).get("digest") != digest:
-            raise DamagedError(f"{self.files.path(name)}: sealed with other records; restore the file")
+            raise DamagedError(f"{self.files.where(name)}: sealed with other records; restore the file")
 
     @property
     def _folder(self) -> str:
@@ -289,10 +288,13 @@ class ArrayWriter:
         """Write one object and compare what is there with what should be."""
         self.files.write(name, *payload)
         if not self._stands(name, wanted):
-            raise DamagedError(f"{self.files.path(name)}: what was read back is not what was written; check the disk")
+            raise DamagedError(f"{self.files.where(name)}: what was read back is not what was written; check the disk")
 
     def _stands(self, name: str, wanted: str) -> bool:
-        return self.files.exists(name) and content_hash(self.files.read(name)) == wanted
+        try:
+            return content_hash(self.files.read(name)) == wanted
+        except FileNotFoundError:
+            return False
 
     def _committed_alike(self, record: CommitRecord) -> bool:
         """False if the shard is not committed. Raises MismatchError if it is, with other bytes."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apecache.errors import MismatchError, RunError, require_new
+from apecache.errors import MismatchError, RunError, require_local, require_new
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, shorten
 from apecache.heads.checkpoint import DESCRIPTION, WEIGHTS
@@ -31,6 +31,7 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
     Raises:
         RunError: `out` holds a finished run, or something else.
     """
+    require_local(out, "run folder")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     done = files[1] in names and RECIPE in names  # an index has a head, but no recipe
     known = OURS | set(files)
@@ -67,6 +68,7 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         RunError: another process fits into it.
     """
+    require_local(out, "folder")
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY)
     try:

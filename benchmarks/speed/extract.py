@@ -37,7 +37,8 @@ from apecache.encoders.pixels import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
 from apecache.preparation import CPU_BATCH
-from apecache.segments import make_segment
+from apecache.segments import Segment, make_segment
+from apecache.store.files import LocalFiles
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.speed.inputs import captions, write_photographs, write_vit
 from benchmarks.speed.peers import BATCH, sentence_transformers_encode, timm_loop, transformers_loop
@@ -149,8 +150,9 @@ class Bench:
     def run(self, source: PairSource, encoders: Encoders, spec: ExtractSpec, progress: Any = lambda _: None) -> Path:
         """An extraction with encoders that are loaded."""
         store = self.store()
-        make_segment(store, source)
-        extract_pending(store, source, encoders, spec, progress)
+        segment = Segment(LocalFiles(store), "", source)
+        make_segment(segment)
+        extract_pending(segment, encoders, spec, progress)
         return store
 
     # --- images ------------------------------------------------------------------------------------------------------
@@ -385,8 +387,9 @@ def extract_as_child(encoder: Path, root: Path, keys: Path, store: Path) -> None
     encoders = load_encoders(spec)
     encoders.image[0].encode(torch.zeros(4, *encoders.image[0].input_shape))
     print(cpu_seconds(), flush=True)
-    make_segment(store, source)
-    extract_pending(store, source, encoders, spec)
+    segment = Segment(LocalFiles(store), "", source)
+    make_segment(segment)
+    extract_pending(segment, encoders, spec)
 
 
 if __name__ == "__main__":

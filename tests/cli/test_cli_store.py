@@ -15,7 +15,6 @@ from tiny import Grown, damaged, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
 import apecache.extraction as extraction
-import apecache.preparation as preparation
 from apecache.store.commit import read_record, seal_record
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS
@@ -464,7 +463,7 @@ def reading(command: str, store: Path, folder: Path) -> Result:
 def test_too_little_disk(
     shapes: Path, tmp_path: Path, extract_images: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
     line = error_of(extract_images(shapes, tmp_path / "store"), 3)
     assert "needed for the features" in line
 

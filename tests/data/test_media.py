@@ -8,9 +8,10 @@ import pytest
 from inputs import NAMES, image_bytes, samples, struct_type, structs, write_images, write_parquet, write_tar
 
 from apecache.data import media as media_module
-from apecache.data.media import FolderMedia, Media, Member, NoMedia, TarMedia
+from apecache.data.media import FolderMedia, Media, Member, NoMedia, ObjectMedia, TarMedia, media_at, media_below
 from apecache.data.sources import open_pairs
 from apecache.errors import RowError
+from apecache.objects import open_bucket
 
 
 def of_kind(kind: str, folder: Path) -> Media:
@@ -84,3 +85,68 @@ def test_the_declared_size_is_checked_before_anything_is_read(
         FolderMedia(tmp_path).read("a.png")
     with pytest.raises(RowError, match=f"^{reason}: a has {size} bytes"):
         TarMedia((tmp_path / "none.tar",), {"a": Member(0, 0, size)}).read("a")
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(bucket: str, tmp_path: Path) -> ObjectMedia:
+    """The images of a folder, as objects below a root, and one object beside it."""
+    opened = open_bucket(bucket)[0]
+    folder = write_images(tmp_path)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        opened.write(f"deep/root/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    opened.write("deep/secret.png", image_bytes(0))
+    opened.write("deep/root/empty.png", b"")
+    return ObjectMedia(f"{bucket}/deep/root/")
+
+
+def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: ObjectMedia, tmp_path: Path) -> None:
+    files = FolderMedia(tmp_path)
+    wanted = [files.read(name) for name in NAMES]
+    there = pickle.loads(pickle.dumps(stored))  # noqa: S301  (ours)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(stored.read, NAMES)) == list(pool.map(there.read, NAMES)) == wanted
+    assert pickle.loads(pickle.dumps(stored)) == there  # noqa: S301  (ours)
+    assert all(stored.exists(name) for name in NAMES)
+    assert stored.place.endswith("/deep/root")
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("../secret.png", "outside-root"),
+        ("a/../../secret.png", "outside-root"),
+        ("/deep/secret.png", "outside-root"),
+        ("..", "outside-root"),
+        ("", "outside-root"),
+        ("a\0.png", "outside-root"),
+        ("none.png", "missing"),
+        ("\ud800.png", "missing"),
+        ("a\n.png", "missing"),
+        ("empty.png", "empty"),
+    ],
+)
+def test_no_key_leads_out_of_the_root_or_to_nothing(stored: ObjectMedia, key: str, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        stored.read(key)
+    assert caught.value.reason == reason
+    assert stored.exists(key) == (reason == "empty")
+
+
+def test_a_large_object_is_refused_before_it_is_read_and_others_are_read_whole(
+    stored: ObjectMedia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stored.read(NAMES[0])
+    monkeypatch.setattr(media_module, "READ_AT_ONCE", 100)
+    assert stored.read(NAMES[0]) == whole
+    monkeypatch.setattr(media_module, "MAX_IMAGE_BYTES", len(whole) - 1)
+    with pytest.raises(RowError, match="too-large"):
+        stored.read(NAMES[0])
+
+
+def test_a_place_is_a_folder_or_a_url(tmp_path: Path) -> None:
+    assert media_below(tmp_path) == media_at(str(tmp_path)) == FolderMedia(tmp_path)
+    assert media_below("s3://bucket/a") == media_at("s3://bucket/a") == ObjectMedia("s3://bucket/a")
+    assert media_at("") == media_at(str(tmp_path / "gone")) == NoMedia()

@@ -20,11 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES, WRITER, READER, TABLE = (f"{name}.py" for name in ("files", "writer", "reader", "table"))
-COMMIT, LAYOUT = "commit.py", "layout.py"
+COMMIT, LAYOUT, OBJECTS = "commit.py", "layout.py", "objects.py"
 CUT = "faults/test_fault_power.py::test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged"
 KILL_CUT = "faults/test_fault_power.py::test_a_power_cut_after_a_kill_and_a_resume_loses_nothing"
 REMOVED = "faults/test_fault_power.py::test_what_was_removed_does_not_come_back"
 READ, WRITE, RECORDS, PUT = (f"store/test_store_{name}.py::" for name in ("reader", "writer", "commit", "files"))
+REMOTE = "store/test_store_objects.py::"
 DAMAGED = f"{READ}test_reading_what_a_damaged_object_belongs_to_raises_and_names_it"
 
 
@@ -78,7 +79,7 @@ MUTATIONS = (
         f"{READ}test_an_array_of_the_store_of_another_table_is_refused",
     ),
     Mutation("hash of quarantine lists", READER, "content_hash(data) != commit.objects[name].blake3", "False", DAMAGED),
-    Mutation("hash of the table", TABLE, 'content_hash(files.read(name)) != entry["blake3"]', "False", DAMAGED),
+    Mutation("hash of the table", TABLE, 'content_hash(objects[name]) != entry["blake3"]', "False", DAMAGED),
     Mutation(
         "table and source of one store",
         TABLE,
@@ -219,6 +220,21 @@ MUTATIONS = (
         "fill_value=0",
         f"{READ}test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros",
     ),
+    # on object storage
+    Mutation(
+        "trial of put if absent",
+        OBJECTS,
+        "        if not self.alone and not self.bucket.decides_creation(trial):\n",
+        "        if False:\n",
+        f"{REMOTE}test_storage_without_put_if_absent_is_refused_before_anything_is_written",
+    ),
+    Mutation(
+        "a single writer looks before it puts",
+        OBJECTS,
+        "            return self.read(name) == data\n",
+        "            raise FileNotFoundError\n",
+        f"{REMOTE}test_a_single_writer_can_use_storage_without_put_if_absent",
+    ),
 )
 
 
@@ -245,6 +261,9 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
         shutil.copy(ROOT / "pyproject.toml", copy)
         for name in ("apecache", "tests/store", "tests/faults"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in (ROOT / "tests").glob("*.py"):
+            if not path.name.startswith("test_"):
+                shutil.copy(path, copy / "tests")
         target = copy / "apecache" / "store" / mutation.file
         source = target.read_text(encoding="utf-8")
         if source.count(mutation.old) != 1:

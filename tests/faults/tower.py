@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 import apecache.store.writer as writer_module
 from apecache.encoders.spec import EncoderSpec, Modality
 from apecache.fingerprint import Fingerprint, content_hash, digest_strings
-from apecache.store.files import LocalFiles
+from apecache.store.files import Files, open_files
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
@@ -106,9 +106,9 @@ def expected(spec: TowerSpec, modality: Modality) -> NDArray[Any]:
 
 
 def run(
-    store: Path,
+    store: str | Path,
     spec: TowerSpec = TowerSpec(),
-    files: LocalFiles | None = None,
+    files: Files | None = None,
     acknowledge: Callable[[str], None] = lambda _: None,
     shards: dict[str, list[int]] | None = None,
 ) -> list[str]:
@@ -118,10 +118,10 @@ def run(
         acknowledge: told of everything that has been promised: `store`, `image`, `image/3`, `image/seal`, …
         shards: encode these whether they are committed or not, and do not seal (one of several writers).
     """
-    files = files or LocalFiles(store)
+    files = files or open_files(store)
     create_store(files, columns(spec), "/data", "0")
     acknowledge("store")
-    opened = FeatureStore(FeatureStore.open(store).path, files)
+    opened = FeatureStore(files)
     done = []
     for modality in MODALITIES:
         existing = next((array.record for array in opened.arrays(modality) if array.name == NAME), None)
@@ -203,8 +203,8 @@ class Towers:
         """Run towers side by side until all have ended.
 
         Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does nothing), `kill` (see
-        `faults_syscalls.Kill`) and `kill_after` in seconds. Each result: `killed`, `error` (a string, empty if there
-        was none) and `done`.
+        `faults_syscalls.Kill`), `kill_after` in seconds and `environment`. Each result: `killed`, `error` (a
+        string, empty if there was none) and `done`.
         """
         assert self.process.stdin
         assert self.process.stdout
@@ -214,7 +214,7 @@ class Towers:
         answer: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
         return answer
 
-    def run(self, store: Path, **options: Any) -> dict[str, Any]:
+    def run(self, store: str | Path, **options: Any) -> dict[str, Any]:
         return self.start({"store": store, **options})[0]
 
 
@@ -243,9 +243,12 @@ def _fork(request: dict[str, Any]) -> tuple[int, int, float | None]:
 def _run(request: dict[str, Any]) -> list[str]:
     from faults_syscalls import Kill, intercepted, unsynced
 
-    store, spec = Path(request["store"]), TowerSpec(**request["spec"])
+    os.environ.update(request.get("environment", {}))
+
+    store, spec = request["store"], TowerSpec(**request["spec"])
     kill = Kill(**request["kill"]) if request.get("kill") else None
     if request.get("unsynced") or kill:
+        store = Path(store)
         with intercepted(store.parent, unsynced(kill) if request.get("unsynced") else kill):
             return run(store, spec, shards=request.get("shards"))
     return run(store, spec, shards=request.get("shards"))

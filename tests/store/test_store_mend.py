@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny import Grown, damaged, put, tree
 
-import apecache.store.mend as mend
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE
@@ -193,7 +192,7 @@ def test_an_interrupted_removal_serves_nothing_of_it_and_can_be_repeated(
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalFiles, "remove", guarded(real_remove))
-        patch.setattr(mend.shutil, "rmtree", guarded(real_rmtree))
+        patch.setattr(shutil, "rmtree", guarded(real_rmtree))
         with pytest.raises(KeyboardInterrupt):
             remove_array(LocalFiles(two), "image", "both")
     store = FeatureStore.open(two)

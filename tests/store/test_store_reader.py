@@ -304,7 +304,7 @@ def test_two_swapped_files_are_noticed(tower_store: Path, folder: str, pair: tup
 )
 def test_a_record_in_the_place_of_another_is_refused(tower_store: Path, first: str, second: str) -> None:
     shutil.copy(tower_store / second, tower_store / first)
-    store = FeatureStore(tower_store, LocalFiles(tower_store))
+    store = FeatureStore(LocalFiles(tower_store))
     with pytest.raises(DamagedError, match=rf"{first} is in the wrong place \({second}\)"):
         _ = store.source, store.array("image").load()
 
