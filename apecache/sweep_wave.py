@@ -33,10 +33,10 @@ WAVE = 64
 @dataclass(frozen=True)
 class SweepSpec:
     """`seeds`: fits of each trial, with seeds from `fit.seed` on. `seed`: of the sampler. `halving`: trials run to a
-    ninth of their epochs, the best third of them to a third, the best third of those to the end (successive halving,
-    Jamieson and Talwalkar 2016, algorithm 1), in groups of up to `WAVE`. `keep_going`: a trial that fails is a line
-    with its error, not the end of the sweep. `population`: heads that train together at most, within `memory_bytes`.
-    Without halving `n_trials` may grow when a sweep goes on."""
+    share of their epochs, the best third of them to three times that, and so on to the end (successive halving,
+    Jamieson and Talwalkar 2016, algorithm 1), in `rungs` (3: a ninth, a third, all) and in groups of up to `WAVE`.
+    `keep_going`: a trial that fails is a line with its error, not the end of the sweep. `population`: heads that train
+    together at most, within `memory_bytes`. Without halving `n_trials` may grow when a sweep goes on."""
 
     n_trials: int = 20
     sampler: Literal["random", "grid", "tpe"] = "random"
@@ -46,6 +46,7 @@ class SweepSpec:
     keep_going: bool = False
     population: int = 16
     memory_bytes: int = 2 * 2**30
+    rungs: int = 3
     fit: FitSpec = field(default_factory=FitSpec)
 
 
@@ -105,7 +106,7 @@ class Wave:
 
     def run(self, planned: Sequence[Planned]) -> None:
         (self.out / WORK).mkdir(exist_ok=True)
-        rungs = [ETA**2, ETA, 1] if self.spec.halving else [1]
+        rungs = [ETA**power for power in reversed(range(self.spec.rungs))] if self.spec.halving else [1]
         present = list(planned)
         for rung, share in enumerate(rungs):
             last = share == 1

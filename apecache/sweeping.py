@@ -54,8 +54,8 @@ def sweep(
         something else, or no trial succeeded. RecipeError: a trial failed, without `keep_going`. Others as `fit_head`.
     """
     spec = spec or SweepSpec()
-    if min(spec.n_trials, spec.seeds, spec.population) < 1:
-        raise OptionError("n_trials, seeds and population must be at least 1")
+    if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
+        raise OptionError("n_trials, seeds, population and rungs must be at least 1")
     data = load_data(store, spec.fit)
     with locked(out):
         _require_same(out, _identity(store, space, spec))

@@ -21,8 +21,9 @@ def sweep(
     sampler: Annotated[str, typer.Option(help="random, grid or tpe (needs optuna).")] = "random",
     seeds: Annotated[int, typer.Option(min=1, help="Fits of each point; it counts by their mean.")] = 1,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Stop two thirds early, twice (successive halving).")
+        bool, typer.Option("--halving", help="Stop two thirds early, again and again (successive halving).")
     ] = False,
+    rungs: Annotated[int, typer.Option(min=2, help="Of --halving; with 3 the first stop is at a ninth.")] = 3,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="A trial that fails does not end the sweep.")
     ] = False,
@@ -66,7 +67,7 @@ def sweep(
         fit = FitSpec(image_features, text_features, splits, seed, device, save_seconds=save_seconds)
         kind: Any = sampler
         memory = int(memory_gb * 2**30)
-        spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, fit)
+        spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, rungs, fit)
         with results_only(cluster):
             report = run_on(cluster)(FeatureStore.open(store), loaded, out, spec, show_trial)
         from apecache.report.sweep_page import sweep_page

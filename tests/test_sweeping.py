@@ -125,6 +125,15 @@ def test_halving_stops_two_thirds_twice_and_finds_the_same_kind_of_winner(store:
     assert halved.best.recalls == pytest.approx(same.recalls, abs=1e-9)
 
 
+@pytest.mark.parametrize(("rungs", "epochs"), [(2, [3] * 6 + [9] * 3), (4, [1] * 6 + [1] * 2 + [9])])
+def test_rungs_say_how_early_the_first_stop_is(
+    rungs: int, epochs: list[int], store: FeatureStore, tmp_path: Path
+) -> None:
+    spec = SweepSpec(9, halving=True, rungs=rungs, fit=CPU)
+    found = sweep(store, make_space(tmp_path), tmp_path / "out", spec)
+    assert sorted(trial.epochs for trial in found.trials) == epochs
+
+
 def test_several_seeds_count_by_their_mean_with_an_interval(store: FeatureStore, tmp_path: Path) -> None:
     report = sweep(store, make_space(tmp_path), tmp_path / "out", SweepSpec(2, seeds=3, fit=CPU))
     for trial in report.trials:

@@ -178,7 +178,7 @@ def test_a_node_that_does_not_see_the_store_is_named(
     shapes_once: Path, tmp_path: Path, spread: Callable[..., ExtractReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "node_name", lambda: "n7")
-    monkeypatch.setattr(engine, "make_segment", lambda path, part: None)  # made where only the driver sees it
+    monkeypatch.setattr(engine, "make_segment", lambda segment: None)  # made where only the driver sees it
     with pytest.raises(EngineError, match=r"node n7 does not see .*store; the store must lie where every node reaches"):
         spread(shapes_once, tmp_path / "store")
 
