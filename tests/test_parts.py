@@ -24,7 +24,8 @@ from apecache.errors import BadRowsError, DataError, MismatchError, OptionError
 from apecache.extraction import ExtractReport, ExtractSpec, Standing, extract
 from apecache.parts import Part, parse_part
 from apecache.preparation import prepare_arrays
-from apecache.segments import make_segment
+from apecache.segments import make_segment, split_source
+from apecache.store.files import open_files
 from apecache.store.reader import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
@@ -210,7 +211,7 @@ def test_who_makes_an_array_first_decides_what_was_measured(
     """Another process measures 2 rows a shard, and makes the first array while this one still measures 3."""
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     encoders = loaded_once("image")(tuple(replace(encoder, pooling=cut) for cut in cuts), "cpu")  # type: ignore[arg-type]
-    make_segment(tmp_path / "store", open_pairs(shapes_once))
+    make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
     store, spec = FeatureStore.open(tmp_path / "store"), ExtractSpec(encoder, device="cpu")
 
     def measured(*_: object) -> int:
@@ -237,7 +238,7 @@ def test_a_process_with_another_encoder_of_that_name_is_refused_in_the_race(
     encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
     fields = {**encoder.fingerprint.fields, "weights": "0"}
     other = replace(encoder, fingerprint=type(encoder.fingerprint)(fields))
-    make_segment(tmp_path / "store", open_pairs(shapes_once))
+    make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
     store, spec = FeatureStore.open(tmp_path / "store"), ExtractSpec(encoder.spec, device="cpu")
 
     def measured(*_: object) -> int:

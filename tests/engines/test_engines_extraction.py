@@ -24,7 +24,8 @@ from apecache.engines.ray import Make, RaySpec
 from apecache.errors import BadRowsError, DataError, EngineError, MismatchError, OptionError
 from apecache.extraction import ExtractReport, ExtractSpec, Standing, extract
 from apecache.parts import Part
-from apecache.segments import make_segment
+from apecache.segments import make_segment, split_source
+from apecache.store.files import open_files
 from apecache.store.reader import FeatureStore
 
 if TYPE_CHECKING:
@@ -196,18 +197,17 @@ def test_every_node_is_asked_whether_it_gives_what_is_committed(
     shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, in_turn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
-    spec, segments = (
-        ExtractSpec(encoder.spec, shard_rows=5, device="cpu"),
-        [(tmp_path / "store", open_pairs(shapes_once))],
-    )
-    make_segment(*segments[0])
-    first = engine._Encoding(segments, spec, 1)
+    spec = ExtractSpec(encoder.spec, shard_rows=5, device="cpu")
+    (segment,) = split_source(open_pairs(shapes_once), open_files(tmp_path / "store"))
+    make_segment(segment)
+    parts = {segment.files.place: segment.part}
+    first = engine._Encoding(parts, spec, 1)
     (task,) = first.do(engine.PREPARE)  # type: ignore[misc, union-attr]
     first.do(filling.ShardPiece(task, 0))
     noisy = replace(encoder, forward=lambda pixels: encoder.forward(pixels) + torch.randn(len(pixels), 64))
     monkeypatch.setattr(extraction, "load_image_encoders", lambda *_: [noisy])
     with pytest.raises(MismatchError, match="come out otherwise now"):
-        engine._Encoding(segments, spec, 1).do(filling.ShardPiece(task, 1))
+        engine._Encoding(parts, spec, 1).do(filling.ShardPiece(task, 1))
 
 
 def test_decoding_processes_are_those_of_an_actor_unless_told(tiny_image_encoder: Path) -> None:
