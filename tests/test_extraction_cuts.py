@@ -129,7 +129,7 @@ def test_killed_between_the_commits_of_two_arrays_the_rest_is_made_and_equal(
 
     spec = options(image=(image, replace(image, pooling="max")))
     whole = run(shapes_once, tmp_path / "whole", spec)
-    real, calls = extraction._commit, iter(range(3))
+    real, calls = extraction.commit_shard, iter(range(3))
 
     def commit(*arguments: Any) -> None:
         if next(calls, None) is None:
@@ -137,7 +137,7 @@ def test_killed_between_the_commits_of_two_arrays_the_rest_is_made_and_equal(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extraction, "_commit", commit)
+        patch.setattr(extraction, "commit_shard", commit)
         with pytest.raises(KeyboardInterrupt):
             run(shapes_once, tmp_path / "cut", spec)
     assert [len(array.commits) for array in FeatureStore.open(tmp_path / "cut").arrays()] == [2, 1]

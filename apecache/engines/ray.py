@@ -250,7 +250,7 @@ def _connected(spec: RaySpec) -> Iterator[Any]:
     try:
         _require_answer(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a plain one where its processes do not start in time
         raise EngineError(f"no Ray cluster at {address}: {one_line(error)}; ray start --head begins one") from None
     try:
         yield ray

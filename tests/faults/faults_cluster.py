@@ -67,14 +67,11 @@ class Nodes:
         from apecache.engines.ray import import_ray
 
         import_ray()
-        from ray.cluster_utils import Cluster
-
         tests = Path(__file__).parents[1]
         os.environ["PYTHONPATH"] = os.pathsep.join([str(tests / "faults"), str(tests / "engines")])
         about: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         head = {**about, "include_dashboard": False, "_system_config": QUICK_HEALTH}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.about = about
+        self.cluster, self.about = _started(head), about
         self.others = [self.cluster.add_node(**about) for _ in range(NODES - 1)]
 
     @property
@@ -91,6 +88,18 @@ class Nodes:
 
     def close(self) -> None:
         self.cluster.shutdown()
+
+
+def _started(head: dict[str, Any]) -> Any:
+    """A cluster with its head. Ray gives a node half a minute to start, which a busy machine may not keep to."""
+    from ray.cluster_utils import Cluster
+
+    for _ in range(2):
+        cluster = Cluster()
+        with suppress(Exception):
+            cluster.add_node(**head)
+            return cluster
+    return Cluster(initialize_head=True, head_node_args=head)
 
 
 @contextmanager
