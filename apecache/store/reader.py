@@ -424,8 +424,9 @@ def segment_names(files: Files) -> list[str]:
     Raises:
         DamagedError: a segment without its record in the store, or the other way round.
     """
-    recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
+    # Arrays first: what has some by now was recorded before it had them.
     begun = {name for name in files.list(SEGMENTS) if has_arrays(files.child(f"{SEGMENTS}/{name}"))}
+    recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
     for name in sorted(begun - recorded):
         raise DamagedError(f"{files.where(segment_record_name(name))} is missing; write it again with: apecache repair")
     return sorted(recorded)
