@@ -211,7 +211,7 @@ USES: dict[str, Callable[[FeatureArray], object]] = {
 def test_every_record_is_read_once(tower_store_once: Path, use: str) -> None:
     """There may be tens of thousands of them."""
     files = CountedFiles(tower_store_once)
-    USES[use](FeatureStore(tower_store_once, files).array("text"))
+    USES[use](FeatureStore(files).array("text"))
     records = {name: times for name, times in files.times.items() if "/commits/" in name}
     assert records == {commit_name("text", NAME, shard): 1 for shard in range(4)}
 
