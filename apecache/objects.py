@@ -362,9 +362,9 @@ def _refusal(where: str, scheme: Scheme, error: Exception) -> StoreError:
         return _SilentError(f"{where}: no credentials; give {scheme.credentials} in the environment")
     if "redirect without LOCATION" in text:
         return StoreError(f"{where}: the bucket is in another region; check {scheme.credentials} in the environment")
-    endpoint = next((os.environ[name] for name in scheme.endpoints if os.environ.get(name)), "")
-    at = f" at {_host(endpoint)}" if endpoint else ""
-    check = " and ".join(["the network", *scheme.endpoints[:1]])
+    told = [name for name in scheme.endpoints if os.environ.get(name)]
+    at = f" at {_host(os.environ[told[0]])}" if told else ""
+    check = " and ".join(["the network", *(told or scheme.endpoints)[:1]])
     return _SilentError(f"{where}: the object storage{at} does not answer; check {check}, then run the same again")
 
 
