@@ -45,6 +45,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed.engines --quick
 	$(BIN)/python -m benchmarks.reliability.faults --quick
 	$(BIN)/python -m benchmarks.reliability.cluster --quick
+	$(BIN)/python -m benchmarks.reliability.engines --quick
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reliability.faults
