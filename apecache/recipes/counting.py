@@ -92,7 +92,7 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
         live, saved = measure(lambda: tower.forward_from(below, hidden, mask), backward=True)
     tokens = 0 if found.cut is None or below == "pooled" else hidden.shape[1]
     on_tokens = found.cut == "pooled" and takes_tokens(head)
-    shape = (1, tokens, head.in_dim) if on_tokens else (1, head.in_dim)
+    shape = (1, _n_tokens(tower, spec), head.in_dim) if takes_tokens(head) else (1, head.in_dim)
     features = torch.zeros(shape, device="meta", requires_grad=live > 0)
     head_flops, head_saved = measure(lambda: head(features), backward=True)
     items = spec.rows * (1 if tower.modality == "image" else spec.captions)
@@ -105,6 +105,12 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
 
 def takes_tokens(head: Head) -> bool:
     return head.spec.cut == "tokens"
+
+
+def _n_tokens(tower: Tower, spec: PlanSpec) -> int:
+    """Positions after the last block, whether they are cached or not."""
+    with torch.no_grad():
+        return int(tower.run_to(tower.n_blocks, *example(tower, spec)).shape[1])
 
 
 def _below(cut: Cut | None, tower: Tower, head: Head) -> Cut:
