@@ -96,10 +96,10 @@ def stored(bucket: str, tmp_path: Path) -> ObjectMedia:
     opened = open_bucket(bucket)[0]
     folder = write_images(tmp_path)
     for path in (path for path in folder.rglob("*") if path.is_file()):
-        opened.write(f"deep/root/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        opened.write(f"deep/below/{path.relative_to(folder).as_posix()}", path.read_bytes())
     opened.write("deep/secret.png", image_bytes(0))
-    opened.write("deep/root/empty.png", b"")
-    return ObjectMedia(f"{bucket}/deep/root/")
+    opened.write("deep/below/empty.png", b"")
+    return ObjectMedia(f"{bucket}/deep/below/")
 
 
 def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: ObjectMedia, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: Obj
         assert list(pool.map(stored.read, NAMES)) == list(pool.map(there.read, NAMES)) == wanted
     assert pickle.loads(pickle.dumps(stored)) == there  # noqa: S301  (ours)
     assert all(stored.exists(name) for name in NAMES)
-    assert stored.place.endswith("/deep/root")
+    assert stored.place.endswith("/deep/below")
 
 
 @pytest.mark.parametrize(
