@@ -29,6 +29,8 @@ def laws(
     images: Annotated[int | None, typer.Option(min=20, help="Training images where towers train.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps where towers train.")] = None,
     batch: Annotated[int | None, typer.Option(min=2, help="Largest batch where towers train.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Rate where towers train; default: each recipe's own.")] = None,
+    autocast: Annotated[str, typer.Option(help="Computation of towers that train: float32 or bfloat16.")] = "float32",
     report_split: Annotated[str, typer.Option(help="What is reported; nothing is trained or chosen on it.")] = "val",
     work: Annotated[Path | None, typer.Option(help="Folder of stores, runs and results; what is done stays.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write all laws as one HTML page.")] = None,
@@ -49,6 +51,7 @@ def laws(
         from apecache.errors import OptionError
 
         choice("--size", size, SIZES)
+        choice("--autocast", autocast, ("float32", "bfloat16"))
         if pairs is None:
             show_laws(json)
             return
@@ -63,7 +66,9 @@ def laws(
         from apecache.laws.setting import SIZES as KNOWN
         from apecache.laws.setting import LawsSetting, parse_roles
 
-        changes: dict[str, Any] = {"images": images, "steps": steps, "batch": batch}
+        if lr is not None and not 0 < lr < float("inf"):
+            raise OptionError(f"--lr {lr}: expected a positive number")
+        changes: dict[str, Any] = {"images": images, "steps": steps, "batch": batch, "lr": lr, "autocast": autocast}
         chosen = replace(KNOWN[size], **{name: value for name, value in changes.items() if value is not None})
         roles = parse_roles([f"image={image}", f"text={text}", *(encoder or [])], resolution or [])
         source = open_pairs(pairs, opening("image", "caption"))

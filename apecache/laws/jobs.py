@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec
@@ -30,7 +30,7 @@ TOKENS = 16
 @dataclass(frozen=True)
 class Job:
     """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training, dev among them
-    (None: all); `fits` False: it is only counted."""
+    (None: all); `fits` False: it is only counted. `autocast`: as fit-encoder takes it."""
 
     recipe: Recipe
     image: EncoderSpec
@@ -41,6 +41,7 @@ class Job:
     noise: float
     seed: int
     fits: bool = True
+    autocast: Literal["float32", "bfloat16"] = "float32"
 
     @cached_property
     def about(self) -> dict[str, Json]:
@@ -48,6 +49,7 @@ class Job:
         specs = {"image": self.image, "text": self.text, "teacher": self.teacher}
         names = {side: None if spec is None else _plain(spec) for side, spec in specs.items()}
         own = {"start": self.start, "images": self.images, "noise": self.noise, "seed": self.seed, "fits": self.fits}
+        own |= {"autocast": self.autocast} if self.autocast != "float32" else {}
         recipe = {k: v for k, v in self.recipe.model_dump(mode="json").items() if k not in ("source", "summary")}
         return {"recipe": recipe, **names, **own}
 
@@ -81,7 +83,7 @@ def _plain(spec: EncoderSpec) -> dict[str, Json]:
 
 def count(job: Job) -> Plan:
     """What the recipe costs on these encoders, nothing loaded. Raises EncoderError where they are no towers."""
-    return _count(replace(job, seed=0, noise=0.0, start="pretrained", fits=True))
+    return _count(replace(job, seed=0, noise=0.0, start="pretrained", fits=True, autocast="float32"))
 
 
 @cache
@@ -181,8 +183,9 @@ def _jobs(arm: Arm, claim: Claim, setting: LawsSetting, towers: bool) -> Iterato
     specs = setting.encoders[arm.image], setting.encoders[arm.text]
     fits = claim.metric not in COUNTED
     still = not (recipe.schedule.epochs or recipe.schedule.steps) or not fits
+    autocast = "float32" if recipe.trains_heads_alone or still else size.autocast
     for seed in range(1 if still else setting.seeds):
-        yield Job(recipe, *specs, teacher, arm.start, images, arm.noise, seed, fits)
+        yield Job(recipe, *specs, teacher, arm.start, images, arm.noise, seed, fits, autocast)
 
 
 def _teacher(arm: Arm, setting: LawsSetting, recipe: Recipe) -> EncoderSpec | None:
@@ -214,6 +217,8 @@ def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> d
         return {}
     batch = min(schedule.batch_size, size.batch or schedule.batch_size) if towers else schedule.batch_size
     rate = optimiser.lr * math.sqrt(batch / schedule.batch_size)
+    if size.lr is not None and not recipe.trains_heads_alone:
+        rate = size.lr
     steps = size.steps if towers else size.head_steps
     if steps is None:
         count = schedule.steps or schedule.epochs

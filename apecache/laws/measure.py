@@ -150,7 +150,7 @@ def _fit(job: Job, bench: Bench, store: FeatureStore, out: Path, open_image: Cal
         ledger = fit_head(store, job.recipe, out, FitSpec(**common)).ledger
     else:
         live = [bench.own(job, job.encoder(side)) if job.features(side) is None else None for side in sides]
-        own = FitEncoderSpec(image=live[0], text=live[1], **common)
+        own = FitEncoderSpec(image=live[0], text=live[1], autocast=job.autocast, **common)
         ledger = fit_encoder(store, job.recipe, out, own, open_image).ledger
     measured = {"seconds": ledger.training_seconds, "measured-flops": float(ledger.flops)}
     return measured | ({"measured-peak": float(ledger.peak_bytes)} if ledger.peak_of == "cuda" else {})

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.spec import EncoderSpec, parse_encoder
@@ -13,9 +14,10 @@ from apecache.fingerprint import content_hash
 @dataclass(frozen=True)
 class Size:
     """None: all there are, or what the recipe says. `images`: of training, in laws whose arms train towers; `steps` and
-    `batch`: of all their arms alike. `head_images`, `head_steps`: in laws of heads alone. `test_images`: reported on.
+    `batch`: of all their arms alike; `lr`: of those that train towers; `autocast`: how towers that train compute.
+    `head_images`, `head_steps`: in laws of heads alone. `test_images`: reported on.
 
-    Where the batch is smaller than the recipe's, the learning rate falls with its square root (for Adam the usual
+    Where the batch is smaller than the recipe's, its learning rate falls with its square root (for Adam the usual
     rule). Nothing else of a recipe changes.
     """
 
@@ -26,6 +28,8 @@ class Size:
     head_images: int | None = None
     head_steps: int | None = None
     test_images: int | None = None
+    lr: float | None = None
+    autocast: Literal["float32", "bfloat16"] = "float32"
 
 
 SIZES = {

@@ -74,6 +74,7 @@ class Setting:
     batch: int
     lr: float | None
     threads: int
+    autocast: str
     work: Path
     teacher: EncoderSpec
 
@@ -98,14 +99,15 @@ def main() -> None:
         image, text = quick_encoders(work) if options.quick else (options.image, options.text)
         seen = replace(parse_encoder(image, "image"), resolution=options.resolution)
         specs = seen, replace(parse_encoder(text, "text"), pooling="cls")
-        numbers = options.images, options.epochs, options.batch, options.lr, options.threads
+        numbers = options.images, options.epochs, options.batch, options.lr, options.threads, options.autocast
         teacher = parse_encoder(options.teacher, "image") if options.teacher else specs[0]
         setting = Setting(options.pairs, *specs, *numbers, work, teacher)
         apart(prepare, setting)
         names = options.recipes or (QUICK if options.quick else recipe_names())
         jobs = [job_of(setting, name) for name in names]
         rows = [show(once(job, job.case, partial(apart, train, job))) for job in jobs]
-        cases = {} if options.recipes else {case: job_of(setting, *CUTS[case]) for case in CUTS}
+        whole = replace(setting, autocast="float32")
+        cases = {} if options.recipes else {case: job_of(whole, *CUTS[case]) for case in CUTS}
         cuts = [show(once(job, f"cut {case}", partial(compare, job, case))) for case, job in cases.items()]
     print_table([row for row in rows if "left out" not in row])
     print_table(cuts)
@@ -128,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="instead of each recipe's own")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--autocast", choices=("float32", "bfloat16"), default="float32", help="of the first part")
     parser.add_argument("--work", type=Path, help="folder to keep the store and the runs in")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -255,7 +258,7 @@ def job_of(setting: Setting, name: str, *settings: str) -> Job:
         own = replace(setting.image, pooling="cls", layer=-1)
         teacher = setting.teacher if name == "see-hear-read" else own
         short.append(f"distillation.teacher={teacher.slug}")
-    spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, overwrite=True)
+    spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, autocast=setting.autocast)
     return Job(setting, name, load_recipe(name, short), spec)
 
 
