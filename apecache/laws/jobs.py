@@ -15,8 +15,8 @@ from apecache.laws.setting import LawsSetting, Size
 from apecache.recipes.counting import PlanSpec
 from apecache.recipes.counting_shared import Taught, count_teacher
 from apecache.recipes.devices import Device
-from apecache.recipes.plan import Plan, plan
-from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
+from apecache.recipes.plan import Model, cost_of, count_model
+from apecache.recipes.recipe import OptimiserSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
 
 EVALUATIONS = 10
 """On dev, of a run whose steps the size says: about so many."""
@@ -25,6 +25,7 @@ FEWEST = 20
 """Training images of an arm, dev among them, however small its share."""
 TOKENS = 16
 """Of a caption, where costs are counted."""
+COUNTED_ON = Device("counted", 1.0, None, "operations alone matter")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Job:
         seen_otherwise = side == "image" and self.recipe.augmentation.image is not None
         if seen_otherwise or self.recipe.shared or self.start == "random":
             return None
-        cut = getattr(count(self), side).cut
+        cut = count(self).sides[side == "text"].cut
         return replace(self.encoder(side), pooling="tokens", layer=cut) if isinstance(cut, int) else None
 
 
@@ -81,18 +82,27 @@ def _plain(spec: EncoderSpec) -> dict[str, Json]:
     return {**asdict(spec), "name": spec.slug if spec.folder else spec.name}
 
 
-def count(job: Job) -> Plan:
-    """What the recipe costs on these encoders, nothing loaded. Raises EncoderError where they are no towers."""
-    return _count(replace(job, seed=0, noise=0.0, start="pretrained", fits=True, autocast="float32"))
+def count(job: Job) -> Model:
+    """The recipe on these encoders, nothing loaded. Raises EncoderError where they are no towers.
+
+    Counting takes seconds, so jobs that differ in what does not matter to it, such as their schedule, share it.
+    """
+    recipe = job.recipe.model_copy(update={"schedule": ScheduleSpec(), "optimiser": OptimiserSpec()})
+    same: Any = {"images": None, "noise": 0.0, "start": "pretrained", "seed": 0, "fits": True, "autocast": "float32"}
+    return _count(replace(job, recipe=recipe, **same))
 
 
 @cache
-def _count(job: Job) -> Plan:
-    images = 1000 if job.images is None else job.images
-    spec = PlanSpec(max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
+def _count(job: Job) -> Model:
+    spec = _plan_spec(job)
     shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
     teacher = partial(_taught, job, spec) if job.recipe.distillation else None
-    return plan(job.recipe, shapes[0], shapes[1], spec, Device("counted", 1.0, None, "costs are counted"), teacher)
+    return count_model(job.recipe, shapes[0], shapes[1], spec, teacher)
+
+
+def _plan_spec(job: Job) -> PlanSpec:
+    images = 1000 if job.images is None else job.images
+    return PlanSpec(max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
 
 
 def _taught(job: Job, spec: PlanSpec) -> Taught:
@@ -109,7 +119,7 @@ def counted_costs(job: Job) -> dict[str, float]:
         found = count(job)
     except (EncoderError, RecipeError):
         return {}
-    cost = found.planned
+    cost = cost_of(job.recipe, found, _plan_spec(job), COUNTED_ON, cached=True)
     return {
         "trained": found.n_trained,
         "step-flops": cost.step_flops,

@@ -81,20 +81,19 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
     found = find_cut(matches, tower)
     inputs, mask = example(tower, spec)
     with torch.no_grad():
-        whole, _ = measure(lambda: tower(inputs, mask))
         below = _below(found.cut, tower, head)
         hidden = tower.run_to(below, inputs, mask)
-        below_flops = 0 if found.cut is None else measure(lambda: tower.run_to(below, inputs, mask))[0]
-    uncached, uncached_saved = measure(lambda: tower(inputs, mask), backward=True)
+        below_flops = 0 if found.cut is None else measure(lambda: tower.run_to(below, inputs, mask))[1]
+    uncached, whole, uncached_saved = measure(lambda: tower(inputs, mask), backward=True)
     if found.cut is None:
         live, saved = uncached, uncached_saved
     else:
-        live, saved = measure(lambda: tower.forward_from(below, hidden, mask), backward=True)
+        live, _, saved = measure(lambda: tower.forward_from(below, hidden, mask), backward=True)
     tokens = 0 if found.cut is None or below == "pooled" else hidden.shape[1]
     on_tokens = found.cut == "pooled" and takes_tokens(head)
     shape = (1, _n_tokens(tower, spec), head.in_dim) if takes_tokens(head) else (1, head.in_dim)
     features = torch.zeros(shape, device="meta", requires_grad=live > 0)
-    head_flops, head_saved = measure(lambda: head(features), backward=True)
+    head_flops, _, head_saved = measure(lambda: head(features), backward=True)
     items = spec.rows * (1 if tower.modality == "image" else spec.captions)
     cache = 0 if found.cut is None else items * hidden.numel() * STORED_BYTES
     reason = f"nothing within the tower trains: its {tokens} tokens are computed once" if on_tokens else found.reason
@@ -128,8 +127,8 @@ def example(tower: Tower, spec: PlanSpec) -> tuple[Tensor, Tensor | None]:
     return ids, torch.ones_like(ids)
 
 
-def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int]:
-    """(operations, bytes kept for the backward pass) of a call, with its backward pass if it has one."""
+def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int, int]:
+    """(operations with the backward pass if there is one, those of the call alone, bytes kept for the backward pass)"""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -139,9 +138,10 @@ def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = run()
+        forward = int(counter.get_total_flops())
         if backward and out.requires_grad:
             out.sum().backward()
-    return int(counter.get_total_flops()), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return int(counter.get_total_flops()), forward, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _by_part(matches: Sequence[Match], side: Modality) -> Parts:

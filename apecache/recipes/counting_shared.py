@@ -44,7 +44,7 @@ def count_teacher(tower: Tower, spec: PlanSpec, n_classes: int | None = None) ->
     """Of a teacher's tower on the meta device, run forward once for each image; `n_classes`: of its classifier, where
     classes are taught."""
     with torch.no_grad():
-        flops, _ = measure(lambda: tower(*example(tower, spec)))
+        flops, _, _ = measure(lambda: tower(*example(tower, spec)))
     return Taught(n_classes or tower.dim, flops)
 
 
@@ -88,9 +88,7 @@ def _taught(recipe: Recipe, dim: int, teacher: Taught | None) -> Taught | None:
 def _count(side: SharedSide, spec: PlanSpec) -> tuple[SidePlan, Counted]:
     tower = side.tower
     inputs, mask = example(tower, spec)
-    with torch.no_grad():
-        whole, _ = measure(lambda: side.outputs(inputs, mask))
-    live, saved = measure(lambda: side.outputs(inputs, mask), backward=True)
+    live, whole, saved = measure(lambda: side.outputs(inputs, mask), backward=True)
     bottom = any(tower.parameter(part).requires_grad for part in tower.parts() if part.depth == -1)
     plan = SidePlan(tower.modality, _parts(tower), None, CHANGES if bottom else WHOLE, 0, 0, live, saved)
     return plan, Counted(whole, live, saved, 0, 0, side.dim)

@@ -77,8 +77,9 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What costs are computed from. `loss_dim`: width of all that is contrasted; `taught`: of a teacher."""
+class Model:
+    """A recipe's towers and heads as counted, which costs are computed from. `loss_dim`: width of all that is
+    contrasted; `taught`: of a teacher."""
 
     sides: tuple[SidePlan, SidePlan]
     counted: tuple[Counted, Counted]
@@ -107,19 +108,14 @@ def plan(
     Raises:
         RecipeError: rules, adapters or widths do not fit the towers. OptionError: settings that make no sense.
     """
-    _check(spec)
+    model = count_model(recipe, image, text, spec, teacher)
     everything = TowersSpec(freezing="Vuu-Tuu", checkpointing=recipe.towers.checkpointing)
-    full = _model(everything, recipe, image(), text(), spec)
-    if recipe.shared is not None:
-        towers, taught = (image(), text()), teacher() if teacher else None
-        model = _Model(*count_shared(recipe, towers, spec, taught))
-    else:
-        model = _model(recipe.towers, recipe, image(), text(), spec)
+    full = _tower_model(everything, recipe, image(), text(), spec)
     n_steps, batch, _ = steps_of(recipe, spec)
     costs = (
-        _cost(recipe, model, spec, device, cached=True),
-        _cost(recipe, model, spec, device, cached=False),
-        _cost(recipe, full, spec, device, cached=False),
+        cost_of(recipe, model, spec, device, cached=True),
+        cost_of(recipe, model, spec, device, cached=False),
+        cost_of(recipe, full, spec, device, cached=False),
     )
     if clock is not None and n_steps:
         costs = _clocked(clock, recipe, model, spec, costs)
@@ -136,6 +132,21 @@ def plan(
         0 if model.taught is None else model.taught.dim * spec.rows * STORED_BYTES,
         *costs,
     )
+
+
+def count_model(
+    recipe: Recipe,
+    image: Callable[[], Tower],
+    text: Callable[[], Tower],
+    spec: PlanSpec,
+    teacher: Callable[[], Taught] | None = None,
+) -> Model:
+    """What `plan` counts of the recipe itself, whatever its schedule. Arguments and errors as there."""
+    _check(spec)
+    if recipe.shared is None:
+        return _tower_model(recipe.towers, recipe, image(), text(), spec)
+    towers, taught = (image(), text()), teacher() if teacher else None
+    return Model(*count_shared(recipe, towers, spec, taught))
 
 
 def _check(spec: PlanSpec) -> None:
@@ -158,7 +169,7 @@ def steps_of(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
     return schedule.steps or schedule.epochs * (count // accumulate), batch, accumulate
 
 
-def _model(towers: TowersSpec, recipe: Recipe, image: Tower, text: Tower, spec: PlanSpec) -> _Model:
+def _tower_model(towers: TowersSpec, recipe: Recipe, image: Tower, text: Tower, spec: PlanSpec) -> Model:
     for tower in (image, text):
         adapter = towers.adapter(tower.modality)
         if adapter:
@@ -172,7 +183,7 @@ def _model(towers: TowersSpec, recipe: Recipe, image: Tower, text: Tower, spec: 
     pairs = list(zip((image, text), heads, strict=True))
     matches = freeze_towers(pairs, towers)
     (first, one), (second, two) = (count_side(tower, head, matches, spec) for tower, head in pairs)
-    return _Model((first, second), (one, two), scalars(recipe), one.out_dim)
+    return Model((first, second), (one, two), scalars(recipe), one.out_dim)
 
 
 def scalars(recipe: Recipe) -> Parts:
@@ -184,7 +195,8 @@ def scalars(recipe: Recipe) -> Parts:
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _cost(recipe: Recipe, model: _Model, spec: PlanSpec, device: Device, cached: bool) -> Cost:
+def cost_of(recipe: Recipe, model: Model, spec: PlanSpec, device: Device, cached: bool) -> Cost:
+    """Of a whole training with the recipe's schedule, with or without the cache; seconds at the device's rate."""
     n_steps, batch, accumulate = steps_of(recipe, spec)
     captions = recipe.loss.captions
     once = sum(_once(side, spec) for side in model.sides) + _teacher_flops(model, spec.rows) if cached else 0
@@ -210,7 +222,7 @@ def _priced(cost: Cost, n_steps: int, spec: PlanSpec) -> Cost:
 
 
 def _clocked(
-    clock: Clock, recipe: Recipe, model: _Model, spec: PlanSpec, costs: tuple[Cost, Cost, Cost]
+    clock: Clock, recipe: Recipe, model: Model, spec: PlanSpec, costs: tuple[Cost, Cost, Cost]
 ) -> tuple[Cost, Cost, Cost]:
     """The same with measured seconds. A teacher, and training everything, which may not fit here, are taken at the rate
     that the step without the cache has reached."""
@@ -233,7 +245,7 @@ def _once(side: SidePlan, spec: PlanSpec) -> int:
     return side.below_flops * spec.rows * (1 if side.side == "image" else spec.captions)
 
 
-def _teacher_flops(model: _Model, images: int) -> int:
+def _teacher_flops(model: Model, images: int) -> int:
     return 0 if model.taught is None else model.taught.flops * images
 
 
@@ -246,7 +258,7 @@ def _item(side: SidePlan, count: Counted, cached: bool, slices: bool) -> int:
     return once + count.whole_flops - (side.below_flops if cached else 0)
 
 
-def _peak(recipe: Recipe, model: _Model, n_live: int, batch: int, cached: bool) -> int:
+def _peak(recipe: Recipe, model: Model, n_live: int, batch: int, cached: bool) -> int:
     """Parameters that are loaded; gradients, the optimiser's state, the best weights so far and their average of what
     trains; activations of `n_live` images with their captions; three matrices of logits; and a teacher's bank. float32,
     without the allocator's fragmentation and the library's work space."""

@@ -1,7 +1,9 @@
 """Laws from the command to the page, at smoke size, with tiny random encoders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from apecache_cli.app import app
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import OptionError
+from apecache.laws import jobs
 from apecache.laws import run as running
 from apecache.laws.jobs import jobs_in_turn
 from apecache.laws.measure import Bench
@@ -19,6 +22,7 @@ from apecache.laws.results import load_results
 from apecache.laws.run import plan_laws, run_laws
 from apecache.laws.setting import SIZES, LawsSetting, parse_roles, part_of, translated
 from apecache.report.laws_page import laws_page
+from apecache.train.fit_encoder import fit_encoder
 
 runner = CliRunner()
 
@@ -127,8 +131,6 @@ def test_a_killed_measurement_goes_on_with_the_finished_fit(
 
 
 def test_labels_languages_and_random_towers_are_measured(setting: LawsSetting, table: Path) -> None:
-    from dataclasses import replace
-
     pairs = open_pairs(table)
     spoken = tuple(replace(pair, languages=("de", "fr")) for pair in pairs)
     roles = {**setting.encoders, "other-image": setting.encoders["image"], "other-text": setting.encoders["text"]}
@@ -151,6 +153,41 @@ def test_results_and_pages_hold_no_path_of_this_machine(setting: LawsSetting, tm
     assert load_results(setting.work / "results") == list(report.laws)
     (counted,) = [one for one in report.laws[0].compared if one.name == "lwa costs less than lit"]
     assert counted.judgement.source == "counted, exact"
+
+
+def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
+    setting: LawsSetting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(setting, size=replace(setting.size, lr=3e-4, autocast="bfloat16"))
+    plain, changed = (
+        jobs_in_turn([one for law in plan_laws(each, ["L6"]) for one in law]) for each in (setting, other)
+    )
+    assert {job.recipe.optimiser.lr for job in changed if job.recipe.name == "lit"} == {3e-4}
+    heads = [job for job in changed if job.recipe.trains_heads_alone]
+    assert {job.recipe.name for job in heads} == {"ape"}
+    assert {job.digest for job in heads} == {job.digest for job in plain if job.recipe.name == "ape"}
+    assert not {job.digest for job in changed if job not in heads} & {job.digest for job in plain}
+    seen = list[str]()
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append(arguments[3].autocast)
+        return fit_encoder(*arguments, **named)
+
+    monkeypatch.setattr("apecache.laws.measure.fit_encoder", watched)
+    assert run_laws(other, ["L4"]).n_failed == 0
+    assert seen == ["bfloat16"] * 3
+
+
+def test_jobs_of_other_schedules_share_what_is_counted(setting: LawsSetting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers are made once; costs are of each job's own steps."""
+    made = list[str]()
+    shape = jobs.shape_tower
+    monkeypatch.setattr(jobs, "shape_tower", lambda spec: made.append(spec.modality) or shape(spec))
+    jobs._count.cache_clear()
+    planned = jobs_in_turn([one for law in plan_laws(setting, ["L6"]) for one in law])
+    costs = [jobs.counted_costs(job)["total-flops"] for job in planned if job.recipe.name == "lit"]
+    assert made == ["image", "text"]
+    assert len(set(costs)) > 1
 
 
 def test_what_cannot_be_tried_says_what_is_missing(setting: LawsSetting) -> None:

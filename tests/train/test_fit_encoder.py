@@ -219,6 +219,28 @@ def test_mixed_precision_keeps_parameters_in_float32(data: Any, tmp_path: Path) 
     assert 0 < report.dev.mean_recall <= 100
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_bfloat16_on_the_cpu_trains_without_fused_attention(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    """Forward, backward, and what checkpointing runs again; float32 keeps it."""
+    fused = list[bool]()
+
+    def watched(self: Tower, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            fused.append(torch.backends.cuda.flash_sdp_enabled())
+        return run(self, *arguments)
+
+    run = Tower._call
+    monkeypatch.setattr(Tower, "_call", watched)
+    recipe = recipe_of("lilt-p", "schedule.epochs=1", f"towers.checkpointing={checkpointing}")
+    for autocast, expected in (("bfloat16", False), ("float32", True)):
+        fused.clear()
+        report = fit(data, recipe, tmp_path / autocast, autocast=autocast)
+        assert set(fused) == {expected}
+        assert report.dev.mean_recall >= 0
+
+
 def test_learning_rates_by_rule_and_decay_by_shape() -> None:
     matrix, vector, slow = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 3)))
     groups = parameter_groups([(matrix, 1.0), (vector, 1.0), (slow, 0.1)], OptimiserSpec(weight_decay=0.3))
