@@ -17,8 +17,9 @@ HOW = (
     "difference that counts is within the interval. An equality is held where the whole interval lies within what "
     "counts.",
     "The detectable difference is stated before any run, from the numbers of images and seeds alone.",
-    "Nothing was tuned: each recipe runs with its own settings, at the steps and the batch of the size; where the "
-    "batch is smaller than the recipe's, its learning rate falls with the square root.",
+    "No arm was tuned by itself: each recipe runs with its own settings, at the steps and the batch of the size; where "
+    "the batch is smaller than the recipe's, its learning rate falls with the square root. Where the size names a rate "
+    "(lr), all arms whose towers train have that one, because a recipe's own is for many more steps.",
 )
 
 
