@@ -39,6 +39,11 @@ def _softmaxes(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = logits.exp_().sum(1), logits.sum(0)
         logs = rows.log().sum() + columns.log().sum()
         return logs, logits.mul_(rows.reciprocal_().unsqueeze(1) + columns.reciprocal_())
+    return _softmaxes_of_any_scale(logits)
+
+
+def _softmaxes_of_any_scale(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without asking for the scale, for which a device would have to be waited for."""
     rows, columns = logits.logsumexp(1), logits.logsumexp(0)
     by_rows = (logits - rows.unsqueeze(1)).exp_()
     return rows.sum() + columns.sum(), by_rows.add_(logits.sub_(columns).exp_())

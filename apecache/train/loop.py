@@ -318,17 +318,26 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     for batch in drawn:
         total += training.add_gradients(batch, plan.accumulate)
     training.join_gradients()
-    update_weights(training, plan)
+    set_rates(training, plan)
+    apply_update(training)
     return total
 
 
-def update_weights(training: Fit[Any], plan: Plan, update: Callable[[], object] | None = None) -> None:
-    """The optimiser's part of a step, from gradients that are there. `update`: in place of the optimiser's own step."""
-    model, optimiser, recipe = training.model, training.optimiser, training.recipe
+def set_rates(training: Fit[Any], plan: Plan) -> None:
+    """The learning rates of the step that is to be taken."""
+    optimiser, recipe = training.optimiser, training.recipe
     assert optimiser is not None
     factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
     for group in optimiser.param_groups:
         group["lr"] = recipe.optimiser.lr * factor * group["factor"]
+
+
+def apply_update(training: Fit[Any], update: Callable[[], object] | None = None) -> None:
+    """The optimiser's part of a step, from gradients that are there. `update`: in place of the optimiser's own step.
+
+    Reads nothing from the device, so that it can be recorded with an `update` whose rates are tensors."""
+    model, optimiser, recipe = training.model, training.optimiser, training.recipe
+    assert optimiser is not None
     if recipe.optimiser.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
     (update or optimiser.step)()

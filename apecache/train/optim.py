@@ -63,17 +63,23 @@ def build_optimiser(rates: Iterable[tuple[nn.Parameter, float]], spec: Optimiser
             return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.betas[0], fused=True)
 
 
-def direct_update(optimiser: torch.optim.Optimizer) -> Callable[[], object]:
+def is_direct(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether `direct_update` calls a kernel of it."""
+    return isinstance(optimiser, torch.optim.Adam) and all(group["fused"] for group in optimiser.param_groups)
+
+
+def direct_update(optimiser: torch.optim.Optimizer, rates: torch.Tensor | None = None) -> Callable[[], object]:
     """`optimiser.step` for parameters, gradients and states that are there and stay where they are: a fused Adam or
     AdamW calls its kernel, without looking through all of them each time, which costs a small head more than the kernel
-    does. Rates and decay may still change."""
-    if not isinstance(optimiser, torch.optim.Adam) or not all(group["fused"] for group in optimiser.param_groups):
+    does. Rates and decay may still change. `rates` float32 [groups], on the parameters' device: the learning rates
+    instead of those of the groups."""
+    if not is_direct(optimiser):
         return optimiser.step
     groups = [(group, _tensors(optimiser, group["params"])) for group in optimiser.param_groups]
 
     @torch.no_grad()
     def update() -> None:
-        for group, (parameters, gradients, first, second, steps) in groups:
+        for place, (group, (parameters, gradients, first, second, steps)) in enumerate(groups):
             torch._foreach_add_(steps, 1)
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
             kernel(
@@ -83,7 +89,7 @@ def direct_update(optimiser: torch.optim.Optimizer) -> Callable[[], object]:
                 second,
                 [],
                 steps,
-                lr=group["lr"],
+                lr=group["lr"] if rates is None else rates[place],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=group["weight_decay"],

@@ -18,24 +18,19 @@ from torch import Tensor, nn
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.heads.head import SeveralHeads
-from apecache.heads.stacked import StackedHeads, Streams, structure_of
-from apecache.losses.stacked import stacked_info_nce
+from apecache.heads.stacked import Streams, structure_of
 from apecache.recipes.objective import TILED_FROM
-from apecache.recipes.recipe import AugmentationSpec
-from apecache.train.augment import augment
-from apecache.train.batches import Batch, FeaturePairs
+from apecache.train.batches import FeaturePairs
 from apecache.train.loop import (
     Plan,
     Training,
-    draw_epoch,
     end_epoch,
     evaluate_untrained,
     is_done,
     require_finite,
     train_epoch,
-    update_weights,
 )
-from apecache.train.optim import direct_update
+from apecache.train.slab import Slab
 
 FLOAT_BYTES = 4
 STATES = 5
@@ -108,7 +103,7 @@ class Population:
         self.slabs = [self._slab(part) for part in _in_parts(places, size)]
         self._fed: tuple[FeaturePairs, FeaturePairs] | None = None
 
-    def _slab(self, places: list[int]) -> "Slab":
+    def _slab(self, places: list[int]) -> Slab:
         return Slab(places, [self.members[i] for i in places], self.streams.of(places), self.plan)
 
     @property
@@ -185,111 +180,6 @@ def _standardise(train: FeaturePairs, member: Training) -> FeaturePairs:
         for features, head in ((train.image, member.model.image), (train.text, member.model.text))
     )
     return replace(train, image=image, text=text)
-
-
-class Slab:
-    """Members that take their steps together; `places` are theirs in the population."""
-
-    def __init__(self, places: list[int], members: list[Training], streams: Streams, plan: Plan) -> None:
-        self.places, self.members, self.streams, self.plan = places, members, streams, plan
-        models = [member.model for member in members]
-        self.heads = StackedHeads([m.image for m in models], streams), StackedHeads([m.text for m in models], streams)
-        self.temperatures = [[p for p in m.temperature.parameters() if p.requires_grad] for m in models]
-        for parameter in (p for parameters in self.temperatures for p in parameters):
-            parameter.grad = torch.zeros_like(parameter)
-        self.updates: list[Callable[[], object]] = []
-
-    def release(self) -> None:
-        for heads in self.heads:
-            heads.release()
-
-    def take_steps(self, train: FeaturePairs, standardised: bool) -> None:
-        members, plan = self.members, self.plan
-        drawn = [draw_epoch(member, train, plan) for member in members]
-        while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
-            for member, loss in zip(members, self._step(drawn, standardised).unbind(), strict=True):
-                member.losses.append(loss)
-                member.step, member.in_epoch = member.step + 1, member.in_epoch + 1
-
-    @torch.no_grad()
-    def _step(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
-        """float [k]: losses of one step."""
-        for heads in self.heads:
-            heads.forget()
-        for parameters in self.temperatures:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.zero_()
-        parts = [self._add_gradients(drawn, standardised) for _ in range(self.plan.accumulate)]
-        self._update()
-        return torch.stack(parts).sum(0)
-
-    def _update(self) -> None:
-        """The first time torch's way, which makes the state of an optimiser where there is none."""
-        updates = self.updates or [_optimiser(member).step for member in self.members]
-        for member, update in zip(self.members, updates, strict=True):
-            update_weights(member, self.plan, update)
-        self.updates = self.updates or [direct_update(_optimiser(member)) for member in self.members]
-
-    def _add_gradients(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
-        batches = [self._next(i, next(part)) for i, part in enumerate(drawn)]
-        image = self.heads[0].forward(_stack([batch.image for batch in batches]), standardised)
-        text = self.heads[1].forward(_stack([batch.text for batch in batches]), standardised)
-        plain = all(_is_plain(member, batch) for member, batch in zip(self.members, batches, strict=True))
-        losses, *gradients = self._contrast(image, text) if plain else self._one_by_one(batches, image, text)
-        for heads, gradient in zip(self.heads, gradients, strict=True):
-            heads.backward(gradient)
-        return losses
-
-    def _next(self, i: int, batch: Batch) -> Batch:
-        training = self.members[i]
-        if training.recipe.augmentation == AugmentationSpec():
-            return batch
-        with self.streams.use(i):
-            return augment(batch, training.recipe.augmentation, training.model.image, training.model.text)
-
-    def _contrast(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, and their gradients by the embeddings; those by the temperatures are added where they belong."""
-        scale = _stack([member.model.temperature.scale() for member in self.members])
-        losses, (by_image, by_text, by_scale) = stacked_info_nce(image, text, scale)
-        if self.plan.accumulate > 1:
-            for part in (losses, by_image, by_text, by_scale):
-                part.div_(self.plan.accumulate)
-        for parameters, gradient in zip(self.temperatures, by_scale.mul_(scale).unbind(), strict=True):
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.add_(gradient)
-        return losses, by_image, by_text
-
-    def _one_by_one(self, batches: Sequence[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for any loss, a member after the other, so that the logits of one are in memory at a time."""
-        losses, gradients = [], (torch.empty_like(image), torch.empty_like(text))
-        for i, (member, batch) in enumerate(zip(self.members, batches, strict=True)):
-            pair = image[i].detach().requires_grad_(), text[i].detach().requires_grad_()
-            with torch.enable_grad():
-                loss = member.model.loss_of(batch, *pair, member.step) / self.plan.accumulate
-                loss.backward()
-            losses.append(loss.detach())
-            for gradient, row in zip(gradients, pair, strict=True):
-                assert row.grad is not None
-                gradient[i] = row.grad
-        return torch.stack(losses), *gradients
-
-
-def _optimiser(member: Training) -> torch.optim.Optimizer:
-    assert member.optimiser is not None
-    return member.optimiser
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
-
-
-def _is_plain(member: Training, batch: Batch) -> bool:
-    """Whether the stacked loss is this member's."""
-    loss, several = member.recipe.loss, isinstance(member.model.image, SeveralHeads)
-    small = len(batch.image) * len(batch.text) <= TILED_FROM
-    return loss.kind == "infonce" and not loss.structure and batch.groups is None and small and not several
 
 
 def train_together(

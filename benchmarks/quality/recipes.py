@@ -8,8 +8,8 @@ loss must fall, and its R@10 text to image on held-out pairs be above chance wit
 --lr all train at that rate instead of their own, which are for many thousands of steps. Second part: LiT, the last two
 blocks, and deep adapters with and without the cache: the same losses, less time and memory, beside what `apecache plan`
 expects. Every run has a process of its own, whose peak memory is counted above what it began with, libraries that it
-loads included (CUDA: what torch allocated). With --work a call that was broken off goes on: rows that are done are
-printed again, not measured.
+loads included (CUDA: what torch allocated). Its cuts need towers of three blocks and more. With --work a call that was broken off
+goes on: rows that are done are printed again, not measured.
 """
 
 import argparse
@@ -107,10 +107,11 @@ def main() -> None:
         jobs = [job_of(setting, name) for name in names]
         rows = [show(once(job, job.case, partial(apart, train, job))) for job in jobs]
         whole = replace(setting, autocast="float32")
-        cases = {} if options.recipes else {case: job_of(whole, *CUTS[case]) for case in CUTS}
+        cases = {case: job_of(whole, *CUTS[case]) for case in CUTS} if options.cuts else {}
         cuts = [show(once(job, f"cut {case}", partial(compare, job, case))) for case, job in cases.items()]
     print_table([row for row in rows if "left out" not in row])
-    print_table(cuts)
+    if cuts:
+        print_table(cuts)
     found = goals(rows, cuts, above_chance=not options.quick)
     print_goals(found)
     if options.json or not options.quick:
@@ -125,7 +126,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels of --image; default: the encoder's own")
     parser.add_argument("--teacher", help="supervised timm encoder for see-hear-read; default: --image, if it is one")
     parser.add_argument("--images", type=int, default=1000, help="so many training images, and at most as many of val")
-    parser.add_argument("--recipes", nargs="+", help="only these, and no comparison with and without the cache")
+    parser.add_argument("--recipes", nargs="+", help="only these in the first part")
+    parser.add_argument(
+        "--cuts", action=argparse.BooleanOptionalAction, help="the second part; default: without --recipes"
+    )
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="instead of each recipe's own")
@@ -135,6 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.cuts = not options.recipes if options.cuts is None else options.cuts
     if options.quick:
         options.pairs, options.images, options.epochs, options.batch, options.lr = DRAWINGS, 64, 3, 16, 1e-3
     elif not (options.pairs and options.image and options.text):
