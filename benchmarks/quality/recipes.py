@@ -8,8 +8,9 @@ loss must fall, and its R@10 text to image on held-out pairs be above chance wit
 --lr all train at that rate instead of their own, which are for many thousands of steps. Second part: LiT, the last two
 blocks, and deep adapters with and without the cache: the same losses, less time and memory, beside what `apecache plan`
 expects. Every run has a process of its own, whose peak memory is counted above what it began with, libraries that it
-loads included (CUDA: what torch allocated). Its cuts need towers of three blocks and more. With --work a call that was broken off
-goes on: rows that are done are printed again, not measured.
+loads included (CUDA: what torch allocated). Its cuts need towers of three blocks and more. With --work rows that are
+done are kept: the same call goes on where it was broken off, and `--work DIR --table` puts together what several calls
+measured, with other encoders or rates for some of the recipes.
 """
 
 import argparse
@@ -94,6 +95,10 @@ class Job:
 
 def main() -> None:
     options = parse_arguments()
+    if options.table:
+        kept = [row_of(json.loads(path.read_text())) for path in sorted((options.work / "rows").glob("*.json"))]
+        report([row for row in kept if "recipe" in row], [row for row in kept if "cut" in row], options)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         image, text = quick_encoders(work) if options.quick else (options.image, options.text)
@@ -109,6 +114,10 @@ def main() -> None:
         whole = replace(setting, autocast="float32")
         cases = {case: job_of(whole, *CUTS[case]) for case in CUTS} if options.cuts else {}
         cuts = [show(once(job, f"cut {case}", partial(compare, job, case))) for case, job in cases.items()]
+    report(rows, cuts, options)
+
+
+def report(rows: list[dict[str, Any]], cuts: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print_table([row for row in rows if "left out" not in row])
     if cuts:
         print_table(cuts)
@@ -136,11 +145,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--autocast", choices=("float32", "bfloat16"), default="float32", help="of the first part")
     parser.add_argument("--work", type=Path, help="folder to keep the store and the runs in")
+    parser.add_argument("--table", action="store_true", help="nothing is measured: what is in --work")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.cuts = not options.recipes if options.cuts is None else options.cuts
-    if options.quick:
+    if options.table:
+        if not options.work:
+            parser.error("--table is of --work")
+    elif options.quick:
         options.pairs, options.images, options.epochs, options.batch, options.lr = DRAWINGS, 64, 3, 16, 1e-3
     elif not (options.pairs and options.image and options.text):
         parser.error("--pairs, --image and --text are needed (or --quick)")
@@ -172,13 +185,20 @@ def once(job: Job, case: str, measure: Callable[[], dict[str, Any]]) -> dict[str
     asked = {"setting": asdict(job.setting), "recipe": job.recipe.model_dump(mode="json")}
     about = json.loads(json.dumps(asked, default=str))
     if path.is_file() and (kept := json.loads(path.read_text()))["about"] == about:
-        return dict(kept["row"])
+        return row_of(kept)
     row = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"about": about, "row": row}))
     temporary.replace(path)
-    return row
+    return row_of({"about": about, "row": row})
+
+
+def row_of(kept: dict[str, Any]) -> dict[str, Any]:
+    """With what calls may differ in."""
+    setting, recipe = kept["about"]["setting"], kept["about"]["recipe"]
+    name = Path(setting["text"]["name"]).name
+    return {**kept["row"], "text": name, "lr": recipe["optimiser"]["lr"], "epochs": setting["epochs"]}
 
 
 def plain(case: str) -> str:
@@ -195,7 +215,7 @@ def prepare(setting: Setting) -> None:
     images = (image, replace(image, pooling="cls", layer=-1), *(tokens_of(image, layer) for layer in LAYERS.values()))
     images += () if setting.teacher in images else (setting.teacher,)
     texts = (text, *(tokens_of(text, layer) for layer in LAYERS.values()))
-    extract(source(setting), setting.work / "store", ExtractSpec(images, texts))
+    extract(source(setting), setting.work / "store", ExtractSpec(images, texts, add=True))
 
 
 def tokens_of(spec: EncoderSpec, layer: int) -> EncoderSpec:
