@@ -283,6 +283,8 @@ def job_of(setting: Setting, name: str, *settings: str) -> Job:
         own = replace(setting.image, pooling="cls", layer=-1)
         teacher = setting.teacher if name == "see-hear-read" else own
         short.append(f"distillation.teacher={teacher.slug}")
+    if name == "shared-encoder":  # full after two steps: while a bank fills, there is ever more to tell apart
+        short.append(f"distillation.bank={2 * setting.batch}")
     spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, autocast=setting.autocast)
     return Job(setting, name, load_recipe(name, short), spec)
 
