@@ -22,7 +22,7 @@ def laws(
     resolution: Annotated[list[str] | None, typer.Option(help="Pixels of --image, or ROLE=PIXELS. Repeat.")] = None,
     labels: Annotated[str | None, typer.Option(help="Images of classes, for zero-shot classification.")] = None,
     languages: Annotated[str | None, typer.Option(help="Captions of the reported images in other languages.")] = None,
-    only: Annotated[str | None, typer.Option(help="These laws alone: L1,L4.")] = None,
+    only: Annotated[str | None, typer.Option(help="These laws alone: L1,L4; or comparisons: L1:i > l.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     budget: Annotated[float | None, typer.Option(min=0, help="Minutes; the same command goes on later.")] = None,
     size: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
@@ -62,7 +62,7 @@ def laws(
         from dataclasses import replace
 
         from apecache.data.sources import open_pairs
-        from apecache.laws.run import plan_laws, run_laws
+        from apecache.laws.run import plan_laws, run_laws, wanted_claims
         from apecache.laws.setting import SIZES as KNOWN
         from apecache.laws.setting import LawsSetting, parse_roles
 
@@ -76,7 +76,8 @@ def laws(
         setting = LawsSetting(source, roles, work, chosen, seeds, report_split, *others, device, price_per_hour)
         names = [] if only is None else [name.strip() for name in only.split(",")]
         if dry_run:
-            show_plans(plan_laws(setting, names), setting, json)
+            plans = plan_laws(setting, names)
+            show_plans(plans, wanted_claims(plans, names), setting, json)
             return
         seconds = None if budget is None else 60 * budget
         report = run_laws(setting, names, seconds, lambda line: typer.echo(line, err=True))
@@ -107,13 +108,12 @@ def show_laws(json: bool) -> None:
     show_table("laws", ("law", "title", "comparisons", "needs besides", "source"), rows)
 
 
-def show_plans(plans: Any, setting: Any, json: bool) -> None:
+def show_plans(plans: Any, wanted: Any, setting: Any, json: bool) -> None:
     from apecache.laws.jobs import counted_costs, jobs_in_turn
     from apecache.laws.results import law_result
     from apecache.laws.run import known_outcomes
 
-    planned = [one for law in plans for one in law]
-    jobs = jobs_in_turn(planned)
+    jobs = jobs_in_turn(wanted)
     done = known_outcomes(jobs, setting)
     results = [law_result(law, {}, setting) for law in plans]
     flops = {job.digest: counted_costs(job).get("total-flops") for job in jobs if job.fits}

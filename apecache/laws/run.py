@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from apecache.errors import OptionError
+from apecache.errors import OptionError, nearest
 from apecache.laws.jobs import Job, Planned, counted_costs, jobs_in_turn, plan_law
 from apecache.laws.law import law_ids, load_law
 from apecache.laws.measure import Bench, Say, measure
@@ -30,7 +30,32 @@ def plan_laws(setting: LawsSetting, only: Sequence[str] = ()) -> list[tuple[Plan
     """The claims of each law. Raises OptionError for a law that there is not, or seeds that make no sense."""
     if setting.seeds < 1:
         raise OptionError(f"{setting.seeds} seeds; expected at least 1")
-    return [plan_law(load_law(name), setting) for name in only or law_ids()]
+    return [plan_law(load_law(name), setting) for name in _by_law(only) or law_ids()]
+
+
+def wanted_claims(plans: Sequence[Sequence[Planned]], only: Sequence[str] = ()) -> list[Planned]:
+    """Those that are to be decided: all of a law that `only` names, or, as `L1:l > c`, some of them.
+
+    Raises:
+        OptionError: a law has no such comparison.
+    """
+    named, found = _by_law(only), list[Planned]()
+    for planned in plans:
+        wanted = named.get(planned[0].law.id) or {one.claim.name for one in planned}
+        known = {one.claim.name for one in planned}
+        for name in sorted(wanted - known):
+            raise OptionError(f"{planned[0].law.id} has no comparison {name!r}{nearest(name, known)}")
+        found += [one for one in planned if one.claim.name in wanted]
+    return found
+
+
+def _by_law(only: Sequence[str]) -> dict[str, set[str]]:
+    """Names of comparisons by law; none where all are meant."""
+    found: dict[str, set[str]] = {}
+    for text in only:
+        law, colon, name = (part.strip() for part in text.partition(":"))
+        found.setdefault(law, set()).update({name} if colon else ())
+    return found
 
 
 def run_laws(
@@ -43,8 +68,8 @@ def run_laws(
     """
     begin = time.monotonic()
     plans = plan_laws(setting, only)
-    wanted = jobs_in_turn([one for planned in plans for one in planned])
-    outcomes = known_outcomes(wanted, setting)
+    wanted = jobs_in_turn(wanted_claims(plans, only))
+    outcomes = known_outcomes(jobs_in_turn([one for planned in plans for one in planned]), setting)
     bench = Bench(setting, tuple(wanted), say)
     left = [job for job in wanted if not _whole(outcomes.get(job.digest), wanted[job])]
     n_left = len(left)
@@ -58,7 +83,7 @@ def run_laws(
         say(f"{job.recipe.name}, seed {job.seed}: {outcome.error or 'done'}, {outcome.seconds:.0f} s")
         save_results([planned for planned in plans if _asks_for(planned, job)], outcomes, setting)
     found = save_results(plans, outcomes, setting)
-    failed = sum(bool(outcome.error) for outcome in outcomes.values())
+    failed = sum(bool(outcomes[job.digest].error) for job in wanted if job.digest in outcomes)
     return LawsReport(found, len(wanted) - n_left, n_left, failed, setting.work)
 
 

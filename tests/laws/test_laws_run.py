@@ -190,6 +190,16 @@ def test_jobs_of_other_schedules_share_what_is_counted(setting: LawsSetting, mon
     assert len(set(costs)) > 1
 
 
+def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) -> None:
+    report = run_laws(setting, ["L1:c > b", "L1: b > a"], budget_seconds=0.0)
+    assert report.n_left == 3
+    (law,) = report.laws
+    assert len(law.compared) > 10
+    assert run_laws(setting, ["L1:b > a", "L1:c > b", "L4"], budget_seconds=0.0).n_left == 6
+    with pytest.raises(OptionError, match=r"L1 has no comparison 'a > b'; did you mean b > a"):
+        run_laws(setting, ["L1:a > b"])
+
+
 def test_what_cannot_be_tried_says_what_is_missing(setting: LawsSetting) -> None:
     (untaught,) = [one for law in plan_laws(setting, ["L10"]) for one in law if one.claim.name == "taught > untaught"]
     assert untaught.why_not == "it needs --encoder teacher=…"
