@@ -196,7 +196,7 @@ def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) 
     (law,) = report.laws
     assert len(law.compared) > 10
     assert run_laws(setting, ["L1:b > a", "L1:c > b", "L4"], budget_seconds=0.0).n_left == 6
-    with pytest.raises(OptionError, match=r"L1 has no comparison 'a > b'; did you mean b > a"):
+    with pytest.raises(OptionError, match="L1 has no comparison 'a > b'; did you mean"):
         run_laws(setting, ["L1:a > b"])
 
 
