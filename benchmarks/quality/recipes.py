@@ -59,6 +59,10 @@ WITHOUT_GOAL = {"lilt-a"}
 QUICK = ("lit", "lilt-d", "lilt-f", "lilt-h", "lilt-m", "freeze/Vuf-Tuu", "freeze/Vcf-Tcf", "shared-encoder")
 LAST_BLOCKS = 'towers.rules=[{part = "image.blocks[-2:]"}, {part = "text.blocks[-2:]"}]'
 CUTS = {"lit": ("lit",), "last 2 blocks": ("lilt-c", LAST_BLOCKS), "deep adapters": ("lilt-f",)}
+PATTERNS = {
+    "lilt-pattern-a": 'towers.rules=[{{part="image.norms[{}:]"}},{{part="text.norms[:{}]"}}]',
+    "lilt-pattern-b": 'towers.rules=[{{part="image.norms[:{}]"}},{{part="text.norms[{}:]"}}]',
+}
 LOWER = "t2i R@10 from"
 LAYERS = {"last 2 blocks": -3, "deep adapters": -1}
 
@@ -283,6 +287,9 @@ def job_of(setting: Setting, name: str, *settings: str) -> Job:
         own = replace(setting.image, pooling="cls", layer=-1)
         teacher = setting.teacher if name == "see-hear-read" else own
         short.append(f"distillation.teacher={teacher.slug}")
+    if name in PATTERNS:  # which are for twelve blocks
+        halves = [shape_tower(spec).n_blocks // 2 for spec in (setting.image, setting.text)]
+        short.append(PATTERNS[name].format(*halves))
     if name == "shared-encoder":  # full after two steps: while a bank fills, there is ever more to tell apart
         short.append(f"distillation.bank={2 * setting.batch}")
     spec = FitEncoderSpec(image_features=setting.image.slug, text_features=setting.text.slug, autocast=setting.autocast)
