@@ -50,6 +50,7 @@ class Bench:
     jobs: tuple[Job, ...]
     say: Say = lambda _: None
     stores: dict[str, FeatureStore] = field(default_factory=dict)
+    names: dict[tuple[str, EncoderSpec], str] = field(default_factory=dict)
 
     def part(self, job: Job) -> PairSource:
         setting = self.setting
@@ -84,6 +85,18 @@ class Bench:
         self.say(f"features of {len(part):,} images and {len(part.captions):,} captions in {path.name}")
         extract(part, path, ExtractSpec(images, texts, device=self.setting.device, add=True))
         return FeatureStore.open(path)
+
+    def name(self, job: Job, spec: EncoderSpec) -> str:
+        """Of its features in the job's store, where those of an equal encoder may be there under another name: the
+        pooling `default` may be `cls`."""
+        store = self.store(job)
+        if spec.slug in [array.name for array in store.arrays(spec.modality)]:
+            return spec.slug
+        if (known := self.names.get((str(store.path), spec))) is None:
+            images, texts = ((spec,), ()) if spec.modality == "image" else ((), (spec,))
+            (array,) = extract(self.part(job), store.path, ExtractSpec(images, texts, add=True)).arrays
+            known = self.names[str(store.path), spec] = array.name
+        return known
 
     def specs(self, job: Job) -> list[EncoderSpec]:
         """Features of both sides; of one that runs from its inputs the pooled ones, which another job may read."""
@@ -141,7 +154,8 @@ def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outc
 def _fit(job: Job, bench: Bench, store: FeatureStore, out: Path, open_image: Callable[[str], Any]) -> dict[str, float]:
     """Costs as measured. A finished run that was not measured yet is measured without a fit."""
     sides: tuple[Modality, ...] = ("image", "text")
-    names = [None if (spec := job.features(side)) is None else bench.own(job, spec).slug for side in sides]
+    found = [job.features(side) for side in sides]
+    names = [None if spec is None else bench.name(job, bench.own(job, spec)) for spec in found]
     common: Any = {"splits": SplitSpec(train="train"), "seed": job.seed, "device": bench.setting.device}
     common |= {"report_split": bench.setting.split, "image_features": names[0], "text_features": names[1]}
     if kept := load_ledger(out) if is_finished(out) else None:

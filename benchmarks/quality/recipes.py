@@ -33,7 +33,7 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError, MismatchError, RecipeError
-from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.embeddings import embed_store, load_lengths
 from apecache.evaluate.protocols import bootstrap_intervals
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
@@ -362,10 +362,19 @@ def planned(job: Job, timed: bool = False) -> Any:
     image = replace(job.setting.image, pooling=towers.image_pooling)
     text = replace(job.setting.text, pooling=towers.text_pooling)
     shapes = [partial(shape_tower, spec) for spec in (image, text)]
-    spec = PlanSpec(job.setting.images, tokens=16)
+    spec = PlanSpec(job.setting.images, tokens=batch_tokens(job.setting))
     taught = partial(teacher, job, spec)
     clock = StepClock(job.recipe, image, text, spec, taught) if timed else None
     return plan(job.recipe, *shapes, spec, measure_device(seconds=0.2), taught, clock)
+
+
+def batch_tokens(setting: Setting) -> int:
+    """Tokens that a caption costs: batches are padded to their longest one; the mean over some drawn at random."""
+    store = FeatureStore.open(setting.work / "store")
+    lengths = load_lengths(store.array("text", tokens_of(setting.text, LAYERS["deep adapters"]).slug))
+    assert lengths is not None
+    drawn = torch.randint(len(lengths), (200, setting.batch), generator=torch.Generator().manual_seed(0))
+    return round(float(lengths[drawn].amax(1).double().mean()))
 
 
 def clocked(job: Job) -> tuple[float, float]:

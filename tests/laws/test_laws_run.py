@@ -22,6 +22,7 @@ from apecache.laws.results import load_results
 from apecache.laws.run import plan_laws, run_laws
 from apecache.laws.setting import SIZES, LawsSetting, parse_roles, part_of, translated
 from apecache.report.laws_page import laws_page
+from apecache.store.reader import FeatureStore
 from apecache.train.fit_encoder import fit_encoder
 
 runner = CliRunner()
@@ -198,6 +199,19 @@ def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) 
     assert run_laws(setting, ["L1:b > a", "L1:c > b", "L4"], budget_seconds=0.0).n_left == 6
     with pytest.raises(OptionError, match="L1 has no comparison 'a > b'; did you mean"):
         run_laws(setting, ["L1:a > b"])
+
+
+def test_features_that_are_there_under_another_name_are_found(setting: LawsSetting) -> None:
+    """`default` is what the encoder pools by, and one of the two names is in the store when the other comes."""
+    assert run_laws(setting, ["L6:ape-brief > lit-brief"]).n_failed == 0
+    (store,) = (setting.work / "stores").iterdir()
+    (known,) = FeatureStore.open(store).arrays("text")
+    pooling = known.record.fingerprint.fields["encoder"]["inputs"]["pooling"]
+    named = {**setting.encoders, "text": replace(setting.encoders["text"], pooling=pooling)}
+    assert named["text"].slug != known.name
+    report = run_laws(replace(setting, encoders=named), ["L6:ape-brief > lit-brief"])
+    assert (report.n_failed, report.n_left) == (0, 0)
+    assert len(FeatureStore.open(store).arrays("text")) == 1
 
 
 def test_what_cannot_be_tried_says_what_is_missing(setting: LawsSetting) -> None:
