@@ -122,8 +122,14 @@ def measure(job: Job, bench: Bench, wants: Iterable[str]) -> Outcome:
     try:
         found = _measured(job, bench, set(wants), replace(outcome, costs=costs))
     except FAILURES as error:
-        found = replace(outcome, error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")
+        found = replace(outcome, error=f"{type(error).__name__}: {_without_path(error, bench.setting.work)}")
     return replace(found, seconds=round(time.perf_counter() - begin, 2))
+
+
+def _without_path(error: BaseException, work: Path) -> str:
+    """The first line, fit to be published: the work folder goes by its own name."""
+    line = (str(error).splitlines() or [""])[0]
+    return line.replace(f"{work.resolve()}", work.name).replace(f"{work}", work.name)[:300]
 
 
 def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outcome:

@@ -100,15 +100,18 @@ def test_the_budget_ends_between_runs_and_the_next_call_goes_on(
 
 def test_a_run_that_fails_is_said_and_tried_again(setting: LawsSetting, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("out of memory\nwith a trace")
+        raise RuntimeError(f"out of memory at {setting.work}/runs\nwith a trace")
 
     with monkeypatch.context() as patch:
         patch.setattr("apecache.laws.measure.fit_encoder", broken)
         failed = run_laws(setting, ["L4"])
     assert failed.n_failed == 3
     judgement = failed.laws[0].compared[0].judgement
-    assert (judgement.verdict, "failed: RuntimeError: out of memory" in judgement.why) == ("not decided", True)
-    assert failed.laws[0].arms[0].failed == ("RuntimeError: out of memory",)
+    assert (judgement.verdict, "failed: RuntimeError: out of memory at work/runs" in judgement.why) == (
+        "not decided",
+        True,
+    )
+    assert failed.laws[0].arms[0].failed == ("RuntimeError: out of memory at work/runs",)
     assert run_laws(setting, ["L4"]).n_failed == 0
 
 
