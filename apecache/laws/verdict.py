@@ -75,20 +75,32 @@ def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
     about = (difference, difference - half, difference + half, source, n_seeds, n_images)
     if reason := _undecidable(claim, outcomes, source):
         return Judgement("not decided", reason, *about)
-    return Judgement(_verdict(claim, *about[:3]), "", *about)
+    verdict = _verdict(claim, _least(claim, known), *about[:3])
+    return Judgement(verdict, "", *about)
 
 
-def _verdict(claim: Claim, difference: float, low: float, high: float) -> Verdict:
-    """Of an order: held where the interval lies above 0 and the difference counts, broken where no difference that
-    counts is within the interval. Of an equality the same with its sides exchanged."""
+def _least(claim: Claim, values: Sequence[Sequence[float]]) -> float:
+    """What must be outside the interval for a verdict that there is no difference: one that counts, and where the arms
+    reach little half of the published one in proportion to what the best of them reaches (half of that itself, where
+    none is published)."""
+    if claim.saves or claim.metric in SHIFTS:
+        return claim.smallest
+    best, top = max(fmean(row) for row in values), max(claim.figures, default=0.0)
+    published = 0.0 if claim.published is None or claim.equal else abs(claim.published)
+    return min(claim.smallest, best / 2 * (min(1.0, published / top) if published and top > 0 else 1.0))
+
+
+def _verdict(claim: Claim, least: float, difference: float, low: float, high: float) -> Verdict:
+    """Of an order: held where the interval lies above 0 and the difference counts, broken where the interval lies below
+    0 or below what is `least`. Of an equality the same with its sides exchanged."""
     if claim.equal:
-        if -claim.smallest < low and high < claim.smallest:
+        if -least < low and high < least:
             return "held"
         counts = abs(difference) >= claim.smallest and (low > 0 or high < 0)
         return "broken" if counts else "not decided"
     if low > 0 and difference >= claim.smallest:
         return "held"
-    return "broken" if high < claim.smallest else "not decided"
+    return "broken" if high < least or high < 0 else "not decided"
 
 
 def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source: str) -> str:

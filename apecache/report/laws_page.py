@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apecache.laws.results import COSTS, ArmResult, Compared, LawResult
 from apecache.report.intervals import Intervals, Row
@@ -15,7 +16,8 @@ HOW = (
     "speaks of the images alone.",
     "An order is held where the interval lies above 0 and the difference is at least what counts; broken where no "
     "difference that counts is within the interval. An equality is held where the whole interval lies within what "
-    "counts.",
+    "counts. Where the arms reach little, half of the published difference in proportion to what the best of them "
+    "reaches (where none is published, half of that) must be outside the interval too, before no difference is found.",
     "The detectable difference is stated before any run, from the numbers of images and seeds alone.",
     "No arm was tuned by itself: each recipe runs with its own settings, at the steps and the batch of the size; where "
     "the batch is smaller than the recipe's, its learning rate falls with the square root. Where the size names a rate "
@@ -54,11 +56,20 @@ def _picture(law: LawResult, unit: str, compared: Sequence[Compared]) -> Interva
 
 
 def _setting(laws: Sequence[LawResult]) -> str:
-    if not laws:
-        return ""
-    about = laws[0].setting
+    """Laws that were run in different calls may differ; then each setting with its laws."""
+    found: dict[str, list[str]] = {}
+    for law in laws:
+        found.setdefault(_described(law.setting), []).append(law.id)
+    if len(found) == 1:
+        return next(iter(found))
+    return ". ".join(f"{', '.join(ids)}: {about}" for about, ids in found.items())
+
+
+def _described(about: dict[str, Any]) -> str:
+    size = {key: value for key, value in about["size"].items() if value is not None and key != "name"}
+    sizes = ", ".join(f"{key} {value}" for key, value in size.items())
     encoders = ", ".join(f"{role} {name}" for role, name in about["encoders"].items())
-    return f"Size {about['size']['name']}, {about['seeds']} seeds, reported on {about['split']}; {encoders}"
+    return f"size {about['size']['name']} ({sizes}), {about['seeds']} seeds, reported on {about['split']}; {encoders}"
 
 
 def _summary(laws: Sequence[LawResult]) -> Table:

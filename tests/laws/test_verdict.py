@@ -60,6 +60,19 @@ def test_a_real_difference_that_is_too_small_to_count_breaks_an_order() -> None:
     assert judge(claim(), {"a": same, "b": same}).verdict == "broken"
 
 
+def test_arms_that_reach_little_do_not_break_an_order_by_being_close() -> None:
+    """Of 2 to 3 per cent no difference can be 5; one that is published as half of what was reached may be there."""
+    given = {"a": outcomes(0.03, 3, start=1, n=2000), "b": outcomes(0.02, 3, start=2, n=2000)}
+    found = judge(claim(smallest=5.0, figures=(40.0, 30.0), published=10.0), given)
+    assert 0 < found.difference < found.high < 5
+    assert found.verdict == "not decided"
+    same = {"a": given["a"], "b": given["a"]}
+    assert judge(claim(smallest=5.0), same).verdict == "broken"
+    assert judge(claim(smallest=5.0, figures=(40.0, 20.0), published=20.0), same).verdict == "broken"
+    wide = {"a": outcomes(0.03, 3, start=1, n=300), "b": outcomes(0.03, 3, start=5, n=300)}
+    assert judge(claim(smallest=5.0, equal=True), wide).verdict == "not decided"
+
+
 def test_nothing_is_decided_where_nothing_was_learnt() -> None:
     found = judge(claim(), {"a": outcomes(0.0, 3, start=1), "b": outcomes(0.0, 3, start=2)})
     assert found.verdict == "not decided"
