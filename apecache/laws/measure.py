@@ -94,7 +94,8 @@ class Bench:
             return spec.slug
         if (known := self.names.get((str(store.path), spec))) is None:
             images, texts = ((spec,), ()) if spec.modality == "image" else ((), (spec,))
-            (array,) = extract(self.part(job), store.path, ExtractSpec(images, texts, add=True)).arrays
+            alone = ExtractSpec(images, texts, device=self.setting.device, add=True)
+            (array,) = extract(self.part(job), store.path, alone).arrays
             known = self.names[str(store.path), spec] = array.name
         return known
 
