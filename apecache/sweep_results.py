@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from apecache.durable import replace_text
 from apecache.fingerprint import Json
 
 TRIALS = "trials.jsonl"
@@ -45,16 +45,6 @@ def read_trials(out: Path) -> dict[int, Trial]:
 def write_trials(out: Path, trials: Mapping[int, Trial]) -> None:
     lines = (json.dumps(asdict(trials[number]), allow_nan=False) for number in sorted(trials))
     replace_text(out / TRIALS, "".join(f"{line}\n" for line in lines))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The whole file at once: after a kill the old or the new one is there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def interval(recalls: Sequence[float]) -> dict[str, Any]:

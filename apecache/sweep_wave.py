@@ -11,12 +11,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from apecache.durable import replace_text
 from apecache.errors import RecipeError
 from apecache.heads.stacked import Streams
 from apecache.recipes.recipe import Recipe
 from apecache.space import Space, Values
 from apecache.sweep_points import ask_optuna
-from apecache.sweep_results import Trial, interval, replace_text, write_trials
+from apecache.sweep_results import Trial, interval, write_trials
 from apecache.train.batches import FeaturePairs
 from apecache.train.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.train.fit_head import FitSpec

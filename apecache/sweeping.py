@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from apecache.durable import replace_text
 from apecache.errors import MismatchError, OptionError, RunError
 from apecache.fingerprint import Fingerprint
 from apecache.heads.checkpoint import DESCRIPTION
 from apecache.recipes.recipe import Recipe
 from apecache.space import Space
 from apecache.store.reader import FeatureStore
-from apecache.sweep_results import Trial, ranked, read_trials, replace_text
+from apecache.sweep_results import Trial, ranked, read_trials
 from apecache.sweep_wave import WAVE, SweepData, SweepSpec, Wave, plan_trials
 from apecache.train.fit_head import FitSpec, choose_device, fit_head, load_splits, require_kind
 from apecache.train.run_folder import RECIPE, locked

@@ -1,13 +1,13 @@
 """The same model with random weights: what pretraining is compared with."""
 
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from apecache.durable import replace_tensors
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 
@@ -34,9 +34,7 @@ def write_random(spec: EncoderSpec, out: Path, seed: int) -> None:
             shutil.copyfile(path, out / path.name)
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: _drawn(name, tensor, generator) for name, tensor in sorted(load_file(folder / WEIGHTS).items())}
-    temporary = out / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary, {"format": "pt"})
-    os.replace(temporary, out / WEIGHTS)
+    replace_tensors(out / WEIGHTS, tensors, {"format": "pt"})
 
 
 def _drawn(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

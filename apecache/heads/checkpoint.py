@@ -5,7 +5,6 @@ that the heads have.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from apecache.durable import replace_tensors, replace_text
 from apecache.errors import MismatchError, RunError, nearest
 from apecache.fingerprint import Fingerprint, Json, canonical_json, describe_difference, digest_tensors
 from apecache.heads.build import build_heads
@@ -72,10 +72,7 @@ class TrainedHeads:
 def save_heads(heads: TrainedHeads, folder: Path) -> None:
     """Write weights first, then the description, whose presence makes the folder a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(heads).items()}
-    temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / WEIGHTS)
+    replace_tensors(folder / WEIGHTS, _tensors(heads))
     value = {
         "format": FORMAT_VERSION,
         "image": _describe(heads.image),
@@ -83,9 +80,7 @@ def save_heads(heads: TrainedHeads, folder: Path) -> None:
         "scale": heads.scale,
         "training": heads.training,
     }
-    temporary = folder / f".{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, folder / DESCRIPTION)
+    replace_text(folder / DESCRIPTION, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.durable import replace_text
 from apecache.errors import RunError
 from apecache.fingerprint import Json
 from apecache.laws.law import COUNTED, PER_POINT, SHIFTS, Metric
-from apecache.sweep_results import replace_text
 
 KS = (1, 5, 10)
 FOLDER = "outcomes"

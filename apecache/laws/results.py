@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from apecache.durable import replace_text
 from apecache.errors import RunError
 from apecache.laws.jobs import Planned
 from apecache.laws.law import COUNTED, Arm, Law, Metric
 from apecache.laws.outcome import Outcome
 from apecache.laws.setting import LawsSetting
 from apecache.laws.verdict import Judgement, detectable, judge
-from apecache.sweep_results import replace_text
 
 FOLDER = "results"
 COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")

@@ -6,17 +6,16 @@ They live in `Tower.adapters`, are saved apart from the tower and can be taken o
 import copy
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from apecache.durable import replace_tensors
 from apecache.encoders.towers import Tower
 from apecache.errors import RecipeError, RunError
 from apecache.recipes.towers import AdapterSpec
@@ -118,10 +117,7 @@ def save_adapters(tower: Tower, path: Path) -> None:
     if tower.adapter_spec is None:
         raise RecipeError("the tower has no adapters to save; insert_adapters first")
     header = {"format": str(FORMAT_VERSION), "spec": tower.adapter_spec.model_dump_json()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.adapters.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, path)
+    replace_tensors(path, tower.adapters.state_dict(), header)
 
 
 def load_adapters(tower: Tower, path: Path) -> None:

@@ -1,7 +1,6 @@
 """A finished run of the encoder trainer, ready to embed images and texts."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from apecache.durable import replace_tensors, replace_text
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
@@ -109,13 +108,8 @@ def save_encoders(run: Path, tensors: Mapping[str, Tensor], description: Mapping
 
     `tensors`: what training can change; frozen parameters are those of the encoder that the description names.
     """
-    temporary = run / f".{WEIGHTS}.tmp"
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, temporary, metadata={"apecache": "{}"})
-    os.replace(temporary, run / WEIGHTS)
-    temporary = run / f".{DESCRIPTION}.tmp"
-    temporary.write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, run / DESCRIPTION)
+    replace_tensors(run / WEIGHTS, tensors, {"apecache": "{}"})
+    replace_text(run / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False))
 
 
 def read_description(run: Path) -> dict[str, Any]:

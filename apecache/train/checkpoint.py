@@ -1,15 +1,14 @@
 """The state of an unfinished fit on disk: one safetensors file whose header holds the rest as JSON. No pickle."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from apecache.durable import replace_tensors
 from apecache.errors import RunError
 from apecache.fingerprint import Json
 
@@ -20,11 +19,7 @@ FORMAT_VERSION = 1
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
     """Replace the folder's checkpoint at once: after a kill or a power cut either the old or the new one is there."""
     text = json.dumps({"format": FORMAT_VERSION, **state}, ensure_ascii=False, allow_nan=False)
-    temporary = folder / f".{CHECKPOINT}.tmp"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"state": text})
-    _make_durable(temporary)
-    os.replace(temporary, folder / CHECKPOINT)
-    _make_durable(folder)
+    replace_tensors(folder / CHECKPOINT, tensors, {"state": text})
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
@@ -60,11 +55,3 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Te
         number, _, name = key.partition("/")
         state.setdefault(int(number), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from apecache.durable import remove_tensors
 from apecache.encoders.encoder import parse_device
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Json, Modality
@@ -136,7 +137,7 @@ def _write(setup: Setup, report: FitEncoderReport) -> None:
     save_ledger(report.ledger, out)
     save_encoder_card(about, opened.recipe, report.dev, report.ledger, str(opened.store.source["origin"]), out)
     save_encoders(out, setup.model.final_state(), about)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    remove_tensors(out / CHECKPOINT)
 
 
 def _report(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from apecache.durable import remove_tensors
 from apecache.errors import RecipeError
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json
@@ -123,7 +124,7 @@ def fit_head(
         heads = _trained(training.model, arrays, recipe, spec, store, report, chosen)
         save_card(heads, recipe, report.dev, ledger, str(store.source["origin"]), out)
         save_heads(heads, out)
-        (out / CHECKPOINT).unlink(missing_ok=True)
+        remove_tensors(out / CHECKPOINT)
     return report
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apecache.durable import scratch_of
 from apecache.errors import MismatchError, RunError, require_local, require_new
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, shorten
@@ -35,7 +36,7 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     done = files[1] in names and RECIPE in names  # an index has a head, but no recipe
     known = OURS | set(files)
-    ours = out.is_dir() and names <= known | {f".{name}.tmp" for name in known}
+    ours = out.is_dir() and names <= known | {scratch_of(out / name).name for name in known}
     unfinished = ours and (CHECKPOINT in names or files[1] not in names)
     if not unfinished and not (overwrite and done):
         require_new(out, "run folder", overwrite)

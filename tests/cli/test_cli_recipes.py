@@ -56,7 +56,7 @@ def test_a_killed_fit_goes_on_by_the_same_command_and_another_is_refused(tiny_st
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     changed = subprocess.run([*killed, "--seed", "1"], capture_output=True, text=True, env=environment)
-    assert changed.returncode == 4
+    assert changed.returncode == 4, changed.stderr
     assert "seed is 1, there 0" in changed.stderr
 
 

@@ -14,14 +14,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from apecache.durable import scratch_of
 from apecache.errors import DataError, IncompleteError, RecipeError, RunError, StoreError
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
-from apecache.heads.checkpoint import load_heads, save_heads
+from apecache.heads.checkpoint import WEIGHTS, load_heads, save_heads
 from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
 from apecache.store.reader import FeatureArray, FeatureStore
 from apecache.train.batches import Features as Loaded
 from apecache.train.batches import SplitSpec
+from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, untrained_heads
 from apecache.train.run_folder import read_history
 
@@ -618,7 +620,10 @@ def test_a_run_that_was_broken_off_is_begun_anew(store: FeatureStore, fitted: Fi
     assert len(list(read_history(tmp_path / "run"))) == 3
     with pytest.raises(RunError, match="no finished run"):
         load_heads(tmp_path / "run")
-    (tmp_path / "run" / ".head.safetensors.tmp").write_bytes(b"half")
+    for name in (WEIGHTS, CHECKPOINT):
+        half = scratch_of(tmp_path / "run" / name)
+        half.mkdir()
+        (half / ".tmpSY4uT3").write_bytes(b"half")
     fit_head(store, make_recipe(), tmp_path / "run", CPU)
     assert weights(tmp_path / "run") == weights(fitted.run)
     assert timeless(tmp_path / "run") == timeless(fitted.run)

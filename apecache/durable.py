@@ -1,0 +1,59 @@
+"""Small files that are replaced whole: after a kill or a power cut the old or the new one is there, and the one scratch
+name beside it at most. What a store keeps goes through `store.files`."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def scratch_of(path: Path) -> Path:
+    """Where `path` is written before it takes its name: a file for text, a folder for tensors. A kill leaves it; the
+    next write of `path` takes it away."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def replace_text(path: Path, text: str) -> None:
+    scratch = scratch_of(path)
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    _make_durable(path.parent)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, str] | None = None) -> None:
+    """One safetensors file; tensors may lie on any device. safetensors writes under a name of its own choosing beside
+    the file it is asked for, which a kill would leave in the folder: hence a folder for it."""
+    from safetensors.torch import save_file
+
+    scratch = scratch_of(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, scratch / path.name, dict(header) if header else None)
+        _make_durable(scratch / path.name)
+        os.replace(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _make_durable(path.parent)
+
+
+def remove_tensors(path: Path) -> None:
+    """The file, and what a killed write of it left."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(scratch_of(path), ignore_errors=True)
+
+
+def _make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
