@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from apecache.report.sweep_page import sweep_page
     from apecache.search import Query, SearchIndex
     from apecache.space import Space, load_space
-    from apecache.store.reader import FeatureArray, FeatureStore
+    from apecache.store.array import FeatureArray
+    from apecache.store.reader import FeatureStore
     from apecache.sweeping import SweepReport, SweepSpec, sweep
     from apecache.train.batches import SplitSpec
     from apecache.train.encoder_data import FitEncoderSpec
@@ -62,7 +63,7 @@ _HOME = {
     "ExtractPlan": "planning",
     "ExtractReport": "extraction",
     "ExtractSpec": "extraction",
-    "FeatureArray": "store.reader",
+    "FeatureArray": "store.array",
     "FeatureStore": "store.reader",
     "FitEncoderReport": "train.fit_encoder",
     "FitEncoderSpec": "train.encoder_data",

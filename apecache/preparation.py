@@ -18,8 +18,9 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.parts import WHOLE, Part
+from apecache.store.array import FeatureArray
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout, ArrayRecord, chunk_bytes, with_metadata
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.reader import FeatureStore
 from apecache.store.writer import create_array
 
 FEW_CORES, MAX_WORKERS = 2, 16

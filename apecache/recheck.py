@@ -11,10 +11,11 @@ from apecache.encode import ImageJob, Target, TextJob
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.fingerprint import content_hash
+from apecache.store.array import FeatureArray
 from apecache.store.commit import CommitRecord, is_commit, read_commit
 from apecache.store.files import Files
 from apecache.store.layout import records_folder
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.reader import FeatureStore
 
 RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
 

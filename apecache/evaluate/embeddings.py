@@ -13,7 +13,8 @@ from torch import Tensor
 from apecache.errors import DataError, OptionError, RowError, nearest
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.heads.checkpoint import TrainedSide
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 
 OpenImage = Callable[[str], Image.Image]
 """Key of the pair table -> RGB image; raises RowError."""

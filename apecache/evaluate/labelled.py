@@ -22,7 +22,8 @@ from apecache.heads.head import mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.recipes.runs import BATCH, Run
 from apecache.recipes.trained_encoders import TrainedTower
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 
 READERS = 4
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from apecache.errors import DataError, MissingExtraError
 from apecache.fingerprint import Modality
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 
 MAX_TEXT_BYTES = 4 << 30
 

@@ -13,7 +13,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.evaluate.embeddings import load_lengths
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
-from apecache.store.reader import FeatureArray
+from apecache.store.array import FeatureArray
 from apecache.store.table import PairTable
 
 RESIDENT_SHARE = 0.6

@@ -18,7 +18,8 @@ from apecache.encoders.towers import tower_of
 from apecache.errors import MismatchError, OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
     Features,

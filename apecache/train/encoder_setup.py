@@ -12,7 +12,8 @@ from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads
 from apecache.recipes.encoder_model import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import Recipe
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
 from apecache.train.encoder_data import (
     FitEncoderSpec,

@@ -18,7 +18,8 @@ from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.recipes.recipe import Recipe
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
     SplitSpec,

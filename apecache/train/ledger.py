@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from apecache.errors import RunError
+from apecache.store.array import FeatureArray
 from apecache.store.layout import chunk_name
-from apecache.store.reader import FeatureArray
 
 LEDGER = "ledger.json"
 

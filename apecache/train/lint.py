@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from apecache.errors import DataError
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 from apecache.train.batches import Batch, FeaturePairs, SplitSpec, batches, choose_splits
 from apecache.train.loop import Fit, Trainable, Training, seeded
 from apecache.train.model import AlignmentModel

@@ -8,7 +8,7 @@ from typing import Any
 
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json
-from apecache.store.reader import FeatureArray
+from apecache.store.array import FeatureArray
 from apecache.train.batches import FeaturePairs
 from apecache.train.checkpoint import save_checkpoint
 from apecache.train.ledger import Extraction, Ledger, Meter, money, runs_until_paid, stored_bytes

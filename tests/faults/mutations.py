@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES, WRITER, READER, TABLE = (f"{name}.py" for name in ("files", "writer", "reader", "table"))
+FILES, WRITER, ARRAY, READER, TABLE = (f"{name}.py" for name in ("files", "writer", "array", "reader", "table"))
 COMMIT, LAYOUT, OBJECTS = "commit.py", "layout.py", "objects.py"
 CUT = "faults/test_fault_power.py::test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged"
 KILL_CUT = "faults/test_fault_power.py::test_a_power_cut_after_a_kill_and_a_resume_loses_nothing"
@@ -56,17 +56,17 @@ UNFINISHED = """    if not files.create(name, data) and files.read(name) == data
 
 MUTATIONS = (
     # what is read
-    Mutation("crc32c on load", READER, CHUNK_CHECK, "count != expected.bytes", DAMAGED),
+    Mutation("crc32c on load", ARRAY, CHUNK_CHECK, "count != expected.bytes", DAMAGED),
     Mutation(
         "crc32c of the record, not only of the file",
-        READER,
+        ARRAY,
         CHUNK_CHECK,
         "count != expected.bytes or stored != check",
         f"{READ}test_a_chunk_of_another_array_is_noticed",
     ),
     Mutation(
         "length on load",
-        READER,
+        ARRAY,
         CHUNK_CHECK,
         CHUNK_CHECK.split(" or ", 1)[1],
         f"{READ}test_a_longer_chunk_is_noticed_by_who_reads_one_shard",
@@ -78,7 +78,7 @@ MUTATIONS = (
         "False",
         f"{READ}test_an_array_of_the_store_of_another_table_is_refused",
     ),
-    Mutation("hash of quarantine lists", READER, "content_hash(data) != commit.objects[name].blake3", "False", DAMAGED),
+    Mutation("hash of quarantine lists", ARRAY, "content_hash(data) != commit.objects[name].blake3", "False", DAMAGED),
     Mutation("hash of the table", TABLE, 'content_hash(objects[name]) != entry["blake3"]', "False", DAMAGED),
     Mutation(
         "table and source of one store",
@@ -89,14 +89,14 @@ MUTATIONS = (
     ),
     Mutation(
         "records against the seal",
-        READER,
+        ARRAY,
         "digest_commits(found) != wanted",
         "False",
         f"{READ}test_a_shard_of_another_table_with_its_record_is_refused",
     ),
     Mutation(
         "records read after the seal",
-        READER,
+        ARRAY,
         "        return self._own_sealed\n",
         "        return self.commits\n",
         f"{READ}test_an_array_opened_before_extraction_ended_is_not_served_with_holes",

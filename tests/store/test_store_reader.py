@@ -20,9 +20,10 @@ from faults_syscalls import intercepted, unsynced
 from tower import MODALITIES, NAME, SMALL, array_record, columns, commit_shard, expected, tree
 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
+from apecache.store.array import FeatureArray
 from apecache.store.files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE, chunk_name, commit_name, quarantine_name
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, create_array, create_store
 
 LONG = os.environ.get("APECACHE_FAULTS") == "long"

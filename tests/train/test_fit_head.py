@@ -20,7 +20,8 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.heads.checkpoint import WEIGHTS, load_heads, save_heads
 from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
-from apecache.store.reader import FeatureArray, FeatureStore
+from apecache.store.array import FeatureArray
+from apecache.store.reader import FeatureStore
 from apecache.train.batches import Features as Loaded
 from apecache.train.batches import SplitSpec
 from apecache.train.checkpoint import CHECKPOINT
