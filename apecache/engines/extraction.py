@@ -21,19 +21,8 @@ from apecache.encode import ImageJob, TextJob
 from apecache.engines.filling import Filling, ShardDone, ShardPiece, Task, fill
 from apecache.engines.ray import Pool, RaySpec, node_name, open_pool
 from apecache.errors import EngineError, OptionError
-from apecache.extraction import (
-    ExtractReport,
-    ExtractSpec,
-    Progress,
-    Tally,
-    Total,
-    commit_shard,
-    judge,
-    load_encoders,
-    new_totals,
-    prepare_jobs,
-    require_inputs,
-)
+from apecache.extract_report import ExtractReport, Progress, Tally, Total, judge
+from apecache.extraction import ExtractSpec, commit_shard, load_encoders, new_totals, prepare_jobs, require_inputs
 from apecache.fingerprint import Modality
 from apecache.objects import is_object_url
 from apecache.preparation import default_workers
