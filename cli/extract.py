@@ -6,26 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
-from .inputs import (
-    SOURCE,
-    CaptionColumn,
-    ImageColumn,
-    Restval,
-    Root,
-    SingleWriter,
-    Split,
-    SplitFile,
-    SplitFraction,
-    SplitSeed,
-    open_spec,
-)
+from .inputs import SOURCE, Opening, SingleWriter, takes_source
 from .memory import keep_freed_memory
 from .terminal import Device, Json, ending, progress, show_json, show_table, warn
 
 CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
 
 
+@takes_source
 def extract(
+    opening: Opening,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     store: Annotated[
         str, typer.Option(help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://….")
@@ -38,14 +28,6 @@ def extract(
         list[str] | None,
         typer.Option(help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
     ] = None,
-    root: Root = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    split: Split = None,
-    split_file: SplitFile = None,
-    split_fraction: SplitFraction = None,
-    split_seed: SplitSeed = 0,
-    restval: Restval = True,
     image_cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")] = None,
     text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
     text_prefix: Annotated[
@@ -131,8 +113,7 @@ def extract(
         from apecache.data.sources import open_pairs
 
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
-        splits = (split, split_file, split_fraction, split_seed)
-        source = open_pairs(pairs, open_spec(required, image_column, caption_column, *splits, root, restval))
+        source = open_pairs(pairs, opening(*required))
         choice("--resize", resize, ("reference", "torchvision"))
         images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)

@@ -16,13 +16,14 @@ ImageColumn = Annotated[
 CaptionColumn = Annotated[
     str | None, typer.Option("--caption-column", help="Name of the column of captions. Default: guessed.")
 ]
+SplitColumn = Annotated[
+    str | None, typer.Option("--split-column", help="Name of the column that holds the split. Default: split.")
+]
 Split = Annotated[
     str | None,
     typer.Option("--split", "--split-column", help="Name of the column that holds the split. Default: split."),
 ]
-SplitColumn = Annotated[
-    str | None, typer.Option("--split-column", help="Name of the column that holds the split. Default: split.")
-]
+"""The same where no split is asked for by name."""
 Restval = Annotated[
     bool, typer.Option("--restval/--no-restval", help="Of a Karpathy file, take restval as train, or leave it out.")
 ]
@@ -38,28 +39,11 @@ SingleWriter = Annotated[
     typer.Option("--single-writer", help="Nobody else writes to STORE: object storage without put-if-absent will do."),
 ]
 Root = Annotated[
-    str | None, typer.Option("--root", help="Folder or s3://… of the image paths. Default: the table's own folder.")
+    str | None,
+    typer.Option(
+        "--root", help="Folder or s3://… of the image paths. Default: the table's own folder; of a store, as when made."
+    ),
 ]
-
-
-def open_spec(
-    require: tuple[Any, ...],
-    image_column: str | None,
-    caption_column: str | None,
-    split_column: str | None,
-    split_file: Path | None,
-    split_fraction: str | None,
-    split_seed: int,
-    root: str | None,
-    restval: bool = True,
-) -> Any:
-    """An OpenSpec from command-line options."""
-    from apecache.data.spec import OpenSpec
-    from apecache.data.splits import parse_fractions
-
-    fractions = parse_fractions(split_fraction) if split_fraction is not None else ()
-    splits = (split_column, split_file, fractions, split_seed)
-    return OpenSpec(image_column, caption_column, *splits, root, restval, require)
 
 
 OPENING: dict[str, tuple[Any, Any]] = {
@@ -72,7 +56,7 @@ OPENING: dict[str, tuple[Any, Any]] = {
     "split_seed": (SplitSeed, 0),
     "restval": (Restval, True),
 }
-"""The options of a source, by the names that `open_spec` takes them under, and their defaults."""
+"""The options of a source, and their defaults."""
 
 
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,8 +69,9 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
 
     signature = inspect.signature(command)
     own = [parameter for name, parameter in signature.parameters.items() if name != "opening"]
+    options = OPENING if "split" in signature.parameters else {**OPENING, "split_column": (Split, None)}
     keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter(n, keyword, default=value, annotation=kind) for n, (kind, value) in OPENING.items()]
+    added = [inspect.Parameter(n, keyword, default=value, annotation=kind) for n, (kind, value) in options.items()]
     wrapped.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {each.name: each.annotation for each in (*own, *added)}
     return wrapped
@@ -101,4 +86,9 @@ class Opening:
 
     def __call__(self, *require: Any) -> Any:
         """An OpenSpec of a source that must have these roles."""
-        return open_spec(require, **self.given)
+        from apecache.data.spec import OpenSpec
+        from apecache.data.splits import parse_fractions
+
+        text = self.given["split_fraction"]
+        fractions = parse_fractions(text) if text is not None else ()
+        return OpenSpec(**{**self.given, "split_fraction": fractions}, require=require)

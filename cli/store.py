@@ -6,17 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .inputs import (
-    CaptionColumn,
-    ImageColumn,
-    Restval,
-    SingleWriter,
-    Split,
-    SplitFile,
-    SplitFraction,
-    SplitSeed,
-    open_spec,
-)
+from .inputs import Opening, SingleWriter, takes_source
 from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
@@ -115,17 +105,11 @@ def show_problems(report: Any) -> None:
     typer.echo(f"{report.store}: {state}; {report.n_objects:,} objects, {report.n_bytes / 1e6:,.1f} MB read and hashed")
 
 
+@takes_source
 def repair(
+    opening: Opening,
     store: Store,
     pairs: Annotated[str | None, typer.Option(help="The source. Default: where it was when extracted.")] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the image paths. Default: as when it was made.")] = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    split: Split = None,
-    split_file: SplitFile = None,
-    split_fraction: SplitFraction = None,
-    split_seed: SplitSeed = 0,
-    restval: Restval = True,
     image: MovedImage = None,
     text: MovedText = None,
     single_writer: SingleWriter = False,
@@ -143,8 +127,7 @@ def repair(
         from apecache.extraction import ExtractSpec
         from apecache.repair import repair as run
 
-        splits = (split, split_file, split_fraction, split_seed)
-        source = source_of(store, pairs, open_spec((), image_column, caption_column, *splits, root, restval))
+        source = source_of(store, pairs, opening())
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
         with progress() as update:
