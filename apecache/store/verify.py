@@ -213,23 +213,31 @@ class _Check:
         """Valid records by shard, and the hash of each, after hashing everything that they name."""
         found: dict[int, CommitRecord] = {}
         hashes = []
-        for file in self.files.list(f"{records_folder(record.modality, record.name)}/commits"):
-            if not is_commit(file):
-                continue
-            shard = int(file.removesuffix(".json"))
-            name = commit_name(record.modality, record.name, shard)
-            self.known.add(name)
-            try:
-                commit, of = read_commit(self.files, record, shard)
-                found[shard] = commit.without_content()
-                hashes.append(of)
-            except ApecacheError as error:
-                self._add("damaged", name, str(error), (record.modality, record.name), shard)
-                self._disown_shard(record, shard)
+        files = filter(is_commit, self.files.list(f"{records_folder(record.modality, record.name)}/commits"))
+        shards = [int(file.removesuffix(".json")) for file in files]
+        with ThreadPoolExecutor(self.threads) as pool:
+            read = pool.map(lambda shard: self._commit(record, shard), shards)
+            for shard, commit in zip(shards, read, strict=True):
+                name = commit_name(record.modality, record.name, shard)
+                self.known.add(name)
+                if isinstance(commit, ApecacheError):
+                    self._add("damaged", name, str(commit), (record.modality, record.name), shard)
+                    self._disown_shard(record, shard)
+                else:
+                    found[shard], of = commit
+                    hashes.append(of)
         entries = ((shard, entry) for shard, commit in found.items() for entry in commit.objects.items())
         objects = [(name, entry.blake3, shard) for shard, (name, entry) in entries]
         self._hash_all(objects, (record.modality, record.name))
         return found, hashes
+
+    def _commit(self, record: ArrayRecord, shard: int) -> tuple[CommitRecord, str] | ApecacheError:
+        """A record without what is long in it, and its hash; or what is wrong with it."""
+        try:
+            commit, of = read_commit(self.files, record, shard)
+        except ApecacheError as error:
+            return error
+        return commit.without_content(), of
 
     def _seal(self, record: ArrayRecord, commits: Mapping[int, CommitRecord], hashes: Sequence[str]) -> None:
         """A sealed array must have exactly the records that were sealed."""
