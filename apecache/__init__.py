@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
     from apecache.train.fit_head import FitReport, FitSpec, fit_head
+    from apecache.train.tracking import log_to_tensorboard
     from apecache.trained import ImageTextModel, load
 
 _HOME = {
@@ -116,6 +117,7 @@ _HOME = {
     "load_recipe": "recipes.recipe",
     "load_run": "recipes.runs",
     "load_space": "space",
+    "log_to_tensorboard": "train.tracking",
     "open_pairs": "data.sources",
     "parse_encoder": "encoders.spec",
     "plan_extraction": "planning",
@@ -196,6 +198,7 @@ __all__ = [
     "load_recipe",
     "load_run",
     "load_space",
+    "log_to_tensorboard",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",

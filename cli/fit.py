@@ -1,5 +1,7 @@
 """`apecache fit-head` and `apecache fit-encoder`."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,10 @@ from .extract import choice, encoder_specs
 from .memory import keep_freed_memory
 from .runs import opener
 from .terminal import Device, Json, Overwrite, ending, show_json, show_table, warn
+
+TensorBoard = Annotated[
+    Path | None, typer.Option(help="Write curves there too, for tensorboard --logdir (extra: track).")
+]
 
 
 def fit_head(
@@ -34,6 +40,7 @@ def fit_head(
     extract_report: Annotated[
         Path | None, typer.Option(help="What apecache extract --json printed: when the cache has paid for itself.")
     ] = None,
+    tensorboard: TensorBoard = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -64,8 +71,8 @@ def fit_head(
             "extract_report": extract_report,
         }
         spec = FitSpec(image_features, text_features, splits, seed, device, overwrite, save_seconds, **about)
-        with kept_run(out) as folder:
-            report = run(FeatureStore.open(store), loaded, folder, spec, show_epoch)
+        with kept_run(out) as folder, told_epochs(tensorboard) as tell:
+            report = run(FeatureStore.open(store), loaded, folder, spec, tell)
         for warning in report.ledger.warnings:
             warn(warning)
         if json:
@@ -112,6 +119,7 @@ def fit_encoder(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Of this machine, in any currency: the ledger then tells the money.")
     ] = None,
+    tensorboard: TensorBoard = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -159,7 +167,8 @@ def fit_encoder(
             price_per_hour=price_per_hour,
             init_from=init_from,
         )
-        report = run(FeatureStore.open(store), loaded, out, spec, opener(root), show_epoch)
+        with told_epochs(tensorboard) as tell:
+            report = run(FeatureStore.open(store), loaded, out, spec, opener(root), tell)
         if report.rank:
             return
         for warning in report.ledger.warnings:
@@ -201,6 +210,23 @@ def combine(
             show_json(found)
         else:
             typer.echo(f"{out}: {len(runs)} runs side by side, {combined.image.head.out_dim} dimensions")
+
+
+@contextmanager
+def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What is told every line of the history: the terminal, and TensorBoard where it was asked for."""
+    if tensorboard is None:
+        yield show_epoch
+        return
+    from apecache.train.tracking import log_to_tensorboard
+
+    with log_to_tensorboard(tensorboard) as log:
+
+        def tell(line: dict[str, Any]) -> None:
+            show_epoch(line)
+            log(line)
+
+        yield tell
 
 
 def show_epoch(line: dict[str, Any]) -> None:

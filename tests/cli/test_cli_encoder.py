@@ -8,6 +8,8 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner, Result
 
+from apecache.train.run_folder import read_history
+
 SHORT = ["--set", "schedule.epochs=2", "--set", "schedule.batch_size=4", "--dev-split", "val", "--device", "cpu"]
 
 
@@ -27,6 +29,18 @@ def test_lit_from_the_command_line(tiny_store: Path, tmp_path: Path) -> None:
     found: Any = json.loads(call(*arguments, "--overwrite", "--json").stdout.splitlines()[-1])
     assert found["cached"] == ["image"]
     assert found["n_epochs"] == 2
+
+
+@pytest.mark.parametrize(("command", "recipe"), [("fit-encoder", "lit"), ("fit-head", "projection")])
+def test_curves_go_to_tensorboard_too(tiny_store: Path, tmp_path: Path, command: str, recipe: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [command, tiny_store, "--recipe", recipe, "--out", tmp_path / "run", *SHORT]
+    done = call(*arguments, "--tensorboard", tmp_path / "events")
+    assert done.exit_code == 0, done.output
+    assert "epoch   2  loss" in done.output
+    found = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("dev/mean_recall")
+    assert [each.step for each in found] == [line["step"] for line in read_history(tmp_path / "run")]
 
 
 def test_a_live_image_tower_reads_its_images_below_root(tiny_store: Path, shapes_once: Path, tmp_path: Path) -> None:
