@@ -10,7 +10,7 @@ from typing import Any
 from apecache.durable import replace_text
 from apecache.errors import RunError
 from apecache.laws.jobs import Planned
-from apecache.laws.law import COUNTED, Arm, Law, Metric
+from apecache.laws.law import COUNTED, Arm, Claim, Law, Metric
 from apecache.laws.outcome import Outcome
 from apecache.laws.setting import LawsSetting
 from apecache.laws.verdict import Judgement, detectable, judge
@@ -114,10 +114,12 @@ def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSettin
     least = None if one.why_not else detectable(claim, n_images, n_seeds)
     unit = "% saved" if claim.saves else "r" if claim.metric.endswith(("rises", "falls")) else "points"
     known = (claim.figures, claim.published, claim.place)
-    return Compared(claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes))
+    return Compared(
+        claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes, least)
+    )
 
 
-def _judged(one: Planned, outcomes: Mapping[str, Outcome]) -> Judgement:
+def _judged(one: Planned, outcomes: Mapping[str, Outcome], least: float | None) -> Judgement:
     if one.why_not:
         return Judgement("not decided", one.why_not)
     found: dict[str, list[Outcome]] = {}
@@ -133,8 +135,15 @@ def _judged(one: Planned, outcomes: Mapping[str, Outcome]) -> Judgement:
     missing = {arm: len(one.jobs[arm]) - len(done) for arm, done in found.items() if len(done) < len(one.jobs[arm])}
     if missing:
         runs = ", ".join(f"{count} of {arm}" for arm, count in missing.items())
-        return Judgement("not decided", f"runs are still to be made: {runs}")
+        return Judgement("not decided", f"runs are still to be made: {runs}{too_small(one.claim, least)}")
     return judge(one.claim, found)
+
+
+def too_small(claim: Claim, least: float | None) -> str:
+    """Why runs that would be made for this claim alone may not be worth it."""
+    if claim.published is None or claim.equal or not least or abs(claim.published) >= least:
+        return ""
+    return f"; the published difference, {abs(claim.published):.1f}, is less than they detect, {least:.1f}"
 
 
 def _arm(name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome]) -> ArmResult:

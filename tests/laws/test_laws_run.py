@@ -18,7 +18,7 @@ from apecache.laws import run as running
 from apecache.laws.jobs import jobs_in_turn
 from apecache.laws.measure import Bench
 from apecache.laws.outcome import load_outcome
-from apecache.laws.results import load_results
+from apecache.laws.results import load_results, too_small
 from apecache.laws.run import plan_laws, run_laws
 from apecache.laws.setting import SIZES, LawsSetting, parse_roles, part_of, translated
 from apecache.report.laws_page import laws_page
@@ -91,11 +91,22 @@ def test_the_budget_ends_between_runs_and_the_next_call_goes_on(
     monkeypatch.setattr(running, "measure", counted)
     first = run_laws(setting, ["L4"], budget_seconds=0.0)
     assert (len(made), first.n_left) == (0, 3)
-    assert "still to be made: 1 of embeddings" in first.laws[0].compared[0].judgement.why
+    compared = first.laws[0].compared[0]
+    assert "still to be made: 1 of embeddings" in compared.judgement.why
+    assert f"published difference, 5.5, is less than they detect, {compared.detectable:.1f}" in compared.judgement.why
     second = run_laws(setting, ["L4"])
     assert (len(made), second.n_left, second.n_failed) == (3, 0, 0)
     run_laws(setting, ["L4"])
     assert len(made) == 3
+
+
+def test_runs_that_could_detect_what_was_published_are_not_called_too_small(setting: LawsSetting) -> None:
+    claims = {one.claim.name: one.claim for one in plan_laws(setting, ["L1"])[0]}
+    assert too_small(claims["i > g"], 6.7) == ""
+    assert too_small(claims["i > g"], 6.9) == "; the published difference, 6.8, is less than they detect, 6.9"
+    assert too_small(claims["i = p"], 6.9) == ""
+    unpublished = plan_laws(setting, ["L6"])[0][0].claim
+    assert too_small(unpublished, 99.0) == ""
 
 
 def test_a_run_that_fails_is_said_and_tried_again(setting: LawsSetting, monkeypatch: pytest.MonkeyPatch) -> None:
