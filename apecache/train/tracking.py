@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from apecache.errors import MissingExtraError, require_local
+from apecache.errors import MissingExtraError, RunError, require_local
 from apecache.train.loop import Progress
 
 
@@ -19,9 +19,11 @@ def log_to_tensorboard(folder: Path) -> Iterator[Progress]:
     written of later steps is shown no more. Nothing is written, and no folder made, without a line.
 
     Raises:
-        MissingExtraError: TensorBoard is not installed.
+        MissingExtraError: TensorBoard is not installed. RunError: `folder` is a file, or on object storage.
     """
     require_local(folder, "folder of events")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is no folder, so no events can be written into it; choose another")
     if find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "track")
     from torch.utils.tensorboard import SummaryWriter
