@@ -81,9 +81,7 @@ def test_without_a_line_nothing_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "events").exists()
 
 
-def test_what_is_no_folder_is_refused_and_a_missing_extra_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_no_folder_is_refused_and_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is on object storage"), log_to_tensorboard(Path("s3://bucket/events")):
         pass
     (tmp_path / "file").touch()
