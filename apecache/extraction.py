@@ -251,11 +251,11 @@ def commit_shard(
     """Features in the storage dtype; rows that are not finite are quarantined as well."""
     layout = writer.record.layout
     with np.errstate(over="ignore"):
-        features = encoded.astype(layout.dtype)
+        features = encoded.astype(layout.read_dtype)
     bad = dict(whole.bad)
     for row in np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(1)):
         overflow = bool(np.isfinite(encoded[row]).all())
-        detail = f"a value is beyond {layout.dtype}; use --storage float32" if overflow else "NaN or infinity"
+        detail = f"a value is beyond {layout.read_dtype}; use --storage float32" if overflow else "NaN or infinity"
         bad.setdefault(int(row), RowError("overflow" if overflow else "not-finite", detail))
     start = layout.shard(shard).start
     rows = [QuarantinedRow(start + row, job.key(start + row), e.reason, e.detail) for row, e in sorted(bad.items())]

@@ -61,7 +61,7 @@ class ExtractSpec:
     image_batch: int | None = None
     text_batch: int | None = None
     shard_rows: int | None = None
-    storage_dtype: Literal["float16", "float32"] = "float16"
+    storage_dtype: Literal["float16", "float32", "int8"] = "float16"
     workers: int | None = None
     hang_seconds: float = 30.0
     max_bad: float = 0.01

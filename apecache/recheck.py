@@ -14,7 +14,8 @@ from apecache.fingerprint import content_hash
 from apecache.store.array import FeatureArray
 from apecache.store.commit import CommitRecord, is_commit, read_commit
 from apecache.store.files import Files
-from apecache.store.layout import records_folder
+from apecache.store.layout import ArrayLayout, records_folder
+from apecache.store.quantise import quantise, restore
 from apecache.store.reader import FeatureStore
 
 RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
@@ -47,7 +48,7 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     if not rows:
         return
     stored = array.load_shard(shard)[[row - first for row in rows]].astype(np.float32).reshape(len(rows), -1)
-    fresh = _encode_rows(job, place, rows).reshape(len(rows), -1)
+    fresh = _as_stored(_encode_rows(job, place, rows), record.layout).reshape(len(rows), -1)
     norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
     cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
     if cosine < RECHECK_COSINE:
@@ -55,6 +56,15 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
             f"{record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a "
             "library, the device or an input changed; use the versions in apecache info --json, or a new --store"
         )
+
+
+def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.float32]:
+    """What reading gives of what was just encoded: rounding is no change."""
+    if not layout.scaled:
+        return fresh
+    rounded = np.empty_like(fresh)
+    restore(*quantise(fresh.astype(layout.read_dtype)), rounded)
+    return rounded
 
 
 def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArray[np.float32]:

@@ -45,7 +45,9 @@ def extract(
         int | None, typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Computation: float32, float16 or bfloat16.")] = "float32",
-    storage: Annotated[str, typer.Option(help="Stored features: float16 or float32.")] = "float16",
+    storage: Annotated[
+        str, typer.Option(help="Stored features: float16, float32, or int8 with a scale for each vector.")
+    ] = "float16",
     image_batch: Annotated[
         int | None, typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256.")
     ] = None,
@@ -106,7 +108,7 @@ def extract(
     --text hf:sentence-transformers/all-MiniLM-L6-v2
     """
     with ending():
-        choice("--storage", storage, ("float16", "float32"))
+        choice("--storage", storage, ("float16", "float32", "int8"))
         from apecache.parts import WHOLE, parse_part
 
         own, cluster = parse_part(part) if part else WHOLE, ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)

@@ -1,6 +1,5 @@
 """Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and `upgrade`."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,12 +55,12 @@ def describe(array: Any) -> dict[str, Any]:
         "dim": array.dim,
         "row_shape": list(array.row_shape),
         "ragged": record.layout.ragged,
-        "dtype": str(array.dtype),
+        "dtype": record.layout.dtype,
         "done": array.share_done,
         "complete": array.complete,
         "quarantined": array.n_quarantined,
         "reasons": reasons,
-        "mb": array.rows * math.prod(array.row_shape) * array.dtype.itemsize / 1e6,
+        "mb": array.rows * array.row_bytes / 1e6,
         "fingerprint": record.fingerprint.digest,
         "layout": vars(record.layout),
         "environment": record.environment,

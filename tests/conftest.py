@@ -146,12 +146,14 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     shard_rows: int = 64,
     n_shards: int | None = None,
     text_lengths=None,
+    storage: str | None = None,
 ):
     """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own writer.
 
     `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit only so many of each
-    array and leave it unfinished. `text_lengths`: the texts are ragged tokens [n_texts, tokens, dim]. Returns the
-    opened store; calling again with other names adds arrays.
+    array and leave it unfinished. `text_lengths`: the texts are ragged tokens [n_texts, tokens, dim]. `storage`: dtype
+    of the arrays, if it is not that of the features. Returns the opened store; calling again with other names adds
+    arrays.
     """
     from apecache.encoders.spec import EncoderSpec
     from apecache.fingerprint import Fingerprint, content_hash, digest_strings
@@ -182,7 +184,7 @@ def write_feature_store(  # type: ignore[no-untyped-def]
             continue
         lengths = text_lengths if modality == "text" else None
         tokens = features.shape[1] if features.ndim == 3 else None
-        about = (len(features), features.shape[-1], str(features.dtype), shard_rows, shard_rows, 1)
+        about = (len(features), features.shape[-1], storage or str(features.dtype), shard_rows, shard_rows, 1)
         layout = ArrayLayout(*about, None, tokens, lengths is not None)
         fingerprint = Fingerprint({"encoder": {"modality": modality, "weights": name}, "storage": layout.dtype})
         spec = EncoderSpec("timm" if modality == "image" else "hf", name, modality)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import MismatchError, OptionError
 from apecache.extraction import ExtractSpec, extract
+from apecache.parts import parse_part
+from apecache.recheck import RECHECK_COSINE, spot_check
 from apecache.repair import repair
 from apecache.store.layout import chunk_name
 from apecache.store.reader import FeatureStore
@@ -241,3 +244,43 @@ def test_the_command_refuses_what_it_cannot_read(
     assert result.exit_code == OptionError.exit_code
     assert said in result.output
     assert not (tmp_path / "s").exists()
+
+
+def test_int8_tokens_are_resumed_and_repaired_to_the_same_bytes(
+    shapes_once: Path, tmp_path: Path, image: EncoderSpec, text: EncoderSpec
+) -> None:
+    specs = {"image": replace(image, pooling="tokens"), "text": replace(text, pooling="tokens")}
+    small = options(**specs, storage_dtype="int8")
+    whole = run(shapes_once, tmp_path / "whole", small)
+    half = run(shapes_once, tmp_path / "half", options(**specs))
+    for modality in ("image", "text"):
+        array, wider = whole.array(modality), half.array(modality)  # type: ignore[arg-type]
+        assert cosine(array.load(), wider.load()) > 0.9999
+        assert array.row_bytes / wider.row_bytes == (array.dim + 4) / (2 * array.dim)
+        assert array.record.encoder == wider.record.encoder
+    run(shapes_once, tmp_path / "resumed", replace(small, part=parse_part("1/2")))
+    resumed = run(shapes_once, tmp_path / "resumed", small)  # what is there is first encoded again and compared
+    assert tree(tmp_path / "resumed") == tree(tmp_path / "whole")
+    for part in ("features", "scale"):
+        (tmp_path / "resumed" / chunk_name(resumed.array("image").record, part, 1)).unlink()
+        mended = repair(tmp_path / "resumed", open_pairs(shapes_once), ExtractSpec(device="cpu"))
+        assert mended.after.sound
+        assert tree(tmp_path / "resumed") == tree(tmp_path / "whole")
+    with pytest.raises(MismatchError, match="dtype"):
+        run(shapes_once, tmp_path / "half", small)
+
+
+def test_a_check_of_int8_features_does_not_mind_their_rounding_but_minds_a_change(
+    write_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = np.full((6, 64), 0.45, np.float32)
+    features[:, 0] = 100  # one long number, as transformers have them: the others are rounded to 0 or 0.79
+    kept = features.astype(np.float16)
+    array = write_store(tmp_path / "s", kept, kept, list(range(6)), [""] * 6, storage="int8").array("image")
+    assert cosine(array.load(), features) < RECHECK_COSINE
+    job: Any = SimpleNamespace(targets=(SimpleNamespace(record=array.record),))
+    monkeypatch.setattr("apecache.recheck._encode_rows", lambda job, place, rows: features[rows])
+    spot_check(array.files, job, 0)
+    monkeypatch.setattr("apecache.recheck._encode_rows", lambda job, place, rows: features[rows, ::-1])
+    with pytest.raises(MismatchError, match="come out otherwise now"):
+        spot_check(array.files, job, 0)

@@ -1,11 +1,11 @@
 """One encoder's features in a store: how complete they are, and whole into memory, checked."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,13 +26,14 @@ from apecache.store.layout import (
     quarantine_name,
     records_folder,
 )
+from apecache.store.quantise import restore
 from apecache.store.writer import ArrayWriter
 
 
 @dataclass(frozen=True)
 class FeatureArray:
-    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), `dtype` float16 or
-    float32, not normalised.
+    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), not normalised; `dtype`
+    float16 or float32 when they are read (float16 also where the store keeps int8 and scales).
 
     `files`, `record` and `commits` are those of the first segment; `appended` are the later ones. `rows_to_come`:
     rows of segments that have nothing of this encoder yet.
@@ -72,7 +73,12 @@ class FeatureArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.record.layout.dtype)
+        return np.dtype(self.record.layout.read_dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of features as they are stored, padding included."""
+        return replace(self.record.layout, tokens=self.tokens).row_bytes
 
     @cached_property
     def commits(self) -> Mapping[int, CommitRecord]:
@@ -131,7 +137,7 @@ class FeatureArray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         shape = self.record.layout.row_shape
         with _as_wide(target[: self.record.layout.rows], shape) as own:
-            self._load_shards(commits, "features", own, threads)
+            self._load_shards(commits, self._read_features, own, threads)
         for array, first in self._later:
             with _as_wide(target[first : first + array.rows], array.row_shape) as own:
                 array.load(own, threads)
@@ -142,7 +148,7 @@ class FeatureArray:
         commits = self._sealed
         self._require_sizes(commits)
         status = np.zeros(self.rows, np.uint8)
-        self._load_shards(commits, "status", status)
+        self._load_shards(commits, partial(self._read_chunk, part="status"), status)
         for array, first in self._later:
             status[first : first + array.rows] = np.where(array.load_ok(), OK, QUARANTINED)
         ok: NDArray[np.bool_] = status == OK
@@ -155,7 +161,7 @@ class FeatureArray:
         commits = self._sealed
         self._require_sizes(commits)
         lengths = np.zeros(self.rows, np.uint16)
-        self._load_shards(commits, "length", lengths)
+        self._load_shards(commits, partial(self._read_chunk, part="length"), lengths)
         for array, first in self._later:
             lengths[first : first + array.rows] = array.load_lengths()  # type: ignore[assignment]  # ragged, as we are
         return lengths
@@ -164,14 +170,14 @@ class FeatureArray:
         """Rows of one committed shard, complete or not. Raises DamagedError as `load` does, IncompleteError if it is
         not committed."""
         target = np.empty((len(self.record.layout.shard(shard)), *self.record.layout.row_shape), self.dtype)
-        self._read_chunk(self._commit(shard), "features", target)
+        self._read_features(self._commit(shard), target)
         return target
 
     def rows_ok(self, shard: int) -> list[int]:
         """Rows of one committed shard that have features, counted from the start of the array."""
         rows = self.record.layout.shard(shard)
         status = np.zeros(len(rows), np.uint8)
-        self._read_chunk(self._commit(shard), "status", status)
+        self._read_chunk(self._commit(shard), status, "status")
         return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
 
     def require_complete(self) -> None:
@@ -246,13 +252,26 @@ class FeatureArray:
                     raise self._damaged(commit.shard, name, what)
 
     def _load_shards(
-        self, commits: Mapping[int, CommitRecord], part: str, target: NDArray[Any], threads: int | None = None
+        self,
+        commits: Mapping[int, CommitRecord],
+        read: Callable[[CommitRecord, NDArray[Any]], None],
+        target: NDArray[Any],
+        threads: int | None = None,
     ) -> None:
-        """One part of every shard, read in parallel, to where its rows are in `target`."""
+        """Every shard, side by side, to where its rows are in `target`."""
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
-            list(pool.map(lambda c: self._read_chunk(c, part, target[c.rows[0] : c.rows[1]]), commits.values()))
+            list(pool.map(lambda commit: read(commit, target[slice(*commit.rows)]), commits.values()))
 
-    def _read_chunk(self, commit: CommitRecord, part: str, target: NDArray[Any]) -> None:
+    def _read_features(self, commit: CommitRecord, target: NDArray[Any]) -> None:
+        if not self.record.layout.scaled:
+            self._read_chunk(commit, target, "features")
+            return
+        values, scales = np.empty(target.shape, np.int8), np.empty(target.shape[:-1], np.float32)
+        self._read_chunk(commit, values, "features")
+        self._read_chunk(commit, scales, "scale")
+        restore(values, scales, target)
+
+    def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part: str) -> None:
         """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
         name = chunk_name(self.record, part, commit.shard)
         expected = commit.objects[name]

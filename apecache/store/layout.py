@@ -3,7 +3,8 @@
     STORE/README.md
     STORE/features.zarr/                      nothing but Zarr v3
         pairs/                                keys, splits, labels, captions, languages, text -> image row
-        image/<name>/features, status         [rows, dim] float16 or float32; uint8 [rows]
+        image/<name>/features, status         [rows, dim] float16, float32 or int8; uint8 [rows]
+        image/<name>/scale                    float32 [rows], only beside int8: features are int8 * scale
         image/<name>/length                   uint16 [rows], only where rows have different numbers of tokens
         text/<name>/…                         rows are captions
     STORE/records/source.json                 digest of the table: claims the store for it
@@ -18,7 +19,8 @@
     STORE/segments/0001/                      rows that were appended: a store of its own, with the same layout
 
 Features are [rows, dim], [rows, tokens, dim], [rows, views, dim] or [rows, views, tokens, dim]; a row with fewer tokens
-is padded with zeros. One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros.
+is padded with zeros. Beside int8 lies a scale for each vector of dim numbers. One chunk is one file is one commit unit,
+the shard. Missing chunks read as NaN, never as zeros (int8: their scales do).
 """
 
 import math
@@ -41,7 +43,7 @@ ZARR = "features.zarr"
 SOURCE, PAIRS = "records/source.json", "records/pairs.json"
 SEGMENTS, SEGMENT_RECORDS = "segments", "records/segments"
 MISSING, OK, QUARANTINED = 0, 1, 2
-DTYPES = ("float16", "float32")
+DTYPES = ("float16", "float32", "int8")
 MAX_SHARD_BYTES, MAX_CHUNK_BYTES = 64 << 20, 1 << 31
 """What we make of an array at most (unless one row is longer), and what we believe a record that we read."""
 PAIR_CHUNK_ROWS = 65_536
@@ -88,7 +90,19 @@ class ArrayLayout:
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+        """Of features, with their scales."""
+        wanted = (self.parts[part] for part in ("features", "scale") if part in self.parts)
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in wanted)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether features are integers, with a scale for each vector (see `store.quantise`)."""
+        return self.dtype == "int8"
+
+    @property
+    def read_dtype(self) -> str:
+        """What features are before they are written, and when they have been read."""
+        return "float16" if self.scaled else self.dtype
 
     @property
     def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,6 +111,7 @@ class ArrayLayout:
             "features": (self.dtype, self.row_shape),
             "status": ("uint8", ()),
         }
+        parts |= {"scale": ("float32", self.row_shape[:-1])} if self.scaled else {}
         return {**parts, "length": ("uint16", ())} if self.ragged else parts
 
     @property
@@ -228,7 +243,8 @@ def with_metadata(record: ArrayRecord) -> ArrayRecord:
     group = zarr.create_group(memory, zarr_format=3, attributes={"apecache": described})
     axes = [axis for axis, count in (("view", layout.views), ("token", layout.tokens)) if count is not None]
     for part, (dtype, row_shape) in layout.parts.items():
-        dimensions = (modality, *(f"{part}_{axis}" for axis in (*axes, "feature")))[: 1 + len(row_shape)]
+        whose = "features" if part == "scale" else part  # the same dimensions, so that their product is one
+        dimensions = (modality, *(f"{whose}_{axis}" for axis in (*axes, "feature")))[: 1 + len(row_shape)]
         _create(group, part, (layout.rows, *row_shape), (layout.shard_rows, *row_shape), dtype, dimensions)
     metadata = {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
     return replace(record, metadata=metadata)

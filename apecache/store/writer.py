@@ -43,6 +43,7 @@ from apecache.store.layout import (
     root_objects,
     segment_record_name,
 )
+from apecache.store.quantise import quantise
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class ArrayWriter:
         """Write one whole shard and its record.
 
         Args:
-            features: [rows of the shard, *row_shape] in the array's dtype; rows that are quarantined may hold anything.
+            features: [rows of the shard, *row_shape], float16 or float32, which are written in the array's dtype; rows
+                that are quarantined may hold anything.
             content: hash of each row's input, empty where it could not be read.
             lengths: [rows of the shard], tokens of each row, if the array is ragged.
 
@@ -272,16 +274,22 @@ class ArrayWriter:
             part: np.zeros((layout.shard_rows, *shape), dtype=np.dtype(dtype).newbyteorder("<"))
             for part, (dtype, shape) in layout.parts.items()
         }
-        chunk, status = chunks["features"], chunks["status"]
-        chunk[: len(rows)], chunk[len(rows) :] = features, np.nan
+        chunk, status, gaps = chunks["features"], chunks["status"], chunks["scale" if layout.scaled else "features"]
+        if layout.scaled:
+            chunk[: len(rows)], gaps[: len(rows)] = quantise(features)
+        else:
+            chunk[: len(rows)] = features
+        gaps[len(rows) :] = np.nan
         status[: len(rows)] = OK
         bad = [row.row - rows.start for row in quarantined]
         if lengths is not None:
             chunks["length"][: len(rows)] = lengths
             chunks["length"][bad] = 0
             beyond = np.arange(layout.tokens or 0) >= chunks["length"][: len(rows), None]
-            chunk[: len(rows)][beyond] = 0
-        chunk[bad], status[bad] = np.nan, QUARANTINED
+            chunk[: len(rows)][beyond], gaps[: len(rows)][beyond] = 0, 0
+        if layout.scaled:
+            chunk[bad] = 0
+        gaps[bad], status[bad] = np.nan, QUARANTINED
         return chunks
 
     def _put(self, name: str, payload: tuple[Buffer, ...], wanted: str) -> None:

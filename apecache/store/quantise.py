@@ -1,0 +1,34 @@
+"""int8 features: each vector (of a row, of a token, of a view) by a scale of its own.
+
+    value = round(x / scale), scale = max |x| / 127;  x is read back as value * scale
+
+so that no number is off by more than half a scale. A vector of zeros has the scale 0; one that is not there, NaN.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST = 127
+BLOCK_NUMBERS = 1 << 18
+"""Numbers that are quantised at once: what is needed in between stays small."""
+
+
+def quantise(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`features` [..., dim], finite or not; values int8 [..., dim], scales float32 [...]: NaN or infinite where a
+    number of the vector is, and its values 0."""
+    flat = features.reshape(-1, features.shape[-1])
+    values, scales = np.zeros(flat.shape, np.int8), np.empty(len(flat), np.float32)
+    step = max(1, BLOCK_NUMBERS // features.shape[-1])
+    for begin in range(0, len(flat), step):
+        block = flat[begin : begin + step].astype(np.float32)
+        scale = np.abs(block).max(1) / np.float32(LARGEST)
+        usable = np.isfinite(scale) & (scale > 0)
+        block[usable] /= scale[usable, None]
+        values[begin : begin + step][usable] = np.rint(block[usable])
+        scales[begin : begin + step] = scale
+    return values.reshape(features.shape), scales.reshape(features.shape[:-1])
+
+
+def restore(values: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.floating]) -> None:
+    """Into `out` [..., dim]; a vector whose scale is NaN becomes NaN."""
+    np.multiply(values, scales[..., None], out=out, dtype=np.float32, casting="same_kind")
