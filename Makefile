@@ -41,6 +41,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.quality.heads --quick
 	$(BIN)/python -m benchmarks.quality.scout --quick
 	$(BIN)/python -m benchmarks.quality.recipes --quick
+	$(BIN)/python -m benchmarks.quality.storage --quick
 	$(BIN)/python -m benchmarks.quality.sweep --quick
 	$(BIN)/python -m benchmarks.speed.engines --quick
 	$(BIN)/python -m benchmarks.laws.results

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch  # noqa: F401 - not within the first example
 import xarray
 import zarr
 from hypothesis import given, settings
@@ -56,6 +57,12 @@ def test_vectors_of_zeros_stay_and_what_is_not_finite_is_marked_by_its_scale() -
     assert (scales[0], np.isfinite(scales).tolist()) == (0, [True, False, False, False, True])
 
 
+def test_a_target_that_cannot_be_written_in_place_is_refused() -> None:
+    out = np.empty((4, 6), np.float16)[:, ::2]
+    with pytest.raises(ValueError, match="contiguous"):
+        restore(*quantise(np.ones((4, 3), np.float16)), out)
+
+
 def test_blocks_do_not_show() -> None:
     features = np.random.default_rng(0).normal(size=(2 * BLOCK_NUMBERS // 7 + 3, 7)).astype(np.float16)
     values, scales = quantise(features)
@@ -63,6 +70,7 @@ def test_blocks_do_not_show() -> None:
         alone, scale = quantise(features[row : row + 1])
         assert np.array_equal(values[row : row + 1], alone)
         assert scales[row] == scale[0]
+        assert np.array_equal(restored(features)[row], restored(features[row : row + 1])[0])
 
 
 def outliers(rng: np.random.Generator, *shape: int) -> NDArray[np.float16]:
