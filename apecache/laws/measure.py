@@ -141,8 +141,6 @@ def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outc
         return load_image(key, media).image
 
     costs = {**outcome.costs, **_fit(job, bench, store, out, open_image)}
-    if bench.setting.price is not None:
-        costs["money"] = costs["seconds"] / 3600 * bench.setting.price
     run = load_run(out, bench.setting.device)
     embedded = embed_store(run, store, bench.setting.split, open_image)
     image_keys = [str(store.pairs.keys[row]) for row in embedded.image_rows]

@@ -17,7 +17,7 @@ from apecache.laws.verdict import Judgement, detectable, judge
 
 FOLDER = "results"
 COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
-COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
+COSTS = ("trained", "total-flops", "peak-bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,16 @@ def law_result(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], sett
     """Of all claims of one law. `outcomes`: by the digests of jobs."""
     law = planned[0].law
     compared = tuple(_compared(one, outcomes, setting) for one in planned)
-    arms = tuple(_arm(name, law, planned, outcomes) for name in law.arms)
+    arms = tuple(_arm(name, law, planned, outcomes, setting.price) for name in law.arms)
     about = (law.id, law.title, law.source, law.claim, law.figure, law.missing)
     return LawResult(*about, described(setting), compared, arms)
 
 
 def described(setting: LawsSetting) -> dict[str, Any]:
     names = {role: spec.slug if spec.folder else str(spec) for role, spec in setting.encoders.items()}
-    return {"size": asdict(setting.size), "seeds": setting.seeds, "split": setting.split, "encoders": names}
+    about: dict[str, Any] = {"size": asdict(setting.size), "seeds": setting.seeds, "split": setting.split}
+    about |= {"price_per_hour": setting.price} if setting.price is not None else {}
+    return {**about, "encoders": names}
 
 
 def reported_images(setting: LawsSetting) -> int:
@@ -146,13 +148,18 @@ def too_small(claim: Claim, least: float | None) -> str:
     return f"; the published difference, {abs(claim.published):.1f}, is less than they detect, {least:.1f}"
 
 
-def _arm(name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome]) -> ArmResult:
+def _arm(
+    name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome], price: float | None
+) -> ArmResult:
     jobs = {job.digest: job for one in planned for job in one.jobs.get(name, ())}
     known = [outcomes[digest] for digest in jobs if digest in outcomes]
     done = [outcome for outcome in known if not outcome.error]
     values = {metric: [one.value(metric) for one in done] for metric in COLUMNS}
     found = {metric: [v for v in row if v is not None] for metric, row in values.items()}
-    costs = {cost: [one.costs[cost] for one in done if cost in one.costs] for cost in COSTS}
+    every = {cost: [one.costs[cost] for one in done if cost in one.costs] for cost in COSTS}
+    costs = {cost: fmean(row) for cost, row in every.items() if row}
+    if price is not None and "seconds" in costs:
+        costs["money"] = costs["seconds"] / 3600 * price
     arm = law.arms[name]
     return ArmResult(
         name,
@@ -161,7 +168,7 @@ def _arm(name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str,
         len(done),
         len(jobs),
         {metric: fmean(row) for metric, row in found.items() if row},
-        {cost: fmean(row) for cost, row in costs.items() if row},
+        costs,
         tuple(dict.fromkeys(one.error for one in known if one.error)),
     )
 

@@ -69,7 +69,9 @@ def _described(about: dict[str, Any]) -> str:
     size = {key: value for key, value in about["size"].items() if value is not None and key != "name"}
     sizes = ", ".join(f"{key} {value}" for key, value in size.items())
     encoders = ", ".join(f"{role} {name}" for role, name in about["encoders"].items())
-    return f"size {about['size']['name']} ({sizes}), {about['seeds']} seeds, reported on {about['split']}; {encoders}"
+    price = f"; an hour costs {about['price_per_hour']:g}" if "price_per_hour" in about else ""
+    seeds = f"{about['seeds']} seeds, reported on {about['split']}"
+    return f"size {about['size']['name']} ({sizes}), {seeds}; {encoders}{price}"
 
 
 def _summary(laws: Sequence[LawResult]) -> Table:

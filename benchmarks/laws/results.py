@@ -101,6 +101,7 @@ def _law(law: LawResult, about: dict[str, Any]) -> list[str]:
     lines = ["", f"## {law.id}. {law.title}", "", law.claim, "", f"Source: {law.source}. Published: {law.figure}."]
     lines += [f"Open: {law.missing}"] * bool(law.missing)
     lines += ["", f"Measured with {size}, {setting['seeds']} seeds, reported on {setting['split']}; {encoders}; "]
+    lines[-1] += f"an hour costs {setting['price_per_hour']:g}; " if "price_per_hour" in setting else ""
     lines[-1] += f"commit {about['commit'][:12]}, {about['machine']['cpus']} CPUs."
     columns = ("comparison", "metric", "published", "detectable", "counts from", "measured", "95 %", "verdict")
     lines += ["", *_table(columns, [_row(one) for one in law.compared])]

@@ -170,6 +170,19 @@ def test_results_and_pages_hold_no_path_of_this_machine(setting: LawsSetting, tm
     assert counted.judgement.source == "counted, exact"
 
 
+def test_money_is_that_of_the_seconds_that_runs_took_also_where_the_price_comes_later(
+    setting: LawsSetting, tmp_path: Path
+) -> None:
+    free = run_laws(setting, ["L4"]).laws[0]
+    priced = run_laws(replace(setting, price=36.0), ["L4"], budget_seconds=0.0).laws[0]
+    for before, after in zip(free.arms, priced.arms, strict=True):
+        assert "money" not in before.costs
+        assert after.costs["money"] == pytest.approx(after.costs["seconds"] / 100)
+        assert after.per_point["money"] == pytest.approx(after.costs["money"] / after.values["recall"])
+    page = laws_page([priced], tmp_path / "laws.html", "apecache laws").read_text(encoding="utf-8")
+    assert "an hour costs 36" in page
+
+
 def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
     setting: LawsSetting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
