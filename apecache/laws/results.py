@@ -17,7 +17,7 @@ from apecache.laws.verdict import Judgement, detectable, judge
 
 FOLDER = "results"
 COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
-COSTS = ("trained", "total-flops", "peak-bytes", "seconds")
+COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
 
 
 @dataclass(frozen=True)

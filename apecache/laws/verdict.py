@@ -76,7 +76,7 @@ def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
     if reason := _undecidable(claim, outcomes, source):
         return Judgement("not decided", reason, *about)
     verdict = _verdict(claim, _least(claim, known), *about[:3])
-    return Judgement(verdict, "", *about)
+    return Judgement(verdict, _why_open(claim, *about[:3]) if verdict == "not decided" else "", *about)
 
 
 def _least(claim: Claim, values: Sequence[Sequence[float]]) -> float:
@@ -101,6 +101,12 @@ def _verdict(claim: Claim, least: float, difference: float, low: float, high: fl
     if low > 0 and difference >= claim.smallest:
         return "held"
     return "broken" if high < least or high < 0 else "not decided"
+
+
+def _why_open(claim: Claim, difference: float, low: float, high: float) -> str:
+    if low > 0 or high < 0:
+        return "there is a difference, but it is smaller than what counts"
+    return "the interval holds " + ("more than what does not count" if claim.equal else "both none and one that counts")
 
 
 def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source: str) -> str:

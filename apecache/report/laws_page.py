@@ -27,10 +27,12 @@ HOW = (
 
 def laws_page(laws: Sequence[LawResult], out: Path, command: str = "", title: str = "Laws") -> Path:
     """Write the page, whose folder must exist; returns where."""
-    tables = [_summary(laws), *(table for law in laws for table in _tables(law))]
+    settings = _by_setting(laws)
+    tables = [_summary(laws), *_setting_table(settings), *(table for law in laws for table in _tables(law))]
     pictures = tuple(picture for law in laws for picture in law_pictures(law))
     notes = (*HOW, *(f"{law.id}: {law.missing}" for law in laws if law.missing))
-    page = Page(title, _setting(laws), (command,) if command else (), tuple(tables), notes=notes, intervals=pictures)
+    about = next(iter(settings)) if len(settings) == 1 else "The laws were tried in several calls; see Settings."
+    page = Page(title, about, (command,) if command else (), tuple(tables), notes=notes, intervals=pictures)
     return write_page(page, out)
 
 
@@ -55,14 +57,17 @@ def _picture(law: LawResult, unit: str, compared: Sequence[Compared]) -> Interva
     return Intervals(f"{law.id}. {law.title}", UNITS[unit], rows, f"{law.source}. {law.claim}")
 
 
-def _setting(laws: Sequence[LawResult]) -> str:
-    """Laws that were run in different calls may differ; then each setting with its laws."""
+def _by_setting(laws: Sequence[LawResult]) -> dict[str, list[str]]:
+    """Laws that were run in different calls may differ: what is said of each setting, and its laws."""
     found: dict[str, list[str]] = {}
     for law in laws:
         found.setdefault(_described(law.setting), []).append(law.id)
-    if len(found) == 1:
-        return next(iter(found))
-    return ". ".join(f"{', '.join(ids)}: {about}" for about, ids in found.items())
+    return found
+
+
+def _setting_table(settings: dict[str, list[str]]) -> tuple[Table, ...]:
+    rows = tuple((", ".join(ids), about) for about, ids in settings.items())
+    return (Table("Settings", ("laws", "setting"), rows),) if len(rows) > 1 else ()
 
 
 def _described(about: dict[str, Any]) -> str:
@@ -119,16 +124,18 @@ def _arm_tables(law: LawResult) -> tuple[Table, ...]:
 
 def _arm_row(arm: ArmResult, known: Sequence[str], costs: Sequence[str]) -> tuple[Cell, ...]:
     runs = f"{arm.n_done} of {arm.n_planned}" + (f"; failed: {'; '.join(arm.failed)}" if arm.failed else "")
-    return (arm.name, arm.about, runs, *map(arm.values.get, known), *(_whole(arm.costs.get(name)) for name in costs))
+    return (arm.name, arm.about, runs, *map(arm.values.get, known), *(_readable(arm.costs.get(name)) for name in costs))
 
 
 def _per_point(arms: Sequence[ArmResult], costs: Sequence[str]) -> Table:
-    rows = tuple((arm.name, *(_whole(arm.per_point.get(name)) for name in costs)) for arm in arms)
+    rows = tuple((arm.name, *(_readable(arm.per_point.get(name)) for name in costs)) for arm in arms)
     return Table(
         "Costs for each point of recall", ("arm", *costs), rows, "Recall: mean of R@1, R@5 and R@10 both ways."
     )
 
 
-def _whole(value: float | None) -> Cell:
-    """Large numbers without decimals."""
-    return value if value is None or abs(value) < 1000 else round(value)
+def _readable(value: float | None) -> Cell:
+    """Large numbers without decimals, small ones with two figures."""
+    if value is None or 0.01 <= abs(value) < 1000 or value == 0:
+        return value
+    return f"{value:.2g}" if abs(value) < 1 else round(value)

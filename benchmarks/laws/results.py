@@ -140,6 +140,8 @@ def _arms(arms: Sequence[ArmResult]) -> list[str]:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 

@@ -43,6 +43,7 @@ def claim(**given: object) -> Claim:
 def test_a_difference_is_held_broken_or_open(first: float, second: float, equal: bool, verdict: str) -> None:
     found = judge(claim(equal=equal), {"a": outcomes(first, 3, start=1), "b": outcomes(second, 3, start=2)})
     assert found.verdict == verdict
+    assert bool(found.why) == (verdict == "not decided")
     assert (found.source, found.n_seeds, found.n_images) == ("seeds and images", 3, N)
     assert found.low is not None
     assert found.high is not None
@@ -58,6 +59,21 @@ def test_a_tie_is_held_where_the_interval_lies_within_what_counts() -> None:
 def test_a_real_difference_that_is_too_small_to_count_breaks_an_order() -> None:
     same = outcomes(0.5, 2)
     assert judge(claim(), {"a": same, "b": same}).verdict == "broken"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal", "smallest", "why"),
+    [
+        (0.52, 0.5, False, 2.0, "the interval holds both none and one that counts"),
+        (0.7, 0.3, False, 60.0, "there is a difference, but it is smaller than what counts"),
+        (0.7, 0.3, True, 60.0, "there is a difference, but it is smaller than what counts"),
+        (0.5, 0.5, True, 2.0, "the interval holds more than what does not count"),
+    ],
+)
+def test_what_is_left_open_says_why(first: float, second: float, equal: bool, smallest: float, why: str) -> None:
+    arms = {"a": outcomes(first, 3, 0.1, start=1), "b": outcomes(second, 3, 0.1, start=2)}
+    found = judge(claim(equal=equal, smallest=smallest), arms)
+    assert (found.verdict, found.why) == ("not decided", why)
 
 
 def test_arms_that_reach_little_do_not_break_an_order_by_being_close() -> None:
