@@ -106,7 +106,7 @@ def _verdict(claim: Claim, least: float, difference: float, low: float, high: fl
 def _why_open(claim: Claim, difference: float, low: float, high: float) -> str:
     if low > 0 or high < 0:
         return "there is a difference, but it is smaller than what counts"
-    return "the interval holds " + ("more than what does not count" if claim.equal else "both none and one that counts")
+    return f"the interval {'reaches' if claim.equal else 'holds 0 and'} differences that would count at this level"
 
 
 def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source: str) -> str:

@@ -64,10 +64,10 @@ def test_a_real_difference_that_is_too_small_to_count_breaks_an_order() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "equal", "smallest", "why"),
     [
-        (0.52, 0.5, False, 2.0, "the interval holds both none and one that counts"),
+        (0.52, 0.5, False, 2.0, "the interval holds 0 and differences that would count at this level"),
         (0.7, 0.3, False, 60.0, "there is a difference, but it is smaller than what counts"),
         (0.7, 0.3, True, 60.0, "there is a difference, but it is smaller than what counts"),
-        (0.5, 0.5, True, 2.0, "the interval holds more than what does not count"),
+        (0.5, 0.5, True, 2.0, "the interval reaches differences that would count at this level"),
     ],
 )
 def test_what_is_left_open_says_why(first: float, second: float, equal: bool, smallest: float, why: str) -> None:
