@@ -31,7 +31,8 @@ def laws_page(laws: Sequence[LawResult], out: Path, command: str = "", title: st
     tables = [_summary(laws), *_setting_table(settings), *(table for law in laws for table in _tables(law))]
     pictures = tuple(picture for law in laws for picture in law_pictures(law))
     notes = (*HOW, *(f"{law.id}: {law.missing}" for law in laws if law.missing))
-    about = next(iter(settings)) if len(settings) == 1 else "The laws were tried in several calls; see Settings."
+    alone = "; ".join(next(iter(settings))) if len(settings) == 1 else ""
+    about = alone or "The laws were tried in several calls; see Settings."
     page = Page(title, about, (command,) if command else (), tuple(tables), notes=notes, intervals=pictures)
     return write_page(page, out)
 
@@ -57,26 +58,28 @@ def _picture(law: LawResult, unit: str, compared: Sequence[Compared]) -> Interva
     return Intervals(f"{law.id}. {law.title}", UNITS[unit], rows, f"{law.source}. {law.claim}")
 
 
-def _by_setting(laws: Sequence[LawResult]) -> dict[str, list[str]]:
-    """Laws that were run in different calls may differ: what is said of each setting, and its laws."""
-    found: dict[str, list[str]] = {}
+def _by_setting(laws: Sequence[LawResult]) -> dict[tuple[str, str], list[str]]:
+    """Laws that were run in different calls may differ: size and encoders of each setting, and its laws."""
+    found: dict[tuple[str, str], list[str]] = {}
     for law in laws:
-        found.setdefault(_described(law.setting), []).append(law.id)
+        found.setdefault((_size(law.setting), _encoders(law.setting)), []).append(law.id)
     return found
 
 
-def _setting_table(settings: dict[str, list[str]]) -> tuple[Table, ...]:
-    rows = tuple((", ".join(ids), about) for about, ids in settings.items())
-    return (Table("Settings", ("laws", "setting"), rows),) if len(rows) > 1 else ()
+def _setting_table(settings: dict[tuple[str, str], list[str]]) -> tuple[Table, ...]:
+    rows = tuple((", ".join(ids), *about) for about, ids in settings.items())
+    return (Table("Settings", ("laws", "size", "encoders"), rows),) if len(rows) > 1 else ()
 
 
-def _described(about: dict[str, Any]) -> str:
+def _size(about: dict[str, Any]) -> str:
     size = {key: value for key, value in about["size"].items() if value is not None and key != "name"}
     sizes = ", ".join(f"{key} {value}" for key, value in size.items())
-    encoders = ", ".join(f"{role} {name}" for role, name in about["encoders"].items())
     price = f"; an hour costs {about['price_per_hour']:g}" if "price_per_hour" in about else ""
-    seeds = f"{about['seeds']} seeds, reported on {about['split']}"
-    return f"size {about['size']['name']} ({sizes}), {seeds}; {encoders}{price}"
+    return f"size {about['size']['name']} ({sizes}), {about['seeds']} seeds, reported on {about['split']}{price}"
+
+
+def _encoders(about: dict[str, Any]) -> str:
+    return ", ".join(f"{role} {name}" for role, name in about["encoders"].items())
 
 
 def _summary(laws: Sequence[LawResult]) -> Table:

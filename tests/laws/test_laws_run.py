@@ -181,6 +181,10 @@ def test_money_is_that_of_the_seconds_that_runs_took_also_where_the_price_comes_
         assert after.per_point["money"] == pytest.approx(after.costs["money"] / after.values["recall"])
     page = laws_page([priced], tmp_path / "laws.html", "apecache laws").read_text(encoding="utf-8")
     assert "an hour costs 36" in page
+    assert "Settings" not in page
+    both = laws_page([free, priced], tmp_path / "laws.html", "apecache laws").read_text(encoding="utf-8")
+    assert "see Settings" in both
+    assert both.count("reported on val") == 2
 
 
 def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
