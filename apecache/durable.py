@@ -33,7 +33,7 @@ def replace_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping
     from safetensors.torch import save_file
 
     scratch = scratch_of(path)
-    shutil.rmtree(scratch, ignore_errors=True)
+    _clear(scratch)
     scratch.mkdir()
     try:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -48,7 +48,15 @@ def replace_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping
 def remove_tensors(path: Path) -> None:
     """The file, and what a killed write of it left."""
     path.unlink(missing_ok=True)
-    shutil.rmtree(scratch_of(path), ignore_errors=True)
+    _clear(scratch_of(path))
+
+
+def _clear(scratch: Path) -> None:
+    """Whatever a killed writer left there; it may have been one that wrote tensors into a file of this name."""
+    if scratch.is_dir():
+        shutil.rmtree(scratch)
+    else:
+        scratch.unlink(missing_ok=True)
 
 
 def _make_durable(path: Path) -> None:

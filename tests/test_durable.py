@@ -73,6 +73,16 @@ def test_a_file_is_removed_with_what_a_killed_write_of_it_left(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_in_the_place_of_the_scratch_folder_is_taken_away_too(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    scratch_of(path).write_bytes(b"half")
+    write(path, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
+    scratch_of(path).write_bytes(b"half")
+    remove_tensors(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensors_that_cannot_be_written_leave_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     write(path, 1.0)

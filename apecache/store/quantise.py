@@ -2,7 +2,8 @@
 
     value = round(x / scale), scale = max |x| / 127;  x is read back as value * scale
 
-so that no number is off by more than half a scale. A vector of zeros has the scale 0; one that is not there, NaN.
+so that no number is off by more than half a scale, and by what float16 rounds where it is read as that. A vector of
+zeros has the scale 0; one that is not there, NaN.
 """
 
 import numpy as np
@@ -34,8 +35,8 @@ def quantise(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[
 def restore(values: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.floating]) -> None:
     """Into `out` [..., dim], contiguous; a vector whose scale is NaN becomes NaN.
 
-    By torch, which converts to float16 five times as fast as numpy, in blocks that it does not spread over threads:
-    shards are read side by side.
+    By torch, which converts to float16 faster than numpy, in blocks that it does not spread over threads: shards are
+    read side by side.
     """
     import torch
 

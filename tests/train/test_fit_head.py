@@ -611,7 +611,10 @@ def test_overwrite_replaces_a_finished_run(store: FeatureStore, fitted: FitRepor
     assert load_heads(run).training["recipe"]["schedule"]["epochs"] == 2
 
 
-def test_a_run_that_was_broken_off_is_begun_anew(store: FeatureStore, fitted: FitReport, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["folder", "file"])
+def test_a_run_that_was_broken_off_is_begun_anew(
+    store: FeatureStore, fitted: FitReport, tmp_path: Path, left: str
+) -> None:
     def stop(line: dict[str, Any]) -> None:
         if line["epoch"] == 2:
             raise KeyboardInterrupt
@@ -623,8 +626,9 @@ def test_a_run_that_was_broken_off_is_begun_anew(store: FeatureStore, fitted: Fi
         load_heads(tmp_path / "run")
     for name in (WEIGHTS, CHECKPOINT):
         half = scratch_of(tmp_path / "run" / name)
-        half.mkdir()
-        (half / ".tmpSY4uT3").write_bytes(b"half")
+        if left == "folder":
+            half.mkdir()
+        (half / ".tmpSY4uT3" if left == "folder" else half).write_bytes(b"half")
     fit_head(store, make_recipe(), tmp_path / "run", CPU)
     assert weights(tmp_path / "run") == weights(fitted.run)
     assert timeless(tmp_path / "run") == timeless(fitted.run)
