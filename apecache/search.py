@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,7 @@ from apecache.encoders.encoder import parse_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RowError, RunError, nearest
 from apecache.index import Part, read_description, read_report, read_rows
+from apecache.normalization import normalize
 from apecache.recipes.runs import Embed, Run, image_embedder, load_run, text_embedder
 from apecache.vectors import Floats, VectorIndex, load_faiss, open_vectors
 
@@ -137,7 +137,7 @@ class SearchIndex:
         total = torch.cat(terms).sum(0, keepdim=True)
         if float(total.norm()) < 1e-4:
             raise OptionError("the terms of the query cancel out: what is like and what is unlike are the same")
-        return F.normalize(total, dim=1)
+        return normalize(total, dim=1)
 
     def _embed(self, text: str, path: Path | None) -> Tensor:
         """Words, or an image file. As they come from the head: normalised."""

@@ -127,7 +127,8 @@ def fit_encoder(
     """Train within the towers what a recipe unlocks; a side that stays frozen is read from the cache.
 
     Killed or interrupted, the same command goes on after its last checkpoint. Under torchrun several processes train
-    one model, with all of the batch as negatives.
+    one model, with all of the batch as negatives. Any number of processes and any --slice give the same weights up to
+    rounding, with dropout too.
 
     Example: apecache fit-encoder store --recipe lit --out run --slice 32
 

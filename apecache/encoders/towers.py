@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from apecache.encoders.anatomy import SUPPORTED, Anatomy, Place, read_anatomy
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
+from apecache.encoders.sample_draws import checkpoint_contexts
 from apecache.encoders.spec import Pooling
 from apecache.errors import EncoderError
 from apecache.fingerprint import Modality
@@ -195,7 +196,9 @@ class Tower(nn.Module):
         return hidden
 
     def _call(self, block: nn.Module, hidden: Tensor, context: dict[str, Any]) -> Tensor:
-        run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+        run: Any = block
+        if self.checkpointing:
+            run = partial(checkpoint, block, use_reentrant=False, context_fn=checkpoint_contexts)
         out: Tensor | tuple[Tensor, ...] = run(hidden, **context)
         return out[0] if isinstance(out, tuple) else out
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apecache.evaluate.retrieval import KS, TILE, RetrievalReport, retrieval_report
+from apecache.normalization import similarities
 
 NEIGHBOURS = 10
 
@@ -33,7 +34,7 @@ def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tens
 def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """[n, 1]: mean inner product with the k nearest of the others (all of them, if there are fewer)."""
     parts = [
-        (tile @ others.T).topk(min(k, len(others)), dim=1).values.mean(1, keepdim=True)
+        similarities(tile, others).topk(min(k, len(others)), dim=1).values.mean(1, keepdim=True)
         for tile in vectors.tensor_split(-(-len(vectors) // TILE) or 1)
     ]
     return torch.cat(parts)

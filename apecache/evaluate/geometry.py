@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.heads.closed_form import PairMoments, ridge_map
+from apecache.normalization import normalize
 
 NEIGHBOURS = 10
 RIDGE = 1.0
@@ -49,7 +49,7 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
     k = min(k, len(x) - 1)
     near = torch.zeros(2, len(x), len(x), dtype=torch.bool, device=x.device)
     for mask, side in zip(near, (x, y), strict=True):
-        directions = F.normalize(side.float(), dim=1)
+        directions = normalize(side, dim=1)
         cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
         mask.scatter_(1, cosines.topk(k, dim=1).indices, True)
     return float((near[0] & near[1]).sum() / (k * len(x)))
@@ -63,7 +63,7 @@ def ridge_recalls(image: Tensor, text: Tensor, fit: Tensor, ridge: float = RIDGE
     covariances = moments.covariances()
     mapping = ridge_map(covariances, ridge)
     mapped = text[~fit].double() @ mapping.weight.T + mapping.bias
-    pictures = F.normalize(image[~fit].double() - covariances.image_mean, dim=1).float()
-    words = F.normalize(mapped - covariances.image_mean, dim=1).float()
+    pictures = normalize(image[~fit].double() - covariances.image_mean, dim=1).float()
+    words = normalize(mapped - covariances.image_mean, dim=1).float()
     report = retrieval_report(pictures, words, torch.arange(len(pictures)), (1,))
     return report.image_to_text[1], report.text_to_image[1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apecache.errors import DataError
+from apecache.normalization import similarities
 
 KS = (1, 5, 10)
 TILE = 1024
@@ -86,7 +87,7 @@ def image_to_text_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> T
     """int64 [n_images]: how many texts of other images score at least as high as the image's best own caption."""
     parts = []
     for rows in _tiles(len(image), image.device):
-        scores = image[rows] @ text.T
+        scores = similarities(image[rows], text)
         own = image_of_text.unsqueeze(0) == rows.unsqueeze(1)
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         parts.append(((scores >= best) & ~own).sum(1))
@@ -97,7 +98,7 @@ def text_to_image_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> T
     """int64 [n_texts]: how many other images score at least as high as the caption's own."""
     parts = []
     for rows in _tiles(len(text), image.device):
-        scores = text[rows] @ image.T
+        scores = similarities(text[rows], image)
         own = scores.gather(1, image_of_text[rows].unsqueeze(1))
         parts.append((scores >= own).sum(1) - 1)
     return torch.cat(parts)

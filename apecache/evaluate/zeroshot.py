@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apecache.encoders.spec import EncoderSpec
@@ -13,6 +12,7 @@ from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.prompts import TEMPLATES, check_template
 from apecache.extraction import Progress
+from apecache.normalization import normalize
 from apecache.recipes.runs import Embed, Run, text_embedder
 
 N_CONFUSIONS = 10
@@ -74,7 +74,7 @@ def class_embeddings(embed_texts: Embed, classes: Sequence[str], templates: Sequ
     """float32 [n_classes, dim]: the normalised mean over templates of each class's normalised embeddings."""
     texts = [template.replace("{}", name.replace("_", " ")) for name in classes for template in templates]
     embedded = embed_texts(texts).view(len(classes), len(templates), -1)
-    return F.normalize(embedded.mean(1), dim=-1)
+    return normalize(embedded.mean(1), dim=-1)
 
 
 def classification_report(

@@ -7,8 +7,9 @@ features never have to be in memory at once. An image weighs 1, and each of its 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from apecache.normalization import normalize
 
 EIGEN_FLOOR = 1e-10
 """Eigenvalues below this share of the largest one are rounding and count as this."""
@@ -109,9 +110,9 @@ def canonical_maps(c: Covariances, ridge: float) -> CanonicalMaps:
 def dictionary_entries(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """One entry per image: itself [n, dx] and the mean of its captions' directions [n, dy], L2-normalised (ASIF has
     one caption per image; to average several is our choice)."""
-    directions = F.normalize(text.float(), dim=-1)
+    directions = normalize(text)
     sums = torch.zeros(len(image), text.shape[1], device=text.device).index_add_(0, owner, directions)
-    return F.normalize(image.float(), dim=-1), F.normalize(sums, dim=-1)
+    return normalize(image), normalize(sums)
 
 
 def _mean_eigenvalue(covariance: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from apecache.normalization import normalize
 
 Kind = Literal[
     "identity",
@@ -168,7 +169,7 @@ def embed(head: Head, features: Tensor, lengths: Tensor | None = None, batch: in
     if features.ndim == 3 and head.spec.cut == "pooled":
         views = features.shape[1]
         single = embed(head, features.flatten(0, 1), None, batch)
-        return F.normalize(single.unflatten(0, (-1, views)).mean(1), dim=-1)
+        return normalize(single.unflatten(0, (-1, views)).mean(1), dim=-1)
     with torch.inference_mode():
         parts = [
             head(part.to(where), None if lengths is None else mask_of(lengths[first : first + batch], part).to(where))

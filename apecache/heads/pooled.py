@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.head import Head, HeadSpec
+from apecache.normalization import normalize, similarities
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -73,7 +74,7 @@ class Dictionary(nn.Module):
         self.register_buffer("entries", torch.zeros(n_entries, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        similar = F.normalize(x, dim=-1) @ self.entries.T
+        similar = similarities(normalize(x), self.entries)
         values, places = similar.topk(self.top, dim=-1)
         return torch.zeros_like(similar).scatter_(-1, places, values.clamp_min(0) ** self.power)
 
@@ -136,4 +137,4 @@ class PooledHead(Head):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.standardised(features)
         y = self.body(x)
-        return F.normalize(y if self.direct is None else y + self.direct(x), dim=-1)
+        return normalize(y if self.direct is None else y + self.direct(x), dim=-1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.head import Head, HeadSpec
+from apecache.normalization import normalize, without_autocast
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,7 +109,7 @@ class Anchors(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        scores = F.normalize(self.dropout(self.norm(x)), dim=-1) @ F.normalize(self.anchors, dim=-1).T
+        scores = _cosines(self.dropout(self.norm(x)), self.anchors)
         attention = self.log_scale.exp() * scores
         if mask is not None:
             attention = attention.masked_fill(~mask.unsqueeze(-1), -torch.inf)
@@ -163,7 +164,13 @@ class TokenHead(Head):
             features = features.masked_fill(~mask.unsqueeze(-1), 0)
         x = self.standardised(features)
         y = self.body(x, mask)
-        return F.normalize(y if self.direct is None else y + self.direct(masked_mean(x, mask)), dim=-1)
+        return normalize(y if self.direct is None else y + self.direct(masked_mean(x, mask)), dim=-1)
+
+
+def _cosines(x: Tensor, anchors: Tensor) -> Tensor:
+    """[n, tokens, dim] and [k, dim] -> [n, tokens, k], in float32 under any autocast."""
+    with without_autocast(x):
+        return normalize(x) @ normalize(anchors).T
 
 
 def _split_heads(x: Tensor, n_heads: int) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apecache.normalization import at_least_float32, similarities
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -36,7 +38,7 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
 
     `scale`: what cosines are multiplied with, 1 / temperature.
     """
-    logits = scale * image @ text.T
+    logits = similarities(scale * at_least_float32(image), text)
     targets = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
@@ -46,7 +48,7 @@ def grouped_info_nce(image: Tensor, text: Tensor, scale: Tensor | float, groups:
 
     Every query counts the same, and so does every positive of one query. With one positive each it is `info_nce`.
     """
-    logits = scale * image @ text.T
+    logits = similarities(scale * at_least_float32(image), text)
     same = groups.image.unsqueeze(1) == groups.text.unsqueeze(0)
     negatives = logits.masked_fill(same, -torch.inf)
     pairs = groups.positives()
@@ -75,7 +77,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """Every pair by itself: sum over i, j of -log sigmoid(z (scale x cosine + bias)) / m, where z is 1 for a positive
     pair and -1 for others (SigLIP, Zhai et al. 2023, algorithm 1)."""
-    logits = scale * image @ text.T + bias
+    logits = similarities(scale * at_least_float32(image), text) + bias
     if groups is None:
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
     else:

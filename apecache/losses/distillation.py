@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apecache.normalization import at_least_float32, normalize, similarities
+
 
 def distil_contrastive(
     student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | float, own: Tensor | None = None
@@ -17,7 +19,7 @@ def distil_contrastive(
     """
     candidates = torch.cat([teacher, bank]).detach()
     targets = torch.arange(len(student), device=student.device) if own is None else own
-    return F.cross_entropy(scale * student @ candidates.T, targets)
+    return F.cross_entropy(similarities(scale * at_least_float32(student), candidates), targets)
 
 
 def distil_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def distil_classes(logits: Tensor, teacher: Tensor) -> Tensor:
 
     `logits` of the student [n, classes]; `teacher` probabilities [n, classes], rows of sum 1.
     """
-    return F.kl_div(F.log_softmax(logits, dim=-1), teacher.detach(), reduction="batchmean")
+    return F.kl_div(F.log_softmax(at_least_float32(logits), dim=-1), teacher.detach(), reduction="batchmean")
 
 
 class TeacherBank(nn.Module):
@@ -45,7 +47,7 @@ class TeacherBank(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("entries", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("entries", normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apecache.normalization import normalize, similarities
+
 Divergence = Literal["jensen-shannon", "as-coded"]
 
 
@@ -32,9 +34,9 @@ def structure_divergence(
 
 
 def _log_similarities(features: Tensor, temperature: float) -> Tensor:
-    unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+    unit = normalize(features)
     centred = unit - unit.mean(0)
-    return F.log_softmax(centred @ centred.T / temperature, dim=-1)
+    return F.log_softmax(similarities(centred, centred) / temperature, dim=-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from apecache.losses.contrastive import Groups, share_of, softplus
+from apecache.normalization import at_least_float32, without_autocast
 
 TILE = 256
 """Images per tile; a tile of logits is small enough for the caches of a processor at usual batch sizes."""
@@ -21,8 +22,10 @@ def tiled_info_nce(
     image: Tensor, text: Tensor, scale: Tensor | float, groups: Groups | None = None, tile: int = TILE
 ) -> Tensor:
     """`info_nce`, or with groups `grouped_info_nce`, without keeping the logits. Gradients of the first order only."""
-    found: Tensor = _InfoNce.apply(image, text, torch.as_tensor(scale, dtype=image.dtype), groups, tile)
-    return found
+    image, text = at_least_float32(image), at_least_float32(text)
+    with without_autocast(image):
+        loss: Tensor = _InfoNce.apply(image, text, torch.as_tensor(scale, dtype=image.dtype), groups, tile)
+    return loss
 
 
 def tiled_sigmoid_loss(
@@ -34,9 +37,11 @@ def tiled_sigmoid_loss(
     tile: int = TILE,
 ) -> Tensor:
     """`sigmoid_loss` without keeping the logits. Gradients of the first order only."""
+    image, text = at_least_float32(image), at_least_float32(text)
     scale, bias = (torch.as_tensor(value, dtype=image.dtype) for value in (scale, bias))
-    found: Tensor = _Sigmoid.apply(image, text, scale, bias, groups, tile)
-    return found
+    with without_autocast(image):
+        loss: Tensor = _Sigmoid.apply(image, text, scale, bias, groups, tile)
+    return loss
 
 
 class _InfoNce(torch.autograd.Function):

@@ -15,6 +15,7 @@ from apecache.errors import RecipeError
 from apecache.fingerprint import Modality
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
+from apecache.normalization import normalize
 from apecache.recipes.freezing import freeze_towers, trained_parameters
 from apecache.recipes.objective import contrast
 from apecache.recipes.recipe import LossSpec, Recipe
@@ -82,7 +83,7 @@ class SharedSide(nn.Module):
         return self.tower.dim
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.normalize(self.outputs(inputs, mask)[:, -self.dim :].float(), dim=-1)
+        return normalize(self.outputs(inputs, mask)[:, -self.dim :])
 
     def outputs(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Both contrastive points side by side, raw: [n, expansion x dim + dim]."""
@@ -117,12 +118,12 @@ class Distillation(nn.Module):
             case "classes":
                 losses = [distil_classes(student, teacher[rows]) for student, rows in zip(students, own, strict=True)]
             case "contrastive":
-                losses = self._contrast([F.normalize(student, dim=-1) for student in students], teacher, own)
+                losses = self._contrast([normalize(student, dim=-1) for student in students], teacher, own)
         return torch.stack(losses).mean()
 
     def _contrast(self, students: Sequence[Tensor], teacher: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
         assert self.bank is not None
-        unit, scale = F.normalize(teacher, dim=-1), 1 / self.spec.temperature
+        unit, scale = normalize(teacher, dim=-1), 1 / self.spec.temperature
         pairs = zip(students, own, strict=True)
         losses = [distil_contrastive(student, unit, self.bank.entries, scale, rows) for student, rows in pairs]
         self.bank.push(unit)
@@ -141,9 +142,9 @@ class SharedLoss(nn.Module):
     ) -> Tensor:
         """`image`, `text`: as `SharedSide.outputs` gives them, float32; of each image the same number of texts, one
         after another, in the order of `rows`."""
-        inner = [F.normalize(side[:, : -self.dim], dim=-1) for side in (image, text)]
+        inner = [normalize(side[:, : -self.dim], dim=-1) for side in (image, text)]
         outputs = [side[:, -self.dim :] for side in (image, text)]
-        unit = [F.normalize(output, dim=-1) for output in outputs]
+        unit = [normalize(output, dim=-1) for output in outputs]
         first = contrast(inner[0], inner[1], self.inner, groups, self.spec)
         both = (first + contrast(unit[0], unit[1], outer, groups, self.spec)) / 2
         return both if self.distillation is None else both + self.distillation(outputs, rows)

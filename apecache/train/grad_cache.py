@@ -2,11 +2,12 @@
 process or by several."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from apecache.encoders.sample_draws import SampleDraws
+from apecache.errors import OptionError
 from apecache.train.ranks import ALONE, Ranks
 
 Encode = Callable[[range], tuple[Tensor, Tensor]]
@@ -21,23 +22,26 @@ def backward_in_slices(
 
     The embeddings of the whole batch are leaves of the loss; their gradients then go back through the towers, slice by
     slice, each of which is encoded once more (Gao et al. 2021, section 3.2), unless it is the only one. It is exact: no
-    batch statistics may be used, and dropout draws the same in both passes, from a seed of its own for every slice.
+    batch statistics may be used, and dropout draws by sample (`apecache.encoders.sample_draws`) from one seed for every
+    batch. Masks depend neither on the pass nor on slices and processes.
 
     With several `ranks` each encodes its share, and what it adds to a parameter is its part of the gradient: their sum
     is the whole one, that of the loss's own parameters included.
+
+    Raises:
+        OptionError: there are several slices or processes, and a layer draws otherwise than by sample.
     """
-    shares = [_slices(share, slice_size) for share in ranks.shares(n)]
-    seeds = torch.randint(2**62, (sum(map(len, shares)),)).tolist()
-    before = sum(len(parts) for parts in shares[: ranks.rank])
-    mine = list(zip(shares[ranks.rank], seeds[before:], strict=False))
+    mine = _slices(ranks.shares(n)[ranks.rank], slice_size)
+    seed = int(torch.randint(2**62, ()))
+    whole_batch = len(mine[0]) == n
     with torch.set_grad_enabled(len(mine) == 1):
-        found = [_seeded(encode, part, seed) for part, seed in mine]
-    begin, share = mine[0][0].start, mine[-1][0].stop - mine[0][0].start
+        found = [_seeded(encode, part, seed, whole_batch) for part in mine]
+    begin, share = mine[0].start, mine[-1].stop - mine[0].start
     whole = [_whole(side, begin, share, n, ranks) for side in zip(*found, strict=True)]
     value = loss(whole[0], whole[1])
     (value / ranks.size).backward()
-    for part, seed in mine:
-        embedded = found[0] if len(mine) == 1 else _seeded(encode, part, seed)
+    for part in mine:
+        embedded = found[0] if len(mine) == 1 else _seeded(encode, part, seed, whole_batch)
         _go_back(embedded, whole, part, ranks)
     return value.detach()
 
@@ -65,12 +69,22 @@ def _go_back(embedded: tuple[Tensor, Tensor], whole: list[Tensor], part: range, 
         torch.autograd.backward(ends, gradients)
 
 
-def forked_generators() -> AbstractContextManager[None]:
-    """Leaves torch's generators, of the CPU and the GPU in use, as they were."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
-
-
-def _seeded(encode: Encode, part: range, seed: int) -> tuple[Tensor, Tensor]:
-    with forked_generators():
+def _seeded(encode: Encode, part: range, seed: int, whole_batch: bool) -> tuple[Tensor, Tensor]:
+    """Encode with draws by sample. Torch's generators, which layers that draw otherwise use, are left as they were."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
-        return encode(part)
+        before = _generator_states()
+        with SampleDraws(seed, part):
+            embedded = encode(part)
+        if not whole_batch and not all(map(torch.equal, before, _generator_states())):
+            raise OptionError(
+                "a layer of the towers draws random numbers that cannot be drawn by sample, so slices and processes "
+                "would train another model; train without --slice and in one process"
+            )
+    return embedded
+
+
+def _generator_states() -> list[Tensor]:
+    """Of the CPU's generator, and of the GPU's in use."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states

@@ -6,6 +6,7 @@ from small_towers import pictures, small_bert, small_vit
 from torch import Tensor, nn
 
 from apecache.encoders.towers import Tower
+from apecache.errors import OptionError
 from apecache.losses.contrastive import Groups
 from apecache.recipes.objective import build_temperature, contrast
 from apecache.recipes.recipe import LossSpec
@@ -88,3 +89,30 @@ def test_a_side_without_gradients_stays_without() -> None:
     assert not any(name.startswith("image.") for name in whole.keys() | sliced.keys())
     for name, gradient in whole.items():
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("slice_size", [1, 37, 128])
+def test_dropout_gives_the_same_gradients_whatever_the_slices(slice_size: int) -> None:
+    """With two captions of each image; in double precision, so that only rounding is left."""
+    pair = Pair(captions=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    runs = []
+    for size in (None, slice_size):
+        torch.manual_seed(5)
+        runs.append(pair.run(size))
+    (value, whole), (again, sliced) = runs
+    torch.testing.assert_close(again, value)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_a_layer_that_draws_in_another_way_is_refused_in_slices_only() -> None:
+    pair = Pair()
+    pair.image.module.norm_pre = Noisy()
+    pair.run(None)
+    with pytest.raises(OptionError, match="train without --slice and in one process"):
+        pair.run(64)

@@ -24,7 +24,6 @@ from apecache.train.ranks import ALONE, Ranks
 from apecache.train.run_folder import read_history
 
 SETTINGS = [
-    'towers.rules=[{part = "text.all", train = false}, {part = "text.head"}]',  # a text tower has dropout
     *("loss.kind=sigmoid", "loss.captions=2", "schedule.epochs=2", "schedule.batch_size=7", "schedule.warmup=0"),
     *("optimiser.lr=1e-3", "optimiser.eps=1e-3", "optimiser.ema=0.5"),
 ]
@@ -52,7 +51,11 @@ def test_alone_nothing_is_exchanged() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_with_the_whole_batch(tiny_store: Path, shapes_once: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--slice", "2"]])
+def test_two_processes_train_like_one_with_the_whole_batch(
+    tiny_store: Path, shapes_once: Path, tmp_path: Path, more: list[str]
+) -> None:
+    """Both towers train, and that of the texts with dropout of 0.1, of attention too."""
     media = FolderMedia(shapes_once.parent)
     recipe, spec = load_recipe("clip", SETTINGS), FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
     opened = FeatureStore.open(tiny_store)
@@ -60,7 +63,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(tiny_store: Path, sha
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apecache"]
     about = [str(tiny_store), "--recipe", "clip", "--root", str(shapes_once.parent), "--out", str(tmp_path / "two")]
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [*start, "fit-encoder", *about, "--dev-split", "val", "--device", "cpu", "--json", *settings]
+    command = [*start, "fit-encoder", *about, "--dev-split", "val", "--device", "cpu", "--json", *settings, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -72,6 +75,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(tiny_store: Path, sha
     assert [line["dev"] for line in two] == [line["dev"] for line in one]
     whole, shared = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("one", "two"))
     assert any(name.startswith("image.tower.") for name in whole)
+    assert any(name.startswith("text.tower.") for name in whole)
     assert whole.keys() == shared.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-5, atol=1e-5)
