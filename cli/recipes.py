@@ -1,10 +1,12 @@
 """`apecache recipes`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .terminal import Json, ending, show_json, show_table
+
+COLUMNS = ("recipe", "needs", "what it is", "parameters")
 
 
 def recipes(
@@ -13,26 +15,61 @@ def recipes(
     text_dim: Annotated[int, typer.Option(min=1, help="Width of the text features, to count parameters for.")] = 768,
     json: Json = False,
 ) -> None:
-    """List the recipes for `fit-head`: what must be cached, what trains, where it comes from.
+    """List the recipes: what must be cached or run live, what trains, where it comes from.
+
+    Parameters of recipes for fit-head are for features of the given widths. One recipe for fit-encoder is counted with
+    ViT-B/16 and BERT-base; apecache plan counts it with your encoders.
 
     Example: apecache recipes --image-dim 1280 --text-dim 384
 
-    Example: apecache recipes sail
+    Example: apecache recipes lilt-i
     """
     with ending():
-        from apecache.recipes.recipe import count_parameters, load_recipe, tower_zoo_names, zoo_names
+        from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names, zoo_names
 
-        found = [load_recipe(each) for each in ([name] if name else zoo_names())]
-        rows = [(r.name, r.cut, r.summary, count_parameters(r, image_dim, text_dim)) for r in found]
+        chosen = [load_recipe(each) for each in ([name] if name else zoo_names())]
+        rows = [_describe(one, image_dim, text_dim) for one in chosen]
         if json:
-            keys = ("name", "cut", "summary", "n_trained_parameters", "source")
-            listed = [dict(zip(keys, (*row, r.source), strict=True)) for row, r in zip(rows, found, strict=True)]
-            told = {"image_dim": image_dim, "text_dim": text_dim, "recipes": listed}
-            show_json({**told, "encoder_recipes": tower_zoo_names()})
+            values = {"image_dim": image_dim, "text_dim": text_dim, "recipes": rows}
+            show_json({**values, "encoder_recipes": [*tower_zoo_names(), *freeze_names()]})
             return
-        title = f"recipes; parameters for features of width {image_dim} (image) and {text_dim} (text)"
-        show_table(title, ("recipe", "needs", "what it is", "parameters"), rows)
+        lines = [(row["name"], row["cut"], row["summary"], _count(row)) for row in rows]
+        counted_with = rows[0]["counted_with"]
+        show_table(f"recipes; parameters for {counted_with}", COLUMNS, lines)
         if name:
-            typer.echo(f"source: {found[0].source}")
-        else:
-            typer.echo(f"for fit-encoder (see apecache plan): {', '.join(tower_zoo_names())}, and freeze/Vuf-Tuu, …")
+            typer.echo(f"source: {chosen[0].source}")
+            return
+        show_table("recipes for fit-encoder; apecache recipes NAME counts one", COLUMNS[:3], _encoder_lines())
+
+
+def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
+    """A recipe for fit-head for features of these widths, any other for the reference encoders."""
+    from apecache.recipes.recipe import count_parameters
+
+    named = {"name": recipe.name, "summary": recipe.summary, "source": recipe.source}
+    if recipe.trains_heads_alone:
+        count = count_parameters(recipe, image_dim, text_dim)
+        widths = f"features of width {image_dim} (image) and {text_dim} (text)"
+        return {**named, "cut": recipe.cut, "n_trained_parameters": count, "counted_with": widths}
+    from apecache.encoders.reference import REFERENCE_NAMES, reference_towers
+    from apecache.recipes.needs import count_needs
+
+    towers = reference_towers(recipe.towers.image_pooling, recipe.towers.text_pooling)
+    needs = count_needs(recipe, *towers)
+    encoders = " and ".join(REFERENCE_NAMES)
+    return {**named, "cut": needs.summary, "n_trained_parameters": needs.n_trained, "counted_with": encoders}
+
+
+def _count(row: dict[str, Any]) -> Any:
+    count = row["n_trained_parameters"]
+    return "depends on the teacher" if count is None else count
+
+
+def _encoder_lines() -> list[tuple[str, str, str]]:
+    from apecache.recipes.needs import needs_of_sides
+    from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names
+
+    loaded = [load_recipe(each) for each in tower_zoo_names()]
+    lines = [(one.name, needs_of_sides(one), one.summary) for one in loaded]
+    family = f"{len(freeze_names())} combinations: u, f or c (CLS alone) for embeddings, u or f for blocks"
+    return [*lines, ("freeze/V[ufc][uf]-T[ufc][uf]", "by combination", family)]

@@ -9,7 +9,7 @@ from torch import nn
 from apecache.encoders.towers import Tower
 from apecache.errors import RecipeError
 from apecache.recipes.counting import Counted, Parts, PlanSpec, SidePlan, example, measure
-from apecache.recipes.encoder_model import Teacher, build_shared
+from apecache.recipes.encoder_model import EncoderModel, Teacher, build_shared
 from apecache.recipes.recipe import Recipe
 from apecache.recipes.shared_encoder import SharedSide
 
@@ -59,20 +59,37 @@ def count_shared(
     """
     assert recipe.shared is not None
     taught = _taught(recipe, towers[0].dim, teacher)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        wide = None if taught is None else Teacher(taught.dim)
-        model = build_shared(towers, recipe, torch.device("meta"), wide)
+    model = build_meta_shared(recipe, towers, taught)
     assert isinstance(model.image, SharedSide)
     assert isinstance(model.text, SharedSide)
     (first, one), (second, two) = (_count(side, spec) for side in (model.image, model.text))
+    common = _common_parts(model)
+    return (first, second), (one, two), common, (recipe.shared.expansion + 1) * towers[0].dim, taught
+
+
+def count_shared_trained(recipe: Recipe, towers: Sequence[Tower]) -> int:
+    """Parameters that `count_shared` says train, without a teacher and without counting operations. Raises as it."""
+    model = build_meta_shared(recipe, towers, _taught(recipe, towers[0].dim, None))
+    sides = [part for tower in towers for part in _parts(tower)]
+    return sum(trained for _, trained, _ in (*sides, *_common_parts(model)))
+
+
+def build_meta_shared(recipe: Recipe, towers: Sequence[Tower], taught: Taught | None) -> EncoderModel:
+    """Build a shared encoder around towers on the meta device. Raises RecipeError as `build_sides` does."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        wide = None if taught is None else Teacher(taught.dim)
+        return build_shared(towers, recipe, torch.device("meta"), wide)
+
+
+def _common_parts(model: EncoderModel) -> Parts:
+    assert isinstance(model.image, SharedSide)
     assert model.shared is not None
     about: list[tuple[str, nn.Module | None]] = [
         ("shared block", model.image.layers),
         ("temperatures", nn.ModuleList([model.temperature, model.shared.inner])),
         ("distillation", model.shared.distillation),
     ]
-    common = tuple((name, *_numbers(module)) for name, module in about if module is not None)
-    return (first, second), (one, two), common, (recipe.shared.expansion + 1) * towers[0].dim, taught
+    return tuple((name, *_numbers(module)) for name, module in about if module is not None)
 
 
 def _taught(recipe: Recipe, dim: int, teacher: Taught | None) -> Taught | None:

@@ -4,17 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-
 from apecache.encoders.towers import Cut, Tower
-from apecache.errors import OptionError, RecipeError
-from apecache.heads.build import build_heads
+from apecache.errors import OptionError
+from apecache.heads.head import Head
 from apecache.recipes.adapters import insert_adapters
 from apecache.recipes.counting import STORED_BYTES, Counted, Parts, PlanSpec, SidePlan, count_side
 from apecache.recipes.counting_shared import Taught, count_shared
 from apecache.recipes.devices import Device
-from apecache.recipes.freezing import freeze_towers
-from apecache.recipes.recipe import Recipe
+from apecache.recipes.freezing import Match, freeze_towers
+from apecache.recipes.recipe import Recipe, build_meta_heads
 from apecache.recipes.towers import TowersSpec
 
 Cuts = tuple[Cut | None, Cut | None]
@@ -170,26 +168,39 @@ def steps_of(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
 
 
 def _tower_model(towers: TowersSpec, recipe: Recipe, image: Tower, text: Tower, spec: PlanSpec) -> Model:
+    pairs, matches = match_towers(towers, recipe, image, text)
+    (first, one), (second, two) = (count_side(tower, head, matches, spec) for tower, head in pairs)
+    return Model((first, second), (one, two), scalars(recipe), one.out_dim)
+
+
+def match_towers(
+    towers: TowersSpec, recipe: Recipe, image: Tower, text: Tower
+) -> tuple[list[tuple[Tower, Head]], tuple[Match, ...]]:
+    """Build the recipe's heads on towers of the meta device and say of every parameter whether it trains.
+
+    Raises:
+        RecipeError: rules, adapters or widths do not fit the towers.
+    """
     for tower in (image, text):
         adapter = towers.adapter(tower.modality)
         if adapter:
             insert_adapters(tower, adapter)
         tower.checkpointing = towers.checkpointing
-    try:
-        with torch.device("meta"):
-            heads = build_heads(recipe.image, recipe.text, image.output_dim, text.output_dim)
-    except ValueError as error:
-        raise RecipeError(f"recipe {recipe.name}: {error}") from None
+    heads = build_meta_heads(recipe, image.output_dim, text.output_dim)
     pairs = list(zip((image, text), heads, strict=True))
     matches = freeze_towers(pairs, towers)
-    (first, one), (second, two) = (count_side(tower, head, matches, spec) for tower, head in pairs)
-    return Model((first, second), (one, two), scalars(recipe), one.out_dim)
+    if recipe.has_steps:
+        return pairs, matches
+    for head in heads:
+        head.requires_grad_(False)
+    return pairs, tuple(replace(match, train=False) for match in matches)
 
 
 def scalars(recipe: Recipe) -> Parts:
     """The temperature, and the sigmoid loss's bias."""
     names = ("temperature", "bias") if recipe.loss.kind == "sigmoid" else ("temperature",)
-    return tuple((name, int(recipe.loss.learnable), 1) for name in names)
+    trains = recipe.loss.learnable and recipe.has_steps
+    return tuple((name, int(trains), 1) for name in names)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------

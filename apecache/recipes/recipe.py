@@ -11,9 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
-from apecache.heads.head import HeadSpec
+from apecache.heads.head import Head, HeadSpec
 from apecache.losses.geometry import Divergence
-from apecache.recipes.towers import DistillationSpec, SharedSpec, TowersSpec, require_shorthand
+from apecache.recipes.towers import (
+    DistillationSpec,
+    SharedSpec,
+    TowersSpec,
+    is_shorthand,
+    require_shorthand,
+    shorthand_names,
+)
 
 FREEZE = "freeze/"
 """`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
@@ -163,9 +170,14 @@ class Recipe(_Section):
         """Whether `fit-head` does all that the recipe says: no tower trains, and both heads do."""
         return not self.trains_towers and not self.towers.freezes_heads
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether anything is fitted in steps; else a closed form is all."""
+        return self.schedule.epochs > 0 or self.schedule.steps > 0
+
     @model_validator(mode="after")
     def _works_together(self) -> "Recipe":
-        fixed = self.schedule.epochs == 0 and self.schedule.steps == 0
+        fixed = not self.has_steps
         if fixed and self.init == "random":
             raise ValueError("schedule.epochs is 0 and init is random: nothing would be fitted; give one of them")
         kinds = {part.kind for side in (self.image, self.text) for part in (side, *side.parts)}
@@ -198,18 +210,27 @@ def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
     Raises:
         RecipeError: the widths do not work.
     """
+    heads = build_meta_heads(recipe, image_dim, text_dim)
+    if not recipe.has_steps:
+        return 0
+    scalars = recipe.loss.learnable * (2 if recipe.loss.kind == "sigmoid" else 1)
+    return sum(p.numel() for head in heads for p in head.parameters()) + scalars
+
+
+def build_meta_heads(recipe: Recipe, image_dim: int, text_dim: int) -> tuple[Head, Head]:
+    """Build both heads on the meta device; a closed form that leaves its width open takes its largest rank.
+
+    Raises:
+        RecipeError: the widths do not work.
+    """
     image, text = (_with_dim(side, 1) if side.kind == "dictionary" else side for side in (recipe.image, recipe.text))
     if recipe.init == "cca" and image.dim is None and text.dim is None:
         image = _with_dim(image, min(image_dim, text_dim, max(recipe.closed_form.rank)))
     try:
         with torch.device("meta"):
-            heads = build_heads(image, text, image_dim, text_dim)
+            return build_heads(image, text, image_dim, text_dim)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
-        return 0
-    scalars = recipe.loss.learnable * (2 if recipe.loss.kind == "sigmoid" else 1)
-    return sum(p.numel() for head in heads for p in head.parameters()) + scalars
 
 
 def _with_dim(spec: HeadSpec, dim: int) -> HeadSpec:
@@ -224,6 +245,11 @@ def zoo_names() -> list[str]:
 def tower_zoo_names() -> list[str]:
     """Names of the recipes that name parts of the towers, sorted; `freeze/` stands before any shorthand."""
     return _names("tower_zoo")
+
+
+def freeze_names() -> list[str]:
+    """Names of the 36 recipes that are made of `freeze` and a shorthand, sorted."""
+    return sorted(f"{FREEZE}{shorthand}" for shorthand in shorthand_names())
 
 
 def _names(folder: str) -> list[str]:
@@ -264,8 +290,14 @@ def _packaged(name: str) -> Any:
     for folder in ("zoo", "tower_zoo"):
         if name in _names(folder):
             return files("apecache.recipes") / folder / f"{name}.toml"
-    known = [*zoo_names(), *tower_zoo_names()]
-    raise RecipeError(f"no recipe {name!r}; there are {', '.join(known)}, or give a file.toml{nearest(name, known)}")
+    packaged = [*zoo_names(), *tower_zoo_names()]
+    hint = nearest(name.replace("_", "-"), [*packaged, *freeze_names()])
+    if is_shorthand(name):
+        hint = f"; did you mean {FREEZE}{require_shorthand(name)}?"
+    raise RecipeError(
+        f"no recipe {name!r}; there are {', '.join(packaged)}, {FREEZE}Vuf-Tuu and its sisters, "
+        f"or give a file.toml{hint}"
+    )
 
 
 def _freeze(values: dict[str, Any], shorthand: str) -> dict[str, Any]:

@@ -183,6 +183,10 @@ def _side_rules(side: Modality, embeddings: str, blocks: str) -> tuple[Rule, ...
     return (*cls, rest, Rule(part=f"{side}.blocks", train=blocks == "u"))
 
 
+def is_shorthand(text: str) -> bool:
+    return bool(_ASCII.fullmatch(text.strip()) or _MATHS.fullmatch(text.strip()))
+
+
 def shorthand_names() -> list[str]:
     """All ASCII shorthands: the 16 of the paper, and those with CLS alone."""
     sides = [lower + upper for lower in "ufc" for upper in "uf"]
@@ -194,8 +198,8 @@ def require_shorthand(text: str) -> str:
     try:
         shorthand_rules(text)
     except ValueError as error:
-        known = shorthand_names()
-        raise RecipeError(f"freeze/{text}: {error}{nearest(text, known)}") from None
+        known = [f"freeze/{name}" for name in shorthand_names()]
+        raise RecipeError(f"freeze/{text}: {error}{nearest(f'freeze/{text}', known)}") from None
     found = _ASCII.fullmatch(text.strip()) or _MATHS.fullmatch(text.strip())
     assert found is not None
     return "V{}{}-T{}{}".format(*found.groups())

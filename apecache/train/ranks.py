@@ -1,8 +1,8 @@
 """Several processes that train one model: who encodes which part of a batch, and how the parts come together.
 
 Every process draws the same batches and ends every step with the same weights; only the first writes files. What is
-exchanged are embeddings and gradients, so that the loss is that of the whole batch with all its negatives. Dropout draws
-by sample (`apecache.encoders.sample_draws`): any number of processes trains the weights of one, up to rounding.
+exchanged are embeddings and gradients, so that the loss is that of the whole batch with all its negatives. Dropout
+draws by sample (`apecache.encoders.sample_draws`): any number of processes trains the weights of one, up to rounding.
 """
 
 import os
