@@ -80,7 +80,7 @@ def report_page(runs: Sequence[Path], out: Path, spec: ReportSpec | None = None)
         tables=tuple(_tables(records, reports, measured, spec)),
         charts=_charts(records),
         galleries=_galleries(measured, spec),
-        notes=_notes(records, spec),
+        notes=(*_notes(records, spec), *_left_out_notes(measured)),
     )
     return write_page(page, out)
 
@@ -159,6 +159,17 @@ def _subtitle(records: Sequence[RunRecord]) -> str:
     encoders = {(r.settings.get("image encoder", ""), r.settings.get("text encoder", "")) for r in records}
     (image, text), *more = sorted(encoders)
     return f"{image} and {text}" + (f", and {len(more)} other pairs of encoders" if more else "")
+
+
+def _left_out_notes(measured: dict[str, _Measured]) -> tuple[str, ...]:
+    """What retrieval could not use, once where it is the same for all runs."""
+    names_of: dict[str, list[str]] = {}
+    for name, one in measured.items():
+        names_of.setdefault(str(one.embedded.left_out), []).append(name)
+    if len(names_of) == 1:
+        (text,) = names_of
+        return (f"{text[:1].upper()}{text[1:]}.",) if text else ()
+    return tuple(f"{', '.join(names)}: {text}." for text, names in names_of.items() if text)
 
 
 def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:
