@@ -6,6 +6,7 @@ from pathlib import Path
 
 from apecache.errors import OptionError
 
+AnyPath = str | os.PathLike[str]
 MADE_BY: Mapping[str, str] = {
     "EncoderSpec": "parse_encoder(text, modality)",
     "ExtractSpec": "ExtractSpec(image=…, text=…)",
@@ -70,7 +71,7 @@ def as_texts(values: object, name: str) -> tuple[str, ...]:
             f"{name}: a list of texts is expected, found a single {type(values).__name__}; put it in brackets"
         )
     try:
-        texts = tuple(values)  # type: ignore[arg-type]
+        texts: tuple[str, ...] = tuple(values)  # type: ignore[arg-type]
     except TypeError:
         raise wrong_type(values, "a list of texts", name) from None
     for number, text in enumerate(texts):

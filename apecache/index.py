@@ -13,13 +13,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from apecache.arguments import as_path, require_type
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError, RunError, nearest, require_new
 from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, find_features
 from apecache.evaluate.left_out import LeftOut
@@ -50,14 +50,14 @@ class IndexReport:
     texts: KindReport
     n_added: int
     n_removed: int = 0
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = field(default_factory=LeftOut)
     """What of the split or store is not in the index."""
 
 
 def build_index(
-    run: str | os.PathLike[str],
+    run: AnyPath,
     store: FeatureStore,
-    out: str | os.PathLike[str],
+    out: AnyPath,
     split: str | None = None,
     overwrite: bool = False,
     kind: str = "flat",
@@ -87,9 +87,9 @@ def build_index(
 
 
 def update_index(
-    run: str | os.PathLike[str],
+    run: AnyPath,
     store: FeatureStore,
-    out: str | os.PathLike[str],
+    out: AnyPath,
     open_image: OpenImage | None = None,
 ) -> IndexReport:
     """Bring an index up to date with its store: rows that are new are added, rows that are gone removed, by key. No
@@ -167,7 +167,15 @@ def _write(
             "built": {part: asdict(report) for part, report in reports.items()},
         }
         (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-    return IndexReport(out, **counts, kind=kind, images=reports["images"], texts=reports["texts"], n_added=0, left_out=embedded.left_out)
+    return IndexReport(
+        out,
+        **counts,
+        kind=kind,
+        images=reports["images"],
+        texts=reports["texts"],
+        n_added=0,
+        left_out=embedded.left_out,
+    )
 
 
 @contextmanager
@@ -185,7 +193,8 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
-    """For each image its key, its first usable caption (or an empty one) and the hash of its file; for each caption key and words."""
+    """For each image its key, its first usable caption (empty without one) and the hash of its file; for each caption
+    key and words."""
     pairs, content = store.pairs, _content(store, run)
     owners = pairs.image_rows[embedded.text_rows]
     first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}

@@ -1,6 +1,5 @@
 """Searching an index by words, pictures, keys, and sums and differences of them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apecache.arguments import as_path, as_texts, require_type, wrong_type
-from apecache.data.images import PICTURES, SUFFIXES, Picture, open_picture, require_picture
+from apecache.arguments import AnyPath, as_path, as_texts, require_type, wrong_type
+from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
 from apecache.encoders.encoder import parse_device
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, OptionError, RowError, RunError, nearest
+from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.index import Part, read_description, read_report, read_rows
 from apecache.recipes.runs import Embed, Run, image_embedder, load_run, text_embedder
 from apecache.vectors import Floats, VectorIndex, load_faiss, open_vectors
@@ -97,7 +96,7 @@ class SearchIndex:
 
     @staticmethod
     def open(
-        path: str | os.PathLike[str],
+        path: AnyPath,
         image: EncoderSpec | None = None,
         text: EncoderSpec | None = None,
         device: str = "auto",
@@ -202,11 +201,7 @@ class SearchIndex:
         return self._embed_texts([text]).cpu()
 
     def _embed_picture(self, picture: Picture, name: str) -> Tensor:
-        try:
-            image = open_picture(picture, name)
-        except RowError as error:
-            raise DataError(f"query image cannot be read: {error.detail}") from None
-        return self._embed_images([image]).cpu()
+        return self._embed_images([open_readable(picture, name, "query image")]).cpu()
 
     def _embed_key(self, key: str) -> Tensor:
         row = self.row_of_key.get(key)

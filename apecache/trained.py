@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from apecache.arguments import as_place, as_texts, require_type, wrong_type
-from apecache.data.images import PICTURES, Picture, open_picture, require_picture
+from apecache.arguments import AnyPath, as_place, as_texts, require_type, wrong_type
+from apecache.data.images import PICTURES, Picture, open_readable, require_picture
 from apecache.encode import caption_error
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, OptionError, RowError
+from apecache.errors import DataError, OptionError
 from apecache.recipes.remote_runs import fetched_run
 from apecache.recipes.runs import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 
@@ -55,7 +54,7 @@ class ImageTextModel:
             OptionError: an item that is no picture, before any is encoded. DataError: an image that cannot be read.
             EncoderError: the encoder cannot be had. MismatchError: it is not the one that the run was trained on.
         """
-        pictures = (_open(image, f"images[{number}]") for number, image in enumerate(_listed(images)))
+        pictures = (open_readable(image, f"images[{number}]") for number, image in enumerate(_listed(images)))
         parts = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
@@ -87,7 +86,7 @@ class ImageTextModel:
 
 
 def load(
-    run: str | os.PathLike[str], image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
+    run: AnyPath, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
 ) -> ImageTextModel:
     """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts. `run`: its folder,
     or a URL of object storage.
@@ -119,13 +118,6 @@ def _listed(images: Iterable[Picture]) -> Iterable[Picture]:
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
     while batch := list(islice(items, BATCH)):
         yield batch
-
-
-def _open(image: Picture, name: str) -> Image.Image:
-    try:
-        return open_picture(image, name)
-    except RowError as error:
-        raise DataError(f"image cannot be read: {error.detail}") from None
 
 
 def _array(embedded: Tensor) -> Embeddings:

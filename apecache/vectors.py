@@ -164,8 +164,8 @@ def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
 
 
 def measured(report: KindReport, built: VectorIndex, vectors: Floats, queries: Floats) -> KindReport:
-    """The report with recall and times on up to 1,000 of the queries, drawn with a fixed seed; an exact index as it is, and
-    where there is nothing to ask for or with.
+    """The report with recall and times on up to 1,000 of the queries, drawn with a fixed seed; unchanged for an exact
+    index, and where there are no queries.
 
     A vector that scores as high as the tenth counts as found: equal captions do.
     """

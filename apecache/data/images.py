@@ -20,11 +20,11 @@ from typing import BinaryIO, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apecache.arguments import wrong_type
 from apecache.data.media import MAX_IMAGE_BYTES, Media, check_bytes, read_file
-from apecache.errors import OptionError, RowError
+from apecache.errors import DataError, OptionError, RowError
 from apecache.fingerprint import content_hash
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -88,7 +88,7 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
         case Image.Image():
             with _refusing(name):
                 _check_size(picture, name)
-                return _load(picture)
+                return picture if _is_plain(picture) else _load(picture)
         case np.ndarray():
             return open_picture(Image.fromarray(np.ascontiguousarray(picture)), name)
         case bytes() | bytearray() | memoryview():
@@ -100,6 +100,18 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
             return decode_image(read_file(path, str(path)), str(path))
         case _:
             return decode_image(_read_open_file(picture, name), name)
+
+
+def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Image:
+    """`open_picture` for a picture that is no row of a table: what cannot be read is an error of the call.
+
+    Raises:
+        OptionError: no picture. DataError: `what` cannot be read, and why.
+    """
+    try:
+        return open_picture(picture, name)
+    except RowError as error:
+        raise DataError(f"{what} cannot be read: {error.detail}") from None
 
 
 def require_picture(picture: object, name: str) -> None:
@@ -163,6 +175,12 @@ def _refusing(key: str) -> Iterator[None]:
 def _load(opened: Image.Image) -> Image.Image:
     opened.load()
     return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether `_load` would give a copy of the same pixels: an RGB image in memory, upright and opaque."""
+    in_memory = type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
+    return in_memory and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 class _Quiet:

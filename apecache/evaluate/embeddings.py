@@ -1,7 +1,7 @@
 """Embeddings of a store's images and captions under a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,7 +62,7 @@ class Embeddings:
     image_rows: NDArray[np.int64]
     text_rows: NDArray[np.int64]
     image_of_text: Tensor
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def embed_store(

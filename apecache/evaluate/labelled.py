@@ -1,6 +1,5 @@
 """Images or texts with labels and their features by a run's own encoder, encoded once and kept beside the run."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -10,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.images import load_image
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.arguments import as_path, require_type
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
@@ -36,7 +35,7 @@ class LabelledSpec:
     kept for the next time. `splits`: only what is in these. `encoder`: that of the modality, if it has moved."""
 
     labels: PairSource
-    caches: str | os.PathLike[str]
+    caches: AnyPath
     splits: tuple[str, ...] = ()
     encoder: EncoderSpec | None = None
     device: str = "auto"
@@ -85,7 +84,9 @@ def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda 
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
     encoder = load(named, spec.device)  # compared before the cache is filled with its features
     side.require_encoder(encoder.fingerprint, f"{spec.modality} encoder {named}")
-    path = as_path(spec.caches, "caches") / digest_strings([source.digest, source.media.place])[:16]  # another root has other files
+    path = (
+        as_path(spec.caches, "caches") / digest_strings([source.digest, source.media.place])[:16]
+    )  # another root has other files
     image, text = (named, None) if spec.modality == "image" else (None, named)
     extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
     store = FeatureStore.open(path)

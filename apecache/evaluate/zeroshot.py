@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class ZeroShotReport:
     empty: tuple[str, ...]
     confusions: tuple[tuple[str, str, int], ...]
     matched: str = ""
-    left_out: LeftOut = LeftOut()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:

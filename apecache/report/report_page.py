@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath, as_path, require_type, wrong_type
 from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
@@ -59,15 +60,21 @@ class _Measured:
     embedded: Embeddings
 
 
-def report_page(runs: Sequence[Path], out: Path, spec: ReportSpec | None = None) -> Path:
+def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None = None) -> Path:
     """Write the page of one or several finished runs.
 
     Raises:
         RunError: no finished run, or a damaged one. OptionError: a run given twice. DataError: runs whose dev split the
         store does not have, no such split, or nothing to show. MismatchError: a store of other encoders.
     """
+    if not isinstance(runs, list | tuple):
+        raise wrong_type(runs, "a list of run folders", "runs")
+    folders = [as_path(run, f"runs[{number}]") for number, run in enumerate(runs)]
+    out = as_path(out, "out")
+    require_type(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
-    records = read_records(runs)
+    require_type(spec.store, FeatureStore, "store", optional=True)
+    records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: found.report for name, found in measured.items()}
     reports = reports or {record.name: record.dev for record in records if record.dev}
