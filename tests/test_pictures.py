@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
 from picture_kinds import Kind, picture_kinds
+from PIL import Image, ImageOps
 from tiny import tree
 
 import apecache

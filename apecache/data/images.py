@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 
-Picture = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
+Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]
 """A path, a file's bytes, a file opened in binary mode, a Pillow image, or RGB pixels uint8 [height, width, 3]."""
 PICTURES = "a path, bytes, a binary file object, a PIL image or a uint8 array [height, width, 3]"
 
