@@ -241,7 +241,7 @@ def test_a_path_as_a_text_reaches_the_message_about_it(
         "log_to_tensorboard": lambda: apecache.log_to_tensorboard("taken").__enter__(),  # type: ignore[attr-defined]
         "fit_encoder": lambda: apecache.fit_encoder(store, "lit", "taken"),
     }
-    with pytest.raises(ApecacheError, match="^(run folder )?taken") as caught:
+    with pytest.raises(ApecacheError, match=r"^(run folder )?taken") as caught:
         calls[function]()
     assert not isinstance(caught.value, OptionError)
 

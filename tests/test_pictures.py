@@ -215,7 +215,7 @@ def test_what_is_no_picture_is_refused_before_any_is_opened(wrong: Any, model: I
     ["photo.jpg", Path("photo.jpg"), b"data", io.BytesIO(b"data"), Image.new("RGB", (2, 2)), np.zeros((2, 2, 3), "u1")],
 )
 def test_a_single_picture_is_refused_with_the_advice_to_use_brackets(single: Any, model: ImageTextModel) -> None:
-    with pytest.raises(OptionError, match="images: a list is expected, found a single .*; put it in brackets"):
+    with pytest.raises(OptionError, match=r"images: a list is expected, found a single .*; put it in brackets"):
         model.encode_image(single)
 
 
