@@ -6,11 +6,11 @@ The same table and encoder give the same bytes however often the run is killed (
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath, as_place, require_type
 from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
 from apecache.data.pairs import PairSource
 from apecache.encode import EncodedShard, ImageJob, Target, TextJob, image_jobs, text_jobs
@@ -54,7 +54,7 @@ MOST_LOOKED_FOR = 256
 
 
 def extract(
-    source: PairSource, store: str | Path, spec: ExtractSpec, progress: Progress = lambda *_: None
+    source: PairSource, store: AnyPath, spec: ExtractSpec, progress: Progress = lambda *_: None
 ) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`; what is committed already is not done again.
 
@@ -69,10 +69,11 @@ def extract(
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the store.
         DataError: one image, byte for byte, stands in two splits.
     """
+    place = as_place(store, "store")
     require_inputs(source, spec)
     encoders = load_encoders(spec)
     begin = time.perf_counter()
-    files = open_files(store, spec.single_writer)
+    files = open_files(place, spec.single_writer)
     segments = split_source(source, files, spec.append)
     totals = new_totals(source, encoders)
     for segment in segments:
@@ -130,11 +131,13 @@ def prepare_jobs(
 
 def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a source that cannot give what is asked for before anything is written."""
-    if spec.text and not source.captions:
+    require_type(source, PairSource, "source")
+    require_type(spec, ExtractSpec, "spec")
+    if spec.texts and not source.captions:
         raise ManifestError(f"{source.origin} has no captions to encode; leave --text out, or give a source that has")
-    if spec.image and isinstance(source.media, NoMedia):
+    if spec.images and isinstance(source.media, NoMedia):
         raise ManifestError(f"{source.origin} has no images to encode; leave --image out, or give a source that has")
-    if spec.image:
+    if spec.images:
         _require_findable(source, spec.part)
 
 

@@ -13,17 +13,20 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError, RunError, nearest, require_new
 from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, find_features
+from apecache.evaluate.left_out import LeftOut
 from apecache.heads.checkpoint import TrainedSide
 from apecache.recipes.runs import Run, copy_run, load_run
 from apecache.store.reader import FeatureStore
+from apecache.store.table import PairTable
 from apecache.vectors import Floats, KindReport, VectorIndex, build_vectors, load_faiss, measured, open_vectors
 
 FORMAT_VERSION = 1
@@ -47,18 +50,21 @@ class IndexReport:
     texts: KindReport
     n_added: int
     n_removed: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What of the split or store is not in the index."""
 
 
 def build_index(
-    run: Path,
+    run: AnyPath,
     store: FeatureStore,
-    out: Path,
+    out: AnyPath,
     split: str | None = None,
     overwrite: bool = False,
     kind: str = "flat",
     open_image: OpenImage | None = None,
 ) -> IndexReport:
-    """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all.
+    """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all. Images
+    without a caption are in it too, and the store needs no features of texts.
 
     `kind`: as in `apecache.vectors`. `open_image`: as of `embed_store`.
 
@@ -66,17 +72,26 @@ def build_index(
         RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's encoders.
         MissingExtraError: FAISS is not installed. OptionError: no such kind. DataError: too little to train it on.
     """
+    run = as_path(run, "run")
+    out = as_path(out, "out")
+    require_type(store, FeatureStore, "store")
+    require_type(kind, str, "kind")
     load_faiss()
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
     loaded = load_run(run)
-    embedded = embed_store(loaded, store, split, open_image)
+    embedded = embed_store(loaded, store, split, open_image, uncaptioned=True)
     made = (split, kind)
     report = _write(out, run, loaded, store, embedded, made, lambda _, vectors, rows: build_vectors(kind, vectors))
     return replace(report, n_added=report.n_images + report.n_texts)
 
 
-def update_index(run: Path, store: FeatureStore, out: Path, open_image: OpenImage | None = None) -> IndexReport:
+def update_index(
+    run: AnyPath,
+    store: FeatureStore,
+    out: AnyPath,
+    open_image: OpenImage | None = None,
+) -> IndexReport:
     """Bring an index up to date with its store: rows that are new are added, rows that are gone removed, by key. No
     encoder runs that the run has left frozen; the kind and the split stay.
 
@@ -87,10 +102,13 @@ def update_index(run: Path, store: FeatureStore, out: Path, open_image: OpenImag
     Raises:
         MismatchError: the index is of another head than the run. RunError: no index, or one that is damaged.
     """
+    run = as_path(run, "run")
+    out = as_path(out, "out")
+    require_type(store, FeatureStore, "store")
     description = read_description(out)
     loaded = load_run(run)
     require_head(description, loaded, out, run)
-    embedded = embed_store(loaded, store, description.get("split"), open_image)
+    embedded = embed_store(loaded, store, description.get("split"), open_image, uncaptioned=True)
     added, removed = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
 
     def fill(part: Part, vectors: Floats, rows: Sequence[Row]) -> tuple[VectorIndex, KindReport]:
@@ -98,6 +116,8 @@ def update_index(run: Path, store: FeatureStore, out: Path, open_image: OpenImag
         added.update(Counter(new) - Counter(old))
         removed.update(Counter(old) - Counter(new))
         report = read_report(description, part)
+        if not old or not new:  # an index of no vectors is of no kind yet
+            return build_vectors(kind_of(description), vectors)
         if report.trained_on and not report.trained_on / 2 <= len(new) <= 2 * report.trained_on:
             return build_vectors(kind_of(description), vectors)
         index = open_vectors(out / f"{part}.faiss", report.factory, mmap=False)
@@ -147,7 +167,15 @@ def _write(
             "built": {part: asdict(report) for part, report in reports.items()},
         }
         (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-    return IndexReport(out, **counts, kind=kind, images=reports["images"], texts=reports["texts"], n_added=0)
+    return IndexReport(
+        out,
+        **counts,
+        kind=kind,
+        images=reports["images"],
+        texts=reports["texts"],
+        n_added=0,
+        left_out=embedded.left_out,
+    )
 
 
 @contextmanager
@@ -165,18 +193,23 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
-    """For each image its key, its first usable caption and the hash of its file; for each caption key and words."""
+    """For each image its key, its first usable caption (empty without one) and the hash of its file; for each caption
+    key and words."""
     pairs, content = store.pairs, _content(store, run)
     owners = pairs.image_rows[embedded.text_rows]
     first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}
     images: list[Row] = [
-        {"key": pairs.keys[i], "caption": pairs.captions[first[int(i)]], "content": content[i]}
+        {"key": pairs.keys[i], "caption": _caption(pairs, first.get(int(i))), "content": content[i]}
         for i in embedded.image_rows
     ]
     texts: list[Row] = [
         {"key": pairs.keys[i], "caption": pairs.captions[t]} for t, i in zip(embedded.text_rows, owners, strict=True)
     ]
     return images, texts
+
+
+def _caption(pairs: PairTable, row: int | None) -> str:
+    return "" if row is None else str(pairs.captions[row])
 
 
 def _content(store: FeatureStore, run: Run) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_place
 from apecache.data.pairs import PairSource
 from apecache.encode import ImageJob, Target, TextJob, caption_error, image_jobs, text_jobs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
@@ -83,20 +84,21 @@ class _Part(Generic[Encoder]):
 
 
 def plan_extraction(
-    source: PairSource, store: str | Path, spec: ExtractSpec, price_per_hour: float | None = None
+    source: PairSource, store: AnyPath, spec: ExtractSpec, price_per_hour: float | None = None
 ) -> ExtractPlan:
     """What `extract` with the same arguments would do.
 
     Raises:
         OptionError: a negative price. And what `extract` raises before it encodes anything.
     """
+    place = as_place(store, "store")
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")
     require_inputs(source, spec)
     encoders = load_encoders(spec)
     images, texts = list[_Part[ImageEncoder]](), list[_Part[TextEncoder]]()
     image_seconds, text_seconds = _Stopwatch(), _Stopwatch()
-    files = open_files(store)
+    files = open_files(place)
     for segment in split_source(source, files, spec.append):
         part = segment.part
         opened = FeatureStore.at(segment.files) if segment.files.exists(SOURCE) else None

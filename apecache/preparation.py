@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from apecache.arguments import require_type
 from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.encoders.spec import EncoderSpec
@@ -76,11 +77,11 @@ class ExtractSpec:
 
     @property
     def images(self) -> tuple[EncoderSpec, ...]:
-        return _several(self.image)
+        return _several(self.image, "image")
 
     @property
     def texts(self) -> tuple[EncoderSpec, ...]:
-        return _several(self.text)
+        return _several(self.text, "text")
 
     @property
     def decoders(self) -> int:
@@ -90,8 +91,13 @@ class ExtractSpec:
         return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
 
 
-def _several(specs: EncoderSpec | tuple[EncoderSpec, ...] | None) -> tuple[EncoderSpec, ...]:
-    return () if specs is None else (specs,) if isinstance(specs, EncoderSpec) else tuple(dict.fromkeys(specs))
+def _several(specs: EncoderSpec | tuple[EncoderSpec, ...] | None, name: str) -> tuple[EncoderSpec, ...]:
+    if specs is None:
+        return ()
+    several = specs if isinstance(specs, tuple | list) else (specs,)
+    for spec in several:
+        require_type(spec, EncoderSpec, name)
+    return tuple(dict.fromkeys(several))
 
 
 def prepare_arrays(

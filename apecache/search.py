@@ -9,14 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from apecache.data.images import SUFFIXES, decode_image
-from apecache.data.media import read_file
+from apecache.arguments import AnyPath, as_path, as_texts, require_type, wrong_type
+from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
 from apecache.encoders.encoder import parse_device
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, OptionError, RowError, RunError, nearest
+from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.index import Part, read_description, read_report, read_rows
 from apecache.normalization import normalize
 from apecache.recipes.runs import Embed, Run, image_embedder, load_run, text_embedder
@@ -39,15 +38,28 @@ class Hit:
 
 @dataclass(frozen=True)
 class Query:
-    """`like`: words or image files; `keys`: images of the index; `images`: pictures in RGB; `unlike`: words or image
-    files. Results are near to the sum of the first three less the last, each L2-normalised before and the sum again.
-    `files`: False where the words are somebody else's: then they are words only, and no file is opened."""
+    """What to find. Results are near to the sum of `like`, `keys` and `images` less `unlike`, each L2-normalised before
+    and the sum again.
+
+    `like`, `unlike`: words. `keys`: images of the index. `images`: pictures, as `ImageTextModel.encode_image` takes
+    them. `files`: a text of `like` or `unlike` that names an image file stands for that image. Set it only where the
+    texts are the user's own: the file is opened.
+    """
 
     like: Sequence[str] = ()
     unlike: Sequence[str] = ()
     keys: Sequence[str] = ()
-    images: Sequence[Image.Image] = ()
-    files: bool = True
+    images: Sequence[Picture] = ()
+    files: bool = False
+
+    def require_types(self) -> None:
+        """Raises OptionError for what is no list of texts or of pictures. Nothing is opened."""
+        for name in ("like", "unlike", "keys"):
+            as_texts(getattr(self, name), name)
+        if not isinstance(self.images, list | tuple):
+            raise wrong_type(self.images, f"a list of pictures, each {PICTURES}", "images")
+        for number, image in enumerate(self.images):
+            require_picture(image, f"images[{number}]")
 
     @property
     def modality(self) -> Part:
@@ -84,7 +96,7 @@ class SearchIndex:
 
     @staticmethod
     def open(
-        path: Path,
+        path: AnyPath,
         image: EncoderSpec | None = None,
         text: EncoderSpec | None = None,
         device: str = "auto",
@@ -92,15 +104,25 @@ class SearchIndex:
         ef_search: int | None = None,
     ) -> "SearchIndex":
         """Raises RunError if there is no index, or one that is damaged or of another head than its own."""
-        description = read_description(path)
-        run = load_run(path, "cpu", image, text)
+        require_type(image, EncoderSpec, "image", optional=True)
+        require_type(text, EncoderSpec, "text", optional=True)
+        folder = as_path(path, "path")
+        description = read_description(folder)
+        run = load_run(folder, "cpu", image, text)
         if run.digest != description.get("head"):
-            raise RunError(f"{path} was built with another head than the one in it; build the index again")
-        return SearchIndex(path, run, description, image, text, device, nprobe, ef_search)
+            raise RunError(f"{folder} was built with another head than the one in it; build the index again")
+        return SearchIndex(folder, run, description, image, text, device, nprobe, ef_search)
 
-    def search(self, query: str, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
-        """`find` by words, or by an image file if `query` is one. By default text finds images and a photo captions."""
-        return self.find(Query((query,)), k, target, csls)
+    def search(
+        self, query: str, k: int = 5, target: Target | None = None, csls: bool = False, files: bool = False
+    ) -> list[Hit]:
+        """Find by words: images, unless `target` says captions. Raises as `find` does.
+
+        `files`: a `query` that names an image file stands for that image, which finds captions. Without it no file is
+        opened, whatever the text. For a picture in the first place see `Query.images`.
+        """
+        require_type(query, str, "query")
+        return self.find(Query((query,), files=files), k, target, csls)
 
     def find(self, query: Query, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
         """The k nearest, best first; fewer if there are fewer, or if an approximate index finds fewer.
@@ -109,14 +131,20 @@ class SearchIndex:
         a result to its ten nearest of the query's modality in the index: hubs, which are near to everything, come later
         (Conneau et al. 2018, Word translation without parallel data, section 2.3). Among the 1,000 nearest by cosine.
 
+        Args:
+            target: None for captions by pictures alone, and for images by words or where the index has no captions.
+
         Raises:
-            OptionError: an empty query, terms that cancel out, or a `k` that makes no sense. DataError: an image that
-            cannot be read, or a key that the index does not have.
+            OptionError: an empty query, terms that cancel out, a `k` that makes no sense, a wrong type, or captions of
+            an index that has none. DataError: an image that cannot be read, or a key that the index does not have.
         """
+        require_type(query, Query, "query")
+        require_type(k, (int, np.integer), "k")
         if k < 1:
             raise OptionError(f"-k {k}: at least 1 result")
-        wanted: Target = target or query.target
-        part: Part = "images" if wanted == "images" else "texts"
+        part = self._part(target or self.target_of(query))
+        if csls:
+            self._require_neighbours(query)
         vector = self.embed(query).cpu().numpy()
         vectors, rows = self._opened(part)
         scores, found = (side[0] for side in vectors.search(vector, max(k, CSLS_CANDIDATES) if csls else k))
@@ -126,13 +154,38 @@ class SearchIndex:
         ranked = enumerate(zip(found[:k].tolist(), scores[:k].tolist(), strict=True), 1)
         return [Hit(rank, rows[i]["key"], rows[i]["caption"], score) for rank, (i, score) in ranked]
 
+    def target_of(self, query: Query) -> Target:
+        """What the query finds by default. An index without captions gives images for a picture too."""
+        require_type(query, Query, "query")
+        query.require_types()
+        return query.target if self.has_captions else "images"
+
+    @property
+    def has_captions(self) -> bool:
+        return self.description.get("n_texts") != 0
+
+    def _part(self, target: Target) -> Part:
+        if target not in ("images", "captions"):
+            raise OptionError(f"--target {target}: expected images or captions")
+        if target == "captions" and not self.has_captions:
+            raise OptionError(f"{self.path} holds no captions; find images: --target images")
+        return "images" if target == "images" else "texts"
+
+    def _require_neighbours(self, query: Query) -> None:
+        """CSLS compares results with what the index holds of the query's modality."""
+        query.require_types()
+        if query.modality == "texts" and not self.has_captions:
+            raise OptionError(f"{self.path} holds no captions, which --csls compares with; leave --csls out")
+
     def embed(self, query: Query) -> Tensor:
         """float32 [1, dim], L2-normalised, on the CPU. Raises as `find` does."""
+        require_type(query, Query, "query")
+        query.require_types()
         if not (query.like or query.keys or query.images):
             raise OptionError("the query is empty; give words, an image file or --key")
         terms = [self._embed(text, query.path_of(text)) for text in query.like]
         terms += [self._embed_key(key) for key in query.keys]
-        terms += [self._embed_images([image]).cpu() for image in query.images]
+        terms += [self._embed_picture(image, f"images[{number}]") for number, image in enumerate(query.images)]
         terms += [-self._embed(text, query.path_of(text)) for text in query.unlike]
         total = torch.cat(terms).sum(0, keepdim=True)
         if float(total.norm()) < 1e-4:
@@ -142,17 +195,13 @@ class SearchIndex:
     def _embed(self, text: str, path: Path | None) -> Tensor:
         """Words, or an image file. As they come from the head: normalised."""
         if path is not None:
-            return self._embed_images([self._picture(path)]).cpu()
+            return self._embed_picture(path, str(path))
         if not text.strip():
             raise OptionError("the query is empty; give words or an image file")
         return self._embed_texts([text]).cpu()
 
-    def _picture(self, path: Path) -> Image.Image:
-        try:
-            data = read_file(path, str(path))
-            return decode_image(data, str(path))
-        except RowError as error:
-            raise DataError(f"query image cannot be read: {error.detail}") from None
+    def _embed_picture(self, picture: Picture, name: str) -> Tensor:
+        return self._embed_images([open_readable(picture, name, "query image")]).cpu()
 
     def _embed_key(self, key: str) -> Tensor:
         row = self.row_of_key.get(key)

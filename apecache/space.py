@@ -11,11 +11,11 @@ import math
 import random
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from apecache.arguments import AnyPath, as_path, as_texts
 from apecache.errors import RecipeError
 from apecache.recipes.recipe import Recipe, load_recipe
 
@@ -135,8 +135,10 @@ class Space:
         return load_recipe(self.recipe_name(values), self.settings(values))
 
 
-def load_space(path: Path, recipes: Sequence[str]) -> Space:
+def load_space(path: AnyPath, recipes: Sequence[str]) -> Space:
     """Raises RecipeError: not such a file, a condition on what stands below, a recipe that cannot be loaded."""
+    path = as_path(path, "path")
+    recipes = as_texts(recipes, "recipes")
     try:
         lines = tomllib.loads(path.read_text(encoding="utf-8"))
         dimensions = {name: Dimension.model_validate(line) for name, line in lines.items()}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.durable import replace_text
 from apecache.errors import MismatchError, OptionError, RunError
 from apecache.fingerprint import Fingerprint
@@ -42,7 +43,7 @@ class SweepReport:
 def sweep(
     store: FeatureStore,
     space: Space,
-    out: Path,
+    out: AnyPath,
     spec: SweepSpec | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
     make_wave: Callable[..., Wave] = Wave,
@@ -54,6 +55,10 @@ def sweep(
         OptionError: settings that make no sense. MismatchError: `out` holds another sweep. RunError: `out` holds
         something else, or no trial succeeded. RecipeError: a trial failed, without `keep_going`. Others as `fit_head`.
     """
+    require_type(store, FeatureStore, "store")
+    require_type(space, Space, "space")
+    require_type(spec, SweepSpec, "spec", optional=True)
+    out = as_path(out, "out")
     spec = spec or SweepSpec()
     if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
         raise OptionError("n_trials, seeds, population and rungs must be at least 1")

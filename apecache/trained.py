@@ -1,10 +1,10 @@
 """A finished run in use, of either trainer: images and texts in, embeddings out, by the run's own encoders."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from apecache.data.images import decode_image, to_rgb
-from apecache.data.media import read_file
+from apecache.arguments import AnyPath, as_place, as_texts, require_type, wrong_type
+from apecache.data.images import PICTURES, Picture, open_readable, require_picture
 from apecache.encode import caption_error
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, RowError
+from apecache.errors import DataError, OptionError
 from apecache.recipes.remote_runs import fetched_run
 from apecache.recipes.runs import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 
-Picture = str | Path | Image.Image
 Embeddings = NDArray[np.float32]
 Item = TypeVar("Item")
 
@@ -44,24 +43,32 @@ class ImageTextModel:
         """What cosines are multiplied with before a softmax: 1 / the learned temperature."""
         return self.run.scale
 
-    def encode_image(self, images: Sequence[Picture]) -> Embeddings:
-        """Paths, or PIL images (taken as they are, in RGB).
+    def encode_image(self, images: Iterable[Picture]) -> Embeddings:
+        """Embed pictures, in the order given.
+
+        Args:
+            images: paths, bytes, binary file objects, PIL images, arrays uint8 [height, width, 3], or any mix of them.
+                One picture has the same vector in every form; see `apecache.data.images.open_picture`.
 
         Raises:
-            DataError: an image that cannot be read. EncoderError: the encoder cannot be had. MismatchError: it is not
-            the one that the run was trained on.
+            OptionError: an item that is no picture, before any is encoded. DataError: an image that cannot be read.
+            EncoderError: the encoder cannot be had. MismatchError: it is not the one that the run was trained on.
         """
-        pictures = (_open(image) for image in _listed(images))
+        pictures = (open_readable(image, f"images[{number}]") for number, image in enumerate(_listed(images)))
         parts = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
-    def encode_text(self, texts: Sequence[str]) -> Embeddings:
-        """Raises DataError for a text that is empty or no Unicode, else as `encode_image` does."""
-        wanted = list(_listed(texts))
-        for number, text in enumerate(wanted):
+    def encode_text(self, texts: Iterable[str]) -> Embeddings:
+        """Embed texts, in the order given. A text is never taken for the name of a file.
+
+        Raises:
+            OptionError: an item that is no text. DataError: a text that is empty or no Unicode. Else as `encode_image`.
+        """
+        checked = as_texts(texts, "texts")
+        for number, text in enumerate(checked):
             if error := caption_error(text):
                 raise DataError(f"text {number}: {error.detail}; give every text at least one word")
-        parts = [_array(self._embed_texts(batch)) for batch in _batches(iter(wanted))]
+        parts = [_array(self._embed_texts(batch)) for batch in _batches(iter(checked))]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
@@ -79,7 +86,7 @@ class ImageTextModel:
 
 
 def load(
-    run: Path | str, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
+    run: AnyPath, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
 ) -> ImageTextModel:
     """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts. `run`: its folder,
     or a URL of object storage.
@@ -88,29 +95,29 @@ def load(
         RunError: no finished run there. EncoderError: the device cannot be used. Of towers that were trained, which are
         loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one that was trained.
     """
-    with fetched_run(run) as folder:
+    require_type(image, EncoderSpec, "image", optional=True)
+    require_type(text, EncoderSpec, "text", optional=True)
+    with fetched_run(as_place(run, "run")) as folder:
         return ImageTextModel(load_run(folder, device, image, text), image, text, device)
 
 
-def _listed(values: Sequence[Item]) -> Sequence[Item]:
-    """Raises DataError for a single one, which would be taken letter by letter."""
-    if isinstance(values, str | Path | Image.Image):
-        raise DataError(f"a list is expected, found a single {type(values).__name__}; put it in brackets")
-    return values
+def _listed(images: Iterable[Picture]) -> Iterable[Picture]:
+    """The pictures, all checked by type where they are a list. Raises OptionError, also for a single picture."""
+    single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
+    if single or (isinstance(images, np.ndarray) and images.ndim == 3):
+        found = type(images).__name__
+        raise OptionError(f"images: a list is expected, found a single {found}; put it in brackets")
+    if not isinstance(images, Iterable) or isinstance(images, Mapping | set):
+        raise wrong_type(images, f"a list of pictures, each {PICTURES}", "images")
+    if isinstance(images, list | tuple | np.ndarray):
+        for number, image in enumerate(images):
+            require_picture(image, f"images[{number}]")
+    return images
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
     while batch := list(islice(items, BATCH)):
         yield batch
-
-
-def _open(image: Picture) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    try:
-        return decode_image(read_file(Path(image), str(image)), str(image))
-    except RowError as error:
-        raise DataError(f"image {image} cannot be read: {error.detail}") from None
 
 
 def _array(embedded: Tensor) -> Embeddings:

@@ -1,5 +1,6 @@
 """`apecache evaluate`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from .extract import choice
 from .inputs import Opening, takes_source
-from .labelled import Asked, probes, show_probes, show_zeroshot, zeroshot
+from .labelled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, ending, show_json, show_table, warn
 
@@ -140,6 +141,7 @@ def retrieval(
         "csls": None if corrected is None else told(corrected),
         "intervals": None if intervals is None else vars(intervals),
         "languages": {language: told(found) for language, found in languages.items()},
+        "left_out": asdict(embedded.left_out),
     }
 
 
@@ -178,3 +180,4 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
     fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
     show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}", columns, rows)
+    show_left_out(result["left_out"])

@@ -1,8 +1,10 @@
 """What `apecache evaluate` does with labelled images and texts."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from .inputs import Opening
 from .terminal import progress, show_table, warn
@@ -67,7 +69,7 @@ def zeroshot(
         warn(f"{len(report.empty)} of {report.n_classes} classes have no image, and stay candidates: {shown}")
     if report.matched == "by sorted order":
         warn("no label is a class's name or number: labels in sorted order were taken for the classes in theirs")
-    return {"task": "zeroshot", "split": asked.split, **vars(report)}
+    return {"task": "zeroshot", "split": asked.split, **vars(report), "left_out": asdict(report.left_out)}
 
 
 def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
         found = labelled_features(asked.load(), spec, update)
     before, after = probe_features(found, train_split, split)
     about = {"task": "probe" if modality == "image" else "text-probe", "train_split": train_split, "split": split}
-    return {**about, "before": vars(before), "after": vars(after)}
+    return {**about, "before": vars(before), "after": vars(after), "left_out": asdict(found.left_out)}
 
 
 def show_zeroshot(run: str, result: dict[str, Any]) -> None:
@@ -95,6 +97,16 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
     if result["confusions"]:
         show_table("most frequent confusions", ("class", "taken for", "images"), result["confusions"][:SHOWN])
+    show_left_out(result["left_out"])
+
+
+def show_left_out(counts: dict[str, int]) -> None:
+    """One line, where something was left out."""
+    from apecache.evaluate.left_out import LeftOut
+
+    left_out = str(LeftOut(**counts))
+    if left_out:
+        typer.echo(left_out)
 
 
 def show_probes(run: str, result: dict[str, Any]) -> None:
@@ -107,3 +119,4 @@ def show_probes(run: str, result: dict[str, Any]) -> None:
     rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
     columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
     show_table(title + str(result["split"]), columns, rows)
+    show_left_out(result["left_out"])

@@ -56,6 +56,8 @@ def show_index(report: Any, update: bool) -> None:
     changes = f"; {report.n_added:,} added, {report.n_removed:,} removed" if update else ""
     counts = f"{report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions"
     typer.echo(f"{report.index}: {counts}{changes}")
+    if report.left_out.total:
+        typer.echo(str(report.left_out))
     rows = [
         (what, r.factory, 100 * r.recall_at_10, f"{r.ms_per_query:.3g}", f"{r.exact_ms_per_query:.3g}", r.n_queries)
         for what, r in (("images", report.images), ("captions", report.texts))
@@ -105,7 +107,8 @@ def search(
 
         moved = moved_encoders(index, image, text)
         tuned: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "device": device}
-        wanted = Query((*(() if query is None else (query,)), *(like or ())), tuple(unlike or ()), tuple(key or ()))
+        words = (*(() if query is None else (query,)), *(like or ()))
+        wanted = Query(words, tuple(unlike or ()), tuple(key or ()), files=True)
         aim: Any = target
         hits = SearchIndex.open(index, *moved, **tuned).find(wanted, k, aim, csls)
         score = "CSLS" if csls else "cosine"

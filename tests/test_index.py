@@ -85,7 +85,7 @@ def test_a_search_finds_what_comparing_with_everything_finds(
 ) -> None:
     photo = shapes_once.parent / "images" / "blue-square-0.png"
     query: str | Path = TEXT_QUERY if kind == "text" else photo
-    hits = opened.search(str(query), 7, target)  # type: ignore[arg-type]
+    hits = opened.search(str(query), 7, target, files=True)  # type: ignore[arg-type]
     pairs = store.pairs
     vectors = embedded.image if target == "images" else embedded.text
     scores = (vectors @ embed_query(opened.run, query)).numpy()
@@ -110,12 +110,13 @@ def test_words_find_images_and_a_photo_finds_captions_unless_turned_round(
         == opened.search(TEXT_QUERY, 3, "images")
         != opened.search(TEXT_QUERY, 3, "captions")
     )
-    assert opened.search(photo, 3) == opened.search(photo, 3, "captions") != opened.search(photo, 3, "images")
+    captions, images = (opened.search(photo, 3, target, files=True) for target in ("captions", "images"))
+    assert opened.search(photo, 3, files=True) == captions != images
 
 
 def test_a_caption_and_a_photo_of_the_index_find_themselves(opened: SearchIndex, shapes_once: Path) -> None:
     photo = shapes_once.parent / "images" / "green-triangle-0.png"
-    (same,) = opened.search(str(photo), 1, "images")
+    (same,) = opened.search(str(photo), 1, "images", files=True)
     assert (same.key, same.rank) == ("images/green-triangle-0.png", 1)
     assert same.score == pytest.approx(1, abs=1e-3)
     (caption,) = opened.search("the square in yellow on white", 1, "captions")
@@ -158,7 +159,7 @@ def test_a_query_image_that_cannot_be_read_is_refused(
         whole = (shapes_once.parent / "images" / "red-circle-0.png").read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2] if isinstance(data, str) else data)
     with pytest.raises(DataError, match=f"query image cannot be read: .*{reason}"):
-        opened.search(str(tmp_path / name))
+        opened.search(str(tmp_path / name), files=True)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def embedded(tiny_run: Path, tiny_store: Path) -> Embeddings:
 def test_a_key_finds_what_its_own_file_finds(opened: SearchIndex, shapes_once: Path) -> None:
     key = "images/blue-square-0.png"
     by_key = opened.find(Query(keys=(key,)), 6)
-    by_file = opened.search(str(shapes_once.parent / key), 6)
+    by_file = opened.search(str(shapes_once.parent / key), 6, files=True)
     assert [hit.score for hit in by_key] == pytest.approx([hit.score for hit in by_file], abs=2e-3)
     assert by_key == opened.find(Query(keys=(key,)), 6, "captions")
     assert opened.find(Query(keys=(key,)), 1, "images")[0].key == key
@@ -239,26 +239,30 @@ def test_a_key_finds_what_its_own_file_finds(opened: SearchIndex, shapes_once: P
 
 def test_a_sum_is_of_normalised_embeddings_and_normalised_again(opened: SearchIndex, shapes_once: Path) -> None:
     photo, key = str(shapes_once.parent / "images" / "red-circle-0.png"), "images/green-triangle-0.png"
-    parts = [opened.embed(Query((text,))) for text in ("a red circle", photo, "a blue square")]
+    parts = [opened.embed(Query((text,), files=True)) for text in ("a red circle", photo, "a blue square")]
     parts.append(opened.embed(Query(keys=(key,))))
     words, picture, unwanted, by_key = parts
     for part in parts:
         assert float(part.norm()) == pytest.approx(1, abs=1e-5)
-    total = opened.embed(Query(("a red circle", photo), ("a blue square",), (key,)))
+    total = opened.embed(Query(("a red circle", photo), ("a blue square",), (key,), files=True))
     torch.testing.assert_close(total, F.normalize(words + picture + by_key - unwanted, dim=1))
 
 
 def test_what_is_unlike_comes_last(opened: SearchIndex, shapes_once: Path) -> None:
     unwanted = "images/red-circle-0.png"
-    query = Query((), (str(shapes_once.parent / unwanted),), ("images/blue-square-0.png",))
+    query = Query((), (str(shapes_once.parent / unwanted),), ("images/blue-square-0.png",), files=True)
     hits = opened.find(query, 12, "images")
     assert (hits[0].key, hits[-1].key) == ("images/blue-square-0.png", unwanted)
 
 
 def test_words_find_images_and_pictures_alone_captions(shapes_once: Path) -> None:
     photo = str(shapes_once.parent / "images" / "red-circle-0.png")
-    assert Query(("words",)).target == Query(("words", photo)).target == Query((photo,), ("words",)).target == "images"
-    assert Query((photo,)).target == Query(keys=("a",)).target == Query((photo,), (photo,)).target == "captions"
+    for like, unlike in ((("words",), ()), (("words", photo), ()), ((photo,), ("words",))):
+        assert Query(like, unlike, files=True).target == "images"
+    for like, unlike in (((photo,), ()), ((photo,), (photo,))):
+        assert Query(like, unlike, files=True).target == "captions"
+        assert Query(like, unlike).target == "images"
+    assert Query(keys=("a",)).target == Query(images=(photo,)).target == "captions"
 
 
 @pytest.mark.parametrize("target", ["images", "captions"])
@@ -268,13 +272,13 @@ def test_csls_is_its_formula_written_out(
 ) -> None:
     photo = str(shapes_once.parent / "images" / "red-circle-0.png")
     query = "a red circle" if kind == "words" else photo
-    x = opened.embed(Query((query,))).numpy()[0]
+    x = opened.embed(Query((query,), files=True)).numpy()[0]
     candidates = (embedded.image if target == "images" else embedded.text).numpy()
     others = (embedded.text if kind == "words" else embedded.image).numpy()
     near_query = np.sort(candidates @ x)[-10:].mean()
     near = np.sort(candidates @ others.T, axis=1)[:, -10:].mean(1)
     wanted = 2 * candidates @ x - near_query - near
-    hits = opened.search(query, 5, target, csls=True)  # type: ignore[arg-type]
+    hits = opened.search(query, 5, target, csls=True, files=True)  # type: ignore[arg-type]
     assert [hit.score for hit in hits] == pytest.approx(np.sort(wanted)[::-1][:5].tolist(), abs=1e-5)
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
 
@@ -287,7 +291,7 @@ def test_csls_is_its_formula_written_out(
         (Query(("a red circle", " ")), OptionError, "the query is empty"),
         (Query(("a red circle",), ("a red circle",)), OptionError, "cancel out"),
         (Query(keys=("images/red-circel-0.png",)), DataError, "no image .*did you mean images/red-circle-0.png"),
-        (Query(("a",), ("missing.jpg",)), DataError, "query image cannot be read"),
+        (Query(("a",), ("missing.jpg",), files=True), DataError, "query image cannot be read"),
     ],
 )
 def test_a_query_that_makes_no_sense_is_refused(

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from apecache.arguments import AnyPath, as_place
 from apecache.errors import RowError
 from apecache.objects import Bucket, is_object_url, open_bucket
 
@@ -114,9 +115,10 @@ class ObjectMedia:
         return "/".join(part for part in (self._opened[1], name) if part)
 
 
-def media_below(root: str | Path) -> Media:
+def media_below(root: AnyPath) -> Media:
     """Of keys that are names below a folder or a URL of object storage."""
-    return ObjectMedia(str(root)) if is_object_url(root) else FolderMedia(Path(root))
+    place = as_place(root, "root")
+    return ObjectMedia(str(place)) if is_object_url(place) else FolderMedia(Path(place))
 
 
 def media_at(place: str) -> Media:

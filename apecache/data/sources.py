@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from apecache.arguments import AnyPath, as_place, require_type
 from apecache.data.annotations import open_annotations
 from apecache.data.folders import open_folder
 from apecache.data.hub import PREFIX, open_hub
@@ -22,7 +23,7 @@ REMOTE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".txt")
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".tar", ".txt")
 
 
-def open_pairs(uri: str | Path, spec: OpenSpec | None = None) -> PairSource:
+def open_pairs(uri: AnyPath, spec: OpenSpec | None = None) -> PairSource:
     """Open a source of images, captions or both, and check all of it that is not an image.
 
     Args:
@@ -35,6 +36,8 @@ def open_pairs(uri: str | Path, spec: OpenSpec | None = None) -> PairSource:
         ManifestError: what cannot be opened, with its line where there is one and what mends it.
         OptionError: an option that this kind of source cannot follow. MissingExtraError: a library is missing.
     """
+    uri = as_place(uri, "uri")
+    require_type(spec, OpenSpec, "spec", optional=True)
     spec = spec or OpenSpec()
     if not spec.restval and Path(uri).suffix.lower() != ".json":
         raise OptionError(f"{uri}: --no-restval is for Karpathy's JSON; leave it out")

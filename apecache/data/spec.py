@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from apecache.arguments import AnyPath
 from apecache.errors import ManifestError, OptionError
 
 Role = Literal["image", "caption", "label"]
@@ -33,10 +33,10 @@ class OpenSpec:
     image_column: str | None = None
     caption_column: str | None = None
     split_column: str | None = None
-    split_file: Path | None = None
+    split_file: AnyPath | None = None
     split_fraction: tuple[tuple[str, float], ...] = ()
     split_seed: int = 0
-    root: str | Path | None = None
+    root: AnyPath | None = None
     restval: bool = True
     require: tuple[Role, ...] = ()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from apecache.arguments import as_path
 from apecache.data.pairs import PairSource
 from apecache.data.spec import SPLITS, OpenSpec
 from apecache.data.tables import not_utf8
@@ -49,7 +50,7 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     if not spec.resplits:
         return source
     if spec.split_file is not None:
-        splits = read_split_file(spec.split_file, source)
+        splits = read_split_file(as_path(spec.split_file, "split_file"), source)
         pairs = tuple(replace(pair, split=splits.get(pair.key, "")) for pair in source)
     else:
         require_fractions(spec.split_fraction)

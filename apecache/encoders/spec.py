@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from apecache.arguments import require_type
 from apecache.errors import EncoderError, OptionError, nearest, one_line
 from apecache.fingerprint import Modality
 
@@ -106,6 +107,9 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
         EncoderError: no or an unknown library, an empty name, a library without encoders of that modality, or a local
         folder that is not there.
     """
+    require_type(text, str, "text")
+    if modality not in ("image", "text"):
+        raise OptionError(f"modality {modality!r}: expected image or text")
     library, colon, name = text.partition(":")
     if not colon or library not in LIBRARIES:
         hint = nearest(library, LIBRARIES) if colon else f"; did you mean timm:{text} or hf:{text}?"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from apecache.arguments import AnyPath, as_place, require_type
 from apecache.data.pairs import PairSource
 from apecache.encode import ImageJob, TextJob
 from apecache.engines.filling import Filling, ShardDone, ShardPiece, Task, fill
@@ -36,7 +37,7 @@ from apecache.store.writer import ArrayWriter
 
 def extract_on_ray(
     source: PairSource,
-    store: str | Path,
+    store: AnyPath,
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
     cluster: RaySpec | None = None,
@@ -47,6 +48,9 @@ def extract_on_ray(
         OptionError: `spec` asks for a part, or for a single writer. EngineError, MissingExtraError: as `open_pool`, and
         where a node does not see the store. All others as `extract`, whichever node they come from.
     """
+    require_type(source, PairSource, "source")
+    require_type(spec, ExtractSpec, "spec")
+    store = as_place(store, "store")
     if not spec.part.whole:
         raise OptionError(f"part {spec.part} of an extraction is for machines without Ray; leave one of the two out")
     if spec.single_writer:

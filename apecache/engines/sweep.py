@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.engines.ray import Pool, RaySpec, open_pool
 from apecache.objects import is_object_url
 from apecache.space import Space
@@ -26,7 +27,7 @@ from apecache.train.loop import Training
 def sweep_on_ray(
     store: FeatureStore,
     space: Space,
-    out: Path,
+    out: AnyPath,
     spec: SweepSpec | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
     cluster: RaySpec | None = None,
@@ -36,6 +37,10 @@ def sweep_on_ray(
     Raises:
         EngineError, MissingExtraError: as `open_pool`. All others as `sweep`.
     """
+    require_type(store, FeatureStore, "store")
+    require_type(space, Space, "space")
+    require_type(spec, SweepSpec, "spec", optional=True)
+    out = as_path(out, "out")
     spec = spec or SweepSpec()
     place = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
     make = partial(_Populations, place, space, Path(os.path.abspath(out)), spec)

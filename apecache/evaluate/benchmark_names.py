@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import require_type
 from apecache.errors import MissingExtraError, OptionError, nearest
 from apecache.evaluate.class_names import ClassNames
 
@@ -42,6 +43,7 @@ def load_benchmark(name: str) -> Benchmark:
     Raises:
         MissingExtraError: the package that keeps it is not installed. OptionError: it knows no such benchmark.
     """
+    require_type(name, str, "name")
     asked = _plain(name)
     key = OTHER_NAMES.get(asked, asked)
     if key in IMAGENETS:

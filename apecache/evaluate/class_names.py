@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import OptionError, nearest, one_line
 
 
@@ -97,12 +97,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_\s]+", " ", name.casefold()).strip()
 
 
-def read_class_names(path: Path) -> ClassNames:
+def read_class_names(path: AnyPath) -> ClassNames:
     """A name on each line, in the order of the classes; or label, tab, name. Empty lines do not count.
 
     Raises:
         OptionError: not UTF-8, no name, lines of both kinds, or a label or name that stands there twice, by its line.
     """
+    path = as_path(path, "path")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """Embeddings of a store's images and captions under a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from apecache.arguments import require_type
+from apecache.data.images import Picture, open_picture
 from apecache.errors import DataError, OptionError, RowError, nearest
+from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
-from apecache.heads.checkpoint import TrainedSide
+from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 
-OpenImage = Callable[[str], Image.Image]
-"""Key of the pair table -> RGB image; raises RowError."""
+OpenImage = Callable[[str], Picture]
+"""Key of the pair table -> picture, in any form that `open_picture` takes; raises RowError."""
 
 
 class LiveSide(Protocol):
@@ -51,6 +54,7 @@ class Embeddings:
     """`image` [n, dim] and `text` [m, dim], float32, L2-normalised, in the order of the table.
 
     `image_rows`, `text_rows`: rows of the store; `image_of_text` int64 [m]: the row in `image` of each caption's image.
+    `left_out`: what was asked for and is not among them.
     """
 
     image: Tensor
@@ -58,6 +62,7 @@ class Embeddings:
     image_rows: NDArray[np.int64]
     text_rows: NDArray[np.int64]
     image_of_text: Tensor
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def embed_store(
@@ -66,27 +71,84 @@ def embed_store(
     split: str | None = None,
     open_image: OpenImage | None = None,
     among: NDArray[np.bool_] | None = None,
+    uncaptioned: bool = False,
 ) -> Embeddings:
-    """Every image and usable caption that belong together; of one split, or of all. `among` [n_images]: only these
-    images, for a dev split that has no name.
+    """Embed the usable images and captions of a store that belong together.
 
     A frozen side is read from the store's features; a tower that was trained runs from the captions, or from images
     that `open_image` reads.
+
+    Args:
+        split: only this one. None: all.
+        among: bool [n_images], only these images, for a dev split that has no name.
+        uncaptioned: take images without a usable caption too, and a store without features of texts. Retrieval cannot
+            use those images, so by default they are left out, and counted.
 
     Raises:
         MismatchError: the store has no features of a frozen encoder. DataError: no such split, nothing in it, or an
         image that cannot be read. OptionError: images are needed. IncompleteError, DamagedError: the store.
     """
+    require_type(store, FeatureStore, "store")
+    _require_run(run)
     pairs = store.pairs
-    keep = _usable(run.image, store, "image") & (_split_mask(store, split) if among is None else among)
-    texts = np.flatnonzero(_usable(run.text, store, "text") & keep[pairs.image_rows])
-    images = np.unique(pairs.image_rows[texts])
+    asked = _split_mask(store, split) if among is None else among
+    image_ok = _usable(run.image, store, "image")
+    text_ok = _usable_texts(run.text, store, uncaptioned)
+    keep = image_ok & asked
+    texts = np.flatnonzero(text_ok & keep[pairs.image_rows])
+    captioned = np.unique(pairs.image_rows[texts])
+    images = np.flatnonzero(keep) if uncaptioned else captioned
     if not len(images):
-        raise DataError(f"{store.path}: split {split!r} has no image with a caption")
+        lacking = "image that could be read" if uncaptioned else "image with a caption"
+        raise DataError(f"{store.path}: split {split!r} has no {lacking}")
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image = embed_rows(run.image, store, "image", images, open_image)
-    text = embed_rows(run.text, store, "text", texts)
-    return Embeddings(image, text.to(image.device), images, texts, owners.to(image.device))
+    text = embed_rows(run.text, store, "text", texts) if len(texts) else image.new_empty(0, image.shape[1])
+    left_out = LeftOut(
+        unreadable_images=int((asked & ~image_ok).sum()),
+        uncaptioned_images=len(np.flatnonzero(keep)) - len(images),
+        **_captions_left_out(run.text, store, asked, image_ok, text_ok),
+    )
+    return Embeddings(
+        image=image,
+        text=text.to(image.device),
+        image_rows=images,
+        text_rows=texts,
+        image_of_text=owners.to(image.device),
+        left_out=left_out,
+    )
+
+
+def _require_run(run: object) -> None:
+    if not (hasattr(run, "image") and hasattr(run, "text")):
+        require_type(run, (TrainedHeads,), "run")
+
+
+def _usable_texts(side: TrainedSide | LiveSide, store: FeatureStore, uncaptioned: bool) -> NDArray[np.bool_]:
+    """As `_usable`; with `uncaptioned` a store without any features of texts has no usable ones."""
+    if uncaptioned and isinstance(side, TrainedSide) and not store.arrays("text"):
+        return np.zeros(len(store.pairs.captions), dtype=bool)
+    return _usable(side, store, "text")
+
+
+def _captions_left_out(
+    side: TrainedSide | LiveSide,
+    store: FeatureStore,
+    asked: NDArray[np.bool_],
+    image_ok: NDArray[np.bool_],
+    text_ok: NDArray[np.bool_],
+) -> dict[str, int]:
+    """How many captions of the images that are asked for are not used, each by the first reason that holds."""
+    pairs = store.pairs
+    owner_ok = image_ok[pairs.image_rows]
+    unused = asked[pairs.image_rows] & ~(text_ok & owner_ok)
+    empty = np.array([not str(caption).strip() for caption in pairs.captions], dtype=bool)
+    no_features = isinstance(side, TrainedSide) and not store.arrays("text")
+    counts = {"empty_captions": int((unused & empty).sum())}
+    rest = unused & ~empty
+    counts["captions_of_unreadable_images"] = int((rest & ~owner_ok).sum())
+    counts["captions_without_features" if no_features else "unusable_captions"] = int((rest & owner_ok).sum())
+    return counts
 
 
 def embed_rows(
@@ -111,7 +173,7 @@ def embed_rows(
 
 def _read(keys: Sequence[str], open_image: OpenImage) -> list[Image.Image]:
     try:
-        return [open_image(key) for key in keys]
+        return [open_picture(open_image(key), key) for key in keys]
     except RowError as error:
         raise DataError(f"an image cannot be read ({error}); mend it, or take it out of the table") from None
 

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,12 +9,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.images import load_image
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
+from apecache.evaluate.left_out import LeftOut
 from apecache.extraction import ExtractSpec, Progress, Standing, extract
 from apecache.fingerprint import Modality, digest_strings
 from apecache.heads.head import mask_of
@@ -34,7 +35,7 @@ class LabelledSpec:
     kept for the next time. `splits`: only what is in these. `encoder`: that of the modality, if it has moved."""
 
     labels: PairSource
-    caches: Path
+    caches: AnyPath
     splits: tuple[str, ...] = ()
     encoder: EncoderSpec | None = None
     device: str = "auto"
@@ -44,11 +45,13 @@ class LabelledSpec:
 
 @dataclass(frozen=True)
 class LabelledEmbeddings:
-    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each."""
+    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each. `left_out`: how many
+    could not."""
 
     embedded: Tensor
     labels: list[str]
     splits: list[str]
+    left_out: LeftOut
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda 
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
     encoder = load(named, spec.device)  # compared before the cache is filled with its features
     side.require_encoder(encoder.fingerprint, f"{spec.modality} encoder {named}")
-    path = spec.caches / digest_strings([source.digest, source.media.place])[:16]  # another root has other files
+    path = (
+        as_path(spec.caches, "caches") / digest_strings([source.digest, source.media.place])[:16]
+    )  # another root has other files
     image, text = (named, None) if spec.modality == "image" else (None, named)
     extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
     store = FeatureStore.open(path)
@@ -92,7 +97,9 @@ def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda 
     owners = rows if spec.modality == "image" else store.pairs.image_rows[rows]
     labels, splits = ([str(column[row]) for row in owners] for column in (store.pairs.labels, store.pairs.splits))
     embedded = embed_rows(side, store, spec.modality, rows, lambda key: load_image(key, source.media).image)
-    return LabelledFeatures(embedded, labels, splits, _pooled(array, rows))
+    n_unreadable = array.rows - len(rows)
+    counted = {"unreadable_images" if spec.modality == "image" else "unreadable_texts": n_unreadable}
+    return LabelledFeatures(embedded, labels, splits, LeftOut(**counted), features=_pooled(array, rows))
 
 
 def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress: Progress) -> LabelledEmbeddings:
@@ -113,7 +120,9 @@ def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress:
         )
     if not good:
         raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
-    return LabelledEmbeddings(torch.cat(parts), [pair.label for pair in good], [pair.split for pair in good])
+    labels = [pair.label for pair in good]
+    splits = [pair.split for pair in good]
+    return LabelledEmbeddings(torch.cat(parts), labels, splits, LeftOut(unreadable_images=len(bad)))
 
 
 def _read(key: str, source: PairSource) -> Image.Image | RowError:
@@ -137,7 +146,8 @@ def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
 
 
 def _labelled(spec: LabelledSpec) -> PairSource:
-    """Images of the splits without captions, or texts of the splits."""
+    """All images of the splits, their captions put aside, or texts of the splits."""
+    require_type(spec.labels, PairSource, "labels")
     source, there = spec.labels, {pair.split for pair in spec.labels}
     for split in spec.splits:
         if split not in there:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from apecache.arguments import AnyPath, as_place, require_type
 from apecache.errors import OptionError, nearest, one_line
 from apecache.evaluate.benchmark_names import ENSEMBLES, Benchmark, clip_templates
 
@@ -12,12 +13,14 @@ NUMBER_TEMPLATES = ("a photo of the number {}",)
 OF_DIGITS = ("svhn", "mnist")
 
 
-def find_templates(name: str | None = None, benchmark: Benchmark | None = None) -> tuple[str, ...]:
+def find_templates(name: AnyPath | None = None, benchmark: Benchmark | None = None) -> tuple[str, ...]:
     """`single`, `clip-7`, `clip-80`, else a file. Without a name those of the benchmark; without both, `single`.
 
     Raises:
         MissingExtraError: CLIP's ensembles without open_clip. OptionError: no such file, or as `read_templates` does.
     """
+    name = None if name is None else str(as_place(name, "name"))
+    require_type(benchmark, Benchmark, "benchmark", optional=True)
     if name is None and benchmark is not None:
         return benchmark.templates
     if name is None or name == "single":

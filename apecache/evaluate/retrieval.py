@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apecache.arguments import require_type
 from apecache.errors import DataError
 from apecache.normalization import similarities
 
@@ -63,6 +64,8 @@ def retrieval_report(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Seq
     Raises:
         DataError: nothing to rank, an image without a caption, or embeddings that are not finite.
     """
+    for name, value in (("image", image), ("text", text), ("image_of_text", image_of_text)):
+        require_type(value, Tensor, name)
     _require_rankable(image, text, image_of_text)
     to_text = image_to_text_ranks(image, text, image_of_text)
     to_image = text_to_image_ranks(image, text, image_of_text)

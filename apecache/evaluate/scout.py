@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apecache.arguments import require_type
 from apecache.data.decoding import preprocess_ahead, reading_ahead
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
@@ -66,6 +67,8 @@ def scout(source: PairSource, spec: ScoutSpec, progress: Progress = lambda *_: N
         DataError: too few images with captions that can be read. EncoderError: an encoder or a cut that cannot be had.
         OptionError: a cut that keeps tokens, or no encoder of one modality.
     """
+    require_type(source, PairSource, "source")
+    require_type(spec, ScoutSpec, "spec")
     _require_pooled(spec)
     keys, captions = draw_pairs(source, spec.n_pairs, spec.seed)
     images, ok = _encode_all_images(source, keys, spec, progress)

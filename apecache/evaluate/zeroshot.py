@@ -2,18 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from apecache.arguments import as_texts, require_type
 from apecache.encoders.spec import EncoderSpec
 from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
+from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
 from apecache.extraction import Progress
 from apecache.normalization import normalize
+from apecache.heads.checkpoint import TrainedHeads
 from apecache.recipes.runs import Embed, Run, text_embedder
+from apecache.recipes.trained_encoders import TrainedEncoders
 
 N_CONFUSIONS = 10
 
@@ -35,7 +39,7 @@ class ZeroShotReport:
 
     `classes`: all candidates; `counts`: images of each; `empty`: those without any, which make the task no easier.
     `confusions`: class, what it was taken for, and how often; the most frequent first. `matched`: how labels were
-    matched with classes.
+    matched with classes. `left_out`: images that were asked for and could not be read.
     """
 
     top1: float
@@ -51,6 +55,7 @@ class ZeroShotReport:
     empty: tuple[str, ...]
     confusions: tuple[tuple[str, str, int], ...]
     matched: str = ""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
@@ -60,14 +65,17 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
         ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
         OptionError: a template without {}, or a label that stands for no class. DataError: no image that can be read.
     """
-    templates = tuple(map(check_template, spec.templates))
+    require_type(run, (TrainedHeads, TrainedEncoders), "run")
+    require_type(spec, ZeroShotSpec, "spec")
+    require_type(spec.images, LabelledSpec, "images")
+    templates = tuple(map(check_template, as_texts(spec.templates, "templates")))
     classes = match_labels(wanted_labels(spec.images), spec.names)
     embed_texts = text_embedder(run.text, spec.images.device, spec.text)
     found = labelled_images(run, spec.images, progress)  # after both encoders were compared
     weights = class_embeddings(embed_texts, classes.names, templates).to(found.embedded.device)
     targets = [classes.place[label] for label in found.labels]
     report = classification_report(found.embedded @ weights.T, targets, classes.names, templates)
-    return replace(report, matched=classes.matched)
+    return replace(report, matched=classes.matched, left_out=found.left_out)
 
 
 def class_embeddings(embed_texts: Embed, classes: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.durable import replace_tensors, replace_text
 from apecache.errors import MismatchError, RunError, nearest
 from apecache.fingerprint import Fingerprint, Json, canonical_json, describe_difference, digest_tensors
@@ -69,8 +70,10 @@ class TrainedHeads:
         return Fingerprint({"sides": fields, "weights": weights, "scale": self.scale}).digest
 
 
-def save_heads(heads: TrainedHeads, folder: Path) -> None:
+def save_heads(heads: TrainedHeads, folder: AnyPath) -> None:
     """Write weights first, then the description, whose presence makes the folder a finished run."""
+    require_type(heads, TrainedHeads, "heads")
+    folder = as_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     replace_tensors(folder / WEIGHTS, _tensors(heads))
     value = {
@@ -83,12 +86,13 @@ def save_heads(heads: TrainedHeads, folder: Path) -> None:
     replace_text(folder / DESCRIPTION, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def load_heads(folder: Path, device: torch.device | str = "cpu") -> TrainedHeads:
+def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHeads:
     """Read a run or index folder's heads.
 
     Raises:
         RunError: no finished run there, a newer format, or files that do not fit each other.
     """
+    folder = as_path(folder, "folder")
     path = folder / DESCRIPTION
     if not path.is_file():
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []

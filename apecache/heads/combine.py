@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from apecache.arguments import require_type, wrong_type
 from apecache.errors import OptionError
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.heads.head import Head, HeadSpec, SeveralHeads
@@ -14,6 +15,10 @@ def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
     Raises:
         OptionError: fewer than two runs. MismatchError: they are of different encoders.
     """
+    if not isinstance(runs, Sequence):
+        raise wrong_type(runs, "a list of TrainedHeads", "runs")
+    for number, run in enumerate(runs):
+        require_type(run, TrainedHeads, f"runs[{number}]")
     if len(runs) < 2:
         raise OptionError(f"{len(runs)} run given; give at least two to combine")
     for number, run in enumerate(runs[1:], 2):

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from apecache.arguments import require_type
 from apecache.errors import OptionError, RecipeError, nearest, one_line
 
 Retrieval = Literal["tr", "ir", "recall", "r1"]
@@ -185,6 +186,7 @@ def law_ids() -> list[str]:
 
 def load_law(name: str) -> Law:
     """Raises OptionError for an unknown one, RecipeError for a file that is none."""
+    require_type(name, str, "name")
     if name not in law_ids():
         raise OptionError(f"no law {name!r}; there are {', '.join(law_ids())}{nearest(name, law_ids())}")
     return parse_law((files("apecache.laws") / "zoo" / f"{name}.toml").read_text(encoding="utf-8"), name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from apecache.arguments import as_texts, require_type
 from apecache.errors import OptionError, nearest
 from apecache.laws.jobs import Job, Planned, counted_costs, jobs_in_turn, plan_law
 from apecache.laws.law import law_ids, load_law
@@ -66,6 +67,8 @@ def run_laws(
     A run is not begun where, at the rate of those before it, it would end after the budget; one that failed is tried
     again by the next call. Raises OptionError as `plan_laws` does.
     """
+    require_type(setting, LawsSetting, "setting")
+    only = as_texts(only, "only")
     begin = time.monotonic()
     plans = plan_laws(setting, only)
     wanted = jobs_in_turn(wanted_claims(plans, only))

@@ -1,5 +1,6 @@
 """A recipe: everything that a fit on cached features needs besides the features. One TOML file each, in `zoo/`."""
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from apecache.arguments import AnyPath, as_texts, wrong_type
 from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
@@ -257,12 +259,16 @@ def _names(folder: str) -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in paths if path.name.endswith(".toml"))
 
 
-def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
     """A recipe of the zoo by name, or a TOML file; `settings` are `section.key=value` overrides.
 
     Raises:
         RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the wrong kind.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise wrong_type(name, "the name of a recipe or a path of a .toml file", "name")
+    name = os.fspath(name)
+    settings = as_texts(settings, "settings")
     source = Path(name) if name.endswith(".toml") else _packaged("freeze" if name.startswith(FREEZE) else name)
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
@@ -275,6 +281,16 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         values = _override(values, setting)
     return parse_recipe(values, name)
+
+
+def as_recipe(recipe: object) -> Recipe:
+    """An argument that is a recipe: itself, or loaded by its name or file. Raises OptionError for another type, else as
+    `load_recipe` does."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str | os.PathLike):
+        return load_recipe(recipe)
+    raise wrong_type(recipe, "a Recipe, or the name of one", "recipe")
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:

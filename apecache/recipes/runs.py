@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.encoders.encoder import parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
@@ -27,13 +28,16 @@ BATCH = 64
 
 
 def load_run(
-    folder: Path, device: str = "cpu", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+    folder: AnyPath, device: str = "cpu", image: EncoderSpec | None = None, text: EncoderSpec | None = None
 ) -> Run:
     """Read a run or index folder. `image`, `text`: encoders that have moved; opened only where their towers trained.
 
     Raises:
         RunError, EncoderError, MismatchError: as `load_heads` and `load_encoders` do.
     """
+    folder = as_path(folder, "folder")
+    require_type(image, EncoderSpec, "image", optional=True)
+    require_type(text, EncoderSpec, "text", optional=True)
     if is_encoder_run(folder):
         return load_encoders(folder, device, image, text)
     return load_heads(folder, parse_device(device))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_type
+from apecache.data.images import Picture, open_readable
 from apecache.durable import replace_tensors, replace_text
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
@@ -50,15 +51,17 @@ class TrainedTower:
             )
 
     @torch.inference_mode()
-    def embed(self, inputs: Sequence[Image.Image] | Sequence[str], batch: int = 64) -> Tensor:
-        """RGB images, or texts -> float32 [n, dim], L2-normalised, on the encoder's device."""
+    def embed(self, inputs: Sequence[Picture] | Sequence[str], batch: int = 64) -> Tensor:
+        """Pictures, in any form that `open_picture` takes, or texts -> float32 [n, dim], L2-normalised, on the
+        encoder's device."""
         parts = [self._embed(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
         return torch.cat(parts) if parts else torch.empty(0, self.side.dim, device=self.loaded.device)
 
     def _embed(self, inputs: Sequence[Any]) -> Tensor:
         if isinstance(self.loaded, TextEncoder):
             return self.side(*self.loaded.pad(self.loaded.tokenise(inputs).ids)).float()  # type: ignore[no-any-return]
-        pixels = torch.stack([self.loaded.preprocess(image) for image in inputs])
+        images = [open_readable(image, f"inputs[{number}]") for number, image in enumerate(inputs)]
+        pixels = torch.stack([self.loaded.preprocess(image) for image in images])
         return self.side(pixels.to(self.loaded.device)).float()  # type: ignore[no-any-return]
 
 
@@ -76,7 +79,7 @@ class TrainedEncoders:
 
 
 def load_encoders(
-    run: Path, device: str = "auto", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+    run: AnyPath, device: str = "auto", image: EncoderSpec | None = None, text: EncoderSpec | None = None
 ) -> TrainedEncoders:
     """What a run trained, in the encoders that it names; `image`, `text`: these, where they have moved.
 
@@ -84,6 +87,9 @@ def load_encoders(
         RunError: not a finished run of the encoder trainer, or a damaged one. EncoderError: an encoder cannot be had.
         MismatchError: an encoder is no longer the one that was trained.
     """
+    run = as_path(run, "run")
+    require_type(image, EncoderSpec, "image", optional=True)
+    require_type(text, EncoderSpec, "text", optional=True)
     value = read_description(run)
     where = parse_device(device)
     recipe = parse_recipe(value["recipe"], str(run / DESCRIPTION))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath, as_path, require_type, wrong_type
 from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
@@ -59,15 +60,21 @@ class _Measured:
     embedded: Embeddings
 
 
-def report_page(runs: Sequence[Path], out: Path, spec: ReportSpec | None = None) -> Path:
+def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None = None) -> Path:
     """Write the page of one or several finished runs.
 
     Raises:
         RunError: no finished run, or a damaged one. OptionError: a run given twice. DataError: runs whose dev split the
         store does not have, no such split, or nothing to show. MismatchError: a store of other encoders.
     """
+    if not isinstance(runs, list | tuple):
+        raise wrong_type(runs, "a list of run folders", "runs")
+    folders = [as_path(run, f"runs[{number}]") for number, run in enumerate(runs)]
+    out = as_path(out, "out")
+    require_type(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
-    records = read_records(runs)
+    require_type(spec.store, FeatureStore, "store", optional=True)
+    records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: found.report for name, found in measured.items()}
     reports = reports or {record.name: record.dev for record in records if record.dev}
@@ -80,7 +87,7 @@ def report_page(runs: Sequence[Path], out: Path, spec: ReportSpec | None = None)
         tables=tuple(_tables(records, reports, measured, spec)),
         charts=_charts(records),
         galleries=_galleries(measured, spec),
-        notes=_notes(records, spec),
+        notes=(*_notes(records, spec), *_left_out_notes(measured)),
     )
     return write_page(page, out)
 
@@ -159,6 +166,17 @@ def _subtitle(records: Sequence[RunRecord]) -> str:
     encoders = {(r.settings.get("image encoder", ""), r.settings.get("text encoder", "")) for r in records}
     (image, text), *more = sorted(encoders)
     return f"{image} and {text}" + (f", and {len(more)} other pairs of encoders" if more else "")
+
+
+def _left_out_notes(measured: dict[str, _Measured]) -> tuple[str, ...]:
+    """What retrieval could not use, once where it is the same for all runs."""
+    names_of: dict[str, list[str]] = {}
+    for name, one in measured.items():
+        names_of.setdefault(str(one.embedded.left_out), []).append(name)
+    if len(names_of) == 1:
+        (text,) = names_of
+        return (f"{text[:1].upper()}{text[1:]}.",) if text else ()
+    return tuple(f"{', '.join(names)}: {text}." for text, names in names_of.items() if text)
 
 
 def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:

@@ -114,7 +114,9 @@ class SearchPage:
         if asked.empty:
             raise PageError(400, "The query is empty: type words, choose an image, or take “like this” of a result.")
         query = self._query(asked)
-        target: Target = "captions" if (asked.target or query.target) == "captions" else "images"
+        target: Target = "captions" if (asked.target or self.index.target_of(query)) == "captions" else "images"
+        if not self.counts[target]:
+            raise PageError(400, f"The index holds no {target}.")
         most = min(self.counts[target], MOST)
         k = asked.k or min(USUAL, most)
         if k > most:
@@ -154,7 +156,7 @@ class SearchPage:
     def render(self, asked: Asked, found: Sequence[Found] | None = None, problem: str = "") -> str:
         """The whole page. `found` None: nothing was asked yet."""
         about = {"asked": asked, "found": found, "problem": problem, "counts": self.counts, "most": MOST}
-        k = asked.k or min(USUAL, *self.counts.values())
+        k = asked.k or min(USUAL, *(count for count in self.counts.values() if count))
         likes = [(row, self.rows[row]) for row in asked.like if row < len(self.rows)]
         sent = None if asked.picture is None else thumbnail(asked.picture)
         pictures = not isinstance(self.media, NoMedia)

@@ -6,9 +6,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.media import Media, media_at
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MissingExtraError, OptionError
@@ -24,8 +24,8 @@ class ServeSpec:
     `expose`: others may reach it, which an address other than this machine's own needs. `port` 0: any that is free.
     `image`, `text`: encoders that have moved."""
 
-    index: Path
-    run: Path | None = None
+    index: AnyPath
+    run: AnyPath | None = None
     media: Media | None = None
     host: str = "127.0.0.1"
     port: int = 8080
@@ -43,6 +43,7 @@ def serve(spec: ServeSpec, ready: Callable[[str], None] = lambda _: None) -> Non
         without `expose`, or one that cannot be had. RunError: no index. MismatchError: an index of other heads than the
         run's, or an encoder that is not the one they were trained on.
     """
+    require_type(spec, ServeSpec, "spec")
     server, sockets, url = make_server(spec)
     ready(url)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(sockets[0]):
@@ -72,9 +73,11 @@ def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
 def _app(spec: ServeSpec) -> Any:
     from apecache.report.web import search_app
 
-    index = SearchIndex.open(spec.index, spec.image, spec.text, spec.device)
+    folder = as_path(spec.index, "index")
+    index = SearchIndex.open(folder, spec.image, spec.text, spec.device)
     if spec.run is not None:
-        require_head(index.description, load_run(spec.run, "cpu", spec.image, spec.text), spec.index, spec.run)
+        run = as_path(spec.run, "run")
+        require_head(index.description, load_run(run, "cpu", spec.image, spec.text), folder, run)
     page = SearchPage(index, spec.media or media_at(str(index.description.get("place", ""))))
     page.warm()
     return search_app(page, [spec.host], spec.expose)

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import MissingExtraError, RunError, one_line
 from apecache.heads.checkpoint import DESCRIPTION
 from apecache.report.importance import FEWEST, importances
@@ -49,12 +50,14 @@ def is_sweep(folder: Path) -> bool:
     return (folder / DESCRIBED).is_file()
 
 
-def sweep_page(folder: Path, out: Path | None = None, title: str = "") -> Path:
+def sweep_page(folder: AnyPath, out: AnyPath | None = None, title: str = "") -> Path:
     """Write the page of a sweep, finished or not, by default as `report.html` in its folder.
 
     Raises:
         RunError: no sweep, one without a trial so far, or one that is damaged.
     """
+    folder = as_path(folder, "folder")
+    page_path = folder / PAGE if out is None else as_path(out, "out")
     sweep = _read(folder)
     fitted = (sweep.best / DESCRIPTION).is_file()
     shares, remark = _importance(sweep)
@@ -70,7 +73,7 @@ def sweep_page(folder: Path, out: Path | None = None, title: str = "") -> Path:
         charts=(*_progress(sweep), *(chart for chart in curves if any(c.points for c in chart.curves))),
         notes=(CHOSEN_ON, *((remark,) if remark else ())),
     )
-    return write_page(page, out or folder / PAGE)
+    return write_page(page, page_path)
 
 
 def _read(folder: Path) -> _Sweep:

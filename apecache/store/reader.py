@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError, nearest
 from apecache.fingerprint import Modality, digest_strings
 from apecache.store.array import FeatureArray
@@ -38,13 +39,13 @@ class FeatureStore:
     segments: tuple["FeatureStore", ...] = ()
 
     @staticmethod
-    def open(path: Path | str) -> "FeatureStore":
+    def open(path: AnyPath) -> "FeatureStore":
         """A store in a folder, or on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`).
 
         Raises:
             StoreError: there is no store at `path`, or one that was not finished being made.
         """
-        return FeatureStore.at(open_files(path))
+        return FeatureStore.at(open_files(as_place(path, "path")))
 
     @staticmethod
     def at(files: Files) -> "FeatureStore":

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apecache.arguments import AnyPath
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
@@ -54,7 +54,7 @@ class FitEncoderSpec:
     save_seconds: float = 30.0
     report_split: str = "test"
     price_per_hour: float | None = None
-    init_from: Path | None = None
+    init_from: AnyPath | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from apecache.arguments import as_path
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads
@@ -100,7 +101,7 @@ def set_up(
     """Raises as `fit_encoder` does before it trains."""
     image, text = (open_source(store, recipe, side, spec, device) for side in ("image", "text"))
     teacher = open_teacher(store, recipe, device)
-    start = None if spec.init_from is None else open_start(spec.init_from, recipe, (image, text))
+    start = None if spec.init_from is None else open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
     opened = Opened(store, recipe, spec, (image, text), teacher, start)
     train, dev = split_rows(store, opened.sources, spec, teacher)
     first, second = (open_inputs(source, store, open_image, device) for source in opened.sources)

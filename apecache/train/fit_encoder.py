@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.durable import remove_tensors
 from apecache.encoders.encoder import parse_device
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Json, Modality
-from apecache.recipes.recipe import Recipe
+from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, save_encoders
 from apecache.store.reader import FeatureStore
 from apecache.train.checkpoint import CHECKPOINT
@@ -60,8 +61,8 @@ class FitEncoderReport:
 
 def fit_encoder(
     store: FeatureStore,
-    recipe: Recipe,
-    out: Path,
+    recipe: Recipe | AnyPath,
+    out: AnyPath,
     spec: FitEncoderSpec | None = None,
     open_image: OpenImage | None = None,
     progress: Progress = lambda _: None,
@@ -69,8 +70,9 @@ def fit_encoder(
     """Train the recipe's towers and heads on a store's pairs and write a run folder. The same call again goes on with a
     fit that was broken off.
 
-    `open_image`: reads the image of a key; needed where the image side is live. Under torchrun every process makes this
-    call, with the same arguments; the first one writes, and is told of the progress.
+    `recipe`: a Recipe, or the name of one. `open_image`: reads the image of a key; needed where the image side is live.
+    Under torchrun every process makes this call, with the same arguments; the first one writes, and is told of the
+    progress.
 
     Raises:
         RunError: `out` holds a finished run, another process fits into it, or `init_from` is no run of fit-head.
@@ -79,6 +81,10 @@ def fit_encoder(
         not work. OptionError: settings that make no sense. DataError: an unreadable image, a loss that is not finite, a
         check of `apecache lint` that fails.
     """
+    require_type(store, FeatureStore, "store")
+    require_type(spec, FitEncoderSpec, "spec", optional=True)
+    recipe = as_recipe(recipe)
+    out = as_path(out, "out")
     spec = spec or FitEncoderSpec()
     device = parse_device(own_device(spec.device))
     with joined(device) as ranks:

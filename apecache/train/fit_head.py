@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.durable import remove_tensors
 from apecache.errors import RecipeError
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
 from apecache.heads.head import Head, HeadSpec
-from apecache.recipes.recipe import Recipe
+from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
@@ -59,7 +60,7 @@ class FitSpec:
     save_seconds: float = 30.0
     report_split: str = "test"
     price_per_hour: float | None = None
-    extract_report: Path | None = None
+    extract_report: AnyPath | None = None
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,33 @@ class FitReport:
 
 
 def fit_head(
-    store: FeatureStore, recipe: Recipe, out: Path, spec: FitSpec | None = None, progress: Progress = lambda _: None
+    store: FeatureStore,
+    recipe: Recipe | AnyPath,
+    out: AnyPath,
+    spec: FitSpec | None = None,
+    progress: Progress = lambda _: None,
 ) -> FitReport:
     """Fit the recipe's heads on a store's features and write a run folder: head, history, recipe. The same call again
-    goes on with a fit that was broken off.
+    goes on with a fit that was broken off. `recipe`: a Recipe, or the name of one.
 
     Raises:
         RunError: `out` holds a finished run, or another process fits into it. MismatchError: it holds another fit,
         broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do not work. DataError:
         a check of `apecache lint` fails, or a loss is not finite.
     """
+    require_type(store, FeatureStore, "store")
+    require_type(spec, FitSpec, "spec", optional=True)
+    recipe = as_recipe(recipe)
+    out = as_path(out, "out")
     spec = spec or FitSpec()
+    report_path = as_path(spec.extract_report, "extract_report") if spec.extract_report else None
     if not recipe.trains_heads_alone:
         raise RecipeError(f"recipe {recipe.name} trains within the towers, or freezes a head; use fit-encoder")
     require_usable(out, spec.overwrite)
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
     identity = _identity(recipe, spec, store, arrays)
     found = None if spec.overwrite else find_checkpoint(out, identity)
-    extraction = read_extraction(spec.extract_report, arrays) if spec.extract_report else None
+    extraction = read_extraction(report_path, arrays) if report_path else None
     device = choose_device(spec.device)
     meter, begin = Meter(device), time.perf_counter()
     train, dev = load_splits(store, *arrays, spec.splits, device, recipe)

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from apecache.data.augment import Views
+from apecache.data.images import Picture, open_picture
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.pixels import Preprocess
 from apecache.errors import DataError, RowError
 
-OpenImage = Callable[[str], Image.Image]
-"""Key of the pair table -> RGB image; raises RowError."""
+OpenImage = Callable[[str], Picture]
+"""Key of the pair table -> picture, in any form that `open_picture` takes; raises RowError."""
 
 
 class Inputs(Protocol):
@@ -90,7 +90,7 @@ class ImageInputs:
 
     def _read(self, row: int) -> Tensor:
         try:
-            image = self.open_image(self.keys[row])
+            image = open_picture(self.open_image(self.keys[row]), self.keys[row])
         except RowError as error:
             raise DataError(
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"

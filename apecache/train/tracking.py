@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import MissingExtraError, RunError, require_local
 from apecache.train.loop import Progress
 
 
 @contextmanager
-def log_to_tensorboard(folder: Path) -> Iterator[Progress]:
+def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
     """A `progress` for `fit_head` and `fit_encoder` that writes every line of the history as events: `loss`, `lr`,
     `temperature`, `dev/mean_recall` and `dev/image_to_text/R@k`, `dev/text_to_image/R@k` (per cent), by training step.
 
@@ -21,6 +21,7 @@ def log_to_tensorboard(folder: Path) -> Iterator[Progress]:
     Raises:
         MissingExtraError: TensorBoard is not installed. RunError: `folder` is a file, or on object storage.
     """
+    folder = as_path(folder, "folder")
     require_local(folder, "folder of events")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is no folder, so no events can be written into it; choose another")

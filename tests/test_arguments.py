@@ -1,0 +1,254 @@
+"""Public functions take paths as text, and name an argument of a wrong type at once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import apecache
+from apecache.arguments import as_path, as_place, as_texts, require_type
+from apecache.data.pairs import PairSource
+from apecache.errors import ApecacheError, OptionError
+from apecache.heads.checkpoint import TrainedHeads
+from apecache.store.reader import FeatureStore
+
+
+class Foreign:
+    """Of no type that any function expects."""
+
+
+WRONG: Any = Foreign()
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store: Path) -> FeatureStore:
+    return FeatureStore.open(str(tiny_store))
+
+
+@pytest.fixture(scope="module")
+def heads(tiny_run: Path) -> TrainedHeads:
+    return apecache.load_heads(str(tiny_run))
+
+
+# --- the checks themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["a/b", Path("a/b")])
+def test_a_path_may_be_a_text_or_a_path(value: Any) -> None:
+    assert as_path(value, "out") == Path("a/b")
+
+
+def test_a_url_is_kept_as_it_was_written() -> None:
+    assert as_place("s3://bucket/store", "store") == "s3://bucket/store"
+
+
+@pytest.mark.parametrize("value", [None, 3, b"a", [], WRONG])
+def test_what_is_no_path_is_named(value: Any) -> None:
+    with pytest.raises(
+        OptionError, match=rf"^out: expected a path \(str or os\.PathLike\), found {type(value).__name__}"
+    ):
+        as_path(value, "out")
+
+
+def test_an_empty_path_is_not_the_working_folder() -> None:
+    with pytest.raises(OptionError, match="out: expected a path, found an empty text"):
+        as_path("", "out")
+
+
+def test_a_wrong_type_says_how_to_make_the_right_one() -> None:
+    with pytest.raises(
+        OptionError, match=r"store: expected FeatureStore, found str; make one with: FeatureStore\.open"
+    ):
+        require_type("store", FeatureStore, "store")
+    require_type(None, FeatureStore, "store", optional=True)
+    with pytest.raises(OptionError, match="found NoneType"):
+        require_type(None, FeatureStore, "store")
+
+
+def test_a_single_text_is_no_list_of_texts() -> None:
+    assert as_texts(["a", "b"], "like") == ("a", "b")
+    for value, message in (("ab", "put it in brackets"), (3, "found int"), (["a", 3], r"like\[1\]: expected str")):
+        with pytest.raises(OptionError, match=message):
+            as_texts(value, "like")
+
+
+# --- the public functions --------------------------------------------------------------------------------------------
+
+
+def pairs() -> PairSource:
+    return PairSource(())
+
+
+Wrongs = dict[str, tuple[str, Callable[[Any, Any], object]]]
+"""By what is called: the argument that is wrong, and the call, given a store and heads."""
+
+CALLS: Wrongs = {
+    "FeatureStore.open": ("path", lambda s, h: FeatureStore.open(WRONG)),
+    "SearchIndex.open": ("path", lambda s, h: apecache.SearchIndex.open(WRONG)),
+    "SearchIndex.open, image": ("image", lambda s, h: apecache.SearchIndex.open("i", image="timm:x")),  # type: ignore[arg-type]
+    "build_index, run": ("run", lambda s, h: apecache.build_index(WRONG, s, "out")),
+    "build_index, store": ("store", lambda s, h: apecache.build_index("run", "store", "out")),  # type: ignore[arg-type]
+    "build_index, out": ("out", lambda s, h: apecache.build_index("run", s, WRONG)),
+    "combine_heads": ("runs", lambda s, h: apecache.combine_heads(WRONG)),
+    "combine_heads, paths": (r"runs\[0\]", lambda s, h: apecache.combine_heads(["a", "b"])),  # type: ignore[list-item]
+    "embed_store, run": ("run", lambda s, h: apecache.embed_store("run", s)),  # type: ignore[arg-type]
+    "embed_store, store": ("store", lambda s, h: apecache.embed_store(h, "store")),  # type: ignore[arg-type]
+    "extract, source": ("source", lambda s, h: apecache.extract("a.tsv", "out", apecache.ExtractSpec())),  # type: ignore[arg-type]
+    "extract, store": ("store", lambda s, h: apecache.extract(pairs(), WRONG, apecache.ExtractSpec())),
+    "extract, spec": ("spec", lambda s, h: apecache.extract(pairs(), "out", WRONG)),
+    "extract, image": (
+        "image",
+        lambda s, h: apecache.extract(pairs(), "out", apecache.ExtractSpec("timm:test_vit")),  # type: ignore[arg-type]
+    ),
+    "extract_on_ray": ("store", lambda s, h: apecache.extract_on_ray(pairs(), WRONG, apecache.ExtractSpec())),
+    "plan_extraction": ("store", lambda s, h: apecache.plan_extraction(pairs(), WRONG, apecache.ExtractSpec())),
+    "find_templates": ("name", lambda s, h: apecache.find_templates(WRONG)),
+    "fit_head, store": ("store", lambda s, h: apecache.fit_head("store", "projection", "run")),  # type: ignore[arg-type]
+    "fit_head, recipe": ("recipe", lambda s, h: apecache.fit_head(s, WRONG, "run")),
+    "fit_head, out": ("out", lambda s, h: apecache.fit_head(s, "projection", WRONG)),
+    "fit_head, spec": ("spec", lambda s, h: apecache.fit_head(s, "projection", "run", WRONG)),
+    "fit_encoder, store": ("store", lambda s, h: apecache.fit_encoder("store", "lit", "run")),  # type: ignore[arg-type]
+    "fit_encoder, recipe": ("recipe", lambda s, h: apecache.fit_encoder(s, WRONG, "run")),
+    "fit_encoder, out": ("out", lambda s, h: apecache.fit_encoder(s, "lit", WRONG)),
+    "load": ("run", lambda s, h: apecache.load(WRONG)),
+    "load, text": ("text", lambda s, h: apecache.load("run", text="hf:x")),  # type: ignore[arg-type]
+    "load_benchmark": ("name", lambda s, h: apecache.load_benchmark(WRONG)),
+    "load_encoders": ("run", lambda s, h: apecache.load_encoders(WRONG)),
+    "load_heads": ("folder", lambda s, h: apecache.load_heads(WRONG)),
+    "load_law": ("name", lambda s, h: apecache.load_law(WRONG)),
+    "load_recipe": ("name", lambda s, h: apecache.load_recipe(WRONG)),
+    "load_recipe, settings": ("settings", lambda s, h: apecache.load_recipe("projection", "image.dim=4")),
+    "load_run": ("folder", lambda s, h: apecache.load_run(WRONG)),
+    "load_space, path": ("path", lambda s, h: apecache.load_space(WRONG, ["projection"])),
+    "load_space, recipes": ("recipes", lambda s, h: apecache.load_space("space.toml", "projection")),
+    "log_to_tensorboard": ("folder", lambda s, h: apecache.log_to_tensorboard(WRONG).__enter__()),  # type: ignore[attr-defined]
+    "open_pairs": ("uri", lambda s, h: apecache.open_pairs(WRONG)),
+    "open_pairs, spec": ("spec", lambda s, h: apecache.open_pairs("a.tsv", WRONG)),
+    "parse_encoder": ("text", lambda s, h: apecache.parse_encoder(WRONG, "image")),
+    "read_class_names": ("path", lambda s, h: apecache.read_class_names(WRONG)),
+    "report_page, runs": ("runs", lambda s, h: apecache.report_page("run", "out.html")),
+    "report_page, run": (r"runs\[0\]", lambda s, h: apecache.report_page([WRONG], "out.html")),
+    "report_page, out": ("out", lambda s, h: apecache.report_page(["run"], WRONG)),
+    "retrieval_report": ("image", lambda s, h: apecache.retrieval_report(np.eye(2), torch.eye(2), torch.arange(2))),  # type: ignore[arg-type]
+    "run_laws": ("setting", lambda s, h: apecache.run_laws(WRONG)),
+    "save_heads, heads": ("heads", lambda s, h: apecache.save_heads(WRONG, "out")),
+    "save_heads, folder": ("folder", lambda s, h: apecache.save_heads(h, WRONG)),
+    "scout": ("source", lambda s, h: apecache.scout(WRONG, WRONG)),
+    "serve": ("spec", lambda s, h: apecache.serve(WRONG)),
+    "sweep, store": ("store", lambda s, h: apecache.sweep(WRONG, WRONG, "out")),
+    "sweep, space": ("space", lambda s, h: apecache.sweep(s, WRONG, "out")),
+    "sweep_on_ray": ("store", lambda s, h: apecache.sweep_on_ray(WRONG, WRONG, "out")),
+    "sweep_page": ("folder", lambda s, h: apecache.sweep_page(WRONG)),
+    "update_index": ("run", lambda s, h: apecache.update_index(WRONG, s, "out")),
+    "zero_shot, run": ("run", lambda s, h: apecache.zero_shot("run", WRONG)),  # type: ignore[arg-type]
+    "zero_shot, spec": ("spec", lambda s, h: apecache.zero_shot(h, WRONG)),
+    "AlignmentHead": ("name", lambda s, h: apecache.AlignmentHead(WRONG).fit(np.eye(8), np.eye(8))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_wrong_type_is_named_with_the_expected_and_the_found_one(
+    call: str, store: FeatureStore, heads: TrainedHeads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argument, function = CALLS[call]
+    with pytest.raises(OptionError, match=rf"^{argument}: .*expected.*, found ") as caught:
+        function(store, heads)
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_public_function_is_in_the_table() -> None:
+    """`probe` takes any arrays; `build_tower` any model, and names those that it knows."""
+    functions = {name for name in apecache.__all__ if name[0].islower()} - {"probe", "build_tower"}
+    assert functions <= {call.partition(",")[0] for call in CALLS}
+
+
+Given = tuple[Path, Path, Path]
+"""A finished run, a finished store, and the table that it was made of."""
+
+BY_TEXT: dict[str, Callable[[Given, FeatureStore], object]] = {
+    "FeatureStore.open": lambda g, s: FeatureStore.open(str(g[1])).digest,
+    "load": lambda g, s: apecache.load(str(g[0])).dim,
+    "load_heads": lambda g, s: apecache.load_heads(str(g[0])).digest,
+    "load_run": lambda g, s: apecache.load_run(str(g[0])).digest,
+    "save_heads": lambda g, s: apecache.save_heads(apecache.load_heads(str(g[0])), "copy"),
+    "build_index": lambda g, s: apecache.build_index(str(g[0]), s, "index").n_images,
+    "update_index": lambda g, s: (
+        apecache.build_index(str(g[0]), s, "index"),
+        apecache.update_index(str(g[0]), s, "index").n_images,
+    ),
+    "SearchIndex.open": lambda g, s: (
+        apecache.build_index(str(g[0]), s, "index"),
+        apecache.SearchIndex.open("index").path.name,
+    ),
+    "open_pairs": lambda g, s: len(apecache.open_pairs(str(g[2]), apecache.OpenSpec(root=str(g[2].parent)))),
+    "OpenSpec.split_file": lambda g, s: (
+        Path("splits.tsv").write_text("key\tsplit\nimages/red-circle-0.png\tval\n"),
+        len(apecache.open_pairs(str(g[2]), apecache.OpenSpec(split_file="splits.tsv"))),
+    ),
+    "fit_head": lambda g, s: (
+        apecache.fit_head(s, "ridge", "run", apecache.FitSpec(splits=apecache.SplitSpec(dev="val"), device="cpu")).run
+    ),
+    "load_recipe": lambda g, s: (
+        Path("own.toml").write_text('name = "own"\n'),
+        apecache.load_recipe(Path("own.toml")).name,
+    ),
+    "load_space": lambda g, s: (
+        Path("space.toml").write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n'),
+        apecache.load_space("space.toml", ["projection"]).recipes,
+    ),
+    "read_class_names": lambda g, s: (
+        Path("names.txt").write_text("cat\ndog\n"),
+        apecache.read_class_names("names.txt").names,
+    ),
+    "find_templates": lambda g, s: (
+        Path("prompts.txt").write_text("a {}\n"),
+        apecache.find_templates(Path("prompts.txt")),
+    ),
+    "report_page": lambda g, s: apecache.report_page([str(g[0])], "page.html"),
+}
+
+
+@pytest.mark.parametrize("call", BY_TEXT)
+def test_a_path_may_be_given_as_a_text(
+    call: str,
+    tiny_run: Path,
+    tiny_store: Path,
+    shapes_once: Path,
+    store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    BY_TEXT[call]((tiny_run, tiny_store, shapes_once), store)
+
+
+@pytest.mark.parametrize("function", ["load_encoders", "sweep_page", "log_to_tensorboard", "fit_encoder"])
+def test_a_path_as_a_text_reaches_the_message_about_it(
+    function: str, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Functions whose success would cost seconds: what they refuse shows that the text was taken for the path."""
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    calls: dict[str, Callable[[], object]] = {
+        "load_encoders": lambda: apecache.load_encoders("taken"),
+        "sweep_page": lambda: apecache.sweep_page("taken"),
+        "log_to_tensorboard": lambda: apecache.log_to_tensorboard("taken").__enter__(),  # type: ignore[attr-defined]
+        "fit_encoder": lambda: apecache.fit_encoder(store, "lit", "taken"),
+    }
+    with pytest.raises(ApecacheError, match=r"^(run folder )?taken") as caught:
+        calls[function]()
+    assert not isinstance(caught.value, OptionError)
+
+
+def test_a_recipe_may_be_its_name(store: FeatureStore, tmp_path: Path) -> None:
+    spec = apecache.FitSpec(splits=apecache.SplitSpec(dev="val"), device="cpu")
+    apecache.fit_head(store, "ridge", os.fspath(tmp_path / "by-name"), spec)
+    apecache.fit_head(store, apecache.load_recipe("ridge"), tmp_path / "by-object", spec)
+    digests = {apecache.load_heads(tmp_path / name).digest for name in ("by-name", "by-object")}
+    assert len(digests) == 1
