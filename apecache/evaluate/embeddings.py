@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from apecache.errors import DataError, OptionError, RowError, nearest
+from apecache.evaluate.relevance import Relevance
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.heads.checkpoint import TrainedSide
 from apecache.store.array import FeatureArray
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 
 OpenImage = Callable[[str], Image.Image]
@@ -51,6 +53,7 @@ class Embeddings:
     """`image` [n, dim] and `text` [m, dim], float32, L2-normalised, in the order of the table.
 
     `image_rows`, `text_rows`: rows of the store; `image_of_text` int64 [m]: the row in `image` of each caption's image.
+    `relevance`: the right answers where captions or images are equal; None: each image's own captions alone.
     """
 
     image: Tensor
@@ -58,6 +61,7 @@ class Embeddings:
     image_rows: NDArray[np.int64]
     text_rows: NDArray[np.int64]
     image_of_text: Tensor
+    relevance: Relevance | None = None
 
 
 def embed_store(
@@ -86,7 +90,21 @@ def embed_store(
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image = embed_rows(run.image, store, "image", images, open_image)
     text = embed_rows(run.text, store, "text", texts)
-    return Embeddings(image, text.to(image.device), images, texts, owners.to(image.device))
+    owners = owners.to(image.device)
+    content = equal_content(run.image, store)
+    relevance = Relevance.of(
+        owners,
+        torch.from_numpy(pairs.caption_ids[texts]),
+        None if content is None else torch.from_numpy(content[images]),
+    )
+    return Embeddings(image, text.to(image.device), images, texts, owners, relevance)
+
+
+def equal_content(side: TrainedSide | LiveSide, store: FeatureStore) -> NDArray[np.int64] | None:
+    """int64 [n_images]: equal numbers for images of equal content, None where all differ or no features tell."""
+    if isinstance(side, TrainedSide):
+        return equal_images(find_features(side, store, "image"))
+    return next((equal_images(array) for array in store.arrays("image")), None)
 
 
 def embed_rows(
