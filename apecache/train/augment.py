@@ -32,10 +32,15 @@ def mix(batch: Batch, alpha: float) -> Batch:
     image, text = (_mix_halves(x, n, coefficient) for x, n in ((batch.image, half), (batch.text, half * captions)))
     groups = None
     if batch.groups is not None:
-        first, second = batch.groups.image[: 2 * half].split(half)
-        own = first * len(batch.image) + second
+        own = mixed_groups(batch.groups.image)
         groups = replace(batch.groups, image=own, text=own.repeat_interleave(captions))
     return Batch(image, text, None, None, groups)
+
+
+def mixed_groups(groups: Tensor) -> Tensor:
+    """int64 [n // 2]: equal numbers where both halves' `groups` (int64 [n], numbers from 0 below n) are equal."""
+    half = len(groups) // 2
+    return groups[:half] * len(groups) + groups[half : 2 * half]
 
 
 def _mix_halves(x: Tensor, half: int, coefficient: float) -> Tensor:
