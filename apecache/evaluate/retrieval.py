@@ -99,10 +99,7 @@ def image_to_text_ranks(
     parts = []
     for rows in _tiles(len(image), image.device):
         scores = image[rows] @ text.T
-        if relevance is None:
-            right = image_of_text.unsqueeze(0) == rows.unsqueeze(1)
-        else:
-            right = relevance.right_texts(rows)
+        right = _own_texts(image_of_text, rows) if relevance is None else relevance.right_texts(rows)
         parts.append(_wrong_before(scores, right))
     return torch.cat(parts)
 
@@ -120,6 +117,11 @@ def text_to_image_ranks(
         else:
             parts.append(_wrong_before(scores, relevance.right_images(rows)))
     return torch.cat(parts)
+
+
+def _own_texts(image_of_text: Tensor, images: Tensor) -> Tensor:
+    """bool [len(images), n_texts]: the captions of each of these images (rows)."""
+    return image_of_text.unsqueeze(0) == images.unsqueeze(1)
 
 
 def _wrong_before(scores: Tensor, right: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def augment(batch: Batch, spec: AugmentationSpec, image: Head, text: Head) -> Ba
 
 def mix(batch: Batch, alpha: float) -> Batch:
     """One half of the images mixed with the other, and their captions likewise, with *one* coefficient from
-    Beta(alpha, alpha) (FuseMix, section 5.1). An odd image is left out; a mixture belongs to its own captions, and to those of
-    other mixtures of the same two groups."""
+    Beta(alpha, alpha) (FuseMix, section 5.1). An odd image is left out; a mixture belongs to its own captions,
+    and to those of other mixtures of the same two groups."""
     coefficient = float(torch.distributions.Beta(alpha, alpha).sample())
     half, captions = len(batch.image) // 2, len(batch.text) // len(batch.image)
     image, text = (_mix_halves(x, n, coefficient) for x, n in ((batch.image, half), (batch.text, half * captions)))
