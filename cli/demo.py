@@ -115,7 +115,7 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     spec = ZeroShotSpec(images, TEMPLATES)
     for stage, heads in stages:
         embedded = embed_store(heads, opened, "val")
-        report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+        report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
         classes = zero_shot(heads, spec)
         rows.append({"recipe": name, "stage": stage, **vars(report), "top1": classes.top1, "top5": classes.top5})
         rows[-1].update(chance_top1=classes.chance_top1, chance_top5=classes.chance_top5)

@@ -115,12 +115,15 @@ def retrieval(
     opened = FeatureStore.open(store)
     embedded = embed_store(loaded, opened, split, opener(root))
     about = (embedded.image, embedded.text, embedded.image_of_text)
-    report = folded_report(*about, folds) if folds else retrieval_report(*about)
+    equal: Any = {"relevance": embedded.relevance}
+    report = folded_report(*about, folds, **equal) if folds else retrieval_report(*about, **equal)
     measure = csls_report
-    corrected = (folded_report(*about, folds, measure=measure) if folds else measure(*about)) if csls else None
-    intervals = None if folds else bootstrap_intervals(*about)
+    corrected = None
+    if csls:
+        corrected = folded_report(*about, folds, measure=measure, **equal) if folds else measure(*about, **equal)
+    intervals = None if folds else bootstrap_intervals(*about, **equal)
     tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
-    languages = language_reports(*about, tongues) if by_language else {}
+    languages = language_reports(*about, tongues, **equal) if by_language else {}
     seen = _seen(loaded.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")

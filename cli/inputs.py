@@ -31,7 +31,11 @@ SplitFile = Annotated[
     Path | None, typer.Option("--split-file", help="TSV of key and split, or a folder of train.txt, val.txt, ….")
 ]
 SplitFraction = Annotated[
-    str | None, typer.Option("--split-fraction", help="Shares like train=.9,val=.1, dealt out by a hash of the key.")
+    str | None,
+    typer.Option(
+        "--split-fraction",
+        help="Shares like train=.9,val=.1, dealt out by a hash of the key; equal images stay together.",
+    ),
 ]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Another number deals --split-fraction out otherwise.")]
 SingleWriter = Annotated[

@@ -4,7 +4,7 @@ Nothing of a data set is executed: its loading scripts are not supported by the 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,22 @@ class HubMedia:
 
     def exists(self, key: str) -> bool:
         return key in self.places
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return [self._size(key) for key in keys]
+
+    def _size(self, key: str) -> int | None:
+        if key not in self.places:
+            return None
+        from pyarrow import compute
+
+        part, row = self.places[key]
+        image = self.parts[part][row : row + 1].column(0)
+        size = compute.binary_length(compute.struct_field(image, "bytes"))[0].as_py()
+        if size is not None:
+            return int(size)
+        path = compute.struct_field(image, "path")[0].as_py()
+        return self.files.sizes([path])[0] if path else None
 
 
 class _Part(NamedTuple):

@@ -6,7 +6,7 @@ A medium is small to pickle and safe to share between threads: it opens what it 
 import os
 import posixpath
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,9 @@ class Media(Protocol):
     def exists(self, key: str) -> bool:
         """Whether there is something to read; it may still be no image."""
 
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """Bytes of each image, None where there is nothing to read; no image is read whole if its place tells."""
+
 
 @dataclass(frozen=True)
 class NoMedia:
@@ -49,6 +52,9 @@ class NoMedia:
 
     def exists(self, key: str) -> bool:
         return False
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return [None] * len(keys)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,15 @@ class FolderMedia:
             return resolve_below(key, self.root).exists()
         except (RowError, OSError, ValueError):
             return False
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return [self._size(key) for key in keys]
+
+    def _size(self, key: str) -> int | None:
+        try:
+            return resolve_below(key, self.root).stat().st_size
+        except (RowError, OSError, ValueError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,18 @@ class ObjectMedia:
             return self._opened[0].size(self._name(key)) is not None
         except RowError:
             return False
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """By listing the root, a request for every thousand objects below it. Raises StoreError as `read` does."""
+        bucket, folder = self._opened
+        known = {entry.key: entry.size for entry in bucket.walk(folder)}
+        return [self._size(key, known) for key in keys]
+
+    def _size(self, key: str, known: Mapping[str, int]) -> int | None:
+        try:
+            return known.get(self._name(key))
+        except RowError:
+            return None
 
     def _name(self, key: str) -> str:
         name = posixpath.normpath(key)
@@ -163,6 +190,9 @@ class TarMedia:
 
     def exists(self, key: str) -> bool:
         return key in self.members
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return [self.members[key].size if key in self.members else None for key in keys]
 
 
 def resolve_below(key: str, root: Path) -> Path:

@@ -53,6 +53,19 @@ class TableMedia:
     def exists(self, key: str) -> bool:
         return key in self.places
 
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """Decodes the column of images once, row group by row group: Parquet does not tell their sizes."""
+        known: dict[int, list[int | None]] = {}
+        for group in sorted({self.places[key].group for key in keys if key in self.places}):
+            known[group] = self.groups.sizes(group)
+        return [self._size(key, known) for key in keys]
+
+    def _size(self, key: str, known: Mapping[int, Sequence[int | None]]) -> int | None:
+        if key not in self.places:
+            return None
+        place = self.places[key]
+        return known[place.group][place.row] if place.row < len(known[place.group]) else None
+
 
 class RowGroups:
     """A column's row groups, the last few kept; one thread decodes while others wait for it.
@@ -81,6 +94,18 @@ class RowGroups:
             raise RowError("missing", f"{key}: its row has no image")
         check_bytes(len(data), key)
         return data
+
+    def sizes(self, group: int) -> list[int | None]:
+        """Bytes of each image of a row group, None where a row has none; nothing of a group that cannot be decoded."""
+        import pyarrow as pa
+        from pyarrow import compute
+
+        try:
+            column = self._column_of(group)
+            images = compute.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+            return list(compute.binary_length(images).to_pylist())
+        except (OSError, IndexError, pa.ArrowException):
+            return []
 
     def _column_of(self, group: int) -> Any:
         with self._lock:

@@ -24,7 +24,8 @@ class OpenSpec:
     `image_column`, `caption_column`, `split_column`: names of columns; without the last, `split` if there is one.
     `split_file`: a TSV of key and split, or a folder of lists of keys called train.txt, val.txt, …
     `split_fraction`: (split, share) pairs that sum to 1; each image falls by a hash of its key and `split_seed`, so
-    that rows that are added later move no other. At most one of these three, in place of the source's own splits.
+    that rows that are added later move no other; images of equal content fall where the first of them does.
+    At most one of these three, in place of the source's own splits.
     `root`: the folder (or URL of object storage) that paths of images are relative to; by default that of the table.
     `restval`: of a Karpathy file, take `restval` as `train` (False: leave those images out).
     `require`: what the source must have: "image", "caption", "label".

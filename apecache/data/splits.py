@@ -1,7 +1,15 @@
-"""Splits that do not come with the source: from a file, or as shares that a hash deals out."""
+"""Splits that do not come with the source: from a file, or as shares that a hash deals out.
+
+Shares are dealt out by a hash of each image's key, so images that are added move no other. Images of equal content go
+to one split: that of the one that stands first in the table. A copy that is appended later follows the earlier image.
+Only the order of equal images among one another matters. A rule that ignores order and moves nothing could use
+nothing but the content: every file would be read, and stores of earlier versions would have other splits.
+"""
 
 import csv
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +17,12 @@ from apecache.arguments import as_path
 from apecache.data.pairs import PairSource
 from apecache.data.spec import SPLITS, OpenSpec
 from apecache.data.tables import not_utf8
-from apecache.errors import ManifestError, OptionError, nearest
+from apecache.errors import ManifestError, OptionError, RowError, nearest
 from apecache.fingerprint import content_hash
 
 HEADERS = (["key", "split"], ["image", "split"])
+READERS = 8
+"""Threads that read images side by side."""
 
 
 def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
@@ -54,8 +64,38 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
         pairs = tuple(replace(pair, split=splits.get(pair.key, "")) for pair in source)
     else:
         require_fractions(spec.split_fraction)
-        pairs = tuple(replace(pair, split=split_of(pair.key, spec)) for pair in source)
+        originals = first_of_equal(source)
+        pairs = tuple(replace(pair, split=split_of(originals.get(pair.key, pair.key), spec)) for pair in source)
     return replace(source, pairs=pairs)
+
+
+def first_of_equal(source: PairSource) -> dict[str, str]:
+    """Find copies of images: the key of each one -> the key of the first image with the same bytes.
+
+    Only images of equal size are read. One that cannot be read is a copy of none.
+    """
+    by_size = defaultdict[int, list[str]](list)
+    for key, size in zip(source.keys, source.media.sizes(source.keys), strict=True):
+        if size:
+            by_size[size].append(key)
+    candidates = [key for keys in by_size.values() if len(keys) > 1 for key in keys]
+    order = {key: row for row, key in enumerate(source.keys)}
+    candidates.sort(key=order.__getitem__)  # of a Parquet file each row group is then decoded once
+
+    def digest(key: str) -> str:
+        try:
+            return content_hash(source.media.read(key))
+        except RowError:
+            return ""
+
+    first: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for key, found in zip(candidates, pool.map(digest, candidates), strict=True):
+            original = first.setdefault(found, key) if found else key
+            if original != key:
+                copies[key] = original
+    return copies
 
 
 def split_of(key: str, spec: OpenSpec) -> str:

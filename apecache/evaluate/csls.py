@@ -10,15 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import KS, TILE, RetrievalReport, retrieval_report
 from apecache.normalization import similarities
 
 NEIGHBOURS = 10
 
 
-def csls_report(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> RetrievalReport:
+def csls_report(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> RetrievalReport:
     """`retrieval_report` by CSLS in place of the cosine; arguments and errors are the same."""
-    return retrieval_report(*csls_vectors(image, text), image_of_text, ks)
+    return retrieval_report(*csls_vectors(image, text), image_of_text, ks, relevance)
 
 
 def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:

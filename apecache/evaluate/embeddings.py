@@ -14,9 +14,11 @@ from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
 from apecache.errors import DataError, OptionError, RowError, nearest
 from apecache.evaluate.left_out import LeftOut
+from apecache.evaluate.relevance import Relevance
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.store.array import FeatureArray
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 
 OpenImage = Callable[[str], Picture]
@@ -55,6 +57,7 @@ class Embeddings:
 
     `image_rows`, `text_rows`: rows of the store; `image_of_text` int64 [m]: the row in `image` of each caption's image.
     `left_out`: what was asked for and is not among them.
+    `relevance`: the right answers where captions or images are equal; None: each image's own captions alone.
     """
 
     image: Tensor
@@ -63,6 +66,7 @@ class Embeddings:
     text_rows: NDArray[np.int64]
     image_of_text: Tensor
     left_out: LeftOut = field(default_factory=LeftOut)
+    relevance: Relevance | None = None
 
 
 def embed_store(
@@ -109,13 +113,23 @@ def embed_store(
         uncaptioned_images=len(np.flatnonzero(keep)) - len(images),
         **_captions_left_out(run.text, store, asked, image_ok, text_ok),
     )
+    owners = owners.to(image.device)
+    relevance = None
+    if len(images) == len(captioned):  # an image without a caption is no query, so nothing is ranked
+        content = equal_content(run.image, store)
+        relevance = Relevance.of(
+            owners,
+            torch.from_numpy(pairs.caption_ids[texts]),
+            None if content is None else torch.from_numpy(content[images]),
+        )
     return Embeddings(
         image=image,
         text=text.to(image.device),
         image_rows=images,
         text_rows=texts,
-        image_of_text=owners.to(image.device),
+        image_of_text=owners,
         left_out=left_out,
+        relevance=relevance,
     )
 
 
@@ -149,6 +163,13 @@ def _captions_left_out(
     counts["captions_of_unreadable_images"] = int((rest & ~owner_ok).sum())
     counts["captions_without_features" if no_features else "unusable_captions"] = int((rest & owner_ok).sum())
     return counts
+
+
+def equal_content(side: TrainedSide | LiveSide, store: FeatureStore) -> NDArray[np.int64] | None:
+    """int64 [n_images]: equal numbers for images of equal content, None where all differ or no features tell."""
+    if isinstance(side, TrainedSide):
+        return equal_images(find_features(side, store, "image"))
+    return next((equal_images(array) for array in store.arrays("image")), None)
 
 
 def embed_rows(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.heads.closed_form import PairMoments, ridge_map
 from apecache.normalization import normalize
@@ -28,9 +29,10 @@ class Likeness:
         return (self.image_to_text + self.text_to_image) / 2
 
 
-def likeness(image: Tensor, text: Tensor, fit: Tensor) -> Likeness:
-    """Of features [n, dx] and [n, dy] of n pairs; `fit` bool [n]: pairs that the regression is fitted on."""
-    forth, back = ridge_recalls(image, text, fit)
+def likeness(image: Tensor, text: Tensor, fit: Tensor, relevance: Relevance | None = None) -> Likeness:
+    """Of features [n, dx] and [n, dy] of n pairs; `fit` bool [n]: pairs that the regression is fitted on. `relevance`:
+    of the other pairs, where captions are equal."""
+    forth, back = ridge_recalls(image, text, fit, relevance=relevance)
     return Likeness(linear_cka(image, text), mutual_knn(image, text), forth, back)
 
 
@@ -55,9 +57,11 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
     return float((near[0] & near[1]).sum() / (k * len(x)))
 
 
-def ridge_recalls(image: Tensor, text: Tensor, fit: Tensor, ridge: float = RIDGE) -> tuple[float, float]:
+def ridge_recalls(
+    image: Tensor, text: Tensor, fit: Tensor, ridge: float = RIDGE, relevance: Relevance | None = None
+) -> tuple[float, float]:
     """R@1 in per cent, image to text and back, of texts mapped to images by least squares. Both sides are centred by
-    the pairs of the fit; measured on the others."""
+    the pairs of the fit; measured on the others, where `relevance` says which equal captions are right too."""
     moments, owner = PairMoments(), torch.arange(int(fit.sum()))
     moments.add(image[fit], text[fit], owner)
     covariances = moments.covariances()
@@ -65,5 +69,5 @@ def ridge_recalls(image: Tensor, text: Tensor, fit: Tensor, ridge: float = RIDGE
     mapped = text[~fit].double() @ mapping.weight.T + mapping.bias
     pictures = normalize(image[~fit].double() - covariances.image_mean, dim=1).float()
     words = normalize(mapped - covariances.image_mean, dim=1).float()
-    report = retrieval_report(pictures, words, torch.arange(len(pictures)), (1,))
+    report = retrieval_report(pictures, words, torch.arange(len(pictures)), (1,), relevance)
     return report.image_to_text[1], report.text_to_image[1]

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.errors import DataError
+from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import KS, RetrievalReport, image_to_text_ranks, retrieval_report, text_to_image_ranks
 
 RESAMPLES, LEVEL = 1000, 0.95
-Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int]], RetrievalReport]
+Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int], Relevance | None], RetrievalReport]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,17 @@ class Intervals:
 
 
 def bootstrap_intervals(
-    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, seed: int = 0
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = KS,
+    seed: int = 0,
+    relevance: Relevance | None = None,
 ) -> Intervals:
     """Percentile intervals over 1,000 resamples of the images, each with its captions (captions of one image are not
     independent); the candidates stay as they are. Arguments as `retrieval_report` takes them."""
-    to_text = image_to_text_ranks(image, text, image_of_text).cpu().numpy()
-    to_image = text_to_image_ranks(image, text, image_of_text).cpu().numpy()
+    to_text = image_to_text_ranks(image, text, image_of_text, relevance).cpu().numpy()
+    to_image = text_to_image_ranks(image, text, image_of_text, relevance).cpu().numpy()
     owner, n = image_of_text.cpu().numpy(), len(image)
     chance = np.random.default_rng(seed)
     draws = chance.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
@@ -55,10 +61,11 @@ def folded_report(
     fold_images: int = 1000,
     ks: Sequence[int] = KS,
     measure: Measure = retrieval_report,
+    relevance: Relevance | None = None,
 ) -> RetrievalReport:
     """Means over folds of so many images in their order, each with its own captions as candidates: the "1k" figures of
     COCO, five folds of its 5,000 test images (Karpathy & Fei-Fei 2015, section 4.1). A rest of fewer is left out.
-    `measure`: what each fold is measured by.
+    `measure`: what each fold is measured by. `relevance`: as `retrieval_report` takes it; within each fold.
 
     Raises:
         DataError: fewer images than one fold.
@@ -71,19 +78,28 @@ def folded_report(
         first = fold * fold_images
         texts = torch.nonzero((image_of_text >= first) & (image_of_text < first + fold_images)).squeeze(1)
         owners = image_of_text[texts] - first
-        reports.append(measure(image[first : first + fold_images], text[texts], owners, ks))
+        images = slice(first, first + fold_images)
+        right = None if relevance is None else relevance.select(owners, images, texts)
+        reports.append(measure(image[images], text[texts], owners, ks, right))
     return _mean(reports)
 
 
 def language_reports(
-    image: Tensor, text: Tensor, image_of_text: Tensor, languages: Sequence[str], ks: Sequence[int] = KS
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    languages: Sequence[str],
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
 ) -> Mapping[str, RetrievalReport]:
-    """For each language its captions alone, and the images that have one, as queries and candidates; sorted by name."""
+    """For each language its captions alone, and the images that have one, as queries and candidates; sorted by name.
+    `relevance`: as `retrieval_report` takes it; captions of other languages make no answer right."""
     reports = {}
     for language in sorted(set(languages)):
         mask = torch.tensor([other == language for other in languages], device=text.device)
         images, owners = torch.unique(image_of_text[mask], return_inverse=True)
-        reports[language] = retrieval_report(image[images], text[mask], owners, ks)
+        right = None if relevance is None else relevance.select(owners, images, mask)
+        reports[language] = retrieval_report(image[images], text[mask], owners, ks, right)
     return reports
 
 

@@ -1,8 +1,9 @@
 """Image-text retrieval, exact and in tiles, with several captions per image.
 
-An image's query is a hit at K if *any* of its own captions is among the top K texts; every caption is a query of its
-own for images. A wrong candidate that scores as high as the right one counts as ranked before it, so embeddings that
-have collapsed to one point score zero and not one hundred.
+An image's query is a hit at K if *any* of its right captions is among the top K texts; every caption is a query of its
+own for images. Right are an image's own captions, and with a `Relevance` all that equal them. A wrong candidate that
+scores as high as the right one counts as ranked before it, so embeddings that have collapsed to one point score zero
+and not one hundred.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +16,20 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.errors import DataError
+from apecache.evaluate.relevance import Relevance
 from apecache.normalization import similarities
 
 KS = (1, 5, 10)
 TILE = 1024
+TIE = 2.0**-20
+"""Cosines closer than this are ties: some times the rounding error of a product of unit vectors in float32 (2^-24 and
+more, by how the processor's kernel orders its sums), far below any difference that means something."""
 
 
 @dataclass(frozen=True)
 class RetrievalReport:
     """Recall at K in per cent, both ways. `n_images` and `n_texts` are queries and candidates alike; chance is the
-    expected recall of a random order."""
+    expected recall of a random order: equal captions and images raise it."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
@@ -54,12 +59,15 @@ class RetrievalReport:
         return (self.image_to_text[1] + self.text_to_image[1]) / 2
 
 
-def retrieval_report(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> RetrievalReport:
+def retrieval_report(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> RetrievalReport:
     """Recall at each K.
 
     Args:
         image: [n_images, dim]; text: [n_texts, dim], both L2-normalised, on one device.
         image_of_text: int64 [n_texts], the row in `image` of each caption's image. Every image needs a caption.
+        relevance: the right answers where captions or images are equal. None: only an image's own captions are right.
 
     Raises:
         DataError: nothing to rank, an image without a caption, or embeddings that are not finite.
@@ -67,17 +75,22 @@ def retrieval_report(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Seq
     for name, value in (("image", image), ("text", text), ("image_of_text", image_of_text)):
         require_type(value, Tensor, name)
     _require_rankable(image, text, image_of_text)
-    to_text = image_to_text_ranks(image, text, image_of_text)
-    to_image = text_to_image_ranks(image, text, image_of_text)
-    captions = torch.bincount(image_of_text, minlength=len(image)).tolist()
+    to_text = image_to_text_ranks(image, text, image_of_text, relevance)
+    to_image = text_to_image_ranks(image, text, image_of_text, relevance)
     n_images, n_texts = len(image), len(text)
+    if relevance is None:
+        right_texts = torch.bincount(image_of_text, minlength=n_images)
+        right_images = torch.ones(1, dtype=torch.int64)
+    else:
+        right_texts = relevance.n_right_texts()
+        right_images = relevance.n_right_images()
     return RetrievalReport(
         recall_at(to_text, ks),
         recall_at(to_image, ks),
         n_images,
         n_texts,
-        {k: 100 * sum(_chance(n_texts, own, k) for own in captions) / n_images for k in ks},
-        {k: 100 * _chance(n_images, 1, k) for k in ks},
+        {k: mean_chance(n_texts, right_texts, k) for k in ks},
+        {k: mean_chance(n_images, right_images, k) for k in ks},
     )
 
 
@@ -86,31 +99,54 @@ def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
     return {k: 100 * float((ranks < k).double().mean()) for k in ks}
 
 
-def image_to_text_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
-    """int64 [n_images]: how many texts of other images score at least as high as the image's best own caption."""
+def image_to_text_ranks(
+    image: Tensor, text: Tensor, image_of_text: Tensor, relevance: Relevance | None = None
+) -> Tensor:
+    """int64 [n_images]: how many wrong texts score at least as high as the image's best right one."""
     parts = []
     for rows in _tiles(len(image), image.device):
         scores = similarities(image[rows], text)
-        own = image_of_text.unsqueeze(0) == rows.unsqueeze(1)
-        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        parts.append(((scores >= best) & ~own).sum(1))
+        right = _own_texts(image_of_text, rows) if relevance is None else relevance.right_texts(rows)
+        parts.append(_wrong_before(scores, right))
     return torch.cat(parts)
 
 
-def text_to_image_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> Tensor:
-    """int64 [n_texts]: how many other images score at least as high as the caption's own."""
+def text_to_image_ranks(
+    image: Tensor, text: Tensor, image_of_text: Tensor, relevance: Relevance | None = None
+) -> Tensor:
+    """int64 [n_texts]: how many wrong images score at least as high as the caption's best right one."""
     parts = []
     for rows in _tiles(len(text), image.device):
         scores = similarities(text[rows], image)
-        own = scores.gather(1, image_of_text[rows].unsqueeze(1))
-        parts.append((scores >= own).sum(1) - 1)
+        if relevance is None:
+            own = scores.gather(1, image_of_text[rows].unsqueeze(1))
+            parts.append((scores >= own - TIE).sum(1) - 1)
+        else:
+            parts.append(_wrong_before(scores, relevance.right_images(rows)))
     return torch.cat(parts)
 
 
+def _own_texts(image_of_text: Tensor, images: Tensor) -> Tensor:
+    """bool [len(images), n_texts]: the captions of each of these images (rows)."""
+    return image_of_text.unsqueeze(0) == images.unsqueeze(1)
+
+
+def _wrong_before(scores: Tensor, right: Tensor) -> Tensor:
+    """int64 [rows]: wrong candidates of each row that score at least as high as its best right one."""
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return ((scores >= best - TIE) & ~right).sum(1)
+
+
 def _tiles(count: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows in tiles of about equal size. A rest of one row would be a matrix-vector product, which rounds otherwise:
-    equal candidates would no longer score alike."""
+    """Rows in tiles of about equal size."""
     yield from torch.arange(count, device=device).tensor_split(-(-count // TILE))
+
+
+def mean_chance(n_candidates: int, n_right: Tensor, k: int) -> float:
+    """Mean over queries with so many right candidates each, int64 [queries], in per cent."""
+    counts = n_right.tolist()
+    chances = {count: _chance(n_candidates, count, k) for count in set(counts)}
+    return 100 * sum(chances[count] for count in counts) / len(counts)
 
 
 def _chance(n_candidates: int, n_right: int, k: int) -> float:

@@ -19,6 +19,9 @@ from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, nearest
 from apecache.evaluate.geometry import Likeness, likeness
+from apecache.evaluate.relevance import Relevance
+from apecache.evaluate.retrieval import mean_chance
+from apecache.store.equal import equal_captions
 
 SMALLEST = 24
 Progress = Callable[[str, int, int], None]
@@ -74,20 +77,22 @@ def scout(source: PairSource, spec: ScoutSpec, progress: Progress = lambda *_: N
     images, ok = _encode_all_images(source, keys, spec, progress)
     if int(ok.sum()) < SMALLEST:
         raise DataError(f"{source.origin}: {int(ok.sum())} images with captions can be read; a scout needs {SMALLEST}")
-    texts = _encode_all_texts(
-        [caption for caption, good in zip(captions, ok.tolist(), strict=True) if good], spec, progress
-    )
+    usable = [caption for caption, good in zip(captions, ok.tolist(), strict=True) if good]
+    texts = _encode_all_texts(usable, spec, progress)
     n = int(ok.sum())
     fit = torch.zeros(n, dtype=torch.bool)
     fit[torch.from_numpy(np.random.default_rng((spec.seed, 1)).permutation(n)[: n // 2])] = True
+    measured = n - n // 2
+    caption_ids = torch.from_numpy(equal_captions(np.array(usable, object)))[~fit]
+    relevance = Relevance.of(torch.arange(measured), caption_ids, None)
     rows = [
-        ScoutRow(image.slug, text.slug, likeness(x[ok], y, fit))
+        ScoutRow(image.slug, text.slug, likeness(x[ok], y, fit, relevance))
         for image, x in images.items()
         for text, y in texts.items()
     ]
     rows.sort(key=lambda row: -row.likeness.recall_at_1)
-    measured = n - n // 2
-    return ScoutReport(tuple(rows), n // 2, measured, len(keys) - n, 100 / measured, min(10, n - 1) / (n - 1))
+    chance = 100 / measured if relevance is None else mean_chance(measured, relevance.n_right_images(), 1)
+    return ScoutReport(tuple(rows), n // 2, measured, len(keys) - n, chance, min(10, n - 1) / (n - 1))
 
 
 def draw_pairs(source: PairSource, n: int, seed: int) -> tuple[list[str], list[str]]:

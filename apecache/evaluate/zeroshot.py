@@ -14,8 +14,8 @@ from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_lab
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
 from apecache.extraction import Progress
-from apecache.normalization import normalize
 from apecache.heads.checkpoint import TrainedHeads
+from apecache.normalization import normalize
 from apecache.recipes.runs import Embed, Run, text_embedder
 from apecache.recipes.trained_encoders import TrainedEncoders
 

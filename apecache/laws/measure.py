@@ -20,6 +20,7 @@ from apecache.evaluate.class_names import match_labels
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.prompts import TEMPLATES
+from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import image_to_text_ranks, retrieval_report, text_to_image_ranks
 from apecache.evaluate.zeroshot import class_embeddings
 from apecache.extraction import ExtractSpec, extract
@@ -144,7 +145,7 @@ def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outc
     run = load_run(out, bench.setting.device)
     embedded = embed_store(run, store, bench.setting.split, open_image)
     image_keys = [str(store.pairs.keys[row]) for row in embedded.image_rows]
-    ranks, chance = _ranks(image_keys, embedded.image, embedded.text, embedded.image_of_text)
+    ranks, chance = _ranks(image_keys, embedded.image, embedded.text, embedded.image_of_text, embedded.relevance)
     outcome = replace(outcome, retrieval=ranks, costs=costs, chance=chance)
     if "top1" in wants:
         outcome = _with_labels(outcome, run, bench)
@@ -179,13 +180,16 @@ def is_finished(run: Path) -> bool:
     return any((run / name).is_file() for name in (checkpoint.DESCRIPTION, trained_encoders.DESCRIPTION))
 
 
-def _ranks(keys: list[str], image: Tensor, text: Tensor, owners: Tensor) -> tuple[Ranks, dict[str, float]]:
+def _ranks(
+    keys: list[str], image: Tensor, text: Tensor, owners: Tensor, relevance: Relevance | None
+) -> tuple[Ranks, dict[str, float]]:
     """And the chance of each metric."""
-    report = retrieval_report(image, text, owners, KS)
-    found = image_to_text_ranks(image, text, owners), text_to_image_ranks(image, text, owners)
+    report = retrieval_report(image, text, owners, KS, relevance)
+    to_text = image_to_text_ranks(image, text, owners, relevance)
+    to_image = text_to_image_ranks(image, text, owners, relevance)
     chance = [sum(table.values()) / len(KS) for table in (report.chance_image_to_text, report.chance_text_to_image)]
     ones = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
-    ranks = Ranks(tuple(keys), tuple(found[0].tolist()), tuple(found[1].tolist()), tuple(owners.tolist()))
+    ranks = Ranks(tuple(keys), tuple(to_text.tolist()), tuple(to_image.tolist()), tuple(owners.tolist()))
     return ranks, {"tr": chance[0], "ir": chance[1], "recall": sum(chance) / 2, "r1": ones}
 
 
@@ -213,7 +217,8 @@ def _with_languages(
         mask = torch.tensor([one == language for one in spoken], device=embedded.text.device)
         images, owners = torch.unique(embedded.image_of_text[mask], return_inverse=True)
         keys = [str(store.pairs.keys[embedded.image_rows[place]]) for place in images.tolist()]
-        found[language], chance = _ranks(keys, embedded.image[images], embedded.text[mask], owners)
+        right = None if embedded.relevance is None else embedded.relevance.select(owners, images, mask)
+        found[language], chance = _ranks(keys, embedded.image[images], embedded.text[mask], owners, right)
         chances.append(chance["recall"])
     return replace(outcome, languages=found, chance={**outcome.chance, "unseen": sum(chances) / len(chances)})
 

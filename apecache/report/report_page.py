@@ -113,7 +113,8 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measu
     run = load_run(record.path, spec.device)
     embedded = embed_store(run, store, spec.split, lambda key: load_image(key, media).image, among)
     about = (embedded.image, embedded.text, embedded.image_of_text)
-    return _Measured(retrieval_report(*about), bootstrap_intervals(*about), embedded)
+    report = retrieval_report(*about, relevance=embedded.relevance)
+    return _Measured(report, bootstrap_intervals(*about, relevance=embedded.relevance), embedded)
 
 
 def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:

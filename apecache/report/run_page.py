@@ -58,7 +58,7 @@ def retrieval_galleries(
 ) -> tuple[Gallery, ...]:
     """Captions that miss their image in the first ten, the worst first; captions drawn at random; captions that find
     it first, evenly spread. A gallery without items is left out."""
-    ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text)
+    ranks = text_to_image_ranks(embedded.image, embedded.text, embedded.image_of_text, embedded.relevance)
     worst = ranks.argsort(descending=True, stable=True)[: int((ranks >= 10).sum())].tolist()
     drawn = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed)).tolist()
     hits = spread(torch.nonzero(ranks == 0).flatten().tolist(), n_items)
@@ -88,11 +88,19 @@ class _ItemMaker:
     def item(self, text: int) -> Hit:
         scores = self.embedded.image @ self.embedded.text[text]
         best = scores.topk(min(self.top, len(scores)))
-        own = int(self.embedded.image_of_text[text])
+        correct = self._right_images(text)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        results = tuple(self._result(image, score, image == own) for image, score in pairs)
+        results = tuple(self._result(image, score, image in correct) for image, score in pairs)
         caption = str(self.pairs.captions[self.embedded.text_rows[text]])
         return Hit(caption, None, results, int(self.ranks[text]) + 1)
+
+    def _right_images(self, text: int) -> set[int]:
+        """The caption's own image, and those that it belongs to because captions or images are equal."""
+        embedded = self.embedded
+        if embedded.relevance is None:
+            return {int(embedded.image_of_text[text])}
+        row = torch.tensor([text], device=embedded.text.device)
+        return set(torch.nonzero(embedded.relevance.right_images(row)[0]).flatten().tolist())
 
     def _result(self, image: int, score: float, correct: bool) -> Result:
         row = int(self.embedded.image_rows[image])

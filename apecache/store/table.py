@@ -16,6 +16,7 @@ from zarr.storage import MemoryStore
 from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
 from apecache.store.commit import read_record
+from apecache.store.equal import equal_captions
 from apecache.store.files import Files
 from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
 
@@ -36,6 +37,11 @@ class PairTable:
     @cached_property
     def row_of_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}
+
+    @cached_property
+    def caption_ids(self) -> NDArray[np.int64]:
+        """int64 [n_texts]: equal numbers for captions that are equal word for word."""
+        return equal_captions(self.captions)
 
     def split_counts(self) -> dict[str, int]:
         """Images per split, in the order of first appearance; the empty name means no split was given."""

@@ -25,15 +25,22 @@ def augment(batch: Batch, spec: AugmentationSpec, image: Head, text: Head) -> Ba
 
 def mix(batch: Batch, alpha: float) -> Batch:
     """One half of the images mixed with the other, and their captions likewise, with *one* coefficient from
-    Beta(alpha, alpha) (FuseMix, section 5.1). An odd image is left out; a mixture belongs to its own captions only."""
+    Beta(alpha, alpha) (FuseMix, section 5.1). An odd image is left out; a mixture belongs to its own captions,
+    and to those of other mixtures of the same two groups."""
     coefficient = float(torch.distributions.Beta(alpha, alpha).sample())
     half, captions = len(batch.image) // 2, len(batch.text) // len(batch.image)
     image, text = (_mix_halves(x, n, coefficient) for x, n in ((batch.image, half), (batch.text, half * captions)))
     groups = None
     if batch.groups is not None:
-        own = torch.arange(half, device=image.device)
+        own = mixed_groups(batch.groups.image)
         groups = replace(batch.groups, image=own, text=own.repeat_interleave(captions))
     return Batch(image, text, None, None, groups)
+
+
+def mixed_groups(groups: Tensor) -> Tensor:
+    """int64 [n // 2]: equal numbers where both halves' `groups` (int64 [n], numbers from 0 below n) are equal."""
+    half = len(groups) // 2
+    return groups[:half] * len(groups) + groups[half : 2 * half]
 
 
 def _mix_halves(x: Tensor, half: int, coefficient: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from apecache.errors import RecipeError, nearest
 from apecache.evaluate.embeddings import load_lengths
+from apecache.evaluate.relevance import Relevance
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
 from apecache.store.array import FeatureArray
+from apecache.store.equal import is_shared
 from apecache.store.table import PairTable
 
 RESIDENT_SHARE = 0.6
@@ -43,7 +46,9 @@ class FeaturePairs:
     `first_text` int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i. Every image has one.
     `content` int64 [n]: equal numbers are images of equal content (None: all differ). `image_views`, `text_views`: the
     second axis holds views, of which a batch takes a random one. `device`: where batches go (None: where the images
-    are); features on another device are streamed to it.
+    are); features on another device are streamed to it. `caption_ids` int64 [m]: equal numbers are captions that are
+    equal word for word (None: captions of different images differ). Both kinds of numbers are on the CPU, where batches
+    are drawn.
     """
 
     image: Tensor
@@ -55,6 +60,7 @@ class FeaturePairs:
     image_views: bool = False
     text_views: bool = False
     device: torch.device | None = None
+    caption_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -67,6 +73,11 @@ class FeaturePairs:
     def image_of_text(self) -> Tensor:
         """int64 [m]: the row of each text's image."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.first_text.device), self.first_text.diff())
+
+    @cached_property
+    def relevance(self) -> Relevance | None:
+        """The right answers where captions or images are equal, on the device of the batches."""
+        return Relevance.of(self.image_of_text.to(self.place), self.caption_ids, self.content)
 
 
 @dataclass(frozen=True)
@@ -107,29 +118,26 @@ def select_pairs(
     keep_images: NDArray[np.bool_],
     ok_texts: NDArray[np.bool_],
     content: NDArray[np.int64] | None = None,
+    caption_ids: NDArray[np.int64] | None = None,
 ) -> FeaturePairs:
-    """The kept images that have a usable caption, and those captions; order is that of the table."""
+    """The kept images that have a usable caption, and those captions; order is that of the table. `content`,
+    `caption_ids`: of all images and captions, as in `FeaturePairs`."""
     texts = np.flatnonzero(ok_texts & keep_images[image_rows])
     images, owner = np.unique(image_rows[texts], return_inverse=True)
     first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(images)))]).astype(np.int64)
     texts = texts[np.argsort(owner, kind="stable")]
     chosen, captions = image.select(images), text.select(texts)
+    chosen_ids = None if caption_ids is None else caption_ids[texts]
+    shared = chosen_ids is not None and is_shared(chosen_ids, image_rows[texts])
     return FeaturePairs(
         chosen.values,
         captions.values,
         torch.from_numpy(first).to(chosen.values.device),
         chosen.lengths,
         captions.lengths,
-        None if content is None else torch.from_numpy(content[images]).to(chosen.values.device),
+        None if content is None else torch.from_numpy(content[images]),
+        caption_ids=torch.from_numpy(chosen_ids) if shared else None,
     )
-
-
-def equal_images(array: FeatureArray) -> NDArray[np.int64] | None:
-    """int64 [rows]: equal numbers for images of equal content; None where all differ."""
-    hashes = array.content()
-    known: dict[str, int] = {}
-    numbers = [row if not digest else known.setdefault(digest, row) for row, digest in enumerate(hashes)]
-    return None if len(known) == sum(map(bool, hashes)) else np.array(numbers, np.int64)
 
 
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
@@ -151,7 +159,7 @@ def batches(
     them again) drawn at random; the short rest is left out, and so are the first `skip` batches.
 
     Indices are drawn on the CPU, so that a seed gives the same batches on every device. With one caption per image and
-    no equal images, nothing in a batch is wrongly another's negative, and there are no groups.
+    no equal images or captions, nothing in a batch is wrongly another's negative, and there are no groups.
     """
     size = min(batch_size, len(pairs))
     order = torch.randperm(len(pairs), generator=generator)
@@ -164,8 +172,9 @@ def batches(
     for begin, image, text in zip(range(whole.start, whole.stop, size), image_parts, text_parts, strict=True):
         rows = order[begin : begin + size]
         image_mask = _mask(pairs.image_lengths, rows, image)
-        text_mask = _mask(pairs.text_lengths, chosen[begin : begin + size].flatten(), text)
-        yield Batch(image, text, image_mask, text_mask, _groups(pairs, rows, captions))
+        drawn = chosen[begin : begin + size]
+        text_mask = _mask(pairs.text_lengths, drawn.flatten(), text)
+        yield Batch(image, text, image_mask, text_mask, _groups(pairs, rows, drawn))
 
 
 def _draw_captions(pairs: FeaturePairs, order: Tensor, captions: int, generator: torch.Generator) -> Tensor:
@@ -209,17 +218,49 @@ def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | No
     return mask_of(lengths[rows.to(lengths.device)].to(features.device), features)
 
 
-def _groups(pairs: FeaturePairs, rows: Tensor, captions: int) -> Groups | None:
-    """None where row belongs to row and no other."""
+def _groups(pairs: FeaturePairs, rows: Tensor, drawn: Tensor) -> Groups | None:
+    """Groups of images `rows` [n] and their `drawn` captions [n, k], on the device of the batches; None where row
+    belongs to row and no other.
+
+    Images of equal content are of one group, and images with equal drawn captions. So are all that are connected in
+    this way: groups cannot say that one caption belongs to both of two images and another one to the first alone.
+    """
+    n_captions = drawn.shape[1]
+    plain = pairs.content is None and pairs.caption_ids is None
+    if plain and n_captions == 1:
+        return None
     own = torch.arange(len(rows))
     if pairs.content is not None:
-        found, own = pairs.content.cpu()[rows].unique(return_inverse=True)
-        if captions == 1 and len(found) == len(rows):
-            return None
-    elif captions == 1:
+        own = pairs.content[rows].unique(return_inverse=True)[1]
+    if pairs.caption_ids is not None:
+        own = join_groups(own, pairs.caption_ids[drawn])
+    if n_captions == 1 and int(own.max()) + 1 == len(rows):
         return None
     own = own.to(pairs.place)
-    return Groups(own, own.repeat_interleave(captions))
+    return Groups(own, own.repeat_interleave(n_captions))
+
+
+def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
+    """Join groups that share an id, until none do.
+
+    Args:
+        groups: int64 [n], numbers from 0 without gaps. ids: int64 [n, k], any numbers.
+
+    Returns:
+        int64 [n], numbers from 0 without gaps, one for each set of connected groups.
+    """
+    n_groups = int(groups.max()) + 1
+    shared = ids.unique(return_inverse=True)[1]
+    n_ids = int(shared.max()) + 1
+    joined = torch.arange(n_groups)
+    while True:
+        labels = joined[groups].unsqueeze(1).expand_as(shared)
+        of_id = torch.full((n_ids,), n_groups).scatter_reduce_(0, shared.flatten(), labels.flatten(), "amin")
+        smaller = joined.scatter_reduce(0, groups, of_id[shared].amin(1), "amin")
+        smaller = smaller[smaller]  # a label is a group too: its own label is smaller yet, so that chains are halved
+        if torch.equal(smaller, joined):
+            return joined[groups].unique(return_inverse=True)[1]
+        joined = smaller
 
 
 @dataclass(frozen=True)

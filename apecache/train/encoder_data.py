@@ -19,13 +19,13 @@ from apecache.errors import MismatchError, OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
     Features,
     SplitSpec,
     choose_splits,
-    equal_images,
     require_images,
     select_pairs,
 )
@@ -180,7 +180,8 @@ def split_rows(
     rows = Features(torch.arange(len(pairs.keys))), Features(torch.arange(len(pairs.captions)))
     content = next((equal_images(array) for array in store.arrays("image")), None)
     masks = choose_splits(pairs, spec.splits)
-    train, dev = (select_pairs(*rows, pairs.image_rows, mask & images, texts, content) for mask in masks)
+    equal = content, pairs.caption_ids
+    train, dev = (select_pairs(*rows, pairs.image_rows, mask & images, texts, *equal) for mask in masks)
     require_images(train, dev)
     return train, dev
 

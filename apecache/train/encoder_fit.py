@@ -71,7 +71,8 @@ class EncoderFit(Fit[EncoderModel]):
         rows = dev.image.tolist(), dev.text.tolist()
         sides = zip((self.model.image, self.model.text), self.inputs, rows, strict=True)
         image, text = (self._embed(side, source, chosen) for side, source, chosen in sides)
-        return retrieval_report(image, text, dev.image_of_text.to(image.device))
+        relevance = None if dev.relevance is None else dev.relevance.to(image.device)
+        return retrieval_report(image, text, dev.image_of_text.to(image.device), relevance=relevance)
 
     def _run(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
         with self._autocast():

@@ -116,7 +116,7 @@ def _fit(
         resumed_step = run_in_folder(training, train, dev, plan, folder, found, loading_seconds)
         arrays = setup.opened.arrays
         costs = build_ledger(
-            training, len(train), plan, arrays, meter, spec.price_per_hour, resumed_step, n_processes=ranks.size
+            training, train, plan, arrays, meter, spec.price_per_hour, resumed_step, n_processes=ranks.size
         )
         report = _report(training, setup, out, plan, resumed_step, replace(costs, warnings=tuple(map(str, findings))))
         if ranks.first:

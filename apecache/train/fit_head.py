@@ -20,12 +20,12 @@ from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.store.array import FeatureArray
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
     SplitSpec,
     choose_splits,
-    equal_images,
     load_on,
     require_images,
     select_pairs,
@@ -67,8 +67,8 @@ class FitSpec:
 class FitReport:
     """`dev` and `untrained` are reports on the dev split: of the best epoch, and of the head before training.
 
-    `n_negatives`: wrong candidates of each query in a batch; accumulation adds none. `resumed_step`: steps that were
-    done before this call.
+    `n_negatives`: wrong candidates of each query in a batch, see `Ledger`; accumulation adds none. `resumed_step`:
+    steps that were done before this call.
     """
 
     run: Path
@@ -126,7 +126,7 @@ def fit_head(
     folder = RunFolder(out, identity, spec.save_seconds, progress)
     with locked(out), seeded(spec.seed + 1, device):
         resumed_step = run_in_folder(training, train, dev, plan, folder, found, loading_seconds)
-        ledger = build_ledger(training, len(train), plan, arrays, meter, spec.price_per_hour, resumed_step)
+        ledger = build_ledger(training, train, plan, arrays, meter, spec.price_per_hour, resumed_step)
         ledger = replace(
             with_extraction(ledger, extraction, recipe.loss.captions), warnings=tuple(str(found) for found in findings)
         )
@@ -155,7 +155,8 @@ def load_splits(
     features = load_on(image, device), load_on(text, device)
     ok_images, ok_texts = image.load_ok(), text.load_ok()
     content = equal_images(image)
-    found = [select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, content) for mask in masks]
+    equal = content, pairs.caption_ids
+    found = [select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, *equal) for mask in masks]
     require_images(found[0], found[1])
     views = image.views is not None, text.views is not None
     train, dev = (replace(x, image_views=views[0], text_views=views[1], device=device) for x in found)

@@ -24,7 +24,8 @@ class Ledger:
 
     `step_flops`: matrix products of one step, forward and backward, as torch's counter counts them (a multiplication
     and an addition are two); `flops`: of all steps, evaluation left out. `n_samples`: pairs of image and caption that
-    were seen. `n_negatives`: wrong candidates of each query in a batch; `nominal_batch`: images in a step.
+    were seen. `n_negatives`: wrong candidates of each query in a batch, their mean over one batch where captions or
+    images are equal and hence right; `nominal_batch`: images in a step.
     `peak_bytes`: most that CUDA held, or by how much the process's largest resident size grew. `store_bytes`: what
     loading reads.
     `energy_joules`: the whole GPU's, by NVML; None without it, and for a fit that was broken off. `money`: of loading,

@@ -19,6 +19,8 @@ from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
+from apecache.store.table import PairTable
+from apecache.train.augment import mixed_groups
 from apecache.train.batches import Batch, FeaturePairs, SplitSpec, batches, choose_splits
 from apecache.train.loop import Fit, Trainable, Training, seeded
 from apecache.train.model import AlignmentModel
@@ -28,6 +30,8 @@ PROBE_PAIRS = 16
 """Images that are run through towers, twice."""
 LEAST_DEV_IMAGES = 100
 """A recall of 50 % among so many has a standard error of 5 points: more than recipes differ by."""
+EQUAL_SHARE = 0.1
+"""Share of the negatives that equal captions and images may take away before lint says so."""
 BLOCK_ROWS = 8192
 
 
@@ -67,7 +71,7 @@ def lint_fit(
         RecipeError: the splits do not work.
     """
     return [
-        *lint_recipe(recipe, len(train)),
+        *lint_recipe(recipe, len(train), train),
         *lint_splits(store, arrays, splits, report_split),
         *lint_positives(train, recipe),
         *(lint_model(model, optimiser, recipe, train) if optimiser is not None else ()),
@@ -79,7 +83,7 @@ def lint_encoder_data(
 ) -> list[Finding]:
     """The same of a fit within towers, as far as no step is needed: recipe, splits, positives. `train`: rows of the
     store's table. Splits are compared by any features that the store has of both sides."""
-    found = [*lint_recipe(recipe, len(train)), *lint_groups_of_captions(train, recipe)]
+    found = [*lint_recipe(recipe, len(train), train), *lint_groups_of_captions(train, recipe)]
     images, texts = store.arrays("image"), store.arrays("text")
     if images and texts:
         found += lint_splits(store, (images[0], texts[0]), splits, report_split)
@@ -89,22 +93,47 @@ def lint_encoder_data(
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def n_negatives(recipe: Recipe, n_images: int) -> int:
+def n_negatives(recipe: Recipe, n_images: int, train: FeaturePairs | None = None) -> int:
     """Wrong candidates of each query in a batch: accumulation adds none, mixing halves them, and where nothing trains
-    there are none."""
+    there are none. Of `train` with equal captions or images: their mean over one batch, rounded."""
     if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
         return 0
-    return min(recipe.schedule.batch_size, n_images) // (2 if recipe.augmentation.mixup else 1) - 1
+    most = min(recipe.schedule.batch_size, n_images) // (2 if recipe.augmentation.mixup else 1) - 1
+    if train is None or (train.content is None and train.caption_ids is None):
+        return most
+    generator = torch.Generator().manual_seed(0)
+    groups = next(batches(_rows_alone(train), recipe.schedule.batch_size, generator, recipe.loss.captions)).groups
+    if groups is None:
+        return most
+    own = groups.image.cpu()
+    if recipe.augmentation.mixup:
+        own = mixed_groups(own)
+    _, sizes = own.unique(return_counts=True)
+    return round(float((sizes * (len(own) - sizes)).sum()) / len(own))
 
 
-def lint_recipe(recipe: Recipe, n_images: int | None = None) -> Iterator[Finding]:
-    """What the recipe alone shows; `n_images`: training images, where they are known."""
+def _rows_alone(train: FeaturePairs) -> FeaturePairs:
+    """The same pairs with numbers of rows for features, which cost nothing to draw."""
+    return FeaturePairs(
+        torch.arange(len(train.image)),
+        torch.arange(len(train.text)),
+        train.first_text.cpu(),
+        content=train.content,
+        caption_ids=train.caption_ids,
+    )
+
+
+def lint_recipe(recipe: Recipe, n_images: int | None = None, train: FeaturePairs | None = None) -> Iterator[Finding]:
+    """What the recipe alone shows; `n_images`, `train`: training images and pairs, where they are known."""
     schedule = recipe.schedule
     size = schedule.batch_size if n_images is None else min(schedule.batch_size, n_images)
-    found, nominal = n_negatives(recipe, size), size * schedule.accumulate
-    if 0 < found < nominal - 1:
+    found, nominal = n_negatives(recipe, size, train), size * schedule.accumulate
+    plain = n_negatives(recipe, size)
+    equal = found < (1 - EQUAL_SHARE) * plain
+    if equal or 0 < plain < nominal - 1:
         why = [f"accumulate {schedule.accumulate} adds none"] if schedule.accumulate > 1 else []
         why += ["mixup halves them"] if recipe.augmentation.mixup else []
+        why += ["equal captions and images are none"] if equal else []
         text = f"the nominal batch is {nominal}, but each query has {found} negatives ({', '.join(why)})"
         yield Finding("negatives", "warning", f"{text}; for more raise schedule.batch_size")
 
@@ -128,7 +157,20 @@ def lint_splits(
         error = 50 / max(1, int(dev.sum())) ** 0.5
         text = f"the dev split has {int(dev.sum())} images: a recall of 50 % is known to {error:.0f} points"
         yield Finding("dev-size", "warning", f"{text}; choose on at least {LEAST_DEV_IMAGES}")
+    yield from _few_captions(pairs, dev)
     yield from _overlaps(store, arrays, train, dev)
+
+
+def _few_captions(pairs: PairTable, dev: NDArray[np.bool_]) -> Iterator[Finding]:
+    """A dev split with fewer different captions than images, and fewer than `LEAST_DEV_IMAGES` of them."""
+    texts = np.flatnonzero(dev[pairs.image_rows])
+    usable = [row for row in texts.tolist() if str(pairs.captions[row]).strip()]
+    n_captions = len(np.unique(pairs.caption_ids[usable]))
+    n_images = len(np.unique(pairs.image_rows[usable]))
+    if n_captions < min(LEAST_DEV_IMAGES, n_images):
+        text = f"the dev split has {n_captions} different captions for {n_images} images: recall cannot rank well on it"
+        remedy = "compare runs with apecache evaluate --task zeroshot, or give captions that differ"
+        yield Finding("dev-captions", "warning", f"{text}; {remedy}")
 
 
 def lint_named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding]:

@@ -95,4 +95,4 @@ def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalRepor
     """Retrieval among `pairs`, dropout off."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
-    return retrieval_report(image, text, pairs.image_of_text.to(image.device))
+    return retrieval_report(image, text, pairs.image_of_text.to(image.device), relevance=pairs.relevance)

@@ -99,7 +99,7 @@ def best_and_untrained(training: Fit[Any], dev: FeaturePairs) -> tuple[Retrieval
 
 def build_ledger(
     training: Fit[Any],
-    n_train: int,
+    train: FeaturePairs,
     plan: Plan,
     arrays: Sequence[FeatureArray],
     meter: Meter,
@@ -110,7 +110,7 @@ def build_ledger(
     """`arrays`: what was read of the store. With several processes operations and money are those of all of them,
     memory and energy those of this one."""
     schedule, loss = training.recipe.schedule, training.recipe.loss
-    size = min(schedule.batch_size, n_train)
+    size = min(schedule.batch_size, len(train))
     step_flops = (training.step_flops or 0) * n_processes
     loading, evaluation = training.loading_seconds, training.evaluation_seconds
     return Ledger(
@@ -121,7 +121,7 @@ def build_ledger(
         step_flops,
         step_flops * training.step,
         training.step * plan.accumulate * size * loss.captions,
-        n_negatives(training.recipe, n_train),
+        n_negatives(training.recipe, len(train), train),
         size * plan.accumulate if plan.n_steps else 0,
         sum(stored_bytes(array) for array in arrays),
         *meter.peak(),

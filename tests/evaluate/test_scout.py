@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_every_cut_meets_every_cut_best_first(source: PairSource, cuts: tuple[tu
     recalls = [row.likeness.recall_at_1 for row in report.rows]
     assert recalls == sorted(recalls, reverse=True)
     assert (report.n_fit, report.n_measured, report.n_unreadable) == (23, 24, 1)
-    assert report.chance == pytest.approx(100 / 24)
+    assert 100 / 24 < report.chance < 100  # captions of different images are equal, and each other's right answers
     assert [about[1:] for about in seen] == [(32, 48), (48, 48), (32, 47), (47, 47)]
     assert scout(source, ScoutSpec(*cuts, device="cpu")) == report
     assert scout(source, ScoutSpec(*cuts, device="cpu", seed=1)) != report
@@ -58,9 +59,9 @@ def test_features_are_those_of_an_extraction(
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     real = apecache.evaluate.scout.likeness
 
-    def watched(image: torch.Tensor, text: torch.Tensor, fit: torch.Tensor) -> object:
+    def watched(image: torch.Tensor, text: torch.Tensor, fit: torch.Tensor, relevance: Any) -> object:
         found.append((image, text))
-        return real(image, text, fit)
+        return real(image, text, fit, relevance)
 
     monkeypatch.setattr(apecache.evaluate.scout, "likeness", watched)
     scout(source, ScoutSpec(*cuts, device="cpu"))
