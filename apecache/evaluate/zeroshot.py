@@ -13,6 +13,7 @@ from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
+from apecache.evaluate.retrieval import TIE
 from apecache.extraction import Progress
 from apecache.heads.checkpoint import TrainedHeads
 from apecache.normalization import normalize
@@ -91,7 +92,7 @@ def classification_report(
     """From scores [n_images, n_classes]; a wrong class that scores as high as the right one ranks before it."""
     target = torch.tensor(targets, device=scores.device)
     own = scores.gather(1, target.unsqueeze(1))
-    ranks = (scores >= own).sum(1) - 1
+    ranks = (scores >= own - TIE).sum(1) - 1
     hit = (ranks < 1).double()
     n_classes = len(classes)
     per_class = torch.zeros(n_classes, dtype=torch.double, device=scores.device).index_add_(0, target, hit)

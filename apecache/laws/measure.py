@@ -21,7 +21,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.relevance import Relevance
-from apecache.evaluate.retrieval import image_to_text_ranks, retrieval_report, text_to_image_ranks
+from apecache.evaluate.retrieval import TIE, image_to_text_ranks, retrieval_report, text_to_image_ranks
 from apecache.evaluate.zeroshot import class_embeddings
 from apecache.extraction import ExtractSpec, extract
 from apecache.fingerprint import Modality
@@ -201,7 +201,7 @@ def _with_labels(outcome: Outcome, run: Run, bench: Bench) -> Outcome:
     weights = class_embeddings(text_embedder(run.text, spec.device), classes.names, TEMPLATES)
     scores = found.embedded @ weights.to(found.embedded.device).T
     target = torch.tensor([classes.place[label] for label in found.labels], device=scores.device)
-    ranks = (scores >= scores.gather(1, target.unsqueeze(1))).sum(1) - 1
+    ranks = (scores >= scores.gather(1, target.unsqueeze(1)) - TIE).sum(1) - 1
     keys = tuple(str(row) for row in range(len(ranks)))
     chance = {**outcome.chance, "top1": 100 / len(classes.names)}
     return replace(outcome, labels=Ranks(keys, tuple(ranks.tolist())), chance=chance)
