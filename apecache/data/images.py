@@ -74,8 +74,9 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
     """RGB image of a picture in any form, with equal pixels for equal pictures.
 
     The EXIF orientation that a Pillow image still carries is applied; `PIL.ImageOps.exif_transpose` takes it away, so
-    an image that went through it is not turned again. Of an animation that is open, the current frame is taken. A file
-    object is read from its beginning where it can be rewound, and stays open.
+    an image that went through it is not turned again. Pillow's own `convert("RGB")` drops transparency and cuts 16-bit
+    samples before they can be seen here: give the image without it. Of an animation that is open, the current frame is
+    taken. A file object is read from its beginning where it can be rewound, and stays open.
 
     Args:
         name: what messages call the picture; a path is called by itself.
@@ -127,7 +128,9 @@ def require_picture(picture: object, name: str) -> None:
                 raise OptionError(f"{name}: expected {PICTURES}, found an array {shape} of {picture.dtype}")
         case io.TextIOBase():
             raise OptionError(f"{name}: expected {PICTURES}, found a file open as text; open it with mode 'rb'")
-        case Image.Image() | bytes() | bytearray() | memoryview() | str() | os.PathLike():
+        case Image.Image() | bytes() | bytearray() | memoryview():
+            return
+        case str() | os.PathLike() if isinstance(os.fspath(picture), str):
             return
         case _ if callable(getattr(picture, "read", None)):
             return

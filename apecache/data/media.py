@@ -221,6 +221,8 @@ def read_file(path: Path, key: str) -> bytes:
         raise RowError("missing", f"{key}: no such file") from None
     except OSError as error:
         raise RowError("missing", f"{key}: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte, or a lone surrogate
+        raise RowError("missing", f"{key!r} is no name of a file: {error}") from None
 
 
 def check_bytes(size: int, key: str) -> None:
