@@ -64,7 +64,7 @@ def apply_umask(folder: Path) -> None:
 
 @contextmanager
 def undone_on_error(folder: Path) -> Iterator[None]:
-    """Make a new or empty folder; on an error remove what was written into it, so that the same command can run again."""
+    """Make a new or empty folder, and empty it on an error, so that the same command can run again."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -74,7 +74,7 @@ def _options(
 
 
 def main() -> None:
-    """The console script. An interrupt or a system's error outside a command's own work (while importing, say) ends as inside it."""
+    """The console script. An interrupt or an error of the system outside a command's own work ends as inside it."""
     try:
         app()
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ AGAIN = "then run the same command again"
 SHOWN_CHARACTERS = 120
 """A longer path is cut in a message."""
 
+STANDARD_OUTPUT = Path("standard output")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY = f"out of memory: close other programs, or choose smaller batches or a smaller model, {AGAIN}"
 
@@ -140,28 +140,29 @@ def _written_file(error: OSError) -> Path | None:
     """The file that a failing write was for. Python does not say; the innermost frame that has it open does."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
-        held = list(frame.f_locals.values())
-        held += list(getattr(frame.f_locals.get("self"), "__dict__", {}).values())
+        owner = frame.f_locals.get("self")
+        held = [*frame.f_locals.values(), *getattr(owner, "__dict__", {}).values(), getattr(owner, "file", None)]
         for value in held:
             name = getattr(value, "name", None)
             is_written = isinstance(value, io.IOBase) and str(getattr(value, "mode", "")).startswith(("w", "x", "a"))
-            if is_written and isinstance(name, str) and not name.startswith("<"):
-                return Path(name)
+            if is_written and isinstance(name, str):
+                return STANDARD_OUTPUT if name == "<stdout>" else Path(name)
     return None
 
 
 def _line(number: int | None, path: Path | None, text: str) -> str:
     given = list(_given_paths())
-    standard_output = path is None and _is_output_broken()
     where = path or _likely_path(number, given)
-    flag = _flag_for(where, given)
-    shown = "standard output" if standard_output else _shown(where)
-    other = f" or choose another {flag}" if flag and not standard_output else ""
+    flag = None if where == STANDARD_OUTPUT else _flag_for(where, given)
+    shown = _shown(where)
+    other = f" or choose another {flag}" if flag else ""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space left on {shown}: free space{other}, {AGAIN}"
         case errno.EFBIG:
-            return f"{shown}: a file is too large for the file system or the process (ulimit -f): raise it{other}, {AGAIN}"
+            return (
+                f"{shown}: a file is too large for the file system or the process (ulimit -f): raise it{other}, {AGAIN}"
+            )
         case errno.EROFS:
             return f"{shown} is on a read-only file system: remount it for writing{other}, {AGAIN}"
         case errno.EACCES | errno.EPERM:
@@ -198,7 +199,7 @@ def _given_paths() -> Iterator[GivenPath]:
 
 
 def _flag_for(where: Path, given: list[GivenPath]) -> str | None:
-    """The option that another path would be given as: an output is first written beside its place, as a scratch file."""
+    """The option that takes another path. A scratch file of an output lies beside it."""
     below = (one.flag for one in given if _is_below(where, one.path))
     beside = (one.flag for one in given if one.is_output and _is_below(where, one.path.parent))
     return next(chain(below, beside), None)
@@ -225,15 +226,6 @@ def _free_bytes(path: Path) -> int:
     absolute = path.absolute()
     existing = next(folder for folder in (absolute, *absolute.parents) if os.path.exists(folder))
     return shutil.disk_usage(existing).free
-
-
-def _is_output_broken() -> bool:
-    """Whether standard output refuses what was printed: it keeps what it could not write, and fails again."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return True
-    return False
 
 
 def _is_below(path: Path, folder: Path) -> bool:

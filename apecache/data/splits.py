@@ -51,10 +51,12 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     if spec.split_file is not None:
         splits = read_split_file(spec.split_file, source)
         pairs = tuple(replace(pair, split=splits.get(pair.key, "")) for pair in source)
+        taken_from = f"--split-file {spec.split_file}"
     else:
         require_fractions(spec.split_fraction)
         pairs = tuple(replace(pair, split=split_of(pair.key, spec)) for pair in source)
-    return replace(source, pairs=pairs)
+        taken_from = "--split-fraction"
+    return replace(source, pairs=pairs, fields=replace(source.fields, split=taken_from))
 
 
 def split_of(key: str, spec: OpenSpec) -> str:

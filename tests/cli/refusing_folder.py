@@ -1,8 +1,8 @@
 """Run commands where the system refuses what they write: a process of its own, for it mounts and sets limits.
 
 Reads a JSON request from standard input: `refusal` (full, readonly or limited), `folder` (where it acts), `free_kb`,
-and `cases`, each {"name", "arguments", "copies": {source: name below the folder}, "again": whether the command runs once
-more after the refusal has ended}. Writes a JSON line for each case.
+and `cases`, each {"name", "arguments", "copies": {source: name below the folder}, "again": whether the command runs
+once more after the refusal has ended}. Writes a JSON line for each case.
 """
 
 import json

@@ -1,8 +1,10 @@
 """Every command where the system refuses: a full disk, a read-only folder, a limit of the process."""
 
+import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import pytest
 import typer
 from apecache_cli.app import app
+from apecache_cli.system_errors import explain
 from tiny import damaged, make_shapes, put, tree
 from typer.testing import CliRunner
 
@@ -127,7 +130,9 @@ READING = (
     Case(command="search", arguments=("{out}/index", "a red circle"), copies={"{index}": "index"}),
     Case(command="serve", arguments=("{out}/index", "--port", "0"), copies={"{index}": "index"}),
     Case(command="scout", arguments=("{out}/shapes/pairs.tsv", *ENCODERS, "-n", "24"), copies={"{shapes}": "shapes"}),
-    Case(command="plan", arguments=("--recipe", "lit", *ENCODERS, "--rows", "100", "--device", "H100")),
+    Case(
+        command="plan", arguments=("--recipe", "lit", *ENCODERS, "--rows", "100", "--tokens", "16", "--device", "H100")
+    ),
     Case(command="recipes", arguments=()),
     Case(command="laws", arguments=()),
 )
@@ -201,7 +206,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        Path(f"/tmp/errs/{refusal}{len(cases)}.jsonl").write_text(done.stdout)
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         return {case: {**answer, "out": str(out)} for case, answer in zip(cases, answers, strict=True)}
 
@@ -246,8 +250,14 @@ def error_line(answer: dict[str, Any]) -> str:
     return lines[0]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("case", HERE, ids=str)
-@pytest.mark.parametrize("refusal", ["full", "readonly", "limited"])
+@pytest.mark.parametrize(
+    "refusal",
+    [pytest.param("full", marks=SLOW), pytest.param("readonly", marks=SLOW), pytest.param("limited", marks=SLOW)],
+)
 def test_what_the_system_refuses_to_write_ends_as_one_line(
     refusal: Refusal, case: Case, outcomes: Callable[..., dict[Case, Any]]
 ) -> None:
@@ -264,16 +274,107 @@ def test_what_the_system_refuses_to_write_ends_as_one_line(
     assert said in line.lower()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in HERE if case.fills and case.repeats], ids=str)
-def test_the_same_command_works_once_the_cause_is_gone(
-    case: Case, outcomes: Callable[..., dict[Case, Any]]
-) -> None:
+def test_the_same_command_works_once_the_cause_is_gone(case: Case, outcomes: Callable[..., dict[Case, Any]]) -> None:
     again = outcomes("limited", HERE)[case]["again"]
     assert (again["code"], again["exception"]) == (0, None), again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", READING, ids=str)
 def test_inputs_may_lie_in_a_read_only_folder(case: Case, outcomes: Callable[..., dict[Case, Any]]) -> None:
     require("readonly")
     answer = outcomes("readonly", READING)[case]
     assert (answer["code"], answer["exception"]) == (0, None), answer
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "x", "/a/b"), "no space left on /a/b: free space, then run the same command again"),
+        (OSError(errno.EDQUOT, "x", "/a/b"), "no space left on /a/b"),
+        (OSError(errno.EROFS, "x", "/a/b"), "/a/b is on a read-only file system"),
+        (OSError(errno.EACCES, "x", b"/a/b"), "/a/b: permission denied"),
+        (OSError(errno.EMFILE, "x", "/a/b"), "/a/b: too many open files: raise the limit (ulimit -n"),
+        (OSError(errno.ENAMETOOLONG, "x", "/a/" + "b" * 300), "the name is too long"),
+        (OSError(errno.EIO, "x", "/a/b"), "/a/b: input/output error: check the disk"),
+        (OSError(errno.EXDEV, "x", "/a/b", None, "/c"), "/c: invalid cross-device link"),
+        (OSError("encoder error -2 when writing image file"), "encoder error -2"),
+        (OSError(errno.ENOMEM, "x"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (
+            RuntimeError("Error: 'r' failed: write error in /a/b.faiss: 4 != 9 (No space left on device)"),
+            "left on /a/b",
+        ),
+        (RuntimeError("could not open /a/b.faiss for writing: Read-only file system"), "/a/b.faiss is on a read-only"),
+        (ValueError('I/O error: Read-only file system (os error 30) at path "/a/.tmpx"'), "/a/.tmpx is on a read-only"),
+        (sqlite3.OperationalError("database or disk is full"), "no space left on"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "input/output error"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_system_and_of_libraries_are_explained(error: Exception, said: str) -> None:
+    line = explain(error)
+    assert line is not None
+    assert said in line
+    assert "\n" not in line
+
+
+def test_a_fault_of_the_program_is_not_explained() -> None:
+    assert explain(KeyError("No such key")) is None
+    assert explain(RuntimeError("shapes differ")) is None
+
+
+def test_the_file_of_a_failing_write_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "x.json").open("w") as file, pytest.raises(OSError, match="No space") as caught:
+        _fail(file)
+    assert str(tmp_path / "x.json") in (explain(caught.value) or "")
+
+
+def _fail(file: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace", "mkdir"])
+def test_any_failing_call_of_a_run_ends_as_one_line(
+    name: str, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without permission to mount, call by call; the store's own calls are tried one by one elsewhere."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    commands = (
+        ["extract", paths["table"], "--store", tmp_path / "store", "--text", f"hf:{paths['text']}", "--device", "cpu"],
+        ["fit-head", paths["store"], "--recipe", "projection", "--out", tmp_path / "run", *FIT, *NARROW],
+        ["index", paths["run"], "--store", paths["store"], "--out", tmp_path / "index"],
+    )
+    failed = 0
+    for command in commands:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refuse)
+            result = runner.invoke(app, [str(word) for word in command])
+        if result.exit_code:
+            failed += 1
+            answer = {"exception": None, "stderr": result.stderr}
+            assert isinstance(result.exception, SystemExit), result.exception
+            assert str(tmp_path) in error_line(answer)
+    assert failed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_results_that_standard_output_does_not_take_end_as_one_line(paths: dict[str, Path]) -> None:
+    commands = (["info", str(paths["store"])], ["recipes", "--json"], ["--help"])
+    for command in commands:
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "apecache", *command],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+        assert "no space left on standard output" in done.stderr
