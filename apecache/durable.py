@@ -3,7 +3,9 @@ name beside it at most. What a store keeps goes through `store.files`."""
 
 import os
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +40,41 @@ def replace_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping
     try:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(kept, scratch / path.name, dict(header) if header else None)
+        apply_umask(scratch)
         _make_durable(scratch / path.name)
         os.replace(scratch / path.name, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _make_durable(path.parent)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give every file below a folder the mode that the umask leaves to a new file.
+
+    safetensors creates its files for their owner alone, whatever the umask says.
+    """
+    probe = folder / ".mode.tmp"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+@contextmanager
+def undone_on_error(folder: Path) -> Iterator[None]:
+    """Make a new or empty folder, and empty it on an error, so that the same command can run again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir():
+            _clear(path)
+        if is_new:
+            folder.rmdir()
+        raise
 
 
 def remove_tensors(path: Path) -> None:

@@ -134,7 +134,10 @@ class VectorIndex:
         return replace(self, on_gpu=moved)
 
     def save(self, path: Path) -> None:
-        load_faiss().write_index(self.index, str(path))
+        """Write through Python's file: FAISS's own writer drops the error when a full disk refuses the last block."""
+        faiss = load_faiss()
+        with path.open("wb") as file:
+            faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
 
 def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:

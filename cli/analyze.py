@@ -15,12 +15,13 @@ def analyze(
     layernorm_shift: Annotated[
         bool, typer.Option("--layernorm-shift", help="How far each norm moved from its pretrained weights, by depth.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the charts. Default: the run.")] = None,
     image: MovedImage = None,
     text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Say what training changed within the towers; the chart is written beside the run.
+    """Say what training changed within the towers; a chart of each tower is written into the run, or into --out.
 
     Example: apecache analyze run --layernorm-shift
     """
@@ -35,7 +36,7 @@ def analyze(
 
         moved = moved_encoders(run, image, text)
         found = measure(load_run(run, device, *moved), device, *moved)
-        charts = write_charts(found, run)
+        charts = write_charts(found, out or run)
         if json:
             show_json({"sides": [asdict(report) for report in found], "charts": [str(path) for path in charts]})
             return

@@ -23,7 +23,8 @@ from . import (
     store,
     sweep,
 )
-from .terminal import INTERRUPTED, command_line
+from .system_errors import Command
+from .terminal import FAILURE, INTERRUPTED, command_line, complain_of_system
 
 app = typer.Typer(
     name="apecache",
@@ -33,26 +34,26 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(extract.extract)
-app.command()(recipes.recipes)
-app.command()(scout.scout)
-app.command()(plan.plan)
-app.command("fit-head")(fit.fit_head)
-app.command("fit-encoder")(fit.fit_encoder)
-app.command()(sweep.sweep)
-app.command()(laws.laws)
-app.command()(lint.lint)
-app.command("export-run")(export_run.export_run)
-app.command()(fit.combine)
-app.command()(evaluate.evaluate)
-app.command()(analyze.analyze)
-app.command()(search.index)
-app.command()(search.search)
-app.command()(report.report)
-app.command()(serve.serve)
+app.command(cls=Command)(extract.extract)
+app.command(cls=Command)(recipes.recipes)
+app.command(cls=Command)(scout.scout)
+app.command(cls=Command)(plan.plan)
+app.command("fit-head", cls=Command)(fit.fit_head)
+app.command("fit-encoder", cls=Command)(fit.fit_encoder)
+app.command(cls=Command)(sweep.sweep)
+app.command(cls=Command)(laws.laws)
+app.command(cls=Command)(lint.lint)
+app.command("export-run", cls=Command)(export_run.export_run)
+app.command(cls=Command)(fit.combine)
+app.command(cls=Command)(evaluate.evaluate)
+app.command(cls=Command)(analyze.analyze)
+app.command(cls=Command)(search.index)
+app.command(cls=Command)(search.search)
+app.command(cls=Command)(report.report)
+app.command(cls=Command)(serve.serve)
 for _command in (store.info, store.verify, store.repair, store.remove, store.copy, store.export, store.upgrade):
-    app.command()(_command)
-app.command()(demo.demo)
+    app.command(cls=Command)(_command)
+app.command(cls=Command)(demo.demo)
 
 
 def _version(wanted: bool) -> None:
@@ -73,9 +74,13 @@ def _options(
 
 
 def main() -> None:
-    """The console script. An interrupt outside a command's own work (while importing, say) ends as inside it."""
+    """The console script. An interrupt or an error of the system outside a command's own work ends as inside it."""
     try:
         app()
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; resume with: {command_line()}", err=True)
         sys.exit(INTERRUPTED)
+    except Exception as error:  # help that a full disk does not take, say
+        if not complain_of_system(error):
+            raise
+        sys.exit(FAILURE)

@@ -27,6 +27,7 @@ def export_run(
     Example: apecache export-run run heads --onnx
     """
     with ending():
+        from apecache.durable import undone_on_error
         from apecache.errors import OptionError, require_new
         from apecache.heads.checkpoint import load_heads
 
@@ -34,18 +35,19 @@ def export_run(
             raise OptionError("give one of --onnx, --safetensors and --sentence-transformers")
         require_new(out, "folder")
         heads = load_heads(run)
-        if onnx:
-            from apecache.export.onnx_graphs import export_onnx
+        with undone_on_error(out):
+            if onnx:
+                from apecache.export.onnx_graphs import export_onnx
 
-            names = export_onnx(heads, out)
-        elif safetensors:
-            from apecache.export.weights import export_safetensors
+                names = export_onnx(heads, out)
+            elif safetensors:
+                from apecache.export.weights import export_safetensors
 
-            names = export_safetensors(heads, out)
-        else:
-            from apecache.export.sentence_transformers_folder import export_sentence_transformers
+                names = export_safetensors(heads, out)
+            else:
+                from apecache.export.sentence_transformers_folder import export_sentence_transformers
 
-            names = export_sentence_transformers(heads, out, moved_encoders(run, None, text)[1])
+                names = export_sentence_transformers(heads, out, moved_encoders(run, None, text)[1])
         if json:
             show_json({"run": str(run), "out": str(out), "wrote": names})
         else:

@@ -8,7 +8,7 @@ import typer
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .inputs import SOURCE, Opening, SingleWriter, takes_source
 from .memory import keep_freed_memory
-from .terminal import Device, Json, ending, progress, show_json, show_table, warn
+from .terminal import Device, Json, ending, printable, progress, show_json, show_table, warn
 
 CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
 
@@ -135,7 +135,7 @@ def extract(
             return
         with progress() as update, results_only(cluster):
             report = run_on(cluster)(source, store, spec, update)
-        show_extracted(report, json)
+        show_extracted(report, source.fields, json)
 
 
 def run_on(cluster: Any) -> Any:
@@ -155,8 +155,10 @@ def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, 
     plan = plan_extraction(source, store, spec, price_per_hour)
     if json:
         sums = {"n_bytes": plan.n_bytes, "seconds": plan.seconds, "fits": plan.fits}
-        show_json({**vars(plan), "arrays": [vars(array) for array in plan.arrays], **sums})
+        taken = {**source.fields.taken, "unused": list(source.fields.unused)}
+        show_json({**vars(plan), "arrays": [vars(array) for array in plan.arrays], **sums, "columns": taken})
         return
+    typer.echo(printable(str(source.fields)))
     columns = ("modality", "features", "rows", "shape", "to encode", "MB")
     rows = [
         (a.modality, a.name, a.rows, " x ".join(map(str, a.row_shape)), a.n_pending, a.n_bytes / 1e6)
@@ -207,7 +209,8 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> None:
         raise OptionError(f"{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
 
 
-def show_extracted(report: Any, json: bool) -> None:
+def show_extracted(report: Any, fields: Any, json: bool) -> None:
+    """What was done, and which columns of the source (its `fields`) were taken as what."""
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
@@ -218,8 +221,12 @@ def show_extracted(report: Any, json: bool) -> None:
     if report.duplicates:
         warn(f"{report.duplicates} images are the same file, byte for byte, as an earlier one")
     if json:
-        show_json({**vars(report), "arrays": [vars(a) for a in report.arrays], "nothing_to_do": report.nothing_to_do})
-    elif report.nothing_to_do:
+        arrays = [vars(array) for array in report.arrays]
+        taken = {**fields.taken, "unused": list(fields.unused)}
+        show_json({**vars(report), "arrays": arrays, "nothing_to_do": report.nothing_to_do, "columns": taken})
+        return
+    typer.echo(printable(str(fields)))
+    if report.nothing_to_do:
         typer.echo(f"nothing to do: {standing(report)}")
     else:
         columns = ("modality", "features", "rows", "dim", "encoded now", "unreadable", "rows/s")

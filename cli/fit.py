@@ -196,6 +196,7 @@ def combine(
     Example: apecache combine run-linear run-mlp --out both
     """
     with ending():
+        from apecache.durable import undone_on_error
         from apecache.errors import require_new
         from apecache.heads.checkpoint import load_heads, save_heads
         from apecache.heads.combine import combine_heads
@@ -205,7 +206,8 @@ def combine(
         for run in runs:
             require_head_run(run, "combine")
         combined = combine_heads([load_heads(run) for run in runs])
-        save_heads(combined, out)
+        with undone_on_error(out):
+            save_heads(combined, out)
         found = {"run": str(out), "n_runs": len(runs), "dim": combined.image.head.out_dim, "scale": combined.scale}
         if json:
             show_json(found)

@@ -34,10 +34,13 @@ class Asked:
         from apecache.data.sources import open_pairs
 
         source = open_pairs(self.labels, self.opening("image" if modality == "image" else "caption", "label"))
-        from apecache.evaluate.labelled import LabelledSpec
+        from apecache.evaluate.labelled import LabelledSpec, is_writable
 
+        caches = self.run / "caches"
+        if not caches.exists() and not is_writable(caches):
+            warn(f"{self.run} is read-only: the features of {self.labels} are not kept for the next time")
         moved = self.moved[0 if modality == "image" else 1]
-        return LabelledSpec(source, self.run / "caches", splits, moved, self.device, self.max_bad, modality)
+        return LabelledSpec(source, caches, splits, moved, self.device, self.max_bad, modality)
 
     def load(self) -> Any:
         from apecache.recipes.runs import load_run

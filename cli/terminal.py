@@ -6,12 +6,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
 
+from .system_errors import explain
+
+FAILURE = 1
 INTERRUPTED = 130
 PLAIN_WIDTH = 160
 """Columns of tables that go to a file or a pipe."""
@@ -25,7 +28,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 def ending() -> Iterator[None]:
     """Turn an error into one line and its exit code, and an interrupt into what to do next.
 
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 data, 4 something does not match a store, 130 interrupted.
+    Exit codes: 0 ok, 1 failure (also what the operating system refuses), 2 usage, 3 data, 4 something does not match a
+    store, 130 interrupted.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -43,6 +47,30 @@ def ending() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; resume with: {command_line()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if not complain_of_system(error):
+            raise
+        raise typer.Exit(FAILURE) from None
+
+
+def complain_of_system(error: Exception) -> bool:
+    """Show an error of the operating system as one line. False for any other error: nothing is shown."""
+    message = explain(error)
+    if message is None:
+        return False
+    with suppress(OSError):  # standard error may lie on the same full disk
+        complain(message)
+    drop_output()
+    return True
+
+
+def drop_output() -> None:
+    """Send what standard output could not take to nowhere; else Python fails once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):  # a stream without a descriptor has nothing to drop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command_line() -> str:

@@ -8,12 +8,13 @@ COCO (captions_train2017.json and the like) has `images` with `id` and `file_nam
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from apecache.data.columns import to_text
 from apecache.data.media import media_below
-from apecache.data.pairs import Pair, PairSource
+from apecache.data.pairs import Pair, PairSource, SourceFields
 from apecache.data.spec import SPLITS, OpenSpec, refuse_url, require_only
 from apecache.data.tables import not_utf8
 from apecache.errors import ManifestError
@@ -37,12 +38,22 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
         raise ManifestError(f"{path}: {_found(content)}; expected {KINDS}. A list of objects goes into a .jsonl file")
     if images and all("sentences" in image for image in images):
         pairs = _karpathy(images, path, spec.restval)
+        fields = SourceFields(image="filename", caption="sentences.raw", split="split")
     elif _has_captions(content.get("annotations")):
         pairs = _coco(images, content["annotations"], path)
+        fields = SourceFields(image="file_name", caption="annotations.caption")
     else:
         raise ManifestError(f"{path}: {_found(content)}, of neither kind; expected {KINDS}")
+    fields = replace(fields, unused=_unused(images, fields))
     _require_unique(pairs, path)
-    return PairSource(pairs, str(path), media_below(spec.root or path.parent))
+    return PairSource(pairs, str(path), media_below(spec.root or path.parent), fields)
+
+
+def _unused(images: list[dict[str, Any]], fields: SourceFields) -> tuple[str, ...]:
+    """Fields of the images that are taken as nothing; an image's path has two, and COCO joins captions by `id`."""
+    taken = {fields.image, "filepath", "id", fields.split, "sentences"}
+    names = dict.fromkeys(name for image in images for name in image)
+    return tuple(name for name in names if name not in taken)
 
 
 def _load(path: Path) -> Any:

@@ -1,10 +1,10 @@
 """Which column is what, and one record of a table as a `Row`: the same for text tables, Parquet and data sets."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apecache.data.pairs import Row
+from apecache.data.pairs import Row, SourceFields
 from apecache.data.spec import OpenSpec, Role, refuse_url
 from apecache.errors import ManifestError, nearest
 
@@ -27,6 +27,19 @@ class Columns:
     def names(self) -> list[str]:
         """All but the image's."""
         return [name for name in (self.caption, self.split, self.language, self.label) if name is not None]
+
+
+def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
+    """What became of the columns of a table that has these names."""
+    taken = {columns.image, *columns.names}
+    return SourceFields(
+        image=columns.image,
+        caption=columns.caption,
+        split=columns.split,
+        label=columns.label,
+        language=columns.language,
+        unused=tuple(name for name in names if name not in taken),
+    )
 
 
 def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Columns:

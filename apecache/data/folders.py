@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from apecache.data.images import SUFFIXES
 from apecache.data.media import FolderMedia
-from apecache.data.pairs import Pair, PairSource, Row, join_rows
+from apecache.data.pairs import Pair, PairSource, Row, SourceFields, join_rows
 from apecache.data.parquet import parquet_rows
 from apecache.data.shards import open_shards
 from apecache.data.spec import SPLITS, OpenSpec, require_only
@@ -62,11 +62,14 @@ def _metadata(folder: Path, names: list[str]) -> list[Path]:
 def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSource:
     require_only(spec, folder, "image_column", "caption_column", "split_column")
     rows: list[Row] = []
+    fields = SourceFields()
     for table in tables:
         below = table.parent.relative_to(folder).as_posix()
-        read = parquet_rows(table, spec) if table.suffix == ".parquet" else table_rows(table, spec)
+        read, fields = parquet_rows(table, spec) if table.suffix == ".parquet" else table_rows(table, spec)
         rows += [_placed(row, "" if below == "." else below) for row in read]
-    return PairSource(join_rows(rows, str(folder)), str(folder), FolderMedia(folder))
+    if fields.split is None and any(row.split for row in rows):
+        fields = replace(fields, split="folder")
+    return PairSource(join_rows(rows, str(folder)), str(folder), FolderMedia(folder), fields)
 
 
 def _placed(row: Row, below: str) -> Row:
@@ -90,7 +93,13 @@ def _images(folder: Path) -> PairSource:
             f"{folder}: images both in it ({loose}) and in folders below; expected either, or a metadata.csv"
         )
     in_splits = all(key.partition("/")[0] in SPLITS for key in keys)
-    return PairSource(tuple(_pair(key, in_splits) for key in keys), str(folder), FolderMedia(folder))
+    pairs = tuple(_pair(key, in_splits) for key in keys)
+    fields = SourceFields(
+        image="file",
+        split="folder" if in_splits else None,
+        label="folder" if any(pair.label for pair in pairs) else None,
+    )
+    return PairSource(pairs, str(folder), FolderMedia(folder), fields)
 
 
 def _require_no_table(folder: Path, names: list[str], source: PairSource) -> None:

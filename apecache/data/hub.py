@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apecache.data.columns import Columns, choose_columns, image_keys, to_row
+from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
 from apecache.data.media import FolderMedia, check_bytes, media_below
 from apecache.data.pairs import PairSource, Row, join_rows
 from apecache.data.parquet import one_line
@@ -93,11 +93,14 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
     columns = _choose(parts[0].data.features, uri, spec)
     if any(part.data.features.keys() != parts[0].data.features.keys() for part in parts):
         raise ManifestError(f"{uri}: its splits have other columns than one another; save the one you want alone")
+    fields = source_fields(columns, parts[0].data.features)
+    if columns.split is None and any(part.name for part in parts):
+        fields = replace(fields, split="the data set's own splits")
     if _is_image(parts[0].data.features[columns.image]):
         require_only(spec, uri, "image_column", "caption_column", "split_column")
-        return _with_images(parts, columns, uri, folder)
+        return replace(_with_images(parts, columns, uri, folder), fields=fields)
     rows = [_row(part, line, record, columns, uri) for part, line, record in _records(parts, [columns.image], columns)]
-    return PairSource(join_rows(rows, uri), uri, media_below(spec.root or folder))
+    return PairSource(join_rows(rows, uri), uri, media_below(spec.root or folder), fields)
 
 
 def _load(uri: str) -> tuple[Any, Path]:

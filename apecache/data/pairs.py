@@ -22,17 +22,51 @@ class Pair:
     label: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceFields:
+    """Where a source's images, captions, splits, labels and languages stand; None: nowhere.
+
+    They are names of columns or fields, or words for what is not named (`file`, `folder`). `unused`: columns that were
+    not taken as anything.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    split: str | None = None
+    label: str | None = None
+    language: str | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def taken(self) -> dict[str, str]:
+        """Of each role that is filled, the field."""
+        roles = {
+            "image": self.image,
+            "caption": self.caption,
+            "split": self.split,
+            "label": self.label,
+            "language": self.language,
+        }
+        return {role: name for role, name in roles.items() if name is not None}
+
+    def __str__(self) -> str:
+        taken = ", ".join(f"{role}={name}" for role, name in self.taken.items())
+        return f"columns: {taken}; not used: {', '.join(self.unused) or 'none'}"
+
+
 @dataclass(frozen=True)
 class PairSource:
     """Ordered, sized, hashable: the same table gives the same `digest`, wherever it lies.
 
     Rows of images are numbered in the order of their first appearance; captions (texts) in the order image by image.
-    `origin` is how the source was named, `media` where its images' bytes come from; neither is part of its identity.
+    `origin` is how the source was named, `media` where its images' bytes come from, `fields` which columns were taken
+    as what; none of them is part of its identity.
     """
 
     pairs: tuple[Pair, ...]
     origin: str = field(default="", compare=False)
     media: Media = field(default=NoMedia(), compare=False)
+    fields: SourceFields = field(default=SourceFields(), compare=False)
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from apecache.data.columns import Columns, choose_columns, image_keys, to_row
+from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
 from apecache.data.media import check_bytes, media_below
-from apecache.data.pairs import PairSource, Row, join_rows
+from apecache.data.pairs import PairSource, Row, SourceFields, join_rows
 from apecache.data.spec import OpenSpec, require_only
 from apecache.errors import ApecacheError, ManifestError, MissingExtraError, RowError
 from apecache.fingerprint import content_hash
@@ -140,11 +140,16 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
             require_only(spec, path, "image_column", "caption_column", "split_column")
             return _with_images(file, columns, path, leaf)
         rows = _rows_with_paths(file, columns, kind, path)
-    return PairSource(join_rows(rows, str(path)), str(path), media_below(spec.root or path.parent))
+        fields = source_fields(columns, file.schema_arrow.names)
+    media = media_below(spec.root or path.parent)
+    return PairSource(join_rows(rows, str(path)), str(path), media, fields)
 
 
-def parquet_rows(path: Path, spec: OpenSpec) -> list[Row]:
-    """Rows of a table whose images are files. Raises as `open_parquet` does, and ManifestError for images inside."""
+def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
+    """Rows of a table whose images are files, and which columns were taken as what.
+
+    Raises as `open_parquet` does, and ManifestError for images inside.
+    """
     with _opened(path) as file:
         columns = choose_columns(file.schema_arrow.names, path, spec)
         kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
@@ -152,7 +157,7 @@ def parquet_rows(path: Path, spec: OpenSpec) -> list[Row]:
             raise ManifestError(
                 f"{path}: column {columns.image!r} holds images; expected names of files: give the table"
             )
-        return _rows_with_paths(file, columns, kind, path)
+        return _rows_with_paths(file, columns, kind, path), source_fields(columns, file.schema_arrow.names)
 
 
 @contextmanager
@@ -263,7 +268,9 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSour
     records = _records(file, columns.names, columns.label) if columns.names else numbered
     named = zip(records, keys, strict=True)
     rows = [to_row(line, {**record, columns.image: key}, columns, path) for (line, record), key in named]
-    return PairSource(join_rows(_require_rows(rows, path), str(path)), str(path), TableMedia(groups, first))
+    fields = source_fields(columns, file.schema_arrow.names)
+    pairs = join_rows(_require_rows(rows, path), str(path))
+    return PairSource(pairs, str(path), TableMedia(groups, first), fields)
 
 
 def _has_bytes(file: Any, column: str) -> bool:

@@ -10,14 +10,14 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from apecache.data.columns import LANGUAGE_COLUMNS, to_captions, to_text
 from apecache.data.media import Member, TarMedia
-from apecache.data.pairs import Pair, PairSource
+from apecache.data.pairs import Pair, PairSource, SourceFields
 from apecache.data.spec import OpenSpec, require_only
 from apecache.errors import ManifestError, nearest
 
@@ -81,7 +81,29 @@ def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource
         raise ManifestError(f"{origin}: two tars have the same name and the same keys; give them other names")
     members = {sample.key: member for sample in samples if (member := _image(sample))}
     pairs = tuple(_pair(sample, spec.caption_column, tars[sample.tar]) for sample in samples)
-    return PairSource(pairs, origin, TarMedia(tuple(tars), members))
+    return PairSource(pairs, origin, TarMedia(tuple(tars), members), _fields(samples, spec))
+
+
+def _fields(samples: Sequence[_Sample], spec: OpenSpec) -> SourceFields:
+    """Endings of members, and fields of their JSON as `json.FIELD`; what some sample has counts as taken."""
+    endings = dict.fromkeys(ending for sample in samples for ending in (*sample.members,))
+    described = [_json(sample.texts.get("json"), sample.key) for sample in samples]
+    names = dict.fromkeys(name for record in described for name in record)
+    in_json = [spec.caption_column] if spec.caption_column else []
+    texts = [ending for ending in ("txt", "caption") if ending in endings and not in_json]
+    captions = [*texts, *(f"json.{name}" for name in in_json or (["caption"] if "caption" in names else []))]
+    labels = [*(["cls"] if "cls" in endings else []), *(["json.label"] if "label" in names else [])]
+    languages = [f"json.{name}" for name in LANGUAGE_COLUMNS if name in names]
+    fields = SourceFields(
+        image=next(iter([ending for ending in IMAGES if ending in endings]), None),
+        caption=next(iter(captions), None),
+        split="json.split" if "split" in names else None,
+        label=next(iter(labels), None),
+        language=next(iter(languages), None),
+    )
+    taken = set(fields.taken.values())
+    every = [*(ending for ending in endings if ending != "json"), *(f"json.{name}" for name in names)]
+    return replace(fields, unused=tuple(name for name in every if name not in taken))
 
 
 def _image(sample: _Sample) -> Member | None:

@@ -62,11 +62,13 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     if spec.split_file is not None:
         splits = read_split_file(as_path(spec.split_file, "split_file"), source)
         pairs = tuple(replace(pair, split=splits.get(pair.key, "")) for pair in source)
+        taken_from = f"--split-file {spec.split_file}"
     else:
         require_fractions(spec.split_fraction)
         originals = first_of_equal(source)
         pairs = tuple(replace(pair, split=split_of(originals.get(pair.key, pair.key), spec)) for pair in source)
-    return replace(source, pairs=pairs)
+        taken_from = "--split-fraction"
+    return replace(source, pairs=pairs, fields=replace(source.fields, split=taken_from))
 
 
 def first_of_equal(source: PairSource) -> dict[str, str]:

@@ -8,13 +8,14 @@ mends it. Which column is what, `columns` says.
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from apecache.data.columns import IMAGE_COLUMNS, choose_columns, to_row
+from apecache.data.columns import IMAGE_COLUMNS, choose_columns, source_fields, to_row
 from apecache.data.media import media_below
-from apecache.data.pairs import PairSource, Row, join_rows
+from apecache.data.pairs import PairSource, Row, SourceFields, join_rows
 from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError
 
@@ -27,36 +28,42 @@ def open_table(path: Path, spec: OpenSpec) -> PairSource:
     Raises:
         ManifestError: not UTF-8, a missing or ambiguous column, a ragged row, an empty key, no rows.
     """
-    rows = table_rows(path, spec)
-    return PairSource(join_rows(rows, str(path)), str(path), media_below(spec.root or path.parent))
+    rows, fields = table_rows(path, spec)
+    media = media_below(spec.root or path.parent)
+    return PairSource(join_rows(rows, str(path)), str(path), media, fields)
 
 
-def table_rows(path: Path, spec: OpenSpec) -> list[Row]:
-    """Raises as `open_table` does."""
+def table_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
+    """Rows, and which columns were taken as what. Raises as `open_table` does."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(_rows(file, path, spec))
+            rows, fields = _rows(file, path, spec)
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None
     if not rows:
         found = "the table has a header but no rows" if path.stat().st_size else "the file is empty"
         raise ManifestError(f"{path}: {found}; expected a row for every caption, columns image, caption")
-    return rows
+    return rows, fields
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     return f"{path}: not UTF-8 ({_place(path, error)}); save the file as UTF-8"
 
 
-def _rows(file: TextIO, path: Path, spec: OpenSpec) -> Iterator[Row]:
+def _rows(file: TextIO, path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
     records = _json_records(file, path) if path.suffix.lower() == ".jsonl" else _csv_records(file, path)
     first = next(records, None)
     if first is None:
-        return
-    alone = _texts_alone(first[1], spec)
-    columns = choose_columns([*first[1], *(["image"] if alone else [])], path, spec)
-    for line, record in chain([first], records):
-        yield to_row(line, {**record, "image": str(line)} if alone else record, columns, path)
+        return [], SourceFields()
+    names = list(first[1])
+    alone = _texts_alone(names, spec)
+    columns = choose_columns([*names, *(["image"] if alone else [])], path, spec)
+    rows = [
+        to_row(line, {**record, "image": str(line)} if alone else record, columns, path)
+        for line, record in chain([first], records)
+    ]
+    fields = source_fields(columns, names)
+    return rows, replace(fields, image=None) if alone else fields
 
 
 def _texts_alone(names: Iterable[str], spec: OpenSpec) -> bool:

@@ -6,7 +6,7 @@ number (from 1) as its key and no image. Blank lines are no captions.
 
 from pathlib import Path
 
-from apecache.data.pairs import Pair, PairSource
+from apecache.data.pairs import Pair, PairSource, SourceFields
 from apecache.data.spec import OpenSpec, require_only
 from apecache.data.tables import not_utf8
 from apecache.errors import ManifestError
@@ -24,4 +24,4 @@ def open_texts(path: Path, spec: OpenSpec) -> PairSource:
     pairs = tuple(Pair(str(number), (line,), ("",)) for number, line in lines if line.strip())
     if not pairs:
         raise ManifestError(f"{path}: no captions; expected one on each line")
-    return PairSource(pairs, str(path))
+    return PairSource(pairs, str(path), fields=SourceFields(caption="line"))

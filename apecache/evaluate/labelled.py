@@ -1,7 +1,12 @@
 """Images or texts with labels and their features by a run's own encoder, encoded once and kept beside the run."""
 
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -84,12 +89,36 @@ def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda 
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
     encoder = load(named, spec.device)  # compared before the cache is filled with its features
     side.require_encoder(encoder.fingerprint, f"{spec.modality} encoder {named}")
-    path = (
-        as_path(spec.caches, "caches") / digest_strings([source.digest, source.media.place])[:16]
-    )  # another root has other files
-    image, text = (named, None) if spec.modality == "image" else (None, named)
-    extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
-    store = FeatureStore.open(path)
+    name = digest_strings([source.digest, source.media.place])[:16]  # another root has other files
+    with _cache_folder(as_path(spec.caches, "caches"), name) as path:
+        image, text = (named, None) if spec.modality == "image" else (None, named)
+        extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
+        return _embedded(run, spec, source, FeatureStore.open(path))
+
+
+@contextmanager
+def _cache_folder(caches: Path, name: str) -> Iterator[Path]:
+    """The features' folder in `caches`, or a temporary one where nothing can be written beside the run.
+
+    Features that are there already are read in place, also from a read-only file system.
+    """
+    kept = caches / name
+    if kept.exists() or is_writable(caches):
+        yield kept
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder) / name
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written into, or made. A read-only mount refuses root, too."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
+
+
+def _embedded(run: Run, spec: LabelledSpec, source: PairSource, store: FeatureStore) -> LabelledFeatures:
+    side = getattr(run, spec.modality)
     array = find_features(side, store, spec.modality)
     rows = np.flatnonzero(array.load_ok())
     if not len(rows):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apecache.durable import apply_umask
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.load import load_text_encoder
@@ -47,6 +48,7 @@ def export_sentence_transformers(heads: TrainedHeads, out: Path, text: EncoderSp
     if spec.library == "st":
         model.max_seq_length = encoder.max_tokens
     model.save(str(out), create_model_card=False)
+    apply_umask(out)
     return sorted(path.name for path in out.iterdir())
 
 

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from apecache.durable import replace_tensors
 from apecache.fingerprint import Json
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 
@@ -16,9 +15,7 @@ def export_safetensors(heads: TrainedHeads, out: Path) -> list[str]:
     Returns the names of the files."""
     out.mkdir(parents=True, exist_ok=True)
     for side in SIDES:
-        head = getattr(heads, side).head
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-        save_file(tensors, out / f"{side}.safetensors")
+        replace_tensors(out / f"{side}.safetensors", getattr(heads, side).head.state_dict())
     return [*(f"{side}.safetensors" for side in SIDES), write_description(heads, out)]
 
 

@@ -241,7 +241,7 @@ class LocalFiles:
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
         # Shared by all that write: who gets it exclusively knows that every temporary file is a dead writer's.
         with self._locked(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH):
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 try:
                     for buffer in buffers:

@@ -1,7 +1,9 @@
 """The history of a fit for TensorBoard, besides the run folder's own."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,19 +29,47 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
         raise RunError(f"{folder} is no folder, so no events can be written into it; choose another")
     if find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "track")
-    from torch.utils.tensorboard import SummaryWriter
-
     with ExitStack() as stack:
-        opened: list[SummaryWriter] = []
+        opened: list[_EventFile] = []
 
         def log(line: dict[str, Any]) -> None:
             if not opened:
-                opened.append(stack.enter_context(SummaryWriter(str(folder), purge_step=line["step"])))
-            for name, value in _scalars(line).items():
-                opened[0].add_scalar(name, value, line["step"])
-            opened[0].flush()
+                opened.append(stack.enter_context(closing(_EventFile(folder, line["step"]))))
+            opened[0].add(line["step"], _scalars(line))
 
         yield log
+
+
+class _EventFile:
+    """One file of events. TensorBoard's own writer has a thread, which prints a traceback when the disk is full."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """`first_step`: what earlier files of the folder say of later steps is shown no more."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.time()
+        path = folder / f"events.out.tfevents.{begin:.6f}.{os.getpid()}"  # readers take files in the order of names
+        self.file = path.open("xb")
+        self.records = RecordWriter(self.file)
+        self._write(Event(wall_time=begin, file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=begin, step=first_step, session_log=start))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self.file.flush()
+
+    def _write(self, event: Any) -> None:
+        self.records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:
