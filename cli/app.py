@@ -7,6 +7,7 @@ import typer
 
 from . import (
     analyze,
+    compare,
     demo,
     evaluate,
     export_run,
@@ -45,6 +46,7 @@ app.command()(lint.lint)
 app.command("export-run")(export_run.export_run)
 app.command()(fit.combine)
 app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(analyze.analyze)
 app.command()(search.index)
 app.command()(search.search)

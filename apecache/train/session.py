@@ -114,19 +114,19 @@ def build_ledger(
     step_flops = (training.step_flops or 0) * n_processes
     loading, evaluation = training.loading_seconds, training.evaluation_seconds
     return Ledger(
-        training.seconds - evaluation,
-        evaluation,
-        loading,
-        training.step,
-        step_flops,
-        step_flops * training.step,
-        training.step * plan.accumulate * size * loss.captions,
-        n_negatives(training.recipe, n_train),
-        size * plan.accumulate if plan.n_steps else 0,
-        sum(stored_bytes(array) for array in arrays),
-        *meter.peak(),
-        None if resumed_step else meter.joules(),
-        money((loading + training.seconds) * n_processes, price_per_hour),
+        training_seconds=training.seconds - evaluation,
+        evaluation_seconds=evaluation,
+        loading_seconds=loading,
+        n_steps=training.step,
+        step_flops=step_flops,
+        flops=step_flops * training.step,
+        n_samples=training.step * plan.accumulate * size * loss.captions,
+        n_negatives=n_negatives(training.recipe, n_train),
+        nominal_batch=size * plan.accumulate if plan.n_steps else 0,
+        store_bytes=sum(stored_bytes(array) for array in arrays),
+        peak_bytes=meter.peak_bytes(),
+        energy_joules=None if resumed_step else meter.joules(),
+        money=money((loading + training.seconds) * n_processes, price_per_hour),
     )
 
 
