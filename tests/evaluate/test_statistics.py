@@ -89,6 +89,16 @@ def test_seeds_that_agree_are_as_uncertain_as_one_of_them() -> None:
     assert five.high - five.low > 5
 
 
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    generator = np.random.default_rng(11)
+    easy = generator.beta(0.6, 1.4, 2000)
+    steady = estimate_recall([hits_of(easy, generator) for _ in range(3)], TERM)
+    shifted = [hits_of(np.clip(easy + shift, 0, 1), generator) for shift in (-0.1, 0.0, 0.1)]
+    apart = estimate_recall(shifted, TERM)
+    assert apart.high - apart.low > 3 * (steady.high - steady.low)
+    assert apart.seed_variance == pytest.approx(np.var([run.value(TERM) for run in shifted], ddof=1) / 3)
+
+
 def test_the_variance_over_images_is_the_limit_of_the_bootstrap() -> None:
     generator = np.random.default_rng(3)
     (run,) = simulate(1, generator, n_images=300)
