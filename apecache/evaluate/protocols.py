@@ -63,7 +63,7 @@ def _hits_of_ranks(
     n_images = len(to_text)
     return RetrievalHits(
         image_to_text={k: (to_text < k).astype(np.float64) for k in ks},
-        text_to_image={k: np.bincount(owner, weights=to_image < k, minlength=n_images) for k in ks},
+        text_to_image={k: np.bincount(owner, weights=to_image < k, minlength=n_images).astype(np.float64) for k in ks},
         captions=np.bincount(owner, minlength=n_images).astype(np.float64),
     )
 
