@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apecache.estimator import AlignmentHead
     from apecache.evaluate.benchmark_names import Benchmark, load_benchmark
     from apecache.evaluate.class_names import ClassNames, read_class_names
+    from apecache.evaluate.comparison import MetricDifference, RunComparison, compare_runs
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
     from apecache.evaluate.probe import ProbeReport, probe
@@ -75,6 +76,7 @@ _HOME = {
     "Law": "laws.law",
     "LawsReport": "laws.run",
     "LawsSetting": "laws.setting",
+    "MetricDifference": "evaluate.comparison",
     "OpenSpec": "data.spec",
     "Pair": "data.pairs",
     "PairSource": "data.pairs",
@@ -87,6 +89,7 @@ _HOME = {
     "Recipe": "recipes.recipe",
     "ReportSpec": "report.report_page",
     "RetrievalReport": "evaluate.retrieval",
+    "RunComparison": "evaluate.comparison",
     "ScoutReport": "evaluate.scout",
     "ScoutSpec": "evaluate.scout",
     "SearchIndex": "search",
@@ -103,6 +106,7 @@ _HOME = {
     "build_index": "index",
     "build_tower": "encoders.towers",
     "combine_heads": "heads.combine",
+    "compare_runs": "evaluate.comparison",
     "embed_store": "evaluate.embeddings",
     "extract": "extraction",
     "extract_on_ray": "engines.extraction",
@@ -156,6 +160,7 @@ __all__ = [
     "Law",
     "LawsReport",
     "LawsSetting",
+    "MetricDifference",
     "OpenSpec",
     "Pair",
     "PairSource",
@@ -168,6 +173,7 @@ __all__ = [
     "Recipe",
     "ReportSpec",
     "RetrievalReport",
+    "RunComparison",
     "ScoutReport",
     "ScoutSpec",
     "SearchIndex",
@@ -184,6 +190,7 @@ __all__ = [
     "build_index",
     "build_tower",
     "combine_heads",
+    "compare_runs",
     "embed_store",
     "extract",
     "extract_on_ray",

@@ -1,16 +1,13 @@
 """What a sweep found: its trials, one line each in `trials.jsonl`, and how they are ranked."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
-
 from apecache.durable import replace_text
+from apecache.evaluate.statistics import estimate_from_recalls
 from apecache.fingerprint import Json
 
 TRIALS = "trials.jsonl"
@@ -18,8 +15,9 @@ TRIALS = "trials.jsonl"
 
 @dataclass(frozen=True)
 class Trial:
-    """`recalls`: best mean recall on dev of each seed; `low`, `high`: 95 % interval of their mean (Student; None for
-    one seed). `state`: `done`, `stopped` by halving, or `failed` with its `error`."""
+    """`recalls`: best mean recall on dev of each seed; `low`, `high`: 95 % interval of their mean over seeds and dev
+    images. `chance`: what a random order would have; None in trials of older versions. `state`: `done`, `stopped` by
+    halving, or `failed` with its `error`."""
 
     number: int
     recipe: str
@@ -32,6 +30,7 @@ class Trial:
     low: float | None = None
     high: float | None = None
     error: str = ""
+    chance: float | None = None
 
 
 def read_trials(out: Path) -> dict[int, Trial]:
@@ -47,13 +46,10 @@ def write_trials(out: Path, trials: Mapping[int, Trial]) -> None:
     replace_text(out / TRIALS, "".join(f"{line}\n" for line in lines))
 
 
-def interval(recalls: Sequence[float]) -> dict[str, Any]:
-    """Mean and the 95 % interval of the mean, as a trial has them."""
-    mean, n = fmean(recalls), len(recalls)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None}
-    half = float(stdtrit(n - 1, 0.975)) * stdev(recalls) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+def interval(recalls: Sequence[float], n_dev_images: int) -> dict[str, Any]:
+    """Return the mean and its 95 % interval, as a trial has them."""
+    estimate = estimate_from_recalls(recalls, n_dev_images)
+    return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def ranked(trials: dict[int, Trial]) -> list[Trial]:

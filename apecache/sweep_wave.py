@@ -13,6 +13,7 @@ from typing import Literal
 
 from apecache.durable import replace_text
 from apecache.errors import RecipeError
+from apecache.evaluate.retrieval import chance_recalls
 from apecache.heads.stacked import Streams
 from apecache.recipes.recipe import Recipe
 from apecache.space import Space, Values
@@ -245,7 +246,10 @@ class Wave:
         else:
             recalls = self._recalls(one)
             epochs = max(self.results[key][1] for key in keys)
-            trial = replace(trial, epochs=epochs, recalls=tuple(recalls), **interval(recalls))
+            dev = self.data.dev
+            to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
+            chance = fmean([*to_text.values(), *to_image.values()])
+            trial = replace(trial, epochs=epochs, recalls=tuple(recalls), chance=chance, **interval(recalls, len(dev)))
         self.trials[one.number] = trial
         write_trials(self.out, self.trials)
         self.progress(trial)

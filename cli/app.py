@@ -7,6 +7,7 @@ import typer
 
 from . import (
     analyze,
+    compare,
     demo,
     evaluate,
     export_run,
@@ -46,6 +47,7 @@ app.command(cls=Command)(lint.lint)
 app.command("export-run", cls=Command)(export_run.export_run)
 app.command(cls=Command)(fit.combine)
 app.command(cls=Command)(evaluate.evaluate)
+app.command(cls=Command)(compare.compare)
 app.command(cls=Command)(analyze.analyze)
 app.command(cls=Command)(search.index)
 app.command(cls=Command)(search.search)

@@ -104,9 +104,10 @@ def retrieval(
 
     if store is None:
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
-    from apecache.evaluate.csls import csls_report
+    from apecache.evaluate.comparison import was_split_seen
+    from apecache.evaluate.csls import csls_intervals, csls_report
     from apecache.evaluate.embeddings import embed_store
-    from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
+    from apecache.evaluate.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
     from apecache.evaluate.retrieval import retrieval_report
     from apecache.recipes.runs import load_run
     from apecache.store.reader import FeatureStore
@@ -121,10 +122,12 @@ def retrieval(
     corrected = None
     if csls:
         corrected = folded_report(*about, folds, measure=measure, **equal) if folds else measure(*about, **equal)
-    intervals = None if folds else bootstrap_intervals(*about, **equal)
+    intervals = None if folds else retrieval_intervals(*about, **equal)
+    corrected_intervals = csls_intervals(*about, **equal) if csls and not folds else None
     tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
     languages = language_reports(*about, tongues, **equal) if by_language else {}
-    seen = _seen(loaded.training, opened.digest, split)
+    sure = language_intervals(*about, tongues, **equal) if by_language else {}
+    seen = was_split_seen(loaded.training, opened.digest, split)
     if seen:
         warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
     return {
@@ -141,20 +144,25 @@ def retrieval(
         "seen_in_training": seen,
         "mean_recall_at_1": round(report.mean_recall_at_1, 4),
         "folds_of": folds,
-        "csls": None if corrected is None else told(corrected),
+        "csls": None if corrected is None else told(corrected, corrected_intervals),
         "intervals": None if intervals is None else vars(intervals),
-        "languages": {language: told(found) for language, found in languages.items()},
+        "languages": {language: told(found, sure[language]) for language, found in languages.items()},
         "left_out": asdict(embedded.left_out),
     }
 
 
-def told(report: Any) -> dict[str, Any]:
-    """A report in short."""
+def told(report: Any, intervals: Any) -> dict[str, Any]:
+    """A report in short, with chance and intervals (None for folds)."""
     return {
         "image_to_text": keyed(report.image_to_text),
         "text_to_image": keyed(report.text_to_image),
         "n_images": report.n_images,
         "n_texts": report.n_texts,
+        "chance": {
+            "image_to_text": keyed(report.chance_image_to_text),
+            "text_to_image": keyed(report.chance_text_to_image),
+        },
+        "intervals": None if intervals is None else vars(intervals),
     }
 
 
@@ -162,25 +170,33 @@ def keyed(recalls: dict[int, float]) -> dict[str, float]:
     return {str(k): round(value, 4) for k, value in recalls.items()}
 
 
-def _seen(training: Any, data: str, split: str) -> bool:
-    splits = training.get("splits") or {}
-    return training.get("data") == data and split in ((splits.get("train") or "train"), splits.get("dev"))
-
-
 def show_retrieval(run: str, result: dict[str, Any]) -> None:
+    """Recalls with their intervals, and chance below those that it belongs to."""
     ks = list(result["image_to_text"])
-    tables = [(str(run), result), ("chance", result["chance"])]
-    tables += [("with CSLS", result["csls"])] if result["csls"] else []
-    tables += [
-        (f"{language or '(no language)'}: {r['n_texts']:,} texts", r) for language, r in result["languages"].items()
-    ]
-    rows: list[tuple[object, ...]] = [
-        (what, *values["image_to_text"].values(), *values["text_to_image"].values()) for what, values in tables
-    ]
-    if result["intervals"]:
-        ends = [e for side in ("image_to_text", "text_to_image") for e in result["intervals"][side].values()]
-        rows.insert(1, ("95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends)))
+    rows = [recall_row(str(run), result)]
+    rows += interval_rows(result["intervals"])
+    if result["csls"]:
+        rows.append(recall_row("with CSLS", result["csls"]))
+        rows += interval_rows(result["csls"]["intervals"])
+    rows.append(recall_row("chance", result["chance"]))
+    for language, report in result["languages"].items():
+        name = language or "(no language)"
+        rows.append(recall_row(f"{name}: {report['n_texts']:,} texts", report))
+        rows += interval_rows(report["intervals"])
+        rows.append(recall_row(f"chance, {name}", report["chance"]))
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
     fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
     show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}", columns, rows)
     show_left_out(result["left_out"])
+
+
+def recall_row(what: str, report: dict[str, Any]) -> tuple[object, ...]:
+    return (what, *report["image_to_text"].values(), *report["text_to_image"].values())
+
+
+def interval_rows(intervals: dict[str, Any] | None) -> list[tuple[object, ...]]:
+    """One row, or none where there are no intervals (folds)."""
+    if intervals is None:
+        return []
+    ends = [*intervals["image_to_text"].values(), *intervals["text_to_image"].values()]
+    return [("95 % interval", *(f"{low:.1f} to {high:.1f}" for low, high in ends))]

@@ -78,13 +78,15 @@ def fit_head(
         if json:
             show_json({**asdict(report), "run": out})
             return
-        recalls = (*report.dev.image_to_text.values(), *report.dev.text_to_image.values())
+        dev = report.dev
+        recalls = (*dev.image_to_text.values(), *dev.text_to_image.values())
+        chance = (*dev.chance_image_to_text.values(), *dev.chance_text_to_image.values())
         counts = (report.n_train_images, report.n_dev_images, report.n_negatives, report.n_trained_parameters)
-        names = (*(f"i2t R@{k}" for k in report.dev.image_to_text), *(f"t2i R@{k}" for k in report.dev.text_to_image))
+        names = (*(f"i2t R@{k}" for k in dev.image_to_text), *(f"t2i R@{k}" for k in dev.text_to_image))
         show_table(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            ("train images", "dev images", "negatives", "parameters", "seconds", *names),
-            [(*counts, report.seconds, *recalls)],
+            ("", "train images", "dev images", "negatives", "parameters", "seconds", *names),
+            [("dev", *counts, report.seconds, *recalls), ("chance", *[""] * 5, *chance)],
         )
 
 
@@ -181,8 +183,17 @@ def fit_encoder(
         values = (report.n_train_images, report.n_dev_images, report.n_trained_parameters, cached, report.seconds)
         show_table(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            ("train images", "dev images", "parameters", "cached sides", "seconds", "dev mean recall", "before"),
-            [(*values, report.dev.mean_recall, report.untrained.mean_recall)],
+            (
+                "train images",
+                "dev images",
+                "parameters",
+                "cached sides",
+                "seconds",
+                "dev mean recall",
+                "before",
+                "chance",
+            ),
+            [(*values, report.dev.mean_recall, report.untrained.mean_recall, report.dev.mean_chance)],
         )
 
 
@@ -234,4 +245,6 @@ def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]],
 
 def show_epoch(line: dict[str, Any]) -> None:
     loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
-    typer.echo(f"epoch {line['epoch']:3d}  {loss}  dev mean recall {line['dev']['mean_recall']:.1f}", err=True)
+    dev = line["dev"]
+    recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"
+    typer.echo(f"epoch {line['epoch']:3d}  {loss}  {recall}", err=True)

@@ -72,7 +72,16 @@ def zeroshot(
         warn(f"{len(report.empty)} of {report.n_classes} classes have no image, and stay candidates: {shown}")
     if report.matched == "by sorted order":
         warn("no label is a class's name or number: labels in sorted order were taken for the classes in theirs")
-    return {"task": "zeroshot", "split": asked.split, **vars(report), "left_out": asdict(report.left_out)}
+    from apecache.evaluate.statistics import accuracy_interval
+
+    intervals = {name: accuracy_interval(getattr(report, name), report.n_images) for name in ("top1", "top5")}
+    return {
+        "task": "zeroshot",
+        "split": asked.split,
+        **vars(report),
+        "left_out": asdict(report.left_out),
+        "intervals": intervals,
+    }
 
 
 def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
@@ -86,15 +95,29 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
         found = labelled_features(asked.load(), spec, update)
     before, after = probe_features(found, train_split, split)
     about = {"task": "probe" if modality == "image" else "text-probe", "train_split": train_split, "split": split}
-    return {**about, "before": vars(before), "after": vars(after), "left_out": asdict(found.left_out)}
+    from apecache.evaluate.statistics import accuracy_interval
+
+    sides = {"before": before, "after": after}
+    intervals = {
+        stage: {name: accuracy_interval(getattr(report, name), report.n_test) for name in ("linear", "knn")}
+        for stage, report in sides.items()
+    }
+    return {
+        **about,
+        **{stage: vars(report) for stage, report in sides.items()},
+        "left_out": asdict(found.left_out),
+        "intervals": intervals,
+    }
 
 
 def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     title = (
         f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
     )
-    rows = [
+    intervals = result["intervals"]
+    rows: list[tuple[object, ...]] = [
         (str(run), result["top1"], result["top5"], result["mean_per_class"]),
+        ("95 % interval", span(intervals["top1"]), span(intervals["top5"]), ""),
         ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
     ]
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
@@ -115,11 +138,18 @@ def show_left_out(counts: dict[str, int]) -> None:
 def show_probes(run: str, result: dict[str, Any]) -> None:
     before, what = result["before"], "images" if result["task"] == "probe" else "texts"
     title = f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, {before['n_test']:,} of "
-    rows: list[tuple[object, ...]] = [
-        (stage, r["linear"], r["linear_per_class"], f"C {r['regularisation']:g}", r["knn"], f"k {r['neighbours']}")
-        for stage, r in (("encoder's features", before), ("after the head", result["after"]))
-    ]
+    rows: list[tuple[object, ...]] = []
+    for stage, name in (("before", "encoder's features"), ("after", "after the head")):
+        report = result[stage]
+        ends = result["intervals"][stage]
+        linear = (report["linear"], report["linear_per_class"], f"C {report['regularisation']:g}")
+        rows.append((name, *linear, report["knn"], f"k {report['neighbours']}"))
+        rows.append(("95 % interval", span(ends["linear"]), "", "", span(ends["knn"]), ""))
     rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
     columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
     show_table(title + str(result["split"]), columns, rows)
     show_left_out(result["left_out"])
+
+
+def span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.1f} to {ends[1]:.1f}"

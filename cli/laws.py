@@ -141,7 +141,7 @@ def show_report(report: Any, json: bool) -> None:
         for arm in law.arms:
             for error in arm.failed:
                 typer.echo(f"  a run of {arm.name} failed: {error}")
-    typer.echo("intervals: paired over seeds (Student) and bootstrap over images, variances added; see each source")
+    typer.echo("intervals: paired; the variances over seeds and over images (bootstrap) are added; see each source")
     typer.echo(f"{report.n_done} runs are done, {report.n_failed} of them failed, {report.n_left} are left")
     if report.n_left:
         typer.echo(f"resume with: {command_line()}")

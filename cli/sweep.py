@@ -77,7 +77,7 @@ def sweep(
             show_json({**asdict(report), "page": page})
             return
         rows = [(t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings)) for t in report.trials]
-        columns = ("trial", "state", "epochs", "dev mean recall", "95 %", "recipe", "settings")
+        columns = ("trial", "state", "epochs", "dev mean recall", "95 %", "chance", "recipe", "settings")
         show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
         typer.echo(f"the best again: {report.command}")
         typer.echo(f"the page with all trials: {page}")
@@ -95,10 +95,16 @@ def run_on(cluster: Any) -> Any:
 
 
 def show_trial(trial: Any) -> None:
-    score = trial.error or f"dev mean recall {trial.mean:.1f}"
+    score = trial.error or f"dev mean recall {trial.mean:.1f}{_beside(trial)}"
     typer.echo(f"trial {trial.number:3d}  {trial.state}  {score}  {' '.join(trial.settings)}", err=True)
 
 
-def _score(trial: Any) -> tuple[str, str]:
+def _beside(trial: Any) -> str:
+    """Chance; trials of older versions do not know it."""
+    return "" if trial.chance is None else f" (chance {trial.chance:.1f})"
+
+
+def _score(trial: Any) -> tuple[str, str, str]:
     mean = "" if trial.mean is None else f"{trial.mean:.1f}"
-    return mean, "" if trial.low is None else f"{trial.low:.1f} to {trial.high:.1f}"
+    span = "" if trial.low is None else f"{trial.low:.1f} to {trial.high:.1f}"
+    return mean, span, "" if trial.chance is None else f"{trial.chance:.1f}"

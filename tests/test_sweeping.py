@@ -10,6 +10,7 @@ import pytest
 
 import apecache.sweep_wave
 from apecache.errors import MismatchError, OptionError, RecipeError, RunError
+from apecache.evaluate.statistics import estimate_from_recalls
 from apecache.recipes.recipe import Recipe
 from apecache.space import Space, load_space
 from apecache.store.reader import FeatureStore
@@ -139,8 +140,26 @@ def test_several_seeds_count_by_their_mean_with_an_interval(store: FeatureStore,
     for trial in report.trials:
         assert len(trial.recalls) == 3
         assert trial.mean == pytest.approx(np.mean(trial.recalls))
-        half = 4.302653 * np.std(trial.recalls, ddof=1) / 3**0.5
-        assert (trial.low, trial.high) == pytest.approx((trial.mean - half, trial.mean + half))
+        estimate = estimate_from_recalls(trial.recalls, 24)
+        assert (trial.low, trial.high) == pytest.approx((estimate.low, estimate.high))
+        assert trial.low < trial.mean < trial.high
+        assert trial.chance == pytest.approx(100 * (1 + 5 + 10) / 3 / 24)
+
+
+def test_one_seed_has_the_interval_over_dev_images(store: FeatureStore, tmp_path: Path) -> None:
+    (trial,) = sweep(store, make_space(tmp_path), tmp_path / "out", SweepSpec(1, fit=CPU)).trials
+    assert trial.low is not None
+    assert trial.high is not None
+    assert trial.low < trial.mean < trial.high
+
+
+def test_trials_of_older_versions_are_read(store: FeatureStore, tmp_path: Path) -> None:
+    sweep(store, make_space(tmp_path), tmp_path / "out", SweepSpec(1, fit=CPU))
+    path = tmp_path / "out/trials.jsonl"
+    line = json.loads(path.read_text())
+    del line["chance"]
+    path.write_text(json.dumps({**line, "low": None, "high": None}))
+    assert read_trials(tmp_path / "out")[0].chance is None
 
 
 def test_tpe_looks_where_trials_were_good(store: FeatureStore, tmp_path: Path) -> None:

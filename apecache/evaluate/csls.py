@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apecache.evaluate.protocols import Intervals, retrieval_intervals
 from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import KS, TILE, RetrievalReport, retrieval_report
 from apecache.normalization import similarities
@@ -22,6 +23,13 @@ def csls_report(
 ) -> RetrievalReport:
     """`retrieval_report` by CSLS in place of the cosine; arguments and errors are the same."""
     return retrieval_report(*csls_vectors(image, text), image_of_text, ks, relevance)
+
+
+def csls_intervals(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> Intervals:
+    """Compute `retrieval_intervals` by CSLS in place of the cosine; the neighbourhoods stay as they are."""
+    return retrieval_intervals(*csls_vectors(image, text), image_of_text, ks, relevance)
 
 
 def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:

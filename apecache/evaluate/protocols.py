@@ -1,7 +1,8 @@
-"""Ways to read ranks: intervals by bootstrap over images, folds of 1,000 images as published, language by language."""
+"""Ways to read ranks: intervals over images, folds of 1,000 images as published, language by language."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -11,47 +12,65 @@ from torch import Tensor
 from apecache.errors import DataError
 from apecache.evaluate.relevance import Relevance
 from apecache.evaluate.retrieval import KS, RetrievalReport, image_to_text_ranks, retrieval_report, text_to_image_ranks
+from apecache.evaluate.statistics import WAYS, Ends, RetrievalHits, Term, estimate_recall
 
-RESAMPLES, LEVEL = 1000, 0.95
 Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int], Relevance | None], RetrievalReport]
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """For each K the lower and upper end of a 95 % interval of the recall, in per cent, both ways, and the medians of
-    the ranks (1 is best)."""
+    """For each K the lower and upper end of a 95 % interval of the recall, in per cent, both ways, that of the mean of
+    all recalls, and the medians of the ranks (1 is best)."""
 
-    image_to_text: dict[int, tuple[float, float]]
-    text_to_image: dict[int, tuple[float, float]]
+    image_to_text: dict[int, Ends]
+    text_to_image: dict[int, Ends]
+    mean_recall: Ends
     median_rank_image_to_text: float
     median_rank_text_to_image: float
 
 
-def bootstrap_intervals(
-    image: Tensor,
-    text: Tensor,
-    image_of_text: Tensor,
-    ks: Sequence[int] = KS,
-    seed: int = 0,
-    relevance: Relevance | None = None,
-) -> Intervals:
-    """Percentile intervals over 1,000 resamples of the images, each with its captions (captions of one image are not
-    independent); the candidates stay as they are. Arguments as `retrieval_report` takes them."""
+def retrieval_hits(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> RetrievalHits:
+    """Collect the hits of each image and of its captions. Arguments as `retrieval_report` takes them."""
     to_text = image_to_text_ranks(image, text, image_of_text, relevance).cpu().numpy()
     to_image = text_to_image_ranks(image, text, image_of_text, relevance).cpu().numpy()
-    owner, n = image_of_text.cpu().numpy(), len(image)
-    chance = np.random.default_rng(seed)
-    draws = chance.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
-    n_captions = np.bincount(owner, minlength=n)
+    return _hits_of_ranks(to_text, to_image, image_of_text.cpu().numpy(), ks)
 
-    def ends(hits: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
-        shares = 100 * (draws @ hits) / (draws @ counts)
-        low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
 
-    forth = {k: ends((to_text < k).astype(float), np.ones(n)) for k in ks}
-    back = {k: ends(np.bincount(owner, to_image < k, minlength=n).astype(float), n_captions.astype(float)) for k in ks}
-    return Intervals(forth, back, 1 + float(np.median(to_text)), 1 + float(np.median(to_image)))
+def retrieval_intervals(
+    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> Intervals:
+    """Compute the intervals of one run over images, each with its captions (captions of one image are not independent).
+
+    The method is that of `apecache.evaluate.statistics`. Arguments as `retrieval_report` takes them.
+    """
+    to_text = image_to_text_ranks(image, text, image_of_text, relevance).cpu().numpy()
+    to_image = text_to_image_ranks(image, text, image_of_text, relevance).cpu().numpy()
+    hits = _hits_of_ranks(to_text, to_image, image_of_text.cpu().numpy(), ks)
+
+    def ends(*terms: Term) -> Ends:
+        estimate = estimate_recall([hits], terms)
+        return estimate.low, estimate.high
+
+    return Intervals(
+        image_to_text={k: ends(("image_to_text", k)) for k in ks},
+        text_to_image={k: ends(("text_to_image", k)) for k in ks},
+        mean_recall=ends(*product(WAYS, ks)),
+        median_rank_image_to_text=1 + float(np.median(to_text)),
+        median_rank_text_to_image=1 + float(np.median(to_image)),
+    )
+
+
+def _hits_of_ranks(
+    to_text: NDArray[np.int64], to_image: NDArray[np.int64], owner: NDArray[np.int64], ks: Sequence[int]
+) -> RetrievalHits:
+    n_images = len(to_text)
+    return RetrievalHits(
+        image_to_text={k: (to_text < k).astype(np.float64) for k in ks},
+        text_to_image={k: np.bincount(owner, weights=to_image < k, minlength=n_images).astype(np.float64) for k in ks},
+        captions=np.bincount(owner, minlength=n_images).astype(np.float64),
+    )
 
 
 def folded_report(
@@ -92,15 +111,45 @@ def language_reports(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> Mapping[str, RetrievalReport]:
-    """For each language its captions alone, and the images that have one, as queries and candidates; sorted by name.
-    `relevance`: as `retrieval_report` takes it; captions of other languages make no answer right."""
-    reports = {}
+    """Report each language by itself: its captions alone, and the images that have one, as queries and candidates.
+
+    Args:
+        languages: of each caption. The reports are sorted by name.
+        relevance: as `retrieval_report` takes it; captions of other languages make no answer right.
+    """
+    return {
+        language: retrieval_report(*vectors, ks, right)
+        for language, vectors, right in _by_language(image, text, image_of_text, languages, relevance)
+    }
+
+
+def language_intervals(
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    languages: Sequence[str],
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
+) -> Mapping[str, Intervals]:
+    """Compute the intervals of `language_reports`, of the same arguments."""
+    return {
+        language: retrieval_intervals(*vectors, ks, right)
+        for language, vectors, right in _by_language(image, text, image_of_text, languages, relevance)
+    }
+
+
+def _by_language(
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    languages: Sequence[str],
+    relevance: Relevance | None,
+) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor], Relevance | None]]:
     for language in sorted(set(languages)):
         mask = torch.tensor([other == language for other in languages], device=text.device)
         images, owners = torch.unique(image_of_text[mask], return_inverse=True)
         right = None if relevance is None else relevance.select(owners, images, mask)
-        reports[language] = retrieval_report(image[images], text[mask], owners, ks, right)
-    return reports
+        yield language, (image[images], text[mask], owners), right
 
 
 def _mean(reports: Sequence[RetrievalReport]) -> RetrievalReport:

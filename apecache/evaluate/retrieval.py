@@ -54,6 +54,12 @@ class RetrievalReport:
         return sum(values) / len(values)
 
     @property
+    def mean_chance(self) -> float:
+        """Return what `mean_recall` of a random order would be, in per cent."""
+        values = [*self.chance_image_to_text.values(), *self.chance_text_to_image.values()]
+        return sum(values) / len(values)
+
+    @property
     def mean_recall_at_1(self) -> float:
         """DataComp's retrieval score: the mean of the two R@1."""
         return (self.image_to_text[1] + self.text_to_image[1]) / 2
@@ -77,21 +83,37 @@ def retrieval_report(
     _require_rankable(image, text, image_of_text)
     to_text = image_to_text_ranks(image, text, image_of_text, relevance)
     to_image = text_to_image_ranks(image, text, image_of_text, relevance)
-    n_images, n_texts = len(image), len(text)
+    chance_image_to_text, chance_text_to_image = chance_recalls(image_of_text, len(image), ks, relevance)
+    return RetrievalReport(
+        image_to_text=recall_at(to_text, ks),
+        text_to_image=recall_at(to_image, ks),
+        n_images=len(image),
+        n_texts=len(text),
+        chance_image_to_text=chance_image_to_text,
+        chance_text_to_image=chance_text_to_image,
+    )
+
+
+def chance_recalls(
+    image_of_text: Tensor, n_images: int, ks: Sequence[int] = KS, relevance: Relevance | None = None
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the expected recalls of a random order in per cent: image to text, and text to image.
+
+    Args:
+        image_of_text: int64 [n_texts], the row of each caption's image.
+        n_images: images that are ranked.
+        relevance: as `retrieval_report` takes it.
+    """
+    n_texts = len(image_of_text)
     if relevance is None:
         right_texts = torch.bincount(image_of_text, minlength=n_images)
         right_images = torch.ones(1, dtype=torch.int64)
     else:
         right_texts = relevance.n_right_texts()
         right_images = relevance.n_right_images()
-    return RetrievalReport(
-        recall_at(to_text, ks),
-        recall_at(to_image, ks),
-        n_images,
-        n_texts,
-        {k: mean_chance(n_texts, right_texts, k) for k in ks},
-        {k: mean_chance(n_images, right_images, k) for k in ks},
-    )
+    to_text = {k: mean_chance(n_texts, right_texts, k) for k in ks}
+    to_image = {k: mean_chance(n_images, right_images, k) for k in ks}
+    return to_text, to_image
 
 
 def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:

@@ -173,7 +173,7 @@ def _fit(job: Job, bench: Bench, store: FeatureStore, out: Path, open_image: Cal
         own = FitEncoderSpec(image=live[0], text=live[1], autocast=job.autocast, **common)
         ledger = fit_encoder(store, job.recipe, out, own, open_image).ledger
     measured = {"seconds": ledger.training_seconds, "measured-flops": float(ledger.flops)}
-    return measured | ({"measured-peak": float(ledger.peak_bytes)} if ledger.peak_of == "cuda" else {})
+    return measured | ({} if ledger.peak_bytes is None else {"measured-peak": float(ledger.peak_bytes)})
 
 
 def is_finished(run: Path) -> bool:

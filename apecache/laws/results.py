@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +40,7 @@ class Compared:
 @dataclass(frozen=True)
 class ArmResult:
     """`about`: its recipe and what is special. `values`: by metric, mean over seeds; `costs`: means likewise. `failed`:
-    errors of runs."""
+    errors of runs. `chance`: of the metrics that are recalls or accuracies; empty in results of older versions."""
 
     name: str
     about: str
@@ -50,6 +50,7 @@ class ArmResult:
     values: dict[str, float]
     costs: dict[str, float]
     failed: tuple[str, ...] = ()
+    chance: dict[str, float] = field(default_factory=dict)
 
     @property
     def per_point(self) -> dict[str, float]:
@@ -170,6 +171,7 @@ def _arm(
         {metric: fmean(row) for metric, row in found.items() if row},
         costs,
         tuple(dict.fromkeys(one.error for one in known if one.error)),
+        dict(done[0].chance) if done else {},
     )
 
 

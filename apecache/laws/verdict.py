@@ -3,7 +3,8 @@
 A difference is paired: the arms answer the same queries with the same seeds. Its 95 % interval has two sources: the
 spread of the difference over seeds (Student), and resampling of the images, each with its captions, the same ones for
 all arms and seeds (bootstrap; candidates stay as they are). The variances are added, and the degrees of freedom are
-Satterthwaite's. With one seed the interval speaks of the images alone.
+Satterthwaite's. Arms that answer all queries alike have no interval of "0 to 0": the variance over images is at least
+that of one image answered otherwise. With one seed the interval speaks of the images alone.
 """
 
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from apecache.evaluate.statistics import satterthwaite, smallest_variance, student_quantile
 from apecache.laws.law import COUNTED, SHIFTS, Claim
 from apecache.laws.outcome import Outcome, Part
 
@@ -58,7 +60,7 @@ def detectable(claim: Claim, n_images: int, n_seeds: int) -> float:
     of_images = 1e4 * DISAGREE * n_arms / 2 / n_images if shares else 0.0
     spread = SEED_SPREAD if shares else SAVING_SPREAD if claim.saves else SHIFT_SPREAD
     of_seeds = n_arms * spread**2 / n_seeds
-    degrees = _degrees(of_seeds, n_seeds, of_images, n_images)
+    degrees = satterthwaite([(of_seeds, n_seeds - 1), (of_images, n_images - 1)])
     return float(stdtrit(degrees, 0.975) + stdtrit(degrees, POWER)) * math.sqrt(of_seeds + of_images)
 
 
@@ -135,19 +137,12 @@ def _interval(
     if claim.metric in COUNTED:
         return mean, 0.0, "counted, exact"
     of_seeds = variance(differences) / n_seeds if n_seeds > 1 else 0.0
-    of_images = float(replicates.var(ddof=1)) if replicates is not None else 0.0
+    of_images = 0.0 if replicates is None else max(float(replicates.var(ddof=1)), smallest_variance(n_images))
     if n_seeds == 1 and replicates is None:
         return mean, 0.0, "nothing"
-    degrees = _degrees(of_seeds, n_seeds, of_images, n_images)
+    degrees = satterthwaite([(of_seeds, n_seeds - 1), (of_images, n_images - 1)])
     names = ("seeds",) * (n_seeds > 1) + ("images",) * (replicates is not None)
-    return mean, float(stdtrit(degrees, 0.975)) * math.sqrt(of_seeds + of_images), " and ".join(names)
-
-
-def _degrees(of_seeds: float, n_seeds: int, of_images: float, n_images: int) -> float:
-    """Satterthwaite's, of the sum of two variances of means."""
-    parts = [(of_seeds, n_seeds - 1), (of_images, n_images - 1)]
-    spread = sum(part**2 / degrees for part, degrees in parts if degrees > 0)
-    return (of_seeds + of_images) ** 2 / spread if spread > 0 else 1.0
+    return mean, student_quantile(degrees) * math.sqrt(of_seeds + of_images), " and ".join(names)
 
 
 def _replicates(

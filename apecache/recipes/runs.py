@@ -14,7 +14,7 @@ from apecache.encoders.encoder import parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import RunError, require_local
-from apecache.fingerprint import Modality
+from apecache.fingerprint import Fingerprint, Modality
 from apecache.heads import checkpoint
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads
 from apecache.recipes import trained_encoders
@@ -48,6 +48,18 @@ def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:
     if not is_encoder_run(folder):
         return spec_from_json(getattr(load_heads(folder), side).encoder)
     return spec_from_json(trained_encoders.read_description(folder)[side]["encoder"])
+
+
+def recorded_fingerprint(folder: Path, side: Modality) -> Fingerprint:
+    """Read the fingerprint of an encoder as it was before training; the encoder is not opened.
+
+    Raises:
+        RunError: there is no finished run.
+    """
+    if not is_encoder_run(folder):
+        fingerprint: Fingerprint = getattr(load_heads(folder), side).fingerprint
+        return fingerprint
+    return Fingerprint(trained_encoders.read_description(folder)[side]["fingerprint"])
 
 
 def recorded_training(folder: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ def scout_maps(report: ScoutReport) -> list[HeatMap]:
     return [
         HeatMap(title, images, texts, [[getattr(found[i, t], name) for t in texts] for i in images], digits)
         for title, name, digits in (
-            ("R@1 of a ridge regression, mean of both ways, %", "recall_at_1", 1),
+            (f"R@1 of a ridge regression, mean of both ways, % (chance {report.chance:.1f})", "recall_at_1", 1),
             ("Linear CKA", "cka", 3),
             ("Mutual nearest neighbours, k = 10", "mutual_knn", 3),
         )

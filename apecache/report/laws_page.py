@@ -118,6 +118,9 @@ def _arm_tables(law: LawResult) -> tuple[Table, ...]:
     if not arms:
         return ()
     values = tuple(_arm_row(arm, known, costs) for arm in arms)
+    chance = next((arm.chance for arm in arms if arm.chance), {})
+    if chance:
+        values += (("chance", "", "", *map(chance.get, known), *(None for _ in costs)),)
     columns = ("arm", "recipe", "runs", *known, *costs)
     found = [Table(f"{law.id}. {law.title}: arms", columns, values, "Means over seeds; seconds are those of training.")]
     if law.id == "L12":

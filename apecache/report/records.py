@@ -5,16 +5,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, looks_local
 from apecache.errors import OptionError, RunError, one_line
 from apecache.evaluate.protocols import Intervals
 from apecache.evaluate.retrieval import RetrievalReport
-from apecache.recipes.runs import is_encoder_run, recorded_encoder, recorded_training
+from apecache.evaluate.statistics import (
+    WAYS,
+    Estimate,
+    RetrievalHits,
+    Term,
+    estimate_from_recalls,
+    estimate_recall,
+)
+from apecache.recipes.runs import is_encoder_run, recorded_encoder, recorded_fingerprint, recorded_training
 from apecache.report.page import Cell, Table
-from apecache.sweep_results import interval
 from apecache.train.batches import SplitSpec
 from apecache.train.model_card import public_name
 
@@ -28,6 +34,7 @@ NUMBERS = ("seed", "best_epoch", "n_trained_parameters", "n_train_images", "seco
 class RunRecord:
     """`name` is unique among the runs of a page. `dev`: as training measured its best epoch; None for a combination,
     which says nothing of a training. `settings`: of recipe, encoders, splits and data by dotted name, without the seed.
+    `encoders`: the digests of both fingerprints, image before text; names alone do not tell encoders apart.
     """
 
     name: str
@@ -37,6 +44,7 @@ class RunRecord:
     settings: Mapping[str, str]
     data: str
     splits: SplitSpec
+    encoders: tuple[str, str]
     seed: int | None = None
     best_epoch: int | None = None
     n_trained_parameters: int | None = None
@@ -68,14 +76,16 @@ def _read(name: str, path: Path) -> RunRecord:
     try:
         recipe: Any = told.get("recipe") or {}
         encoders = {side: recorded_encoder(path, side) for side in ("image", "text")}
+        digests = recorded_fingerprint(path, "image").digest, recorded_fingerprint(path, "text").digest
         return RunRecord(
             name,
             path,
             "towers" if is_encoder_run(path) else "heads",
             str(recipe.get("name", "combination")),
-            dict(_settings(told, recipe, encoders)),
+            dict(_settings(told, recipe, encoders, digests)),
             str(told.get("data", "")),
             SplitSpec(**(told.get("splits") or {})),
+            digests,
             dev=RetrievalReport.from_json(told["dev"]) if "dev" in told else None,
             **{name: _number(name, told.get(name)) for name in NUMBERS},
         )
@@ -90,15 +100,30 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _settings(
-    told: Mapping[str, Any], recipe: Mapping[str, Any], encoders: Mapping[str, EncoderSpec]
+    told: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    encoders: Mapping[str, EncoderSpec],
+    digests: tuple[str, str],
 ) -> Iterator[tuple[str, str]]:
     for name, value in _flat("recipe", recipe):
         if name not in FREE:
             yield name.removeprefix("recipe."), value
-    for side, encoder in encoders.items():
-        yield f"{side} encoder", public_name(encoder)
+    for (side, encoder), digest in zip(encoders.items(), digests, strict=True):
+        yield f"{side} encoder", encoder_label(encoder, digest)
     yield from _flat("splits", told.get("splits") or {})
     yield "data", str(told.get("data", ""))[:16]
+
+
+def encoder_label(encoder: EncoderSpec, digest: str) -> str:
+    """Name an encoder with the settings that make its features others: pooling, layer, sizes, precision, prefix.
+
+    Folders of one name can hold different encoders, so a local one is named with the end of its digest too.
+    """
+    usual = EncoderSpec(encoder.library, encoder.name, encoder.modality, encoder.revision)
+    names = ("pooling", "layer", "resolution", "max_tokens", "prefix", "resize", "dtype")
+    changed = [f"{name} {getattr(encoder, name)}" for name in names if getattr(encoder, name) != getattr(usual, name)]
+    changed += [f"digest …{digest[-8:]}"] if looks_local(encoder.name) or encoder.folder else []
+    return public_name(encoder) + (f" ({', '.join(changed)})" if changed else "")
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -111,11 +136,22 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
     """A line for each run: what trained, and how the epoch was chosen."""
-    columns = ("run", "recipe", "trained", "seed", "best epoch", "parameters", "train images", "dev recall, %")
+    columns = (
+        "run",
+        "recipe",
+        "trained",
+        "seed",
+        "best epoch",
+        "parameters",
+        "train images",
+        "dev recall, %",
+        "chance, %",
+    )
     rows = tuple(
         (
             *(r.name, r.recipe, r.trains, r.seed, r.best_epoch, r.n_trained_parameters, r.n_train_images),
             r.dev.mean_recall if r.dev else None,
+            r.dev.mean_chance if r.dev else None,
             r.seconds,
         )
         for r in records
@@ -130,13 +166,17 @@ def retrieval_table(title: str, reports: Mapping[str, RetrievalReport], note: st
     for name, report in reports.items():
         rows.append((name, *recalls(report), report.mean_recall, report.n_images, report.n_texts))
     for report in {(r.n_images, r.n_texts): r for r in reports.values()}.values():
-        chance = (*report.chance_image_to_text.values(), *report.chance_text_to_image.values())
-        rows.append(("chance", *chance, fmean(chance), report.n_images, report.n_texts))
+        rows.append(("chance", *chances(report), report.mean_chance, report.n_images, report.n_texts))
     return Table(title, ("", *_columns(next(iter(reports.values()))), MEAN, "images", "captions"), tuple(rows), note)
 
 
 def recalls(report: RetrievalReport) -> tuple[float, ...]:
     return (*report.image_to_text.values(), *report.text_to_image.values())
+
+
+def chances(report: RetrievalReport) -> tuple[float, ...]:
+    """Return what a random order would have, in the order of `recalls`."""
+    return (*report.chance_image_to_text.values(), *report.chance_text_to_image.values())
 
 
 def _columns(report: RetrievalReport) -> tuple[str, ...]:
@@ -145,18 +185,22 @@ def _columns(report: RetrievalReport) -> tuple[str, ...]:
 
 
 def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) -> Table:
-    """Ends of the intervals, and medians of the ranks."""
+    """Ends of the intervals, and medians of the ranks. `report`: of one run, for the columns."""
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
             name,
             *(ends(*each) for way in (found.image_to_text, found.text_to_image) for each in way.values()),
+            ends(*found.mean_recall),
             found.median_rank_image_to_text,
             found.median_rank_text_to_image,
         )
         for name, found in intervals.items()
     )
-    columns = ("", *_columns(report), "median rank, image to text", "median rank, text to image")
-    note = "95 % intervals by bootstrap over images, each with its captions; rank 1 is first."
+    columns = ("", *_columns(report), MEAN, "median rank, image to text", "median rank, text to image")
+    note = (
+        "95 % intervals over images, each with its captions (Wilson, effective number of queries); one run has no "
+        "variance over seeds. Rank 1 is first."
+    )
     return Table("How sure that is", columns, rows, note)
 
 
@@ -175,26 +219,52 @@ def settings_table(records: Sequence[RunRecord]) -> Table | None:
     return Table("Settings that differ", ("setting", *(r.name for r in records)), tuple(rows)) if rows else None
 
 
-def seeds_table(records: Sequence[RunRecord], reports: Mapping[str, RetrievalReport]) -> Table | None:
-    """Runs that differ in their seed alone, by mean and interval; None if there are none."""
+def seeds_table(
+    records: Sequence[RunRecord],
+    reports: Mapping[str, RetrievalReport],
+    hits: Mapping[str, RetrievalHits] | None = None,
+) -> Table | None:
+    """Runs that differ in their seed alone, by mean and interval; None if there are none.
+
+    The interval adds the variance over seeds to that over images (`apecache.evaluate.statistics`). `hits`: the answers
+    of each run; without them the variance over images is an upper bound.
+    """
     groups: dict[tuple[object, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
         if record.name in reports and record.seed is not None:
-            groups[record.trains, *record.settings.items()].append(record)
+            groups[record.trains, record.encoders, *record.settings.items()].append(record)
     rows: list[tuple[Cell, ...]] = []
+    chance_rows: dict[tuple[int, int], tuple[Cell, ...]] = {}
     for group in groups.values():
         if len({record.seed for record in group}) > 1:
-            found = [reports[record.name] for record in group]
-            label = f"{group[0].recipe}: {', '.join(record.name for record in group)}"
-            columns = (*zip(*(recalls(report) for report in found), strict=True), [r.mean_recall for r in found])
-            rows.append((label, len(group), *(_mean(values) for values in columns)))
+            first = reports[group[0].name]
+            answers = [hits[record.name] for record in group] if hits else []
+            estimates = _estimates([reports[record.name] for record in group], answers)
+            rows.append((_group_label(group), len(group), *map(_shown, estimates)))
+            chance_cells = (f"{value:.1f}" for value in (*chances(first), first.mean_chance))
+            chance_rows[first.n_images, first.n_texts] = ("chance", None, *chance_cells)
     if not rows:
         return None
-    heads = ("recipe: runs", "seeds", *_columns(next(iter(reports.values()))), MEAN)
-    note = "Mean, and in brackets its 95 % interval over seeds (Student)."
-    return Table("Seeds of one recipe", heads, tuple(rows), note)
+    heads = ("recipe, encoders: runs", "seeds", *_columns(next(iter(reports.values()))), MEAN)
+    bound = "" if hits else " That over images is an upper bound; give --store for the exact one."
+    note = f"Mean, and in brackets its 95 % interval: variances over seeds and over images are added (Student).{bound}"
+    return Table("Seeds of one recipe", heads, (*rows, *chance_rows.values()), note)
 
 
-def _mean(values: Sequence[float]) -> str:
-    found = interval(values)
-    return f"{found['mean']:.1f} ({ends(found['low'], found['high'])})"
+def _group_label(group: Sequence[RunRecord]) -> str:
+    settings = group[0].settings
+    encoders = f"{settings.get('image encoder', '')} and {settings.get('text encoder', '')}"
+    return f"{group[0].recipe}, {encoders}: {', '.join(record.name for record in group)}"
+
+
+def _estimates(reports: Sequence[RetrievalReport], answers: Sequence[RetrievalHits]) -> list[Estimate]:
+    """Every recall, in the order of `recalls`, and their mean."""
+    terms: list[Term] = [(way, k) for way in WAYS for k in getattr(reports[0], way)]
+    if answers:
+        return [estimate_recall(answers, metric) for metric in (*([term] for term in terms), terms)]
+    columns = (*zip(*map(recalls, reports), strict=True), tuple(report.mean_recall for report in reports))
+    return [estimate_from_recalls(values, reports[0].n_images) for values in columns]
+
+
+def _shown(estimate: Estimate) -> str:
+    return f"{estimate.value:.1f} ({ends(estimate.low, estimate.high)})"

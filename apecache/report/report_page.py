@@ -16,8 +16,9 @@ from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.protocols import Intervals, bootstrap_intervals
+from apecache.evaluate.protocols import Intervals, retrieval_hits, retrieval_intervals
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+from apecache.evaluate.statistics import RetrievalHits
 from apecache.recipes.runs import load_run
 from apecache.report.gallery import Gallery
 from apecache.report.page import Chart, Page, Table, write_page
@@ -57,6 +58,7 @@ class ReportSpec:
 class _Measured:
     report: RetrievalReport
     intervals: Intervals
+    hits: RetrievalHits
     embedded: Embeddings
 
 
@@ -112,9 +114,14 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measu
     among = None if spec.split is not None else dev_images(record, store)
     run = load_run(record.path, spec.device)
     embedded = embed_store(run, store, spec.split, lambda key: load_image(key, media).image, among)
-    about = (embedded.image, embedded.text, embedded.image_of_text)
-    report = retrieval_report(*about, relevance=embedded.relevance)
-    return _Measured(report, bootstrap_intervals(*about, relevance=embedded.relevance), embedded)
+    vectors = (embedded.image, embedded.text, embedded.image_of_text)
+    relevance = embedded.relevance
+    return _Measured(
+        report=retrieval_report(*vectors, relevance=relevance),
+        intervals=retrieval_intervals(*vectors, relevance=relevance),
+        hits=retrieval_hits(*vectors, relevance=relevance),
+        embedded=embedded,
+    )
 
 
 def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
@@ -144,7 +151,8 @@ def _tables(
     if measured:
         intervals = {name: found.intervals for name, found in measured.items()}
         tables.append(interval_table(intervals, next(iter(reports.values()))))
-    several = (seeds_table(records, reports), settings_table(records)) if len(records) > 1 else ()
+    hits = {name: found.hits for name, found in measured.items()}
+    several = (seeds_table(records, reports, hits), settings_table(records)) if len(records) > 1 else ()
     tables += [table for table in several if table]
     costs = ledger_table({record.name: record.path for record in records})
     return [*tables, costs] if costs.rows else tables

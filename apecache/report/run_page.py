@@ -30,10 +30,19 @@ def learning_charts(runs: Mapping[str, Path], marker: float | None = None) -> tu
         Curve(name, tuple((line["epoch"], line["dev"]["mean_recall"]) for line in lines))
         for name, lines in histories.items()
     )
+    recalls += _chance_curves(list(histories.values()))
     return (
         Chart("Training loss", "epoch", "loss", losses, marker, "chosen"),
         Chart("Dev split: mean of R@1, 5, 10, both ways", "epoch", "recall, %", recalls, marker, "chosen"),
     )
+
+
+def _chance_curves(histories: Sequence[Sequence[dict[str, Any]]]) -> tuple[Curve, ...]:
+    """A level line for each chance that the histories name; histories of older versions name none."""
+    known = [line for lines in histories for line in lines if "chance" in line["dev"]]
+    last = max((line["epoch"] for line in known), default=0)
+    levels = dict.fromkeys(line["dev"]["chance"] for line in known)
+    return tuple(Curve("chance", ((0, level), (last, level))) for level in levels)
 
 
 def _history(run: Path) -> list[dict[str, Any]]:

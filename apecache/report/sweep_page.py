@@ -101,18 +101,33 @@ def _subtitle(sweep: _Sweep) -> str:
 
 
 def _trials_table(sweep: _Sweep) -> Table:
-    several = any(trial.low is not None for trial in sweep.trials)
-    seeds = ("95 % interval", "each seed") if several else ()
+    several = any(len(trial.recalls) > 1 for trial in sweep.trials)
+    seeds = ("each seed",) if several else ()
     failed = any(trial.error for trial in sweep.trials)
-    columns = ("trial", "state", SCORE, *seeds, "epochs", *sweep.space, *(("error",) if failed else ()))
+    columns = (
+        "trial",
+        "state",
+        SCORE,
+        "95 % interval",
+        "chance, %",
+        *seeds,
+        "epochs",
+        *sweep.space,
+        *(("error",) if failed else ()),
+    )
     rows: list[tuple[Cell, ...]] = []
     for trial in sweep.trials:
         interval = None if trial.low is None or trial.high is None else ends(trial.low, trial.high)
-        between = (interval, ", ".join(f"{recall:.1f}" for recall in trial.recalls)) if several else ()
+        each_seed = (", ".join(f"{recall:.1f}" for recall in trial.recalls),) if several else ()
         settings = (worded(trial.values[name]) if name in trial.values else None for name in sweep.space)
         end = (trial.error or None,) if failed else ()
-        rows.append((trial.number, trial.state, trial.mean, *between, trial.epochs, *settings, *end))
-    note = "The best first: whole trials, then those that were stopped early, then those that failed."
+        rows.append(
+            (trial.number, trial.state, trial.mean, interval, trial.chance, *each_seed, trial.epochs, *settings, *end)
+        )
+    note = (
+        "The best first: whole trials, then those that were stopped early, then those that failed. Intervals add the "
+        "variance over seeds, where there are several, to an upper bound of that over dev images."
+    )
     return Table("Trials", columns, tuple(rows), note)
 
 

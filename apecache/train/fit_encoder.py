@@ -32,7 +32,7 @@ from apecache.train.loop import Plan, Progress, seeded
 from apecache.train.model_card import save_encoder_card
 from apecache.train.ranks import Ranks, joined, own_device
 from apecache.train.run_folder import find_checkpoint, locked, require_usable
-from apecache.train.session import RunFolder, best_and_untrained, build_ledger, run_in_folder
+from apecache.train.session import RunFolder, best_and_untrained, build_ledger, run_in_folder, used_values
 
 FILES = (WEIGHTS, DESCRIPTION)
 
@@ -120,7 +120,7 @@ def _fit(
         )
         report = _report(training, setup, out, plan, resumed_step, replace(costs, warnings=tuple(map(str, findings))))
         if ranks.first:
-            _write(setup, report)
+            _write(setup, report, used_values(training, plan, len(train)))
         ranks.wait()
     return report
 
@@ -137,9 +137,9 @@ def _lint(setup: Setup, training: EncoderFit) -> list[Finding]:
 # --- what is written down --------------------------------------------------------------------------------------------
 
 
-def _write(setup: Setup, report: FitEncoderReport) -> None:
+def _write(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> None:
     out, opened = report.run, setup.opened
-    about = _describe(setup, report)
+    about = _describe(setup, report, used)
     save_ledger(report.ledger, out)
     save_encoder_card(about, opened.recipe, report.dev, report.ledger, str(opened.store.source["origin"]), out)
     save_encoders(out, setup.model.final_state(), about)
@@ -169,12 +169,13 @@ def _report(
     )
 
 
-def _describe(setup: Setup, report: FitEncoderReport) -> dict[str, Json]:
+def _describe(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> dict[str, Json]:
     model = setup.model
     sides = {"image": model.image, "text": model.text}
     trained = {name: sum(p.numel() for p in side.parameters() if p.requires_grad) for name, side in sides.items()}
     return {
         **setup.opened.describe(trained),
+        "used": {**used, "slice_size": setup.opened.spec.slice_size},
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),
         "n_trained_parameters": report.n_trained_parameters,

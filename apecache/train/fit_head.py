@@ -38,7 +38,14 @@ from apecache.train.loop import Plan, Progress, Training, seeded
 from apecache.train.model import AlignmentModel
 from apecache.train.model_card import save_card
 from apecache.train.run_folder import find_checkpoint, locked, require_usable
-from apecache.train.session import RunFolder, best_and_untrained, build_ledger, run_in_folder, with_extraction
+from apecache.train.session import (
+    RunFolder,
+    best_and_untrained,
+    build_ledger,
+    run_in_folder,
+    used_values,
+    with_extraction,
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,8 @@ def fit_head(
         )
         report = _report(training, train, dev, out, plan, resumed_step, ledger)
         save_ledger(ledger, out)
-        heads = _trained(training.model, arrays, recipe, spec, store, report, chosen)
+        used = used_values(training, plan, len(train))
+        heads = _trained(training.model, arrays, recipe, spec, store, report, chosen, used)
         save_card(heads, recipe, report.dev, ledger, str(store.source["origin"]), out)
         save_heads(heads, out)
         remove_tensors(out / CHECKPOINT)
@@ -241,6 +249,7 @@ def _trained(
     store: FeatureStore,
     report: FitReport,
     chosen: Json,
+    used: Json,
 ) -> TrainedHeads:
     training: dict[str, Json] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -248,6 +257,7 @@ def _trained(
         "splits": asdict(spec.splits),
         "data": store.digest,
         "closed_form": chosen,
+        "used": used,
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),
         "n_trained_parameters": report.n_trained_parameters,

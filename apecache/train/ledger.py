@@ -3,11 +3,8 @@ what no reading or report tells is None."""
 
 import json
 import math
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -26,8 +23,8 @@ class Ledger:
     and an addition are two); `flops`: of all steps, evaluation left out. `n_samples`: pairs of image and caption that
     were seen. `n_negatives`: wrong candidates of each query in a batch, their mean over one batch where captions or
     images are equal and hence right; `nominal_batch`: images in a step.
-    `peak_bytes`: most that CUDA held, or by how much the process's largest resident size grew. `store_bytes`: what
-    loading reads.
+    `peak_bytes`: most that torch's allocator held on the GPU since the fit began; None on a CPU, where torch counts
+    nothing. `store_bytes`: what loading reads.
     `energy_joules`: the whole GPU's, by NVML; None without it, and for a fit that was broken off. `money`: of loading,
     training and evaluation at a price per hour. `extraction_seconds`: from the report of `apecache extract`, for both
     sides; `runs_until_paid`: fits like this one after which the cache has cost less time than the encoders in every
@@ -44,8 +41,7 @@ class Ledger:
     n_negatives: int
     nominal_batch: int
     store_bytes: int
-    peak_bytes: int
-    peak_of: Literal["cuda", "resident growth"]
+    peak_bytes: int | None = None
     energy_joules: float | None = None
     money: float | None = None
     extraction_seconds: float | None = None
@@ -57,10 +53,8 @@ class Ledger:
         return self.loading_seconds + self.training_seconds + self.evaluation_seconds
 
     def rows(self) -> tuple[tuple[str, str | int | float], ...]:
-        """(what, value) for tables; what is not known is left out. A resident set that did not grow says nothing: an
-        earlier fit of the same process had grown it already."""
-        silent = {"warnings", *(() if self.peak_bytes else ("peak_bytes", "peak_of"))}
-        known = {name: value for name, value in asdict(self).items() if value is not None and name not in silent}
+        """Return (what, value) for tables; what is not known is left out."""
+        known = {name: value for name, value in asdict(self).items() if value is not None and name != "warnings"}
         return tuple((name.replace("_", " "), value) for name, value in known.items())
 
 
@@ -69,7 +63,10 @@ def save_ledger(ledger: Ledger, run: Path) -> None:
 
 
 def load_ledger(run: Path) -> Ledger | None:
-    """None where a run has none: of an older version, or a combination.
+    """Read the ledger of a run; None where it has none: of an older version, or a combination.
+
+    Older ledgers say in `peak_of` what `peak_bytes` was read from. The growth of the process's resident size is
+    dropped: it depends on what the process did before.
 
     Raises:
         RunError: it is damaged.
@@ -79,8 +76,10 @@ def load_ledger(run: Path) -> Ledger | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if value.pop("peak_of", "cuda") != "cuda":
+            value["peak_bytes"] = None
         return Ledger(**{**value, "warnings": tuple(value["warnings"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}); train again") from None
 
 
@@ -89,23 +88,17 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._resident, self._joules = _largest_resident(), _joules(device)
+        self._joules = _joules(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def peak(self) -> tuple[int, Literal["cuda", "resident growth"]]:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device), "cuda"
-        return _largest_resident() - self._resident, "resident growth"
+    def peak_bytes(self) -> int | None:
+        """Return the most that torch's allocator held since this was made; None where torch counts nothing."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def joules(self) -> float | None:
         now = _joules(self.device)
         return None if now is None or self._joules is None else now - self._joules
-
-
-def _largest_resident() -> int:
-    """Bytes; the system counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _joules(device: torch.device) -> float | None:

@@ -1,8 +1,13 @@
-"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not known says so."""
+"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not known says so.
+
+The settings are those that were used: after overrides, with the widths of the finished heads, the batch that fitted the
+data, what was chosen of a closed form, and the temperature at the end.
+"""
 
 import html
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,22 +15,29 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.checkpoint import TrainedHeads, TrainedSide
+from apecache.heads.head import HeadSpec
 from apecache.recipes.recipe import Recipe
+from apecache.train.card_metadata import front_matter, one_printable_line
 from apecache.train.ledger import Ledger
 
 CARD = "README.md"
 UNKNOWN = "not stated"
+SHOWN_AS_USED = ("loss.temperature", "schedule.epochs", "schedule.steps", "schedule.batch_size", "schedule.accumulate")
+"""Settings of a recipe in whose place the card shows what was used."""
 Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run of either trainer: a sentence on what it is, what it says of its training, both encoders (image first)."""
+    """A run of either trainer: a sentence on what it is, what it says of its training, both encoders (image first).
+    `heads`: the specs of the finished heads, or those of the recipe; `encoders`: those that the run names."""
 
     what: str
     about: Mapping[str, Json]
     image: Sequence[Row]
     text: Sequence[Row]
+    heads: tuple[HeadSpec, HeadSpec]
+    encoders: tuple[EncoderSpec, ...]
 
 
 def save_card(
@@ -45,7 +57,15 @@ def save_encoder_card(
 def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
     """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one line."""
     what = f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted by apecache."
-    subject = Subject(what, heads.training, _head_side(heads.image), _head_side(heads.text))
+    sides = (heads.image, heads.text)
+    subject = Subject(
+        what=what,
+        about=heads.training,
+        image=_head_side(heads.image),
+        text=_head_side(heads.text),
+        heads=(heads.image.head.spec, heads.text.head.spec),
+        encoders=tuple(spec_from_json(side.encoder) for side in sides if side.encoder),
+    )
     return _card(subject, recipe, dev, ledger, origin)
 
 
@@ -53,7 +73,15 @@ def encoder_card(about: Mapping[str, Json], recipe: Recipe, dev: RetrievalReport
     """The same for a run of fit-encoder, from its description."""
     what = "Two encoders and what aligns them, trained by apecache. The files hold only what training changed."
     sides = _tower_side(about["image"], recipe.image.kind, recipe), _tower_side(about["text"], recipe.text.kind, recipe)
-    return _card(Subject(what, about, *sides), recipe, dev, ledger, origin)
+    subject = Subject(
+        what=what,
+        about=about,
+        image=sides[0],
+        text=sides[1],
+        heads=(recipe.image, recipe.text),
+        encoders=(spec_from_json(about["image"]["encoder"]), spec_from_json(about["text"]["encoder"])),
+    )
+    return _card(subject, recipe, dev, ledger, origin)
 
 
 def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
@@ -79,13 +107,16 @@ def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger
         ("training images", f"{about.get('n_train_images', 0):,}"),
         ("dev images", f"{about.get('n_dev_images', 0):,}"),
     ]
-    return "\n".join(
+    return front_matter(recipe.name, subject.encoders, dev, origin) + "\n".join(
         (
             f"# {literal(recipe.name)}",
             "",
             subject.what,
             "",
-            *_table(("training", ""), facts),
+            *_table(("training", ""), [*facts, *_used_rows(about, recipe)]),
+            *_table(("setting", "value used"), _setting_rows(subject, recipe)),
+            "Settings of heads that are not listed have their defaults.",
+            "",
             *_table(("image encoder", ""), subject.image),
             *_table(("text encoder", ""), subject.text),
             *_table(("data", ""), data),
@@ -107,8 +138,49 @@ def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger
 
 def literal(text: str) -> str:
     """Text as itself in Markdown and HTML, on one line."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", html.escape(plain, quote=False))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", html.escape(one_printable_line(text), quote=False))
+
+
+def _used_rows(about: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
+    """What the fit used where the recipe only says what was asked for; nothing for runs that do not record it."""
+    used = about.get("used") or {}
+    if used:
+        yield "epochs run", f"{used['n_epochs']:,} of {used['planned_epochs']:,}"
+        yield "steps", f"{used['n_steps']:,}"
+        yield "temperature at the start", f"{used['first_temperature']:.4g}"
+        yield "temperature at the end", f"{used['temperature']:.4g}"
+    if "batch_size" in used:
+        asked = recipe.schedule.batch_size
+        more = "" if used["batch_size"] == asked else f" (the recipe says {asked:,}; there are no more images)"
+        yield "images in a batch", f"{used['batch_size']:,}{more}"
+        yield "batches in a step", f"{used['accumulate']:,}"
+    if used.get("slice_size"):
+        yield "pairs in memory at once", f"{used['slice_size']:,}"
+    if about.get("autocast"):
+        yield "computation of the towers", str(about["autocast"])
+    for name, value in (about.get("closed_form") or {}).items():
+        yield f"closed form, {name}, chosen on dev", _number(value)
+
+
+def _setting_rows(subject: Subject, recipe: Recipe) -> Iterator[Row]:
+    """The recipe after overrides, without what played no role: candidates of a closed form, and the optimizer, loss and
+    schedule where nothing trained."""
+    fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
+    idle = {"name", "summary", "source", "image", "text", "closed_form"}
+    idle |= {"loss", "optimiser", "schedule", "augmentation"} if fixed else set()
+    idle |= set() if recipe.trains_towers else {"towers"}
+    values = recipe.model_dump(mode="json", exclude=idle, exclude_none=True)
+    for side, spec in zip(("image", "text"), subject.heads, strict=True):
+        values[side] = {"kind": spec.kind, "dim": spec.dim, **spec.model_dump(mode="json", exclude_defaults=True)}
+    yield from (row for row in _flat("", values) if row[0] not in SHOWN_AS_USED)
+
+
+def _flat(name: str, value: Json) -> Iterator[Row]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _head_side(side: TrainedSide) -> list[Row]:

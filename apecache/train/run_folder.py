@@ -116,6 +116,7 @@ def history_line(
             "image_to_text": {str(k): value for k, value in dev.image_to_text.items()},
             "text_to_image": {str(k): value for k, value in dev.text_to_image.items()},
             "mean_recall": dev.mean_recall,
+            "chance": dev.mean_chance,
         },
         "seconds": seconds,
     }

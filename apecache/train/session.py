@@ -13,7 +13,7 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.checkpoint import save_checkpoint
 from apecache.train.ledger import Extraction, Ledger, Meter, money, runs_until_paid, stored_bytes
 from apecache.train.lint import n_negatives
-from apecache.train.loop import Fit, Plan, Progress, require_finite, run_training
+from apecache.train.loop import SCALE, Fit, Plan, Progress, require_finite, run_training
 from apecache.train.run_folder import add_to_history, clear_folder, write_history
 
 WAYS = ("image_to_text", "text_to_image")
@@ -97,6 +97,26 @@ def best_and_untrained(training: Fit[Any], dev: FeaturePairs) -> tuple[Retrieval
     return found, replace(found, image_to_text=to_text, text_to_image=to_image)
 
 
+def used_values(training: Fit[Any], plan: Plan, n_train: int) -> dict[str, Json]:
+    """Collect what a finished fit really used, where the recipe only says what was asked for.
+
+    Call it with the best weights in the model. `n_epochs` and `n_steps` are those that ran (patience can stop earlier
+    than `planned_epochs`). `temperature` divides the cosines of the kept model; `first_temperature` is that of epoch 0,
+    of a warm start or of the recipe.
+    """
+    schedule = training.recipe.schedule
+    used: dict[str, Json] = {
+        "n_epochs": training.epoch,
+        "planned_epochs": plan.n_epochs,
+        "n_steps": training.step,
+        "first_temperature": training.history[0]["temperature"],
+        "temperature": 1 / float(training.model.kept_state()[SCALE].exp()),
+    }
+    if plan.n_steps:
+        used |= {"batch_size": min(schedule.batch_size, n_train), "accumulate": plan.accumulate}
+    return used
+
+
 def build_ledger(
     training: Fit[Any],
     train: FeaturePairs,
@@ -114,19 +134,19 @@ def build_ledger(
     step_flops = (training.step_flops or 0) * n_processes
     loading, evaluation = training.loading_seconds, training.evaluation_seconds
     return Ledger(
-        training.seconds - evaluation,
-        evaluation,
-        loading,
-        training.step,
-        step_flops,
-        step_flops * training.step,
-        training.step * plan.accumulate * size * loss.captions,
-        n_negatives(training.recipe, len(train), train),
-        size * plan.accumulate if plan.n_steps else 0,
-        sum(stored_bytes(array) for array in arrays),
-        *meter.peak(),
-        None if resumed_step else meter.joules(),
-        money((loading + training.seconds) * n_processes, price_per_hour),
+        training_seconds=training.seconds - evaluation,
+        evaluation_seconds=evaluation,
+        loading_seconds=loading,
+        n_steps=training.step,
+        step_flops=step_flops,
+        flops=step_flops * training.step,
+        n_samples=training.step * plan.accumulate * size * loss.captions,
+        n_negatives=n_negatives(training.recipe, len(train), train),
+        nominal_batch=size * plan.accumulate if plan.n_steps else 0,
+        store_bytes=sum(stored_bytes(array) for array in arrays),
+        peak_bytes=meter.peak_bytes(),
+        energy_joules=None if resumed_step else meter.joules(),
+        money=money((loading + training.seconds) * n_processes, price_per_hour),
     )
 
 

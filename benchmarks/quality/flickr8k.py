@@ -5,8 +5,9 @@
     python -m benchmarks.quality.flickr8k --quick            # the drawings of the demo and one seed, for a smoke test
 
 Four tables of one recipe. Train images fit, a seeded 500 of them choose the epoch, val is only reported. Intervals are
-of 95 %, by bootstrap over images. The heads of the second table learn English captions alone, by a text encoder of many
-languages: each language has one caption of each of the same images; how they were translated stands beside them. The
+of 95 %: over images for each run, and over seeds and images for their mean. The heads of the second table learn English
+captions alone, by a text encoder of many languages: each language has one caption of each of the same images; how they
+were translated stands beside them. The
 labelled images are classified zero-shot with one prompt and with CLIP's ensembles, and probed before and after the
 head; probes learn on `--probe-train-split`. All stays in `--work`, and what is finished there is not done again;
 `--store` and `--runs` take the place of what would be made of `--pairs`. Reference: one untuned loop on the same two
@@ -32,8 +33,9 @@ from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.labelled import LabelledSpec, labelled_features
 from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
-from apecache.evaluate.protocols import bootstrap_intervals, language_reports
+from apecache.evaluate.protocols import language_reports, retrieval_hits, retrieval_intervals
 from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
+from apecache.evaluate.statistics import RetrievalHits, Way, estimate_recall
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 from apecache.extraction import ExtractSpec, extract
 from apecache.heads.checkpoint import TrainedHeads, load_heads
@@ -44,7 +46,7 @@ from benchmarks.record import Goal, print_goals, print_table, write_result
 
 REFERENCE = {"i2t R@1": 26.8, "t2i R@1": 21.1}
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
-WAYS = (("image_to_text", "i2t"), ("text_to_image", "t2i"))
+WAYS: tuple[tuple[Way, str], ...] = (("image_to_text", "i2t"), ("text_to_image", "t2i"))
 Row = dict[str, Any]
 
 
@@ -149,23 +151,30 @@ def fitted(
 def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore) -> list[Row]:
     """A row for each run, with its intervals, and their mean; `spread` is the standard deviation over runs of the mean
     of both R@1. Chance last."""
-    rows, reports = [], []
+    rows: list[Row] = []
+    reports: list[RetrievalReport] = []
+    hits: list[RetrievalHits] = []
     for number, run in enumerate(runs):
-        about = vectors(embed_store(run, store, "val"))
-        reports.append(retrieval_report(*about))
-        intervals = bootstrap_intervals(*about)
+        embedded = embed_store(run, store, "val")
+        about = vectors(embedded)
+        reports.append(retrieval_report(*about, relevance=embedded.relevance))
+        hits.append(retrieval_hits(*about, relevance=embedded.relevance))
+        intervals = retrieval_intervals(*about, relevance=embedded.relevance)
         row = {"table": "retrieval", "what": f"{name}, seed {number}", **recalls(reports[-1])}
         for way, short in WAYS:
             row[f"{short} R@1, 95 %"] = "{:.1f} to {:.1f}".format(*getattr(intervals, way)[1])
             row[f"{short} median rank"] = getattr(intervals, f"median_rank_{way}")
         rows.append({**row, "n_images": reports[-1].n_images, "n_texts": reports[-1].n_texts})
-    return [mean_row(name, reports), *rows, chance_row(reports[0])]
+    return [mean_row(name, reports, hits), *rows, chance_row(reports[0])]
 
 
-def mean_row(name: str, reports: Sequence[RetrievalReport]) -> Row:
+def mean_row(name: str, reports: Sequence[RetrievalReport], hits: Sequence[RetrievalHits]) -> Row:
     ones = [report.mean_recall_at_1 for report in reports]
     row: Row = {"table": "retrieval", "what": f"{name}, mean of {len(reports)}", **averaged(map(recalls, reports))}
     row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
+    for way, short in WAYS:
+        estimate = estimate_recall(hits, [(way, 1)])
+        row[f"{short} R@1, 95 %"] = f"{estimate.low:.1f} to {estimate.high:.1f}"
     return row
 
 
@@ -200,13 +209,14 @@ def language_rows(options: argparse.Namespace, source: PairSource, image: Encode
     for run in runs:
         embedded = embed_store(run, store, "val")
         languages = [str(store.pairs.languages[row]) for row in embedded.text_rows]
-        found.append(language_reports(*vectors(embedded), languages))
+        found.append(language_reports(*vectors(embedded), languages, relevance=embedded.relevance))
     kinds, rows = caption_kinds(options.multilingual), []
     for language, report in found[0].items():
         about: Row = {"table": "languages", "language": language, "captions": kinds.get(language, "human, learned")}
         about |= averaged(recalls(reports[language]) for reports in found)
-        chance = round(report.chance_text_to_image[1], 2)
-        rows.append({**about, "chance": chance, "n_images": report.n_images, "seeds": len(runs), "text": text.slug})
+        chance = {key: value for key, value in chance_row(report).items() if key.startswith(("i2t", "t2i"))}
+        about |= {f"chance {name}": value for name, value in chance.items()}
+        rows.append({**about, "n_images": report.n_images, "seeds": len(runs), "text": text.slug})
     return sorted(rows, key=lambda row: -row["mean R@1"])
 
 
@@ -244,7 +254,8 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str)
         reports = [zero_shot(run, spec) for run in runs]
         values = averaged({"top-1": r.top1, "top-5": r.top5, "mean per class": r.mean_per_class} for r in reports)
         one = reports[0]
-        about = {"chance": round(one.chance_top1, 2), "n_images": one.n_images, "n_classes": one.n_classes}
+        chance = {"chance": round(one.chance_top1, 2), "chance top-5": round(one.chance_top5, 2)}
+        about = {**chance, "n_images": one.n_images, "n_classes": one.n_classes}
         what = TEMPLATES[0] if name == "single" else f"CLIP's {len(templates)}"
         rows.append({"table": "zero-shot", "prompts": what, **values, **about, "seeds": len(runs)})
     return rows

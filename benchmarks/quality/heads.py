@@ -143,6 +143,9 @@ def recalls(name: str, reports: list[RetrievalReport]) -> dict[str, Any]:
     ones = [r.mean_recall_at_1 for r in reports]
     row["mean R@1"] = round(statistics.mean(ones), 2)
     row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
+    for way, short in (("image_to_text", "i2t"), ("text_to_image", "t2i")):
+        chance = getattr(reports[0], f"chance_{way}")
+        row |= {f"chance {short} R@{k}": round(chance[k], 2) for k in (1, 5, 10)}
     return row
 
 
@@ -152,7 +155,7 @@ def _counts(reports: list[RetrievalReport]) -> dict[str, int]:
 
 def report(heads: TrainedHeads, store: FeatureStore) -> RetrievalReport:
     embedded = embed_store(heads, store, "val")
-    return retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    return retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
 
 
 def _mean_recall(dev: dict[str, Any]) -> float:

@@ -34,7 +34,7 @@ from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError, MismatchError, RecipeError
 from apecache.evaluate.embeddings import embed_store, load_lengths
-from apecache.evaluate.protocols import bootstrap_intervals
+from apecache.evaluate.protocols import retrieval_intervals
 from apecache.evaluate.retrieval import retrieval_report
 from apecache.extraction import ExtractSpec, extract
 from apecache.recipes.counting import PlanSpec
@@ -309,13 +309,18 @@ def measured(job: Job) -> dict[str, Any]:
     media = source(job.setting).media
     store = FeatureStore.open(job.setting.work / "store")
     found = embed_store(load_run(run), store, "val", lambda key: load_image(key, media).image)
-    report = retrieval_report(found.image, found.text, found.image_of_text)
+    report = retrieval_report(found.image, found.text, found.image_of_text, relevance=found.relevance)
     losses = [line["loss"] for line in history if line["loss"] is not None]
     row = {"recipe": job.case, "trained": trained_share(job), "s/step": seconds, "peak MB": peak}
     row |= {"first loss": round(losses[0], 4), "last loss": round(losses[-1], 4)}
     for way, recalls in (("i2t", report.image_to_text), ("t2i", report.text_to_image)):
         row |= {f"{way} R@{k}": round(value, 2) for k, value in recalls.items()}
-    low, _ = bootstrap_intervals(found.image, found.text, found.image_of_text).text_to_image[10]
+    chances = (("i2t", report.chance_image_to_text), ("t2i", report.chance_text_to_image))
+    for way, recalls in chances:
+        row |= {f"chance {way} R@{k}": round(value, 2) for k, value in recalls.items() if (way, k) != ("t2i", 10)}
+    low, _ = retrieval_intervals(found.image, found.text, found.image_of_text, relevance=found.relevance).text_to_image[
+        10
+    ]
     return row | {LOWER: round(low, 2), "chance": round(report.chance_text_to_image[10], 2), "images": report.n_images}
 
 

@@ -156,9 +156,11 @@ def trained(
         )
         print("trained", run.name, flush=True)
     embedded = embed_store(load_heads(run), FeatureStore.open(store), "val")
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
     ones = {"trained i2t R@1": report.image_to_text[1], "trained t2i R@1": report.text_to_image[1]}
     about = {name: round(value, 2) for name, value in {**ones, "trained mean R@1": report.mean_recall_at_1}.items()}
+    chance = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
+    about["chance mean R@1"] = round(chance, 2)
     return {**criteria(row), **about, "n_images": report.n_images, "n_texts": report.n_texts}
 
 

@@ -169,17 +169,24 @@ def recall_rows(options: argparse.Namespace, stores: dict[str, FeatureStore], cu
         for storage, store in stores.items()
     }
     rows = []
-    for storage, values in found.items():
-        apart = [value - exact for value, exact in zip(values, found["float32"], strict=True)]
+    for storage, measured in found.items():
+        values = [value for value, _ in measured]
+        apart = [value - exact for value, (exact, _) in zip(values, found["float32"], strict=True)]
+        chance = round(measured[0][1], 2)
         about = {"recipe": RECIPES[cut], "cut": cut, "storage": storage, "seeds": len(values)}
         rows.append(
-            {**about, "R@1": round(statistics.fmean(values), 2), "less float32's": [round(v, 2) for v in apart]}
+            {
+                **about,
+                "R@1": round(statistics.fmean(values), 2),
+                "chance": chance,
+                "less float32's": [round(v, 2) for v in apart],
+            }
         )
     return rows
 
 
-def recall(options: argparse.Namespace, store: FeatureStore, cut: str, seed: int, run: Path) -> float:
-    """Mean R@1 on val of a head of that cut."""
+def recall(options: argparse.Namespace, store: FeatureStore, cut: str, seed: int, run: Path) -> tuple[float, float]:
+    """Mean R@1 on val of a head of that cut, and chance."""
     if not (run / "head.json").is_file():
         wanted = [f"schedule.epochs={options.epochs}"] * (cut == "tokens" or options.quick)
         recipe = load_recipe(RECIPES[cut], [*wanted, "schedule.batch_size=256"])
@@ -187,8 +194,9 @@ def recall(options: argparse.Namespace, store: FeatureStore, cut: str, seed: int
         splits = SplitSpec(dev_images=options.train_images // 10)
         fit_head(store, recipe, run, FitSpec(*names, splits, seed, "cpu", report_split="val"))
     embedded = embed_store(load_heads(run), store, "val")
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
-    return (report.image_to_text[1] + report.text_to_image[1]) / 2
+    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+    chance = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
+    return report.mean_recall_at_1, chance
 
 
 def goals(vectors: list[Row], recalls: list[Row]) -> list[Goal]:

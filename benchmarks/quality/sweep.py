@@ -5,7 +5,8 @@
 
 Trials over recipes, depth, width, rates, decay, dropout, temperature, batch and loss, with halving from a 27th of the
 epochs on. The best on dev and the default recipe are then fitted with several seeds each; val is only reported.
-Intervals are 95 % of the mean over seeds (Student), that of the gain from its differences seed by seed. What fits of
+Intervals are 95 % of the mean over seeds; the variances over seeds and over images are added, and the gain is paired
+over images. What fits of
 all trials to their ends would cost is an estimate: the measured seconds of a step of each, one head at a time, times
 its steps; without evaluation.
 """
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 
+from apecache.evaluate.comparison import METRICS, compare_hits
+from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.protocols import retrieval_hits
+from apecache.evaluate.retrieval import chance_recalls
+from apecache.evaluate.statistics import RetrievalHits, estimate_recall
 from apecache.heads.checkpoint import load_heads
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.space import Space, load_space
@@ -30,7 +35,7 @@ from apecache.train.batches import FeaturePairs, SplitSpec
 from apecache.train.fit_head import FitSpec, fit_head, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, draw_epoch, take_step
-from benchmarks.quality.heads import made_up, report
+from benchmarks.quality.heads import made_up
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 SPACE = Path(__file__).with_name("flickr8k-space.toml")
@@ -90,11 +95,14 @@ def measure(
     values = {
         what: on_val(store, recipe, work / what.split()[0], options.seeds, fit) for what, recipe in recipes.items()
     }
-    gains = [a - b for a, b in zip(values["chosen on dev"], values["default"], strict=True)]
     whole = whole_seconds(store, space, found, fit)
     cost: dict[str, Any] = {"what": "cost", "trials": len(found.trials), "sweep s": round(seconds, 1)}
     cost |= {"whole fits s (estimate)": round(whole, 1), "estimate / sweep": round(whole / seconds, 2)}
-    rows = [{"what": what, **summary(numbers)} for what, numbers in (*values.items(), ("gain", gains))]
+    rows = [{"what": what, **summary(hits)} for what, hits in values.items()]
+    chance = chance_of(values["default"][0])
+    gain = compare_hits(values["chosen on dev"], values["default"], metric="mean R@1", chance=chance)
+    about = {"seeds": options.seeds, "mean R@1 on val": round(gain.difference, 2)}
+    rows.append({"what": "gain", **about, "low": round(gain.low, 2), "high": round(gain.high, 2), "chance": "-"})
     rows[0] |= {"trial": found.best.number, "recipe": found.best.recipe, "settings": " ".join(found.best.settings)}
     goals = [
         Goal(f"minutes of {options.trials} trials", round(seconds / 60, 2), MINUTES, "lower"),
@@ -107,22 +115,33 @@ def default_recipe(options: argparse.Namespace) -> Recipe:
     return load_recipe(DEFAULT, ["schedule.epochs=1"] if options.quick else [])
 
 
-def on_val(store: FeatureStore, recipe: Recipe, work: Path, seeds: int, fit: FitSpec) -> list[float]:
-    """Mean of both R@1 on val, of each seed."""
+def on_val(store: FeatureStore, recipe: Recipe, work: Path, seeds: int, fit: FitSpec) -> list[RetrievalHits]:
+    """The answers on val of each seed."""
     found = []
     for seed in range(seeds):
         run = work.with_name(f"{work.name}-{seed}")
         if not (run / "head.json").is_file():
             fit_head(store, recipe, run, FitSpec(splits=fit.splits, seed=seed, device="cpu"))
-        found.append(report(load_heads(run), store).mean_recall_at_1)
+        embedded = embed_store(load_heads(run), store, "val")
+        found.append(
+            retrieval_hits(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+        )
     return found
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    mean, n = statistics.fmean(values), len(values)
-    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
-    low, high = (None if n == 1 else round(mean + sign * half, 2) for sign in (-1, 1))
-    return {"seeds": n, "mean R@1 on val": round(mean, 2), "low": low, "high": high}
+def summary(hits: Sequence[RetrievalHits]) -> dict[str, Any]:
+    """Mean of both R@1, its interval over seeds and images, and chance."""
+    estimate = estimate_recall(hits, METRICS["mean R@1"])
+    ends = {"low": round(estimate.low, 2), "high": round(estimate.high, 2)}
+    value = round(estimate.value, 2)
+    return {"seeds": len(hits), "mean R@1 on val": value, **ends, "chance": round(chance_of(hits[0]), 2)}
+
+
+def chance_of(hits: RetrievalHits) -> float:
+    """Mean of both R@1 of a random order."""
+    owners = torch.repeat_interleave(torch.arange(hits.n_images), torch.from_numpy(hits.captions).long())
+    to_text, to_image = chance_recalls(owners, hits.n_images, (1,))
+    return (to_text[1] + to_image[1]) / 2
 
 
 def whole_seconds(store: FeatureStore, space: Space, found: SweepReport, fit: FitSpec) -> float:

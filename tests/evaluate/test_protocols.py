@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 
 from apecache.errors import DataError
-from apecache.evaluate.protocols import bootstrap_intervals, folded_report, language_reports
+from apecache.evaluate.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
 from apecache.evaluate.retrieval import retrieval_report
 
 
@@ -23,7 +24,7 @@ def test_intervals_hold_the_recall_and_narrow_with_the_number_of_images() -> Non
     widths = []
     for n_images in (50, 800):
         image, text, owner = pairs(n_images, 0.6)
-        report, intervals = retrieval_report(image, text, owner), bootstrap_intervals(image, text, owner)
+        report, intervals = retrieval_report(image, text, owner), retrieval_intervals(image, text, owner)
         both = ((report.image_to_text, intervals.image_to_text), (report.text_to_image, intervals.text_to_image))
         for found, ends in both:
             for k, (low, high) in ends.items():
@@ -38,7 +39,7 @@ def test_the_interval_is_that_of_a_binomial_where_images_have_one_caption() -> N
     image = F.normalize(torch.randn(400, 32, generator=torch.Generator().manual_seed(1)), dim=1)
     text = image.clone()
     text[::2] = -image[::2]
-    low, high = bootstrap_intervals(image, text, torch.arange(400)).text_to_image[1]
+    low, high = retrieval_intervals(image, text, torch.arange(400)).text_to_image[1]
     assert (low, high) == pytest.approx((45.1, 54.9), abs=0.8)
 
 
@@ -47,17 +48,29 @@ def test_captions_of_one_image_are_drawn_together() -> None:
     image = F.normalize(torch.randn(10, 32, generator=torch.Generator().manual_seed(1)), dim=1)
     owner = torch.repeat_interleave(torch.arange(10), 50)
     text = torch.where((owner % 2 == 0).unsqueeze(1), image[owner], -image[owner])
-    low, high = bootstrap_intervals(image, text, owner).text_to_image[1]
+    low, high = retrieval_intervals(image, text, owner).text_to_image[1]
     assert high - low > 50
 
 
-def test_median_ranks_count_from_one_and_a_seed_gives_the_same_intervals() -> None:
+def test_median_ranks_count_from_one() -> None:
     image, text, owner = pairs(60, 0.0)
-    intervals = bootstrap_intervals(image, text, owner)
+    intervals = retrieval_intervals(image, text, owner)
     assert (intervals.median_rank_image_to_text, intervals.median_rank_text_to_image) == (1.0, 1.0)
-    noisy = pairs(60, 2.0)
-    assert bootstrap_intervals(*noisy) == bootstrap_intervals(*noisy)
-    assert bootstrap_intervals(*noisy) != bootstrap_intervals(*noisy, seed=1)
+
+
+def test_where_every_query_hits_or_none_does_the_interval_is_wilsons() -> None:
+    """The images count, not the captions: 60 of 60 leaves room for 6 % of misses. Student's quantile is wider."""
+    least = float(100 * binomtest(60, 60).proportion_ci(method="wilson").low)
+    image, text, owner = pairs(60, 0.0)
+    for value in retrieval_intervals(image, text, owner).text_to_image.values():
+        assert value == pytest.approx((least, 100.0), abs=0.4)
+    assert retrieval_intervals(image, -image[owner], owner).text_to_image[1] == pytest.approx((0, 100 - least), abs=0.4)
+
+
+def test_the_interval_of_the_mean_recall_holds_it() -> None:
+    vectors = pairs(80, 0.9)
+    low, high = retrieval_intervals(*vectors).mean_recall
+    assert low < retrieval_report(*vectors).mean_recall < high
 
 
 def test_folds_are_means_of_the_reports_of_each() -> None:
@@ -85,6 +98,8 @@ def test_a_language_is_measured_among_its_own_captions() -> None:
         kept = sorted(set(owner[mask].tolist()))
         wanted = retrieval_report(image[kept], text[mask], torch.tensor([kept.index(i) for i in owner[mask].tolist()]))
         assert report == wanted
+        sure = language_intervals(image, text, owner, languages)[language]
+        assert all(low <= wanted.text_to_image[k] <= high for k, (low, high) in sure.text_to_image.items())
 
 
 def test_recalls_are_those_of_clip_benchmark() -> None:

@@ -1,6 +1,7 @@
 """The page of one run or several: its figures are those of the training, its settings those that differ."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,20 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from apecache_cli.app import app
-from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, MismatchError, OptionError, RunError
 from apecache.evaluate.retrieval import RetrievalReport
 from apecache.heads.checkpoint import load_heads, save_heads
 from apecache.heads.combine import combine_heads
 from apecache.recipes.recipe import load_recipe
-from apecache.report.records import named_paths, read_records, seeds_table, settings_table
+from apecache.report.records import encoder_label, named_paths, read_records, seeds_table, settings_table
 from apecache.report.report_page import ReportSpec, dev_images, report_page
 from apecache.store.reader import FeatureStore
-from apecache.sweep_results import interval
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
@@ -133,8 +133,10 @@ def test_several_runs_are_compared(runs: dict[str, Path], tmp_path: Path) -> Non
     assert tables["Settings that differ"][0] == ["setting", *runs]
     assert [row[0] for row in tables["Settings that differ"][1:]] == ["optimiser.lr"]
     assert tables["Settings that differ"][1][1:] == ["0.002", "0.002", "0.01"]
-    (_, seeds) = tables["Seeds of one recipe"]
-    assert seeds[:2] == ["projection: first, second", "2"]
+    (_, seeds, _) = tables["Seeds of one recipe"]
+    assert seeds[0].startswith("projection, ")
+    assert seeds[0].endswith(": first, second")
+    assert seeds[1] == "2"
     values = [r.dev.mean_recall for r in read_records([runs["first"], runs["second"]]) if r.dev]
     assert seeds[-1].startswith(f"{np.mean(values):.1f} (")
     assert tables["What it has cost"][0] == ["", *runs]
@@ -146,10 +148,45 @@ def test_runs_of_other_settings_or_one_seed_are_no_group(runs: dict[str, Path]) 
     assert settings_table(read_records([runs["first"], runs["second"]])) is None
 
 
-def test_the_interval_is_students() -> None:
-    values = [50.0, 52.0, 57.0]
-    low, high = student.interval(0.95, 2, np.mean(values), np.std(values, ddof=1) / 3**0.5)
-    assert tuple(interval(values).values()) == pytest.approx((53.0, low, high))
+def test_seeds_that_agree_have_an_interval_over_images_with_a_store_and_without(
+    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+) -> None:
+    """Two seeds of one model: a closed form gives the same heads for every seed."""
+    copies = []
+    for seed in (0, 1):
+        recipe = load_recipe("csa", ["closed_form.ridge=[0.1]", "closed_form.rank=[4]"])
+        fit_head(store, recipe, tmp_path / f"seed-{seed}", FitSpec(splits=SplitSpec(dev="val"), seed=seed))
+        copies.append(tmp_path / f"seed-{seed}")
+    for given in (None, store):
+        tables = Cells(report_page(copies, tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
+        _, row, chance = tables["Seeds of one recipe"]
+        assert chance[0] == "chance"
+        assert chance[5] == "25.0"
+        for cell in row[2:]:
+            mean, low, high = (float(number) for number in re.findall(r"\d+\.\d", cell))
+            assert low <= mean <= high
+            assert high - low > 20, cell  # four images
+
+
+def test_runs_of_other_encoders_are_no_group_and_each_group_names_its_own(runs: dict[str, Path]) -> None:
+    """Encoders of one name that differ in their digests alone."""
+    records = read_records([runs["first"], runs["second"]])
+    reports = {record.name: record.dev for record in records if record.dev}
+    whole = seeds_table(records, reports)
+    assert whole is not None
+    image, text = (records[0].settings[f"{side} encoder"] for side in ("image", "text"))
+    assert whole.rows[0][0] == f"projection, {image} and {text}: first, second"
+    for digests in (("other", records[1].encoders[1]), (records[1].encoders[0], "other")):
+        assert seeds_table([records[0], replace(records[1], encoders=digests)], reports) is None
+
+
+@pytest.mark.parametrize("change", [{"pooling": "cls"}, {"layer": 3}, {"resolution": 64}, {"prefix": "query: "}])
+def test_the_label_of_an_encoder_tells_its_cut_and_sizes(change: dict[str, Any]) -> None:
+    plain = EncoderSpec("hf", "some/model", "image")
+    assert encoder_label(plain, "d" * 20) == "hf:some/model"
+    (name,) = change
+    assert encoder_label(replace(plain, **change), "d" * 20) == f"hf:some/model ({name} {change[name]})"
+    assert "digest …abcdefgh" in encoder_label(replace(plain, name="/home/me/model"), "0abcdefgh")
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,13 @@ def test_charts_draw_the_histories_of_all_runs_by_name(tiny_run: Path, tmp_path:
     (other / "history.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
     losses, recalls = learning_charts({"long": tiny_run, "short": other})
     history = list(read_history(tiny_run))
-    assert [curve.name for curve in losses.curves] == [curve.name for curve in recalls.curves] == ["long", "short"]
+    assert [curve.name for curve in losses.curves] == ["long", "short"]
+    assert [curve.name for curve in recalls.curves] == ["long", "short", "chance"]
+    chance = history[0]["dev"]["chance"]
+    assert recalls.curves[2].points == ((0, chance), (history[-1]["epoch"], chance))
     assert losses.curves[0].points == tuple((line["epoch"], line["loss"]) for line in history[1:])
     assert recalls.curves[0].points == tuple((line["epoch"], line["dev"]["mean_recall"]) for line in history)
-    assert [len(curve.points) for curve in (*losses.curves, *recalls.curves)] == [4, 2, 5, 3]
+    assert [len(curve.points) for curve in (*losses.curves, *recalls.curves)] == [4, 2, 5, 3, 2]
     assert "loss" in losses.title.lower()
     assert "dev" in recalls.title.lower()
 

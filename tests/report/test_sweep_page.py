@@ -63,6 +63,7 @@ def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_b
     assert [int(row[0]) for row in rows] == [line["number"] for line in best]
     assert rows[0][2] == f"{best[0]['mean']:.1f}"
     assert rows[0][3].replace("\u00a0", " ") == f"{best[0]['low']:.1f} to {best[0]['high']:.1f}"
+    assert rows[0][4] == f"{best[0]['chance']:.1f}"
     assert "apecache fit-head" in source
     assert f"--set optimiser.lr={best[0]['values']['optimiser.lr']}" in source
     for words in ("Settings and scores", "What mattered", "Training loss", "What the best run has cost", "The search"):
