@@ -124,13 +124,13 @@ def test_one_picture_is_one_vector_by_every_way_in(way: str, model: ImageTextMod
     expected = model.encode_image([files[name] for name in KINDS])
     pictures = {name: given(way, name, files) for name in KINDS}
     found = model.encode_image([files[name] if picture is None else picture for name, picture in pictures.items()])
+    for picture in pictures.values():
+        if isinstance(picture, Image.Image | io.IOBase):
+            picture.close()
     differences = np.abs(found - expected).max(axis=1)
     row = {name: float(d) for name, d, p in zip(KINDS, differences, pictures.values(), strict=True) if p is not None}
     assert row == dict.fromkeys(row, 0.0)
     assert len(row) >= len(KINDS) - 5
-    for picture in pictures.values():
-        if isinstance(picture, Image.Image | io.IOBase):
-            picture.close()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -140,9 +140,9 @@ def test_a_query_takes_a_picture_by_every_way_in(way: str, index: SearchIndex, f
         if picture is not None:
             expected = index.embed(Query(images=(files[name],)))
             found = index.embed(Query(images=(picture,)))
+            if isinstance(picture, Image.Image | io.IOBase):
+                picture.close()
             assert float((found - expected).abs().max()) == 0.0, name
-        if isinstance(picture, Image.Image | io.IOBase):
-            picture.close()
 
 
 def test_the_kinds_are_told_apart(model: ImageTextModel, files: dict[str, Path]) -> None:
