@@ -147,13 +147,14 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     n_shards: int | None = None,
     text_lengths=None,
     storage: str | None = None,
+    image_content: list[str] | None = None,
 ):
     """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own writer.
 
     `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit only so many of each
     array and leave it unfinished. `text_lengths`: the texts are ragged tokens [n_texts, tokens, dim]. `storage`: dtype
-    of the arrays, if it is not that of the features. Returns the opened store; calling again with other names adds
-    arrays.
+    of the arrays, if it is not that of the features. `image_content`: what the images' files are made of, by default
+    something else each. Returns the opened store; calling again with other names adds arrays.
     """
     from apecache.encoders.spec import EncoderSpec
     from apecache.fingerprint import Fingerprint, content_hash, digest_strings
@@ -195,6 +196,8 @@ def write_feature_store(  # type: ignore[no-untyped-def]
             rows = layout.shard(shard)
             out = [QuarantinedRow(row, str(row), "empty", "made up") for row in bad if row in rows]
             content = [content_hash(f"{modality} {row}") for row in rows]
+            if modality == "image" and image_content is not None:
+                content = [content_hash(image_content[row]) for row in rows]
             own_lengths = None if lengths is None else lengths[rows.start : rows.stop]
             writer.commit(shard, features[rows.start : rows.stop], content, out, own_lengths)
         if n_shards is None:

@@ -131,4 +131,5 @@ class Relevance:
 
 def _compact(numbers: Tensor) -> Tensor:
     """Equal numbers from 0 without gaps."""
-    return torch.unique(numbers, return_inverse=True)[1]
+    _, compact = torch.unique(numbers, return_inverse=True)
+    return compact

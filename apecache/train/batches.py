@@ -259,7 +259,8 @@ def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
         smaller = joined.scatter_reduce(0, groups, of_id[shared].amin(1), "amin")
         smaller = smaller[smaller]  # a label is a group too: its own label is smaller yet, so that chains are halved
         if torch.equal(smaller, joined):
-            return joined[groups].unique(return_inverse=True)[1]
+            _, compact = torch.unique(joined[groups], return_inverse=True)
+            return compact
         joined = smaller
 
 

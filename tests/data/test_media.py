@@ -113,6 +113,13 @@ def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: Obj
     assert stored.place.endswith("/deep/below")
 
 
+def test_sizes_of_objects_are_those_of_files(stored: ObjectMedia, tmp_path: Path) -> None:
+    keys = [*NAMES, "none.png", "../secret.png"]
+    assert stored.sizes(keys) == FolderMedia(tmp_path).sizes(keys)
+    assert stored.sizes(keys)[-2:] == [None, None]
+    assert stored.sizes(["empty.png"]) == [0]
+
+
 @pytest.mark.parametrize(
     ("key", "reason"),
     [

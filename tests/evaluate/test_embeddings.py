@@ -106,3 +106,25 @@ def test_half_precision_features_embed_as_their_own_values_do(write_store: Any, 
     wanted = heads_for().image.embed(torch.from_numpy(IMAGE.astype(np.float16)[found.image_rows]))
     assert found.image.dtype == torch.float32
     torch.testing.assert_close(found.image, wanted)
+
+
+def test_a_store_tells_equal_captions_and_equal_images(tmp_path: Path, write_store: Any) -> None:
+    store = write_store(
+        tmp_path / "s",
+        IMAGE[:6],
+        TEXT[:6],
+        list(range(6)),
+        ["val"] * 6,
+        captions=["a cat", "A  cat", "a dog", "a bird", "a fish", "a mouse"],
+        bad_texts=(3,),
+        image_content=["1", "2", "3", "4", "5", "3"],
+    )
+    embedded = embed_store(heads_for(), store, "val")
+    assert embedded.image_rows.tolist() == [0, 1, 2, 4, 5]
+    assert embedded.relevance is not None
+    right = embedded.relevance.right_texts(torch.arange(5)).int().tolist()
+    assert right == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 1]]
+
+
+def test_a_store_whose_captions_and_images_differ_has_no_relevance(store: FeatureStore) -> None:
+    assert embed_store(heads_for(), store).relevance is None

@@ -4,6 +4,7 @@ import base64
 import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from apecache.data.media import FolderMedia
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.evaluate.relevance import Relevance
 from apecache.extraction import ExtractSpec, extract
 from apecache.heads.checkpoint import TrainedHeads, load_heads
 from apecache.report import Page
@@ -143,6 +145,25 @@ def test_results_are_the_nearest_images_best_first_and_the_right_one_is_marked(
             (row,) = (i for i, store_row in enumerate(embedded.image_rows) if key == Path(pairs.keys[store_row]).stem)
             assert result.score == pytest.approx(float(scores[row]), abs=1e-6)
             assert result.correct is (row == int(embedded.image_of_text[text]))
+
+
+def test_images_with_an_equal_caption_are_marked_as_right(
+    store: FeatureStore, table: Path, embedded: Embeddings
+) -> None:
+    """As if every caption of the first two images were the same one."""
+    ids = torch.arange(len(embedded.text))
+    ids[embedded.image_of_text < 2] = 0
+    equal = replace(embedded, relevance=Relevance.of(embedded.image_of_text, ids, None))
+    *_, drawn, _ = retrieval_galleries(equal, store, FolderMedia(table.parent), n_items=100, top=len(embedded.image))
+    counts = {
+        text: sum(result.correct for result in hit.results)
+        for hit in drawn.items
+        for text in [text_of(hit, store, embedded)]
+    }
+    assert counts == {text: 2 if int(owner) < 2 else 1 for text, owner in enumerate(embedded.image_of_text.tolist())}
+    for hit in drawn.items:
+        first_right = [result.correct for result in hit.results].index(True)
+        assert hit.rank == 1 + first_right
 
 
 def test_pictures_are_those_of_the_images_found(embedded: Embeddings, store: FeatureStore, table: Path) -> None:

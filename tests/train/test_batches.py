@@ -16,7 +16,16 @@ from apecache.errors import IncompleteError, RecipeError
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 from apecache.train import batches as train_batches
-from apecache.train.batches import FeaturePairs, Features, SplitSpec, batches, choose_splits, load_on, select_pairs
+from apecache.train.batches import (
+    FeaturePairs,
+    Features,
+    SplitSpec,
+    batches,
+    choose_splits,
+    join_groups,
+    load_on,
+    select_pairs,
+)
 
 
 def numbered(counts: list[int]) -> FeaturePairs:
@@ -259,6 +268,62 @@ def test_images_of_equal_content_are_of_one_group() -> None:
         assert torch.equal(batch.groups.text, batch.groups.image)
     apart = replace(pairs, content=torch.arange(6))
     assert all(batch.groups is None for batch in batches(apart, 3, seeded(0)))
+
+
+def closure_by_definition(captions: list[list[int]], content: list[int]) -> list[list[bool]]:
+    """[n][n]: whether a chain of equal images and of images with an equal caption leads from one to the other."""
+    n = len(content)
+    linked = [
+        [content[i] == content[j] or bool(set(captions[i]) & set(captions[j])) for j in range(n)] for i in range(n)
+    ]
+    for between in range(n):
+        for i in range(n):
+            for j in range(n):
+                linked[i][j] = linked[i][j] or (linked[i][between] and linked[between][j])
+    return linked
+
+
+@settings(deadline=None, max_examples=60)
+@given(counts=COUNTS, captions=st.integers(1, 3), few=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_images_whose_drawn_captions_are_equal_are_of_one_group(
+    counts: list[int], captions: int, few: int, seed: int
+) -> None:
+    pairs = numbered(counts)
+    ids = torch.randint(0, few * 2, (len(pairs.text),), generator=seeded(seed))
+    content = torch.randint(0, few * 4, (len(pairs),), generator=seeded(seed + 1))
+    pairs = replace(pairs, caption_ids=ids, content=content)
+    first = pairs.first_text
+    for batch in batches(pairs, 8, seeded(seed), captions):
+        drawn = batch.text.view(len(batch.image), captions, 2)
+        equal = [[int(ids[first[image] + caption]) for image, caption in own] for own in drawn.tolist()]
+        linked = closure_by_definition(equal, content[batch.image.flatten()].tolist())
+        alone = not any(linked[i][j] for i in range(len(linked)) for j in range(i))
+        if captions == 1 and alone:
+            assert batch.groups is None
+            continue
+        assert batch.groups is not None
+        same = batch.groups.image.unsqueeze(1) == batch.groups.image
+        assert same.tolist() == linked
+        assert torch.equal(batch.groups.text, batch.groups.image.repeat_interleave(captions))
+
+
+def test_a_long_chain_of_shared_captions_is_one_group() -> None:
+    links = torch.arange(200)
+    ids = torch.stack([links, links + 1], dim=1)[torch.randperm(200, generator=seeded(0))]
+    assert join_groups(torch.arange(200), ids).unique().tolist() == [0]
+
+
+def test_captions_that_no_two_images_share_cost_nothing() -> None:
+    """An image may have one caption twice: its captions are of one group anyway."""
+    features = Features(torch.arange(3).unsqueeze(1)), Features(torch.arange(4).unsqueeze(1))
+    rows, all_images, all_texts = np.array([0, 0, 1, 2]), np.ones(3, bool), np.ones(4, bool)
+    alone = select_pairs(*features, rows, all_images, all_texts, caption_ids=np.array([0, 0, 1, 2]))
+    assert (alone.caption_ids, alone.relevance) == (None, None)
+    shared = select_pairs(*features, rows, all_images, all_texts, caption_ids=np.array([0, 1, 1, 2]))
+    assert shared.caption_ids is not None
+    assert shared.relevance is not None
+    without_first = np.array([False, True, True])
+    assert select_pairs(*features, rows, without_first, all_texts, caption_ids=np.array([0, 1, 1, 2])).relevance is None
 
 
 def test_of_several_views_a_random_one_stands_in_the_batch() -> None:

@@ -119,6 +119,29 @@ def test_lit_reads_images_from_the_cache_and_learns(data: Any, tmp_path: Path, m
     assert (report.n_train_images, report.n_dev_images) == (16, 8)
 
 
+def test_equal_captions_are_positives_and_right_answers(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two sizes of a shape have the same two captions; slices see the groups of the whole batch."""
+    keys, real = data[0].pairs.keys, EncoderModel.loss
+    joined: list[list[bool]] = []
+    alike: list[list[bool]] = []
+
+    def watched(self: EncoderModel, image: Any, text: Any, rows: Any, groups: Any = None, step: int = 0) -> Any:
+        shapes = [str(keys[row]).rpartition("-")[0] for row in rows]
+        alike.extend([one == other for other in shapes] for one in shapes)
+        joined.extend((groups.image.unsqueeze(1) == groups.image).tolist())
+        return real(self, image, text, rows, groups, step)
+
+    monkeypatch.setattr(EncoderModel, "loss", watched)
+    recipe = recipe_of("lit", "schedule.batch_size=16", "loss.captions=2", "schedule.epochs=1")
+    report = fit(data, recipe, tmp_path / "run", slice_size=5)
+    assert joined == alike
+    assert [sum(row) for row in joined] == [2] * 16
+    assert report.n_negatives == 14
+    assert report.dev.chance_text_to_image[1] == pytest.approx(25)  # two of eight images
+
+
 @pytest.mark.parametrize(
     ("name", "some", "never"),
     [

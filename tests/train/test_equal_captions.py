@@ -1,0 +1,161 @@
+"""Fits on data whose captions are equal word for word: labels put into one prompt, as class data is given."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.retrieval import retrieval_report
+from apecache.heads.checkpoint import load_heads
+from apecache.heads.stacked import Streams
+from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce
+from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.store.reader import FeatureStore
+from apecache.train.augment import mixed_groups
+from apecache.train.batches import FeaturePairs, SplitSpec, batches
+from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits
+from apecache.train.initial import initial_model
+from apecache.train.lint import n_negatives
+from apecache.train.lint_run import lint_plan
+from apecache.train.loop import Plan, Training, run_training, seeded
+from apecache.train.population import train_together
+from apecache.train.run_folder import read_history
+
+LABELS = ("shirt", "dress", "shoe", "hat", "coat")
+N_TRAIN, N_DEV, N_VAL = 120, 60, 60
+N_IMAGES = N_TRAIN + N_DEV + N_VAL
+SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
+OF_IMAGE = [row % len(LABELS) for row in range(N_IMAGES)]
+CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Images around a direction of their label. The texts of one label have one vector, whatever their case."""
+    chance = np.random.default_rng(0)
+    centers = chance.normal(size=(len(LABELS), 12))
+    image = centers[OF_IMAGE] + 0.3 * chance.normal(size=(N_IMAGES, 12))
+    text = chance.normal(size=(len(LABELS), 10))[OF_IMAGE]
+    captions = [f"a photo of a {LABELS[label]}" for label in OF_IMAGE]
+    captions[::7] = [f"A photo  of a {LABELS[label]}" for label in OF_IMAGE[::7]]
+    made: FeatureStore = write_store(
+        tmp_path_factory.mktemp("labels") / "s",
+        image.astype(np.float32),
+        text.astype(np.float32),
+        list(range(N_IMAGES)),
+        SPLITS,
+        captions=captions,
+    )
+    return made
+
+
+def make_recipe(*settings: str) -> Recipe:
+    short = ["schedule.epochs=6", "schedule.batch_size=40", "optimiser.lr=0.02", "schedule.warmup=0"]
+    return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
+
+
+@pytest.fixture(scope="module")
+def fitted(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> FitReport:
+    return fit_head(store, make_recipe(), tmp_path_factory.mktemp("runs") / "run", CPU)
+
+
+def loaded(store: FeatureStore) -> tuple[FeaturePairs, FeaturePairs]:
+    arrays = store.array("image"), store.array("text")
+    return load_splits(store, *arrays, CPU.splits, torch.device("cpu"), make_recipe())
+
+
+def test_recall_on_labels_is_as_good_as_the_classification(store: FeatureStore, fitted: FitReport) -> None:
+    found = embed_store(load_heads(fitted.run), store, "val")
+    classes = F.normalize(torch.stack([found.text[OF_IMAGE[N_TRAIN + N_DEV :].index(c)] for c in range(5)]), dim=-1)
+    target = torch.tensor(OF_IMAGE[N_TRAIN + N_DEV :])
+    accuracy = 100 * float(((found.image @ classes.T).argmax(1) == target).double().mean())
+    plain = retrieval_report(found.image, found.text, found.image_of_text)
+    report = retrieval_report(found.image, found.text, found.image_of_text, relevance=found.relevance)
+    assert accuracy > 95
+    assert plain.image_to_text[1] < 5
+    assert report.image_to_text[1] == pytest.approx(accuracy)
+    assert report.text_to_image[1] > 95
+    assert report.chance_image_to_text[1] == pytest.approx(20)
+
+
+def test_the_epoch_is_chosen_by_what_is_right(fitted: FitReport) -> None:
+    """The untrained head is at chance; what was chosen is the first epoch that is best by the corrected recall."""
+    history = list(read_history(fitted.run))
+    recalls = [line["dev"]["mean_recall"] for line in history[1:]]
+    assert fitted.best_epoch == 1 + recalls.index(max(recalls))
+    assert fitted.dev.image_to_text[1] > 95
+    assert fitted.dev.image_to_text[1] > fitted.untrained.image_to_text[1] + 20
+
+
+def test_no_equal_caption_is_a_negative(store: FeatureStore) -> None:
+    train, _ = loaded(store)
+    for batch in batches(train, 40, torch.Generator().manual_seed(0)):
+        assert batch.groups is not None
+        same = batch.groups.image.unsqueeze(1) == batch.groups.text
+        equal = (batch.text.unsqueeze(1) == batch.text).all(-1)
+        assert torch.equal(same, equal)
+
+
+def test_a_head_that_is_right_has_no_loss_left() -> None:
+    """InfoNCE of row with row cannot fall below the logarithm of the number of equal captions."""
+    labels = torch.arange(20) % 5
+    vectors = torch.eye(5)[labels]
+    assert grouped_info_nce(vectors, vectors, 100.0, Groups(labels, labels)) < 1e-6
+    assert info_nce(vectors, vectors, 100.0) == pytest.approx(np.log(4), rel=1e-5)
+
+
+def test_negatives_are_those_that_equal_captions_leave(store: FeatureStore, fitted: FitReport) -> None:
+    train, _ = loaded(store)
+    batch = next(batches(train, 40, torch.Generator().manual_seed(0)))
+    wrong = (batch.text.unsqueeze(1) != batch.text).any(-1).sum(1)
+    assert fitted.n_negatives == fitted.ledger.n_negatives == round(float(wrong.double().mean()))
+    assert 28 <= fitted.n_negatives <= 33  # four of five labels are others
+    assert n_negatives(load_recipe("ridge"), N_TRAIN, train) == 0
+    mixed = n_negatives(make_recipe("augmentation.mixup=1"), N_TRAIN, train)
+    assert 17 <= mixed <= 19  # of 19 other mixtures few are of the same two labels
+
+
+def test_mixtures_of_the_same_two_groups_are_equal() -> None:
+    groups = mixed_groups(torch.tensor([0, 1, 0, 2, 2, 2, 9]))
+    assert groups.unique(return_inverse=True)[1].tolist() == [0, 1, 0]
+
+
+def test_lint_says_what_equal_captions_do(store: FeatureStore) -> None:
+    found = {finding.check: finding for finding in lint_plan(make_recipe(), store, CPU)}
+    assert "dev-captions" in found
+    assert found["dev-captions"].message.startswith("the dev split has 5 different captions for 60 images")
+    assert "equal captions and images are none" in found["negatives"].message
+    assert {finding.level for finding in found.values()} == {"warning"}
+
+
+def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> None:
+    train, dev = loaded(store)
+    recipes = [make_recipe("schedule.epochs=3", f"optimiser.lr={lr}") for lr in (0.01, 0.02)]
+
+    def made(recipe: Recipe) -> Training:
+        return Training(initial_model(recipe, train, dev, 0)[0], recipe, 0)
+
+    members, plan = [made(recipe) for recipe in recipes], Plan.of(recipes[0], train)
+    assert train_together(members, Streams.seeded([1, 1], torch.device("cpu")), train, dev, plan, 1000) == {}
+    for member, recipe in zip(members, recipes, strict=True):
+        alone = made(recipe)
+        with seeded(1, torch.device("cpu")):
+            run_training(alone, train, dev, plan, lambda _: None, lambda _: None)
+        for name, weight in alone.model.state_dict().items():
+            torch.testing.assert_close(member.model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+        assert [line["dev"]["mean_recall"] for line in member.history] == pytest.approx(
+            [line["dev"]["mean_recall"] for line in alone.history], abs=2
+        )
