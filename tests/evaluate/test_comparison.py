@@ -149,3 +149,30 @@ def test_a_split_that_training_saw_is_warned_of(split: str, runs: dict[str, Path
     command = ["compare", str(runs["long-0"]), str(runs["short-0"]), "--store", str(store.path), "--split", split]
     done = CliRunner().invoke(app, [*command, "--device", "cpu"])
     assert "its figures are too high" in done.output
+
+
+def test_evaluation_prints_chance_and_intervals_beside_every_recall(runs: dict[str, Path], store: FeatureStore) -> None:
+    command = [
+        "evaluate",
+        str(runs["long-0"]),
+        "--store",
+        str(store.path),
+        "--csls",
+        "--by-language",
+        "--device",
+        "cpu",
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    lines = [line.split("\u2502")[1].strip() for line in done.output.splitlines() if line.startswith("\u2502")]
+    (language,) = {line.split(":")[0] for line in lines if "texts" in line}
+    assert lines[1:5] == ["95 % interval", "with CSLS", "95 % interval", "chance"]
+    assert lines[-2:] == ["95 % interval", f"chance, {language}"]
+    shown = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    reports = [shown, shown["csls"], *shown["languages"].values()]
+    for report in reports:
+        for way in ("image_to_text", "text_to_image"):
+            for k, (low, high) in report["intervals"][way].items():
+                assert low <= report[way][k] <= high
+                assert high > low
+                assert report["chance"][way][k] > 0

@@ -82,6 +82,10 @@ def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: 
     told = json.loads(result.stdout)
     assert told["before"]["n_train"] + told["before"]["n_test"] == 36
     assert {"linear", "knn"} <= told["before"].keys() == told["after"].keys()
+    for stage in ("before", "after"):
+        for name, (low, high) in told["intervals"][stage].items():
+            assert low - 1e-9 <= told[stage][name] <= high + 1e-9
+            assert high - low > 1  # no test split is so large that all of n is "100 to 100"
     shown = CliRunner().invoke(app, command)
     assert "after the head" in shown.stdout
     refused = CliRunner().invoke(app, [*command, "--probe-train-split", "tain"])
