@@ -91,7 +91,7 @@ def test_a_side_without_gradients_stays_without() -> None:
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("slice_size", [1, 37, 128])
+@pytest.mark.parametrize("slice_size", [37, 128])
 def test_dropout_gives_the_same_gradients_whatever_the_slices(slice_size: int) -> None:
     """With two captions of each image; in double precision, so that only rounding is left."""
     pair = Pair(captions=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
