@@ -168,8 +168,10 @@ def test_lora_begins_without_effect_and_merges(name: str) -> None:
     adapted = run(tower)
     merge_lora(tower)
     assert not len(tower.adapters)
-    torch.testing.assert_close(run(tower), adapted, rtol=0, atol=1e-5)
-    assert (adapted - plain).abs().max() > 1e-2
+    effect = (adapted - plain).abs().max()
+    assert effect > 1e-2
+    # One product with the merged weight rounds unlike three products, by how much depends on the processor.
+    assert (run(tower) - adapted).abs().max() < 1e-3 * effect
 
 
 def test_lora_counts_and_targets() -> None:
