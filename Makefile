@@ -44,7 +44,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.quality.storage --quick
 	$(BIN)/python -m benchmarks.quality.sweep --quick
 	$(BIN)/python -m benchmarks.speed.engines --quick
-	$(BIN)/python -m benchmarks.laws.results
+	$(BIN)/python -m benchmarks.laws.render
 	$(BIN)/python -m benchmarks.reliability.faults --quick
 	$(BIN)/python -m benchmarks.reliability.cluster --quick
 	$(BIN)/python -m benchmarks.reliability.engines --quick

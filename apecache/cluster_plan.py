@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from apecache.errors import OptionError
-from apecache.preparation import MAX_SHARD_ROWS
-from apecache.recipes.counting import STORED_BYTES, PlanSpec, SidePlan
-from apecache.recipes.devices import GB
-from apecache.recipes.plan import Clock, Cuts, Plan
+from apecache.extract.arrays import MAX_SHARD_ROWS
+from apecache.plan.counting import STORED_BYTES, PlanSpec, SidePlan
+from apecache.plan.devices import GB
+from apecache.plan.plan import Clock, Cuts, Plan
 from apecache.store.layout import MAX_SHARD_BYTES, PAIR_CHUNK_ROWS, PAIR_COLUMNS, ArrayLayout, chunk_bytes
 from apecache.train.batches import RESIDENT_SHARE
 

@@ -12,8 +12,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from apecache.errors import RecipeError
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.heads.head import embed
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model

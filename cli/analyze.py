@@ -32,7 +32,7 @@ def analyze(
             raise OptionError("nothing to analyze; give --layernorm-shift")
         from apecache.evaluate.analysis import layernorm_shift as measure
         from apecache.evaluate.analysis import write_charts
-        from apecache.recipes.runs import load_run
+        from apecache.runs.load import load_run
 
         moved = moved_encoders(run, image, text)
         found = measure(load_run(run, device, *moved), device, *moved)

@@ -13,7 +13,6 @@ from . import (
     export_run,
     extract,
     fit,
-    laws,
     lint,
     plan,
     recipes,
@@ -42,7 +41,6 @@ app.command(cls=Command)(plan.plan)
 app.command("fit-head", cls=Command)(fit.fit_head)
 app.command("fit-encoder", cls=Command)(fit.fit_encoder)
 app.command(cls=Command)(sweep.sweep)
-app.command(cls=Command)(laws.laws)
 app.command(cls=Command)(lint.lint)
 app.command("export-run", cls=Command)(export_run.export_run)
 app.command(cls=Command)(fit.combine)

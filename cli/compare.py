@@ -38,7 +38,7 @@ def compare(
     """
     with ending(), ExitStack() as stack:
         names_a, names_b = two_sides(runs or [], a or [], b or [])
-        from apecache.recipes.remote_runs import fetched_run
+        from apecache.runs.remote import fetched_run
 
         here = {name: stack.enter_context(fetched_run(name)) for name in dict.fromkeys([*names_a, *names_b])}
         sides = [[here[name] for name in names] for names in (names_a, names_b)]

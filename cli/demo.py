@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click import get_current_context
 
 from .terminal import Json, Overwrite, ending, show_json, show_table
 
@@ -88,10 +89,9 @@ def local_name(path: Path) -> str:
 
 def call(*arguments: str) -> None:
     """Print a command and run it in this process."""
-    from .app import app
-
+    app = get_current_context().find_root().command
     typer.secho(f"\n$ {shlex.join(['apecache', *arguments])}", bold=True, err=True)
-    code = app(list(arguments), standalone_mode=False)
+    code = app.main(list(arguments), standalone_mode=False)
     if code:
         raise typer.Exit(code)
 
@@ -101,10 +101,10 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
-    from apecache.evaluate.retrieval import retrieval_report
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
-    from apecache.heads.checkpoint import load_heads
+    from apecache.metrics.retrieval import retrieval_report
     from apecache.recipes.recipe import load_recipe
+    from apecache.runs.heads import load_heads
     from apecache.store.reader import FeatureStore
     from apecache.train.fit_head import untrained_heads
 
@@ -154,9 +154,9 @@ def show_results(results: list[dict[str, Any]]) -> None:
 def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path:
     from apecache.data.media import FolderMedia
     from apecache.evaluate.embeddings import embed_store
-    from apecache.heads.checkpoint import load_heads
     from apecache.report.page import Page, Table, write_page
     from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
+    from apecache.runs.heads import load_heads
     from apecache.store.reader import FeatureStore
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}

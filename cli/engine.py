@@ -31,7 +31,7 @@ def ray_spec(engine: str, address: str | None, actors: int | None, cpus: int | N
     """The `RaySpec`, None for the local engine. Raises OptionError if there are options of the other engine."""
     from apecache.errors import OptionError
 
-    from .extract import choice
+    from .terminal import choice
 
     choice("--engine", engine, ("local", "ray"))
     options = {"--address": address, "--ray-actors": actors, "--ray-cpus": cpus, "--ray-gpus": gpus}
@@ -40,6 +40,6 @@ def ray_spec(engine: str, address: str | None, actors: int | None, cpus: int | N
         if given:
             raise OptionError(f"{', '.join(given)}: only with --engine ray")
         return None
-    from apecache.engines.ray import RaySpec
+    from apecache.cluster.pool import RaySpec
 
     return RaySpec(address, actors, 1 if cpus is None else cpus, gpus)

@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .extract import choice
 from .inputs import Opening, takes_source
 from .labelled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
-from .terminal import Device, Json, ending, show_json, show_table, warn
+from .terminal import Device, Json, choice, ending, show_json, show_table, warn
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 
@@ -68,7 +67,7 @@ def evaluate(
     """
     with ending():
         choice("--task", task, TASKS)
-        from apecache.recipes.remote_runs import fetched_run
+        from apecache.runs.remote import fetched_run
 
         with fetched_run(run) as here:
             moved = moved_encoders(here, image, text)
@@ -105,11 +104,11 @@ def retrieval(
     if store is None:
         raise OptionError("--store is missing: give the feature store whose split is to be measured")
     from apecache.evaluate.comparison import was_split_seen
-    from apecache.evaluate.csls import csls_intervals, csls_report
     from apecache.evaluate.embeddings import embed_store
-    from apecache.evaluate.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
-    from apecache.evaluate.retrieval import retrieval_report
-    from apecache.recipes.runs import load_run
+    from apecache.metrics.csls import csls_intervals, csls_report
+    from apecache.metrics.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
+    from apecache.metrics.retrieval import retrieval_report
+    from apecache.runs.load import load_run
     from apecache.store.reader import FeatureStore
 
     loaded = load_run(run, device, *moved)

@@ -27,9 +27,9 @@ def export_run(
     Example: apecache export-run run heads --onnx
     """
     with ending():
-        from apecache.durable import undone_on_error
         from apecache.errors import OptionError, require_new
-        from apecache.heads.checkpoint import load_heads
+        from apecache.runs.heads import load_heads
+        from apecache.storage.atomic import undone_on_error
 
         if onnx + safetensors + sentence_transformers != 1:
             raise OptionError("give one of --onnx, --safetensors and --sentence-transformers")
@@ -37,7 +37,7 @@ def export_run(
         heads = load_heads(run)
         with undone_on_error(out):
             if onnx:
-                from apecache.export.onnx_graphs import export_onnx
+                from apecache.export.onnx import export_onnx
 
                 names = export_onnx(heads, out)
             elif safetensors:
@@ -45,7 +45,7 @@ def export_run(
 
                 names = export_safetensors(heads, out)
             else:
-                from apecache.export.sentence_transformers_folder import export_sentence_transformers
+                from apecache.export.sentence_transformers import export_sentence_transformers
 
                 names = export_sentence_transformers(heads, out, moved_encoders(run, None, text)[1])
         if json:

@@ -8,7 +8,7 @@ import typer
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .inputs import SOURCE, Opening, SingleWriter, takes_source
 from .memory import keep_freed_memory
-from .terminal import Device, Json, ending, printable, progress, show_json, show_table, warn
+from .terminal import Device, Json, choice, ending, printable, progress, show_json, show_table, warn
 
 CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
 
@@ -109,7 +109,7 @@ def extract(
     """
     with ending():
         choice("--storage", storage, ("float16", "float32", "int8"))
-        from apecache.parts import WHOLE, parse_part
+        from apecache.extract.shard_range import WHOLE, parse_part
 
         own, cluster = parse_part(part) if part else WHOLE, ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
         from apecache.data.sources import open_pairs
@@ -119,7 +119,7 @@ def extract(
         choice("--resize", resize, ("reference", "torchvision"))
         images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
-        from apecache.extraction import ExtractSpec
+        from apecache.extract.run import ExtractSpec
 
         keep_freed_memory()
 
@@ -141,16 +141,16 @@ def extract(
 def run_on(cluster: Any) -> Any:
     """`extract` of the local engine, or of a Ray cluster."""
     if cluster is None:
-        from apecache.extraction import extract
+        from apecache.extract.run import extract
 
         return extract
-    from apecache.engines.extraction import extract_on_ray
+    from apecache.cluster.extract import extract_on_ray
 
     return partial(extract_on_ray, cluster=cluster)
 
 
 def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, json: bool) -> None:
-    from apecache.planning import plan_extraction
+    from apecache.extract.estimate import plan_extraction
 
     plan = plan_extraction(source, store, spec, price_per_hour)
     if json:
@@ -200,13 +200,6 @@ def view_spec(count: int, scale: str, seed: int) -> Any:
     except ValueError:
         raise OptionError(f"--view-scale {scale}: expected two shares of the area like 0.2,1") from None
     return Views(count, seed, (low, high))
-
-
-def choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    from apecache.errors import OptionError, nearest
-
-    if value not in known:
-        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
 
 
 def show_extracted(report: Any, fields: Any, json: bool) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .extract import choice, encoder_specs
+from .extract import encoder_specs
 from .memory import keep_freed_memory
 from .runs import opener
-from .terminal import Device, Json, Overwrite, ending, show_json, show_table, warn
+from .terminal import Device, Json, Overwrite, choice, ending, show_json, show_table, warn
 
 TensorBoard = Annotated[
     Path | None, typer.Option(help="Write curves there too, for tensorboard --logdir (extra: track).")
@@ -58,11 +58,11 @@ def fit_head(
         loaded = load_recipe(recipe, set_ or ())
         if not loaded.trains_heads_alone:
             raise RecipeError(f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder")
-        from apecache.recipes.remote_runs import kept_run
+        from apecache.runs.remote import kept_run
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec
-        from apecache.train.fit_head import FitSpec
         from apecache.train.fit_head import fit_head as run
+        from apecache.train.head_data import FitSpec
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
         about: dict[str, Any] = {
@@ -207,11 +207,11 @@ def combine(
     Example: apecache combine run-linear run-mlp --out both
     """
     with ending():
-        from apecache.durable import undone_on_error
         from apecache.errors import require_new
-        from apecache.heads.checkpoint import load_heads, save_heads
-        from apecache.heads.combine import combine_heads
-        from apecache.recipes.runs import require_head_run
+        from apecache.runs.ensemble import combine_heads
+        from apecache.runs.heads import load_heads, save_heads
+        from apecache.runs.load import require_head_run
+        from apecache.storage.atomic import undone_on_error
 
         require_new(out, "run folder")
         for run in runs:

@@ -43,7 +43,7 @@ class Asked:
         return LabelledSpec(source, caches, splits, moved, self.device, self.max_bad, modality)
 
     def load(self) -> Any:
-        from apecache.recipes.runs import load_run
+        from apecache.runs.load import load_run
 
         return load_run(self.run, self.device, *self.moved)
 
@@ -72,7 +72,7 @@ def zeroshot(
         warn(f"{len(report.empty)} of {report.n_classes} classes have no image, and stay candidates: {shown}")
     if report.matched == "by sorted order":
         warn("no label is a class's name or number: labels in sorted order were taken for the classes in theirs")
-    from apecache.evaluate.statistics import accuracy_interval
+    from apecache.metrics.statistics import accuracy_interval
 
     intervals = {name: accuracy_interval(getattr(report, name), report.n_images) for name in ("top1", "top5")}
     return {
@@ -95,7 +95,7 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
         found = labelled_features(asked.load(), spec, update)
     before, after = probe_features(found, train_split, split)
     about = {"task": "probe" if modality == "image" else "text-probe", "train_split": train_split, "split": split}
-    from apecache.evaluate.statistics import accuracy_interval
+    from apecache.metrics.statistics import accuracy_interval
 
     sides = {"before": before, "after": after}
     intervals = {

@@ -33,7 +33,7 @@ def lint(
     """
     with ending():
         from apecache.store.reader import FeatureStore
-        from apecache.train.lint import require_sound
+        from apecache.train.lint.checks import require_sound
 
         opened = FeatureStore.open(store) if store else None
         if Path(target).is_dir():
@@ -47,13 +47,13 @@ def lint(
 
 
 def _of_run(run: Path, store: Any, report_split: str, root: str | None) -> list[Any]:
-    from apecache.recipes.runs import is_encoder_run
+    from apecache.runs.load import is_encoder_run
 
     if is_encoder_run(run):
-        from apecache.train.lint_encoder import lint_encoder_run
+        from apecache.train.lint.encoders import lint_encoder_run
 
         return lint_encoder_run(run, store, report_split, opener(root))
-    from apecache.train.lint_run import lint_run
+    from apecache.train.lint.heads import lint_run
 
     return lint_run(run, store, report_split)
 
@@ -73,12 +73,12 @@ def _of_recipe(
 
     recipe, chosen = load_recipe(name, settings or ()), SplitSpec(*splits)
     if store is None or recipe.trains_heads_alone:
-        from apecache.train.fit_head import FitSpec
-        from apecache.train.lint_run import lint_plan
+        from apecache.train.head_data import FitSpec
+        from apecache.train.lint.heads import lint_plan
 
         return lint_plan(recipe, store, FitSpec(*features, chosen, seed, report_split=report_split))
     from apecache.train.encoder_data import FitEncoderSpec
-    from apecache.train.lint_encoder import lint_encoder_plan
+    from apecache.train.lint.encoders import lint_encoder_plan
 
     spec = FitEncoderSpec(None, None, *features, chosen, seed, device="cpu", report_split=report_split)
     return lint_encoder_plan(recipe, store, spec, opener(root))

@@ -95,8 +95,8 @@ def plan(
     with ending():
         from apecache.cluster_plan import ClusterSpec, plan_cluster
         from apecache.errors import OptionError
-        from apecache.recipes.counting import PlanSpec
-        from apecache.recipes.devices import find_device
+        from apecache.plan.counting import PlanSpec
+        from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
         settings = PlanSpec(rows, captions, tokens, slice_size, utilisation, price)
@@ -141,7 +141,7 @@ def _plan(
 ) -> tuple[Any, Any]:
     """The plan, and the clock of its seconds, if they are timed."""
     from apecache.encoders.load import shape_tower
-    from apecache.recipes.plan import plan as run
+    from apecache.plan.plan import plan as run
 
     cuts, tokens = recipe.towers, settings.tokens
     specs = (
@@ -152,7 +152,7 @@ def _plan(
     taught = partial(_taught, recipe, teacher, settings) if teacher and recipe.distillation else None
     clock = None
     if device.name == "here":
-        from apecache.train.step_clock import StepClock
+        from apecache.plan.step_clock import StepClock
 
         clock = StepClock(recipe, specs[0], specs[1], settings, taught, sample)
     return run(recipe, shapes[0], shapes[1], settings, device, taught, clock), clock
@@ -160,7 +160,7 @@ def _plan(
 
 def _taught(recipe: Any, teacher: str, settings: Any) -> Any:
     from apecache.encoders.load import count_classes, shape_tower
-    from apecache.recipes.counting_shared import count_teacher
+    from apecache.plan.counting_shared import count_teacher
 
     (spec,) = encoder_specs([teacher], "image", None, "float32")
     n_classes = count_classes(spec) if recipe.distillation.kind == "classes" else None

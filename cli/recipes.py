@@ -52,7 +52,7 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
         widths = f"features of width {image_dim} (image) and {text_dim} (text)"
         return {**named, "cut": recipe.cut, "n_trained_parameters": count, "counted_with": widths}
     from apecache.encoders.reference import REFERENCE_NAMES, reference_towers
-    from apecache.recipes.needs import count_needs
+    from apecache.plan.needs import count_needs
 
     towers = reference_towers(recipe.towers.image_pooling, recipe.towers.text_pooling)
     needs = count_needs(recipe, *towers)
@@ -66,7 +66,7 @@ def _count(row: dict[str, Any]) -> Any:
 
 
 def _encoder_lines() -> list[tuple[str, str, str]]:
-    from apecache.recipes.needs import needs_of_sides
+    from apecache.plan.needs import needs_of_sides
     from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names
 
     loaded = [load_recipe(each) for each in tower_zoo_names()]

@@ -84,7 +84,7 @@ def media_of(root: str | None, source: str | None) -> Any:
     """Where images lie by these options; None where neither is given."""
     from apecache.data.media import media_below
     from apecache.errors import OptionError
-    from apecache.objects import is_object_url
+    from apecache.storage.bucket import is_object_url
 
     if root is not None and source is not None:
         raise OptionError("--root and --source: give one of them")

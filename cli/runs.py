@@ -15,7 +15,7 @@ def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any,
     """The recorded encoders' settings under new names; None where no name was given."""
     if image is None and text is None:
         return None, None
-    from apecache.recipes.runs import recorded_encoder
+    from apecache.runs.load import recorded_encoder
 
     names: tuple[tuple[Any, str | None], ...] = (("image", image), ("text", text))
     found = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]

@@ -48,7 +48,7 @@ def scout(
         if report.n_unreadable:
             warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
         if heat_map:
-            from apecache.report.heatmap import render_heat_maps, scout_maps
+            from apecache.report.charts.heatmap import render_heat_maps, scout_maps
 
             heat_map.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
         if json:

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .extract import choice
 from .runs import MovedImage, MovedText, moved_encoders, opener
-from .terminal import Device, Json, Overwrite, ending, printable, show_json, show_table
+from .terminal import Device, Json, Overwrite, choice, ending, printable, show_json, show_table
 
 
 def index(
@@ -36,7 +35,7 @@ def index(
     """
     with ending():
         from apecache.errors import OptionError
-        from apecache.index import build_index, read_description, require_same, update_index
+        from apecache.search.index import build_index, read_description, require_same, update_index
         from apecache.store.reader import FeatureStore
 
         if update and overwrite:
@@ -103,7 +102,7 @@ def search(
     with ending():
         if target is not None:
             choice("--target", target, ("images", "captions"))
-        from apecache.search import Query, SearchIndex
+        from apecache.search.query import Query, SearchIndex
 
         moved = moved_encoders(index, image, text)
         tuned: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "device": device}

@@ -123,8 +123,8 @@ def repair(
     """
     with ending():
         from apecache.encoders.spec import parse_encoder
-        from apecache.extraction import ExtractSpec
-        from apecache.repair import repair as run
+        from apecache.extract.repair import repair as run
+        from apecache.extract.run import ExtractSpec
 
         source = source_of(store, pairs, opening())
         moved_image = parse_encoder(image, "image") if image else None
@@ -152,10 +152,10 @@ def source_of(store: str, pairs: str | None, spec: Any) -> Any:
     from apecache.data.media import FolderMedia, ObjectMedia, media_below
     from apecache.data.sources import open_pairs
     from apecache.errors import DamagedError, StoreError
-    from apecache.store.commit import read_record
-    from apecache.store.files import open_files
+    from apecache.storage.open import open_files
     from apecache.store.layout import SOURCE
-    from apecache.store.mend import require_store
+    from apecache.store.maintenance import require_store
+    from apecache.store.records import read_record
 
     files = open_files(store)
     require_store(files)
@@ -180,8 +180,8 @@ def remove(
     Example: apecache remove store minilm-l6
     """
     with ending():
-        from apecache.store.files import open_files
-        from apecache.store.mend import find_array, remove_array
+        from apecache.storage.open import open_files
+        from apecache.store.maintenance import find_array, remove_array
         from apecache.store.verify import begun_segments
 
         files = open_files(store)

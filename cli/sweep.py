@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
-from .extract import choice
-from .terminal import Device, Json, ending, show_json, show_table
+from .terminal import Device, Json, choice, ending, show_json, show_table
 
 
 def sweep(
@@ -55,13 +54,13 @@ def sweep(
     with ending():
         choice("--sampler", sampler, ("random", "grid", "tpe"))
         cluster = ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
-        from apecache.space import load_space
+        from apecache.sweep.space import load_space
 
         loaded = load_space(space, recipe)
         from apecache.store.reader import FeatureStore
-        from apecache.sweeping import SweepSpec
+        from apecache.sweep.run import SweepSpec
         from apecache.train.batches import SplitSpec
-        from apecache.train.fit_head import FitSpec
+        from apecache.train.head_data import FitSpec
 
         splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
         fit = FitSpec(image_features, text_features, splits, seed, device, save_seconds=save_seconds)
@@ -86,10 +85,10 @@ def sweep(
 def run_on(cluster: Any) -> Any:
     """`sweep` of the local engine, or of a Ray cluster."""
     if cluster is None:
-        from apecache.sweeping import sweep
+        from apecache.sweep.run import sweep
 
         return sweep
-    from apecache.engines.sweep import sweep_on_ray
+    from apecache.cluster.sweep import sweep_on_ray
 
     return partial(sweep_on_ray, cluster=cluster)
 

@@ -73,6 +73,14 @@ def drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a value that is none of those known, before anything is loaded. Raises OptionError."""
+    from apecache.errors import OptionError, nearest
+
+    if value not in known:
+        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
+
+
 def command_line() -> str:
     """The command as the user typed it."""
     return shlex.join(["apecache", *sys.argv[1:]])
@@ -126,7 +134,7 @@ def printable(text: str) -> str:
 class _Rate:
     """What progress says of one stage: rows a second since it began, what is written, what could not be read.
 
-    `Standing` comes from `apecache.extract_report`, which is too heavy to import here.
+    `Standing` comes from `apecache.extract.report`, which is too heavy to import here.
     """
 
     def __init__(self, first: Any) -> None:

@@ -116,7 +116,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path
     from apecache.recipes.recipe import load_recipe
     from apecache.store.reader import FeatureStore
     from apecache.train.batches import SplitSpec
-    from apecache.train.fit_head import FitSpec, fit_head
+    from apecache.train.fit_head import fit_head
+    from apecache.train.head_data import FitSpec
 
     run = tmp_path_factory.mktemp("runs") / "run"
     recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=4", "schedule.batch_size=4"])
@@ -158,7 +159,7 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     """
     from apecache.encoders.spec import EncoderSpec
     from apecache.fingerprint import Fingerprint, content_hash, digest_strings
-    from apecache.store.files import LocalFiles
+    from apecache.storage.local import LocalFiles
     from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
     from apecache.store.reader import FeatureStore
     from apecache.store.writer import (
@@ -214,10 +215,10 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extraction and repair load each encoder once per session: for tests that run them often and edit no encoder."""
-    import apecache.extraction
+    import apecache.extract.run
 
     for modality in ("image", "text"):
-        monkeypatch.setattr(apecache.extraction, f"load_{modality}_encoders", loaded_once(modality))
+        monkeypatch.setattr(apecache.extract.run, f"load_{modality}_encoders", loaded_once(modality))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import apecache
 from apecache.arguments import as_path, as_place, as_texts, require_type
 from apecache.data.pairs import PairSource
 from apecache.errors import ApecacheError, OptionError
-from apecache.heads.checkpoint import TrainedHeads
+from apecache.runs.heads import TrainedHeads
 from apecache.store.reader import FeatureStore
 
 

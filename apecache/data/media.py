@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from apecache.arguments import AnyPath, as_place
 from apecache.errors import RowError
-from apecache.objects import Bucket, is_object_url, open_bucket
+from apecache.storage.bucket import Bucket, is_object_url, open_bucket
 
 MAX_IMAGE_BYTES = 1 << 30
 """Larger files are refused before they are read: far beyond any image within the pixel limit."""

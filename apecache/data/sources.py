@@ -17,7 +17,7 @@ from apecache.data.splits import resplit
 from apecache.data.tables import open_table
 from apecache.data.texts import open_texts
 from apecache.errors import ManifestError, OptionError, naming, nearest
-from apecache.objects import is_object_url, open_bucket
+from apecache.storage.bucket import is_object_url, open_bucket
 
 REMOTE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".txt")
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".tar", ".txt")

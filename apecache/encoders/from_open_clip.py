@@ -19,7 +19,7 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
-from apecache.encoders.pixels import TensorPreprocess, image_preprocess, probe
+from apecache.encoders.preprocess import TensorPreprocess, image_preprocess, probe
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MissingExtraError, nearest
 from apecache.fingerprint import Json, content_hash

@@ -22,7 +22,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, resolve_layer
-from apecache.encoders.pixels import Preprocess, image_preprocess, probe, resize_of
+from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json

@@ -33,7 +33,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, resolve_layer
-from apecache.encoders.pixels import Preprocess, image_preprocess, probe
+from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apecache.encoders.encoder import State
 from apecache.encoders.spec import EncoderSpec
-from apecache.encoders.towers import build_tower
+from apecache.encoders.tower import build_tower
 from apecache.errors import EncoderError
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from torch import nn
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
-from apecache.encoders.pixels import Preprocess
+from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec
-from apecache.encoders.towers import Tower, build_tower
+from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
 

@@ -9,8 +9,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from apecache.durable import replace_tensors
 from apecache.errors import MissingExtraError
+from apecache.storage.atomic import replace_tensors
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 PRETRAINED_CONFIG = {

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apecache.durable import replace_tensors
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
+from apecache.storage.atomic import replace_tensors
 
 WEIGHTS = "model.safetensors"
 DEVIATION = 0.02

@@ -3,7 +3,7 @@
 import torch
 
 from apecache.encoders.spec import Pooling
-from apecache.encoders.towers import Tower, build_tower
+from apecache.encoders.tower import Tower, build_tower
 
 REFERENCE_NAMES = ("timm:vit_base_patch16_224", "hf:bert-base-uncased")
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.encoders.towers import Part, Tower, tower_of
+from apecache.encoders.tower import Part, Tower, tower_of
 from apecache.errors import RunError
 from apecache.fingerprint import Modality
-from apecache.recipes.runs import Run, RunSide
-from apecache.recipes.trained_encoders import TrainedTower
+from apecache.runs.encoders import TrainedTower
+from apecache.runs.load import Run, RunSide
 
 
 @dataclass(frozen=True)

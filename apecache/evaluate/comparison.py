@@ -12,9 +12,9 @@ from PIL import Image
 
 from apecache.errors import MismatchError, OptionError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.protocols import retrieval_hits
-from apecache.evaluate.retrieval import KS, RetrievalReport, retrieval_report
-from apecache.evaluate.statistics import (
+from apecache.metrics.protocols import retrieval_hits
+from apecache.metrics.retrieval import KS, RetrievalReport, retrieval_report
+from apecache.metrics.statistics import (
     WAYS,
     RetrievalHits,
     Term,
@@ -25,7 +25,7 @@ from apecache.evaluate.statistics import (
     student_quantile,
     variance_over_images,
 )
-from apecache.recipes.runs import load_run, recorded_fingerprint, recorded_training
+from apecache.runs.load import load_run, recorded_fingerprint, recorded_training
 from apecache.store.reader import FeatureStore
 
 METRICS: Mapping[str, tuple[Term, ...]] = {
@@ -83,7 +83,7 @@ def compare_runs(
 
     Every side answers the same queries among the same candidates, so differences are taken image by image, each image
     with its captions. The 95 % interval of a difference adds the variance over seeds of both sides to that over images
-    (`apecache.evaluate.statistics` has the formula; seeds of two recipes are not paired). With one run on each side the
+    (`apecache.metrics.statistics` has the formula; seeds of two recipes are not paired). With one run on each side the
     p-value is that of a permutation test by sign flips over images; with several it is that of Student's t with the
     variance of the interval.
 

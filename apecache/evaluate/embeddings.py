@@ -14,9 +14,9 @@ from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
 from apecache.errors import DataError, OptionError, RowError, nearest
 from apecache.evaluate.left_out import LeftOut
-from apecache.evaluate.relevance import Relevance
 from apecache.fingerprint import Fingerprint, Json, Modality
-from apecache.heads.checkpoint import TrainedHeads, TrainedSide
+from apecache.metrics.relevance import Relevance
+from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore

@@ -22,12 +22,12 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
-from apecache.extraction import ExtractSpec, Progress, Standing, extract
+from apecache.extract.run import ExtractSpec, Progress, Standing, extract
 from apecache.fingerprint import Modality, digest_strings
 from apecache.heads.head import mask_of
 from apecache.heads.tokens import masked_mean
-from apecache.recipes.runs import BATCH, Run
-from apecache.recipes.trained_encoders import TrainedTower
+from apecache.runs.encoders import TrainedTower
+from apecache.runs.load import BATCH, Run
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 

@@ -13,14 +13,14 @@ from apecache.arguments import require_type
 from apecache.data.decoding import preprocess_ahead, reading_ahead
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
-from apecache.encode import caption_error, encode_or_halve
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, nearest
-from apecache.evaluate.geometry import Likeness, likeness
-from apecache.evaluate.relevance import Relevance
-from apecache.evaluate.retrieval import mean_chance
+from apecache.extract.encode import caption_error, encode_or_halve
+from apecache.metrics.geometry import Likeness, likeness
+from apecache.metrics.relevance import Relevance
+from apecache.metrics.retrieval import mean_chance
 from apecache.store.equal import equal_captions
 
 SMALLEST = 24

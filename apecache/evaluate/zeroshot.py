@@ -13,12 +13,12 @@ from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
-from apecache.evaluate.retrieval import TIE
-from apecache.extraction import Progress
-from apecache.heads.checkpoint import TrainedHeads
-from apecache.normalization import normalize
-from apecache.recipes.runs import Embed, Run, text_embedder
-from apecache.recipes.trained_encoders import TrainedEncoders
+from apecache.extract.run import Progress
+from apecache.heads.normalization import normalize
+from apecache.metrics.retrieval import TIE
+from apecache.runs.encoders import TrainedEncoders
+from apecache.runs.heads import TrainedHeads
+from apecache.runs.load import Embed, Run, text_embedder
 
 N_CONFUSIONS = 10
 

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from apecache.durable import replace_tensors
 from apecache.fingerprint import Json
-from apecache.heads.checkpoint import TrainedHeads, TrainedSide
+from apecache.runs.heads import TrainedHeads, TrainedSide
+from apecache.storage.atomic import replace_tensors
 
 SIDES = ("image", "text")
 

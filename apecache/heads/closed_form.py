@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apecache.normalization import normalize
+from apecache.heads.normalization import normalize
 
 EIGEN_FLOOR = 1e-10
 """Eigenvalues below this share of the largest one are rounding and count as this."""

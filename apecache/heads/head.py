@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from apecache.normalization import normalize
+from apecache.heads.normalization import normalize
+from apecache.settings import Settings
 
 Kind = Literal[
     "identity",
@@ -29,7 +30,7 @@ Kind = Literal[
 TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector"})
 
 
-class HeadSpec(BaseModel):
+class HeadSpec(Settings):
     """One side's head.
 
     On pooled features:
@@ -56,8 +57,6 @@ class HeadSpec(BaseModel):
     width of their own and is trained by a loss of its own; the embedding is all of them, each L2-normalised, so that a
     cosine is the mean of theirs.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Kind = "linear"
     dim: int | None = Field(default=None, gt=0)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.head import Head, HeadSpec
-from apecache.normalization import normalize, similarities
+from apecache.heads.normalization import normalize, similarities
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 

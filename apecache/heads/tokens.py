@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.head import Head, HeadSpec
-from apecache.normalization import normalize, without_autocast
+from apecache.heads.normalization import normalize, without_autocast
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:

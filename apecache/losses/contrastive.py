@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.normalization import at_least_float32, similarities
+from apecache.heads.normalization import at_least_float32, similarities
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.normalization import at_least_float32, normalize, similarities
+from apecache.heads.normalization import at_least_float32, normalize, similarities
 
 
 def distil_contrastive(

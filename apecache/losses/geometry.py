@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apecache.normalization import normalize, similarities
+from apecache.heads.normalization import normalize, similarities
 
 Divergence = Literal["jensen-shannon", "as-coded"]
 

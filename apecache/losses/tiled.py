@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from apecache.heads.normalization import at_least_float32, without_autocast
 from apecache.losses.contrastive import Groups, share_of, softplus
-from apecache.normalization import at_least_float32, without_autocast
 
 TILE = 256
 """Images per tile; a tile of logits is small enough for the caches of a processor at usual batch sizes."""

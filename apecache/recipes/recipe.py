@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from apecache.arguments import AnyPath, as_texts, wrong_type
 from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
-from apecache.losses.geometry import Divergence
-from apecache.recipes.towers import (
+from apecache.losses.spec import LossSpec
+from apecache.recipes.sections import (
     DistillationSpec,
     SharedSpec,
     TowersSpec,
@@ -23,6 +23,7 @@ from apecache.recipes.towers import (
     require_shorthand,
     shorthand_names,
 )
+from apecache.settings import Settings
 
 FREEZE = "freeze/"
 """`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
@@ -31,42 +32,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LossSpec(_Section):
-    """`infonce`: symmetric, over the batch; `sigmoid`: every pair by itself, `bias` added to the logits at the start.
-
-    `temperature` divides the cosines and is clamped to [min_temperature, max_temperature]; `learnable` goes for
-    the bias too. `captions`: so many different captions of each image stand in a batch; none is the other's negative.
-    `structure`: weight of the divergence between who resembles whom before and after the head (STRUCTURE), grown
-    linearly over the first `structure_warmup` steps.
-    """
-
-    kind: Literal["infonce", "sigmoid"] = "infonce"
-    temperature: float = Field(default=0.07, gt=0)
-    min_temperature: float = Field(default=0.01, gt=0)
-    max_temperature: float = Field(default=0.5, gt=0)
-    learnable: bool = True
-    bias: float = -10.0
-    captions: int = Field(default=1, ge=1, le=64)
-    structure: float = Field(default=0.0, ge=0)
-    structure_temperature: float = Field(default=0.05, gt=0)
-    structure_divergence: Divergence = "jensen-shannon"
-    structure_warmup: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "LossSpec":
-        if not self.min_temperature <= self.temperature <= self.max_temperature:
-            raise ValueError("temperature must lie between min_temperature and max_temperature")
-        return self
-
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimiserSpec(_Section):
+class OptimiserSpec(Settings):
     """Parameters with fewer than two dimensions are not decayed. `adam`: decay as a part of the gradient; `sgd`:
     betas[0] is the momentum. `clip`: largest gradient norm, 0 for none. `ema`: decay of an average of the weights,
     which is what is evaluated and kept; 0 for none."""
@@ -80,7 +49,7 @@ class OptimiserSpec(_Section):
     ema: float = Field(default=0.0, ge=0, lt=1)
 
 
-class ScheduleSpec(_Section):
+class ScheduleSpec(Settings):
     """Linear warm-up over a share of all steps, or over `warmup_steps`; then the rate falls along a cosine to `final`
     times itself, or stays (`constant`). In every epoch each image is seen once, with captions drawn at random.
 
@@ -101,7 +70,7 @@ class ScheduleSpec(_Section):
     evaluate_every: int = Field(default=1, ge=1)
 
 
-class ImageAugmentationSpec(_Section):
+class ImageAugmentationSpec(Settings):
     """Of the images of a live image side, another view in every epoch: a random crop of `scale` (share of the area) and
     `ratio` (of the sides), mirrored half of the time, then `operations` of RandAugment at `magnitude` (0 to 10)."""
 
@@ -118,7 +87,7 @@ class ImageAugmentationSpec(_Section):
         return self
 
 
-class AugmentationSpec(_Section):
+class AugmentationSpec(Settings):
     """In feature space, but for `image`. `noise`: standard deviation of Gaussian noise in units of each feature's own
     deviation. `mixup`: one half of a batch is mixed with the other, both modalities with one coefficient from
     Beta(mixup, mixup) (FuseMix; it halves the batch). `token_dropout`: share of tokens hidden, never the first. Of
@@ -130,7 +99,7 @@ class AugmentationSpec(_Section):
     image: ImageAugmentationSpec | None = None
 
 
-class ClosedFormSpec(_Section):
+class ClosedFormSpec(Settings):
     """Candidates of what a closed form leaves open; the best combination is chosen on dev. `ridge` is in units of the
     mean eigenvalue; `rank` (of `cca`; a head's own `dim` goes before) and `power` of the canonical correlations."""
 
@@ -139,7 +108,7 @@ class ClosedFormSpec(_Section):
     power: tuple[NotNegative, ...] = Field(default=(1.0,), min_length=1)
 
 
-class Recipe(_Section):
+class Recipe(Settings):
     """`source`: where the recipe comes from, and what of it is our choice; `summary`: one line.
 
     `init`: `random`, or a closed form that the heads begin with: `cca` (both sides linear, or with `skip`), `ridge` and

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from apecache.report.axes import ticks
+from apecache.report.charts.axes import ticks
+from apecache.report.charts.intervals import Intervals, draw_intervals
+from apecache.report.charts.parallel import Parallel, draw
 from apecache.report.gallery import Gallery
-from apecache.report.intervals import Intervals, draw_intervals
-from apecache.report.parallel import Parallel, draw
 
 Cell = str | float | int | None
 Point = tuple[float, float]

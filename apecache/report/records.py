@@ -9,9 +9,9 @@ from typing import Any
 
 from apecache.encoders.spec import EncoderSpec, looks_local
 from apecache.errors import OptionError, RunError, one_line
-from apecache.evaluate.protocols import Intervals
-from apecache.evaluate.retrieval import RetrievalReport
-from apecache.evaluate.statistics import (
+from apecache.metrics.protocols import Intervals
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.statistics import (
     WAYS,
     Estimate,
     RetrievalHits,
@@ -19,10 +19,10 @@ from apecache.evaluate.statistics import (
     estimate_from_recalls,
     estimate_recall,
 )
-from apecache.recipes.runs import is_encoder_run, recorded_encoder, recorded_fingerprint, recorded_training
 from apecache.report.page import Cell, Table
+from apecache.runs.load import is_encoder_run, recorded_encoder, recorded_fingerprint, recorded_training
+from apecache.runs.model_card import public_name
 from apecache.train.batches import SplitSpec
-from apecache.train.model_card import public_name
 
 MEAN = "mean of all"
 FREE = ("recipe.name", "recipe.summary", "recipe.source")
@@ -226,7 +226,7 @@ def seeds_table(
 ) -> Table | None:
     """Runs that differ in their seed alone, by mean and interval; None if there are none.
 
-    The interval adds the variance over seeds to that over images (`apecache.evaluate.statistics`). `hits`: the answers
+    The interval adds the variance over seeds to that over images (`apecache.metrics.statistics`). `hits`: the answers
     of each run; without them the variance over images is an upper bound.
     """
     groups: dict[tuple[object, ...], list[RunRecord]] = defaultdict(list)

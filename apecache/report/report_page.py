@@ -16,10 +16,9 @@ from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.protocols import Intervals, retrieval_hits, retrieval_intervals
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
-from apecache.evaluate.statistics import RetrievalHits
-from apecache.recipes.runs import load_run
+from apecache.metrics.protocols import Intervals, retrieval_hits, retrieval_intervals
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.statistics import RetrievalHits
 from apecache.report.gallery import Gallery
 from apecache.report.page import Chart, Page, Table, write_page
 from apecache.report.records import (
@@ -32,6 +31,7 @@ from apecache.report.records import (
     summary_table,
 )
 from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
+from apecache.runs.load import load_run
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import choose_splits
 

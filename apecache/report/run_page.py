@@ -11,12 +11,12 @@ from apecache.data.images import load_image
 from apecache.data.media import Media
 from apecache.errors import RowError, RunError, one_line
 from apecache.evaluate.embeddings import Embeddings
-from apecache.evaluate.retrieval import text_to_image_ranks
+from apecache.metrics.retrieval import text_to_image_ranks
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
 from apecache.report.page import Chart, Curve, Table
+from apecache.runs.folder import HISTORY, read_history
+from apecache.runs.ledger import load_ledger
 from apecache.store.reader import FeatureStore
-from apecache.train.ledger import load_ledger
-from apecache.train.run_folder import HISTORY, read_history
 
 
 def learning_charts(runs: Mapping[str, Path], marker: float | None = None) -> tuple[Chart, Chart]:

@@ -13,7 +13,7 @@ from apecache.data.media import Media, NoMedia
 from apecache.errors import ApecacheError, DataError, OptionError, RowError
 from apecache.report.gallery import small_jpeg, thumbnail
 from apecache.report.page import environment
-from apecache.search import Hit, Query, SearchIndex, Target
+from apecache.search.query import Hit, Query, SearchIndex, Target
 
 USUAL, MOST = 24, 200
 """Results unless it is said, and at most."""

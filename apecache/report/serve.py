@@ -12,10 +12,10 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.media import Media, media_at
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MissingExtraError, OptionError
-from apecache.index import require_head
-from apecache.recipes.runs import load_run
 from apecache.report.search_page import SearchPage
-from apecache.search import SearchIndex
+from apecache.runs.load import load_run
+from apecache.search.index import require_head
+from apecache.search.query import SearchIndex
 
 
 @dataclass(frozen=True)

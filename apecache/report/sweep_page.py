@@ -10,14 +10,14 @@ from typing import Any
 
 from apecache.arguments import AnyPath, as_path
 from apecache.errors import MissingExtraError, RunError, one_line
-from apecache.heads.checkpoint import DESCRIPTION
-from apecache.report.importance import FEWEST, importances
+from apecache.report.charts.importance import FEWEST, importances
+from apecache.report.charts.parallel import Parallel, axis_of, worded
 from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
-from apecache.report.parallel import Parallel, axis_of, worded
 from apecache.report.records import ends
 from apecache.report.run_page import learning_charts, ledger_table
-from apecache.space import Dimension
-from apecache.sweeping import COMMAND, DESCRIBED, Trial, read_trials
+from apecache.runs.heads import DESCRIPTION
+from apecache.sweep.run import COMMAND, DESCRIBED, Trial, read_trials
+from apecache.sweep.space import Dimension
 
 PAGE = "report.html"
 STATES = ("done", "stopped", "failed")

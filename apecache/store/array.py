@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, IncompleteError
 from apecache.fingerprint import content_hash
-from apecache.store.commit import CommitRecord, digest_commits, read_commits, read_record
-from apecache.store.files import Files
+from apecache.storage.files import Files
 from apecache.store.layout import (
     OK,
     QUARANTINED,
@@ -26,7 +25,8 @@ from apecache.store.layout import (
     quarantine_name,
     records_folder,
 )
-from apecache.store.quantise import restore
+from apecache.store.quantize import restore
+from apecache.store.records import CommitRecord, digest_commits, read_commits, read_record
 from apecache.store.writer import ArrayWriter
 
 

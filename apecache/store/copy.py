@@ -5,7 +5,8 @@ from pathlib import Path
 
 from apecache.errors import DamagedError, StoreError
 from apecache.fingerprint import content_hash
-from apecache.store.files import TEMPORARY, Files, open_files
+from apecache.storage.files import TEMPORARY, Files
+from apecache.storage.open import open_files
 from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, ZARR
 from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.verify import VerifyReport, verify_files

@@ -12,9 +12,9 @@ import numpy as np
 from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError, nearest
 from apecache.fingerprint import Modality, digest_strings
+from apecache.storage.files import Files
+from apecache.storage.open import open_files
 from apecache.store.array import FeatureArray
-from apecache.store.commit import read_record
-from apecache.store.files import Files, open_files
 from apecache.store.layout import (
     PAIRS,
     SEGMENT_RECORDS,
@@ -24,6 +24,7 @@ from apecache.store.layout import (
     records_folder,
     segment_record_name,
 )
+from apecache.store.records import read_record
 from apecache.store.table import PairTable, read_table
 
 

@@ -15,10 +15,10 @@ from zarr.storage import MemoryStore
 
 from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
-from apecache.store.commit import read_record
+from apecache.storage.files import Files
 from apecache.store.equal import equal_captions
-from apecache.store.files import Files
 from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
+from apecache.store.records import read_record
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from apecache.store.commit import read_record
 from apecache.store.layout import FORMAT_VERSION, SOURCE
 from apecache.store.reader import FeatureStore
+from apecache.store.records import read_record
 
 
 def store_format(path: str | Path) -> int:

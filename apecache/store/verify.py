@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from apecache.errors import ApecacheError, DamagedError, StoreError
 from apecache.fingerprint import Modality, content_hash
-from apecache.store.commit import CommitRecord, digest_commits, is_commit, read_commit, read_record
-from apecache.store.files import TEMPORARY, Files, open_files
+from apecache.storage.files import TEMPORARY, Files
+from apecache.storage.open import open_files
 from apecache.store.layout import (
     PAIRS,
     README,
@@ -25,6 +25,7 @@ from apecache.store.layout import (
     records_folder,
     segment_record_name,
 )
+from apecache.store.records import CommitRecord, digest_commits, is_commit, read_commit, read_record
 
 Kind = Literal["damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign"]
 HARMFUL: tuple[Kind, ...] = ("damaged", "missing")

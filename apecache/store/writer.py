@@ -14,16 +14,7 @@ from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError, one_line
 from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
-from apecache.store.commit import (
-    CommitRecord,
-    ObjectRecord,
-    digest_commits,
-    read_commit,
-    read_commits,
-    read_record,
-    seal_record,
-)
-from apecache.store.files import Buffer, Files
+from apecache.storage.files import Buffer, Files
 from apecache.store.layout import (
     OK,
     PAIRS,
@@ -43,7 +34,16 @@ from apecache.store.layout import (
     root_objects,
     segment_record_name,
 )
-from apecache.store.quantise import quantise
+from apecache.store.quantize import quantise
+from apecache.store.records import (
+    CommitRecord,
+    ObjectRecord,
+    digest_commits,
+    read_commit,
+    read_commits,
+    read_record,
+    seal_record,
+)
 
 
 @dataclass(frozen=True)

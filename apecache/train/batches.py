@@ -12,9 +12,9 @@ from torch import Tensor
 
 from apecache.errors import RecipeError, nearest
 from apecache.evaluate.embeddings import load_lengths
-from apecache.evaluate.relevance import Relevance
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
+from apecache.metrics.relevance import Relevance
 from apecache.store.array import FeatureArray
 from apecache.store.equal import is_shared
 from apecache.store.table import PairTable

@@ -14,7 +14,7 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
-from apecache.encoders.towers import tower_of
+from apecache.encoders.tower import tower_of
 from apecache.errors import MismatchError, OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe

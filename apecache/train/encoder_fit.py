@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apecache.data.augment import Views
 from apecache.errors import RecipeError
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.losses.contrastive import Groups
-from apecache.recipes.encoder_model import EncoderModel, Side
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.models.dual_encoder import EncoderModel, Side
+from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe
-from apecache.recipes.shared_encoder import SharedSide
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.grad_cache import backward_in_slices

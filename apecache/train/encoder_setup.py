@@ -10,9 +10,9 @@ import torch
 from apecache.arguments import as_path
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Json
-from apecache.heads.checkpoint import TrainedHeads
-from apecache.recipes.encoder_model import EncoderModel, Side, Teacher, build_model
+from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import Recipe
+from apecache.runs.heads import TrainedHeads
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs

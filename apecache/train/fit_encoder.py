@@ -14,24 +14,24 @@ from pathlib import Path
 import torch
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.durable import remove_tensors
 from apecache.encoders.encoder import parse_device
-from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Json, Modality
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe, as_recipe
-from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, save_encoders
+from apecache.runs.checkpoint import CHECKPOINT
+from apecache.runs.encoders import DESCRIPTION, WEIGHTS, save_encoders
+from apecache.runs.folder import find_checkpoint, locked, require_usable
+from apecache.runs.ledger import Ledger, Meter, save_ledger
+from apecache.runs.model_card import save_encoder_card
+from apecache.storage.atomic import remove_tensors
 from apecache.store.reader import FeatureStore
-from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
 from apecache.train.encoder_setup import Setup, require_sensible, set_up
-from apecache.train.ledger import Ledger, Meter, save_ledger
-from apecache.train.lint import Finding, lint_encoder_data, lint_groups, require_sound
+from apecache.train.lint.checks import Finding, lint_encoder_data, lint_groups, require_sound
 from apecache.train.live import OpenImage
 from apecache.train.loop import Plan, Progress, seeded
-from apecache.train.model_card import save_encoder_card
 from apecache.train.ranks import Ranks, joined, own_device
-from apecache.train.run_folder import find_checkpoint, locked, require_usable
 from apecache.train.session import RunFolder, best_and_untrained, build_ledger, run_in_folder, used_values
 
 FILES = (WEIGHTS, DESCRIPTION)

@@ -11,7 +11,7 @@ from torch import Tensor
 from apecache.data.augment import Views
 from apecache.data.images import Picture, open_picture
 from apecache.encoders.encoder import TextEncoder
-from apecache.encoders.pixels import Preprocess
+from apecache.encoders.preprocess import Preprocess
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Picture]

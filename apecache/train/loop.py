@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from apecache.errors import DataError, RunError
-from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Json
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe
+from apecache.runs.checkpoint import flatten_optimiser, restore_optimiser
+from apecache.runs.folder import history_line
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs, batches, n_batches
-from apecache.train.checkpoint import flatten_optimiser, restore_optimiser
 from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimiser, learning_rate_factor
-from apecache.train.run_folder import history_line
 
 SCALE = "temperature.log_scale"
 Progress = Callable[[dict[str, Any]], None]

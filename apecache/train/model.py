@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from apecache.errors import RecipeError
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, SeveralHeads, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
-from apecache.recipes.objective import build_temperature, contrast, structure_term, structure_weight
-from apecache.recipes.recipe import LossSpec, Recipe
+from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.spec import LossSpec
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apecache.evaluate.retrieval import RetrievalReport
 from apecache.fingerprint import Fingerprint, Json
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.runs.checkpoint import save_checkpoint
+from apecache.runs.folder import add_to_history, clear_folder, write_history
+from apecache.runs.ledger import Extraction, Ledger, Meter, money, runs_until_paid, stored_bytes
 from apecache.store.array import FeatureArray
 from apecache.train.batches import FeaturePairs
-from apecache.train.checkpoint import save_checkpoint
-from apecache.train.ledger import Extraction, Ledger, Meter, money, runs_until_paid, stored_bytes
-from apecache.train.lint import n_negatives
+from apecache.train.lint.checks import n_negatives
 from apecache.train.loop import SCALE, Fit, Plan, Progress, require_finite, run_training
-from apecache.train.run_folder import add_to_history, clear_folder, write_history
 
 WAYS = ("image_to_text", "text_to_image")
 SAVE_SHARE = 0.05

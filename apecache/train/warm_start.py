@@ -9,12 +9,12 @@ import torch
 
 from apecache.errors import MismatchError, RecipeError
 from apecache.fingerprint import MISSING, Fingerprint, Json, shorten
-from apecache.heads.checkpoint import TrainedHeads, load_heads
 from apecache.heads.fold import folded
 from apecache.heads.head import Head
-from apecache.recipes.encoder_model import EncoderModel, Side
+from apecache.models.dual_encoder import EncoderModel, Side
 from apecache.recipes.recipe import Recipe
-from apecache.recipes.runs import require_head_run
+from apecache.runs.heads import TrainedHeads, load_heads
+from apecache.runs.load import require_head_run
 from apecache.train.encoder_data import Source
 
 ROUNDING = ("compute_dtype", "compile")

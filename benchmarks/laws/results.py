@@ -1,154 +1,217 @@
-"""RESULTS.md, made of the JSON files in results/ and of nothing else.
+"""What is known of a law: one JSON file each in `results/`, from which pages and tables are made, and nothing else."""
 
-    python -m benchmarks.laws.results                    # write RESULTS.md again
-    python -m benchmarks.laws.results --from WORK        # take the results of `apecache laws --work WORK` first
-    python -m benchmarks.laws.results --page laws.html   # and the same as a page with pictures
-
-A result that is taken replaces that of the same law, and gets the commit, the machine and the versions beside it. Laws
-of which nothing was measured are not taken.
-"""
-
-import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from apecache.laws.law import law_ids, load_law
-from apecache.laws.results import COLUMNS, COSTS, FOLDER, ArmResult, Compared, LawResult, load_results, result_of
-from apecache.laws.verdict import DISAGREE, POWER, SEED_SPREAD
-from apecache.report.laws_page import HOW, laws_page
-from benchmarks.record import commit, machine, versions
+from apecache.errors import RunError
+from apecache.storage.atomic import replace_text
+from benchmarks.laws.jobs import Planned
+from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
+from benchmarks.laws.outcome import Outcome
+from benchmarks.laws.setting import LawsSetting
+from benchmarks.laws.verdict import Judgement, detectable, judge
 
-HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results", HERE / "RESULTS.md"
-
-
-def main() -> None:
-    options = parse_arguments()
-    if options.work:
-        for path in take(options.work, options.results):
-            print(path)
-    found = kept(options.results)
-    options.table.write_text(render(found), encoding="utf-8")
-    print(options.table)
-    if options.page:
-        print(laws_page([result_of(one["law"]) for one in found], options.page, "python -m benchmarks.laws.results"))
+FOLDER = "results"
+COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
+COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="RESULTS.md from the JSON files of laws.")
-    parser.add_argument("--from", dest="work", type=Path, help="work folder of apecache laws, whose results are taken")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--page", type=Path, help="write them as one HTML page too")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Compared:
+    """One comparison. `figures`: as published, of its arms in their order; `published`: their difference, `place` where
+    they stand. `detectable`: stated before any run. `unit` of differences."""
+
+    name: str
+    metric: str
+    unit: str
+    equal: bool
+    smallest: float
+    figures: tuple[float, ...]
+    published: float | None
+    place: str
+    detectable: float | None
+    judgement: Judgement
 
 
-def take(work: Path, folder: Path) -> list[Path]:
-    """Copy what was measured into `folder`; returns the files that were written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"commit": commit(), "machine": machine(), "versions": versions()}
-    written = []
-    for result in load_results(work / FOLDER):
-        if any(arm.n_done or arm.failed for arm in result.arms):
-            written.append(folder / f"{result.id}.json")
-            value = {"name": f"laws-{result.id}", **about, "law": asdict(result)}
-            written[-1].write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return written
+@dataclass(frozen=True)
+class ArmResult:
+    """`about`: its recipe and what is special. `values`: by metric, mean over seeds; `costs`: means likewise. `failed`:
+    errors of runs. `chance`: of the metrics that are recalls or accuracies; empty in results of older versions."""
+
+    name: str
+    about: str
+    published: dict[str, float]
+    n_done: int
+    n_planned: int
+    values: dict[str, float]
+    costs: dict[str, float]
+    failed: tuple[str, ...] = ()
+    chance: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def per_point(self) -> dict[str, float]:
+        """Costs for each point of recall."""
+        points = self.values.get("recall", 0.0)
+        return {name: cost / points for name, cost in self.costs.items()} if points else {}
 
 
-def kept(folder: Path) -> list[dict[str, Any]]:
-    """In the order of the laws."""
-    paths = sorted(folder.glob("L*.json"), key=lambda path: (len(path.stem), path.stem))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+@dataclass(frozen=True)
+class LawResult:
+    """`setting`: how large the runs were, on what, without paths."""
+
+    id: str
+    title: str
+    source: str
+    claim: str
+    figure: str
+    missing: str
+    setting: dict[str, Any]
+    compared: tuple[Compared, ...]
+    arms: tuple[ArmResult, ...]
+
+    @property
+    def verdict(self) -> str:
+        """`broken` where a comparison is; else `held`, where none is open; else how many of them were decided."""
+        verdicts = [one.judgement.verdict for one in self.compared]
+        if "broken" in verdicts:
+            return "broken"
+        held = verdicts.count("held")
+        return (
+            "held"
+            if held == len(verdicts)
+            else f"held as far as decided ({held} of {len(verdicts)})"
+            if held
+            else ("not decided")
+        )
 
 
-def render(found: Sequence[dict[str, Any]]) -> str:
-    """The whole of RESULTS.md."""
-    laws = [result_of(one["law"]) for one in found]
-    known = {law.id: law for law in laws}
-    lines = ["# Laws: what the papers claim, and what was measured", "", *_intro(), "", "## Verdicts", ""]
-    rows = [(name, load_law(name).title, *_verdict(known.get(name))) for name in law_ids()]
-    lines += _table(("law", "title", "verdict", "held, broken, open"), rows)
-    for one, law in zip(found, laws, strict=True):
-        lines += _law(law, one)
-    return "\n".join(lines) + "\n"
+def law_result(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], setting: LawsSetting) -> LawResult:
+    """Of all claims of one law. `outcomes`: by the digests of jobs."""
+    law = planned[0].law
+    compared = tuple(_compared(one, outcomes, setting) for one in planned)
+    arms = tuple(_arm(name, law, planned, outcomes, setting.price) for name in law.arms)
+    about = (law.id, law.title, law.source, law.claim, law.figure, law.missing)
+    return LawResult(*about, described(setting), compared, arms)
 
 
-def _intro() -> list[str]:
-    assumed = (
-        f"Detectable is stated before any run: what {100 * POWER:g} % of experiments of this size would find, if "
-        f"the paired difference has a variance over images of {DISAGREE:g} (scores from 0 to 1) and an arm a standard "
-        f"deviation over seeds of {SEED_SPREAD:g} points."
+def described(setting: LawsSetting) -> dict[str, Any]:
+    names = {role: spec.slug if spec.folder else str(spec) for role, spec in setting.encoders.items()}
+    about: dict[str, Any] = {"size": asdict(setting.size), "seeds": setting.seeds, "split": setting.split}
+    about |= {"price_per_hour": setting.price} if setting.price is not None else {}
+    return {**about, "encoders": names}
+
+
+def reported_images(setting: LawsSetting) -> int:
+    there = sum(pair.split == setting.split and bool(pair.captions) for pair in setting.pairs)
+    return min(there, setting.size.test_images or there)
+
+
+def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSetting) -> Compared:
+    claim = one.claim
+    n_images = len(setting.labels) if claim.metric == "top1" and setting.labels else reported_images(setting)
+    n_seeds = max((len(jobs) for jobs in one.jobs.values()), default=setting.seeds)
+    least = None if one.why_not else detectable(claim, n_images, n_seeds)
+    unit = "% saved" if claim.saves else "r" if claim.metric.endswith(("rises", "falls")) else "points"
+    known = (claim.figures, claim.published, claim.place)
+    return Compared(
+        claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes, least)
     )
-    written = "Written by `python -m benchmarks.laws.results` from `results/`; not by hand."
-    return [line for text in (written, *HOW[:2], assumed, HOW[3]) for line in (text, "")][:-1]
 
 
-def _verdict(law: LawResult | None) -> tuple[str, str]:
-    if law is None:
-        return "not measured yet", ""
-    verdicts = [one.judgement.verdict for one in law.compared]
-    return law.verdict, ", ".join(str(verdicts.count(name)) for name in ("held", "broken", "not decided"))
+def _judged(one: Planned, outcomes: Mapping[str, Outcome], least: float | None) -> Judgement:
+    if one.why_not:
+        return Judgement("not decided", one.why_not)
+    found: dict[str, list[Outcome]] = {}
+    for arm, jobs in one.jobs.items():
+        known = [outcomes.get(job.digest) for job in jobs]
+        failed = [outcome.error for outcome in known if outcome is not None and outcome.error]
+        if failed:
+            return Judgement("not decided", f"a run of {arm} failed: {failed[0]}")
+        done = [outcome for outcome in known if outcome is not None and outcome.has(one.claim.metric)]
+        if one.claim.metric in COUNTED and not done and known[0] is not None:
+            return Judgement("not decided", f"the encoders of {arm} are no towers whose costs can be counted")
+        found[arm] = done
+    missing = {arm: len(one.jobs[arm]) - len(done) for arm, done in found.items() if len(done) < len(one.jobs[arm])}
+    if missing:
+        runs = ", ".join(f"{count} of {arm}" for arm, count in missing.items())
+        return Judgement("not decided", f"runs are still to be made: {runs}{too_small(one.claim, least)}")
+    return judge(one.claim, found)
 
 
-def _law(law: LawResult, about: dict[str, Any]) -> list[str]:
-    setting = law.setting
-    encoders = ", ".join(f"{role} `{name}`" for role, name in setting["encoders"].items())
-    size = ", ".join(f"{key} {value}" for key, value in setting["size"].items() if value is not None)
-    lines = ["", f"## {law.id}. {law.title}", "", law.claim, "", f"Source: {law.source}. Published: {law.figure}."]
-    lines += [f"Open: {law.missing}"] * bool(law.missing)
-    lines += ["", f"Measured with {size}, {setting['seeds']} seeds, reported on {setting['split']}; {encoders}; "]
-    lines[-1] += f"an hour costs {setting['price_per_hour']:g}; " if "price_per_hour" in setting else ""
-    lines[-1] += f"commit {about['commit'][:12]}, {about['machine']['cpus']} CPUs."
-    columns = ("comparison", "metric", "published", "detectable", "counts from", "measured", "95 %", "verdict")
-    lines += ["", *_table(columns, [_row(one) for one in law.compared])]
-    if arms := [arm for arm in law.arms if arm.values or arm.costs or arm.failed]:
-        lines += ["", *_arms(arms)]
-    return lines
-
-
-def _row(one: Compared) -> tuple[str, ...]:
-    judgement = one.judgement
-    published = "no figure" if one.published is None else f"{one.published:+.1f}"
-    published += f" ({', '.join(f'{figure:g}' for figure in one.figures)})" if one.figures else ""
-    published += f"; {one.place}" if one.place else ""
-    least = "" if one.detectable is None else f"{one.detectable:.1f}"
-    measured = "" if judgement.difference is None else f"{judgement.difference:+.2f} {one.unit}"
-    span = "" if judgement.low is None else f"{judgement.low:.2f} to {judgement.high:.2f}; {judgement.source}"
-    verdict = f"**{judgement.verdict}**" if judgement.verdict != "not decided" else judgement.verdict
-    verdict += f": {judgement.why}" if judgement.why else ""
-    return (one.name, one.metric, published, least, f"{one.smallest:g}", measured, span, verdict)
-
-
-def _arms(arms: Sequence[ArmResult]) -> list[str]:
-    values = [name for name in COLUMNS if any(name in arm.values for arm in arms)]
-    costs = [name for name in COSTS if any(name in arm.costs for arm in arms)]
-    pointed = [name for name in costs if any(name in arm.per_point for arm in arms)]
-    columns = ("arm", "recipe", "runs", *values, *costs, *(f"{name} a point of recall" for name in pointed))
-    rows = []
-    for arm in arms:
-        runs = f"{arm.n_done} of {arm.n_planned}" + "".join(f"; failed: {error}" for error in arm.failed)
-        measured = [_number(arm.values.get(name)) for name in values]
-        rows.append((arm.name, arm.about, runs, *measured, *(_number(arm.costs.get(name)) for name in costs)))
-        rows[-1] += tuple(_number(arm.per_point.get(name)) for name in pointed)
-    return _table(columns, rows)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
+def too_small(claim: Claim, least: float | None) -> str:
+    """Why runs that would be made for this claim alone may not be worth it."""
+    if claim.published is None or claim.equal or not least or abs(claim.published) >= least:
         return ""
-    if 0 < abs(value) < 0.01:
-        return f"{value:.2g}"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return f"; the published difference, {abs(claim.published):.1f}, is less than they detect, {least:.1f}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+def _arm(
+    name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome], price: float | None
+) -> ArmResult:
+    jobs = {job.digest: job for one in planned for job in one.jobs.get(name, ())}
+    known = [outcomes[digest] for digest in jobs if digest in outcomes]
+    done = [outcome for outcome in known if not outcome.error]
+    values = {metric: [one.value(metric) for one in done] for metric in COLUMNS}
+    found = {metric: [v for v in row if v is not None] for metric, row in values.items()}
+    every = {cost: [one.costs[cost] for one in done if cost in one.costs] for cost in COSTS}
+    costs = {cost: fmean(row) for cost, row in every.items() if row}
+    if price is not None and "seconds" in costs:
+        costs["money"] = costs["seconds"] / 3600 * price
+    arm = law.arms[name]
+    return ArmResult(
+        name,
+        _about(arm),
+        {str(metric): figure for metric, figure in arm.published.items()},
+        len(done),
+        len(jobs),
+        {metric: fmean(row) for metric, row in found.items() if row},
+        costs,
+        tuple(dict.fromkeys(one.error for one in known if one.error)),
+        dict(done[0].chance) if done else {},
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _about(arm: Arm) -> str:
+    given = {"image": arm.image, "text": arm.text, "teacher": arm.teacher, "start": arm.start}
+    usual = {"image": "image", "text": "text", "teacher": "", "start": "pretrained"}
+    notes = [f"{key} {value}" for key, value in given.items() if value != usual[key]]
+    notes += [f"{100 * arm.data:g} % of the data"] * (arm.data < 1) + [f"{100 * arm.noise:g} % wrong"] * bool(arm.noise)
+    notes += [f"{100 * arm.steps:g} % of the steps"] * (arm.steps < 1)
+    notes += [*arm.settings, *(f"without {section}" for section in arm.without)]
+    return ", ".join([arm.recipe, *notes])
+
+
+def save_result(result: LawResult, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / f"{result.id}.json", json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+
+
+def load_results(folder: Path) -> list[LawResult]:
+    """In the order of the laws. Raises RunError for a file that is none of ours."""
+    paths = sorted(folder.glob("L*.json"), key=lambda path: (len(path.stem), path.stem))
+    return [load_result(path) for path in paths]
+
+
+def load_result(path: Path) -> LawResult:
+    """Raises RunError as `load_results` does."""
+    try:
+        return result_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is no result of a law ({str(error).splitlines()[0]}); run the laws again") from None
+
+
+def result_of(value: Mapping[str, Any]) -> LawResult:
+    """What `asdict` made of it, after JSON. Raises KeyError, TypeError or ValueError."""
+    known = {name: value[name] for name in LawResult.__dataclass_fields__}
+    known["compared"] = tuple(_read_compared(one) for one in value["compared"])
+    known["arms"] = tuple(ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"])
+    return LawResult(**known)
+
+
+def _read_compared(value: dict[str, Any]) -> Compared:
+    judgement = Judgement(**value["judgement"])
+    return Compared(**{**value, "figures": tuple(value["figures"]), "judgement": judgement})

@@ -33,15 +33,16 @@ from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.labelled import LabelledSpec, labelled_features
 from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
-from apecache.evaluate.protocols import language_reports, retrieval_hits, retrieval_intervals
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
-from apecache.evaluate.statistics import RetrievalHits, Way, estimate_recall
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
-from apecache.extraction import ExtractSpec, extract
-from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.extract.run import ExtractSpec, extract
+from apecache.metrics.protocols import language_reports, retrieval_hits, retrieval_intervals
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.statistics import RetrievalHits, Way, estimate_recall
 from apecache.recipes.recipe import load_recipe
+from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 REFERENCE = {"i2t R@1": 26.8, "t2i R@1": 21.1}

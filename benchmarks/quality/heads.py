@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import RetrievalReport, retrieval_report
-from apecache.heads.checkpoint import TrainedHeads, load_heads
-from apecache.heads.combine import combine_heads
+from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
+from apecache.runs.ensemble import combine_heads
+from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 COMBINATION = ("mixed", "gated", "projection", "projection")

@@ -34,23 +34,24 @@ from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError, MismatchError, RecipeError
 from apecache.evaluate.embeddings import embed_store, load_lengths
-from apecache.evaluate.protocols import retrieval_intervals
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.extraction import ExtractSpec, extract
-from apecache.recipes.counting import PlanSpec
-from apecache.recipes.counting_shared import Taught, count_teacher
-from apecache.recipes.devices import measure_device
-from apecache.recipes.plan import plan
+from apecache.extract.run import ExtractSpec, extract
+from apecache.metrics.protocols import retrieval_intervals
+from apecache.metrics.retrieval import retrieval_report
+from apecache.plan.counting import PlanSpec
+from apecache.plan.counting_shared import Taught, count_teacher
+from apecache.plan.devices import measure_device
+from apecache.plan.plan import plan
+from apecache.plan.step_clock import StepClock
 from apecache.recipes.recipe import Recipe, load_recipe, tower_zoo_names
-from apecache.recipes.runs import load_run
-from apecache.recipes.towers import shorthand_names
+from apecache.recipes.sections import shorthand_names
+from apecache.runs.checkpoint import CHECKPOINT
+from apecache.runs.folder import read_history
+from apecache.runs.load import load_run
 from apecache.store.reader import FeatureStore
-from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
-from apecache.train.fit_head import FitSpec, fit_head
-from apecache.train.run_folder import read_history
-from apecache.train.step_clock import StepClock
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
@@ -173,7 +174,7 @@ def recipe_names() -> list[str]:
 def apart(run: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a call in a fresh process, which a server with everything imported has forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["apecache.train.fit_encoder", "apecache.recipes.plan", "timm", "transformers"])
+    context.set_forkserver_preload(["apecache.train.fit_encoder", "apecache.plan.plan", "timm", "transformers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(run, *arguments).result()
 

@@ -29,16 +29,17 @@ from apecache.encoders.load import shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.geometry import Likeness
-from apecache.evaluate.retrieval import retrieval_report
 from apecache.evaluate.scout import ScoutReport, ScoutRow, ScoutSpec, of_split, scout
-from apecache.extraction import ExtractSpec, extract
+from apecache.extract.run import ExtractSpec, extract
 from apecache.fingerprint import Modality
-from apecache.heads.checkpoint import load_heads
+from apecache.metrics.geometry import Likeness
+from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
-from apecache.report.heatmap import render_heat_maps, scout_maps
+from apecache.report.charts.heatmap import render_heat_maps, scout_maps
+from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from benchmarks.quality.flickr8k import DRAWINGS, packaged
 from benchmarks.record import Goal, print_goals, print_table, write_result
 

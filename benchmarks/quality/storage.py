@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.extraction import ExtractSpec, extract
-from apecache.heads.checkpoint import load_heads
+from apecache.extract.run import ExtractSpec, extract
+from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
+from apecache.runs.heads import load_heads
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from benchmarks.quality.flickr8k import DRAWINGS, packaged
 from benchmarks.record import Goal, print_goals, print_table, write_result
 

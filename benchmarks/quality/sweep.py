@@ -23,16 +23,17 @@ import torch
 
 from apecache.evaluate.comparison import METRICS, compare_hits
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.protocols import retrieval_hits
-from apecache.evaluate.retrieval import chance_recalls
-from apecache.evaluate.statistics import RetrievalHits, estimate_recall
-from apecache.heads.checkpoint import load_heads
+from apecache.metrics.protocols import retrieval_hits
+from apecache.metrics.retrieval import chance_recalls
+from apecache.metrics.statistics import RetrievalHits, estimate_recall
 from apecache.recipes.recipe import Recipe, load_recipe
-from apecache.space import Space, load_space
+from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
-from apecache.sweeping import SweepReport, SweepSpec, sweep
+from apecache.sweep.run import SweepReport, SweepSpec, sweep
+from apecache.sweep.space import Space, load_space
 from apecache.train.batches import FeaturePairs, SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head, load_splits
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, draw_epoch, take_step
 from benchmarks.quality.heads import made_up

@@ -22,9 +22,9 @@ import numpy as np
 from apecache_cli.store import describe
 
 from apecache.encoders.spec import EncoderSpec
+from apecache.extract.arrays import MAX_SHARD_ROWS
 from apecache.fingerprint import Fingerprint, content_hash
-from apecache.preparation import MAX_SHARD_ROWS
-from apecache.store.files import LocalFiles
+from apecache.storage.local import LocalFiles
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store

@@ -33,12 +33,12 @@ from apecache.data.pairs import Pair, PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.encoders.encoder import ImageEncoder, compile_images
 from apecache.encoders.packaged import write_packaged_encoders
-from apecache.encoders.pixels import TensorPreprocess
+from apecache.encoders.preprocess import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
-from apecache.extraction import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
-from apecache.preparation import CPU_BATCH
-from apecache.segments import Segment, make_segment
-from apecache.store.files import LocalFiles
+from apecache.extract.arrays import CPU_BATCH
+from apecache.extract.run import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
+from apecache.extract.segments import Segment, make_segment
+from apecache.storage.local import LocalFiles
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.speed.inputs import captions, write_photographs, write_vit
 from benchmarks.speed.peers import BATCH, sentence_transformers_encode, timm_loop, transformers_loop

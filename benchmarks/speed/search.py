@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from apecache.vectors import Floats, VectorIndex, build_vectors, recall
+from apecache.search.faiss_index import Floats, VectorIndex, build_vectors, recall
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DIM, N_QUERIES, TOP = 512, 256, 10

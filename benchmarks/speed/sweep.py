@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.heads.stacked import Streams
 from apecache.recipes.recipe import Recipe
+from apecache.sweep.population.population import Population, train_together
+from apecache.sweep.population.stacked_heads import Streams
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, draw_epoch, run_training, seeded, take_steps
-from apecache.train.population import Population, train_together
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 IN_DIM, WIDTH, DIM, STEPS, EPOCHS = 384, 512, 256, 6, 4

@@ -11,7 +11,7 @@ from apecache.data import media as media_module
 from apecache.data.media import FolderMedia, Media, Member, NoMedia, ObjectMedia, TarMedia, media_at, media_below
 from apecache.data.sources import open_pairs
 from apecache.errors import RowError
-from apecache.objects import open_bucket
+from apecache.storage.bucket import open_bucket
 
 
 def of_kind(kind: str, folder: Path) -> Media:

@@ -12,7 +12,7 @@ from PIL import Image
 from apecache.data import images
 from apecache.data.images import decode_image
 from apecache.data.tensors import decode_tensor
-from apecache.encoders.pixels import TensorPreprocess
+from apecache.encoders.preprocess import TensorPreprocess
 from apecache.errors import RowError
 
 

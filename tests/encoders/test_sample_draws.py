@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from apecache.encoders.sample_draws import SampleDraws
-from apecache.encoders.towers import Tower, build_tower
+from apecache.encoders.tower import Tower, build_tower
 
 RATES = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
 BERT_RATES = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

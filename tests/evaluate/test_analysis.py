@@ -15,7 +15,7 @@ from apecache.data.media import FolderMedia
 from apecache.errors import RunError
 from apecache.evaluate.analysis import bar_chart, correlation, layernorm_shift, norm_shifts
 from apecache.recipes.recipe import load_recipe
-from apecache.recipes.runs import load_run
+from apecache.runs.load import load_run
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec

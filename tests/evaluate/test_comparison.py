@@ -13,12 +13,13 @@ import apecache
 from apecache.errors import MismatchError, OptionError
 from apecache.evaluate.comparison import METRICS, SIGN_FLIPS, STUDENT
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.heads.checkpoint import load_heads
+from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
+from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 
 SPLITS = ["train"] * 96 + ["dev"] * 16 + ["val"] * 60
 RECIPES = {"long": ["schedule.epochs=20", "optimiser.lr=0.01"], "short": ["schedule.epochs=1"]}

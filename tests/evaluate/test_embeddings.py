@@ -12,8 +12,8 @@ from apecache.errors import DataError, IncompleteError, MismatchError
 from apecache.evaluate.embeddings import embed_store, find_features
 from apecache.fingerprint import Fingerprint
 from apecache.heads.build import build_heads
-from apecache.heads.checkpoint import TrainedHeads, TrainedSide
 from apecache.heads.head import HeadSpec
+from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.store.reader import FeatureStore
 
 IMAGE = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)

@@ -109,7 +109,7 @@ def labelled_texts(folder: Path) -> Path:
 def test_texts_are_probed_as_images_are(tmp_path: Path, tiny_run: Path) -> None:
     from apecache.encoders.load import load_text_encoder
     from apecache.encoders.spec import EncoderSpec
-    from apecache.heads.checkpoint import load_heads
+    from apecache.runs.heads import load_heads
 
     table, run = labelled_texts(tmp_path), load_heads(tiny_run)
     command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(table)]

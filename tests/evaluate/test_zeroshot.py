@@ -26,9 +26,9 @@ from apecache.evaluate.class_names import ClassNames
 from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.zeroshot import ZeroShotSpec, class_embeddings, classification_report, zero_shot
-from apecache.extraction import Standing
-from apecache.heads.checkpoint import TrainedHeads, load_heads
-from apecache.recipes.runs import Embed
+from apecache.extract.run import Standing
+from apecache.runs.heads import TrainedHeads, load_heads
+from apecache.runs.load import Embed
 
 CLASSES = ("circle", "square", "triangle")
 

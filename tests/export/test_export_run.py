@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import apecache
 from apecache.errors import MismatchError, RunError
-from apecache.export.onnx_graphs import OPSET, export_onnx
-from apecache.export.sentence_transformers_folder import export_sentence_transformers
+from apecache.export.onnx import OPSET, export_onnx
+from apecache.export.sentence_transformers import export_sentence_transformers
 from apecache.export.weights import export_safetensors
 from apecache.heads.build import build_head
-from apecache.heads.checkpoint import TrainedHeads, TrainedSide, load_heads
 from apecache.heads.head import Head, HeadSpec, mask_of
+from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads
 
 POOLED = [
     HeadSpec(kind="identity"),

@@ -22,9 +22,9 @@ from typing import Any
 from faults_kill import check
 from tower import MODALITIES, NAME, TowerSpec, array_record, commit_shard, run, tree
 
-from apecache.engines.filling import Filling, ShardDone, ShardPiece, Task, fill
-from apecache.engines.ray import RaySpec, open_pool
-from apecache.store.files import LocalFiles
+from apecache.cluster.filling import Filling, ShardDone, ShardPiece, Task, fill
+from apecache.cluster.pool import RaySpec, open_pool
+from apecache.storage.local import LocalFiles
 from apecache.store.layout import commit_name
 from apecache.store.writer import ArrayWriter
 
@@ -64,7 +64,7 @@ class Nodes:
     """A cluster on this machine: a head, where the driver lives, and others that can be killed and replaced."""
 
     def __init__(self) -> None:
-        from apecache.engines.ray import import_ray
+        from apecache.cluster.pool import import_ray
 
         import_ray()
         tests = Path(__file__).parents[1]

@@ -121,8 +121,8 @@ class Attacks:
         from apecache.encoders.spec import EncoderSpec
         from apecache.fingerprint import Fingerprint
         from apecache.heads.build import build_heads
-        from apecache.heads.checkpoint import TrainedHeads, TrainedSide, save_heads
         from apecache.heads.head import HeadSpec
+        from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
 
         torch.manual_seed(0)
         pair = build_heads(HeadSpec(dim=4), HeadSpec(kind="mlp", width=3, depth=1), 6, 5)
@@ -219,7 +219,7 @@ class Attacks:
 
     def head(self, chance: random.Random) -> Attempt:
         from apecache.encoders.spec import spec_from_json
-        from apecache.heads.checkpoint import load_heads
+        from apecache.runs.heads import load_heads
 
         if chance.random() < 0.7:
             value = changed_json(json.loads(self.heads["run/head.json"]), chance)
@@ -240,7 +240,7 @@ class Attacks:
 
 
 def changed_record(name: str, data: bytes, chance: random.Random) -> bytes:
-    from apecache.store.commit import with_checksum
+    from apecache.store.records import with_checksum
 
     if name.endswith(".jsonl"):
         return changed_bytes(data, chance)
@@ -258,7 +258,7 @@ def changed_record(name: str, data: bytes, chance: random.Random) -> bytes:
 def follow(files: Files, store: Files) -> None:
     """Give every record that names a changed object the hash that it has now, and seal it again, up to the top."""
     from apecache.fingerprint import content_hash
-    from apecache.store.commit import digest_commits, with_checksum
+    from apecache.store.records import digest_commits, with_checksum
 
     name = next(iter(files))
     for holder, data in store.items():

@@ -12,7 +12,7 @@ from faults_syscalls import Call, Fail, intercepted, unsynced
 from tower import TowerSpec, cached_tables, run, tree
 
 from apecache.errors import StoreError
-from apecache.store.files import TEMPORARY
+from apecache.storage.files import TEMPORARY
 
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EFBIG)
 

@@ -12,8 +12,8 @@ import numpy as np
 from tower import MODALITIES, NAME, Towers, TowerSpec, array_record, expected, run, tree_digest
 
 from apecache.errors import StoreError
+from apecache.storage.local import LocalFiles
 from apecache.store.array import FeatureArray
-from apecache.store.files import LocalFiles
 from apecache.store.writer import ArrayWriter
 
 SHARD = 3

@@ -30,8 +30,9 @@ from faults_kill import check
 from faults_syscalls import Call, SimulatedKill, Stop, intercepted, unsynced
 from tower import MODALITIES, NAME, TowerSpec, array_record, cached_tables, run, tree
 
-from apecache.store import files as files_module
-from apecache.store.files import TEMPORARY, LocalFiles
+from apecache.storage import local as local_module
+from apecache.storage.files import TEMPORARY
+from apecache.storage.local import LocalFiles
 
 State = dict[str, bytes]
 """Files by path below the store, as found after the cut. Folders that hold none are of no consequence."""
@@ -360,7 +361,7 @@ def _count(folder: Path, spec: TowerSpec) -> int:
 
 
 def sync_calls() -> list[str]:
-    """Every call in apecache/store/files.py that makes something durable, as `function, line`."""
+    """Every call in apecache/storage/local.py that makes something durable, as `function, line`."""
     return [f"{function} in line {call.lineno}" for function, call in _sync_calls(ast.parse(_source()))]
 
 
@@ -373,14 +374,14 @@ def without_sync(number: int) -> type[LocalFiles]:
             lines = getattr(node, name, None)
             if isinstance(lines, list):
                 setattr(node, name, [ast.copy_location(ast.Pass(), x) if x is removed else x for x in lines])
-    names: dict[str, Any] = {"__name__": "apecache.store.files"}
-    exec(compile(module, files_module.__file__, "exec"), names)
+    names: dict[str, Any] = {"__name__": "apecache.storage.local"}
+    exec(compile(module, local_module.__file__, "exec"), names)
     changed: type[LocalFiles] = names["LocalFiles"]
     return changed
 
 
 def _source() -> str:
-    return inspect.getsource(files_module)
+    return inspect.getsource(local_module)
 
 
 def _sync_calls(module: ast.Module) -> list[tuple[str, ast.Expr]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from remote import KINDS, Faults, S3Server
 from tower import MODALITIES, Towers, TowerSpec, run, tree
 
-from apecache.store.files import TEMPORARY, Files
+from apecache.storage.files import TEMPORARY, Files
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_files
 

@@ -19,19 +19,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FILES, WRITER, ARRAY, READER, TABLE = (f"{name}.py" for name in ("files", "writer", "array", "reader", "table"))
-COMMIT, LAYOUT, OBJECTS = "commit.py", "layout.py", "objects.py"
-CUT = "faults/test_fault_power.py::test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged"
-KILL_CUT = "faults/test_fault_power.py::test_a_power_cut_after_a_kill_and_a_resume_loses_nothing"
-REMOVED = "faults/test_fault_power.py::test_what_was_removed_does_not_come_back"
-READ, WRITE, RECORDS, PUT = (f"store/test_store_{name}.py::" for name in ("reader", "writer", "commit", "files"))
-REMOTE = "store/test_store_objects.py::"
+LOCAL = "storage/local.py"
+OBJECTS = "storage/object_files.py"
+WRITER = "store/writer.py"
+ARRAY = "store/array.py"
+READER = "store/reader.py"
+TABLE = "store/table.py"
+COMMIT = "store/records.py"
+LAYOUT = "store/layout.py"
+CUT = "faults/test_power.py::test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged"
+KILL_CUT = "faults/test_power.py::test_a_power_cut_after_a_kill_and_a_resume_loses_nothing"
+REMOVED = "faults/test_power.py::test_what_was_removed_does_not_come_back"
+READ = "store/test_reader.py::"
+WRITE = "store/test_writer.py::"
+RECORDS = "store/test_records.py::"
+PUT = "store/test_files.py::"
+REMOTE = "store/test_object_files.py::"
 DAMAGED = f"{READ}test_reading_what_a_damaged_object_belongs_to_raises_and_names_it"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """In `file` of apecache/store, `old` becomes `new`; then `test` (below tests/) must fail."""
+    """In `file` of apecache/, `old` becomes `new`; then `test` (below tests/) must fail."""
 
     name: str
     file: str
@@ -136,19 +145,19 @@ MUTATIONS = (
     # how it is written
     Mutation(
         "put if absent",
-        FILES,
+        LOCAL,
         LINK,
         "            put = True\n            os.replace(temporary, self.path(name))\n            temporary.touch()",
         f"{PUT}test_writing_replaces_and_creating_does_not",
     ),
     Mutation(
         "fsync of an object that another has put",
-        FILES,
+        LOCAL,
         "                put = False",
         "                os.unlink(temporary)\n                return False",
         KILL_CUT,
     ),
-    Mutation("fsync of folders found", FILES, "folder in self._durable or not inside", "True", KILL_CUT),
+    Mutation("fsync of folders found", LOCAL, "folder in self._durable or not inside", "True", KILL_CUT),
     Mutation(
         "fsync of records before the seal",
         WRITER,
@@ -165,14 +174,14 @@ MUTATIONS = (
     ),
     Mutation(
         "no removal while others write",
-        FILES,
+        LOCAL,
         "if alone else ()",
         "",
         f"{PUT}test_what_killed_writers_left_is_removed_but_not_while_somebody_writes",
     ),
     Mutation(
         "removal after an error",
-        FILES,
+        LOCAL,
         "            except BaseException:\n",
         "            except ZeroDivisionError:\n",
         f"{PUT}test_an_interrupt_leaves_no_temporary_file",
@@ -239,8 +248,8 @@ MUTATIONS = (
 
 
 def fsync_mutations() -> list[Mutation]:
-    """Every fsync in files.py: the line becomes `pass`."""
-    source = (ROOT / "apecache" / "store" / FILES).read_text(encoding="utf-8")
+    """Every fsync in storage/local.py: the line becomes `pass`."""
+    source = (ROOT / "apecache" / LOCAL).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     found = []
     for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
@@ -249,7 +258,7 @@ def fsync_mutations() -> list[Mutation]:
                 begin, line = "".join(lines[function.lineno - 1 : node.lineno - 1]), lines[node.lineno - 1]
                 test = {"settle": KILL_CUT, "remove": REMOVED}.get(function.name, CUT)
                 name = f"fsync in {function.name}"
-                found.append(Mutation(name, FILES, begin + line, begin + line.replace(line.strip(), "pass"), test))
+                found.append(Mutation(name, LOCAL, begin + line, begin + line.replace(line.strip(), "pass"), test))
     return found
 
 
@@ -259,12 +268,12 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in ("apecache", "tests/store", "tests/faults"):
+        for name in ("apecache", "tests/store", "tests/faults", "tests/support"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in (ROOT / "tests").glob("*.py"):
             if not path.name.startswith("test_"):
                 shutil.copy(path, copy / "tests")
-        target = copy / "apecache" / "store" / mutation.file
+        target = copy / "apecache" / mutation.file
         source = target.read_text(encoding="utf-8")
         if source.count(mutation.old) != 1:
             raise LookupError(f"{mutation.name}: its text occurs {source.count(mutation.old)} times in {mutation.file}")

@@ -1,6 +1,6 @@
 """A writer of feature stores without torch: its features are a pure function of the row, so that any two runs agree.
 
-It goes through the store in the order in which `apecache.extraction` does. As a program (`python tower.py`) it imports
+It goes through the store in the order in which `apecache.extract.run` does. As a program (`python tower.py`) it imports
 once and then forks a process for every run that a line of JSON on its standard input asks for: a kill costs
 milliseconds, not the seconds of an import. See `Towers` for the other end of that pipe.
 """
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 import apecache.store.writer as writer_module
 from apecache.encoders.spec import EncoderSpec, Modality
 from apecache.fingerprint import Fingerprint, content_hash, digest_strings
-from apecache.store.files import Files, open_files
+from apecache.storage.files import Files
+from apecache.storage.open import open_files
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from apecache.errors import RecipeError
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
+from apecache.losses.spec import LossSpec
 from apecache.recipes.recipe import (
-    LossSpec,
     OptimiserSpec,
     Recipe,
     ScheduleSpec,
@@ -23,7 +23,7 @@ from apecache.recipes.recipe import (
     tower_zoo_names,
     zoo_names,
 )
-from apecache.recipes.towers import shorthand_names
+from apecache.recipes.sections import shorthand_names
 
 
 def refused(name: str, *settings: str) -> str:

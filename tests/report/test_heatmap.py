@@ -4,9 +4,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from apecache.evaluate.geometry import Likeness
 from apecache.evaluate.scout import ScoutReport, ScoutRow
-from apecache.report.heatmap import HeatMap, render_heat_maps, scout_maps
+from apecache.metrics.geometry import Likeness
+from apecache.report.charts.heatmap import HeatMap, render_heat_maps, scout_maps
 
 SVG = "{http://www.w3.org/2000/svg}"
 

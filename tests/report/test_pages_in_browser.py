@@ -19,13 +19,13 @@ from test_page import HOSTILE, page_of, shown
 from tiny import draw_shape, extract_tiny
 
 from apecache.data.media import FolderMedia
-from apecache.index import build_index
+from apecache.report.charts.parallel import Axis, Parallel
 from apecache.report.page import Page, write_page
-from apecache.report.parallel import Axis, Parallel
 from apecache.report.report_page import ReportSpec, report_page
 from apecache.report.sweep_page import sweep_page
+from apecache.search.index import build_index
 from apecache.store.reader import FeatureStore
-from apecache.sweeping import Trial
+from apecache.sweep.run import Trial
 
 pytestmark = [
     pytest.mark.skipif(executable() is None, reason="there is no chromium on the PATH"),

@@ -18,17 +18,18 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, MismatchError, OptionError, RunError
-from apecache.evaluate.retrieval import RetrievalReport
-from apecache.heads.checkpoint import load_heads, save_heads
-from apecache.heads.combine import combine_heads
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import load_recipe
 from apecache.report.records import encoder_label, named_paths, read_records, seeds_table, settings_table
 from apecache.report.report_page import ReportSpec, dev_images, report_page
+from apecache.runs.ensemble import combine_heads
+from apecache.runs.heads import load_heads, save_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 
 runner = CliRunner()
 SMALL = ["image.dim=16", "text.dim=16", "schedule.epochs=2", "schedule.batch_size=4"]

@@ -19,14 +19,14 @@ from apecache.data.media import FolderMedia
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.relevance import Relevance
-from apecache.extraction import ExtractSpec, extract
-from apecache.heads.checkpoint import TrainedHeads, load_heads
+from apecache.extract.run import ExtractSpec, extract
+from apecache.metrics.relevance import Relevance
 from apecache.report import Page
 from apecache.report.gallery import IMAGE_PREFIX, Hit
 from apecache.report.run_page import learning_charts, retrieval_galleries, spread
+from apecache.runs.folder import read_history
+from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
-from apecache.train.run_folder import read_history
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 

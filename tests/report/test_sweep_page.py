@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apecache.errors import MissingExtraError, RunError
-from apecache.report.axes import log_ticks
-from apecache.report.importance import importances
-from apecache.report.parallel import Axis, Parallel, axis_of, draw
+from apecache.report.charts.axes import log_ticks
+from apecache.report.charts.importance import importances
+from apecache.report.charts.parallel import Axis, Parallel, axis_of, draw
 from apecache.report.sweep_page import is_sweep, sweep_page
-from apecache.space import Dimension, load_space
 from apecache.store.reader import FeatureStore
-from apecache.sweeping import SweepSpec, sweep
+from apecache.sweep.run import SweepSpec, sweep
+from apecache.sweep.space import Dimension, load_space
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec
+from apecache.train.head_data import FitSpec
 
 SMALL = str(Path(__file__).parents[1] / "train" / "small.toml")
 SPLITS = ["train"] * 60 + ["dev"] * 20

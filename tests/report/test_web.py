@@ -24,12 +24,12 @@ pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 from apecache.errors import MismatchError, MissingExtraError, OptionError
-from apecache.index import build_index
 from apecache.report import serve
 from apecache.report.search_page import LONGEST, MOST
 from apecache.report.serve import ServeSpec, is_loopback, make_server
 from apecache.report.web import MOST_BYTES, Guard
-from apecache.search import Query, SearchIndex
+from apecache.search.index import build_index
+from apecache.search.query import Query, SearchIndex
 from apecache.store.reader import FeatureStore
 
 runner = CliRunner()
@@ -368,7 +368,8 @@ def test_a_port_that_is_taken_is_named(index: Path) -> None:
 def test_an_index_of_another_head_is_refused_with_both(index: Path, tiny_store: Path, tmp_path: Path) -> None:
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec
-    from apecache.train.fit_head import FitSpec, fit_head
+    from apecache.train.fit_head import fit_head
+    from apecache.train.head_data import FitSpec
 
     recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=1", "schedule.batch_size=4"])
     spec = FitSpec(splits=SplitSpec(dev="val"), seed=5, device="cpu")

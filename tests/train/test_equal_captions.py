@@ -10,21 +10,22 @@ import torch
 import torch.nn.functional as F
 
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.heads.checkpoint import load_heads
-from apecache.heads.stacked import Streams
 from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce
+from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.runs.folder import read_history
+from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
+from apecache.sweep.population.population import train_together
+from apecache.sweep.population.stacked_heads import Streams
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches
-from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits
+from apecache.train.fit_head import FitReport, fit_head
+from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.lint import n_negatives
-from apecache.train.lint_run import lint_plan
+from apecache.train.lint.checks import n_negatives
+from apecache.train.lint.heads import lint_plan
 from apecache.train.loop import Plan, Training, run_training, seeded
-from apecache.train.population import train_together
-from apecache.train.run_folder import read_history
 
 LABELS = ("shirt", "dress", "shoe", "hat", "coat")
 N_TRAIN, N_DEV, N_VAL = 120, 60, 60

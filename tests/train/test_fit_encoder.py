@@ -15,25 +15,25 @@ from torch import nn
 
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
-from apecache.encoders.towers import Tower
+from apecache.encoders.tower import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.extraction import ExtractSpec, extract
-from apecache.recipes.encoder_model import EncoderModel
+from apecache.extract.run import ExtractSpec, extract
+from apecache.metrics.retrieval import retrieval_report
+from apecache.models.dual_encoder import EncoderModel
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
-from apecache.recipes.runs import image_embedder, text_embedder
-from apecache.recipes.trained_encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
+from apecache.runs.checkpoint import CHECKPOINT, save_checkpoint
+from apecache.runs.encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
+from apecache.runs.folder import HISTORY
+from apecache.runs.ledger import load_ledger, stored_bytes
+from apecache.runs.load import image_embedder, text_embedder
 from apecache.store.reader import FeatureStore
 from apecache.train import encoder_data
 from apecache.train import encoder_setup as module
 from apecache.train.batches import SplitSpec
-from apecache.train.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.ledger import load_ledger, stored_bytes
 from apecache.train.optim import parameter_groups
-from apecache.train.run_folder import HISTORY
 
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
 OpenImage = Callable[[str], Image.Image]

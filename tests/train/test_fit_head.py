@@ -14,19 +14,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from apecache.durable import scratch_of
 from apecache.errors import DataError, IncompleteError, RecipeError, RunError, StoreError
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.retrieval import retrieval_report
-from apecache.heads.checkpoint import WEIGHTS, load_heads, save_heads
+from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
+from apecache.runs.checkpoint import CHECKPOINT
+from apecache.runs.folder import read_history
+from apecache.runs.heads import WEIGHTS, load_heads, save_heads
+from apecache.storage.atomic import scratch_of
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import Features as Loaded
 from apecache.train.batches import SplitSpec
-from apecache.train.checkpoint import CHECKPOINT
-from apecache.train.fit_head import FitReport, FitSpec, fit_head, load_splits, untrained_heads
-from apecache.train.run_folder import read_history
+from apecache.train.fit_head import FitReport, fit_head, untrained_heads
+from apecache.train.head_data import FitSpec, load_splits
 
 N_TRAIN, N_DEV, N_VAL = 160, 32, 24
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
@@ -746,7 +747,8 @@ from pathlib import Path
 from apecache.recipes.recipe import load_recipe
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.head_data import FitSpec
+from apecache.train.fit_head import fit_head
 
 recipe = load_recipe("projection", ["schedule.epochs=1"])
 spec = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")

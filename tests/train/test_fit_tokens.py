@@ -11,7 +11,7 @@ import apecache
 from apecache.data.augment import Views
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import DataError, RecipeError
-from apecache.extraction import ExtractSpec, extract
+from apecache.extract.run import ExtractSpec, extract
 
 TOKEN_RECIPES = ("deep-adapter", "freeze-align", "token-anchors")
 
@@ -76,8 +76,8 @@ def test_a_head_trained_on_views_is_measured_on_the_images_as_they_are(stored: P
 def test_views_alone_cannot_be_measured(stored: Path, tmp_path: Path) -> None:
     import shutil
 
-    from apecache.store.files import LocalFiles
-    from apecache.store.mend import remove_array
+    from apecache.storage.local import LocalFiles
+    from apecache.store.maintenance import remove_array
 
     fit(stored, tmp_path / "run", "projection", "tiny-vit-2views", "tiny-bert")
     copy = Path(shutil.copytree(stored, tmp_path / "store"))
@@ -87,7 +87,7 @@ def test_views_alone_cannot_be_measured(stored: Path, tmp_path: Path) -> None:
 
 
 def apecache_history(run: Path) -> list[dict[str, Any]]:
-    from apecache.train.run_folder import read_history
+    from apecache.runs.folder import read_history
 
     lines = list(read_history(run))
     assert np.isfinite([line["loss"] for line in lines[1:]]).all()

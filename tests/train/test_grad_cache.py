@@ -5,11 +5,11 @@ import torch
 from small_towers import pictures, small_bert, small_vit
 from torch import Tensor, nn
 
-from apecache.encoders.towers import Tower
+from apecache.encoders.tower import Tower
 from apecache.errors import OptionError
 from apecache.losses.contrastive import Groups
-from apecache.recipes.objective import build_temperature, contrast
-from apecache.recipes.recipe import LossSpec
+from apecache.losses.objective import build_temperature, contrast
+from apecache.losses.spec import LossSpec
 from apecache.train.grad_cache import backward_in_slices
 
 N = 256

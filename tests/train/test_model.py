@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from apecache.errors import RecipeError
+from apecache.losses import objective as module
 from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce, sigmoid_loss
 from apecache.losses.geometry import structure_divergence
-from apecache.recipes import objective as module
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.model import AlignmentModel, build_model, evaluate_model

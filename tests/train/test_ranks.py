@@ -15,13 +15,13 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.errors import OptionError
 from apecache.recipes.recipe import load_recipe
-from apecache.recipes.trained_encoders import WEIGHTS, read_tensors
+from apecache.runs.encoders import WEIGHTS, read_tensors
+from apecache.runs.folder import read_history
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
 from apecache.train.ranks import ALONE, Ranks
-from apecache.train.run_folder import read_history
 
 SETTINGS = [
     *("loss.kind=sigmoid", "loss.captions=2", "schedule.epochs=2", "schedule.batch_size=7", "schedule.warmup=0"),

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from apecache.runs.folder import read_history
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from apecache.train.fit_head import FitSpec, fit_head
-from apecache.train.run_folder import read_history
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(1 + image % 3)]
@@ -182,7 +183,7 @@ def test_a_fit_killed_between_its_head_and_the_end_only_finishes(
 
 
 def test_two_processes_never_fit_into_one_folder(store: FeatureStore, tmp_path: Path) -> None:
-    program = "import sys, time; from pathlib import Path; from apecache.train.run_folder import locked\n"
+    program = "import sys, time; from pathlib import Path; from apecache.runs.folder import locked\n"
     program += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
@@ -235,7 +236,8 @@ import torch
 from apecache.recipes.recipe import Recipe
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
+from apecache.train.head_data import FitSpec
+from apecache.train.fit_head import fit_head
 
 warnings.simplefilter("ignore")
 store, out, recipe, n_kills = sys.argv[1], Path(sys.argv[2]), Recipe.model_validate_json(sys.argv[3]), int(sys.argv[4])

@@ -8,10 +8,11 @@ import pytest
 
 from apecache.errors import MissingExtraError, RunError
 from apecache.recipes.recipe import load_recipe
+from apecache.runs.folder import read_history
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit_head import FitSpec, fit_head
-from apecache.train.run_folder import read_history
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
 from apecache.train.tracking import log_to_tensorboard
 
 RECIPE = load_recipe("projection", ["schedule.epochs=4", "schedule.batch_size=4", "image.dim=8", "text.dim=8"])

@@ -16,18 +16,19 @@ from typer.testing import CliRunner
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import MismatchError, RecipeError, RunError
-from apecache.extraction import ExtractSpec, extract
-from apecache.heads.checkpoint import load_heads
+from apecache.extract.run import ExtractSpec, extract
 from apecache.recipes.recipe import Recipe, load_recipe
-from apecache.recipes.runs import recorded_training
-from apecache.recipes.trained_encoders import WEIGHTS, read_tensors
+from apecache.runs.checkpoint import CHECKPOINT
+from apecache.runs.encoders import WEIGHTS, read_tensors
+from apecache.runs.folder import read_history
+from apecache.runs.heads import load_heads
+from apecache.runs.load import recorded_training
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.checkpoint import CHECKPOINT
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.fit_head import FitReport, FitSpec, fit_head
-from apecache.train.run_folder import read_history
+from apecache.train.fit_head import FitReport, fit_head
+from apecache.train.head_data import FitSpec
 
 SHORT = ["schedule.epochs=1", "schedule.batch_size=8", "schedule.warmup=0"]
 DEV = SplitSpec(dev="val")

@@ -1,0 +1,155 @@
+from .cluster.extract import extract_on_ray as extract_on_ray
+from .cluster.pool import RaySpec as RaySpec
+from .cluster.sweep import sweep_on_ray as sweep_on_ray
+from .data.pairs import Pair as Pair
+from .data.pairs import PairSource as PairSource
+from .data.sources import open_pairs as open_pairs
+from .data.spec import OpenSpec as OpenSpec
+from .encoders.spec import EncoderSpec as EncoderSpec
+from .encoders.spec import parse_encoder as parse_encoder
+from .encoders.tower import Tower as Tower
+from .encoders.tower import build_tower as build_tower
+from .errors import ApecacheError as ApecacheError
+from .estimator import AlignmentHead as AlignmentHead
+from .evaluate.benchmark_names import Benchmark as Benchmark
+from .evaluate.benchmark_names import load_benchmark as load_benchmark
+from .evaluate.class_names import ClassNames as ClassNames
+from .evaluate.class_names import read_class_names as read_class_names
+from .evaluate.comparison import MetricDifference as MetricDifference
+from .evaluate.comparison import RunComparison as RunComparison
+from .evaluate.comparison import compare_runs as compare_runs
+from .evaluate.embeddings import embed_store as embed_store
+from .evaluate.labelled import LabelledSpec as LabelledSpec
+from .evaluate.probe import ProbeReport as ProbeReport
+from .evaluate.probe import probe as probe
+from .evaluate.prompts import find_templates as find_templates
+from .evaluate.scout import ScoutReport as ScoutReport
+from .evaluate.scout import ScoutSpec as ScoutSpec
+from .evaluate.scout import scout as scout
+from .evaluate.zeroshot import ZeroShotReport as ZeroShotReport
+from .evaluate.zeroshot import ZeroShotSpec as ZeroShotSpec
+from .evaluate.zeroshot import zero_shot as zero_shot
+from .extract.estimate import ExtractPlan as ExtractPlan
+from .extract.estimate import plan_extraction as plan_extraction
+from .extract.run import ExtractReport as ExtractReport
+from .extract.run import ExtractSpec as ExtractSpec
+from .extract.run import extract as extract
+from .extract.shard_range import Part as Part
+from .metrics.retrieval import RetrievalReport as RetrievalReport
+from .metrics.retrieval import retrieval_report as retrieval_report
+from .plan.counting import PlanSpec as PlanSpec
+from .plan.plan import Plan as Plan
+from .recipes.recipe import Recipe as Recipe
+from .recipes.recipe import load_recipe as load_recipe
+from .report.report_page import ReportSpec as ReportSpec
+from .report.report_page import report_page as report_page
+from .report.serve import ServeSpec as ServeSpec
+from .report.serve import serve as serve
+from .report.sweep_page import sweep_page as sweep_page
+from .runs.encoders import TrainedEncoders as TrainedEncoders
+from .runs.encoders import load_encoders as load_encoders
+from .runs.ensemble import combine_heads as combine_heads
+from .runs.heads import TrainedHeads as TrainedHeads
+from .runs.heads import load_heads as load_heads
+from .runs.heads import save_heads as save_heads
+from .runs.load import load_run as load_run
+from .runs.model import ImageTextModel as ImageTextModel
+from .runs.model import load as load
+from .search.index import build_index as build_index
+from .search.index import update_index as update_index
+from .search.query import Query as Query
+from .search.query import SearchIndex as SearchIndex
+from .store.array import FeatureArray as FeatureArray
+from .store.reader import FeatureStore as FeatureStore
+from .sweep.run import SweepReport as SweepReport
+from .sweep.run import SweepSpec as SweepSpec
+from .sweep.run import sweep as sweep
+from .sweep.space import Space as Space
+from .sweep.space import load_space as load_space
+from .train.batches import SplitSpec as SplitSpec
+from .train.encoder_data import FitEncoderSpec as FitEncoderSpec
+from .train.fit_encoder import FitEncoderReport as FitEncoderReport
+from .train.fit_encoder import fit_encoder as fit_encoder
+from .train.fit_head import FitReport as FitReport
+from .train.fit_head import fit_head as fit_head
+from .train.head_data import FitSpec as FitSpec
+from .train.tracking import log_to_tensorboard as log_to_tensorboard
+
+__all__ = [
+    "AlignmentHead",
+    "ApecacheError",
+    "Benchmark",
+    "ClassNames",
+    "EncoderSpec",
+    "ExtractPlan",
+    "ExtractReport",
+    "ExtractSpec",
+    "FeatureArray",
+    "FeatureStore",
+    "FitEncoderReport",
+    "FitEncoderSpec",
+    "FitReport",
+    "FitSpec",
+    "ImageTextModel",
+    "LabelledSpec",
+    "MetricDifference",
+    "OpenSpec",
+    "Pair",
+    "PairSource",
+    "Part",
+    "Plan",
+    "PlanSpec",
+    "ProbeReport",
+    "Query",
+    "RaySpec",
+    "Recipe",
+    "ReportSpec",
+    "RetrievalReport",
+    "RunComparison",
+    "ScoutReport",
+    "ScoutSpec",
+    "SearchIndex",
+    "ServeSpec",
+    "Space",
+    "SplitSpec",
+    "SweepReport",
+    "SweepSpec",
+    "Tower",
+    "TrainedEncoders",
+    "TrainedHeads",
+    "ZeroShotReport",
+    "ZeroShotSpec",
+    "build_index",
+    "build_tower",
+    "combine_heads",
+    "compare_runs",
+    "embed_store",
+    "extract",
+    "extract_on_ray",
+    "find_templates",
+    "fit_encoder",
+    "fit_head",
+    "load",
+    "load_benchmark",
+    "load_encoders",
+    "load_heads",
+    "load_recipe",
+    "load_run",
+    "load_space",
+    "log_to_tensorboard",
+    "open_pairs",
+    "parse_encoder",
+    "plan_extraction",
+    "probe",
+    "read_class_names",
+    "report_page",
+    "retrieval_report",
+    "save_heads",
+    "scout",
+    "serve",
+    "sweep",
+    "sweep_on_ray",
+    "sweep_page",
+    "update_index",
+    "zero_shot",
+]

@@ -1,0 +1,1 @@
+"""Extraction and sweeps on a Ray cluster."""

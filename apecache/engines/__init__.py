@@ -1,1 +1,0 @@
-"""Where work runs that one process is too few for."""

@@ -1,1 +1,0 @@
-"""Claims of papers as laws that can be run: which of them hold for these encoders and this data."""

@@ -1,0 +1,1 @@
+"""What trains within encoders: freezing rules, adapters, dual and shared encoders."""

@@ -1,0 +1,1 @@
+"""The planner: what a recipe trains, where the cache cuts, and what it costs."""

@@ -1,0 +1,1 @@
+"""Run folders: checkpoints, heads, ledger, model card, and a finished run in use."""

@@ -1,0 +1,57 @@
+"""The state of an unfinished fit on disk: one safetensors file whose header holds the rest as JSON. No pickle."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from apecache.errors import RunError
+from apecache.fingerprint import Json
+from apecache.storage.atomic import replace_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
+    """Replace the folder's checkpoint at once: after a kill or a power cut either the old or the new one is there."""
+    text = json.dumps({"format": FORMAT_VERSION, **state}, ensure_ascii=False, allow_nan=False)
+    replace_tensors(folder / CHECKPOINT, tensors, {"state": text})
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
+    """Tensors on the CPU, and the state.
+
+    Raises:
+        RunError: the file is damaged, or of a newer format.
+    """
+    path = folder / CHECKPOINT
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if state["format"] > FORMAT_VERSION:
+            raise RunError(f"{path} has format {state['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RunError):
+            raise
+        why = str(error).splitlines()[0]
+        raise RunError(f"{path} is damaged ({why}); begin anew with --overwrite") from None
+    return tensors, state
+
+
+def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Its state by `number of the parameter/name`; settings are the recipe's and not repeated."""
+    state = optimiser.state_dict()["state"]
+    return {f"{i}/{name}": value for i, entry in state.items() for name, value in entry.items() if value is not None}
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition("/")
+        state.setdefault(int(number), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

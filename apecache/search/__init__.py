@@ -1,0 +1,1 @@
+"""Search: FAISS indexes of embeddings and queries on them."""

@@ -1,0 +1,1 @@
+"""Where bytes live: files on a disk and objects in a bucket."""

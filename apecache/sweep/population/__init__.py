@@ -1,0 +1,1 @@
+"""Many small heads trained together as one stacked model."""

@@ -1,0 +1,1 @@
+"""Checks for the traps of published training code."""

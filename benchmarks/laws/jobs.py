@@ -1,0 +1,285 @@
+"""Jobs: what has to be trained and measured so that laws can be decided. Jobs that laws share are one job."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
+from typing import Any, Literal
+
+from apecache.encoders.load import count_classes, shape_tower
+from apecache.encoders.spec import EncoderSpec
+from apecache.errors import EncoderError, RecipeError
+from apecache.fingerprint import Fingerprint, Json, Modality
+from apecache.plan.counting import PlanSpec
+from apecache.plan.counting_shared import Taught, count_teacher
+from apecache.plan.devices import Device
+from apecache.plan.plan import Model, cost_of, count_model
+from apecache.recipes.recipe import OptimiserSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
+from benchmarks.laws.law import COUNTED, Arm, Claim, Law
+from benchmarks.laws.setting import LawsSetting, Size
+
+EVALUATIONS = 10
+"""On dev, of a run whose steps the size says: about so many."""
+DEV_SHARE, DEV_IMAGES = 10, 500
+FEWEST = 20
+"""Training images of an arm, dev among them, however small its share."""
+TOKENS = 16
+"""Of a caption, where costs are counted."""
+COUNTED_ON = Device("counted", 1.0, None, "operations alone matter")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training, dev among them
+    (None: all); `fits` False: it is only counted. `autocast`: as fit-encoder takes it."""
+
+    recipe: Recipe
+    image: EncoderSpec
+    text: EncoderSpec
+    teacher: EncoderSpec | None
+    start: str
+    images: int | None
+    noise: float
+    seed: int
+    fits: bool = True
+    autocast: Literal["float32", "bfloat16"] = "float32"
+
+    @cached_property
+    def about(self) -> dict[str, Json]:
+        """What makes it this job, without paths."""
+        specs = {"image": self.image, "text": self.text, "teacher": self.teacher}
+        names = {side: None if spec is None else _plain(spec) for side, spec in specs.items()}
+        own = {"start": self.start, "images": self.images, "noise": self.noise, "seed": self.seed, "fits": self.fits}
+        own |= {"autocast": self.autocast} if self.autocast != "float32" else {}
+        recipe = {k: v for k, v in self.recipe.model_dump(mode="json").items() if k not in ("source", "summary")}
+        return {"recipe": recipe, **names, **own}
+
+    @cached_property
+    def digest(self) -> str:
+        return Fingerprint(self.about).digest[:16]
+
+    def encoder(self, side: Modality) -> EncoderSpec:
+        """With the pooling that the recipe asks for."""
+        towers = self.recipe.towers
+        spec, pooling = (self.image, towers.image_pooling) if side == "image" else (self.text, towers.text_pooling)
+        return spec if pooling == "default" else replace(spec, pooling=pooling)
+
+    def features(self, side: Modality) -> EncoderSpec | None:
+        """What is read from the cache; None: the side runs from its inputs."""
+        head = self.recipe.image if side == "image" else self.recipe.text
+        if head.cut == "tokens":
+            return replace(self.encoder(side), pooling="tokens")
+        if not self.recipe.towers.may_train(side):
+            return self.encoder(side)
+        seen_otherwise = side == "image" and self.recipe.augmentation.image is not None
+        if seen_otherwise or self.recipe.shared or self.start == "random":
+            return None
+        cut = count(self).sides[side == "text"].cut
+        return replace(self.encoder(side), pooling="tokens", layer=cut) if isinstance(cut, int) else None
+
+
+def _plain(spec: EncoderSpec) -> dict[str, Json]:
+    return {**asdict(spec), "name": spec.slug if spec.folder else spec.name}
+
+
+def count(job: Job) -> Model:
+    """The recipe on these encoders, nothing loaded. Raises EncoderError where they are no towers.
+
+    Counting takes seconds, so jobs that differ in what does not matter to it, such as their schedule, share it.
+    """
+    recipe = job.recipe.model_copy(update={"schedule": ScheduleSpec(), "optimiser": OptimiserSpec()})
+    same: Any = {"images": None, "noise": 0.0, "start": "pretrained", "seed": 0, "fits": True, "autocast": "float32"}
+    return _count(replace(job, recipe=recipe, **same))
+
+
+@cache
+def _count(job: Job) -> Model:
+    spec = _plan_spec(job)
+    shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
+    teacher = partial(_taught, job, spec) if job.recipe.distillation else None
+    return count_model(job.recipe, shapes[0], shapes[1], spec, teacher)
+
+
+def _plan_spec(job: Job) -> PlanSpec:
+    images = 1000 if job.images is None else job.images
+    return PlanSpec(max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
+
+
+def _taught(job: Job, spec: PlanSpec) -> Taught:
+    assert job.teacher is not None
+    assert job.recipe.distillation is not None
+    if job.recipe.distillation.kind == "classes":
+        return Taught(count_classes(job.teacher))
+    return count_teacher(shape_tower(job.teacher), spec)
+
+
+def counted_costs(job: Job) -> dict[str, float]:
+    """The counted metrics; nothing for encoders that cannot be counted."""
+    try:
+        found = count(job)
+    except (EncoderError, RecipeError):
+        return {}
+    cost = cost_of(job.recipe, found, _plan_spec(job), COUNTED_ON, cached=True)
+    return {
+        "trained": found.n_trained,
+        "step-flops": cost.step_flops,
+        "total-flops": cost.total_flops,
+        "peak-bytes": cost.peak_bytes,
+    }
+
+
+# --- from arms to jobs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what is only counted
+    have one for all), or why it cannot be tried. `wants`: what must be measured of its jobs besides retrieval."""
+
+    law: Law
+    claim: Claim
+    jobs: dict[str, tuple[Job, ...]]
+    why_not: str = ""
+
+    @property
+    def wants(self) -> str:
+        return self.claim.metric
+
+    @property
+    def gap(self) -> float:
+        """Published, without its sign; -1 where none is."""
+        return -1.0 if self.claim.published is None else abs(self.claim.published)
+
+
+def plan_law(law: Law, setting: LawsSetting) -> tuple[Planned, ...]:
+    towers = any(not load_recipe(arm.recipe).trains_heads_alone for arm in law.arms.values())
+    return tuple(_planned(law, claim, setting, towers) for claim in law.claims())
+
+
+def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Planned:
+    reasons = [reason for name in claim.weights if (reason := _lacking(law.arms[name], claim, setting))]
+    if reasons:
+        return Planned(law, claim, {}, "; ".join(dict.fromkeys(reasons)))
+    try:
+        found = {name: tuple(_jobs(law.arms[name], claim, setting, towers)) for name in claim.weights}
+        for job in (jobs[0] for jobs in found.values()):
+            if not job.recipe.trains_heads_alone:
+                count(job)
+    except (EncoderError, RecipeError) as error:
+        return Planned(law, claim, {}, str(error))
+    return Planned(law, claim, found)
+
+
+def _lacking(arm: Arm, claim: Claim, setting: LawsSetting) -> str:
+    for role in (arm.image, arm.text, arm.teacher):
+        if role and role not in setting.encoders:
+            return f"it needs --encoder {role}=…"
+    if claim.metric == "top1" and setting.labels is None:
+        return "it needs --labels"
+    if claim.metric == "unseen" and setting.languages is None:
+        return "it needs --languages"
+    if arm.start == "random" and not all(setting.encoders[role].folder for role in (arm.image, arm.text)):
+        return "random weights need encoders in local folders"
+    return ""
+
+
+def _jobs(arm: Arm, claim: Claim, setting: LawsSetting, towers: bool) -> Iterator[Job]:
+    size = setting.size
+    most = sum(pair.split == "train" for pair in setting.pairs)
+    whole = min(most, (size.images if towers else size.head_images) or most)
+    images = max(min(whole, FEWEST), round(whole * arm.data))
+    recipe = recipe_of(arm, setting, images, towers)
+    teacher = _teacher(arm, setting, recipe)
+    specs = setting.encoders[arm.image], setting.encoders[arm.text]
+    fits = claim.metric not in COUNTED
+    still = not (recipe.schedule.epochs or recipe.schedule.steps) or not fits
+    autocast = "float32" if recipe.trains_heads_alone or still else size.autocast
+    for seed in range(1 if still else setting.seeds):
+        yield Job(recipe, *specs, teacher, arm.start, images, arm.noise, seed, fits, autocast)
+
+
+def _teacher(arm: Arm, setting: LawsSetting, recipe: Recipe) -> EncoderSpec | None:
+    """Classes are taught from the encoder's own pooled features, else the CLS before the final norm is."""
+    if recipe.distillation is None:
+        return None
+    spec = setting.encoders[arm.teacher or arm.image]
+    return spec if recipe.distillation.kind == "classes" else replace(spec, pooling="cls", layer=-1)
+
+
+def recipe_of(arm: Arm, setting: LawsSetting, images: int, towers: bool) -> Recipe:
+    """The arm's recipe at the size's steps and batch.
+
+    Raises:
+        RecipeError: its settings do not work. EncoderError: half of a tower is asked for of what is none.
+    """
+    recipe = load_recipe(arm.recipe, [_halved(text, arm, setting) for text in arm.settings])
+    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in arm.without}
+    recipe = parse_recipe(values, arm.recipe)
+    if teacher := _teacher(arm, setting, recipe):
+        values["distillation"] = {**values["distillation"], "teacher": teacher.slug}
+    values |= _sized(recipe, setting.size, arm, images, towers)
+    return parse_recipe(values, arm.recipe)
+
+
+def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> dict[str, Any]:
+    schedule, optimiser = recipe.schedule, recipe.optimiser
+    if not (schedule.epochs or schedule.steps):
+        return {}
+    batch = min(schedule.batch_size, size.batch or schedule.batch_size) if towers else schedule.batch_size
+    rate = optimiser.lr * math.sqrt(batch / schedule.batch_size)
+    if size.lr is not None and not recipe.trains_heads_alone:
+        rate = size.lr
+    steps = size.steps if towers else size.head_steps
+    if steps is None:
+        count = schedule.steps or schedule.epochs
+        changed: dict[str, Any] = {"steps" if schedule.steps else "epochs": max(1, round(count * arm.steps))}
+    else:
+        steps = max(1, round(steps * arm.steps))
+        used = images - min(DEV_IMAGES, images // DEV_SHARE)
+        n_epochs = -(-steps // max(1, used // min(batch, used)))
+        changed = {"steps": steps, "evaluate_every": max(1, n_epochs // EVALUATIONS)}
+    schedule = schedule.model_copy(update={"batch_size": batch, **changed})
+    return {
+        "schedule": schedule.model_dump(mode="json"),
+        "optimiser": {**optimiser.model_dump(mode="json"), "lr": rate},
+    }
+
+
+def _halved(text: str, arm: Arm, setting: LawsSetting) -> str:
+    """IMAGE_HALF and TEXT_HALF of a setting: half of the tower's blocks."""
+    for word, role in (("IMAGE_HALF", arm.image), ("TEXT_HALF", arm.text)):
+        if word in text:
+            text = text.replace(word, str(_n_blocks(setting.encoders[role]) // 2))
+    return text
+
+
+@cache
+def _n_blocks(spec: EncoderSpec) -> int:
+    return shape_tower(spec).n_blocks
+
+
+# --- their order -----------------------------------------------------------------------------------------------------
+
+
+def in_turn(planned: Sequence[Planned]) -> list[Planned]:
+    """The claim with the largest published gap of each law, laws with the largest first; then the second ones, and so
+    on. Claims that cannot be tried are left out."""
+    laws: dict[str, list[Planned]] = {}
+    for one in planned:
+        if not one.why_not:
+            laws.setdefault(one.law.id, []).append(one)
+    for claims in laws.values():
+        claims.sort(key=lambda one: -one.gap)
+    ranked = sorted(laws.values(), key=lambda claims: -claims[0].gap)
+    deepest = max(map(len, ranked), default=0)
+    return [claims[place] for place in range(deepest) for claims in ranked if place < len(claims)]
+
+
+def jobs_in_turn(planned: Sequence[Planned]) -> dict[Job, set[str]]:
+    """Every job once, in the order in which they are run, with what must be measured of it."""
+    wanted: dict[Job, set[str]] = {}
+    for one in in_turn(planned):
+        for jobs in one.jobs.values():
+            for job in jobs:
+                wanted.setdefault(job, set()).add(one.wants)
+    return wanted

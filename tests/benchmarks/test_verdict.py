@@ -1,0 +1,148 @@
+"""Verdicts on made-up outcomes, of which the truth is known."""
+
+import numpy as np
+import pytest
+
+from benchmarks.laws.law import Claim
+from benchmarks.laws.outcome import Outcome, Ranks, load_outcome, save_outcome
+from benchmarks.laws.verdict import detectable, judge
+
+N = 400
+
+
+def outcomes(share: float, seeds: int, spread: float = 0.0, start: int = 0, n: int = N) -> list[Outcome]:
+    """Images whose own caption is first in `share` of the cases, another share in each seed."""
+    found = []
+    for seed in range(seeds):
+        draws = np.random.default_rng([start, seed])
+        p = share + spread * float(draws.normal())
+        ranks = tuple(int(50 * (value >= p)) for value in draws.random(n))
+        keys = tuple(f"{row:04d}" for row in range(n))
+        retrieval = Ranks(keys, ranks, ranks, tuple(range(n)))
+        chance = {"tr": 1.0, "recall": 1.0}
+        found.append(
+            Outcome(f"{start}-{seed}", {}, retrieval=retrieval, costs={"trained": 10.0 * share}, chance=chance)
+        )
+    return found
+
+
+def claim(**given: object) -> Claim:
+    return Claim.model_validate({"weights": {"a": 1.0, "b": -1.0}, "metric": "tr", "smallest": 2.0, **given})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal", "verdict"),
+    [
+        (0.7, 0.3, False, "held"),
+        (0.3, 0.7, False, "broken"),
+        (0.52, 0.5, False, "not decided"),
+        (0.7, 0.3, True, "broken"),
+        (0.5, 0.5, True, "not decided"),
+    ],
+)
+def test_a_difference_is_held_broken_or_open(first: float, second: float, equal: bool, verdict: str) -> None:
+    found = judge(claim(equal=equal), {"a": outcomes(first, 3, start=1), "b": outcomes(second, 3, start=2)})
+    assert found.verdict == verdict
+    assert bool(found.why) == (verdict == "not decided")
+    assert (found.source, found.n_seeds, found.n_images) == ("seeds and images", 3, N)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < found.difference < found.high
+
+
+def test_a_tie_is_held_where_the_interval_lies_within_what_counts() -> None:
+    same = outcomes(0.5, 2)
+    found = judge(claim(equal=True), {"a": same, "b": same})
+    assert (found.verdict, found.difference) == ("held", 0.0)
+    assert found.low is not None
+    assert found.high is not None
+    assert -1 < found.low < 0 < found.high < 1  # no difference among N images is not "0 to 0"
+
+
+def test_a_real_difference_that_is_too_small_to_count_breaks_an_order() -> None:
+    same = outcomes(0.5, 2)
+    assert judge(claim(), {"a": same, "b": same}).verdict == "broken"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal", "smallest", "why"),
+    [
+        (0.52, 0.5, False, 2.0, "the interval holds 0 and differences that would count at this level"),
+        (0.7, 0.3, False, 60.0, "there is a difference, but it is smaller than what counts"),
+        (0.7, 0.3, True, 60.0, "there is a difference, but it is smaller than what counts"),
+        (0.5, 0.5, True, 2.0, "the interval reaches differences that would count at this level"),
+    ],
+)
+def test_what_is_left_open_says_why(first: float, second: float, equal: bool, smallest: float, why: str) -> None:
+    arms = {"a": outcomes(first, 3, 0.1, start=1), "b": outcomes(second, 3, 0.1, start=2)}
+    found = judge(claim(equal=equal, smallest=smallest), arms)
+    assert (found.verdict, found.why) == ("not decided", why)
+
+
+def test_arms_that_reach_little_do_not_break_an_order_by_being_close() -> None:
+    """Of 2 to 3 per cent no difference can be 5; one that is published as half of what was reached may be there."""
+    given = {"a": outcomes(0.03, 3, start=1, n=2000), "b": outcomes(0.02, 3, start=2, n=2000)}
+    found = judge(claim(smallest=5.0, figures=(40.0, 30.0), published=10.0), given)
+    assert 0 < found.difference < found.high < 5
+    assert found.verdict == "not decided"
+    same = {"a": given["a"], "b": given["a"]}
+    assert judge(claim(smallest=5.0), same).verdict == "broken"
+    assert judge(claim(smallest=5.0, figures=(40.0, 20.0), published=20.0), same).verdict == "broken"
+    wide = {"a": outcomes(0.03, 3, start=1, n=300), "b": outcomes(0.03, 3, start=5, n=300)}
+    assert judge(claim(smallest=5.0, equal=True), wide).verdict == "not decided"
+
+
+def test_nothing_is_decided_where_nothing_was_learnt() -> None:
+    found = judge(claim(), {"a": outcomes(0.0, 3, start=1), "b": outcomes(0.0, 3, start=2)})
+    assert found.verdict == "not decided"
+    assert "above chance" in found.why
+
+
+def test_seeds_that_disagree_widen_the_interval_and_one_seed_speaks_of_images_alone() -> None:
+    calm = judge(claim(), {"a": outcomes(0.6, 3, start=1), "b": outcomes(0.4, 3, start=2)})
+    wild = judge(claim(), {"a": outcomes(0.6, 3, 0.2, start=1), "b": outcomes(0.4, 3, start=2)})
+    assert wild.high - wild.low > 2 * (calm.high - calm.low)
+    assert judge(claim(), {"a": outcomes(0.6, 1), "b": outcomes(0.4, 1, start=2)}).source == "images"
+
+
+def test_intervals_hold_the_truth_in_about_95_of_100_experiments() -> None:
+    true, within = 10.0, 0
+    for trial in range(40):
+        arms = {"a": outcomes(0.5, 3, 0.03, 2 * trial, 200), "b": outcomes(0.4, 3, 0.03, 2 * trial + 1, 200)}
+        found = judge(claim(), arms)
+        within += found.low <= true <= found.high
+    assert 34 <= within <= 40
+
+
+def test_an_arm_that_is_the_same_for_all_seeds_counts_for_each() -> None:
+    found = judge(claim(), {"a": outcomes(0.7, 3, start=1), "b": outcomes(0.3, 1, start=2)})
+    assert (found.n_seeds, found.verdict) == (3, "held")
+
+
+def test_what_is_counted_is_exact() -> None:
+    found = judge(claim(metric="trained", smallest=10.0), {"a": outcomes(0.1, 1), "b": outcomes(0.4, 1)})
+    assert (found.verdict, found.difference, found.source) == ("held", 75.0, "counted, exact")
+    assert detectable(claim(metric="trained"), 100, 3) == 0.0
+
+
+def test_more_images_and_more_seeds_detect_less() -> None:
+    assert detectable(claim(), 1000, 3) < detectable(claim(), 100, 3)
+    assert detectable(claim(), 1000, 3) < detectable(claim(), 1000, 2)
+    assert 3.0 < detectable(claim(), 1000, 3) < 8.0
+
+
+def test_an_outcome_is_read_as_it_was_written(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (one,) = outcomes(0.5, 1)
+    save_outcome(one, tmp_path)
+    again = load_outcome(one.digest, tmp_path)
+    assert again == one
+    assert again.value("tr") == one.value("tr")
+    assert load_outcome("another", tmp_path) is None
+
+
+def test_seeds_that_agree_leave_the_variance_over_images() -> None:
+    first, second = outcomes(0.6, 1, start=1)[0], outcomes(0.4, 1, start=2)[0]
+    found = judge(claim(), {"a": [first] * 3, "b": [second] * 3})
+    hits = [np.array(one.retrieval.image) == 0 for one in (first, second) if one.retrieval]
+    expected = 1.96 * 100 * np.std(hits[0].astype(float) - hits[1]) / np.sqrt(N)
+    assert found.high - found.difference == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,255 @@
+"""Towers: equal to the libraries' own forward, whole and cut; the same parts in every family; the CLS row alone."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from apecache.encoders.encoder import pool_tokens
+from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.spec import parse_encoder
+from apecache.encoders.tower import Tower, build_tower, tower_of
+from apecache.errors import EncoderError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+PIXELS = {"image_size": 16, "patch_size": 4}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 60}
+HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "vit (ViT, DINO)": (hf.ViTModel, hf.ViTConfig, {**SMALL, **PIXELS}),
+    "deit": (hf.DeiTModel, hf.DeiTConfig, {**SMALL, **PIXELS}),
+    "dinov2": (hf.Dinov2Model, hf.Dinov2Config, {**SMALL, **PIXELS, "intermediate_size": 64}),
+    "dinov2 with registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig, {**SMALL, **PIXELS}),
+    "beit": (hf.BeitModel, hf.BeitConfig, {**SMALL, **PIXELS, "use_relative_position_bias": True}),
+    "beit, one table of positions": (
+        hf.BeitModel,
+        hf.BeitConfig,
+        {**SMALL, **PIXELS, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
+    ),
+}
+TIMM: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_small_patch14_reg4_dinov2": {"patch_size": 4},
+    "vit_base_patch32_clip_224": {"patch_size": 4},
+    "beit_base_patch16_224": {},
+}
+HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bert (mBERT, MiniLM, E5)": (hf.BertModel, hf.BertConfig, {**SMALL, "vocab_size": 60}),
+    "roberta": (hf.RobertaModel, hf.RobertaConfig, {**SMALL, "vocab_size": 60}),
+    "xlm-roberta (E5)": (hf.XLMRobertaModel, hf.XLMRobertaConfig, {**SMALL, "vocab_size": 60}),
+    "t5 encoder": (hf.T5EncoderModel, hf.T5Config, T5_SIZES),
+    "mt5 encoder": (hf.MT5EncoderModel, hf.MT5Config, T5_SIZES),
+}
+
+
+def randomise(module: Any) -> Any:
+    """Large random weights, norms and zero-initialised tables too: what is left out shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))
+    return module.eval()
+
+
+def hf_model(entry: tuple[Any, Any, dict[str, Any]]) -> Any:
+    model, config, settings = entry
+    return randomise(model(config(**settings)))
+
+
+def timm_model(name: str, **settings: Any) -> Any:
+    sizes = {"img_size": 16, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "depth": 3}
+    return randomise(timm.create_model(name, pretrained=False, num_classes=0, **sizes | settings))
+
+
+def bert_tower(cls_id: int | None = 2, pooling: Any = "cls") -> Tower:
+    return build_tower(hf_model(HF_TEXT["bert (mBERT, MiniLM, E5)"]), "text", pooling, cls_id)
+
+
+def pictures() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def sentences(pad: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:], mask[2, 6:] = 0, 0
+    return ids.where(mask == 1, pad), mask
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def equal_whole_and_cut(tower: Tower, expected: Tensor, inputs: Tensor, mask: Tensor | None = None) -> None:
+    assert expected.abs().max() > 0.1
+    same(tower(inputs, mask), expected)
+    for cut in (*range(tower.n_blocks + 1), "pooled"):
+        same(tower.forward_from(cut, tower.run_to(cut, inputs, mask), mask), expected)
+
+
+@pytest.mark.parametrize("name", HF_IMAGE)
+@pytest.mark.parametrize("pooling", ["default", "mean", "max", "cls+mean"])
+def test_transformers_images(name: str, pooling: Any) -> None:
+    module = hf_model(HF_IMAGE[name])
+    tower = build_tower(module, "image", pooling)
+    with torch.no_grad():
+        tokens = module(pictures()).last_hidden_state
+    n_prefix = tokens.shape[1] - 16
+    expected = pool_tokens(tokens, None, "cls" if pooling == "default" else pooling, n_prefix)
+    assert expected.shape[1] == tower.output_dim
+    equal_whole_and_cut(tower, expected, pictures())
+
+
+@pytest.mark.parametrize("name", list(TIMM))
+@pytest.mark.parametrize("pooling", ["default", "cls", "mean"])
+def test_timm_images(name: str, pooling: Any) -> None:
+    module = timm_model(name, **TIMM[name])
+    with torch.no_grad():
+        tokens = module.forward_features(pictures())
+        expected = {
+            "default": module(pictures()),
+            "cls": tokens[:, 0],
+            "mean": tokens[:, module.num_prefix_tokens :].mean(1),
+        }
+    equal_whole_and_cut(build_tower(module, "image", pooling), expected[pooling], pictures())
+
+
+@pytest.mark.parametrize("name", HF_TEXT)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_texts_with_padding(name: str, attention: str) -> None:
+    module = hf_model(HF_TEXT[name])
+    module.set_attn_implementation(attention)
+    ids, mask = sentences(module.config.pad_token_id)
+    with torch.no_grad():
+        tokens = module(input_ids=ids, attention_mask=mask).last_hidden_state
+    equal_whole_and_cut(build_tower(module, "text", "mean", 2), pool_tokens(tokens, mask, "mean"), ids, mask)
+    if "t5" not in name:
+        equal_whole_and_cut(build_tower(module, "text", "cls", 2), tokens[:, 0], ids, mask)
+
+
+def test_padding_changes_nothing() -> None:
+    tower, (ids, mask) = bert_tower(pooling="mean"), sentences(0)
+    with torch.no_grad():
+        same(tower(ids, mask)[1], tower(ids[1:2, :4], mask[1:2, :4])[0])
+
+
+def all_towers() -> list[Tower]:
+    images = [build_tower(hf_model(entry), "image") for entry in HF_IMAGE.values()]
+    images += [build_tower(timm_model(name, **s), "image") for name, s in TIMM.items()]
+    return [*images, *(build_tower(hf_model(entry), "text", cls_id=2) for entry in HF_TEXT.values())]
+
+
+def test_every_family_has_the_same_parts() -> None:
+    for tower in all_towers():
+        parts = tower.parts()
+        places = {part.place for part in parts}
+        first = {"patch_embedding", "cls"} if tower.modality == "image" else {"token_embedding"}
+        assert {"block", *first} <= places
+        assert {part.depth for part in parts if part.place == "block"} == {0, 1, 2}
+        assert all(part.depth == -1 for part in parts if part.place in EMBEDDING_PLACES)
+        assert sum(part.norm for part in parts if part.place == "block") in (6, 12)  # weights, and biases but for T5
+        is_t5 = tower.anatomy.family == "t5"  # mT5 too
+        assert any(part.bias for part in parts) is not is_t5
+        assert ("cls" in places) is not is_t5
+
+
+def test_every_part_is_on_the_way_and_nothing_else() -> None:
+    for tower in all_towers():
+        ids, mask = sentences(tower.module.config.pad_token_id) if tower.modality == "text" else (pictures(), None)
+        tower.zero_grad()
+        tower(ids, mask).square().sum().backward()
+        reached = {name for name, p in tower.module.named_parameters() if p.grad is not None}
+        assert {part.name.removesuffix("[cls]") for part in tower.parts()} == reached
+
+
+def test_the_cls_row_of_a_table_counts_apart() -> None:
+    parts = {part.name: part for part in bert_tower().parts()}
+    table, row = parts["embeddings.word_embeddings.weight"], parts["embeddings.word_embeddings.weight[cls]"]
+    assert (table.count, row.count, row.place) == (59 * 16, 16, "cls")
+    assert "embeddings.word_embeddings.weight[cls]" not in {part.name for part in bert_tower(cls_id=None).parts()}
+
+
+def test_the_cls_row_alone_gets_a_gradient_and_is_put_back() -> None:
+    tower, (ids, mask) = bert_tower(cls_id=2), sentences(0)
+    ids[:, 0] = 2
+    plain = tower(ids, mask).detach()
+    before = tower.module.embeddings.word_embeddings.weight.detach().clone()
+    tower.split_cls()
+    tower.requires_grad_(False)
+    row = tower.module.embeddings.word_embeddings.row.requires_grad_(True)
+    same(tower(ids, mask), plain)
+    tower(ids, mask).square().sum().backward()
+    assert row.grad is not None
+    assert row.grad.shape == (16,)
+    assert row.grad.abs().sum() > 0
+    assert [name for name, p in tower.named_parameters() if p.grad is not None] == [
+        "module.embeddings.word_embeddings.row"
+    ]
+    with torch.no_grad():
+        row += 1
+    changed = tower(ids, mask).detach()
+    tower.join_cls()
+    same(tower(ids, mask), changed)
+    table = tower.module.embeddings.word_embeddings
+    assert isinstance(table, nn.Embedding)
+    same(table.weight[2], before[2] + 1)
+    same(table.weight[3:], before[3:])
+
+
+@pytest.mark.parametrize("name", ["bert (mBERT, MiniLM, E5)", "t5 encoder"])
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    tower, (ids, mask) = build_tower(hf_model(HF_TEXT[name]), "text", "mean", 2), sentences(0)
+    gradients = []
+    for tower.checkpointing in (False, True):
+        tower.zero_grad()
+        tower(ids, mask).square().sum().backward()
+        gradients.append([p.grad.clone() for p in tower.module.parameters() if p.grad is not None])
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept)
+
+
+def test_loaded_encoders_keep_their_pooling(tiny_image_encoder: Any, tiny_text_encoder: Any) -> None:
+    from apecache.encoders.load import load_image_encoder, load_text_encoder
+
+    image = load_image_encoder(parse_encoder(f"timm:{tiny_image_encoder}", "image"), "cpu")
+    pixels = torch.randn(2, *image.input_shape)
+    with torch.no_grad():
+        same(tower_of(image)(pixels), image.encode(pixels))
+    text = load_text_encoder(parse_encoder(f"hf:{tiny_text_encoder}", "text"), "cpu")
+    ids = torch.tensor(text.tokenise(["a red circle"]).ids)
+    tower = tower_of(text)
+    assert (tower.cls_id, tower.pooling) == (2, "mean")
+    with torch.no_grad():
+        same(tower(ids, torch.ones_like(ids)), text.encode_ids(ids.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("make", "modality", "name"),
+    [
+        (lambda: timm.create_model("test_resnet", pretrained=False), "image", "ResNet"),
+        (lambda: timm.create_model("vit_small_patch16_rope_224", pretrained=False, depth=1), "image", "Eva"),
+        (lambda: hf.DistilBertModel(hf.DistilBertConfig(n_layers=1, dim=16, n_heads=2)), "text", "DistilBertModel"),
+        (lambda: hf_model(HF_IMAGE["deit"]), "text", "DeiTModel"),
+        (lambda: hf_model(HF_TEXT["roberta"]), "image", "RobertaModel"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(make: Any, modality: Any, name: str) -> None:
+    with pytest.raises(EncoderError, match=f"{name}.*supported are timm VisionTransformer") as error:
+        build_tower(make(), modality)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(EncoderError, match="cut 4: the tower has 3 blocks; give 0 to 3"):
+        bert_tower().run_to(4, *sentences(0))
+    with pytest.raises(EncoderError, match="no CLS token"):
+        build_tower(hf_model(HF_TEXT["t5 encoder"]), "text", "cls")
+    with pytest.raises(EncoderError, match="not its tokens"):
+        bert_tower(pooling="tokens")
+    with pytest.raises(EncoderError, match="no CLS row"):
+        bert_tower(cls_id=None).split_cls()
