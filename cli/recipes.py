@@ -1,5 +1,6 @@
 """`apecache recipes`."""
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -62,7 +63,7 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
 
 def _summary(recipe: Any) -> str:
     """Of a recipe without one, the first sentence of its source."""
-    return str(recipe.summary or recipe.source.partition(". ")[0])
+    return recipe.summary or re.split(r"(?<!et al)\. ", recipe.source)[0]
 
 
 def _count(row: dict[str, Any]) -> Any:
