@@ -1,5 +1,6 @@
 """`apecache recipes`."""
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,7 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
     """A recipe for fit-head for features of these widths, any other for the reference encoders."""
     from apecache.recipes.recipe import count_parameters
 
-    named = {"name": recipe.name, "summary": recipe.summary, "source": recipe.source}
+    named = {"name": recipe.name, "summary": _summary(recipe), "source": recipe.source}
     if recipe.trains_heads_alone:
         count = count_parameters(recipe, image_dim, text_dim)
         widths = f"features of width {image_dim} (image) and {text_dim} (text)"
@@ -60,6 +61,11 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
     return {**named, "cut": needs.summary, "n_trained_parameters": needs.n_trained, "counted_with": encoders}
 
 
+def _summary(recipe: Any) -> str:
+    """Of a recipe without one, the first sentence of its source."""
+    return recipe.summary or re.split(r"(?<!et al)\. ", recipe.source)[0]
+
+
 def _count(row: dict[str, Any]) -> Any:
     count = row["n_trained_parameters"]
     return "depends on the teacher" if count is None else count
@@ -70,6 +76,6 @@ def _encoder_lines() -> list[tuple[str, str, str]]:
     from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names
 
     loaded = [load_recipe(each) for each in tower_zoo_names()]
-    lines = [(one.name, needs_of_sides(one), one.summary) for one in loaded]
+    lines = [(one.name, needs_of_sides(one), _summary(one)) for one in loaded]
     family = f"{len(freeze_names())} combinations: u, f or c (CLS alone) for embeddings, u or f for blocks"
     return [*lines, ("freeze/V[ufc][uf]-T[ufc][uf]", "by combination", family)]

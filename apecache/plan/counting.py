@@ -93,6 +93,9 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
     on_tokens = found.cut == "pooled" and takes_tokens(head)
     shape = (1, _n_tokens(tower, spec), head.in_dim) if takes_tokens(head) else (1, head.in_dim)
     features = torch.zeros(shape, device="meta", requires_grad=live > 0)
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()  # a single row has no statistics
     head_flops, _, head_saved = measure(lambda: head(features), backward=True)
     items = spec.rows * (1 if tower.modality == "image" else spec.captions)
     cache = 0 if found.cut is None else items * hidden.numel() * STORED_BYTES

@@ -10,6 +10,8 @@ from apecache.plan.plan import match_towers, scalars
 from apecache.recipes.recipe import Recipe
 
 LIVE = "live tower"
+TRAINS = "tower trains"
+"""Live, or from the tokens after some block: that depends on the encoder's depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class RecipeNeeds:
 
 
 def needs_of_sides(recipe: Recipe) -> str:
-    """Say for each side whether its cache serves or its tower runs, as far as that holds for all encoders."""
+    """Say for each side which features are cached, or that its tower trains, which holds for all encoders."""
     return RecipeNeeds(image=_side(recipe, "image"), text=_side(recipe, "text"), n_trained=None).summary
 
 
 def _side(recipe: Recipe, side: Modality) -> str:
     spec = recipe.image if side == "image" else recipe.text
-    return LIVE if recipe.towers.may_train(side) else spec.cut
+    return TRAINS if recipe.towers.may_train(side) else spec.cut
 
 
 def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:

@@ -13,7 +13,7 @@ from apecache.encoders.tower import Tower
 from apecache.errors import RecipeError
 from apecache.plan import counting, counting_shared
 from apecache.plan.counting import PlanSpec
-from apecache.plan.needs import LIVE, count_needs, needs_of_sides
+from apecache.plan.needs import LIVE, TRAINS, count_needs, needs_of_sides
 from apecache.plan.plan import count_model
 from apecache.recipes.recipe import count_parameters, freeze_names, load_recipe, tower_zoo_names, zoo_names
 
@@ -48,9 +48,17 @@ def test_recipes_and_plan_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         expected = {None: LIVE, "pooled": head.cut}.get(side.cut, f"tokens after {side.cut} of 12 blocks")
         assert said == expected
         of_side = listed if ";" not in listed else dict(part.split(": ") for part in listed.split("; "))[modality]
-        assert (of_side == LIVE) == (side.cut != "pooled")
+        assert (of_side == TRAINS) == (side.cut != "pooled")
     if recipe.trains_heads_alone:
         assert needs.n_trained == count_parameters(recipe, image.output_dim, text.output_dim)
+
+
+@pytest.mark.parametrize("name", ["sharelock", "cca", "asif"])
+def test_heads_with_batch_norm_and_closed_forms_are_planned(name: str) -> None:
+    with torch.device("meta"):
+        image, text = small_vit(depth=1), small_bert(num_hidden_layers=1)
+    model = count_model(load_recipe(name), lambda: image, lambda: text, SPEC)
+    assert model.n_trained == count_parameters(load_recipe(name), 16, 16)
 
 
 def test_a_named_recipe_is_counted_with_the_reference_encoders() -> None:
