@@ -131,5 +131,5 @@ class Relevance:
 
 def _compact(numbers: Tensor) -> Tensor:
     """Equal numbers from 0 without gaps."""
-    _, compact = torch.unique(numbers, return_inverse=True)
+    compact: Tensor = torch.unique(numbers, return_inverse=True)[1]
     return compact

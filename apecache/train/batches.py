@@ -259,7 +259,7 @@ def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
         smaller = joined.scatter_reduce(0, groups, of_id[shared].amin(1), "amin")
         smaller = smaller[smaller]  # a label is a group too: its own label is smaller yet, so that chains are halved
         if torch.equal(smaller, joined):
-            _, compact = torch.unique(joined[groups], return_inverse=True)
+            compact: Tensor = torch.unique(joined[groups], return_inverse=True)[1]
             return compact
         joined = smaller
 
