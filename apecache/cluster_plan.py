@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from apecache.errors import OptionError
-from apecache.extract.arrays import MAX_SHARD_ROWS
+from apecache.extraction.arrays import MAX_SHARD_ROWS
 from apecache.plan.counting import STORED_BYTES, PlanSpec, SidePlan
 from apecache.plan.devices import GB
 from apecache.plan.plan import Clock, Cuts, Plan

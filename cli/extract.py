@@ -109,7 +109,7 @@ def extract(
     """
     with ending():
         choice("--storage", storage, ("float16", "float32", "int8"))
-        from apecache.extract.shard_range import WHOLE, parse_part
+        from apecache.extraction.shard_range import WHOLE, parse_part
 
         own, cluster = parse_part(part) if part else WHOLE, ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
         from apecache.data.sources import open_pairs
@@ -119,7 +119,7 @@ def extract(
         choice("--resize", resize, ("reference", "torchvision"))
         images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
         texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
-        from apecache.extract.run import ExtractSpec
+        from apecache.extraction.run import ExtractSpec
 
         keep_freed_memory()
 
@@ -141,7 +141,7 @@ def extract(
 def run_on(cluster: Any) -> Any:
     """`extract` of the local engine, or of a Ray cluster."""
     if cluster is None:
-        from apecache.extract.run import extract
+        from apecache.extraction.run import extract
 
         return extract
     from apecache.cluster.extract import extract_on_ray
@@ -150,7 +150,7 @@ def run_on(cluster: Any) -> Any:
 
 
 def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, json: bool) -> None:
-    from apecache.extract.estimate import plan_extraction
+    from apecache.extraction.estimate import plan_extraction
 
     plan = plan_extraction(source, store, spec, price_per_hour)
     if json:

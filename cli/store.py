@@ -123,8 +123,8 @@ def repair(
     """
     with ending():
         from apecache.encoders.spec import parse_encoder
-        from apecache.extract.repair import repair as run
-        from apecache.extract.run import ExtractSpec
+        from apecache.extraction.repair import repair as run
+        from apecache.extraction.run import ExtractSpec
 
         source = source_of(store, pairs, opening())
         moved_image = parse_encoder(image, "image") if image else None

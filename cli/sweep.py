@@ -54,11 +54,11 @@ def sweep(
     with ending():
         choice("--sampler", sampler, ("random", "grid", "tpe"))
         cluster = ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
-        from apecache.sweep.space import load_space
+        from apecache.sweeps.space import load_space
 
         loaded = load_space(space, recipe)
         from apecache.store.reader import FeatureStore
-        from apecache.sweep.run import SweepSpec
+        from apecache.sweeps.run import SweepSpec
         from apecache.train.batches import SplitSpec
         from apecache.train.head_data import FitSpec
 
@@ -85,7 +85,7 @@ def sweep(
 def run_on(cluster: Any) -> Any:
     """`sweep` of the local engine, or of a Ray cluster."""
     if cluster is None:
-        from apecache.sweep.run import sweep
+        from apecache.sweeps.run import sweep
 
         return sweep
     from apecache.cluster.sweep import sweep_on_ray

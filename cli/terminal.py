@@ -134,7 +134,7 @@ def printable(text: str) -> str:
 class _Rate:
     """What progress says of one stage: rows a second since it began, what is written, what could not be read.
 
-    `Standing` comes from `apecache.extract.report`, which is too heavy to import here.
+    `Standing` comes from `apecache.extraction.report`, which is too heavy to import here.
     """
 
     def __init__(self, first: Any) -> None:

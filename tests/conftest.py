@@ -215,10 +215,10 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extraction and repair load each encoder once per session: for tests that run them often and edit no encoder."""
-    import apecache.extract.run
+    import apecache.extraction.run
 
     for modality in ("image", "text"):
-        monkeypatch.setattr(apecache.extract.run, f"load_{modality}_encoders", loaded_once(modality))
+        monkeypatch.setattr(apecache.extraction.run, f"load_{modality}_encoders", loaded_once(modality))
 
 
 @pytest.fixture(scope="session")

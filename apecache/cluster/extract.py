@@ -21,12 +21,12 @@ from apecache.cluster.filling import Filling, ShardDone, ShardPiece, Task, fill
 from apecache.cluster.pool import Pool, RaySpec, node_name, open_pool
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
-from apecache.extract.arrays import default_workers
-from apecache.extract.encode import ImageJob, TextJob
-from apecache.extract.recheck import require_same_content, spot_check
-from apecache.extract.report import ExtractReport, Progress, Tally, Total, judge
-from apecache.extract.run import ExtractSpec, commit_shard, load_encoders, new_totals, prepare_jobs, require_inputs
-from apecache.extract.segments import make_segment, split_source
+from apecache.extraction.arrays import default_workers
+from apecache.extraction.encode import ImageJob, TextJob
+from apecache.extraction.recheck import require_same_content, spot_check
+from apecache.extraction.report import ExtractReport, Progress, Tally, Total, judge
+from apecache.extraction.run import ExtractSpec, commit_shard, load_encoders, new_totals, prepare_jobs, require_inputs
+from apecache.extraction.segments import make_segment, split_source
 from apecache.fingerprint import Modality
 from apecache.storage.bucket import is_object_url
 from apecache.storage.files import Files

@@ -17,10 +17,10 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.cluster.pool import Pool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
-from apecache.sweep.halving import Group, Name, Results, SweepSpec, Wave
-from apecache.sweep.run import SweepReport, load_data, sweep
-from apecache.sweep.space import Space
-from apecache.sweep.trials import Trial
+from apecache.sweeps.halving import Group, Name, Results, SweepSpec, Wave
+from apecache.sweeps.run import SweepReport, load_data, sweep
+from apecache.sweeps.space import Space
+from apecache.sweeps.trials import Trial
 from apecache.train.loop import Training
 
 

@@ -22,7 +22,7 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
-from apecache.extract.run import ExtractSpec, Progress, Standing, extract
+from apecache.extraction.run import ExtractSpec, Progress, Standing, extract
 from apecache.fingerprint import Modality, digest_strings
 from apecache.heads.head import mask_of
 from apecache.heads.tokens import masked_mean

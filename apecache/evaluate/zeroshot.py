@@ -13,7 +13,7 @@ from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
-from apecache.extract.run import Progress
+from apecache.extraction.run import Progress
 from apecache.heads.normalization import normalize
 from apecache.metrics.retrieval import TIE
 from apecache.runs.encoders import TrainedEncoders

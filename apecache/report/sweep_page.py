@@ -16,8 +16,8 @@ from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
 from apecache.report.records import ends
 from apecache.report.run_page import learning_charts, ledger_table
 from apecache.runs.heads import DESCRIPTION
-from apecache.sweep.run import COMMAND, DESCRIBED, Trial, read_trials
-from apecache.sweep.space import Dimension
+from apecache.sweeps.run import COMMAND, DESCRIBED, Trial, read_trials
+from apecache.sweeps.space import Dimension
 
 PAGE = "report.html"
 STATES = ("done", "stopped", "failed")

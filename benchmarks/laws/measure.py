@@ -21,7 +21,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.zeroshot import class_embeddings
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Modality
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import TIE, image_to_text_ranks, retrieval_report, text_to_image_ranks

@@ -34,7 +34,7 @@ from apecache.evaluate.labelled import LabelledSpec, labelled_features
 from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.protocols import language_reports, retrieval_hits, retrieval_intervals
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.metrics.statistics import RetrievalHits, Way, estimate_recall

@@ -34,7 +34,7 @@ from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError, MismatchError, RecipeError
 from apecache.evaluate.embeddings import embed_store, load_lengths
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.protocols import retrieval_intervals
 from apecache.metrics.retrieval import retrieval_report
 from apecache.plan.counting import PlanSpec

@@ -30,7 +30,7 @@ from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError
 from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.scout import ScoutReport, ScoutRow, ScoutSpec, of_split, scout
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Modality
 from apecache.metrics.geometry import Likeness
 from apecache.metrics.retrieval import retrieval_report

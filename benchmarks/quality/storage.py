@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.evaluate.embeddings import embed_store
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.heads import load_heads

@@ -29,8 +29,8 @@ from apecache.metrics.statistics import RetrievalHits, estimate_recall
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
-from apecache.sweep.run import SweepReport, SweepSpec, sweep
-from apecache.sweep.space import Space, load_space
+from apecache.sweeps.run import SweepReport, SweepSpec, sweep
+from apecache.sweeps.space import Space, load_space
 from apecache.train.batches import FeaturePairs, SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits

@@ -22,7 +22,7 @@ from apecache.cluster.pool import RaySpec
 from apecache.data.sources import open_pairs
 from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.spec import parse_encoder
-from apecache.extract.run import ExtractReport, ExtractSpec, extract
+from apecache.extraction.run import ExtractReport, ExtractSpec, extract
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))

@@ -22,7 +22,7 @@ import numpy as np
 from apecache_cli.store import describe
 
 from apecache.encoders.spec import EncoderSpec
-from apecache.extract.arrays import MAX_SHARD_ROWS
+from apecache.extraction.arrays import MAX_SHARD_ROWS
 from apecache.fingerprint import Fingerprint, content_hash
 from apecache.storage.local import LocalFiles
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata

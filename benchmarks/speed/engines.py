@@ -25,7 +25,7 @@ from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.spec import parse_encoder
-from apecache.extract.run import ExtractReport, ExtractSpec, extract
+from apecache.extraction.run import ExtractReport, ExtractSpec, extract
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "images"

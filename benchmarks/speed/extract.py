@@ -35,9 +35,9 @@ from apecache.encoders.encoder import ImageEncoder, compile_images
 from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.preprocess import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
-from apecache.extract.arrays import CPU_BATCH
-from apecache.extract.run import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
-from apecache.extract.segments import Segment, make_segment
+from apecache.extraction.arrays import CPU_BATCH
+from apecache.extraction.run import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
+from apecache.extraction.segments import Segment, make_segment
 from apecache.storage.local import LocalFiles
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.speed.inputs import captions, write_photographs, write_vit

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.recipes.recipe import Recipe
-from apecache.sweep.population.population import Population, train_together
-from apecache.sweep.population.stacked_heads import Streams
+from apecache.sweeps.population.population import Population, train_together
+from apecache.sweeps.population.stacked_heads import Streams
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, draw_epoch, run_training, seeded, take_steps

@@ -9,7 +9,7 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner, Result
 
-from apecache.extract.run import Standing
+from apecache.extraction.run import Standing
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
 

@@ -84,7 +84,7 @@ def test_a_finished_store_has_nothing_to_do_in_five_seconds_after_import(
     subprocess.run(line, check=True, capture_output=True, env=environment)
     code = f"""
 import sys, time
-import timm, transformers, torch, zarr, apecache.extract.run, apecache.encoders.from_timm
+import timm, transformers, torch, zarr, apecache.extraction.run, apecache.encoders.from_timm
 from apecache_cli.app import main
 begin = time.perf_counter()
 sys.argv = {["apecache", *line[3:]]!r}

@@ -14,7 +14,7 @@ import torch
 from tiny import Grown, damaged, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
-import apecache.extract.run as extraction
+import apecache.extraction.run as extraction
 from apecache.storage.local import LocalFiles
 from apecache.store.layout import PAIRS
 from apecache.store.reader import FeatureStore

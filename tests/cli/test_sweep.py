@@ -76,7 +76,7 @@ def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(tiny_store
 
 FORKS = """
 import json, os, sys
-import apecache.sweep.run
+import apecache.sweeps.run
 from apecache_cli.app import app
 for line in sys.stdin:
     child = os.fork()

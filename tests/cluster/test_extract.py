@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 import apecache.cluster.extract as engine
 import apecache.cluster.filling as filling
-import apecache.extract.run as extraction
+import apecache.extraction.run as extraction
 from apecache.cluster.extract import extract_on_ray
 from apecache.cluster.pool import Make, RaySpec
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, EngineError, MismatchError, OptionError
-from apecache.extract.run import ExtractReport, ExtractSpec, Standing, extract
-from apecache.extract.segments import make_segment, split_source
-from apecache.extract.shard_range import Part
+from apecache.extraction.run import ExtractReport, ExtractSpec, Standing, extract
+from apecache.extraction.segments import make_segment, split_source
+from apecache.extraction.shard_range import Part
 from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 

@@ -15,8 +15,8 @@ import apecache.cluster.sweep as engine
 from apecache.cluster.pool import RaySpec
 from apecache.errors import RecipeError
 from apecache.store.reader import FeatureStore
-from apecache.sweep.run import SweepSpec, Trial, sweep
-from apecache.sweep.space import Space, load_space
+from apecache.sweeps.run import SweepSpec, Trial, sweep
+from apecache.sweeps.space import Space, load_space
 from apecache.train.batches import SplitSpec
 from apecache.train.head_data import FitSpec
 

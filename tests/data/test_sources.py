@@ -31,7 +31,7 @@ from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import ManifestError, OptionError, RowError
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.store.reader import FeatureStore
 
 KEYS = tuple(name.removesuffix(".png") for name in NAMES)

@@ -18,7 +18,7 @@ from apecache.data.spec import OpenSpec
 from apecache.data.splits import parse_fractions, resplit, split_of
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import ManifestError, OptionError, RowError
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 
 THREE = (("train", 0.8), ("val", 0.1), ("test", 0.1))
 KEYS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=20, unique=True)

@@ -18,7 +18,7 @@ from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import DataError, OptionError
 from apecache.evaluate.scout import ScoutSpec, draw_pairs, of_split, scout
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.store.reader import FeatureStore
 
 

@@ -26,7 +26,7 @@ from apecache.evaluate.class_names import ClassNames
 from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.zeroshot import ZeroShotSpec, class_embeddings, classification_report, zero_shot
-from apecache.extract.run import Standing
+from apecache.extraction.run import Standing
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.runs.load import Embed
 

@@ -1,6 +1,7 @@
 """A writer of feature stores without torch: its features are a pure function of the row, so that any two runs agree.
 
-It goes through the store in the order in which `apecache.extract.run` does. As a program (`python tower.py`) it imports
+It goes through the store in the order in which `apecache.extraction.run` does. As a program (`python tower.py`) it
+imports
 once and then forks a process for every run that a line of JSON on its standard input asks for: a kill costs
 milliseconds, not the seconds of an import. See `Towers` for the other end of that pipe.
 """

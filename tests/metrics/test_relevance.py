@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apecache.metrics import retrieval
 from apecache.metrics.csls import csls_report, csls_vectors
-from apecache.metrics.protocols import bootstrap_intervals, folded_report, language_reports
+from apecache.metrics.protocols import folded_report, language_reports, retrieval_intervals
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import image_to_text_ranks, retrieval_report, text_to_image_ranks
 
@@ -214,9 +214,9 @@ def test_csls_and_intervals_know_equal_captions() -> None:
     corrected = csls_report(image, text, owners, relevance=relevance)
     assert corrected == retrieval_report(*csls_vectors(image, text), owners, relevance=relevance)
     assert corrected.text_to_image[1] > csls_report(image, text, owners).text_to_image[1]
-    intervals = bootstrap_intervals(image, text, owners, relevance=relevance)
+    intervals = retrieval_intervals(image, text, owners, relevance=relevance)
     report = retrieval_report(image, text, owners, relevance=relevance)
     for k in (1, 5, 10):
         low, high = intervals.text_to_image[k]
         assert low <= report.text_to_image[k] <= high
-    assert intervals != bootstrap_intervals(image, text, owners)
+    assert intervals != retrieval_intervals(image, text, owners)

@@ -20,7 +20,7 @@ from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import build_tower
 from apecache.errors import EncoderError, RecipeError
 from apecache.evaluate.embeddings import embed_store
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.losses.contrastive import info_nce
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel, Teacher, build_shared

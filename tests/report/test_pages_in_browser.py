@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser, browser, executable
+from pages import HOSTILE, page_of, shown
 from PIL import Image
-from test_page import HOSTILE, page_of, shown
 from tiny import draw_shape, extract_tiny
 
 from apecache.data.media import FolderMedia
@@ -25,7 +25,7 @@ from apecache.report.report_page import ReportSpec, report_page
 from apecache.report.sweep_page import sweep_page
 from apecache.search.index import build_index
 from apecache.store.reader import FeatureStore
-from apecache.sweep.run import Trial
+from apecache.sweeps.run import Trial
 
 pytestmark = [
     pytest.mark.skipif(executable() is None, reason="there is no chromium on the PATH"),

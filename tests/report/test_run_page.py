@@ -19,7 +19,7 @@ from apecache.data.media import FolderMedia
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.relevance import Relevance
 from apecache.report import Page
 from apecache.report.gallery import IMAGE_PREFIX, Hit

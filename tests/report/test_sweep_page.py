@@ -18,8 +18,8 @@ from apecache.report.charts.importance import importances
 from apecache.report.charts.parallel import Axis, Parallel, axis_of, draw
 from apecache.report.sweep_page import is_sweep, sweep_page
 from apecache.store.reader import FeatureStore
-from apecache.sweep.run import SweepSpec, sweep
-from apecache.sweep.space import Dimension, load_space
+from apecache.sweeps.run import SweepSpec, sweep
+from apecache.sweeps.space import Dimension, load_space
 from apecache.train.batches import SplitSpec
 from apecache.train.head_data import FitSpec
 

@@ -17,7 +17,7 @@ from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import DataError, MismatchError, MissingExtraError, OptionError, RunError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.heads import TrainedHeads, load_heads, save_heads
 from apecache.search.index import build_index

@@ -19,7 +19,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.labelled import LabelledSpec
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Fingerprint
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec

@@ -45,7 +45,7 @@ class PartRuns:
 def serve() -> None:
     import apecache.encoders.from_timm
     import apecache.encoders.from_transformers
-    import apecache.extract.run  # noqa: F401
+    import apecache.extraction.run  # noqa: F401
 
     for line in sys.stdin:
         children = [_fork(run) for run in json.loads(line)]
@@ -70,7 +70,7 @@ def _fork(run: dict[str, Any]) -> tuple[int, int]:
 def _extract(table: str, store: str, part: str, kill_at: int | None = None, **settings: Any) -> str:
     from tiny import extract_tiny
 
-    from apecache.extract.shard_range import parse_part
+    from apecache.extraction.shard_range import parse_part
 
     if kill_at is not None:
         _kill_before(kill_at)

@@ -49,7 +49,7 @@ def extract_tiny(table: Path, store: Path, image: Path, text: Path, **options: o
     """Extract with batches of 4 and shards of 5 rows."""
     from apecache.data.sources import open_pairs
     from apecache.encoders.spec import parse_encoder
-    from apecache.extract.run import ExtractSpec, extract
+    from apecache.extraction.run import ExtractSpec, extract
 
     settings: dict[str, object] = {"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **options}
     spec = ExtractSpec(parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text"), **settings)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.folder import read_history
 from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
-from apecache.sweep.population.population import train_together
-from apecache.sweep.population.stacked_heads import Streams
+from apecache.sweeps.population.population import train_together
+from apecache.sweeps.population.stacked_heads import Streams
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches
 from apecache.train.fit_head import FitReport, fit_head

@@ -18,7 +18,7 @@ from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower
 from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
 from apecache.evaluate.embeddings import embed_store
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel
 from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe

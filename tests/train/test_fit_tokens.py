@@ -11,7 +11,7 @@ import apecache
 from apecache.data.augment import Views
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import DataError, RecipeError
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 
 TOKEN_RECIPES = ("deep-adapter", "freeze-align", "token-anchors")
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import MismatchError, RecipeError, RunError
-from apecache.extract.run import ExtractSpec, extract
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.encoders import WEIGHTS, read_tensors

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apecache.errors import MissingExtraError
-from apecache.sweep.samplers import frozen_trial
-from apecache.sweep.space import Dimension
+from apecache.sweeps.samplers import frozen_trial
+from apecache.sweeps.space import Dimension
 
 FEWEST = 8
 """Trials below which nothing is said."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from apecache.report.charts.axes import log_ticks, ticks
-from apecache.sweep.space import Dimension
+from apecache.sweeps.space import Dimension
 
 SPACING, TOP, HEIGHT, UNSET = 132, 34, 230, 26
 LABEL = 14

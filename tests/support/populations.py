@@ -1,0 +1,62 @@
+"""Small populations of heads, and fits of each member alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apecache.recipes.recipe import load_recipe
+from apecache.train.batches import FeaturePairs
+from apecache.train.initial import initial_model
+from apecache.train.loop import Plan, Training, run_training, seeded
+
+SMALL = str(Path(__file__).with_name("small.toml"))
+
+
+CPU = torch.device("cpu")
+
+
+def pairs(n_images: int, seed: int, content: bool = False) -> FeaturePairs:
+    """Two noisy linear views of 6 hidden numbers per image; one to three captions each."""
+    maps = torch.Generator().manual_seed(99)
+    to_image, to_text = torch.randn(6, 12, generator=maps), torch.randn(6, 10, generator=maps)
+    own = torch.Generator().manual_seed(seed)
+    counts = 1 + torch.arange(n_images) % 3
+    hidden = torch.randn(n_images, 6, generator=own)
+    image = hidden @ to_image + 0.1 * torch.randn(n_images, 12, generator=own)
+    owners = hidden.repeat_interleave(counts, 0)
+    text = owners @ to_text + 0.1 * torch.randn(len(owners), 10, generator=own)
+    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    equal = torch.arange(n_images) // 2 if content else None
+    return FeaturePairs(image, text, first, content=equal)
+
+
+TRAIN, DEV = pairs(160, 0), pairs(32, 1)
+
+
+def make(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> tuple[Training, Plan]:
+    recipe = load_recipe(SMALL, settings)
+    return Training(initial_model(recipe, train, DEV, seed)[0], recipe, seed), Plan.of(recipe, train)
+
+
+def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> Training:
+    training, plan = make(settings, seed, train)
+    with seeded(seed + 1, CPU):
+        run_training(training, train, DEV, plan, lambda _: None, lambda _: None)
+    return training
+
+
+def weights(training: Training) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in training.model.state_dict().items()}
+
+
+def distance(one: Training, other: Training) -> float:
+    """Largest relative distance of a tensor of weights."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in ours)
+
+
+def losses(training: Training) -> list[float]:
+    return [line["loss"] for line in training.history[1:]]

@@ -1,0 +1,260 @@
+"""Members of a population end where fits of their own end."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from populations import CPU, DEV, TRAIN, distance, losses, make, pairs, solo, weights
+
+from apecache.errors import RunError
+from apecache.heads.build import build_head
+from apecache.heads.head import HeadSpec
+from apecache.runs.checkpoint import load_checkpoint, save_checkpoint
+from apecache.sweeps.population.population import (
+    Population,
+    member_bytes,
+    members_state,
+    restore_members,
+    split_members,
+    stack_key,
+    train_together,
+)
+from apecache.sweeps.population.stacked_heads import Streams, structure_of
+from apecache.train.batches import FeaturePairs
+from apecache.train.loop import Plan, Training, seeded
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def together(cases: Sequence[Sequence[str]], n_epochs: int = 1000, train: FeaturePairs = TRAIN) -> list[Training]:
+    """The cases as one population; the place of each is its seed."""
+    made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
+    assert len({stack_key(*member) for member in made}) == 1
+    assert stack_key(*made[0]) is not None
+    members, streams = [training for training, _ in made], Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    assert train_together(members, streams, train, DEV, made[0][1], n_epochs) == {}
+    return members
+
+
+def settings_of(i: int) -> list[str]:
+    """Sixteen members that differ in all that may differ."""
+    return [
+        f"optimiser.lr={1e-4 * 1.4**i}",
+        f"optimiser.weight_decay={0.05 * (i % 4)}",
+        f"optimiser.betas=[{0.8 + 0.01 * i}, {0.95 + 0.003 * i}]",
+        f"loss.temperature={0.03 + 0.01 * i}",
+        f"image.dropout={0.1 * (i % 3)}",
+        f"text.input_dropout={0.05 * (i % 5)}",
+        f"augmentation.noise={0.1 * (i % 2)}",
+        f"optimiser.clip={float(i % 3 == 2)}",
+        f"schedule.warmup={0.05 * (i % 4)}",
+    ]
+
+
+MLP = ["image.kind=mlp", "image.width=16", "image.depth=2", "schedule.epochs=20"]
+
+
+@pytest.mark.slow
+def test_sixteen_different_members_equal_their_solo_runs_after_a_hundred_steps() -> None:
+    cases = [[*MLP, *settings_of(i)] for i in range(16)]
+    for seed, member in enumerate(together(cases)):
+        alone = solo(cases[seed], seed)
+        assert member.step == alone.step == 100
+        assert distance(member, alone) < 1e-5
+        assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
+        assert member.best.epoch == alone.best.epoch
+
+
+def test_other_draws_of_dropout_are_seen() -> None:
+    """The control of the test above: what it compares does depend on the random numbers."""
+    case = [*MLP, "image.dropout=0.3"]
+    member, _ = make(case, 0)
+    other, plan = make(case, 0)
+    train_together([member, other], Streams.seeded([1, 2], CPU), TRAIN, DEV, plan, 5)
+    assert distance(member, other) > 1e-3
+
+
+STRUCTURES = {
+    # Adam would blow up the rounding of the biases before the norm, whose true gradient is zero
+    "batch norm": [
+        "image.kind=mlp",
+        "image.residual=false",
+        "image.norm=batch",
+        "image.width=16",
+        "optimiser.kind=sgd",
+    ],
+    "gated": ["text.kind=gated", "text.dropout=0.2", "text.skip=true"],
+    "fusemix": ["image.kind=fusemix", "image.dropout=0.1", "image.expansion=2.0"],
+    "identity": ["image.kind=identity", "image.dim=12", "text.dim=12"],
+    "closed form": ["init=cca", "closed_form.ridge=[0.1]"],
+    "sigmoid": ["loss.kind=sigmoid", "loss.temperature=0.1"],
+    "captions": ["loss.captions=2"],
+    "structure": ["loss.structure=1.0", "loss.structure_warmup=3"],
+    "mixup": ["augmentation.mixup=0.5"],
+    "accumulated": ["schedule.accumulate=2"],
+    "averaged": ["optimiser.ema=0.9"],
+    "lion": ["optimiser.kind=lion", "optimiser.lr=0.001"],
+    "sgd": ["optimiser.kind=sgd"],
+    "fixed temperature": ["loss.learnable=false"],
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_structure_and_loss_equals_its_solo_runs(name: str) -> None:
+    cases = [["schedule.epochs=3", *STRUCTURES[name], f"optimiser.weight_decay={0.1 * i}"] for i in range(3)]
+    for seed, member in enumerate(together(cases)):
+        alone = solo(cases[seed], seed)
+        assert distance(member, alone) < 1e-5
+        assert member.history[-1]["dev"] == alone.history[-1]["dev"]
+        if member.average is not None and alone.average is not None:
+            torch.testing.assert_close(member.average, alone.average, rtol=1e-4, atol=1e-6)
+
+
+def test_several_heads_side_by_side_are_stacked_too() -> None:
+    part = "[{kind='linear', dim=8}, {kind='mlp', dim=4, width=8, dropout=0.1}]"
+    sides = [text for side in ("image", "text") for text in (f"{side}.kind=several", f"{side}.parts={part}")]
+    cases = [["schedule.epochs=3", *sides, f"optimiser.lr={lr}"] for lr in (1e-2, 1e-3)]
+    for seed, member in enumerate(together(cases)):
+        assert distance(member, solo(cases[seed], seed)) < 1e-5
+
+
+def test_images_of_equal_content_are_grouped_as_in_a_solo_run() -> None:
+    train = pairs(160, 0, content=True)
+    cases = [["schedule.epochs=2"]] * 2
+    for seed, member in enumerate(together(cases, train=train)):
+        assert distance(member, solo(cases[seed], seed, train)) < 1e-5
+
+
+def test_a_member_that_stops_early_leaves_the_stack_and_equals_its_solo_run() -> None:
+    patience = ["schedule.epochs=12", "schedule.patience=1"]
+    cases = [[*patience, "optimiser.lr=0.3"], [*patience, "optimiser.lr=0.3"], [*patience[:1], "optimiser.lr=0.02"]]
+    members = together(cases)
+    alone = [solo(case, seed) for seed, case in enumerate(cases)]
+    assert [m.epoch for m in members] == [a.epoch for a in alone]
+    assert members[0].epoch < members[2].epoch == 12
+    assert all(distance(m, a) < 1e-5 for m, a in zip(members, alone, strict=True))
+
+
+def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
+    made = [make(["schedule.epochs=6"], seed) for seed in range(4)]
+    members, plan = [training for training, _ in made], made[0][1]
+    with seeded(0, CPU):
+        population = Population(members, Streams.seeded([1, 2, 3, 4], CPU), plan)
+        for _ in range(2):
+            population.epoch(TRAIN, DEV)
+        before = {i: weights(members[i]) for i in (0, 2)}
+        population.drop([0, 2])
+        sizes = [len(stack.value) for slab in population.slabs for stack in slab.heads[0].joined]
+        assert sizes == [2] * len(sizes)
+        for _ in range(4):
+            population.epoch(TRAIN, DEV)
+    for i in (0, 2):
+        assert members[i].epoch == 2
+        assert all(torch.equal(weights(members[i])[name], value) for name, value in before[i].items())
+    for i in (1, 3):
+        assert members[i].epoch == 6
+        assert distance(members[i], solo(["schedule.epochs=6"], i)) < 1e-5
+
+
+def test_a_member_whose_loss_is_not_finite_leaves_and_disturbs_no_other() -> None:
+    cases = [["optimiser.lr=3e38", "schedule.warmup=0"], ["optimiser.lr=0.02", "schedule.warmup=0"]]
+    made = [make(settings, seed) for seed, settings in enumerate(cases)]
+    members = [training for training, _ in made]
+    failures = train_together(members, Streams.seeded([1, 2], CPU), TRAIN, DEV, made[0][1], 1000)
+    assert list(failures) == [0]
+    assert "not finite at step 2" in failures[0]
+    assert distance(members[1], solo(cases[1], 1)) < 1e-5
+
+
+def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
+    cases = [[*MLP, "schedule.epochs=6", "image.dropout=0.2"]] * 2
+    whole = together(cases)
+    made = [make(settings, seed) for seed, settings in enumerate(cases)]
+    members, plan, streams = [m for m, _ in made], made[0][1], Streams.seeded([1, 2], CPU)
+    train_together(members, streams, TRAIN, DEV, plan, 2)
+    tensors, states = [], []
+    for i, member in enumerate(members):
+        with streams.use(i):
+            tensors.append({name: t.clone() for name, t in member.tensors().items()})
+            states.append(member.state())
+    again = [make(settings, 7)[0] for settings in cases]  # another beginning, all of it replaced
+    later = Streams.seeded([8, 9], CPU)
+    for i, member in enumerate(again):
+        with later.use(i):
+            member.restore(tensors[i], states[i])
+    train_together(again, later, TRAIN, DEV, plan, 1000)
+    for member, expected in zip(again, whole, strict=True):
+        assert all(torch.equal(weights(member)[name], value) for name, value in weights(expected).items())
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 2**14])
+def test_the_size_of_slabs_changes_no_member(slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apecache.sweeps.population.population.SLAB_BYTES", slab_bytes)
+    cases = [[*MLP, *settings_of(i), "schedule.epochs=6", "optimiser.lr=0.01"] for i in range(3)]
+    for seed, member in enumerate(together(cases)):
+        assert distance(member, solo(cases[seed], seed)) < 1e-5
+
+
+def test_features_are_standardised_once_only_where_all_heads_see_them_alike() -> None:
+    members, plan = [make([], seed)[0] for seed in range(3)], make([], 0)[1]
+    population = Population(members, Streams.seeded([1, 2, 3], CPU), plan)
+    assert population._standardised(TRAIN) is population._standardised(TRAIN) is not TRAIN
+    for settings in (["image.standardise=false"], ["augmentation.noise=0.1"], ["loss.structure=1.0"]):
+        other = [*members[:2], make(settings, 2)[0]]
+        assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardised(TRAIN) is TRAIN
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included(count: int, tmp_path: Path) -> None:
+    cases = [["schedule.warmup=0", "schedule.epochs=6", f"optimiser.lr={lr}"] for lr in (0.02, 3e38, 0.01)][:count]
+
+    def fresh(first_seed: int) -> tuple[list[Training], Streams, Plan]:
+        made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
+        return [m for m, _ in made], Streams.seeded([first_seed + s + 1 for s in range(count)], CPU), made[0][1]
+
+    members, streams, plan = fresh(0)
+    whole = train_together(members, streams, TRAIN, DEV, plan, 1000)
+
+    def stop_after_three() -> None:
+        save_checkpoint(tmp_path, *members_state(broken, going))
+        if broken[0].epoch == 3:
+            raise KeyboardInterrupt
+
+    broken, going, _ = fresh(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(broken, going, TRAIN, DEV, plan, 1000, stop_after_three)
+    again, streams, _ = fresh(50)
+    restore_members(again, streams, *load_checkpoint(tmp_path))
+    assert again[0].epoch == 3
+    assert train_together(again, streams, TRAIN, DEV, plan, 1000) == whole
+    for i in set(range(count)) - set(whole):
+        assert all(torch.equal(weights(again[i])[name], value) for name, value in weights(members[i]).items())
+    assert list(whole) == [1][: count - 1]
+    with pytest.raises(RunError, match="not one of these members"):
+        restore_members([*again, *again], streams, *load_checkpoint(tmp_path))
+
+
+def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:
+    different = [[], ["image.kind=mlp"], ["schedule.batch_size=16"], ["schedule.epochs=7"], ["optimiser.lr=0.5"]]
+    made = [make(settings, 0) for settings in different]
+    members, plans = [m for m, _ in made], [p for _, p in made]
+    assert split_members(members, plans, 16, 2**40) == [[0, 4], [1], [2], [3]]
+    logits, each = member_bytes(members[0])
+    many = [make([], seed) for seed in range(7)]
+    split: Any = split_members([m for m, _ in many], [p for _, p in many], 16, logits + 3 * each)
+    assert split == [[0, 1, 2], [3, 4, 5], [6]]
+    assert split_members([m for m, _ in many], [p for _, p in many], 5, 2**40) == [[0, 1, 2, 3, 4], [5, 6]]
+    assert len(split_members([m for m, _ in many], [p for _, p in many], 16, 0)) == 7
+
+
+@pytest.mark.parametrize("kind", ["anchors", "dictionary"])
+def test_heads_on_tokens_and_dictionaries_train_alone(kind: Any) -> None:
+    assert structure_of(build_head(HeadSpec(kind=kind, dim=4), 12, 4)) is None

@@ -1,0 +1,242 @@
+"""Recorded steps equal those that are taken one operation at a time.
+
+There is no GPU here: what records is a tape of torch's operations with the rules of a CUDA graph. Nothing takes effect
+while it records; a replay runs the same operations on the same memory with the same numbers, and asking a tensor for
+its value is an error.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from populations import DEV, TRAIN, distance, losses, make, pairs, solo
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apecache.sweeps.population import slab as module
+from apecache.sweeps.population import stacked_losses as stacked
+from apecache.sweeps.population.population import train_together
+from apecache.sweeps.population.stacked_heads import Streams
+from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
+from apecache.train.batches import FeaturePairs
+from apecache.train.loop import Training
+
+CPU = torch.device("cpu")
+WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
+
+
+class Tape(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.own = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(name in func.__name__ for name in WAITING):
+            raise RuntimeError(f"{func}: not permitted while recording")
+        if func._schema.is_mutable:
+            for tensor in _tensors((args, kwargs)):
+                self._keep(tensor)
+        out = func(*args, **kwargs)
+        self.own |= {_memory(t) for t in _tensors(out) if _memory(t) not in {_memory(a) for a in _tensors(args)}}
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def _keep(self, tensor: Tensor) -> None:
+        if _memory(tensor) not in self.before and _memory(tensor) not in self.own:
+            self.before[_memory(tensor)] = (tensor, _flat(tensor).clone())
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            found = func(*args, **kwargs)
+            for made, kept in zip(_tensors(found), _tensors(out), strict=True):
+                if _memory(made) != _memory(kept):
+                    kept.copy_(made)
+
+    def undo(self) -> None:
+        for tensor, value in self.before.values():
+            _flat(tensor).copy_(value)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor is part of."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return torch.as_strided(tensor.detach(), (size,), (1,), 0)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+class Records:
+    """How many steps were recorded, and how often they were replayed."""
+
+    def __init__(self) -> None:
+        self.made = self.replayed = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        tape = Tape()
+        with torch.no_grad():
+            with tape:
+                out = run()
+            tape.undo()
+        self.made += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            with torch.no_grad():
+                tape.replay()
+            return out
+
+        return replay
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
+    """Steps are recorded as on a device that is not a CPU."""
+    before, found = torch.get_num_threads(), Records()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(module, "recorder_of", lambda device: found)
+    monkeypatch.setattr(stacked, "_softmaxes", lambda logits, scale: stacked._softmaxes_of_any_scale(logits))
+    yield found
+    torch.set_num_threads(before)
+
+
+def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
+    made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
+    members, streams = [training for training, _ in made], Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    assert train_together(members, streams, train, DEV, made[0][1], 1000) == {}
+    return members
+
+
+def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
+    """Members that differ in rate, decay, temperature and clipping, with a rate that changes in every step."""
+    return [
+        [
+            "image.kind=mlp",
+            "image.width=16",
+            "schedule.epochs=4",
+            "schedule.warmup=0.3",
+            f"optimiser.lr={1e-3 * 1.5**i}",
+            f"optimiser.weight_decay={0.05 * i}",
+            f"loss.temperature={0.05 + 0.01 * i}",
+            f"optimiser.clip={float(i % 2)}",
+            *settings,
+        ]
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("schedule.accumulate=2",),
+        ("optimiser.ema=0.9",),
+        ("optimiser.kind=adam", "loss.learnable=false"),
+        ("image.kind=gated", "image.depth=1"),
+        ("image.norm=batch", "image.residual=false", "optimiser.eps=1e-1"),
+    ],
+    ids=["plain", "accumulated", "averaged", "adam", "gated", "batch norm"],
+)
+def test_members_whose_steps_are_replayed_equal_their_solo_runs(records: Records, settings: tuple[str, ...]) -> None:
+    cases = cases_of(*settings)
+    found = together(cases)
+    assert records.made >= 1
+    assert records.replayed >= found[0].step - records.made
+    for seed, member in enumerate(found):
+        alone = solo(cases[seed], seed)
+        assert member.step == alone.step
+        assert distance(member, alone) < 1e-5
+        assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("image.dropout=0.2",),
+        ("augmentation.noise=0.1",),
+        ("optimiser.kind=lion",),
+        ("optimiser.kind=sgd",),
+        ("loss.kind=sigmoid",),
+    ],
+)
+def test_what_cannot_be_recorded_is_not(records: Records, settings: tuple[str, ...]) -> None:
+    cases = cases_of(*settings)
+    found = together(cases)
+    assert records.made == 0
+    assert distance(found[2], solo(cases[2], 2)) < 1e-5
+
+
+def test_steps_with_equal_images_are_taken_and_the_others_replayed(records: Records) -> None:
+    train = pairs(160, 0)
+    few = torch.arange(160).where(torch.arange(160) > 3, torch.zeros(160, dtype=torch.int64))
+    train = FeaturePairs(train.image, train.text, train.first_text, content=few)
+    cases = cases_of("schedule.batch_size=16")
+    found = together(cases, train)
+    assert 0 < records.replayed < found[0].step - 1
+    assert max(distance(member, solo(cases[i], i, train)) for i, member in enumerate(found)) < 1e-5
+
+
+def test_a_member_that_leaves_makes_a_new_record(records: Records) -> None:
+    cases = cases_of("schedule.patience=1", "schedule.epochs=30")
+    found = together(cases)
+    assert len({member.step for member in found}) > 1
+    assert records.made > 1
+    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-5
+
+
+def test_a_device_that_refuses_is_said_and_the_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing\nat line 3")
+
+    monkeypatch.setattr(module, "recorder_of", lambda device: refuse)
+    cases = cases_of()
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing$"):
+        found = together(cases)
+    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-5
+
+
+def test_a_step_that_asks_for_a_value_is_refused_by_the_tape() -> None:
+    with pytest.warns(UserWarning, match="not permitted while recording"):
+        assert try_to_record(lambda inputs: inputs[0] * float(inputs[0].sum()), [torch.ones(2)], Records()) is None
+
+
+def test_inputs_are_copied_and_outputs_are_new() -> None:
+    kept = torch.zeros(3)
+    graph = StepGraph(lambda inputs: kept.add_(inputs[0]).mul(2), [torch.ones(3)], Records())
+    assert kept.tolist() == [0, 0, 0]
+    first, second = graph([torch.full((3,), 2.0)]), graph([torch.full((3,), 5.0)])
+    assert (first.tolist(), second.tolist(), kept.tolist()) == ([4.0] * 3, [14.0] * 3, [7.0] * 3)
+
+
+def test_only_cuda_records() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recorder_of(CPU) is None
+    assert recorder_of(torch.device("cuda")) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_same_weights_with_and_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    train, dev = (FeaturePairs(p.image.to(cuda), p.text.to(cuda), p.first_text.to(cuda)) for p in (TRAIN, DEV))
+    found = []
+    for recorded in (True, False):
+        if not recorded:
+            monkeypatch.setattr(module, "recorder_of", lambda device: None)
+        made = [make(settings, seed, train) for seed, settings in enumerate(cases_of())]
+        members = [training for training, _ in made]
+        for member in members:
+            member.model.to(cuda)
+        assert train_together(members, Streams.seeded([1, 2, 3], cuda), train, dev, made[0][1], 1000) == {}
+        found.append(members)
+    assert max(distance(one, other) for one, other in zip(*found, strict=True)) < 1e-5
