@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -350,4 +351,4 @@ def test_a_text_encoder_that_is_not_the_runs_is_refused(
 
 def test_a_report_can_be_written_as_json(heads: TrainedHeads, shapes: Path, tmp_path: Path) -> None:
     report = zero_shot(heads, spec_for(shapes, tmp_path / "caches"))
-    assert json.loads(json.dumps(vars(report)))["classes"] == list(CLASSES)
+    assert json.loads(json.dumps(asdict(report)))["classes"] == list(CLASSES)

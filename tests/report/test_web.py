@@ -119,7 +119,7 @@ def test_words_find_what_search_finds(served: Served) -> None:
 
 def test_an_image_that_is_sent_finds_captions_or_images(served: Served) -> None:
     picture = (served.folder / "images/blue-square-0.png").read_bytes()
-    photo = Query((str(served.folder / "images/blue-square-0.png"),))
+    photo = Query(images=(served.folder / "images/blue-square-0.png",))
     for target in ("", "images"):
         answer = served.send(picture, target=target, k="4")
         hits = served.index.find(photo, 4, target or None)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_words_that_name_a_file_of_this_machine_are_words(served: Served) -> Non
 
     path = served.folder / "images/red-circle-0.png"
     assert path.is_file()
-    assert Query((str(path),), files=False).modality == "texts"
+    assert Query((str(path),), files=True).modality == "images"
     answer = served.ask(f"/?q={quote(str(path))}&k=3")
     as_words = served.index.find(Query((str(path),), files=False), 3)
     assert answer.rows == [served.index.row_of_key[hit.key] for hit in as_words]

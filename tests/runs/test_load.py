@@ -145,7 +145,7 @@ def test_an_index_of_it_answers_by_itself(
     best = (everything.image @ text_embedder(run.text, "cpu")([query])[0]).argmax()
     assert opened.search(query, 1)[0].key == store.pairs.keys[everything.image_rows[int(best)]]
     photo = shapes_once.parent / "images" / "red-circle-0.png"
-    assert opened.search(str(photo), 1, "images")[0].score == pytest.approx(1, abs=1e-3)
+    assert opened.search(str(photo), 1, "images", files=True)[0].score == pytest.approx(1, abs=1e-3)
     hits = answer("search", tmp_path / "index", query, "-k", 1, "--device", "cpu")["hits"]
     assert hits[0]["key"] == store.pairs.keys[everything.image_rows[int(best)]]
 
