@@ -93,8 +93,8 @@ def plan(
     --device H100 --utilisation 0.4 --nodes 8 --devices-per-node 8 --price-per-hour 2.5
     """
     with ending():
-        from apecache.cluster_plan import ClusterSpec, plan_cluster
         from apecache.errors import OptionError
+        from apecache.plan.cluster_plan import ClusterSpec, plan_cluster
         from apecache.plan.counting import PlanSpec
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe

@@ -19,11 +19,11 @@ from tiny import extract_tiny
 from typer import BadParameter
 from typer.testing import CliRunner
 
-from apecache.cluster_plan import ClusterPlan, ClusterSpec, plan_cluster
 from apecache.encoders.load import shape_tower
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower
 from apecache.errors import OptionError
+from apecache.plan.cluster_plan import ClusterPlan, ClusterSpec, plan_cluster
 from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import Taught
 from apecache.plan.devices import Device
