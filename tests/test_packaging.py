@@ -43,8 +43,8 @@ def test_the_wheel_has_two_packages_and_none_is_called_cli(wheel_names: list[str
 @pytest.mark.parametrize(
     "name",
     [
+        "apecache/__init__.pyi",
         "apecache/py.typed",
-        "apecache/laws/zoo/L1.toml",
         "apecache/recipes/zoo/ape.toml",
         "apecache/recipes/zoo/projection.toml",
         "apecache/report/templates/page.html",

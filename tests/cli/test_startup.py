@@ -9,7 +9,7 @@ from apecache_cli.app import app
 from typer.testing import CliRunner
 
 COMMANDS = (
-    "extract", "scout", "info", "plan", "fit-head", "fit-encoder", "sweep", "laws", "lint",
+    "extract", "scout", "info", "plan", "fit-head", "fit-encoder", "sweep", "lint",
     "evaluate", "index", "search", "report", "serve", "demo",
 )  # fmt: skip
 runner = CliRunner()
