@@ -30,6 +30,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.speed.startup --quick
 	$(BIN)/python -m benchmarks.speed.store --quick
 	$(BIN)/python -m benchmarks.speed.commits --quick
 	$(BIN)/python -m benchmarks.speed.search --quick

@@ -10,6 +10,10 @@ from apecache_cli.terminal import Device, Json, choice, command_line, ending, sh
 SIZES = ("smoke", "small", "full")
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 @takes_source
 def laws(
     opening: Opening,
@@ -166,4 +170,4 @@ def _figures(one: Any) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(laws)
+    app()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apecache_cli.app import app
 from tiny import make_shapes
 from typer.testing import CliRunner
 
@@ -17,6 +16,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.fit_encoder import fit_encoder
 from benchmarks.laws import jobs
 from benchmarks.laws import run as running
+from benchmarks.laws.__main__ import app as laws_app
 from benchmarks.laws.jobs import jobs_in_turn
 from benchmarks.laws.measure import Bench
 from benchmarks.laws.outcome import load_outcome
@@ -46,9 +46,9 @@ def test_the_command_trains_judges_writes_a_page_and_has_nothing_left(
 ) -> None:
     work, page = tmp_path / "work", tmp_path / "laws.html"
     encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
-    command = ["laws", "--pairs", str(table), *encoders, "--size", "smoke", "--seeds", "2", "--work", str(work)]
+    command = ["--pairs", str(table), *encoders, "--size", "smoke", "--seeds", "2", "--work", str(work)]
     command += ["--only", "L4,L8", "--out", str(page), "--device", "cpu"]
-    result = runner.invoke(app, [*command, "--json"])
+    result = runner.invoke(laws_app, [*command, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["n_left"], report["n_failed"]) == (0, 0)
@@ -63,7 +63,7 @@ def test_the_command_trains_judges_writes_a_page_and_has_nothing_left(
     assert html.count("<svg") >= 3
     assert "L8. Which norms move" in html
     assert not list((work / "runs").iterdir())
-    again = runner.invoke(app, command)
+    again = runner.invoke(laws_app, command)
     assert again.exit_code == 0, again.output
     assert "runs to be made" not in again.output
     assert "0 are left" in again.output

@@ -73,28 +73,3 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     left_over = [name for name in files(broken) if ".tmp-" in name]
     assert {name: data for name, data in files(broken).items() if name not in left_over} == files(clean)
-
-
-@pytest.mark.slow
-def test_a_finished_store_has_nothing_to_do_in_five_seconds_after_import(
-    many: Path, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
-) -> None:
-    line = command(many, tmp_path / "store", tiny_image_encoder, tiny_text_encoder)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(line, check=True, capture_output=True, env=environment)
-    code = f"""
-import sys, time
-import timm, transformers, torch, zarr, apecache.extraction.run, apecache.encoders.from_timm
-from apecache_cli.app import main
-begin = time.perf_counter()
-sys.argv = {["apecache", *line[3:]]!r}
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-print("seconds", time.perf_counter() - begin)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do" in done.stdout
-    assert float(done.stdout.split()[-1]) < 5
