@@ -148,7 +148,7 @@ def _attention(
     return None if weights is None else weights @ value
 
 
-def _bernoulli(draws: SampleDraws, x: Tensor, p: float = 0.5, *, generator: Any = None) -> Tensor | None:
+def _bernoulli(draws: SampleDraws, x: Tensor, p: float | Tensor = 0.5, *, generator: Any = None) -> Tensor | None:
     """timm's stochastic depth."""
     drawn = None if generator is not None or isinstance(p, Tensor) else draws.keep(x.shape, 1 - p, x.device)
     return None if drawn is None else x.copy_(drawn[0])
@@ -191,4 +191,5 @@ def _shifted(x: Tensor, n_bits: int) -> Tensor:
 
 def _signed(x: int) -> int:
     """The lowest 64 bits as a signed integer."""
-    return (x + 2 ** (WORD_BITS - 1)) % 2**WORD_BITS - 2 ** (WORD_BITS - 1)
+    half = 1 << (WORD_BITS - 1)
+    return (x + half) % (2 * half) - half

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from apecache.encoders.tower import Tower
+from apecache.encoders.tower import Cut, Tower
 from apecache.fingerprint import Modality
 from apecache.models.freezing import count_trained, find_cut
 from apecache.plan.counting_shared import count_shared_trained
@@ -54,7 +54,7 @@ def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
     cuts = [find_cut(matches, tower).cut for tower in (image, text)]
     described = []
     for cut, tower, spec in zip(cuts, (image, text), (recipe.image, recipe.text), strict=True):
-        named = {None: LIVE, "pooled": spec.cut}
+        named: dict[Cut | None, str] = {None: LIVE, "pooled": spec.cut}
         described.append(named.get(cut, f"tokens after {cut} of {tower.n_blocks} blocks"))
     return RecipeNeeds(image=described[0], text=described[1], n_trained=count_trained(matches) + n_scalars)
 
