@@ -137,6 +137,7 @@ def test_the_tables_own_splits_give_way(tmp_path: Path) -> None:
 # --- images of equal content -----------------------------------------------------------------------------------------
 
 HALVES = (("train", 0.5), ("val", 0.5))
+UNREADABLE = b"a file that cannot be read"
 CONTENTS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 
 
@@ -150,7 +151,7 @@ class MadeUpMedia:
 
     def read(self, key: str) -> bytes:
         self.reads.append(key)
-        if not self.contents[key]:
+        if self.contents[key] in (b"", UNREADABLE):
             raise RowError("missing", key)
         return self.contents[key]
 
@@ -240,6 +241,13 @@ def test_images_that_are_missing_or_no_files_fall_by_their_keys(tmp_path: Path) 
     keys = ["gone-1", "gone-2", "same", "../outside", "a\0b"]
     source = replace(source_of(keys), media=FolderMedia(tmp_path))
     assert splits_of(source, split_fraction=HALVES) == splits_of(source_of(keys), split_fraction=HALVES)
+
+
+def test_images_of_one_size_that_cannot_be_read_are_no_copies() -> None:
+    keys = [f"{row}.jpg" for row in range(12)]
+    source = pictured(dict.fromkeys(keys, UNREADABLE))
+    assert splits_of(source, split_fraction=HALVES) == splits_of(source_of(keys), split_fraction=HALVES)
+    assert sorted(source.media.reads) == sorted(keys)  # type: ignore[attr-defined]
 
 
 def test_a_store_takes_a_copy_that_is_appended_later(

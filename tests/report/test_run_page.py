@@ -41,7 +41,8 @@ def table(shapes_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for copy in ("", "-again"):
             key = f"images/{path.stem}{copy}.png"
             with Image.open(path) as picture:
-                picture.rotate(7 * number).save(folder / key)
+                side = picture.width + 2 * bool(copy)  # another file: equal images are each other's right answers
+                picture.rotate(7 * number).resize((side, side)).save(folder / key)
             lines += [f"{key}\t{text}\tval" for text in (f"a {path.stem}{copy}", f"the {path.stem}{copy}")]
     lines[1] = "images/blue-circle-0.png\t \tval"  # no caption: its row is quarantined
     (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
