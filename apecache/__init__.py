@@ -1,7 +1,7 @@
 """apecache: an embedding cache and head trainer for image-text models.
 
-Public names are listed in `__init__.pyi` and resolved when they are first used, so that importing the package costs
-nothing.
+Public names are listed in `__init__.pyi` and resolved when they are first used, so that importing
+the package costs nothing.
 """
 
 import lazy_loader

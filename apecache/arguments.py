@@ -1,4 +1,5 @@
-"""Checks of what a public function is given, so that a wrong type is named at once and not deep inside."""
+"""Checks of what a public function is given, so that a wrong type is named at once and not deep
+inside."""
 
 import os
 from collections.abc import Mapping
@@ -30,7 +31,12 @@ def wrong_type(value: object, expected: str, name: str) -> OptionError:
     return OptionError(f"{name}: expected {expected}, found {type(value).__name__}")
 
 
-def require_type(value: object, types: type | tuple[type, ...], name: str, optional: bool = False) -> None:
+def require_type(
+    value: object,
+    types: type | tuple[type, ...],
+    name: str,
+    optional: bool = False,
+) -> None:
     """Refuse an argument of another type than these.
 
     Args:
@@ -50,12 +56,14 @@ def require_type(value: object, types: type | tuple[type, ...], name: str, optio
 
 
 def as_path(value: object, name: str) -> Path:
-    """An argument that is a path, as a `Path`. Raises OptionError for another type, or an empty text."""
+    """An argument that is a path, as a `Path`. Raises OptionError for another type, or an empty
+    text."""
     return Path(as_place(value, name))
 
 
 def as_place(value: object, name: str) -> str | Path:
-    """An argument that is a path or a URL of object storage, as it was given. Raises as `as_path` does."""
+    """An argument that is a path or a URL of object storage, as it was given. Raises as `as_path`
+    does."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise wrong_type(value, "a path (str or os.PathLike)", name)
@@ -65,10 +73,12 @@ def as_place(value: object, name: str) -> str | Path:
 
 
 def as_texts(values: object, name: str) -> tuple[str, ...]:
-    """An argument that is a list of texts. Raises OptionError for a single text, or for what is no text in it."""
+    """An argument that is a list of texts. Raises OptionError for a single text, or for what is no
+    text in it."""
     if isinstance(values, str | bytes | os.PathLike):
         raise OptionError(
-            f"{name}: a list of texts is expected, found a single {type(values).__name__}; put it in brackets"
+            f"{name}: a list of texts is expected, found a single {type(values).__name__}; "
+            "put it in brackets"
         )
     try:
         texts: tuple[str, ...] = tuple(values)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
     ApecacheError                     exit code 1
     ├── MissingExtraError             1  an optional package is not installed (also ImportError)
-    ├── EngineError                   1  a cluster that cannot be used, or has given up (also RuntimeError)
+    ├── EngineError                   1  a cluster that cannot be used (also RuntimeError)
     ├── OptionError                   2  a setting that makes no sense (also ValueError)
     ├── DataError                     3  something given to us cannot be used (also ValueError)
     │   ├── ManifestError                the table of images and captions
@@ -10,13 +10,14 @@
     │   ├── EncoderError                 an encoder that cannot be found or used
     │   ├── RecipeError                  a recipe or one of its settings
     │   ├── RunError                     a run folder, head or index
-    │   └── StoreError                   not a store, a newer format, object storage that does not answer or refuses
+    │   └── StoreError                   not a store, or object storage that does not answer
     │       ├── IncompleteError          extraction has not finished
     │       └── DamagedError             bytes differ from their commit record
     └── MismatchError                 4  does not belong to this store or run (also ValueError)
 
-Messages are one line: what was found, what was expected, what mends it. `exit_code` is what the command line ends with.
-`RowError` is no error of the run: it carries why one row could not be encoded.
+Messages are one line: what was found, what was expected, what mends it. `exit_code` is what the
+command line ends with. `RowError` is no error of the run: it carries why one row could not be
+encoded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,9 @@ class ApecacheError(Exception):
 
 class MissingExtraError(ApecacheError, ImportError):
     def __init__(self, module: str, extra: str) -> None:
-        super().__init__(f"{module} is not installed; install it with: pip install 'apecache[{extra}]'")
+        super().__init__(
+            f"{module} is not installed; install it with: pip install 'apecache[{extra}]'"
+        )
 
 
 class EngineError(ApecacheError, RuntimeError):
@@ -81,14 +84,20 @@ class DamagedError(StoreError):
 class MismatchError(ApecacheError, ValueError):
     exit_code = 4
 
-    def __init__(self, message: str, differences: Iterable[tuple[str, object, object]] = ()) -> None:
-        """`differences`: (field, found, expected) triples, shown as a table by whoever prints the error."""
+    def __init__(
+        self,
+        message: str,
+        differences: Iterable[tuple[str, object, object]] = (),
+    ) -> None:
+        """`differences`: (field, found, expected) triples, shown as a table by whoever prints the
+        error."""
         super().__init__(message)
         self.differences = tuple(differences)
 
 
 class RowError(Exception):
-    """One row cannot be encoded: `reason` is a short fixed word for counting, `detail` is for people."""
+    """One row cannot be encoded: `reason` is a short fixed word for counting, `detail` is for
+    people."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -129,7 +138,8 @@ def require_local(folder: Path, what: str) -> None:
 
 
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
-    """Refuse to write over something that exists. `overwrite`: it was asked for, but this is nothing of ours.
+    """Refuse to write over something that exists. `overwrite`: it was asked for, but this is
+    nothing of ours.
 
     Raises:
         RunError: `folder` exists and is not empty.
@@ -137,5 +147,7 @@ def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
     require_local(folder, what)
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         if overwrite:
-            raise RunError(f"{folder} exists and is no {what}, so it is not overwritten; choose another --out")
+            raise RunError(
+                f"{folder} exists and is no {what}, so it is not overwritten; choose another --out"
+            )
         raise RunError(f"{what} {folder} exists already; choose another --out, or add --overwrite")

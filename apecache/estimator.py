@@ -1,5 +1,5 @@
-"""The scikit-learn face: any recipe on pooled features as an estimator of paired arrays, in the shape of
-`sklearn.cross_decomposition.CCA`."""
+"""The scikit-learn face: any recipe on pooled features as an estimator of paired arrays, in the
+shape of `sklearn.cross_decomposition.CCA`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +26,16 @@ Array = NDArray[np.float32]
 
 
 class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Heads that bring row i of X and row i of y together, both float [n, width]; a vector y is one column.
+    """Heads that bring row i of X and row i of y together, both float [n, width]; a vector y is one
+    column.
 
-    `recipe`: a name or a file, as `load_recipe` takes it, or a Recipe; `settings` its overrides. A seeded
-    `dev_fraction` of the rows (at least 2, at most half) chooses the epoch, or what a closed form leaves open; the rest
-    is fitted. Embeddings are float32 [n, dim], L2-normalised. Rows of equal X are not known to be one image.
+    `recipe`: a name or a file, as `load_recipe` takes it, or a Recipe; `settings` its overrides. A
+    seeded `dev_fraction` of the rows (at least 2, at most half) chooses the epoch, or what a closed
+    form leaves open; the rest is fitted. Embeddings are float32 [n, dim], L2-normalised. Rows of
+    equal X are not known to be one image.
 
-    Fitted: `model_` (heads and temperature), `dev_report_`, `history_`, `n_features_in_`, `n_features_y_`.
+    Fitted: `model_` (heads and temperature), `dev_report_`, `history_`, `n_features_in_`,
+    `n_features_y_`.
     """
 
     def __init__(
@@ -50,23 +53,44 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.device = device
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "AlignmentHead":
-        """Raises RecipeError (a ValueError) for a recipe that needs tokens or trains towers, ValueError for arrays that
-        do not fit each other."""
-        options = {"dtype": np.float32, "multi_output": True, "y_numeric": True, "ensure_min_samples": LEAST_ROWS}
+        """Raises RecipeError (a ValueError) for a recipe that needs tokens or trains towers,
+        ValueError for arrays that do not fit each other."""
+        options = {
+            "dtype": np.float32,
+            "multi_output": True,
+            "y_numeric": True,
+            "ensure_min_samples": LEAST_ROWS,
+        }
         images, texts = validate_data(self, X, y, **options)
         texts = _columns(texts)
         recipe = _recipe(self.recipe, self.settings)
         if not 0 < self.dev_fraction <= 0.5:
-            raise ValueError(f"dev_fraction {self.dev_fraction}: expected a share above 0, at most 0.5")
+            raise ValueError(
+                f"dev_fraction {self.dev_fraction}: expected a share above 0, at most 0.5"
+            )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        train, dev = _split(images, texts, self.dev_fraction, seed, torch.device(self.device))
-        model, _ = initial_model(recipe, train, dev, seed)
+        train, dev = _split(
+            images,
+            y=texts,
+            fraction=self.dev_fraction,
+            seed=seed,
+            device=torch.device(self.device),
+        )
+        model, _ = initial_model(recipe, train=train, dev=dev, seed=seed)
         training = Training(model, recipe, seed)
         with seeded(seed + 1, train.place):
-            run_training(training, train, dev, Plan.of(recipe, train), lambda _: None, lambda _: None)
+            run_training(
+                training,
+                train=train,
+                dev=dev,
+                plan=Plan.of(recipe, train),
+                log=lambda _: None,
+                save=lambda _: None,
+            )
         model.load_state_dict(training.best.weights)
         self.model_: AlignmentModel = model.eval().requires_grad_(False)
-        self.history_, self.n_features_y_ = training.history, texts.shape[1]
+        self.history_ = training.history
+        self.n_features_y_ = texts.shape[1]
         self.dev_report_ = _report(self._embed("image", dev.image), self._embed("text", dev.text))
         self._n_features_out = model.image.out_dim
         return self
@@ -85,14 +109,18 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
         text = self._embed("text", _tensor(self._checked(y)))
         if len(image) != len(text):
-            raise ValueError(f"X has {len(image)} rows and y {len(text)}; row i of one belongs to row i of the other")
+            raise ValueError(
+                f"X has {len(image)} rows and y {len(text)}; row i of one belongs to row i of "
+                "the other"
+            )
         return _report(image, text).mean_recall_at_1 / 100
 
     def _checked(self, y: ArrayLike) -> Array:
         found = _columns(check_array(y, dtype=np.float32, ensure_2d=False, input_name="y"))
         if found.shape[1] != self.n_features_y_:
             raise ValueError(
-                f"y has {found.shape[1]} features, but {type(self).__name__} was fitted with {self.n_features_y_}"
+                f"y has {found.shape[1]} features, but {type(self).__name__} was fitted with "
+                f"{self.n_features_y_}"
             )
         return found
 
@@ -110,7 +138,10 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 def _recipe(recipe: str | Recipe, settings: Sequence[str]) -> Recipe:
     found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     if not found.trains_heads_alone or found.cut != "pooled":
-        raise RecipeError(f"recipe {found.name} needs more than pooled features; choose another (apecache recipes)")
+        raise RecipeError(
+            f"recipe {found.name} needs more than pooled features; choose another (apecache "
+            "recipes)"
+        )
     return found
 
 
@@ -123,7 +154,13 @@ def _tensor(values: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.array(values, np.float32, order="C"))
 
 
-def _split(X: Array, y: Array, fraction: float, seed: int, device: torch.device) -> tuple[FeaturePairs, FeaturePairs]:
+def _split(
+    X: Array,
+    y: Array,
+    fraction: float,
+    seed: int,
+    device: torch.device,
+) -> tuple[FeaturePairs, FeaturePairs]:
     """(training, dev) pairs; both keep the order of the rows."""
     n_dev = min(max(2, round(fraction * len(X))), len(X) // 2)
     chosen = np.zeros(len(X), bool)
@@ -134,7 +171,7 @@ def _split(X: Array, y: Array, fraction: float, seed: int, device: torch.device)
 
 def _pairs(X: Array, y: Array, device: torch.device) -> FeaturePairs:
     first = torch.arange(len(X) + 1, device=device)
-    return FeaturePairs(_tensor(X).to(device), _tensor(y).to(device), first)
+    return FeaturePairs(image=_tensor(X).to(device), text=_tensor(y).to(device), first_text=first)
 
 
 def _report(image: torch.Tensor, text: torch.Tensor) -> RetrievalReport:

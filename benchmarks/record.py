@@ -6,7 +6,8 @@
     print_goals(goals)
     write_result("speed-store", goals, rows, options.json)
 
-A goal that is missed is written as missed. The machine is described by its size alone: results are published.
+A goal that is missed is written as missed. The machine is described by its size alone: results are
+published.
 """
 
 import json
@@ -21,12 +22,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("apecache", "numpy", "zarr", "torch", "timm", "transformers", "blake3", "google-crc32c", "faiss-cpu")
+PACKAGES = (
+    "apecache",
+    "numpy",
+    "zarr",
+    "torch",
+    "timm",
+    "transformers",
+    "blake3",
+    "google-crc32c",
+    "faiss-cpu",
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Goal:
-    """`met` compares `value` with `target`; reaching it exactly is enough. NaN never meets a goal."""
+    """`met` compares `value` with `target`; reaching it exactly is enough. NaN never meets a
+    goal."""
 
     name: str
     value: float
@@ -39,13 +51,23 @@ class Goal:
 
     def to_json(self) -> dict[str, Any]:
         value = self.value if self.value == self.value else None
-        return {"name": self.name, "value": value, "target": self.target, "better": self.better, "met": self.met}
+        return {
+            "name": self.name,
+            "value": value,
+            "target": self.target,
+            "better": self.better,
+            "met": self.met,
+        }
 
 
 def write_result(
-    name: str, goals: Sequence[Goal], rows: Sequence[Mapping[str, Any]], path: Path | str | None = None
+    name: str,
+    goals: Sequence[Goal],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path | str | None = None,
 ) -> Path:
-    """Write `benchmarks/results/<name>.json` (or `path`); returns where. `name` is `<area>-<benchmark>`."""
+    """Write `benchmarks/results/<name>.json` (or `path`); returns where. `name` is
+    `<area>-<benchmark>`."""
     target = Path(path) if path else RESULTS / f"{name}.json"
     result = {
         "name": name,
@@ -62,11 +84,23 @@ def write_result(
 
 
 def commit() -> str:
-    """The checked-out commit, with `+` when tracked files differ from it; `unknown` outside a checkout."""
+    """The checked-out commit, with `+` when tracked files differ from it; `unknown` outside a
+    checkout."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
@@ -76,7 +110,9 @@ def machine() -> dict[str, Any]:
     """Size only: no host name, user or path."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "architecture": platform.machine(),
         "memory_gb": round(memory / 2**30, 1),
         "python": platform.python_version(),
@@ -95,7 +131,8 @@ def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """`python -m benchmarks.<area>.<name>` and its options, without those that only say where to write.
+    """`python -m benchmarks.<area>.<name>` and its options, without those that only say where to
+    write.
 
     The value of an option that is a path is shown by its last part.
     """
@@ -128,7 +165,9 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     numeric = [all(isinstance(row.get(name, 0), int | float) for row in rows) for name in names]
     for number, line in enumerate(cells):
-        parts = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True))
+        parts = (
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)
+        )
         print("  ".join(parts).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
@@ -137,7 +176,10 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def print_goals(goals: Sequence[Goal]) -> None:
     for goal in goals:
         sign = "<=" if goal.better == "lower" else ">="
-        print(f"{'met   ' if goal.met else 'MISSED'}  {goal.name}: {_cell(goal.value)} ({sign} {_cell(goal.target)})")
+        print(
+            f"{'met   ' if goal.met else 'MISSED'}  {goal.name}: {_cell(goal.value)} ({sign} "
+            f"{_cell(goal.target)})"
+        )
 
 
 def _cell(value: Any) -> str:

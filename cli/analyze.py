@@ -13,15 +13,22 @@ from .terminal import Device, Json, ending, show_json, show_table
 def analyze(
     run: Annotated[Path, typer.Argument(help="A finished run of fit-encoder.")],
     layernorm_shift: Annotated[
-        bool, typer.Option("--layernorm-shift", help="How far each norm moved from its pretrained weights, by depth.")
+        bool,
+        typer.Option(
+            "--layernorm-shift",
+            help="How far each norm moved from its pretrained weights, by depth.",
+        ),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the charts. Default: the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the charts. Default: the run.")
+    ] = None,
     image: MovedImage = None,
     text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Say what training changed within the towers; a chart of each tower is written into the run, or into --out.
+    """Say what training changed within the towers; a chart of each tower is written into the run,
+    or into --out.
 
     Example: apecache analyze run --layernorm-shift
     """
@@ -38,7 +45,12 @@ def analyze(
         found = measure(load_run(run, device, *moved), device, *moved)
         charts = write_charts(found, out or run)
         if json:
-            show_json({"sides": [asdict(report) for report in found], "charts": [str(path) for path in charts]})
+            show_json(
+                {
+                    "sides": [asdict(report) for report in found],
+                    "charts": [str(path) for path in charts],
+                }
+            )
             return
         for report in found:
             _show(report)
@@ -48,4 +60,8 @@ def analyze(
 def _show(report: Any) -> None:
     rows = [(norm.norm, norm.depth, norm.l1_weight, norm.l1_bias) for norm in report.norms]
     rows.append(("correlation with depth", "", report.correlation_weight, report.correlation_bias))
-    show_table(f"{report.side} tower: L1 change of every norm", ("norm", "block", "weight", "bias"), rows)
+    show_table(
+        f"{report.side} tower: L1 change of every norm",
+        ("norm", "block", "weight", "bias"),
+        rows,
+    )

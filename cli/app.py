@@ -1,4 +1,5 @@
-"""The command `apecache`: one verb per command, one library function behind each. Nothing heavy is imported here."""
+"""The command `apecache`: one verb per command, one library function behind each. Nothing heavy is
+imported here."""
 
 import sys
 from typing import Annotated
@@ -28,7 +29,10 @@ from .terminal import FAILURE, INTERRUPTED, command_line, complain_of_system
 
 app = typer.Typer(
     name="apecache",
-    help="Image-text models out of encoders that exist: cache their features once, fit heads on them in seconds.",
+    help=(
+        "Image-text models out of encoders that exist: cache their features once, fit heads on "
+        "them in seconds."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -51,7 +55,15 @@ app.command(cls=Command)(search.index)
 app.command(cls=Command)(search.search)
 app.command(cls=Command)(report.report)
 app.command(cls=Command)(serve.serve)
-for _command in (store.info, store.verify, store.repair, store.remove, store.copy, store.export, store.upgrade):
+for _command in (
+    store.info,
+    store.verify,
+    store.repair,
+    store.remove,
+    store.copy,
+    store.export,
+    store.upgrade,
+):
     app.command(cls=Command)(_command)
 app.command(cls=Command)(demo.demo)
 
@@ -74,7 +86,8 @@ def _options(
 
 
 def main() -> None:
-    """The console script. An interrupt or an error of the system outside a command's own work ends as inside it."""
+    """The console script. An interrupt or an error of the system outside a command's own work ends
+    as inside it."""
     try:
         app()
     except KeyboardInterrupt:

@@ -11,11 +11,14 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
 def parse_count(text: str) -> int:
-    """`400M`, `5B`, `1.5k` or plain digits. Raises BadParameter for anything else, and for less than one."""
+    """`400M`, `5B`, `1.5k` or plain digits. Raises BadParameter for anything else, and for less
+    than one."""
     found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmMbBgG]?)", str(text))
     count = round(float(re.sub("[_,]", "", found[1])) * UNITS[found[2].upper()], 6) if found else 0
     if count < 1 or count != int(count):
-        raise typer.BadParameter(f"{text!r} is no count; expected a whole number like 20000, 400M or 5B")
+        raise typer.BadParameter(
+            f"{text!r} is no count; expected a whole number like 20000, 400M or 5B"
+        )
     return int(count)
 
 
@@ -35,23 +38,52 @@ def show_cluster(plan: Any) -> None:
     )
     lines = [
         (
-            *(array.name, f"{array.rows:,}", f"{array.row_bytes:,}", size(array.n_bytes), size(array.record_bytes)),
+            *(
+                array.name,
+                f"{array.rows:,}",
+                f"{array.row_bytes:,}",
+                size(array.n_bytes),
+                size(array.record_bytes),
+            ),
             *(f"{array.shard_rows:,}", f"{array.n_shards:,}", f"{array.n_objects:,}"),
             hours(array.device_seconds / 3600),
         )
         for array in plan.arrays
     ]
-    show_table(f"{plan.recipe}: cache of {plan.rows:,} images, {plan.captions:,} captions each", columns, lines)
+    show_table(
+        f"{plan.recipe}: cache of {plan.rows:,} images, {plan.captions:,} captions each",
+        columns,
+        lines,
+    )
     stages = [
-        ("extract", plan.extraction, size(plan.source_bytes), size(plan.write_bytes), plan.n_writes),
+        (
+            "extract",
+            plan.extraction,
+            size(plan.source_bytes),
+            size(plan.write_bytes),
+            plan.n_writes,
+        ),
         (plan.path, plan.training, size(plan.read_bytes), "heads", plan.n_reads),
     ]
-    header = ("stage", "devices", "device hours", "hours", "cost", "reads", "writes", "objects read or written")
+    header = (
+        "stage",
+        "devices",
+        "device hours",
+        "hours",
+        "cost",
+        "reads",
+        "writes",
+        "objects read or written",
+    )
     rows = [
         (name, f"{stage.n_devices:,}", *_costs(stage), read, written, f"{count:,}")
         for name, stage, read, written, count in stages
     ]
-    show_table(f"{plan.recipe} on {cluster}: {plan.n_steps:,} steps of {plan.batch_size:,} images", header, rows)
+    show_table(
+        f"{plan.recipe} on {cluster}: {plan.n_steps:,} steps of {plan.batch_size:,} images",
+        header,
+        rows,
+    )
     typer.echo(f"in training: {plan.residence}")
     typer.echo("assumed:\n" + "\n".join(f"  - {assumption}" for assumption in plan.assumptions))
 
@@ -69,6 +101,8 @@ def size(count: int | None) -> str:
     if count is None:
         return "not given"
     unit, name = next(
-        (u, n) for u, n in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1, "B")) if count >= u or u == 1
+        (u, n)
+        for u, n in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1, "B"))
+        if count >= u or u == 1
     )
     return f"{count / unit:,.4g} {name}"

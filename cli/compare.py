@@ -14,23 +14,27 @@ from .terminal import Device, Json, ending, show_json, show_table, warn
 def compare(
     store: Annotated[str, typer.Option(help="The feature store with the split.")],
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN RUN]", help="Two finished runs; s3://… and the like too.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN RUN]", help="Two finished runs; s3://… and the like too."),
     ] = None,
     a: Annotated[
-        list[str] | None, typer.Option("--a", help="A run of the first recipe. Repeat for other seeds.")
+        list[str] | None,
+        typer.Option("--a", help="A run of the first recipe. Repeat for other seeds."),
     ] = None,
     b: Annotated[
-        list[str] | None, typer.Option("--b", help="A run of the second recipe. Repeat for other seeds.")
+        list[str] | None,
+        typer.Option("--b", help="A run of the second recipe. Repeat for other seeds."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split to measure.")] = "val",
     root: Root = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Compare two runs on the same images: differences of recalls with a 95 % interval and a p-value.
+    """Compare two runs on the same images: differences of recalls with a 95 % interval and a
+    p-value.
 
-    Give two runs, or the seeds of two recipes with --a and --b. A difference is A less B, paired over images, each
-    image with its captions. With several seeds the variance over seeds is added.
+    Give two runs, or the seeds of two recipes with --a and --b. A difference is A less B, paired
+    over images, each image with its captions. With several seeds the variance over seeds is added.
 
     Example: apecache compare run-ape run-projection --store store --split val
 
@@ -40,9 +44,19 @@ def compare(
         names_a, names_b = two_sides(runs or [], a or [], b or [])
         from apecache.runs.remote import fetched_run
 
-        here = {name: stack.enter_context(fetched_run(name)) for name in dict.fromkeys([*names_a, *names_b])}
+        here = {
+            name: stack.enter_context(fetched_run(name))
+            for name in dict.fromkeys([*names_a, *names_b])
+        }
         sides = [[here[name] for name in names] for names in (names_a, names_b)]
-        result = measure(sides, {str(folder): name for name, folder in here.items()}, store, split, root, device)
+        result = measure(
+            sides,
+            names={str(folder): name for name, folder in here.items()},
+            store=store,
+            split=split,
+            root=root,
+            device=device,
+        )
         if json:
             show_json({"a": names_a, "b": names_b, **result})
         else:
@@ -58,12 +72,18 @@ def two_sides(runs: list[str], a: list[str], b: list[str]) -> tuple[list[str], l
     if not runs and a and b:
         return a, b
     raise OptionError(
-        f"expected two runs, or --a RUN and --b RUN; found {len(runs)} runs, {len(a)} --a and {len(b)} --b"
+        f"expected two runs, or --a RUN and --b RUN; found {len(runs)} runs, {len(a)} --a and "
+        f"{len(b)} --b"
     )
 
 
 def measure(
-    sides: list[list[Path]], names: dict[str, str], store: str, split: str, root: str | None, device: str
+    sides: list[list[Path]],
+    names: dict[str, str],
+    store: str,
+    split: str,
+    root: str | None,
+    device: str,
 ) -> dict[str, Any]:
     """The JSON form of a comparison. Warns of runs that saw the split."""
     from dataclasses import asdict
@@ -73,15 +93,18 @@ def measure(
 
     found = compare_runs(
         sides[0],
-        sides[1],
-        FeatureStore.open(store),
-        split,
+        run_b=sides[1],
+        store=FeatureStore.open(store),
+        split=split,
         device=device,
         open_image=opener(root),
     )
     seen = [names[folder] for folder in found.seen_in_training]
     for name in seen:
-        warn(f"{name} used split {split!r} in training or to choose its epoch: its figures are too high")
+        warn(
+            f"{name} used split {split!r} in training or to choose its epoch: its figures are "
+            "too high"
+        )
     return {**asdict(found), "seen_in_training": seen}
 
 
@@ -99,10 +122,16 @@ def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, An
         for row in result["rows"]
     ]
     title = f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts"
-    show_table(title, ("", "A, %", "B, %", "chance", "A less B, points", "95 % interval", "p"), rows)
+    show_table(
+        title,
+        ("", "A, %", "B, %", "chance", "A less B, points", "95 % interval", "p"),
+        rows,
+    )
     typer.echo(f"A: {', '.join(names_a)}")
     typer.echo(f"B: {', '.join(names_b)}")
     single = [side for side, names in (("A", names_a), ("B", names_b)) if len(names) == 1]
     typer.echo(f"p: {result['method']}, two-sided.")
     if single:
-        typer.echo(f"The interval has no variance over seeds of {' and '.join(single)}: one run only.")
+        typer.echo(
+            f"The interval has no variance over seeds of {' and '.join(single)}: one run only."
+        )

@@ -1,4 +1,5 @@
-"""`apecache demo`: the whole way on drawings that the project ships, with encoders that come as packages."""
+"""`apecache demo`: the whole way on drawings that the project ships, with encoders that come as
+packages."""
 
 import os
 import shlex
@@ -18,13 +19,17 @@ QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("apecache-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path(
+        "apecache-demo"
+    ),
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Extract, fit, evaluate, index and search on a small real data set; no hub, account or GPU needed.
+    """Extract, fit, evaluate, index and search on a small real data set; no hub, account or GPU
+    needed.
 
-    577 drawings of single words (CC BY-SA), efficientnet-lite0 and all-MiniLM-L6-v2; about two minutes on two cores.
+    577 drawings of single words (CC BY-SA), efficientnet-lite0 and all-MiniLM-L6-v2; about two
+    minutes on two cores.
 
     Example: apecache demo --out apecache-demo
     """
@@ -47,7 +52,8 @@ def demo(
 
 
 def data_folder() -> Path:
-    """The drawings: examples/drawings in the sources, apecache_cli/drawings in an installed wheel."""
+    """The drawings: examples/drawings in the sources, apecache_cli/drawings in an installed
+    wheel."""
     folder = Path(str(files("apecache_cli.drawings")))
     return Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
 
@@ -62,8 +68,12 @@ def write_encoders(out: Path) -> tuple[Path, Path]:
 
 def run_commands(out: Path, folder: Path, encoders: tuple[Path, Path]) -> list[dict[str, Any]]:
     """Every step as the command that a user would type; returns the rows of the result table."""
-    table, store = str(folder / "pairs.tsv"), str(out / "store")
-    image, text = (f"{library}:{local_name(path)}" for library, path in zip(("timm", "hf"), encoders, strict=True))
+    table = str(folder / "pairs.tsv")
+    store = str(out / "store")
+    image, text = (
+        f"{library}:{local_name(path)}"
+        for library, path in zip(("timm", "hf"), encoders, strict=True)
+    )
     call("extract", table, "--store", store, "--image", image, "--text", text)
     rows = []
     for recipe in RECIPES:
@@ -72,7 +82,7 @@ def run_commands(out: Path, folder: Path, encoders: tuple[Path, Path]) -> list[d
         call("evaluate", run, "--store", store, "--split", "val")
         prompts = [word for template in TEMPLATES for word in ("--template", template)]
         call("evaluate", run, "--task", "zeroshot", "--labels", table, "--split", "val", *prompts)
-        rows += measure(recipe, out / f"run-{recipe}", Path(store), folder)
+        rows += measure(recipe, run=out / f"run-{recipe}", store=Path(store), folder=folder)
     best = str(out / f"run-{RECIPES[-1]}")
     index = str(out / "index")
     call("index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
@@ -97,7 +107,8 @@ def call(*arguments: str) -> None:
 
 
 def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, Any]]:
-    """Retrieval and zero-shot figures of the trained heads and of the same heads before training."""
+    """Retrieval and zero-shot figures of the trained heads and of the same heads before
+    training."""
     from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
@@ -110,14 +121,30 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
 
     opened = FeatureStore.open(store)
     rows = []
-    stages = (("before training", untrained_heads(opened, load_recipe(name))), ("trained", load_heads(run)))
+    stages = (
+        ("before training", untrained_heads(opened, load_recipe(name))),
+        ("trained", load_heads(run)),
+    )
     images = LabelledSpec(open_pairs(folder / "pairs.tsv"), run / "caches", ("val",))
     spec = ZeroShotSpec(images, TEMPLATES)
     for stage, heads in stages:
         embedded = embed_store(heads, opened, "val")
-        report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+        report = retrieval_report(
+            embedded.image,
+            embedded.text,
+            embedded.image_of_text,
+            relevance=embedded.relevance,
+        )
         classes = zero_shot(heads, spec)
-        rows.append({"recipe": name, "stage": stage, **vars(report), "top1": classes.top1, "top5": classes.top5})
+        rows.append(
+            {
+                "recipe": name,
+                "stage": stage,
+                **vars(report),
+                "top1": classes.top1,
+                "top5": classes.top5,
+            }
+        )
         rows[-1].update(chance_top1=classes.chance_top1, chance_top5=classes.chance_top5)
     return rows
 
@@ -126,10 +153,22 @@ def a_val_image(folder: Path) -> Path:
     """The first image of the val split."""
     from apecache.data.sources import open_pairs
 
-    return folder / next(pair.key for pair in open_pairs(folder / "pairs.tsv") if pair.split == "val")
+    return folder / next(
+        pair.key for pair in open_pairs(folder / "pairs.tsv") if pair.split == "val"
+    )
 
 
-COLUMNS = ("", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10", "category top-1", "top-5")
+COLUMNS = (
+    "",
+    "image to text R@1",
+    "R@5",
+    "R@10",
+    "text to image R@1",
+    "R@5",
+    "R@10",
+    "category top-1",
+    "top-5",
+)
 
 
 def result_rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -144,7 +183,10 @@ def result_rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def title(results: list[dict[str, Any]]) -> str:
-    return f"val: {results[0]['n_images']} drawings, {results[0]['n_texts']} words, 12 categories (zero-shot)"
+    return (
+        f"val: {results[0]['n_images']} drawings, {results[0]['n_texts']} words, 12 "
+        "categories (zero-shot)"
+    )
 
 
 def show_results(results: list[dict[str, Any]]) -> None:
@@ -160,13 +202,24 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
     from apecache.store.reader import FeatureStore
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
-    heads, store = load_heads(runs[RECIPES[-1]]), FeatureStore.open(out / "store")
-    galleries = retrieval_galleries(embed_store(heads, store, "val"), store, FolderMedia(folder))
+    heads = load_heads(runs[RECIPES[-1]])
+    store = FeatureStore.open(out / "store")
+    galleries = retrieval_galleries(
+        embed_store(heads, store, "val"),
+        store,
+        FolderMedia(root=folder),
+    )
     page = Page(
         title="apecache demo",
-        subtitle="577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, heads train",
+        subtitle=(
+            "577 drawings of single words; efficientnet-lite0 and all-MiniLM-L6-v2 stay frozen, "
+            "heads train"
+        ),
         commands=(f"apecache demo --out {out}",),
-        tables=(Table(title(results), COLUMNS, tuple(result_rows(results))), ledger_table(runs)),
+        tables=(
+            Table(title=title(results), columns=COLUMNS, rows=tuple(result_rows(results))),
+            ledger_table(runs),
+        ),
         charts=learning_charts(runs),
         galleries=galleries,
         notes=("Drawings: Art4Apps, CC BY-SA 3.0; see examples/drawings/ATTRIBUTION.md.",),

@@ -9,16 +9,32 @@ import typer
 Engine = Annotated[str, typer.Option(help="local, or ray: actors on a Ray cluster (needs ray).")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Of the Ray cluster: HOST:PORT or auto. Default: RAY_ADDRESS, or else this machine alone."),
+    typer.Option(
+        help=(
+            "Of the Ray cluster: HOST:PORT or auto. Default: RAY_ADDRESS, or else this machine "
+            "alone."
+        )
+    ),
 ]
 RayActors = Annotated[
-    int | None, typer.Option("--ray-actors", min=1, help="Actors. Default: as many as the nodes have room for.")
+    int | None,
+    typer.Option(
+        "--ray-actors",
+        min=1,
+        help="Actors. Default: as many as the nodes have room for.",
+    ),
 ]
 RayCpus = Annotated[
-    int | None, typer.Option("--ray-cpus", min=1, help="CPUs of an actor, and its threads. Default: 1.")
+    int | None,
+    typer.Option("--ray-cpus", min=1, help="CPUs of an actor, and its threads. Default: 1."),
 ]
 RayGpus = Annotated[
-    float | None, typer.Option("--ray-gpus", min=0, help="GPUs of an actor. Default: 1 where the cluster has any.")
+    float | None,
+    typer.Option(
+        "--ray-gpus",
+        min=0,
+        help="GPUs of an actor. Default: 1 where the cluster has any.",
+    ),
 ]
 
 
@@ -27,8 +43,15 @@ def results_only(cluster: Any) -> AbstractContextManager[object]:
     return redirect_stdout(sys.stderr) if cluster else nullcontext()
 
 
-def ray_spec(engine: str, address: str | None, actors: int | None, cpus: int | None, gpus: float | None) -> Any:
-    """The `RaySpec`, None for the local engine. Raises OptionError if there are options of the other engine."""
+def ray_spec(
+    engine: str,
+    address: str | None,
+    actors: int | None,
+    cpus: int | None,
+    gpus: float | None,
+) -> Any:
+    """The `RaySpec`, None for the local engine. Raises OptionError if there are options of the
+    other engine."""
     from apecache.errors import OptionError
 
     from .terminal import choice
@@ -42,4 +65,4 @@ def ray_spec(engine: str, address: str | None, actors: int | None, cpus: int | N
         return None
     from apecache.cluster.pool import RaySpec
 
-    return RaySpec(address, actors, 1 if cpus is None else cpus, gpus)
+    return RaySpec(address=address, actors=actors, cpus=1 if cpus is None else cpus, gpus=gpus)

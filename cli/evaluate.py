@@ -18,46 +18,76 @@ TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 def evaluate(
     opening: Opening,
     run: Annotated[str, typer.Argument(help="A finished run folder; s3://… and the like too.")],
-    store: Annotated[str | None, typer.Option(help="The feature store with the split (retrieval).")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="The split to report. Default: retrieval val, zero-shot all, probes test.")
+    store: Annotated[
+        str | None, typer.Option(help="The feature store with the split (retrieval).")
     ] = None,
-    task: Annotated[str, typer.Option(help="retrieval, zeroshot, probe or text-probe.")] = "retrieval",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="The split to report. Default: retrieval val, zero-shot all, probes test."
+        ),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="retrieval, zeroshot, probe or text-probe.")
+    ] = "retrieval",
     labels: Annotated[
         str | None,
-        typer.Option(help="Images with labels: a table, a folder per class, tars, …. Text-probe: texts with labels."),
+        typer.Option(
+            help=(
+                "Images with labels: a table, a folder per class, tars, …. Text-probe: texts with "
+                "labels."
+            )
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Zero-shot: class names and prompts of a published benchmark: imagenet, cifar10, svhn, …."),
+        typer.Option(
+            help=(
+                "Zero-shot: class names and prompts of a published benchmark: imagenet, cifar10, "
+                "svhn, …."
+            )
+        ),
     ] = None,
     class_names: Annotated[
         Path | None, typer.Option(help="Zero-shot: a class name on each line, or label, tab, name.")
     ] = None,
     templates: Annotated[
-        str | None, typer.Option(help="Zero-shot: a file of prompts with {} or {c}, or single, clip-7, clip-80.")
+        str | None,
+        typer.Option(
+            help="Zero-shot: a file of prompts with {} or {c}, or single, clip-7, clip-80."
+        ),
     ] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
     ] = None,
-    probe_train_split: Annotated[str, typer.Option(help="Probes: the split that the classifiers learn.")] = "train",
+    probe_train_split: Annotated[
+        str, typer.Option(help="Probes: the split that the classifiers learn.")
+    ] = "train",
     image: MovedImage = None,
     text: MovedText = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000).")
+        int | None,
+        typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000)."),
     ] = None,
-    by_language: Annotated[bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")] = False,
+    by_language: Annotated[
+        bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")
+    ] = False,
     csls: Annotated[
-        bool, typer.Option("--csls", help="Retrieval: one more row, corrected for hubs; the plain figures stay.")
+        bool,
+        typer.Option(
+            "--csls",
+            help="Retrieval: one more row, corrected for hubs; the plain figures stay.",
+        ),
     ] = False,
     max_bad: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unreadable images that is still a success.")
+        float,
+        typer.Option(min=0, max=1, help="Share of unreadable images that is still a success."),
     ] = 0.01,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a run: retrieval on a split of a store; on labelled images zero-shot classification, or probes of their
-    features before and after the head; on labelled texts such probes too.
+    """Measure a run: retrieval on a split of a store; on labelled images zero-shot classification,
+    or probes of their features before and after the head; on labelled texts such probes too.
 
     Example: apecache evaluate run --store store --split val
 
@@ -71,15 +101,33 @@ def evaluate(
 
         with fetched_run(run) as here:
             moved = moved_encoders(here, image, text)
-            asked = Asked(here, labels, opening, split, device, max_bad, moved)
+            asked = Asked(
+                run=here,
+                labels=labels,
+                opening=opening,
+                split=split,
+                device=device,
+                max_bad=max_bad,
+                moved=moved,
+            )
             about = (split or "val", device, folds, by_language, csls, opening.root, moved)
             match task:
                 case "retrieval":
                     result = retrieval(here, store, *about)
                 case "zeroshot":
-                    result = zeroshot(asked, dataset, class_names, templates, template)
+                    result = zeroshot(
+                        asked,
+                        dataset=dataset,
+                        class_names=class_names,
+                        templates=templates,
+                        template=template,
+                    )
                 case _:
-                    result = probes(asked, "image" if task == "probe" else "text", probe_train_split)
+                    result = probes(
+                        asked,
+                        "image" if task == "probe" else "text",
+                        probe_train_split,
+                    )
         if json:
             show_json(result)
             return
@@ -102,25 +150,36 @@ def retrieval(
     from apecache.errors import OptionError
 
     if store is None:
-        raise OptionError("--store is missing: give the feature store whose split is to be measured")
+        raise OptionError(
+            "--store is missing: give the feature store whose split is to be measured"
+        )
     from apecache.evaluate.comparison import was_split_seen
     from apecache.evaluate.embeddings import embed_store
     from apecache.metrics.csls import csls_intervals, csls_report
-    from apecache.metrics.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
+    from apecache.metrics.protocols import (
+        folded_report,
+        language_intervals,
+        language_reports,
+        retrieval_intervals,
+    )
     from apecache.metrics.retrieval import retrieval_report
     from apecache.runs.load import load_run
     from apecache.store.reader import FeatureStore
 
     loaded = load_run(run, device, *moved)
     opened = FeatureStore.open(store)
-    embedded = embed_store(loaded, opened, split, opener(root))
+    embedded = embed_store(loaded, store=opened, split=split, open_image=opener(root))
     about = (embedded.image, embedded.text, embedded.image_of_text)
     equal: Any = {"relevance": embedded.relevance}
     report = folded_report(*about, folds, **equal) if folds else retrieval_report(*about, **equal)
     measure = csls_report
     corrected = None
     if csls:
-        corrected = folded_report(*about, folds, measure=measure, **equal) if folds else measure(*about, **equal)
+        corrected = (
+            folded_report(*about, folds, measure=measure, **equal)
+            if folds
+            else measure(*about, **equal)
+        )
     intervals = None if folds else retrieval_intervals(*about, **equal)
     corrected_intervals = csls_intervals(*about, **equal) if csls and not folds else None
     tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
@@ -128,7 +187,10 @@ def retrieval(
     sure = language_intervals(*about, tongues, **equal) if by_language else {}
     seen = was_split_seen(loaded.training, opened.digest, split)
     if seen:
-        warn(f"split {split!r} was used in training or to choose the epoch: this is no measure of generalisation")
+        warn(
+            f"split {split!r} was used in training or to choose the epoch: this is no measure "
+            "of generalisation"
+        )
     return {
         "task": "retrieval",
         "split": split,
@@ -145,7 +207,9 @@ def retrieval(
         "folds_of": folds,
         "csls": None if corrected is None else told(corrected, corrected_intervals),
         "intervals": None if intervals is None else vars(intervals),
-        "languages": {language: told(found, sure[language]) for language, found in languages.items()},
+        "languages": {
+            language: told(found, sure[language]) for language, found in languages.items()
+        },
         "left_out": asdict(embedded.left_out),
     }
 
@@ -185,7 +249,11 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
         rows.append(recall_row(f"chance, {name}", report["chance"]))
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
     fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
-    show_table(f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}", columns, rows)
+    show_table(
+        f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}",
+        columns,
+        rows,
+    )
     show_left_out(result["left_out"])
 
 

@@ -14,10 +14,15 @@ def export_run(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="Both heads as ONNX graphs.")] = False,
     safetensors: Annotated[
-        bool, typer.Option("--safetensors", help="Both heads as plain tensors, and a JSON that says what they are.")
+        bool,
+        typer.Option(
+            "--safetensors",
+            help="Both heads as plain tensors, and a JSON that says what they are.",
+        ),
     ] = False,
     sentence_transformers: Annotated[
-        bool, typer.Option("--sentence-transformers", help="Text encoder and linear head as one model.")
+        bool,
+        typer.Option("--sentence-transformers", help="Text encoder and linear head as one model."),
     ] = False,
     text: MovedText = None,
     json: Json = False,

@@ -10,7 +10,10 @@ from .inputs import SOURCE, Opening, SingleWriter, takes_source
 from .memory import keep_freed_memory
 from .terminal import Device, Json, choice, ending, printable, progress, show_json, show_table, warn
 
-CUT = "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many blocks."
+CUT = (
+    "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many "
+    "blocks."
+)
 
 
 @takes_source
@@ -18,72 +21,123 @@ def extract(
     opening: Opening,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     store: Annotated[
-        str, typer.Option(help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://….")
+        str,
+        typer.Option(
+            help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://…."
+        ),
     ],
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
+        typer.Option(
+            help=(
+                "Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be "
+                "repeated."
+            )
+        ),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be repeated."),
+        typer.Option(
+            help=(
+                "Text encoder: hf:ID, st:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be "
+                "repeated."
+            )
+        ),
     ] = None,
-    image_cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")] = None,
+    image_cut: Annotated[
+        list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")
+    ] = None,
     text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
     text_prefix: Annotated[
-        str | None, typer.Option(help="Put before every caption. Default: what the encoder asks for.")
+        str | None,
+        typer.Option(help="Put before every caption. Default: what the encoder asks for."),
     ] = None,
     views: Annotated[
-        int | None, typer.Option(min=1, help="Encode so many augmented views in place of each image.")
+        int | None,
+        typer.Option(min=1, help="Encode so many augmented views in place of each image."),
     ] = None,
-    view_scale: Annotated[str, typer.Option(help="Smallest and largest crop of a view, share of the area.")] = "0.2,1",
+    view_scale: Annotated[
+        str, typer.Option(help="Smallest and largest crop of a view, share of the area.")
+    ] = "0.2,1",
     view_seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Image side in pixels. Default: the encoder's own.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own.")
+        int | None,
+        typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Computation: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Computation: float32, float16 or bfloat16.")
+    ] = "float32",
     storage: Annotated[
-        str, typer.Option(help="Stored features: float16, float32, or int8 with a scale for each vector.")
+        str,
+        typer.Option(
+            help="Stored features: float16, float32, or int8 with a scale for each vector."
+        ),
     ] = "float16",
     image_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256.")
+        int | None,
+        typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256."),
     ] = None,
     text_batch: Annotated[
-        int | None, typer.Option(min=1, help="Captions per batch; recorded. Default: 64, on CUDA 256.")
+        int | None,
+        typer.Option(min=1, help="Captions per batch; recorded. Default: 64, on CUDA 256."),
     ] = None,
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")
     ] = None,
     resize: Annotated[
-        str, typer.Option(help="reference (the encoder's own) or torchvision: faster, other in the last bits.")
+        str,
+        typer.Option(
+            help="reference (the encoder's own) or torchvision: faster, other in the last bits."
+        ),
     ] = "reference",
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Decoding processes; 0 is threads. Default: one a core; on two, threads."),
+        typer.Option(
+            min=0,
+            help="Decoding processes; 0 is threads. Default: one a core; on two, threads.",
+        ),
     ] = None,
     hang_seconds: Annotated[
-        float, typer.Option(min=0.1, help="A decoding process that takes longer for one image is replaced.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="A decoding process that takes longer for one image is replaced.",
+        ),
     ] = 30.0,
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Image encoders by torch.compile; recorded. Default: if it is measured to pay in ten minutes or more.",
+            help=(
+                "Image encoders by torch.compile; recorded. Default: if it is measured to pay in "
+                "ten minutes or more."
+            ),
         ),
     ] = None,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
     ] = 0.01,
-    add: Annotated[bool, typer.Option("--add", help="Keep these features beside those of another encoder.")] = False,
-    append: Annotated[bool, typer.Option("--append", help="The table has grown at its end: encode that too.")] = False,
-    recheck: Annotated[bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep these features beside those of another encoder.")
+    ] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="The table has grown at its end: encode that too.")
+    ] = False,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")
+    ] = False,
     single_writer: SingleWriter = False,
     part: Annotated[
         str | None,
-        typer.Option(help="i/n: encode the i-th of n shares of the shards, beside others who do the rest (Slurm)."),
+        typer.Option(
+            help=(
+                "i/n: encode the i-th of n shares of the shards, beside others who do the rest "
+                "(Slurm)."
+            )
+        ),
     ] = None,
     engine: Engine = "local",
     address: Address = None,
@@ -91,7 +145,11 @@ def extract(
     ray_cpus: RayCpus = None,
     ray_gpus: RayGpus = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take in bytes, time and money; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it would take in bytes, time and money; write nothing.",
+        ),
     ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Of the machine, in any currency; for --dry-run.")
@@ -101,8 +159,8 @@ def extract(
 ) -> None:
     """Run the frozen encoders once over images and captions, into a feature store.
 
-    One image is encoded once however many captions it has. Killed or interrupted, the same command goes on; run again
-    when all is done, it says so and does nothing.
+    One image is encoded once however many captions it has. Killed or interrupted, the same command
+    goes on; run again when all is done, it says so and does nothing.
 
     Example: apecache extract pairs.tsv --store store --image timm:vit_small_patch14_dinov2.lvd142m
     --text hf:sentence-transformers/all-MiniLM-L6-v2
@@ -111,27 +169,53 @@ def extract(
         choice("--storage", storage, ("float16", "float32", "int8"))
         from apecache.extraction.shard_range import WHOLE, parse_part
 
-        own, cluster = parse_part(part) if part else WHOLE, ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
+        own = parse_part(part) if part else WHOLE
+        cluster = ray_spec(engine, address=address, actors=ray_actors, cpus=ray_cpus, gpus=ray_gpus)
         from apecache.data.sources import open_pairs
 
         required = (*(("image",) if image else ()), *(("caption",) if text else ()))
         source = open_pairs(pairs, opening(*required))
         choice("--resize", resize, ("reference", "torchvision"))
-        images = encoder_specs(image, "image", image_cut, dtype, resolution=resolution, resize=resize)
-        texts = encoder_specs(text, "text", text_cut, dtype, max_tokens=max_tokens, prefix=text_prefix)
+        images = encoder_specs(
+            image,
+            modality="image",
+            cuts=image_cut,
+            dtype=dtype,
+            resolution=resolution,
+            resize=resize,
+        )
+        texts = encoder_specs(
+            text,
+            modality="text",
+            cuts=text_cut,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            prefix=text_prefix,
+        )
         from apecache.extraction.run import ExtractSpec
 
         keep_freed_memory()
 
-        options: dict[str, Any] = {"image": images, "text": texts, "storage_dtype": storage, "max_bad": max_bad}
+        options: dict[str, Any] = {
+            "image": images,
+            "text": texts,
+            "storage_dtype": storage,
+            "max_bad": max_bad,
+        }
         options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
-        options |= {"device": device, "add": add, "append": append, "recheck": recheck, "compiled": compiled}
+        options |= {
+            "device": device,
+            "add": add,
+            "append": append,
+            "recheck": recheck,
+            "compiled": compiled,
+        }
         options |= {"single_writer": single_writer}
         options |= {"part": own, "hang_seconds": hang_seconds, "workers": workers}
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
         if dry_run:
-            show_plan(source, store, spec, price_per_hour, json)
+            show_plan(source, store=store, spec=spec, price_per_hour=price_per_hour, json=json)
             return
         with progress() as update, results_only(cluster):
             report = run_on(cluster)(source, store, spec, update)
@@ -152,20 +236,37 @@ def run_on(cluster: Any) -> Any:
 def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, json: bool) -> None:
     from apecache.extraction.estimate import plan_extraction
 
-    plan = plan_extraction(source, store, spec, price_per_hour)
+    plan = plan_extraction(source, store=store, spec=spec, price_per_hour=price_per_hour)
     if json:
         sums = {"n_bytes": plan.n_bytes, "seconds": plan.seconds, "fits": plan.fits}
         taken = {**source.fields.taken, "unused": list(source.fields.unused)}
-        show_json({**vars(plan), "arrays": [vars(array) for array in plan.arrays], **sums, "columns": taken})
+        show_json(
+            {
+                **vars(plan),
+                "arrays": [vars(array) for array in plan.arrays],
+                **sums,
+                "columns": taken,
+            }
+        )
         return
     typer.echo(printable(str(source.fields)))
     columns = ("modality", "features", "rows", "shape", "to encode", "MB")
     rows = [
-        (a.modality, a.name, a.rows, " x ".join(map(str, a.row_shape)), a.n_pending, a.n_bytes / 1e6)
+        (
+            a.modality,
+            a.name,
+            a.rows,
+            " x ".join(map(str, a.row_shape)),
+            a.n_pending,
+            a.n_bytes / 1e6,
+        )
         for a in plan.arrays
     ]
     show_table(str(plan.store), columns, rows)
-    about = f"about {plan.seconds:,.0f} s (images {plan.image_seconds:,.0f}, texts {plan.text_seconds:,.0f})"
+    about = (
+        f"about {plan.seconds:,.0f} s (images {plan.image_seconds:,.0f}, texts "
+        f"{plan.text_seconds:,.0f})"
+    )
     money = "" if plan.price is None else f", price {plan.price:,.2f}"
     free = "" if plan.free_bytes is None else f" of {plan.free_bytes / 1e6:,.1f} MB free"
     typer.echo(f"{about}{money}; {plan.n_bytes / 1e6:,.1f} MB{free}; nothing written")
@@ -173,7 +274,13 @@ def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, 
         warn("the disk is too small")
 
 
-def encoder_specs(names: list[str] | None, modality: Any, cuts: list[str] | None, dtype: Any, **settings: Any) -> Any:
+def encoder_specs(
+    names: list[str] | None,
+    modality: Any,
+    cuts: list[str] | None,
+    dtype: Any,
+    **settings: Any,
+) -> Any:
     """Every cut of every encoder, from command-line options."""
     from dataclasses import replace
 
@@ -198,7 +305,9 @@ def view_spec(count: int, scale: str, seed: int) -> Any:
         if not 0 < low <= high <= 1:
             raise ValueError
     except ValueError:
-        raise OptionError(f"--view-scale {scale}: expected two shares of the area like 0.2,1") from None
+        raise OptionError(
+            f"--view-scale {scale}: expected two shares of the area like 0.2,1"
+        ) from None
     return Views(count, seed, (low, high))
 
 
@@ -208,7 +317,10 @@ def show_extracted(report: Any, fields: Any, json: bool) -> None:
         for example in array.examples:
             warn(f"{array.modality} {example}")
         if array.n_quarantined > len(array.examples):
-            warn(f"{array.n_quarantined} {array.modality} rows are unreadable in all; apecache info names the reasons")
+            warn(
+                f"{array.n_quarantined} {array.modality} rows are unreadable in all; apecache "
+                "info names the reasons"
+            )
         if array.n_truncated:
             warn(f"{array.n_truncated} captions were longer than the encoder takes and were cut")
     if report.duplicates:
@@ -216,7 +328,14 @@ def show_extracted(report: Any, fields: Any, json: bool) -> None:
     if json:
         arrays = [vars(array) for array in report.arrays]
         taken = {**fields.taken, "unused": list(fields.unused)}
-        show_json({**vars(report), "arrays": arrays, "nothing_to_do": report.nothing_to_do, "columns": taken})
+        show_json(
+            {
+                **vars(report),
+                "arrays": arrays,
+                "nothing_to_do": report.nothing_to_do,
+                "columns": taken,
+            }
+        )
         return
     typer.echo(printable(str(fields)))
     if report.nothing_to_do:
@@ -224,7 +343,15 @@ def show_extracted(report: Any, fields: Any, json: bool) -> None:
     else:
         columns = ("modality", "features", "rows", "dim", "encoded now", "unreadable", "rows/s")
         rows = [
-            (a.modality, a.name, a.rows, a.dim, a.n_encoded, a.n_quarantined, a.n_encoded / max(a.seconds, 1e-9))
+            (
+                a.modality,
+                a.name,
+                a.rows,
+                a.dim,
+                a.n_encoded,
+                a.n_quarantined,
+                a.n_encoded / max(a.seconds, 1e-9),
+            )
             for a in report.arrays
         ]
         show_table(str(report.store), columns, rows)
@@ -240,6 +367,9 @@ def standing(report: Any) -> str:
 
 def summary(report: Any) -> str:
     """One line. Arrays that are filled in one pass share its seconds."""
-    rows, size = sum(a.n_encoded for a in report.arrays), sum(a.n_bytes for a in report.arrays)
+    rows = sum(a.n_encoded for a in report.arrays)
+    size = sum(a.n_bytes for a in report.arrays)
     bad = sum(a.n_quarantined for a in report.arrays)
-    return f"{rows:,} rows encoded in {report.seconds:.1f} s, {size / 1e6:,.1f} MB; {bad:,} unreadable"
+    return (
+        f"{rows:,} rows encoded in {report.seconds:.1f} s, {size / 1e6:,.1f} MB; {bad:,} unreadable"
+    )

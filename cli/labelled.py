@@ -13,7 +13,7 @@ SHOWN = 5
 """Confusions, and classes without images, that are named on the terminal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What was said on the command line. `moved`: encoders under new names, image before text."""
 
@@ -30,17 +30,33 @@ class Asked:
         from apecache.errors import OptionError
 
         if self.labels is None:
-            raise OptionError("--labels is missing: give images with labels, as a table or a folder per class")
+            raise OptionError(
+                "--labels is missing: give images with labels, as a table or a folder per class"
+            )
         from apecache.data.sources import open_pairs
 
-        source = open_pairs(self.labels, self.opening("image" if modality == "image" else "caption", "label"))
+        source = open_pairs(
+            self.labels,
+            self.opening("image" if modality == "image" else "caption", "label"),
+        )
         from apecache.evaluate.labelled import LabelledSpec, is_writable
 
         caches = self.run / "caches"
         if not caches.exists() and not is_writable(caches):
-            warn(f"{self.run} is read-only: the features of {self.labels} are not kept for the next time")
+            warn(
+                f"{self.run} is read-only: the features of {self.labels} are not kept for the "
+                "next time"
+            )
         moved = self.moved[0 if modality == "image" else 1]
-        return LabelledSpec(source, caches, splits, moved, self.device, self.max_bad, modality)
+        return LabelledSpec(
+            source,
+            caches=caches,
+            splits=splits,
+            encoder=moved,
+            device=self.device,
+            max_bad=self.max_bad,
+            modality=modality,
+        )
 
     def load(self) -> Any:
         from apecache.runs.load import load_run
@@ -49,13 +65,19 @@ class Asked:
 
 
 def zeroshot(
-    asked: Asked, dataset: str | None, class_names: Path | None, templates: str | None, template: list[str] | None
+    asked: Asked,
+    dataset: str | None,
+    class_names: Path | None,
+    templates: str | None,
+    template: list[str] | None,
 ) -> dict[str, Any]:
     """The JSON form of a zero-shot report: accuracies in per cent."""
     from apecache.errors import OptionError
 
     if template and templates:
-        raise OptionError("--template and --templates both say what the prompts are; give one of them")
+        raise OptionError(
+            "--template and --templates both say what the prompts are; give one of them"
+        )
     images = asked.spec("image", (asked.split,) if asked.split else ())
     from apecache.evaluate.benchmark_names import load_benchmark
     from apecache.evaluate.class_names import read_class_names
@@ -63,18 +85,35 @@ def zeroshot(
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 
     benchmark = load_benchmark(dataset) if dataset else None
-    names = read_class_names(class_names) if class_names else benchmark.classes if benchmark else None
+    if class_names:
+        names = read_class_names(class_names)
+    elif benchmark:
+        names = benchmark.classes
+    else:
+        names = None
     prompts = tuple(template) if template else find_templates(templates, benchmark)
     with progress() as update:
-        report = zero_shot(asked.load(), ZeroShotSpec(images, prompts, asked.moved[1], names), update)
+        report = zero_shot(
+            asked.load(),
+            ZeroShotSpec(images, templates=prompts, text=asked.moved[1], names=names),
+            update,
+        )
     if report.empty:
         shown = ", ".join(report.empty[:SHOWN]) + (", …" if len(report.empty) > SHOWN else "")
-        warn(f"{len(report.empty)} of {report.n_classes} classes have no image, and stay candidates: {shown}")
+        warn(
+            f"{len(report.empty)} of {report.n_classes} classes have no image, and stay "
+            f"candidates: {shown}"
+        )
     if report.matched == "by sorted order":
-        warn("no label is a class's name or number: labels in sorted order were taken for the classes in theirs")
+        warn(
+            "no label is a class's name or number: labels in sorted order were taken for the "
+            "classes in theirs"
+        )
     from apecache.metrics.statistics import accuracy_interval
 
-    intervals = {name: accuracy_interval(getattr(report, name), report.n_images) for name in ("top1", "top5")}
+    intervals = {
+        name: accuracy_interval(getattr(report, name), report.n_images) for name in ("top1", "top5")
+    }
     return {
         "task": "zeroshot",
         "split": asked.split,
@@ -85,7 +124,8 @@ def zeroshot(
 
 
 def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
-    """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the run."""
+    """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the
+    run."""
     split = asked.split or "test"
     spec = asked.spec(modality, (train_split, split))
     from apecache.evaluate.labelled import labelled_features
@@ -94,12 +134,19 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
     with progress() as update:
         found = labelled_features(asked.load(), spec, update)
     before, after = probe_features(found, train_split, split)
-    about = {"task": "probe" if modality == "image" else "text-probe", "train_split": train_split, "split": split}
+    about = {
+        "task": "probe" if modality == "image" else "text-probe",
+        "train_split": train_split,
+        "split": split,
+    }
     from apecache.metrics.statistics import accuracy_interval
 
     sides = {"before": before, "after": after}
     intervals = {
-        stage: {name: accuracy_interval(getattr(report, name), report.n_test) for name in ("linear", "knn")}
+        stage: {
+            name: accuracy_interval(getattr(report, name), report.n_test)
+            for name in ("linear", "knn")
+        }
         for stage, report in sides.items()
     }
     return {
@@ -112,7 +159,8 @@ def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
 
 def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     title = (
-        f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, {len(result['templates'])} prompts"
+        f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, "
+        f"{len(result['templates'])} prompts"
     )
     intervals = result["intervals"]
     rows: list[tuple[object, ...]] = [
@@ -122,7 +170,11 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     ]
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
     if result["confusions"]:
-        show_table("most frequent confusions", ("class", "taken for", "images"), result["confusions"][:SHOWN])
+        show_table(
+            "most frequent confusions",
+            ("class", "taken for", "images"),
+            result["confusions"][:SHOWN],
+        )
     show_left_out(result["left_out"])
 
 
@@ -136,8 +188,12 @@ def show_left_out(counts: dict[str, int]) -> None:
 
 
 def show_probes(run: str, result: dict[str, Any]) -> None:
-    before, what = result["before"], "images" if result["task"] == "probe" else "texts"
-    title = f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, {before['n_test']:,} of "
+    before = result["before"]
+    what = "images" if result["task"] == "probe" else "texts"
+    title = (
+        f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, "
+        f"{before['n_test']:,} of "
+    )
     rows: list[tuple[object, ...]] = []
     for stage, name in (("before", "encoder's features"), ("after", "after the head")):
         report = result[stage]
@@ -145,7 +201,16 @@ def show_probes(run: str, result: dict[str, Any]) -> None:
         linear = (report["linear"], report["linear_per_class"], f"C {report['regularisation']:g}")
         rows.append((name, *linear, report["knn"], f"k {report['neighbours']}"))
         rows.append(("95 % interval", span(ends["linear"]), "", "", span(ends["knn"]), ""))
-    rows.append(("most frequent class", before["chance"], 100 / before["n_classes"], "", before["chance"], ""))
+    rows.append(
+        (
+            "most frequent class",
+            before["chance"],
+            100 / before["n_classes"],
+            "",
+            before["chance"],
+            "",
+        )
+    )
     columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
     show_table(title + str(result["split"]), columns, rows)
     show_left_out(result["left_out"])

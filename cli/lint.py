@@ -10,22 +10,36 @@ from .terminal import Json, ending, show_json, show_table
 
 
 def lint(
-    target: Annotated[str, typer.Argument(help="A finished run folder, or a recipe by name or file.toml.")],
-    store: Annotated[str | None, typer.Option(help="Its store: data and weights are checked too.")] = None,
+    target: Annotated[
+        str, typer.Argument(help="A finished run folder, or a recipe by name or file.toml.")
+    ],
+    store: Annotated[
+        str | None, typer.Option(help="Its store: data and weights are checked too.")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Recipe: override section.key=value. May be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="Recipe: override section.key=value. May be repeated."),
     ] = None,
     train_split: Annotated[str | None, typer.Option(help="Recipe: as in fit-head.")] = None,
     dev_split: Annotated[str | None, typer.Option(help="Recipe: as in fit-head.")] = None,
-    report_split: Annotated[str, typer.Option(help="Will be reported: neither trained nor chosen on.")] = "test",
+    report_split: Annotated[
+        str, typer.Option(help="Will be reported: neither trained nor chosen on.")
+    ] = "test",
     seed: Annotated[int, typer.Option(help="Recipe: seed of the weights.")] = 0,
-    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
-    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
-    root: Annotated[str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")] = None,
+    image_features: Annotated[
+        str | None, typer.Option(help="Which, if the store has several.")
+    ] = None,
+    text_features: Annotated[
+        str | None, typer.Option(help="Which, if the store has several.")
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Look for the traps of published training code: parameters without gradient, gates that are shut, selection on
-    the reported split, pairs in two splits, fewer negatives than the batch says. Exit code 3 if there is an error.
+    """Look for the traps of published training code: parameters without gradient, gates that are
+    shut, selection on the reported split, pairs in two splits, fewer negatives than the batch says.
+    Exit code 3 if there is an error.
 
     Example: apecache lint sail --store store
 
@@ -37,11 +51,20 @@ def lint(
 
         opened = FeatureStore.open(store) if store else None
         if Path(target).is_dir():
-            findings = _of_run(Path(target), opened, report_split, root)
+            findings = _of_run(Path(target), store=opened, report_split=report_split, root=root)
         else:
             splits = train_split, dev_split
             features = image_features, text_features
-            findings = _of_recipe(target, set_, opened, splits, seed, features, report_split, root)
+            findings = _of_recipe(
+                target,
+                settings=set_,
+                store=opened,
+                splits=splits,
+                seed=seed,
+                features=features,
+                report_split=report_split,
+                root=root,
+            )
         show_findings(target, findings, json)
         require_sound(findings)
 
@@ -52,7 +75,12 @@ def _of_run(run: Path, store: Any, report_split: str, root: str | None) -> list[
     if is_encoder_run(run):
         from apecache.train.lint.encoders import lint_encoder_run
 
-        return lint_encoder_run(run, store, report_split, opener(root))
+        return lint_encoder_run(
+            run,
+            store=store,
+            report_split=report_split,
+            open_image=opener(root),
+        )
     from apecache.train.lint.heads import lint_run
 
     return lint_run(run, store, report_split)
@@ -71,7 +99,9 @@ def _of_recipe(
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec
 
-    recipe, chosen = load_recipe(name, settings or ()), SplitSpec(*splits)
+    train, dev = splits
+    recipe = load_recipe(name, settings or ())
+    chosen = SplitSpec(train=train, dev=dev)
     if store is None or recipe.trains_heads_alone:
         from apecache.train.head_data import FitSpec
         from apecache.train.lint.heads import lint_plan
@@ -80,8 +110,16 @@ def _of_recipe(
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.lint.encoders import lint_encoder_plan
 
-    spec = FitEncoderSpec(None, None, *features, chosen, seed, device="cpu", report_split=report_split)
-    return lint_encoder_plan(recipe, store, spec, opener(root))
+    spec = FitEncoderSpec(
+        None,
+        None,
+        *features,
+        chosen,
+        seed,
+        device="cpu",
+        report_split=report_split,
+    )
+    return lint_encoder_plan(recipe, store=store, spec=spec, open_image=opener(root))
 
 
 def show_findings(target: str, findings: list[Any], json: bool) -> None:

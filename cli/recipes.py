@@ -11,15 +11,21 @@ COLUMNS = ("recipe", "needs", "what it is", "parameters")
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="One recipe, with its source; default: all of them.")] = None,
-    image_dim: Annotated[int, typer.Option(min=1, help="Width of the image features, to count parameters for.")] = 768,
-    text_dim: Annotated[int, typer.Option(min=1, help="Width of the text features, to count parameters for.")] = 768,
+    name: Annotated[
+        str | None, typer.Argument(help="One recipe, with its source; default: all of them.")
+    ] = None,
+    image_dim: Annotated[
+        int, typer.Option(min=1, help="Width of the image features, to count parameters for.")
+    ] = 768,
+    text_dim: Annotated[
+        int, typer.Option(min=1, help="Width of the text features, to count parameters for.")
+    ] = 768,
     json: Json = False,
 ) -> None:
     """List the recipes: what must be cached or run live, what trains, where it comes from.
 
-    Parameters of recipes for fit-head are for features of the given widths. One recipe for fit-encoder is counted with
-    ViT-B/16 and BERT-base; apecache plan counts it with your encoders.
+    Parameters of recipes for fit-head are for features of the given widths. One recipe for
+    fit-encoder is counted with ViT-B/16 and BERT-base; apecache plan counts it with your encoders.
 
     Example: apecache recipes --image-dim 1280 --text-dim 384
 
@@ -40,7 +46,11 @@ def recipes(
         if name:
             typer.echo(f"source: {chosen[0].source}")
             return
-        show_table("recipes for fit-encoder; apecache recipes NAME counts one", COLUMNS[:3], _encoder_lines())
+        show_table(
+            "recipes for fit-encoder; apecache recipes NAME counts one",
+            COLUMNS[:3],
+            _encoder_lines(),
+        )
 
 
 def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
@@ -58,7 +68,12 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
     towers = reference_towers(recipe.towers.image_pooling, recipe.towers.text_pooling)
     needs = count_needs(recipe, *towers)
     encoders = " and ".join(REFERENCE_NAMES)
-    return {**named, "cut": needs.summary, "n_trained_parameters": needs.n_trained, "counted_with": encoders}
+    return {
+        **named,
+        "cut": needs.summary,
+        "n_trained_parameters": needs.n_trained,
+        "counted_with": encoders,
+    }
 
 
 def _summary(recipe: Any) -> str:
@@ -77,5 +92,8 @@ def _encoder_lines() -> list[tuple[str, str, str]]:
 
     loaded = [load_recipe(each) for each in tower_zoo_names()]
     lines = [(one.name, needs_of_sides(one), _summary(one)) for one in loaded]
-    family = f"{len(freeze_names())} combinations: u, f or c (CLS alone) for embeddings, u or f for blocks"
+    family = (
+        f"{len(freeze_names())} combinations: u, f or c (CLS alone) for embeddings, u or f for "
+        "blocks"
+    )
     return [*lines, ("freeze/V[ufc][uf]-T[ufc][uf]", "by combination", family)]

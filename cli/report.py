@@ -10,26 +10,37 @@ from .terminal import Device, Json, command_line, ending, show_json
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs of either trainer; or one folder of a sweep.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs of either trainer; or one folder of a sweep."),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page. Default: RUN-report.html beside the run, report.html in a sweep."),
+        typer.Option(
+            help="The page. Default: RUN-report.html beside the run, report.html in a sweep."
+        ),
     ] = None,
-    store: Annotated[str | None, typer.Option(help="Measure on this store, and show pictures.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Measure on this store, and show pictures.")
+    ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Measure this split. Default: the images on which each run's epoch was chosen.")
+        str | None,
+        typer.Option(
+            help="Measure this split. Default: the images on which each run's epoch was chosen."
+        ),
     ] = None,
     root: Root = None,
     source: Annotated[
-        str | None, typer.Option(help="Where the images lie, if not in a folder: what extract was given.")
+        str | None,
+        typer.Option(help="Where the images lie, if not in a folder: what extract was given."),
     ] = None,
     title: Annotated[str, typer.Option(help="The page's heading.")] = "",
     items: Annotated[int, typer.Option(min=1, help="Queries in each gallery.")] = 6,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Write one HTML page, without scripts and with everything in it: figures beside chance, curves, what is found and
-    missed in pictures, several runs compared, costs.
+    """Write one HTML page, without scripts and with everything in it: figures beside chance,
+    curves, what is found and missed in pictures, several runs compared, costs.
 
     Example: apecache report run --store store --out report.html
 
@@ -41,10 +52,17 @@ def report(
 
         if any(is_sweep(run) for run in runs):
             if len(runs) > 1:
-                raise OptionError("a sweep has a page of its own: give its folder alone, or runs without it")
+                raise OptionError(
+                    "a sweep has a page of its own: give its folder alone, or runs without it"
+                )
             page = sweep_page(runs[0], page_path(runs, out) if out else None, title)
         else:
-            page = runs_page(runs, page_path(runs, out), store, (split, root, source, title, items, device))
+            page = runs_page(
+                runs,
+                out=page_path(runs, out),
+                store=store,
+                about=(split, root, source, title, items, device),
+            )
         if json:
             show_json({"page": str(page), "bytes": page.stat().st_size})
         else:
@@ -52,7 +70,8 @@ def report(
 
 
 def page_path(runs: list[Path], out: Path | None) -> Path:
-    """Raises OptionError where several runs are to share a page and none is named, or its folder is not there."""
+    """Raises OptionError where several runs are to share a page and none is named, or its folder is
+    not there."""
     from apecache.errors import OptionError
 
     if out is None and len(runs) > 1:
@@ -60,7 +79,9 @@ def page_path(runs: list[Path], out: Path | None) -> Path:
     run = runs[0].resolve()
     page = out or run.with_name(f"{run.name}-report.html")
     if not page.parent.is_dir() or page.is_dir():
-        raise OptionError(f"--out {page}: no file can be made there; name a file in a folder that exists")
+        raise OptionError(
+            f"--out {page}: no file can be made there; name a file in a folder that exists"
+        )
     return page
 
 
@@ -70,14 +91,28 @@ def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, 
 
     split, root, source, title, items, device = about
     if store is None and (split or root or source):
-        raise OptionError("--split, --root and --source say what of a store to measure: give --store too")
+        raise OptionError(
+            "--split, --root and --source say what of a store to measure: give --store too"
+        )
     opened = None
     if store is not None:
         from apecache.store.reader import FeatureStore
 
         opened = FeatureStore.open(store)
     media = media_of(root, source)
-    return report_page(runs, out, ReportSpec(opened, split, media, title, command_line(), items, device=device))
+    return report_page(
+        runs,
+        out,
+        ReportSpec(
+            opened,
+            split=split,
+            media=media,
+            title=title,
+            command=command_line(),
+            n_items=items,
+            device=device,
+        ),
+    )
 
 
 def media_of(root: str | None, source: str | None) -> Any:

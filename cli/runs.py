@@ -6,9 +6,13 @@ from typing import Annotated, Any
 import typer
 
 MovedImage = Annotated[
-    str | None, typer.Option("--image", help="The image encoder's new place, if its folder has moved.")
+    str | None,
+    typer.Option("--image", help="The image encoder's new place, if its folder has moved."),
 ]
-MovedText = Annotated[str | None, typer.Option("--text", help="The text encoder's new place, if its folder has moved.")]
+MovedText = Annotated[
+    str | None,
+    typer.Option("--text", help="The text encoder's new place, if its folder has moved."),
+]
 
 
 def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any, Any]:

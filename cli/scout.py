@@ -14,37 +14,55 @@ from .terminal import Device, Json, ending, show_json, show_table, warn
 def scout(
     opening: Opening,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
-    image: Annotated[list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")],
-    text: Annotated[list[str], typer.Option(help="Text encoder, as extract takes it. May be repeated.")],
-    image_cut: Annotated[list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")] = None,
+    image: Annotated[
+        list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")
+    ],
+    text: Annotated[
+        list[str], typer.Option(help="Text encoder, as extract takes it. May be repeated.")
+    ],
+    image_cut: Annotated[
+        list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")
+    ] = None,
     text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Draw from this split. Default: train, where there is one, else everything.")
+        str | None,
+        typer.Option(
+            help="Draw from this split. Default: train, where there is one, else everything."
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("-n", "--pairs", min=24, help="Images to draw, with one caption each.")] = 1000,
+    n: Annotated[
+        int, typer.Option("-n", "--pairs", min=24, help="Images to draw, with one caption each.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another number draws others.")] = 0,
-    heat_map: Annotated[Path | None, typer.Option(help="Write the table as heat maps too: an SVG file.")] = None,
+    heat_map: Annotated[
+        Path | None, typer.Option(help="Write the table as heat maps too: an SVG file.")
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Compare encoders, layers and poolings on a small sample, before anything is extracted.
 
-    Linear CKA and agreement of nearest neighbours need no training; R@1 is that of a ridge regression fitted on one
-    half of the sample and measured on the other.
+    Linear CKA and agreement of nearest neighbours need no training; R@1 is that of a ridge
+    regression fitted on one half of the sample and measured on the other.
 
-    Example: apecache scout pairs.tsv --image timm:vit_small_patch14_dinov2.lvd142m --image-cut default
-    --image-cut mean@-2 --text hf:sentence-transformers/all-MiniLM-L6-v2 --heat-map scout.svg
+    Example: apecache scout pairs.tsv --image timm:vit_small_patch14_dinov2.lvd142m --image-cut
+    default --image-cut mean@-2 --text hf:sentence-transformers/all-MiniLM-L6-v2 --heat-map
+    scout.svg
     """
     with ending():
         from apecache.data.sources import open_pairs
 
         source = open_pairs(pairs, opening("image", "caption"))
-        images = encoder_specs(image, "image", image_cut, "float32")
-        texts = encoder_specs(text, "text", text_cut, "float32")
+        images = encoder_specs(image, modality="image", cuts=image_cut, dtype="float32")
+        texts = encoder_specs(text, modality="text", cuts=text_cut, dtype="float32")
         from apecache.evaluate.scout import ScoutSpec, of_split
         from apecache.evaluate.scout import scout as run
 
-        report = run(of_split(source, split), ScoutSpec(images, texts, n, seed, device), show_progress)
+        report = run(
+            of_split(source, split),
+            ScoutSpec(images, text=texts, n_pairs=n, seed=seed, device=device),
+            show_progress,
+        )
         if report.n_unreadable:
             warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
         if heat_map:
@@ -66,9 +84,29 @@ def show_progress(encoder: str, done: int, total: int) -> None:
 
 def show_report(report: Any) -> None:
     rows: list[tuple[object, ...]] = [
-        (r.image, r.text, f"{x.cka:.3f}", f"{x.mutual_knn:.3f}", x.image_to_text, x.text_to_image, x.recall_at_1)
+        (
+            r.image,
+            r.text,
+            f"{x.cka:.3f}",
+            f"{x.mutual_knn:.3f}",
+            x.image_to_text,
+            x.text_to_image,
+            x.recall_at_1,
+        )
         for r, x in ((row, row.likeness) for row in report.rows)
     ]
     rows.append(("chance", "", "", f"{report.chance_mutual_knn:.3f}", *[report.chance] * 3))
-    columns = ("image", "text", "CKA", "mutual kNN", "image to text R@1", "text to image R@1", "mean R@1")
-    show_table(f"fitted on {report.n_fit:,} pairs, R@1 on {report.n_measured:,} others", columns, rows)
+    columns = (
+        "image",
+        "text",
+        "CKA",
+        "mutual kNN",
+        "image to text R@1",
+        "text to image R@1",
+        "mean R@1",
+    )
+    show_table(
+        f"fitted on {report.n_fit:,} pairs, R@1 on {report.n_measured:,} others",
+        columns,
+        rows,
+    )

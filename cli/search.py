@@ -11,23 +11,33 @@ from .terminal import Device, Json, Overwrite, choice, ending, printable, show_j
 
 def index(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    store: Annotated[str, typer.Option(help="The feature store whose images and captions are to be found.")],
+    store: Annotated[
+        str, typer.Option(help="The feature store whose images and captions are to be found.")
+    ],
     out: Annotated[Path, typer.Option(help="The index folder to make, or to update.")],
     split: Annotated[str | None, typer.Option(help="Only this split. Default: everything.")] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="flat (exact; the default), ivf, hnsw, or a FAISS factory string: IVF256,PQ32, SQ8, …."),
+        typer.Option(
+            help=(
+                "flat (exact; the default), ivf, hnsw, or a FAISS factory string: IVF256,PQ32, "
+                "SQ8, …."
+            )
+        ),
     ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="Add and remove what has changed in the store, by key.")
     ] = False,
-    root: Annotated[str | None, typer.Option(help="Folder of the images, if the run trained its image tower.")] = None,
+    root: Annotated[
+        str | None, typer.Option(help="Folder of the images, if the run trained its image tower.")
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Make a searchable index (FAISS) of a store's images and captions under a run.
 
-    An approximate kind is measured when it is built: the share of the true ten nearest that it finds, and its time.
+    An approximate kind is measured when it is built: the share of the true ten nearest that it
+    finds, and its time.
 
     Example: apecache index run --store store --out index
 
@@ -39,12 +49,27 @@ def index(
         from apecache.store.reader import FeatureStore
 
         if update and overwrite:
-            raise OptionError("--update and --overwrite: an index is either brought up to date or made anew")
+            raise OptionError(
+                "--update and --overwrite: an index is either brought up to date or made anew"
+            )
         if update:
             require_same(read_description(out), split, kind)
-            report = update_index(run, FeatureStore.open(store), out, opener(root))
+            report = update_index(
+                run,
+                store=FeatureStore.open(store),
+                out=out,
+                open_image=opener(root),
+            )
         else:
-            report = build_index(run, FeatureStore.open(store), out, split, overwrite, kind or "flat", opener(root))
+            report = build_index(
+                run,
+                store=FeatureStore.open(store),
+                out=out,
+                split=split,
+                overwrite=overwrite,
+                kind=kind or "flat",
+                open_image=opener(root),
+            )
         if json:
             show_json(report)
         else:
@@ -58,7 +83,14 @@ def show_index(report: Any, update: bool) -> None:
     if report.left_out.total:
         typer.echo(str(report.left_out))
     rows = [
-        (what, r.factory, 100 * r.recall_at_10, f"{r.ms_per_query:.3g}", f"{r.exact_ms_per_query:.3g}", r.n_queries)
+        (
+            what,
+            r.factory,
+            100 * r.recall_at_10,
+            f"{r.ms_per_query:.3g}",
+            f"{r.exact_ms_per_query:.3g}",
+            r.n_queries,
+        )
         for what, r in (("images", report.images), ("captions", report.texts))
         if r.recall_at_10 is not None
     ]
@@ -70,28 +102,44 @@ def show_index(report: Any, update: bool) -> None:
 def search(
     index: Annotated[Path, typer.Argument(help="An index folder.")],
     query: Annotated[str | None, typer.Argument(help="Words, or an image file.")] = None,
-    key: Annotated[list[str] | None, typer.Option(help="An image of the index. May be repeated: a sum.")] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(help="An image of the index. May be repeated: a sum.")
+    ] = None,
     like: Annotated[
-        list[str] | None, typer.Option(help="Words or an image file to add to the query. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Words or an image file to add to the query. May be repeated."),
     ] = None,
     unlike: Annotated[
-        list[str] | None, typer.Option(help="Words or an image file to subtract from it. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Words or an image file to subtract from it. May be repeated."),
     ] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many results.")] = 5,
     target: Annotated[
-        str | None, typer.Option(help="images or captions. Default: words find images, pictures alone captions.")
+        str | None,
+        typer.Option(
+            help="images or captions. Default: words find images, pictures alone captions."
+        ),
     ] = None,
     csls: Annotated[
-        bool, typer.Option("--csls", help="Rank by CSLS: what is near to everything comes later. Not a cosine.")
+        bool,
+        typer.Option(
+            "--csls",
+            help="Rank by CSLS: what is near to everything comes later. Not a cosine.",
+        ),
     ] = False,
-    nprobe: Annotated[int | None, typer.Option(help="Lists to look through (kinds with lists).")] = None,
-    ef_search: Annotated[int | None, typer.Option("--ef-search", help="Candidates on the way (hnsw).")] = None,
+    nprobe: Annotated[
+        int | None, typer.Option(help="Lists to look through (kinds with lists).")
+    ] = None,
+    ef_search: Annotated[
+        int | None, typer.Option("--ef-search", help="Candidates on the way (hnsw).")
+    ] = None,
     image: MovedImage = None,
     text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Find images by words, and captions by a photo; or either by sums and differences of words, photos and keys.
+    """Find images by words, and captions by a photo; or either by sums and differences of words,
+    photos and keys.
 
     Example: apecache search index "a dog in the snow"
 
@@ -112,7 +160,12 @@ def search(
         hits = SearchIndex.open(index, *moved, **tuned).find(wanted, k, aim, csls)
         score = "CSLS" if csls else "cosine"
         if json:
-            told = {"like": wanted.like, "unlike": wanted.unlike, "keys": wanted.keys, "score": score}
+            told = {
+                "like": wanted.like,
+                "unlike": wanted.unlike,
+                "keys": wanted.keys,
+                "score": score,
+            }
             show_json({"query": query, **told, "hits": [vars(hit) for hit in hits]})
         else:
             rows = [(hit.rank, f"{hit.score:.3f}", hit.key, hit.caption) for hit in hits]

@@ -1,4 +1,5 @@
-"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and `upgrade`."""
+"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and
+`upgrade`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +22,39 @@ def info(store: Store, json: Json = False) -> None:
         from apecache.store.reader import FeatureStore
 
         opened = FeatureStore.open(store)
-        pairs, arrays = opened.pairs, [describe(array) for array in opened.arrays()]
-        counts = {"n_images": len(pairs.keys), "n_texts": len(pairs.captions), "splits": pairs.split_counts()}
+        pairs = opened.pairs
+        arrays = [describe(array) for array in opened.arrays()]
+        counts = {
+            "n_images": len(pairs.keys),
+            "n_texts": len(pairs.captions),
+            "splits": pairs.split_counts(),
+        }
         if json:
-            origin = {"store": str(store), "origin": opened.source["origin"], "segments": 1 + len(opened.segments)}
+            origin = {
+                "store": str(store),
+                "origin": opened.source["origin"],
+                "segments": 1 + len(opened.segments),
+            }
             show_json({**origin, **counts, "arrays": arrays})
             return
-        splits = ", ".join(f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items())
-        typer.echo(f"{store}: {counts['n_images']:,} images, {counts['n_texts']:,} captions; images by split: {splits}")
-        columns = ("modality", "features", "encoder", "rows", "each", "dtype", "done", "unreadable", "MB")
+        splits = ", ".join(
+            f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items()
+        )
+        typer.echo(
+            f"{store}: {counts['n_images']:,} images, {counts['n_texts']:,} captions; images "
+            f"by split: {splits}"
+        )
+        columns = (
+            "modality",
+            "features",
+            "encoder",
+            "rows",
+            "each",
+            "dtype",
+            "done",
+            "unreadable",
+            "MB",
+        )
         show_table("features", columns, map(info_row, arrays))
 
 
@@ -68,7 +93,8 @@ def describe(array: Any) -> dict[str, Any]:
 
 
 def verify(store: Store, json: Json = False) -> None:
-    """Read and hash everything in a store, and list what is not as it was committed. Exit code 3 if anything is.
+    """Read and hash everything in a store, and list what is not as it was committed. Exit code 3 if
+    anything is.
 
     Example: apecache verify store
     """
@@ -79,12 +105,21 @@ def verify(store: Store, json: Json = False) -> None:
         report = verify_store(store)
         damaged = sum(problem.harmful for problem in report.problems)
         if json:
-            show_json({**vars(report), "problems": [vars(p) for p in report.problems], "sound": report.sound})
+            show_json(
+                {
+                    **vars(report),
+                    "problems": [vars(p) for p in report.problems],
+                    "sound": report.sound,
+                }
+            )
         else:
             show_problems(report)
         if damaged:
             complain_or_raise(
-                DamagedError(f"{damaged} objects are damaged; repair with: apecache repair {store}"), json
+                DamagedError(
+                    f"{damaged} objects are damaged; repair with: apecache repair {store}"
+                ),
+                json,
             )
 
 
@@ -98,26 +133,36 @@ def complain_or_raise(error: Any, json: bool) -> None:
 
 def show_problems(report: Any) -> None:
     if report.problems:
-        rows = [(p.kind, p.object, "" if p.shard is None else p.shard, p.detail) for p in report.problems]
+        rows = [
+            (p.kind, p.object, "" if p.shard is None else p.shard, p.detail)
+            for p in report.problems
+        ]
         show_table("not as it should be", ("kind", "object", "shard", "what"), rows)
     state = "sound" if report.sound else "damaged"
-    typer.echo(f"{report.store}: {state}; {report.n_objects:,} objects, {report.n_bytes / 1e6:,.1f} MB read and hashed")
+    typer.echo(
+        f"{report.store}: {state}; {report.n_objects:,} objects, {report.n_bytes / 1e6:,.1f} "
+        "MB read and hashed"
+    )
 
 
 @takes_source
 def repair(
     opening: Opening,
     store: Store,
-    pairs: Annotated[str | None, typer.Option(help="The source. Default: where it was when extracted.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="The source. Default: where it was when extracted.")
+    ] = None,
     image: MovedImage = None,
     text: MovedText = None,
     single_writer: SingleWriter = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Make exactly what is damaged again: shards by encoding their rows, everything else from the records.
+    """Make exactly what is damaged again: shards by encoding their rows, everything else from the
+    records.
 
-    A store remembers where its source was, not how it was opened: give the options that extract was given.
+    A store remembers where its source was, not how it was opened: give the options that extract was
+    given.
 
     Example: apecache repair store --pairs pairs.tsv
     """
@@ -131,9 +176,13 @@ def repair(
         moved_text = parse_encoder(text, "text") if text else None
         with progress() as update:
             spec = ExtractSpec(moved_image, moved_text, device=device, single_writer=single_writer)
-            report = run(store, source, spec, update)
+            report = run(store, source=source, spec=spec, progress=update)
         if json:
-            shown = {"shards": report.shards, "objects": report.objects, "sound": report.after.sound}
+            shown = {
+                "shards": report.shards,
+                "objects": report.objects,
+                "sound": report.after.sound,
+            }
             show_json({"store": str(store), **shown, "nothing_to_do": report.nothing_to_do})
             return
         for array, shards in report.shards.items():
@@ -146,7 +195,8 @@ def repair(
 
 
 def source_of(store: str, pairs: str | None, spec: Any) -> Any:
-    """The source that was given, or the one that the store remembers, with its images where they were."""
+    """The source that was given, or the one that the store remembers, with its images where they
+    were."""
     from dataclasses import replace
 
     from apecache.data.media import FolderMedia, ObjectMedia, media_below
@@ -164,7 +214,9 @@ def source_of(store: str, pairs: str | None, spec: Any) -> Any:
     try:
         record = read_record(files, SOURCE)
     except DamagedError:
-        raise StoreError(f"{store} does not remember its source; give it with --pairs SOURCE") from None
+        raise StoreError(
+            f"{store} does not remember its source; give it with --pairs SOURCE"
+        ) from None
     source = open_pairs(record["origin"], spec)
     below = spec.root is None and isinstance(source.media, FolderMedia | ObjectMedia)
     return replace(source, media=media_below(record["root"])) if below else source
@@ -172,7 +224,9 @@ def source_of(store: str, pairs: str | None, spec: Any) -> Any:
 
 def remove(
     store: Store,
-    name: Annotated[str, typer.Argument(help="The features to remove: NAME, or image/NAME or text/NAME.")],
+    name: Annotated[
+        str, typer.Argument(help="The features to remove: NAME, or image/NAME or text/NAME.")
+    ],
     json: Json = False,
 ) -> None:
     """Remove one encoder's features from a store, data and records.
@@ -186,22 +240,32 @@ def remove(
 
         files = open_files(store)
         modality, found = find_array(files, name)
-        # The store itself last: while the array is there, a removal that was interrupted can be repeated.
-        went = [remove_array(files.child(folder), modality, found) for folder in (*begun_segments(files), "")]
+        # The store itself last: while the array is there, a removal that was interrupted can be
+        # repeated.
+        went = [
+            remove_array(files.child(folder), modality, found)
+            for folder in (*begun_segments(files), "")
+        ]
         total = {key: sum(part[key] for part in went) for key in ("objects", "bytes")}
         if json:
             show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
         else:
-            typer.echo(f"removed {modality}/{found}: {total['objects']} objects, {total['bytes'] / 1e6:,.1f} MB")
+            typer.echo(
+                f"removed {modality}/{found}: {total['objects']} objects, "
+                f"{total['bytes'] / 1e6:,.1f} MB"
+            )
 
 
 def copy(
     store: Store,
-    to: Annotated[str, typer.Argument(help="Where the copy is to be: a folder, or s3://…, gs://…, az://….")],
+    to: Annotated[
+        str, typer.Argument(help="Where the copy is to be: a folder, or s3://…, gs://…, az://….")
+    ],
     single_writer: SingleWriter = False,
     json: Json = False,
 ) -> None:
-    """Copy a store and verify the copy: from object storage to a disk for many runs, or the other way.
+    """Copy a store and verify the copy: from object storage to a disk for many runs, or the other
+    way.
 
     Interrupted, the same command goes on; run again later, it brings what is new.
 
@@ -212,7 +276,13 @@ def copy(
 
         report = copy_store(store, to, single_writer)
         if json:
-            show_json({**vars(report), "problems": [vars(p) for p in report.problems], "sound": report.sound})
+            show_json(
+                {
+                    **vars(report),
+                    "problems": [vars(p) for p in report.problems],
+                    "sound": report.sound,
+                }
+            )
         else:
             show_problems(report)
 
@@ -220,8 +290,12 @@ def copy(
 def export(
     store: Store,
     out: Annotated[Path, typer.Argument(help="The file (.npz) or folder (Parquet) to write.")],
-    npz: Annotated[bool, typer.Option("--npz", help="One .npz file; needs nothing but NumPy to read.")] = False,
-    parquet: Annotated[bool, typer.Option("--parquet", help="images.parquet and texts.parquet in a folder.")] = False,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="One .npz file; needs nothing but NumPy to read.")
+    ] = False,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="images.parquet and texts.parquet in a folder.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Write a store's pairs and features as plain files.
@@ -249,7 +323,8 @@ def upgrade(
     out: Annotated[str, typer.Option(help="The folder for the store in the newest format.")],
     json: Json = False,
 ) -> None:
-    """Lift a store of an older format into a new one; the old one is left as it is. So far there is one format.
+    """Lift a store of an older format into a new one; the old one is left as it is. So far there is
+    one format.
 
     Example: apecache upgrade store --out store-new
     """
@@ -260,4 +335,6 @@ def upgrade(
         if json:
             show_json({"store": str(store), "out": str(out), "written": written})
         else:
-            typer.echo(f"{out} written" if written else f"nothing to do: {store} is of the newest format")
+            typer.echo(
+                f"{out} written" if written else f"nothing to do: {store} is of the newest format"
+            )

@@ -13,30 +13,59 @@ from .terminal import Device, Json, choice, ending, show_json, show_table
 
 def sweep(
     store: Annotated[str, typer.Argument(help="A complete feature store.")],
-    recipe: Annotated[list[str], typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several.")],
-    space: Annotated[Path, typer.Option(help='TOML lines such as "optimiser.lr" = {log = [1e-4, 1e-2]}.')],
-    out: Annotated[Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")],
+    recipe: Annotated[
+        list[str],
+        typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several."),
+    ],
+    space: Annotated[
+        Path, typer.Option(help='TOML lines such as "optimiser.lr" = {log = [1e-4, 1e-2]}.')
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")
+    ],
     trials: Annotated[int, typer.Option(min=1, help="Points to try; of a grid at most.")] = 20,
     sampler: Annotated[str, typer.Option(help="random, grid or tpe (needs optuna).")] = "random",
-    seeds: Annotated[int, typer.Option(min=1, help="Fits of each point; it counts by their mean.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Fits of each point; it counts by their mean.")
+    ] = 1,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Stop two thirds early, again and again (successive halving).")
+        bool,
+        typer.Option(
+            "--halving",
+            help="Stop two thirds early, again and again (successive halving).",
+        ),
     ] = False,
-    rungs: Annotated[int, typer.Option(min=2, help="Of --halving; with 3 the first stop is at a ninth.")] = 3,
+    rungs: Annotated[
+        int, typer.Option(min=2, help="Of --halving; with 3 the first stop is at a ninth.")
+    ] = 3,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="A trial that fails does not end the sweep.")
     ] = False,
     population: Annotated[int, typer.Option(min=1, help="Heads that train together at most.")] = 16,
-    memory_gb: Annotated[float, typer.Option(min=0.01, help="Memory of heads that train together.")] = 2.0,
+    memory_gb: Annotated[
+        float, typer.Option(min=0.01, help="Memory of heads that train together.")
+    ] = 2.0,
     sampler_seed: Annotated[int, typer.Option(help="Seed of the points.")] = 0,
-    train_split: Annotated[str | None, typer.Option(help="Default: train, or the only split.")] = None,
-    dev_split: Annotated[str | None, typer.Option(help="Default: a seeded share of the training images.")] = None,
-    dev_images: Annotated[int, typer.Option(min=1, help="Size of that share; at most a tenth.")] = 500,
+    train_split: Annotated[
+        str | None, typer.Option(help="Default: train, or the only split.")
+    ] = None,
+    dev_split: Annotated[
+        str | None, typer.Option(help="Default: a seeded share of the training images.")
+    ] = None,
+    dev_images: Annotated[
+        int, typer.Option(min=1, help="Size of that share; at most a tenth.")
+    ] = 500,
     dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
     seed: Annotated[int, typer.Option(help="First seed of weights, batches and dropout.")] = 0,
-    image_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
-    text_features: Annotated[str | None, typer.Option(help="Which, if the store has several.")] = None,
-    save_seconds: Annotated[float, typer.Option(min=0, help="Write a checkpoint at most this often.")] = 30.0,
+    image_features: Annotated[
+        str | None, typer.Option(help="Which, if the store has several.")
+    ] = None,
+    text_features: Annotated[
+        str | None, typer.Option(help="Which, if the store has several.")
+    ] = None,
+    save_seconds: Annotated[
+        float, typer.Option(min=0, help="Write a checkpoint at most this often.")
+    ] = 30.0,
     engine: Engine = "local",
     address: Address = None,
     ray_actors: RayActors = None,
@@ -45,15 +74,17 @@ def sweep(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Try many settings of recipes, heads of one structure together; all is chosen on the dev split.
+    """Try many settings of recipes, heads of one structure together; all is chosen on the dev
+    split.
 
     Killed or interrupted, the same command goes on.
 
-    Example: apecache sweep store --recipe projection --space space.toml --trials 64 --out sweep --halving
+    Example: apecache sweep store --recipe projection --space space.toml --trials 64 --out sweep
+    --halving
     """
     with ending():
         choice("--sampler", sampler, ("random", "grid", "tpe"))
-        cluster = ray_spec(engine, address, ray_actors, ray_cpus, ray_gpus)
+        cluster = ray_spec(engine, address=address, actors=ray_actors, cpus=ray_cpus, gpus=ray_gpus)
         from apecache.sweeps.space import load_space
 
         loaded = load_space(space, recipe)
@@ -62,11 +93,29 @@ def sweep(
         from apecache.train.batches import SplitSpec
         from apecache.train.head_data import FitSpec
 
-        splits = SplitSpec(train_split, dev_split, dev_images, dev_seed)
-        fit = FitSpec(image_features, text_features, splits, seed, device, save_seconds=save_seconds)
+        splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
+        fit = FitSpec(
+            image_features,
+            text_features=text_features,
+            splits=splits,
+            seed=seed,
+            device=device,
+            save_seconds=save_seconds,
+        )
         kind: Any = sampler
         memory = int(memory_gb * 2**30)
-        spec = SweepSpec(trials, kind, seeds, sampler_seed, halving, keep_going, population, memory, rungs, fit)
+        spec = SweepSpec(
+            trials,
+            sampler=kind,
+            seeds=seeds,
+            seed=sampler_seed,
+            halving=halving,
+            keep_going=keep_going,
+            population=population,
+            memory_bytes=memory,
+            rungs=rungs,
+            fit=fit,
+        )
         with results_only(cluster):
             report = run_on(cluster)(FeatureStore.open(store), loaded, out, spec, show_trial)
         from apecache.report.sweep_page import sweep_page
@@ -75,8 +124,20 @@ def sweep(
         if json:
             show_json({**asdict(report), "page": page})
             return
-        rows = [(t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings)) for t in report.trials]
-        columns = ("trial", "state", "epochs", "dev mean recall", "95 %", "chance", "recipe", "settings")
+        rows = [
+            (t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings))
+            for t in report.trials
+        ]
+        columns = (
+            "trial",
+            "state",
+            "epochs",
+            "dev mean recall",
+            "95 %",
+            "chance",
+            "recipe",
+            "settings",
+        )
         show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
         typer.echo(f"the best again: {report.command}")
         typer.echo(f"the page with all trials: {page}")
@@ -95,7 +156,10 @@ def run_on(cluster: Any) -> Any:
 
 def show_trial(trial: Any) -> None:
     score = trial.error or f"dev mean recall {trial.mean:.1f}{_beside(trial)}"
-    typer.echo(f"trial {trial.number:3d}  {trial.state}  {score}  {' '.join(trial.settings)}", err=True)
+    typer.echo(
+        f"trial {trial.number:3d}  {trial.state}  {score}  {' '.join(trial.settings)}",
+        err=True,
+    )
 
 
 def _beside(trial: Any) -> str:

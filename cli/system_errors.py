@@ -1,8 +1,9 @@
-"""Errors that the operating system causes, as one line each: what failed, on which path, and what to do.
+"""Errors that the operating system causes, as one line each: what failed, on which path, and what
+to do.
 
-A full disk, a read-only folder, a missing permission or a limit of the process can end any command at any write or
-read. They arrive as OSError, or as whatever a library makes of one. Everything else stays a fault of the program, which
-ends with its traceback.
+A full disk, a read-only folder, a missing permission or a limit of the process can end any command
+at any write or read. They arrive as OSError, or as whatever a library makes of one. Everything else
+stays a fault of the program, which ends with its traceback.
 """
 
 import errno
@@ -31,7 +32,9 @@ SHOWN_CHARACTERS = 120
 
 STANDARD_OUTPUT = Path("standard output")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-OUT_OF_MEMORY = f"out of memory: close other programs, or choose smaller batches or a smaller model, {AGAIN}"
+OUT_OF_MEMORY = (
+    f"out of memory: close other programs, or choose smaller batches or a smaller model, {AGAIN}"
+)
 
 FOREIGN = {
     "database or disk is full": errno.ENOSPC,
@@ -58,7 +61,8 @@ FOREIGN_NUMBERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class GivenPath:
-    """A path on the command line, the option or argument that it was given as, and whether the command writes it."""
+    """A path on the command line, the option or argument that it was given as, and whether the
+    command writes it."""
 
     flag: str
     path: Path
@@ -74,7 +78,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse an option that is given twice, unless it takes several values.
 
-        The last value would win in silence, and the first is as likely to be the one that was meant.
+        The last value would win in silence, and the first is as likely to be the one that was
+        meant.
         """
         if not ctx.resilient_parsing:
             _, _, occurrences = self.make_parser(ctx).parse_args(args=list(args))
@@ -92,7 +97,9 @@ class Command(TyperCommand):
 def _require_once(ctx: Any, occurrences: Sequence[Any]) -> None:
     seen: list[Any] = []
     for parameter in occurrences:
-        takes_one = isinstance(parameter, TyperOption) and not (parameter.multiple or parameter.is_eager)
+        takes_one = isinstance(parameter, TyperOption) and not (
+            parameter.multiple or parameter.is_eager
+        )
         if takes_one and parameter in seen:
             flag = "/".join((*parameter.opts, *parameter.secondary_opts))
             limit = "give it once" if parameter.is_flag else "it takes one value"
@@ -101,13 +108,16 @@ def _require_once(ctx: Any, occurrences: Sequence[Any]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error of the system: the path, what happened, the remedy. None for any other error."""
+    """One line for an error of the system: the path, what happened, the remedy. None for any other
+    error."""
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     if isinstance(error, OSError):
         return _line(error.errno, _path_of(error) or _written_file(error), str(error))
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:  # of torch, which is not imported
+    if (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    ):  # of torch, which is not imported
         return OUT_OF_MEMORY
     number = _foreign_number(text)
     return None if number is None else _line(number, _foreign_path(text), text)
@@ -124,7 +134,10 @@ def _foreign_number(text: str) -> int | None:
 
 def _foreign_path(text: str) -> Path | None:
     """The file that FAISS (`write error in /x/y: …`) or safetensors (`at path "/x/y"`) names."""
-    named = re.search(r"(?:write error in|could not open|at path) \"?(/[^\":]+?)\"?(?: for |:|$|\))", text)
+    named = re.search(
+        r"(?:write error in|could not open|at path) \"?(/[^\":]+?)\"?(?: for |:|$|\))",
+        text,
+    )
     return Path(named.group(1)) if named else None
 
 
@@ -137,14 +150,21 @@ def _path_of(error: OSError) -> Path | None:
 
 
 def _written_file(error: OSError) -> Path | None:
-    """The file that a failing write was for. Python does not say; the innermost frame that has it open does."""
+    """The file that a failing write was for. Python does not say; the innermost frame that has it
+    open does."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
-        held = [*frame.f_locals.values(), *getattr(owner, "__dict__", {}).values(), getattr(owner, "file", None)]
+        held = [
+            *frame.f_locals.values(),
+            *getattr(owner, "__dict__", {}).values(),
+            getattr(owner, "file", None),
+        ]
         for value in held:
             name = getattr(value, "name", None)
-            is_written = isinstance(value, io.IOBase) and str(getattr(value, "mode", "")).startswith(("w", "x", "a"))
+            is_written = isinstance(value, io.IOBase) and str(
+                getattr(value, "mode", "")
+            ).startswith(("w", "x", "a"))
             if is_written and isinstance(name, str):
                 return STANDARD_OUTPUT if name == "<stdout>" else Path(name)
     return None
@@ -161,7 +181,8 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
             return f"no space left on {shown}: free space{other}, {AGAIN}"
         case errno.EFBIG:
             return (
-                f"{shown}: a file is too large for the file system or the process (ulimit -f): raise it{other}, {AGAIN}"
+                f"{shown}: a file is too large for the file system or the process (ulimit "
+                f"-f): raise it{other}, {AGAIN}"
             )
         case errno.EROFS:
             return f"{shown} is on a read-only file system: remount it for writing{other}, {AGAIN}"
@@ -178,7 +199,10 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
         case None:
             return f"{shown}: {' '.join(text.split())[:200]}: check the disk{other}, {AGAIN}"
         case _:
-            return f"{shown}: {os.strerror(number).lower()}: check the disk or the network{other}, {AGAIN}"
+            return (
+                f"{shown}: {os.strerror(number).lower()}: check the disk or the "
+                f"network{other}, {AGAIN}"
+            )
 
 
 def _given_paths() -> Iterator[GivenPath]:
@@ -194,7 +218,9 @@ def _given_paths() -> Iterator[GivenPath]:
     for name in names:
         value = ctx.params[name]
         for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, Path) or (name in OUTPUTS and isinstance(one, str) and ":/" not in one):
+            if isinstance(one, Path) or (
+                name in OUTPUTS and isinstance(one, str) and ":/" not in one
+            ):
                 yield GivenPath(flag=flags[name], path=Path(one), is_output=name in outputs)
 
 
@@ -214,7 +240,8 @@ def _flag(parameter: Any) -> str:
 def _likely_path(number: int | None, given: list[GivenPath]) -> Path:
     """Where an error without a path happened: a failing write does not say into which file.
 
-    Of a full disk it is what the command writes, or the folder of temporary files, wherever there is least room.
+    Of a full disk it is what the command writes, or the folder of temporary files, wherever there
+    is least room.
     """
     outputs = [one.path for one in given if one.is_output]
     candidates = [*outputs, Path(tempfile.gettempdir())]

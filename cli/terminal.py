@@ -19,17 +19,21 @@ INTERRUPTED = 130
 PLAIN_WIDTH = 160
 """Columns of tables that go to a file or a pipe."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")
+]
 
 
 @contextmanager
 def ending() -> Iterator[None]:
     """Turn an error into one line and its exit code, and an interrupt into what to do next.
 
-    Exit codes: 0 ok, 1 failure (also what the operating system refuses), 2 usage, 3 data, 4 something does not match a
-    store, 130 interrupted.
+    Exit codes: 0 ok, 1 failure (also what the operating system refuses), 2 usage, 3 data, 4
+    something does not match a store, 130 interrupted.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -54,7 +58,8 @@ def ending() -> Iterator[None]:
 
 
 def complain_of_system(error: Exception) -> bool:
-    """Show an error of the operating system as one line. False for any other error: nothing is shown."""
+    """Show an error of the operating system as one line. False for any other error: nothing is
+    shown."""
     message = explain(error)
     if message is None:
         return False
@@ -65,7 +70,8 @@ def complain_of_system(error: Exception) -> bool:
 
 
 def drop_output() -> None:
-    """Send what standard output could not take to nowhere; else Python fails once more when it ends."""
+    """Send what standard output could not take to nowhere; else Python fails once more when it
+    ends."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -78,7 +84,9 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> None:
     from apecache.errors import OptionError, nearest
 
     if value not in known:
-        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
+        raise OptionError(
+            f"{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}"
+        )
 
 
 def command_line() -> str:
@@ -109,8 +117,14 @@ def show_json(value: object) -> None:
     typer.echo(json.dumps(plain, ensure_ascii=False, default=str))
 
 
-def show_table(title: str, columns: tuple[str, ...], rows: Iterable[Iterable[object]], err: bool = False) -> None:
-    """A table; numbers to the right. Text from data is shown literally: no markup, no control characters."""
+def show_table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: Iterable[Iterable[object]],
+    err: bool = False,
+) -> None:
+    """A table; numbers to the right. Text from data is shown literally: no markup, no control
+    characters."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -121,24 +135,33 @@ def show_table(title: str, columns: tuple[str, ...], rows: Iterable[Iterable[obj
         numeric = all(isinstance(row[position], int | float) for row in filled)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in filled:
-        table.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell))) for cell in row))
+        table.add_row(
+            *(
+                Text(f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell)))
+                for cell in row
+            )
+        )
     terminal = Console(stderr=err).is_terminal
     Console(stderr=err, width=None if terminal else PLAIN_WIDTH).print(table)
 
 
 def printable(text: str) -> str:
     """Control characters, which could steer a terminal, as visible escapes."""
-    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class _Rate:
-    """What progress says of one stage: rows a second since it began, what is written, what could not be read.
+    """What progress says of one stage: rows a second since it began, what is written, what could
+    not be read.
 
     `Standing` comes from `apecache.extraction.report`, which is too heavy to import here.
     """
 
     def __init__(self, first: Any) -> None:
-        self.began, self.first = time.monotonic(), first.done
+        self.began = time.monotonic()
+        self.first = first.done
 
     def per_second(self, standing: Any) -> float:
         return float((standing.done - self.first) / max(time.monotonic() - self.began, 1e-9))
@@ -150,7 +173,8 @@ class _Rate:
 
 
 class _Lines:
-    """Progress for a log file: a line at the start of a stage, every ten seconds, and at its end."""
+    """Progress for a log file: a line at the start of a stage, every ten seconds, and at its
+    end."""
 
     def __init__(self) -> None:
         self.rates: dict[str, _Rate] = {}
@@ -160,7 +184,8 @@ class _Lines:
     def __call__(self, standing: Any) -> None:
         if standing.modality not in self.rates:
             self.end()
-            self.rates[standing.modality], self.shown = _Rate(standing), 0.0
+            self.rates[standing.modality] = _Rate(standing)
+            self.shown = 0.0
         self.last = standing
         if time.monotonic() - self.shown >= 10:
             self._show(standing)
@@ -171,11 +196,19 @@ class _Lines:
             self._show(self.last)
 
     def _show(self, standing: Any) -> None:
-        self.shown, self.last = time.monotonic(), None
-        rate, left = self.rates[standing.modality], standing.rows - standing.done
+        self.shown = time.monotonic()
+        self.last = None
+        rate = self.rates[standing.modality]
+        left = standing.rows - standing.done
         per_second = rate.per_second(standing)
         until = f", {left / per_second:.0f} s left" if per_second and left else ""
-        typer.echo(f"{standing.modality}: {standing.done:,}/{standing.rows:,}, {rate.text(standing)}{until}", err=True)
+        typer.echo(
+            (
+                f"{standing.modality}: {standing.done:,}/{standing.rows:,}, "
+                f"{rate.text(standing)}{until}"
+            ),
+            err=True,
+        )
 
 
 @contextmanager
@@ -201,7 +234,12 @@ def progress() -> Iterator[Callable[[Any], None]]:
 
         def update(standing: Any) -> None:
             if standing.modality not in tasks:
-                task = bar.add_task(standing.modality, total=standing.rows, completed=standing.done, rate="")
+                task = bar.add_task(
+                    standing.modality,
+                    total=standing.rows,
+                    completed=standing.done,
+                    rate="",
+                )
                 tasks[standing.modality] = task, _Rate(standing)
             task, rate = tasks[standing.modality]
             bar.update(task, completed=standing.done, total=standing.rows, rate=rate.text(standing))

@@ -1,4 +1,5 @@
-"""Real encoders, small: random weights in the libraries' own file formats, and the packaged pretrained ones."""
+"""Real encoders, small: random weights in the libraries' own file formats, and the packaged
+pretrained ones."""
 
 import json
 import os
@@ -10,7 +11,20 @@ from tiny import COLOURS, SHAPES, Grown, extract_tiny, loaded_once, make_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a hub
 
-WORDS = ("a", "the", "of", "photo", "drawing", "shape", "##s", "in", "on", "white", *COLOURS, *SHAPES)
+WORDS = (
+    "a",
+    "the",
+    "of",
+    "photo",
+    "drawing",
+    "shape",
+    "##s",
+    "in",
+    "on",
+    "white",
+    *COLOURS,
+    *SHAPES,
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +38,10 @@ def tiny_image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     model = timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=3)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
     config = {
         "input_size": [3, 32, 32],
         "mean": [0.5] * 3,
@@ -32,7 +49,12 @@ def tiny_image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "interpolation": "bicubic",
         "crop_pct": 1.0,
     }
-    config |= {"num_classes": 3, "first_conv": "patch_embed.proj", "classifier": "head", "fixed_input_size": True}
+    config |= {
+        "num_classes": 3,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "fixed_input_size": True,
+    }
     description = {
         "architecture": "test_vit",
         "num_classes": 3,
@@ -45,7 +67,8 @@ def tiny_image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder: a two-layer BERT with random weights and a WordPiece tokenizer, at most 16 tokens."""
+    """A transformers folder: a two-layer BERT with random weights and a WordPiece tokenizer, at
+    most 16 tokens."""
     return make_text_encoder(tmp_path_factory.mktemp("encoders") / "tiny-bert", seed=0)
 
 
@@ -65,12 +88,22 @@ def make_text_encoder(folder: Path, seed: int) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=16,
+        **names,
+    ).save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
@@ -90,7 +123,8 @@ def packaged_encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
-    """A table of 12 images and 24 captions in tmp_path/shapes/pairs.tsv, splits train (8), val (4), labels = shape."""
+    """A table of 12 images and 24 captions in tmp_path/shapes/pairs.tsv, splits train (8), val (4),
+    labels = shape."""
     return make_shapes(tmp_path / "shapes")
 
 
@@ -102,17 +136,22 @@ def shapes_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_store(
-    tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path, shapes_once: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    shapes_once: Path,
 ) -> Path:
-    """A finished store of the shapes under the tiny encoders, several shards each; for tests that only read it."""
+    """A finished store of the shapes under the tiny encoders, several shards each; for tests that
+    only read it."""
     store = tmp_path_factory.mktemp("stores") / "store"
-    extract_tiny(shapes_once, store, tiny_image_encoder, tiny_text_encoder)
+    extract_tiny(shapes_once, store=store, image=tiny_image_encoder, text=tiny_text_encoder)
     return store
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path:
-    """A finished run on the tiny store: trained on train, epochs chosen on val; for tests that only read it."""
+    """A finished run on the tiny store: trained on train, epochs chosen on val; for tests that only
+    read it."""
     from apecache.recipes.recipe import load_recipe
     from apecache.store.reader import FeatureStore
     from apecache.train.batches import SplitSpec
@@ -120,8 +159,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path
     from apecache.train.head_data import FitSpec
 
     run = tmp_path_factory.mktemp("runs") / "run"
-    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=4", "schedule.batch_size=4"])
-    fit_head(FeatureStore.open(tiny_store), recipe, run, FitSpec(splits=SplitSpec(dev="val"), device="cpu"))
+    recipe = load_recipe(
+        "projection",
+        ["image.dim=16", "text.dim=16", "schedule.epochs=4", "schedule.batch_size=4"],
+    )
+    fit_head(
+        FeatureStore.open(tiny_store),
+        recipe=recipe,
+        out=run,
+        spec=FitSpec(splits=SplitSpec(dev="val"), device="cpu"),
+    )
     return run
 
 
@@ -150,12 +197,14 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     storage: str | None = None,
     image_content: list[str] | None = None,
 ):
-    """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own writer.
+    """Write features [n_images, dim] and [n_texts, dim] (float16 or float32) with the store's own
+    writer.
 
-    `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit only so many of each
-    array and leave it unfinished. `text_lengths`: the texts are ragged tokens [n_texts, tokens, dim]. `storage`: dtype
-    of the arrays, if it is not that of the features. `image_content`: what the images' files are made of, by default
-    something else each. Returns the opened store; calling again with other names adds arrays.
+    `names` of the encoders are their identity. `bad_…` rows are quarantined. `n_shards`: commit
+    only so many of each array and leave it unfinished. `text_lengths`: the texts are ragged tokens
+    [n_texts, tokens, dim]. `storage`: dtype of the arrays, if it is not that of the features.
+    `image_content`: what the images' files are made of, by default something else each. Returns the
+    opened store; calling again with other names adds arrays.
     """
     from apecache.encoders.spec import EncoderSpec
     from apecache.fingerprint import Fingerprint, content_hash, digest_strings
@@ -176,31 +225,90 @@ def write_feature_store(  # type: ignore[no-untyped-def]
     digest = digest_strings([*keys, *splits, *texts, *map(str, image_rows)])
     blank = [""] * len(keys), ["en"] * len(texts)
     files = LocalFiles(folder)
-    columns = PairColumns(keys, splits, blank[0], texts, blank[1], image_rows, digest, "made up")
+    columns = PairColumns(
+        keys=keys,
+        splits=splits,
+        labels=blank[0],
+        captions=texts,
+        languages=blank[1],
+        image_rows=image_rows,
+        digest=digest,
+        origin="made up",
+    )
     if folder.parent.name == "segments":
-        add_segment(LocalFiles(folder.parents[1]), folder.name, columns, "", "0")
+        add_segment(
+            LocalFiles(folder.parents[1]),
+            segment=folder.name,
+            pairs=columns,
+            root="",
+            version="0",
+        )
     else:
-        create_store(files, columns, "", "0")
-    for modality, name, features, bad in (("image", names[0], image, bad_images), ("text", names[1], text, bad_texts)):
+        create_store(files, pairs=columns, root="", version="0")
+    for modality, name, features, bad in (
+        ("image", names[0], image, bad_images),
+        ("text", names[1], text, bad_texts),
+    ):
         if modality not in modalities:
             continue
         lengths = text_lengths if modality == "text" else None
         tokens = features.shape[1] if features.ndim == 3 else None
-        about = (len(features), features.shape[-1], storage or str(features.dtype), shard_rows, shard_rows, 1)
-        layout = ArrayLayout(*about, None, tokens, lengths is not None)
-        fingerprint = Fingerprint({"encoder": {"modality": modality, "weights": name}, "storage": layout.dtype})
+        about = (
+            len(features),
+            features.shape[-1],
+            storage or str(features.dtype),
+            shard_rows,
+            shard_rows,
+            1,
+        )
+        rows_value, dim, dtype, shard_rows_value, batch_size, threads = about
+        layout = ArrayLayout(
+            rows=rows_value,
+            dim=dim,
+            dtype=dtype,
+            shard_rows=shard_rows_value,
+            batch_size=batch_size,
+            threads=threads,
+            views=None,
+            tokens=tokens,
+            ragged=lengths is not None,
+        )
+        fingerprint = Fingerprint(
+            fields={"encoder": {"modality": modality, "weights": name}, "storage": layout.dtype}
+        )
         spec = EncoderSpec("timm" if modality == "image" else "hf", name, modality)
-        record = with_metadata(ArrayRecord(modality, name, spec, fingerprint, layout, {}, {}, digest))
+        record = with_metadata(
+            ArrayRecord(
+                modality=modality,
+                name=name,
+                spec=spec,
+                fingerprint=fingerprint,
+                layout=layout,
+                metadata={},
+                environment={},
+                table=digest,
+            )
+        )
         create_array(files, record)
         writer = ArrayWriter(files, record)
         for shard in range(layout.n_shards if n_shards is None else n_shards):
             rows = layout.shard(shard)
-            out = [QuarantinedRow(row, str(row), "empty", "made up") for row in bad if row in rows]
+            out = [
+                QuarantinedRow(row=row, key=str(row), reason="empty", detail="made up")
+                for row in bad
+                if row in rows
+            ]
             content = [content_hash(f"{modality} {row}") for row in rows]
             if modality == "image" and image_content is not None:
                 content = [content_hash(image_content[row]) for row in rows]
             own_lengths = None if lengths is None else lengths[rows.start : rows.stop]
-            writer.commit(shard, features[rows.start : rows.stop], content, out, own_lengths)
+            writer.commit(
+                shard,
+                features=features[rows.start : rows.stop],
+                content=content,
+                quarantined=out,
+                lengths=own_lengths,
+            )
         if n_shards is None:
             writer.seal()
     return FeatureStore.open(folder)
@@ -214,16 +322,26 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Extraction and repair load each encoder once per session: for tests that run them often and edit no encoder."""
+    """Extraction and repair load each encoder once per session: for tests that run them often and
+    edit no encoder."""
     import apecache.extraction.run
 
     for modality in ("image", "text"):
-        monkeypatch.setattr(apecache.extraction.run, f"load_{modality}_encoders", loaded_once(modality))
+        monkeypatch.setattr(
+            apecache.extraction.run,
+            f"load_{modality}_encoders",
+            loaded_once(modality),
+        )
 
 
 @pytest.fixture(scope="session")
-def grown_once(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path) -> Grown:
-    """A finished store that has grown: 12 rows in three shards of each array and 4 appended ones, one caption each.
+def grown_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+) -> Grown:
+    """A finished store that has grown: 12 rows in three shards of each array and 4 appended ones,
+    one caption each.
 
     Row 3 has no caption, image 4 is HTML and image 13 missing. For tests that only read it.
     """
@@ -236,7 +354,14 @@ def grown_once(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Pat
     (table.parent / "images" / "red-square-1.png").unlink()
     for count in (12, 16):
         table.write_text("\n".join([head, *lines[:count]]) + "\n")
-        extract_tiny(table, folder / "store", tiny_image_encoder, tiny_text_encoder, max_bad=1.0, append=True)
+        extract_tiny(
+            table,
+            store=folder / "store",
+            image=tiny_image_encoder,
+            text=tiny_text_encoder,
+            max_bad=1.0,
+            append=True,
+        )
     return Grown(table, folder / "store")
 
 

@@ -34,7 +34,7 @@ def heads(tiny_run: Path) -> TrainedHeads:
     return apecache.load_heads(str(tiny_run))
 
 
-# --- the checks themselves -------------------------------------------------------------------------------------------
+# --- the checks themselves ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["a/b", Path("a/b")])
@@ -49,7 +49,8 @@ def test_a_url_is_kept_as_it_was_written() -> None:
 @pytest.mark.parametrize("value", [None, 3, b"a", [], WRONG])
 def test_what_is_no_path_is_named(value: Any) -> None:
     with pytest.raises(
-        OptionError, match=rf"^out: expected a path \(str or os\.PathLike\), found {type(value).__name__}"
+        OptionError,
+        match=rf"^out: expected a path \(str or os\.PathLike\), found {type(value).__name__}",
     ):
         as_path(value, "out")
 
@@ -61,7 +62,8 @@ def test_an_empty_path_is_not_the_working_folder() -> None:
 
 def test_a_wrong_type_says_how_to_make_the_right_one() -> None:
     with pytest.raises(
-        OptionError, match=r"store: expected FeatureStore, found str; make one with: FeatureStore\.open"
+        OptionError,
+        match=r"store: expected FeatureStore, found str; make one with: FeatureStore\.open",
     ):
         require_type("store", FeatureStore, "store")
     require_type(None, FeatureStore, "store", optional=True)
@@ -71,12 +73,16 @@ def test_a_wrong_type_says_how_to_make_the_right_one() -> None:
 
 def test_a_single_text_is_no_list_of_texts() -> None:
     assert as_texts(["a", "b"], "like") == ("a", "b")
-    for value, message in (("ab", "put it in brackets"), (3, "found int"), (["a", 3], r"like\[1\]: expected str")):
+    for value, message in (
+        ("ab", "put it in brackets"),
+        (3, "found int"),
+        (["a", 3], r"like\[1\]: expected str"),
+    ):
         with pytest.raises(OptionError, match=message):
             as_texts(value, "like")
 
 
-# --- the public functions --------------------------------------------------------------------------------------------
+# --- the public functions -------------------------------------------------------------------------
 
 
 def pairs() -> PairSource:
@@ -89,7 +95,10 @@ Wrongs = dict[str, tuple[str, Callable[[Any, Any], object]]]
 CALLS: Wrongs = {
     "FeatureStore.open": ("path", lambda s, h: FeatureStore.open(WRONG)),
     "SearchIndex.open": ("path", lambda s, h: apecache.SearchIndex.open(WRONG)),
-    "SearchIndex.open, image": ("image", lambda s, h: apecache.SearchIndex.open("i", image="timm:x")),  # type: ignore[arg-type]
+    "SearchIndex.open, image": (
+        "image",
+        lambda s, h: apecache.SearchIndex.open("i", image="timm:x"),
+    ),  # type: ignore[arg-type]
     "build_index, run": ("run", lambda s, h: apecache.build_index(WRONG, s, "out")),
     "build_index, store": ("store", lambda s, h: apecache.build_index("run", "store", "out")),  # type: ignore[arg-type]
     "build_index, out": ("out", lambda s, h: apecache.build_index("run", s, WRONG)),
@@ -97,15 +106,27 @@ CALLS: Wrongs = {
     "combine_heads, paths": (r"runs\[0\]", lambda s, h: apecache.combine_heads(["a", "b"])),  # type: ignore[list-item]
     "embed_store, run": ("run", lambda s, h: apecache.embed_store("run", s)),  # type: ignore[arg-type]
     "embed_store, store": ("store", lambda s, h: apecache.embed_store(h, "store")),  # type: ignore[arg-type]
-    "extract, source": ("source", lambda s, h: apecache.extract("a.tsv", "out", apecache.ExtractSpec())),  # type: ignore[arg-type]
-    "extract, store": ("store", lambda s, h: apecache.extract(pairs(), WRONG, apecache.ExtractSpec())),
+    "extract, source": (
+        "source",
+        lambda s, h: apecache.extract("a.tsv", "out", apecache.ExtractSpec()),
+    ),  # type: ignore[arg-type]
+    "extract, store": (
+        "store",
+        lambda s, h: apecache.extract(pairs(), WRONG, apecache.ExtractSpec()),
+    ),
     "extract, spec": ("spec", lambda s, h: apecache.extract(pairs(), "out", WRONG)),
     "extract, image": (
         "image",
         lambda s, h: apecache.extract(pairs(), "out", apecache.ExtractSpec("timm:test_vit")),  # type: ignore[arg-type]
     ),
-    "extract_on_ray": ("store", lambda s, h: apecache.extract_on_ray(pairs(), WRONG, apecache.ExtractSpec())),
-    "plan_extraction": ("store", lambda s, h: apecache.plan_extraction(pairs(), WRONG, apecache.ExtractSpec())),
+    "extract_on_ray": (
+        "store",
+        lambda s, h: apecache.extract_on_ray(pairs(), WRONG, apecache.ExtractSpec()),
+    ),
+    "plan_extraction": (
+        "store",
+        lambda s, h: apecache.plan_extraction(pairs(), WRONG, apecache.ExtractSpec()),
+    ),
     "find_templates": ("name", lambda s, h: apecache.find_templates(WRONG)),
     "fit_head, store": ("store", lambda s, h: apecache.fit_head("store", "projection", "run")),  # type: ignore[arg-type]
     "fit_head, recipe": ("recipe", lambda s, h: apecache.fit_head(s, WRONG, "run")),
@@ -121,10 +142,16 @@ CALLS: Wrongs = {
     "load_heads": ("folder", lambda s, h: apecache.load_heads(WRONG)),
     "load_law": ("name", lambda s, h: apecache.load_law(WRONG)),
     "load_recipe": ("name", lambda s, h: apecache.load_recipe(WRONG)),
-    "load_recipe, settings": ("settings", lambda s, h: apecache.load_recipe("projection", "image.dim=4")),
+    "load_recipe, settings": (
+        "settings",
+        lambda s, h: apecache.load_recipe("projection", "image.dim=4"),
+    ),
     "load_run": ("folder", lambda s, h: apecache.load_run(WRONG)),
     "load_space, path": ("path", lambda s, h: apecache.load_space(WRONG, ["projection"])),
-    "load_space, recipes": ("recipes", lambda s, h: apecache.load_space("space.toml", "projection")),
+    "load_space, recipes": (
+        "recipes",
+        lambda s, h: apecache.load_space("space.toml", "projection"),
+    ),
     "log_to_tensorboard": ("folder", lambda s, h: apecache.log_to_tensorboard(WRONG).__enter__()),  # type: ignore[attr-defined]
     "open_pairs": ("uri", lambda s, h: apecache.open_pairs(WRONG)),
     "open_pairs, spec": ("spec", lambda s, h: apecache.open_pairs("a.tsv", WRONG)),
@@ -133,7 +160,10 @@ CALLS: Wrongs = {
     "report_page, runs": ("runs", lambda s, h: apecache.report_page("run", "out.html")),
     "report_page, run": (r"runs\[0\]", lambda s, h: apecache.report_page([WRONG], "out.html")),
     "report_page, out": ("out", lambda s, h: apecache.report_page(["run"], WRONG)),
-    "retrieval_report": ("image", lambda s, h: apecache.retrieval_report(np.eye(2), torch.eye(2), torch.arange(2))),  # type: ignore[arg-type]
+    "retrieval_report": (
+        "image",
+        lambda s, h: apecache.retrieval_report(np.eye(2), torch.eye(2), torch.arange(2)),
+    ),  # type: ignore[arg-type]
     "run_laws": ("setting", lambda s, h: apecache.run_laws(WRONG)),
     "save_heads, heads": ("heads", lambda s, h: apecache.save_heads(WRONG, "out")),
     "save_heads, folder": ("folder", lambda s, h: apecache.save_heads(h, WRONG)),
@@ -152,7 +182,11 @@ CALLS: Wrongs = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_wrong_type_is_named_with_the_expected_and_the_found_one(
-    call: str, store: FeatureStore, heads: TrainedHeads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str,
+    store: FeatureStore,
+    heads: TrainedHeads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     argument, function = CALLS[call]
@@ -186,13 +220,20 @@ BY_TEXT: dict[str, Callable[[Given, FeatureStore], object]] = {
         apecache.build_index(str(g[0]), s, "index"),
         apecache.SearchIndex.open("index").path.name,
     ),
-    "open_pairs": lambda g, s: len(apecache.open_pairs(str(g[2]), apecache.OpenSpec(root=str(g[2].parent)))),
+    "open_pairs": lambda g, s: len(
+        apecache.open_pairs(str(g[2]), apecache.OpenSpec(root=str(g[2].parent)))
+    ),
     "OpenSpec.split_file": lambda g, s: (
         Path("splits.tsv").write_text("key\tsplit\nimages/red-circle-0.png\tval\n"),
         len(apecache.open_pairs(str(g[2]), apecache.OpenSpec(split_file="splits.tsv"))),
     ),
     "fit_head": lambda g, s: (
-        apecache.fit_head(s, "ridge", "run", apecache.FitSpec(splits=apecache.SplitSpec(dev="val"), device="cpu")).run
+        apecache.fit_head(
+            s,
+            "ridge",
+            "run",
+            apecache.FitSpec(splits=apecache.SplitSpec(dev="val"), device="cpu"),
+        ).run
     ),
     "load_recipe": lambda g, s: (
         Path("own.toml").write_text('name = "own"\n'),
@@ -228,11 +269,18 @@ def test_a_path_may_be_given_as_a_text(
     BY_TEXT[call]((tiny_run, tiny_store, shapes_once), store)
 
 
-@pytest.mark.parametrize("function", ["load_encoders", "sweep_page", "log_to_tensorboard", "fit_encoder"])
+@pytest.mark.parametrize(
+    "function",
+    ["load_encoders", "sweep_page", "log_to_tensorboard", "fit_encoder"],
+)
 def test_a_path_as_a_text_reaches_the_message_about_it(
-    function: str, store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str,
+    store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Functions whose success would cost seconds: what they refuse shows that the text was taken for the path."""
+    """Functions whose success would cost seconds: what they refuse shows that the text was taken
+    for the path."""
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("mine")
     calls: dict[str, Callable[[], object]] = {

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from apecache import errors
-from apecache.errors import ApecacheError, MismatchError, MissingExtraError, RowError, RunError, nearest, require_new
+from apecache.errors import (
+    ApecacheError,
+    MismatchError,
+    MissingExtraError,
+    RowError,
+    RunError,
+    nearest,
+    require_new,
+)
 
 TREE = {
     name: error
@@ -17,7 +25,8 @@ TREE = {
 
 
 def test_the_docstring_draws_the_tree_that_there_is() -> None:
-    drawn, path = {}, ["ApecacheError"]
+    drawn = {}
+    path = ["ApecacheError"]
     for line in (errors.__doc__ or "").splitlines():
         if found := re.match(r"    ([│ ]*)[├└]── (\w+)", line):
             del path[1 + len(found[1]) // 4 :]
@@ -28,7 +37,9 @@ def test_the_docstring_draws_the_tree_that_there_is() -> None:
 
 def test_every_error_ends_the_command_with_the_exit_code_drawn_in_the_docstring() -> None:
     codes = {"MissingExtraError": 1, "EngineError": 1, "OptionError": 2, "MismatchError": 4}
-    assert {name: error.exit_code for name, error in TREE.items()} == {name: codes.get(name, 3) for name in TREE}
+    assert {name: error.exit_code for name, error in TREE.items()} == {
+        name: codes.get(name, 3) for name in TREE
+    }
     assert ApecacheError.exit_code == 1
     for name, code in [*codes.items(), ("DataError", 3)]:
         assert re.search(rf"{name} +{code} ", errors.__doc__ or "")
@@ -42,7 +53,8 @@ def test_errors_are_builtin_errors_too(name: str) -> None:
 
 def test_a_missing_extra_names_its_pip_line() -> None:
     assert (
-        str(MissingExtraError("faiss", "cpu")) == "faiss is not installed; install it with: pip install 'apecache[cpu]'"
+        str(MissingExtraError("faiss", "cpu"))
+        == "faiss is not installed; install it with: pip install 'apecache[cpu]'"
     )
 
 
@@ -67,10 +79,18 @@ def test_a_row_error_is_no_error_of_the_run() -> None:
         ("caption", ["captions", "image"], "; did you mean captions?"),
         ("zzz", ["captions"], ""),
         ("a", [], ""),
-        ("abcd", ["abcd1", "abcd", "a", "abcd12", "abcd123"], "; did you mean abcd, abcd1, abcd12?"),
+        (
+            "abcd",
+            ["abcd1", "abcd", "a", "abcd12", "abcd123"],
+            "; did you mean abcd, abcd1, abcd12?",
+        ),
     ],
 )
-def test_at_most_three_of_the_nearest_names_are_suggested_best_first(name: str, known: list[str], said: str) -> None:
+def test_at_most_three_of_the_nearest_names_are_suggested_best_first(
+    name: str,
+    known: list[str],
+    said: str,
+) -> None:
     assert nearest(name, iter(known)) == said
 
 
@@ -79,7 +99,13 @@ def test_only_something_new_or_an_empty_folder_is_written_to(tmp_path: Path) -> 
     require_new(tmp_path, "run")
     (tmp_path / "file").write_text("")
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(RunError, match=rf"^run {re.escape(str(taken))} exists already; choose .*--overwrite$"):
+        with pytest.raises(
+            RunError,
+            match=rf"^run {re.escape(str(taken))} exists already; choose .*--overwrite$",
+        ):
             require_new(taken, "run")
-        with pytest.raises(RunError, match=rf"^{re.escape(str(taken))} exists and is no run, so it is not overwritten"):
+        with pytest.raises(
+            RunError,
+            match=rf"^{re.escape(str(taken))} exists and is no run, so it is not overwritten",
+        ):
             require_new(taken, "run", overwrite=True)

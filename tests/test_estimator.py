@@ -1,4 +1,5 @@
-"""The scikit-learn face: scikit-learn's own checks (none is expected to fail), and that it finds planted pairs."""
+"""The scikit-learn face: scikit-learn's own checks (none is expected to fail), and that it finds
+planted pairs."""
 
 import pickle
 from collections.abc import Iterator
@@ -17,7 +18,13 @@ from apecache.errors import RecipeError
 from apecache.estimator import AlignmentHead
 from apecache.recipes.recipe import load_recipe
 
-SHORT = ("schedule.epochs=8", "schedule.batch_size=64", "optimiser.lr=0.01", "image.dim=16", "text.dim=16")
+SHORT = (
+    "schedule.epochs=8",
+    "schedule.batch_size=64",
+    "optimiser.lr=0.01",
+    "image.dim=16",
+    "text.dim=16",
+)
 LINEAR = AlignmentHead("lilt-projection", ("schedule.epochs=2", "image.dim=8", "text.dim=8"))
 
 
@@ -44,9 +51,13 @@ def planted(n: int = 300, seed: int = 0) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings"), [("projection", SHORT), ("gated", SHORT), ("cca", ()), ("ridge", ()), ("asif", ())]
+    ("recipe", "settings"),
+    [("projection", SHORT), ("gated", SHORT), ("cca", ()), ("ridge", ()), ("asif", ())],
 )
-def test_closed_forms_and_trained_recipes_find_new_pairs(recipe: str, settings: tuple[str, ...]) -> None:
+def test_closed_forms_and_trained_recipes_find_new_pairs(
+    recipe: str,
+    settings: tuple[str, ...],
+) -> None:
     model = AlignmentHead(recipe, settings).fit(*planted())
     X, Y = planted(60, seed=1)  # noqa: N806
     assert model.score(X, Y) > 0.3
@@ -81,7 +92,9 @@ def test_it_works_in_pipelines_clones_and_cross_validation() -> None:
 
 def test_the_seed_decides_and_a_recipe_object_is_a_recipe() -> None:
     X, Y = planted(80)  # noqa: N806
-    one, same, other = (AlignmentHead("projection", SHORT, random_state=s).fit(X, Y).transform(X) for s in (0, 0, 1))
+    one, same, other = (
+        AlignmentHead("projection", SHORT, random_state=s).fit(X, Y).transform(X) for s in (0, 0, 1)
+    )
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
     given = AlignmentHead(load_recipe("projection", SHORT)).fit(X, Y).transform(X)

@@ -20,8 +20,14 @@ from apecache.fingerprint import (
 )
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -41,7 +47,10 @@ def turned_round(value: object) -> object:
 
 
 def test_canonical_json_has_one_spelling() -> None:
-    assert canonical_json({"b": [1, 2.5, None], "a": "é\ud800"}) == b'{"a":"\xc3\xa9\xed\xa0\x80","b":[1,2.5,null]}'
+    assert (
+        canonical_json({"b": [1, 2.5, None], "a": "é\ud800"})
+        == b'{"a":"\xc3\xa9\xed\xa0\x80","b":[1,2.5,null]}'
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
@@ -52,21 +61,29 @@ def test_what_is_no_number_has_no_identity(value: object) -> None:
 
 def test_a_fingerprint_is_the_sha256_of_its_canonical_json() -> None:
     fields = {"b": 1, "a": {"c": [1, 2]}}
-    assert Fingerprint(fields).digest == hashlib.sha256(b'{"a":{"c":[1,2]},"b":1}').hexdigest()
+    assert (
+        Fingerprint(fields=fields).digest == hashlib.sha256(b'{"a":{"c":[1,2]},"b":1}').hexdigest()
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(first=st.dictionaries(st.text("abc", max_size=3), JSON, min_size=1, max_size=3), second=JSON)
-def test_fingerprints_differ_exactly_when_a_leaf_differs(first: dict[str, object], second: object) -> None:
-    here, there = Fingerprint(first), Fingerprint({**first, "added": second})
+def test_fingerprints_differ_exactly_when_a_leaf_differs(
+    first: dict[str, object],
+    second: object,
+) -> None:
+    here = Fingerprint(fields=first)
+    there = Fingerprint(fields={**first, "added": second})
     assert here.difference(here) == []
     assert here.digest != there.digest
     assert {path.partition(".")[0] for path, _, _ in there.difference(here)} == {"added"}
 
 
 def test_a_difference_names_every_leaf_with_both_values() -> None:
-    here = Fingerprint({"weights": "x", "inputs": {"mean": [0.5], "size": 224}, "gone": 1})
-    there = Fingerprint({"weights": "y", "inputs": {"mean": [0.4], "size": 224}, "added": {"new": None}})
+    here = Fingerprint(fields={"weights": "x", "inputs": {"mean": [0.5], "size": 224}, "gone": 1})
+    there = Fingerprint(
+        fields={"weights": "y", "inputs": {"mean": [0.4], "size": 224}, "added": {"new": None}}
+    )
     assert here.difference(there) == [
         ("added.new", MISSING, None),
         ("gone", 1, MISSING),
@@ -76,14 +93,21 @@ def test_a_difference_names_every_leaf_with_both_values() -> None:
 
 
 def test_flatten_keeps_empty_branches() -> None:
-    assert list(flatten({"b": {}, "a": {"c": [{}], "b": 1}})) == [("a.b", 1), ("a.c", [{}]), ("b", {})]
+    assert list(flatten({"b": {}, "a": {"c": [{}], "b": 1}})) == [
+        ("a.b", 1),
+        ("a.c", [{}]),
+        ("b", {}),
+    ]
 
 
 def test_a_described_difference_is_one_line_with_the_first_few() -> None:
     rows = [(f"field{i}", "x" * 100, i) for i in range(5)]
     text = describe_difference(rows, limit=2)
     short = "x" * 19 + "…" + "x" * 19
-    assert text == f"field0: {short} here, 0 in the store; field1: {short} here, 1 in the store; and 3 more"
+    assert (
+        text
+        == f"field0: {short} here, 0 in the store; field1: {short} here, 1 in the store; and 3 more"
+    )
     assert describe_difference(rows[:1]).endswith("0 in the store")
     assert shorten("y" * 40) == "y" * 40
 
@@ -121,4 +145,7 @@ def test_a_state_dict_is_identified_by_names_dtypes_shapes_and_bytes_but_not_by_
         ("w", "float32", (1, 2), base[3]),
         ("w", "float32", (2, 1), memoryview(b"12345679")),
     ]
-    assert len({digest, digest_tensors([base]), *(digest_tensors([row, other]) for row in changed)}) == 6
+    assert (
+        len({digest, digest_tensors([base]), *(digest_tensors([row, other]) for row in changed)})
+        == 6
+    )

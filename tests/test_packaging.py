@@ -1,4 +1,5 @@
-"""What an installation brings: the wheel and the sdist hold what they must, and nothing called cli."""
+"""What an installation brings: the wheel and the sdist hold what they must, and nothing called
+cli."""
 
 import os
 import shutil
@@ -11,13 +12,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("apecache", "cli", "examples", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md")
+SOURCES = (
+    "apecache",
+    "cli",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "CHANGELOG.md",
+)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the sdist, built from a copy of the sources."""
-    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
+    copy = tmp_path_factory.mktemp("sources")
+    out = tmp_path_factory.mktemp("dist")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,7 +78,13 @@ def test_every_module_of_the_sources_is_in_the_wheel(wheel_names: list[str]) -> 
 def test_the_sdist_builds_on_its_own_sources(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "cli/app.py", "examples/drawings/pairs.tsv", "CHANGELOG.md"} <= names
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "cli/app.py",
+        "examples/drawings/pairs.tsv",
+        "CHANGELOG.md",
+    } <= names
 
 
 def test_an_installed_wheel_finds_its_recipes_data_and_command(built: Path, tmp_path: Path) -> None:
@@ -83,5 +100,11 @@ assert "site" in str(data_folder().resolve()), data_folder()
 assert len(apecache.open_pairs(data_folder() / "pairs.tsv")) == 577
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

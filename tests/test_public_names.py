@@ -34,7 +34,12 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_package_list_of_pyproject_equals_the_folders() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "apecache").rglob("__init__.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"apecache_cli", "apecache_cli.drawings"}
+    expected = {".".join(folder.parts) for folder in folders} | {
+        "apecache_cli",
+        "apecache_cli.drawings",
+    }
     assert listed == expected

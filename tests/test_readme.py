@@ -36,7 +36,10 @@ def test_every_python_block_runs(
 def test_every_command_that_the_readme_names_exists() -> None:
     known = set(get_command(app).commands)
     named = set(
-        re.findall(r"apecache ([a-z][a-z-]+)", "\n".join(re.findall(r"`apecache [^`]*`|    apecache .*", README)))
+        re.findall(
+            r"apecache ([a-z][a-z-]+)",
+            "\n".join(re.findall(r"`apecache [^`]*`|    apecache .*", README)),
+        )
     )
     assert named
     assert named <= known

@@ -1,7 +1,9 @@
-"""Filling arrays by a pool: the driver's side. It hands out shards, counts what comes back, and seals.
+"""Filling arrays by a pool: the driver's side. It hands out shards, counts what comes back, and
+seals.
 
-The workers commit what they encode, by the protocol of the store, and only tell the driver about it. Whatever dies,
-what is committed stands: the records say what is left, to this driver or to the next one.
+The workers commit what they encode, by the protocol of the store, and only tell the driver about
+it. Whatever dies, what is committed stands: the records say what is left, to this driver or to the
+next one.
 """
 
 import time
@@ -16,12 +18,14 @@ from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter
 
 SEEN_SECONDS = 90.0
-"""So long a network file system may keep a new file from others that have listed its folder (NFS: 60 by default)."""
+"""So long a network file system may keep a new file from others that have listed its folder (NFS:
+60 by default)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """Arrays of one segment that are filled in one pass: the `job`-th of the segment at `folder`."""
+    """Arrays of one segment that are filled in one pass: the `job`-th of the segment at
+    `folder`."""
 
     folder: str | Path
     job: int
@@ -29,7 +33,7 @@ class Task:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardPiece:
     """What an actor is asked for: one shard of all arrays of a task."""
 
@@ -40,7 +44,7 @@ class ShardPiece:
         return f"shard {self.shard} of {self.task.modality}/{', '.join(self.task.names)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardDone:
     """What an actor tells of a shard that is committed."""
 
@@ -49,12 +53,14 @@ class ShardDone:
 
 
 class Filling:
-    """A task as the driver sees it. `missing`: arrays that lack a shard, for each shard that is to be encoded."""
+    """A task as the driver sees it. `missing`: arrays that lack a shard, for each shard that is to
+    be encoded."""
 
     def __init__(self, task: Task) -> None:
         opened = FeatureStore.open(task.folder)
         arrays = [opened.array(task.modality, name) for name in task.names]
-        self.task, self.files = task, opened.files
+        self.task = task
+        self.files = opened.files
         self.writers = [ArrayWriter(opened.files, array.record) for array in arrays]
         self.layout = arrays[0].record.layout
         committed = {writer.record.name: writer.committed().keys() for writer in self.writers}
@@ -75,7 +81,8 @@ class Filling:
             while lost := writer.pending():
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{self.files.place} lacks {ShardPiece(self.task, lost[0])}, which an actor has committed; the "
+                        f"{self.files.place} lacks {ShardPiece(task=self.task, shard=lost[0])}, "
+                        "which an actor has committed; the "
                         "store must be one and the same place on every node"
                     )
                 time.sleep(0.5)
@@ -87,7 +94,8 @@ Told = Callable[[Filling, int, tuple[str, ...], ShardDone], None]
 
 
 def fill(pool: Pool, fillings: Sequence[Filling], told: Told) -> None:
-    """Have every missing shard encoded, and seal each array as soon as it is complete. Raises as `Pool.run` does."""
+    """Have every missing shard encoded, and seal each array as soon as it is complete. Raises as
+    `Pool.run` does."""
     by_task = {filling.task: filling for filling in fillings}
     for filling in fillings:
         if not filling.missing:
@@ -100,4 +108,8 @@ def fill(pool: Pool, fillings: Sequence[Filling], told: Told) -> None:
 
 
 def _pieces(fillings: Sequence[Filling]) -> Iterator[ShardPiece]:
-    return (ShardPiece(filling.task, shard) for filling in fillings for shard in list(filling.missing))
+    return (
+        ShardPiece(task=filling.task, shard=shard)
+        for filling in fillings
+        for shard in list(filling.missing)
+    )

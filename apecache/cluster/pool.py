@@ -1,14 +1,17 @@
-"""A pool of Ray actors: pieces of work go to whoever is free, and what dies with an actor or a node is done again.
+"""A pool of Ray actors: pieces of work go to whoever is free, and what dies with an actor or a node
+is done again.
 
-Ray places actors, restarts them when their process or node dies, and waits for nodes that come back. Which piece an
-actor has is kept here: a piece that was lost goes to the next free actor, not to the one that lost it, for that one may
-never find a place again. This is why the pool stands on actors and `ray.wait`, and not on Ray Data: there a lost piece
-waits for its own actor, pieces and results become Arrow tables, and the features that it would carry so well never
-leave an actor. An actor has one piece at a time, so nothing piles up. A piece must be safe to do twice.
+Ray places actors, restarts them when their process or node dies, and waits for nodes that come
+back. Which piece an actor has is kept here: a piece that was lost goes to the next free actor, not
+to the one that lost it, for that one may never find a place again. This is why the pool stands on
+actors and `ray.wait`, and not on Ray Data: there a lost piece waits for its own actor, pieces and
+results become Arrow tables, and the features that it would carry so well never leave an actor. An
+actor has one piece at a time, so nothing piles up. A piece must be safe to do twice.
 
-Pieces, results and the worker travel in Ray's own format, which is pickle: whoever can reach a cluster's ports can run
-code on it, with apecache or without. Nothing is unpickled from a file. Errors of ours travel as text, and are the same
-errors at the other end. Every node needs apecache in its environment, at the same version as the driver.
+Pieces, results and the worker travel in Ray's own format, which is pickle: whoever can reach a
+cluster's ports can run code on it, with apecache or without. Nothing is unpickled from a file.
+Errors of ours travel as text, and are the same errors at the other end. Every node needs apecache
+in its environment, at the same version as the driver.
 """
 
 import logging
@@ -29,12 +32,13 @@ SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 """No usage statistics; and an actor without GPUs sees none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RaySpec:
-    """`address`: HOST:PORT of a cluster, or `auto` for the one that this machine belongs to; None: RAY_ADDRESS, or else
-    a cluster of this machine alone that ends with the work. `actors`: None for as many as fit. `cpus`, `gpus`: of each
-    actor; None: one GPU where the cluster has any. `cpus` is also how many threads a new array is computed with.
-    `losses`: so often one piece may be lost with its actor before it is taken for the cause."""
+    """`address`: HOST:PORT of a cluster, or `auto` for the one that this machine belongs to; None:
+    RAY_ADDRESS, or else a cluster of this machine alone that ends with the work. `actors`: None for
+    as many as fit. `cpus`, `gpus`: of each actor; None: one GPU where the cluster has any. `cpus`
+    is also how many threads a new array is computed with. `losses`: so often one piece may be lost
+    with its actor before it is taken for the cause."""
 
     address: str | None = None
     actors: int | None = None
@@ -51,14 +55,15 @@ class Worker(Protocol):
     """What an actor keeps loaded."""
 
     def do(self, piece: Any) -> Any:
-        """One piece of work; may be done twice, also at the same time. Raises ApecacheError to end all of it."""
+        """One piece of work; may be done twice, also at the same time. Raises ApecacheError to end
+        all of it."""
 
 
 Make = Callable[[int], Worker]
 """Called in each actor with its number of CPUs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Refused:
     """An error of ours on its way to the driver."""
 
@@ -68,7 +73,11 @@ class _Refused:
 
     @staticmethod
     def of(error: ApecacheError) -> "_Refused":
-        return _Refused(type(error).__name__, str(error), getattr(error, "differences", ()))
+        return _Refused(
+            kind=type(error).__name__,
+            message=str(error),
+            differences=getattr(error, "differences", ()),
+        )
 
     def error(self) -> ApecacheError:
         kind: type[ApecacheError] = getattr(errors, self.kind, ApecacheError)
@@ -88,8 +97,8 @@ class _Restarted:
 
 
 class _Actor:
-    """The process on a node. The worker is made by a method: what a constructor raises, Ray turns into a dead actor,
-    and what it was given may be lost when the actor is restarted."""
+    """The process on a node. The worker is made by a method: what a constructor raises, Ray turns
+    into a dead actor, and what it was given may be lost when the actor is restarted."""
 
     def __init__(self, folder: str) -> None:
         self.worker: Worker | None = None
@@ -116,10 +125,12 @@ class Pool:
     """Actors that are loading, free, or at work. See `open_pool`."""
 
     def __init__(self, ray: Any, make: Make, spec: RaySpec) -> None:
-        self.ray, self.spec = ray, spec
+        self.ray = ray
+        self.spec = spec
         gpus = _gpus(ray, spec)
         self.losses: Counter[Any] = Counter()
-        self.loading, self.working = dict[Any, Any](), dict[Any, tuple[Any, Any]]()
+        self.loading = dict[Any, Any]()
+        self.working = dict[Any, tuple[Any, Any]]()
         self.free: deque[Any] = deque()
         count = spec.actors if spec.actors is not None else _how_many_fit(ray, spec.cpus, gpus)
         options = {"num_cpus": spec.cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
@@ -137,12 +148,14 @@ class Pool:
         """Each piece with its result, in the order in which they are done; pieces are hashable.
 
         Raises:
-            EngineError: a piece was lost too often, or an actor cannot be started. What the worker and its maker raise.
+            EngineError: a piece was lost too often, or an actor cannot be started. What the worker
+                and its maker raise.
         """
         waiting = deque(pieces)
         while waiting or self.working:
             while waiting and self.free:
-                actor, piece = self.free.popleft(), waiting.popleft()
+                actor = self.free.popleft()
+                piece = waiting.popleft()
                 self.working[actor.do.remote(piece)] = actor, piece
             ((ref,), _) = self.ray.wait([*self.working, *self.loading], num_returns=1)
             if ref in self.loading:
@@ -165,7 +178,9 @@ class Pool:
 
     def _load(self, actor: Any) -> None:
         """Ray keeps this call until the actor lives, however often it must be restarted."""
-        self.loading[actor.begin.options(max_task_retries=-1).remote(self.make, self.spec.cpus)] = actor
+        self.loading[actor.begin.options(max_task_retries=-1).remote(self.make, self.spec.cpus)] = (
+            actor
+        )
 
     def _admit(self, ref: Any) -> None:
         """An actor has its worker, and may have work."""
@@ -177,7 +192,8 @@ class Pool:
         self.free.append(actor)
 
     def _get(self, ref: Any) -> Any:
-        """A result. Raises _LostError if it went down with its actor, and what the worker raised."""
+        """A result. Raises _LostError if it went down with its actor, and what the worker
+        raised."""
         try:
             result = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError:
@@ -195,7 +211,8 @@ class Pool:
         self.losses[piece] += 1
         if self.losses[piece] > self.spec.losses:
             raise EngineError(
-                f"{piece} was lost with its Ray actor {self.losses[piece]} times, the last time with: {lost}; look for "
+                f"{piece} was lost with its Ray actor {self.losses[piece]} times, the last time "
+                f"with: {lost}; look for "
                 "what ends processes on the nodes (memory?), then run the same command again"
             ) from None
 
@@ -205,7 +222,8 @@ def open_pool(make: Make, spec: RaySpec) -> Iterator[Pool]:
     """Actors on the cluster of `spec`, stopped at the end however it comes.
 
     Raises:
-        MissingExtraError, EngineError: Ray is not there, too old, or no cluster answers, or no node has room for one
+        MissingExtraError, EngineError: Ray is not there, too old, or no cluster answers, or no node
+            has room for one
         actor. OptionError: settings that make no sense.
     """
     _require_sense(spec)
@@ -218,14 +236,23 @@ def open_pool(make: Make, spec: RaySpec) -> Iterator[Pool]:
 
 
 def _require_sense(spec: RaySpec) -> None:
-    if spec.cpus < 1 or (spec.actors is not None and spec.actors < 1) or (spec.gpus is not None and spec.gpus < 0):
-        raise OptionError("a Ray actor needs at least one CPU, and there must be at least one actor")
+    if (
+        spec.cpus < 1
+        or (spec.actors is not None and spec.actors < 1)
+        or (spec.gpus is not None and spec.gpus < 0)
+    ):
+        raise OptionError(
+            "a Ray actor needs at least one CPU, and there must be at least one actor"
+        )
     if spec.address and spec.address.startswith("ray://"):
-        raise OptionError(f"{spec.address} is an address of Ray's client; run on a node of the cluster, with auto")
+        raise OptionError(
+            f"{spec.address} is an address of Ray's client; run on a node of the cluster, with auto"
+        )
 
 
 def import_ray() -> Any:
-    """The module `ray`. Raises MissingExtraError if it is not installed, EngineError if it is too old."""
+    """The module `ray`. Raises MissingExtraError if it is not installed, EngineError if it is too
+    old."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -234,7 +261,9 @@ def import_ray() -> Any:
         raise MissingExtraError("ray", "ray") from None
     if tuple(int(part) for part in ray.__version__.split(".")[:2]) < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))
-        raise EngineError(f"ray {ray.__version__} is too old: {wanted} is needed; pip install 'apecache[ray]'")
+        raise EngineError(
+            f"ray {ray.__version__} is too old: {wanted} is needed; pip install 'apecache[ray]'"
+        )
     return ray
 
 
@@ -251,7 +280,9 @@ def _connected(spec: RaySpec) -> Iterator[Any]:
         _require_answer(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises a plain one where its processes do not start in time
-        raise EngineError(f"no Ray cluster at {address}: {one_line(error)}; ray start --head begins one") from None
+        raise EngineError(
+            f"no Ray cluster at {address}: {one_line(error)}; ray start --head begins one"
+        ) from None
     try:
         yield ray
     finally:
@@ -275,10 +306,15 @@ def _how_many_fit(ray: Any, cpus: int, gpus: float) -> int:
     """Actors that the nodes have room for when nothing else runs there."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    count = sum(int(min(node.get(what, 0) // much for what, much in wanted.items())) for node in alive)
+    count = sum(
+        int(min(node.get(what, 0) // much for what, much in wanted.items())) for node in alive
+    )
     if not count:
         needs = f"{cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
-        raise EngineError(f"no node of the Ray cluster has {needs} for one actor; ask for less, or say how many actors")
+        raise EngineError(
+            f"no node of the Ray cluster has {needs} for one actor; ask for less, or say how "
+            "many actors"
+        )
     return count
 
 

@@ -1,8 +1,10 @@
-"""A sweep by a Ray cluster: populations of heads train in actors; the driver plans, ranks and writes as it does alone.
+"""A sweep by a Ray cluster: populations of heads train in actors; the driver plans, ranks and
+writes as it does alone.
 
-Every actor reads the features from the store once. Checkpoints of populations and rungs lie in the sweep's folder, so
-this folder and the store must be reachable by every node under the same path; a population that goes down with its
-actor goes on in another from its last checkpoint. With as many threads as a local sweep the results are the same.
+Every actor reads the features from the store once. Checkpoints of populations and rungs lie in the
+sweep's folder, so this folder and the store must be reachable by every node under the same path; a
+population that goes down with its actor goes on in another from its last checkpoint. With as many
+threads as a local sweep the results are the same.
 """
 
 import os
@@ -32,7 +34,8 @@ def sweep_on_ray(
     progress: Callable[[Trial], None] = lambda _: None,
     cluster: RaySpec | None = None,
 ) -> SweepReport:
-    """`sweep`, whose populations train in the actors of a Ray cluster; the best trial is fitted by the driver.
+    """`sweep`, whose populations train in the actors of a Ray cluster; the best trial is fitted by
+    the driver.
 
     Raises:
         EngineError, MissingExtraError: as `open_pool`. All others as `sweep`.
@@ -45,7 +48,14 @@ def sweep_on_ray(
     place = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
     make = partial(_Populations, place, space, Path(os.path.abspath(out)), spec)
     with open_pool(make, (cluster or RaySpec()).for_device(spec.fit.device)) as pool:
-        return sweep(store, space, out, spec, progress, partial(_ClusterWave, pool))
+        return sweep(
+            store,
+            space=space,
+            out=out,
+            spec=spec,
+            progress=progress,
+            make_wave=partial(_ClusterWave, pool),
+        )
 
 
 class _ClusterWave(Wave):
@@ -56,7 +66,9 @@ class _ClusterWave(Wave):
         self.pool = pool
 
     def train_groups(
-        self, groups: Sequence[Group], members: Mapping[Name, Training]
+        self,
+        groups: Sequence[Group],
+        members: Mapping[Name, Training],
     ) -> Iterator[tuple[Group, Results]]:
         return self.pool.run(groups)
 
@@ -64,10 +76,17 @@ class _ClusterWave(Wave):
 class _Populations:
     """An actor: the features, and a wave of which it trains what it is given."""
 
-    def __init__(self, store: str | Path, space: Space, out: Path, spec: SweepSpec, cpus: int) -> None:
+    def __init__(
+        self,
+        store: str | Path,
+        space: Space,
+        out: Path,
+        spec: SweepSpec,
+        cpus: int,
+    ) -> None:
         torch.set_num_threads(cpus)
         data = load_data(FeatureStore.open(store), spec.fit)
-        self.wave = Wave(out, spec, space, data, {}, lambda _: None)
+        self.wave = Wave(out, spec=spec, space=space, data=data, trials={}, progress=lambda _: None)
 
     def do(self, group: Group) -> Results:
         return self.wave.train_group(group)

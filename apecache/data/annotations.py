@@ -1,9 +1,9 @@
 """Captions in one JSON file: Karpathy's splits and COCO's annotations.
 
-Karpathy and Fei-Fei (arXiv:1412.2306) publish dataset_coco.json, dataset_flickr8k.json and dataset_flickr30k.json:
-`images`, each with `filename`, `split`, `sentences` (their `raw` is the caption) and, for COCO, the folder `filepath`.
-COCO (captions_train2017.json and the like) has `images` with `id` and `file_name`, and beside them `annotations` with
-`image_id` and `caption`.
+Karpathy and Fei-Fei (arXiv:1412.2306) publish dataset_coco.json, dataset_flickr8k.json and
+dataset_flickr30k.json: `images`, each with `filename`, `split`, `sentences` (their `raw` is the
+caption) and, for COCO, the folder `filepath`. COCO (captions_train2017.json and the like) has
+`images` with `id` and `file_name`, and beside them `annotations` with `image_id` and `caption`.
 """
 
 import json
@@ -22,20 +22,26 @@ from apecache.errors import ManifestError
 RESTVAL = "restval"
 """COCO images of the official validation set that Karpathy adds to train."""
 
-KINDS = "Karpathy's (images with sentences) or COCO's captions (images and annotations with captions)"
+KINDS = (
+    "Karpathy's (images with sentences) or COCO's captions (images and annotations with captions)"
+)
 
 
 def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
     """All captions of each image; image paths are relative to the file's folder, or to `root`.
 
     Raises:
-        ManifestError: no JSON, of neither kind, a record without its fields, an image that is named twice.
+        ManifestError: no JSON, of neither kind, a record without its fields, an image that is named
+            twice.
     """
     require_only(spec, path, "root")
     content = _load(path)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        raise ManifestError(f"{path}: {_found(content)}; expected {KINDS}. A list of objects goes into a .jsonl file")
+        raise ManifestError(
+            f"{path}: {_found(content)}; expected {KINDS}. A list of objects goes into a "
+            ".jsonl file"
+        )
     if images and all("sentences" in image for image in images):
         pairs = _karpathy(images, path, spec.restval)
         fields = SourceFields(image="filename", caption="sentences.raw", split="split")
@@ -46,11 +52,17 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
         raise ManifestError(f"{path}: {_found(content)}, of neither kind; expected {KINDS}")
     fields = replace(fields, unused=_unused(images, fields))
     _require_unique(pairs, path)
-    return PairSource(pairs, str(path), media_below(spec.root or path.parent), fields)
+    return PairSource(
+        pairs,
+        origin=str(path),
+        media=media_below(spec.root or path.parent),
+        fields=fields,
+    )
 
 
 def _unused(images: list[dict[str, Any]], fields: SourceFields) -> tuple[str, ...]:
-    """Fields of the images that are taken as nothing; an image's path has two, and COCO joins captions by `id`."""
+    """Fields of the images that are taken as nothing; an image's path has two, and COCO joins
+    captions by `id`."""
     taken = {fields.image, "filepath", "id", fields.split, "sentences"}
     names = dict.fromkeys(name for image in images for name in image)
     return tuple(name for name in names if name not in taken)
@@ -62,9 +74,13 @@ def _load(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None
     except json.JSONDecodeError as error:
-        raise ManifestError(f"{path}, line {error.lineno}: no JSON ({error.msg}); expected {KINDS}") from None
+        raise ManifestError(
+            f"{path}, line {error.lineno}: no JSON ({error.msg}); expected {KINDS}"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: no JSON that can be read ({error}); expected {KINDS}") from None
+        raise ManifestError(
+            f"{path}: no JSON that can be read ({error}); expected {KINDS}"
+        ) from None
 
 
 def _found(content: Any) -> str:
@@ -77,7 +93,9 @@ def _has_captions(annotations: Any) -> bool:
     return (
         isinstance(annotations, list)
         and bool(annotations)
-        and all(isinstance(annotation, dict) and "caption" in annotation for annotation in annotations)
+        and all(
+            isinstance(annotation, dict) and "caption" in annotation for annotation in annotations
+        )
     )
 
 
@@ -85,41 +103,64 @@ def _karpathy(images: list[dict[str, Any]], path: Path, restval: bool) -> tuple[
     pairs = []
     for number, image in enumerate(images):
         where = f"{path}, images[{number}]"
-        name, split = _field(image, "filename", str, where), _field(image, "split", str, where)
+        name = _field(image, name="filename", kind=str, where=where)
+        split = _field(image, name="split", kind=str, where=where)
         if split == RESTVAL and not restval:
             continue
-        folder = _field(image, "filepath", str, where) if "filepath" in image else ""
-        captions = tuple(_raw(sentence, where) for sentence in _field(image, "sentences", list, where))
+        folder = (
+            _field(image, name="filepath", kind=str, where=where) if "filepath" in image else ""
+        )
+        captions = tuple(
+            _raw(sentence, where)
+            for sentence in _field(image, name="sentences", kind=list, where=where)
+        )
         key = f"{folder}/{name}" if folder else name
         refuse_url(key, where)
         split = SPLITS["train"] if split == RESTVAL else SPLITS.get(split, split)
-        pairs.append(Pair(key, captions, ("",) * len(captions), split))
+        pairs.append(Pair(key=key, captions=captions, languages=("",) * len(captions), split=split))
     return tuple(pairs)
 
 
 def _raw(sentence: Any, where: str) -> str:
     if not isinstance(sentence, dict):
-        raise ManifestError(f"{where}: a sentence is a {type(sentence).__name__}; expected an object with 'raw'")
-    text: str = _field(sentence, "raw", str, where)
+        raise ManifestError(
+            f"{where}: a sentence is a {type(sentence).__name__}; expected an object with 'raw'"
+        )
+    text: str = _field(sentence, name="raw", kind=str, where=where)
     return text
 
 
-def _coco(images: list[dict[str, Any]], annotations: list[dict[str, Any]], path: Path) -> tuple[Pair, ...]:
+def _coco(
+    images: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    path: Path,
+) -> tuple[Pair, ...]:
     where = [f"{path}, images[{number}]" for number in range(len(images))]
-    ids = [_field(image, "id", int | str, place) for image, place in zip(images, where, strict=True)]
+    ids = [
+        _field(image, name="id", kind=int | str, where=place)
+        for image, place in zip(images, where, strict=True)
+    ]
     captions: dict[Any, list[str]] = {number: [] for number in ids}
     if len(captions) < len(images):
         raise ManifestError(f"{path}: two images have the same id; every image needs its own")
     for number, annotation in enumerate(annotations):
         place = f"{path}, annotations[{number}]"
-        of = captions.get(_field(annotation, "image_id", int | str, place))
+        of = captions.get(_field(annotation, name="image_id", kind=int | str, where=place))
         if of is None:
-            raise ManifestError(f"{place}: image_id {annotation['image_id']!r} is none of the images' ids")
+            raise ManifestError(
+                f"{place}: image_id {annotation['image_id']!r} is none of the images' ids"
+            )
         of.append(to_text(annotation["caption"], place, "caption"))
-    keys = [_field(image, "file_name", str, place) for image, place in zip(images, where, strict=True)]
+    keys = [
+        _field(image, name="file_name", kind=str, where=place)
+        for image, place in zip(images, where, strict=True)
+    ]
     for key, place in zip(keys, where, strict=True):
         refuse_url(key, place)
-    return tuple(Pair(key, tuple(own), ("",) * len(own)) for key, own in zip(keys, captions.values(), strict=True))
+    return tuple(
+        Pair(key=key, captions=tuple(own), languages=("",) * len(own))
+        for key, own in zip(keys, captions.values(), strict=True)
+    )
 
 
 def _field(record: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
@@ -127,7 +168,8 @@ def _field(record: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or value == "":
         found = "nothing" if value is None else repr(value)[:40]
         raise ManifestError(
-            f"{where}: {name} is {found}; expected {kind.__name__ if isinstance(kind, type) else 'a number or text'}"
+            f"{where}: {name} is {found}; expected "
+            f"{kind.__name__ if isinstance(kind, type) else 'a number or text'}"
         )
     return value
 
@@ -136,7 +178,9 @@ def _require_unique(pairs: tuple[Pair, ...], path: Path) -> None:
     seen: set[str] = set()
     for pair in pairs:
         if pair.key in seen:
-            raise ManifestError(f"{path}: image {pair.key!r} is named twice; name it once, with all its captions")
+            raise ManifestError(
+                f"{path}: image {pair.key!r} is named twice; name it once, with all its captions"
+            )
         seen.add(pair.key)
     if not pairs:
         raise ManifestError(f"{path}: no images; expected {KINDS}")

@@ -15,7 +15,13 @@ FILL = (128, 128, 128)
 
 
 def _affine(image: Image.Image, matrix: Sequence[float]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, tuple(matrix), Image.Resampling.BILINEAR, fillcolor=FILL)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        tuple(matrix),
+        Image.Resampling.BILINEAR,
+        fillcolor=FILL,
+    )
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -29,17 +35,19 @@ OPERATIONS: dict[str, Operation] = {
     "translate_y": lambda image, s: _affine(image, (1, 0, 0, 0, 1, 0.45 * s * image.height)),
     "rotate": lambda image, s: image.rotate(30 * s, Image.Resampling.BILINEAR, fillcolor=FILL),
 }
-"""RandAugment's operations (Cubuk et al. 2019) without those that change colours, which captions name: the choice of
-LilT and of ALBEF before it, whose strengths at magnitude 10 of 10 these are."""
+"""RandAugment's operations (Cubuk et al. 2019) without those that change colours, which captions
+name: the choice of LilT and of ALBEF before it, whose strengths at magnitude 10 of 10 these are."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """`count` views of each image: a random crop of `scale` (share of the area) and `ratio` (of the sides), mirrored
-    half of the time, then `operations` of RandAugment at `magnitude` (0 to 10); none of them for `operations` 0.
+    """`count` views of each image: a random crop of `scale` (share of the area) and `ratio` (of the
+    sides), mirrored half of the time, then `operations` of RandAugment at `magnitude` (0 to 10);
+    none of them for `operations` 0.
 
-    The crop is stretched to a square of its longer side; the encoder's own preprocessing follows. Nothing is drawn from
-    a shared generator: a view is a function of the file's bytes, its number and the seed.
+    The crop is stretched to a square of its longer side; the encoder's own preprocessing follows.
+    Nothing is drawn from a shared generator: a view is a function of the file's bytes, its number
+    and the seed.
     """
 
     count: int
@@ -56,7 +64,12 @@ class Views:
 
     def to_json(self) -> Json:
         """What stands in the fingerprint."""
-        return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio), "kinds": sorted(OPERATIONS)}
+        return {
+            **asdict(self),
+            "scale": list(self.scale),
+            "ratio": list(self.ratio),
+            "kinds": sorted(OPERATIONS),
+        }
 
     def _generator(self, digest: str, number: int) -> np.random.Generator:
         return np.random.default_rng(int(content_hash(f"{self.seed} {number} {digest}")[:32], 16))
@@ -71,17 +84,22 @@ class Views:
         return view
 
     def _crop(self, image: Image.Image, chance: np.random.Generator) -> Image.Image:
-        """A box inside the image; the largest one of an allowed ratio in the middle if ten draws do not fit."""
+        """A box inside the image; the largest one of an allowed ratio in the middle if ten draws do
+        not fit."""
         width, height = image.size
         for _ in range(10):
             area = width * height * chance.uniform(*self.scale)
             ratio = float(np.exp(chance.uniform(*np.log(self.ratio))))
-            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            w = round((area * ratio) ** 0.5)
+            h = round((area / ratio) ** 0.5)
             if 0 < w <= width and 0 < h <= height:
-                left, top = int(chance.integers(width - w + 1)), int(chance.integers(height - h + 1))
+                left = int(chance.integers(width - w + 1))
+                top = int(chance.integers(height - h + 1))
                 return _squared(image, (left, top, left + w, top + h))
-        w, h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
-        left, top = (width - w) // 2, (height - h) // 2
+        w = min(width, round(height * self.ratio[1]))
+        h = min(height, round(width / self.ratio[0]))
+        left = (width - w) // 2
+        top = (height - h) // 2
         return _squared(image, (left, top, left + w, top + h))
 
 
@@ -100,7 +118,9 @@ def views_from_json(value: Json) -> Views:
             f"views that this apecache cannot make again ({error}); extract them into a new store"
         ) from None
     if value.get("kinds") != kinds:
-        raise StoreError("views of other operations than this apecache has; extract them into a new store")
+        raise StoreError(
+            "views of other operations than this apecache has; extract them into a new store"
+        )
     return views
 
 

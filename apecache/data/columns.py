@@ -1,4 +1,5 @@
-"""Which column is what, and one record of a table as a `Row`: the same for text tables, Parquet and data sets."""
+"""Which column is what, and one record of a table as a `Row`: the same for text tables, Parquet and
+data sets."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ CAPTION_COLUMNS = ("caption", "title", "text", "captions", "sentence")
 LANGUAGE_COLUMNS = ("lang", "language")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Columns:
     """Names of columns; None: there is none."""
 
@@ -26,7 +27,11 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All but the image's."""
-        return [name for name in (self.caption, self.split, self.language, self.label) if name is not None]
+        return [
+            name
+            for name in (self.caption, self.split, self.language, self.label)
+            if name is not None
+        ]
 
 
 def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
@@ -43,14 +48,28 @@ def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
 
 
 def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Columns:
-    """The columns that the spec names; of the others the exact names `image` and `caption`, or the one candidate.
+    """The columns that the spec names; of the others the exact names `image` and `caption`, or the
+    one candidate.
 
     Raises:
         ManifestError: a column is missing, or several could be meant.
     """
-    image = _choose("image", spec.image_column, IMAGE_COLUMNS, names, where)
+    image = _choose(
+        "image",
+        given=spec.image_column,
+        candidates=IMAGE_COLUMNS,
+        names=names,
+        where=where,
+    )
     captions = [name for name in CAPTION_COLUMNS if name != image]
-    caption = _choose("caption", spec.caption_column, captions, names, where, "caption" in spec.require)
+    caption = _choose(
+        "caption",
+        given=spec.caption_column,
+        candidates=captions,
+        names=names,
+        where=where,
+        must="caption" in spec.require,
+    )
     if "label" in spec.require and "label" not in names:
         raise ManifestError(_no_column("label", names, where))
     if spec.split_column is not None and spec.split_column not in names:
@@ -58,11 +77,22 @@ def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Colum
     split = spec.split_column or ("split" if "split" in names and not spec.resplits else None)
     language = next((name for name in LANGUAGE_COLUMNS if name in names), None)
     assert image is not None
-    return Columns(image, caption, split, language, "label" if "label" in names else None)
+    return Columns(
+        image=image,
+        caption=caption,
+        split=split,
+        language=language,
+        label="label" if "label" in names else None,
+    )
 
 
 def _choose(
-    role: Role, given: str | None, candidates: Sequence[str], names: Sequence[str], where: object, must: bool = True
+    role: Role,
+    given: str | None,
+    candidates: Sequence[str],
+    names: Sequence[str],
+    where: object,
+    must: bool = True,
 ) -> str | None:
     if given is not None and given not in names:
         raise ManifestError(_no_column(given, names, where))
@@ -71,15 +101,22 @@ def _choose(
         return given or role
     if len(found) > 1:
         either = " and ".join(map(repr, found))
-        raise ManifestError(f"{where}: columns {either} could each be the {role}; choose with --{role}-column")
+        raise ManifestError(
+            f"{where}: columns {either} could each be the {role}; choose with --{role}-column"
+        )
     if must and not found:
-        raise ManifestError(f"{_no_column(role, names, where)}; name another one with --{role}-column")
+        raise ManifestError(
+            f"{_no_column(role, names, where)}; name another one with --{role}-column"
+        )
     return found[0] if found else None
 
 
 def _no_column(name: str, names: Sequence[str], where: object) -> str:
     shown = [name if name.isprintable() else repr(name) for name in names]
-    return f"{where}: no column {name!r}; columns found: {', '.join(shown) or 'none'}{nearest(name, shown)}"
+    return (
+        f"{where}: no column {name!r}; columns found: "
+        f"{', '.join(shown) or 'none'}{nearest(name, shown)}"
+    )
 
 
 def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object) -> Row:
@@ -91,18 +128,36 @@ def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object
     place = f"{where}, line {line}"
     image = to_text(record.get(columns.image), place, "image")
     if not image.strip():
-        raise ManifestError(f"{place}: the image column is empty; every row needs the path of its image")
+        raise ManifestError(
+            f"{place}: the image column is empty; every row needs the path of its image"
+        )
     refuse_url(image, place)
     captions = to_captions(record.get(columns.caption) if columns.caption else None, place)
     split, language, label = (
         to_text(record.get(name), place, role) if name else ""
-        for role, name in (("split", columns.split), ("language", columns.language), ("label", columns.label))
+        for role, name in (
+            ("split", columns.split),
+            ("language", columns.language),
+            ("label", columns.label),
+        )
     )
-    return Row(line, image, captions, split, language, label)
+    return Row(
+        line=line,
+        image=image,
+        captions=captions,
+        split=split,
+        language=language,
+        label=label,
+    )
 
 
 def to_captions(value: Any, place: str) -> tuple[str, ...]:
-    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if isinstance(value, list):
+        texts = value
+    elif value is None:
+        texts = []
+    else:
+        texts = [value]
     return tuple(to_text(text, place, "caption") for text in texts)
 
 
@@ -114,9 +169,14 @@ def to_text(value: Any, place: str, role: str) -> str:
     return str(value)
 
 
-def image_keys(paths: Sequence[str | None], numbers: Sequence[str], digest: Callable[[int], str]) -> Sequence[str]:
-    """Keys of images whose bytes stand in a table: their paths if each has one and none stands for two images, else
-    `numbers`. `digest` of a row's bytes is asked for only where a path is repeated."""
+def image_keys(
+    paths: Sequence[str | None],
+    numbers: Sequence[str],
+    digest: Callable[[int], str],
+) -> Sequence[str]:
+    """Keys of images whose bytes stand in a table: their paths if each has one and none stands for
+    two images, else `numbers`. `digest` of a row's bytes is asked for only where a path is
+    repeated."""
     first: dict[str, int] = {}
     digests: dict[int, str] = {}
     for row, path in enumerate(paths):

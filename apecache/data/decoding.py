@@ -1,4 +1,5 @@
-"""Images read, decoded and preprocessed ahead of the model that takes them: in processes, or in threads."""
+"""Images read, decoded and preprocessed ahead of the model that takes them: in processes, or in
+threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,23 +22,24 @@ MAX_THREADS = 16
 LOST = (CRASH, HANG)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preprocessed(Generic[T]):
-    """What `preprocess` made of one image, or why there is none. `digest` is that of the file, empty if unread."""
+    """What `preprocess` made of one image, or why there is none. `digest` is that of the file,
+    empty if unread."""
 
     value: T | None
     digest: str
     error: RowError | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ahead:
     """How decoding runs ahead of the model.
 
-    `workers`: processes; 0 is threads of this process, one for each core, as wherever there is no fork. A file that
-    brings down its decoder costs a process nothing but its one row, a thread the whole run.
-    `images`: how many at most are in front of the consumer. `hang_seconds`: how long a process may take for one.
-    `threads`: instead of one for each core.
+    `workers`: processes; 0 is threads of this process, one for each core, as wherever there is no
+    fork. A file that brings down its decoder costs a process nothing but its one row, a thread the
+    whole run. `images`: how many at most are in front of the consumer. `hang_seconds`: how long a
+    process may take for one. `threads`: instead of one for each core.
     """
 
     workers: int
@@ -47,10 +49,11 @@ class Ahead:
 
 
 def reading_ahead(media: Media, workers: int, images: int, hang_seconds: float = 30.0) -> Ahead:
-    """Object storage is read by many threads: it is far, and forked processes cannot share its client."""
+    """Object storage is read by many threads: it is far, and forked processes cannot share its
+    client."""
     if isinstance(media, ObjectMedia):
-        return Ahead(0, images + MAX_THREADS, threads=MAX_THREADS)
-    return Ahead(workers, images, hang_seconds)
+        return Ahead(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
+    return Ahead(workers=workers, images=images, hang_seconds=hang_seconds)
 
 
 def preprocess_ahead(
@@ -65,13 +68,13 @@ def preprocess_ahead(
     Args:
         shapes: of the float32 tensors that `preprocess` returns.
 
-    Rows whose image `load` or `preprocess` refuses carry the reason; `decoder-crash` and `decoder-hang` are those that
-    cost a process its life.
+    Rows whose image `load` or `preprocess` refuses carry the reason; `decoder-crash` and
+    `decoder-hang` are those that cost a process its life.
     """
     if ahead.workers and can_fork():
-        return _in_processes(keys, load, preprocess, shapes, ahead)
+        return _in_processes(keys, load=load, preprocess=preprocess, shapes=shapes, ahead=ahead)
     threads = ahead.threads or ahead.workers or min(MAX_THREADS, cpu_count() or 1)
-    return in_threads(keys, load, preprocess, threads, ahead.images)
+    return in_threads(keys, load=load, preprocess=preprocess, threads=threads, ahead=ahead.images)
 
 
 @contextmanager
@@ -86,15 +89,29 @@ def _in_processes(
         done = _attempt(keys[position], load, preprocess)
         return done.value, done.digest, done.error
 
-    with open_processes(work, len(keys), shapes, ahead.workers, ahead.images, ahead.hang_seconds) as results:
-        yield (_named(key, Preprocessed(*result)) for key, result in zip(keys, results, strict=True))
+    with open_processes(
+        work,
+        count=len(keys),
+        shapes=shapes,
+        workers=ahead.workers,
+        ahead=ahead.images,
+        hang_seconds=ahead.hang_seconds,
+    ) as results:
+        yield (
+            _named(key, Preprocessed(value=result[0], digest=result[1], error=result[2]))
+            for key, result in zip(keys, results, strict=True)
+        )
 
 
 def _named(key: str, done: Preprocessed[T]) -> Preprocessed[T]:
     """A decoder that died has not said over which image."""
     if done.error is None or done.error.reason not in LOST:
         return done
-    return Preprocessed(None, "", RowError(done.error.reason, f"{key}: {done.error.detail}"))
+    return Preprocessed(
+        value=None,
+        digest="",
+        error=RowError(done.error.reason, f"{key}: {done.error.detail}"),
+    )
 
 
 @contextmanager
@@ -108,13 +125,21 @@ def in_threads(
     """Pillow decodes and resizes without the interpreter's lock."""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            yield _in_order(keys, lambda key: _attempt(key, load, preprocess), pool, ahead)
+            yield _in_order(
+                keys,
+                work=lambda key: _attempt(key, load, preprocess),
+                pool=pool,
+                ahead=ahead,
+            )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(
-    keys: Sequence[str], work: Callable[[str], Preprocessed[T]], pool: ThreadPoolExecutor, ahead: int
+    keys: Sequence[str],
+    work: Callable[[str], Preprocessed[T]],
+    pool: ThreadPoolExecutor,
+    ahead: int,
 ) -> Iterator[Preprocessed[T]]:
     waiting: deque[Future[Preprocessed[T]]] = deque(pool.submit(work, key) for key in keys[:ahead])
     for position in range(len(keys)):
@@ -125,14 +150,16 @@ def _in_order(
 
 
 def _attempt(
-    key: str, load: Callable[[str], LoadedImage[Any]], preprocess: Callable[[LoadedImage[Any]], T]
+    key: str,
+    load: Callable[[str], LoadedImage[Any]],
+    preprocess: Callable[[LoadedImage[Any]], T],
 ) -> Preprocessed[T]:
     try:
         loaded = load(key)
-        return Preprocessed(preprocess(loaded), loaded.digest, None)
+        return Preprocessed(value=preprocess(loaded), digest=loaded.digest, error=None)
     except RowError as error:
-        return Preprocessed(None, "", error)
+        return Preprocessed(value=None, digest="", error=error)
     except ApecacheError:  # of no row: the storage does not answer
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        return Preprocessed(None, "", RowError("unusable", f"{key}: {error}"))
+        return Preprocessed(value=None, digest="", error=RowError("unusable", f"{key}: {error}"))

@@ -1,6 +1,7 @@
 """Data sets of Hugging Face's library `datasets`: saved on disk, or by name from the hub.
 
-Nothing of a data set is executed: its loading scripts are not supported by the versions that we accept.
+Nothing of a data set is executed: its loading scripts are not supported by the versions that we
+accept.
 """
 
 import re
@@ -26,9 +27,10 @@ class Place(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HubMedia:
-    """Images in the Arrow files of a data set. `parts` have one column, in Arrow's format: {bytes, path}.
+    """Images in the Arrow files of a data set. `parts` have one column, in Arrow's format: {bytes,
+    path}.
 
     Rows with a path only are read as files, below `files.root` and nowhere else.
     """
@@ -77,13 +79,16 @@ class _Part(NamedTuple):
 
 
 def open_hub(uri: str, spec: OpenSpec) -> PairSource:
-    """`hf-datasets:/folder` (also ./ and ~) as `save_to_disk` wrote it, or `hf-datasets:NAME[:CONFIG][@REVISION]`.
+    """`hf-datasets:/folder` (also ./ and ~) as `save_to_disk` wrote it, or
+    `hf-datasets:NAME[:CONFIG][@REVISION]`.
 
-    The splits are the data set's own, `validation` as `val`. Keys as in Parquet tables: see `image_keys`.
+    The splits are the data set's own, `validation` as `val`. Keys as in Parquet tables: see
+    `image_keys`.
 
     Raises:
         MissingExtraError: datasets is not installed.
-        ManifestError: no such data set, or none that can be read; a missing or ambiguous column; no rows.
+        ManifestError: no such data set, or none that can be read; a missing or ambiguous column; no
+            rows.
     """
     loaded, folder = _load(uri)
     named = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
@@ -92,15 +97,25 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
     columns = _choose(parts[0].data.features, uri, spec)
     if any(part.data.features.keys() != parts[0].data.features.keys() for part in parts):
-        raise ManifestError(f"{uri}: its splits have other columns than one another; save the one you want alone")
+        raise ManifestError(
+            f"{uri}: its splits have other columns than one another; save the one you want alone"
+        )
     fields = source_fields(columns, parts[0].data.features)
     if columns.split is None and any(part.name for part in parts):
         fields = replace(fields, split="the data set's own splits")
     if _is_image(parts[0].data.features[columns.image]):
         require_only(spec, uri, "image_column", "caption_column", "split_column")
-        return replace(_with_images(parts, columns, uri, folder), fields=fields)
-    rows = [_row(part, line, record, columns, uri) for part, line, record in _records(parts, [columns.image], columns)]
-    return PairSource(join_rows(rows, uri), uri, media_below(spec.root or folder), fields)
+        return replace(_with_images(parts, columns=columns, uri=uri, folder=folder), fields=fields)
+    rows = [
+        _row(part, line=line, record=record, columns=columns, uri=uri)
+        for part, line, record in _records(parts, [columns.image], columns)
+    ]
+    return PairSource(
+        join_rows(rows, uri),
+        origin=uri,
+        media=media_below(spec.root or folder),
+        fields=fields,
+    )
 
 
 def _load(uri: str) -> tuple[Any, Path]:
@@ -112,7 +127,9 @@ def _load(uri: str) -> tuple[Any, Path]:
     name = uri.removeprefix(PREFIX)
     match = NAME.fullmatch(name)
     if match is None and not _is_folder(name):
-        raise ManifestError(f"{uri}: no name; expected {PREFIX}/folder or {PREFIX}NAME[:CONFIG][@REVISION]")
+        raise ManifestError(
+            f"{uri}: no name; expected {PREFIX}/folder or {PREFIX}NAME[:CONFIG][@REVISION]"
+        )
     try:
         if _is_folder(name):
             folder = Path(name).expanduser()
@@ -120,9 +137,12 @@ def _load(uri: str) -> tuple[Any, Path]:
         asked = match.groupdict() if match else {}
         loaded = datasets.load_dataset(asked["name"], asked["config"], revision=asked["revision"])
         return loaded, Path(datasets.config.HF_CACHE_HOME)
-    except Exception as error:  # IndexError, KeyError, … of a damaged folder; what the hub raises; a script
+    except (
+        Exception
+    ) as error:  # IndexError, KeyError, … of a damaged folder; what the hub raises; a script
         raise ManifestError(
-            f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as save_to_disk wrote it, or the "
+            f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as "
+            "save_to_disk wrote it, or the "
             "name of a data set on the hub"
         ) from None
 
@@ -142,15 +162,28 @@ def _choose(features: Mapping[str, Any], uri: str, spec: OpenSpec) -> Columns:
     images = [name for name, feature in features.items() if _is_image(feature)]
     if spec.image_column is None and len(images) == 1:
         others = [name for name in features if name not in images]
-        return _renamed(choose_columns(["image", *(n for n in others if n != "image")], uri, spec), images[0])
+        return _renamed(
+            choose_columns(["image", *(n for n in others if n != "image")], uri, spec),
+            images[0],
+        )
     return choose_columns(list(features), uri, spec)
 
 
 def _renamed(columns: Columns, image: str) -> Columns:
-    return Columns(image, columns.caption, columns.split, columns.language, columns.label)
+    return Columns(
+        image=image,
+        caption=columns.caption,
+        split=columns.split,
+        language=columns.language,
+        label=columns.label,
+    )
 
 
-def _records(parts: list[_Part], extra: list[str], columns: Columns) -> Iterator[tuple[_Part, int, dict[str, Any]]]:
+def _records(
+    parts: list[_Part],
+    extra: list[str],
+    columns: Columns,
+) -> Iterator[tuple[_Part, int, dict[str, Any]]]:
     """(part, row from 1 in it, values) without images; class labels by their names."""
     from datasets import ClassLabel
 
@@ -158,7 +191,9 @@ def _records(parts: list[_Part], extra: list[str], columns: Columns) -> Iterator
         names = [*extra, *columns.names]
         label = part.data.features.get(columns.label) if columns.label else None
         plain = part.data.select_columns(names) if names else None
-        for row, found in enumerate(plain if plain is not None else ({} for _ in range(len(part.data)))):
+        for row, found in enumerate(
+            plain if plain is not None else ({} for _ in range(len(part.data)))
+        ):
             record = dict(found)
             if isinstance(label, ClassLabel) and isinstance(record[columns.label], int):
                 number = record[columns.label]
@@ -168,8 +203,19 @@ def _records(parts: list[_Part], extra: list[str], columns: Columns) -> Iterator
 
 def _row(part: _Part, line: int, record: Mapping[str, Any], columns: Columns, uri: str) -> Row:
     where = f"{uri}, {part.name}" if part.name else uri
-    row = to_row(line, record, columns, where)
-    return row if columns.split else Row(line, row.image, row.captions, part.name, row.language, row.label)
+    row = to_row(line, record=record, columns=columns, where=where)
+    return (
+        row
+        if columns.split
+        else Row(
+            line=line,
+            image=row.image,
+            captions=row.captions,
+            split=part.name,
+            language=row.language,
+            label=row.label,
+        )
+    )
 
 
 def _with_images(parts: list[_Part], columns: Columns, uri: str, folder: Path) -> PairSource:
@@ -177,14 +223,23 @@ def _with_images(parts: list[_Part], columns: Columns, uri: str, folder: Path) -
     from datasets import Image
 
     images = tuple(
-        part.data.select_columns([columns.image]).cast_column(columns.image, Image(decode=False)).with_format("arrow")
+        part.data.select_columns([columns.image])
+        .cast_column(columns.image, Image(decode=False))
+        .with_format("arrow")
         for part in parts
     )
-    places = [Place(number, row) for number, part in enumerate(parts) for row in range(len(part.data))]
+    places = [
+        Place(number, row) for number, part in enumerate(parts) for row in range(len(part.data))
+    ]
     numbers = [f"{parts[p].name}/{row}" if parts[p].name else str(row) for p, row in places]
     present, paths = _present(images)
     where = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
-    everything = HubMedia(images, dict(zip(numbers, places, strict=True)), FolderMedia(folder), where)
+    everything = HubMedia(
+        parts=images,
+        places=dict(zip(numbers, places, strict=True)),
+        files=FolderMedia(root=folder),
+        place=where,
+    )
 
     def digest(row: int) -> str:
         try:
@@ -198,7 +253,10 @@ def _with_images(parts: list[_Part], columns: Columns, uri: str, folder: Path) -
         if there:
             first.setdefault(key, place)
     named = zip(_records(parts, [], columns), keys, strict=True)
-    rows = [_row(part, line, {**record, columns.image: key}, columns, uri) for (part, line, record), key in named]
+    rows = [
+        _row(part, line=line, record={**record, columns.image: key}, columns=columns, uri=uri)
+        for (part, line, record), key in named
+    ]
     return PairSource(join_rows(rows, uri), uri, replace(everything, places=first))
 
 

@@ -1,11 +1,12 @@
 """From the bytes that a key stands for to an RGB image, or a reason why not.
 
-Every conversion is defined: EXIF orientation is applied, transparency is composited over white, 16-bit samples are
-scaled to 8 bits, of an animation the first frame is taken, everything ends as RGB. Nothing is decoded before the
-header's size is known, formats come from an allow-list, and a truncated file is never completed with grey.
+Every conversion is defined: EXIF orientation is applied, transparency is composited over white,
+16-bit samples are scaled to 8 bits, of an animation the first frame is taken, everything ends as
+RGB. Nothing is decoded before the header's size is known, formats come from an allow-list, and a
+truncated file is never completed with grey.
 
-A picture in memory (bytes, a file object, a Pillow image, an array) goes through the same conversions in
-`open_picture`, so that one picture gives the same pixels in every form.
+A picture in memory (bytes, a file object, a Pillow image, an array) goes through the same
+conversions in `open_picture`, so that one picture gives the same pixels in every form.
 """
 
 import io
@@ -31,16 +32,27 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 
-Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]
-"""A path, a file's bytes, a file opened in binary mode, a Pillow image, or RGB pixels uint8 [height, width, 3]."""
+Picture = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | Image.Image
+    | NDArray[np.uint8]
+)
+"""A path, a file's bytes, a file opened in binary mode, a Pillow image, or RGB pixels uint8
+[height, width, 3]."""
 PICTURES = "a path, bytes, a binary file object, a PIL image or a uint8 array [height, width, 3]"
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedImage(Generic[T]):
-    """`image` is RGB, of the kind that `decode` gave; `digest` is the BLAKE3 of the file's bytes."""
+    """`image` is RGB, of the kind that `decode` gave; `digest` is the BLAKE3 of the file's
+    bytes."""
 
     image: T
     digest: str
@@ -67,16 +79,17 @@ def load_image(key: str, media: Media) -> LoadedImage[Image.Image]:
 def load_as(decode: Callable[[bytes, str], T], key: str, media: Media) -> LoadedImage[T]:
     """`load_image` by another decoder."""
     data = media.read(key)
-    return LoadedImage(decode(data, key), content_hash(data))
+    return LoadedImage(image=decode(data, key), digest=content_hash(data))
 
 
 def open_picture(picture: Picture, name: str) -> Image.Image:
     """RGB image of a picture in any form, with equal pixels for equal pictures.
 
-    The EXIF orientation that a Pillow image still carries is applied; `PIL.ImageOps.exif_transpose` takes it away, so
-    an image that went through it is not turned again. Pillow's own `convert("RGB")` drops transparency and cuts 16-bit
-    samples before they can be seen here: give the image without it. Of an animation that is open, the current frame is
-    taken. A file object is read from its beginning where it can be rewound, and stays open.
+    The EXIF orientation that a Pillow image still carries is applied; `PIL.ImageOps.exif_transpose`
+    takes it away, so an image that went through it is not turned again. Pillow's own
+    `convert("RGB")` drops transparency and cuts 16-bit samples before they can be seen here: give
+    the image without it. Of an animation that is open, the current frame is taken. A file object is
+    read from its beginning where it can be rewound, and stays open.
 
     Args:
         name: what messages call the picture; a path is called by itself.
@@ -104,7 +117,8 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
 
 
 def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Image:
-    """`open_picture` for a picture that is no row of a table: what cannot be read is an error of the call.
+    """`open_picture` for a picture that is no row of a table: what cannot be read is an error of
+    the call.
 
     Raises:
         OptionError: no picture. DataError: `what` cannot be read, and why.
@@ -119,15 +133,25 @@ def require_picture(picture: object, name: str) -> None:
     """Refuse what cannot be a picture by its type and shape alone. Nothing is opened.
 
     Raises:
-        OptionError: another type, an array of another shape or dtype, or a file that is open as text.
+        OptionError: another type, an array of another shape or dtype, or a file that is open as
+            text.
     """
     match picture:
         case np.ndarray():
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            if (
+                picture.dtype != np.uint8
+                or picture.ndim != 3
+                or picture.shape[2] != 3
+                or not picture.size
+            ):
                 shape = list(picture.shape)
-                raise OptionError(f"{name}: expected {PICTURES}, found an array {shape} of {picture.dtype}")
+                raise OptionError(
+                    f"{name}: expected {PICTURES}, found an array {shape} of {picture.dtype}"
+                )
         case io.TextIOBase():
-            raise OptionError(f"{name}: expected {PICTURES}, found a file open as text; open it with mode 'rb'")
+            raise OptionError(
+                f"{name}: expected {PICTURES}, found a file open as text; open it with mode 'rb'"
+            )
         case Image.Image() | bytes() | bytearray() | memoryview():
             return
         case str() | os.PathLike() if isinstance(os.fspath(picture), str):
@@ -146,13 +170,16 @@ def _read_open_file(file: BinaryIO, name: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         raise RowError("missing", f"{name}: {error}") from None
     if not isinstance(data, bytes):
-        raise OptionError(f"{name}: expected {PICTURES}, found a file object that reads {type(data).__name__}")
+        raise OptionError(
+            f"{name}: expected {PICTURES}, found a file object that reads {type(data).__name__}"
+        )
     check_bytes(len(data), name)
     return data
 
 
 def decode_opened(data: bytes, key: str, decode: Callable[[Image.Image], T]) -> T:
-    """What `decode` makes of an image whose header is read, its format and size found to be allowed."""
+    """What `decode` makes of an image whose header is read, its format and size found to be
+    allowed."""
     with _refusing(key):
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(opened, key)
@@ -166,12 +193,18 @@ def _refusing(key: str) -> Iterator[None]:
         with _QUIET:
             yield
     except UnidentifiedImageError:
-        raise RowError("not-an-image", f"{key} is none of {', '.join(FORMATS)} that can be read") from None
+        raise RowError(
+            "not-an-image",
+            f"{key} is none of {', '.join(FORMATS)} that can be read",
+        ) from None
     except Image.DecompressionBombError:
-        raise RowError("too-large", f"{key} has far more pixels than the limit of {MAX_PIXELS:,}") from None
+        raise RowError(
+            "too-large",
+            f"{key} has far more pixels than the limit of {MAX_PIXELS:,}",
+        ) from None
     except RowError:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, EOFError, …
         raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
 
 
@@ -181,27 +214,35 @@ def _load(opened: Image.Image) -> Image.Image:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether `_load` would give a copy of the same pixels: an RGB image in memory, upright and opaque."""
-    in_memory = type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
+    """Whether `_load` would give a copy of the same pixels: an RGB image in memory, upright and
+    opaque."""
+    in_memory = (
+        type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
+    )
     return in_memory and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
 class _Quiet:
     """Hides warnings of odd metadata (Pillow) and of a successor that we do not need (torchvision).
 
-    Filters belong to the whole process, so `catch_warnings` in each of several threads would leave them changed: the
-    first thread in changes them, the last one out restores them.
+    Filters belong to the whole process, so `catch_warnings` in each of several threads would leave
+    them changed: the first thread in changes them, the last one out restores them.
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._saved = threading.Lock(), 0, ExitStack()
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
                 self._saved.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-                warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchV")
+                warnings.filterwarnings(
+                    "ignore",
+                    message="The image decoding and encoding capabilities of TorchV",
+                )
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -217,7 +258,10 @@ _QUIET = _Quiet()
 def _check_size(image: Image.Image, key: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise RowError("too-large", f"{key} has {width} x {height} pixels; the limit is {MAX_PIXELS:,}")
+        raise RowError(
+            "too-large",
+            f"{key} has {width} x {height} pixels; the limit is {MAX_PIXELS:,}",
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,8 @@
-"""Where the bytes of images come from: files below a folder, objects of a bucket, or members of tar files.
+"""Where the bytes of images come from: files below a folder, objects of a bucket, or members of tar
+files.
 
-A medium is small to pickle and safe to share between threads: it opens what it reads, and keeps nothing open.
+A medium is small to pickle and safe to share between threads: it opens what it reads, and keeps
+nothing open.
 """
 
 import os
@@ -25,7 +27,8 @@ READ_AT_ONCE = 8 << 20
 class Media(Protocol):
     @property
     def place(self) -> str:
-        """Where the images lie, for people, for the store's record and to tell two places with the same keys apart."""
+        """Where the images lie, for people, for the store's record and to tell two places with the
+        same keys apart."""
 
     def read(self, key: str) -> bytes:
         """The bytes of the image that the table calls `key`; never empty.
@@ -38,10 +41,11 @@ class Media(Protocol):
         """Whether there is something to read; it may still be no image."""
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """Bytes of each image, None where there is nothing to read; no image is read whole if its place tells."""
+        """Bytes of each image, None where there is nothing to read; no image is read whole if its
+        place tells."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NoMedia:
     """For sources of captions only."""
 
@@ -57,7 +61,7 @@ class NoMedia:
         return [None] * len(keys)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FolderMedia:
     """Keys are paths relative to `root`, or absolute ones below it; nothing outside it is read."""
 
@@ -107,8 +111,10 @@ class ObjectMedia:
         return open_bucket(self.root)
 
     def read(self, key: str) -> bytes:
-        """Raises StoreError, which ends the run, where the storage does not answer: another row would do no better."""
-        name, (bucket, _) = self._name(key), self._opened
+        """Raises StoreError, which ends the run, where the storage does not answer: another row
+        would do no better."""
+        name = self._name(key)
+        bucket, _ = self._opened
         try:
             first, size = bucket.read_range(name, 0, READ_AT_ONCE)
             check_bytes(size, key)
@@ -124,7 +130,8 @@ class ObjectMedia:
             return False
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """By listing the root, a request for every thousand objects below it. Raises StoreError as `read` does."""
+        """By listing the root, a request for every thousand objects below it. Raises StoreError as
+        `read` does."""
         bucket, folder = self._opened
         known = {entry.key: entry.size for entry in bucket.walk(folder)}
         return [self._size(key, known) for key in keys]
@@ -138,32 +145,41 @@ class ObjectMedia:
     def _name(self, key: str) -> str:
         name = posixpath.normpath(key)
         if "\0" in key or name.startswith(("/", "../")) or name in (".", ".."):
-            raise RowError("outside-root", f"{key!r} leads outside {self.place}; keys are names below --root")
+            raise RowError(
+                "outside-root",
+                f"{key!r} leads outside {self.place}; keys are names below --root",
+            )
         return "/".join(part for part in (self._opened[1], name) if part)
 
 
 def media_below(root: AnyPath) -> Media:
     """Of keys that are names below a folder or a URL of object storage."""
     place = as_place(root, "root")
-    return ObjectMedia(str(place)) if is_object_url(place) else FolderMedia(Path(place))
+    return ObjectMedia(str(place)) if is_object_url(place) else FolderMedia(root=Path(place))
 
 
 def media_at(place: str) -> Media:
     """What a store or index remembers as `place`; nothing where it is no folder (any more)."""
-    return media_below(place) if is_object_url(place) or (place and Path(place).is_dir()) else NoMedia()
+    return (
+        media_below(place)
+        if is_object_url(place) or (place and Path(place).is_dir())
+        else NoMedia()
+    )
 
 
 class Member(NamedTuple):
-    """A file inside a tar: the tar's number in `TarMedia.tars`, where its bytes begin, and how many they are."""
+    """A file inside a tar: the tar's number in `TarMedia.tars`, where its bytes begin, and how many
+    they are."""
 
     tar: int
     offset: int
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TarMedia:
-    """Members of uncompressed tars, read in place and never extracted, so their names lead nowhere."""
+    """Members of uncompressed tars, read in place and never extracted, so their names lead
+    nowhere."""
 
     tars: tuple[Path, ...]
     members: Mapping[str, Member]
@@ -171,7 +187,9 @@ class TarMedia:
     @property
     def place(self) -> str:
         """The tars from the first to the last."""
-        return " … ".join(str(path.resolve()) for path in dict.fromkeys((self.tars[0], self.tars[-1])))
+        return " … ".join(
+            str(path.resolve()) for path in dict.fromkeys((self.tars[0], self.tars[-1]))
+        )
 
     def read(self, key: str) -> bytes:
         member = self.members.get(key)
@@ -203,9 +221,15 @@ def resolve_below(key: str, root: Path) -> Path:
     try:
         path = os.path.realpath(os.path.join(base, key))
     except UnicodeEncodeError:
-        raise RowError("missing", f"{key!r} holds a lone surrogate, which no file name can") from None
+        raise RowError(
+            "missing",
+            f"{key!r} holds a lone surrogate, which no file name can",
+        ) from None
     if os.path.commonpath([base, path]) != base:
-        raise RowError("outside-root", f"{key} leads outside {root}; give --root for absolute paths")
+        raise RowError(
+            "outside-root",
+            f"{key} leads outside {root}; give --root for absolute paths",
+        )
     return Path(path)
 
 

@@ -11,9 +11,10 @@ from apecache.fingerprint import digest_strings
 NO_SPLIT = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
-    """`key` is the user's name of the image. `captions` and `languages` have one entry per caption."""
+    """`key` is the user's name of the image. `captions` and `languages` have one entry per
+    caption."""
 
     key: str
     captions: tuple[str, ...]
@@ -26,8 +27,8 @@ class Pair:
 class SourceFields:
     """Where a source's images, captions, splits, labels and languages stand; None: nowhere.
 
-    They are names of columns or fields, or words for what is not named (`file`, `folder`). `unused`: columns that were
-    not taken as anything.
+    They are names of columns or fields, or words for what is not named (`file`, `folder`).
+    `unused`: columns that were not taken as anything.
     """
 
     image: str | None = None
@@ -58,9 +59,9 @@ class SourceFields:
 class PairSource:
     """Ordered, sized, hashable: the same table gives the same `digest`, wherever it lies.
 
-    Rows of images are numbered in the order of their first appearance; captions (texts) in the order image by image.
-    `origin` is how the source was named, `media` where its images' bytes come from, `fields` which columns were taken
-    as what; none of them is part of its identity.
+    Rows of images are numbered in the order of their first appearance; captions (texts) in the
+    order image by image. `origin` is how the source was named, `media` where its images' bytes come
+    from, `fields` which columns were taken as what; none of them is part of its identity.
     """
 
     pairs: tuple[Pair, ...]
@@ -101,11 +102,18 @@ class PairSource:
         return digest_strings(
             part
             for pair in self.pairs
-            for part in (pair.key, pair.split, pair.label, str(len(pair.captions)), *pair.captions, *pair.languages)
+            for part in (
+                pair.key,
+                pair.split,
+                pair.label,
+                str(len(pair.captions)),
+                *pair.captions,
+                *pair.languages,
+            )
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One row of a table before rows of one image are joined; `line` is 1-based."""
 
@@ -132,12 +140,22 @@ def join_rows(rows: Sequence[Row], where: str) -> tuple[Pair, ...]:
 def _pair(key: str, rows: list[Row], where: str) -> Pair:
     first = rows[0]
     for row in rows[1:]:
-        for what, here, there in (("split", row.split, first.split), ("label", row.label, first.label)):
+        for what, here, there in (
+            ("split", row.split, first.split),
+            ("label", row.label, first.label),
+        ):
             if here != there:
                 raise ManifestError(
-                    f"{where}, line {row.line}: image {key!r} has {what} {here!r} here and {there!r} on line "
+                    f"{where}, line {row.line}: image {key!r} has {what} {here!r} here and "
+                    f"{there!r} on line "
                     f"{first.line}; give one {what} per image"
                 )
     captions = tuple(caption for row in rows for caption in row.captions)
     languages = tuple(row.language for row in rows for _ in row.captions)
-    return Pair(key, captions, languages, first.split, first.label)
+    return Pair(
+        key=key,
+        captions=captions,
+        languages=languages,
+        split=first.split,
+        label=first.label,
+    )

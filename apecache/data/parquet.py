@@ -1,4 +1,5 @@
-"""Parquet tables: paths of images, or the images themselves as bytes or as structs of bytes and path (Hugging Face)."""
+"""Parquet tables: paths of images, or the images themselves as bytes or as structs of bytes and
+path (Hugging Face)."""
 
 import json
 import threading
@@ -21,7 +22,8 @@ MAX_GROUP_BYTES = 1 << 30
 """A row group of images is decoded whole: larger ones are refused."""
 
 GROUPS_KEPT = 2
-"""Decoded row groups that are kept: images are asked for almost in order, so they span at most two."""
+"""Decoded row groups that are kept: images are asked for almost in order, so they span at most
+two."""
 
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ class Place(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableMedia:
     """Images that stand in a column of a Parquet file."""
 
@@ -54,7 +56,8 @@ class TableMedia:
         return key in self.places
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """Decodes the column of images once, row group by row group: Parquet does not tell their sizes."""
+        """Decodes the column of images once, row group by row group: Parquet does not tell their
+        sizes."""
         known: dict[int, list[int | None]] = {}
         for group in sorted({self.places[key].group for key in keys if key in self.places}):
             known[group] = self.groups.sizes(group)
@@ -70,11 +73,13 @@ class TableMedia:
 class RowGroups:
     """A column's row groups, the last few kept; one thread decodes while others wait for it.
 
-    `column` is that of the bytes: `a`, or the field `a.bytes` of a struct. A pickle of it keeps no group.
+    `column` is that of the bytes: `a`, or the field `a.bytes` of a struct. A pickle of it keeps no
+    group.
     """
 
     def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column = path, column
+        self.path = path
+        self.column = column
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
@@ -96,13 +101,16 @@ class RowGroups:
         return data
 
     def sizes(self, group: int) -> list[int | None]:
-        """Bytes of each image of a row group, None where a row has none; nothing of a group that cannot be decoded."""
+        """Bytes of each image of a row group, None where a row has none; nothing of a group that
+        cannot be decoded."""
         import pyarrow as pa
         from pyarrow import compute
 
         try:
             column = self._column_of(group)
-            images = compute.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+            images = (
+                compute.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+            )
             return list(compute.binary_length(images).to_pylist())
         except (OSError, IndexError, pa.ArrowException):
             return []
@@ -125,8 +133,8 @@ def _read_group(path: Path, group: int, column: str) -> Any:
 
 
 def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
-    """A whole table. Images that stand in it have their struct's path as key, or else the number of their row from 0:
-    see `image_keys`.
+    """A whole table. Images that stand in it have their struct's path as key, or else the number of
+    their row from 0: see `image_keys`.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -138,11 +146,11 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
         leaf = f"{columns.image}.bytes" if kind == "struct" else columns.image
         if kind == "bytes" or (kind == "struct" and _has_bytes(file, columns.image)):
             require_only(spec, path, "image_column", "caption_column", "split_column")
-            return _with_images(file, columns, path, leaf)
-        rows = _rows_with_paths(file, columns, kind, path)
+            return _with_images(file, columns=columns, path=path, leaf=leaf)
+        rows = _rows_with_paths(file, columns=columns, kind=kind, path=path)
         fields = source_fields(columns, file.schema_arrow.names)
     media = media_below(spec.root or path.parent)
-    return PairSource(join_rows(rows, str(path)), str(path), media, fields)
+    return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
 
 
 def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
@@ -155,9 +163,13 @@ def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
         kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
         if kind != "path":
             raise ManifestError(
-                f"{path}: column {columns.image!r} holds images; expected names of files: give the table"
+                f"{path}: column {columns.image!r} holds images; expected names of files: "
+                "give the table"
             )
-        return _rows_with_paths(file, columns, kind, path), source_fields(columns, file.schema_arrow.names)
+        return _rows_with_paths(file, columns=columns, kind=kind, path=path), source_fields(
+            columns,
+            file.schema_arrow.names,
+        )
 
 
 @contextmanager
@@ -193,18 +205,30 @@ def _kind(found: Any, name: str, path: Path) -> str:
         return "path"
     if types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value):
         return "bytes"
-    if types.is_struct(value) and min(value.get_field_index("bytes"), value.get_field_index("path")) >= 0:
+    if (
+        types.is_struct(value)
+        and min(value.get_field_index("bytes"), value.get_field_index("path")) >= 0
+    ):
         return "struct"
     raise ManifestError(
-        f"{path}: column {name!r} is {str(found)[:60]}; expected paths of images, their bytes, or structs of both"
+        f"{path}: column {name!r} is {str(found)[:60]}; expected paths of images, their "
+        "bytes, or structs of both"
     )
 
 
-def _records(file: Any, names: Sequence[str], label: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if the table can."""
+def _records(
+    file: Any,
+    names: Sequence[str],
+    label: str | None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if
+    the table can."""
     classes = _class_names(file.schema_arrow, label)
     batches = file.iter_batches(columns=list(names))
-    for number, record in enumerate(_all(file, (record for batch in batches for record in batch.to_pylist())), 1):
+    for number, record in enumerate(
+        _all(file, (record for batch in batches for record in batch.to_pylist())),
+        1,
+    ):
         if label and isinstance(record[label], int):
             record[label] = classes.get(record[label], record[label])
         yield number, record
@@ -216,7 +240,8 @@ def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
     Raises:
         ValueError: a column of another length.
     """
-    count, n_rows = 0, file.metadata.num_rows
+    count = 0
+    n_rows = file.metadata.num_rows
     for count, value in enumerate(values, 1):
         if count <= n_rows:
             yield value
@@ -225,9 +250,12 @@ def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
 
 
 def _class_names(schema: Any, label: str | None) -> dict[int, str]:
-    """Of a class label that Hugging Face's library wrote, which keeps the names beside the schema."""
+    """Of a class label that Hugging Face's library wrote, which keeps the names beside the
+    schema."""
     try:
-        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label][
+            "names"
+        ]
         return {number: str(name) for number, name in enumerate(described)}
     except (KeyError, TypeError, ValueError):
         return {}
@@ -239,13 +267,17 @@ def _rows_with_paths(file: Any, columns: Columns, kind: str, path: Path) -> list
     for line, record in _records(file, names, columns.label):
         image = record.get(columns.image)
         plain = image["path"] if isinstance(image, dict) else image
-        rows.append(to_row(line, {**record, columns.image: plain}, columns, path))
+        rows.append(
+            to_row(line, record={**record, columns.image: plain}, columns=columns, where=path)
+        )
     return _require_rows(rows, path)
 
 
 def _require_rows(rows: list[Row], path: Path) -> list[Row]:
     if not rows:
-        raise ManifestError(f"{path}: the table has columns but no rows; expected a row for every image")
+        raise ManifestError(
+            f"{path}: the table has columns but no rows; expected a row for every image"
+        )
     return rows
 
 
@@ -267,16 +299,28 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSour
     numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
     records = _records(file, columns.names, columns.label) if columns.names else numbered
     named = zip(records, keys, strict=True)
-    rows = [to_row(line, {**record, columns.image: key}, columns, path) for (line, record), key in named]
+    rows = [
+        to_row(line, record={**record, columns.image: key}, columns=columns, where=path)
+        for (line, record), key in named
+    ]
     fields = source_fields(columns, file.schema_arrow.names)
     pairs = join_rows(_require_rows(rows, path), str(path))
-    return PairSource(pairs, str(path), TableMedia(groups, first), fields)
+    return PairSource(
+        pairs,
+        origin=str(path),
+        media=TableMedia(groups=groups, places=first),
+        fields=fields,
+    )
 
 
 def _has_bytes(file: Any, column: str) -> bool:
     """Whether any struct has bytes: if none has, its paths name files."""
     batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
-    return any(image and image["bytes"] is not None for batch in batches for image in batch.column(0).to_pylist())
+    return any(
+        image and image["bytes"] is not None
+        for batch in batches
+        for image in batch.column(0).to_pylist()
+    )
 
 
 def _paths(file: Any, column: str) -> list[str | None]:
@@ -284,20 +328,27 @@ def _paths(file: Any, column: str) -> list[str | None]:
     if not hasattr(file.schema_arrow.field(column).type, "get_field_index"):
         return [None] * int(file.metadata.num_rows)
     batches = file.iter_batches(columns=[f"{column}.path"])
-    return list(_all(file, (image and image["path"] for batch in batches for image in batch.column(0).to_pylist())))
+    return list(
+        _all(
+            file,
+            (image and image["path"] for batch in batches for image in batch.column(0).to_pylist()),
+        )
+    )
 
 
 def _places(file: Any, path: Path) -> list[Place]:
     """Of every row; refuses row groups that are too large to be decoded whole.
 
-    The footer's description of single columns is left alone: pyarrow ends the process on one that is damaged.
+    The footer's description of single columns is left alone: pyarrow ends the process on one that
+    is damaged.
     """
     places: list[Place] = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
             raise ManifestError(
-                f"{path}: row group {group} holds {described.total_byte_size / 1e9:.1f} GB; write the table with "
+                f"{path}: row group {group} holds {described.total_byte_size / 1e9:.1f} GB; write "
+                "the table with "
                 f"smaller ones (row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
         places += map(partial(Place, group), range(described.num_rows))

@@ -1,8 +1,10 @@
-"""A ring of worker processes around shared memory: tensors come back in order, whatever becomes of a worker.
+"""A ring of worker processes around shared memory: tensors come back in order, whatever becomes of
+a worker.
 
-Workers are forked, so what they work on needs no pickling. They share one piece of anonymous memory with their parent,
-which has no name and ends with the last of them, and two counters of the kernel to wake each other. What stands in the
-memory is changed under a lock that the kernel takes back from the dead. A worker dies with its parent.
+Workers are forked, so what they work on needs no pickling. They share one piece of anonymous memory
+with their parent, which has no name and ends with the last of them, and two counters of the kernel
+to wake each other. What stands in the memory is changed under a lock that the kernel takes back
+from the dead. A worker dies with its parent.
 """
 
 import ctypes
@@ -32,7 +34,8 @@ from apecache.errors import ApecacheError, RowError
 Result = tuple[list[Tensor] | None, str, RowError | None]
 """Tensors or none, digest, and why there are none."""
 
-CRASH, HANG = "decoder-crash", "decoder-hang"
+CRASH = "decoder-crash"
+HANG = "decoder-hang"
 MESSAGE_BYTES = 4096
 TICK_SECONDS = 0.5
 IDLE_DEATHS = 5
@@ -53,16 +56,24 @@ def open_processes(
     ahead: int,
     hang_seconds: float,
 ) -> Iterator[Iterator[Result]]:
-    """Results of `work` for 0 to `count` in this order, computed by `workers` processes, at most `ahead` in front.
+    """Results of `work` for 0 to `count` in this order, computed by `workers` processes, at most
+    `ahead` in front.
 
-    Tensors are float32 of the `shapes`, in memory that is used again when the next result is asked for. What dies over
-    a position costs that position: `decoder-crash`, or `decoder-hang` after `hang_seconds`. Seconds are counted while
-    the consumer waits and runs: a stopped and continued run loses nothing.
+    Tensors are float32 of the `shapes`, in memory that is used again when the next result is asked
+    for. What dies over a position costs that position: `decoder-crash`, or `decoder-hang` after
+    `hang_seconds`. Seconds are counted while the consumer waits and runs: a stopped and continued
+    run loses nothing.
 
     Raises:
-        RuntimeError: `work` raised; the message has its traceback. ApecacheError: no processes are to be had.
+        RuntimeError: `work` raised; the message has its traceback. ApecacheError: no processes are
+            to be had.
     """
-    pool = _Pool(work, count, _Ring(ahead, max(1, min(workers, count)), shapes), hang_seconds)
+    pool = _Pool(
+        work,
+        count=count,
+        ring=_Ring(ahead, max(1, min(workers, count)), shapes),
+        hang_seconds=hang_seconds,
+    )
     try:
         pool.start()
         yield pool.results()
@@ -71,23 +82,42 @@ def open_processes(
 
 
 class _Ring:
-    """What parent and workers share: `ahead` slots, of which position p has the one numbered p modulo `ahead`.
+    """What parent and workers share: `ahead` slots, of which position p has the one numbered p
+    modulo `ahead`.
 
-    `counts`: the next position to take, and the first that may not be taken yet. `current`: the position that each
-    worker has taken, -1 for none. `lengths`: of each slot's message, 0 until it is done.
+    `counts`: the next position to take, and the first that may not be taken yet. `current`: the
+    position that each worker has taken, -1 for none. `lengths`: of each slot's message, 0 until it
+    is done.
     """
 
     def __init__(self, ahead: int, workers: int, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.ahead, self.workers = ahead, workers
-        sizes = [16, 8 * workers, 8 * ahead, MESSAGE_BYTES * ahead, *(4 * ahead * prod(shape) for shape in shapes)]
-        starts = [sum(-(-size // 64) * 64 for size in sizes[:place]) for place in range(len(sizes) + 1)]
+        self.ahead = ahead
+        self.workers = workers
+        sizes = [
+            16,
+            8 * workers,
+            8 * ahead,
+            MESSAGE_BYTES * ahead,
+            *(4 * ahead * prod(shape) for shape in shapes),
+        ]
+        starts = [
+            sum(-(-size // 64) * 64 for size in sizes[:place]) for place in range(len(sizes) + 1)
+        ]
         memory = mmap.mmap(-1, starts[-1])
         self.counts = np.frombuffer(memory, np.int64, 2, starts[0])
         self.current = np.frombuffer(memory, np.int64, workers, starts[1])
         self.lengths = np.frombuffer(memory, np.int64, ahead, starts[2])
-        self.messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[3]).reshape(ahead, MESSAGE_BYTES)
+        self.messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[3]).reshape(
+            ahead,
+            MESSAGE_BYTES,
+        )
         self.tensors = [
-            torch.frombuffer(memory, dtype=torch.float32, count=ahead * prod(shape), offset=start).view(ahead, *shape)
+            torch.frombuffer(
+                memory,
+                dtype=torch.float32,
+                count=ahead * prod(shape),
+                offset=start,
+            ).view(ahead, *shape)
             for start, shape in zip(starts[4:], shapes, strict=False)
         ]
         self.current[:] = -1
@@ -147,11 +177,15 @@ class _Ring:
 
 
 class _Worker:
-    """`life` is a pipe that ends when the process does. `waited`: seconds that `position` has kept the parent."""
+    """`life` is a pipe that ends when the process does. `waited`: seconds that `position` has kept
+    the parent."""
 
     def __init__(self, pid: int, life: int) -> None:
-        self.pid, self.life = pid, life
-        self.position, self.waited, self.hung = -1, 0.0, False
+        self.pid = pid
+        self.life = life
+        self.position = -1
+        self.waited = 0.0
+        self.hung = False
 
     def wait(self, position: int, seconds: float, limit: float) -> None:
         """Count the seconds; kill what is over the limit."""
@@ -173,8 +207,17 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, work: Callable[[int], Result], count: int, ring: _Ring, hang_seconds: float) -> None:
-        self.work, self.count, self.ring, self.hang_seconds = work, count, ring, hang_seconds
+    def __init__(
+        self,
+        work: Callable[[int], Result],
+        count: int,
+        ring: _Ring,
+        hang_seconds: float,
+    ) -> None:
+        self.work = work
+        self.count = count
+        self.ring = ring
+        self.hang_seconds = hang_seconds
         self.tick = min(TICK_SECONDS, hang_seconds / 4)
         self.workers: dict[int, _Worker] = {}
         self.idle_deaths = 0
@@ -232,13 +275,23 @@ class _Pool:
         if position < 0:
             self.idle_deaths += 1
             if self.idle_deaths > IDLE_DEATHS:
-                raise ApecacheError(f"decoding processes {_ended(status)} before they begin; use --workers 0 (threads)")
+                raise ApecacheError(
+                    f"decoding processes {_ended(status)} before they begin; use --workers 0 "
+                    "(threads)"
+                )
         else:
             reason = HANG if dead.hung else CRASH
-            detail = f"no end after {self.hang_seconds:g} s" if dead.hung else f"the decoder {_ended(status)}"
+            detail = (
+                f"no end after {self.hang_seconds:g} s"
+                if dead.hung
+                else f"the decoder {_ended(status)}"
+            )
             self.ring.finish(number, position, _message("", reason, detail))
         self.workers[number] = self._fork(number)
-        os.eventfd_write(self.ring.tokens, 1)  # it may have died over one; one too many does no harm
+        os.eventfd_write(
+            self.ring.tokens,
+            1,
+        )  # it may have died over one; one too many does no harm
 
     def _fork(self, number: int) -> _Worker:
         life, held = os.pipe()
@@ -250,7 +303,9 @@ class _Pool:
                 self._serve(number, parent)
         except OSError as error:
             os.close(life)
-            message = f"no process for decoding ({error.strerror}); use fewer --workers, or 0 (threads)"
+            message = (
+                f"no process for decoding ({error.strerror}); use fewer --workers, or 0 (threads)"
+            )
             raise ApecacheError(message) from None
         finally:
             os.close(held)
@@ -273,10 +328,16 @@ class _Pool:
         try:
             tensors, digest, error = self.work(position)
             if error is not None or tensors is None:
-                return _message(digest, error.reason if error else "unusable", error.detail if error else "")
+                return _message(
+                    digest,
+                    error.reason if error else "unusable",
+                    error.detail if error else "",
+                )
             for place, tensor in zip(self.ring.tensors_at(position), tensors, strict=True):
                 if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
-                    raise TypeError(f"{tensor.dtype} {tuple(tensor.shape)} in place of {tuple(place.shape)}")
+                    raise TypeError(
+                        f"{tensor.dtype} {tuple(tensor.shape)} in place of {tuple(place.shape)}"
+                    )
                 place.copy_(tensor)
             return _message(digest, "", "")
         except Exception:
@@ -284,7 +345,8 @@ class _Pool:
 
 
 def _settle(parent: int) -> None:
-    """A worker's own ways: one thread, no output, no signals of the terminal, and no life without the parent."""
+    """A worker's own ways: one thread, no output, no signals of the terminal, and no life without
+    the parent."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -313,7 +375,11 @@ def _fork_quietly() -> int:
 
 
 def _ended(status: int) -> str:
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+    return (
+        f"was ended by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with exit status {status}"
+    )
 
 
 def _message(digest: str, reason: str, detail: str) -> bytes:

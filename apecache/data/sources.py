@@ -1,4 +1,5 @@
-"""`open_pairs`: whatever a user has, as one `PairSource`. What it is, its path tells; one module reads each family."""
+"""`open_pairs`: whatever a user has, as one `PairSource`. What it is, its path tells; one module
+reads each family."""
 
 import tempfile
 from dataclasses import replace
@@ -27,14 +28,16 @@ def open_pairs(uri: AnyPath, spec: OpenSpec | None = None) -> PairSource:
     """Open a source of images, captions or both, and check all of it that is not an image.
 
     Args:
-        uri: a table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions alone (.txt), tars
-            (.tar, `{00000..00012}.tar`), a folder (of tars, of images with metadata.csv, of a folder per class, of
-            images), or `hf-datasets:` and a folder or name. A file of one of the first three kinds may lie on object
-            storage (`s3://BUCKET/…`); so do its images then, unless `root` says otherwise.
+        uri: a table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions
+            alone (.txt), tars (.tar, `{00000..00012}.tar`), a folder (of tars, of images with
+            metadata.csv, of a folder per class, of images), or `hf-datasets:` and a folder or name.
+            A file of one of the first three kinds may lie on object storage (`s3://BUCKET/…`); so
+            do its images then, unless `root` says otherwise.
 
     Raises:
         ManifestError: what cannot be opened, with its line where there is one and what mends it.
-        OptionError: an option that this kind of source cannot follow. MissingExtraError: a library is missing.
+        OptionError: an option that this kind of source cannot follow. MissingExtraError: a library
+            is missing.
     """
     uri = as_place(uri, "uri")
     require_type(spec, OpenSpec, "spec", optional=True)
@@ -46,7 +49,9 @@ def open_pairs(uri: AnyPath, spec: OpenSpec | None = None) -> PairSource:
     except OSError as error:
         if isinstance(error, ManifestError):
             raise
-        raise ManifestError(f"{uri}: {error.strerror or error}; expected a source that can be read") from None
+        raise ManifestError(
+            f"{uri}: {error.strerror or error}; expected a source that can be read"
+        ) from None
     _require(source, spec)
     return resplit(source, spec)
 
@@ -56,12 +61,15 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
         return open_hub(uri, spec)
     if uri == "-":
         raise ManifestError(
-            "standard input cannot be read again to go on after a kill; save it as a file and give that"
+            "standard input cannot be read again to go on after a kill; save it as a file and "
+            "give that"
         )
     if is_object_url(uri):
         return _open_object(uri, spec)
     if is_url(uri):
-        raise ManifestError(f"{uri}: a URL, and nothing is downloaded; download it and give the file")
+        raise ManifestError(
+            f"{uri}: a URL, and nothing is downloaded; download it and give the file"
+        )
     path = Path(uri)
     tars = None if path.exists() else brace_paths(uri)
     if tars is not None:
@@ -100,7 +108,9 @@ def _open_object(url: str, spec: OpenSpec) -> PairSource:
     if isinstance(source.media, FolderMedia) and spec.root is None:
         return replace(source, origin=url, media=ObjectMedia(url.rpartition("/")[0]))
     if not isinstance(source.media, FolderMedia | ObjectMedia | NoMedia):
-        raise ManifestError(f"{url}: its images stand in the file itself, and are read in place; download it")
+        raise ManifestError(
+            f"{url}: its images stand in the file itself, and are read in place; download it"
+        )
     return replace(source, origin=url)
 
 
@@ -113,7 +123,9 @@ def _require_file(path: Path) -> None:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}")
     if not path.is_file():
-        raise ManifestError(f"{path}: a device or pipe; expected a file that ends in {', '.join(SUFFIXES)}")
+        raise ManifestError(
+            f"{path}: a device or pipe; expected a file that ends in {', '.join(SUFFIXES)}"
+        )
 
 
 def _require(source: PairSource, spec: OpenSpec) -> None:
@@ -123,4 +135,6 @@ def _require(source: PairSource, spec: OpenSpec) -> None:
     for role in spec.require:
         if not has[role]:
             there = ", ".join(f"{name}s" for name, found in has.items() if found) or "nothing"
-            raise ManifestError(f"{source.origin} has no {role}s, only {there}; give a source that has them")
+            raise ManifestError(
+                f"{source.origin} has no {role}s, only {there}; give a source that has them"
+            )

@@ -1,9 +1,10 @@
 """Splits that do not come with the source: from a file, or as shares that a hash deals out.
 
-Shares are dealt out by a hash of each image's key, so images that are added move no other. Images of equal content go
-to one split: that of the one that stands first in the table. A copy that is appended later follows the earlier image.
-Only the order of equal images among one another matters. A rule that ignores order and moves nothing could use
-nothing but the content: every file would be read, and stores of earlier versions would have other splits.
+Shares are dealt out by a hash of each image's key, so images that are added move no other. Images
+of equal content go to one split: that of the one that stands first in the table. A copy that is
+appended later follows the earlier image. Only the order of equal images among one another matters.
+A rule that ignores order and moves nothing could use nothing but the content: every file would be
+read, and stores of earlier versions would have other splits.
 """
 
 import csv
@@ -35,15 +36,23 @@ def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
         parts = [part.split("=") for part in text.split(",")]
         fractions = tuple((name.strip(), float(share)) for name, share in parts)
     except ValueError:
-        raise OptionError(f"--split-fraction {text}: expected shares like train=.9,val=.1") from None
+        raise OptionError(
+            f"--split-fraction {text}: expected shares like train=.9,val=.1"
+        ) from None
     require_fractions(fractions)
     return fractions
 
 
 def require_fractions(fractions: tuple[tuple[str, float], ...]) -> None:
     names = [name for name, _ in fractions]
-    if not all(names) or len(set(names)) < len(names) or not all(0 < share <= 1 for _, share in fractions):
-        raise OptionError(f"split fractions {fractions}: expected different names, each with a share above 0")
+    if (
+        not all(names)
+        or len(set(names)) < len(names)
+        or not all(0 < share <= 1 for _, share in fractions)
+    ):
+        raise OptionError(
+            f"split fractions {fractions}: expected different names, each with a share above 0"
+        )
     if abs(sum(share for _, share in fractions) - 1) > 1e-6:
         total = sum(share for _, share in fractions)
         raise OptionError(f"split fractions sum to {total:g}; expected 1, like train=.9,val=.1")
@@ -55,8 +64,13 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     Raises:
         OptionError: splits from two places. ManifestError: the split file.
     """
-    if sum((spec.split_column is not None, spec.split_file is not None, bool(spec.split_fraction))) > 1:
-        raise OptionError("splits from several places; give one of --split, --split-file and --split-fraction")
+    if (
+        sum((spec.split_column is not None, spec.split_file is not None, bool(spec.split_fraction)))
+        > 1
+    ):
+        raise OptionError(
+            "splits from several places; give one of --split, --split-file and --split-fraction"
+        )
     if not spec.resplits:
         return source
     if spec.split_file is not None:
@@ -66,7 +80,10 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     else:
         require_fractions(spec.split_fraction)
         originals = first_of_equal(source)
-        pairs = tuple(replace(pair, split=split_of(originals.get(pair.key, pair.key), spec)) for pair in source)
+        pairs = tuple(
+            replace(pair, split=split_of(originals.get(pair.key, pair.key), spec))
+            for pair in source
+        )
         taken_from = "--split-fraction"
     return replace(source, pairs=pairs, fields=replace(source.fields, split=taken_from))
 
@@ -101,8 +118,10 @@ def first_of_equal(source: PairSource) -> dict[str, str]:
 
 
 def split_of(key: str, spec: OpenSpec) -> str:
-    """The split that a key falls into, whatever other keys there are: its hash is a number from 0 to 1."""
-    at, below = int(content_hash(f"{spec.split_seed}:{key}")[:13], 16) / 16**13, 0.0
+    """The split that a key falls into, whatever other keys there are: its hash is a number from 0
+    to 1."""
+    at = int(content_hash(f"{spec.split_seed}:{key}")[:13], 16) / 16**13
+    below = 0.0
     for name, share in spec.split_fraction:
         below += share
         if at < below:
@@ -111,7 +130,8 @@ def split_of(key: str, spec: OpenSpec) -> str:
 
 
 def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
-    """Key -> split, from a TSV of both (a header `key split` may stand above) or a folder of lists of keys.
+    """Key -> split, from a TSV of both (a header `key split` may stand above) or a folder of lists
+    of keys.
 
     Raises:
         ManifestError: missing, not UTF-8, a ragged line, a key twice or not in the source.
@@ -121,12 +141,18 @@ def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
     for where, key, split in _entries(path):
         if key not in known:
             hint = nearest(key, source.keys[:10_000])
-            raise ManifestError(f"{where}: {key!r} is no key of {source.origin}{hint or '; take the line out'}")
+            raise ManifestError(
+                f"{where}: {key!r} is no key of {source.origin}{hint or '; take the line out'}"
+            )
         if key in splits:
-            raise ManifestError(f"{where}: {key!r} has a split already ({splits[key]}); name each key once")
+            raise ManifestError(
+                f"{where}: {key!r} has a split already ({splits[key]}); name each key once"
+            )
         splits[key] = split
     if not splits:
-        raise ManifestError(f"{path}: no splits; expected lines of key and split, or lists like train.txt")
+        raise ManifestError(
+            f"{path}: no splits; expected lines of key and split, or lists like train.txt"
+        )
     return splits
 
 
@@ -148,7 +174,8 @@ def _table_entries(path: Path) -> Iterator[tuple[str, str, str]]:
             continue
         if len(cells) != 2 or not all(cells):
             raise ManifestError(
-                f"{path}, line {number}: {len(cells)} columns; expected key and split, with a tab between"
+                f"{path}, line {number}: {len(cells)} columns; expected key and split, with a "
+                "tab between"
             )
         yield f"{path}, line {number}", cells[0], cells[1]
 

@@ -1,8 +1,8 @@
 """Tables of text: TSV, CSV and JSON lines.
 
-Several rows may name one image; a JSON line's caption may be a list. Labelled texts need no images: without a column of
-them every row is one by itself, its key the number of its line. Every error names the file, the line and what
-mends it. Which column is what, `columns` says.
+Several rows may name one image; a JSON line's caption may be a list. Labelled texts need no images:
+without a column of them every row is one by itself, its key the number of its line. Every error
+names the file, the line and what mends it. Which column is what, `columns` says.
 """
 
 import csv
@@ -26,11 +26,12 @@ def open_table(path: Path, spec: OpenSpec) -> PairSource:
     """A whole table, its images in files.
 
     Raises:
-        ManifestError: not UTF-8, a missing or ambiguous column, a ragged row, an empty key, no rows.
+        ManifestError: not UTF-8, a missing or ambiguous column, a ragged row, an empty key, no
+            rows.
     """
     rows, fields = table_rows(path, spec)
     media = media_below(spec.root or path.parent)
-    return PairSource(join_rows(rows, str(path)), str(path), media, fields)
+    return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
 
 
 def table_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
@@ -42,7 +43,9 @@ def table_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
         raise ManifestError(not_utf8(path, error)) from None
     if not rows:
         found = "the table has a header but no rows" if path.stat().st_size else "the file is empty"
-        raise ManifestError(f"{path}: {found}; expected a row for every caption, columns image, caption")
+        raise ManifestError(
+            f"{path}: {found}; expected a row for every caption, columns image, caption"
+        )
     return rows, fields
 
 
@@ -51,7 +54,9 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def _rows(file: TextIO, path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
-    records = _json_records(file, path) if path.suffix.lower() == ".jsonl" else _csv_records(file, path)
+    records = (
+        _json_records(file, path) if path.suffix.lower() == ".jsonl" else _csv_records(file, path)
+    )
     first = next(records, None)
     if first is None:
         return [], SourceFields()
@@ -59,7 +64,12 @@ def _rows(file: TextIO, path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFi
     alone = _texts_alone(names, spec)
     columns = choose_columns([*names, *(["image"] if alone else [])], path, spec)
     rows = [
-        to_row(line, {**record, "image": str(line)} if alone else record, columns, path)
+        to_row(
+            line,
+            record={**record, "image": str(line)} if alone else record,
+            columns=columns,
+            where=path,
+        )
         for line, record in chain([first], records)
     ]
     fields = source_fields(columns, names)
@@ -74,7 +84,9 @@ def _texts_alone(names: Iterable[str], spec: OpenSpec) -> bool:
 
 def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     reader = csv.reader(file, DIALECTS[path.suffix.lower()], strict=True)
-    line = 1  # where the record begins: a quoted cell may go over many lines, an unbalanced one to the end of the file
+    # where the record begins: a quoted cell may go over many lines, an unbalanced one to the end of
+    # the file
+    line = 1
     try:
         header = next(reader, None)
         if header is None:
@@ -84,18 +96,24 @@ def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, A
         for cells in reader:
             if cells and len(cells) != len(header):
                 found = f"{len(cells)} columns, the header has {len(header)}"
-                raise ManifestError(f"{path}, line {line}: {found}; quote cells that hold the separator")
+                raise ManifestError(
+                    f"{path}, line {line}: {found}; quote cells that hold the separator"
+                )
             if cells:
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ManifestError(f"{path}, line {line}: {error}; double the quotes inside a quoted cell") from None
+        raise ManifestError(
+            f"{path}, line {line}: {error}; double the quotes inside a quoted cell"
+        ) from None
 
 
 def _check_header(header: list[str], path: Path) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise ManifestError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them")
+        raise ManifestError(
+            f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them"
+        )
 
 
 def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -111,7 +129,8 @@ def _json_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, 
         if not isinstance(record, dict):
             found = type(record).__name__
             raise ManifestError(
-                f"{path}, line {line}: expected a JSON object, found {found}; write one object on each line"
+                f"{path}, line {line}: expected a JSON object, found {found}; write one "
+                "object on each line"
             )
         yield line, record
 
@@ -124,7 +143,8 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _place(path: Path, error: UnicodeDecodeError) -> str:
-    """The line of the first byte that is not UTF-8 (the codec's own offset counts from the start of its buffer)."""
+    """The line of the first byte that is not UTF-8 (the codec's own offset counts from the start of
+    its buffer)."""
     with path.open("rb") as file:
         for line, raw in enumerate(file, 1):
             try:

@@ -1,7 +1,7 @@
 """Captions without images: a text file of one caption per line.
 
-A store counts captions by the rows of images that they belong to, so each line is a row of its own, with the line's
-number (from 1) as its key and no image. Blank lines are no captions.
+A store counts captions by the rows of images that they belong to, so each line is a row of its own,
+with the line's number (from 1) as its key and no image. Blank lines are no captions.
 """
 
 from pathlib import Path
@@ -21,7 +21,11 @@ def open_texts(path: Path, spec: OpenSpec) -> PairSource:
             lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, 1)]
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None
-    pairs = tuple(Pair(str(number), (line,), ("",)) for number, line in lines if line.strip())
+    pairs = tuple(
+        Pair(key=str(number), captions=(line,), languages=("",))
+        for number, line in lines
+        if line.strip()
+    )
     if not pairs:
         raise ManifestError(f"{path}: no captions; expected one on each line")
     return PairSource(pairs, str(path), fields=SourceFields(caption="line"))

@@ -1,4 +1,5 @@
-"""A loaded, frozen encoder: what extraction, evaluation and search call, whichever library it came from."""
+"""A loaded, frozen encoder: what extraction, evaluation and search call, whichever library it came
+from."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ from apecache.fingerprint import FEATURE_CODE_VERSION, Fingerprint, Json, digest
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 State = int | Literal["end", "own"]
-"""Where a forward pass is tapped: after so many blocks; `end`: the tokens that the model returns; `own`: what it makes
-of them itself."""
+"""Where a forward pass is tapped: after so many blocks; `end`: the tokens that the model returns;
+`own`: what it makes of them itself."""
 States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
 """One forward pass on the model's inputs, and what the states asked for are in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tap:
-    """Which state of the forward pass features are taken from, and how they are pooled. Encoders with the same
-    `states` are cuts of one model: one pass serves all of them.
+    """Which state of the forward pass features are taken from, and how they are pooled. Encoders
+    with the same `states` are cuts of one model: one pass serves all of them.
 
     `pool`: (state, mask or None) -> [n, dim] or, for `tokens`, [n, length, dim].
     """
@@ -40,11 +41,11 @@ class Tap:
         return self.pool(self.states(inputs, (self.state,))[self.state], mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
-    """`preprocess`: RGB image -> float32 [3, height, width] on the CPU, safe to call from several threads.
-    `forward`: float [n, 3, height, width] on `device` -> [n, *row_shape] in the encoder's dtype, not normalised.
-    `row_shape`: (dim,) or, for `tokens`, (tokens, dim)."""
+    """`preprocess`: RGB image -> float32 [3, height, width] on the CPU, safe to call from several
+    threads. `forward`: float [n, 3, height, width] on `device` -> [n, *row_shape] in the encoder's
+    dtype, not normalised. `row_shape`: (dim,) or, for `tokens`, (tokens, dim)."""
 
     spec: EncoderSpec
     module: nn.Module
@@ -60,7 +61,8 @@ class ImageEncoder:
         return self.row_shape[-1]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float32 [n, 3, height, width] on any device -> float32 [n, *row_shape] on the CPU, not normalised."""
+        """float32 [n, 3, height, width] on any device -> float32 [n, *row_shape] on the CPU, not
+        normalised."""
         with torch.inference_mode():
             return self.forward(self.move(pixels)).float().cpu()
 
@@ -68,19 +70,21 @@ class ImageEncoder:
         return pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Token ids of texts, special tokens included, without padding. `n_truncated` of them were over-long."""
+    """Token ids of texts, special tokens included, without padding. `n_truncated` of them were
+    over-long."""
 
     ids: list[list[int]]
     n_truncated: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """`tokenise`: texts -> Tokens. `forward`: (ids, mask) int64 [n, length] on `device` -> [n, dim] or, for `tokens`,
-    [n, length, dim], not normalised. `row_shape`: (dim,) or (max_tokens, dim). `length`: pad every batch to so many
-    tokens, for models that see the padding; None: to its longest text."""
+    """`tokenise`: texts -> Tokens. `forward`: (ids, mask) int64 [n, length] on `device` -> [n, dim]
+    or, for `tokens`, [n, length, dim], not normalised. `row_shape`: (dim,) or (max_tokens, dim).
+    `length`: pad every batch to so many tokens, for models that see the padding; None: to its
+    longest text."""
 
     spec: EncoderSpec
     module: nn.Module
@@ -98,7 +102,8 @@ class TextEncoder:
         return self.row_shape[-1]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """One padded batch: lists of token ids -> float32 [n, dim] or [n, longest, dim] on the CPU, not normalised."""
+        """One padded batch: lists of token ids -> float32 [n, dim] or [n, longest, dim] on the CPU,
+        not normalised."""
         batch, mask = self.pad(ids)
         with torch.inference_mode():
             return self.forward(batch, mask).float().cpu()
@@ -109,29 +114,34 @@ class TextEncoder:
         return batch.to(self.device), mask.to(self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """float32 [n, dim] in the order of `texts`; for queries and class names, not for data sets (see extract).
+        """float32 [n, dim] in the order of `texts`; for queries and class names, not for data sets
+        (see extract).
 
         Raises:
             EncoderError: an encoder of tokens, which are not one vector each.
         """
         if len(self.row_shape) > 1:
-            raise EncoderError(f"encoder {self.spec}: one vector for each text is needed, not its tokens")
+            raise EncoderError(
+                f"encoder {self.spec}: one vector for each text is needed, not its tokens"
+            )
         ids = self.tokenise(texts).ids
         parts = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
 
 def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
-    """One batch by cuts of one model in one forward pass: for each, what `encode` gives, still on the device."""
+    """One batch by cuts of one model in one forward pass: for each, what `encode` gives, still on
+    the device."""
     with torch.inference_mode():
         return _tapped([encoder.forward for encoder in encoders], (encoders[0].move(pixels),))
 
 
 def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[Tensor]]:
-    """`encode_images` by a model that TorchInductor compiles at the first batch: equal to rounding, not bit by bit.
+    """`encode_images` by a model that TorchInductor compiles at the first batch: equal to rounding,
+    not bit by bit.
 
-    Only for cuts that are not after a block, which are caught by hooks. The first batch raises RuntimeError where there
-    is no compiler, or the model has an operation that it does not know.
+    Only for cuts that are not after a block, which are caught by hooks. The first batch raises
+    RuntimeError where there is no compiler, or the model has an operation that it does not know.
     """
     run = _compiled(tuple(encoder.forward for encoder in encoders))
 
@@ -145,14 +155,18 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
 
 @lru_cache(maxsize=8)
 def _compiled(forwards: tuple[Callable[..., Tensor], ...]) -> Callable[[Tensor], list[Tensor]]:
-    """Once in a process; what cannot be compiled as a whole is an error, never run in another way."""
-    run: Callable[[Tensor], list[Tensor]] = torch.compile(lambda pixels: _tapped(forwards, (pixels,)), fullgraph=True)
+    """Once in a process; what cannot be compiled as a whole is an error, never run in another
+    way."""
+    run: Callable[[Tensor], list[Tensor]] = torch.compile(
+        lambda pixels: _tapped(forwards, (pixels,)),
+        fullgraph=True,
+    )
     return run
 
 
 def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """One batch of token ids by cuts of one model in one forward pass: for each, what `encode_ids` gives, still on the
-    device."""
+    """One batch of token ids by cuts of one model in one forward pass: for each, what `encode_ids`
+    gives, still on the device."""
     with torch.inference_mode():
         return _tapped([encoder.forward for encoder in encoders], encoders[0].pad(ids))
 
@@ -181,8 +195,8 @@ def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple
 def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix: int = 0) -> Tensor:
     """[n, length, dim] -> [n, dim], [n, 2 dim] for `cls+mean`, all of it for `tokens`.
 
-    Mean and max are over the tokens that `mask` [n, length] keeps, and without the first `n_prefix` ones (an image's
-    CLS and register tokens).
+    Mean and max are over the tokens that `mask` [n, length] keeps, and without the first `n_prefix`
+    ones (an image's CLS and register tokens).
     """
     match pooling:
         case "tokens":
@@ -190,9 +204,14 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
         case "cls":
             return hidden[:, 0]
         case "cls+mean":
-            return torch.cat((hidden[:, 0], pool_tokens(hidden, mask, "mean", n_prefix)), dim=1)
+            return torch.cat(
+                (hidden[:, 0], pool_tokens(hidden, mask=mask, pooling="mean", n_prefix=n_prefix)),
+                dim=1,
+            )
         case "max":
-            kept = hidden if mask is None else hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)
+            kept = (
+                hidden if mask is None else hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)
+            )
             return kept[:, n_prefix:].amax(1)
         case _:
             if mask is None:
@@ -202,7 +221,8 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
 
 
 def digest_module(module: nn.Module, exclude: Sequence[str] = ()) -> str:
-    """Digest of the state dict as loaded (before any change of dtype); `exclude`d names were never loaded."""
+    """Digest of the state dict as loaded (before any change of dtype); `exclude`d names were never
+    loaded."""
     left_out = set(exclude)
     return digest_tensors(
         (name, str(tensor.dtype), tuple(tensor.shape), _raw_bytes(tensor))
@@ -216,14 +236,19 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def build_fingerprint(spec: EncoderSpec, weights: str, architecture: Json, inputs: Json) -> Fingerprint:
+def build_fingerprint(
+    spec: EncoderSpec,
+    weights: str,
+    architecture: Json,
+    inputs: Json,
+) -> Fingerprint:
     """Identity of the features of one encoder.
 
-    `architecture` is its class with the settings that the weights do not show (heads, activations, the model's own
-    pooling); `inputs` is the resolved preprocessing or tokenizer.
+    `architecture` is its class with the settings that the weights do not show (heads, activations,
+    the model's own pooling); `inputs` is the resolved preprocessing or tokenizer.
     """
     return Fingerprint(
-        {
+        fields={
             "feature_code": FEATURE_CODE_VERSION,
             "library": spec.library,
             "architecture": architecture,
@@ -254,5 +279,7 @@ def parse_device(device: str) -> torch.device:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise EncoderError(f"device {device!r} cannot be used ({reason}); try --device auto or cpu") from None
+        raise EncoderError(
+            f"device {device!r} cannot be used ({reason}); try --device auto or cpu"
+        ) from None
     return torch.device(name)

@@ -1,4 +1,5 @@
-"""open_clip models, either tower: the projected embedding, with the model's own preprocessing and tokenizer."""
+"""open_clip models, either tower: the projected embedding, with the model's own preprocessing and
+tokenizer."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -40,52 +41,113 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
-    preprocess, backend = image_preprocess(spec, transform, "open-clip-pil", _tensor_form(config))
-    inputs: Json = {**backend, "config": {key: _plain(value) for key, value in sorted(config.items())}}
-    fingerprint = build_fingerprint(spec, digest_module(model.visual), _architecture(model, spec), inputs)
+    preprocess, backend = image_preprocess(
+        spec,
+        reference=transform,
+        backend="open-clip-pil",
+        faster=_tensor_form(config),
+    )
+    inputs: Json = {
+        **backend,
+        "config": {key: _plain(value) for key, value in sorted(config.items())},
+    }
+    fingerprint = build_fingerprint(
+        spec,
+        weights=digest_module(model.visual),
+        architecture=_architecture(model, spec),
+        inputs=inputs,
+    )
     visual: Any = freeze(model.visual, spec, device)
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    tap = Tap(_states(visual), "own", lambda state, _: state)
+    tap = Tap(states=_states(visual), state="own", pool=lambda state, _: state)
     shape = (3, height, width)
-    return [ImageEncoder(spec, visual, preprocess, tap, shape, probe(tap, shape, spec, device), fingerprint, device)]
+    return [
+        ImageEncoder(
+            spec=spec,
+            module=visual,
+            preprocess=preprocess,
+            forward=tap,
+            input_shape=shape,
+            row_shape=probe(tap, shape=shape, spec=spec, device=device),
+            fingerprint=fingerprint,
+            device=device,
+        )
+    ]
 
 
 def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
     """The text tower's embedding before normalisation, [n, embed_dim]; there are no other cuts.
 
-    A causal tower that pools at the end-of-text token never sees the padding after it, so batches are padded to their
-    longest caption only; any other one gets the whole context, as open_clip gives it.
+    A causal tower that pools at the end-of-text token never sees the padding after it, so batches
+    are padded to their longest caption only; any other one gets the whole context, as open_clip
+    gives it.
 
     Raises as `load_open_clip_image` does.
     """
     (spec,) = _only_own(specs)
     model = _create(spec)
-    tokenizer, context = _tokenizer(spec), int(model.context_length)
+    tokenizer = _tokenizer(spec)
+    context = int(model.context_length)
     if spec.max_tokens and spec.max_tokens != context:
-        raise EncoderError(f"encoder {spec}: its context is {context} tokens; leave --max-tokens off")
+        raise EncoderError(
+            f"encoder {spec}: its context is {context} tokens; leave --max-tokens off"
+        )
     tower = model.text
-    trimmed = getattr(tower, "pool_type", "") in ("argmax", "eos") and getattr(tower, "attn_mask", None) is not None
+    trimmed = (
+        getattr(tower, "pool_type", "") in ("argmax", "eos")
+        and getattr(tower, "attn_mask", None) is not None
+    )
     prefix = spec.prefix or ""
     inputs: Json = {"tokenizer": _digest(tokenizer), "max_tokens": context, "pooling": "default"}
     inputs |= {"prefix": prefix} if prefix else {}
-    fingerprint = build_fingerprint(spec, digest_module(tower), _architecture(model, spec), inputs)
+    fingerprint = build_fingerprint(
+        spec,
+        weights=digest_module(tower),
+        architecture=_architecture(model, spec),
+        inputs=inputs,
+    )
     frozen: Any = freeze(tower, spec, device)
 
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return _tokenise(tokenizer, [prefix + text for text in texts], context, trimmed)
+        return _tokenise(
+            tokenizer,
+            texts=[prefix + text for text in texts],
+            context=context,
+            trimmed=trimmed,
+        )
 
-    tap = Tap((_trimmed_states if trimmed else _states)(frozen), "own", lambda state, _: state)
+    tap = Tap(
+        states=(_trimmed_states if trimmed else _states)(frozen),
+        state="own",
+        pool=lambda state, _: state,
+    )
     length = None if trimmed else context
     with torch.inference_mode():
         dim = int(frozen(torch.zeros(1, context, dtype=torch.long, device=device)).shape[1])
-    return [TextEncoder(spec, frozen, tokenise, tap, 0, context, (dim,), fingerprint, device, length)]
+    return [
+        TextEncoder(
+            spec=spec,
+            module=frozen,
+            tokenise=tokenise,
+            forward=tap,
+            pad_id=0,
+            max_tokens=context,
+            row_shape=(dim,),
+            fingerprint=fingerprint,
+            device=device,
+            length=length,
+        )
+    ]
 
 
 def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
     for spec in specs:
         if spec.pooling != "default" or spec.layer is not None:
-            raise EncoderError(f"encoder {spec}: of open_clip models only the output can be taken; leave the cut off")
+            raise EncoderError(
+                f"encoder {spec}: of open_clip models only the output can be taken; leave the "
+                "cut off"
+            )
     return specs
 
 
@@ -100,16 +162,21 @@ def _create(spec: EncoderSpec) -> Any:
     elif spec.name.startswith("hf-hub:"):
         source = {"model_name": spec.name}
     else:
-        _require_known(spec, name, tag, open_clip)
+        _require_known(spec, name=name, tag=tag, open_clip=open_clip)
         source = {"model_name": name, "pretrained": tag}
     try:
         # As a tower of its own the text side takes batches shorter than its context.
         model = open_clip.create_model(
-            **source, require_pretrained=True, force_custom_text=True, force_image_size=spec.resolution
+            **source,
+            require_pretrained=True,
+            force_custom_text=True,
+            force_image_size=spec.resolution,
         )
     except Exception as error:  # open_clip raises what its hub client, torch and json raise
         first = " ".join(str(error).split())[:200]
-        raise EncoderError(f"encoder {spec} cannot be opened ({first}); or give open_clip:/folder") from error
+        raise EncoderError(
+            f"encoder {spec} cannot be opened ({first}); or give open_clip:/folder"
+        ) from error
     return model.eval()
 
 
@@ -117,9 +184,13 @@ def _require_known(spec: EncoderSpec, name: str, tag: str, open_clip: Any) -> No
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tags:
         known = open_clip.list_models()
-        raise EncoderError(f"encoder {spec}: open_clip has no pretrained model {name!r}{nearest(name, known)}")
+        raise EncoderError(
+            f"encoder {spec}: open_clip has no pretrained model {name!r}{nearest(name, known)}"
+        )
     if tag not in tags:
-        raise EncoderError(f"encoder {spec}: give NAME/TAG; the tags of {name} are {', '.join(tags)}")
+        raise EncoderError(
+            f"encoder {spec}: give NAME/TAG; the tags of {name} are {', '.join(tags)}"
+        )
 
 
 def _tokenizer(spec: EncoderSpec) -> Any:
@@ -127,7 +198,9 @@ def _tokenizer(spec: EncoderSpec) -> Any:
 
     if spec.folder:
         return open_clip.get_tokenizer(f"local-dir:{spec.folder}")
-    return open_clip.get_tokenizer(spec.name if spec.name.startswith("hf-hub:") else spec.name.partition("/")[0])
+    return open_clip.get_tokenizer(
+        spec.name if spec.name.startswith("hf-hub:") else spec.name.partition("/")[0]
+    )
 
 
 def _states(tower: Any) -> States:
@@ -138,12 +211,19 @@ def _states(tower: Any) -> States:
 
 
 def _trimmed_states(tower: Any) -> States:
-    """Texts shorter than the context: positions follow the text's length by themselves, the causal mask does not."""
+    """Texts shorter than the context: positions follow the text's length by themselves, the causal
+    mask does not."""
     mask = tower.attn_mask
 
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
         length = inputs[0].shape[1]
-        return {"own": torch.func.functional_call(tower, {"attn_mask": mask[:length, :length]}, (inputs[0],))}
+        return {
+            "own": torch.func.functional_call(
+                tower,
+                {"attn_mask": mask[:length, :length]},
+                (inputs[0],),
+            )
+        }
 
     return states
 
@@ -151,19 +231,23 @@ def _trimmed_states(tower: Any) -> States:
 def _tokenise(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
     """Rows without their padding, or whole; which were cut, one more token of room tells."""
     if not texts:
-        return Tokens([], 0)
+        return Tokens(ids=[], n_truncated=0)
     ids = tokenizer(list(texts), context_length=context)
     full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last]
     longer = tokenizer(full, context_length=context + 1) if full else ids[:0]
     n_truncated = int((longer[:, -1] != 0).sum()) if full else 0
     rows = [row[: int(row.argmax()) + 1].tolist() if trimmed else row.tolist() for row in ids]
-    return Tokens(rows, n_truncated)
+    return Tokens(ids=rows, n_truncated=n_truncated)
 
 
 def _digest(tokenizer: Any) -> str:
     """Content of the tokenizer: its merges or its tokenizer.json, and how text is cleaned."""
     inner = getattr(tokenizer, "tokenizer", None)
-    content = inner.backend_tokenizer.to_str() if inner is not None else json.dumps(sorted(tokenizer.encoder.items()))
+    content = (
+        inner.backend_tokenizer.to_str()
+        if inner is not None
+        else json.dumps(sorted(tokenizer.encoder.items()))
+    )
     clean = getattr(getattr(tokenizer, "clean_fn", None), "__name__", "")
     return content_hash(f"{type(tokenizer).__name__}\0{clean}\0{content}")
 
@@ -171,7 +255,9 @@ def _digest(tokenizer: Any) -> str:
 def _architecture(model: Any, spec: EncoderSpec) -> Json:
     """The class and what the weights do not show: the model's configuration where it is known."""
     if spec.folder:
-        described: Json = json.loads((Path(spec.folder) / "open_clip_config.json").read_text())["model_cfg"]
+        described: Json = json.loads((Path(spec.folder) / "open_clip_config.json").read_text())[
+            "model_cfg"
+        ]
     else:
         import open_clip
 
@@ -181,11 +267,20 @@ def _architecture(model: Any, spec: EncoderSpec) -> Json:
 
 def _tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
     size = config["size"]
-    side = size if isinstance(size, int) else size[0] if size[0] == size[1] else None
+    if isinstance(size, int):
+        side = size
+    elif size[0] == size[1]:
+        side = size[0]
+    else:
+        side = None
     if side is None or config.get("resize_mode", "shortest") != "shortest":
         return None
     return TensorPreprocess(
-        side, (side, side), config.get("interpolation", "bicubic"), tuple(config["mean"]), tuple(config["std"])
+        edge=side,
+        crop=(side, side),
+        interpolation=config.get("interpolation", "bicubic"),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
     )
 
 

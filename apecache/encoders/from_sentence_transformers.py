@@ -22,37 +22,73 @@ from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import Json
 
 
-def load_sentence_transformers(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
+def load_sentence_transformers(
+    specs: Sequence[EncoderSpec],
+    device: torch.device,
+) -> list[TextEncoder]:
     """The sentence embedding, [n, dim]; normalised only if the model's own modules do so.
 
     Raises:
-        EncoderError: no such model, one that does not begin with a transformer, or a cut other than its own output.
+        EncoderError: no such model, one that does not begin with a transformer, or a cut other than
+            its own output.
         MissingExtraError: sentence-transformers is not installed.
     """
     for cut in specs:
         if cut.pooling != "default" or cut.layer is not None:
-            raise EncoderError(f"encoder {cut}: st: gives the model's own output; for other cuts take hf:")
+            raise EncoderError(
+                f"encoder {cut}: st: gives the model's own output; for other cuts take hf:"
+            )
     (spec,) = specs
     model = _open(spec)
     tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
-        raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
+        raise EncoderError(
+            f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
+        )
     max_tokens = min(spec.max_tokens or 512, int(model.max_seq_length or 512))
-    prefix = spec.prefix if spec.prefix is not None else model.prompts.get(model.default_prompt_name) or ""
-    inputs: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens, "pooling": "default"}
+    prefix = (
+        spec.prefix
+        if spec.prefix is not None
+        else model.prompts.get(model.default_prompt_name) or ""
+    )
+    inputs: Json = {
+        "tokenizer": digest_tokenizer(tokenizer),
+        "max_tokens": max_tokens,
+        "pooling": "default",
+    }
     inputs |= {"prefix": prefix} if prefix else {}
-    fingerprint = build_fingerprint(spec, digest_module(model), _architecture(model), inputs)
+    fingerprint = build_fingerprint(
+        spec,
+        weights=digest_module(model),
+        architecture=_architecture(model),
+        inputs=inputs,
+    )
     frozen: Any = freeze(model, spec, device)
 
     def states(pair: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        return {"own": frozen({"input_ids": pair[0], "attention_mask": pair[1]})["sentence_embedding"]}
+        return {
+            "own": frozen({"input_ids": pair[0], "attention_mask": pair[1]})["sentence_embedding"]
+        }
 
     def tokenise(texts: Sequence[str]) -> Tokens:
         return tokenise_with(tokenizer, [prefix + text for text in texts], max_tokens)
 
-    tap = Tap(states, "own", lambda state, _: state)
-    dim, pad_id = int(model.get_embedding_dimension()), int(tokenizer.pad_token_id or 0)
-    return [TextEncoder(spec, frozen, tokenise, tap, pad_id, max_tokens, (dim,), fingerprint, device)]
+    tap = Tap(states=states, state="own", pool=lambda state, _: state)
+    dim = int(model.get_embedding_dimension())
+    pad_id = int(tokenizer.pad_token_id or 0)
+    return [
+        TextEncoder(
+            spec=spec,
+            module=frozen,
+            tokenise=tokenise,
+            forward=tap,
+            pad_id=pad_id,
+            max_tokens=max_tokens,
+            row_shape=(dim,),
+            fingerprint=fingerprint,
+            device=device,
+        )
+    ]
 
 
 def _open(spec: EncoderSpec) -> Any:
@@ -62,21 +98,35 @@ def _open(spec: EncoderSpec) -> Any:
         raise MissingExtraError("sentence_transformers", "sentence-transformers") from None
     try:
         return SentenceTransformer(
-            str(spec.folder or spec.name), device="cpu", trust_remote_code=False, revision=spec.revision
+            str(spec.folder or spec.name),
+            device="cpu",
+            trust_remote_code=False,
+            revision=spec.revision,
         )
-    except Exception as error:  # the hub client, safetensors and transformers share no base class of errors
+    except (
+        Exception
+    ) as error:  # the hub client, safetensors and transformers share no base class of errors
         first = " ".join(str(error).split())[:200]
-        raise EncoderError(f"encoder {spec} cannot be opened ({first}); or give st:/folder") from error
+        raise EncoderError(
+            f"encoder {spec} cannot be opened ({first}); or give st:/folder"
+        ) from error
 
 
 def _architecture(model: Any) -> Json:
-    """Every module with its settings: the same weights under another pooling give other features."""
+    """Every module with its settings: the same weights under another pooling give other
+    features."""
     return [_described(module) for module in model]
 
 
 def _described(module: Any) -> Json:
     settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
-    plain = {key: value for key, value in settings.items() if key not in ("model_args", "tokenizer_args")}
+    plain = {
+        key: value for key, value in settings.items() if key not in ("model_args", "tokenizer_args")
+    }
     config = getattr(getattr(module, "auto_model", None), "config", None)
-    about = {"model_type": config.model_type, "heads": getattr(config, "num_attention_heads", 0)} if config else {}
+    about = (
+        {"model_type": config.model_type, "heads": getattr(config, "num_attention_heads", 0)}
+        if config
+        else {}
+    )
     return {"class": type(module).__name__, **json.loads(json.dumps(plain, default=str)), **about}

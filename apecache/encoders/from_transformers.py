@@ -38,7 +38,16 @@ from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
 
-VISION_TYPES = ("beit", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "vit")
+VISION_TYPES = (
+    "beit",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "ijepa",
+    "vit",
+)
 SIGLIP_TYPES = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
 FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # these interpolate their positions only when told to
@@ -70,7 +79,8 @@ WELL_KNOWN = (
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
-    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
+    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves
+    all of them.
 
     Raises:
         EncoderError: not found, not a text encoder, or weights that miss parts of the model.
@@ -78,57 +88,100 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     spec = specs[0]
     config = _config(spec)
     t5 = config.model_type in T5_TYPES
-    if not t5 and (getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config")):
+    if not t5 and (
+        getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config")
+    ):
         raise EncoderError(
-            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models and T5 are supported"
+            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models "
+            "and T5 are supported"
         )
     tokenizer = _open(AutoTokenizer, spec)
     if not getattr(tokenizer, "is_fast", False):
-        raise EncoderError(f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted")
+        raise EncoderError(
+            f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise EncoderError(f"encoder {spec}: its tokenizer knows no words; save it beside the model")
+        raise EncoderError(
+            f"encoder {spec}: its tokenizer knows no words; save it beside the model"
+        )
     module, unloaded = _load_model(spec, T5_TYPES[config.model_type] if t5 else AutoModel)
-    max_tokens, prefix = _max_tokens(spec, tokenizer, config), text_prefix(spec)
+    max_tokens = _max_tokens(spec, tokenizer, config)
+    prefix = text_prefix(spec)
     about: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
     about |= {"prefix": prefix} if prefix else {}
-    weights, architecture = digest_module(module, unloaded), _architecture(module, spec)
+    weights = digest_module(module, unloaded)
+    architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
 
     def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
         ids, mask = inputs
-        out, found = caught(frozen, spec, wanted, lambda: frozen(input_ids=ids, attention_mask=mask))
+        out, found = caught(
+            frozen,
+            spec=spec,
+            states=wanted,
+            run=lambda: frozen(input_ids=ids, attention_mask=mask),
+        )
         return {**found, "end": out.last_hidden_state}
 
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return tokenise_with(tokenizer, [prefix + text for text in texts] if prefix else texts, max_tokens)
+        return tokenise_with(
+            tokenizer,
+            [prefix + text for text in texts] if prefix else texts,
+            max_tokens,
+        )
 
     def encoder(cut: EncoderSpec, layer: State) -> TextEncoder:
         pooling = _text_pooling(cut)
         if t5 and "cls" in pooling:
             raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
         inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
-        fingerprint = build_fingerprint(cut, weights, architecture, inputs)
-        tap = Tap(states, layer, lambda state, mask: pool_tokens(state, mask, pooling))
+        fingerprint = build_fingerprint(
+            cut,
+            weights=weights,
+            architecture=architecture,
+            inputs=inputs,
+        )
+        tap = Tap(
+            states=states,
+            state=layer,
+            pool=lambda state, mask: pool_tokens(state, mask, pooling),
+        )
         width = int(config.hidden_size) * (2 if pooling == "cls+mean" else 1)
         shape = (max_tokens, width) if pooling == "tokens" else (width,)
         pad_id = int(tokenizer.pad_token_id or 0)
-        return TextEncoder(cut, frozen, tokenise, tap, pad_id, max_tokens, shape, fingerprint, device)
+        return TextEncoder(
+            spec=cut,
+            module=frozen,
+            tokenise=tokenise,
+            forward=tap,
+            pad_id=pad_id,
+            max_tokens=max_tokens,
+            row_shape=shape,
+            fingerprint=fingerprint,
+            device=device,
+        )
 
     return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
 def text_prefix(spec: EncoderSpec) -> str:
-    """What stands before every text: the spec's, else `query: ` for E5 models, which were trained with it."""
+    """What stands before every text: the spec's, else `query: ` for E5 models, which were trained
+    with it."""
     name = (spec.folder.resolve().name if spec.folder else spec.name.rpartition("/")[2]).lower()
     asked_for = "query: " if re.match(r"(multilingual-)?e5-", name) else ""
     return asked_for if spec.prefix is None else spec.prefix
 
 
-def load_transformers_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
-    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves all of them.
+def load_transformers_image(
+    specs: Sequence[EncoderSpec],
+    device: torch.device,
+) -> list[ImageEncoder]:
+    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves
+    all of them.
 
-    Default pooling: SigLIP's own, else the CLS token, else (where there is none) the mean of the patch tokens.
+    Default pooling: SigLIP's own, else the CLS token, else (where there is none) the mean of the
+    patch tokens.
 
     Raises:
         EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
@@ -140,16 +193,20 @@ def load_transformers_image(specs: Sequence[EncoderSpec], device: torch.device) 
         config = getattr(config, "vision_config", config)
     elif config.model_type not in VISION_TYPES:
         raise EncoderError(
-            f"encoder {spec}: {config.model_type} is not supported as an image encoder; supported are "
+            (
+                f"encoder {spec}: {config.model_type} is not supported as an image encoder; "
+                "supported are "
+            )
             + ", ".join((*VISION_TYPES, *SIGLIP_TYPES))
         )
     processor: Any = _open(AutoImageProcessor, spec)
     size = _resize(processor, spec.resolution)
     module, unloaded = _load_model(spec, SIGLIP_TYPES[config.model_type] if siglip else AutoModel)
-    reference = ProcessorPreprocess(processor, size)
-    preprocess, _ = image_preprocess(spec, reference, "transformers", None)
+    reference = ProcessorPreprocess(processor=processor, size=size)
+    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
     about: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size)}
-    weights, architecture = digest_module(module, unloaded), _architecture(module, spec)
+    weights = digest_module(module, unloaded)
+    architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
     fixed_size = siglip or config.model_type in FIXED_SIZE_TYPES
@@ -157,7 +214,12 @@ def load_transformers_image(specs: Sequence[EncoderSpec], device: torch.device) 
 
     def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
         (pixels,) = inputs
-        out, found = caught(frozen, spec, wanted, lambda: frozen(pixel_values=pixels, **options))
+        out, found = caught(
+            frozen,
+            spec=spec,
+            states=wanted,
+            run=lambda: frozen(pixel_values=pixels, **options),
+        )
         found["end"] = out.last_hidden_state
         return {**found, "own": out.pooler_output} if "own" in wanted else found
 
@@ -167,20 +229,43 @@ def load_transformers_image(specs: Sequence[EncoderSpec], device: torch.device) 
         own = siglip and cut.pooling == "default"
         pooling: Pooling = "default" if own else _image_pooling(cut, config)
         inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
-        fingerprint = build_fingerprint(cut, weights, architecture, inputs)
+        fingerprint = build_fingerprint(
+            cut,
+            weights=weights,
+            architecture=architecture,
+            inputs=inputs,
+        )
         n_prefix = _n_prefix(config)
         tap = (
-            Tap(states, "own", lambda state, _: state)
+            Tap(states=states, state="own", pool=lambda state, _: state)
             if own
-            else Tap(states, layer, lambda state, _: pool_tokens(state, None, pooling, n_prefix))
+            else Tap(
+                states=states,
+                state=layer,
+                pool=lambda state, _: pool_tokens(
+                    state,
+                    mask=None,
+                    pooling=pooling,
+                    n_prefix=n_prefix,
+                ),
+            )
         )
         shape = (3, int(height), int(width))
-        return ImageEncoder(cut, frozen, preprocess, tap, shape, probe(tap, shape, cut, device), fingerprint, device)
+        return ImageEncoder(
+            spec=cut,
+            module=frozen,
+            preprocess=preprocess,
+            forward=tap,
+            input_shape=shape,
+            row_shape=probe(tap, shape=shape, spec=cut, device=device),
+            fingerprint=fingerprint,
+            device=device,
+        )
 
     return [encoder(*both) for both in zip(specs, layers, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProcessorPreprocess:
     """The library's own image processor, with the options that give another size."""
 
@@ -188,7 +273,9 @@ class ProcessorPreprocess:
     size: dict[str, Any]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self.processor(images=image, return_tensors="pt", **self.size)["pixel_values"][0]
+        pixels: Tensor = self.processor(images=image, return_tensors="pt", **self.size)[
+            "pixel_values"
+        ][0]
         return pixels
 
 
@@ -196,13 +283,19 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     """What `load_transformers_image` preprocesses with. Raises EncoderError as it does."""
     processor: Any = _open(AutoImageProcessor, spec)
     return image_preprocess(
-        spec, ProcessorPreprocess(processor, _resize(processor, spec.resolution)), "transformers", None
+        spec,
+        reference=ProcessorPreprocess(
+            processor=processor,
+            size=_resize(processor, spec.resolution),
+        ),
+        backend="transformers",
+        faster=None,
     )[0]
 
 
 def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
-    """The architecture in float32 whatever its files hold, of an encoder with a decoder that encoder: on the meta
-    device without weights, on another with random ones.
+    """The architecture in float32 whatever its files hold, of an encoder with a decoder that
+    encoder: on the meta device without weights, on another with random ones.
 
     Raises:
         EncoderError: its config.json cannot be had.
@@ -215,9 +308,12 @@ def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
 
 
 def image_size(spec: EncoderSpec) -> tuple[int, int]:
-    """(height, width) of what the encoder's own processor makes of an image. Raises EncoderError without one."""
+    """(height, width) of what the encoder's own processor makes of an image. Raises EncoderError
+    without one."""
     processor: Any = _open(AutoImageProcessor, spec)
-    pixels = ProcessorPreprocess(processor, _resize(processor, spec.resolution))(Image.new("RGB", (640, 480)))
+    pixels = ProcessorPreprocess(processor=processor, size=_resize(processor, spec.resolution))(
+        Image.new("RGB", (640, 480))
+    )
     return pixels.shape[1], pixels.shape[2]
 
 
@@ -229,31 +325,46 @@ def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
     source = str(spec.folder or spec.name)
     try:
         return factory.from_pretrained(source, revision=spec.revision or "main", **options)
-    except Exception as error:  # transformers, tokenizers, safetensors and the hub client share no base class of errors
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # the libraries below share no base class of errors
+        first = next(
+            (line for line in str(error).splitlines() if line.strip()),
+            type(error).__name__,
+        )
         what = f"cannot be opened ({first.strip()})"
-        raise EncoderError(f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder") from error
+        raise EncoderError(
+            f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder"
+        ) from error
 
 
 def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
-    """The model and the names of its parameters that the files do not hold (only an unused pooler may be missing)."""
+    """The model and the names of its parameters that the files do not hold (only an unused pooler
+    may be missing)."""
     with _quiet(local=spec.folder is not None):
         module, report = _open(
-            factory, spec, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
+            factory,
+            spec,
+            output_loading_info=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
         )
     missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if "pooler" not in name] + [name for name, *_ in report["mismatched_keys"]]
+    lost = [name for name in missing if "pooler" not in name] + [
+        name for name, *_ in report["mismatched_keys"]
+    ]
     if lost:
         raise EncoderError(
-            f"encoder {spec}: its files lack {len(lost)} parameters of {type(module).__name__}: {lost[0]}, …"
+            f"encoder {spec}: its files lack {len(lost)} parameters of "
+            f"{type(module).__name__}: {lost[0]}, …"
         )
     return module, missing
 
 
 @contextmanager
 def _quiet(local: bool) -> Iterator[None]:
-    """No report of weights that are not used (missing ones are an error below), no bar for a local folder."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """No report of weights that are not used (missing ones are an error below), no bar for a local
+    folder."""
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if local:
         logging.disable_progress_bar()
@@ -266,7 +377,8 @@ def _quiet(local: bool) -> Iterator[None]:
 
 
 def _text_pooling(spec: EncoderSpec) -> Pooling:
-    """What the spec says, else the sentence-transformers pooling file of a local folder, else the masked mean."""
+    """What the spec says, else the sentence-transformers pooling file of a local folder, else the
+    masked mean."""
     if spec.pooling != "default":
         return spec.pooling
     path = spec.folder / "1_Pooling" / "config.json" if spec.folder else None
@@ -276,39 +388,54 @@ def _text_pooling(spec: EncoderSpec) -> Pooling:
 
 
 def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
-    chosen = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    modes: dict[str, Pooling] = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    chosen = [
+        key for key, value in config.items() if key.startswith("pooling_mode_") and value is True
+    ]
+    modes: dict[str, Pooling] = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+    }
     named = config.get("pooling_mode")
     if named in ("cls", "mean"):
         return "cls" if named == "cls" else "mean"
     if len(chosen) != 1 or chosen[0] not in modes:
-        raise EncoderError(f"encoder {spec}: pooling {chosen or named} is not supported; give --text-cut mean or cls")
+        raise EncoderError(
+            f"encoder {spec}: pooling {chosen or named} is not supported; give --text-cut "
+            "mean or cls"
+        )
     return modes[chosen[0]]
 
 
 def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
-    """The smallest of: the spec's, sentence-transformers' file, the tokenizer's, the positions of the model, 512."""
+    """The smallest of: the spec's, sentence-transformers' file, the tokenizer's, the positions of
+    the model, 512."""
     path = spec.folder / "sentence_bert_config.json" if spec.folder else None
     saved = json.loads(path.read_text()).get("max_seq_length") if path and path.is_file() else None
     positions = getattr(config, "max_position_embeddings", None)
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-    limits = [int(tokenizer.model_max_length), (int(positions) - offset) if positions else None, 512]
+    limits = [
+        int(tokenizer.model_max_length),
+        (int(positions) - offset) if positions else None,
+        512,
+    ]
     limits.append(spec.max_tokens or saved)
-    max_tokens, n_special = min(int(limit) for limit in limits if limit), int(tokenizer.num_special_tokens_to_add())
+    max_tokens = min(int(limit) for limit in limits if limit)
+    n_special = int(tokenizer.num_special_tokens_to_add())
     if max_tokens <= n_special:
         raise EncoderError(
-            f"encoder {spec}: {max_tokens} tokens leave no room for words beside {n_special} special ones"
+            f"encoder {spec}: {max_tokens} tokens leave no room for words beside {n_special} "
+            "special ones"
         )
     return max_tokens
 
 
 def tokenise_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     if not texts:
-        return Tokens([], 0)
+        return Tokens(ids=[], n_truncated=0)
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)["input_ids"]
     full = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
     longer = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
-    return Tokens(ids, sum(len(row) > max_tokens for row in longer))
+    return Tokens(ids=ids, n_truncated=sum(len(row) > max_tokens for row in longer))
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
@@ -319,9 +446,16 @@ def digest_tokenizer(tokenizer: Any) -> str:
 
 
 def _architecture(module: Any, spec: EncoderSpec) -> Json:
-    """The class and the settings of config.json: the same weights with other heads give other features."""
-    settings, _ = module.config.get_config_dict(str(spec.folder or spec.name), revision=spec.revision or "main")
-    return {"class": type(module).__name__, **{k: v for k, v in sorted(settings.items()) if k not in NOT_IDENTITY}}
+    """The class and the settings of config.json: the same weights with other heads give other
+    features."""
+    settings, _ = module.config.get_config_dict(
+        str(spec.folder or spec.name),
+        revision=spec.revision or "main",
+    )
+    return {
+        "class": type(module).__name__,
+        **{k: v for k, v in sorted(settings.items()) if k not in NOT_IDENTITY},
+    }
 
 
 def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
@@ -332,7 +466,8 @@ def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
 
 
 def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
-    """Call options that make the processor give `resolution` x `resolution` pixels, the crop ratio kept."""
+    """Call options that make the processor give `resolution` x `resolution` pixels, the crop ratio
+    kept."""
     if resolution is None:
         return {}
     side = {"height": resolution, "width": resolution}
@@ -346,8 +481,16 @@ def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
 def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
     """The processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
-    left_out = ("_processor_class", "processor_class", "feature_extractor_type", "transformers_version")
-    return {"class": type(processor).__name__, **{k: v for k, v in sorted(settings.items()) if k not in left_out}}
+    left_out = (
+        "_processor_class",
+        "processor_class",
+        "feature_extractor_type",
+        "transformers_version",
+    )
+    return {
+        "class": type(processor).__name__,
+        **{k: v for k, v in sorted(settings.items()) if k not in left_out},
+    }
 
 
 def _n_prefix(config: Any) -> int:

@@ -22,7 +22,10 @@ def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
     count = len(_blocks(module, spec))
     layer = spec.layer if spec.layer >= 0 else count + 1 + spec.layer
     if not 0 <= layer <= count:
-        raise EncoderError(f"encoder {spec} has {count} blocks: a layer is 0 to {count}, or -1 (the last) backwards")
+        raise EncoderError(
+            f"encoder {spec} has {count} blocks: a layer is 0 to {count}, or -1 (the last) "
+            "backwards"
+        )
     return layer
 
 
@@ -31,7 +34,10 @@ def _blocks(module: nn.Module, spec: EncoderSpec) -> Sequence[nn.Module]:
 
 
 def caught(
-    module: nn.Module, spec: EncoderSpec, states: Collection[State], run: Callable[[], Any]
+    module: nn.Module,
+    spec: EncoderSpec,
+    states: Collection[State],
+    run: Callable[[], Any],
 ) -> tuple[Any, dict[State, Tensor]]:
     """What `run` returns, and the tokens [n, length, dim] after each of the numbered states."""
     found: dict[State, Tensor] = {}

@@ -1,4 +1,5 @@
-"""From specs to loaded encoders. Libraries are imported only when one of their encoders is asked for."""
+"""From specs to loaded encoders. Libraries are imported only when one of their encoders is asked
+for."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +24,8 @@ def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
 
 
 def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[ImageEncoder]:
-    """In the order of the specs; cuts of one model share it, so that one forward pass serves all of them.
+    """In the order of the specs; cuts of one model share it, so that one forward pass serves all of
+    them.
 
     Raises EncoderError as `load_image_encoder` does.
     """
@@ -70,21 +72,25 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
 
 
 def load_classifier(spec: EncoderSpec) -> nn.Module:
-    """The encoder's own classifier, from its pooled features [n, dim] to logits [n, n_classes]; float32, on the CPU.
+    """The encoder's own classifier, from its pooled features [n, dim] to logits [n, n_classes];
+    float32, on the CPU.
 
     Raises:
-        EncoderError: no timm encoder, or another pooling than its own, whose features no classifier takes; no classes.
+        EncoderError: no timm encoder, or another pooling than its own, whose features no classifier
+            takes; no classes.
     """
     if spec.library != "timm" or spec.pooling != "default" or spec.layer is not None:
-        raise EncoderError(f"encoder {spec}: a classifier is known of timm: encoders with their own pooling only")
+        raise EncoderError(
+            f"encoder {spec}: a classifier is known of timm: encoders with their own pooling only"
+        )
     from apecache.encoders.from_timm import timm_classifier
 
     return timm_classifier(spec)
 
 
 def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
-    """A tower with the encoder's shapes and no weights, on the meta device: to count with. On another device it has
-    random weights, in float32: to time.
+    """A tower with the encoder's shapes and no weights, on the meta device: to count with. On
+    another device it has random weights, in float32: to time.
 
     Raises:
         EncoderError: the encoder's description cannot be had, or it cannot be seen as a tower.
@@ -93,11 +99,21 @@ def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
         case "timm":
             from apecache.encoders.from_timm import shape_timm
 
-            return build_tower(shape_timm(spec, device).eval(), spec.modality, spec.pooling, cls_id=0)
+            return build_tower(
+                shape_timm(spec, device).eval(),
+                spec.modality,
+                spec.pooling,
+                cls_id=0,
+            )
         case "hf":
             from apecache.encoders.from_transformers import image_size, shape_transformers
 
-            tower = build_tower(shape_transformers(spec, device).eval(), spec.modality, spec.pooling, cls_id=0)
+            tower = build_tower(
+                shape_transformers(spec, device).eval(),
+                spec.modality,
+                spec.pooling,
+                cls_id=0,
+            )
             tower.pixels = image_size(spec) if spec.modality == "image" else None
             return tower
         case _:
@@ -105,7 +121,8 @@ def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
 
 
 def load_preprocess(spec: EncoderSpec) -> Preprocess:
-    """What the encoder makes of an RGB image, without its weights. Raises EncoderError as `shape_tower` does."""
+    """What the encoder makes of an RGB image, without its weights. Raises EncoderError as
+    `shape_tower` does."""
     match spec.library:
         case "timm":
             from apecache.encoders.from_timm import timm_preprocess
@@ -120,7 +137,8 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
 
 
 def count_classes(spec: EncoderSpec) -> int:
-    """Of the encoder's own classifier, without its weights. Raises EncoderError as `load_classifier` does."""
+    """Of the encoder's own classifier, without its weights. Raises EncoderError as
+    `load_classifier` does."""
     if spec.library != "timm":
         raise EncoderError(f"encoder {spec}: a classifier is known of timm: encoders only")
     from apecache.encoders.from_timm import count_timm_classes

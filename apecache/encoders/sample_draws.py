@@ -1,7 +1,7 @@
 """Random draws that belong to a sample: dropout masks that no slice, process or padding changes.
 
-A mask is a hash of (seed, number of the draw in the forward pass, sample, position within the sample), so a sample gets
-the same mask in whatever company it is encoded.
+A mask is a hash of (seed, number of the draw in the forward pass, sample, position within the
+sample), so a sample gets the same mask in whatever company it is encoded.
 """
 
 import math
@@ -29,13 +29,14 @@ _active: ContextVar["SampleDraws | None"] = ContextVar("apecache_sample_draws", 
 class SampleDraws(TorchFunctionMode):
     """Within it, dropout, attention dropout and stochastic depth draw by sample.
 
-    Torch functions that draw in another way, or on tensors whose rows are no samples, draw from torch's generators as
-    they always do: a caller sees that by the state of these.
+    Torch functions that draw in another way, or on tensors whose rows are no samples, draw from
+    torch's generators as they always do: a caller sees that by the state of these.
 
     Args:
         seed: of the step; other steps need other ones.
-        samples: numbers of the samples in the whole batch. The first dimension of every tensor that is drawn for is as
-            long, or k times as long with the k rows of a sample one after another.
+        samples: numbers of the samples in the whole batch. The first dimension of every tensor that
+            is drawn for is as long, or k times as long with the k rows of a sample one after
+            another.
         n_draws: draws of the forward pass that came before.
     """
 
@@ -66,12 +67,17 @@ class SampleDraws(TorchFunctionMode):
         drawn = None if draw is None else draw(self, *args, **kwargs or {})
         return func(*args, **kwargs or {}) if drawn is None else drawn
 
-    def keep(self, shape: Sequence[int], drop_rate: float, device: torch.device) -> tuple[Tensor, float] | None:
+    def keep(
+        self,
+        shape: Sequence[int],
+        drop_rate: float,
+        device: torch.device,
+    ) -> tuple[Tensor, float] | None:
         """Draw what stays.
 
         Returns:
-            A bool tensor of that shape, and the exact share that stays (rates are rounded to 1 / 65,536); None where
-            the rows are no samples.
+            A bool tensor of that shape, and the exact share that stays (rates are rounded to 1 /
+            65,536); None where the rows are no samples.
         """
         words = self._words(shape, device)
         if words is None:
@@ -91,7 +97,8 @@ class SampleDraws(TorchFunctionMode):
             return None
         self.n_draws += 1
         each = shape[0] // len(self.samples)
-        first, last = each * self.samples.start, each * self.samples.stop
+        first = each * self.samples.start
+        last = each * self.samples.stop
         key = torch.tensor(_signed(self.seed + self.n_draws * GOLDEN), device=device)
         key = _mix(_mix(key) + GOLDEN * torch.arange(first + 1, last + 1, device=device))
         for size in (*shape[1:-1], -(-shape[-1] // LANES)):
@@ -100,18 +107,26 @@ class SampleDraws(TorchFunctionMode):
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Make the `context_fn` of a checkpointed block: when it is run again in the backward pass, perhaps by another
-    thread, it draws the same."""
+    """Make the `context_fn` of a checkpointed block: when it is run again in the backward pass,
+    perhaps by another thread, it draws the same."""
     active = _active.get()
-    again = nullcontext() if active is None else SampleDraws(active.seed, active.samples, active.n_draws)
+    again = (
+        nullcontext()
+        if active is None
+        else SampleDraws(active.seed, active.samples, active.n_draws)
+    )
     return nullcontext(), again
 
 
-# --- the functions that draw -----------------------------------------------------------------------------------------
+# --- the functions that draw ----------------------------------------------------------------------
 
 
 def _dropout(
-    draws: SampleDraws, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    draws: SampleDraws,
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
 ) -> Tensor | None:
     if not training or p == 0 or p == 1:
         return None
@@ -135,7 +150,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Attention with dropout as plain products: the fused kernels draw masks that nobody else can draw."""
+    """Attention with dropout as plain products: the fused kernels draw masks that nobody else can
+    draw."""
     if dropout_p == 0 or dropout_p == 1 or enable_gqa or is_causal:
         return None
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -148,13 +164,29 @@ def _attention(
     return None if weights is None else weights @ value
 
 
-def _bernoulli(draws: SampleDraws, x: Tensor, p: float | Tensor = 0.5, *, generator: Any = None) -> Tensor | None:
+def _bernoulli(
+    draws: SampleDraws,
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    *,
+    generator: Any = None,
+) -> Tensor | None:
     """timm's stochastic depth."""
-    drawn = None if generator is not None or isinstance(p, Tensor) else draws.keep(x.shape, 1 - p, x.device)
+    drawn = (
+        None
+        if generator is not None or isinstance(p, Tensor)
+        else draws.keep(x.shape, 1 - p, x.device)
+    )
     return None if drawn is None else x.copy_(drawn[0])
 
 
-def _rand(draws: SampleDraws, *shape: Any, dtype: Any = None, device: Any = None, **others: Any) -> Tensor | None:
+def _rand(
+    draws: SampleDraws,
+    *shape: Any,
+    dtype: Any = None,
+    device: Any = None,
+    **others: Any,
+) -> Tensor | None:
     """transformers' stochastic depth."""
     if others.get("generator") is not None or others.get("out") is not None:
         return None
@@ -171,7 +203,7 @@ _DRAWS: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
-# --- the hash --------------------------------------------------------------------------------------------------------
+# --- the hash -------------------------------------------------------------------------------------
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -21,16 +21,18 @@ DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """`timm:NAME@REV`, `hf:ID@REV`, `open_clip:NAME/TAG` or `st:ID@REV` (sentence-transformers); a local folder stands
-    in place of the name.
+    """`timm:NAME@REV`, `hf:ID@REV`, `open_clip:NAME/TAG` or `st:ID@REV` (sentence-transformers); a
+    local folder stands in place of the name.
 
-    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling file, SigLIP's
-    attention pooling, CLIP's projection, else CLS for images and the attention-masked mean for text); `cls+mean` is CLS
-    and mean patch (or word) one after the other, `tokens` all of them. `layer`: after how many blocks, before the final
-    norm; negative counts from the end (-1: after the last); None: the model's output. `resolution` in pixels and
-    `max_tokens` override what the encoder's files say. `prefix` is put before every text (E5: `query: `; None: what the
-    encoder's files or name ask for). `resize`: `torchvision` decodes and resizes on uint8 tensors, faster and different
-    in the last bits. `dtype` is that of the computation; features are stored as float16.
+    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling
+    file, SigLIP's attention pooling, CLIP's projection, else CLS for images and the
+    attention-masked mean for text); `cls+mean` is CLS and mean patch (or word) one after the other,
+    `tokens` all of them. `layer`: after how many blocks, before the final norm; negative counts
+    from the end (-1: after the last); None: the model's output. `resolution` in pixels and
+    `max_tokens` override what the encoder's files say. `prefix` is put before every text (E5:
+    `query: `; None: what the encoder's files or name ask for). `resize`: `torchvision` decodes and
+    resizes on uint8 tensors, faster and different in the last bits. `dtype` is that of the
+    computation; features are stored as float16.
     """
 
     library: str
@@ -47,26 +49,38 @@ class EncoderSpec:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, if the name is one (absolute, `./`, `../`, `~`, or an existing folder)."""
+        """The local folder, if the name is one (absolute, `./`, `../`, `~`, or an existing
+        folder)."""
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
     @property
     def slug(self) -> str:
-        """A name safe as a folder and as a Zarr group: the last part of a local folder, a hub id with `--` for `/`."""
+        """A name safe as a folder and as a Zarr group: the last part of a local folder, a hub id
+        with `--` for `/`."""
         name = self.folder.resolve().name if self.folder else self.name.replace("/", "--")
         parts = [name, "" if self.pooling == "default" else self.pooling]
-        parts += [f"layer{self.layer}" if self.layer is not None else "", self.resize.removeprefix("reference")]
+        parts += [
+            f"layer{self.layer}" if self.layer is not None else "",
+            self.resize.removeprefix("reference"),
+        ]
         parts += [f"prefix-{self.prefix}" if self.prefix is not None else ""]
-        parts += [f"{self.resolution}px" if self.resolution else "", f"{self.max_tokens}t" if self.max_tokens else ""]
+        parts += [
+            f"{self.resolution}px" if self.resolution else "",
+            f"{self.max_tokens}t" if self.max_tokens else "",
+        ]
         parts += ["" if self.dtype == "float32" else self.dtype]
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(p for p in parts if p)).strip(".-")[:100] or "encoder"
+        return (
+            re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(p for p in parts if p)).strip(".-")[:100]
+            or "encoder"
+        )
 
     def __str__(self) -> str:
         return f"{self.library}:{self.name}" + (f"@{self.revision}" if self.revision else "")
 
     def with_name(self, text: str) -> "EncoderSpec":
-        """The same settings for an encoder that now has the name `text` (a local folder that has moved)."""
+        """The same settings for an encoder that now has the name `text` (a local folder that has
+        moved)."""
         other = parse_encoder(text, self.modality)
         return replace(self, library=other.library, name=other.name, revision=other.revision)
 
@@ -79,20 +93,32 @@ def spec_from_json(value: object) -> EncoderSpec:
     """
     try:
         spec = EncoderSpec(**value)  # type: ignore[arg-type]
-        texts = (spec.library, spec.name, *(text for text in (spec.revision, spec.prefix) if text is not None))
-        sizes = [size for size in (spec.resolution, spec.max_tokens, spec.layer) if size is not None]
+        texts = (
+            spec.library,
+            spec.name,
+            *(text for text in (spec.revision, spec.prefix) if text is not None),
+        )
+        sizes = [
+            size for size in (spec.resolution, spec.max_tokens, spec.layer) if size is not None
+        ]
         known = (
             spec.modality in get_args(Modality)
             and spec.pooling in POOLINGS
             and spec.dtype in get_args(ComputeDtype)
             and spec.resize in get_args(Resize)
         )
-        if not known or not all(type(text) is str for text in texts) or not all(type(size) is int for size in sizes):
+        if (
+            not known
+            or not all(type(text) is str for text in texts)
+            or not all(type(size) is int for size in sizes)
+        ):
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
     if spec.library not in LIBRARIES:
-        raise EncoderError(f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}")
+        raise EncoderError(
+            f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}"
+        )
     return spec
 
 
@@ -101,10 +127,12 @@ def looks_local(name: str) -> bool:
 
 
 def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
-    """`timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`, `timm:/folder`, …
+    """`timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
+    `timm:/folder`, …
 
     Raises:
-        EncoderError: no or an unknown library, an empty name, a library without encoders of that modality, or a local
+        EncoderError: no or an unknown library, an empty name, a library without encoders of that
+            modality, or a local
         folder that is not there.
     """
     require_type(text, str, "text")
@@ -113,16 +141,21 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
     library, colon, name = text.partition(":")
     if not colon or library not in LIBRARIES:
         hint = nearest(library, LIBRARIES) if colon else f"; did you mean timm:{text} or hf:{text}?"
-        raise EncoderError(f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of {', '.join(LIBRARIES)}{hint}")
+        raise EncoderError(
+            f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of "
+            f"{', '.join(LIBRARIES)}{hint}"
+        )
     if (library, modality) in (("timm", "text"), ("st", "image")):
         other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
-        raise EncoderError(f"encoder {text!r}: {library} has no {modality} encoders here; use {other}")
+        raise EncoderError(
+            f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
+        )
     revision = None
     if not looks_local(name) and not os.path.isdir(name):
         name, _, revision = name.partition("@")
     if not name:
         raise EncoderError(f"encoder {text!r}: the name after {library}: is empty")
-    spec = EncoderSpec(library, name, modality, revision or None)
+    spec = EncoderSpec(library, name=name, modality=modality, revision=revision or None)
     description = DESCRIPTIONS.get(library, "config.json")
     if spec.folder and not os.path.isfile(spec.folder / description):
         raise EncoderError(f"encoder {text!r}: {missing_folder(spec.folder, description)}")
@@ -138,14 +171,26 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
     pooling, at, layer = text.partition("@")
     if pooling not in POOLINGS or (at and not re.fullmatch(r"-?\d+", layer)):
         known = ", ".join(POOLINGS)
-        raise OptionError(f"cut {text!r}: expected one of {known}, with @LAYER or without{nearest(pooling, POOLINGS)}")
+        raise OptionError(
+            f"cut {text!r}: expected one of {known}, with @LAYER or "
+            f"without{nearest(pooling, POOLINGS)}"
+        )
     if pooling == "default" and at:
-        raise OptionError(f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …")
+        raise OptionError(
+            f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …"
+        )
     return pooling, int(layer) if at else None
 
 
 def missing_folder(folder: Path, description: str) -> str:
     if not os.path.isdir(folder):
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        siblings = (
+            [p.name for p in folder.parent.iterdir() if p.is_dir()]
+            if folder.parent.is_dir()
+            else []
+        )
         return f"there is no folder {folder}{nearest(folder.name, siblings)}"
-    return f"folder {folder} has no {description}, so it is not a saved model; save one with save_pretrained"
+    return (
+        f"folder {folder} has no {description}, so it is not a saved model; save one with "
+        "save_pretrained"
+    )

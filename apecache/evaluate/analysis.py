@@ -1,4 +1,5 @@
-"""What training changed within the towers: the shift of every norm by its depth (LilT, analysis and figure 4)."""
+"""What training changed within the towers: the shift of every norm by its depth (LilT, analysis and
+figure 4)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from apecache.runs.encoders import TrainedTower
 from apecache.runs.load import Run, RunSide
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NormShift:
-    """`l1_weight`, `l1_bias`: sums of absolute differences from the pretrained weights (bias 0 where there is none).
-    `depth`: of its block; -1 for the embeddings, the number of blocks for the final norm."""
+    """`l1_weight`, `l1_bias`: sums of absolute differences from the pretrained weights (bias 0
+    where there is none). `depth`: of its block; -1 for the embeddings, the number of blocks for the
+    final norm."""
 
     norm: str
     depth: int
@@ -27,10 +29,10 @@ class NormShift:
     l1_bias: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftReport:
-    """One tower, shallowest norm first. `correlation_…`: Pearson's, of the shift with the number of the norm; None
-    where fewer than three norms or no shift would give no number."""
+    """One tower, shallowest norm first. `correlation_…`: Pearson's, of the shift with the number of
+    the norm; None where fewer than three norms or no shift would give no number."""
 
     side: Modality
     norms: tuple[NormShift, ...]
@@ -39,7 +41,10 @@ class ShiftReport:
 
 
 def layernorm_shift(
-    run: Run, device: str = "auto", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+    run: Run,
+    device: str = "auto",
+    image: EncoderSpec | None = None,
+    text: EncoderSpec | None = None,
 ) -> tuple[ShiftReport, ...]:
     """Of each tower that was trained, image before text. `image`, `text`: encoders that have moved.
 
@@ -47,9 +52,13 @@ def layernorm_shift(
         RunError: no tower of the run was trained, so no norm can have moved.
     """
     sides: tuple[tuple[RunSide, EncoderSpec | None], ...] = ((run.image, image), (run.text, text))
-    found = tuple(_report(side, moved, device) for side, moved in sides if isinstance(side, TrainedTower))
+    found = tuple(
+        _report(side, moved, device) for side, moved in sides if isinstance(side, TrainedTower)
+    )
     if not found:
-        raise RunError("no tower of this run was trained, so no norm can have moved; give a run of fit-encoder")
+        raise RunError(
+            "no tower of this run was trained, so no norm can have moved; give a run of fit-encoder"
+        )
     return found
 
 
@@ -58,7 +67,12 @@ def _report(side: TrainedTower, moved: EncoderSpec | None, device: str) -> Shift
     spec = moved or spec_from_json(side.encoder)
     norms = norm_shifts(_original(spec, device), side.side.tower)
     weights, biases = ([getattr(norm, kind) for norm in norms] for kind in ("l1_weight", "l1_bias"))
-    return ShiftReport(spec.modality, norms, correlation(weights), correlation(biases))
+    return ShiftReport(
+        side=spec.modality,
+        norms=norms,
+        correlation_weight=correlation(weights),
+        correlation_bias=correlation(biases),
+    )
 
 
 def _original(spec: EncoderSpec, device: str) -> Tower:
@@ -71,17 +85,29 @@ def norm_shifts(before: Tower, after: Tower) -> tuple[NormShift, ...]:
     there = {part.name for part in after.parts()}
     parts = [part for part in before.parts() if part.norm and part.name in there]
     order = {part.name: (part.depth, place) for place, part in enumerate(parts)}
-    sums = {part.name: _l1(part, before, after) for part in sorted(parts, key=lambda part: order[part.name])}
+    sums = {
+        part.name: _l1(part, before, after)
+        for part in sorted(parts, key=lambda part: order[part.name])
+    }
     names = dict.fromkeys(name.rpartition(".")[0] for name in sums)
     depths = {part.name.rpartition(".")[0]: part.depth for part in parts}
     return tuple(
-        NormShift(name, depths[name], sums.get(f"{name}.weight", 0.0), sums.get(f"{name}.bias", 0.0)) for name in names
+        NormShift(
+            norm=name,
+            depth=depths[name],
+            l1_weight=sums.get(f"{name}.weight", 0.0),
+            l1_bias=sums.get(f"{name}.bias", 0.0),
+        )
+        for name in names
     )
 
 
 @torch.no_grad()
 def _l1(part: Part, before: Tower, after: Tower) -> float:
-    pair: tuple[Tensor, Tensor] = (before.parameter(part).cpu().double(), after.parameter(part).cpu().double())
+    pair: tuple[Tensor, Tensor] = (
+        before.parameter(part).cpu().double(),
+        after.parameter(part).cpu().double(),
+    )
     return float((pair[1] - pair[0]).abs().sum())
 
 
@@ -95,16 +121,25 @@ def correlation(values: list[float]) -> float | None:
 def bar_chart(report: ShiftReport, width: int = 640, bar: int = 14) -> str:
     """SVG: a bar for each norm, as long as its weights' shift."""
     largest = max((norm.l1_weight for norm in report.norms), default=0.0) or 1.0
-    height, left = bar * len(report.norms) + 24, 260
+    height = bar * len(report.norms) + 24
+    left = 260
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="10"><text x="4" y="14">{report.side} tower: L1 shift of the norms\' weights</text>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" '
+        f'font-size="10"><text x="4" y="14">{report.side} tower: L1 shift of the norms\' '
+        "weights</text>"
     ]
     for row, norm in enumerate(report.norms):
-        top, length = 24 + bar * row, (width - left - 70) * norm.l1_weight / largest
+        top = 24 + bar * row
+        length = (width - left - 70) * norm.l1_weight / largest
         lines.append(f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">{norm.norm}</text>')
-        lines.append(f'<rect x="{left}" y="{top + 2}" width="{length:.1f}" height="{bar - 4}" fill="#3667a6"/>')
-        lines.append(f'<text x="{left + length + 4:.1f}" y="{top + 10}">{norm.l1_weight:.3g}</text>')
+        lines.append(
+            f'<rect x="{left}" y="{top + 2}" width="{length:.1f}" height="{bar - 4}" '
+            'fill="#3667a6"/>'
+        )
+        lines.append(
+            f'<text x="{left + length + 4:.1f}" y="{top + 10}">{norm.l1_weight:.3g}</text>'
+        )
     return "\n".join([*lines, "</svg>"])
 
 

@@ -1,9 +1,10 @@
-"""Class names and templates of published benchmarks, out of the packages that keep them; none is copied here.
+"""Class names and templates of published benchmarks, out of the packages that keep them; none is
+copied here.
 
-ImageNet and its variants: names and CLIP's templates from open_clip, WordNet ids in their order from timm. All others
-from the JSON files of clip_benchmark, which has templates for all of them, and class names of those whose labels are no
-names (Flowers, Pets, Caltech-101, EuroSAT, SVHN, MNIST, …); images of CIFAR, Food-101, DTD and the like come with
-labels that are names.
+ImageNet and its variants: names and CLIP's templates from open_clip, WordNet ids in their order
+from timm. All others from the JSON files of clip_benchmark, which has templates for all of them,
+and class names of those whose labels are no names (Flowers, Pets, Caltech-101, EuroSAT, SVHN,
+MNIST, …); images of CIFAR, Food-101, DTD and the like come with labels that are names.
 """
 
 import json
@@ -22,8 +23,14 @@ ENSEMBLES = {"clip-7": "SIMPLE_IMAGENET_TEMPLATES", "clip-80": "OPENAI_IMAGENET_
 """CLIP's ensembles (Radford et al. 2021, section 3.1.4), by their names in open_clip."""
 IMAGENETS = {"imagenet1k": False, "imagenetv2": False, "imagenetsketch": False}
 IMAGENETS |= {"imageneta": True, "imagenetr": True, "imageneto": True}
-"""Whether it has a part of ImageNet's classes only; the others are no candidates then, as published."""
-OTHER_NAMES = {"imagenet": "imagenet1k", "flowers102": "flowers", "oxfordpets": "pets", "oxfordiiitpet": "pets"}
+"""Whether it has a part of ImageNet's classes only; the others are no candidates then, as
+published."""
+OTHER_NAMES = {
+    "imagenet": "imagenet1k",
+    "flowers102": "flowers",
+    "oxfordpets": "pets",
+    "oxfordiiitpet": "pets",
+}
 FROM_ONE = ("flowers",)
 """Classes are numbered from 1 where they are published."""
 
@@ -41,7 +48,8 @@ def load_benchmark(name: str) -> Benchmark:
     """`cifar10`, `imagenet-r`, `svhn`, …; case, `-` and `_` do not matter.
 
     Raises:
-        MissingExtraError: the package that keeps it is not installed. OptionError: it knows no such benchmark.
+        MissingExtraError: the package that keeps it is not installed. OptionError: it knows no such
+            benchmark.
     """
     require_type(name, str, "name")
     asked = _plain(name)
@@ -49,14 +57,22 @@ def load_benchmark(name: str) -> Benchmark:
     if key in IMAGENETS:
         return Benchmark(key, _imagenet(IMAGENETS[key]), clip_templates("clip-80"))
     templates = {
-        _plain(known): values for known, values in _clip_benchmark("zeroshot_classification_templates").items()
+        _plain(known): values
+        for known, values in _clip_benchmark("zeroshot_classification_templates").items()
     }
     names = {_plain(known): values for known, values in _clip_benchmark("classnames").items()}
     if key not in templates:
         known = sorted({*templates, *IMAGENETS})
-        raise OptionError(f"data set {name!r} is not known to clip_benchmark: give --class-names{nearest(key, known)}")
-    classes = ClassNames(tuple(names.get(key, ())), key, first=int(key in FROM_ONE))
-    return Benchmark(key, classes, tuple(template.replace("{c}", "{}") for template in templates[key]))
+        raise OptionError(
+            f"data set {name!r} is not known to clip_benchmark: give "
+            f"--class-names{nearest(key, known)}"
+        )
+    classes = ClassNames(names=tuple(names.get(key, ())), origin=key, first=int(key in FROM_ONE))
+    return Benchmark(
+        key,
+        classes,
+        tuple(template.replace("{c}", "{}") for template in templates[key]),
+    )
 
 
 def clip_templates(name: str) -> tuple[str, ...]:
@@ -69,7 +85,12 @@ def _imagenet(part: bool) -> ClassNames:
 
     info: Any = imagenet_info.ImageNetInfo("imagenet-1k")
     synsets = tuple(info.label_names())
-    return ClassNames(tuple(_open_clip().IMAGENET_CLASSNAMES), "ImageNet", synsets, part)
+    return ClassNames(
+        names=tuple(_open_clip().IMAGENET_CLASSNAMES),
+        origin="ImageNet",
+        labels=synsets,
+        present_only=part,
+    )
 
 
 def _open_clip() -> Any:
@@ -82,8 +103,8 @@ def _open_clip() -> Any:
 
 @cache
 def _clip_benchmark(what: str) -> dict[str, list[str]]:
-    """One of its English tables by name of data set; the package itself, which opens all it can measure, is not
-    imported."""
+    """One of its English tables by name of data set; the package itself, which opens all it can
+    measure, is not imported."""
     found = find_spec("clip_benchmark")
     if found is None or not found.submodule_search_locations:
         raise MissingExtraError("clip_benchmark", "zero-shot")

@@ -1,4 +1,5 @@
-"""Compare two runs, or two groups of seeds, on the images of one split: paired differences of recalls."""
+"""Compare two runs, or two groups of seeds, on the images of one split: paired differences of
+recalls."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ STUDENT = "Student's t over seeds and images"
 class MetricDifference:
     """Compare one metric; everything but `p_value` is in per cent or in points.
 
-    `value_a`, `value_b`: the mean over seeds of each side. `difference`: `value_a` less `value_b`, with its 95 %
-    interval `low` to `high`. `chance`: the expected value of a random order.
+    `value_a`, `value_b`: the mean over seeds of each side. `difference`: `value_a` less `value_b`,
+    with its 95 % interval `low` to `high`. `chance`: the expected value of a random order.
     """
 
     metric: str
@@ -57,8 +58,8 @@ class MetricDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class RunComparison:
-    """Hold all metrics of two sides on one split. `method`: how the p-values are computed. `seen_in_training`: runs
-    that trained or chose on the split."""
+    """Hold all metrics of two sides on one split. `method`: how the p-values are computed.
+    `seen_in_training`: runs that trained or chose on the split."""
 
     split: str
     rows: tuple[MetricDifference, ...]
@@ -81,11 +82,12 @@ def compare_runs(
 ) -> RunComparison:
     """Compare two finished runs, or the seeds of two recipes, on a split of a store.
 
-    Every side answers the same queries among the same candidates, so differences are taken image by image, each image
-    with its captions. The 95 % interval of a difference adds the variance over seeds of both sides to that over images
-    (`apecache.metrics.statistics` has the formula; seeds of two recipes are not paired). With one run on each side the
-    p-value is that of a permutation test by sign flips over images; with several it is that of Student's t with the
-    variance of the interval.
+    Every side answers the same queries among the same candidates, so differences are taken image by
+    image, each image with its captions. The 95 % interval of a difference adds the variance over
+    seeds of both sides to that over images (`apecache.metrics.statistics` has the formula; seeds of
+    two recipes are not paired). With one run on each side the p-value is that of a permutation test
+    by sign flips over images; with several it is that of Student's t with the variance of the
+    interval.
 
     Args:
         run_a: a run folder, or those of several seeds of one recipe.
@@ -97,8 +99,10 @@ def compare_runs(
 
     Raises:
         OptionError: no run on a side, one given twice on a side, or a side that mixes recipes.
-        MismatchError: runs of different training tables or splits, or that cannot answer the same queries.
-        RunError, DataError, IncompleteError, DamagedError: as `load_run` and `embed_store` raise them.
+        MismatchError: runs of different training tables or splits, or that cannot answer the same
+            queries.
+        RunError, DataError, IncompleteError, DamagedError: as `load_run` and `embed_store` raise
+            them.
     """
     sides = [_as_paths(run_a), _as_paths(run_b)]
     trainings = {path: recorded_training(path) for paths in sides for path in paths}
@@ -109,7 +113,12 @@ def compare_runs(
     reports: list[RetrievalReport] = []
     answers: dict[Path, RetrievalHits] = {}
     for path in trainings:
-        embedded = embed_store(load_run(path, device), store, split, open_image)
+        embedded = embed_store(
+            load_run(path, device),
+            store=store,
+            split=split,
+            open_image=open_image,
+        )
         reference = reference or embedded
         _require_same_queries(embedded, reference, path)
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
@@ -128,28 +137,45 @@ def compare_runs(
         n_seeds_b=len(hits_b),
         method=SIGN_FLIPS if len(hits_a) == len(hits_b) == 1 else STUDENT,
         seen_in_training=tuple(
-            str(path) for path, training in trainings.items() if was_split_seen(training, store.digest, split)
+            str(path)
+            for path, training in trainings.items()
+            if was_split_seen(training, store.digest, split)
         ),
     )
 
 
 def compare_hits(
-    hits_a: Sequence[RetrievalHits], hits_b: Sequence[RetrievalHits], *, metric: str, chance: float
+    hits_a: Sequence[RetrievalHits],
+    hits_b: Sequence[RetrievalHits],
+    *,
+    metric: str,
+    chance: float,
 ) -> MetricDifference:
-    """Compare one metric of `METRICS` on the answers of both sides, a `RetrievalHits` for each seed."""
+    """Compare one metric of `METRICS` on the answers of both sides, a `RetrievalHits` for each
+    seed."""
     terms = METRICS[metric]
     values_a = [hits.value(terms) for hits in hits_a]
     values_b = [hits.value(terms) for hits in hits_b]
     difference = fmean(values_a) - fmean(values_b)
-    influence = _mean_over_seeds(hits_a, terms, "influence") - _mean_over_seeds(hits_b, terms, "influence")
+    influence = _mean_over_seeds(hits_a, terms, "influence") - _mean_over_seeds(
+        hits_b,
+        terms,
+        "influence",
+    )
     n_images = len(influence)
     of_images = max(variance_over_images(influence), smallest_variance(n_images))
-    of_seeds = [(variance(v) / len(v) if len(v) > 1 else 0.0, len(v) - 1) for v in (values_a, values_b)]
+    of_seeds = [
+        (variance(v) / len(v) if len(v) > 1 else 0.0, len(v) - 1) for v in (values_a, values_b)
+    ]
     squared_error = of_images + sum(part for part, _ in of_seeds)
     degrees = satterthwaite([*of_seeds, (of_images, n_images - 1)])
     half = student_quantile(degrees) * squared_error**0.5
     if len(hits_a) == len(hits_b) == 1:
-        shares = _mean_over_seeds(hits_a, terms, "shares") - _mean_over_seeds(hits_b, terms, "shares")
+        shares = _mean_over_seeds(hits_a, terms, "shares") - _mean_over_seeds(
+            hits_b,
+            terms,
+            "shares",
+        )
         p_value = sign_flip_p_value(shares)
     else:
         p_value = student_p_value(difference, squared_error, degrees)
@@ -166,9 +192,13 @@ def compare_hits(
 
 
 def was_split_seen(training: Mapping[str, Any], data: str, split: str | None) -> bool:
-    """Return whether a run trained, or chose its epoch, on this split of the table with the digest `data`."""
+    """Return whether a run trained, or chose its epoch, on this split of the table with the digest
+    `data`."""
     splits = training.get("splits") or {}
-    return training.get("data") == data and split in (splits.get("train") or "train", splits.get("dev"))
+    return training.get("data") == data and split in (
+        splits.get("train") or "train",
+        splits.get("dev"),
+    )
 
 
 def _mean_over_seeds(runs: Sequence[RetrievalHits], terms: Sequence[Term], measure: str) -> Any:
@@ -182,18 +212,28 @@ def _chance(report: RetrievalReport, terms: Sequence[Term]) -> float:
 def _as_paths(runs: Path | Sequence[Path]) -> list[Path]:
     paths = [runs] if isinstance(runs, Path) else list(runs)
     if not paths:
-        raise OptionError("a side of the comparison has no run; give one run or several seeds for each side")
+        raise OptionError(
+            "a side of the comparison has no run; give one run or several seeds for each side"
+        )
     return paths
 
 
-def _require_seeds_of_one_recipe(paths: Sequence[Path], trainings: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Refuse a group whose runs differ in more than their seed: their spread would not be that over seeds."""
+def _require_seeds_of_one_recipe(
+    paths: Sequence[Path],
+    trainings: Mapping[Path, Mapping[str, Any]],
+) -> None:
+    """Refuse a group whose runs differ in more than their seed: their spread would not be that over
+    seeds."""
     if len(paths) < 2:
         return
     seeds = [trainings[path].get("seed") for path in paths]
     if None in seeds or len(set(seeds)) < len(seeds):
-        shown = ", ".join(f"{path} has seed {seed}" for path, seed in zip(paths, seeds, strict=True))
-        raise OptionError(f"the runs of one side must be different seeds ({shown}); give each seed once")
+        shown = ", ".join(
+            f"{path} has seed {seed}" for path, seed in zip(paths, seeds, strict=True)
+        )
+        raise OptionError(
+            f"the runs of one side must be different seeds ({shown}); give each seed once"
+        )
     for path in paths[1:]:
         for what in ("recipe", "encoders"):
             if _recorded(paths[0], trainings, what) != _recorded(path, trainings, what):
@@ -205,7 +245,10 @@ def _require_seeds_of_one_recipe(paths: Sequence[Path], trainings: Mapping[Path,
 
 def _recorded(path: Path, trainings: Mapping[Path, Mapping[str, Any]], what: str) -> Any:
     if what == "encoders":
-        return [recorded_fingerprint(path, "image").digest, recorded_fingerprint(path, "text").digest]
+        return [
+            recorded_fingerprint(path, "image").digest,
+            recorded_fingerprint(path, "text").digest,
+        ]
     return trainings[path].get(what)
 
 
@@ -217,10 +260,12 @@ def _require_same_data(trainings: Mapping[Path, Mapping[str, Any]]) -> None:
     first, *others = known
     for path in others:
         for field, words in (("data", "tables"), ("splits", "splits")):
-            here, there = known[path].get(field), known[first].get(field)
+            here = known[path].get(field)
+            there = known[first].get(field)
             if here != there:
                 raise MismatchError(
-                    f"{first} and {path} were trained on different {words}, so a difference is not that of the "
+                    f"{first} and {path} were trained on different {words}, so a difference is "
+                    "not that of the "
                     "recipes; fit both on one store with the same split options",
                     [(field, here, there)],
                 )
@@ -231,7 +276,9 @@ def _require_same_queries(embedded: Embeddings, reference: Embeddings, path: Pat
     same_texts = np.array_equal(embedded.text_rows, reference.text_rows)
     if not (same_images and same_texts):
         raise MismatchError(
-            f"{path} can embed {len(embedded.image_rows)} images and {len(embedded.text_rows)} captions of the split, "
-            f"the first run {len(reference.image_rows)} and {len(reference.text_rows)}, or other ones; "
+            f"{path} can embed {len(embedded.image_rows)} images and {len(embedded.text_rows)} "
+            "captions of the split, "
+            f"the first run {len(reference.image_rows)} and {len(reference.text_rows)}, or other "
+            "ones; "
             "a paired comparison needs the same: repair the store with apecache repair"
         )

@@ -1,4 +1,5 @@
-"""Images or texts with labels and their features by a run's own encoder, encoded once and kept beside the run."""
+"""Images or texts with labels and their features by a run's own encoder, encoded once and kept
+beside the run."""
 
 import os
 from collections.abc import Iterator
@@ -36,8 +37,9 @@ READERS = 4
 
 @dataclass(frozen=True)
 class LabelledSpec:
-    """`labels`: images with labels, or captions whose label is that of their pair. `caches`: where their features are
-    kept for the next time. `splits`: only what is in these. `encoder`: that of the modality, if it has moved."""
+    """`labels`: images with labels, or captions whose label is that of their pair. `caches`: where
+    their features are kept for the next time. `splits`: only what is in these. `encoder`: that of
+    the modality, if it has moved."""
 
     labels: PairSource
     caches: AnyPath
@@ -48,10 +50,10 @@ class LabelledSpec:
     modality: Modality = "image"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelledEmbeddings:
-    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each. `left_out`: how many
-    could not."""
+    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each.
+    `left_out`: how many could not."""
 
     embedded: Tensor
     labels: list[str]
@@ -59,32 +61,45 @@ class LabelledEmbeddings:
     left_out: LeftOut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelledFeatures(LabelledEmbeddings):
-    """And `features` [n, dim] of the same, as the encoder gives them before any training (of tokens their mean)."""
+    """And `features` [n, dim] of the same, as the encoder gives them before any training (of tokens
+    their mean)."""
 
     features: Tensor
 
 
-def labelled_images(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledEmbeddings:
-    """Every image is encoded once: by an image tower that was trained, or else into the cache of the frozen encoder.
+def labelled_images(
+    run: Run,
+    spec: LabelledSpec,
+    progress: Progress = lambda *_: None,
+) -> LabelledEmbeddings:
+    """Every image is encoded once: by an image tower that was trained, or else into the cache of
+    the frozen encoder.
 
     Raises:
         BadRowsError: more than `max_bad` of the images cannot be read. Else as `labelled_features`.
     """
     if isinstance(run.image, TrainedTower):
-        return _by_tower(run.image, _labelled(spec), spec.max_bad, progress)
+        return _by_tower(run.image, source=_labelled(spec), max_bad=spec.max_bad, progress=progress)
     return labelled_features(run, spec, progress)
 
 
-def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda *_: None) -> LabelledFeatures:
-    """Of images, or of texts. By a tower that was trained they are encoded twice, for the features before it.
+def labelled_features(
+    run: Run,
+    spec: LabelledSpec,
+    progress: Progress = lambda *_: None,
+) -> LabelledFeatures:
+    """Of images, or of texts. By a tower that was trained they are encoded twice, for the features
+    before it.
 
     Raises:
-        ManifestError: no such split, or a row without a label. MismatchError: an encoder that is not the run's.
+        ManifestError: no such split, or a row without a label. MismatchError: an encoder that is
+            not the run's.
         DataError: no image or text that can be read.
     """
-    source, side = _labelled(spec), getattr(run, spec.modality)
+    source = _labelled(spec)
+    side = getattr(run, spec.modality)
     named = spec.encoder or spec_from_json(side.encoder)
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
     encoder = load(named, spec.device)  # compared before the cache is filled with its features
@@ -92,13 +107,19 @@ def labelled_features(run: Run, spec: LabelledSpec, progress: Progress = lambda 
     name = digest_strings([source.digest, source.media.place])[:16]  # another root has other files
     with _cache_folder(as_path(spec.caches, "caches"), name) as path:
         image, text = (named, None) if spec.modality == "image" else (None, named)
-        extract(source, path, ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad), progress)
-        return _embedded(run, spec, source, FeatureStore.open(path))
+        extract(
+            source,
+            path,
+            ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad),
+            progress,
+        )
+        return _embedded(run, spec=spec, source=source, store=FeatureStore.open(path))
 
 
 @contextmanager
 def _cache_folder(caches: Path, name: str) -> Iterator[Path]:
-    """The features' folder in `caches`, or a temporary one where nothing can be written beside the run.
+    """The features' folder in `caches`, or a temporary one where nothing can be written beside the
+    run.
 
     Features that are there already are read in place, also from a read-only file system.
     """
@@ -117,41 +138,81 @@ def is_writable(folder: Path) -> bool:
     return os.access(existing, os.W_OK | os.X_OK)
 
 
-def _embedded(run: Run, spec: LabelledSpec, source: PairSource, store: FeatureStore) -> LabelledFeatures:
+def _embedded(
+    run: Run,
+    spec: LabelledSpec,
+    source: PairSource,
+    store: FeatureStore,
+) -> LabelledFeatures:
     side = getattr(run, spec.modality)
     array = find_features(side, store, spec.modality)
     rows = np.flatnonzero(array.load_ok())
     if not len(rows):
-        raise DataError(f"{store.source['origin']}: none of its {array.rows} {spec.modality}s could be read")
+        raise DataError(
+            f"{store.source['origin']}: none of its {array.rows} {spec.modality}s could be read"
+        )
     owners = rows if spec.modality == "image" else store.pairs.image_rows[rows]
-    labels, splits = ([str(column[row]) for row in owners] for column in (store.pairs.labels, store.pairs.splits))
-    embedded = embed_rows(side, store, spec.modality, rows, lambda key: load_image(key, source.media).image)
+    labels, splits = (
+        [str(column[row]) for row in owners] for column in (store.pairs.labels, store.pairs.splits)
+    )
+    embedded = embed_rows(
+        side,
+        store=store,
+        modality=spec.modality,
+        rows=rows,
+        open_image=lambda key: load_image(key, source.media).image,
+    )
     n_unreadable = array.rows - len(rows)
-    counted = {"unreadable_images" if spec.modality == "image" else "unreadable_texts": n_unreadable}
-    return LabelledFeatures(embedded, labels, splits, LeftOut(**counted), features=_pooled(array, rows))
+    counted = {
+        "unreadable_images" if spec.modality == "image" else "unreadable_texts": n_unreadable
+    }
+    return LabelledFeatures(
+        embedded=embedded,
+        labels=labels,
+        splits=splits,
+        left_out=LeftOut(**counted),
+        features=_pooled(array, rows),
+    )
 
 
-def _by_tower(tower: TrainedTower, source: PairSource, max_bad: float, progress: Progress) -> LabelledEmbeddings:
-    parts, good, bad = list[Tensor](), list[Pair](), list[RowError]()
+def _by_tower(
+    tower: TrainedTower,
+    source: PairSource,
+    max_bad: float,
+    progress: Progress,
+) -> LabelledEmbeddings:
+    parts = list[Tensor]()
+    good = list[Pair]()
+    bad = list[RowError]()
     for begin in range(0, len(source), BATCH):
         pairs = source.pairs[begin : begin + BATCH]
         with ThreadPoolExecutor(READERS) as pool:
             read = list(pool.map(lambda pair: _read(pair.key, source), pairs))
         images = [image for image in read if not isinstance(image, RowError)]
         bad += [error for error in read if isinstance(error, RowError)]
-        good += [pair for pair, image in zip(pairs, read, strict=True) if not isinstance(image, RowError)]
+        good += [
+            pair for pair, image in zip(pairs, read, strict=True) if not isinstance(image, RowError)
+        ]
         parts.append(tower.embed(images))
-        progress(Standing("image", begin + len(pairs), len(source), len(bad)))
+        progress(
+            Standing(modality="image", done=begin + len(pairs), rows=len(source), n_bad=len(bad))
+        )
     if len(bad) > max_bad * len(source):
         raise BadRowsError(
-            f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, or accept with "
+            f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, "
+            "or accept with "
             "--max-bad"
         )
     if not good:
         raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
     labels = [pair.label for pair in good]
     splits = [pair.split for pair in good]
-    return LabelledEmbeddings(torch.cat(parts), labels, splits, LeftOut(unreadable_images=len(bad)))
+    return LabelledEmbeddings(
+        embedded=torch.cat(parts),
+        labels=labels,
+        splits=splits,
+        left_out=LeftOut(unreadable_images=len(bad)),
+    )
 
 
 def _read(key: str, source: PairSource) -> Image.Image | RowError:
@@ -162,12 +223,14 @@ def _read(key: str, source: PairSource) -> Image.Image | RowError:
 
 
 def wanted_labels(spec: LabelledSpec) -> list[str]:
-    """Of every image or text that is asked for, readable or not. Raises ManifestError as `labelled_features` does."""
+    """Of every image or text that is asked for, readable or not. Raises ManifestError as
+    `labelled_features` does."""
     return [pair.label for pair in _labelled(spec)]
 
 
 def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
-    features, lengths = torch.from_numpy(array.load()[rows]), load_lengths(array)
+    features = torch.from_numpy(array.load()[rows])
+    lengths = load_lengths(array)
     if features.ndim == 2:
         return features
     mask = None if lengths is None else mask_of(lengths[torch.from_numpy(rows)], features)
@@ -177,11 +240,14 @@ def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
 def _labelled(spec: LabelledSpec) -> PairSource:
     """All images of the splits, their captions put aside, or texts of the splits."""
     require_type(spec.labels, PairSource, "labels")
-    source, there = spec.labels, {pair.split for pair in spec.labels}
+    source = spec.labels
+    there = {pair.split for pair in spec.labels}
     for split in spec.splits:
         if split not in there:
             found = ", ".join(sorted(name or "(none)" for name in there))
-            raise ManifestError(f"{source.origin}: no split {split!r}; found: {found}{nearest(split, there)}")
+            raise ManifestError(
+                f"{source.origin}: no split {split!r}; found: {found}{nearest(split, there)}"
+            )
     pairs = [pair for pair in source if not spec.splits or pair.split in spec.splits]
     unlabelled = next((pair.key for pair in pairs if not pair.label.strip()), None)
     if unlabelled is not None:
@@ -189,4 +255,9 @@ def _labelled(spec: LabelledSpec) -> PairSource:
         raise ManifestError(f"{source.origin}: {what} {unlabelled} has no label")
     if spec.modality == "text":
         return replace(source, pairs=tuple(pairs))
-    return replace(source, pairs=tuple(Pair(p.key, (), (), p.split, p.label) for p in pairs))
+    return replace(
+        source,
+        pairs=tuple(
+            Pair(key=p.key, captions=(), languages=(), split=p.split, label=p.label) for p in pairs
+        ),
+    )

@@ -7,7 +7,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "unreadable_images": ("image that could not be read", "images that could not be read"),
     "uncaptioned_images": ("image without a usable caption", "images without a usable caption"),
     "empty_captions": ("caption that is empty", "captions that are empty"),
-    "unusable_captions": ("caption that could not be encoded", "captions that could not be encoded"),
+    "unusable_captions": (
+        "caption that could not be encoded",
+        "captions that could not be encoded",
+    ),
     "captions_without_features": ("caption without features", "captions without features"),
     "captions_of_unreadable_images": (
         "caption of an image that could not be read",
@@ -40,7 +43,10 @@ class LeftOut:
         return sum(asdict(self).values())
 
     def __str__(self) -> str:
-        """`left out: 3 images that could not be read, 2 captions that are empty`; empty where nothing is."""
+        """`left out: 3 images that could not be read, 2 captions that are empty`; empty where
+        nothing is."""
         counts = [(WORDS[name], count) for name, count in asdict(self).items() if count]
-        reasons = [f"{count:,} {one if count == 1 else several}" for (one, several), count in counts]
+        reasons = [
+            f"{count:,} {one if count == 1 else several}" for (one, several), count in counts
+        ]
         return f"left out: {', '.join(reasons)}" if reasons else ""

@@ -1,4 +1,5 @@
-"""Zero-shot classification: class names through prompt templates, images by the run's own encoder."""
+"""Zero-shot classification: class names through prompt templates, images by the run's own
+encoder."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ N_CONFUSIONS = 10
 
 @dataclass(frozen=True)
 class ZeroShotSpec:
-    """`images`: what to classify. `text`: a text encoder that has moved, in place of the one that the run names.
-    `names`: of the classes; without it the labels are the names."""
+    """`images`: what to classify. `text`: a text encoder that has moved, in place of the one that
+    the run names. `names`: of the classes; without it the labels are the names."""
 
     images: LabelledSpec
     templates: tuple[str, ...] = TEMPLATES
@@ -34,13 +35,15 @@ class ZeroShotSpec:
     names: ClassNames | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ZeroShotReport:
-    """Accuracies in per cent; `mean_per_class` is the mean, over classes that have images, of their top-1 recall.
+    """Accuracies in per cent; `mean_per_class` is the mean, over classes that have images, of their
+    top-1 recall.
 
-    `classes`: all candidates; `counts`: images of each; `empty`: those without any, which make the task no easier.
-    `confusions`: class, what it was taken for, and how often; the most frequent first. `matched`: how labels were
-    matched with classes. `left_out`: images that were asked for and could not be read.
+    `classes`: all candidates; `counts`: images of each; `empty`: those without any, which make the
+    task no easier. `confusions`: class, what it was taken for, and how often; the most frequent
+    first. `matched`: how labels were matched with classes. `left_out`: images that were asked for
+    and could not be read.
     """
 
     top1: float
@@ -63,8 +66,10 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
     """Classify labelled images by their nearest class name.
 
     Raises:
-        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is not the run's.
-        OptionError: a template without {}, or a label that stands for no class. DataError: no image that can be read.
+        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is
+            not the run's.
+        OptionError: a template without {}, or a label that stands for no class. DataError: no image
+            that can be read.
     """
     require_type(run, (TrainedHeads, TrainedEncoders), "run")
     require_type(spec, ZeroShotSpec, "spec")
@@ -75,50 +80,79 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
     found = labelled_images(run, spec.images, progress)  # after both encoders were compared
     weights = class_embeddings(embed_texts, classes.names, templates).to(found.embedded.device)
     targets = [classes.place[label] for label in found.labels]
-    report = classification_report(found.embedded @ weights.T, targets, classes.names, templates)
+    report = classification_report(
+        found.embedded @ weights.T,
+        targets=targets,
+        classes=classes.names,
+        templates=templates,
+    )
     return replace(report, matched=classes.matched, left_out=found.left_out)
 
 
-def class_embeddings(embed_texts: Embed, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """float32 [n_classes, dim]: the normalised mean over templates of each class's normalised embeddings."""
-    texts = [template.replace("{}", name.replace("_", " ")) for name in classes for template in templates]
+def class_embeddings(
+    embed_texts: Embed,
+    classes: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor:
+    """float32 [n_classes, dim]: the normalised mean over templates of each class's normalised
+    embeddings."""
+    texts = [
+        template.replace("{}", name.replace("_", " ")) for name in classes for template in templates
+    ]
     embedded = embed_texts(texts).view(len(classes), len(templates), -1)
     return normalize(embedded.mean(1), dim=-1)
 
 
 def classification_report(
-    scores: Tensor, targets: Sequence[int], classes: tuple[str, ...], templates: tuple[str, ...] = TEMPLATES
+    scores: Tensor,
+    targets: Sequence[int],
+    classes: tuple[str, ...],
+    templates: tuple[str, ...] = TEMPLATES,
 ) -> ZeroShotReport:
-    """From scores [n_images, n_classes]; a wrong class that scores as high as the right one ranks before it."""
+    """From scores [n_images, n_classes]; a wrong class that scores as high as the right one ranks
+    before it."""
     target = torch.tensor(targets, device=scores.device)
     own = scores.gather(1, target.unsqueeze(1))
     ranks = (scores >= own - TIE).sum(1) - 1
     hit = (ranks < 1).double()
     n_classes = len(classes)
-    per_class = torch.zeros(n_classes, dtype=torch.double, device=scores.device).index_add_(0, target, hit)
+    per_class = torch.zeros(n_classes, dtype=torch.double, device=scores.device).index_add_(
+        0,
+        target,
+        hit,
+    )
     counts = torch.bincount(target, minlength=n_classes)
     present = counts > 0
     return ZeroShotReport(
-        100 * float(hit.mean()),
-        100 * float((ranks < 5).double().mean()),
-        100 * float((per_class[present] / counts[present]).mean()),
-        len(target),
-        n_classes,
-        100 / n_classes,
-        100 * min(1.0, 5 / n_classes),
-        templates,
-        classes,
-        tuple(counts.tolist()),
-        tuple(name for name, count in zip(classes, counts.tolist(), strict=True) if not count),
-        confusions(scores, target, classes),
+        top1=100 * float(hit.mean()),
+        top5=100 * float((ranks < 5).double().mean()),
+        mean_per_class=100 * float((per_class[present] / counts[present]).mean()),
+        n_images=len(target),
+        n_classes=n_classes,
+        chance_top1=100 / n_classes,
+        chance_top5=100 * min(1.0, 5 / n_classes),
+        templates=templates,
+        classes=classes,
+        counts=tuple(counts.tolist()),
+        empty=tuple(
+            name for name, count in zip(classes, counts.tolist(), strict=True) if not count
+        ),
+        confusions=confusions(scores, target, classes),
     )
 
 
-def confusions(scores: Tensor, target: Tensor, classes: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
-    """The most frequent pairs of a class and of the wrong one that scored highest; of equal ones the first."""
+def confusions(
+    scores: Tensor,
+    target: Tensor,
+    classes: Sequence[str],
+) -> tuple[tuple[str, str, int], ...]:
+    """The most frequent pairs of a class and of the wrong one that scored highest; of equal ones
+    the first."""
     others = scores.scatter(1, target.unsqueeze(1), -torch.inf)
     own = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-    wrong = others.amax(1) >= own if len(classes) > 1 else torch.zeros_like(target, dtype=torch.bool)
+    wrong = (
+        others.amax(1) >= own if len(classes) > 1 else torch.zeros_like(target, dtype=torch.bool)
+    )
     pairs = Counter(zip(target[wrong].tolist(), others[wrong].argmax(1).tolist(), strict=True))
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:N_CONFUSIONS]
     return tuple((classes[truth], classes[taken], count) for (truth, taken), count in ordered)

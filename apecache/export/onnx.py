@@ -1,4 +1,5 @@
-"""Heads as ONNX graphs. The only module that exports to ONNX; the extra `onnx` has what it needs."""
+"""Heads as ONNX graphs. The only module that exports to ONNX; the extra `onnx` has what it
+needs."""
 
 import logging
 import warnings
@@ -33,9 +34,9 @@ class _Graph(nn.Module):
 def export_onnx(heads: TrainedHeads, out: Path) -> list[str]:
     """`image.onnx`, `text.onnx` (opset 18) and `heads.json`. Returns the names of the files.
 
-    Inputs: `features` float32 [rows, in_dim], or for heads on tokens [rows, tokens, in_dim] and `mask` bool [rows,
-    tokens], true where there is a token. Output: `embeddings` float32 [rows, out_dim], L2-normalised. Rows are free;
-    so are tokens.
+    Inputs: `features` float32 [rows, in_dim], or for heads on tokens [rows, tokens, in_dim] and
+    `mask` bool [rows, tokens], true where there is a token. Output: `embeddings` float32 [rows,
+    out_dim], L2-normalised. Rows are free; so are tokens.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -50,10 +51,14 @@ def export_onnx(heads: TrainedHeads, out: Path) -> list[str]:
 def _export(head: Head, path: Path) -> None:
     rows = torch.export.Dim.DYNAMIC
     if head.spec.cut == "tokens":
-        inputs: tuple[Tensor, ...] = (torch.zeros(3, 5, head.in_dim), torch.ones(3, 5, dtype=torch.bool))
+        inputs: tuple[Tensor, ...] = (
+            torch.zeros(3, 5, head.in_dim),
+            torch.ones(3, 5, dtype=torch.bool),
+        )
         shapes: tuple[Any, ...] = ({0: rows, 1: rows}, {0: rows, 1: rows})
     else:
-        inputs, shapes = (torch.zeros(3, head.in_dim),), ({0: rows},)
+        inputs = (torch.zeros(3, head.in_dim),)
+        shapes = ({0: rows},)
     names = ["features", "mask"][: len(inputs)]
     with _quiet():
         program: Any = torch.onnx.export(

@@ -1,4 +1,5 @@
-"""The text side of a run as a sentence-transformers folder: encoder, pooling, the head as one Dense layer, norm."""
+"""The text side of a run as a sentence-transformers folder: encoder, pooling, the head as one Dense
+layer, norm."""
 
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,23 @@ POOLINGS = ("default", "mean", "cls", "max")
 """Those that sentence-transformers has under the same names; `default` is one of them."""
 
 
-def export_sentence_transformers(heads: TrainedHeads, out: Path, text: EncoderSpec | None = None) -> list[str]:
-    """A folder whose `SentenceTransformer(folder).encode` gives the run's text embeddings. Returns the names in it.
+def export_sentence_transformers(
+    heads: TrainedHeads,
+    out: Path,
+    text: EncoderSpec | None = None,
+) -> list[str]:
+    """A folder whose `SentenceTransformer(folder).encode` gives the run's text embeddings. Returns
+    the names in it.
 
-    Heads of kind `linear` and `identity` can be one Dense layer (standardisation included); others cannot. Encoders:
-    `hf:` with mean, CLS or max pooling of the model's output, and `st:`. `text`: the encoder's new place, if it moved.
+    Heads of kind `linear` and `identity` can be one Dense layer (standardisation included); others
+    cannot. Encoders: `hf:` with mean, CLS or max pooling of the model's output, and `st:`. `text`:
+    the encoder's new place, if it moved.
 
     Raises:
-        RunError: another kind of head or encoder. EncoderError: the encoder cannot be had. MismatchError: it is not
-        the one that the head was trained on. MissingExtraError: sentence-transformers is not installed.
+        RunError: another kind of head or encoder. EncoderError: the encoder cannot be had.
+            MismatchError: it is not
+        the one that the head was trained on. MissingExtraError: sentence-transformers is not
+            installed.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -44,7 +53,11 @@ def export_sentence_transformers(heads: TrainedHeads, out: Path, text: EncoderSp
     loaded: Any = encoder.module
     modules = list(loaded) if spec.library == "st" else _transformer(encoder)
     prompts = _prompts(spec, loaded)
-    model = SentenceTransformer(modules=[*modules, _dense(head), Normalize()], device="cpu", **prompts)
+    model = SentenceTransformer(
+        modules=[*modules, _dense(head), Normalize()],
+        device="cpu",
+        **prompts,
+    )
     if spec.library == "st":
         model.max_seq_length = encoder.max_tokens
     model.save(str(out), create_model_card=False)
@@ -55,7 +68,8 @@ def export_sentence_transformers(heads: TrainedHeads, out: Path, text: EncoderSp
 def _require_affine(head: Head) -> PooledHead:
     if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "identity"):
         raise RunError(
-            f"the text head is of kind {head.spec.kind}; a sentence-transformers folder can hold linear and identity "
+            f"the text head is of kind {head.spec.kind}; a sentence-transformers folder can hold "
+            "linear and identity "
             "heads: export others with --onnx or --safetensors"
         )
     return head
@@ -66,8 +80,10 @@ def _require_cut(spec: EncoderSpec) -> None:
         return
     if spec.library != "hf" or spec.layer is not None or spec.pooling not in POOLINGS:
         raise RunError(
-            f"text encoder {spec} with pooling {spec.pooling}, layer {spec.layer}: a sentence-transformers folder can "
-            "hold st: encoders, and hf: encoders with mean, cls or max pooling of their output; export with --onnx"
+            f"text encoder {spec} with pooling {spec.pooling}, layer {spec.layer}: a "
+            "sentence-transformers folder can "
+            "hold st: encoders, and hf: encoders with mean, cls or max pooling of their output; "
+            "export with --onnx"
         )
 
 
@@ -75,7 +91,8 @@ def _transformer(encoder: TextEncoder) -> list[nn.Module]:
     """Pooling as the encoder resolved it, which its fingerprint says."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    spec, described = encoder.spec, encoder.fingerprint.fields["inputs"]
+    spec = encoder.spec
+    described = encoder.fingerprint.fields["inputs"]
     revision = {"revision": spec.revision} if spec.revision else {}
     inner: Any = Transformer(
         str(spec.folder or spec.name),

@@ -1,4 +1,5 @@
-"""Is what is committed still what the inputs and the encoder give? Asked before rows are added to it."""
+"""Is what is committed still what the inputs and the encoder give? Asked before rows are added to
+it."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,7 +19,8 @@ from apecache.store.quantize import quantise, restore
 from apecache.store.reader import FeatureStore
 from apecache.store.records import CommitRecord, is_commit, read_commit
 
-RECHECKED_ROWS, RECHECK_COSINE = 16, 0.9999
+RECHECKED_ROWS = 16
+RECHECK_COSINE = 0.9999
 
 
 class _FirstCommit(FeatureArray):
@@ -32,14 +34,15 @@ class _FirstCommit(FeatureArray):
 
 
 def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
-    """Encode a few committed rows of the job's target `place` again, if there are any: a library update between two
-    runs, or another one on the next node, can change pixels or kernels.
+    """Encode a few committed rows of the job's target `place` again, if there are any: a library
+    update between two runs, or another one on the next node, can change pixels or kernels.
 
     Raises:
-        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot be read any more.
+        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot
+            be read any more.
     """
     record = job.targets[place].record
-    array = _FirstCommit(files, record)
+    array = _FirstCommit(files=files, record=record)
     if not array.commits:
         return
     (shard,) = array.commits
@@ -47,14 +50,20 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
     if not rows:
         return
-    stored = array.load_shard(shard)[[row - first for row in rows]].astype(np.float32).reshape(len(rows), -1)
+    stored = (
+        array.load_shard(shard)[[row - first for row in rows]]
+        .astype(np.float32)
+        .reshape(len(rows), -1)
+    )
     fresh = _as_stored(_encode_rows(job, place, rows), record.layout).reshape(len(rows), -1)
     norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
     cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
     if cosine < RECHECK_COSINE:
         raise MismatchError(
-            f"{record.modality} features that are committed come out otherwise now (cosine {cosine:.5f}): a "
-            "library, the device or an input changed; use the versions in apecache info --json, or a new --store"
+            f"{record.modality} features that are committed come out otherwise now (cosine "
+            f"{cosine:.5f}): a "
+            "library, the device or an input changed; use the versions in apecache info --json, "
+            "or a new --store"
         )
 
 
@@ -71,11 +80,13 @@ def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArra
     """Float32 [n, *row_shape of the array] by one target alone."""
     if isinstance(job, TextJob):
         return _encode_texts(job.targets[place], [job.source.captions[row] for row in rows])
-    alone = ImageJob(job.source, (job.targets[place],), 1, job.views)
+    alone = ImageJob(source=job.source, targets=(job.targets[place],), workers=1, views=job.views)
     try:
         (views,) = zip(*(alone.preprocess(alone.load(job.key(row))) for row in rows), strict=True)
     except RowError as error:
-        raise MismatchError(f"an image that is committed cannot be read any more: {error.detail}") from None
+        raise MismatchError(
+            f"an image that is committed cannot be read any more: {error.detail}"
+        ) from None
     pixels = torch.stack(views)
     found = [job.targets[place].encoder.encode(pixels[:, view]) for view in range(pixels.shape[1])]
     encoded: NDArray[np.float32] = (torch.stack(found, 1) if job.views else found[0]).numpy()
@@ -100,12 +111,15 @@ def require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
         MismatchError: some have other bytes than when they were encoded.
     """
     for target in job.targets:
-        recorded = FeatureArray(store.files, target.record).content()
-        changed = [row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest]
+        recorded = FeatureArray(files=store.files, record=target.record).content()
+        changed = [
+            row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest
+        ]
         if changed:
             keys = ", ".join(job.key(row) for row in changed[:3])
             raise MismatchError(
-                f"{len(changed)} of {len(recorded)} {target.record.modality} rows are not what was encoded ({keys}); "
+                f"{len(changed)} of {len(recorded)} {target.record.modality} rows are not what "
+                f"was encoded ({keys}); "
                 "bring the old files back, or make a new --store"
             )
 

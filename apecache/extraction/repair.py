@@ -1,8 +1,9 @@
 """Repair: exactly what is damaged is made again, by the ordinary extraction.
 
-A damaged shard is un-committed durably (seal first, then its record), so that a repair that is itself interrupted
-leaves an incomplete store, never a wrong one; then the pending shards are encoded as always. Zarr's metadata is
-written again from the records, the pair table from the user's table.
+A damaged shard is un-committed durably (seal first, then its record), so that a repair that is
+itself interrupted leaves an incomplete store, never a wrong one; then the pending shards are
+encoded as always. Zarr's metadata is written again from the records, the pair table from the user's
+table.
 """
 
 import contextlib
@@ -41,13 +42,21 @@ from apecache.store.maintenance import (
 )
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record
-from apecache.store.verify import Problem, VerifyReport, array_names, begun_segments, verify_files, verify_segment
+from apecache.store.verify import (
+    Problem,
+    VerifyReport,
+    array_names,
+    begun_segments,
+    verify_files,
+    verify_segment,
+)
 from apecache.store.writer import create_store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RepairReport:
-    """`shards`: per array the shards that were encoded again. `objects`: other objects that were written again."""
+    """`shards`: per array the shards that were encoded again. `objects`: other objects that were
+    written again."""
 
     store: str | Path
     shards: dict[str, tuple[int, ...]]
@@ -60,18 +69,24 @@ class RepairReport:
 
 
 def repair(
-    store: str | Path, source: PairSource, spec: ExtractSpec | None = None, progress: Progress = lambda *_: None
+    store: str | Path,
+    source: PairSource,
+    spec: ExtractSpec | None = None,
+    progress: Progress = lambda *_: None,
 ) -> RepairReport:
     """Verify a store, make what is damaged again, and verify it once more.
 
-    Shards that an interrupted repair (or a killed extraction) has left without a record are encoded as well.
+    Shards that an interrupted repair (or a killed extraction) has left without a record are encoded
+    as well.
 
     Args:
         source: what the store was made from, opened with the same options.
-        spec: device, workers, and encoders that have moved (`image`, `text`); everything else is taken from the store.
+        spec: device, workers, and encoders that have moved (`image`, `text`); everything else is
+            taken from the store.
 
     Raises:
-        StoreError: no store; or an array's fingerprint and its copy are lost, so that nobody knows what it was.
+        StoreError: no store; or an array's fingerprint and its copy are lost, so that nobody knows
+            what it was.
         MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
     """
     spec = spec or ExtractSpec()
@@ -85,11 +100,17 @@ def repair(
         again, rewritten = _repair_segment(segment, spec, progress)
         shards |= {_below(segment.folder, array): damaged for array, damaged in again.items()}
         objects += [_below(segment.folder, name) for name in rewritten]
-    return RepairReport(files.place, shards, tuple(objects), verify_files(files))
+    return RepairReport(
+        store=files.place,
+        shards=shards,
+        objects=tuple(objects),
+        after=verify_files(files),
+    )
 
 
 def _mend_fingerprints(store: Files) -> list[str]:
-    """Lost fingerprints of all segments, from their copy: without them nothing else of an array can be verified."""
+    """Lost fingerprints of all segments, from their copy: without them nothing else of an array can
+    be verified."""
     mended = []
     for folder in ("", *begun_segments(store)):
         files = store.child(folder)
@@ -108,9 +129,11 @@ def _below(folder: str, name: str) -> str:
 
 
 def _mend_sources(source: PairSource, store: Files) -> list[str]:
-    """Lost claims to the table, so that it can be divided into segments; returns those that were written again. How
-    many images a segment has, its image features still know; the last one has the rest."""
-    first, mended = 0, list[str]()
+    """Lost claims to the table, so that it can be divided into segments; returns those that were
+    written again. How many images a segment has, its image features still know; the last one has
+    the rest."""
+    first = 0
+    mended = list[str]()
     recorded = {f"{SEGMENTS}/{name.removesuffix('.json')}" for name in store.list(SEGMENT_RECORDS)}
     segments = sorted({*begun_segments(store), *recorded})
     for folder in ("", *segments):
@@ -123,7 +146,10 @@ def _mend_sources(source: PairSource, store: Files) -> list[str]:
             restore_source(files, pair_columns(part), part.media.place)
             mended.append(_below(folder, SOURCE))
         first += count
-    return mended + restore_segment_records(store, [folder.rpartition("/")[2] for folder in segments])
+    return mended + restore_segment_records(
+        store,
+        [folder.rpartition("/")[2] for folder in segments],
+    )
 
 
 def _n_images(store: Files, folder: str, otherwise: int) -> int:
@@ -133,26 +159,36 @@ def _n_images(store: Files, folder: str, otherwise: int) -> int:
         return count
     files = store.child(folder)
     for name in files.list("records/image"):
-        rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")["layout"]["rows"]
+        rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")[
+            "layout"
+        ]["rows"]
         return rows
     return otherwise
 
 
 def _repair_segment(
-    segment: Segment, spec: ExtractSpec, progress: Progress
+    segment: Segment,
+    spec: ExtractSpec,
+    progress: Progress,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shards that were encoded again by array, and other objects that were written again."""
     files = segment.files
     problems = verify_segment(files).problems
-    harmful = [problem for problem in problems if problem.harmful or problem.kind in ("unsealed", "uncommitted")]
+    harmful = [
+        problem
+        for problem in problems
+        if problem.harmful or problem.kind in ("unsealed", "uncommitted")
+    ]
     objects = _mend_table(files, harmful, segment.part) + _mend_metadata(files, harmful)
     shards = _damaged_shards(harmful)
     ready = [_ready(FeatureStore.at(files).array(*array).record, spec) for array in shards]
     for (modality, name), damaged in shards.items():
-        uncommit(files, modality, name, damaged)
+        uncommit(files, modality=modality, name=name, shards=damaged)
     for again, encoders in ready:
-        extract_pending(segment, encoders, again, progress)
-    return {f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()}, objects
+        extract_pending(segment, encoders=encoders, spec=again, progress=progress)
+    return {
+        f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()
+    }, objects
 
 
 def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> list[str]:
@@ -160,7 +196,12 @@ def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> li
     names = [problem.object for problem in problems if problem.array is None]
     if names:
         unmake_table(files)
-        create_store(files, pair_columns(source), source.media.place, version("apecache"))
+        create_store(
+            files,
+            pairs=pair_columns(source),
+            root=source.media.place,
+            version=version("apecache"),
+        )
     return names
 
 
@@ -185,7 +226,8 @@ def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], l
 
 
 def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoders]:
-    """The recorded settings and the loaded encoder: that it is the same is known before anything is un-committed.
+    """The recorded settings and the loaded encoder: that it is the same is known before anything is
+    un-committed.
 
     Raises:
         MismatchError: it is another one.
@@ -195,15 +237,21 @@ def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoder
     image, text = (chosen if record.modality == kind else None for kind in ("image", "text"))
     storage: Any = record.layout.dtype
     views = record.fingerprint.fields.get("views")
-    about: dict[str, Any] = {"storage_dtype": storage, "views": None if views is None else views_from_json(views)}
+    about: dict[str, Any] = {
+        "storage_dtype": storage,
+        "views": None if views is None else views_from_json(views),
+    }
     again = replace(spec, image=image, text=text, add=True, max_bad=1.0, **about)
     encoders = load_encoders(again)
-    (found,) = (encoder.fingerprint for group in (encoders.image, encoders.text) for encoder in group)
+    (found,) = (
+        encoder.fingerprint for group in (encoders.image, encoders.text) for encoder in group
+    )
     differences = found.difference(record.encoder)
     if differences:
         raise MismatchError(
             f"{record.modality}/{record.name} was made by another encoder than {chosen}: "
-            f"{describe_difference(differences)}; give the one that it was made by as --{record.modality}",
+            f"{describe_difference(differences)}; give the one that it was made by as "
+            f"--{record.modality}",
             differences,
         )
     return again, encoders

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from apecache.errors import OptionError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Part `number` of `count`, counted from 1.
 
-    A shard belongs to the part that its index leaves as remainder modulo `count`, in every array and segment, so that
-    arrays that are filled in one pass stay together.
+    A shard belongs to the part that its index leaves as remainder modulo `count`, in every array
+    and segment, so that arrays that are filled in one pass stay together.
     """
 
     number: int = 1
@@ -31,11 +31,12 @@ WHOLE = Part()
 
 
 def parse_part(text: str) -> Part:
-    """`2/5` is the second of five parts. Raises OptionError for anything else than i/n with 1 <= i <= n."""
+    """`2/5` is the second of five parts. Raises OptionError for anything else than i/n with 1 <= i
+    <= n."""
     number, slash, count = text.partition("/")
     if not (slash and _is_number(number) and _is_number(count) and 1 <= int(number) <= int(count)):
         raise OptionError(f"--part {text}: expected i/n with i from 1 to n, such as 2/5")
-    return Part(int(number), int(count))
+    return Part(number=int(number), count=int(count))
 
 
 def _is_number(text: str) -> bool:

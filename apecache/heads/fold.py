@@ -1,4 +1,5 @@
-"""A head's standardisation worked into its linear layers: the same embeddings of features as they come."""
+"""A head's standardisation worked into its linear layers: the same embeddings of features as they
+come."""
 
 import copy
 
@@ -11,8 +12,8 @@ from apecache.heads.pooled import PooledHead
 
 @torch.no_grad()
 def folded(head: Head) -> Head:
-    """A copy that does not standardise and embeds the same, up to rounding. (In training input dropout then zeroes
-    features, where it gave them their mean.)
+    """A copy that does not standardise and embeds the same, up to rounding. (In training input
+    dropout then zeroes features, where it gave them their mean.)
 
     Raises:
         ValueError: the head standardises, and what comes first in it is not linear.

@@ -1,7 +1,8 @@
 """What a head is: its description, and what all kinds share.
 
-A head maps features to float32 [n, out_dim] embeddings, L2-normalised. Heads on pooled features take float [n, in_dim];
-heads on tokens take float [n, tokens, in_dim] and a mask of the tokens that are there.
+A head maps features to float32 [n, out_dim] embeddings, L2-normalised. Heads on pooled features
+take float [n, in_dim]; heads on tokens take float [n, tokens, in_dim] and a mask of the tokens that
+are there.
 """
 
 from collections.abc import Iterator
@@ -34,28 +35,30 @@ class HeadSpec(Settings):
     """One side's head.
 
     On pooled features:
-    `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256). `mlp`: `depth`
-    layers Linear, norm, activation, dropout of `width`, then a last Linear; with `residual`, a Linear to `width`, then
-    `depth` blocks x + dropout(Linear(act(Linear(norm(x))))), norm and a last Linear. `gated`: W3(relu6(W1 x) * W2 x) of
-    x = LayerNorm, `expansion` times as wide as the features, dropout before W3 (SAIL). `fusemix`: `depth` blocks
-    x + Linear(dropout(gelu(Linear(norm(x))))) at the features' own width, `expansion` times as wide inside, norm and a
-    last Linear. `dictionary`: similarities to the `dim` entries of a dictionary, the `top` largest kept, to the power
-    `power` (ASIF); nothing trains.
+    `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256).
+    `mlp`: `depth` layers Linear, norm, activation, dropout of `width`, then a last Linear; with
+    `residual`, a Linear to `width`, then `depth` blocks x + dropout(Linear(act(Linear(norm(x))))),
+    norm and a last Linear. `gated`: W3(relu6(W1 x) * W2 x) of x = LayerNorm, `expansion` times as
+    wide as the features, dropout before W3 (SAIL). `fusemix`: `depth` blocks x +
+    Linear(dropout(gelu(Linear(norm(x))))) at the features' own width, `expansion` times as wide
+    inside, norm and a last Linear. `dictionary`: similarities to the `dim` entries of a dictionary,
+    the `top` largest kept, to the power `power` (ASIF); nothing trains.
 
     On tokens:
-    `transformer`: `depth` pre-norm blocks of `n_heads` (0: one per 64 features), norm, pooling, a last Linear (LilT's
-    deep adapter). `attention`: one learned query per head looks at all tokens, then a last Linear. `anchors`: `dim`
-    learned anchors attend to the tokens; the vector of their scores is the embedding. `projector`: norm, then Linear
-    plus a two-layer MLP on every token, pooled; with `refine`, then x + dropout(MLP(x)) and a norm (freeze-align).
-    `pooling`: the mean of the tokens, the first one (`cls`), or the first plus the mean of the others (`cls-and-mean`).
+    `transformer`: `depth` pre-norm blocks of `n_heads` (0: one per 64 features), norm, pooling, a
+    last Linear (LilT's deep adapter). `attention`: one learned query per head looks at all tokens,
+    then a last Linear. `anchors`: `dim` learned anchors attend to the tokens; the vector of their
+    scores is the embedding. `projector`: norm, then Linear plus a two-layer MLP on every token,
+    pooled; with `refine`, then x + dropout(MLP(x)) and a norm (freeze-align). `pooling`: the mean
+    of the tokens, the first one (`cls`), or the first plus the mean of the others (`cls-and-mean`).
 
-    `dim` None: the other side's width. `standardise`: subtract the training mean and divide by the training deviation
-    of each feature first (kept in the head). `skip`: add a direct linear map from input to output. `input_dropout`
-    comes before everything else.
+    `dim` None: the other side's width. `standardise`: subtract the training mean and divide by the
+    training deviation of each feature first (kept in the head). `skip`: add a direct linear map
+    from input to output. `input_dropout` comes before everything else.
 
-    `several`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part i of the other in a
-    width of their own and is trained by a loss of its own; the embedding is all of them, each L2-normalised, so that a
-    cosine is the mean of theirs.
+    `several`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part
+    i of the other in a width of their own and is trained by a loss of its own; the embedding is all
+    of them, each L2-normalised, so that a cosine is the mean of theirs.
     """
 
     kind: Kind = "linear"
@@ -94,27 +97,38 @@ class HeadSpec(Settings):
 
 
 class Head(nn.Module):
-    """See `HeadSpec`. `mean` and `deviation` [in_dim] are buffers, so they are saved and never trained."""
+    """See `HeadSpec`. `mean` and `deviation` [in_dim] are buffers, so they are saved and never
+    trained."""
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.spec, self.in_dim, self.out_dim = spec, in_dim, out_dim
+        self.spec = spec
+        self.in_dim = in_dim
+        self.out_dim = out_dim
         self.register_buffer("mean", torch.zeros(in_dim))
         self.register_buffer("deviation", torch.ones(in_dim))
         self.input_dropout = nn.Dropout(spec.input_dropout)
 
     @torch.no_grad()
-    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 4096) -> None:
-        """Take mean and deviation from training features [n, ..., in_dim] (of tokens where `mask` is True), in blocks
-        of `rows` and in double precision; a constant feature keeps deviation 1. Features may be on another device."""
+    def fit_statistics(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        rows: int = 4096,
+    ) -> None:
+        """Take mean and deviation from training features [n, ..., in_dim] (of tokens where `mask`
+        is True), in blocks of `rows` and in double precision; a constant feature keeps deviation 1.
+        Features may be on another device."""
         if not (self.spec.standardise or any(part.standardise for part in self.spec.parts)):
             return
-        count, total = 0, torch.zeros(self.in_dim, dtype=torch.float64, device=features.device)
+        count = 0
+        total = torch.zeros(self.in_dim, dtype=torch.float64, device=features.device)
         for part in _blocks(features, mask, rows):
-            count, total = count + len(part), total + part.sum(0)
+            count = count + len(part)
+            total = total + part.sum(0)
         mean = total / max(1, count)
         squares = torch.zeros_like(mean)
         for part in _blocks(features, mask, rows):
@@ -144,7 +158,12 @@ class SeveralHeads(Head):
         self.parts = nn.ModuleList(heads)
         self.widths = [head.out_dim for head in heads]
 
-    def fit_statistics(self, features: Tensor, mask: Tensor | None = None, rows: int = 4096) -> None:
+    def fit_statistics(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        rows: int = 4096,
+    ) -> None:
         """The same for every part that standardises."""
         super().fit_statistics(features, mask, rows)
         for part, described in zip(self.parts, self.spec.parts, strict=True):
@@ -160,8 +179,9 @@ class SeveralHeads(Head):
 def embed(head: Head, features: Tensor, lengths: Tensor | None = None, batch: int = 8192) -> Tensor:
     """Features of any number of rows -> float32 [n, out_dim], on the head's device, dropout off.
 
-    `features`: [n, in_dim]; [n, tokens, in_dim] with `lengths` int [n] (None: all tokens are there) for a head on
-    tokens; or [n, views, in_dim] for one on pooled features, whose embeddings are averaged over the views.
+    `features`: [n, in_dim]; [n, tokens, in_dim] with `lengths` int [n] (None: all tokens are there)
+    for a head on tokens; or [n, views, in_dim] for one on pooled features, whose embeddings are
+    averaged over the views.
     """
     where = head.mean.device
     head.eval()
@@ -171,8 +191,17 @@ def embed(head: Head, features: Tensor, lengths: Tensor | None = None, batch: in
         return normalize(single.unflatten(0, (-1, views)).mean(1), dim=-1)
     with torch.inference_mode():
         parts = [
-            head(part.to(where), None if lengths is None else mask_of(lengths[first : first + batch], part).to(where))
-            for first, part in zip(range(0, len(features), batch), features.split(batch), strict=False)
+            head(
+                part.to(where),
+                None
+                if lengths is None
+                else mask_of(lengths[first : first + batch], part).to(where),
+            )
+            for first, part in zip(
+                range(0, len(features), batch),
+                features.split(batch),
+                strict=False,
+            )
             if len(part)
         ]
         return torch.cat(parts) if parts else torch.empty(0, head.out_dim, device=where)

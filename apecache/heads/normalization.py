@@ -1,7 +1,7 @@
 """L2 normalization and similarities in at least float32, whatever the inputs and the autocast.
 
-In bfloat16 the norm of a normalized vector is off by up to 0.003, and temperatures of 0.01 multiply that by 100. On
-CUDA autocast keeps norms in float32. On a CPU it does not.
+In bfloat16 the norm of a normalized vector is off by up to 0.003, and temperatures of 0.01 multiply
+that by 100. On CUDA autocast keeps norms in float32. On a CPU it does not.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +29,8 @@ def similarities(x: Tensor, y: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off on the device of `x`; no context where it is off, so that exported graphs hold none."""
+    """Switch autocast off on the device of `x`; no context where it is off, so that exported graphs
+    hold none."""
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext()

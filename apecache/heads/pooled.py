@@ -32,12 +32,19 @@ class ResidualBlock(nn.Module):
 
 
 class FuseMixBlock(nn.Module):
-    """x + Linear(dropout(gelu(Linear(norm(x))))) (FuseMix, Vouitsis et al. 2024; block of an inverted bottleneck)."""
+    """x + Linear(dropout(gelu(Linear(norm(x))))) (FuseMix, Vouitsis et al. 2024; block of an
+    inverted bottleneck)."""
 
     def __init__(self, dim: int, expansion: float, dropout: float) -> None:
         super().__init__()
         inner = max(1, round(dim * expansion))
-        layers = nn.LayerNorm(dim), nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim)
+        layers = (
+            nn.LayerNorm(dim),
+            nn.Linear(dim, inner),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(inner, dim),
+        )
         self.branch = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +59,8 @@ class GatedUnit(nn.Module):
         super().__init__()
         inner = max(1, round(in_dim * expansion))
         self.norm = nn.LayerNorm(in_dim)
-        self.gate, self.value = nn.Linear(in_dim, inner), nn.Linear(in_dim, inner)
+        self.gate = nn.Linear(in_dim, inner)
+        self.value = nn.Linear(in_dim, inner)
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(inner, out_dim)
 
@@ -63,14 +71,15 @@ class GatedUnit(nn.Module):
 
 
 class Dictionary(nn.Module):
-    """Similarities to the entries [n_entries, in_dim], of which the `top` largest positive ones stay, to a power
-    (ASIF, Norelli et al. 2022)."""
+    """Similarities to the entries [n_entries, in_dim], of which the `top` largest positive ones
+    stay, to a power (ASIF, Norelli et al. 2022)."""
 
     entries: Tensor
 
     def __init__(self, spec: HeadSpec, in_dim: int, n_entries: int) -> None:
         super().__init__()
-        self.top, self.power = min(spec.top, n_entries), spec.power
+        self.top = min(spec.top, n_entries)
+        self.power = spec.power
         self.register_buffer("entries", torch.zeros(n_entries, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +107,12 @@ def _mlp(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
     layers = [
         layer
         for before, after in pairwise(widths)
-        for layer in (nn.Linear(before, after), _norm(spec), ACTIVATIONS[spec.activation](), nn.Dropout(spec.dropout))
+        for layer in (
+            nn.Linear(before, after),
+            _norm(spec),
+            ACTIVATIONS[spec.activation](),
+            nn.Dropout(spec.dropout),
+        )
     ]
     return nn.Sequential(*layers, last)
 
@@ -127,7 +141,12 @@ class PooledHead(Head):
             case "mlp":
                 return _mlp(spec, self.in_dim, self.out_dim)
             case "gated":
-                return GatedUnit(self.in_dim, self.out_dim, spec.expansion, spec.dropout)
+                return GatedUnit(
+                    self.in_dim,
+                    out_dim=self.out_dim,
+                    expansion=spec.expansion,
+                    dropout=spec.dropout,
+                )
             case "fusemix":
                 return _fusemix(spec, self.in_dim, self.out_dim)
             case "dictionary":

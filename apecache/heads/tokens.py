@@ -1,7 +1,7 @@
 """Heads on tokens: what is trained above the last block of a frozen encoder. See `HeadSpec`.
 
-Features [n, tokens, in_dim]; a mask bool [n, tokens] says which tokens are there (None: all). Padding never has an
-influence: a row gives the same embedding whatever it is padded with.
+Features [n, tokens, in_dim]; a mask bool [n, tokens] says which tokens are there (None: all).
+Padding never has an influence: a row gives the same embedding whatever it is padded with.
 """
 
 import math
@@ -37,21 +37,26 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (_split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, dim=-1))
         seen = None if mask is None else mask[:, None, None, :]
-        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+        )
         return mixed
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); the MLP four times as wide."""
+    """Pre-norm: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); the MLP four times
+    as wide."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, n_heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
@@ -68,8 +73,12 @@ class Transformer(nn.Module):
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
         heads = _n_heads(spec, in_dim)
-        self.blocks = nn.ModuleList(TransformerBlock(in_dim, heads, spec.dropout) for _ in range(spec.depth))
-        self.norm, self.last, self.pooling = nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim), spec.pooling
+        self.blocks = nn.ModuleList(
+            TransformerBlock(in_dim, heads, spec.dropout) for _ in range(spec.depth)
+        )
+        self.norm = nn.LayerNorm(in_dim)
+        self.last = nn.Linear(in_dim, out_dim)
+        self.pooling = spec.pooling
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
@@ -85,11 +94,16 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.n_heads = _n_heads(spec, in_dim)
         self.query = nn.Parameter(torch.randn(in_dim) * 0.02)
-        self.norm, self.keys_values = nn.LayerNorm(in_dim), nn.Linear(in_dim, 2 * in_dim)
-        self.dropout, self.last = nn.Dropout(spec.dropout), nn.Linear(in_dim, out_dim)
+        self.norm = nn.LayerNorm(in_dim)
+        self.keys_values = nn.Linear(in_dim, 2 * in_dim)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.last = nn.Linear(in_dim, out_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        k, v = (_split_heads(part, self.n_heads) for part in self.keys_values(self.norm(x)).chunk(2, dim=-1))
+        k, v = (
+            _split_heads(part, self.n_heads)
+            for part in self.keys_values(self.norm(x)).chunk(2, dim=-1)
+        )
         q = _split_heads(self.query.expand(len(x), 1, -1), self.n_heads)
         seen = None if mask is None else mask[:, None, None, :]
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(1)
@@ -98,8 +112,9 @@ class AttentionPool(nn.Module):
 
 
 class Anchors(nn.Module):
-    """Embedding value k: the attention-weighted mean, over the tokens, of their cosines with anchor k; the attention is
-    the softmax of those cosines with a learned temperature (0.1 at the start)."""
+    """Embedding value k: the attention-weighted mean, over the tokens, of their cosines with anchor
+    k; the attention is the softmax of those cosines with a learned temperature (0.1 at the
+    start)."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -118,15 +133,23 @@ class Anchors(nn.Module):
 
 
 class Projector(nn.Module):
-    """norm, then Linear(x) + MLP(x) per token, pooled; with `refine` one residual MLP and a norm after that
-    (freeze-align, Maniparambil et al. 2024: the image's form pools `cls-and-mean`, the text's refines the mean)."""
+    """norm, then Linear(x) + MLP(x) per token, pooled; with `refine` one residual MLP and a norm
+    after that (freeze-align, Maniparambil et al. 2024: the image's form pools `cls-and-mean`, the
+    text's refines the mean)."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim)
+        self.norm = nn.LayerNorm(in_dim)
+        self.linear = nn.Linear(in_dim, out_dim)
         self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
-        self.dropout, self.pooling = nn.Dropout(spec.dropout), spec.pooling
-        layers = nn.Linear(out_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim), nn.Dropout(spec.dropout)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.pooling = spec.pooling
+        layers = (
+            nn.Linear(out_dim, out_dim),
+            nn.GELU(),
+            nn.Linear(out_dim, out_dim),
+            nn.Dropout(spec.dropout),
+        )
         self.refine = nn.Sequential(*layers) if spec.refine else None
         self.last_norm = nn.LayerNorm(out_dim) if spec.refine else None
 
@@ -164,7 +187,10 @@ class TokenHead(Head):
             features = features.masked_fill(~mask.unsqueeze(-1), 0)
         x = self.standardised(features)
         y = self.body(x, mask)
-        return normalize(y if self.direct is None else y + self.direct(masked_mean(x, mask)), dim=-1)
+        return normalize(
+            y if self.direct is None else y + self.direct(masked_mean(x, mask)),
+            dim=-1,
+        )
 
 
 def _cosines(x: Tensor, anchors: Tensor) -> Tensor:
@@ -183,5 +209,7 @@ def _n_heads(spec: HeadSpec, dim: int) -> int:
     """Raises ValueError if the features cannot be divided among the heads."""
     heads = spec.n_heads or max(1, dim // 64)
     if dim % heads:
-        raise ValueError(f"{dim} features cannot be divided among {heads} attention heads; set n_heads")
+        raise ValueError(
+            f"{dim} features cannot be divided among {heads} attention heads; set n_heads"
+        )
     return heads

@@ -1,8 +1,9 @@
 """Contrastive losses on batches of normalised embeddings, and the scale that they learn.
 
-Images [n, dim] and texts [m, dim], both L2-normalised. Without groups n = m and row i of one belongs to row i of the
-other. With groups (int64 [n] and [m]) an image and a text of one group are a positive pair: several captions of one
-image, and images with equal content, are never each other's negatives.
+Images [n, dim] and texts [m, dim], both L2-normalised. Without groups n = m and row i of one
+belongs to row i of the other. With groups (int64 [n] and [m]) an image and a text of one group are
+a positive pair: several captions of one image, and images with equal content, are never each
+other's negatives.
 """
 
 import math
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from apecache.heads.normalization import at_least_float32, similarities
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Groups:
-    """int64 [n] of the images and int64 [m] of the texts; every group has a member on both sides."""
+    """int64 [n] of the images and int64 [m] of the texts; every group has a member on both
+    sides."""
 
     image: Tensor
     text: Tensor
@@ -29,12 +31,16 @@ class Groups:
         first = torch.searchsorted(ordered, self.image)
         count = torch.searchsorted(ordered, self.image, right=True) - first
         image = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        within = torch.arange(len(image), device=count.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        within = torch.arange(len(image), device=count.device) - torch.repeat_interleave(
+            count.cumsum(0) - count,
+            count,
+        )
         return image, order[first[image] + within]
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE: mean of the image-to-text and text-to-image cross-entropies (CLIP, Radford et al. 2021).
+    """Symmetric InfoNCE: mean of the image-to-text and text-to-image cross-entropies (CLIP, Radford
+    et al. 2021).
 
     `scale`: what cosines are multiplied with, 1 / temperature.
     """
@@ -44,9 +50,11 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def grouped_info_nce(image: Tensor, text: Tensor, scale: Tensor | float, groups: Groups) -> Tensor:
-    """InfoNCE with several positives: of each positive pair -log(e^s / (e^s + sum of e^s over the *negatives*)).
+    """InfoNCE with several positives: of each positive pair -log(e^s / (e^s + sum of e^s over the
+    *negatives*)).
 
-    Every query counts the same, and so does every positive of one query. With one positive each it is `info_nce`.
+    Every query counts the same, and so does every positive of one query. With one positive each it
+    is `info_nce`.
     """
     logits = similarities(scale * at_least_float32(image), text)
     same = groups.image.unsqueeze(1) == groups.text.unsqueeze(0)
@@ -59,7 +67,9 @@ def _one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, ...]) -> Te
     rows, columns = pairs
     floor = torch.finfo(logits.dtype).min
     others = negatives.logsumexp(1).clamp_min(floor)[rows]
-    return (share_of(rows, len(logits), logits.dtype) * softplus(others - logits[rows, columns])).sum()
+    return (
+        share_of(rows, len(logits), logits.dtype) * softplus(others - logits[rows, columns])
+    ).sum()
 
 
 def share_of(rows: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
@@ -73,10 +83,14 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def sigmoid_loss(
-    image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float, groups: Groups | None = None
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    groups: Groups | None = None,
 ) -> Tensor:
-    """Every pair by itself: sum over i, j of -log sigmoid(z (scale x cosine + bias)) / m, where z is 1 for a positive
-    pair and -1 for others (SigLIP, Zhai et al. 2023, algorithm 1)."""
+    """Every pair by itself: sum over i, j of -log sigmoid(z (scale x cosine + bias)) / m, where z
+    is 1 for a positive pair and -1 for others (SigLIP, Zhai et al. 2023, algorithm 1)."""
     logits = similarities(scale * at_least_float32(image), text) + bias
     if groups is None:
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
@@ -86,10 +100,12 @@ def sigmoid_loss(
 
 
 class Temperature(nn.Module):
-    """Learnable (or fixed) temperature T that divides the logits, clamped to [low, high]; kept as log(1 / T).
+    """Learnable (or fixed) temperature T that divides the logits, clamped to [low, high]; kept as
+    log(1 / T).
 
-    LilT: T = 0.07 in [0.001, 0.5]; CLIP: 1/T from 1/0.07 up to 100; SigLIP: 1/T = 10, and a `bias` of -10 that is added
-    to the logits and learned along. Without a bias the module has no such parameter.
+    LilT: T = 0.07 in [0.001, 0.5]; CLIP: 1/T from 1/0.07 up to 100; SigLIP: 1/T = 10, and a `bias`
+    of -10 that is added to the logits and learned along. Without a bias the module has no such
+    parameter.
     """
 
     def __init__(
@@ -102,7 +118,9 @@ class Temperature(nn.Module):
     ) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)), requires_grad=learnable)
-        self.bias = None if bias is None else nn.Parameter(torch.tensor(bias), requires_grad=learnable)
+        self.bias = (
+            None if bias is None else nn.Parameter(torch.tensor(bias), requires_grad=learnable)
+        )
         self.bounds = (-math.log(high), -math.log(low))
 
     def scale(self) -> Tensor:

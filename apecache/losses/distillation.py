@@ -1,4 +1,5 @@
-"""What a student learns from a teacher's features (the shared-encoder paper, section 3.3; See, Hear and Read)."""
+"""What a student learns from a teacher's features (the shared-encoder paper, section 3.3; See, Hear
+and Read)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +9,19 @@ from apecache.heads.normalization import at_least_float32, normalize, similariti
 
 
 def distil_contrastive(
-    student: Tensor, teacher: Tensor, bank: Tensor, scale: Tensor | float, own: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    scale: Tensor | float,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of finding the own teacher's feature among this batch's and a bank's.
 
     Args:
-        student [m, dim], teacher [n, dim]: L2-normalised, of images (or captions) and of images. own: int64 [m], the
-        row of the teacher of each; None: row by row. bank: [k, dim], L2-normalised features of the teacher; k may be 0.
-        Neither teacher nor bank gets a gradient.
+        student [m, dim], teacher [n, dim]: L2-normalised, of images (or captions) and of images.
+            own: int64 [m], the
+        row of the teacher of each; None: row by row. bank: [k, dim], L2-normalised features of the
+        teacher; k may be 0. Neither teacher nor bank gets a gradient.
     """
     candidates = torch.cat([teacher, bank]).detach()
     targets = torch.arange(len(student), device=student.device) if own is None else own
@@ -32,14 +38,20 @@ def distil_classes(logits: Tensor, teacher: Tensor) -> Tensor:
 
     `logits` of the student [n, classes]; `teacher` probabilities [n, classes], rows of sum 1.
     """
-    return F.kl_div(F.log_softmax(at_least_float32(logits), dim=-1), teacher.detach(), reduction="batchmean")
+    return F.kl_div(
+        F.log_softmax(at_least_float32(logits), dim=-1),
+        teacher.detach(),
+        reduction="batchmean",
+    )
 
 
 class TeacherBank(nn.Module):
-    """The last `size` features of the teacher, first in first out; random unit vectors at the start.
+    """The last `size` features of the teacher, first in first out; random unit vectors at the
+    start.
 
-    Features of the *student* do not belong here: stale ones make the training collapse (shared-encoder paper). Entries
-    and position are buffers, hence saved, moved to a device and never trained.
+    Features of the *student* do not belong here: stale ones make the training collapse
+    (shared-encoder paper). Entries and position are buffers, hence saved, moved to a device and
+    never trained.
     """
 
     entries: Tensor
@@ -52,7 +64,8 @@ class TeacherBank(nn.Module):
 
     @torch.no_grad()
     def push(self, teacher: Tensor) -> None:
-        """Put features [n, dim], L2-normalised, in place of the oldest; of more than `size` only the last stay."""
+        """Put features [n, dim], L2-normalised, in place of the oldest; of more than `size` only
+        the last stay."""
         size = len(self.entries)
         kept = teacher[-size:]
         places = (self.position + torch.arange(len(kept), device=self.entries.device)) % size

@@ -1,4 +1,5 @@
-"""What keeps a head from bending the geometry of the features it was given (STRUCTURE, Groeger et al. 2025)."""
+"""What keeps a head from bending the geometry of the features it was given (STRUCTURE, Groeger et
+al. 2025)."""
 
 from typing import Literal
 
@@ -12,19 +13,24 @@ Divergence = Literal["jensen-shannon", "as-coded"]
 
 
 def structure_divergence(
-    before: Tensor, after: Tensor, temperature: float = 0.05, kind: Divergence = "jensen-shannon"
+    before: Tensor,
+    after: Tensor,
+    temperature: float = 0.05,
+    kind: Divergence = "jensen-shannon",
 ) -> Tensor:
-    """Divergence between who resembles whom within a batch before and after the head, mean over the rows, in nats.
+    """Divergence between who resembles whom within a batch before and after the head, mean over the
+    rows, in nats.
 
-    The similarities of a row are softmax(x x^T / temperature) of features that are L2-normalised and then centred; of
-    the paper's hierarchy this is the first level. With A and O the rows before and after and M their mean:
-    `jensen-shannon` is half of KL(A, M) + KL(O, M), as the paper says; `as-coded` is half of KL(M, A) + KL(M, O), as
-    its published code computes.
+    The similarities of a row are softmax(x x^T / temperature) of features that are L2-normalised
+    and then centred; of the paper's hierarchy this is the first level. With A and O the rows before
+    and after and M their mean: `jensen-shannon` is half of KL(A, M) + KL(O, M), as the paper says;
+    `as-coded` is half of KL(M, A) + KL(M, O), as its published code computes.
 
     Args:
         before: float [n, in_dim]; gets no gradient. after: [n, out_dim].
     """
-    a, o = _log_similarities(before.detach(), temperature), _log_similarities(after, temperature)
+    a = _log_similarities(before.detach(), temperature)
+    o = _log_similarities(after, temperature)
     m = torch.logaddexp(a, o) - torch.log(a.new_tensor(2.0))
     match kind:
         case "jensen-shannon":

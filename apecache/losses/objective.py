@@ -1,11 +1,18 @@
-"""What a recipe's `loss` section asks of embeddings: the same for heads on cached features and for towers."""
+"""What a recipe's `loss` section asks of embeddings: the same for heads on cached features and for
+towers."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from apecache.losses.contrastive import Groups, Temperature, grouped_info_nce, info_nce, sigmoid_loss
+from apecache.losses.contrastive import (
+    Groups,
+    Temperature,
+    grouped_info_nce,
+    info_nce,
+    sigmoid_loss,
+)
 from apecache.losses.geometry import structure_divergence
 from apecache.losses.spec import LossSpec
 from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
@@ -22,33 +29,68 @@ def contrast(
     spec: LossSpec,
     widths: Sequence[int] = (),
 ) -> Tensor:
-    """Loss (a scalar) of images [n, dim] and texts [m, dim], L2-normalised; `groups` None: row belongs to row.
+    """Loss (a scalar) of images [n, dim] and texts [m, dim], L2-normalised; `groups` None: row
+    belongs to row.
 
-    `widths`: of heads that stand side by side; each has a loss of its own, and this is the mean of theirs.
+    `widths`: of heads that stand side by side; each has a loss of its own, and this is the mean of
+    theirs.
     """
     if not widths:
-        return _contrast(image, text, temperature, groups, spec)
+        return _contrast(image, text=text, temperature=temperature, groups=groups, spec=spec)
     pairs = zip(image.split(list(widths), dim=-1), text.split(list(widths), dim=-1), strict=True)
     length = len(widths) ** 0.5
-    return torch.stack([_contrast(i * length, t * length, temperature, groups, spec) for i, t in pairs]).mean()
+    return torch.stack(
+        [
+            _contrast(
+                i * length,
+                text=t * length,
+                temperature=temperature,
+                groups=groups,
+                spec=spec,
+            )
+            for i, t in pairs
+        ]
+    ).mean()
 
 
-def _contrast(image: Tensor, text: Tensor, temperature: Temperature, groups: Groups | None, spec: LossSpec) -> Tensor:
+def _contrast(
+    image: Tensor,
+    text: Tensor,
+    temperature: Temperature,
+    groups: Groups | None,
+    spec: LossSpec,
+) -> Tensor:
     scale = temperature.scale()
     tiled = len(image) * len(text) > TILED_FROM
     match spec.kind:
         case "infonce" if tiled:
-            return tiled_info_nce(image, text, scale, groups)
+            return tiled_info_nce(image, text=text, scale=scale, groups=groups)
         case "infonce":
-            return info_nce(image, text, scale) if groups is None else grouped_info_nce(image, text, scale, groups)
+            return (
+                info_nce(image, text, scale)
+                if groups is None
+                else grouped_info_nce(image, text=text, scale=scale, groups=groups)
+            )
         case "sigmoid":
             bias = temperature.bias if temperature.bias is not None else spec.bias
-            return (tiled_sigmoid_loss if tiled else sigmoid_loss)(image, text, scale, bias, groups)
+            return (tiled_sigmoid_loss if tiled else sigmoid_loss)(
+                image,
+                text=text,
+                scale=scale,
+                bias=bias,
+                groups=groups,
+            )
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
-    """Divergence of one side's neighbourhoods before (pooled features [n, dim]) and after its head."""
-    return structure_divergence(before, after, spec.structure_temperature, spec.structure_divergence)
+    """Divergence of one side's neighbourhoods before (pooled features [n, dim]) and after its
+    head."""
+    return structure_divergence(
+        before,
+        after=after,
+        temperature=spec.structure_temperature,
+        kind=spec.structure_divergence,
+    )
 
 
 def structure_weight(step: int, spec: LossSpec) -> float:
@@ -59,4 +101,10 @@ def structure_weight(step: int, spec: LossSpec) -> float:
 
 def build_temperature(loss: LossSpec) -> Temperature:
     bias = loss.bias if loss.kind == "sigmoid" else None
-    return Temperature(loss.temperature, loss.min_temperature, loss.max_temperature, loss.learnable, bias)
+    return Temperature(
+        loss.temperature,
+        low=loss.min_temperature,
+        high=loss.max_temperature,
+        learnable=loss.learnable,
+        bias=bias,
+    )

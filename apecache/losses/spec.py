@@ -9,12 +9,14 @@ from apecache.settings import Settings
 
 
 class LossSpec(Settings):
-    """`infonce`: symmetric, over the batch; `sigmoid`: every pair by itself, `bias` added to the logits at the start.
+    """`infonce`: symmetric, over the batch; `sigmoid`: every pair by itself, `bias` added to the
+    logits at the start.
 
-    `temperature` divides the cosines and is clamped to [min_temperature, max_temperature]; `learnable` goes for
-    the bias too. `captions`: so many different captions of each image stand in a batch; none is the other's negative.
-    `structure`: weight of the divergence between who resembles whom before and after the head (STRUCTURE), grown
-    linearly over the first `structure_warmup` steps.
+    `temperature` divides the cosines and is clamped to [min_temperature, max_temperature];
+    `learnable` goes for the bias too. `captions`: so many different captions of each image stand in
+    a batch; none is the other's negative. `structure`: weight of the divergence between who
+    resembles whom before and after the head (STRUCTURE), grown linearly over the first
+    `structure_warmup` steps.
     """
 
     kind: Literal["infonce", "sigmoid"] = "infonce"

@@ -1,8 +1,9 @@
 """Which candidates are right answers, where captions or images are equal.
 
-A caption is a right answer of an image, and the image one of the caption, if the caption equals one of the image's own
-captions word for word, or one of an image of equal content. This is no equivalence: of an image with captions x and y
-and another one with y and z, y belongs to both images, x to the first alone.
+A caption is a right answer of an image, and the image one of the caption, if the caption equals one
+of the image's own captions word for word, or one of an image of equal content. This is no
+equivalence: of an image with captions x and y and another one with y and z, y belongs to both
+images, x to the first alone.
 """
 
 from dataclasses import dataclass
@@ -47,16 +48,25 @@ class Links:
     def sums(self, sizes: Tensor) -> Tensor:
         """int64 [n_groups]: the sum of the other side's `sizes` over what belongs to each group."""
         n_groups = len(self.first) - 1
-        rows = torch.repeat_interleave(torch.arange(n_groups, device=sizes.device), self.first.diff())
-        return torch.zeros(n_groups, dtype=sizes.dtype, device=sizes.device).index_add_(0, rows, sizes[self.others])
+        rows = torch.repeat_interleave(
+            torch.arange(n_groups, device=sizes.device),
+            self.first.diff(),
+        )
+        return torch.zeros(n_groups, dtype=sizes.dtype, device=sizes.device).index_add_(
+            0,
+            rows,
+            sizes[self.others],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relevance:
-    """The right answers of each image and caption, by groups of equal images and groups of equal captions.
+    """The right answers of each image and caption, by groups of equal images and groups of equal
+    captions.
 
-    `image_groups` int64 [n_images], `text_groups` int64 [n_texts]: numbers from 0. `texts`: the groups of captions that
-    belong to each group of images. `images`: the same pairs, by groups of captions.
+    `image_groups` int64 [n_images], `text_groups` int64 [n_texts]: numbers from 0. `texts`: the
+    groups of captions that belong to each group of images. `images`: the same pairs, by groups of
+    captions.
     """
 
     image_groups: Tensor
@@ -65,24 +75,39 @@ class Relevance:
     images: Links
 
     @staticmethod
-    def of(image_of_text: Tensor, caption_ids: Tensor | None, image_ids: Tensor | None) -> "Relevance | None":
+    def of(
+        image_of_text: Tensor,
+        caption_ids: Tensor | None,
+        image_ids: Tensor | None,
+    ) -> "Relevance | None":
         """Find the right answers of a set of images and captions.
 
         Args:
-            image_of_text: int64 [n_texts], the row of each caption's image. Every image has a caption.
+            image_of_text: int64 [n_texts], the row of each caption's image. Every image has a
+                caption.
             caption_ids: int64 [n_texts], equal numbers for equal captions; None: all differ.
-            image_ids: int64 [n_images], equal numbers for images of equal content; None: all differ.
+            image_ids: int64 [n_images], equal numbers for images of equal content; None: all
+                differ.
 
         Returns:
-            None where every caption belongs to its own image alone, on the device of `image_of_text` else.
+            None where every caption belongs to its own image alone, on the device of
+            `image_of_text` else.
         """
         if not len(image_of_text) or (caption_ids is None and image_ids is None):
             return None
         device = image_of_text.device
         n_images = int(image_of_text.max()) + 1
-        image_groups = torch.arange(n_images, device=device) if image_ids is None else _compact(image_ids.to(device))
+        image_groups = (
+            torch.arange(n_images, device=device)
+            if image_ids is None
+            else _compact(image_ids.to(device))
+        )
         n_texts = len(image_of_text)
-        text_groups = torch.arange(n_texts, device=device) if caption_ids is None else _compact(caption_ids.to(device))
+        text_groups = (
+            torch.arange(n_texts, device=device)
+            if caption_ids is None
+            else _compact(caption_ids.to(device))
+        )
         n_image_groups = int(image_groups.max()) + 1
         n_text_groups = int(text_groups.max()) + 1
         pairs = torch.unique(image_groups[image_of_text] * n_text_groups + text_groups)
@@ -124,8 +149,14 @@ class Relevance:
             images=self.images.to(device),
         )
 
-    def select(self, image_of_text: Tensor, images: Tensor | slice, texts: Tensor) -> "Relevance | None":
-        """The same relation among some images and captions alone; `image_of_text` as `of` takes it, of those."""
+    def select(
+        self,
+        image_of_text: Tensor,
+        images: Tensor | slice,
+        texts: Tensor,
+    ) -> "Relevance | None":
+        """The same relation among some images and captions alone; `image_of_text` as `of` takes it,
+        of those."""
         return Relevance.of(image_of_text, self.text_groups[texts], self.image_groups[images])
 
 

@@ -1,9 +1,9 @@
 """Image-text retrieval, exact and in tiles, with several captions per image.
 
-An image's query is a hit at K if *any* of its right captions is among the top K texts; every caption is a query of its
-own for images. Right are an image's own captions, and with a `Relevance` all that equal them. A wrong candidate that
-scores as high as the right one counts as ranked before it, so embeddings that have collapsed to one point score zero
-and not one hundred.
+An image's query is a hit at K if *any* of its right captions is among the top K texts; every
+caption is a query of its own for images. Right are an image's own captions, and with a `Relevance`
+all that equal them. A wrong candidate that scores as high as the right one counts as ranked before
+it, so embeddings that have collapsed to one point score zero and not one hundred.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,15 @@ from apecache.metrics.relevance import Relevance
 KS = (1, 5, 10)
 TILE = 1024
 TIE = 2.0**-20
-"""Cosines closer than this are ties: some times the rounding error of a product of unit vectors in float32 (2^-24 and
-more, by how the processor's kernel orders its sums), far below any difference that means something."""
+"""Cosines closer than this are ties: some times the rounding error of a product of unit vectors in
+float32 (2^-24 and more, by how the processor's kernel orders its sums), far below any difference
+that means something."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RetrievalReport:
-    """Recall at K in per cent, both ways. `n_images` and `n_texts` are queries and candidates alike; chance is the
-    expected recall of a random order: equal captions and images raise it."""
+    """Recall at K in per cent, both ways. `n_images` and `n_texts` are queries and candidates
+    alike; chance is the expected recall of a random order: equal captions and images raise it."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
@@ -40,12 +41,22 @@ class RetrievalReport:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "RetrievalReport":
-        """What `asdict` made of it, after JSON, whose keys are strings. Raises KeyError, TypeError or ValueError."""
+        """What `asdict` made of it, after JSON, whose keys are strings. Raises KeyError, TypeError
+        or ValueError."""
         tables = {
             name: {int(k): float(recall) for k, recall in value[name].items()}
-            for name in ("image_to_text", "text_to_image", "chance_image_to_text", "chance_text_to_image")
+            for name in (
+                "image_to_text",
+                "text_to_image",
+                "chance_image_to_text",
+                "chance_text_to_image",
+            )
         }
-        return RetrievalReport(n_images=int(value["n_images"]), n_texts=int(value["n_texts"]), **tables)
+        return RetrievalReport(
+            n_images=int(value["n_images"]),
+            n_texts=int(value["n_texts"]),
+            **tables,
+        )
 
     @property
     def mean_recall(self) -> float:
@@ -66,14 +77,20 @@ class RetrievalReport:
 
 
 def retrieval_report(
-    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS, relevance: Relevance | None = None
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
 ) -> RetrievalReport:
     """Recall at each K.
 
     Args:
         image: [n_images, dim]; text: [n_texts, dim], both L2-normalised, on one device.
-        image_of_text: int64 [n_texts], the row in `image` of each caption's image. Every image needs a caption.
-        relevance: the right answers where captions or images are equal. None: only an image's own captions are right.
+        image_of_text: int64 [n_texts], the row in `image` of each caption's image. Every image
+            needs a caption.
+        relevance: the right answers where captions or images are equal. None: only an image's own
+            captions are right.
 
     Raises:
         DataError: nothing to rank, an image without a caption, or embeddings that are not finite.
@@ -81,9 +98,24 @@ def retrieval_report(
     for name, value in (("image", image), ("text", text), ("image_of_text", image_of_text)):
         require_type(value, Tensor, name)
     _require_rankable(image, text, image_of_text)
-    to_text = image_to_text_ranks(image, text, image_of_text, relevance)
-    to_image = text_to_image_ranks(image, text, image_of_text, relevance)
-    chance_image_to_text, chance_text_to_image = chance_recalls(image_of_text, len(image), ks, relevance)
+    to_text = image_to_text_ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    to_image = text_to_image_ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    chance_image_to_text, chance_text_to_image = chance_recalls(
+        image_of_text,
+        n_images=len(image),
+        ks=ks,
+        relevance=relevance,
+    )
     return RetrievalReport(
         image_to_text=recall_at(to_text, ks),
         text_to_image=recall_at(to_image, ks),
@@ -95,7 +127,10 @@ def retrieval_report(
 
 
 def chance_recalls(
-    image_of_text: Tensor, n_images: int, ks: Sequence[int] = KS, relevance: Relevance | None = None
+    image_of_text: Tensor,
+    n_images: int,
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Return the expected recalls of a random order in per cent: image to text, and text to image.
 
@@ -122,21 +157,31 @@ def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
 
 
 def image_to_text_ranks(
-    image: Tensor, text: Tensor, image_of_text: Tensor, relevance: Relevance | None = None
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    relevance: Relevance | None = None,
 ) -> Tensor:
-    """int64 [n_images]: how many wrong texts score at least as high as the image's best right one."""
+    """int64 [n_images]: how many wrong texts score at least as high as the image's best right
+    one."""
     parts = []
     for rows in _tiles(len(image), image.device):
         scores = similarities(image[rows], text)
-        right = _own_texts(image_of_text, rows) if relevance is None else relevance.right_texts(rows)
+        right = (
+            _own_texts(image_of_text, rows) if relevance is None else relevance.right_texts(rows)
+        )
         parts.append(_wrong_before(scores, right))
     return torch.cat(parts)
 
 
 def text_to_image_ranks(
-    image: Tensor, text: Tensor, image_of_text: Tensor, relevance: Relevance | None = None
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    relevance: Relevance | None = None,
 ) -> Tensor:
-    """int64 [n_texts]: how many wrong images score at least as high as the caption's best right one."""
+    """int64 [n_texts]: how many wrong images score at least as high as the caption's best right
+    one."""
     parts = []
     for rows in _tiles(len(text), image.device):
         scores = similarities(text[rows], image)
@@ -154,7 +199,8 @@ def _own_texts(image_of_text: Tensor, images: Tensor) -> Tensor:
 
 
 def _wrong_before(scores: Tensor, right: Tensor) -> Tensor:
-    """int64 [rows]: wrong candidates of each row that score at least as high as its best right one."""
+    """int64 [rows]: wrong candidates of each row that score at least as high as its best right
+    one."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     return ((scores >= best - TIE) & ~right).sum(1)
 

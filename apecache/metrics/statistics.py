@@ -1,25 +1,30 @@
-"""Compute the intervals and p-values of printed figures: the one implementation for every command and page.
+"""Compute the intervals and p-values of printed figures: the one implementation for every command
+and page.
 
-A recall that S seeds of a recipe reach on n images is uncertain for two reasons, and their variances are added:
+A recall that S seeds of a recipe reach on n images is uncertain for two reasons, and their
+variances are added:
 
     Var(mean over seeds) = s2 / S + v
 
-s2 is the sample variance of the S recalls (S - 1 degrees of freedom). v is the variance of the mean over seeds when
-other images are drawn, each with its captions, the same draw for all seeds. It is the linearized variance of a ratio:
-with h_i hits among the c_i queries of image i, p = sum(h) / sum(c) and u_i = (h_i - p c_i) / sum(c),
+s2 is the sample variance of the S recalls (S - 1 degrees of freedom). v is the variance of the mean
+over seeds when other images are drawn, each with its captions, the same draw for all seeds. It is
+the linearized variance of a ratio: with h_i hits among the c_i queries of image i, p = sum(h) /
+sum(c) and u_i = (h_i - p c_i) / sum(c),
 
     v = n / (n - 1) * sum(u_i ** 2)
 
-which is the limit of a bootstrap over images (Cochran 1977, Sampling Techniques, section 6.8), without its noise.
-Candidates stay as they are. The part of s2 that comes from the draw of images is counted in v too, so the interval is
-slightly too wide, never too narrow.
+which is the limit of a bootstrap over images (Cochran 1977, Sampling Techniques, section 6.8),
+without its noise. Candidates stay as they are. The part of s2 that comes from the draw of images is
+counted in v too, so the interval is slightly too wide, never too narrow.
 
-The quantile is Student's with Satterthwaite's degrees of freedom: (a + b)^2 / (a^2 / (S - 1) + b^2 / (n - 1)) with
-a = s2 / S and b = v. A bootstrap over 2 to 5 seeds cannot replace it: resampling S values understates their variance
-by (S - 1) / S, a half for two seeds. With one seed the interval covers the images alone.
+The quantile is Student's with Satterthwaite's degrees of freedom: (a + b)^2 / (a^2 / (S - 1) + b^2
+/ (n - 1)) with a = s2 / S and b = v. A bootstrap over 2 to 5 seeds cannot replace it: resampling S
+values understates their variance by (S - 1) / S, a half for two seeds. With one seed the interval
+covers the images alone.
 
-The ends are Wilson's, with the effective number of queries p (1 - p) / Var in place of n (Kott and Carr 1997). They lie
-within 0 and 100, and 0 of n does not give "0 to 0": where no variance is seen, each image counts as one query.
+The ends are Wilson's, with the effective number of queries p (1 - p) / Var in place of n (Kott and
+Carr 1997). They lie within 0 and 100, and 0 of n does not give "0 to 0": where no variance is seen,
+each image counts as one query.
 """
 
 import math
@@ -46,8 +51,9 @@ Term = tuple[Way, int]
 class RetrievalHits:
     """Hold the answers of one run, image by image.
 
-    `image_to_text`: for each K float64 [n_images], 1 where the image is a hit. `text_to_image`: for each K float64
-    [n_images], how many captions of the image are hits. `captions`: float64 [n_images], captions of each image.
+    `image_to_text`: for each K float64 [n_images], 1 where the image is a hit. `text_to_image`: for
+    each K float64 [n_images], how many captions of the image are hits. `captions`: float64
+    [n_images], captions of each image.
     """
 
     image_to_text: Mapping[int, NDArray[np.float64]]
@@ -60,7 +66,9 @@ class RetrievalHits:
 
     def value(self, terms: Sequence[Term]) -> float:
         """Return the mean recall of the terms, in per cent."""
-        return fmean(100 * float(hits.sum() / counts.sum()) for hits, counts in map(self._answers, terms))
+        return fmean(
+            100 * float(hits.sum() / counts.sum()) for hits, counts in map(self._answers, terms)
+        )
 
     def influence(self, terms: Sequence[Term]) -> NDArray[np.float64]:
         """Return float64 [n_images]: how far each image moves `value`, in points; the sum is 0."""
@@ -71,7 +79,8 @@ class RetrievalHits:
         return moved / len(terms)
 
     def shares(self, terms: Sequence[Term]) -> NDArray[np.float64]:
-        """Return float64 [n_images]: what each image adds to `value`, in points; the sum is `value`."""
+        """Return float64 [n_images]: what each image adds to `value`, in points; the sum is
+        `value`."""
         added = np.zeros(self.n_images)
         for hits, counts in map(self._answers, terms):
             added += 100 * hits / counts.sum()
@@ -86,7 +95,8 @@ class RetrievalHits:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Hold a recall in per cent, its 95 % interval, and where its variance comes from (points squared)."""
+    """Hold a recall in per cent, its 95 % interval, and where its variance comes from (points
+    squared)."""
 
     value: float
     low: float
@@ -107,16 +117,24 @@ def estimate_recall(runs: Sequence[RetrievalHits], terms: Sequence[Term]) -> Est
     values = [run.value(terms) for run in runs]
     influence = np.mean([run.influence(terms) for run in runs], axis=0)
     n_images = runs[0].n_images
-    n_queries = n_images if all(way == "image_to_text" for way, _ in terms) else int(runs[0].captions.sum())
-    return _estimate(values, image_variance=variance_over_images(influence), n_images=n_images, n_queries=n_queries)
+    n_queries = (
+        n_images if all(way == "image_to_text" for way, _ in terms) else int(runs[0].captions.sum())
+    )
+    return _estimate(
+        values,
+        image_variance=variance_over_images(influence),
+        n_images=n_images,
+        n_queries=n_queries,
+    )
 
 
 def estimate_from_recalls(values: Sequence[float], n_images: int) -> Estimate:
-    """Estimate the mean over seeds of a recall, or of a mean of recalls, when the single answers are not kept.
+    """Estimate the mean over seeds of a recall, or of a mean of recalls, when the single answers
+    are not kept.
 
-    The variance over images is then an upper bound, v (100 - v) / n: all captions of an image count as one query, and
-    the recalls of a mean, as well as the seeds, are taken to rise and fall together. Images have about the same number
-    of captions.
+    The variance over images is then an upper bound, v (100 - v) / n: all captions of an image count
+    as one query, and the recalls of a mean, as well as the seeds, are taken to rise and fall
+    together. Images have about the same number of captions.
 
     Args:
         values: the recall of each seed, in per cent.
@@ -127,7 +145,13 @@ def estimate_from_recalls(values: Sequence[float], n_images: int) -> Estimate:
     return _estimate(values, image_variance=bound, n_images=n_images, n_queries=n_images)
 
 
-def _estimate(values: Sequence[float], *, image_variance: float, n_images: int, n_queries: int) -> Estimate:
+def _estimate(
+    values: Sequence[float],
+    *,
+    image_variance: float,
+    n_images: int,
+    n_queries: int,
+) -> Estimate:
     n_seeds = len(values)
     seed_variance = variance(values) / n_seeds if n_seeds > 1 else 0.0
     degrees = satterthwaite([(seed_variance, n_seeds - 1), (image_variance, n_images - 1)])
@@ -150,7 +174,14 @@ def _estimate(values: Sequence[float], *, image_variance: float, n_images: int, 
     )
 
 
-def share_interval(share: float, squared_error: float, *, degrees: float, n_images: int, n_queries: int) -> Ends:
+def share_interval(
+    share: float,
+    squared_error: float,
+    *,
+    degrees: float,
+    n_images: int,
+    n_queries: int,
+) -> Ends:
     """Return Wilson's interval of a share with a known variance.
 
     Args:
@@ -183,7 +214,8 @@ def accuracy_interval(accuracy: float, n_trials: int) -> Ends:
 
 
 def variance_over_images(influence: NDArray[np.float64]) -> float:
-    """Return n / (n - 1) times the sum of squares of influences that add up to 0; 0 for one image."""
+    """Return n / (n - 1) times the sum of squares of influences that add up to 0; 0 for one
+    image."""
     n_images = len(influence)
     return float(n_images / (n_images - 1) * np.square(influence).sum()) if n_images > 1 else 0.0
 
@@ -191,9 +223,9 @@ def variance_over_images(influence: NDArray[np.float64]) -> float:
 def smallest_variance(n_images: int) -> float:
     """Return the least variance of a paired difference on n images, in points squared.
 
-    It is that of about one image answered otherwise: no such image among n does not prove that there are none (Agresti
-    and Min 2005, Simple improved confidence intervals for comparing matched proportions: half a count is added to each
-    cell of the table).
+    It is that of about one image answered otherwise: no such image among n does not prove that
+    there are none (Agresti and Min 2005, Simple improved confidence intervals for comparing matched
+    proportions: half a count is added to each cell of the table).
     """
     return (100 / (n_images + 2)) ** 2
 
@@ -226,12 +258,16 @@ def student_p_value(difference: float, squared_error: float, degrees: float) -> 
     return float(2 * stdtr(max(degrees, 1.0), -abs(difference) / math.sqrt(squared_error)))
 
 
-def sign_flip_p_value(differences: NDArray[np.float64], n_flips: int = 10_000, seed: int = 0) -> float:
+def sign_flip_p_value(
+    differences: NDArray[np.float64],
+    n_flips: int = 10_000,
+    seed: int = 0,
+) -> float:
     """Return the p-value of a paired permutation test: how often random signs give as large a sum.
 
-    Under the null hypothesis the two sides could be exchanged on each image. All signs are tried where that takes no
-    more than `n_flips` sums; otherwise signs are drawn by `seed`, and the observed ones count as one draw, so that p is
-    never 0 (Phipson and Smyth 2010).
+    Under the null hypothesis the two sides could be exchanged on each image. All signs are tried
+    where that takes no more than `n_flips` sums; otherwise signs are drawn by `seed`, and the
+    observed ones count as one draw, so that p is never 0 (Phipson and Smyth 2010).
 
     Args:
         differences: float64 [n], the difference on each image.
@@ -240,7 +276,9 @@ def sign_flip_p_value(differences: NDArray[np.float64], n_flips: int = 10_000, s
     if not len(moved):
         return 1.0
     observed = abs(float(moved.sum()))
-    least = observed - 1e-9 * float(np.abs(moved).sum())  # sums of the same numbers round differently
+    least = observed - 1e-9 * float(
+        np.abs(moved).sum()
+    )  # sums of the same numbers round differently
     if 2 ** len(moved) <= n_flips:
         bits = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
         return float((np.abs((1 - 2.0 * bits) @ moved) >= least).mean())

@@ -1,7 +1,8 @@
-"""Counting what a tower does without running it: parameters, operations and bytes, on the meta device.
+"""Counting what a tower does without running it: parameters, operations and bytes, on the meta
+device.
 
-Operations are counted with the very parameters switched on that the recipe trains. A multiplication and an addition are
-two operations, as in torch's own counter.
+Operations are counted with the very parameters switched on that the recipe trains. A multiplication
+and an addition are two operations, as in torch's own counter.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ Parts = tuple[tuple[str, int, int], ...]
 """(part, trained, all) parameters."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanSpec:
-    """`rows`: images, each with `captions` captions of `tokens` tokens (special ones and padding included).
+    """`rows`: images, each with `captions` captions of `tokens` tokens (special ones and padding
+    included).
 
-    `slice_size`: how many pairs are in memory at once (None: the whole batch). `utilisation`: share of the device's
-    rate that is reached. `price`: of an hour of the device, in any currency; None: no costs are given.
+    `slice_size`: how many pairs are in memory at once (None: the whole batch). `utilisation`: share
+    of the device's rate that is reached. `price`: of an hour of the device, in any currency; None:
+    no costs are given.
     """
 
     rows: int
@@ -38,12 +41,13 @@ class PlanSpec:
     price: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SidePlan:
-    """One tower. `parts`: (part, trained, all) parameters. `cut` None: from the inputs. FLOPs are of one image or text:
-    `below_flops` of what the cache saves, `live_flops` of forward and backward above the cut in a training step.
-    `saved_bytes`: float32 activations of one item that wait for the backward pass. `tokens`: positions of each cached
-    item; 0 where its pooled features are cached, or nothing."""
+    """One tower. `parts`: (part, trained, all) parameters. `cut` None: from the inputs. FLOPs are
+    of one image or text: `below_flops` of what the cache saves, `live_flops` of forward and
+    backward above the cut in a training step. `saved_bytes`: float32 activations of one item that
+    wait for the backward pass. `tokens`: positions of each cached item; 0 where its pooled features
+    are cached, or nothing."""
 
     side: Modality
     parts: Parts
@@ -64,10 +68,10 @@ class SidePlan:
         return sum(count for _, _, count in self.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counted:
-    """Of one item: the whole forward pass; forward and backward with nothing cached, and activations kept then; the
-    same of the head, which no cache changes."""
+    """Of one item: the whole forward pass; forward and backward with nothing cached, and
+    activations kept then; the same of the head, which no cache changes."""
 
     whole_flops: int
     uncached_flops: int
@@ -77,16 +81,24 @@ class Counted:
     out_dim: int
 
 
-def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpec) -> tuple[SidePlan, Counted]:
+def count_side(
+    tower: Tower,
+    head: Head,
+    matches: Sequence[Match],
+    spec: PlanSpec,
+) -> tuple[SidePlan, Counted]:
     found = find_cut(matches, tower)
     inputs, mask = example(tower, spec)
     with torch.no_grad():
         below = _below(found.cut, tower, head)
         hidden = tower.run_to(below, inputs, mask)
-        below_flops = 0 if found.cut is None else measure(lambda: tower.run_to(below, inputs, mask))[1]
+        below_flops = (
+            0 if found.cut is None else measure(lambda: tower.run_to(below, inputs, mask))[1]
+        )
     uncached, whole, uncached_saved = measure(lambda: tower(inputs, mask), backward=True)
     if found.cut is None:
-        live, saved = uncached, uncached_saved
+        live = uncached
+        saved = uncached_saved
     else:
         live, _, saved = measure(lambda: tower.forward_from(below, hidden, mask), backward=True)
     tokens = 0 if found.cut is None or below == "pooled" else hidden.shape[1]
@@ -99,10 +111,32 @@ def count_side(tower: Tower, head: Head, matches: Sequence[Match], spec: PlanSpe
     head_flops, _, head_saved = measure(lambda: head(features), backward=True)
     items = spec.rows * (1 if tower.modality == "image" else spec.captions)
     cache = 0 if found.cut is None else items * hidden.numel() * STORED_BYTES
-    reason = f"nothing within the tower trains: its {tokens} tokens are computed once" if on_tokens else found.reason
+    reason = (
+        f"nothing within the tower trains: its {tokens} tokens are computed once"
+        if on_tokens
+        else found.reason
+    )
     counts = (cache, below_flops, live, saved, tokens)
-    side = SidePlan(tower.modality, _by_part(matches, tower.modality), found.cut, reason, *counts)
-    return side, Counted(whole, uncached, uncached_saved, head_flops, head_saved, head.out_dim)
+    cache_bytes, below_flops_value, live_flops, saved_bytes, tokens_value = counts
+    side = SidePlan(
+        side=tower.modality,
+        parts=_by_part(matches, tower.modality),
+        cut=found.cut,
+        reason=reason,
+        cache_bytes=cache_bytes,
+        below_flops=below_flops_value,
+        live_flops=live_flops,
+        saved_bytes=saved_bytes,
+        tokens=tokens_value,
+    )
+    return side, Counted(
+        whole_flops=whole,
+        uncached_flops=uncached,
+        uncached_saved=uncached_saved,
+        head_flops=head_flops,
+        head_saved=head_saved,
+        out_dim=head.out_dim,
+    )
 
 
 def takes_tokens(head: Head) -> bool:
@@ -131,7 +165,8 @@ def example(tower: Tower, spec: PlanSpec) -> tuple[Tensor, Tensor | None]:
 
 
 def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int, int]:
-    """(operations with the backward pass if there is one, those of the call alone, bytes kept for the backward pass)"""
+    """(operations with the backward pass if there is one, those of the call alone, bytes kept for
+    the backward pass)"""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -139,12 +174,19 @@ def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
         out = run()
         forward = int(counter.get_total_flops())
         if backward and out.requires_grad:
             out.sum().backward()
-    return int(counter.get_total_flops()), forward, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return (
+        int(counter.get_total_flops()),
+        forward,
+        sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
+    )
 
 
 def _by_part(matches: Sequence[Match], side: Modality) -> Parts:
@@ -152,5 +194,7 @@ def _by_part(matches: Sequence[Match], side: Modality) -> Parts:
     mine = [match for match in matches if match.side == side]
     names = dict.fromkeys(match.part.place for match in mine)
     counts = {name: [m.part.count for m in mine if m.part.place == name] for name in names}
-    trained = {name: [m.part.count for m in mine if m.part.place == name and m.train] for name in names}
+    trained = {
+        name: [m.part.count for m in mine if m.part.place == name and m.train] for name in names
+    }
     return tuple((name, sum(trained[name]), sum(counts[name])) for name in names)

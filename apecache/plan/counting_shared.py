@@ -1,4 +1,5 @@
-"""Counting a shared encoder: both towers cut off, the layers above them, and what a teacher adds."""
+"""Counting a shared encoder: both towers cut off, the layers above them, and what a teacher
+adds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,18 @@ from apecache.plan.counting import Counted, Parts, PlanSpec, SidePlan, example, 
 from apecache.recipes.recipe import Recipe
 
 FLOAT_BYTES = 4
-CHANGES = "the tower trains from its embeddings on, so nothing can be cached: every activation changes with every step"
+CHANGES = (
+    "the tower trains from its embeddings on, so nothing can be cached: every activation changes "
+    "with every step"
+)
 WHOLE = "a shared encoder runs its towers from the inputs, whatever of them is frozen"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Taught:
-    """`dim`: width of what a teacher gives; `flops` of one image by it, 0 where it is not known. `student_dim` and
-    `bank` (features that each student is compared with beside the batch's; None: none are compared)."""
+    """`dim`: width of what a teacher gives; `flops` of one image by it, 0 where it is not known.
+    `student_dim` and `bank` (features that each student is compared with beside the batch's; None:
+    none are compared)."""
 
     dim: int
     flops: int = 0
@@ -29,8 +34,8 @@ class Taught:
     bank: int | None = None
 
     def loss_flops(self, batch: int, students: int) -> int:
-        """Forward and backward, of `students` outputs for each image: the projection, and the comparison, through which
-        no gradient goes to the teacher."""
+        """Forward and backward, of `students` outputs for each image: the projection, and the
+        comparison, through which no gradient goes to the teacher."""
         compared = 0 if self.bank is None else 2 * 2 * batch * (batch + self.bank) * self.dim
         return students * (3 * 2 * batch * self.student_dim * self.dim + compared)
 
@@ -41,18 +46,21 @@ class Taught:
 
 
 def count_teacher(tower: Tower, spec: PlanSpec, n_classes: int | None = None) -> Taught:
-    """Of a teacher's tower on the meta device, run forward once for each image; `n_classes`: of its classifier, where
-    classes are taught."""
+    """Of a teacher's tower on the meta device, run forward once for each image; `n_classes`: of its
+    classifier, where classes are taught."""
     with torch.no_grad():
         flops, _, _ = measure(lambda: tower(*example(tower, spec)))
-    return Taught(n_classes or tower.dim, flops)
+    return Taught(dim=n_classes or tower.dim, flops=flops)
 
 
 def count_shared(
-    recipe: Recipe, towers: Sequence[Tower], spec: PlanSpec, teacher: Taught | None
+    recipe: Recipe,
+    towers: Sequence[Tower],
+    spec: PlanSpec,
+    teacher: Taught | None,
 ) -> tuple[tuple[SidePlan, SidePlan], tuple[Counted, Counted], Parts, int, Taught | None]:
-    """Sides, what they do, common parts, the width of all that is contrasted, and the teacher; towers are on the meta
-    device.
+    """Sides, what they do, common parts, the width of all that is contrasted, and the teacher;
+    towers are on the meta device.
 
     Raises:
         RecipeError: as `build_sides` does; or classes are taught and no teacher is given.
@@ -64,21 +72,33 @@ def count_shared(
     assert isinstance(model.text, SharedSide)
     (first, one), (second, two) = (_count(side, spec) for side in (model.image, model.text))
     common = _common_parts(model)
-    return (first, second), (one, two), common, (recipe.shared.expansion + 1) * towers[0].dim, taught
+    return (
+        (first, second),
+        (one, two),
+        common,
+        (recipe.shared.expansion + 1) * towers[0].dim,
+        taught,
+    )
 
 
 def count_shared_trained(recipe: Recipe, towers: Sequence[Tower]) -> int:
-    """Parameters that `count_shared` says train, without a teacher and without counting operations. Raises as it."""
+    """Parameters that `count_shared` says train, without a teacher and without counting operations.
+    Raises as it."""
     model = build_meta_shared(recipe, towers, _taught(recipe, towers[0].dim, None))
     sides = [part for tower in towers for part in _parts(tower)]
     return sum(trained for _, trained, _ in (*sides, *_common_parts(model)))
 
 
-def build_meta_shared(recipe: Recipe, towers: Sequence[Tower], taught: Taught | None) -> EncoderModel:
-    """Build a shared encoder around towers on the meta device. Raises RecipeError as `build_sides` does."""
+def build_meta_shared(
+    recipe: Recipe,
+    towers: Sequence[Tower],
+    taught: Taught | None,
+) -> EncoderModel:
+    """Build a shared encoder around towers on the meta device. Raises RecipeError as `build_sides`
+    does."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        wide = None if taught is None else Teacher(taught.dim)
-        return build_shared(towers, recipe, torch.device("meta"), wide)
+        wide = None if taught is None else Teacher(dim=taught.dim)
+        return build_shared(towers, recipe=recipe, device=torch.device("meta"), teacher=wide)
 
 
 def _common_parts(model: EncoderModel) -> Parts:
@@ -97,8 +117,11 @@ def _taught(recipe: Recipe, dim: int, teacher: Taught | None) -> Taught | None:
     if spec is None:
         return None
     if spec.kind == "classes" and teacher is None:
-        raise RecipeError(f"recipe {recipe.name}: how many classes it learns of depends on the teacher; give --teacher")
-    found = teacher or Taught(dim)
+        raise RecipeError(
+            f"recipe {recipe.name}: how many classes it learns of depends on the teacher; "
+            "give --teacher"
+        )
+    found = teacher or Taught(dim=dim)
     return replace(found, student_dim=dim, bank=spec.bank if spec.kind == "contrastive" else None)
 
 
@@ -107,8 +130,24 @@ def _count(side: SharedSide, spec: PlanSpec) -> tuple[SidePlan, Counted]:
     inputs, mask = example(tower, spec)
     live, whole, saved = measure(lambda: side.outputs(inputs, mask), backward=True)
     bottom = any(tower.parameter(part).requires_grad for part in tower.parts() if part.depth == -1)
-    plan = SidePlan(tower.modality, _parts(tower), None, CHANGES if bottom else WHOLE, 0, 0, live, saved)
-    return plan, Counted(whole, live, saved, 0, 0, side.dim)
+    plan = SidePlan(
+        side=tower.modality,
+        parts=_parts(tower),
+        cut=None,
+        reason=CHANGES if bottom else WHOLE,
+        cache_bytes=0,
+        below_flops=0,
+        live_flops=live,
+        saved_bytes=saved,
+    )
+    return plan, Counted(
+        whole_flops=whole,
+        uncached_flops=live,
+        uncached_saved=saved,
+        head_flops=0,
+        head_saved=0,
+        out_dim=side.dim,
+    )
 
 
 def _parts(tower: Tower) -> Parts:

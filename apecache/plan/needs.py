@@ -17,7 +17,8 @@ TRAINS = "tower trains"
 @dataclass(frozen=True, kw_only=True)
 class RecipeNeeds:
     image: str
-    """`pooled`, `tokens`, `tokens after K of N blocks`, or `live tower`: nothing of that side can be cached."""
+    """`pooled`, `tokens`, `tokens after K of N blocks`, or `live tower`: nothing of that side can
+    be cached."""
     text: str
     n_trained: int | None
     """None: it depends on a teacher."""
@@ -29,8 +30,13 @@ class RecipeNeeds:
 
 
 def needs_of_sides(recipe: Recipe) -> str:
-    """Say for each side which features are cached, or that its tower trains, which holds for all encoders."""
-    return RecipeNeeds(image=_side(recipe, "image"), text=_side(recipe, "text"), n_trained=None).summary
+    """Say for each side which features are cached, or that its tower trains, which holds for all
+    encoders."""
+    return RecipeNeeds(
+        image=_side(recipe, "image"),
+        text=_side(recipe, "text"),
+        n_trained=None,
+    ).summary
 
 
 def _side(recipe: Recipe, side: Modality) -> str:
@@ -49,14 +55,18 @@ def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
     """
     if recipe.shared is not None:
         return RecipeNeeds(image=LIVE, text=LIVE, n_trained=_shared_trained(recipe, image, text))
-    _, matches = match_towers(recipe.towers, recipe, image, text)
+    _, matches = match_towers(recipe.towers, recipe=recipe, image=image, text=text)
     n_scalars = sum(trained for _, trained, _ in scalars(recipe))
     cuts = [find_cut(matches, tower).cut for tower in (image, text)]
     described = []
     for cut, tower, spec in zip(cuts, (image, text), (recipe.image, recipe.text), strict=True):
         named: dict[Cut | None, str] = {None: LIVE, "pooled": spec.cut}
         described.append(named.get(cut, f"tokens after {cut} of {tower.n_blocks} blocks"))
-    return RecipeNeeds(image=described[0], text=described[1], n_trained=count_trained(matches) + n_scalars)
+    return RecipeNeeds(
+        image=described[0],
+        text=described[1],
+        n_trained=count_trained(matches) + n_scalars,
+    )
 
 
 def _shared_trained(recipe: Recipe, image: Tower, text: Tower) -> int | None:

@@ -1,4 +1,5 @@
-"""What a step of a plan takes on this machine: the trainers' own step, on random weights and made-up inputs."""
+"""What a step of a plan takes on this machine: the trainers' own step, on random weights and
+made-up inputs."""
 
 import io
 import time
@@ -37,16 +38,19 @@ FIRST_IMAGES = 16
 ENOUGH_SECONDS = 0.5
 """A step that takes so long is not run with a larger batch: what is missing is extrapolated."""
 MOST_STEPS = 9
-SAMPLE_SIZE, SAMPLE_QUALITY, N_SAMPLES = (500, 375), 90, 16
+SAMPLE_SIZE = (500, 375)
+SAMPLE_QUALITY = 90
+N_SAMPLES = 16
 """Made-up images are JPEGs as data sets of photos keep them."""
 ENCODED_IMAGES = 32
 """In a batch of what is computed once, for the cache."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepClock:
-    """`apecache.plan.plan.Clock` on the CPU, or on CUDA if there is one. `sample`: a folder of images like those
-    that will be trained on. `clock` may count the process's time instead, on a machine that others use too."""
+    """`apecache.plan.plan.Clock` on the CPU, or on CUDA if there is one. `sample`: a folder of
+    images like those that will be trained on. `clock` may count the process's time instead, on a
+    machine that others use too."""
 
     recipe: Recipe
     image: EncoderSpec
@@ -60,13 +64,20 @@ class StepClock:
     def once(self, cuts: Cuts) -> float:
         """Decoding and preprocessing included, writing to the store not."""
         total = 0.0
-        for tower, source, cut, each in zip(self._towers(), self._live(), cuts, (1, self.spec.captions), strict=True):
+        for tower, source, cut, each in zip(
+            self._towers(),
+            self._live(),
+            cuts,
+            (1, self.spec.captions),
+            strict=True,
+        ):
             if cut is not None:
                 total += each * self._encoding(tower, source(ENCODED_IMAGES), cut) / ENCODED_IMAGES
         return total
 
     def step(self, cuts: Cuts) -> float:
-        """In batches of the recipe's size, or extrapolated along a line from the two largest that were timed."""
+        """In batches of the recipe's size, or extrapolated along a line from the two largest that
+        were timed."""
         _, batch, _ = steps_of(self.recipe, self.spec)
         found: list[tuple[int, float]] = []
         for n in _sizes(batch):
@@ -89,11 +100,15 @@ class StepClock:
         _, _, accumulate = steps_of(self.recipe, self.spec)
         fit, pairs = self._fit(cuts, n_images, is_part)
         generator = torch.Generator().manual_seed(0)
-        plan, captions = Plan(2 * MOST_STEPS, MOST_STEPS, accumulate), self.recipe.loss.captions
+        plan = Plan(n_steps=2 * MOST_STEPS, per_epoch=MOST_STEPS, accumulate=accumulate)
+        captions = self.recipe.loss.captions
         fit.model.train()
 
         def run() -> None:
-            drawn = (batches(pairs, n_images, generator, captions) for _ in range(accumulate))
+            drawn = (
+                batches(pairs, batch_size=n_images, generator=generator, captions=captions)
+                for _ in range(accumulate)
+            )
             float(take_step(fit, chain.from_iterable(drawn), plan))
 
         with torch.random.fork_rng(devices=[]):
@@ -110,7 +125,7 @@ class StepClock:
             found.append(self.clock() - begin)
         return median(found)
 
-    # --- what is run -------------------------------------------------------------------------------------------------
+    # --- what is run ------------------------------------------------------------------------------
 
     def _fit(self, cuts: Cuts, n_images: int, is_part: bool) -> tuple[Fit[Any], FeaturePairs]:
         captions = self.recipe.loss.captions
@@ -124,27 +139,54 @@ class StepClock:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             within = [cut if isinstance(cut, int) else None for cut in cuts]
-            model = build_around(live, _unstandardised(self.recipe), dims, self.device, within, teacher)
+            model = build_around(
+                live,
+                recipe=_unstandardised(self.recipe),
+                dims=dims,
+                device=self.device,
+                cuts=within,
+                teacher=teacher,
+            )
         sources = zip(towers, self._live(), cuts, (1, captions), strict=True)
-        image, text = (self._inputs(tower, source, cut, n_images * each) for tower, source, cut, each in sources)
+        image, text = (
+            self._inputs(tower, source=source, cut=cut, count=n_images * each)
+            for tower, source, cut, each in sources
+        )
         slices = self.spec.slice_size
         if slices is not None and is_part:
-            slices = max(1, min(slices, n_images // 2))  # so that slices are run twice, as those of the batch are
+            slices = max(
+                1,
+                min(slices, n_images // 2),
+            )  # so that slices are run twice, as those of the batch are
         spec = FitEncoderSpec(slice_size=slices, device=str(self.device))
-        rows = torch.arange(n_images), torch.arange(n_images * captions), torch.arange(n_images + 1) * captions
-        return EncoderFit(model, (image, text), self.recipe, spec, ALONE), FeaturePairs(*rows)
+        rows = (
+            torch.arange(n_images),
+            torch.arange(n_images * captions),
+            torch.arange(n_images + 1) * captions,
+        )
+        image_value, text_value, first_text = rows
+        return EncoderFit(
+            model,
+            inputs=(image, text),
+            recipe=self.recipe,
+            spec=spec,
+            ranks=ALONE,
+        ), FeaturePairs(image=image_value, text=text_value, first_text=first_text)
 
     def _head_fit(self, n_images: int) -> tuple[Fit[Any], FeaturePairs]:
         """Of heads on features that are on the device."""
         captions = self.recipe.loss.captions
         cuts = zip(self._towers("meta"), (self.recipe.image.cut, self.recipe.text.cut), strict=True)
-        shapes = [self._row_shape(tower) if cut == "tokens" else (tower.output_dim,) for tower, cut in cuts]
+        shapes = [
+            self._row_shape(tower) if cut == "tokens" else (tower.output_dim,)
+            for tower, cut in cuts
+        ]
         image, text = (
             torch.randn(n_images * each, *shape, device=self.device).half()
             for each, shape in zip((1, captions), shapes, strict=True)
         )
         first = torch.arange(n_images + 1, device=self.device) * captions
-        pairs = FeaturePairs(image, text, first, device=self.device)
+        pairs = FeaturePairs(image=image, text=text, first_text=first, device=self.device)
         return Training(build_model(self.recipe, pairs, 0), self.recipe, 0), pairs
 
     def _row_shape(self, tower: Tower) -> tuple[int, ...]:
@@ -162,9 +204,9 @@ class StepClock:
         if self.recipe.distillation is None:
             return None
         dim = self.teacher().dim if self.teacher else image.dim
-        return Teacher(dim, torch.randn(n_images, dim, device=self.device).softmax(-1))
+        return Teacher(dim=dim, features=torch.randn(n_images, dim, device=self.device).softmax(-1))
 
-    # --- made-up inputs ----------------------------------------------------------------------------------------------
+    # --- made-up inputs ---------------------------------------------------------------------------
 
     def _live(self) -> tuple[Callable[[int], Inputs], Callable[[int], Inputs]]:
         return self._images, self._texts
@@ -173,23 +215,41 @@ class StepClock:
         files = self._sampled()
         keys = [str(row) for row in range(count)]
         open_image = lambda key: decode_image(files[int(key) % len(files)], key)  # noqa: E731
-        return ImageInputs(keys, open_image, load_preprocess(self.image), self.device)
+        return ImageInputs(
+            keys=keys,
+            open_image=open_image,
+            preprocess=load_preprocess(self.image),
+            device=self.device,
+        )
 
     def _texts(self, count: int) -> "MadeUpTexts":
         tower = shape_tower(self.text)
         table = next(part for part in tower.parts() if part.place == "token_embedding")
-        return MadeUpTexts(*made_up_texts(count, self.spec.tokens, table.count // tower.dim), self.device)
+        ids, mask = made_up_texts(count, self.spec.tokens, table.count // tower.dim)
+        return MadeUpTexts(ids=ids, mask=mask, device=self.device)
 
-    def _inputs(self, tower: Tower, source: Callable[[int], Inputs], cut: Cut | None, count: int) -> Inputs:
+    def _inputs(
+        self,
+        tower: Tower,
+        source: Callable[[int], Inputs],
+        cut: Cut | None,
+        count: int,
+    ) -> Inputs:
         if cut is None:
             return source(count)
         if cut == "pooled":
-            return CachedInputs(torch.randn(count, tower.output_dim, device=self.device).half())
+            return CachedInputs(
+                features=torch.randn(count, tower.output_dim, device=self.device).half()
+            )
         image = tower.modality == "image"
         shape_only = shape_tower(self.image if image else self.text)
         shape = shape_only.run_to(cut, *example(shape_only, self.spec)).shape[1:]
         lengths = None if image else made_up_lengths(count, self.spec.tokens)
-        return TokenInputs(torch.randn(count, *shape).half(), lengths, self.device)
+        return TokenInputs(
+            features=torch.randn(count, *shape).half(),
+            lengths=lengths,
+            device=self.device,
+        )
 
     def _sampled(self) -> list[bytes]:
         if not self._files:
@@ -203,7 +263,7 @@ class StepClock:
         return self._median(lambda: float(tower.run_to(cut, *source.take(rows)).sum()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MadeUpTexts:
     """Token ids and mask [count, tokens]."""
 
@@ -230,7 +290,8 @@ def made_up_texts(count: int, tokens: int, vocabulary: int) -> tuple[Tensor, Ten
 
 def made_up_images() -> list[bytes]:
     """Smooth shades with a little noise, as photos have."""
-    generator, (width, height) = np.random.default_rng(0), SAMPLE_SIZE
+    generator = np.random.default_rng(0)
+    width, height = SAMPLE_SIZE
     return [_jpeg(generator, width, height) for _ in range(N_SAMPLES)]
 
 
@@ -246,15 +307,23 @@ def _jpeg(generator: np.random.Generator, width: int, height: int) -> bytes:
 def read_sample(folder: Path) -> list[bytes]:
     """Raises OptionError for a folder without images."""
     suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)[:N_SAMPLES]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)[
+        :N_SAMPLES
+    ]
     if not paths:
-        raise OptionError(f"{folder} has no images (.jpg, .png, .webp) to time with; give another folder to --sample")
+        raise OptionError(
+            f"{folder} has no images (.jpg, .png, .webp) to time with; give another folder to "
+            "--sample"
+        )
     return [path.read_bytes() for path in paths]
 
 
 def _unstandardised(recipe: Recipe) -> Recipe:
     """Statistics are those of cached features, and cost the same whatever they are."""
-    sides = {side: getattr(recipe, side).model_copy(update={"standardise": False}) for side in ("image", "text")}
+    sides = {
+        side: getattr(recipe, side).model_copy(update={"standardise": False})
+        for side in ("image", "text")
+    }
     return recipe.model_copy(update=sides)
 
 
@@ -268,7 +337,8 @@ def _sizes(batch: int) -> Iterator[int]:
 
 
 def _extrapolated(found: Sequence[tuple[int, float]], batch: int) -> float:
-    """Along the line of the last two, which rises by no less than half of the last one's share of each image."""
+    """Along the line of the last two, which rises by no less than half of the last one's share of
+    each image."""
     n, seconds = found[-1]
     if n == batch or len(found) == 1:
         return seconds * batch / n

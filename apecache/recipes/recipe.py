@@ -1,4 +1,5 @@
-"""A recipe: everything that a fit on cached features needs besides the features. One TOML file each, in `zoo/`."""
+"""A recipe: everything that a fit on cached features needs besides the features. One TOML file
+each, in `zoo/`."""
 
 import os
 import tomllib
@@ -36,9 +37,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserSpec(Settings):
-    """Parameters with fewer than two dimensions are not decayed. `adam`: decay as a part of the gradient; `sgd`:
-    betas[0] is the momentum. `clip`: largest gradient norm, 0 for none. `ema`: decay of an average of the weights,
-    which is what is evaluated and kept; 0 for none."""
+    """Parameters with fewer than two dimensions are not decayed. `adam`: decay as a part of the
+    gradient; `sgd`: betas[0] is the momentum. `clip`: largest gradient norm, 0 for none. `ema`:
+    decay of an average of the weights, which is what is evaluated and kept; 0 for none."""
 
     kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
@@ -50,12 +51,14 @@ class OptimiserSpec(Settings):
 
 
 class ScheduleSpec(Settings):
-    """Linear warm-up over a share of all steps, or over `warmup_steps`; then the rate falls along a cosine to `final`
-    times itself, or stays (`constant`). In every epoch each image is seen once, with captions drawn at random.
+    """Linear warm-up over a share of all steps, or over `warmup_steps`; then the rate falls along a
+    cosine to `final` times itself, or stays (`constant`). In every epoch each image is seen once,
+    with captions drawn at random.
 
-    `epochs` 0: nothing trains, the heads stay as `init` makes them. `steps` above 0 replaces `epochs`. `batch_size`:
-    images in a batch (more than there are: all). `accumulate`: batches per step; they add no negatives. `patience`:
-    evaluations without a better one before it stops, 0: never. Dev is evaluated every `evaluate_every` epochs.
+    `epochs` 0: nothing trains, the heads stay as `init` makes them. `steps` above 0 replaces
+    `epochs`. `batch_size`: images in a batch (more than there are: all). `accumulate`: batches per
+    step; they add no negatives. `patience`: evaluations without a better one before it stops, 0:
+    never. Dev is evaluated every `evaluate_every` epochs.
     """
 
     epochs: int = Field(default=30, ge=0)
@@ -71,8 +74,9 @@ class ScheduleSpec(Settings):
 
 
 class ImageAugmentationSpec(Settings):
-    """Of the images of a live image side, another view in every epoch: a random crop of `scale` (share of the area) and
-    `ratio` (of the sides), mirrored half of the time, then `operations` of RandAugment at `magnitude` (0 to 10)."""
+    """Of the images of a live image side, another view in every epoch: a random crop of `scale`
+    (share of the area) and `ratio` (of the sides), mirrored half of the time, then `operations` of
+    RandAugment at `magnitude` (0 to 10)."""
 
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -88,10 +92,11 @@ class ImageAugmentationSpec(Settings):
 
 
 class AugmentationSpec(Settings):
-    """In feature space, but for `image`. `noise`: standard deviation of Gaussian noise in units of each feature's own
-    deviation. `mixup`: one half of a batch is mixed with the other, both modalities with one coefficient from
-    Beta(mixup, mixup) (FuseMix; it halves the batch). `token_dropout`: share of tokens hidden, never the first. Of
-    features with several views, each image shows a random one in every epoch."""
+    """In feature space, but for `image`. `noise`: standard deviation of Gaussian noise in units of
+    each feature's own deviation. `mixup`: one half of a batch is mixed with the other, both
+    modalities with one coefficient from Beta(mixup, mixup) (FuseMix; it halves the batch).
+    `token_dropout`: share of tokens hidden, never the first. Of features with several views, each
+    image shows a random one in every epoch."""
 
     noise: float = Field(default=0.0, ge=0)
     mixup: float = Field(default=0.0, ge=0)
@@ -100,8 +105,9 @@ class AugmentationSpec(Settings):
 
 
 class ClosedFormSpec(Settings):
-    """Candidates of what a closed form leaves open; the best combination is chosen on dev. `ridge` is in units of the
-    mean eigenvalue; `rank` (of `cca`; a head's own `dim` goes before) and `power` of the canonical correlations."""
+    """Candidates of what a closed form leaves open; the best combination is chosen on dev. `ridge`
+    is in units of the mean eigenvalue; `rank` (of `cca`; a head's own `dim` goes before) and
+    `power` of the canonical correlations."""
 
     ridge: tuple[Positive, ...] = Field(default=(0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
     rank: tuple[Count, ...] = Field(default=(64, 128, 256, 512), min_length=1)
@@ -111,9 +117,10 @@ class ClosedFormSpec(Settings):
 class Recipe(Settings):
     """`source`: where the recipe comes from, and what of it is our choice; `summary`: one line.
 
-    `init`: `random`, or a closed form that the heads begin with: `cca` (both sides linear, or with `skip`), `ridge` and
-    `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both sides a `dictionary` of the training
-    pairs; nothing trains). With `schedule.epochs` 0 that is the whole fit.
+    `init`: `random`, or a closed form that the heads begin with: `cca` (both sides linear, or with
+    `skip`), `ridge` and `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both
+    sides a `dictionary` of the training pairs; nothing trains). With `schedule.epochs` 0 that is
+    the whole fit.
     """
 
     name: str
@@ -150,7 +157,9 @@ class Recipe(Settings):
     def _works_together(self) -> "Recipe":
         fixed = not self.has_steps
         if fixed and self.init == "random":
-            raise ValueError("schedule.epochs is 0 and init is random: nothing would be fitted; give one of them")
+            raise ValueError(
+                "schedule.epochs is 0 and init is random: nothing would be fitted; give one of them"
+            )
         kinds = {part.kind for side in (self.image, self.text) for part in (side, *side.parts)}
         if ("dictionary" in kinds) != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
@@ -159,10 +168,13 @@ class Recipe(Settings):
         if self.distillation and not self.shared:
             raise ValueError("distillation teaches a shared encoder: give a section shared too")
         if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
-            raise ValueError("below a shared block both towers train: set towers.freezing to Vuu-Tuu")
+            raise ValueError(
+                "below a shared block both towers train: set towers.freezing to Vuu-Tuu"
+            )
         if self.augmentation.image and not self.towers.may_train("image"):
             raise ValueError(
-                "augmentation.image is for recipes whose image tower trains; others: extract --views (augmentation={})"
+                "augmentation.image is for recipes whose image tower trains; others: extract "
+                "--views (augmentation={})"
             )
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
@@ -170,13 +182,15 @@ class Recipe(Settings):
 
     @property
     def cut(self) -> str:
-        """What must be cached: `pooled` or `tokens`, or both named where the sides differ (image before text)."""
+        """What must be cached: `pooled` or `tokens`, or both named where the sides differ (image
+        before text)."""
         sides = (self.image.cut, self.text.cut)
         return sides[0] if sides[0] == sides[1] else f"{sides[0]}, {sides[1]}"
 
 
 def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
-    """Trained parameters of both heads and the loss, for features of these widths; nothing is allocated.
+    """Trained parameters of both heads and the loss, for features of these widths; nothing is
+    allocated.
 
     Raises:
         RecipeError: the widths do not work.
@@ -189,17 +203,21 @@ def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
 
 
 def build_meta_heads(recipe: Recipe, image_dim: int, text_dim: int) -> tuple[Head, Head]:
-    """Build both heads on the meta device; a closed form that leaves its width open takes its largest rank.
+    """Build both heads on the meta device; a closed form that leaves its width open takes its
+    largest rank.
 
     Raises:
         RecipeError: the widths do not work.
     """
-    image, text = (_with_dim(side, 1) if side.kind == "dictionary" else side for side in (recipe.image, recipe.text))
+    image, text = (
+        _with_dim(side, 1) if side.kind == "dictionary" else side
+        for side in (recipe.image, recipe.text)
+    )
     if recipe.init == "cca" and image.dim is None and text.dim is None:
         image = _with_dim(image, min(image_dim, text_dim, max(recipe.closed_form.rank)))
     try:
         with torch.device("meta"):
-            return build_heads(image, text, image_dim, text_dim)
+            return build_heads(image, text=text, image_dim=image_dim, text_dim=text_dim)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
 
@@ -214,7 +232,8 @@ def zoo_names() -> list[str]:
 
 
 def tower_zoo_names() -> list[str]:
-    """Names of the recipes that name parts of the towers, sorted; `freeze/` stands before any shorthand."""
+    """Names of the recipes that name parts of the towers, sorted; `freeze/` stands before any
+    shorthand."""
     return _names("tower_zoo")
 
 
@@ -232,13 +251,18 @@ def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
     """A recipe of the zoo by name, or a TOML file; `settings` are `section.key=value` overrides.
 
     Raises:
-        RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the wrong kind.
+        RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the
+            wrong kind.
     """
     if not isinstance(name, str | os.PathLike):
         raise wrong_type(name, "the name of a recipe or a path of a .toml file", "name")
     name = os.fspath(name)
     settings = as_texts(settings, "settings")
-    source = Path(name) if name.endswith(".toml") else _packaged("freeze" if name.startswith(FREEZE) else name)
+    source = (
+        Path(name)
+        if name.endswith(".toml")
+        else _packaged("freeze" if name.startswith(FREEZE) else name)
+    )
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
@@ -253,8 +277,8 @@ def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
 
 
 def as_recipe(recipe: object) -> Recipe:
-    """An argument that is a recipe: itself, or loaded by its name or file. Raises OptionError for another type, else as
-    `load_recipe` does."""
+    """An argument that is a recipe: itself, or loaded by its name or file. Raises OptionError for
+    another type, else as `load_recipe` does."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str | os.PathLike):
@@ -267,7 +291,9 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}") from None
+        raise RecipeError(
+            f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}"
+        ) from None
 
 
 def _packaged(name: str) -> Any:
@@ -295,18 +321,24 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
     path, equals, text = setting.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4")
+        raise RecipeError(
+            f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4"
+        )
     try:
         value = tomllib.loads(f"x = {text.strip()}")["x"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
-    return _with(values, keys, value, setting)
+    return _with(values, keys=keys, value=value, setting=setting)
 
 
 def _with(values: Any, keys: list[str], value: Any, setting: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"--set {setting!r}: {keys[0]} is inside a plain value, not a section")
-    inner = value if len(keys) == 1 else _with(values.get(keys[0], {}), keys[1:], value, setting)
+    inner = (
+        value
+        if len(keys) == 1
+        else _with(values.get(keys[0], {}), keys=keys[1:], value=value, setting=setting)
+    )
     return {**values, keys[0]: inner}
 
 
@@ -314,8 +346,14 @@ def _explain(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _keys_at(item["loc"][:-1])
-        return f"unknown key {place!r}; there are {', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
-    known = [part.strip("'") for part in item.get("ctx", {}).get("expected", "").replace(" or ", ", ").split(", ")]
+        return (
+            f"unknown key {place!r}; there are "
+            f"{', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
+        )
+    known = [
+        part.strip("'")
+        for part in item.get("ctx", {}).get("expected", "").replace(" or ", ", ").split(", ")
+    ]
     hint = nearest(str(item["input"]), known) if item["type"] == "literal_error" else ""
     message: str = item["msg"].removeprefix("Value error, ")
     if not place:

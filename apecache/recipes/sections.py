@@ -1,6 +1,8 @@
-"""The part of a recipe that says what trains within the towers: freezing rules, their shorthand, adapters.
+"""The part of a recipe that says what trains within the towers: freezing rules, their shorthand,
+adapters.
 
-Pure text: no tower is needed to read it. `recipes/freezing.py` and `recipes/adapters.py` do what it says.
+Pure text: no tower is needed to read it. `recipes/freezing.py` and `recipes/adapters.py` do what it
+says.
 """
 
 import re
@@ -15,7 +17,16 @@ from apecache.settings import Settings
 
 SLICED = ("blocks", "norms", "biases", "adapters")
 PART_NAMES = (
-    *("all", "embeddings", "patch_embedding", "token_embedding", "position", "cls", "registers", "token_types"),
+    *(
+        "all",
+        "embeddings",
+        "patch_embedding",
+        "token_embedding",
+        "position",
+        "cls",
+        "registers",
+        "token_types",
+    ),
     *(*SLICED, "final_norm", "head"),
 )
 _SELECTOR = re.compile(r"(?:(image|text)\.)?([a-z_]+)(?:\[(-?\d+)?(:)?(-?\d+)?\])?")
@@ -23,10 +34,10 @@ _ASCII = re.compile(r"V([ufc])([uf])-T([ufc])([uf])")
 _MATHS = re.compile(r"\$?V_\{?([ufc])\}?\^\{?([uf])\}?\s*T_\{?([ufc])\}?\^\{?([uf])\}?\$?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selector:
-    """What a rule names: `norms[6:]` is ("norms", 6, None) of both sides. `start`, `stop` None: open ends, but for a
-    `single` block counted from the end."""
+    """What a rule names: `norms[6:]` is ("norms", 6, None) of both sides. `start`, `stop` None:
+    open ends, but for a `single` block counted from the end."""
 
     side: Modality | None
     name: str
@@ -36,17 +47,24 @@ class Selector:
 
 
 def parse_selector(text: str) -> Selector:
-    """`[image.|text.]NAME`, for blocks, norms, biases and adapters also with `[3]`, `[-1]`, `[2:5]`, `[-3:]`, `[:6]`.
+    """`[image.|text.]NAME`, for blocks, norms, biases and adapters also with `[3]`, `[-1]`,
+    `[2:5]`, `[-3:]`, `[:6]`.
 
     Raises:
-        ValueError: not of that form, an unknown name (with the nearest ones), an index where none can be.
+        ValueError: not of that form, an unknown name (with the nearest ones), an index where none
+            can be.
     """
     found = _SELECTOR.fullmatch(text.strip())
     if not found:
-        raise ValueError(f"part {text!r} is not of the form [image.|text.]NAME[start:stop], as in text.blocks[-3:]")
+        raise ValueError(
+            f"part {text!r} is not of the form [image.|text.]NAME[start:stop], as in "
+            "text.blocks[-3:]"
+        )
     side, name, first, colon, last = found.groups()
     if name not in PART_NAMES:
-        raise ValueError(f"no part {name!r}; there are {', '.join(PART_NAMES)}{nearest(name, PART_NAMES)}")
+        raise ValueError(
+            f"no part {name!r}; there are {', '.join(PART_NAMES)}{nearest(name, PART_NAMES)}"
+        )
     if text.strip().endswith("]") and name not in SLICED:
         raise ValueError(f"part {text!r}: only {', '.join(SLICED)} take an index")
     start, stop = (None if index is None else int(index) for index in (first, last))
@@ -55,11 +73,18 @@ def parse_selector(text: str) -> Selector:
         stop = None if start == -1 else (start or 0) + 1
     elif text.strip().endswith("]") and colon is None:
         raise ValueError(f"part {text!r}: the index is empty")
-    return Selector("image" if side == "image" else "text" if side else None, name, start, stop, single)
+    return Selector(
+        side="image" if side == "image" else "text" if side else None,
+        name=name,
+        start=start,
+        stop=stop,
+        single=single,
+    )
 
 
 class Rule(Settings):
-    """The first rule that fits a parameter decides: whether it trains, with `lr` times the learning rate."""
+    """The first rule that fits a parameter decides: whether it trains, with `lr` times the learning
+    rate."""
 
     part: str
     train: bool = True
@@ -75,9 +100,10 @@ class Rule(Settings):
 class AdapterSpec(Settings):
     """New modules within a tower that else stays as it is.
 
-    `layerwise`: two residual bottlenecks of width dim / `reduction` in every block (LilT, section 2.2). `deep`: one
-    more block, randomly initialised (LilT, section 2.2). `lora`: an update of rank `rank`, scaled by `alpha` / `rank`,
-    of the linear layers of every block's `targets` (Hu et al., 2021, section 4).
+    `layerwise`: two residual bottlenecks of width dim / `reduction` in every block (LilT, section
+    2.2). `deep`: one more block, randomly initialised (LilT, section 2.2). `lora`: an update of
+    rank `rank`, scaled by `alpha` / `rank`, of the linear layers of every block's `targets` (Hu et
+    al., 2021, section 4).
     """
 
     kind: Literal["layerwise", "deep", "lora"]
@@ -89,9 +115,10 @@ class AdapterSpec(Settings):
 
 
 class TowersSpec(Settings):
-    """What trains within the towers. What neither `rules` nor, after them, `freezing` names: heads train, the rest is
-    frozen. `…_pooling` default: that of the encoder. `lr_decay`: the learning rate of a block is that of the block
-    above times this. `checkpointing`: blocks are run again in the backward pass instead of being kept in memory.
+    """What trains within the towers. What neither `rules` nor, after them, `freezing` names: heads
+    train, the rest is frozen. `…_pooling` default: that of the encoder. `lr_decay`: the learning
+    rate of a block is that of the block above times this. `checkpointing`: blocks are run again in
+    the backward pass instead of being kept in memory.
     """
 
     freezing: str = "Vff-Tff"
@@ -117,21 +144,32 @@ class TowersSpec(Settings):
         return self.image_adapter if side == "image" else self.text_adapter
 
     def may_train(self, side: Modality) -> bool:
-        """Whether anything but the head of that side could train, as far as the text tells (False is certain)."""
-        named = ((rule, parse_selector(rule.part)) for rule in self.rules + shorthand_rules(self.freezing))
-        return any(rule.train and where.side in (None, side) and where.name != "head" for rule, where in named)
+        """Whether anything but the head of that side could train, as far as the text tells (False
+        is certain)."""
+        named = (
+            (rule, parse_selector(rule.part))
+            for rule in self.rules + shorthand_rules(self.freezing)
+        )
+        return any(
+            rule.train and where.side in (None, side) and where.name != "head"
+            for rule, where in named
+        )
 
     @property
     def freezes_heads(self) -> bool:
-        return any(not rule.train and parse_selector(rule.part).name in ("head", "all") for rule in self.rules)
+        return any(
+            not rule.train and parse_selector(rule.part).name in ("head", "all")
+            for rule in self.rules
+        )
 
 
 class SharedSpec(Settings):
-    """One pre-norm transformer block for both modalities, randomly initialised, above the first `image_blocks` and
-    `text_blocks` of the towers, whose other blocks are taken away (the shared encoder of recipe `shared-encoder`).
+    """One pre-norm transformer block for both modalities, randomly initialised, above the first
+    `image_blocks` and `text_blocks` of the towers, whose other blocks are taken away (the shared
+    encoder of recipe `shared-encoder`).
 
-    `n_heads` 0: one per 64 features. `expansion`: width of its feed-forward layer. `layer_scale`: of its two branches
-    at the start; `type_scale`: of the embedding that tells it the modality.
+    `n_heads` 0: one per 64 features. `expansion`: width of its feed-forward layer. `layer_scale`:
+    of its two branches at the start; `type_scale`: of the embedding that tells it the modality.
     """
 
     image_blocks: int = Field(default=6, ge=1)
@@ -143,13 +181,13 @@ class SharedSpec(Settings):
 
 
 class DistillationSpec(Settings):
-    """What both modalities of a shared encoder learn of a teacher's cached image features; added to the contrastive
-    loss, unweighted.
+    """What both modalities of a shared encoder learn of a teacher's cached image features; added to
+    the contrastive loss, unweighted.
 
-    `contrastive`: to find the own image's feature among the batch's and a `bank` of the last ones, all L2-normalised
-    and divided by `temperature`, which is fixed; `mse`: the feature itself; `classes`: the teacher's distribution over
-    its classes, which timm's classifier makes of its pooled features. `teacher`: name of image features in the store;
-    empty: the only ones.
+    `contrastive`: to find the own image's feature among the batch's and a `bank` of the last ones,
+    all L2-normalised and divided by `temperature`, which is fixed; `mse`: the feature itself;
+    `classes`: the teacher's distribution over its classes, which timm's classifier makes of its
+    pooled features. `teacher`: name of image features in the store; empty: the only ones.
     """
 
     kind: Literal["contrastive", "mse", "classes"] = "contrastive"
@@ -161,15 +199,18 @@ class DistillationSpec(Settings):
 def shorthand_rules(text: str) -> tuple[Rule, ...]:
     """`V_u^f T_u^u`, or `Vuf-Tuu`, as rules (To freeze or not to freeze, section 3).
 
-    First letter (lower index): the embeddings with positions, CLS and their norm; second (upper index): the blocks with
-    the final norm. u trains, f is frozen; c as first letter: of the embeddings only the CLS vector trains.
+    First letter (lower index): the embeddings with positions, CLS and their norm; second (upper
+    index): the blocks with the final norm. u trains, f is frozen; c as first letter: of the
+    embeddings only the CLS vector trains.
 
     Raises:
         ValueError: anything else.
     """
     found = _ASCII.fullmatch(text.strip()) or _MATHS.fullmatch(text.strip())
     if not found:
-        raise ValueError(f"{text!r} is no freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u")
+        raise ValueError(
+            f"{text!r} is no freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u"
+        )
     letters = found.groups()
     return (*_side_rules("image", *letters[:2]), *_side_rules("text", *letters[2:]))
 

@@ -12,14 +12,16 @@ _IMAGE_URI = re.compile(re.escape(IMAGE_PREFIX) + r"[A-Za-z0-9+/]+={0,2}")
 _JPEG_QUALITY = 82
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One retrieved item.
 
     Attributes:
-        image: the item's picture as a `data:image/jpeg;base64,` URI (see `thumbnail`), None for a text item.
+        image: the item's picture as a `data:image/jpeg;base64,` URI (see `thumbnail`), None for a
+            text item.
         text: the item's caption or class name; shown as it is, never as markup.
-        score: similarity to the query, larger is closer; the cosine in -1…1 for unit-length embeddings.
+        score: similarity to the query, larger is closer; the cosine in -1…1 for unit-length
+            embeddings.
         correct: whether the item is a ground-truth match of the query.
 
     Raises:
@@ -35,19 +37,21 @@ class Result:
         _check_image(self.image)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hit:
     """One query with its best results, whether or not a correct one is among them.
 
     Attributes:
         query_text: the query's text, None for a query by image alone.
-        query_image: the query's picture as a `data:image/jpeg;base64,` URI, None for a query by text alone.
+        query_image: the query's picture as a `data:image/jpeg;base64,` URI, None for a query by
+            text alone.
         results: the results to show, best first.
-        rank: 1-based rank of the best correct item among all candidates (it may lie beyond `results`),
-            None where no candidate is correct or the rank is not known.
+        rank: 1-based rank of the best correct item among all candidates (it may lie beyond
+            `results`), None where no candidate is correct or the rank is not known.
 
     Raises:
-        ValueError: neither text nor image, a rank below 1, or an image that is no base64 JPEG data URI.
+        ValueError: neither text nor image, a rank below 1, or an image that is no base64 JPEG data
+            URI.
     """
 
     query_text: str | None
@@ -68,7 +72,7 @@ class Hit:
         return any(result.correct for result in self.results)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gallery:
     """A titled list of queries; `note` says how they were chosen."""
 
@@ -80,9 +84,9 @@ class Gallery:
 def thumbnail(image: Image.Image, side: int = 160) -> str:
     """Return a small JPEG copy of `image` as a `data:image/jpeg;base64,` URI.
 
-    The pixels are always encoded anew, so neither the original bytes nor Exif, XMP, comments or colour
-    profiles reach the page. Exif orientation is applied and transparency is laid on white; colours are taken
-    as sRGB. `image` itself is left as it is.
+    The pixels are always encoded anew, so neither the original bytes nor Exif, XMP, comments or
+    colour profiles reach the page. Exif orientation is applied and transparency is laid on white;
+    colours are taken as sRGB. `image` itself is left as it is.
 
     Args:
         image: a picture in any Pillow mode.

@@ -1,7 +1,7 @@
 """One self-contained HTML page of tables, learning curves and retrieval galleries.
 
-The page holds no script and loads nothing: styles are inline, pictures are data URIs and charts are inline
-SVG. Every text given here is data; markup in it is shown, not interpreted.
+The page holds no script and loads nothing: styles are inline, pictures are data URIs and charts are
+inline SVG. Every text given here is data; markup in it is shown, not interpreted.
 """
 
 import math
@@ -25,15 +25,16 @@ Cell = str | float | int | None
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A table of results.
 
     Attributes:
         title: the heading above the table.
         columns: the column headings.
-        rows: the cells, each row as long as `columns`. Floats are rounded to `decimals`, integers are shown
-            in full and None is shown as an en dash; state the unit (such as %) in the heading.
+        rows: the cells, each row as long as `columns`. Floats are rounded to `decimals`, integers
+            are shown in full and None is shown as an en dash; state the unit (such as %) in the
+            heading.
         note: a remark shown below the table, left out when empty.
         decimals: number of digits after the decimal point of every float.
 
@@ -50,12 +51,14 @@ class Table:
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows, start=1):
             if len(row) != len(self.columns):
-                raise ValueError(f"row {number} has {len(row)} cells for {len(self.columns)} columns")
+                raise ValueError(
+                    f"row {number} has {len(row)} cells for {len(self.columns)} columns"
+                )
         if self.decimals < 0:
             raise ValueError(f"decimals must not be negative, got {self.decimals}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """One named line; `points` are (x, y) in drawing order, and a non-finite one leaves a gap."""
 
@@ -63,7 +66,7 @@ class Curve:
     points: tuple[Point, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """Curves on common linear axes.
 
@@ -84,7 +87,7 @@ class Chart:
     marker_label: str = "marked"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """Everything one page shows, in this order.
 
@@ -119,8 +122,8 @@ def render_page(page: Page) -> str:
 def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     """Write the page to `path` and return it as a Path; its folder must exist.
 
-    The file is replaced in one step: readers see the earlier file or the whole new one, and an error leaves
-    the earlier file untouched.
+    The file is replaced in one step: readers see the earlier file or the whole new one, and an
+    error leaves the earlier file untouched.
     """
     target = Path(path)
     data = render_page(page).encode("utf-8")
@@ -145,17 +148,23 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     templates.filters.update(
-        cell=_cell, numeric_columns=_numeric_columns, plot=_plot, parallel=draw, drawn=draw_intervals
+        cell=_cell,
+        numeric_columns=_numeric_columns,
+        plot=_plot,
+        parallel=draw,
+        drawn=draw_intervals,
     )
     return templates
 
 
-# Control characters but tab and line ends, lone surrogates (which UTF-8 cannot encode) and non-characters.
+# Control characters but tab and line ends, lone surrogates (which UTF-8 cannot encode) and
+# non-characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def _printable(value: object) -> object:
-    # What has `__html__` is the output of a template macro, whose own values have come through here already.
+    # What has `__html__` is the output of a template macro, whose own values have come through here
+    # already.
     if isinstance(value, str) and not hasattr(value, "__html__"):
         return _UNPRINTABLE.sub("\ufffd", value)
     return value
@@ -175,18 +184,26 @@ def _cell(value: Cell, decimals: int) -> str:
 
 
 def _numeric_columns(table: Table) -> tuple[bool, ...]:
-    filled = ([row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns)))
-    return tuple(bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in filled)
+    filled = (
+        [row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns))
+    )
+    return tuple(
+        bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in filled
+    )
 
 
-_WIDTH, _HEIGHT = 480, 270
-_TOP, _RIGHT, _BOTTOM = 10, 12, 30
+_WIDTH = 480
+_HEIGHT = 270
+_TOP = 10
+_RIGHT = 12
+_BOTTOM = 30
 _INSET = 10
 _DOTS_UP_TO = 40
-_LARGEST, _SMALLEST = 1e300, 1e-300
+_LARGEST = 1e300
+_SMALLEST = 1e-300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Scale:
     """A linear map from data (low…high) to SVG user units (start…end)."""
 
@@ -196,16 +213,17 @@ class _Scale:
     end: float
 
     def at(self, value: float) -> str:
-        return f"{self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start):.1f}"
+        share = (value - self.low) / (self.high - self.low)
+        return f"{self.start + share * (self.end - self.start):.1f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Line:
     path: str
     dots: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plot:
     """What the chart template draws: positions in SVG user units, each tick with its label."""
 
@@ -227,14 +245,17 @@ def _plot(chart: Chart) -> _Plot:
     points = [point for curve in chart.curves for point in curve.points if _drawable(*point)]
     xs = [x for x, _ in points] + ([marker] if marker is not None and points else [])
     x_low, x_high = _extent(xs)
-    x_ticks = [x for x in ticks(x_low, x_high, whole=all(map(_is_whole, xs))) if x_low <= x <= x_high]
+    x_ticks = [
+        x for x in ticks(x_low, x_high, whole=all(map(_is_whole, xs))) if x_low <= x <= x_high
+    ]
     y_ticks = ticks(*_extent([y for _, y in points]))
     y_labels = _labels(y_ticks)
     # Sized for the larger type of the narrow layout, about 9 units a character.
     left = 14 + 9 * max(map(len, y_labels))
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    x_scale = _Scale(x_low, x_high, left + _INSET, right - _INSET)
-    y_scale = _Scale(y_ticks[0], y_ticks[-1], bottom, _TOP)
+    right = _WIDTH - _RIGHT
+    bottom = _HEIGHT - _BOTTOM
+    x_scale = _Scale(low=x_low, high=x_high, start=left + _INSET, end=right - _INSET)
+    y_scale = _Scale(low=y_ticks[0], high=y_ticks[-1], start=bottom, end=_TOP)
     return _Plot(
         width=_WIDTH,
         height=_HEIGHT,
@@ -242,7 +263,9 @@ def _plot(chart: Chart) -> _Plot:
         right=right,
         top=_TOP,
         bottom=bottom,
-        x_ticks=tuple(zip(map(x_scale.at, x_ticks), _labels(x_ticks), strict=True)) if points else (),
+        x_ticks=tuple(zip(map(x_scale.at, x_ticks), _labels(x_ticks), strict=True))
+        if points
+        else (),
         y_ticks=tuple(zip(map(y_scale.at, y_ticks), y_labels, strict=True)) if points else (),
         lines=tuple(_line(curve, x_scale, y_scale) for curve in chart.curves),
         marker=x_scale.at(marker) if points and marker is not None else None,
@@ -251,12 +274,20 @@ def _plot(chart: Chart) -> _Plot:
 
 
 def _line(curve: Curve, x_scale: _Scale, y_scale: _Scale) -> _Line:
-    """Draw each run of drawable points as a line of its own, and as dots where they are few or alone."""
-    runs = [list(run) for drawable, run in groupby(curve.points, lambda point: _drawable(*point)) if drawable]
+    """Draw each run of drawable points as a line of its own, and as dots where they are few or
+    alone."""
+    runs = [
+        list(run)
+        for drawable, run in groupby(curve.points, lambda point: _drawable(*point))
+        if drawable
+    ]
     placed = [[(x_scale.at(x), y_scale.at(y)) for x, y in run] for run in runs]
     path = " ".join("M" + " L".join(f"{x} {y}" for x, y in run) for run in placed if len(run) > 1)
     few = sum(map(len, placed)) <= _DOTS_UP_TO
-    return _Line(path, tuple(dot for run in placed if few or len(run) == 1 for dot in run))
+    return _Line(
+        path=path,
+        dots=tuple(dot for run in placed if few or len(run) == 1 for dot in run),
+    )
 
 
 def _drawable(*values: float) -> bool:
@@ -270,7 +301,8 @@ def _is_whole(value: float) -> bool:
 
 def _extent(values: Sequence[float]) -> Point:
     """Return the lowest and highest value, set apart where they are too close for an axis."""
-    low, high = min(values, default=0.0), max(values, default=0.0)
+    low = min(values, default=0.0)
+    high = max(values, default=0.0)
     size = max(abs(low), abs(high))
     if high - low > max(_SMALLEST, 1e-6 * size):
         return low, high
@@ -279,7 +311,8 @@ def _extent(values: Sequence[float]) -> Point:
 
 
 def _labels(values: Iterable[float]) -> list[str]:
-    """Format ticks with as many digits as tell neighbours apart, in scientific notation at the extremes."""
+    """Format ticks with as many digits as tell neighbours apart, in scientific notation at the
+    extremes."""
     numbers = list(values)
     largest = max(map(abs, numbers))
     step = min((b - a for a, b in pairwise(numbers)), default=1.0)

@@ -1,4 +1,5 @@
-"""What run folders say of themselves, side by side: what trained, figures, settings that differ, seeds."""
+"""What run folders say of themselves, side by side: what trained, figures, settings that differ,
+seeds."""
 
 import json
 from collections import Counter, defaultdict
@@ -20,7 +21,12 @@ from apecache.metrics.statistics import (
     estimate_recall,
 )
 from apecache.report.page import Cell, Table
-from apecache.runs.load import is_encoder_run, recorded_encoder, recorded_fingerprint, recorded_training
+from apecache.runs.load import (
+    is_encoder_run,
+    recorded_encoder,
+    recorded_fingerprint,
+    recorded_training,
+)
 from apecache.runs.model_card import public_name
 from apecache.train.batches import SplitSpec
 
@@ -30,11 +36,12 @@ FREE = ("recipe.name", "recipe.summary", "recipe.source")
 NUMBERS = ("seed", "best_epoch", "n_trained_parameters", "n_train_images", "seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """`name` is unique among the runs of a page. `dev`: as training measured its best epoch; None for a combination,
-    which says nothing of a training. `settings`: of recipe, encoders, splits and data by dotted name, without the seed.
-    `encoders`: the digests of both fingerprints, image before text; names alone do not tell encoders apart.
+    """`name` is unique among the runs of a page. `dev`: as training measured its best epoch; None
+    for a combination, which says nothing of a training. `settings`: of recipe, encoders, splits and
+    data by dotted name, without the seed. `encoders`: the digests of both fingerprints, image
+    before text; names alone do not tell encoders apart.
     """
 
     name: str
@@ -59,7 +66,8 @@ def read_records(runs: Sequence[Path]) -> tuple[RunRecord, ...]:
 
 
 def named_paths(runs: Sequence[Path]) -> dict[str, Path]:
-    """Each run by the shortest end of its path that no other one has. Raises OptionError if one is given twice."""
+    """Each run by the shortest end of its path that no other one has. Raises OptionError if one is
+    given twice."""
     whole = [path.resolve().parts for path in runs]
     twice = [path for path, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1]
     if twice:
@@ -67,7 +75,13 @@ def named_paths(runs: Sequence[Path]) -> dict[str, Path]:
     names = []
     for parts in whole:
         ends = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        names.append(next(end for end in ends if Counter("/".join(p[-end.count("/") - 1 :]) for p in whole)[end] == 1))
+        names.append(
+            next(
+                end
+                for end in ends
+                if Counter("/".join(p[-end.count("/") - 1 :]) for p in whole)[end] == 1
+            )
+        )
     return dict(zip(names, runs, strict=True))
 
 
@@ -76,21 +90,26 @@ def _read(name: str, path: Path) -> RunRecord:
     try:
         recipe: Any = told.get("recipe") or {}
         encoders = {side: recorded_encoder(path, side) for side in ("image", "text")}
-        digests = recorded_fingerprint(path, "image").digest, recorded_fingerprint(path, "text").digest
+        digests = (
+            recorded_fingerprint(path, "image").digest,
+            recorded_fingerprint(path, "text").digest,
+        )
         return RunRecord(
-            name,
-            path,
-            "towers" if is_encoder_run(path) else "heads",
-            str(recipe.get("name", "combination")),
-            dict(_settings(told, recipe, encoders, digests)),
-            str(told.get("data", "")),
-            SplitSpec(**(told.get("splits") or {})),
-            digests,
+            name=name,
+            path=path,
+            trains="towers" if is_encoder_run(path) else "heads",
+            recipe=str(recipe.get("name", "combination")),
+            settings=dict(_settings(told, recipe=recipe, encoders=encoders, digests=digests)),
+            data=str(told.get("data", "")),
+            splits=SplitSpec(**(told.get("splits") or {})),
+            encoders=digests,
             dev=RetrievalReport.from_json(told["dev"]) if "dev" in told else None,
             **{name: _number(name, told.get(name)) for name in NUMBERS},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} does not say how it was trained ({one_line(error)}); train again") from None
+        raise RunError(
+            f"{path} does not say how it was trained ({one_line(error)}); train again"
+        ) from None
 
 
 def _number(name: str, value: Any) -> Any:
@@ -115,13 +134,24 @@ def _settings(
 
 
 def encoder_label(encoder: EncoderSpec, digest: str) -> str:
-    """Name an encoder with the settings that make its features others: pooling, layer, sizes, precision, prefix.
+    """Name an encoder with the settings that make its features others: pooling, layer, sizes,
+    precision, prefix.
 
-    Folders of one name can hold different encoders, so a local one is named with the end of its digest too.
+    Folders of one name can hold different encoders, so a local one is named with the end of its
+    digest too.
     """
-    usual = EncoderSpec(encoder.library, encoder.name, encoder.modality, encoder.revision)
+    usual = EncoderSpec(
+        encoder.library,
+        name=encoder.name,
+        modality=encoder.modality,
+        revision=encoder.revision,
+    )
     names = ("pooling", "layer", "resolution", "max_tokens", "prefix", "resize", "dtype")
-    changed = [f"{name} {getattr(encoder, name)}" for name in names if getattr(encoder, name) != getattr(usual, name)]
+    changed = [
+        f"{name} {getattr(encoder, name)}"
+        for name in names
+        if getattr(encoder, name) != getattr(usual, name)
+    ]
     changed += [f"digest …{digest[-8:]}"] if looks_local(encoder.name) or encoder.folder else []
     return public_name(encoder) + (f" ({', '.join(changed)})" if changed else "")
 
@@ -149,7 +179,15 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
     )
     rows = tuple(
         (
-            *(r.name, r.recipe, r.trains, r.seed, r.best_epoch, r.n_trained_parameters, r.n_train_images),
+            *(
+                r.name,
+                r.recipe,
+                r.trains,
+                r.seed,
+                r.best_epoch,
+                r.n_trained_parameters,
+                r.n_train_images,
+            ),
             r.dev.mean_recall if r.dev else None,
             r.dev.mean_chance if r.dev else None,
             r.seconds,
@@ -157,7 +195,12 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
         for r in records
     )
     note = "dev recall: mean of R@1, 5 and 10 both ways, of the epoch that was chosen by it."
-    return Table("Runs" if len(records) > 1 else "The run", (*columns, "seconds"), rows, note)
+    return Table(
+        title="Runs" if len(records) > 1 else "The run",
+        columns=(*columns, "seconds"),
+        rows=rows,
+        note=note,
+    )
 
 
 def retrieval_table(title: str, reports: Mapping[str, RetrievalReport], note: str = "") -> Table:
@@ -166,8 +209,15 @@ def retrieval_table(title: str, reports: Mapping[str, RetrievalReport], note: st
     for name, report in reports.items():
         rows.append((name, *recalls(report), report.mean_recall, report.n_images, report.n_texts))
     for report in {(r.n_images, r.n_texts): r for r in reports.values()}.values():
-        rows.append(("chance", *chances(report), report.mean_chance, report.n_images, report.n_texts))
-    return Table(title, ("", *_columns(next(iter(reports.values()))), MEAN, "images", "captions"), tuple(rows), note)
+        rows.append(
+            ("chance", *chances(report), report.mean_chance, report.n_images, report.n_texts)
+        )
+    return Table(
+        title=title,
+        columns=("", *_columns(next(iter(reports.values()))), MEAN, "images", "captions"),
+        rows=tuple(rows),
+        note=note,
+    )
 
 
 def recalls(report: RetrievalReport) -> tuple[float, ...]:
@@ -181,7 +231,10 @@ def chances(report: RetrievalReport) -> tuple[float, ...]:
 
 def _columns(report: RetrievalReport) -> tuple[str, ...]:
     ks = list(report.image_to_text)
-    return (*(f"image to text R@{k},\u00a0%" for k in ks), *(f"text to image R@{k},\u00a0%" for k in ks))
+    return (
+        *(f"image to text R@{k},\u00a0%" for k in ks),
+        *(f"text to image R@{k},\u00a0%" for k in ks),
+    )
 
 
 def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) -> Table:
@@ -189,19 +242,30 @@ def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) 
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
             name,
-            *(ends(*each) for way in (found.image_to_text, found.text_to_image) for each in way.values()),
+            *(
+                ends(*each)
+                for way in (found.image_to_text, found.text_to_image)
+                for each in way.values()
+            ),
             ends(*found.mean_recall),
             found.median_rank_image_to_text,
             found.median_rank_text_to_image,
         )
         for name, found in intervals.items()
     )
-    columns = ("", *_columns(report), MEAN, "median rank, image to text", "median rank, text to image")
+    columns = (
+        "",
+        *_columns(report),
+        MEAN,
+        "median rank, image to text",
+        "median rank, text to image",
+    )
     note = (
-        "95 % intervals over images, each with its captions (Wilson, effective number of queries); one run has no "
+        "95 % intervals over images, each with its captions (Wilson, effective number of "
+        "queries); one run has no "
         "variance over seeds. Rank 1 is first."
     )
-    return Table("How sure that is", columns, rows, note)
+    return Table(title="How sure that is", columns=columns, rows=rows, note=note)
 
 
 def ends(low: float, high: float) -> str:
@@ -216,7 +280,15 @@ def settings_table(records: Sequence[RunRecord]) -> Table | None:
         values = [record.settings.get(name) for record in records]
         if len(set(values)) > 1:
             rows.append((name, *values))
-    return Table("Settings that differ", ("setting", *(r.name for r in records)), tuple(rows)) if rows else None
+    return (
+        Table(
+            title="Settings that differ",
+            columns=("setting", *(r.name for r in records)),
+            rows=tuple(rows),
+        )
+        if rows
+        else None
+    )
 
 
 def seeds_table(
@@ -226,8 +298,8 @@ def seeds_table(
 ) -> Table | None:
     """Runs that differ in their seed alone, by mean and interval; None if there are none.
 
-    The interval adds the variance over seeds to that over images (`apecache.metrics.statistics`). `hits`: the answers
-    of each run; without them the variance over images is an upper bound.
+    The interval adds the variance over seeds to that over images (`apecache.metrics.statistics`).
+    `hits`: the answers of each run; without them the variance over images is an upper bound.
     """
     groups: dict[tuple[object, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
@@ -247,8 +319,16 @@ def seeds_table(
         return None
     heads = ("recipe, encoders: runs", "seeds", *_columns(next(iter(reports.values()))), MEAN)
     bound = "" if hits else " That over images is an upper bound; give --store for the exact one."
-    note = f"Mean, and in brackets its 95 % interval: variances over seeds and over images are added (Student).{bound}"
-    return Table("Seeds of one recipe", heads, (*rows, *chance_rows.values()), note)
+    note = (
+        "Mean, and in brackets its 95 % interval: variances over seeds and over images are added "
+        f"(Student).{bound}"
+    )
+    return Table(
+        title="Seeds of one recipe",
+        columns=heads,
+        rows=(*rows, *chance_rows.values()),
+        note=note,
+    )
 
 
 def _group_label(group: Sequence[RunRecord]) -> str:
@@ -257,12 +337,18 @@ def _group_label(group: Sequence[RunRecord]) -> str:
     return f"{group[0].recipe}, {encoders}: {', '.join(record.name for record in group)}"
 
 
-def _estimates(reports: Sequence[RetrievalReport], answers: Sequence[RetrievalHits]) -> list[Estimate]:
+def _estimates(
+    reports: Sequence[RetrievalReport],
+    answers: Sequence[RetrievalHits],
+) -> list[Estimate]:
     """Every recall, in the order of `recalls`, and their mean."""
     terms: list[Term] = [(way, k) for way in WAYS for k in getattr(reports[0], way)]
     if answers:
         return [estimate_recall(answers, metric) for metric in (*([term] for term in terms), terms)]
-    columns = (*zip(*map(recalls, reports), strict=True), tuple(report.mean_recall for report in reports))
+    columns = (
+        *zip(*map(recalls, reports), strict=True),
+        tuple(report.mean_recall for report in reports),
+    )
     return [estimate_from_recalls(values, reports[0].n_images) for values in columns]
 
 

@@ -1,7 +1,7 @@
 """`apecache report`: one page for one run or several, of heads or of towers.
 
-Without a store it shows what the runs know: the dev split, on which epochs were chosen. With one it measures, by
-default on that dev split again, and shows pictures.
+Without a store it shows what the runs know: the dev split, on which epochs were chosen. With one it
+measures, by default on that dev split again, and shows pictures.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """`store`: measure on it. `split`: of the store, in place of each run's own dev images. `media`: where pictures
-    lie; None: where the store remembers them. `command`: shown as what made the page. `n_items`, `top`: queries of each
-    gallery, and results of each query."""
+    """`store`: measure on it. `split`: of the store, in place of each run's own dev images.
+    `media`: where pictures lie; None: where the store remembers them. `command`: shown as what made
+    the page. `n_items`, `top`: queries of each gallery, and results of each query."""
 
     store: FeatureStore | None = None
     split: str | None = None
@@ -54,7 +54,7 @@ class ReportSpec:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Measured:
     report: RetrievalReport
     intervals: Intervals
@@ -66,8 +66,10 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     """Write the page of one or several finished runs.
 
     Raises:
-        RunError: no finished run, or a damaged one. OptionError: a run given twice. DataError: runs whose dev split the
-        store does not have, no such split, or nothing to show. MismatchError: a store of other encoders.
+        RunError: no finished run, or a damaged one. OptionError: a run given twice. DataError: runs
+            whose dev split the
+        store does not have, no such split, or nothing to show. MismatchError: a store of other
+            encoders.
     """
     if not isinstance(runs, list | tuple):
         raise wrong_type(runs, "a list of run folders", "runs")
@@ -81,12 +83,15 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     reports = {name: found.report for name, found in measured.items()}
     reports = reports or {record.name: record.dev for record in records if record.dev}
     if not reports:
-        raise DataError(f"{records[0].path} says nothing of a dev split (a combination?); give --store to measure it")
+        raise DataError(
+            f"{records[0].path} says nothing of a dev split (a combination?); give --store to "
+            "measure it"
+        )
     page = Page(
         title=spec.title or (records[0].name if len(records) == 1 else f"{len(records)} runs"),
         subtitle=_subtitle(records),
         commands=(spec.command,) if spec.command else (),
-        tables=tuple(_tables(records, reports, measured, spec)),
+        tables=tuple(_tables(records, reports=reports, measured=measured, spec=spec)),
         charts=_charts(records),
         galleries=_galleries(measured, spec),
         notes=(*_notes(records, spec), *_left_out_notes(measured)),
@@ -99,21 +104,35 @@ def _galleries(measured: dict[str, _Measured], spec: ReportSpec) -> tuple[Galler
     if spec.store is None:
         return ()
     best = max(measured, key=lambda name: measured[name].report.mean_recall)
-    found = retrieval_galleries(measured[best].embedded, spec.store, _media(spec), spec.n_items, spec.top)
+    found = retrieval_galleries(
+        measured[best].embedded,
+        store=spec.store,
+        media=_media(spec),
+        n_items=spec.n_items,
+        top=spec.top,
+    )
     of = f": {best}" if len(measured) > 1 else ""
     return tuple(replace(gallery, title=gallery.title + of) for gallery in found)
 
 
 def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _Measured]:
     store = spec.store
-    return {} if store is None else {record.name: _measure(record, store, spec) for record in records}
+    return (
+        {} if store is None else {record.name: _measure(record, store, spec) for record in records}
+    )
 
 
 def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measured:
     media = _media(spec)
     among = None if spec.split is not None else dev_images(record, store)
     run = load_run(record.path, spec.device)
-    embedded = embed_store(run, store, spec.split, lambda key: load_image(key, media).image, among)
+    embedded = embed_store(
+        run,
+        store=store,
+        split=spec.split,
+        open_image=lambda key: load_image(key, media).image,
+        among=among,
+    )
     vectors = (embedded.image, embedded.text, embedded.image_of_text)
     relevance = embedded.relevance
     return _Measured(
@@ -125,11 +144,14 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measu
 
 
 def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
-    """[n_images], those that the run's epoch was chosen on. Raises DataError if that cannot be known."""
+    """[n_images], those that the run's epoch was chosen on. Raises DataError if that cannot be
+    known."""
     if not record.data:
         raise DataError(f"{record.path} knows no dev split; say what to measure on with --split")
     if record.data != store.digest:
-        raise DataError(f"{record.path} was trained on another table than that of {store.path}; give --split")
+        raise DataError(
+            f"{record.path} was trained on another table than that of {store.path}; give --split"
+        )
     return choose_splits(store.pairs, record.splits)[1]
 
 
@@ -147,12 +169,17 @@ def _tables(
 ) -> list[Table]:
     where = "dev split" if spec.split is None else f"split {spec.split}"
     seen = spec.split is None or any(_seen(record, spec) for record in records)
-    tables = [summary_table(records), retrieval_table(f"Retrieval, {where}", reports, CHOSEN_ON if seen else "")]
+    tables = [
+        summary_table(records),
+        retrieval_table(f"Retrieval, {where}", reports, CHOSEN_ON if seen else ""),
+    ]
     if measured:
         intervals = {name: found.intervals for name, found in measured.items()}
         tables.append(interval_table(intervals, next(iter(reports.values()))))
     hits = {name: found.hits for name, found in measured.items()}
-    several = (seeds_table(records, reports, hits), settings_table(records)) if len(records) > 1 else ()
+    several = (
+        (seeds_table(records, reports, hits), settings_table(records)) if len(records) > 1 else ()
+    )
     tables += [table for table in several if table]
     costs = ledger_table({record.name: record.path for record in records})
     return [*tables, costs] if costs.rows else tables
@@ -160,7 +187,8 @@ def _tables(
 
 def _charts(records: Sequence[RunRecord]) -> tuple[Chart, ...]:
     charts = learning_charts(
-        {record.name: record.path for record in records}, records[0].best_epoch if len(records) == 1 else None
+        {record.name: record.path for record in records},
+        records[0].best_epoch if len(records) == 1 else None,
     )
     return tuple(chart for chart in charts if any(curve.points for curve in chart.curves))
 
@@ -172,7 +200,9 @@ def _seen(record: RunRecord, spec: ReportSpec) -> bool:
 
 
 def _subtitle(records: Sequence[RunRecord]) -> str:
-    encoders = {(r.settings.get("image encoder", ""), r.settings.get("text encoder", "")) for r in records}
+    encoders = {
+        (r.settings.get("image encoder", ""), r.settings.get("text encoder", "")) for r in records
+    }
     (image, text), *more = sorted(encoders)
     return f"{image} and {text}" + (f", and {len(more)} other pairs of encoders" if more else "")
 
@@ -191,9 +221,17 @@ def _left_out_notes(measured: dict[str, _Measured]) -> tuple[str, ...]:
 def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:
     notes = []
     if spec.store is None:
-        notes.append("Figures are those of the training; give --store for intervals, pictures or another split.")
+        notes.append(
+            "Figures are those of the training; give --store for intervals, pictures or "
+            "another split."
+        )
     elif isinstance(_media(spec), NoMedia):
-        notes.append(f"{spec.store.path} does not know where its images lie now; give --root for pictures.")
+        notes.append(
+            f"{spec.store.path} does not know where its images lie now; give --root for pictures."
+        )
     if len({(record.data, record.splits) for record in records}) > 1 and spec.split is None:
-        notes.append("These runs chose their epochs on different images: their figures are not to be compared.")
+        notes.append(
+            "These runs chose their epochs on different images: their figures are not to be "
+            "compared."
+        )
     return tuple(notes)

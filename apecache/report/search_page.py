@@ -1,4 +1,5 @@
-"""The search page without the web: what was asked, what is found, and how it is shown. No script, no file names."""
+"""The search page without the web: what was asked, what is found, and how it is shown. No script,
+no file names."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from apecache.report.gallery import small_jpeg, thumbnail
 from apecache.report.page import environment
 from apecache.search.query import Hit, Query, SearchIndex, Target
 
-USUAL, MOST = 24, 200
+USUAL = 24
+MOST = 200
 """Results unless it is said, and at most."""
 LONGEST = 2000
 """Characters of words."""
@@ -32,14 +34,15 @@ class PageError(Exception):
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status = status
+        self.message = message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """`words`, `without`: what results are like, and unlike; `like`: rows of images of the index; `picture`: one that
-    was sent. `k` None: as many as are usual, or there are. `target` empty: captions for pictures alone, images for
-    words."""
+    """`words`, `without`: what results are like, and unlike; `like`: rows of images of the index;
+    `picture`: one that was sent. `k` None: as many as are usual, or there are. `target` empty:
+    captions for pictures alone, images for words."""
 
     words: str = ""
     without: str = ""
@@ -53,7 +56,7 @@ class Asked:
         return not (self.words.strip() or self.like or self.picture)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """One result, with the row of its image in the index."""
 
@@ -67,16 +70,27 @@ def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
     def one(name: str) -> str:
         return (fields.get(name) or [""])[-1]
 
-    words, without, target = one("q"), one("not"), one("target")
+    words = one("q")
+    without = one("not")
+    target = one("target")
     if max(len(words), len(without)) > LONGEST:
         raise PageError(400, f"The words are too long: {LONGEST:,} characters at most.")
     if target not in ("", "images", "captions"):
         raise PageError(400, "What to find is either images or captions.")
-    likes = list(dict.fromkeys(_number(text, "An image's number", 0) for text in fields.get("like", ())))
+    likes = list(
+        dict.fromkeys(_number(text, "An image's number", 0) for text in fields.get("like", ()))
+    )
     if len(likes) > TERMS:
         raise PageError(400, f"At most {TERMS} images of the index in one query.")
     k = _number(one("k"), "The number of results", 1) if one("k") else None
-    return Asked(words, without, tuple(likes), k, target, _decoded(picture) if picture else None)
+    return Asked(
+        words=words,
+        without=without,
+        like=tuple(likes),
+        k=k,
+        target=target,
+        picture=_decoded(picture) if picture else None,
+    )
 
 
 def _number(text: str, what: str, least: int) -> int:
@@ -93,13 +107,15 @@ def _decoded(data: bytes) -> Image.Image:
 
 
 class SearchPage:
-    """Encoders are loaded once; one query at a time uses them. Pictures are read by row of the index, never by a name
-    that a request gives, and are encoded anew."""
+    """Encoders are loaded once; one query at a time uses them. Pictures are read by row of the
+    index, never by a name that a request gives, and are encoded anew."""
 
     def __init__(self, index: SearchIndex, media: Media) -> None:
-        self.index, self.media = index, media
+        self.index = index
+        self.media = media
         self.rows = index.image_rows
-        self.lock, self.decoding = threading.Lock(), threading.BoundedSemaphore(DECODERS)
+        self.lock = threading.Lock()
+        self.decoding = threading.BoundedSemaphore(DECODERS)
         self.jpeg = lru_cache(maxsize=512)(self._jpeg)
         about: dict[str, Any] = index.description
         self.counts = {"images": len(self.rows), "captions": int(about.get("n_texts", 0))}
@@ -107,21 +123,31 @@ class SearchPage:
     def warm(self) -> None:
         """Load both encoders now. Raises what opening them raises."""
         with self.lock:
-            self.index.embed(Query(("words",), images=(Image.new("RGB", (64, 64), "white"),), files=False))
+            self.index.embed(
+                Query(("words",), images=(Image.new("RGB", (64, 64), "white"),), files=False)
+            )
 
     def find(self, asked: Asked) -> list[Found]:
         """Raises PageError."""
         if asked.empty:
-            raise PageError(400, "The query is empty: type words, choose an image, or take “like this” of a result.")
+            raise PageError(
+                400,
+                "The query is empty: type words, choose an image, or take “like this” of a result.",
+            )
         query = self._query(asked)
-        target: Target = "captions" if (asked.target or self.index.target_of(query)) == "captions" else "images"
+        target: Target = (
+            "captions" if (asked.target or self.index.target_of(query)) == "captions" else "images"
+        )
         if not self.counts[target]:
             raise PageError(400, f"The index holds no {target}.")
         most = min(self.counts[target], MOST)
         k = asked.k or min(USUAL, most)
         if k > most:
             held = f"the index has {self.counts[target]:,} {target}"
-            raise PageError(400, f"{k:,} results are too many: {held}, and a page shows {MOST} at most.")
+            raise PageError(
+                400,
+                f"{k:,} results are too many: {held}, and a page shows {MOST} at most.",
+            )
         try:
             with self.lock:
                 hits = self.index.find(query, k, target)
@@ -131,17 +157,22 @@ class SearchPage:
             raise PageError(422, _sentence(error)) from None
         except ApecacheError as error:
             raise PageError(500, _sentence(error)) from None
-        return [Found(hit, self.index.row_of_key[hit.key]) for hit in hits]
+        return [Found(hit=hit, row=self.index.row_of_key[hit.key]) for hit in hits]
 
     def _query(self, asked: Asked) -> Query:
         keys = tuple(self.key(row) for row in asked.like)
         images = () if asked.picture is None else (asked.picture,)
-        words, without = (tuple(text for text in (side,) if text.strip()) for side in (asked.words, asked.without))
-        return Query(words, without, keys, images, files=False)
+        words, without = (
+            tuple(text for text in (side,) if text.strip()) for side in (asked.words, asked.without)
+        )
+        return Query(words, unlike=without, keys=keys, images=images, files=False)
 
     def key(self, row: int) -> str:
         if row >= len(self.rows):
-            raise PageError(404, f"The index has no image number {row}: it has {len(self.rows):,} images.")
+            raise PageError(
+                404,
+                f"The index has no image number {row}: it has {len(self.rows):,} images.",
+            )
         return self.rows[row]["key"]
 
     def _jpeg(self, row: int) -> bytes:
@@ -155,12 +186,22 @@ class SearchPage:
 
     def render(self, asked: Asked, found: Sequence[Found] | None = None, problem: str = "") -> str:
         """The whole page. `found` None: nothing was asked yet."""
-        about = {"asked": asked, "found": found, "problem": problem, "counts": self.counts, "most": MOST}
+        about = {
+            "asked": asked,
+            "found": found,
+            "problem": problem,
+            "counts": self.counts,
+            "most": MOST,
+        }
         k = asked.k or min(USUAL, *(count for count in self.counts.values() if count))
         likes = [(row, self.rows[row]) for row in asked.like if row < len(self.rows)]
         sent = None if asked.picture is None else thumbnail(asked.picture)
         pictures = not isinstance(self.media, NoMedia)
-        return environment().get_template("search.html").render(**about, k=k, likes=likes, sent=sent, pictures=pictures)
+        return (
+            environment()
+            .get_template("search.html")
+            .render(**about, k=k, likes=likes, sent=sent, pictures=pictures)
+        )
 
     def answer(self, asked: Asked) -> tuple[int, str]:
         """Status and page."""

@@ -20,9 +20,9 @@ from apecache.search.query import SearchIndex
 
 @dataclass(frozen=True)
 class ServeSpec:
-    """`run`: the index must be of its heads. `media`: where pictures lie; None: where the index remembers them.
-    `expose`: others may reach it, which an address other than this machine's own needs. `port` 0: any that is free.
-    `image`, `text`: encoders that have moved."""
+    """`run`: the index must be of its heads. `media`: where pictures lie; None: where the index
+    remembers them. `expose`: others may reach it, which an address other than this machine's own
+    needs. `port` 0: any that is free. `image`, `text`: encoders that have moved."""
 
     index: AnyPath
     run: AnyPath | None = None
@@ -39,8 +39,10 @@ def serve(spec: ServeSpec, ready: Callable[[str], None] = lambda _: None) -> Non
     """Serve until it is interrupted (Ctrl-C), which is a clean end. `ready` is told the address.
 
     Raises:
-        MissingExtraError: the web framework is not installed. OptionError: an address that is not this machine's own
-        without `expose`, or one that cannot be had. RunError: no index. MismatchError: an index of other heads than the
+        MissingExtraError: the web framework is not installed. OptionError: an address that is not
+            this machine's own
+        without `expose`, or one that cannot be had. RunError: no index. MismatchError: an index of
+            other heads than the
         run's, or an encoder that is not the one they were trained on.
     """
     require_type(spec, ServeSpec, "spec")
@@ -54,7 +56,9 @@ def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
     """The server, its open socket, and the address for people. Raises as `serve` does."""
     _require_extra()
     if not (spec.expose or is_loopback(spec.host)):
-        raise OptionError(f"--host {spec.host} lets others reach this machine; add --expose if that is wanted")
+        raise OptionError(
+            f"--host {spec.host} lets others reach this machine; add --expose if that is wanted"
+        )
     bound = _bind(spec.host, spec.port)
     try:
         app = _app(spec)
@@ -64,7 +68,11 @@ def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
     import uvicorn
 
     quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-    limits: dict[str, Any] = {"limit_concurrency": 64, "timeout_graceful_shutdown": 3, "proxy_headers": False}
+    limits: dict[str, Any] = {
+        "limit_concurrency": 64,
+        "timeout_graceful_shutdown": 3,
+        "proxy_headers": False,
+    }
     config = uvicorn.Config(app, lifespan="off", ws="none", **quiet, **limits)
     name = f"[{spec.host}]" if ":" in spec.host else spec.host
     return uvicorn.Server(config), [bound], f"http://{name}:{bound.getsockname()[1]}/"
@@ -74,10 +82,15 @@ def _app(spec: ServeSpec) -> Any:
     from apecache.report.web import search_app
 
     folder = as_path(spec.index, "index")
-    index = SearchIndex.open(folder, spec.image, spec.text, spec.device)
+    index = SearchIndex.open(folder, image=spec.image, text=spec.text, device=spec.device)
     if spec.run is not None:
         run = as_path(spec.run, "run")
-        require_head(index.description, load_run(run, "cpu", spec.image, spec.text), folder, run)
+        require_head(
+            index.description,
+            loaded=load_run(run, device="cpu", image=spec.image, text=spec.text),
+            out=folder,
+            run=run,
+        )
     page = SearchPage(index, spec.media or media_at(str(index.description.get("place", ""))))
     page.warm()
     return search_app(page, [spec.host], spec.expose)
@@ -101,7 +114,9 @@ def _bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         why = getattr(error, "strerror", None) or error
-        raise OptionError(f"{host}:{port} cannot be had ({why}); choose another --port or --host") from None
+        raise OptionError(
+            f"{host}:{port} cannot be had ({why}); choose another --port or --host"
+        ) from None
     return bound
 
 

@@ -1,7 +1,8 @@
 """The search page over HTTP. The only module that knows Starlette.
 
-Every answer forbids scripts, foreign contents, framing and guessing of types. A request must name a host that is ours:
-a page of another site whose name suddenly leads to this machine (DNS rebinding) is refused.
+Every answer forbids scripts, foreign contents, framing and guessing of types. A request must name a
+host that is ours: a page of another site whose name suddenly leads to this machine (DNS rebinding)
+is refused.
 """
 
 import ipaddress
@@ -24,7 +25,8 @@ MOST_BYTES = 32 * 2**20
 """Of a request: an image and a few fields."""
 FIELDS = 32
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; form-action 'self'; "
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; "
+    "form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -36,8 +38,8 @@ HEADERS = {
 
 
 def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False) -> ASGIApp:
-    """The application. `names`: hosts, beside addresses of this machine, by which it may be called; `remote`: any
-    address, for a server that others reach."""
+    """The application. `names`: hosts, beside addresses of this machine, by which it may be called;
+    `remote`: any address, for a server that others reach."""
 
     async def home(request: Request) -> Response:
         fields = {name: request.query_params.getlist(name) for name in request.query_params}
@@ -51,7 +53,12 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
             picture = await sent.read() if isinstance(sent, UploadFile) else b""
             fields = {name: [v for v in form.getlist(name) if isinstance(v, str)] for name in form}
         if not picture:  # an address that can be kept and gone back to
-            kept = [(name, value) for name, values in fields.items() for value in values if value or name == "q"]
+            kept = [
+                (name, value)
+                for name, values in fields.items()
+                for value in values
+                if value or name == "q"
+            ]
             return RedirectResponse(f"/?{urlencode(kept)}", 303)
         return await _answered(page, fields, picture)
 
@@ -63,11 +70,14 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
         return Response(stylesheet(), media_type="text/css")
 
     def failed(_: Request, error: Exception) -> Response:
-        status, message = 500, "Something went wrong here; the terminal of apecache serve says what."
+        status = 500
+        message = "Something went wrong here; the terminal of apecache serve says what."
         if isinstance(error, PageError):
-            status, message = error.status, error.message
+            status = error.status
+            message = error.message
         elif isinstance(error, HTTPException):
-            status, message = error.status_code, f"{error.detail}."
+            status = error.status_code
+            message = f"{error.detail}."
         return HTMLResponse(page.render(Asked(), None, message), status)
 
     routes = [
@@ -90,10 +100,12 @@ def stylesheet() -> str:
 
 
 class Guard:
-    """Before everything else: whose request it is, and how large; after everything else: the headers."""
+    """Before everything else: whose request it is, and how large; after everything else: the
+    headers."""
 
     def __init__(self, app: ASGIApp, names: Iterable[str], remote: bool) -> None:
-        self.app, self.remote = app, remote
+        self.app = app
+        self.remote = remote
         self.names = {"localhost", *(name.lower() for name in names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,7 +129,13 @@ class Guard:
     def _problem(self, method: str, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if not self.allows(host):
-            return 421, "This address does not belong to this server; use the one that apecache serve has printed."
+            return (
+                421,
+                (
+                    "This address does not belong to this server; use the one that apecache serve "
+                    "has printed."
+                ),
+            )
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None and origin != f"http://{host}":
             return 403, "The form was sent from another site."
@@ -127,9 +145,11 @@ class Guard:
         return None
 
     def allows(self, host: str) -> bool:
-        """Whether a Host header names this machine: an address (those of this machine, or any where the server is for
-        others too), or a name that is ours."""
-        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        """Whether a Host header names this machine: an address (those of this machine, or any where
+        the server is for others too), or a name that is ours."""
+        name = (
+            host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        )
         if name.lower() in self.names:
             return True
         try:
@@ -140,7 +160,8 @@ class Guard:
 
 
 async def _drain(receive: Receive) -> None:
-    """Take what is still sent, within bounds: a browser that cannot finish sending shows no answer."""
+    """Take what is still sent, within bounds: a browser that cannot finish sending shows no
+    answer."""
     taken = 0
     while taken < 4 * MOST_BYTES:
         message = await receive()

@@ -11,16 +11,22 @@ from apecache.fingerprint import Json
 from apecache.metrics.retrieval import RetrievalReport
 
 HUB_LIBRARIES = ("hf", "st")
-"""Libraries whose encoder names are ids of the hub; timm's and open_clip's names are those of weights."""
+"""Libraries whose encoder names are ids of the hub; timm's and open_clip's names are those of
+weights."""
 HUB_PREFIX = "hf-hub:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
-def front_matter(name: str, encoders: Iterable[EncoderSpec], dev: RetrievalReport, origin: str) -> str:
+def front_matter(
+    name: str,
+    encoders: Iterable[EncoderSpec],
+    dev: RetrievalReport,
+    origin: str,
+) -> str:
     """Write the metadata of a card, with the lines of dashes around it.
 
-    What is not known, such as the license, is left out. Every text is put on one line first, so that no name can end
-    the front matter.
+    What is not known, such as the license, is left out. Every text is put on one line first, so
+    that no name can end the front matter.
 
     Args:
         name: of the model.
@@ -33,16 +39,21 @@ def front_matter(name: str, encoders: Iterable[EncoderSpec], dev: RetrievalRepor
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["apecache", "image-text-retrieval", "zero-shot-image-classification"],
     }
-    base_models = list(dict.fromkeys(hub_id for encoder in encoders if (hub_id := hub_id_of(encoder)) is not None))
+    base_models = list(
+        dict.fromkeys(hub_id for encoder in encoders if (hub_id := hub_id_of(encoder)) is not None)
+    )
     if base_models:
         metadata["base_model"] = base_models
-    metadata["model-index"] = [{"name": one_printable_line(name), "results": [_result(dev, origin)]}]
+    metadata["model-index"] = [
+        {"name": one_printable_line(name), "results": [_result(dev, origin)]}
+    ]
     text = yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False, width=float("inf"))
     return f"---\n{text}---\n"
 
 
 def hub_id_of(encoder: EncoderSpec) -> str | None:
-    """Return the hub id that an encoder's name is; None for local folders and for names of other kinds."""
+    """Return the hub id that an encoder's name is; None for local folders and for names of other
+    kinds."""
     if encoder.folder is not None or looks_local(encoder.name):
         return None
     if encoder.library not in HUB_LIBRARIES and not encoder.name.startswith(HUB_PREFIX):

@@ -1,4 +1,5 @@
-"""The state of an unfinished fit on disk: one safetensors file whose header holds the rest as JSON. No pickle."""
+"""The state of an unfinished fit on disk: one safetensors file whose header holds the rest as JSON.
+No pickle."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +18,8 @@ FORMAT_VERSION = 1
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
-    """Replace the folder's checkpoint at once: after a kill or a power cut either the old or the new one is there."""
+    """Replace the folder's checkpoint at once: after a kill or a power cut either the old or the
+    new one is there."""
     text = json.dumps({"format": FORMAT_VERSION, **state}, ensure_ascii=False, allow_nan=False)
     replace_tensors(folder / CHECKPOINT, tensors, {"state": text})
 
@@ -34,7 +36,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if state["format"] > FORMAT_VERSION:
-            raise RunError(f"{path} has format {state['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade")
+            raise RunError(
+                f"{path} has format {state['format']}; this apecache reads up to "
+                f"{FORMAT_VERSION}: upgrade"
+            )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, RunError):
             raise
@@ -46,7 +51,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Its state by `number of the parameter/name`; settings are the recipe's and not repeated."""
     state = optimiser.state_dict()["state"]
-    return {f"{i}/{name}": value for i, entry in state.items() for name, value in entry.items() if value is not None}
+    return {
+        f"{i}/{name}": value
+        for i, entry in state.items()
+        for name, value in entry.items()
+        if value is not None
+    }
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -54,4 +64,6 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Te
     for key, value in tensors.items():
         number, _, name = key.partition("/")
         state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimiser.load_state_dict(
+        {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+    )

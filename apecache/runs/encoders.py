@@ -23,12 +23,14 @@ from apecache.recipes.recipe import parse_recipe
 from apecache.runs.heads import TrainedSide
 from apecache.storage.atomic import replace_tensors, replace_text
 
-WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
+WEIGHTS = "encoder.safetensors"
+DESCRIPTION = "encoder.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedTower:
-    """One modality whose tower trained: the counterpart of `TrainedSide`, from images or texts instead of features.
+    """One modality whose tower trained: the counterpart of `TrainedSide`, from images or texts
+    instead of features.
 
     `encoder`, `fingerprint`: of the encoder as it was before training.
     """
@@ -47,15 +49,21 @@ class TrainedTower:
         differences = found.difference(self.fingerprint)
         if differences:
             raise MismatchError(
-                f"{where} is not of the encoder that was trained: {describe_difference(differences)}", differences
+                (
+                    f"{where} is not of the encoder that was trained: "
+                    f"{describe_difference(differences)}"
+                ),
+                differences,
             )
 
     @torch.inference_mode()
     def embed(self, inputs: Sequence[Picture] | Sequence[str], batch: int = 64) -> Tensor:
-        """Pictures, in any form that `open_picture` takes, or texts -> float32 [n, dim], L2-normalised, on the
-        encoder's device."""
+        """Pictures, in any form that `open_picture` takes, or texts -> float32 [n, dim],
+        L2-normalised, on the encoder's device."""
         parts = [self._embed(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
-        return torch.cat(parts) if parts else torch.empty(0, self.side.dim, device=self.loaded.device)
+        return (
+            torch.cat(parts) if parts else torch.empty(0, self.side.dim, device=self.loaded.device)
+        )
 
     def _embed(self, inputs: Sequence[Any]) -> Tensor:
         if isinstance(self.loaded, TextEncoder):
@@ -67,8 +75,9 @@ class TrainedTower:
 
 @dataclass(frozen=True)
 class TrainedEncoders:
-    """Both sides (a `TrainedSide` where the tower was frozen, so that features serve it), the scale of the logits
-    (1 / temperature), what is known about the training, and the identity of all that."""
+    """Both sides (a `TrainedSide` where the tower was frozen, so that features serve it), the scale
+    of the logits (1 / temperature), what is known about the training, and the identity of all
+    that."""
 
     model: EncoderModel
     image: TrainedSide | TrainedTower
@@ -79,12 +88,17 @@ class TrainedEncoders:
 
 
 def load_encoders(
-    run: AnyPath, device: str = "auto", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+    run: AnyPath,
+    device: str = "auto",
+    image: EncoderSpec | None = None,
+    text: EncoderSpec | None = None,
 ) -> TrainedEncoders:
-    """What a run trained, in the encoders that it names; `image`, `text`: these, where they have moved.
+    """What a run trained, in the encoders that it names; `image`, `text`: these, where they have
+    moved.
 
     Raises:
-        RunError: not a finished run of the encoder trainer, or a damaged one. EncoderError: an encoder cannot be had.
+        RunError: not a finished run of the encoder trainer, or a damaged one. EncoderError: an
+            encoder cannot be had.
         MismatchError: an encoder is no longer the one that was trained.
     """
     run = as_path(run, "run")
@@ -94,25 +108,39 @@ def load_encoders(
     where = parse_device(device)
     recipe = parse_recipe(value["recipe"], str(run / DESCRIPTION))
     live = [
-        None if value[side]["cached"] else _load(value[side], moved, run, str(where))
+        None
+        if value[side]["cached"]
+        else _load(value[side], moved=moved, run=run, device=str(where))
         for side, moved in (("image", image), ("text", text))
     ]
     dims = [value[side]["dim"] for side in ("image", "text")]
     with torch.random.fork_rng(devices=[]):
-        teacher = Teacher(value["teacher"]["dim"]) if recipe.distillation else None
-        model = build_model(recipe, live, dims, where, teacher=teacher)
+        teacher = Teacher(dim=value["teacher"]["dim"]) if recipe.distillation else None
+        model = build_model(recipe, encoders=live, dims=dims, device=where, teacher=teacher)
     tensors, _ = read_tensors(run / WEIGHTS)
     model.load_kept(tensors)
     model.eval().requires_grad_(False)
     parts = ((model.image, live[0], value["image"]), (model.text, live[1], value["text"]))
     first, second = (_side(module, encoder, about) for module, encoder, about in parts)
-    return TrainedEncoders(model, first, second, model.temperature.scale().item(), value, _digest(value, tensors))
+    return TrainedEncoders(
+        model,
+        image=first,
+        text=second,
+        scale=model.temperature.scale().item(),
+        training=value,
+        digest=_digest(value, tensors),
+    )
 
 
-def save_encoders(run: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Json]) -> None:
+def save_encoders(
+    run: Path,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Json],
+) -> None:
     """Write the weights, then the description, whose presence makes the folder a finished run.
 
-    `tensors`: what training can change; frozen parameters are those of the encoder that the description names.
+    `tensors`: what training can change; frozen parameters are those of the encoder that the
+    description names.
     """
     replace_tensors(run / WEIGHTS, tensors, {"apecache": "{}"})
     replace_text(run / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False))
@@ -125,7 +153,9 @@ def read_description(run: Path) -> dict[str, Any]:
         if not {"recipe", "image", "text"} <= value.keys():
             raise ValueError("parts are missing")
     except FileNotFoundError:
-        raise RunError(f"{run} is no finished run of fit-encoder: it has no {DESCRIPTION}") from None
+        raise RunError(
+            f"{run} is no finished run of fit-encoder: it has no {DESCRIPTION}"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{run / DESCRIPTION} is damaged ({error}); train again") from None
     return value  # type: ignore[no-any-return]
@@ -138,32 +168,55 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {})["apecache"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}); train again") from None
+        raise RunError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); train again"
+        ) from None
 
 
 def _side(
-    module: Side | SharedSide, encoder: ImageEncoder | TextEncoder | None, about: dict[str, Any]
+    module: Side | SharedSide,
+    encoder: ImageEncoder | TextEncoder | None,
+    about: dict[str, Any],
 ) -> TrainedSide | TrainedTower:
-    fingerprint = Fingerprint(about["fingerprint"])
+    fingerprint = Fingerprint(fields=about["fingerprint"])
     if encoder is None and isinstance(module, Side):
-        return TrainedSide(module.head, about["encoder"], fingerprint)
+        return TrainedSide(head=module.head, encoder=about["encoder"], fingerprint=fingerprint)
     assert encoder is not None
-    return TrainedTower(module, encoder, about["encoder"], fingerprint)
+    return TrainedTower(
+        side=module,
+        loaded=encoder,
+        encoder=about["encoder"],
+        fingerprint=fingerprint,
+    )
 
 
 def _digest(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     arrays = ((name, t.contiguous()) for name, t in sorted(tensors.items()))
-    weights = digest_tensors((name, str(t.dtype), tuple(t.shape), t.numpy().data) for name, t in arrays)
+    weights = digest_tensors(
+        (name, str(t.dtype), tuple(t.shape), t.numpy().data) for name, t in arrays
+    )
     fields = {side: value[side]["fingerprint"] for side in ("image", "text")}
-    return Fingerprint({"sides": fields, "recipe": value["recipe"], "weights": weights}).digest
+    return Fingerprint(
+        fields={"sides": fields, "recipe": value["recipe"], "weights": weights}
+    ).digest
 
 
-def _load(side: dict[str, Any], moved: EncoderSpec | None, run: Path, device: str) -> ImageEncoder | TextEncoder:
+def _load(
+    side: dict[str, Any],
+    moved: EncoderSpec | None,
+    run: Path,
+    device: str,
+) -> ImageEncoder | TextEncoder:
     spec = moved or spec_from_json(side["encoder"])
-    encoder = load_image_encoder(spec, device) if spec.modality == "image" else load_text_encoder(spec, device)
-    differences = encoder.fingerprint.difference(Fingerprint(side["fingerprint"]))
+    encoder = (
+        load_image_encoder(spec, device)
+        if spec.modality == "image"
+        else load_text_encoder(spec, device)
+    )
+    differences = encoder.fingerprint.difference(Fingerprint(fields=side["fingerprint"]))
     if differences:
         raise MismatchError(
-            f"{spec} is not what {run} was trained with: {describe_difference(differences)}", differences
+            f"{spec} is not what {run} was trained with: {describe_difference(differences)}",
+            differences,
         )
     return encoder

@@ -10,7 +10,8 @@ from apecache.runs.heads import TrainedHeads, TrainedSide
 
 
 def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
-    """One pair of heads whose cosines are the mean of the runs' cosines; its scale is the mean of theirs.
+    """One pair of heads whose cosines are the mean of the runs' cosines; its scale is the mean of
+    theirs.
 
     Raises:
         OptionError: fewer than two runs. MismatchError: they are of different encoders.
@@ -27,14 +28,22 @@ def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
     sides = (_combine([run.image for run in runs]), _combine([run.text for run in runs]))
     training = [dict(run.training) for run in runs]
     first = training[0]
-    shared = {key: first.get(key) for key in ("data", "splits") if all(t.get(key) == first.get(key) for t in training)}
+    shared = {
+        key: first.get(key)
+        for key in ("data", "splits")
+        if all(t.get(key) == first.get(key) for t in training)
+    }
     return TrainedHeads(*sides, fmean(run.scale for run in runs), {**shared, "combined": training})
 
 
 def _combine(sides: Sequence[TrainedSide]) -> TrainedSide:
     heads = [head for side in sides for head in _single(side.head)]
     spec = HeadSpec(kind="several", parts=tuple(head.spec for head in heads))
-    return TrainedSide(SeveralHeads(spec, heads).eval(), sides[0].encoder, sides[0].fingerprint)
+    return TrainedSide(
+        head=SeveralHeads(spec, heads).eval(),
+        encoder=sides[0].encoder,
+        fingerprint=sides[0].fingerprint,
+    )
 
 
 def _single(head: Head) -> list[Head]:

@@ -20,14 +20,16 @@ from apecache.runs.ledger import LEDGER
 from apecache.runs.model_card import CARD
 from apecache.storage.atomic import scratch_of
 
-HISTORY, RECIPE = "history.jsonl", "recipe.json"
+HISTORY = "history.jsonl"
+RECIPE = "recipe.json"
 OURS = {HISTORY, RECIPE, CHECKPOINT, LEDGER, CARD}
 HEAD_FILES = (WEIGHTS, DESCRIPTION)
 
 
 def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FILES) -> None:
-    """A finished run is begun anew only with `overwrite`, a foreign folder never; an unfinished one goes on. `files`:
-    weights and description, whose presence makes a run of this kind a finished one.
+    """A finished run is begun anew only with `overwrite`, a foreign folder never; an unfinished one
+    goes on. `files`: weights and description, whose presence makes a run of this kind a finished
+    one.
 
     Raises:
         RunError: `out` holds a finished run, or something else.
@@ -42,7 +44,10 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
         require_new(out, "run folder", overwrite)
 
 
-def find_checkpoint(out: Path, identity: Fingerprint) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def find_checkpoint(
+    out: Path,
+    identity: Fingerprint,
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Tensors and state of the same fit, broken off; None if there is none.
 
     Raises:
@@ -51,12 +56,18 @@ def find_checkpoint(out: Path, identity: Fingerprint) -> tuple[dict[str, Any], d
     if not (out / CHECKPOINT).is_file():
         return None
     tensors, state = load_checkpoint(out)
-    differences = identity.difference(Fingerprint(state.get("identity", {})))
+    differences = identity.difference(Fingerprint(fields=state.get("identity", {})))
     if differences:
-        shown = "; ".join(f"{path} is {shorten(here)}, there {shorten(there)}" for path, here, there in differences[:3])
+        shown = "; ".join(
+            f"{path} is {shorten(here)}, there {shorten(there)}"
+            for path, here, there in differences[:3]
+        )
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise MismatchError(
-            f"{out} holds another fit, broken off ({shown}{more}); choose another --out, or add --overwrite",
+            (
+                f"{out} holds another fit, broken off ({shown}{more}); choose another --out, or "
+                "add --overwrite"
+            ),
             differences,
         )
     return tensors, state
@@ -64,7 +75,8 @@ def find_checkpoint(out: Path, identity: Fingerprint) -> tuple[dict[str, Any], d
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """The folder, made if it is not there, for one fit at a time. The lock goes with the process, also by a kill.
+    """The folder, made if it is not there, for one fit at a time. The lock goes with the process,
+    also by a kill.
 
     Raises:
         RunError: another process fits into it.
@@ -76,7 +88,9 @@ def locked(out: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise RunError(f"another process is fitting into {out}; wait for it, or choose another --out") from None
+        raise RunError(
+            f"another process is fitting into {out}; wait for it, or choose another --out"
+        ) from None
     finally:
         os.close(descriptor)
 
@@ -84,7 +98,10 @@ def locked(out: Path) -> Iterator[None]:
 def clear_folder(out: Path, recipe: Recipe) -> None:
     for path in out.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (out / RECIPE).write_text(json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False), encoding="utf-8")
+    (out / RECIPE).write_text(
+        json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False),
+        encoding="utf-8",
+    )
 
 
 def write_history(run: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -104,7 +121,13 @@ def read_history(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def history_line(
-    epoch: int, step: int, loss: float, lr: float, temperature: float, dev: RetrievalReport, seconds: float
+    epoch: int,
+    step: int,
+    loss: float,
+    lr: float,
+    temperature: float,
+    dev: RetrievalReport,
+    seconds: float,
 ) -> dict[str, Any]:
     return {
         "epoch": epoch,

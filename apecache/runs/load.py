@@ -1,4 +1,5 @@
-"""A finished run of either trainer: what evaluation, index and report take, without asking which it is."""
+"""A finished run of either trainer: what evaluation, index and report take, without asking which it
+is."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +29,13 @@ BATCH = 64
 
 
 def load_run(
-    folder: AnyPath, device: str = "cpu", image: EncoderSpec | None = None, text: EncoderSpec | None = None
+    folder: AnyPath,
+    device: str = "cpu",
+    image: EncoderSpec | None = None,
+    text: EncoderSpec | None = None,
 ) -> Run:
-    """Read a run or index folder. `image`, `text`: encoders that have moved; opened only where their towers trained.
+    """Read a run or index folder. `image`, `text`: encoders that have moved; opened only where
+    their towers trained.
 
     Raises:
         RunError, EncoderError, MismatchError: as `load_heads` and `load_encoders` do.
@@ -39,7 +44,7 @@ def load_run(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     if is_encoder_run(folder):
-        return load_encoders(folder, device, image, text)
+        return load_encoders(folder, device=device, image=image, text=text)
     return load_heads(folder, parse_device(device))
 
 
@@ -59,12 +64,12 @@ def recorded_fingerprint(folder: Path, side: Modality) -> Fingerprint:
     if not is_encoder_run(folder):
         fingerprint: Fingerprint = getattr(load_heads(folder), side).fingerprint
         return fingerprint
-    return Fingerprint(trained_encoders.read_description(folder)[side]["fingerprint"])
+    return Fingerprint(fields=trained_encoders.read_description(folder)[side]["fingerprint"])
 
 
 def recorded_training(folder: Path) -> Mapping[str, Any]:
-    """What a run says of its own training: recipe, seed, splits, data, dev, counts; a combination says nothing.
-    Encoders are not opened. Raises RunError if there is no finished run."""
+    """What a run says of its own training: recipe, seed, splits, data, dev, counts; a combination
+    says nothing. Encoders are not opened. Raises RunError if there is no finished run."""
     if is_encoder_run(folder):
         return trained_encoders.read_description(folder)
     return load_heads(folder).training
@@ -90,14 +95,17 @@ def copy_run(folder: Path, out: Path) -> None:
 
 
 def image_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:
-    """Opens the side's encoder, or `moved`. Raises MismatchError if it is not the one that the run was trained on."""
+    """Opens the side's encoder, or `moved`. Raises MismatchError if it is not the one that the run
+    was trained on."""
     if isinstance(side, TrainedTower):
         return side.embed
     encoder = load_image_encoder(moved or spec_from_json(side.encoder), device)
     side.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
 
     def embed(images: Sequence[Image.Image]) -> Tensor:
-        return side.embed(encoder.encode(torch.stack([encoder.preprocess(image) for image in images])))
+        return side.embed(
+            encoder.encode(torch.stack([encoder.preprocess(image) for image in images]))
+        )
 
     return embed
 

@@ -1,4 +1,5 @@
-"""A finished run in use, of either trainer: images and texts in, embeddings out, by the run's own encoders."""
+"""A finished run in use, of either trainer: images and texts in, embeddings out, by the run's own
+encoders."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,10 +25,11 @@ Embeddings = NDArray[np.float32]
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTextModel:
-    """Embeddings are float32 [n, dim], L2-normalised, in the order given. Encoders of frozen sides are loaded when they
-    are first needed. `image`, `text`: those that have moved, in place of the ones that the run names."""
+    """Embeddings are float32 [n, dim], L2-normalised, in the order given. Encoders of frozen sides
+    are loaded when they are first needed. `image`, `text`: those that have moved, in place of the
+    ones that the run names."""
 
     run: Run
     image: EncoderSpec | None = None
@@ -47,14 +49,20 @@ class ImageTextModel:
         """Embed pictures, in the order given.
 
         Args:
-            images: paths, bytes, binary file objects, PIL images, arrays uint8 [height, width, 3], or any mix of them.
-                One picture has the same vector in every form; see `apecache.data.images.open_picture`.
+            images: paths, bytes, binary file objects, PIL images, arrays uint8 [height, width, 3],
+                or any mix of them. One picture has the same vector in every form; see
+                `apecache.data.images.open_picture`.
 
         Raises:
-            OptionError: an item that is no picture, before any is encoded. DataError: an image that cannot be read.
-            EncoderError: the encoder cannot be had. MismatchError: it is not the one that the run was trained on.
+            OptionError: an item that is no picture, before any is encoded. DataError: an image that
+                cannot be read.
+            EncoderError: the encoder cannot be had. MismatchError: it is not the one that the run
+                was trained on.
         """
-        pictures = (open_readable(image, f"images[{number}]") for number, image in enumerate(_listed(images)))
+        pictures = (
+            open_readable(image, f"images[{number}]")
+            for number, image in enumerate(_listed(images))
+        )
         parts = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
         return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
 
@@ -62,7 +70,8 @@ class ImageTextModel:
         """Embed texts, in the order given. A text is never taken for the name of a file.
 
         Raises:
-            OptionError: an item that is no text. DataError: a text that is empty or no Unicode. Else as `encode_image`.
+            OptionError: an item that is no text. DataError: a text that is empty or no Unicode.
+                Else as `encode_image`.
         """
         checked = as_texts(texts, "texts")
         for number, text in enumerate(checked):
@@ -86,23 +95,34 @@ class ImageTextModel:
 
 
 def load(
-    run: AnyPath, image: EncoderSpec | None = None, text: EncoderSpec | None = None, device: str = "auto"
+    run: AnyPath,
+    image: EncoderSpec | None = None,
+    text: EncoderSpec | None = None,
+    device: str = "auto",
 ) -> ImageTextModel:
-    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and texts. `run`: its folder,
-    or a URL of object storage.
+    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and
+    texts. `run`: its folder, or a URL of object storage.
 
     Raises:
-        RunError: no finished run there. EncoderError: the device cannot be used. Of towers that were trained, which are
-        loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one that was trained.
+        RunError: no finished run there. EncoderError: the device cannot be used. Of towers that
+            were trained, which are
+        loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one
+            that was trained.
     """
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     with fetched_run(as_place(run, "run")) as folder:
-        return ImageTextModel(load_run(folder, device, image, text), image, text, device)
+        return ImageTextModel(
+            run=load_run(folder, device=device, image=image, text=text),
+            image=image,
+            text=text,
+            device=device,
+        )
 
 
 def _listed(images: Iterable[Picture]) -> Iterable[Picture]:
-    """The pictures, all checked by type where they are a list. Raises OptionError, also for a single picture."""
+    """The pictures, all checked by type where they are a list. Raises OptionError, also for a
+    single picture."""
     single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
         found = type(images).__name__

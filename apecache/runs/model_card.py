@@ -1,7 +1,8 @@
-"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not known says so.
+"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not
+known says so.
 
-The settings are those that were used: after overrides, with the widths of the finished heads, the batch that fitted the
-data, what was chosen of a closed form, and the temperature at the end.
+The settings are those that were used: after overrides, with the widths of the finished heads, the
+batch that fitted the data, what was chosen of a closed form, and the temperature at the end.
 """
 
 import html
@@ -22,15 +23,22 @@ from apecache.runs.ledger import Ledger
 
 CARD = "README.md"
 UNKNOWN = "not stated"
-SHOWN_AS_USED = ("loss.temperature", "schedule.epochs", "schedule.steps", "schedule.batch_size", "schedule.accumulate")
+SHOWN_AS_USED = (
+    "loss.temperature",
+    "schedule.epochs",
+    "schedule.steps",
+    "schedule.batch_size",
+    "schedule.accumulate",
+)
 """Settings of a recipe in whose place the card shows what was used."""
 Row = tuple[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A run of either trainer: a sentence on what it is, what it says of its training, both encoders (image first).
-    `heads`: the specs of the finished heads, or those of the recipe; `encoders`: those that the run names."""
+    """A run of either trainer: a sentence on what it is, what it says of its training, both
+    encoders (image first). `heads`: the specs of the finished heads, or those of the recipe;
+    `encoders`: those that the run names."""
 
     what: str
     about: Mapping[str, Json]
@@ -41,22 +49,49 @@ class Subject:
 
 
 def save_card(
-    heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str, run: Path
+    heads: TrainedHeads,
+    recipe: Recipe,
+    dev: RetrievalReport,
+    ledger: Ledger,
+    origin: str,
+    run: Path,
 ) -> None:
-    """`origin`: where the pairs came from; of a path the last part only, since cards are published."""
-    (run / CARD).write_text(model_card(heads, recipe, dev, ledger, origin), encoding="utf-8")
+    """`origin`: where the pairs came from; of a path the last part only, since cards are
+    published."""
+    (run / CARD).write_text(
+        model_card(heads, recipe=recipe, dev=dev, ledger=ledger, origin=origin),
+        encoding="utf-8",
+    )
 
 
 def save_encoder_card(
-    about: Mapping[str, Json], recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str, run: Path
+    about: Mapping[str, Json],
+    recipe: Recipe,
+    dev: RetrievalReport,
+    ledger: Ledger,
+    origin: str,
+    run: Path,
 ) -> None:
     """The same for a run of fit-encoder; `about`: its description."""
-    (run / CARD).write_text(encoder_card(about, recipe, dev, ledger, origin), encoding="utf-8")
+    (run / CARD).write_text(
+        encoder_card(about, recipe=recipe, dev=dev, ledger=ledger, origin=origin),
+        encoding="utf-8",
+    )
 
 
-def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
-    """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one line."""
-    what = f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted by apecache."
+def model_card(
+    heads: TrainedHeads,
+    recipe: Recipe,
+    dev: RetrievalReport,
+    ledger: Ledger,
+    origin: str,
+) -> str:
+    """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one
+    line."""
+    what = (
+        f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted "
+        "by apecache."
+    )
     sides = (heads.image, heads.text)
     subject = Subject(
         what=what,
@@ -66,25 +101,46 @@ def model_card(heads: TrainedHeads, recipe: Recipe, dev: RetrievalReport, ledger
         heads=(heads.image.head.spec, heads.text.head.spec),
         encoders=tuple(spec_from_json(side.encoder) for side in sides if side.encoder),
     )
-    return _card(subject, recipe, dev, ledger, origin)
+    return _card(subject, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
 
 
-def encoder_card(about: Mapping[str, Json], recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
+def encoder_card(
+    about: Mapping[str, Json],
+    recipe: Recipe,
+    dev: RetrievalReport,
+    ledger: Ledger,
+    origin: str,
+) -> str:
     """The same for a run of fit-encoder, from its description."""
-    what = "Two encoders and what aligns them, trained by apecache. The files hold only what training changed."
-    sides = _tower_side(about["image"], recipe.image.kind, recipe), _tower_side(about["text"], recipe.text.kind, recipe)
+    what = (
+        "Two encoders and what aligns them, trained by apecache. The files hold only what "
+        "training changed."
+    )
+    sides = (
+        _tower_side(about["image"], recipe.image.kind, recipe),
+        _tower_side(about["text"], recipe.text.kind, recipe),
+    )
     subject = Subject(
         what=what,
         about=about,
         image=sides[0],
         text=sides[1],
         heads=(recipe.image, recipe.text),
-        encoders=(spec_from_json(about["image"]["encoder"]), spec_from_json(about["text"]["encoder"])),
+        encoders=(
+            spec_from_json(about["image"]["encoder"]),
+            spec_from_json(about["text"]["encoder"]),
+        ),
     )
-    return _card(subject, recipe, dev, ledger, origin)
+    return _card(subject, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
 
 
-def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger, origin: str) -> str:
+def _card(
+    subject: Subject,
+    recipe: Recipe,
+    dev: RetrievalReport,
+    ledger: Ledger,
+    origin: str,
+) -> str:
     about = subject.about
     splits = about.get("splits") or {}
     facts = [
@@ -103,11 +159,15 @@ def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger
         ("licence of these weights", UNKNOWN),
         ("fingerprint of the pairs", str(about.get("data", UNKNOWN))),
         ("training split", splits.get("train") or "train, or the only one"),
-        ("dev split", splits.get("dev") or f"a share of the training images, seed {splits.get('seed', UNKNOWN)}"),
+        (
+            "dev split",
+            splits.get("dev")
+            or f"a share of the training images, seed {splits.get('seed', UNKNOWN)}",
+        ),
         ("training images", f"{about.get('n_train_images', 0):,}"),
         ("dev images", f"{about.get('n_dev_images', 0):,}"),
     ]
-    return front_matter(recipe.name, subject.encoders, dev, origin) + "\n".join(
+    return front_matter(recipe.name, encoders=subject.encoders, dev=dev, origin=origin) + "\n".join(
         (
             f"# {literal(recipe.name)}",
             "",
@@ -129,7 +189,10 @@ def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger
             "import apecache",
             "",
             'model = apecache.load("this folder")',
-            'scores = model.similarity(model.encode_image(["photo.jpg"]), model.encode_text(["a dog"]))',
+            (
+                'scores = model.similarity(model.encode_image(["photo.jpg"]), '
+                'model.encode_text(["a dog"]))'
+            ),
             "```",
             "",
         )
@@ -138,11 +201,16 @@ def _card(subject: Subject, recipe: Recipe, dev: RetrievalReport, ledger: Ledger
 
 def literal(text: str) -> str:
     """Text as itself in Markdown and HTML, on one line."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", html.escape(one_printable_line(text), quote=False))
+    return re.sub(
+        r"([\\`*_{}\[\]()#+!|~$:@-])",
+        r"\\\1",
+        html.escape(one_printable_line(text), quote=False),
+    )
 
 
 def _used_rows(about: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
-    """What the fit used where the recipe only says what was asked for; nothing for runs that do not record it."""
+    """What the fit used where the recipe only says what was asked for; nothing for runs that do not
+    record it."""
     used = about.get("used") or {}
     if used:
         yield "epochs run", f"{used['n_epochs']:,} of {used['planned_epochs']:,}"
@@ -151,7 +219,11 @@ def _used_rows(about: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
         yield "temperature at the end", f"{used['temperature']:.4g}"
     if "batch_size" in used:
         asked = recipe.schedule.batch_size
-        more = "" if used["batch_size"] == asked else f" (the recipe says {asked:,}; there are no more images)"
+        more = (
+            ""
+            if used["batch_size"] == asked
+            else f" (the recipe says {asked:,}; there are no more images)"
+        )
         yield "images in a batch", f"{used['batch_size']:,}{more}"
         yield "batches in a step", f"{used['accumulate']:,}"
     if used.get("slice_size"):
@@ -163,15 +235,19 @@ def _used_rows(about: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
 
 
 def _setting_rows(subject: Subject, recipe: Recipe) -> Iterator[Row]:
-    """The recipe after overrides, without what played no role: candidates of a closed form, and the optimizer, loss and
-    schedule where nothing trained."""
+    """The recipe after overrides, without what played no role: candidates of a closed form, and the
+    optimizer, loss and schedule where nothing trained."""
     fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
     idle = {"name", "summary", "source", "image", "text", "closed_form"}
     idle |= {"loss", "optimiser", "schedule", "augmentation"} if fixed else set()
     idle |= set() if recipe.trains_towers else {"towers"}
     values = recipe.model_dump(mode="json", exclude=idle, exclude_none=True)
     for side, spec in zip(("image", "text"), subject.heads, strict=True):
-        values[side] = {"kind": spec.kind, "dim": spec.dim, **spec.model_dump(mode="json", exclude_defaults=True)}
+        values[side] = {
+            "kind": spec.kind,
+            "dim": spec.dim,
+            **spec.model_dump(mode="json", exclude_defaults=True),
+        }
     yield from (row for row in _flat("", values) if row[0] not in SHOWN_AS_USED)
 
 
@@ -196,7 +272,7 @@ def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row
     """Fingerprint and width are those of the encoder before training."""
     return [
         ("encoder", public_name(spec_from_json(side["encoder"]))),
-        ("fingerprint", Fingerprint(side["fingerprint"]).digest),
+        ("fingerprint", Fingerprint(fields=side["fingerprint"]).digest),
         ("width", str(side["dim"])),
         ("head", head if recipe.shared is None else "a block that both sides share"),
         ("trained parameters", f"{side['n_trained_parameters']:,}"),
@@ -207,7 +283,11 @@ def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row
 def _ran(side: Mapping[str, Json]) -> str:
     if side["cached"]:
         return "not at all: its features were read from the cache"
-    return "from its inputs" if side["cut"] is None else f"from the cached tokens after {side['cut']} blocks"
+    return (
+        "from its inputs"
+        if side["cut"] is None
+        else f"from the cached tokens after {side['cut']} blocks"
+    )
 
 
 def public_name(spec: EncoderSpec) -> str:
@@ -221,7 +301,11 @@ def _measured(dev: RetrievalReport) -> list[str]:
         ("image to text", dev.image_to_text, dev.chance_image_to_text),
         ("text to image", dev.text_to_image, dev.chance_text_to_image),
     )
-    rows = [(f"{way} R@{k}", f"{found[k]:.1f} (chance {chance[k]:.1f})") for way, found, chance in ways for k in found]
+    rows = [
+        (f"{way} R@{k}", f"{found[k]:.1f} (chance {chance[k]:.1f})")
+        for way, found, chance in ways
+        for k in found
+    ]
     title = f"dev, {dev.n_images:,} images, {dev.n_texts:,} captions"
     return [
         *_table((title, "recall, %"), rows),
@@ -233,7 +317,12 @@ def _measured(dev: RetrievalReport) -> list[str]:
 def _warnings(ledger: Ledger) -> list[str]:
     if not ledger.warnings:
         return []
-    return ["Warnings of the checks:", "", *(f"- {literal(warning)}" for warning in ledger.warnings), ""]
+    return [
+        "Warnings of the checks:",
+        "",
+        *(f"- {literal(warning)}" for warning in ledger.warnings),
+        "",
+    ]
 
 
 def _table(columns: Row, rows: Iterable[Row]) -> list[str]:

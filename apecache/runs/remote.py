@@ -1,4 +1,5 @@
-"""Run folders on object storage: fetched whole to be read or continued, and put back whole, what ends a run last."""
+"""Run folders on object storage: fetched whole to be read or continued, and put back whole, what
+ends a run last."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,9 @@ def fetched_run(place: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def kept_run(place: str | Path) -> Iterator[Path]:
-    """A run folder to write. On object storage: a copy of what is there, put back at the end and after an error or
-    interrupt, but not by a process that is killed; until all of a finished run is there, none is.
+    """A run folder to write. On object storage: a copy of what is there, put back at the end and
+    after an error or interrupt, but not by a process that is killed; until all of a finished run is
+    there, none is.
 
     Raises as `fetched_run` does.
     """
@@ -56,7 +58,11 @@ def _fetch(bucket: Bucket, key: str, here: Path) -> None:
 
 
 def _put_back(bucket: Bucket, key: str, here: Path) -> None:
-    files = {path.relative_to(here).as_posix(): path for path in sorted(here.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(here).as_posix(): path
+        for path in sorted(here.rglob("*"))
+        if path.is_file()
+    }
     there = {entry.key[len(key) + 1 :] for entry in bucket.walk(key)}
     final = [name for name in FINAL if name in files]
     bucket.remove([f"{key}/{name}" for name in there if name not in files or name in FINAL])

@@ -1,9 +1,10 @@
-"""FAISS indexes of one set of L2-normalised vectors by inner product: their kinds, how well they find, their files.
+"""FAISS indexes of one set of L2-normalised vectors by inner product: their kinds, how well they
+find, their files.
 
-A kind is `flat` (exact), `ivf` (inverted lists), `hnsw` (a graph), or a FAISS factory string: `IVF256,PQ32`, `SQ8`, ….
-Sizes by the number of vectors n:
-- `ivf`: the largest power of two up to 2 sqrt(n) lists, each of 39 vectors at least (what FAISS asks for), so 512 lists
-  at 100,000; 1 list in 16 is looked through, but never fewer than 8;
+A kind is `flat` (exact), `ivf` (inverted lists), `hnsw` (a graph), or a FAISS factory string:
+`IVF256,PQ32`, `SQ8`, …. Sizes by the number of vectors n:
+- `ivf`: the largest power of two up to 2 sqrt(n) lists, each of 39 vectors at least (what FAISS
+  asks for), so 512 lists at 100,000; 1 list in 16 is looked through, but never fewer than 8;
 - `hnsw`: 32 links, 64 candidates in the search, 128 from a million vectors on.
 Training takes FAISS's own samples of the vectors with a fixed seed.
 """
@@ -23,18 +24,21 @@ from apecache.errors import DataError, MissingExtraError, OptionError, RunError
 
 PER_CENTROID = 39
 SEED = 0
-QUERIES, TOP, TILE = 1000, 10, 16384
+QUERIES = 1000
+TOP = 10
+TILE = 16384
 MMAP_BYTES = 1 << 28
 """Files from this size on are mapped into memory in place of read."""
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KindReport:
-    """How an index was built, and how well it finds. `trained_on`: so many vectors (0: nothing to train).
+    """How an index was built, and how well it finds. `trained_on`: so many vectors (0: nothing to
+    train).
 
-    Of approximate kinds, over `n_queries` of the other modality: share of the ten nearest that are found, and
-    milliseconds for each query in one batch, here and by comparing with everything.
+    Of approximate kinds, over `n_queries` of the other modality: share of the ten nearest that are
+    found, and milliseconds for each query in one batch, here and by comparing with everything.
     """
 
     factory: str
@@ -46,7 +50,7 @@ class KindReport:
     exact_ms_per_query: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VectorIndex:
     """`index` is FAISS's; `on_gpu` the same on a GPU, for searching."""
 
@@ -59,7 +63,8 @@ class VectorIndex:
         return self.index.ntotal, self.index.d
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
-        """[n, k] inner products and rows, best first; row -1 where an approximate index found fewer."""
+        """[n, k] inner products and rows, best first; row -1 where an approximate index found
+        fewer."""
         k = min(k, self.index.ntotal)
         if k == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
@@ -72,11 +77,15 @@ class VectorIndex:
     @property
     def _flat(self) -> Floats:
         """The vectors of an exact index where they lie: in memory, or in the mapped file."""
-        found: Floats = load_faiss().rev_swig_ptr(self.index.get_xb(), self.index.ntotal * self.index.d)
+        found: Floats = load_faiss().rev_swig_ptr(
+            self.index.get_xb(),
+            self.index.ntotal * self.index.d,
+        )
         return found.reshape(self.index.ntotal, self.index.d)
 
     def vectors(self, rows: NDArray[np.int64]) -> Floats:
-        """[n, dim] as they are kept: quantised kinds give what their codes stand for, normalised again.
+        """[n, dim] as they are kept: quantised kinds give what their codes stand for, normalised
+        again.
 
         Raises:
             OptionError: a kind that cannot give its vectors back.
@@ -87,7 +96,9 @@ class VectorIndex:
                 lists.make_direct_map()
             found: Floats = self.index.reconstruct_batch(np.ascontiguousarray(rows))
         except RuntimeError as error:
-            raise OptionError(f"an index of kind {self.factory} keeps no vectors ({_why(error)})") from None
+            raise OptionError(
+                f"an index of kind {self.factory} keeps no vectors ({_why(error)})"
+            ) from None
         normalised: Floats = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
         return normalised
 
@@ -105,10 +116,15 @@ class VectorIndex:
         Raises:
             OptionError: the kind has no lists, or no graph, or the number is below 1.
         """
-        lists, graph = _lists(self.index), _graph(self.index)
+        lists = _lists(self.index)
+        graph = _graph(self.index)
         for option, value, part in (("--nprobe", nprobe, lists), ("--ef-search", ef_search, graph)):
             if value is not None and (part is None or value < 1):
-                why = f"an index of kind {self.factory} has no use for it" if part is None else "at least 1"
+                why = (
+                    f"an index of kind {self.factory} has no use for it"
+                    if part is None
+                    else "at least 1"
+                )
                 raise OptionError(f"{option} {value}: {why}")
         if nprobe is not None:
             lists.nprobe = nprobe
@@ -119,22 +135,34 @@ class VectorIndex:
             graph.efSearch = ef_search
 
     def to_gpu(self, device: torch.device) -> "VectorIndex":
-        """Search on a GPU; for exact indexes and inverted lists. Written by FAISS's documentation; not measured.
+        """Search on a GPU; for exact indexes and inverted lists. Written by FAISS's documentation;
+        not measured.
 
         Raises:
-            DataError: this FAISS has no GPU code, or sees no GPU. OptionError: a kind that FAISS has on no GPU.
+            DataError: this FAISS has no GPU code, or sees no GPU. OptionError: a kind that FAISS
+                has on no GPU.
         """
         faiss = load_faiss()
         if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
-            raise DataError("this FAISS has no GPU; install 'apecache[gpu]' in place of [cpu], or leave --device auto")
+            raise DataError(
+                "this FAISS has no GPU; install 'apecache[gpu]' in place of [cpu], or leave "
+                "--device auto"
+            )
         try:
-            moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, self.index)
+            moved = faiss.index_cpu_to_gpu(
+                faiss.StandardGpuResources(),
+                device.index or 0,
+                self.index,
+            )
         except RuntimeError as error:
-            raise OptionError(f"an index of kind {self.factory} cannot be on a GPU ({_why(error)})") from None
+            raise OptionError(
+                f"an index of kind {self.factory} cannot be on a GPU ({_why(error)})"
+            ) from None
         return replace(self, on_gpu=moved)
 
     def save(self, path: Path) -> None:
-        """Write through Python's file: FAISS's own writer drops the error when a full disk refuses the last block."""
+        """Write through Python's file: FAISS's own writer drops the error when a full disk refuses
+        the last block."""
         faiss = load_faiss()
         with path.open("wb") as file:
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
@@ -144,7 +172,8 @@ def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
     """Train on and fill with [n, dim]. An index of no vectors is exact, whatever its kind.
 
     Raises:
-        DataError: too few vectors to train the kind. OptionError: no such kind. MissingExtraError: no FAISS.
+        DataError: too few vectors to train the kind. OptionError: no such kind. MissingExtraError:
+            no FAISS.
     """
     faiss = load_faiss()
     factory = factory_of(kind, len(vectors)) if len(vectors) else "Flat"
@@ -160,22 +189,34 @@ def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
         index.add(vectors)
     except RuntimeError as error:
         known = "flat, ivf, hnsw or a FAISS factory string like IVF256,PQ32"
-        raise OptionError(f"--kind {kind}: FAISS refuses {factory} ({_why(error)}); expected {known}") from None
-    built = VectorIndex(factory, index)
+        raise OptionError(
+            f"--kind {kind}: FAISS refuses {factory} ({_why(error)}); expected {known}"
+        ) from None
+    built = VectorIndex(factory=factory, index=index)
     built.tune(*_defaults(index, len(vectors)))
-    return built, KindReport(factory, len(vectors) if to_train else 0, time.perf_counter() - begin)
+    return built, KindReport(
+        factory=factory,
+        trained_on=len(vectors) if to_train else 0,
+        build_seconds=time.perf_counter() - begin,
+    )
 
 
-def measured(report: KindReport, built: VectorIndex, vectors: Floats, queries: Floats) -> KindReport:
-    """The report with recall and times on up to 1,000 of the queries, drawn with a fixed seed; unchanged for an exact
-    index, and where there are no queries.
+def measured(
+    report: KindReport,
+    built: VectorIndex,
+    vectors: Floats,
+    queries: Floats,
+) -> KindReport:
+    """The report with recall and times on up to 1,000 of the queries, drawn with a fixed seed;
+    unchanged for an exact index, and where there are no queries.
 
     A vector that scores as high as the tenth counts as found: equal captions do.
     """
     if built.factory == "Flat" or not len(queries):
         return report
     chosen = np.sort(np.random.default_rng(SEED).permutation(len(queries))[:QUERIES])
-    queries, k = np.ascontiguousarray(queries[chosen]), min(TOP, len(vectors))
+    queries = np.ascontiguousarray(queries[chosen])
+    k = min(TOP, len(vectors))
     built.search(queries[:1], k)
     begin = time.perf_counter()
     _, found = built.search(queries, k)
@@ -185,7 +226,7 @@ def measured(report: KindReport, built: VectorIndex, vectors: Floats, queries: F
     return replace(
         report,
         n_queries=len(queries),
-        recall_at_10=recall(queries, vectors, found, best),
+        recall_at_10=recall(queries, vectors=vectors, found=found, best=best),
         ms_per_query=1000 * (middle - begin) / len(queries),
         exact_ms_per_query=1000 * (end - middle) / len(queries),
     )
@@ -194,17 +235,20 @@ def measured(report: KindReport, built: VectorIndex, vectors: Floats, queries: F
 def exact_search(vectors: Floats, queries: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
     """The k best of [n, dim] for each query: scores and rows [n_queries, k], best first.
 
-    Torch's matrix product by tiles of vectors, faster than FAISS's own on some processors; memory is that of a tile.
+    Torch's matrix product by tiles of vectors, faster than FAISS's own on some processors; memory
+    is that of a tile.
     """
     asked = torch.from_numpy(np.ascontiguousarray(queries))
-    best, rows = torch.empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.long)
+    best = torch.empty(len(asked), 0)
+    rows = torch.empty(len(asked), 0, dtype=torch.long)
     buffer = torch.empty(len(asked) * min(TILE, len(vectors)))
     for begin in range(0, len(vectors), TILE):
         tile = torch.from_numpy(vectors[begin : begin + TILE])
         scores = buffer[: len(asked) * len(tile)].view(len(asked), len(tile))
         torch.mm(asked, tile.T, out=scores)
         found = scores.topk(min(k, scores.shape[1]), dim=1)
-        candidates, places = torch.cat((best, found.values), 1), torch.cat((rows, found.indices + begin), 1)
+        candidates = torch.cat((best, found.values), 1)
+        places = torch.cat((rows, found.indices + begin), 1)
         best, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
         rows = places.gather(1, order)
     return best.numpy(), rows.numpy()
@@ -217,7 +261,8 @@ def recall(queries: Floats, vectors: Floats, found: NDArray[np.int64], best: Flo
 
 
 def open_vectors(path: Path, factory: str, mmap: bool = True) -> VectorIndex:
-    """Large files are mapped: their vectors (inverted lists, with those) are read when they are compared.
+    """Large files are mapped: their vectors (inverted lists, with those) are read when they are
+    compared.
 
     Raises:
         RunError: a file that is missing or damaged.
@@ -226,9 +271,14 @@ def open_vectors(path: Path, factory: str, mmap: bool = True) -> VectorIndex:
     large = mmap and path.is_file() and path.stat().st_size >= MMAP_BYTES
     mapped = faiss.IO_FLAG_MMAP if "IVF" in factory else faiss.IO_FLAG_MMAP_IFC
     try:
-        return VectorIndex(factory, faiss.read_index(str(path), mapped if large else 0))
+        return VectorIndex(
+            factory=factory,
+            index=faiss.read_index(str(path), mapped if large else 0),
+        )
     except RuntimeError as error:
-        raise RunError(f"{path} cannot be read ({str(error).splitlines()[0][:80]}); build it again") from None
+        raise RunError(
+            f"{path} cannot be read ({str(error).splitlines()[0][:80]}); build it again"
+        ) from None
 
 
 def factory_of(kind: str, n: int) -> str:
@@ -267,7 +317,9 @@ def _require_enough(index: Any, factory: str, n: int) -> None:
     centroids = max(getattr(core, "nlist", 0), 0 if coded is None else coded.ksub)
     if n < PER_CENTROID * centroids:
         needed = PER_CENTROID * centroids
-        raise DataError(f"{n:,} vectors are too few to train {factory}, which needs {needed:,}; use --kind flat")
+        raise DataError(
+            f"{n:,} vectors are too few to train {factory}, which needs {needed:,}; use --kind flat"
+        )
 
 
 def _core(index: Any) -> Any:

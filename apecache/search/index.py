@@ -1,9 +1,11 @@
-"""A searchable index of embeddings, with the run that made it, so that it can encode queries by itself.
+"""A searchable index of embeddings, with the run that made it, so that it can encode queries by
+itself.
 
-INDEX/index.json                  what is in it, of which run; where images lay; how each set was built and finds
+INDEX/index.json                  what is in it, of which run, and how each set was built
 INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
 INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
-INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; of images the hash of their file too
+INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; with the
+                                  hash of each image's file
 """
 
 import json
@@ -45,9 +47,10 @@ Fill = Callable[[Part, Floats, Sequence[Row]], tuple[VectorIndex, KindReport]]
 """Makes the index of one part out of its vectors and their rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """`images` and `texts` say how they were built. `n_added`, `n_removed`: images and captions together."""
+    """`images` and `texts` say how they were built. `n_added`, `n_removed`: images and captions
+    together."""
 
     index: Path
     n_images: int
@@ -71,14 +74,16 @@ def build_index(
     kind: str = "flat",
     open_image: OpenImage | None = None,
 ) -> IndexReport:
-    """Embed a store's images and captions (of one split, or all) and write an index folder, whole or not at all. Images
-    without a caption are in it too, and the store needs no features of texts.
+    """Embed a store's images and captions (of one split, or all) and write an index folder, whole
+    or not at all. Images without a caption are in it too, and the store needs no features of texts.
 
     `kind`: as in `apecache.search.faiss_index`. `open_image`: as of `embed_store`.
 
     Raises:
-        RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's encoders.
-        MissingExtraError: FAISS is not installed. OptionError: no such kind. DataError: too little to train it on.
+        RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's
+            encoders.
+        MissingExtraError: FAISS is not installed. OptionError: no such kind. DataError: too little
+            to train it on.
     """
     run = as_path(run, "run")
     out = as_path(out, "out")
@@ -88,9 +93,23 @@ def build_index(
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
     loaded = load_run(run)
-    embedded = embed_store(loaded, store, split, open_image, uncaptioned=True)
+    embedded = embed_store(
+        loaded,
+        store=store,
+        split=split,
+        open_image=open_image,
+        uncaptioned=True,
+    )
     made = (split, kind)
-    report = _write(out, run, loaded, store, embedded, made, lambda _, vectors, rows: build_vectors(kind, vectors))
+    report = _write(
+        out,
+        run=run,
+        loaded=loaded,
+        store=store,
+        embedded=embedded,
+        settings=made,
+        fill=lambda _, vectors, rows: build_vectors(kind, vectors),
+    )
     return replace(report, n_added=report.n_images + report.n_texts)
 
 
@@ -100,27 +119,37 @@ def update_index(
     out: AnyPath,
     open_image: OpenImage | None = None,
 ) -> IndexReport:
-    """Bring an index up to date with its store: rows that are new are added, rows that are gone removed, by key. No
-    encoder runs that the run has left frozen; the kind and the split stay.
+    """Bring an index up to date with its store: rows that are new are added, rows that are gone
+    removed, by key. No encoder runs that the run has left frozen; the kind and the split stay.
 
-    An image is the same if key and file are, a caption if key and words are. Rows that follow those of the index are
-    added to it. After any other change it is filled anew, in the order of the store, for FAISS's graphs can forget
-    nothing; what it was trained on is kept unless there are now twice or half as many vectors.
+    An image is the same if key and file are, a caption if key and words are. Rows that follow those
+    of the index are added to it. After any other change it is filled anew, in the order of the
+    store, for FAISS's graphs can forget nothing; what it was trained on is kept unless there are
+    now twice or half as many vectors.
 
     Raises:
-        MismatchError: the index is of another head than the run. RunError: no index, or one that is damaged.
+        MismatchError: the index is of another head than the run. RunError: no index, or one that is
+            damaged.
     """
     run = as_path(run, "run")
     out = as_path(out, "out")
     require_type(store, FeatureStore, "store")
     description = read_description(out)
     loaded = load_run(run)
-    require_head(description, loaded, out, run)
-    embedded = embed_store(loaded, store, description.get("split"), open_image, uncaptioned=True)
-    added, removed = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    require_head(description, loaded=loaded, out=out, run=run)
+    embedded = embed_store(
+        loaded,
+        store=store,
+        split=description.get("split"),
+        open_image=open_image,
+        uncaptioned=True,
+    )
+    added = Counter[tuple[str, str]]()
+    removed = Counter[tuple[str, str]]()
 
     def fill(part: Part, vectors: Floats, rows: Sequence[Row]) -> tuple[VectorIndex, KindReport]:
-        old, new = [_identity(row) for row in read_rows(out, part)], [_identity(row) for row in rows]
+        old = [_identity(row) for row in read_rows(out, part)]
+        new = [_identity(row) for row in rows]
         added.update(Counter(new) - Counter(old))
         removed.update(Counter(old) - Counter(new))
         report = read_report(description, part)
@@ -130,14 +159,24 @@ def update_index(
             return build_vectors(kind_of(description), vectors)
         index = open_vectors(out / f"{part}.faiss", report.factory, mmap=False)
         if index.shape != (len(old), vectors.shape[1]):
-            raise RunError(f"{out}: {part}.faiss does not fit {part}.jsonl and the head; build the index again")
+            raise RunError(
+                f"{out}: {part}.faiss does not fit {part}.jsonl and the head; build the index again"
+            )
         if new[: len(old)] == old:
             index.add(vectors[len(old) :])
         else:
             index.refill(vectors)
         return index, report
 
-    report = _write(out, run, loaded, store, embedded, (description.get("split"), kind_of(description)), fill)
+    report = _write(
+        out,
+        run=run,
+        loaded=loaded,
+        store=store,
+        embedded=embedded,
+        settings=(description.get("split"), kind_of(description)),
+        fill=fill,
+    )
     return replace(report, n_added=added.total(), n_removed=removed.total())
 
 
@@ -152,7 +191,8 @@ def _write(
 ) -> IndexReport:
     split, kind = settings
     vectors = {
-        part: np.ascontiguousarray(v.cpu()) for part, v in zip(PARTS, (embedded.image, embedded.text), strict=True)
+        part: np.ascontiguousarray(v.cpu())
+        for part, v in zip(PARTS, (embedded.image, embedded.text), strict=True)
     }
     rows = dict(zip(PARTS, _rows(store, loaded, embedded), strict=True))
     reports: dict[Part, KindReport] = {}
@@ -160,10 +200,19 @@ def _write(
         copy_run(run, folder)
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
             index, report = fill(part, vectors[part], rows[part])
-            reports[part] = measured(report, index, vectors[part], vectors[other])
+            reports[part] = measured(
+                report,
+                built=index,
+                vectors=vectors[part],
+                queries=vectors[other],
+            )
             index.save(folder / f"{part}.faiss")
             _write_rows(folder / f"{part}.jsonl", rows[part])
-        counts = {"n_images": len(rows["images"]), "n_texts": len(rows["texts"]), "dim": embedded.image.shape[1]}
+        counts = {
+            "n_images": len(rows["images"]),
+            "n_texts": len(rows["texts"]),
+            "dim": embedded.image.shape[1],
+        }
         description = {
             "format": FORMAT_VERSION,
             "head": loaded.digest,
@@ -176,7 +225,7 @@ def _write(
         }
         (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
     return IndexReport(
-        out,
+        index=out,
         **counts,
         kind=kind,
         images=reports["images"],
@@ -188,7 +237,8 @@ def _write(
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` when all went well, and is gone when it did not."""
+    """A new folder that takes the place of `out` when all went well, and is gone when it did
+    not."""
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -201,9 +251,10 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
-    """For each image its key, its first usable caption (empty without one) and the hash of its file; for each caption
-    key and words."""
-    pairs, content = store.pairs, _content(store, run)
+    """For each image its key, its first usable caption (empty without one) and the hash of its
+    file; for each caption key and words."""
+    pairs = store.pairs
+    content = _content(store, run)
     owners = pairs.image_rows[embedded.text_rows]
     first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}
     images: list[Row] = [
@@ -211,7 +262,8 @@ def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row
         for i in embedded.image_rows
     ]
     texts: list[Row] = [
-        {"key": pairs.keys[i], "caption": pairs.captions[t]} for t, i in zip(embedded.text_rows, owners, strict=True)
+        {"key": pairs.keys[i], "caption": pairs.captions[t]}
+        for t, i in zip(embedded.text_rows, owners, strict=True)
     ]
     return images, texts
 
@@ -221,7 +273,8 @@ def _caption(pairs: PairTable, row: int | None) -> str:
 
 
 def _content(store: FeatureStore, run: Run) -> list[str]:
-    """Hash of each image's file, as it was when the store's features were made; empty where the store has none."""
+    """Hash of each image's file, as it was when the store's features were made; empty where the
+    store has none."""
     if isinstance(run.image, TrainedSide):
         return find_features(run.image, store, "image").content()
     arrays = store.arrays("image")
@@ -239,28 +292,42 @@ def _identity(row: Row) -> tuple[str, str]:
 
 def require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
     """Raises MismatchError unless the index at `out` was made with the heads of `run`."""
-    found, there = str(description.get("head")), loaded.digest
+    found = str(description.get("head"))
+    there = loaded.digest
     if found != there:
         raise MismatchError(
-            f"{out} is of the head {found[:16]}, {run} has {there[:16]}: build the index again with --overwrite",
+            (
+                f"{out} is of the head {found[:16]}, {run} has {there[:16]}: build the index "
+                "again with --overwrite"
+            ),
             [("head", there, found)],
         )
 
 
 def require_same(description: Mapping[str, Any], split: str | None, kind: str | None) -> None:
     """Raises OptionError if an update asks for another split or kind than the index has."""
-    for option, wanted, there in (("--split", split, description.get("split")), ("--kind", kind, kind_of(description))):
+    for option, wanted, there in (
+        ("--split", split, description.get("split")),
+        ("--kind", kind, kind_of(description)),
+    ):
         if wanted is not None and wanted != there:
-            raise OptionError(f"{option} {wanted}: the index has {there}, and --update keeps it; leave {option} out")
+            raise OptionError(
+                f"{option} {wanted}: the index has {there}, and --update keeps it; leave "
+                f"{option} out"
+            )
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What `index.json` says. Raises RunError if there is no index, or one that is damaged or newer."""
+    """What `index.json` says. Raises RunError if there is no index, or one that is damaged or
+    newer."""
     file = path / "index.json"
     if not file.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = "" if path.exists() else nearest(path.name, siblings)
-        raise RunError(f"{path} is no index{hint} (make one with: apecache index RUN --store STORE --out {path})")
+        raise RunError(
+            f"{path} is no index{hint} (make one with: apecache index RUN --store STORE --out "
+            f"{path})"
+        )
     try:
         description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         newer = description["format"] > FORMAT_VERSION
@@ -268,7 +335,8 @@ def read_description(path: Path) -> dict[str, Any]:
         raise RunError(f"{file} is damaged; build the index again") from None
     if newer:
         raise RunError(
-            f"{file} has format {description['format']}; this apecache reads up to {FORMAT_VERSION}: upgrade"
+            f"{file} has format {description['format']}; this apecache reads up to "
+            f"{FORMAT_VERSION}: upgrade"
         )
     return description
 
@@ -278,7 +346,8 @@ def kind_of(description: Mapping[str, Any]) -> str:
 
 
 def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
-    """How a part was built; of an index that does not say so, as an exact one. Raises RunError if it is damaged."""
+    """How a part was built; of an index that does not say so, as an exact one. Raises RunError if
+    it is damaged."""
     exact = {"factory": "Flat", "trained_on": 0, "build_seconds": 0.0}
     try:
         report = KindReport(**description.get("built", {}).get(part, exact))
@@ -286,7 +355,9 @@ def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
             raise TypeError
         return report
     except (TypeError, AttributeError):
-        raise RunError(f"index.json is damaged: it does not say how {part} were built; build the index again") from None
+        raise RunError(
+            f"index.json is damaged: it does not say how {part} were built; build the index again"
+        ) from None
 
 
 def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
@@ -298,4 +369,6 @@ def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
             raise ValueError("a row without key and caption")
         return rows
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{path / part}.jsonl cannot be read ({error}); build the index again") from None
+        raise RunError(
+            f"{path / part}.jsonl cannot be read ({error}); build the index again"
+        ) from None

@@ -22,13 +22,14 @@ from apecache.search.faiss_index import Floats, VectorIndex, load_faiss, open_ve
 from apecache.search.index import Part, read_description, read_report, read_rows
 
 Target = Literal["images", "captions"]
-CSLS_NEIGHBOURS, CSLS_CANDIDATES = 10, 1000
+CSLS_NEIGHBOURS = 10
+CSLS_CANDIDATES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One result. `score` is a cosine, or the CSLS score where that was asked for. For an image, `caption` is its first
-    caption."""
+    """One result. `score` is a cosine, or the CSLS score where that was asked for. For an image,
+    `caption` is its first caption."""
 
     rank: int
     key: str
@@ -38,12 +39,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Query:
-    """What to find. Results are near to the sum of `like`, `keys` and `images` less `unlike`, each L2-normalised before
-    and the sum again.
+    """What to find. Results are near to the sum of `like`, `keys` and `images` less `unlike`, each
+    L2-normalised before and the sum again.
 
-    `like`, `unlike`: words. `keys`: images of the index. `images`: pictures, as `ImageTextModel.encode_image` takes
-    them. `files`: a text of `like` or `unlike` that names an image file stands for that image. Set it only where the
-    texts are the user's own: the file is opened.
+    `like`, `unlike`: words. `keys`: images of the index. `images`: pictures, as
+    `ImageTextModel.encode_image` takes them. `files`: a text of `like` or `unlike` that names an
+    image file stands for that image. Set it only where the texts are the user's own: the file is
+    opened.
     """
 
     like: Sequence[str] = ()
@@ -64,7 +66,9 @@ class Query:
     @property
     def modality(self) -> Part:
         """Of pictures alone images; of words, or both, texts."""
-        return "images" if all(self.path_of(text) for text in (*self.like, *self.unlike)) else "texts"
+        return (
+            "images" if all(self.path_of(text) for text in (*self.like, *self.unlike)) else "texts"
+        )
 
     def path_of(self, text: str) -> Path | None:
         """The image file that a term names; None for words."""
@@ -76,13 +80,13 @@ class Query:
         return "captions" if self.modality == "images" else "images"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchIndex:
     """An index that exists. Encoders and vectors are loaded at the first query that needs them.
 
-    `image`, `text`: encoders that have moved, in place of those that the index names. `device`: a CUDA device that is
-    named (not `auto`) also holds the vectors, if FAISS can. `nprobe`, `ef_search`: see `apecache.search.faiss_index`;
-    None: as the index was built.
+    `image`, `text`: encoders that have moved, in place of those that the index names. `device`: a
+    CUDA device that is named (not `auto`) also holds the vectors, if FAISS can. `nprobe`,
+    `ef_search`: see `apecache.search.faiss_index`; None: as the index was built.
     """
 
     path: Path
@@ -103,40 +107,69 @@ class SearchIndex:
         nprobe: int | None = None,
         ef_search: int | None = None,
     ) -> "SearchIndex":
-        """Raises RunError if there is no index, or one that is damaged or of another head than its own."""
+        """Raises RunError if there is no index, or one that is damaged or of another head than its
+        own."""
         require_type(image, EncoderSpec, "image", optional=True)
         require_type(text, EncoderSpec, "text", optional=True)
         folder = as_path(path, "path")
         description = read_description(folder)
-        run = load_run(folder, "cpu", image, text)
+        run = load_run(folder, device="cpu", image=image, text=text)
         if run.digest != description.get("head"):
-            raise RunError(f"{folder} was built with another head than the one in it; build the index again")
-        return SearchIndex(folder, run, description, image, text, device, nprobe, ef_search)
+            raise RunError(
+                f"{folder} was built with another head than the one in it; build the index again"
+            )
+        return SearchIndex(
+            path=folder,
+            run=run,
+            description=description,
+            image=image,
+            text=text,
+            device=device,
+            nprobe=nprobe,
+            ef_search=ef_search,
+        )
 
     def search(
-        self, query: str, k: int = 5, target: Target | None = None, csls: bool = False, files: bool = False
+        self,
+        query: str,
+        k: int = 5,
+        target: Target | None = None,
+        csls: bool = False,
+        files: bool = False,
     ) -> list[Hit]:
         """Find by words: images, unless `target` says captions. Raises as `find` does.
 
-        `files`: a `query` that names an image file stands for that image, which finds captions. Without it no file is
-        opened, whatever the text. For a picture in the first place see `Query.images`.
+        `files`: a `query` that names an image file stands for that image, which finds captions.
+        Without it no file is opened, whatever the text. For a picture in the first place see
+        `Query.images`.
         """
         require_type(query, str, "query")
         return self.find(Query((query,), files=files), k, target, csls)
 
-    def find(self, query: Query, k: int = 5, target: Target | None = None, csls: bool = False) -> list[Hit]:
-        """The k nearest, best first; fewer if there are fewer, or if an approximate index finds fewer.
+    def find(
+        self,
+        query: Query,
+        k: int = 5,
+        target: Target | None = None,
+        csls: bool = False,
+    ) -> list[Hit]:
+        """The k nearest, best first; fewer if there are fewer, or if an approximate index finds
+        fewer.
 
-        `csls`: ranked by 2 cos(x, y) - r(x) - r(y), r(x) the mean cosine of the query to its ten nearest, r(y) that of
-        a result to its ten nearest of the query's modality in the index: hubs, which are near to everything, come later
-        (Conneau et al. 2018, Word translation without parallel data, section 2.3). Among the 1,000 nearest by cosine.
+        `csls`: ranked by 2 cos(x, y) - r(x) - r(y), r(x) the mean cosine of the query to its ten
+        nearest, r(y) that of a result to its ten nearest of the query's modality in the index:
+        hubs, which are near to everything, come later (Conneau et al. 2018, Word translation
+        without parallel data, section 2.3). Among the 1,000 nearest by cosine.
 
         Args:
-            target: None for captions by pictures alone, and for images by words or where the index has no captions.
+            target: None for captions by pictures alone, and for images by words or where the index
+                has no captions.
 
         Raises:
-            OptionError: an empty query, terms that cancel out, a `k` that makes no sense, a wrong type, or captions of
-            an index that has none. DataError: an image that cannot be read, or a key that the index does not have.
+            OptionError: an empty query, terms that cancel out, a `k` that makes no sense, a wrong
+                type, or captions of
+            an index that has none. DataError: an image that cannot be read, or a key that the index
+                does not have.
         """
         require_type(query, Query, "query")
         require_type(k, (int, np.integer), "k")
@@ -147,15 +180,27 @@ class SearchIndex:
             self._require_neighbours(query)
         vector = self.embed(query).cpu().numpy()
         vectors, rows = self._opened(part)
-        scores, found = (side[0] for side in vectors.search(vector, max(k, CSLS_CANDIDATES) if csls else k))
-        scores, found = scores[found >= 0], found[found >= 0]
+        scores, found = (
+            side[0] for side in vectors.search(vector, max(k, CSLS_CANDIDATES) if csls else k)
+        )
+        scores = scores[found >= 0]
+        found = found[found >= 0]
         if csls:
-            scores, found = self._csls(vectors, self._opened(query.modality)[0], scores, found)
+            scores, found = self._csls(
+                vectors,
+                others=self._opened(query.modality)[0],
+                cosines=scores,
+                rows=found,
+            )
         ranked = enumerate(zip(found[:k].tolist(), scores[:k].tolist(), strict=True), 1)
-        return [Hit(rank, rows[i]["key"], rows[i]["caption"], score) for rank, (i, score) in ranked]
+        return [
+            Hit(rank=rank, key=rows[i]["key"], caption=rows[i]["caption"], score=score)
+            for rank, (i, score) in ranked
+        ]
 
     def target_of(self, query: Query) -> Target:
-        """What the query finds by default. An index without captions gives images for a picture too."""
+        """What the query finds by default. An index without captions gives images for a picture
+        too."""
         require_type(query, Query, "query")
         query.require_types()
         return query.target if self.has_captions else "images"
@@ -175,7 +220,9 @@ class SearchIndex:
         """CSLS compares results with what the index holds of the query's modality."""
         query.require_types()
         if query.modality == "texts" and not self.has_captions:
-            raise OptionError(f"{self.path} holds no captions, which --csls compares with; leave --csls out")
+            raise OptionError(
+                f"{self.path} holds no captions, which --csls compares with; leave --csls out"
+            )
 
     def embed(self, query: Query) -> Tensor:
         """float32 [1, dim], L2-normalised, on the CPU. Raises as `find` does."""
@@ -185,11 +232,16 @@ class SearchIndex:
             raise OptionError("the query is empty; give words, an image file or --key")
         terms = [self._embed(text, query.path_of(text)) for text in query.like]
         terms += [self._embed_key(key) for key in query.keys]
-        terms += [self._embed_picture(image, f"images[{number}]") for number, image in enumerate(query.images)]
+        terms += [
+            self._embed_picture(image, f"images[{number}]")
+            for number, image in enumerate(query.images)
+        ]
         terms += [-self._embed(text, query.path_of(text)) for text in query.unlike]
         total = torch.cat(terms).sum(0, keepdim=True)
         if float(total.norm()) < 1e-4:
-            raise OptionError("the terms of the query cancel out: what is like and what is unlike are the same")
+            raise OptionError(
+                "the terms of the query cancel out: what is like and what is unlike are the same"
+            )
         return normalize(total, dim=1)
 
     def _embed(self, text: str, path: Path | None) -> Tensor:
@@ -210,7 +262,11 @@ class SearchIndex:
         return torch.from_numpy(self._opened("images")[0].vectors(np.array([row])))
 
     def _csls(
-        self, vectors: VectorIndex, others: VectorIndex, cosines: Floats, rows: NDArray[np.int64]
+        self,
+        vectors: VectorIndex,
+        others: VectorIndex,
+        cosines: Floats,
+        rows: NDArray[np.int64],
     ) -> tuple[Floats, NDArray[np.int64]]:
         near, found = others.search(vectors.vectors(rows), CSLS_NEIGHBOURS)
         near_rows = np.where(found >= 0, near, 0).sum(1) / np.maximum((found >= 0).sum(1), 1)
@@ -231,12 +287,20 @@ class SearchIndex:
         return self._open("texts")
 
     def _open(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
-        vectors = open_vectors(self.path / f"{part}.faiss", read_report(self.description, part).factory)
+        vectors = open_vectors(
+            self.path / f"{part}.faiss",
+            read_report(self.description, part).factory,
+        )
         rows = read_rows(self.path, part)
         if vectors.shape != (len(rows), self.description.get("dim")):
-            raise RunError(f"{self.path}: {part}.faiss does not fit {part}.jsonl and the head; build the index again")
+            raise RunError(
+                f"{self.path}: {part}.faiss does not fit {part}.jsonl and the head; build the "
+                "index again"
+            )
         vectors.tune(self.nprobe, self.ef_search)
-        return (vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors), rows
+        return (
+            vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors
+        ), rows
 
     @property
     def image_rows(self) -> Sequence[Mapping[str, str]]:
@@ -257,7 +321,8 @@ class SearchIndex:
 
 
 def image_path(query: str) -> Path | None:
-    """The query as an image file: one that exists, or a name that ends like one (then it must exist)."""
+    """The query as an image file: one that exists, or a name that ends like one (then it must
+    exist)."""
     try:
         path = Path(query)
         named = path.suffix.lower() in SUFFIXES and not any(c.isspace() for c in query.strip())

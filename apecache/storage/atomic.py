@@ -1,5 +1,5 @@
-"""Small files that are replaced whole: after a kill or a power cut the old or the new one is there, and the one scratch
-name beside it at most. What a store keeps goes through `store.files`."""
+"""Small files that are replaced whole: after a kill or a power cut the old or the new one is there,
+and the one scratch name beside it at most. What a store keeps goes through `store.files`."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def scratch_of(path: Path) -> Path:
-    """Where `path` is written before it takes its name: a file for text, a folder for tensors. A kill leaves it; the
-    next write of `path` takes it away."""
+    """Where `path` is written before it takes its name: a file for text, a folder for tensors. A
+    kill leaves it; the next write of `path` takes it away."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -29,9 +29,14 @@ def replace_text(path: Path, text: str) -> None:
     _make_durable(path.parent)
 
 
-def replace_tensors(path: Path, tensors: Mapping[str, "Tensor"], header: Mapping[str, str] | None = None) -> None:
-    """One safetensors file; tensors may lie on any device. safetensors writes under a name of its own choosing beside
-    the file it is asked for, which a kill would leave in the folder: hence a folder for it."""
+def replace_tensors(
+    path: Path,
+    tensors: Mapping[str, "Tensor"],
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file; tensors may lie on any device. safetensors writes under a name of its
+    own choosing beside the file it is asked for, which a kill would leave in the folder: hence a
+    folder for it."""
     from safetensors.torch import save_file
 
     scratch = scratch_of(path)
@@ -64,7 +69,8 @@ def apply_umask(folder: Path) -> None:
 
 @contextmanager
 def undone_on_error(folder: Path) -> Iterator[None]:
-    """Make a new or empty folder, and empty it on an error, so that the same command can run again."""
+    """Make a new or empty folder, and empty it on an error, so that the same command can run
+    again."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,7 +90,8 @@ def remove_tensors(path: Path) -> None:
 
 
 def _clear(scratch: Path) -> None:
-    """Whatever a killed writer left there; it may have been one that wrote tensors into a file of this name."""
+    """Whatever a killed writer left there; it may have been one that wrote tensors into a file of
+    this name."""
     if scratch.is_dir():
         shutil.rmtree(scratch)
     else:

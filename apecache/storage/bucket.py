@@ -1,10 +1,13 @@
-"""Object storage: whole objects of a bucket, named by `s3://BUCKET/…`, `gs://BUCKET/…` or `az://CONTAINER/…`.
+"""Object storage: whole objects of a bucket, named by `s3://BUCKET/…`, `gs://BUCKET/…` or
+`az://CONTAINER/…`.
 
-The only module that knows obstore. Credentials, region and endpoint are read by it from the environment (`AWS_…`,
-`GOOGLE_…`, `AZURE_…`) and from nowhere else; a message never repeats what a server or a library says, only its code.
+The only module that knows obstore. Credentials, region and endpoint are read by it from the
+environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) and from nowhere else; a message never repeats what a
+server or a library says, only its code.
 
-Every operation may be repeated without harm, and is: for some seconds by obstore (5xx, connections, time-outs of
-reads), and what it must not repeat by itself, or gives up on, here for as long as an outage may last.
+Every operation may be repeated without harm, and is: for some seconds by obstore (5xx, connections,
+time-outs of reads), and what it must not repeat by itself, or gives up on, here for as long as an
+outage may last.
 """
 
 import os
@@ -25,25 +28,33 @@ from apecache.errors import MissingExtraError, OptionError, StoreError
 
 T = TypeVar("T")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-RETRY_VARIABLE, REQUEST_VARIABLE = "APECACHE_RETRY_SECONDS", "APECACHE_REQUEST_SECONDS"
-RETRY_SECONDS, REQUEST_SECONDS = 120.0, 120.0
-"""How long faults are waited out once the storage has answered, and how long one request may take."""
+RETRY_VARIABLE = "APECACHE_RETRY_SECONDS"
+REQUEST_VARIABLE = "APECACHE_REQUEST_SECONDS"
+RETRY_SECONDS = 120.0
+REQUEST_SECONDS = 120.0
+"""How long faults are waited out once the storage has answered, and how long one request may
+take."""
 FIRST_SECONDS = 3.0
 """How long they are before it has."""
-QUICK_SECONDS, QUICK_RETRIES = 10.0, 6
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
+QUICK_SECONDS = 10.0
+QUICK_RETRIES = 6
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 5.0
 READERS = 16
 BULK = 1000
 NO_BUCKET = "NoSuchBucket"
 TRANSIENT = {"408", "409", "429", "OperationAborted", "RequestTimeout", "SlowDown"}
 """Answers below 500 that may be others the next time."""
-CREDENTIALS = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity/")
+CREDENTIALS = re.compile(
+    r"169\.254\.169\.254|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity/"
+)
 """Where a machine in a cloud asks who it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """`endpoints`: variables of the environment that may name another endpoint than the provider's own."""
+    """`endpoints`: variables of the environment that may name another endpoint than the provider's
+    own."""
 
     store: str
     endpoints: tuple[str, ...]
@@ -52,20 +63,20 @@ class Scheme:
 
 SCHEMES = {
     "s3": Scheme(
-        "S3Store",
-        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-        "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION",
+        store="S3Store",
+        endpoints=("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+        credentials="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_REGION",
     ),
-    "gs": Scheme("GCSStore", (), "GOOGLE_APPLICATION_CREDENTIALS"),
+    "gs": Scheme(store="GCSStore", endpoints=(), credentials="GOOGLE_APPLICATION_CREDENTIALS"),
     "az": Scheme(
-        "AzureStore",
-        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-        "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+        store="AzureStore",
+        endpoints=("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+        credentials="AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     ),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One object of a listing."""
 
@@ -76,7 +87,9 @@ class Entry:
 
 def is_object_url(place: str | Path) -> bool:
     """Whether a place is named by a URL of object storage."""
-    return isinstance(place, str) and place.partition("://")[0].lower() in SCHEMES and "://" in place
+    return (
+        isinstance(place, str) and place.partition("://")[0].lower() in SCHEMES and "://" in place
+    )
 
 
 def require_known_scheme(place: str | Path) -> None:
@@ -87,7 +100,10 @@ def require_known_scheme(place: str | Path) -> None:
     """
     if isinstance(place, str) and URL.match(place) and not is_object_url(place):
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise StoreError(f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one of {known}")
+        raise StoreError(
+            f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one "
+            f"of {known}"
+        )
 
 
 def open_bucket(url: str) -> tuple["Bucket", str]:
@@ -95,7 +111,8 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
 
     Raises:
         StoreError: a URL with credentials or without a bucket, an endpoint that is not encrypted.
-        OptionError: a variable of ours in the environment that is no number. MissingExtraError: no obstore.
+        OptionError: a variable of ours in the environment that is no number. MissingExtraError: no
+            obstore.
     """
     scheme, name, key = split_url(url)
     try:
@@ -104,16 +121,28 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
         raise MissingExtraError("obstore", "remote") from None
     endpoint = _endpoint(SCHEMES[scheme])
     make = getattr(obstore.store, SCHEMES[scheme].store)
-    backoff = {"init_backoff": timedelta(seconds=FIRST_PAUSE), "max_backoff": timedelta(seconds=2), "base": 2}
+    backoff = {
+        "init_backoff": timedelta(seconds=FIRST_PAUSE),
+        "max_backoff": timedelta(seconds=2),
+        "base": 2,
+    }
     quick = min(QUICK_SECONDS, _seconds(RETRY_VARIABLE, RETRY_SECONDS))
-    retries = {"max_retries": QUICK_RETRIES, "retry_timeout": timedelta(seconds=quick), "backoff": backoff}
-    options: dict[str, Any] = {"timeout": timedelta(seconds=_seconds(REQUEST_VARIABLE, REQUEST_SECONDS))}
+    retries = {
+        "max_retries": QUICK_RETRIES,
+        "retry_timeout": timedelta(seconds=quick),
+        "backoff": backoff,
+    }
+    options: dict[str, Any] = {
+        "timeout": timedelta(seconds=_seconds(REQUEST_VARIABLE, REQUEST_SECONDS))
+    }
     options |= {"allow_http": True} if endpoint and urlsplit(endpoint).scheme == "http" else {}
     try:
         client = make(name, client_options=options, retry_config=retries)
     except (obstore.exceptions.BaseError, ValueError, OSError):
         missing = f"give {SCHEMES[scheme].credentials} in the environment"
-        raise StoreError(f"{scheme}://{name}: what is known of it is not enough, or wrong; {missing}") from None
+        raise StoreError(
+            f"{scheme}://{name}: what is known of it is not enough, or wrong; {missing}"
+        ) from None
     return Bucket(client, scheme, name), key
 
 
@@ -128,12 +157,16 @@ def split_url(url: str) -> tuple[str, str, str]:
     name, _, key = rest.partition("/")
     if "@" in name or ":" in name:
         raise StoreError(
-            f"a {scheme}:// URL with credentials or a port (it is not repeated here); expected {scheme}://BUCKET/NAME; "
+            f"a {scheme}:// URL with credentials or a port (it is not repeated here); expected "
+            f"{scheme}://BUCKET/NAME; "
             f"give credentials in the environment ({SCHEMES[scheme].credentials})"
         )
     parts = [part for part in key.split("/") if part]
     if not name or ".." in parts or "." in parts or "\0" in url:
-        raise StoreError(f"{scheme}:// URL without a bucket, or that leads out of it; expected {scheme}://BUCKET/NAME")
+        raise StoreError(
+            f"{scheme}:// URL without a bucket, or that leads out of it; expected "
+            f"{scheme}://BUCKET/NAME"
+        )
     return scheme, name, "/".join(parts)
 
 
@@ -154,7 +187,9 @@ def _endpoint(scheme: Scheme) -> str:
     allow = f"{variable.partition('_')[0]}_ALLOW_HTTP"
     allowed = os.environ.get(allow, "").lower() in ("1", "true", "yes")
     if found.scheme == "http" and not allowed and not _is_loopback(found.hostname or ""):
-        raise StoreError(f"{variable} is not encrypted ({_host(endpoint)}); use https://, or set {allow}=true")
+        raise StoreError(
+            f"{variable} is not encrypted ({_host(endpoint)}); use https://, or set {allow}=true"
+        )
     return endpoint
 
 
@@ -179,11 +214,13 @@ def _seconds(variable: str, otherwise: float) -> float:
 
 
 class Bucket:
-    """The objects of one bucket. Methods raise StoreError where the storage does not answer or refuses; `name` is how
-    people name the bucket. Safe to share between threads, but not with forked processes."""
+    """The objects of one bucket. Methods raise StoreError where the storage does not answer or
+    refuses; `name` is how people name the bucket. Safe to share between threads, but not with
+    forked processes."""
 
     def __init__(self, client: Any, scheme: str, name: str) -> None:
-        self.client, self.scheme = client, SCHEMES[scheme]
+        self.client = client
+        self.scheme = SCHEMES[scheme]
         self.name = f"{scheme}://{name}"
         self._answered = False
         self._decides: bool | None = None
@@ -212,14 +249,17 @@ class Bucket:
             except obstore.exceptions.BaseError as error:
                 if _answer(str(error))[0] != 416:
                     raise
-                return memoryview(b""), int(obstore.head(self.client, key)["size"])  # the range is beyond the end
+                return memoryview(b""), int(
+                    obstore.head(self.client, key)["size"]
+                )  # the range is beyond the end
             return memoryview(found.bytes()), found.meta["size"]
 
         return self._repeated(key, read)
 
     def read_all(self, keys: Iterable[str]) -> Iterator[bytes]:
         """Objects in this order, some of them read ahead. Raises as `read` does."""
-        waiting, rest = list[Future[bytes]](), iter(keys)
+        waiting = list[Future[bytes]]()
+        rest = iter(keys)
         waiting.extend(self.pool.submit(self.read, key) for key in islice(rest, READERS))
         try:
             while waiting:
@@ -248,7 +288,8 @@ class Bucket:
     def create(self, key: str, data: bytes) -> bool:
         """Put an object if there is none; False if there is one of other bytes.
 
-        The same bytes are taken for our own: a reply may have been lost, and the request been repeated.
+        The same bytes are taken for our own: a reply may have been lost, and the request been
+        repeated.
         """
         import obstore
 
@@ -260,12 +301,14 @@ class Bucket:
                 try:
                     return bytes(obstore.get(self.client, key).bytes()) == data
                 except FileNotFoundError:
-                    raise _UnsettledError from None  # S3 answers alike where a removal of the object is under way
+                    # S3 answers alike where a removal of the object is under way
+                    raise _UnsettledError from None
 
         return self._put(key, create)
 
     def decides_creation(self, key: str) -> bool:
-        """Whether the storage refuses to create what is there; tried once, on `key`, which is removed again."""
+        """Whether the storage refuses to create what is there; tried once, on `key`, which is
+        removed again."""
         if self._decides is None:
             try:
                 self._decides = self.create(key, b"first") and not self.create(key, b"second")
@@ -291,7 +334,10 @@ class Bucket:
         """Every object anywhere below a folder."""
         import obstore
 
-        return _entries(self._put(folder, lambda: obstore.list(self.client, folder or None).collect()), folder)
+        return _entries(
+            self._put(folder, lambda: obstore.list(self.client, folder or None).collect()),
+            folder,
+        )
 
     def list(self, folder: str) -> tuple[list[str], list[Entry]]:
         """Names of the folders in a folder, and the objects in it."""
@@ -318,13 +364,17 @@ class Bucket:
         from obstore.exceptions import BaseError
 
         patience = _seconds(RETRY_VARIABLE, RETRY_SECONDS)
-        end, pause = time.monotonic() + (patience if self._answered else min(patience, FIRST_SECONDS)), FIRST_PAUSE
+        end = time.monotonic() + (patience if self._answered else min(patience, FIRST_SECONDS))
+        pause = FIRST_PAUSE
         while True:
             try:
                 result = work()
                 self._answered = True
                 return result
-            except (FileNotFoundError, ValueError) as error:  # ValueError: no object can have such a name
+            except (
+                FileNotFoundError,
+                ValueError,
+            ) as error:  # ValueError: no object can have such a name
                 self._answered = True
                 raise self._missing(key, _answer(str(error))[1]) from None
             except (BaseError, _UnsettledError) as error:
@@ -351,21 +401,32 @@ class _UnknownError(StoreError):
 
 def _refusal(where: str, scheme: Scheme, error: Exception) -> StoreError:
     """What an error of obstore means, in our words: theirs may hold what nobody should read."""
-    text, kind = str(error), type(error).__name__
+    text = str(error)
+    kind = type(error).__name__
     status, code = _answer(text)
     if status == 501 or kind in ("NotSupportedError", "NotImplementedError"):
         return _UnknownError(f"{where}: the storage does not know this request; use other storage")
     if 400 <= status < 500 and not {code, str(status)} & TRANSIENT:
         what = "expired credentials" if "expired" in code.lower() else f"refused ({code or status})"
-        return StoreError(f"{where}: {what}; check {scheme.credentials} in the environment, and the name of the bucket")
+        return StoreError(
+            f"{where}: {what}; check {scheme.credentials} in the environment, and the name of "
+            "the bucket"
+        )
     if CREDENTIALS.search(text):
-        return _SilentError(f"{where}: no credentials; give {scheme.credentials} in the environment")
+        return _SilentError(
+            f"{where}: no credentials; give {scheme.credentials} in the environment"
+        )
     if "redirect without LOCATION" in text:
-        return StoreError(f"{where}: the bucket is in another region; check {scheme.credentials} in the environment")
+        return StoreError(
+            f"{where}: the bucket is in another region; check {scheme.credentials} in the "
+            "environment"
+        )
     told = [name for name in scheme.endpoints if os.environ.get(name)]
     at = f" at {_host(os.environ[told[0]])}" if told else ""
     check = " and ".join(["the network", *(told or scheme.endpoints)[:1]])
-    return _SilentError(f"{where}: the object storage{at} does not answer; check {check}, then run the same again")
+    return _SilentError(
+        f"{where}: the object storage{at} does not answer; check {check}, then run the same again"
+    )
 
 
 def _answer(text: str) -> tuple[int, str]:
@@ -377,5 +438,8 @@ def _answer(text: str) -> tuple[int, str]:
 
 def _entries(found: Iterable[Any], folder: str) -> list[Entry]:
     """Without the empty object of the folder's own name that consoles put to show it."""
-    entries = (Entry(meta["path"], int(meta["size"]), meta["last_modified"]) for meta in found)
+    entries = (
+        Entry(key=meta["path"], size=int(meta["size"]), modified=meta["last_modified"])
+        for meta in found
+    )
     return [entry for entry in entries if entry.key != folder]

@@ -1,8 +1,8 @@
-"""The few operations that a store is made of. `storage.local` has them on the files of a folder, `storage.object_files`
-on object storage.
+"""The few operations that a store is made of. `storage.local` has them on the files of a folder,
+`storage.object_files` on object storage.
 
-Everything a store keeps goes through here: whole objects, written durably or not at all, and the put-if-absent that
-commits them. A name is a path relative to the store's root and uses `/`.
+Everything a store keeps goes through here: whole objects, written durably or not at all, and the
+put-if-absent that commits them. A name is a path relative to the store's root and uses `/`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,8 @@ TEMPORARY = ".tmp-"
 
 
 class Files(Protocol):
-    """A place that keeps objects. What is written or created stands, whole, whatever happens after the return.
+    """A place that keeps objects. What is written or created stands, whole, whatever happens after
+    the return.
 
     All methods but the first six raise StoreError where the place refuses, with what mends it.
     """
@@ -44,8 +45,8 @@ class Files(Protocol):
         """Make durable what is in a folder, also what killed writers put there."""
 
     def exclusive(self, folder: str) -> AbstractContextManager[None]:
-        """Keep other writers out of a folder while one that holds it works, where the place can do that. It is not what
-        makes commits safe: put-if-absent decides who was first."""
+        """Keep other writers out of a folder while one that holds it works, where the place can do
+        that. It is not what makes commits safe: put-if-absent decides who was first."""
 
     def prepare(self) -> None:
         """Called before a run writes anything: raises where no store can be kept."""
@@ -54,8 +55,8 @@ class Files(Protocol):
         """Put one object, replacing what is there."""
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """Put one object only if there is none: True if it was put, also where another writer put the same bytes and
-        nobody can tell."""
+        """Put one object only if there is none: True if it was put, also where another writer put
+        the same bytes and nobody can tell."""
 
     def remove(self, name: str) -> None:
         """Remove one object, if it is there; gone for good after return."""
@@ -72,16 +73,24 @@ class Files(Protocol):
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         """Objects in this order, read ahead where that pays. Raises as `read` does."""
 
-    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
-        """Fill `views` one after another; returns the number of bytes read, plus one if the object is longer.
+    def read_into(
+        self,
+        name: str,
+        views: Sequence[memoryview],
+        seen: Callable[[memoryview], None],
+    ) -> int:
+        """Fill `views` one after another; returns the number of bytes read, plus one if the object
+        is longer.
 
-        `seen` is called with every block as it is read, in order, no block reaching over two views. Raises as `read`.
+        `seen` is called with every block as it is read, in order, no block reaching over two views.
+        Raises as `read`.
         """
 
     def exists(self, name: str) -> bool: ...
 
     def list(self, folder: str) -> list[str]:
-        """Names of the objects and folders in a folder, sorted, temporary ones left out; none if there is no such."""
+        """Names of the objects and folders in a folder, sorted, temporary ones left out; none if
+        there is no such."""
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every object anywhere below a folder, temporary ones too, by name and sorted."""

@@ -15,7 +15,8 @@ BLOCK_BYTES = 1 << 18
 
 
 class LocalFiles:
-    """Durable objects in a local folder: temporary file, fsync, rename or link, fsync of the folder. See `Files`."""
+    """Durable objects in a local folder: temporary file, fsync, rename or link, fsync of the
+    folder. See `Files`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -35,12 +36,18 @@ class LocalFiles:
         return LocalFiles(self.path(folder))
 
     def hint(self) -> str:
-        siblings = [path.name for path in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
+        siblings = (
+            [path.name for path in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
+        )
         return "" if self.root.exists() else nearest(self.root.name, siblings)
 
     def free_bytes(self) -> int:
         """On the disk where the root is, or would be."""
-        there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
+        there = next(
+            folder
+            for folder in (self.root.absolute(), *self.root.absolute().parents)
+            if folder.exists()
+        )
         return shutil.disk_usage(there).free
 
     @property
@@ -52,8 +59,8 @@ class LocalFiles:
             raise StoreError(f"{self.root} is a file; give a folder as --store")
 
     def write(self, name: str, *buffers: Buffer) -> None:
-        """After return it survives a power cut. Where the system refuses (disk full, no permission, …) there is the old
-        object or the new one, whole."""
+        """After return it survives a power cut. Where the system refuses (disk full, no permission,
+        …) there is the old object or the new one, whole."""
         with self._explained(name), self._temporary(name, buffers) as temporary:
             os.replace(temporary, self.path(name))
             self._sync_folder(self.path(name).parent)
@@ -65,7 +72,9 @@ class LocalFiles:
             try:
                 os.link(temporary, self.path(name))
             except FileExistsError:
-                put = False  # by a writer that was perhaps killed before it made the entry durable: sync all the same
+                # by a writer that was perhaps killed before it made the entry durable: sync all the
+                # same
+                put = False
             os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
             return put
@@ -76,7 +85,8 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
-        """The system ends it when a writer dies. A file system without locks (some network ones) is used without."""
+        """The system ends it when a writer dies. A file system without locks (some network ones) is
+        used without."""
         with self._explained(folder):
             self._make_folder(self.path(folder))
             descriptor = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
@@ -84,12 +94,17 @@ class LocalFiles:
             yield
 
     def remove_temporary(self, *folders: str) -> None:
-        """Unless somebody is writing at this moment. A store that lies elsewhere in the root has writers of its own."""
+        """Unless somebody is writing at this moment. A store that lies elsewhere in the root has
+        writers of its own."""
         patterns = (f"{TEMPORARY}*", *(f"{folder}/**/{TEMPORARY}*" for folder in folders))
         with self._explained("."):
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             with self._locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
-                for path in (path for pattern in patterns for path in self.root.glob(pattern)) if alone else ():
+                for path in (
+                    (path for pattern in patterns for path in self.root.glob(pattern))
+                    if alone
+                    else ()
+                ):
                     if path.is_file():
                         path.unlink()
 
@@ -100,9 +115,14 @@ class LocalFiles:
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         return map(self.read, names)
 
-    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
-        """`seen` gets blocks that are still in the processor's cache: summing them there costs half of what a second
-        pass over memory would."""
+    def read_into(
+        self,
+        name: str,
+        views: Sequence[memoryview],
+        seen: Callable[[memoryview], None],
+    ) -> int:
+        """`seen` gets blocks that are still in the processor's cache: summing them there costs half
+        of what a second pass over memory would."""
         with self._readable(name), self.path(name).open("rb", buffering=0) as file:
             total = sum(_read_full(file.fileno(), view, seen) for view in views)
             return total + len(os.read(file.fileno(), 1))
@@ -131,7 +151,9 @@ class LocalFiles:
 
     def list(self, folder: str) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self.path(folder)) if not name.startswith(TEMPORARY))
+            return sorted(
+                name for name in os.listdir(self.path(folder)) if not name.startswith(TEMPORARY)
+            )
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -141,7 +163,8 @@ class LocalFiles:
         folder = self.path(name).parent
         self._make_folder(folder)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-        # Shared by all that write: who gets it exclusively knows that every temporary file is a dead writer's.
+        # Shared by all that write: who gets it exclusively knows that every temporary file is a
+        # dead writer's.
         with self._locked(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH):
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
@@ -169,14 +192,17 @@ class LocalFiles:
             yield held
         finally:
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # close() would not do while a process forked meanwhile lives
+                fcntl.flock(
+                    descriptor,
+                    fcntl.LOCK_UN,
+                )  # close() would not do while a process forked meanwhile lives
             os.close(descriptor)
 
     def _make_folder(self, folder: Path) -> None:
         """Create a folder and its parents, each entry made durable in its own parent.
 
-        A folder that is there may come from a writer that was killed before the entry was durable, so every process
-        makes sure once, from the store's own folder downwards.
+        A folder that is there may come from a writer that was killed before the entry was durable,
+        so every process makes sure once, from the store's own folder downwards.
         """
         inside = folder == self.root or self.root in folder.parents
         if (folder in self._durable or not inside) and folder.is_dir():
@@ -189,7 +215,9 @@ class LocalFiles:
         try:
             self._sync_folder(parent)
         except PermissionError:
-            if not existed:  # else somebody else's: a mount point or a home, in a folder that we may not read
+            if (
+                not existed
+            ):  # else somebody else's: a mount point or a home, in a folder that we may not read
                 raise
         self._durable.add(folder)
 
@@ -208,7 +236,9 @@ class LocalFiles:
             raise
         except OSError as error:
             where = self.path(name)
-            raise StoreError(f"{where}: {error.strerror or error}; permit reading, or check the disk") from error
+            raise StoreError(
+                f"{where}: {error.strerror or error}; permit reading, or check the disk"
+            ) from error
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -216,7 +246,10 @@ class LocalFiles:
             yield
         except OSError as error:
             where = self.path(name)
-            remedy = "make room or permit writing, then run the same command again; committed shards stand"
+            remedy = (
+                "make room or permit writing, then run the same command again; committed shards "
+                "stand"
+            )
             raise StoreError(f"{where}: {error.strerror or error}; {remedy}") from error
 
 

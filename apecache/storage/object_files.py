@@ -1,8 +1,10 @@
-"""The operations that a store is made of, on object storage. See `Files` for what each of them promises.
+"""The operations that a store is made of, on object storage. See `Files` for what each of them
+promises.
 
-One object is one PUT: shards have at most 64 MB, so none is sent in parts, and nothing unfinished is ever left. There
-are no locks: `If-None-Match: *` decides who committed a shard, and that the storage heeds it is tried before anything
-is written. Storage that does not may have one writer, who has to say that there is no other.
+One object is one PUT: shards have at most 64 MB, so none is sent in parts, and nothing unfinished
+is ever left. There are no locks: `If-None-Match: *` decides who committed a shard, and that the
+storage heeds it is tried before anything is written. Storage that does not may have one writer, who
+has to say that there is no other.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ class ObjectFiles:
     """Objects of `bucket` whose keys begin with `root`. `alone`: nobody else writes there."""
 
     def __init__(self, bucket: Bucket, root: str, alone: bool = False) -> None:
-        self.bucket, self.root, self.alone = bucket, root, alone
+        self.bucket = bucket
+        self.root = root
+        self.alone = alone
 
     @property
     def place(self) -> str:
@@ -63,8 +67,10 @@ class ObjectFiles:
         trial = self._key(f"{TEMPORARY}{secrets.token_hex(8)}")
         if not self.alone and not self.bucket.decides_creation(trial):
             raise StoreError(
-                f"{self.place}: this storage overwrites an object that is to be created only if there is none "
-                "(If-None-Match), so two writers could undo each other; use other storage, or, if nobody else writes "
+                f"{self.place}: this storage overwrites an object that is to be created only if "
+                "there is none "
+                "(If-None-Match), so two writers could undo each other; use other storage, or, if "
+                "nobody else writes "
                 "there, add --single-writer"
             )
 
@@ -90,7 +96,9 @@ class ObjectFiles:
         """Trials of put-if-absent, which lie in the root; nothing else is ever there in part."""
         _, objects = self.bucket.list(self.root)
         before = datetime.now(UTC) - LEFT_AFTER
-        left = [entry.key for entry in objects if _is_temporary(entry.key) and entry.modified < before]
+        left = [
+            entry.key for entry in objects if _is_temporary(entry.key) and entry.modified < before
+        ]
         self.bucket.remove(left)
 
     def read(self, name: str) -> bytes:
@@ -99,12 +107,21 @@ class ObjectFiles:
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         return self.bucket.read_all(map(self._key, names))
 
-    def read_into(self, name: str, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> int:
+    def read_into(
+        self,
+        name: str,
+        views: Sequence[memoryview],
+        seen: Callable[[memoryview], None],
+    ) -> int:
         """Ranges of an object are fetched side by side."""
-        key, wanted = self._key(name), sum(view.nbytes for view in views)
+        key = self._key(name)
+        wanted = sum(view.nbytes for view in views)
         first, size = self.bucket.read_range(key, 0, min(RANGE_BYTES, wanted + 1))
         starts = range(RANGE_BYTES, min(size, wanted), RANGE_BYTES)
-        later = [self.bucket.pool.submit(self.bucket.read_range, key, start, start + RANGE_BYTES) for start in starts]
+        later = [
+            self.bucket.pool.submit(self.bucket.read_range, key, start, start + RANGE_BYTES)
+            for start in starts
+        ]
         target = _Target(views, seen)
         target.fill(first)
         for future in later:
@@ -116,7 +133,9 @@ class ObjectFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         below = len(self.root) + 1 if self.root else 0
-        return dict(sorted((entry.key[below:], entry.size) for entry in self.bucket.walk(self._key(folder))))
+        return dict(
+            sorted((entry.key[below:], entry.size) for entry in self.bucket.walk(self._key(folder)))
+        )
 
     def list(self, folder: str) -> list[str]:
         folders, objects = self.bucket.list(self._key(folder))
@@ -135,7 +154,9 @@ class _Target:
     """Buffers that are filled one after another from blocks that come in order."""
 
     def __init__(self, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> None:
-        self.views, self.seen, self.filled = [view for view in views if view.nbytes], seen, 0
+        self.views = [view for view in views if view.nbytes]
+        self.seen = seen
+        self.filled = 0
 
     def fill(self, data: memoryview) -> None:
         """What no buffer has room for is left out."""
@@ -145,6 +166,7 @@ class _Target:
             view[:count] = data[:count]
             self.seen(view[:count])
             self.filled += count
-            data, self.views[0] = data[count:], view[count:]
+            data = data[count:]
+            self.views[0] = view[count:]
             if count == view.nbytes:
                 self.views.pop(0)

@@ -8,13 +8,15 @@ from apecache.storage.local import LocalFiles
 
 
 def open_files(place: str | Path, alone: bool = False) -> Files:
-    """The files of a folder, or the objects below `s3://BUCKET/…`, `gs://BUCKET/…` or `az://CONTAINER/…`.
+    """The files of a folder, or the objects below `s3://BUCKET/…`, `gs://BUCKET/…` or
+    `az://CONTAINER/…`.
 
     Args:
         alone: nobody else writes there, so that object storage without put-if-absent will do.
 
     Raises:
-        StoreError: a URL that names no place. MissingExtraError: object storage without the extra `remote`.
+        StoreError: a URL that names no place. MissingExtraError: object storage without the extra
+            `remote`.
     """
     require_known_scheme(place)
     if is_object_url(place):

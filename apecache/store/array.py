@@ -30,13 +30,14 @@ from apecache.store.records import CommitRecord, digest_commits, read_commits, r
 from apecache.store.writer import ArrayWriter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureArray:
-    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), not normalised; `dtype`
-    float16 or float32 when they are read (float16 also where the store keeps int8 and scales).
+    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), not
+    normalised; `dtype` float16 or float32 when they are read (float16 also where the store keeps
+    int8 and scales).
 
-    `files`, `record` and `commits` are those of the first segment; `appended` are the later ones. `rows_to_come`:
-    rows of segments that have nothing of this encoder yet.
+    `files`, `record` and `commits` are those of the first segment; `appended` are the later ones.
+    `rows_to_come`: rows of segments that have nothing of this encoder yet.
     """
 
     files: Files
@@ -50,7 +51,9 @@ class FeatureArray:
 
     @property
     def rows(self) -> int:
-        return self.record.layout.rows + sum(array.rows for array in self.appended) + self.rows_to_come
+        return (
+            self.record.layout.rows + sum(array.rows for array in self.appended) + self.rows_to_come
+        )
 
     @property
     def dim(self) -> int:
@@ -58,7 +61,8 @@ class FeatureArray:
 
     @property
     def tokens(self) -> int | None:
-        """Positions of each row, padding included (of the widest segment, if ragged); None for pooled features."""
+        """Positions of each row, padding included (of the widest segment, if ragged); None for
+        pooled features."""
         own = self.record.layout.tokens
         return None if own is None else max(own, *(array.tokens or 0 for array in self.appended), 0)
 
@@ -91,7 +95,11 @@ class FeatureArray:
 
     @property
     def complete(self) -> bool:
-        return self._is_sealed and not self.rows_to_come and all(array.complete for array in self.appended)
+        return (
+            self._is_sealed
+            and not self.rows_to_come
+            and all(array.complete for array in self.appended)
+        )
 
     @property
     def n_quarantined(self) -> int:
@@ -101,18 +109,25 @@ class FeatureArray:
     def quarantined(self) -> list[dict[str, Any]]:
         """{row, key, reason, detail} of every row that could not be encoded, by row."""
         commits = self._known.values()
-        names = [quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits]
+        names = [
+            quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits
+        ]
         rows = [
             row
             for commit, name in zip(commits, names, strict=True)
             if name in commit.objects
             for row in self._quarantine(commit, name)
         ]
-        later = (({**row, "row": row["row"] + first}) for array, first in self._later for row in array.quarantined())
+        later = (
+            ({**row, "row": row["row"] + first})
+            for array, first in self._later
+            for row in array.quarantined()
+        )
         return [*rows, *later]
 
     def content(self) -> list[str]:
-        """Hash of every row's input, as it was read; empty where it could not be, or has not been yet."""
+        """Hash of every row's input, as it was read; empty where it could not be, or has not been
+        yet."""
         hashes = [""] * self.record.layout.rows
         for commit in self._known_records():
             hashes[commit.rows[0] : commit.rows[1]] = commit.content
@@ -124,20 +139,23 @@ class FeatureArray:
         """All rows [rows, *row_shape], read in parallel into one buffer; quarantined rows are NaN.
 
         Args:
-            out: a buffer of that shape and of the array's dtype to fill (pinned memory, for instance).
+            out: a buffer of that shape and of the array's dtype to fill (pinned memory, for
+                instance).
             threads: that read side by side; None for as many as pay where the store is.
 
         Raises:
-            IncompleteError: extraction has not finished; DamagedError: a shard is not what was committed.
+            IncompleteError: extraction has not finished; DamagedError: a shard is not what was
+                committed.
         """
-        commits, shape = self._sealed, (self.rows, *self.row_shape)
+        commits = self._sealed
+        shape = (self.rows, *self.row_shape)
         self._require_sizes(commits)
         target = np.empty(shape, self.dtype) if out is None else out
         if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         shape = self.record.layout.row_shape
         with _as_wide(target[: self.record.layout.rows], shape) as own:
-            self._load_shards(commits, self._read_features, own, threads)
+            self._load_shards(commits, read=self._read_features, target=own, threads=threads)
         for array, first in self._later:
             with _as_wide(target[first : first + array.rows], array.row_shape) as own:
                 array.load(own, threads)
@@ -155,7 +173,8 @@ class FeatureArray:
         return ok
 
     def load_lengths(self) -> NDArray[np.uint16] | None:
-        """[rows], tokens of each row (0 where quarantined); None if all rows have the same. Raises as `load` does."""
+        """[rows], tokens of each row (0 where quarantined); None if all rows have the same. Raises
+        as `load` does."""
         if not self.record.layout.ragged:
             return None
         commits = self._sealed
@@ -167,9 +186,12 @@ class FeatureArray:
         return lengths
 
     def load_shard(self, shard: int) -> NDArray[Any]:
-        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does, IncompleteError if it is
-        not committed."""
-        target = np.empty((len(self.record.layout.shard(shard)), *self.record.layout.row_shape), self.dtype)
+        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does,
+        IncompleteError if it is not committed."""
+        target = np.empty(
+            (len(self.record.layout.shard(shard)), *self.record.layout.row_shape),
+            self.dtype,
+        )
         self._read_features(self._commit(shard), target)
         return target
 
@@ -181,15 +203,19 @@ class FeatureArray:
         return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
 
     def require_complete(self) -> None:
-        """Raises IncompleteError, or DamagedError if the records are not all of those that were sealed."""
+        """Raises IncompleteError, or DamagedError if the records are not all of those that were
+        sealed."""
         _ = self._sealed
 
     @cached_property
     def _sealed(self) -> Mapping[int, CommitRecord]:
-        """All records of the first segment. Raises IncompleteError unless all segments are complete."""
+        """All records of the first segment. Raises IncompleteError unless all segments are
+        complete."""
         if not self.complete:
             what = f"{self.record.modality}/{self.name}"
-            raise IncompleteError(f"{what} is {self.share_done:.0%} done; resume with the same apecache extract")
+            raise IncompleteError(
+                f"{what} is {self.share_done:.0%} done; resume with the same apecache extract"
+            )
         return self._own_sealed
 
     @cached_property
@@ -198,7 +224,8 @@ class FeatureArray:
         return {record.shard: record.without_content() for record in self._sealed_records()}
 
     def _sealed_records(self) -> Iterator[CommitRecord]:
-        """One by one; raises DamagedError, after the last, unless they are those that were sealed."""
+        """One by one; raises DamagedError, after the last, unless they are those that were
+        sealed."""
         what = f"{self.record.modality}/{self.name}"
         name = f"{records_folder(self.record.modality, self.name)}/seal.json"
         wanted = read_record(self.files, name).get("digest")
@@ -209,7 +236,8 @@ class FeatureArray:
         if len(found) != self.record.layout.n_shards or digest_commits(found) != wanted:
             have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
             raise DamagedError(
-                f"{what} is not what was sealed ({have}); restore {self.files.where(name.rpartition('/')[0])}"
+                f"{what} is not what was sealed ({have}); restore "
+                f"{self.files.where(name.rpartition('/')[0])}"
             )
 
     @property
@@ -219,7 +247,10 @@ class FeatureArray:
     @property
     def _later(self) -> list[tuple["FeatureArray", int]]:
         """Appended segments, each with its first row."""
-        starts = accumulate((array.rows for array in self.appended), initial=self.record.layout.rows)
+        starts = accumulate(
+            (array.rows for array in self.appended),
+            initial=self.record.layout.rows,
+        )
         return list(zip(self.appended, starts, strict=False))
 
     @property
@@ -234,11 +265,17 @@ class FeatureArray:
 
     def _known_records(self) -> Iterator[CommitRecord]:
         """The same, read anew and with their `content`."""
-        return self._sealed_records() if self._is_sealed else (r for r, _ in read_commits(self.files, self.record))
+        return (
+            self._sealed_records()
+            if self._is_sealed
+            else (r for r, _ in read_commits(self.files, self.record))
+        )
 
     def _commit(self, shard: int) -> CommitRecord:
         if shard not in self.commits:
-            raise IncompleteError(f"shard {shard} of {self.record.modality}/{self.name} is not committed")
+            raise IncompleteError(
+                f"shard {shard} of {self.record.modality}/{self.name} is not committed"
+            )
         return self.commits[shard]
 
     def _require_sizes(self, commits: Mapping[int, CommitRecord]) -> None:
@@ -260,24 +297,30 @@ class FeatureArray:
     ) -> None:
         """Every shard, side by side, to where its rows are in `target`."""
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
-            list(pool.map(lambda commit: read(commit, target[slice(*commit.rows)]), commits.values()))
+            list(
+                pool.map(lambda commit: read(commit, target[slice(*commit.rows)]), commits.values())
+            )
 
     def _read_features(self, commit: CommitRecord, target: NDArray[Any]) -> None:
         if not self.record.layout.scaled:
             self._read_chunk(commit, target, "features")
             return
-        values, scales = np.empty(target.shape, np.int8), np.empty(target.shape[:-1], np.float32)
+        values = np.empty(target.shape, np.int8)
+        scales = np.empty(target.shape[:-1], np.float32)
         self._read_chunk(commit, values, "features")
         self._read_chunk(commit, scales, "scale")
         restore(values, scales, target)
 
     def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part: str) -> None:
-        """Read one chunk file into `target`; the padding of the last shard goes to a scratch buffer."""
+        """Read one chunk file into `target`; the padding of the last shard goes to a scratch
+        buffer."""
         name = chunk_name(self.record, part, commit.shard)
         expected = commit.objects[name]
         view = target.data.cast("B")
-        padding, ending = memoryview(bytearray(expected.bytes - view.nbytes - 4)), memoryview(bytearray(4))
-        check, summed = 0, 0
+        padding = memoryview(bytearray(expected.bytes - view.nbytes - 4))
+        ending = memoryview(bytearray(4))
+        check = 0
+        summed = 0
 
         def add(block: memoryview) -> None:
             nonlocal check, summed
@@ -313,12 +356,15 @@ class FeatureArray:
         return data
 
     def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
-        return DamagedError(f"{self.files.where(name)} (shard {shard}) {what}; repair with: apecache repair STORE")
+        return DamagedError(
+            f"{self.files.where(name)} (shard {shard}) {what}; repair with: apecache repair STORE"
+        )
 
 
 @contextmanager
 def _as_wide(target: NDArray[Any], row_shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
-    """A buffer for rows of `row_shape`: the target itself, or one whose rows are then laid into its first tokens."""
+    """A buffer for rows of `row_shape`: the target itself, or one whose rows are then laid into its
+    first tokens."""
     if target.shape[1:] == row_shape:
         yield target
         return

@@ -1,4 +1,5 @@
-"""Copies of a store: from object storage to a disk for many runs, or the other way, verified at the end."""
+"""Copies of a store: from object storage to a disk for many runs, or the other way, verified at the
+end."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,24 @@ from apecache.store.verify import VerifyReport, verify_files
 
 
 def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> VerifyReport:
-    """Copy every object of a store, and verify the copy. What an earlier copy has brought is not fetched again.
+    """Copy every object of a store, and verify the copy. What an earlier copy has brought is not
+    fetched again.
 
-    A new copy cannot be opened before all of it is there. `alone`: nobody else writes to `to`, see `open_files`.
+    A new copy cannot be opened before all of it is there. `alone`: nobody else writes to `to`, see
+    `open_files`.
 
     Raises:
         StoreError: no store, or `to` holds something else. DamagedError: the copy does not verify.
     """
-    opened, target = FeatureStore.open(store), open_files(to, alone)
+    opened = FeatureStore.open(store)
+    target = open_files(to, alone)
     names = [name for name in opened.files.sizes("") if not _is_temporary(name)]
     there = {name for name in target.sizes("") if not _is_temporary(name)}
     if strange := sorted(there - set(names)):
-        raise StoreError(f"{target.place} holds {strange[0]}, which {store} does not; give another place for the copy")
+        raise StoreError(
+            f"{target.place} holds {strange[0]}, which {store} does not; give another place "
+            "for the copy"
+        )
     target.prepare()
     if (there and SOURCE not in there) or not _claim(opened.files, target):
         raise StoreError(f"{target.place} holds another store; give another place for the copy")
@@ -36,7 +43,9 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
     report = verify_files(target)
     for problem in report.problems:
         if problem.harmful:
-            raise DamagedError(f"{target.place}: {problem.object}: {problem.detail}; try apecache verify {store}")
+            raise DamagedError(
+                f"{target.place}: {problem.object}: {problem.detail}; try apecache verify {store}"
+            )
     return report
 
 

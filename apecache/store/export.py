@@ -19,13 +19,16 @@ MAX_TEXT_BYTES = 4 << 30
 
 
 def export_npz(store: FeatureStore, out: Path) -> list[str]:
-    """Write one file with every array of the store, one array in memory at a time; returns their names.
+    """Write one file with every array of the store, one array in memory at a time; returns their
+    names.
 
-    `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width strings, `text_image_row`
-    the image of each caption; `image.NAME` and `text.NAME` are features [rows, dim] (NaN where `….ok` is False).
+    `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
+    strings, `text_image_row` the image of each caption; `image.NAME` and `text.NAME` are features
+    [rows, dim] (NaN where `….ok` is False).
 
     Raises:
-        IncompleteError, DamagedError: the store. DataError: captions too long for fixed-width strings.
+        IncompleteError, DamagedError: the store. DataError: captions too long for fixed-width
+            strings.
     """
     temporary = _beside(out)
     names = []
@@ -48,7 +51,10 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, values in columns.items():
         longest = max(map(len, values), default=0)
         if longest * len(values) * 4 > MAX_TEXT_BYTES:
-            raise DataError(f"{name}: strings of up to {longest:,} characters are too long for .npz; use --parquet")
+            raise DataError(
+                f"{name}: strings of up to {longest:,} characters are too long for .npz; use "
+                "--parquet"
+            )
         yield name, values.astype(f"U{max(1, longest)}")
     yield "text_image_row", pairs.image_rows
     for array in store.arrays():
@@ -57,7 +63,8 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def export_parquet(store: FeatureStore, out: Path) -> list[str]:
-    """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption; returns the file names.
+    """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption;
+    returns the file names.
 
     Features are columns of fixed-size lists, named as the arrays; null where a row has none.
 
@@ -71,9 +78,16 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
         raise MissingExtraError("pyarrow", "parquet") from None
     pairs = store.pairs
     images: dict[str, Any] = {"key": pairs.keys, "split": pairs.splits, "label": pairs.labels}
-    texts: dict[str, Any] = {"caption": pairs.captions, "language": pairs.languages, "image_row": pairs.image_rows}
+    texts: dict[str, Any] = {
+        "caption": pairs.captions,
+        "language": pairs.languages,
+        "image_row": pairs.image_rows,
+    }
     temporary = _beside(out)
-    tables: tuple[tuple[str, Modality, dict[str, Any]], ...] = (("images", "image", images), ("texts", "text", texts))
+    tables: tuple[tuple[str, Modality, dict[str, Any]], ...] = (
+        ("images", "image", images),
+        ("texts", "text", texts),
+    )
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed export
     try:
         temporary.mkdir()

@@ -2,10 +2,10 @@
 
     STORE/README.md
     STORE/features.zarr/                      nothing but Zarr v3
-        pairs/                                keys, splits, labels, captions, languages, text -> image row
+        pairs/                                keys, splits, labels, captions, languages
         image/<name>/features, status         [rows, dim] float16, float32 or int8; uint8 [rows]
-        image/<name>/scale                    float32 [rows], only beside int8: features are int8 * scale
-        image/<name>/length                   uint16 [rows], only where rows have different numbers of tokens
+        image/<name>/scale                    float32 [rows], beside int8: features are int8 * scale
+        image/<name>/length                   uint16 [rows], where numbers of tokens differ
         text/<name>/…                         rows are captions
     STORE/records/source.json                 digest of the table: claims the store for it
     STORE/records/pairs.json                  hashes of the pair table's objects: the store exists
@@ -16,11 +16,12 @@
         quarantine/00000012.jsonl             rows that could not be encoded, and why
         seal.json                             written last
 
-    STORE/segments/0001/                      rows that were appended: a store of its own, with the same layout
+    STORE/segments/0001/                      rows that were appended: a store of the same layout
 
-Features are [rows, dim], [rows, tokens, dim], [rows, views, dim] or [rows, views, tokens, dim]; a row with fewer tokens
-is padded with zeros. Beside int8 lies a scale for each vector of dim numbers. One chunk is one file is one commit unit,
-the shard. Missing chunks read as NaN, never as zeros (int8: their scales do).
+Features are [rows, dim], [rows, tokens, dim], [rows, views, dim] or [rows, views, tokens, dim]; a
+row with fewer tokens is padded with zeros. Beside int8 lies a scale for each vector of dim numbers.
+One chunk is one file is one commit unit, the shard. Missing chunks read as NaN, never as zeros
+(int8: their scales do).
 """
 
 import math
@@ -40,12 +41,18 @@ from apecache.fingerprint import Fingerprint, Json, Modality
 
 FORMAT_VERSION = 1
 ZARR = "features.zarr"
-SOURCE, PAIRS = "records/source.json", "records/pairs.json"
-SEGMENTS, SEGMENT_RECORDS = "segments", "records/segments"
-MISSING, OK, QUARANTINED = 0, 1, 2
+SOURCE = "records/source.json"
+PAIRS = "records/pairs.json"
+SEGMENTS = "segments"
+SEGMENT_RECORDS = "records/segments"
+MISSING = 0
+OK = 1
+QUARANTINED = 2
 DTYPES = ("float16", "float32", "int8")
-MAX_SHARD_BYTES, MAX_CHUNK_BYTES = 64 << 20, 1 << 31
-"""What we make of an array at most (unless one row is longer), and what we believe a record that we read."""
+MAX_SHARD_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 1 << 31
+"""What we make of an array at most (unless one row is longer), and what we believe a record that we
+read."""
 PAIR_CHUNK_ROWS = 65_536
 PAIR_COLUMNS = (
     ("image_key", "image"),
@@ -60,12 +67,13 @@ PAIR_CODECS = (["vlen-utf8", "zstd", "crc32c"], ["bytes", "zstd", "crc32c"])
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayLayout:
-    """Shape of one array and how its rows were batched; fixed when the array is created, and used by every resume.
+    """Shape of one array and how its rows were batched; fixed when the array is created, and used
+    by every resume.
 
-    `views`: augmentations of each image; `tokens`: positions of each row (of the longest, if the array is `ragged`).
-    `compiled`: by a model that TorchInductor has compiled.
+    `views`: augmentations of each image; `tokens`: positions of each row (of the longest, if the
+    array is `ragged`). `compiled`: by a model that TorchInductor has compiled.
     """
 
     rows: int
@@ -81,7 +89,11 @@ class ArrayLayout:
 
     def to_json(self) -> Json:
         fields = asdict(self)
-        return fields if self.compiled else {name: value for name, value in fields.items() if name != "compiled"}
+        return (
+            fields
+            if self.compiled
+            else {name: value for name, value in fields.items() if name != "compiled"}
+        )
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -123,10 +135,10 @@ class ArrayLayout:
         return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
-    """`fingerprint.json`: everything about an array that is fixed when it is created. `table`: digest of the pair table
-    that its rows are those of."""
+    """`fingerprint.json`: everything about an array that is fixed when it is created. `table`:
+    digest of the pair table that its rows are those of."""
 
     modality: Modality
     name: str
@@ -139,8 +151,9 @@ class ArrayRecord:
 
     @property
     def encoder(self) -> Fingerprint:
-        """Identity of the encoder alone: what a head trained on these features must be used with."""
-        return Fingerprint(self.fingerprint.fields["encoder"])
+        """Identity of the encoder alone: what a head trained on these features must be used
+        with."""
+        return Fingerprint(fields=self.fingerprint.fields["encoder"])
 
     def to_json(self) -> Json:
         return {
@@ -159,25 +172,59 @@ class ArrayRecord:
         """Raises StoreError for another format or a damaged record."""
         require_format(value, f"{records_folder(modality, name)}/fingerprint.json")
         try:
-            fingerprint = Fingerprint(value["fields"])
-            spec, layout = spec_from_json(value["spec"]), layout_from_json(value["layout"])
-            about = ({str(k): str(v) for k, v in value["metadata"].items()}, dict(value["environment"]))
-            record = ArrayRecord(modality, name, spec, fingerprint, layout, *about, str(value["table"]))
-            if fingerprint.digest != value["digest"] or not isinstance(fingerprint.fields.get("encoder"), dict):
+            fingerprint = Fingerprint(fields=value["fields"])
+            spec = spec_from_json(value["spec"])
+            layout = layout_from_json(value["layout"])
+            about = (
+                {str(k): str(v) for k, v in value["metadata"].items()},
+                dict(value["environment"]),
+            )
+            metadata, environment = about
+            record = ArrayRecord(
+                modality=modality,
+                name=name,
+                spec=spec,
+                fingerprint=fingerprint,
+                layout=layout,
+                metadata=metadata,
+                environment=environment,
+                table=str(value["table"]),
+            )
+            if fingerprint.digest != value["digest"] or not isinstance(
+                fingerprint.fields.get("encoder"),
+                dict,
+            ):
                 raise ValueError("its digest does not fit its fields")
-            if not set(record.metadata) <= {"zarr.json", *(f"{part}/zarr.json" for part in layout.parts)}:
+            if not set(record.metadata) <= {
+                "zarr.json",
+                *(f"{part}/zarr.json" for part in layout.parts),
+            }:
                 raise ValueError("its metadata files are not those of an array")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise StoreError(f"records of {modality}/{name} are damaged: {one_line(error)}") from None
+            raise StoreError(
+                f"records of {modality}/{name} are damaged: {one_line(error)}"
+            ) from None
         return record
 
 
 def layout_from_json(value: Any) -> ArrayLayout:
     """Raises ValueError for a layout that no array can have, TypeError for strange fields."""
     layout = ArrayLayout(**value)
-    counts = (layout.dim, layout.shard_rows, layout.batch_size, layout.threads, layout.views, layout.tokens)
+    counts = (
+        layout.dim,
+        layout.shard_rows,
+        layout.batch_size,
+        layout.threads,
+        layout.views,
+        layout.tokens,
+    )
     whole = all(type(count) is int and count >= 1 for count in counts if count is not None)
-    if not whole or type(layout.rows) is not int or layout.rows < 0 or not _are_bools(layout.ragged, layout.compiled):
+    if (
+        not whole
+        or type(layout.rows) is not int
+        or layout.rows < 0
+        or not _are_bools(layout.ragged, layout.compiled)
+    ):
         raise ValueError("a layout with counts that are none")
     if layout.ragged and (layout.tokens is None or layout.views is not None):
         raise ValueError("a ragged layout without tokens")
@@ -195,7 +242,10 @@ def require_format(value: Any, where: str) -> None:
     if not isinstance(found, int):
         raise StoreError(f"{where} is not an apecache record")
     if found > FORMAT_VERSION:
-        raise StoreError(f"{where} has format {found}; this apecache reads up to {FORMAT_VERSION}: upgrade apecache")
+        raise StoreError(
+            f"{where} has format {found}; this apecache reads up to {FORMAT_VERSION}: upgrade "
+            "apecache"
+        )
 
 
 def records_folder(modality: str, name: str) -> str:
@@ -234,24 +284,41 @@ def segment_record_name(segment: str) -> str:
 def with_metadata(record: ArrayRecord) -> ArrayRecord:
     """The record with Zarr's own metadata files of its array group, by path below the group.
 
-    The group's attributes repeat the rest of the record: for people who open the store with plain Zarr, and so that a
-    lost `fingerprint.json` can be made again.
+    The group's attributes repeat the rest of the record: for people who open the store with plain
+    Zarr, and so that a lost `fingerprint.json` can be made again.
     """
     memory = MemoryStore()
     described = {key: value for key, value in record.to_json().items() if key != "metadata"}
-    layout, modality = record.layout, record.modality
+    layout = record.layout
+    modality = record.modality
     group = zarr.create_group(memory, zarr_format=3, attributes={"apecache": described})
-    axes = [axis for axis, count in (("view", layout.views), ("token", layout.tokens)) if count is not None]
+    axes = [
+        axis
+        for axis, count in (("view", layout.views), ("token", layout.tokens))
+        if count is not None
+    ]
     for part, (dtype, row_shape) in layout.parts.items():
-        whose = "features" if part == "scale" else part  # the same dimensions, so that their product is one
-        dimensions = (modality, *(f"{whose}_{axis}" for axis in (*axes, "feature")))[: 1 + len(row_shape)]
-        _create(group, part, (layout.rows, *row_shape), (layout.shard_rows, *row_shape), dtype, dimensions)
+        whose = (
+            "features" if part == "scale" else part
+        )  # the same dimensions, so that their product is one
+        dimensions = (modality, *(f"{whose}_{axis}" for axis in (*axes, "feature")))[
+            : 1 + len(row_shape)
+        ]
+        _create(
+            group,
+            part=part,
+            shape=(layout.rows, *row_shape),
+            chunks=(layout.shard_rows, *row_shape),
+            dtype=dtype,
+            dimensions=dimensions,
+        )
     metadata = {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
     return replace(record, metadata=metadata)
 
 
 def described_record(modality: Modality, name: str, attributes: Mapping[str, Any]) -> ArrayRecord:
-    """The record that a Zarr group's attributes repeat. Raises StoreError if they are not those of an array."""
+    """The record that a Zarr group's attributes repeat. Raises StoreError if they are not those of
+    an array."""
     described = attributes.get("apecache")
     if not isinstance(described, dict):
         raise StoreError(f"{array_folder(modality, name)} has no attributes of apecache")
@@ -259,7 +326,12 @@ def described_record(modality: Modality, name: str, attributes: Mapping[str, Any
 
 
 def _create(
-    group: Any, part: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, dimensions: tuple[str, ...]
+    group: Any,
+    part: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: str,
+    dimensions: tuple[str, ...],
 ) -> None:
     floating = np.dtype(dtype).kind == "f"
     group.create_array(
@@ -279,14 +351,19 @@ def _create(
 def root_objects(version: str) -> dict[str, bytes]:
     """Metadata of the root and of the two modalities' groups, by path below the store."""
     memory = MemoryStore()
-    root = zarr.create_group(memory, zarr_format=3, attributes={"apecache": version, "format": FORMAT_VERSION})
+    root = zarr.create_group(
+        memory,
+        zarr_format=3,
+        attributes={"apecache": version, "format": FORMAT_VERSION},
+    )
     root.create_group("image")
     root.create_group("text")
     return {f"{ZARR}/{key}": _bytes(value) for key, value in memory._store_dict.items()}
 
 
 def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> dict[str, bytes]:
-    """Objects of the group `pairs`: column name -> (dimension, values), zstd and crc32c, by path below the store."""
+    """Objects of the group `pairs`: column name -> (dimension, values), zstd and crc32c, by path
+    below the store."""
     memory = MemoryStore()
     group = zarr.create_group(memory, path="pairs", zarr_format=3)
     for name, (dimension, values) in columns.items():
@@ -300,8 +377,14 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
             dimension_names=(dimension,),
             config={"write_empty_chunks": True},
         )
-        array[:] = np.array([storable(v) for v in values], dtype=object) if strings else np.array(values)
-    return {f"{ZARR}/{key}": _bytes(value) for key, value in memory._store_dict.items() if key.startswith("pairs/")}
+        array[:] = (
+            np.array([storable(v) for v in values], dtype=object) if strings else np.array(values)
+        )
+    return {
+        f"{ZARR}/{key}": _bytes(value)
+        for key, value in memory._store_dict.items()
+        if key.startswith("pairs/")
+    }
 
 
 def storable(text: str | int) -> str:
@@ -314,16 +397,18 @@ def _bytes(value: Any) -> bytes:
     return raw
 
 
-README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record per committed shard.
+README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record for
+each committed shard.
 
     import zarr
     root = zarr.open("features.zarr", mode="r")
     print(root.tree())
-    features = root["image/NAME/features"][:]      # NaN: not there; status 1 ok, 2 quarantined, 0 missing
-    captions = root["pairs/text_caption"][:]       # pairs/text_image_row: the image of each caption
+    features = root["image/NAME/features"][:]    # NaN: not there; status 1: ok
+    captions = root["pairs/text_caption"][:]     # pairs/text_image_row: the image of each
 
     import xarray
     xarray.open_datatree("features.zarr", engine="zarr", consolidated=False)
 
-`records/` holds what makes the features and the hashes of every object; `apecache info` and Zarr need nothing else.
+`records/` holds what makes the features and the hashes of every object; `apecache info` and Zarr
+need nothing else.
 """

@@ -31,7 +31,8 @@ def require_store(files: Files) -> None:
 
 
 def uncommit(files: Files, modality: Modality, name: str, shards: Iterable[int]) -> None:
-    """Make shards pending again: the seal goes first, then each record; the chunks stay until they are rewritten."""
+    """Make shards pending again: the seal goes first, then each record; the chunks stay until they
+    are rewritten."""
     files.remove(f"{records_folder(modality, name)}/seal.json")
     for shard in shards:
         files.remove(commit_name(modality, name, shard))
@@ -49,12 +50,17 @@ def restore_source(files: Files, pairs: PairColumns, root: str) -> None:
     Raises:
         MismatchError: the store's other records are of another table.
     """
-    records = [PAIRS, *(f"{records_folder(*array)}/fingerprint.json" for array in recorded_arrays(files))]
+    records = [
+        PAIRS,
+        *(f"{records_folder(*array)}/fingerprint.json" for array in recorded_arrays(files)),
+    ]
     for name in records:
         with contextlib.suppress(DamagedError):
             record = read_record(files, name)
             if record.get("table", record.get("digest") if name == PAIRS else None) != pairs.digest:
-                raise MismatchError(f"{files.place} was made from another table than {pairs.origin} ({name})")
+                raise MismatchError(
+                    f"{files.place} was made from another table than {pairs.origin} ({name})"
+                )
     files.write(SOURCE, source_bytes(pairs, root))
 
 
@@ -64,7 +70,8 @@ def recorded_arrays(files: Files) -> list[tuple[Modality, str]]:
 
 
 def restore_segment_records(files: Files, segments: Iterable[str]) -> list[str]:
-    """Write lost records of appended segments again, from the segments' own; returns the names of the records."""
+    """Write lost records of appended segments again, from the segments' own; returns the names of
+    the records."""
     mended = []
     for segment in segments:
         name = segment_record_name(segment)
@@ -72,13 +79,17 @@ def restore_segment_records(files: Files, segments: Iterable[str]) -> list[str]:
             read_record(files, name)
         except DamagedError:
             source = read_record(files.child(f"{SEGMENTS}/{segment}"), SOURCE)
-            files.write(name, seal_record(name, {key: source[key] for key in ("digest", "n_images", "n_texts")}))
+            files.write(
+                name,
+                seal_record(name, {key: source[key] for key in ("digest", "n_images", "n_texts")}),
+            )
             mended.append(name)
     return mended
 
 
 def restore_fingerprint(files: Files, modality: Modality, name: str) -> None:
-    """Write a lost `fingerprint.json` again, from what the attributes of the Zarr group repeat of it.
+    """Write a lost `fingerprint.json` again, from what the attributes of the Zarr group repeat of
+    it.
 
     Raises:
         StoreError: they are lost too, so that nobody knows what the features are.
@@ -89,22 +100,24 @@ def restore_fingerprint(files: Files, modality: Modality, name: str) -> None:
         record = described_record(modality, name, group["attributes"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
-            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows what these features "
+            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows "
+            "what these features "
             f"are; apecache remove STORE {modality}/{name}, and extract again"
         ) from None
     files.write(where, seal_record(where, record.to_json()))
 
 
 def unmake_table(files: Files) -> None:
-    """Make the pair table pending again: the next extraction writes it and Zarr's root metadata anew."""
+    """Make the pair table pending again: the next extraction writes it and Zarr's root metadata
+    anew."""
     files.remove(PAIRS)
 
 
 def remove_array(files: Files, modality: Modality, name: str) -> Mapping[str, int]:
     """Remove an array, data and records; returns {"objects", "bytes"} that went.
 
-    Seal and commits go first and the fingerprint last: interrupted, it is an array without shards, and removing it
-    again finishes the work.
+    Seal and commits go first and the fingerprint last: interrupted, it is an array without shards,
+    and removing it again finishes the work.
     """
     folders = [array_folder(modality, name), records_folder(modality, name)]
     sizes = [size for folder in folders for size in files.sizes(folder).values()]
@@ -133,13 +146,16 @@ def find_array(files: Files, name: str) -> tuple[Modality, str]:
     there = [
         (kind, array)
         for kind in kinds
-        for array in sorted({*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"})
+        for array in sorted(
+            {*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"}
+        )
     ]
     found = [(kind, array) for kind, array in there if name in (array, f"{kind}/{array}")]
     if len(found) != 1:
         names = [f"{kind}/{array}" for kind, array in there]
         what = "several arrays are called" if found else "no features"
         raise StoreError(
-            f"{files.place}: {what} {name!r}; there are {', '.join(names) or 'none'}{nearest(name, names)}"
+            f"{files.place}: {what} {name!r}; there are "
+            f"{', '.join(names) or 'none'}{nearest(name, names)}"
         )
     return found[0]

@@ -2,8 +2,8 @@
 
     value = round(x / scale), scale = max |x| / 127;  x is read back as value * scale
 
-so that no number is off by more than half a scale, and by what float16 rounds where it is read as that. A vector of
-zeros has the scale 0; one that is not there, NaN.
+so that no number is off by more than half a scale, and by what float16 rounds where it is read as
+that. A vector of zeros has the scale 0; one that is not there, NaN.
 """
 
 import numpy as np
@@ -17,10 +17,11 @@ UNSPREAD_NUMBERS = 1 << 15
 
 
 def quantise(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """`features` [..., dim], finite or not; values int8 [..., dim], scales float32 [...]: NaN or infinite where a
-    number of the vector is, and its values 0."""
+    """`features` [..., dim], finite or not; values int8 [..., dim], scales float32 [...]: NaN or
+    infinite where a number of the vector is, and its values 0."""
     flat = features.reshape(-1, features.shape[-1])
-    values, scales = np.zeros(flat.shape, np.int8), np.empty(len(flat), np.float32)
+    values = np.zeros(flat.shape, np.int8)
+    scales = np.empty(len(flat), np.float32)
     step = max(1, BLOCK_NUMBERS // features.shape[-1])
     for begin in range(0, len(flat), step):
         block = flat[begin : begin + step].astype(np.float32)
@@ -32,19 +33,25 @@ def quantise(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[
     return values.reshape(features.shape), scales.reshape(features.shape[:-1])
 
 
-def restore(values: NDArray[np.int8], scales: NDArray[np.float32], out: NDArray[np.floating]) -> None:
+def restore(
+    values: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    out: NDArray[np.floating],
+) -> None:
     """Into `out` [..., dim], contiguous; a vector whose scale is NaN becomes NaN.
 
-    By torch, which converts to float16 faster than numpy, in blocks that it does not spread over threads: shards are
-    read side by side.
+    By torch, which converts to float16 faster than numpy, in blocks that it does not spread over
+    threads: shards are read side by side.
     """
     import torch
 
     if not out.flags.carray:
         raise ValueError("out: expected a contiguous, writable array")
     dim = values.shape[-1]
-    flat, own = torch.from_numpy(values.reshape(-1, dim)), torch.from_numpy(scales.reshape(-1, 1))
-    target, step = torch.from_numpy(out.reshape(-1, dim)), max(1, UNSPREAD_NUMBERS // dim)
+    flat = torch.from_numpy(values.reshape(-1, dim))
+    own = torch.from_numpy(scales.reshape(-1, 1))
+    target = torch.from_numpy(out.reshape(-1, dim))
+    step = max(1, UNSPREAD_NUMBERS // dim)
     for begin in range(0, len(flat), step):
         block = slice(begin, begin + step)
         target[block] = flat[block] * own[block]

@@ -32,8 +32,8 @@ from apecache.store.table import PairTable, read_table
 class FeatureStore:
     """A store that exists. `open` reads only records; features are read by `FeatureArray.load`.
 
-    Rows that were appended lie in segments, each a store of its own in `segments/0001`, …; here they follow the rows of
-    the first, in pairs and arrays alike.
+    Rows that were appended lie in segments, each a store of its own in `segments/0001`, …; here
+    they follow the rows of the first, in pairs and arrays alike.
     """
 
     files: Files
@@ -41,7 +41,8 @@ class FeatureStore:
 
     @staticmethod
     def open(path: AnyPath) -> "FeatureStore":
-        """A store in a folder, or on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`).
+        """A store in a folder, or on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
+        `az://CONTAINER/…`).
 
         Raises:
             StoreError: there is no store at `path`, or one that was not finished being made.
@@ -53,13 +54,18 @@ class FeatureStore:
         """Raises as `open` does."""
         if not files.exists(PAIRS):
             if has_arrays(files):
-                raise DamagedError(f"{files.where(PAIRS)} is missing; write it again with: apecache repair")
+                raise DamagedError(
+                    f"{files.where(PAIRS)} is missing; write it again with: apecache repair"
+                )
             begun = files.exists(SOURCE)
             what = "was not finished being made; run the same apecache extract again"
             what = what if begun else f"is no store{files.hint()} (make one with: apecache extract)"
             raise StoreError(f"{files.place} {what}")
         read_record(files, PAIRS)
-        return FeatureStore(files, tuple(_open_segment(files, name) for name in segment_names(files)))
+        return FeatureStore(
+            files,
+            tuple(_open_segment(files, name) for name in segment_names(files)),
+        )
 
     @property
     def path(self) -> str | Path:
@@ -68,7 +74,8 @@ class FeatureStore:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """digest, n_images, n_texts, origin and root of the table that the first segment was made from."""
+        """digest, n_images, n_texts, origin and root of the table that the first segment was made
+        from."""
         return read_record(self.files, SOURCE)
 
     @cached_property
@@ -84,10 +91,22 @@ class FeatureStore:
         if len(tables) == 1:
             return tables[0]
         names = ("keys", "splits", "labels", "captions", "languages")
-        keys, splits, labels, captions, languages = (np.concatenate([getattr(t, n) for t in tables]) for n in names)
+        keys, splits, labels, captions, languages = (
+            np.concatenate([getattr(t, n) for t in tables]) for n in names
+        )
         starts = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
-        image_rows = np.concatenate([t.image_rows + first for t, first in zip(tables, starts, strict=True)])
-        return PairTable(keys, splits, labels, captions, languages, image_rows, self.digest)
+        image_rows = np.concatenate(
+            [t.image_rows + first for t, first in zip(tables, starts, strict=True)]
+        )
+        return PairTable(
+            keys=keys,
+            splits=splits,
+            labels=labels,
+            captions=captions,
+            languages=languages,
+            image_rows=image_rows,
+            digest=self.digest,
+        )
 
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Every array, images first, by name."""
@@ -106,8 +125,17 @@ class FeatureStore:
         if name is not None and name in names:
             return self._open_array(modality, name)
         found = ", ".join(names) or "none"
-        wanted = f"no {modality} features {name!r}" if name else f"{len(names)} arrays of {modality} features"
-        hint = nearest(name, names) if name else f"; choose one with --{modality}-features" if names else ""
+        wanted = (
+            f"no {modality} features {name!r}"
+            if name
+            else f"{len(names)} arrays of {modality} features"
+        )
+        if name:
+            hint = nearest(name, names)
+        elif names:
+            hint = f"; choose one with --{modality}-features"
+        else:
+            hint = ""
         raise StoreError(f"{self.path} has {wanted}; found: {found}{hint}")
 
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
@@ -115,18 +143,26 @@ class FeatureStore:
         record = ArrayRecord.from_json(modality, name, value)
         if record.table != self.source["digest"]:
             raise DamagedError(
-                f"{modality}/{name} is of another table than {self.path}; apecache remove {self.path} {modality}/{name}"
+                f"{modality}/{name} is of another table than {self.path}; apecache remove "
+                f"{self.path} {modality}/{name}"
             )
         there = [segment for segment in self.segments if name in segment._names(modality)]
         count = "n_images" if modality == "image" else "n_texts"
         to_come = sum(segment.source[count] for segment in self.segments if segment not in there)
         appended = tuple(segment._open_array(modality, name) for segment in there)
-        return FeatureArray(self.files, record, appended, to_come)
+        return FeatureArray(
+            files=self.files,
+            record=record,
+            appended=appended,
+            rows_to_come=to_come,
+        )
 
     def _names(self, modality: Modality) -> list[str]:
         """Arrays that are there. An empty folder is one that a killed writer has just begun."""
         return [
-            name for name in self.files.list(f"records/{modality}") if self.files.list(records_folder(modality, name))
+            name
+            for name in self.files.list(f"records/{modality}")
+            if self.files.list(records_folder(modality, name))
         ]
 
 
@@ -140,22 +176,31 @@ def segment_names(files: Files) -> list[str]:
     begun = {name for name in files.list(SEGMENTS) if has_arrays(files.child(f"{SEGMENTS}/{name}"))}
     recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
     for name in sorted(begun - recorded):
-        raise DamagedError(f"{files.where(segment_record_name(name))} is missing; write it again with: apecache repair")
+        raise DamagedError(
+            f"{files.where(segment_record_name(name))} is missing; write it again with: "
+            "apecache repair"
+        )
     return sorted(recorded)
 
 
 def _open_segment(files: Files, name: str) -> FeatureStore:
-    own, record = files.child(f"{SEGMENTS}/{name}"), read_record(files, segment_record_name(name))
+    own = files.child(f"{SEGMENTS}/{name}")
+    record = read_record(files, segment_record_name(name))
     if not own.list(""):
-        raise DamagedError(f"{own.place} is missing ({record['n_images']} images); restore it, or: apecache repair")
+        raise DamagedError(
+            f"{own.place} is missing ({record['n_images']} images); restore it, or: apecache repair"
+        )
     segment = FeatureStore.at(own)
     if segment.source["digest"] != record["digest"]:
-        raise DamagedError(f"{own.place} is not the segment that was appended in its place; restore it")
+        raise DamagedError(
+            f"{own.place} is not the segment that was appended in its place; restore it"
+        )
     return segment
 
 
 def has_arrays(files: Files) -> bool:
-    """Arrays are begun after the pair table is written, so where there is one, the table was there."""
+    """Arrays are begun after the pair table is written, so where there is one, the table was
+    there."""
     return any(
         files.exists(f"{records_folder(kind, name)}/fingerprint.json")
         for kind in ("image", "text")

@@ -39,8 +39,9 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it was unreadable; it
-    is most of a record, and `without_content` is what can be kept of very many."""
+    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it
+    was unreadable; it is most of a record, and `without_content` is what can be kept of very
+    many."""
 
     shard: int
     rows: tuple[int, int]
@@ -54,31 +55,55 @@ class CommitRecord:
         return CommitRecord(**{**vars(self), "content": ()})
 
     def to_bytes(self) -> bytes:
-        """JSON. The hashes stand in one string: thousands of short ones cost a hundred times as much to read."""
+        """JSON. The hashes stand in one string: thousands of short ones cost a hundred times as
+        much to read."""
         objects = {name: asdict(entry) for name, entry in self.objects.items()}
         content = " ".join(digest or UNREAD for digest in self.content)
-        return with_checksum({"format": FORMAT_VERSION, **vars(self), "objects": objects, "content": content})
+        return with_checksum(
+            {"format": FORMAT_VERSION, **vars(self), "objects": objects, "content": content}
+        )
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> "CommitRecord":
-        """Raises DamagedError if the record is not exactly what was committed, StoreError for a newer format."""
+        """Raises DamagedError if the record is not exactly what was committed, StoreError for a
+        newer format."""
         value = parse_record(data, where)
         try:
             objects = {name: ObjectRecord(**entry) for name, entry in value["objects"].items()}
-            kinds = {(type(entry.bytes), type(entry.blake3), type(entry.crc32c)) for entry in objects.values()}
+            kinds = {
+                (type(entry.bytes), type(entry.blake3), type(entry.crc32c))
+                for entry in objects.values()
+            }
             if not kinds <= {(int, str, int), (int, str, type(None))}:
                 raise ValueError("objects of other kinds than expected")
             rows = (int(value["rows"][0]), int(value["rows"][1]))
             counts = (int(value["n_ok"]), int(value["n_quarantined"]))
             content = ["" if digest == UNREAD else digest for digest in value["content"].split()]
-            return CommitRecord(int(value["shard"]), rows, *counts, objects, content, str(value["fingerprint"]))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            return CommitRecord(
+                int(value["shard"]),
+                rows,
+                *counts,
+                objects,
+                content,
+                str(value["fingerprint"]),
+            )
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+        ) as error:
             why = one_line(error)
-            raise DamagedError(f"{where}: the record is damaged ({why}); run apecache extract again") from None
+            raise DamagedError(
+                f"{where}: the record is damaged ({why}); run apecache extract again"
+            ) from None
 
 
 def read_commits(files: Files, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
-    """Records of an array in order of shards, each with the hash of its bytes; one at a time, for `content` is long.
+    """Records of an array in order of shards, each with the hash of its bytes; one at a time, for
+    `content` is long.
 
     Raises:
         DamagedError: a record is not what was committed, or not in its place.
@@ -97,7 +122,8 @@ def is_commit(file: str) -> bool:
 
 
 def read_commit(files: Files, array: ArrayRecord, shard: int) -> tuple[CommitRecord, str]:
-    """One record and the hash of its bytes. Raises FileNotFoundError if there is none, else as `read_commits` does."""
+    """One record and the hash of its bytes. Raises FileNotFoundError if there is none, else as
+    `read_commits` does."""
     name = commit_name(array.modality, array.name, shard)
     return _read_commit(files.read(name), array, name)
 
@@ -112,25 +138,36 @@ def digest_commits(hashes: Iterable[str]) -> str:
 
 
 def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecord:
-    """A record is good for one shard of one array; a valid one of another shard must not take its place."""
+    """A record is good for one shard of one array; a valid one of another shard must not take its
+    place."""
     if record.fingerprint != array.fingerprint.digest:
-        raise MismatchError(f"{name}: shard {record.shard} of {array.name} was made by another encoder")
+        raise MismatchError(
+            f"{name}: shard {record.shard} of {array.name} was made by another encoder"
+        )
     rows = array.layout.shard(record.shard)
     sizes = {part: entry.bytes for part, entry in record.objects.items()}
-    wanted = {chunk_name(array, part, record.shard): size for part, size in chunk_bytes(array.layout).items()}
+    wanted = {
+        chunk_name(array, part, record.shard): size
+        for part, size in chunk_bytes(array.layout).items()
+    }
     if (
         name != commit_name(array.modality, array.name, record.shard)
         or record.rows != (rows.start, rows.stop)
         or len(record.content) != len(rows)
         or wanted.items() - sizes.items()
-        or sizes.keys() - wanted.keys() - {quarantine_name(array.modality, array.name, record.shard)}
+        or sizes.keys()
+        - wanted.keys()
+        - {quarantine_name(array.modality, array.name, record.shard)}
     ):
-        raise DamagedError(f"{name}: the record is not of this shard of {array.name}; restore the file")
+        raise DamagedError(
+            f"{name}: the record is not of this shard of {array.name}; restore the file"
+        )
     return record
 
 
 def read_record(files: Files, name: str) -> dict[str, Any]:
-    """Raises DamagedError if a record is missing, damaged or not in its place, StoreError for a newer format."""
+    """Raises DamagedError if a record is missing, damaged or not in its place, StoreError for a
+    newer format."""
     try:
         value = parse_record(files.read(name), name)
     except FileNotFoundError:
@@ -144,7 +181,8 @@ def read_record(files: Files, name: str) -> dict[str, Any]:
 
 
 def _has_fields(value: Mapping[str, Any], name: str) -> bool:
-    """Whether a record says what one of its place must say. Fingerprints are looked at by `ArrayRecord.from_json`."""
+    """Whether a record says what one of its place must say. Fingerprints are looked at by
+    `ArrayRecord.from_json`."""
     counts: tuple[str, ...] = ()
     if name == SOURCE or name.startswith(f"{SEGMENT_RECORDS}/"):
         counts = ("n_images", "n_texts")
@@ -158,7 +196,8 @@ def _has_fields(value: Mapping[str, Any], name: str) -> bool:
 
 
 def _are_objects(value: Any) -> bool:
-    """Whether these are Zarr's objects of a pair table, each with its hash; nothing outside is ever read."""
+    """Whether these are Zarr's objects of a pair table, each with its hash; nothing outside is ever
+    read."""
     return isinstance(value, dict) and all(
         name.startswith(f"{ZARR}/")
         and ".." not in name.split("/")
@@ -175,14 +214,16 @@ def seal_record(name: str, body: Mapping[str, Json]) -> bytes:
 
 
 def with_checksum(body: Mapping[str, Json]) -> bytes:
-    """Canonical JSON whose first key is a checksum of all the rest: it is checked without being written anew."""
+    """Canonical JSON whose first key is a checksum of all the rest: it is checked without being
+    written anew."""
     rest = canonical_json(body)
     return CHECKSUM + content_hash(rest).encode() + b'",' + rest[1:]
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
     """Raises DamagedError if the checksum does not fit, StoreError for a newer format."""
-    start, stop = len(CHECKSUM), len(CHECKSUM) + 64
+    start = len(CHECKSUM)
+    stop = len(CHECKSUM) + 64
     whole = data.startswith(CHECKSUM) and data[stop : stop + 2] == b'",'
     if not whole or content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]:
         raise DamagedError(f"{where}: the record is damaged (its checksum does not fit)")

@@ -1,4 +1,5 @@
-"""Older formats of a store are lifted into a new store, never in place. So far there is one format."""
+"""Older formats of a store are lifted into a new store, never in place. So far there is one
+format."""
 
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def store_format(path: str | Path) -> int:
 
 
 def upgrade_store(path: str | Path, out: str | Path) -> bool:
-    """Write the store at `path` to `out` in the newest format; False if it is of that already, and nothing was written.
+    """Write the store at `path` to `out` in the newest format; False if it is of that already, and
+    nothing was written.
 
     Raises as `store_format` does.
     """

@@ -1,7 +1,8 @@
 """Writing features: whole shards, committed one by one, by as many processes as like to.
 
-Order of a commit (each step durable before the next): chunk files, quarantine list, read-back, record put if absent.
-A shard exists when its record does. There is no cursor: resuming is listing the records.
+Order of a commit (each step durable before the next): chunk files, quarantine list, read-back,
+record put if absent. A shard exists when its record does. There is no cursor: resuming is listing
+the records.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,10 @@ from apecache.store.records import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairColumns:
-    """The pair table as columns. Images: keys, splits, labels. Texts: captions, languages, image_rows."""
+    """The pair table as columns. Images: keys, splits, labels. Texts: captions, languages,
+    image_rows."""
 
     keys: list[str]
     splits: list[str]
@@ -60,7 +62,7 @@ class PairColumns:
     origin: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuarantinedRow:
     """`row` counts from the start of the array."""
 
@@ -95,14 +97,15 @@ def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, versi
 
     Raises as `create_store` does; MismatchError also if another table has that place.
     """
-    create_store(files.child(f"{SEGMENTS}/{segment}"), pairs, root, version)
+    create_store(files.child(f"{SEGMENTS}/{segment}"), pairs=pairs, root=root, version=version)
     name = segment_record_name(segment)
     files.create(name, seal_record(name, _identity(pairs)))
     _require_same_source(read_record(files, name), _identity(pairs), files)
 
 
 def source_bytes(pairs: PairColumns, root: str) -> bytes:
-    """The record that claims a store for a table; origin and root are where it lay, for people and for repair."""
+    """The record that claims a store for a table; origin and root are where it lay, for people and
+    for repair."""
     return seal_record(SOURCE, {**_identity(pairs), "origin": pairs.origin, "root": root})
 
 
@@ -127,32 +130,48 @@ def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
     for name, data in objects.items():
         files.write(name, data)
     files.write("README.md", README.encode())
-    hashes: Json = {name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()}
+    hashes: Json = {
+        name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()
+    }
     files.create(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
 
 
 def _refuse_foreign(files: Files) -> None:
-    # Looked for last: another writer may be making the store at this moment, and the source is what it puts first.
-    made, strange = files.exists(PAIRS), files.list("") not in ([], ["records"]) or files.list("records")
+    # Looked for last: another writer may be making the store at this moment, and the source is what
+    # it puts first.
+    made = files.exists(PAIRS)
+    strange = files.list("") not in ([], ["records"]) or files.list("records")
     if strange and not files.exists(SOURCE):
         if made:
-            raise DamagedError(f"{files.where(SOURCE)} is missing; write it again with: apecache repair")
+            raise DamagedError(
+                f"{files.where(SOURCE)} is missing; write it again with: apecache repair"
+            )
         raise StoreError(f"{files.place} is not empty and not a store; choose another --store")
 
 
-def _require_same_source(found: Mapping[str, Json], wanted: Mapping[str, Json], files: Files) -> None:
-    differences = [(key, wanted[key], found.get(key)) for key in sorted(wanted) if wanted[key] != found.get(key)]
+def _require_same_source(
+    found: Mapping[str, Json],
+    wanted: Mapping[str, Json],
+    files: Files,
+) -> None:
+    differences = [
+        (key, wanted[key], found.get(key))
+        for key in sorted(wanted)
+        if wanted[key] != found.get(key)
+    ]
     if differences:
         origin = one_line(found.get("origin"))
         raise MismatchError(
-            f"{files.place} was made from another table ({origin}): {describe_difference(differences)}; "
+            f"{files.place} was made from another table ({origin}): "
+            f"{describe_difference(differences)}; "
             "a store belongs to one table: choose another --store",
             differences,
         )
 
 
 def create_array(files: Files, record: ArrayRecord) -> None:
-    """Make an array, or finish making it. The caller has compared `record` with what is there (see FeatureStore).
+    """Make an array, or finish making it. The caller has compared `record` with what is there (see
+    FeatureStore).
 
     Raises:
         MismatchError: another writer made it first, of other features.
@@ -160,7 +179,9 @@ def create_array(files: Files, record: ArrayRecord) -> None:
     name = f"{records_folder(record.modality, record.name)}/fingerprint.json"
     data = seal_record(name, record.to_json())
     if not files.create(name, data) and files.read(name) != data:
-        raise MismatchError(f"another extraction has just made {record.modality}/{record.name} otherwise; run again")
+        raise MismatchError(
+            f"another extraction has just made {record.modality}/{record.name} otherwise; run again"
+        )
     for path, text in record.metadata.items():
         files.create(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
 
@@ -180,7 +201,10 @@ class ArrayWriter:
             DamagedError: a record is not what was committed.
             MismatchError: a record of other features.
         """
-        return {record.shard: record.without_content() for record, _ in read_commits(self.files, self.record)}
+        return {
+            record.shard: record.without_content()
+            for record, _ in read_commits(self.files, self.record)
+        }
 
     def pending(self) -> list[int]:
         """Shards without a record, in order."""
@@ -198,8 +222,8 @@ class ArrayWriter:
         """Write one whole shard and its record.
 
         Args:
-            features: [rows of the shard, *row_shape], float16 or float32, which are written in the array's dtype; rows
-                that are quarantined may hold anything.
+            features: [rows of the shard, *row_shape], float16 or float32, which are written in the
+                array's dtype; rows that are quarantined may hold anything.
             content: hash of each row's input, empty where it could not be read.
             lengths: [rows of the shard], tokens of each row, if the array is ragged.
 
@@ -210,18 +234,34 @@ class ArrayWriter:
         rows = self.layout.shard(shard)
         bad = {row.row for row in quarantined}
         if len(content) != len(rows) or len(bad) != len(quarantined) or not bad <= set(rows):
-            raise ValueError(f"shard {shard}: content and quarantined rows must be those of rows {rows}")
-        payloads = self._payloads(shard, self._chunks(shard, features, quarantined, lengths), quarantined)
+            raise ValueError(
+                f"shard {shard}: content and quarantined rows must be those of rows {rows}"
+            )
+        payloads = self._payloads(
+            shard,
+            self._chunks(shard, features=features, quarantined=quarantined, lengths=lengths),
+            quarantined,
+        )
         objects = {name: _describe(payload) for name, payload in payloads.items()}
         counts = (len(rows) - len(bad), len(bad))
         digest = self.record.fingerprint.digest
-        record = CommitRecord(shard, (rows.start, rows.stop), *counts, objects, list(content), digest)
+        record = CommitRecord(
+            shard,
+            (rows.start, rows.stop),
+            *counts,
+            objects,
+            list(content),
+            digest,
+        )
         with self.files.exclusive(f"{self._folder}/commits"):
             committed = self._committed_alike(record)
             for name, payload in payloads.items():
                 if not committed or not self._stands(name, objects[name].blake3):
                     self._put(name, payload, objects[name].blake3)
-            if not self.files.create(commit_name(self.record.modality, self.record.name, shard), record.to_bytes()):
+            if not self.files.create(
+                commit_name(self.record.modality, self.record.name, shard),
+                record.to_bytes(),
+            ):
                 self._committed_alike(record)
         return record
 
@@ -231,31 +271,49 @@ class ArrayWriter:
         Raises:
             StoreError: shards are missing. DamagedError: it was sealed with other records.
         """
-        sealed = [(record.n_ok, record.n_quarantined, of) for record, of in read_commits(self.files, self.record)]
+        sealed = [
+            (record.n_ok, record.n_quarantined, of)
+            for record, of in read_commits(self.files, self.record)
+        ]
         if len(sealed) != self.layout.n_shards:
             missing = self.layout.n_shards - len(sealed)
             raise StoreError(f"{self.record.modality}/{self.record.name}: {missing} shards missing")
         digest = digest_commits(of for *_, of in sealed)
-        totals = {"n_ok": sum(ok for ok, *_ in sealed), "n_quarantined": sum(bad for _, bad, _ in sealed)}
+        totals = {
+            "n_ok": sum(ok for ok, *_ in sealed),
+            "n_quarantined": sum(bad for _, bad, _ in sealed),
+        }
         name = f"{self._folder}/seal.json"
         # The last record may be that of a writer that was killed before it made the entry durable.
         self.files.settle(f"{self._folder}/commits")
-        put = self.files.create(name, seal_record(name, {"digest": digest, "rows": self.layout.rows, **totals}))
+        put = self.files.create(
+            name,
+            seal_record(name, {"digest": digest, "rows": self.layout.rows, **totals}),
+        )
         if not put and read_record(self.files, name).get("digest") != digest:
-            raise DamagedError(f"{self.files.where(name)}: sealed with other records; restore the file")
+            raise DamagedError(
+                f"{self.files.where(name)}: sealed with other records; restore the file"
+            )
 
     @property
     def _folder(self) -> str:
         return records_folder(self.record.modality, self.record.name)
 
     def _payloads(
-        self, shard: int, chunks: Mapping[str, NDArray[Any]], quarantined: Sequence[QuarantinedRow]
+        self,
+        shard: int,
+        chunks: Mapping[str, NDArray[Any]],
+        quarantined: Sequence[QuarantinedRow],
     ) -> dict[str, tuple[Buffer, ...]]:
-        """Every object of a shard. Chunks are data and crc32c, exactly as Zarr's codecs write them."""
+        """Every object of a shard. Chunks are data and crc32c, exactly as Zarr's codecs write
+        them."""
         payloads: dict[str, tuple[Buffer, ...]] = {}
         for part, array in chunks.items():
             data = array.data.cast("B")
-            payloads[chunk_name(self.record, part, shard)] = (data, checksum(data).to_bytes(4, "little"))
+            payloads[chunk_name(self.record, part, shard)] = (
+                data,
+                checksum(data).to_bytes(4, "little"),
+            )
         if quarantined:
             lines = b"".join(canonical_json(vars(row)) + b"\n" for row in quarantined)
             payloads[quarantine_name(self.record.modality, self.record.name, shard)] = (lines,)
@@ -268,16 +326,23 @@ class ArrayWriter:
         quarantined: Sequence[QuarantinedRow],
         lengths: NDArray[np.integer] | None,
     ) -> dict[str, NDArray[Any]]:
-        """Full chunks as Zarr wants them: the last shard is padded, quarantined rows are NaN, padding tokens are 0."""
-        rows, layout = self.layout.shard(shard), self.layout
+        """Full chunks as Zarr wants them: the last shard is padded, quarantined rows are NaN,
+        padding tokens are 0."""
+        rows = self.layout.shard(shard)
+        layout = self.layout
         wanted = (len(rows), *layout.row_shape)
         if features.shape != wanted or (lengths is not None) != layout.ragged:
-            raise ValueError(f"shard {shard}: expected {wanted}, found {features.shape}, lengths {lengths is not None}")
+            raise ValueError(
+                f"shard {shard}: expected {wanted}, found {features.shape}, lengths "
+                f"{lengths is not None}"
+            )
         chunks: dict[str, NDArray[Any]] = {
             part: np.zeros((layout.shard_rows, *shape), dtype=np.dtype(dtype).newbyteorder("<"))
             for part, (dtype, shape) in layout.parts.items()
         }
-        chunk, status, gaps = chunks["features"], chunks["status"], chunks["scale" if layout.scaled else "features"]
+        chunk = chunks["features"]
+        status = chunks["status"]
+        gaps = chunks["scale" if layout.scaled else "features"]
         if layout.scaled:
             chunk[: len(rows)], gaps[: len(rows)] = quantise(features)
         else:
@@ -292,14 +357,18 @@ class ArrayWriter:
             chunk[: len(rows)][beyond], gaps[: len(rows)][beyond] = 0, 0
         if layout.scaled:
             chunk[bad] = 0
-        gaps[bad], status[bad] = np.nan, QUARANTINED
+        gaps[bad] = np.nan
+        status[bad] = QUARANTINED
         return chunks
 
     def _put(self, name: str, payload: tuple[Buffer, ...], wanted: str) -> None:
         """Write one object and compare what is there with what should be."""
         self.files.write(name, *payload)
         if not self._stands(name, wanted):
-            raise DamagedError(f"{self.files.where(name)}: what was read back is not what was written; check the disk")
+            raise DamagedError(
+                f"{self.files.where(name)}: what was read back is not what was written; check "
+                "the disk"
+            )
 
     def _stands(self, name: str, wanted: str) -> bool:
         try:
@@ -313,7 +382,9 @@ class ArrayWriter:
         if not self.files.exists(name):
             return False
         if read_commit(self.files, self.record, record.shard)[0].objects != record.objects:
-            raise MismatchError(f"{name}: another writer committed this shard with other bytes; run apecache verify")
+            raise MismatchError(
+                f"{name}: another writer committed this shard with other bytes; run apecache verify"
+            )
         return True
 
 

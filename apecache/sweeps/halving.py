@@ -16,7 +16,12 @@ from apecache.metrics.retrieval import chance_recalls
 from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.storage.atomic import replace_text
-from apecache.sweeps.population.population import members_state, restore_members, split_members, train_together
+from apecache.sweeps.population.population import (
+    members_state,
+    restore_members,
+    split_members,
+    train_together,
+)
 from apecache.sweeps.population.stacked_heads import Streams
 from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
@@ -34,11 +39,12 @@ WAVE = 64
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """`seeds`: fits of each trial, with seeds from `fit.seed` on. `seed`: of the sampler. `halving`: trials run to a
-    share of their epochs, the best third of them to three times that, and so on to the end (successive halving,
-    Jamieson and Talwalkar 2016, algorithm 1), in `rungs` (3: a ninth, a third, all) and in groups of up to `WAVE`.
-    `keep_going`: a trial that fails is a line with its error, not the end of the sweep. `population`: heads that train
-    together at most, within `memory_bytes`. Without halving `n_trials` may grow when a sweep goes on."""
+    """`seeds`: fits of each trial, with seeds from `fit.seed` on. `seed`: of the sampler.
+    `halving`: trials run to a share of their epochs, the best third of them to three times that,
+    and so on to the end (successive halving, Jamieson and Talwalkar 2016, algorithm 1), in `rungs`
+    (3: a ninth, a third, all) and in groups of up to `WAVE`. `keep_going`: a trial that fails is a
+    line with its error, not the end of the sweep. `population`: heads that train together at most,
+    within `memory_bytes`. Without halving `n_trials` may grow when a sweep goes on."""
 
     n_trials: int = 20
     sampler: Literal["random", "grid", "tpe"] = "random"
@@ -52,14 +58,14 @@ class SweepSpec:
     fit: FitSpec = field(default_factory=FitSpec)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepData:
     train: FeaturePairs
     dev: FeaturePairs
     require_kinds: Callable[[Recipe], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     number: int
     values: Values
@@ -72,9 +78,10 @@ Results = dict[Name, tuple[float, int, str]]
 """Best recall, epochs, and why it failed, if it did."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """Fits that train together up to a share of their epochs. `values`: JSON of each one's point."""
+    """Fits that train together up to a share of their epochs. `values`: JSON of each one's
+    point."""
 
     names: tuple[Name, ...]
     values: tuple[str, ...]
@@ -84,10 +91,18 @@ class Group:
     @staticmethod
     def of(fits: Sequence[tuple[Planned, int]], rung: int, share: int) -> "Group":
         values = tuple(json.dumps(one.values) for one, _ in fits)
-        return Group(tuple((one.number, seed) for one, seed in fits), values, rung, share)
+        return Group(
+            names=tuple((one.number, seed) for one, seed in fits),
+            values=values,
+            rung=rung,
+            share=share,
+        )
 
     def __str__(self) -> str:
-        return f"a population of {len(self.names)} heads, of which the first is trial {self.names[0][0]},"
+        return (
+            f"a population of {len(self.names)} heads, of which the first is trial "
+            f"{self.names[0][0]},"
+        )
 
 
 class Wave:
@@ -102,17 +117,23 @@ class Wave:
         trials: dict[int, Trial],
         progress: Callable[[Trial], None],
     ) -> None:
-        self.out, self.spec, self.space, self.data = out, spec, space, data
-        self.trials, self.progress = trials, progress
+        self.out = out
+        self.spec = spec
+        self.space = space
+        self.data = data
+        self.trials = trials
+        self.progress = progress
         self.results: Results = {}
 
     def run(self, planned: Sequence[Planned]) -> None:
         (self.out / WORK).mkdir(exist_ok=True)
-        rungs = [ETA**power for power in reversed(range(self.spec.rungs))] if self.spec.halving else [1]
+        rungs = (
+            [ETA**power for power in reversed(range(self.spec.rungs))] if self.spec.halving else [1]
+        )
         present = list(planned)
         for rung, share in enumerate(rungs):
             last = share == 1
-            self._climb(present, rung, share, last)
+            self._climb(present, rung=rung, share=share, last=last)
             if not last:
                 present = self._promoted(present)
         shutil.rmtree(self.out / WORK)
@@ -121,24 +142,38 @@ class Wave:
         """Train everyone up to a share of their epochs; what a killed process had done is read."""
         keys = [(one, seed) for one in planned for seed in range(self.spec.seeds)]
         ready = [(key, member) for key in keys if (member := self._member(*key, rung)) is not None]
-        members, plans = [m for _, m in ready], [Plan.of(m.recipe, self.data.train) for _, m in ready]
-        parts = split_members(members, plans, self.spec.population, self.spec.memory_bytes)
+        members = [m for _, m in ready]
+        plans = [Plan.of(m.recipe, self.data.train) for _, m in ready]
+        parts = split_members(
+            members,
+            plans=plans,
+            most=self.spec.population,
+            max_bytes=self.spec.memory_bytes,
+        )
         groups = [Group.of([ready[i][0] for i in part], rung, share) for part in parts]
         missing = [group for group in groups if not self._file(group).is_file()]
         done = [(group, self._read(group)) for group in groups if group not in missing]
         by_name = {(one.number, seed): member for (one, seed), member in ready}
         for group, results in chain(done, self.train_groups(missing, by_name)):
             self.results |= results
-            replace_text(self._file(group), json.dumps([(name, results[name]) for name in group.names]))
+            replace_text(
+                self._file(group),
+                json.dumps([(name, results[name]) for name in group.names]),
+            )
             shutil.rmtree(self._under_way(group), ignore_errors=True)
             for one in planned if last else ():
                 self.finish(one, "done")
         for one in planned:
-            if any(self.results.get((one.number, seed), (0, 0, ""))[2] for seed in range(self.spec.seeds)):
+            if any(
+                self.results.get((one.number, seed), (0, 0, ""))[2]
+                for seed in range(self.spec.seeds)
+            ):
                 self.finish(one, "failed")
 
     def train_groups(
-        self, groups: Sequence[Group], members: Mapping[Name, Training]
+        self,
+        groups: Sequence[Group],
+        members: Mapping[Name, Training],
     ) -> Iterator[tuple[Group, Results]]:
         """Each group with its results; `members` as they stand at the beginning of the rung."""
         for group in groups:
@@ -147,8 +182,16 @@ class Wave:
     def train_group(self, group: Group) -> Results:
         """One group by itself, in a process that has not planned it."""
         members = [
-            self._member(Planned(number, values, self.space.recipe(values)), seed, group.rung)
-            for (number, seed), values in zip(group.names, map(json.loads, group.values), strict=True)
+            self._member(
+                Planned(number=number, values=values, recipe=self.space.recipe(values)),
+                seed,
+                group.rung,
+            )
+            for (number, seed), values in zip(
+                group.names,
+                map(json.loads, group.values),
+                strict=True,
+            )
         ]
         return self._train(group, [member for member in members if member is not None])
 
@@ -156,16 +199,25 @@ class Wave:
         return self.out / WORK / f"{group.rung}-{group.names[0][0]}-{group.names[0][1]}.json"
 
     def _read(self, group: Group) -> Results:
-        return {tuple(name): tuple(result) for name, result in json.loads(self._file(group).read_text("utf-8"))}
+        return {
+            tuple(name): tuple(result)
+            for name, result in json.loads(self._file(group).read_text("utf-8"))
+        }
 
     def _member(self, one: Planned, seed: int, rung: int) -> Training | None:
         """As it stands at the beginning of a rung; None for one that failed."""
-        key, number = (one.number, seed), self.spec.fit.seed + seed
+        key = (one.number, seed)
+        number = self.spec.fit.seed + seed
         if self.results.get(key, (0, 0, ""))[2]:
             return None
         try:
             self.data.require_kinds(one.recipe)
-            model, _ = initial_model(one.recipe, self.data.train, self.data.dev, number)
+            model, _ = initial_model(
+                one.recipe,
+                train=self.data.train,
+                dev=self.data.dev,
+                seed=number,
+            )
             member = Training(model, one.recipe, number)
             if member.optimiser is None and Plan.of(one.recipe, self.data.train).n_steps:
                 raise RecipeError(f"recipe {one.recipe.name}: nothing would be trained")
@@ -175,8 +227,12 @@ class Wave:
         return member
 
     def _train(self, group: Group, members: Sequence[Training]) -> Results:
-        streams = Streams.seeded([self.spec.fit.seed + seed + 1 for _, seed in group.names], self.data.train.place)
-        under_way, plan = self._under_way(group), Plan.of(members[0].recipe, self.data.train)
+        streams = Streams.seeded(
+            [self.spec.fit.seed + seed + 1 for _, seed in group.names],
+            self.data.train.place,
+        )
+        under_way = self._under_way(group)
+        plan = Plan.of(members[0].recipe, self.data.train)
         if (under_way / CHECKPOINT).is_file():
             restore_members(members, streams, *load_checkpoint(under_way))
         elif group.rung:
@@ -193,7 +249,15 @@ class Wave:
                 save_checkpoint(under_way, *members_state(members, streams))
                 saved = time.monotonic()
 
-        failures = train_together(members, streams, self.data.train, self.data.dev, plan, until, save)
+        failures = train_together(
+            members,
+            streams,
+            self.data.train,
+            self.data.dev,
+            plan,
+            until,
+            save,
+        )
         results: Results = {}
         for i, (name, member) in enumerate(zip(group.names, members, strict=True)):
             recall = member.best.recall if math.isfinite(member.best.recall) else -1.0
@@ -201,7 +265,11 @@ class Wave:
             if group.share > 1 and i not in failures:
                 self._folder(name, group.rung).mkdir(exist_ok=True)
                 with streams.alone(i):
-                    save_checkpoint(self._folder(name, group.rung), member.tensors(), member.state())
+                    save_checkpoint(
+                        self._folder(name, group.rung),
+                        member.tensors(),
+                        member.state(),
+                    )
         return results
 
     def _folder(self, name: Name, rung: int) -> Path:
@@ -235,13 +303,18 @@ class Wave:
         ):
             return
         trial = Trial(
-            one.number, self.space.recipe_name(one.values), self.space.settings(one.values), one.values, state
+            number=one.number,
+            recipe=self.space.recipe_name(one.values),
+            settings=self.space.settings(one.values),
+            values=one.values,
+            state=state,
         )
         if state == "failed":
             trial = replace(trial, error=self._failures(one)[0])
             if not self.spec.keep_going:
                 raise RecipeError(
-                    f"trial {one.number} ({' '.join(trial.settings)}): {trial.error}; or add --keep-going"
+                    f"trial {one.number} ({' '.join(trial.settings)}): {trial.error}; or add "
+                    "--keep-going"
                 )
         else:
             recalls = self._recalls(one)
@@ -249,7 +322,13 @@ class Wave:
             dev = self.data.dev
             to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
             chance = fmean([*to_text.values(), *to_image.values()])
-            trial = replace(trial, epochs=epochs, recalls=tuple(recalls), chance=chance, **interval(recalls, len(dev)))
+            trial = replace(
+                trial,
+                epochs=epochs,
+                recalls=tuple(recalls),
+                chance=chance,
+                **interval(recalls, len(dev)),
+            )
         self.trials[one.number] = trial
         write_trials(self.out, self.trials)
         self.progress(trial)
@@ -257,11 +336,18 @@ class Wave:
 
 def plan_trials(wave: Wave, numbers: range, points: list[Values] | None) -> list[Planned]:
     """Points of these trials; those that make no recipe fail at once."""
-    space, spec = wave.space, wave.spec
+    space = wave.space
+    spec = wave.spec
     if points is not None:
         chosen = [points[number] for number in numbers]
     elif spec.sampler == "tpe":
-        chosen = ask_optuna(wave.out, space, spec.seed, wave.trials, numbers)
+        chosen = ask_optuna(
+            wave.out,
+            space=space,
+            seed=spec.seed,
+            trials=wave.trials,
+            numbers=numbers,
+        )
     else:
         chosen = [space.draw(spec.seed, number) for number in numbers]
     planned = []
@@ -270,8 +356,13 @@ def plan_trials(wave: Wave, numbers: range, points: list[Values] | None) -> list
             recipe = space.recipe(values)
             if not recipe.trains_heads_alone:
                 raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
-            planned.append(Planned(number, values, recipe))
+            planned.append(Planned(number=number, values=values, recipe=recipe))
         except RecipeError as error:
-            wave.results.update({(number, seed): (-math.inf, 0, str(error)) for seed in range(spec.seeds)})
-            wave.finish(Planned(number, values, Recipe.model_construct(name="")), "failed")
+            wave.results.update(
+                {(number, seed): (-math.inf, 0, str(error)) for seed in range(spec.seeds)}
+            )
+            wave.finish(
+                Planned(number=number, values=values, recipe=Recipe.model_construct(name="")),
+                "failed",
+            )
     return planned

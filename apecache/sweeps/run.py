@@ -1,8 +1,9 @@
 """Sweeps: many settings of recipes on one store, small heads of one structure trained together.
 
-Everything is chosen on the dev split. A trial is one point of the space, with several seeds if asked for; its value is
-the mean over seeds of the best mean recall on dev. A sweep that was broken off goes on: finished trials stand in
-`trials.jsonl`, and the population that was under way goes on from its last checkpoint.
+Everything is chosen on the dev split. A trial is one point of the space, with several seeds if
+asked for; its value is the mean over seeds of the best mean recall on dev. A sweep that was broken
+off goes on: finished trials stand in `trials.jsonl`, and the population that was under way goes on
+from its last checkpoint.
 """
 
 import json
@@ -27,12 +28,14 @@ from apecache.train.head_data import FitSpec, load_splits, require_kind
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
 
-DESCRIBED, COMMAND = "sweep.json", "command.txt"
+DESCRIBED = "sweep.json"
+COMMAND = "command.txt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """`trials`: the best on dev first. `command` makes `run`, the best trial with the first seed, again."""
+    """`trials`: the best on dev first. `command` makes `run`, the best trial with the first seed,
+    again."""
 
     folder: Path
     run: Path
@@ -49,12 +52,14 @@ def sweep(
     progress: Callable[[Trial], None] = lambda _: None,
     make_wave: Callable[..., Wave] = Wave,
 ) -> SweepReport:
-    """Run, or go on with, a sweep; then fit the best trial into `out`/best. `make_wave` says where populations train:
-    called as `Wave` is.
+    """Run, or go on with, a sweep; then fit the best trial into `out`/best. `make_wave` says where
+    populations train: called as `Wave` is.
 
     Raises:
-        OptionError: settings that make no sense. MismatchError: `out` holds another sweep. RunError: `out` holds
-        something else, or no trial succeeded. RecipeError: a trial failed, without `keep_going`. Others as `fit_head`.
+        OptionError: settings that make no sense. MismatchError: `out` holds another sweep.
+            RunError: `out` holds
+        something else, or no trial succeeded. RecipeError: a trial failed, without `keep_going`.
+            Others as `fit_head`.
     """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
@@ -78,13 +83,21 @@ def sweep(
         order = ranked(trials)
     best = order[0]
     if best.mean is None:
-        raise RunError(f"none of {len(order)} trials succeeded; the first failed with: {best.error}")
-    run, recipe = out / "best", space.recipe(best.values)
+        raise RunError(
+            f"none of {len(order)} trials succeeded; the first failed with: {best.error}"
+        )
+    run = out / "best"
+    recipe = space.recipe(best.values)
     if not _is_run_of(run, recipe):
-        fit_head(store, recipe, run, replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()))
-    command = _command(store, best, spec.fit, run)
+        fit_head(
+            store,
+            recipe=recipe,
+            out=run,
+            spec=replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()),
+        )
+    command = _command(store, best=best, fit=spec.fit, run=run)
     replace_text(out / COMMAND, f"{command}\n")
-    return SweepReport(out, run, best, command, tuple(order))
+    return SweepReport(folder=out, run=run, best=best, command=command, trials=tuple(order))
 
 
 def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
@@ -96,7 +109,7 @@ def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
         for array, head in zip(arrays, (recipe.image, recipe.text), strict=True):
             require_kind(array, head, recipe.name)
 
-    return SweepData(train, dev, require_kinds)
+    return SweepData(train=train, dev=dev, require_kinds=require_kinds)
 
 
 def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint:
@@ -107,11 +120,14 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
     for name in ("device", "overwrite", "save_seconds"):
         del settings["fit"][name]
     dimensions = {
-        name: d.model_dump(mode="json", by_alias=True, exclude_none=True) for name, d in space.dimensions.items()
+        name: d.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for name, d in space.dimensions.items()
     }
-    recipes = {name: space.recipe({"recipe": name}).model_dump(mode="json") for name in space.recipes}
+    recipes = {
+        name: space.recipe({"recipe": name}).model_dump(mode="json") for name in space.recipes
+    }
     described = {"data": store.digest, "space": dimensions, "recipes": recipes, **settings}
-    return Fingerprint(json.loads(json.dumps(described)))
+    return Fingerprint(fields=json.loads(json.dumps(described)))
 
 
 def _require_same(out: Path, identity: Fingerprint) -> None:
@@ -121,10 +137,13 @@ def _require_same(out: Path, identity: Fingerprint) -> None:
             raise RunError(f"{out} exists and is no sweep; choose another --out")
         replace_text(path, json.dumps(dict(identity.fields), indent=1))
         return
-    differences = identity.difference(Fingerprint(json.loads(path.read_text(encoding="utf-8"))))
+    differences = identity.difference(
+        Fingerprint(fields=json.loads(path.read_text(encoding="utf-8")))
+    )
     if differences:
         raise MismatchError(
-            f"{out} holds another sweep ({differences[0][0]} differs); choose another --out", differences
+            f"{out} holds another sweep ({differences[0][0]} differs); choose another --out",
+            differences,
         )
 
 
@@ -136,9 +155,18 @@ def _is_run_of(run: Path, recipe: Recipe) -> bool:
 
 def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
     """`apecache fit-head` with everything that differs from its defaults."""
-    words = ["apecache", "fit-head", str(store.path), "--recipe", best.recipe, "--out", f"{run}-again"]
+    words = [
+        "apecache",
+        "fit-head",
+        str(store.path),
+        "--recipe",
+        best.recipe,
+        "--out",
+        f"{run}-again",
+    ]
     words += [word for setting in best.settings for word in ("--set", setting)]
-    usual, splits = FitSpec(), fit.splits
+    usual = FitSpec()
+    splits = fit.splits
     options = {
         "--train-split": (splits.train, usual.splits.train),
         "--dev-split": (splits.dev, usual.splits.dev),
@@ -148,5 +176,10 @@ def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
         "--image-features": (fit.image_features, None),
         "--text-features": (fit.text_features, None),
     }
-    given = [word for name, (value, default) in options.items() if value != default for word in (name, str(value))]
+    given = [
+        word
+        for name, (value, default) in options.items()
+        if value != default
+        for word in (name, str(value))
+    ]
     return shlex.join([*words, *given])

@@ -26,9 +26,9 @@ Values = dict[str, Value]
 
 
 class Dimension(Settings):
-    """Exactly one of: `log`, `float` [low, high] and `int` [low, high], both ends included, or `choice`. `if`: only
-    where all these settings have this value (or one of a list of values); they must stand above, or in the recipe.
-    `steps`: how many values of a range a grid takes."""
+    """Exactly one of: `log`, `float` [low, high] and `int` [low, high], both ends included, or
+    `choice`. `if`: only where all these settings have this value (or one of a list of values); they
+    must stand above, or in the recipe. `steps`: how many values of a range a grid takes."""
 
     log: tuple[float, float] | None = None
     float_: tuple[float, float] | None = Field(default=None, alias="float")
@@ -53,7 +53,11 @@ class Dimension(Settings):
             return math.exp(numbers.uniform(math.log(self.log[0]), math.log(self.log[1])))
         if self.float_ is not None:
             return numbers.uniform(*self.float_)
-        return numbers.choice(self.choice) if self.choice is not None else numbers.randint(*self.range_of_int)
+        return (
+            numbers.choice(self.choice)
+            if self.choice is not None
+            else numbers.randint(*self.range_of_int)
+        )
 
     @property
     def range_of_int(self) -> tuple[int, int]:
@@ -127,7 +131,9 @@ class Space:
 
     def settings(self, values: Values) -> tuple[str, ...]:
         """As `--set` takes them."""
-        return tuple(f"{name}={json.dumps(value)}" for name, value in values.items() if name != "recipe")
+        return tuple(
+            f"{name}={json.dumps(value)}" for name, value in values.items() if name != "recipe"
+        )
 
     def recipe(self, values: Values) -> Recipe:
         """Raises RecipeError for a point that makes no recipe."""
@@ -135,7 +141,8 @@ class Space:
 
 
 def load_space(path: AnyPath, recipes: Sequence[str]) -> Space:
-    """Raises RecipeError: not such a file, a condition on what stands below, a recipe that cannot be loaded."""
+    """Raises RecipeError: not such a file, a condition on what stands below, a recipe that cannot
+    be loaded."""
     path = as_path(path, "path")
     recipes = as_texts(recipes, "recipes")
     try:
@@ -145,7 +152,9 @@ def load_space(path: AnyPath, recipes: Sequence[str]) -> Space:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"{path}: {first['msg'].removeprefix('Value error, ')}: {str(first['input'])[:60]}") from None
+        raise RecipeError(
+            f"{path}: {first['msg'].removeprefix('Value error, ')}: {str(first['input'])[:60]}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
     names = list(dimensions)
@@ -154,5 +163,8 @@ def load_space(path: AnyPath, recipes: Sequence[str]) -> Space:
         if late:
             raise RecipeError(f"{path}: {name} depends on {min(late)}, which must stand above it")
     if not dimensions and len(recipes) < 2:
-        raise RecipeError(f'{path}: nothing to choose; expected lines such as "optimiser.lr" = {{log = [1e-4, 1e-2]}}')
+        raise RecipeError(
+            f'{path}: nothing to choose; expected lines such as "optimiser.lr" = {{log = '
+            f"[1e-4, 1e-2]}}"
+        )
     return Space(dimensions, recipes)

@@ -13,11 +13,11 @@ from apecache.storage.atomic import replace_text
 TRIALS = "trials.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """`recalls`: best mean recall on dev of each seed; `low`, `high`: 95 % interval of their mean over seeds and dev
-    images. `chance`: what a random order would have; None in trials of older versions. `state`: `done`, `stopped` by
-    halving, or `failed` with its `error`."""
+    """`recalls`: best mean recall on dev of each seed; `low`, `high`: 95 % interval of their mean
+    over seeds and dev images. `chance`: what a random order would have; None in trials of older
+    versions. `state`: `done`, `stopped` by halving, or `failed` with its `error`."""
 
     number: int
     recipe: str
@@ -38,7 +38,9 @@ def read_trials(out: Path) -> dict[int, Trial]:
     path = out / TRIALS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = [Trial(**json.loads(line)) for line in lines]
-    return {t.number: replace(t, settings=tuple(t.settings), recalls=tuple(t.recalls)) for t in found}
+    return {
+        t.number: replace(t, settings=tuple(t.settings), recalls=tuple(t.recalls)) for t in found
+    }
 
 
 def write_trials(out: Path, trials: Mapping[int, Trial]) -> None:
@@ -55,4 +57,7 @@ def interval(recalls: Sequence[float], n_dev_images: int) -> dict[str, Any]:
 def ranked(trials: dict[int, Trial]) -> list[Trial]:
     """Whole trials before stopped ones before failed ones; then by their mean on dev."""
     states = ("done", "stopped", "failed")
-    return sorted(trials.values(), key=lambda t: (states.index(t.state), -(t.mean or 0.0), t.number))
+    return sorted(
+        trials.values(),
+        key=lambda t: (states.index(t.state), -(t.mean or 0.0), t.number),
+    )

@@ -1,4 +1,5 @@
-"""What the loop of a fit asks of towers: gradients of a batch from its rows, and retrieval on dev."""
+"""What the loop of a fit asks of towers: gradients of a batch from its rows, and retrieval on
+dev."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,7 +28,8 @@ EVALUATION_BATCH = 64
 
 
 class EncoderFit(Fit[EncoderModel]):
-    """A fit within towers; batches hold rows of the store's table, which `inputs` make pixels, tokens or features of.
+    """A fit within towers; batches hold rows of the store's table, which `inputs` make pixels,
+    tokens or features of.
 
     With several `ranks` each works on its share of every batch, and of dev.
     """
@@ -41,12 +43,16 @@ class EncoderFit(Fit[EncoderModel]):
         ranks: Ranks,
     ) -> None:
         super().__init__(model, recipe, spec.seed)
-        self.inputs, self.spec, self.ranks = inputs, spec, ranks
+        self.inputs = inputs
+        self.spec = spec
+        self.ranks = ranks
         self.views = image_views(recipe, spec, inputs)
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
-        images, texts = batch.image.tolist(), batch.text.tolist()
-        each, groups = len(texts) // len(images), _on(batch.groups, self.device)
+        images = batch.image.tolist()
+        texts = batch.text.tolist()
+        each = len(texts) // len(images)
+        groups = _on(batch.groups, self.device)
         inputs = self._as_seen(self.epoch + 1)
 
         def encode(part: range) -> tuple[Tensor, Tensor]:
@@ -59,7 +65,13 @@ class EncoderFit(Fit[EncoderModel]):
             return self.model.loss(image, text, images, groups, self.step) / accumulate
 
         with self._attention():
-            return backward_in_slices(encode, loss, len(images), self.spec.slice_size, self.ranks)
+            return backward_in_slices(
+                encode,
+                loss=loss,
+                n=len(images),
+                slice_size=self.spec.slice_size,
+                ranks=self.ranks,
+            )
 
     def join_gradients(self) -> None:
         self.ranks.add_up([p.grad for p, _ in self.model.rates() if p.grad is not None])
@@ -72,7 +84,12 @@ class EncoderFit(Fit[EncoderModel]):
         sides = zip((self.model.image, self.model.text), self.inputs, rows, strict=True)
         image, text = (self._embed(side, source, chosen) for side, source, chosen in sides)
         relevance = None if dev.relevance is None else dev.relevance.to(image.device)
-        return retrieval_report(image, text, dev.image_of_text.to(image.device), relevance=relevance)
+        return retrieval_report(
+            image,
+            text,
+            dev.image_of_text.to(image.device),
+            relevance=relevance,
+        )
 
     def _run(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
         with self._autocast():
@@ -99,13 +116,18 @@ class EncoderFit(Fit[EncoderModel]):
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _attention(self) -> Any:
-        """On the CPU torch's fused attention in bfloat16 is slow backwards (2.14: ten times its time in float32, which
-        made a step of ViT-S/14 at 56 px 1.5 times as long): there the products are made one by one."""
+        """On the CPU torch's fused attention in bfloat16 is slow backwards (2.14: ten times its
+        time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long): there the
+        products are made one by one."""
         slow = self.device.type == "cpu" and self.spec.autocast == "bfloat16"
         return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
-def image_views(recipe: Recipe, spec: FitEncoderSpec, inputs: tuple[Inputs, Inputs]) -> Views | None:
+def image_views(
+    recipe: Recipe,
+    spec: FitEncoderSpec,
+    inputs: tuple[Inputs, Inputs],
+) -> Views | None:
     """How training sees live images; None: as they are.
 
     Raises:
@@ -116,11 +138,24 @@ def image_views(recipe: Recipe, spec: FitEncoderSpec, inputs: tuple[Inputs, Inpu
         return None
     if not isinstance(inputs[0], ImageInputs):
         raise RecipeError(
-            f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs; name pooled features "
+            f"recipe {recipe.name}: augmentation.image needs images, not cached tokens of theirs; "
+            "name pooled features "
             "with --image-features, so that the tower runs from pixels, or leave it out"
         )
-    return Views(1, spec.seed, wanted.scale, wanted.ratio, wanted.flip, wanted.operations, wanted.magnitude)
+    return Views(
+        1,
+        seed=spec.seed,
+        scale=wanted.scale,
+        ratio=wanted.ratio,
+        flip=wanted.flip,
+        operations=wanted.operations,
+        magnitude=wanted.magnitude,
+    )
 
 
 def _on(groups: Groups | None, device: torch.device) -> Groups | None:
-    return None if groups is None else replace(groups, image=groups.image.to(device), text=groups.text.to(device))
+    return (
+        None
+        if groups is None
+        else replace(groups, image=groups.image.to(device), text=groups.text.to(device))
+    )

@@ -1,8 +1,8 @@
 """The head trainer: features stay on the device, the encoders are never opened.
 
-Epochs and the settings of closed forms are chosen on the dev split only (mean of R@1, 5, 10 both ways); the split that
-will be reported is never read. A fit that was broken off goes on where its last checkpoint is, and on the CPU ends with
-the same weights, bit by bit.
+Epochs and the settings of closed forms are chosen on the dev split only (mean of R@1, 5, 10 both
+ways); the split that will be reported is never read. A fit that was broken off goes on where its
+last checkpoint is, and on the CPU ends with the same weights, bit by bit.
 """
 
 import time
@@ -43,12 +43,13 @@ from apecache.train.session import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """`dev` and `untrained` are reports on the dev split: of the best epoch, and of the head before training.
+    """`dev` and `untrained` are reports on the dev split: of the best epoch, and of the head before
+    training.
 
-    `n_negatives`: wrong candidates of each query in a batch, see `Ledger`; accumulation adds none. `resumed_step`:
-    steps that were done before this call.
+    `n_negatives`: wrong candidates of each query in a batch, see `Ledger`; accumulation adds none.
+    `resumed_step`: steps that were done before this call.
     """
 
     run: Path
@@ -72,12 +73,15 @@ def fit_head(
     spec: FitSpec | None = None,
     progress: Progress = lambda _: None,
 ) -> FitReport:
-    """Fit the recipe's heads on a store's features and write a run folder: head, history, recipe. The same call again
-    goes on with a fit that was broken off. `recipe`: a Recipe, or the name of one.
+    """Fit the recipe's heads on a store's features and write a run folder: head, history, recipe.
+    The same call again goes on with a fit that was broken off. `recipe`: a Recipe, or the name of
+    one.
 
     Raises:
-        RunError: `out` holds a finished run, or another process fits into it. MismatchError: it holds another fit,
-        broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do not work. DataError:
+        RunError: `out` holds a finished run, or another process fits into it. MismatchError: it
+            holds another fit,
+        broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do
+            not work. DataError:
         a check of `apecache lint` fails, or a loss is not finite.
     """
     require_type(store, FeatureStore, "store")
@@ -87,56 +91,130 @@ def fit_head(
     spec = spec or FitSpec()
     report_path = as_path(spec.extract_report, "extract_report") if spec.extract_report else None
     if not recipe.trains_heads_alone:
-        raise RecipeError(f"recipe {recipe.name} trains within the towers, or freezes a head; use fit-encoder")
+        raise RecipeError(
+            f"recipe {recipe.name} trains within the towers, or freezes a head; use fit-encoder"
+        )
     require_usable(out, spec.overwrite)
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
-    identity = _identity(recipe, spec, store, arrays)
+    identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     found = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
     device = choose_device(spec.device)
-    meter, begin = Meter(device), time.perf_counter()
+    meter = Meter(device)
+    begin = time.perf_counter()
     train, dev = load_splits(store, *arrays, spec.splits, device, recipe)
     loading_seconds = time.perf_counter() - begin
-    model, chosen = initial_model(recipe, train, dev, spec.seed)
-    training, plan = Training(model, recipe, spec.seed), Plan.of(recipe, train)
+    model, chosen = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
+    training = Training(model, recipe, spec.seed)
+    plan = Plan.of(recipe, train)
     if plan.n_steps and training.optimiser is None:
-        raise RecipeError(f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn")
-    findings = lint_fit(store, arrays, recipe, spec.splits, spec.report_split, train, model, training.optimiser)
-    require_sound(findings)
-    folder = RunFolder(out, identity, spec.save_seconds, progress)
-    with locked(out), seeded(spec.seed + 1, device):
-        resumed_step = run_in_folder(training, train, dev, plan, folder, found, loading_seconds)
-        ledger = build_ledger(training, train, plan, arrays, meter, spec.price_per_hour, resumed_step)
-        ledger = replace(
-            with_extraction(ledger, extraction, recipe.loss.captions), warnings=tuple(str(found) for found in findings)
+        raise RecipeError(
+            f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn"
         )
-        report = _report(training, train, dev, out, plan, resumed_step, ledger)
+    findings = lint_fit(
+        store,
+        arrays=arrays,
+        recipe=recipe,
+        splits=spec.splits,
+        report_split=spec.report_split,
+        train=train,
+        model=model,
+        optimiser=training.optimiser,
+    )
+    require_sound(findings)
+    folder = RunFolder(
+        out=out,
+        identity=identity,
+        save_seconds=spec.save_seconds,
+        progress=progress,
+    )
+    with locked(out), seeded(spec.seed + 1, device):
+        resumed_step = run_in_folder(
+            training,
+            train=train,
+            dev=dev,
+            plan=plan,
+            folder=folder,
+            found=found,
+            loading_seconds=loading_seconds,
+        )
+        ledger = build_ledger(
+            training,
+            train=train,
+            plan=plan,
+            arrays=arrays,
+            meter=meter,
+            price_per_hour=spec.price_per_hour,
+            resumed_step=resumed_step,
+        )
+        ledger = replace(
+            with_extraction(ledger, extraction, recipe.loss.captions),
+            warnings=tuple(str(found) for found in findings),
+        )
+        report = _report(
+            training,
+            train=train,
+            dev=dev,
+            out=out,
+            plan=plan,
+            resumed_step=resumed_step,
+            ledger=ledger,
+        )
         save_ledger(ledger, out)
         used = used_values(training, plan, len(train))
-        heads = _trained(training.model, arrays, recipe, spec, store, report, chosen, used)
-        save_card(heads, recipe, report.dev, ledger, str(store.source["origin"]), out)
+        heads = _trained(
+            training.model,
+            arrays=arrays,
+            recipe=recipe,
+            spec=spec,
+            store=store,
+            report=report,
+            chosen=chosen,
+            used=used,
+        )
+        save_card(
+            heads,
+            recipe=recipe,
+            dev=report.dev,
+            ledger=ledger,
+            origin=str(store.source["origin"]),
+            run=out,
+        )
         save_heads(heads, out)
         remove_tensors(out / CHECKPOINT)
     return report
 
 
-def untrained_heads(store: FeatureStore, recipe: Recipe, spec: FitSpec | None = None) -> TrainedHeads:
-    """The recipe's heads as they are before training, standardisation fitted: the baseline of a result table."""
+def untrained_heads(
+    store: FeatureStore,
+    recipe: Recipe,
+    spec: FitSpec | None = None,
+) -> TrainedHeads:
+    """The recipe's heads as they are before training, standardisation fitted: the baseline of a
+    result table."""
     spec = spec or FitSpec()
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
     train, dev = load_splits(store, *arrays, spec.splits, choose_device(spec.device), recipe)
-    model, _ = initial_model(recipe, train, dev, spec.seed)
+    model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     sides = (_side(model.image, arrays[0]), _side(model.text, arrays[1]))
     return TrainedHeads(*sides, float(model.temperature.scale().detach()))
 
 
 def _identity(
-    recipe: Recipe, spec: FitSpec, store: FeatureStore, arrays: tuple[FeatureArray, FeatureArray]
+    recipe: Recipe,
+    spec: FitSpec,
+    store: FeatureStore,
+    arrays: tuple[FeatureArray, FeatureArray],
 ) -> Fingerprint:
     """What a checkpoint belongs to."""
     image, text = (array.record.encoder.digest for array in arrays)
-    data = {"data": store.digest, "image_features": image, "text_features": text, "splits": asdict(spec.splits)}
-    return Fingerprint({"recipe": recipe.model_dump(mode="json"), "seed": spec.seed, **data})
+    data = {
+        "data": store.digest,
+        "image_features": image,
+        "text_features": text,
+        "splits": asdict(spec.splits),
+    }
+    return Fingerprint(fields={"recipe": recipe.model_dump(mode="json"), "seed": spec.seed, **data})
 
 
 def _report(
@@ -151,18 +229,20 @@ def _report(
     """Of the best weights, which are put into the model."""
     found, untrained = best_and_untrained(training, dev)
     return FitReport(
-        out,
-        training.best.epoch,
-        plan.n_epochs,
-        found,
-        untrained,
-        sum(p.numel() for p in training.model.parameters() if p.requires_grad) if plan.n_steps else 0,
-        len(train),
-        len(dev),
-        ledger.n_negatives,
-        resumed_step,
-        training.seconds,
-        ledger,
+        run=out,
+        best_epoch=training.best.epoch,
+        n_epochs=plan.n_epochs,
+        dev=found,
+        untrained=untrained,
+        n_trained_parameters=sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+        if plan.n_steps
+        else 0,
+        n_train_images=len(train),
+        n_dev_images=len(dev),
+        n_negatives=ledger.n_negatives,
+        resumed_step=resumed_step,
+        seconds=training.seconds,
+        ledger=ledger,
     )
 
 
@@ -172,11 +252,17 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.empty(1, device=name).device  # with its index, as tensors on it have it
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from None
+        raise RecipeError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu"
+        ) from None
 
 
 def _side(head: Head, array: FeatureArray) -> TrainedSide:
-    return TrainedSide(head, asdict(array.record.spec), array.record.encoder)
+    return TrainedSide(
+        head=head,
+        encoder=asdict(array.record.spec),
+        fingerprint=array.record.encoder,
+    )
 
 
 def _trained(

@@ -23,12 +23,14 @@ from apecache.train.batches import (
 
 @dataclass(frozen=True)
 class FitSpec:
-    """Which features, which splits, where. Names of features are needed only if the store has several.
+    """Which features, which splits, where. Names of features are needed only if the store has
+    several.
 
-    `report_split` will be reported: a fit that trains or chooses on it is refused (`apecache.train.lint.checks`).
-    A checkpoint is written at most every `save_seconds`. For the ledger: `price_per_hour` of this machine in any
-    currency, and `extract_report`, what `apecache extract --json` printed. Features, splits and seed are part of what a
-    fit is: with another value a fit that was broken off does not go on.
+    `report_split` will be reported: a fit that trains or chooses on it is refused
+    (`apecache.train.lint.checks`). A checkpoint is written at most every `save_seconds`. For the
+    ledger: `price_per_hour` of this machine in any currency, and `extract_report`, what `apecache
+    extract --json` printed. Features, splits and seed are part of what a fit is: with another value
+    a fit that was broken off does not go on.
     """
 
     image_features: str | None = None
@@ -57,13 +59,19 @@ def load_splits(
     pairs = store.pairs
     masks = choose_splits(pairs, spec)
     features = load_on(image, device), load_on(text, device)
-    ok_images, ok_texts = image.load_ok(), text.load_ok()
+    ok_images = image.load_ok()
+    ok_texts = text.load_ok()
     content = equal_images(image)
     equal = content, pairs.caption_ids
-    found = [select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, *equal) for mask in masks]
+    found = [
+        select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, *equal)
+        for mask in masks
+    ]
     require_images(found[0], found[1])
     views = image.views is not None, text.views is not None
-    train, dev = (replace(x, image_views=views[0], text_views=views[1], device=device) for x in found)
+    train, dev = (
+        replace(x, image_views=views[0], text_views=views[1], device=device) for x in found
+    )
     return train, dev
 
 
@@ -73,6 +81,7 @@ def require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:
     if array.tokens is not None and (head.cut == "pooled" or array.views is not None):
         what = "views of tokens" if array.views is not None else "tokens"
         raise RecipeError(
-            f"recipe {recipe}: {side}.kind {head.kind} takes one vector for each {side}, but {array.name} holds {what};"
+            f"recipe {recipe}: {side}.kind {head.kind} takes one vector for each {side}, but "
+            f"{array.name} holds {what};"
             f" choose other features with --{side}-features"
         )

@@ -1,4 +1,5 @@
-"""What a training step reads: cached features of a frozen tower, or pixels and token ids for a live one."""
+"""What a training step reads: cached features of a frozen tower, or pixels and token ids for a live
+one."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,11 @@ class Inputs(Protocol):
     """Inputs of one side, by row of the store's table."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Features [n, dim], pixels [n, 3, height, width], token ids with their mask [n, length], or tokens [n, length,
-        dim] with theirs; on the device."""
+        """Features [n, dim], pixels [n, 3, height, width], token ids with their mask [n, length],
+        or tokens [n, length, dim] with theirs; on the device."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedInputs:
     features: Tensor
 
@@ -34,10 +35,10 @@ class CachedInputs:
         return self.features[torch.tensor(rows, device=self.features.device)].float(), None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenInputs:
-    """Cached tokens [rows, tokens, dim] after some blocks, on the host. `lengths` [rows]: tokens of each row, where
-    they differ; batches are cut to the longest."""
+    """Cached tokens [rows, tokens, dim] after some blocks, on the host. `lengths` [rows]: tokens of
+    each row, where they differ; batches are cut to the longest."""
 
     features: Tensor
     lengths: Tensor | None
@@ -53,7 +54,7 @@ class TokenInputs:
         return self.features[index, :longest].to(self.device).float(), mask.to(self.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextInputs:
     ids: list[list[int]]
     encoder: TextEncoder
@@ -61,16 +62,17 @@ class TextInputs:
     @staticmethod
     def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
         """All captions tokenised once."""
-        return TextInputs(encoder.tokenise(captions).ids, encoder)
+        return TextInputs(ids=encoder.tokenise(captions).ids, encoder=encoder)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         return self.encoder.pad([self.ids[row] for row in rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """Images are read and preprocessed as for extraction, by `workers` threads, and sent to `device`; with `views` a
-    view of them, which depends on its seed, the epoch and the key alone."""
+    """Images are read and preprocessed as for extraction, by `workers` threads, and sent to
+    `device`; with `views` a view of them, which depends on its seed, the epoch and the key
+    alone."""
 
     keys: Sequence[str]
     open_image: OpenImage

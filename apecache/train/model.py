@@ -20,21 +20,37 @@ from apecache.train.batches import Batch, FeaturePairs
 class AlignmentModel(nn.Module):
     """Two heads and a temperature."""
 
-    def __init__(self, image: Head, text: Head, temperature: Temperature, loss: LossSpec | None = None) -> None:
+    def __init__(
+        self,
+        image: Head,
+        text: Head,
+        temperature: Temperature,
+        loss: LossSpec | None = None,
+    ) -> None:
         super().__init__()
-        self.image, self.text, self.temperature = image, text, temperature
+        self.image = image
+        self.text = text
+        self.temperature = temperature
         self.loss = loss or LossSpec()
 
     def forward(self, batch: Batch, step: int = 0) -> Tensor:
-        """Loss of a batch (a scalar) at the 0-based `step`. Several heads side by side have a loss each; this is the
-        mean of theirs."""
-        image, text = self.image(batch.image, batch.image_mask), self.text(batch.text, batch.text_mask)
-        return self.loss_of(batch, image, text, step)
+        """Loss of a batch (a scalar) at the 0-based `step`. Several heads side by side have a loss
+        each; this is the mean of theirs."""
+        image = self.image(batch.image, batch.image_mask)
+        text = self.text(batch.text, batch.text_mask)
+        return self.loss_of(batch, image=image, text=text, step=step)
 
     def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
         """The same, of a batch's embeddings."""
         widths = self.image.widths if isinstance(self.image, SeveralHeads) else ()
-        total = contrast(image, text, self.temperature, batch.groups, self.loss, widths)
+        total = contrast(
+            image,
+            text=text,
+            temperature=self.temperature,
+            groups=batch.groups,
+            spec=self.loss,
+            widths=widths,
+        )
         if self.loss.structure:
             total = total + structure_weight(step, self.loss) * self._structure(batch, image, text)
         return total
@@ -43,7 +59,11 @@ class AlignmentModel(nn.Module):
         """Mean over both sides; tokens are taken by their mean."""
         sides = ((batch.image, batch.image_mask, image), (batch.text, batch.text_mask, text))
         terms = [
-            structure_term(before.float() if before.ndim == 2 else masked_mean(before.float(), mask), after, self.loss)
+            structure_term(
+                before.float() if before.ndim == 2 else masked_mean(before.float(), mask),
+                after,
+                self.loss,
+            )
             for before, mask, after in sides
         ]
         return torch.stack(terms).mean()
@@ -68,24 +88,40 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
     """The recipe's model for these features, weights by seed, standardisation fitted.
 
     Raises:
-        RecipeError: the widths do not work, or the features are not of the kind that the heads need.
+        RecipeError: the widths do not work, or the features are not of the kind that the heads
+            need.
     """
-    for what, spec, features in (("image", recipe.image, train.image), ("text", recipe.text, train.text)):
+    for what, spec, features in (
+        ("image", recipe.image, train.image),
+        ("text", recipe.text, train.text),
+    ):
         if spec.cut == "tokens" and features.ndim != 3:
             raise RecipeError(
-                f"recipe {recipe.name}: {what}.kind {spec.kind} needs tokens, but the {what} features are pooled; "
+                f"recipe {recipe.name}: {what}.kind {spec.kind} needs tokens, but the {what} "
+                "features are pooled; "
                 "extract tokens, or choose a recipe on pooled features (apecache recipes)"
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            image, text = build_heads(recipe.image, recipe.text, train.image.shape[-1], train.text.shape[-1])
+            image, text = build_heads(
+                recipe.image,
+                text=recipe.text,
+                image_dim=train.image.shape[-1],
+                text_dim=train.text.shape[-1],
+            )
         except ValueError as error:
             raise RecipeError(f"recipe {recipe.name}: {error}") from None
-    image, text = image.to(train.place), text.to(train.place)
+    image = image.to(train.place)
+    text = text.to(train.place)
     image.fit_statistics(train.image, _whole_mask(train.image, train.image_lengths))
     text.fit_statistics(train.text, _whole_mask(train.text, train.text_lengths))
-    return AlignmentModel(image, text, build_temperature(recipe.loss).to(train.place), recipe.loss)
+    return AlignmentModel(
+        image,
+        text=text,
+        temperature=build_temperature(recipe.loss).to(train.place),
+        loss=recipe.loss,
+    )
 
 
 def _whole_mask(features: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -96,4 +132,9 @@ def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalRepor
     """Retrieval among `pairs`, dropout off."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
-    return retrieval_report(image, text, pairs.image_of_text.to(image.device), relevance=pairs.relevance)
+    return retrieval_report(
+        image,
+        text,
+        pairs.image_of_text.to(image.device),
+        relevance=pairs.relevance,
+    )

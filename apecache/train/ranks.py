@@ -1,8 +1,10 @@
-"""Several processes that train one model: who encodes which part of a batch, and how the parts come together.
+"""Several processes that train one model: who encodes which part of a batch, and how the parts come
+together.
 
-Every process draws the same batches and ends every step with the same weights; only the first writes files. What is
-exchanged are embeddings and gradients, so that the loss is that of the whole batch with all its negatives. Dropout
-draws by sample (`apecache.encoders.sample_draws`): any number of processes trains the weights of one, up to rounding.
+Every process draws the same batches and ends every step with the same weights; only the first
+writes files. What is exchanged are embeddings and gradients, so that the loss is that of the whole
+batch with all its negatives. Dropout draws by sample (`apecache.encoders.sample_draws`): any number
+of processes trains the weights of one, up to rounding.
 """
 
 import os
@@ -18,7 +20,7 @@ from torch import Tensor
 from apecache.errors import OptionError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process is number `rank` of `size`."""
 
@@ -36,12 +38,16 @@ class Ranks:
             OptionError: fewer items than processes.
         """
         if n < self.size:
-            raise OptionError(f"{n} items for {self.size} processes; raise schedule.batch_size or start fewer of them")
+            raise OptionError(
+                f"{n} items for {self.size} processes; raise schedule.batch_size or start "
+                "fewer of them"
+            )
         ends = [n * i // self.size for i in range(self.size + 1)]
         return [range(begin, end) for begin, end in pairwise(ends)]
 
     def gathered(self, own: Tensor, begin: int, n: int) -> Tensor:
-        """Rows of all processes, [n, …]; this one's `own` stand from `begin` on. No gradient goes back."""
+        """Rows of all processes, [n, …]; this one's `own` stand from `begin` on. No gradient goes
+        back."""
         if self.size == 1:
             return own.detach()
         whole = torch.zeros((n, *own.shape[1:]), dtype=own.dtype, device=own.device)
@@ -50,12 +56,17 @@ class Ranks:
         return whole
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Put the sum over processes in the place of each tensor; the same ones, in the same order, in all of them."""
+        """Put the sum over processes in the place of each tensor; the same ones, in the same order,
+        in all of them."""
         if self.size == 1 or not tensors:
             return
         together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
-        for tensor, total in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+        for tensor, total in zip(
+            tensors,
+            together.split([t.numel() for t in tensors]),
+            strict=True,
+        ):
             tensor.copy_(total.view_as(tensor))
 
     def wait(self) -> None:
@@ -69,10 +80,10 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, NCCL on CUDA and gloo else; without it this one alone. A group that exists
-    is used and left as it is."""
+    """The processes that torchrun started, NCCL on CUDA and gloo else; without it this one alone. A
+    group that exists is used and left as it is."""
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(rank=dist.get_rank(), size=dist.get_world_size())
     elif n_processes() == 1:
         yield ALONE
     else:
@@ -80,7 +91,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
-            yield Ranks(dist.get_rank(), dist.get_world_size())
+            yield Ranks(rank=dist.get_rank(), size=dist.get_world_size())
         finally:
             dist.destroy_process_group()
 
@@ -93,6 +104,11 @@ def n_processes() -> int:
 def own_device(name: str) -> str:
     """`auto` and `cuda` under torchrun: each process has the GPU of its number on this machine."""
     local = os.environ.get("LOCAL_RANK")
-    if local is None or n_processes() == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+    if (
+        local is None
+        or n_processes() == 1
+        or name not in ("auto", "cuda")
+        or not torch.cuda.is_available()
+    ):
         return name
     return f"cuda:{int(local)}"

@@ -1,4 +1,5 @@
-"""A fit in its run folder, of either trainer: it begins or goes on, writes history and checkpoints, adds up costs."""
+"""A fit in its run folder, of either trainer: it begins or goes on, writes history and checkpoints,
+adds up costs."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,10 @@ SAVE_SHARE = 0.05
 """Share of the time that writing checkpoints may take."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """`identity`: what a checkpoint belongs to. `progress` is told every line of the history. `writes` False: another
-    process writes this folder, and this one only reads the checkpoint."""
+    """`identity`: what a checkpoint belongs to. `progress` is told every line of the history.
+    `writes` False: another process writes this folder, and this one only reads the checkpoint."""
 
     out: Path
     identity: Fingerprint
@@ -42,7 +43,8 @@ def run_in_folder(
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
 ) -> int:
-    """The whole training, or what is left of it after the checkpoint `found`; returns the steps done before.
+    """The whole training, or what is left of it after the checkpoint `found`; returns the steps
+    done before.
 
     Raises:
         RunError: the checkpoint does not fit. DataError: a loss is not finite.
@@ -56,7 +58,14 @@ def run_in_folder(
             write_history(folder.out, training.history)
     training.loading_seconds += loading_seconds
     resumed_step = training.step
-    run_training(training, train, dev, plan, _logger(folder), _saver(training, folder))
+    run_training(
+        training,
+        train=train,
+        dev=dev,
+        plan=plan,
+        log=_logger(folder),
+        save=_saver(training, folder),
+    )
     return resumed_step
 
 
@@ -71,7 +80,9 @@ def _logger(folder: RunFolder) -> Progress:
 
 def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
     """Writes a checkpoint when it is time, or when told to; keeps the count of seconds."""
-    begin, before, every = time.perf_counter(), training.seconds, folder.save_seconds
+    begin = time.perf_counter()
+    before = training.seconds
+    every = folder.save_seconds
     due = [begin + every]
 
     def save(now: bool) -> None:
@@ -88,8 +99,12 @@ def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
     return save
 
 
-def best_and_untrained(training: Fit[Any], dev: FeaturePairs) -> tuple[RetrievalReport, RetrievalReport]:
-    """Reports on dev of the best weights, which are put into the model, and of what training began with."""
+def best_and_untrained(
+    training: Fit[Any],
+    dev: FeaturePairs,
+) -> tuple[RetrievalReport, RetrievalReport]:
+    """Reports on dev of the best weights, which are put into the model, and of what training began
+    with."""
     training.model.load_kept(training.best.weights)
     found = training.evaluate(dev)
     first = training.history[0]["dev"]
@@ -100,9 +115,9 @@ def best_and_untrained(training: Fit[Any], dev: FeaturePairs) -> tuple[Retrieval
 def used_values(training: Fit[Any], plan: Plan, n_train: int) -> dict[str, Json]:
     """Collect what a finished fit really used, where the recipe only says what was asked for.
 
-    Call it with the best weights in the model. `n_epochs` and `n_steps` are those that ran (patience can stop earlier
-    than `planned_epochs`). `temperature` divides the cosines of the kept model; `first_temperature` is that of epoch 0,
-    of a warm start or of the recipe.
+    Call it with the best weights in the model. `n_epochs` and `n_steps` are those that ran
+    (patience can stop earlier than `planned_epochs`). `temperature` divides the cosines of the kept
+    model; `first_temperature` is that of epoch 0, of a warm start or of the recipe.
     """
     schedule = training.recipe.schedule
     used: dict[str, Json] = {
@@ -127,12 +142,14 @@ def build_ledger(
     resumed_step: int,
     n_processes: int = 1,
 ) -> Ledger:
-    """`arrays`: what was read of the store. With several processes operations and money are those of all of them,
-    memory and energy those of this one."""
-    schedule, loss = training.recipe.schedule, training.recipe.loss
+    """`arrays`: what was read of the store. With several processes operations and money are those
+    of all of them, memory and energy those of this one."""
+    schedule = training.recipe.schedule
+    loss = training.recipe.loss
     size = min(schedule.batch_size, len(train))
     step_flops = (training.step_flops or 0) * n_processes
-    loading, evaluation = training.loading_seconds, training.evaluation_seconds
+    loading = training.loading_seconds
+    evaluation = training.evaluation_seconds
     return Ledger(
         training_seconds=training.seconds - evaluation,
         evaluation_seconds=evaluation,
@@ -155,5 +172,10 @@ def with_extraction(ledger: Ledger, extraction: Extraction | None, captions: int
     if extraction is None:
         return ledger
     n_images = ledger.n_samples // captions
-    paid = runs_until_paid(extraction, n_images, ledger.n_samples, ledger.loading_seconds)
+    paid = runs_until_paid(
+        extraction,
+        n_images=n_images,
+        n_samples=ledger.n_samples,
+        loading_seconds=ledger.loading_seconds,
+    )
     return replace(ledger, extraction_seconds=extraction.seconds, runs_until_paid=paid)

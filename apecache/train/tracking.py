@@ -15,19 +15,24 @@ from apecache.train.loop import Progress
 
 @contextmanager
 def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
-    """A `progress` for `fit_head` and `fit_encoder` that writes every line of the history as events: `loss`, `lr`,
-    `temperature`, `dev/mean_recall` and `dev/image_to_text/R@k`, `dev/text_to_image/R@k` (per cent), by training step.
+    """A `progress` for `fit_head` and `fit_encoder` that writes every line of the history as
+    events: `loss`, `lr`, `temperature`, `dev/mean_recall` and `dev/image_to_text/R@k`,
+    `dev/text_to_image/R@k` (per cent), by training step.
 
-    Each line is on disk when the next epoch begins. Where a fit goes on, or is begun anew in the same folder, what was
-    written of later steps is shown no more. Nothing is written, and no folder made, without a line.
+    Each line is on disk when the next epoch begins. Where a fit goes on, or is begun anew in the
+    same folder, what was written of later steps is shown no more. Nothing is written, and no folder
+    made, without a line.
 
     Raises:
-        MissingExtraError: TensorBoard is not installed. RunError: `folder` is a file, or on object storage.
+        MissingExtraError: TensorBoard is not installed. RunError: `folder` is a file, or on object
+            storage.
     """
     folder = as_path(folder, "folder")
     require_local(folder, "folder of events")
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is no folder, so no events can be written into it; choose another")
+        raise RunError(
+            f"{folder} is no folder, so no events can be written into it; choose another"
+        )
     if find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "track")
     with ExitStack() as stack:
@@ -42,7 +47,8 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
 
 
 class _EventFile:
-    """One file of events. TensorBoard's own writer has a thread, which prints a traceback when the disk is full."""
+    """One file of events. TensorBoard's own writer has a thread, which prints a traceback when the
+    disk is full."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """`first_step`: what earlier files of the folder say of later steps is shown no more."""
@@ -51,7 +57,9 @@ class _EventFile:
 
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.time()
-        path = folder / f"events.out.tfevents.{begin:.6f}.{os.getpid()}"  # readers take files in the order of names
+        path = (
+            folder / f"events.out.tfevents.{begin:.6f}.{os.getpid()}"
+        )  # readers take files in the order of names
         self.file = path.open("xb")
         self.records = RecordWriter(self.file)
         self._write(Event(wall_time=begin, file_version="brain.Event:2"))

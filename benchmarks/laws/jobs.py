@@ -1,4 +1,5 @@
-"""Jobs: what has to be trained and measured so that laws can be decided. Jobs that laws share are one job."""
+"""Jobs: what has to be trained and measured so that laws can be decided. Jobs that laws share are
+one job."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,18 +21,20 @@ from benchmarks.laws.setting import LawsSetting, Size
 
 EVALUATIONS = 10
 """On dev, of a run whose steps the size says: about so many."""
-DEV_SHARE, DEV_IMAGES = 10, 500
+DEV_SHARE = 10
+DEV_IMAGES = 500
 FEWEST = 20
 """Training images of an arm, dev among them, however small its share."""
 TOKENS = 16
 """Of a caption, where costs are counted."""
-COUNTED_ON = Device("counted", 1.0, None, "operations alone matter")
+COUNTED_ON = Device(name="counted", flops=1.0, memory_bytes=None, source="operations alone matter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training, dev among them
-    (None: all); `fits` False: it is only counted. `autocast`: as fit-encoder takes it."""
+    """One run. `image`, `text`, `teacher`: encoders with their own weights; `images`: of training,
+    dev among them (None: all); `fits` False: it is only counted. `autocast`: as fit-encoder takes
+    it."""
 
     recipe: Recipe
     image: EncoderSpec
@@ -49,19 +52,33 @@ class Job:
         """What makes it this job, without paths."""
         specs = {"image": self.image, "text": self.text, "teacher": self.teacher}
         names = {side: None if spec is None else _plain(spec) for side, spec in specs.items()}
-        own = {"start": self.start, "images": self.images, "noise": self.noise, "seed": self.seed, "fits": self.fits}
+        own = {
+            "start": self.start,
+            "images": self.images,
+            "noise": self.noise,
+            "seed": self.seed,
+            "fits": self.fits,
+        }
         own |= {"autocast": self.autocast} if self.autocast != "float32" else {}
-        recipe = {k: v for k, v in self.recipe.model_dump(mode="json").items() if k not in ("source", "summary")}
+        recipe = {
+            k: v
+            for k, v in self.recipe.model_dump(mode="json").items()
+            if k not in ("source", "summary")
+        }
         return {"recipe": recipe, **names, **own}
 
     @cached_property
     def digest(self) -> str:
-        return Fingerprint(self.about).digest[:16]
+        return Fingerprint(fields=self.about).digest[:16]
 
     def encoder(self, side: Modality) -> EncoderSpec:
         """With the pooling that the recipe asks for."""
         towers = self.recipe.towers
-        spec, pooling = (self.image, towers.image_pooling) if side == "image" else (self.text, towers.text_pooling)
+        spec, pooling = (
+            (self.image, towers.image_pooling)
+            if side == "image"
+            else (self.text, towers.text_pooling)
+        )
         return spec if pooling == "default" else replace(spec, pooling=pooling)
 
     def features(self, side: Modality) -> EncoderSpec | None:
@@ -75,7 +92,11 @@ class Job:
         if seen_otherwise or self.recipe.shared or self.start == "random":
             return None
         cut = count(self).sides[side == "text"].cut
-        return replace(self.encoder(side), pooling="tokens", layer=cut) if isinstance(cut, int) else None
+        return (
+            replace(self.encoder(side), pooling="tokens", layer=cut)
+            if isinstance(cut, int)
+            else None
+        )
 
 
 def _plain(spec: EncoderSpec) -> dict[str, Json]:
@@ -85,10 +106,20 @@ def _plain(spec: EncoderSpec) -> dict[str, Json]:
 def count(job: Job) -> Model:
     """The recipe on these encoders, nothing loaded. Raises EncoderError where they are no towers.
 
-    Counting takes seconds, so jobs that differ in what does not matter to it, such as their schedule, share it.
+    Counting takes seconds, so jobs that differ in what does not matter to it, such as their
+    schedule, share it.
     """
-    recipe = job.recipe.model_copy(update={"schedule": ScheduleSpec(), "optimiser": OptimiserSpec()})
-    same: Any = {"images": None, "noise": 0.0, "start": "pretrained", "seed": 0, "fits": True, "autocast": "float32"}
+    recipe = job.recipe.model_copy(
+        update={"schedule": ScheduleSpec(), "optimiser": OptimiserSpec()}
+    )
+    same: Any = {
+        "images": None,
+        "noise": 0.0,
+        "start": "pretrained",
+        "seed": 0,
+        "fits": True,
+        "autocast": "float32",
+    }
     return _count(replace(job, recipe=recipe, **same))
 
 
@@ -97,19 +128,19 @@ def _count(job: Job) -> Model:
     spec = _plan_spec(job)
     shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
     teacher = partial(_taught, job, spec) if job.recipe.distillation else None
-    return count_model(job.recipe, shapes[0], shapes[1], spec, teacher)
+    return count_model(job.recipe, image=shapes[0], text=shapes[1], spec=spec, teacher=teacher)
 
 
 def _plan_spec(job: Job) -> PlanSpec:
     images = 1000 if job.images is None else job.images
-    return PlanSpec(max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
+    return PlanSpec(rows=max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
 
 
 def _taught(job: Job, spec: PlanSpec) -> Taught:
     assert job.teacher is not None
     assert job.recipe.distillation is not None
     if job.recipe.distillation.kind == "classes":
-        return Taught(count_classes(job.teacher))
+        return Taught(dim=count_classes(job.teacher))
     return count_teacher(shape_tower(job.teacher), spec)
 
 
@@ -119,7 +150,7 @@ def counted_costs(job: Job) -> dict[str, float]:
         found = count(job)
     except (EncoderError, RecipeError):
         return {}
-    cost = cost_of(job.recipe, found, _plan_spec(job), COUNTED_ON, cached=True)
+    cost = cost_of(job.recipe, model=found, spec=_plan_spec(job), device=COUNTED_ON, cached=True)
     return {
         "trained": found.n_trained,
         "step-flops": cost.step_flops,
@@ -128,13 +159,14 @@ def counted_costs(job: Job) -> dict[str, float]:
     }
 
 
-# --- from arms to jobs -----------------------------------------------------------------------------------------------
+# --- from arms to jobs ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what is only counted
-    have one for all), or why it cannot be tried. `wants`: what must be measured of its jobs besides retrieval."""
+    """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what
+    is only counted have one for all), or why it cannot be tried. `wants`: what must be measured of
+    its jobs besides retrieval."""
 
     law: Law
     claim: Claim
@@ -153,21 +185,28 @@ class Planned:
 
 def plan_law(law: Law, setting: LawsSetting) -> tuple[Planned, ...]:
     towers = any(not load_recipe(arm.recipe).trains_heads_alone for arm in law.arms.values())
-    return tuple(_planned(law, claim, setting, towers) for claim in law.claims())
+    return tuple(
+        _planned(law, claim=claim, setting=setting, towers=towers) for claim in law.claims()
+    )
 
 
 def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Planned:
-    reasons = [reason for name in claim.weights if (reason := _lacking(law.arms[name], claim, setting))]
+    reasons = [
+        reason for name in claim.weights if (reason := _lacking(law.arms[name], claim, setting))
+    ]
     if reasons:
-        return Planned(law, claim, {}, "; ".join(dict.fromkeys(reasons)))
+        return Planned(law=law, claim=claim, jobs={}, why_not="; ".join(dict.fromkeys(reasons)))
     try:
-        found = {name: tuple(_jobs(law.arms[name], claim, setting, towers)) for name in claim.weights}
+        found = {
+            name: tuple(_jobs(law.arms[name], claim=claim, setting=setting, towers=towers))
+            for name in claim.weights
+        }
         for job in (jobs[0] for jobs in found.values()):
             if not job.recipe.trains_heads_alone:
                 count(job)
     except (EncoderError, RecipeError) as error:
-        return Planned(law, claim, {}, str(error))
-    return Planned(law, claim, found)
+        return Planned(law=law, claim=claim, jobs={}, why_not=str(error))
+    return Planned(law=law, claim=claim, jobs=found)
 
 
 def _lacking(arm: Arm, claim: Claim, setting: LawsSetting) -> str:
@@ -178,7 +217,9 @@ def _lacking(arm: Arm, claim: Claim, setting: LawsSetting) -> str:
         return "it needs --labels"
     if claim.metric == "unseen" and setting.languages is None:
         return "it needs --languages"
-    if arm.start == "random" and not all(setting.encoders[role].folder for role in (arm.image, arm.text)):
+    if arm.start == "random" and not all(
+        setting.encoders[role].folder for role in (arm.image, arm.text)
+    ):
         return "random weights need encoders in local folders"
     return ""
 
@@ -188,18 +229,31 @@ def _jobs(arm: Arm, claim: Claim, setting: LawsSetting, towers: bool) -> Iterato
     most = sum(pair.split == "train" for pair in setting.pairs)
     whole = min(most, (size.images if towers else size.head_images) or most)
     images = max(min(whole, FEWEST), round(whole * arm.data))
-    recipe = recipe_of(arm, setting, images, towers)
+    recipe = recipe_of(arm, setting=setting, images=images, towers=towers)
     teacher = _teacher(arm, setting, recipe)
     specs = setting.encoders[arm.image], setting.encoders[arm.text]
     fits = claim.metric not in COUNTED
     still = not (recipe.schedule.epochs or recipe.schedule.steps) or not fits
     autocast = "float32" if recipe.trains_heads_alone or still else size.autocast
     for seed in range(1 if still else setting.seeds):
-        yield Job(recipe, *specs, teacher, arm.start, images, arm.noise, seed, fits, autocast)
+        image, text = specs
+        yield Job(
+            recipe=recipe,
+            image=image,
+            text=text,
+            teacher=teacher,
+            start=arm.start,
+            images=images,
+            noise=arm.noise,
+            seed=seed,
+            fits=fits,
+            autocast=autocast,
+        )
 
 
 def _teacher(arm: Arm, setting: LawsSetting, recipe: Recipe) -> EncoderSpec | None:
-    """Classes are taught from the encoder's own pooled features, else the CLS before the final norm is."""
+    """Classes are taught from the encoder's own pooled features, else the CLS before the final norm
+    is."""
     if recipe.distillation is None:
         return None
     spec = setting.encoders[arm.teacher or arm.image]
@@ -210,29 +264,37 @@ def recipe_of(arm: Arm, setting: LawsSetting, images: int, towers: bool) -> Reci
     """The arm's recipe at the size's steps and batch.
 
     Raises:
-        RecipeError: its settings do not work. EncoderError: half of a tower is asked for of what is none.
+        RecipeError: its settings do not work. EncoderError: half of a tower is asked for of what is
+            none.
     """
     recipe = load_recipe(arm.recipe, [_halved(text, arm, setting) for text in arm.settings])
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in arm.without}
     recipe = parse_recipe(values, arm.recipe)
     if teacher := _teacher(arm, setting, recipe):
         values["distillation"] = {**values["distillation"], "teacher": teacher.slug}
-    values |= _sized(recipe, setting.size, arm, images, towers)
+    values |= _sized(recipe, size=setting.size, arm=arm, images=images, towers=towers)
     return parse_recipe(values, arm.recipe)
 
 
 def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> dict[str, Any]:
-    schedule, optimiser = recipe.schedule, recipe.optimiser
+    schedule = recipe.schedule
+    optimiser = recipe.optimiser
     if not (schedule.epochs or schedule.steps):
         return {}
-    batch = min(schedule.batch_size, size.batch or schedule.batch_size) if towers else schedule.batch_size
+    batch = (
+        min(schedule.batch_size, size.batch or schedule.batch_size)
+        if towers
+        else schedule.batch_size
+    )
     rate = optimiser.lr * math.sqrt(batch / schedule.batch_size)
     if size.lr is not None and not recipe.trains_heads_alone:
         rate = size.lr
     steps = size.steps if towers else size.head_steps
     if steps is None:
         count = schedule.steps or schedule.epochs
-        changed: dict[str, Any] = {"steps" if schedule.steps else "epochs": max(1, round(count * arm.steps))}
+        changed: dict[str, Any] = {
+            "steps" if schedule.steps else "epochs": max(1, round(count * arm.steps))
+        }
     else:
         steps = max(1, round(steps * arm.steps))
         used = images - min(DEV_IMAGES, images // DEV_SHARE)
@@ -258,12 +320,12 @@ def _n_blocks(spec: EncoderSpec) -> int:
     return shape_tower(spec).n_blocks
 
 
-# --- their order -----------------------------------------------------------------------------------------------------
+# --- their order ----------------------------------------------------------------------------------
 
 
 def in_turn(planned: Sequence[Planned]) -> list[Planned]:
-    """The claim with the largest published gap of each law, laws with the largest first; then the second ones, and so
-    on. Claims that cannot be tried are left out."""
+    """The claim with the largest published gap of each law, laws with the largest first; then the
+    second ones, and so on. Claims that cannot be tried are left out."""
     laws: dict[str, list[Planned]] = {}
     for one in planned:
         if not one.why_not:

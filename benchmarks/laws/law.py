@@ -1,8 +1,10 @@
-"""A law: what a paper claims, as arms, comparisons of them and the published figures. One TOML file each, in `zoo/`.
+"""A law: what a paper claims, as arms, comparisons of them and the published figures. One TOML file
+each, in `zoo/`.
 
-A comparison names its arms best first. `order` of several arms is a comparison of each with the next; `equal` says that
-two do not differ by as much as counts; `over` compares a difference with another one; `above` compares one arm with a
-number. Published figures stand beside arms or comparisons, with the place that they were read at; none is made up.
+A comparison names its arms best first. `order` of several arms is a comparison of each with the
+next; `equal` says that two do not differ by as much as counts; `over` compares a difference with
+another one; `above` compares one arm with a number. Published figures stand beside arms or
+comparisons, with the place that they were read at; none is made up.
 """
 
 import tomllib
@@ -17,10 +19,12 @@ from apecache.arguments import require_type
 from apecache.errors import OptionError, RecipeError, nearest, one_line
 
 Retrieval = Literal["tr", "ir", "recall", "r1"]
-"""Per cent: mean of R@1, R@5 and R@10 image to text, text to image, of both; `r1`: mean of both R@1."""
+"""Per cent: mean of R@1, R@5 and R@10 image to text, text to image, of both; `r1`: mean of both
+R@1."""
 Learnt = Literal["top1", "unseen", "image-shift-rises", "text-shift-falls"]
-"""`top1`: zero-shot accuracy in per cent. `unseen`: `recall`, mean over languages that were not trained on. Pearson's
-correlation of the norms' shift with depth in the image tower, and its negative in the text tower."""
+"""`top1`: zero-shot accuracy in per cent. `unseen`: `recall`, mean over languages that were not
+trained on. Pearson's correlation of the norms' shift with depth in the image tower, and its
+negative in the text tower."""
 Counted = Literal["trained", "step-flops", "total-flops", "peak-bytes"]
 """Counted before anything runs: what the arm saves of the other's cost, in per cent of it."""
 PerPoint = Literal["flops-per-point", "seconds-per-point", "bytes-per-point"]
@@ -36,11 +40,13 @@ class _Section(BaseModel):
 
 
 class Arm(_Section):
-    """One thing that is trained and measured. `settings`: as of `--set`; `without`: sections of the recipe left out.
+    """One thing that is trained and measured. `settings`: as of `--set`; `without`: sections of the
+    recipe left out.
 
-    `image`, `text`, `teacher`: roles of encoders, which the user gives by name; `image` and `text` are the main ones.
-    `start`: towers begin with the encoder's weights or with random ones. `data`: share of the training images; `noise`:
-    share of these that have another image's captions; `steps`: share of the steps. `published`: figures by metric.
+    `image`, `text`, `teacher`: roles of encoders, which the user gives by name; `image` and `text`
+    are the main ones. `start`: towers begin with the encoder's weights or with random ones. `data`:
+    share of the training images; `noise`: share of these that have another image's captions;
+    `steps`: share of the steps. `published`: figures by metric.
     """
 
     recipe: str
@@ -57,8 +63,8 @@ class Arm(_Section):
 
 
 class ComparisonSpec(_Section):
-    """As the module says. `published`: figures of the arms in their order where those of the arms do not serve;
-    `place`: where they stand; `smallest`: in place of the law's."""
+    """As the module says. `published`: figures of the arms in their order where those of the arms
+    do not serve; `place`: where they stand; `smallest`: in place of the law's."""
 
     order: tuple[str, ...] = Field(min_length=1)
     equal: bool = False
@@ -77,14 +83,16 @@ class ComparisonSpec(_Section):
         if (self.equal or self.over) and len(self.order) != 2:
             raise ValueError("`equal` and `over` are for an order of two arms")
         if self.published and (self.over or len(self.published) != len(self.order)):
-            raise ValueError("`published` has one figure for each arm of `order`, and none with `over`")
+            raise ValueError(
+                "`published` has one figure for each arm of `order`, and none with `over`"
+            )
         return self
 
 
 class Law(_Section):
-    """`smallest`: the smallest difference that counts, in the metric's unit. `figure`: what a published figure is.
-    `needs`: what must be given besides pairs and the two main encoders, for people. `missing`: what of the claim cannot
-    be decided, and why."""
+    """`smallest`: the smallest difference that counts, in the metric's unit. `figure`: what a
+    published figure is. `needs`: what must be given besides pairs and the two main encoders, for
+    people. `missing`: what of the claim cannot be decided, and why."""
 
     id: str
     title: str
@@ -103,7 +111,9 @@ class Law(_Section):
         named = [name for one in self.comparisons for name in (*one.order, *(one.over or ()))]
         for name in named:
             if name not in self.arms:
-                raise ValueError(f"a comparison names {name!r}; the arms are {', '.join(self.arms)}")
+                raise ValueError(
+                    f"a comparison names {name!r}; the arms are {', '.join(self.arms)}"
+                )
         idle = sorted(set(self.arms) - set(named))
         if idle:
             raise ValueError(f"no comparison names the arms {', '.join(idle)}")
@@ -114,9 +124,10 @@ class Law(_Section):
 
 
 class Claim(_Section):
-    """One difference: the sum of the arms' values times their `weights`, minus `above`. Expected: at least `smallest`,
-    or with `equal` no further from 0 than that. `published`: the difference as published, and `figures` what it is of,
-    in the order of the arms. Costs are compared as what the first arm saves of the second one's, in per cent."""
+    """One difference: the sum of the arms' values times their `weights`, minus `above`. Expected:
+    at least `smallest`, or with `equal` no further from 0 than that. `published`: the difference as
+    published, and `figures` what it is of, in the order of the arms. Costs are compared as what the
+    first arm saves of the second one's, in per cent."""
 
     weights: dict[str, float]
     metric: Metric
@@ -158,7 +169,9 @@ def _claims(law: Law, spec: ComparisonSpec) -> Iterator[Claim]:
 
 def _claim(law: Law, spec: ComparisonSpec, weights: dict[str, float]) -> Claim:
     metric = spec.metric or law.metric
-    known = {name: arm.published[metric] for name, arm in law.arms.items() if metric in arm.published}
+    known = {
+        name: arm.published[metric] for name, arm in law.arms.items() if metric in arm.published
+    }
     known |= dict(zip(spec.order, spec.published, strict=True)) if spec.published else {}
     claim = Claim(
         weights=weights,
@@ -181,15 +194,23 @@ def _gap(claim: Claim) -> float | None:
 def law_ids() -> list[str]:
     """In the order of their numbers."""
     paths = (Path(__file__).parent / "zoo").iterdir()
-    return sorted((p.name.removesuffix(".toml") for p in paths if p.name.endswith(".toml")), key=lambda i: int(i[1:]))
+    return sorted(
+        (p.name.removesuffix(".toml") for p in paths if p.name.endswith(".toml")),
+        key=lambda i: int(i[1:]),
+    )
 
 
 def load_law(name: str) -> Law:
     """Raises OptionError for an unknown one, RecipeError for a file that is none."""
     require_type(name, str, "name")
     if name not in law_ids():
-        raise OptionError(f"no law {name!r}; there are {', '.join(law_ids())}{nearest(name, law_ids())}")
-    return parse_law((Path(__file__).parent / "zoo" / f"{name}.toml").read_text(encoding="utf-8"), name)
+        raise OptionError(
+            f"no law {name!r}; there are {', '.join(law_ids())}{nearest(name, law_ids())}"
+        )
+    return parse_law(
+        (Path(__file__).parent / "zoo" / f"{name}.toml").read_text(encoding="utf-8"),
+        name,
+    )
 
 
 def parse_law(text: str, where: str) -> Law:
@@ -199,5 +220,7 @@ def parse_law(text: str, where: str) -> Law:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{where}: not TOML: {error}") from None
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {one_line(e['msg'])}" for e in error.errors()[:3])
+        found = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {one_line(e['msg'])}" for e in error.errors()[:3]
+        )
         raise RecipeError(f"{where}: {found}") from None

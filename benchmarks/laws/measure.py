@@ -1,4 +1,5 @@
-"""One job: features that it reads, its fit, and what is measured of it. Its weights are not kept."""
+"""One job: features that it reads, its fit, and what is measured of it. Its weights are not
+kept."""
 
 import shutil
 import time
@@ -24,7 +25,12 @@ from apecache.evaluate.zeroshot import class_embeddings
 from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Modality
 from apecache.metrics.relevance import Relevance
-from apecache.metrics.retrieval import TIE, image_to_text_ranks, retrieval_report, text_to_image_ranks
+from apecache.metrics.retrieval import (
+    TIE,
+    image_to_text_ranks,
+    retrieval_report,
+    text_to_image_ranks,
+)
 from apecache.runs import encoders as trained_encoders
 from apecache.runs import heads as checkpoint
 from apecache.runs.ledger import load_ledger
@@ -41,12 +47,14 @@ from benchmarks.laws.setting import LawsSetting, part_of, translated
 
 Say = Callable[[str], None]
 FAILURES = (ApecacheError, RuntimeError, MemoryError)
-"""What a run may fail with without ending the others: RuntimeError is what torch raises where memory ends."""
+"""What a run may fail with without ending the others: RuntimeError is what torch raises where
+memory ends."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Bench:
-    """What jobs share: a store for each part of the pairs, with the features of all jobs that read it."""
+    """What jobs share: a store for each part of the pairs, with the features of all jobs that read
+    it."""
 
     setting: LawsSetting
     jobs: tuple[Job, ...]
@@ -56,14 +64,25 @@ class Bench:
 
     def part(self, job: Job) -> PairSource:
         setting = self.setting
-        return part_of(setting.pairs, setting.split, job.images, setting.size.test_images, job.noise)
+        return part_of(
+            setting.pairs,
+            split=setting.split,
+            images=job.images,
+            test_images=setting.size.test_images,
+            noise=job.noise,
+        )
 
     def store(self, job: Job) -> FeatureStore:
-        """With the features of all jobs on the same pairs; encoders of random weights are written first."""
+        """With the features of all jobs on the same pairs; encoders of random weights are written
+        first."""
         part = self.part(job)
         name = part.digest[:16]
         if name not in self.stores:
-            sharing = [one for one in self.jobs if one.fits and (one.images, one.noise) == (job.images, job.noise)]
+            sharing = [
+                one
+                for one in self.jobs
+                if one.fits and (one.images, one.noise) == (job.images, job.noise)
+            ]
             self.stores[name] = self._extracted(part, f"stores/{name}", sharing)
         return self.stores[name]
 
@@ -84,13 +103,15 @@ class Bench:
                 found[spec.modality][spec] = None
         path = self.setting.work / name
         images, texts = (tuple(found[side]) for side in ("image", "text"))
-        self.say(f"features of {len(part):,} images and {len(part.captions):,} captions in {path.name}")
+        self.say(
+            f"features of {len(part):,} images and {len(part.captions):,} captions in {path.name}"
+        )
         extract(part, path, ExtractSpec(images, texts, device=self.setting.device, add=True))
         return FeatureStore.open(path)
 
     def name(self, job: Job, spec: EncoderSpec) -> str:
-        """Of its features in the job's store, where those of an equal encoder may be there under another name: the
-        pooling `default` may be `cls`."""
+        """Of its features in the job's store, where those of an equal encoder may be there under
+        another name: the pooling `default` may be `cls`."""
         store = self.store(job)
         if spec.slug in [array.name for array in store.arrays(spec.modality)]:
             return spec.slug
@@ -102,30 +123,40 @@ class Bench:
         return known
 
     def specs(self, job: Job) -> list[EncoderSpec]:
-        """Features of both sides; of one that runs from its inputs the pooled ones, which another job may read."""
+        """Features of both sides; of one that runs from its inputs the pooled ones, which another
+        job may read."""
         sides: tuple[Modality, ...] = ("image", "text")
         return [self.own(job, job.features(side) or job.encoder(side)) for side in sides]
 
     def own(self, job: Job, spec: EncoderSpec) -> EncoderSpec:
-        """The encoder itself, or for a random start its copy with random weights, one for each seed."""
+        """The encoder itself, or for a random start its copy with random weights, one for each
+        seed."""
         if job.start == "pretrained":
             return spec
-        folder = self.setting.work.resolve() / "random" / f"{replace(spec, pooling='default').slug}-{job.seed}"
+        folder = (
+            self.setting.work.resolve()
+            / "random"
+            / f"{replace(spec, pooling='default').slug}-{job.seed}"
+        )
         write_random(spec, folder, job.seed)
         return replace(spec, name=str(folder))
 
 
 def measure(job: Job, bench: Bench, wants: Iterable[str]) -> Outcome:
-    """Train and measure; a run that fails says why. An interrupt is no failure, and the fit goes on the next time."""
-    outcome = Outcome(job.digest, job.about, heads_alone=job.recipe.trains_heads_alone)
+    """Train and measure; a run that fails says why. An interrupt is no failure, and the fit goes on
+    the next time."""
+    outcome = Outcome(digest=job.digest, about=job.about, heads_alone=job.recipe.trains_heads_alone)
     begin = time.perf_counter()
     costs = counted_costs(job)
     if not job.fits:
         return replace(outcome, costs=costs)
     try:
-        found = _measured(job, bench, set(wants), replace(outcome, costs=costs))
+        found = _measured(job, bench=bench, wants=set(wants), outcome=replace(outcome, costs=costs))
     except FAILURES as error:
-        found = replace(outcome, error=f"{type(error).__name__}: {_without_path(error, bench.setting.work)}")
+        found = replace(
+            outcome,
+            error=f"{type(error).__name__}: {_without_path(error, bench.setting.work)}",
+        )
     return replace(found, seconds=round(time.perf_counter() - begin, 2))
 
 
@@ -136,67 +167,123 @@ def _without_path(error: BaseException, work: Path) -> str:
 
 
 def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outcome:
-    store, media = bench.store(job), bench.setting.pairs.media
+    store = bench.store(job)
+    media = bench.setting.pairs.media
     out = bench.setting.work / "runs" / job.digest
 
     def open_image(key: str) -> Any:
         return load_image(key, media).image
 
-    costs = {**outcome.costs, **_fit(job, bench, store, out, open_image)}
+    costs = {**outcome.costs, **_fit(job, bench=bench, store=store, out=out, open_image=open_image)}
     run = load_run(out, bench.setting.device)
-    embedded = embed_store(run, store, bench.setting.split, open_image)
+    embedded = embed_store(run, store=store, split=bench.setting.split, open_image=open_image)
     image_keys = [str(store.pairs.keys[row]) for row in embedded.image_rows]
-    ranks, chance = _ranks(image_keys, embedded.image, embedded.text, embedded.image_of_text, embedded.relevance)
+    ranks, chance = _ranks(
+        image_keys,
+        image=embedded.image,
+        text=embedded.text,
+        owners=embedded.image_of_text,
+        relevance=embedded.relevance,
+    )
     outcome = replace(outcome, retrieval=ranks, costs=costs, chance=chance)
     if "top1" in wants:
         outcome = _with_labels(outcome, run, bench)
     if "unseen" in wants:
-        outcome = _with_languages(outcome, run, bench.languages(job), bench, open_image)
+        outcome = _with_languages(
+            outcome,
+            run=run,
+            store=bench.languages(job),
+            bench=bench,
+            open_image=open_image,
+        )
     if wants & {"image-shift-rises", "text-shift-falls"}:
         outcome = replace(outcome, shifts=_shifts(run, bench))
     shutil.rmtree(out)
     return outcome
 
 
-def _fit(job: Job, bench: Bench, store: FeatureStore, out: Path, open_image: Callable[[str], Any]) -> dict[str, float]:
+def _fit(
+    job: Job,
+    bench: Bench,
+    store: FeatureStore,
+    out: Path,
+    open_image: Callable[[str], Any],
+) -> dict[str, float]:
     """Costs as measured. A finished run that was not measured yet is measured without a fit."""
     sides: tuple[Modality, ...] = ("image", "text")
     found = [job.features(side) for side in sides]
     names = [None if spec is None else bench.name(job, bench.own(job, spec)) for spec in found]
-    common: Any = {"splits": SplitSpec(train="train"), "seed": job.seed, "device": bench.setting.device}
-    common |= {"report_split": bench.setting.split, "image_features": names[0], "text_features": names[1]}
+    common: Any = {
+        "splits": SplitSpec(train="train"),
+        "seed": job.seed,
+        "device": bench.setting.device,
+    }
+    common |= {
+        "report_split": bench.setting.split,
+        "image_features": names[0],
+        "text_features": names[1],
+    }
     if kept := load_ledger(out) if is_finished(out) else None:
         ledger = kept
     elif job.recipe.trains_heads_alone:
-        ledger = fit_head(store, job.recipe, out, FitSpec(**common)).ledger
+        ledger = fit_head(store, recipe=job.recipe, out=out, spec=FitSpec(**common)).ledger
     else:
-        live = [bench.own(job, job.encoder(side)) if job.features(side) is None else None for side in sides]
+        live = [
+            bench.own(job, job.encoder(side)) if job.features(side) is None else None
+            for side in sides
+        ]
         own = FitEncoderSpec(image=live[0], text=live[1], autocast=job.autocast, **common)
-        ledger = fit_encoder(store, job.recipe, out, own, open_image).ledger
+        ledger = fit_encoder(
+            store,
+            recipe=job.recipe,
+            out=out,
+            spec=own,
+            open_image=open_image,
+        ).ledger
     measured = {"seconds": ledger.training_seconds, "measured-flops": float(ledger.flops)}
-    return measured | ({} if ledger.peak_bytes is None else {"measured-peak": float(ledger.peak_bytes)})
+    return measured | (
+        {} if ledger.peak_bytes is None else {"measured-peak": float(ledger.peak_bytes)}
+    )
 
 
 def is_finished(run: Path) -> bool:
-    return any((run / name).is_file() for name in (checkpoint.DESCRIPTION, trained_encoders.DESCRIPTION))
+    return any(
+        (run / name).is_file() for name in (checkpoint.DESCRIPTION, trained_encoders.DESCRIPTION)
+    )
 
 
 def _ranks(
-    keys: list[str], image: Tensor, text: Tensor, owners: Tensor, relevance: Relevance | None
+    keys: list[str],
+    image: Tensor,
+    text: Tensor,
+    owners: Tensor,
+    relevance: Relevance | None,
 ) -> tuple[Ranks, dict[str, float]]:
     """And the chance of each metric."""
-    report = retrieval_report(image, text, owners, KS, relevance)
-    to_text = image_to_text_ranks(image, text, owners, relevance)
-    to_image = text_to_image_ranks(image, text, owners, relevance)
-    chance = [sum(table.values()) / len(KS) for table in (report.chance_image_to_text, report.chance_text_to_image)]
+    report = retrieval_report(image, text=text, image_of_text=owners, ks=KS, relevance=relevance)
+    to_text = image_to_text_ranks(image, text=text, image_of_text=owners, relevance=relevance)
+    to_image = text_to_image_ranks(image, text=text, image_of_text=owners, relevance=relevance)
+    chance = [
+        sum(table.values()) / len(KS)
+        for table in (report.chance_image_to_text, report.chance_text_to_image)
+    ]
     ones = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
-    ranks = Ranks(tuple(keys), tuple(to_text.tolist()), tuple(to_image.tolist()), tuple(owners.tolist()))
+    ranks = Ranks(
+        keys=tuple(keys),
+        image=tuple(to_text.tolist()),
+        text=tuple(to_image.tolist()),
+        owners=tuple(owners.tolist()),
+    )
     return ranks, {"tr": chance[0], "ir": chance[1], "recall": sum(chance) / 2, "r1": ones}
 
 
 def _with_labels(outcome: Outcome, run: Run, bench: Bench) -> Outcome:
     assert bench.setting.labels is not None
-    spec = LabelledSpec(bench.setting.labels, bench.setting.work / "labelled", device=bench.setting.device)
+    spec = LabelledSpec(
+        bench.setting.labels,
+        bench.setting.work / "labelled",
+        device=bench.setting.device,
+    )
     classes = match_labels(wanted_labels(spec))
     found = labelled_images(run, spec)
     weights = class_embeddings(text_embedder(run.text, spec.device), classes.names, TEMPLATES)
@@ -205,27 +292,45 @@ def _with_labels(outcome: Outcome, run: Run, bench: Bench) -> Outcome:
     ranks = (scores >= scores.gather(1, target.unsqueeze(1)) - TIE).sum(1) - 1
     keys = tuple(str(row) for row in range(len(ranks)))
     chance = {**outcome.chance, "top1": 100 / len(classes.names)}
-    return replace(outcome, labels=Ranks(keys, tuple(ranks.tolist())), chance=chance)
+    return replace(outcome, labels=Ranks(keys=keys, image=tuple(ranks.tolist())), chance=chance)
 
 
 def _with_languages(
-    outcome: Outcome, run: Run, store: FeatureStore, bench: Bench, open_image: Callable[[str], Any]
+    outcome: Outcome,
+    run: Run,
+    store: FeatureStore,
+    bench: Bench,
+    open_image: Callable[[str], Any],
 ) -> Outcome:
-    embedded = embed_store(run, store, bench.setting.split, open_image)
+    embedded = embed_store(run, store=store, split=bench.setting.split, open_image=open_image)
     spoken = [str(store.pairs.languages[row]) for row in embedded.text_rows]
-    found, chances = dict[str, Ranks](), list[float]()
+    found = dict[str, Ranks]()
+    chances = list[float]()
     for language in sorted(set(spoken)):
         mask = torch.tensor([one == language for one in spoken], device=embedded.text.device)
         images, owners = torch.unique(embedded.image_of_text[mask], return_inverse=True)
         keys = [str(store.pairs.keys[embedded.image_rows[place]]) for place in images.tolist()]
-        right = None if embedded.relevance is None else embedded.relevance.select(owners, images, mask)
-        found[language], chance = _ranks(keys, embedded.image[images], embedded.text[mask], owners, right)
+        right = (
+            None if embedded.relevance is None else embedded.relevance.select(owners, images, mask)
+        )
+        found[language], chance = _ranks(
+            keys,
+            image=embedded.image[images],
+            text=embedded.text[mask],
+            owners=owners,
+            relevance=right,
+        )
         chances.append(chance["recall"])
-    return replace(outcome, languages=found, chance={**outcome.chance, "unseen": sum(chances) / len(chances)})
+    return replace(
+        outcome,
+        languages=found,
+        chance={**outcome.chance, "unseen": sum(chances) / len(chances)},
+    )
 
 
 def _shifts(run: Run, bench: Bench) -> dict[str, float]:
-    """What the norms' weights and biases moved together would need one unit; the weights' correlation is taken."""
+    """What the norms' weights and biases moved together would need one unit; the weights'
+    correlation is taken."""
     found: dict[str, float] = {}
     for report in layernorm_shift(run, bench.setting.device):
         if report.correlation_weight is not None:

@@ -1,4 +1,5 @@
-"""What a job has given: ranks, from which every metric is made, and costs. One JSON file each, in `outcomes/`."""
+"""What a job has given: ranks, from which every metric is made, and costs. One JSON file each, in
+`outcomes/`."""
 
 import json
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ KS = (1, 5, 10)
 FOLDER = "outcomes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Of one set of queries, 0 is first. `keys` [n]: of the images; `image`: ranks of their best own caption (of a
-    labelled image: of its class); `text` [m]: ranks of the captions' images, and `owners` their places in `keys`."""
+    """Of one set of queries, 0 is first. `keys` [n]: of the images; `image`: ranks of their best
+    own caption (of a labelled image: of its class); `text` [m]: ranks of the captions' images, and
+    `owners` their places in `keys`."""
 
     keys: tuple[str, ...]
     image: tuple[int, ...]
@@ -28,7 +30,7 @@ class Ranks:
     owners: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """A share in the making: `hits` and `counts` of each image [n], named by `keys`."""
 
@@ -42,11 +44,12 @@ class Part:
         return float(100 * self.hits.sum() / self.counts.sum())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`error`: why the run failed; then nothing else is known. `languages`: ranks among each one's captions. `shifts`:
-    correlations of LAW metrics. `costs`: counted metrics, and `seconds` and `peak` (bytes) as measured. `chance`: of
-    the metrics that were measured, in per cent. `seconds`: of all, extraction for the first job included."""
+    """`error`: why the run failed; then nothing else is known. `languages`: ranks among each one's
+    captions. `shifts`: correlations of LAW metrics. `costs`: counted metrics, and `seconds` and
+    `peak` (bytes) as measured. `chance`: of the metrics that were measured, in per cent. `seconds`:
+    of all, extraction for the first job included."""
 
     digest: str
     about: dict[str, Json]
@@ -82,12 +85,18 @@ class Outcome:
             case "tr" | "ir" | "recall" | "r1" if self.retrieval:
                 ks = (1,) if metric == "r1" else KS
                 both = (_to_text(self.retrieval, ks), _to_image(self.retrieval, ks))
-                return both if metric in ("recall", "r1") else both[:1] if metric == "tr" else both[1:]
+                if metric in ("recall", "r1"):
+                    return both
+                if metric == "tr":
+                    return both[:1]
+                return both[1:]
             case "top1" if self.labels:
                 return (_to_text(self.labels, (1,)),)
             case "unseen":
                 found = self.languages.values()
-                return tuple(part for ranks in found for part in (_to_text(ranks, KS), _to_image(ranks, KS)))
+                return tuple(
+                    part for ranks in found for part in (_to_text(ranks, KS), _to_image(ranks, KS))
+                )
         return ()
 
     def value(self, metric: Metric) -> float | None:
@@ -105,17 +114,26 @@ class Outcome:
 
 
 def _cost_of(metric: str) -> str:
-    return {"flops-per-point": "total-flops", "seconds-per-point": "seconds", "bytes-per-point": "peak-bytes"}[metric]
+    return {
+        "flops-per-point": "total-flops",
+        "seconds-per-point": "seconds",
+        "bytes-per-point": "peak-bytes",
+    }[metric]
 
 
 def _to_text(ranks: Ranks, ks: Sequence[int]) -> Part:
-    return Part(ranks.keys, _hits(ranks.image, ks), np.ones(len(ranks.keys)))
+    return Part(keys=ranks.keys, hits=_hits(ranks.image, ks), counts=np.ones(len(ranks.keys)))
 
 
 def _to_image(ranks: Ranks, ks: Sequence[int]) -> Part:
-    owners, n = np.array(ranks.owners), len(ranks.keys)
+    owners = np.array(ranks.owners)
+    n = len(ranks.keys)
     hits = np.bincount(owners, _hits(ranks.text, ks), minlength=n).astype(np.float64)
-    return Part(ranks.keys, hits, np.bincount(owners, minlength=n).astype(np.float64))
+    return Part(
+        keys=ranks.keys,
+        hits=hits,
+        counts=np.bincount(owners, minlength=n).astype(np.float64),
+    )
 
 
 def _hits(ranks: Sequence[int], ks: Sequence[int]) -> NDArray[np.float64]:
@@ -127,7 +145,10 @@ def _hits(ranks: Sequence[int], ks: Sequence[int]) -> NDArray[np.float64]:
 def save_outcome(outcome: Outcome, work: Path) -> None:
     """The whole file at once."""
     (work / FOLDER).mkdir(parents=True, exist_ok=True)
-    replace_text(work / FOLDER / f"{outcome.digest}.json", json.dumps(asdict(outcome), allow_nan=False) + "\n")
+    replace_text(
+        work / FOLDER / f"{outcome.digest}.json",
+        json.dumps(asdict(outcome), allow_nan=False) + "\n",
+    )
 
 
 def load_outcome(digest: str, work: Path) -> Outcome | None:
@@ -142,7 +163,9 @@ def load_outcome(digest: str, work: Path) -> Outcome | None:
         value["languages"] = {name: _ranks(ranks) for name, ranks in value["languages"].items()}
         return Outcome(**value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}); remove it to run this job again") from None
+        raise RunError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); remove it to run this job again"
+        ) from None
 
 
 def _ranks(value: dict[str, list[Json]]) -> Ranks:

@@ -1,4 +1,5 @@
-"""One page of laws: what was published and what was measured, as tables and as a picture of each law."""
+"""One page of laws: what was published and what was measured, as tables and as a picture of each
+law."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,57 +10,92 @@ from apecache.report.page import Cell, Page, Table, write_page
 from benchmarks.laws.results import COSTS, ArmResult, Compared, LawResult
 
 ARM_COLUMNS = ("tr", "ir", "recall", "r1", "top1", "unseen")
-UNITS = {"points": "points of difference", "% saved": "per cent saved", "r": "Pearson's correlation"}
+UNITS = {
+    "points": "points of difference",
+    "% saved": "per cent saved",
+    "r": "Pearson's correlation",
+}
 HOW = (
-    "Differences are paired: all arms answer the same queries, seed by seed. A 95 % interval adds the variance over "
-    "seeds (Student) and that over images (bootstrap, each image with its captions; candidates stay); with one seed it "
+    "Differences are paired: all arms answer the same queries, seed by seed. A 95 % interval adds "
+    "the variance over "
+    "seeds (Student) and that over images (bootstrap, each image with its captions; candidates "
+    "stay); with one seed it "
     "speaks of the images alone.",
-    "An order is held where the interval lies above 0 and the difference is at least what counts; broken where no "
-    "difference that counts is within the interval. An equality is held where the whole interval lies within what "
-    "counts. Where the arms reach little, half of the published difference in proportion to what the best of them "
-    "reaches (where none is published, half of that) must be outside the interval too, before no difference is found.",
-    "The detectable difference is stated before any run, from the numbers of images and seeds alone.",
-    "No arm was tuned by itself: each recipe runs with its own settings, at the steps and the batch of the size; where "
-    "the batch is smaller than the recipe's, its learning rate falls with the square root. Where the size names a rate "
-    "(lr), all arms whose towers train have that one, because a recipe's own is for many more steps.",
+    "An order is held where the interval lies above 0 and the difference is at least what counts; "
+    "broken where no "
+    "difference that counts is within the interval. An equality is held where the whole interval "
+    "lies within what "
+    "counts. Where the arms reach little, half of the published difference in proportion to what "
+    "the best of them "
+    "reaches (where none is published, half of that) must be outside the interval too, before no "
+    "difference is found.",
+    (
+        "The detectable difference is stated before any run, from the numbers of images and seeds "
+        "alone."
+    ),
+    "No arm was tuned by itself: each recipe runs with its own settings, at the steps and the "
+    "batch of the size; where "
+    "the batch is smaller than the recipe's, its learning rate falls with the square root. Where "
+    "the size names a rate "
+    "(lr), all arms whose towers train have that one, because a recipe's own is for many more "
+    "steps.",
 )
 
 
 def laws_page(laws: Sequence[LawResult], out: Path, command: str = "", title: str = "Laws") -> Path:
     """Write the page, whose folder must exist; returns where."""
     settings = _by_setting(laws)
-    tables = [_summary(laws), *_setting_table(settings), *(table for law in laws for table in _tables(law))]
+    tables = [
+        _summary(laws),
+        *_setting_table(settings),
+        *(table for law in laws for table in _tables(law)),
+    ]
     pictures = tuple(picture for law in laws for picture in law_pictures(law))
     notes = (*HOW, *(f"{law.id}: {law.missing}" for law in laws if law.missing))
     alone = "; ".join(next(iter(settings))) if len(settings) == 1 else ""
     about = alone or "The laws were tried in several calls; see Settings."
-    page = Page(title, about, (command,) if command else (), tuple(tables), notes=notes, intervals=pictures)
+    page = Page(
+        title=title,
+        subtitle=about,
+        commands=(command,) if command else (),
+        tables=tuple(tables),
+        notes=notes,
+        intervals=pictures,
+    )
     return write_page(page, out)
 
 
 def law_pictures(law: LawResult) -> tuple[Intervals, ...]:
     """One for each unit that the law's differences have."""
     units = dict.fromkeys(one.unit for one in law.compared)
-    return tuple(_picture(law, unit, [one for one in law.compared if one.unit == unit]) for unit in units)
+    return tuple(
+        _picture(law, unit, [one for one in law.compared if one.unit == unit]) for unit in units
+    )
 
 
 def _picture(law: LawResult, unit: str, compared: Sequence[Compared]) -> Intervals:
     rows = tuple(
         Row(
-            f"{one.name} ({one.metric})",
-            one.published,
-            one.judgement.difference,
-            one.judgement.low,
-            one.judgement.high,
-            one.judgement.verdict,
+            name=f"{one.name} ({one.metric})",
+            published=one.published,
+            measured=one.judgement.difference,
+            low=one.judgement.low,
+            high=one.judgement.high,
+            verdict=one.judgement.verdict,
         )
         for one in compared
     )
-    return Intervals(f"{law.id}. {law.title}", UNITS[unit], rows, f"{law.source}. {law.claim}")
+    return Intervals(
+        title=f"{law.id}. {law.title}",
+        unit=UNITS[unit],
+        rows=rows,
+        note=f"{law.source}. {law.claim}",
+    )
 
 
 def _by_setting(laws: Sequence[LawResult]) -> dict[tuple[str, str], list[str]]:
-    """Laws that were run in different calls may differ: size and encoders of each setting, and its laws."""
+    """Laws that were run in different calls may differ: size and encoders of each setting, and its
+    laws."""
     found: dict[tuple[str, str], list[str]] = {}
     for law in laws:
         found.setdefault((_size(law.setting), _encoders(law.setting)), []).append(law.id)
@@ -68,14 +104,23 @@ def _by_setting(laws: Sequence[LawResult]) -> dict[tuple[str, str], list[str]]:
 
 def _setting_table(settings: dict[tuple[str, str], list[str]]) -> tuple[Table, ...]:
     rows = tuple((", ".join(ids), *about) for about, ids in settings.items())
-    return (Table("Settings", ("laws", "size", "encoders"), rows),) if len(rows) > 1 else ()
+    return (
+        (Table(title="Settings", columns=("laws", "size", "encoders"), rows=rows),)
+        if len(rows) > 1
+        else ()
+    )
 
 
 def _size(about: dict[str, Any]) -> str:
-    size = {key: value for key, value in about["size"].items() if value is not None and key != "name"}
+    size = {
+        key: value for key, value in about["size"].items() if value is not None and key != "name"
+    }
     sizes = ", ".join(f"{key} {value}" for key, value in size.items())
     price = f"; an hour costs {about['price_per_hour']:g}" if "price_per_hour" in about else ""
-    return f"size {about['size']['name']} ({sizes}), {about['seeds']} seeds, reported on {about['split']}{price}"
+    return (
+        f"size {about['size']['name']} ({sizes}), {about['seeds']} seeds, reported on "
+        f"{about['split']}{price}"
+    )
 
 
 def _encoders(about: dict[str, Any]) -> str:
@@ -84,7 +129,11 @@ def _encoders(about: dict[str, Any]) -> str:
 
 def _summary(laws: Sequence[LawResult]) -> Table:
     rows = tuple((law.id, law.title, law.verdict, _tally(law), law.source) for law in laws)
-    return Table("Verdicts", ("law", "title", "verdict", "held, broken, open", "source"), rows)
+    return Table(
+        title="Verdicts",
+        columns=("law", "title", "verdict", "held, broken, open", "source"),
+        rows=rows,
+    )
 
 
 def _tally(law: LawResult) -> str:
@@ -93,10 +142,24 @@ def _tally(law: LawResult) -> str:
 
 
 def _tables(law: LawResult) -> tuple[Table, ...]:
-    columns = ("comparison", "metric", "published", "detectable", "counts from", "measured", "95 %", "verdict")
+    columns = (
+        "comparison",
+        "metric",
+        "published",
+        "detectable",
+        "counts from",
+        "measured",
+        "95 %",
+        "verdict",
+    )
     rows = tuple(_compared_row(one) for one in law.compared)
     note = f"Published: {law.figure}." if law.figure else ""
-    compared = Table(f"{law.id}. {law.title}: comparisons", columns, rows, f"{law.claim} {note}".strip())
+    compared = Table(
+        title=f"{law.id}. {law.title}: comparisons",
+        columns=columns,
+        rows=rows,
+        note=f"{law.claim} {note}".strip(),
+    )
     return (compared, *_arm_tables(law))
 
 
@@ -106,9 +169,22 @@ def _compared_row(one: Compared) -> tuple[Cell, ...]:
     where = f" ({one.place})" if one.place else ""
     least = "" if one.detectable is None else f"{one.detectable:.1f}"
     measured = "" if judgement.difference is None else f"{judgement.difference:+.2f} {one.unit}"
-    span = "" if judgement.low is None else f"{judgement.low:.2f} to {judgement.high:.2f} ({judgement.source})"
+    span = (
+        ""
+        if judgement.low is None
+        else f"{judgement.low:.2f} to {judgement.high:.2f} ({judgement.source})"
+    )
     verdict = judgement.verdict + (f": {judgement.why}" if judgement.why else "")
-    return (one.name, one.metric, f"{published}{where}", least, f"{one.smallest:g}", measured, span, verdict)
+    return (
+        one.name,
+        one.metric,
+        f"{published}{where}",
+        least,
+        f"{one.smallest:g}",
+        measured,
+        span,
+        verdict,
+    )
 
 
 def _arm_tables(law: LawResult) -> tuple[Table, ...]:
@@ -122,21 +198,41 @@ def _arm_tables(law: LawResult) -> tuple[Table, ...]:
     if chance:
         values += (("chance", "", "", *map(chance.get, known), *(None for _ in costs)),)
     columns = ("arm", "recipe", "runs", *known, *costs)
-    found = [Table(f"{law.id}. {law.title}: arms", columns, values, "Means over seeds; seconds are those of training.")]
+    found = [
+        Table(
+            title=f"{law.id}. {law.title}: arms",
+            columns=columns,
+            rows=values,
+            note="Means over seeds; seconds are those of training.",
+        )
+    ]
     if law.id == "L12":
         found.append(_per_point(arms, costs))
     return tuple(found)
 
 
 def _arm_row(arm: ArmResult, known: Sequence[str], costs: Sequence[str]) -> tuple[Cell, ...]:
-    runs = f"{arm.n_done} of {arm.n_planned}" + (f"; failed: {'; '.join(arm.failed)}" if arm.failed else "")
-    return (arm.name, arm.about, runs, *map(arm.values.get, known), *(_readable(arm.costs.get(name)) for name in costs))
+    runs = f"{arm.n_done} of {arm.n_planned}" + (
+        f"; failed: {'; '.join(arm.failed)}" if arm.failed else ""
+    )
+    return (
+        arm.name,
+        arm.about,
+        runs,
+        *map(arm.values.get, known),
+        *(_readable(arm.costs.get(name)) for name in costs),
+    )
 
 
 def _per_point(arms: Sequence[ArmResult], costs: Sequence[str]) -> Table:
-    rows = tuple((arm.name, *(_readable(arm.per_point.get(name)) for name in costs)) for arm in arms)
+    rows = tuple(
+        (arm.name, *(_readable(arm.per_point.get(name)) for name in costs)) for arm in arms
+    )
     return Table(
-        "Costs for each point of recall", ("arm", *costs), rows, "Recall: mean of R@1, R@5 and R@10 both ways."
+        title="Costs for each point of recall",
+        columns=("arm", *costs),
+        rows=rows,
+        note="Recall: mean of R@1, R@5 and R@10 both ways.",
     )
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.laws.render --from WORK        # take the results of `apecache laws --work WORK` first
     python -m benchmarks.laws.render --page laws.html   # and the same as a page with pictures
 
-A result that is taken replaces that of the same law, and gets the commit, the machine and the versions beside it. Laws
-of which nothing was measured are not taken.
+A result that is taken replaces that of the same law, and gets the commit, the machine and the
+versions beside it. Laws of which nothing was measured are not taken.
 """
 
 import argparse
@@ -17,12 +17,22 @@ from typing import Any
 
 from benchmarks.laws.law import law_ids, load_law
 from benchmarks.laws.page import HOW, laws_page
-from benchmarks.laws.results import COLUMNS, COSTS, FOLDER, ArmResult, Compared, LawResult, load_results, result_of
+from benchmarks.laws.results import (
+    COLUMNS,
+    COSTS,
+    FOLDER,
+    ArmResult,
+    Compared,
+    LawResult,
+    load_results,
+    result_of,
+)
 from benchmarks.laws.verdict import DISAGREE, POWER, SEED_SPREAD
 from benchmarks.record import commit, machine, versions
 
 HERE = Path(__file__).parent
-RESULTS, TABLE = HERE / "results", HERE / "RESULTS.md"
+RESULTS = HERE / "results"
+TABLE = HERE / "RESULTS.md"
 
 
 def main() -> None:
@@ -34,12 +44,23 @@ def main() -> None:
     options.table.write_text(render(found), encoding="utf-8")
     print(options.table)
     if options.page:
-        print(laws_page([result_of(one["law"]) for one in found], options.page, "python -m benchmarks.laws.render"))
+        print(
+            laws_page(
+                [result_of(one["law"]) for one in found],
+                options.page,
+                "python -m benchmarks.laws.render",
+            )
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="RESULTS.md from the JSON files of laws.")
-    parser.add_argument("--from", dest="work", type=Path, help="work folder of apecache laws, whose results are taken")
+    parser.add_argument(
+        "--from",
+        dest="work",
+        type=Path,
+        help="work folder of apecache laws, whose results are taken",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--page", type=Path, help="write them as one HTML page too")
@@ -55,7 +76,10 @@ def take(work: Path, folder: Path) -> list[Path]:
         if any(arm.n_done or arm.failed for arm in result.arms):
             written.append(folder / f"{result.id}.json")
             value = {"name": f"laws-{result.id}", **about, "law": asdict(result)}
-            written[-1].write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            written[-1].write_text(
+                json.dumps(value, indent=1, allow_nan=False) + "\n",
+                encoding="utf-8",
+            )
     return written
 
 
@@ -69,7 +93,14 @@ def render(found: Sequence[dict[str, Any]]) -> str:
     """The whole of RESULTS.md."""
     laws = [result_of(one["law"]) for one in found]
     known = {law.id: law for law in laws}
-    lines = ["# Laws: what the papers claim, and what was measured", "", *_intro(), "", "## Verdicts", ""]
+    lines = [
+        "# Laws: what the papers claim, and what was measured",
+        "",
+        *_intro(),
+        "",
+        "## Verdicts",
+        "",
+    ]
     rows = [(name, load_law(name).title, *_verdict(known.get(name))) for name in law_ids()]
     lines += _table(("law", "title", "verdict", "held, broken, open"), rows)
     for one, law in zip(found, laws, strict=True):
@@ -79,8 +110,10 @@ def render(found: Sequence[dict[str, Any]]) -> str:
 
 def _intro() -> list[str]:
     assumed = (
-        f"Detectable is stated before any run: what {100 * POWER:g} % of experiments of this size would find, if "
-        f"the paired difference has a variance over images of {DISAGREE:g} (scores from 0 to 1) and an arm a standard "
+        f"Detectable is stated before any run: what {100 * POWER:g} % of experiments of this size "
+        "would find, if "
+        f"the paired difference has a variance over images of {DISAGREE:g} (scores from 0 to 1) "
+        "and an arm a standard "
         f"deviation over seeds of {SEED_SPREAD:g} points."
     )
     written = "Written by `python -m benchmarks.laws.render` from `results/`; not by hand."
@@ -91,19 +124,47 @@ def _verdict(law: LawResult | None) -> tuple[str, str]:
     if law is None:
         return "not measured yet", ""
     verdicts = [one.judgement.verdict for one in law.compared]
-    return law.verdict, ", ".join(str(verdicts.count(name)) for name in ("held", "broken", "not decided"))
+    return law.verdict, ", ".join(
+        str(verdicts.count(name)) for name in ("held", "broken", "not decided")
+    )
 
 
 def _law(law: LawResult, about: dict[str, Any]) -> list[str]:
     setting = law.setting
     encoders = ", ".join(f"{role} `{name}`" for role, name in setting["encoders"].items())
-    size = ", ".join(f"{key} {value}" for key, value in setting["size"].items() if value is not None)
-    lines = ["", f"## {law.id}. {law.title}", "", law.claim, "", f"Source: {law.source}. Published: {law.figure}."]
+    size = ", ".join(
+        f"{key} {value}" for key, value in setting["size"].items() if value is not None
+    )
+    lines = [
+        "",
+        f"## {law.id}. {law.title}",
+        "",
+        law.claim,
+        "",
+        f"Source: {law.source}. Published: {law.figure}.",
+    ]
     lines += [f"Open: {law.missing}"] * bool(law.missing)
-    lines += ["", f"Measured with {size}, {setting['seeds']} seeds, reported on {setting['split']}; {encoders}; "]
-    lines[-1] += f"an hour costs {setting['price_per_hour']:g}; " if "price_per_hour" in setting else ""
+    lines += [
+        "",
+        (
+            f"Measured with {size}, {setting['seeds']} seeds, reported on {setting['split']}; "
+            f"{encoders}; "
+        ),
+    ]
+    lines[-1] += (
+        f"an hour costs {setting['price_per_hour']:g}; " if "price_per_hour" in setting else ""
+    )
     lines[-1] += f"commit {about['commit'][:12]}, {about['machine']['cpus']} CPUs."
-    columns = ("comparison", "metric", "published", "detectable", "counts from", "measured", "95 %", "verdict")
+    columns = (
+        "comparison",
+        "metric",
+        "published",
+        "detectable",
+        "counts from",
+        "measured",
+        "95 %",
+        "verdict",
+    )
     lines += ["", *_table(columns, [_row(one) for one in law.compared])]
     if arms := [arm for arm in law.arms if arm.values or arm.costs or arm.failed]:
         lines += ["", *_arms(arms)]
@@ -117,8 +178,14 @@ def _row(one: Compared) -> tuple[str, ...]:
     published += f"; {one.place}" if one.place else ""
     least = "" if one.detectable is None else f"{one.detectable:.1f}"
     measured = "" if judgement.difference is None else f"{judgement.difference:+.2f} {one.unit}"
-    span = "" if judgement.low is None else f"{judgement.low:.2f} to {judgement.high:.2f}; {judgement.source}"
-    verdict = f"**{judgement.verdict}**" if judgement.verdict != "not decided" else judgement.verdict
+    span = (
+        ""
+        if judgement.low is None
+        else f"{judgement.low:.2f} to {judgement.high:.2f}; {judgement.source}"
+    )
+    verdict = (
+        f"**{judgement.verdict}**" if judgement.verdict != "not decided" else judgement.verdict
+    )
     verdict += f": {judgement.why}" if judgement.why else ""
     return (one.name, one.metric, published, least, f"{one.smallest:g}", measured, span, verdict)
 
@@ -127,12 +194,29 @@ def _arms(arms: Sequence[ArmResult]) -> list[str]:
     values = [name for name in COLUMNS if any(name in arm.values for arm in arms)]
     costs = [name for name in COSTS if any(name in arm.costs for arm in arms)]
     pointed = [name for name in costs if any(name in arm.per_point for arm in arms)]
-    columns = ("arm", "recipe", "runs", *values, *costs, *(f"{name} a point of recall" for name in pointed))
+    columns = (
+        "arm",
+        "recipe",
+        "runs",
+        *values,
+        *costs,
+        *(f"{name} a point of recall" for name in pointed),
+    )
     rows = []
     for arm in arms:
-        runs = f"{arm.n_done} of {arm.n_planned}" + "".join(f"; failed: {error}" for error in arm.failed)
+        runs = f"{arm.n_done} of {arm.n_planned}" + "".join(
+            f"; failed: {error}" for error in arm.failed
+        )
         measured = [_number(arm.values.get(name)) for name in values]
-        rows.append((arm.name, arm.about, runs, *measured, *(_number(arm.costs.get(name)) for name in costs)))
+        rows.append(
+            (
+                arm.name,
+                arm.about,
+                runs,
+                *measured,
+                *(_number(arm.costs.get(name)) for name in costs),
+            )
+        )
         rows[-1] += tuple(_number(arm.per_point.get(name)) for name in pointed)
     return _table(columns, rows)
 
@@ -142,7 +226,11 @@ def _number(value: float | None) -> str:
         return ""
     if 0 < abs(value) < 0.01:
         return f"{value:.2g}"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+    if abs(value) < 1000:
+        return f"{value:.2f}"
+    if abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,5 @@
-"""What is known of a law: one JSON file each in `results/`, from which pages and tables are made, and nothing else."""
+"""What is known of a law: one JSON file each in `results/`, from which pages and tables are made,
+and nothing else."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,24 @@ from benchmarks.laws.setting import LawsSetting
 from benchmarks.laws.verdict import Judgement, detectable, judge
 
 FOLDER = "results"
-COLUMNS: tuple[Metric, ...] = ("tr", "ir", "recall", "r1", "top1", "unseen", "image-shift-rises", "text-shift-falls")
+COLUMNS: tuple[Metric, ...] = (
+    "tr",
+    "ir",
+    "recall",
+    "r1",
+    "top1",
+    "unseen",
+    "image-shift-rises",
+    "text-shift-falls",
+)
 COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One comparison. `figures`: as published, of its arms in their order; `published`: their difference, `place` where
-    they stand. `detectable`: stated before any run. `unit` of differences."""
+    """One comparison. `figures`: as published, of its arms in their order; `published`: their
+    difference, `place` where they stand. `detectable`: stated before any run. `unit` of
+    differences."""
 
     name: str
     metric: str
@@ -37,10 +48,11 @@ class Compared:
     judgement: Judgement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """`about`: its recipe and what is special. `values`: by metric, mean over seeds; `costs`: means likewise. `failed`:
-    errors of runs. `chance`: of the metrics that are recalls or accuracies; empty in results of older versions."""
+    """`about`: its recipe and what is special. `values`: by metric, mean over seeds; `costs`: means
+    likewise. `failed`: errors of runs. `chance`: of the metrics that are recalls or accuracies;
+    empty in results of older versions."""
 
     name: str
     about: str
@@ -59,7 +71,7 @@ class ArmResult:
         return {name: cost / points for name, cost in self.costs.items()} if points else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LawResult:
     """`setting`: how large the runs were, on what, without paths."""
 
@@ -75,32 +87,55 @@ class LawResult:
 
     @property
     def verdict(self) -> str:
-        """`broken` where a comparison is; else `held`, where none is open; else how many of them were decided."""
+        """`broken` where a comparison is; else `held`, where none is open; else how many of them
+        were decided."""
         verdicts = [one.judgement.verdict for one in self.compared]
         if "broken" in verdicts:
             return "broken"
         held = verdicts.count("held")
-        return (
-            "held"
-            if held == len(verdicts)
-            else f"held as far as decided ({held} of {len(verdicts)})"
-            if held
-            else ("not decided")
-        )
+        if held == len(verdicts):
+            return "held"
+        if held:
+            return f"held as far as decided ({held} of {len(verdicts)})"
+        return "not decided"
 
 
-def law_result(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], setting: LawsSetting) -> LawResult:
+def law_result(
+    planned: Sequence[Planned],
+    outcomes: Mapping[str, Outcome],
+    setting: LawsSetting,
+) -> LawResult:
     """Of all claims of one law. `outcomes`: by the digests of jobs."""
     law = planned[0].law
     compared = tuple(_compared(one, outcomes, setting) for one in planned)
-    arms = tuple(_arm(name, law, planned, outcomes, setting.price) for name in law.arms)
+    arms = tuple(
+        _arm(name, law=law, planned=planned, outcomes=outcomes, price=setting.price)
+        for name in law.arms
+    )
     about = (law.id, law.title, law.source, law.claim, law.figure, law.missing)
-    return LawResult(*about, described(setting), compared, arms)
+    id, title, source, claim, figure, missing = about
+    return LawResult(
+        id=id,
+        title=title,
+        source=source,
+        claim=claim,
+        figure=figure,
+        missing=missing,
+        setting=described(setting),
+        compared=compared,
+        arms=arms,
+    )
 
 
 def described(setting: LawsSetting) -> dict[str, Any]:
-    names = {role: spec.slug if spec.folder else str(spec) for role, spec in setting.encoders.items()}
-    about: dict[str, Any] = {"size": asdict(setting.size), "seeds": setting.seeds, "split": setting.split}
+    names = {
+        role: spec.slug if spec.folder else str(spec) for role, spec in setting.encoders.items()
+    }
+    about: dict[str, Any] = {
+        "size": asdict(setting.size),
+        "seeds": setting.seeds,
+        "split": setting.split,
+    }
     about |= {"price_per_hour": setting.price} if setting.price is not None else {}
     return {**about, "encoders": names}
 
@@ -112,33 +147,64 @@ def reported_images(setting: LawsSetting) -> int:
 
 def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSetting) -> Compared:
     claim = one.claim
-    n_images = len(setting.labels) if claim.metric == "top1" and setting.labels else reported_images(setting)
+    n_images = (
+        len(setting.labels)
+        if claim.metric == "top1" and setting.labels
+        else reported_images(setting)
+    )
     n_seeds = max((len(jobs) for jobs in one.jobs.values()), default=setting.seeds)
     least = None if one.why_not else detectable(claim, n_images, n_seeds)
-    unit = "% saved" if claim.saves else "r" if claim.metric.endswith(("rises", "falls")) else "points"
+    if claim.saves:
+        unit = "% saved"
+    elif claim.metric.endswith(("rises", "falls")):
+        unit = "r"
+    else:
+        unit = "points"
     known = (claim.figures, claim.published, claim.place)
+    figures, published, place = known
     return Compared(
-        claim.name, claim.metric, unit, claim.equal, claim.smallest, *known, least, _judged(one, outcomes, least)
+        name=claim.name,
+        metric=claim.metric,
+        unit=unit,
+        equal=claim.equal,
+        smallest=claim.smallest,
+        figures=figures,
+        published=published,
+        place=place,
+        detectable=least,
+        judgement=_judged(one, outcomes, least),
     )
 
 
 def _judged(one: Planned, outcomes: Mapping[str, Outcome], least: float | None) -> Judgement:
     if one.why_not:
-        return Judgement("not decided", one.why_not)
+        return Judgement(verdict="not decided", why=one.why_not)
     found: dict[str, list[Outcome]] = {}
     for arm, jobs in one.jobs.items():
         known = [outcomes.get(job.digest) for job in jobs]
         failed = [outcome.error for outcome in known if outcome is not None and outcome.error]
         if failed:
-            return Judgement("not decided", f"a run of {arm} failed: {failed[0]}")
-        done = [outcome for outcome in known if outcome is not None and outcome.has(one.claim.metric)]
+            return Judgement(verdict="not decided", why=f"a run of {arm} failed: {failed[0]}")
+        done = [
+            outcome for outcome in known if outcome is not None and outcome.has(one.claim.metric)
+        ]
         if one.claim.metric in COUNTED and not done and known[0] is not None:
-            return Judgement("not decided", f"the encoders of {arm} are no towers whose costs can be counted")
+            return Judgement(
+                verdict="not decided",
+                why=f"the encoders of {arm} are no towers whose costs can be counted",
+            )
         found[arm] = done
-    missing = {arm: len(one.jobs[arm]) - len(done) for arm, done in found.items() if len(done) < len(one.jobs[arm])}
+    missing = {
+        arm: len(one.jobs[arm]) - len(done)
+        for arm, done in found.items()
+        if len(done) < len(one.jobs[arm])
+    }
     if missing:
         runs = ", ".join(f"{count} of {arm}" for arm, count in missing.items())
-        return Judgement("not decided", f"runs are still to be made: {runs}{too_small(one.claim, least)}")
+        return Judgement(
+            verdict="not decided",
+            why=f"runs are still to be made: {runs}{too_small(one.claim, least)}",
+        )
     return judge(one.claim, found)
 
 
@@ -146,11 +212,18 @@ def too_small(claim: Claim, least: float | None) -> str:
     """Why runs that would be made for this claim alone may not be worth it."""
     if claim.published is None or claim.equal or not least or abs(claim.published) >= least:
         return ""
-    return f"; the published difference, {abs(claim.published):.1f}, is less than they detect, {least:.1f}"
+    return (
+        f"; the published difference, {abs(claim.published):.1f}, is less than they detect, "
+        f"{least:.1f}"
+    )
 
 
 def _arm(
-    name: str, law: Law, planned: Sequence[Planned], outcomes: Mapping[str, Outcome], price: float | None
+    name: str,
+    law: Law,
+    planned: Sequence[Planned],
+    outcomes: Mapping[str, Outcome],
+    price: float | None,
 ) -> ArmResult:
     jobs = {job.digest: job for one in planned for job in one.jobs.get(name, ())}
     known = [outcomes[digest] for digest in jobs if digest in outcomes]
@@ -163,15 +236,15 @@ def _arm(
         costs["money"] = costs["seconds"] / 3600 * price
     arm = law.arms[name]
     return ArmResult(
-        name,
-        _about(arm),
-        {str(metric): figure for metric, figure in arm.published.items()},
-        len(done),
-        len(jobs),
-        {metric: fmean(row) for metric, row in found.items() if row},
-        costs,
-        tuple(dict.fromkeys(one.error for one in known if one.error)),
-        dict(done[0].chance) if done else {},
+        name=name,
+        about=_about(arm),
+        published={str(metric): figure for metric, figure in arm.published.items()},
+        n_done=len(done),
+        n_planned=len(jobs),
+        values={metric: fmean(row) for metric, row in found.items() if row},
+        costs=costs,
+        failed=tuple(dict.fromkeys(one.error for one in known if one.error)),
+        chance=dict(done[0].chance) if done else {},
     )
 
 
@@ -179,7 +252,9 @@ def _about(arm: Arm) -> str:
     given = {"image": arm.image, "text": arm.text, "teacher": arm.teacher, "start": arm.start}
     usual = {"image": "image", "text": "text", "teacher": "", "start": "pretrained"}
     notes = [f"{key} {value}" for key, value in given.items() if value != usual[key]]
-    notes += [f"{100 * arm.data:g} % of the data"] * (arm.data < 1) + [f"{100 * arm.noise:g} % wrong"] * bool(arm.noise)
+    notes += [f"{100 * arm.data:g} % of the data"] * (arm.data < 1) + [
+        f"{100 * arm.noise:g} % wrong"
+    ] * bool(arm.noise)
     notes += [f"{100 * arm.steps:g} % of the steps"] * (arm.steps < 1)
     notes += [*arm.settings, *(f"without {section}" for section in arm.without)]
     return ", ".join([arm.recipe, *notes])
@@ -187,7 +262,10 @@ def _about(arm: Arm) -> str:
 
 def save_result(result: LawResult, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / f"{result.id}.json", json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+    replace_text(
+        folder / f"{result.id}.json",
+        json.dumps(asdict(result), indent=1, allow_nan=False) + "\n",
+    )
 
 
 def load_results(folder: Path) -> list[LawResult]:
@@ -201,14 +279,18 @@ def load_result(path: Path) -> LawResult:
     try:
         return result_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is no result of a law ({str(error).splitlines()[0]}); run the laws again") from None
+        raise RunError(
+            f"{path} is no result of a law ({str(error).splitlines()[0]}); run the laws again"
+        ) from None
 
 
 def result_of(value: Mapping[str, Any]) -> LawResult:
     """What `asdict` made of it, after JSON. Raises KeyError, TypeError or ValueError."""
     known = {name: value[name] for name in LawResult.__dataclass_fields__}
     known["compared"] = tuple(_read_compared(one) for one in value["compared"])
-    known["arms"] = tuple(ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"])
+    known["arms"] = tuple(
+        ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"]
+    )
     return LawResult(**known)
 
 

@@ -1,4 +1,5 @@
-"""What the laws are tried on: pairs, encoders by role, how large the runs are; and parts of the pairs."""
+"""What the laws are tried on: pairs, encoders by role, how large the runs are; and parts of the
+pairs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,14 +12,15 @@ from apecache.errors import DataError, OptionError
 from apecache.fingerprint import content_hash
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
-    """None: all there are, or what the recipe says. `images`: of training, in laws whose arms train towers; `steps` and
-    `batch`: of all their arms alike; `lr`: of those that train towers; `autocast`: how towers that train compute.
-    `head_images`, `head_steps`: in laws of heads alone. `test_images`: reported on.
+    """None: all there are, or what the recipe says. `images`: of training, in laws whose arms train
+    towers; `steps` and `batch`: of all their arms alike; `lr`: of those that train towers;
+    `autocast`: how towers that train compute. `head_images`, `head_steps`: in laws of heads alone.
+    `test_images`: reported on.
 
-    Where the batch is smaller than the recipe's, its learning rate falls with its square root (for Adam the usual
-    rule). Nothing else of a recipe changes.
+    Where the batch is smaller than the recipe's, its learning rate falls with its square root (for
+    Adam the usual rule). Nothing else of a recipe changes.
     """
 
     name: str
@@ -33,16 +35,33 @@ class Size:
 
 
 SIZES = {
-    "smoke": Size("smoke", 36, 3, 8, 36, 4, 24),
-    "small": Size("small", 1000, 150, 64, None, None, 1000),
-    "full": Size("full"),
+    "smoke": Size(
+        name="smoke",
+        images=36,
+        steps=3,
+        batch=8,
+        head_images=36,
+        head_steps=4,
+        test_images=24,
+    ),
+    "small": Size(
+        name="small",
+        images=1000,
+        steps=150,
+        batch=64,
+        head_images=None,
+        head_steps=None,
+        test_images=1000,
+    ),
+    "full": Size(name="full"),
 }
 
 
 @dataclass(frozen=True)
 class LawsSetting:
-    """`encoders`: by role; `image` and `text` are always there. `labels`: images of classes; `languages`: captions of
-    the reported images in other languages. `price`: of an hour of this machine. Runs and results go below `work`."""
+    """`encoders`: by role; `image` and `text` are always there. `labels`: images of classes;
+    `languages`: captions of the reported images in other languages. `price`: of an hour of this
+    machine. Runs and results go below `work`."""
 
     pairs: PairSource
     encoders: Mapping[str, EncoderSpec]
@@ -57,10 +76,12 @@ class LawsSetting:
 
 
 def parse_roles(texts: list[str], sizes: list[str]) -> dict[str, EncoderSpec]:
-    """`ROLE=ENCODER` and `ROLE=PIXELS`. A role that ends in text, and the text encoders of the laws, are of texts.
+    """`ROLE=ENCODER` and `ROLE=PIXELS`. A role that ends in text, and the text encoders of the
+    laws, are of texts.
 
     Raises:
-        OptionError: not of that form, a role twice, or pixels of a role that is not given. EncoderError: the encoder.
+        OptionError: not of that form, a role twice, or pixels of a role that is not given.
+            EncoderError: the encoder.
     """
     found: dict[str, EncoderSpec] = {}
     for text in texts:
@@ -72,7 +93,10 @@ def parse_roles(texts: list[str], sizes: list[str]) -> dict[str, EncoderSpec]:
         role, equals, pixels = text.rpartition("=")
         role = role or "image"
         if role not in found or is_text_role(role) or not pixels.isdecimal() or int(pixels) < 1:
-            raise OptionError(f"--resolution {text}: expected PIXELS or ROLE=PIXELS of an image encoder that is given")
+            raise OptionError(
+                f"--resolution {text}: expected PIXELS or ROLE=PIXELS of an image encoder "
+                "that is given"
+            )
         found[role] = replace(found[role], resolution=int(pixels))
     return found
 
@@ -81,9 +105,16 @@ def is_text_role(role: str) -> bool:
     return role.endswith("text") or role in ("mbert", "roberta", "t5")
 
 
-def part_of(source: PairSource, split: str, images: int | None, test_images: int | None, noise: float) -> PairSource:
-    """So many images of train and of `split`, chosen by a hash of their keys, so that fewer are always among more; in
-    the order of the table. Of the share `noise` of the training images each has the captions of another one of them.
+def part_of(
+    source: PairSource,
+    split: str,
+    images: int | None,
+    test_images: int | None,
+    noise: float,
+) -> PairSource:
+    """So many images of train and of `split`, chosen by a hash of their keys, so that fewer are
+    always among more; in the order of the table. Of the share `noise` of the training images each
+    has the captions of another one of them.
 
     Raises:
         DataError: one of the splits has no image with a caption.
@@ -94,10 +125,16 @@ def part_of(source: PairSource, split: str, images: int | None, test_images: int
     }
     for name, pairs in kept.items():
         if not pairs:
-            raise DataError(f"{source.origin}: no image with a caption in split {name!r}; laws need train and {split}")
+            raise DataError(
+                f"{source.origin}: no image with a caption in split {name!r}; laws need train "
+                f"and {split}"
+            )
     chosen = {pair.key for pairs in kept.values() for pair in pairs}
     wrong = _exchanged(kept["train"][: round(noise * len(kept["train"]))])
-    return replace(source, pairs=tuple(wrong.get(pair.key, pair) for pair in source if pair.key in chosen))
+    return replace(
+        source,
+        pairs=tuple(wrong.get(pair.key, pair) for pair in source if pair.key in chosen),
+    )
 
 
 def _first(pairs: list[Pair], count: int | None) -> list[Pair]:
@@ -122,7 +159,11 @@ def translated(pairs: PairSource, table: PairSource, split: str) -> PairSource:
         DataError: none of them has one.
     """
     wanted = {pair.key for pair in pairs if pair.split == split}
-    found = tuple(replace(pair, split=split) for pair in table if pair.key in wanted and pair.captions)
+    found = tuple(
+        replace(pair, split=split) for pair in table if pair.key in wanted and pair.captions
+    )
     if not found:
-        raise DataError(f"{table.origin} has no caption of the images in split {split!r} of {pairs.origin}")
+        raise DataError(
+            f"{table.origin} has no caption of the images in split {split!r} of {pairs.origin}"
+        )
     return replace(table, pairs=found, media=pairs.media)

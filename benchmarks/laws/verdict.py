@@ -1,10 +1,12 @@
-"""From outcomes to verdicts: differences with intervals, what could be seen at all, held, broken or not decided.
+"""From outcomes to verdicts: differences with intervals, what could be seen at all, held, broken or
+not decided.
 
-A difference is paired: the arms answer the same queries with the same seeds. Its 95 % interval has two sources: the
-spread of the difference over seeds (Student), and resampling of the images, each with its captions, the same ones for
-all arms and seeds (bootstrap; candidates stay as they are). The variances are added, and the degrees of freedom are
-Satterthwaite's. Arms that answer all queries alike have no interval of "0 to 0": the variance over images is at least
-that of one image answered otherwise. With one seed the interval speaks of the images alone.
+A difference is paired: the arms answer the same queries with the same seeds. Its 95 % interval has
+two sources: the spread of the difference over seeds (Student), and resampling of the images, each
+with its captions, the same ones for all arms and seeds (bootstrap; candidates stay as they are).
+The variances are added, and the degrees of freedom are Satterthwaite's. Arms that answer all
+queries alike have no interval of "0 to 0": the variance over images is at least that of one image
+answered otherwise. With one seed the interval speaks of the images alone.
 """
 
 import math
@@ -24,21 +26,23 @@ from benchmarks.laws.outcome import Outcome, Part
 RESAMPLES = 1000
 POWER = 0.8
 DISAGREE = 0.25
-"""Assumed before running: the variance over images of a paired difference of two arms, for scores from 0 to 1; a
-quarter of the queries answered otherwise by one of them has it."""
+"""Assumed before running: the variance over images of a paired difference of two arms, for scores
+from 0 to 1; a quarter of the queries answered otherwise by one of them has it."""
 SEED_SPREAD = 1.0
 """Assumed before running: the standard deviation over seeds of one arm, in points."""
-SHIFT_SPREAD, SAVING_SPREAD = 0.1, 5.0
-"""The same of correlations, and of savings in per cent where a measured recall or time is a part of them."""
+SHIFT_SPREAD = 0.1
+SAVING_SPREAD = 5.0
+"""The same of correlations, and of savings in per cent where a measured recall or time is a part of
+them."""
 ABOVE_CHANCE = 2.0
 """Standard errors that one of the arms must be above chance."""
 Verdict = Literal["held", "broken", "not decided"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`difference`: with its interval `low` to `high`, None where it was not measured. `source`: what the interval
-    speaks of. `why`: of a verdict that needs a word."""
+    """`difference`: with its interval `low` to `high`, None where it was not measured. `source`:
+    what the interval speaks of. `why`: of a verdict that needs a word."""
 
     verdict: Verdict
     why: str = ""
@@ -51,50 +55,93 @@ class Judgement:
 
 
 def detectable(claim: Claim, n_images: int, n_seeds: int) -> float:
-    """The smallest true difference that runs of this size find in four of five cases, under the assumptions above; 0
-    for what is counted."""
+    """The smallest true difference that runs of this size find in four of five cases, under the
+    assumptions above; 0 for what is counted."""
     if claim.metric in COUNTED:
         return 0.0
     shares = not (claim.saves or claim.metric in SHIFTS)
     n_arms = len(claim.weights)
     of_images = 1e4 * DISAGREE * n_arms / 2 / n_images if shares else 0.0
-    spread = SEED_SPREAD if shares else SAVING_SPREAD if claim.saves else SHIFT_SPREAD
+    if shares:
+        spread = SEED_SPREAD
+    elif claim.saves:
+        spread = SAVING_SPREAD
+    else:
+        spread = SHIFT_SPREAD
     of_seeds = n_arms * spread**2 / n_seeds
     degrees = satterthwaite([(of_seeds, n_seeds - 1), (of_images, n_images - 1)])
-    return float(stdtrit(degrees, 0.975) + stdtrit(degrees, POWER)) * math.sqrt(of_seeds + of_images)
+    return float(stdtrit(degrees, 0.975) + stdtrit(degrees, POWER)) * math.sqrt(
+        of_seeds + of_images
+    )
 
 
 def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
     """`outcomes`: of each arm by seed, all of them done; one where all seeds are the same."""
     n_seeds = min((len(found) for found in outcomes.values() if len(found) > 1), default=1)
-    values = [[one.value(claim.metric) for one in _seeds(outcomes[arm], n_seeds)] for arm in claim.weights]
+    values = [
+        [one.value(claim.metric) for one in _seeds(outcomes[arm], n_seeds)] for arm in claim.weights
+    ]
     known = [[value for value in row if value is not None] for row in values]
     if any(len(row) < n_seeds for row in known):
-        return Judgement("not decided", "an arm has no value: a recall of 0, or too few norms", n_seeds=n_seeds)
+        return Judgement(
+            verdict="not decided",
+            why="an arm has no value: a recall of 0, or too few norms",
+            n_seeds=n_seeds,
+        )
     differences = [claim.difference([row[seed] for row in known]) for seed in range(n_seeds)]
     replicates, n_images = _replicates(claim, outcomes, n_seeds)
-    difference, half, source = _interval(claim, differences, replicates, n_images)
+    difference, half, source = _interval(
+        claim,
+        differences=differences,
+        replicates=replicates,
+        n_images=n_images,
+    )
     about = (difference, difference - half, difference + half, source, n_seeds, n_images)
     if reason := _undecidable(claim, outcomes, source):
-        return Judgement("not decided", reason, *about)
+        difference_6, low_6, high_6, source_6, n_seeds_6, n_images_6 = about
+        return Judgement(
+            verdict="not decided",
+            why=reason,
+            difference=difference_6,
+            low=low_6,
+            high=high_6,
+            source=source_6,
+            n_seeds=n_seeds_6,
+            n_images=n_images_6,
+        )
     verdict = _verdict(claim, _least(claim, known), *about[:3])
-    return Judgement(verdict, _why_open(claim, *about[:3]) if verdict == "not decided" else "", *about)
+    difference_value, low, high, source_value, n_seeds_value, n_images_value = about
+    return Judgement(
+        verdict=verdict,
+        why=_why_open(claim, *about[:3]) if verdict == "not decided" else "",
+        difference=difference_value,
+        low=low,
+        high=high,
+        source=source_value,
+        n_seeds=n_seeds_value,
+        n_images=n_images_value,
+    )
 
 
 def _least(claim: Claim, values: Sequence[Sequence[float]]) -> float:
-    """What must be outside the interval for a verdict that there is no difference: one that counts, and where the arms
-    reach little half of the published one in proportion to what the best of them reaches (half of that itself, where
-    none is published)."""
+    """What must be outside the interval for a verdict that there is no difference: one that counts,
+    and where the arms reach little half of the published one in proportion to what the best of them
+    reaches (half of that itself, where none is published)."""
     if claim.saves or claim.metric in SHIFTS:
         return claim.smallest
-    best, top = max(fmean(row) for row in values), max(claim.figures, default=0.0)
+    best = max(fmean(row) for row in values)
+    top = max(claim.figures, default=0.0)
     published = 0.0 if claim.published is None or claim.equal else abs(claim.published)
-    return min(claim.smallest, best / 2 * (min(1.0, published / top) if published and top > 0 else 1.0))
+    return min(
+        claim.smallest,
+        best / 2 * (min(1.0, published / top) if published and top > 0 else 1.0),
+    )
 
 
 def _verdict(claim: Claim, least: float, difference: float, low: float, high: float) -> Verdict:
-    """Of an order: held where the interval lies above 0 and the difference counts, broken where the interval lies below
-    0 or below what is `least`. Of an equality the same with its sides exchanged."""
+    """Of an order: held where the interval lies above 0 and the difference counts, broken where the
+    interval lies below 0 or below what is `least`. Of an equality the same with its sides
+    exchanged."""
     if claim.equal:
         if -least < low and high < least:
             return "held"
@@ -108,13 +155,18 @@ def _verdict(claim: Claim, least: float, difference: float, low: float, high: fl
 def _why_open(claim: Claim, difference: float, low: float, high: float) -> str:
     if low > 0 or high < 0:
         return "there is a difference, but it is smaller than what counts"
-    return f"the interval {'reaches' if claim.equal else 'holds 0 and'} differences that would count at this level"
+    return (
+        f"the interval {'reaches' if claim.equal else 'holds 0 and'} differences that would "
+        "count at this level"
+    )
 
 
 def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source: str) -> str:
     if source == "nothing":
         return "one seed of what has no queries: there is no interval"
-    shares = [[part for one in found for part in one.parts(claim.metric)] for found in outcomes.values()]
+    shares = [
+        [part for one in found for part in one.parts(claim.metric)] for found in outcomes.values()
+    ]
     if not all(shares):
         return ""
     chance = max(one.chance.get(claim.metric, 0.0) for found in outcomes.values() for one in found)
@@ -130,14 +182,22 @@ def _seeds(found: Sequence[Outcome], n_seeds: int) -> Sequence[Outcome]:
 
 
 def _interval(
-    claim: Claim, differences: list[float], replicates: NDArray[np.float64] | None, n_images: int
+    claim: Claim,
+    differences: list[float],
+    replicates: NDArray[np.float64] | None,
+    n_images: int,
 ) -> tuple[float, float, str]:
     """(difference, half of the interval, what it speaks of)."""
-    n_seeds, mean = len(differences), fmean(differences)
+    n_seeds = len(differences)
+    mean = fmean(differences)
     if claim.metric in COUNTED:
         return mean, 0.0, "counted, exact"
     of_seeds = variance(differences) / n_seeds if n_seeds > 1 else 0.0
-    of_images = 0.0 if replicates is None else max(float(replicates.var(ddof=1)), smallest_variance(n_images))
+    of_images = (
+        0.0
+        if replicates is None
+        else max(float(replicates.var(ddof=1)), smallest_variance(n_images))
+    )
     if n_seeds == 1 and replicates is None:
         return mean, 0.0, "nothing"
     degrees = satterthwaite([(of_seeds, n_seeds - 1), (of_images, n_images - 1)])
@@ -146,23 +206,43 @@ def _interval(
 
 
 def _replicates(
-    claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], n_seeds: int
+    claim: Claim,
+    outcomes: Mapping[str, Sequence[Outcome]],
+    n_seeds: int,
 ) -> tuple[NDArray[np.float64] | None, int]:
-    """The mean difference over seeds in each resample of the images, and how many images there are."""
-    parts = {arm: [one.parts(claim.metric) for one in _seeds(outcomes[arm], n_seeds)] for arm in claim.weights}
-    keys = sorted({key for seeds in parts.values() for own in seeds for part in own for key in part.keys})
+    """The mean difference over seeds in each resample of the images, and how many images there
+    are."""
+    parts = {
+        arm: [one.parts(claim.metric) for one in _seeds(outcomes[arm], n_seeds)]
+        for arm in claim.weights
+    }
+    keys = sorted(
+        {key for seeds in parts.values() for own in seeds for part in own for key in part.keys}
+    )
     if not keys:
         return None, 0
-    draws = np.random.default_rng(0).multinomial(len(keys), np.full(len(keys), 1 / len(keys)), RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(
+        len(keys),
+        np.full(len(keys), 1 / len(keys)),
+        RESAMPLES,
+    )
     places = {key: place for place, key in enumerate(keys)}
     total = np.zeros(RESAMPLES)
     for arm, weight in claim.weights.items():
-        shares = [_resampled(part, draws.astype(np.float64), places) for own in parts[arm] for part in own]
+        shares = [
+            _resampled(part, draws.astype(np.float64), places) for own in parts[arm] for part in own
+        ]
         total += weight * np.mean(shares, axis=0)
     return total, len(keys)
 
 
-def _resampled(part: Part, draws: NDArray[np.float64], places: Mapping[str, int]) -> NDArray[np.float64]:
+def _resampled(
+    part: Part,
+    draws: NDArray[np.float64],
+    places: Mapping[str, int],
+) -> NDArray[np.float64]:
     columns = [places[key] for key in part.keys]
-    shares: NDArray[np.float64] = 100 * (draws[:, columns] @ part.hits) / np.maximum(draws[:, columns] @ part.counts, 1)
+    shares: NDArray[np.float64] = (
+        100 * (draws[:, columns] @ part.hits) / np.maximum(draws[:, columns] @ part.counts, 1)
+    )
     return shares

@@ -1,17 +1,19 @@
-"""What the recommended head is worth: retrieval on Flickr8k, language by language, zero-shot, and what a probe finds.
+"""What the recommended head is worth: retrieval on Flickr8k, language by language, zero-shot, and
+what a probe finds.
 
     python -m benchmarks.quality.flickr8k --pairs captions.tsv --image timm:/folder --text hf:/folder --work w \
         --labels labels.tsv --multilingual captions_multilingual.tsv --multilingual-text hf:/folder
     python -m benchmarks.quality.flickr8k --quick            # the drawings of the demo and one seed, for a smoke test
 
-Four tables of one recipe. Train images fit, a seeded 500 of them choose the epoch, val is only reported. Intervals are
-of 95 %: over images for each run, and over seeds and images for their mean. The heads of the second table learn English
-captions alone, by a text encoder of many languages: each language has one caption of each of the same images; how they
-were translated stands beside them. The
-labelled images are classified zero-shot with one prompt and with CLIP's ensembles, and probed before and after the
-head; probes learn on `--probe-train-split`. All stays in `--work`, and what is finished there is not done again;
-`--store` and `--runs` take the place of what would be made of `--pairs`. Reference: one untuned loop on the same two
-encoders (linear to 512 on both sides, float32, last epoch, one seed).
+Four tables of one recipe. Train images fit, a seeded 500 of them choose the epoch, val is only
+reported. Intervals are of 95 %: over images for each run, and over seeds and images for their mean.
+The heads of the second table learn English captions alone, by a text encoder of many languages:
+each language has one caption of each of the same images; how they were translated stands beside
+them. The labelled images are classified zero-shot with one prompt and with CLIP's ensembles, and
+probed before and after the head; probes learn on `--probe-train-split`. All stays in `--work`, and
+what is finished there is not done again; `--store` and `--runs` take the place of what would be
+made of `--pairs`. Reference: one untuned loop on the same two encoders (linear to 512 on both
+sides, float32, last epoch, one seed).
 """
 
 import argparse
@@ -66,22 +68,48 @@ def main() -> None:
     if not options.quick:
         print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-flickr8k", met, [row for table in tables for row in table], options.json)
+        write_result(
+            "quality-flickr8k",
+            goals=met,
+            rows=[row for table in tables for row in table],
+            path=options.json,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Retrieval, languages, zero-shot and probes of one recipe.")
-    parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
+    parser = argparse.ArgumentParser(
+        description="Retrieval, languages, zero-shot and probes of one recipe."
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        help="captions.tsv with columns image, caption, split (train, val)",
+    )
     parser.add_argument("--image", help="image encoder, for example timm:/folder")
     parser.add_argument("--text", help="text encoder, for example hf:/folder")
     parser.add_argument("--store", type=Path, help="a complete store in place of that of --pairs")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="finished runs in place of new fits")
     parser.add_argument(
-        "--multilingual", type=Path, help="more captions of --pairs' images: image, caption, lang, kind"
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="finished runs in place of new fits",
     )
-    parser.add_argument("--multilingual-text", help="text encoder of many languages; learns --pairs' captions only")
+    parser.add_argument(
+        "--multilingual",
+        type=Path,
+        help="more captions of --pairs' images: image, caption, lang, kind",
+    )
+    parser.add_argument(
+        "--multilingual-text",
+        help="text encoder of many languages; learns --pairs' captions only",
+    )
     parser.add_argument("--multilingual-seeds", type=int, default=1)
-    parser.add_argument("--labels", type=Path, help="labelled images for zero-shot classification and probes")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="labelled images for zero-shot classification and probes",
+    )
     parser.add_argument("--labels-split", default="test")
     parser.add_argument("--probe-train-split", default="train")
     parser.add_argument("--recipe", default="projection")
@@ -97,14 +125,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_quick(options: argparse.Namespace) -> None:
-    """The drawings with their categories, one seed, two epochs, and their own words as the second language."""
-    options.pairs, options.seeds = DRAWINGS, 1
+    """The drawings with their categories, one seed, two epochs, and their own words as the second
+    language."""
+    options.pairs = DRAWINGS
+    options.seeds = 1
     options.image, options.text = packaged(options.work)
-    options.multilingual_text, options.multilingual = options.text, options.work / "again.tsv"
+    options.multilingual_text = options.text
+    options.multilingual = options.work / "again.tsv"
     lines = ["image\tcaption\tsplit\tlang\tkind"]
     lines += [f"{p.key}\t{p.captions[0]}\t{p.split}\txx\tmachine" for p in open_pairs(DRAWINGS)]
     options.multilingual.write_text("\n".join(lines), encoding="utf-8")
-    options.labels, options.labels_split, options.probe_train_split = DRAWINGS, "val", "train"
+    options.labels = DRAWINGS
+    options.labels_split = "val"
+    options.probe_train_split = "train"
 
 
 def packaged(work: Path) -> tuple[str, str]:
@@ -115,43 +148,66 @@ def packaged(work: Path) -> tuple[str, str]:
 
 
 def measure(options: argparse.Namespace) -> list[list[Row]]:
-    image, text = parse_encoder(options.image, "image"), parse_encoder(options.text, "text")
+    image = parse_encoder(options.image, "image")
+    text = parse_encoder(options.text, "text")
     source = open_pairs(options.pairs)
     store = (
-        FeatureStore.open(options.store) if options.store else extracted(source, options.work / "store", image, text)
+        FeatureStore.open(options.store)
+        if options.store
+        else extracted(source, store=options.work / "store", image=image, text=text)
     )
     runs = [load_heads(run) for run in options.runs]
-    runs = runs or [fitted(options, store, image, text, seed) for seed in range(options.seeds)]
+    runs = runs or [
+        fitted(options, store=store, image=image, text=text, seed=seed)
+        for seed in range(options.seeds)
+    ]
     tables = [retrieval_rows(options.recipe, runs, store)]
     if options.multilingual:
         tables.append(language_rows(options, source, image))
     if options.labels:
         found = labels_of(options, image)
-        tables += [zeroshot_rows(runs, found, options.labels_split), probe_rows(runs, found, options)]
+        tables += [
+            zeroshot_rows(runs, found, options.labels_split),
+            probe_rows(runs, found, options),
+        ]
     return tables
 
 
-def extracted(source: PairSource, store: Path, image: EncoderSpec, text: EncoderSpec) -> FeatureStore:
+def extracted(
+    source: PairSource,
+    store: Path,
+    image: EncoderSpec,
+    text: EncoderSpec,
+) -> FeatureStore:
     """Features of both; a second text encoder's stand beside those of the first."""
     extract(source, store, ExtractSpec(image, text, workers=0, device="cpu", add=store.exists()))
     return FeatureStore.open(store)
 
 
 def fitted(
-    options: argparse.Namespace, store: FeatureStore, image: EncoderSpec, text: EncoderSpec, seed: int
+    options: argparse.Namespace,
+    store: FeatureStore,
+    image: EncoderSpec,
+    text: EncoderSpec,
+    seed: int,
 ) -> TrainedHeads:
     """The finished run of this text encoder and seed, or a new one."""
     run = options.work / f"{options.recipe}-{text.slug}-{seed}"
     recipe = load_recipe(options.recipe, ["schedule.epochs=2"] if options.quick else [])
     if not (run / "head.json").is_file():
-        fit_head(store, recipe, run, FitSpec(image.slug, text.slug, seed=seed, device="cpu"))
+        fit_head(
+            store,
+            recipe=recipe,
+            out=run,
+            spec=FitSpec(image.slug, text.slug, seed=seed, device="cpu"),
+        )
         print("fitted", run.name, flush=True)
     return load_heads(run)
 
 
 def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore) -> list[Row]:
-    """A row for each run, with its intervals, and their mean; `spread` is the standard deviation over runs of the mean
-    of both R@1. Chance last."""
+    """A row for each run, with its intervals, and their mean; `spread` is the standard deviation
+    over runs of the mean of both R@1. Chance last."""
     rows: list[Row] = []
     reports: list[RetrievalReport] = []
     hits: list[RetrievalHits] = []
@@ -171,7 +227,11 @@ def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore)
 
 def mean_row(name: str, reports: Sequence[RetrievalReport], hits: Sequence[RetrievalHits]) -> Row:
     ones = [report.mean_recall_at_1 for report in reports]
-    row: Row = {"table": "retrieval", "what": f"{name}, mean of {len(reports)}", **averaged(map(recalls, reports))}
+    row: Row = {
+        "table": "retrieval",
+        "what": f"{name}, mean of {len(reports)}",
+        **averaged(map(recalls, reports)),
+    }
     row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
     for way, short in WAYS:
         estimate = estimate_recall(hits, [(way, 1)])
@@ -181,12 +241,20 @@ def mean_row(name: str, reports: Sequence[RetrievalReport], hits: Sequence[Retri
 
 def chance_row(report: RetrievalReport) -> Row:
     chances = ((report.chance_image_to_text, "i2t"), (report.chance_text_to_image, "t2i"))
-    found = {f"{short} R@{k}": round(value, 2) for chance, short in chances for k, value in chance.items()}
+    found = {
+        f"{short} R@{k}": round(value, 2)
+        for chance, short in chances
+        for k, value in chance.items()
+    }
     return {"table": "retrieval", "what": "chance", **found}
 
 
 def recalls(report: RetrievalReport) -> Row:
-    row: Row = {f"{short} R@{k}": round(getattr(report, way)[k], 2) for way, short in WAYS for k in (1, 5, 10)}
+    row: Row = {
+        f"{short} R@{k}": round(getattr(report, way)[k], 2)
+        for way, short in WAYS
+        for k in (1, 5, 10)
+    }
     return {**row, "mean R@1": round(report.mean_recall_at_1, 2)}
 
 
@@ -203,26 +271,44 @@ def vectors(embedded: Embeddings) -> tuple[Any, Any, Any]:
 def language_rows(options: argparse.Namespace, source: PairSource, image: EncoderSpec) -> list[Row]:
     """Val in every language, by heads that have seen English captions only: means over seeds."""
     text = parse_encoder(options.multilingual_text, "text")
-    english = extracted(source, options.work / "store", image, text)
-    runs = [fitted(options, english, image, text, seed) for seed in range(options.multilingual_seeds)]
-    store = extracted(many_languages(options.multilingual, source), options.work / "languages", image, text)
+    english = extracted(source, store=options.work / "store", image=image, text=text)
+    runs = [
+        fitted(options, store=english, image=image, text=text, seed=seed)
+        for seed in range(options.multilingual_seeds)
+    ]
+    store = extracted(
+        many_languages(options.multilingual, source),
+        store=options.work / "languages",
+        image=image,
+        text=text,
+    )
     found = []
     for run in runs:
         embedded = embed_store(run, store, "val")
         languages = [str(store.pairs.languages[row]) for row in embedded.text_rows]
         found.append(language_reports(*vectors(embedded), languages, relevance=embedded.relevance))
-    kinds, rows = caption_kinds(options.multilingual), []
+    kinds = caption_kinds(options.multilingual)
+    rows = []
     for language, report in found[0].items():
-        about: Row = {"table": "languages", "language": language, "captions": kinds.get(language, "human, learned")}
+        about: Row = {
+            "table": "languages",
+            "language": language,
+            "captions": kinds.get(language, "human, learned"),
+        }
         about |= averaged(recalls(reports[language]) for reports in found)
-        chance = {key: value for key, value in chance_row(report).items() if key.startswith(("i2t", "t2i"))}
+        chance = {
+            key: value
+            for key, value in chance_row(report).items()
+            if key.startswith(("i2t", "t2i"))
+        }
         about |= {f"chance {name}": value for name, value in chance.items()}
         rows.append({**about, "n_images": report.n_images, "seeds": len(runs), "text": text.slug})
     return sorted(rows, key=lambda row: -row["mean R@1"])
 
 
 def many_languages(table: Path, source: PairSource) -> PairSource:
-    """Val images that have a caption in every language, one of each, the first of `source` as `en` before them."""
+    """Val images that have a caption in every language, one of each, the first of `source` as `en`
+    before them."""
     english = {pair.key: pair.captions[0] for pair in source}
     others = open_pairs(table, OpenSpec(root=table.parent))
     wanted = {language for pair in others for language in pair.languages}
@@ -231,7 +317,14 @@ def many_languages(table: Path, source: PairSource) -> PairSource:
         first = dict(zip(reversed(pair.languages), reversed(pair.captions), strict=True))
         if pair.split == "val" and wanted == first.keys() and pair.key in english:
             captions = (english[pair.key], *(first[language] for language in sorted(wanted)))
-            pairs.append(Pair(pair.key, captions, ("en", *sorted(wanted)), "val"))
+            pairs.append(
+                Pair(
+                    key=pair.key,
+                    captions=captions,
+                    languages=("en", *sorted(wanted)),
+                    split="val",
+                )
+            )
     return replace(others, pairs=tuple(pairs), media=source.media)
 
 
@@ -244,7 +337,13 @@ def caption_kinds(table: Path) -> dict[str, str]:
 def labels_of(options: argparse.Namespace, image: EncoderSpec) -> LabelledSpec:
     """The labelled images; their features are the encoder's, so all runs share one cache."""
     source = open_pairs(options.labels, OpenSpec(require=("image", "label")))
-    return LabelledSpec(source, options.work / "labelled", (), image, "cpu")
+    return LabelledSpec(
+        source,
+        caches=options.work / "labelled",
+        splits=(),
+        encoder=image,
+        device="cpu",
+    )
 
 
 def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str) -> list[Row]:
@@ -253,7 +352,9 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str)
         templates = find_templates(name)
         spec = ZeroShotSpec(replace(found, splits=(split,)), templates)
         reports = [zero_shot(run, spec) for run in runs]
-        values = averaged({"top-1": r.top1, "top-5": r.top5, "mean per class": r.mean_per_class} for r in reports)
+        values = averaged(
+            {"top-1": r.top1, "top-5": r.top5, "mean per class": r.mean_per_class} for r in reports
+        )
         one = reports[0]
         chance = {"chance": round(one.chance_top1, 2), "chance top-5": round(one.chance_top5, 2)}
         about = {**chance, "n_images": one.n_images, "n_classes": one.n_classes}
@@ -262,18 +363,29 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str)
     return rows
 
 
-def probe_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, options: argparse.Namespace) -> list[Row]:
+def probe_rows(
+    runs: Sequence[TrainedHeads],
+    found: LabelledSpec,
+    options: argparse.Namespace,
+) -> list[Row]:
     """Of the encoder's features, and of the embeddings after each run's head."""
     reports: dict[str, list[Any]] = {"encoder's features": [], "after the head": []}
     for run in runs:
-        both = probe_features(labelled_features(run, found), options.probe_train_split, options.labels_split)
+        both = probe_features(
+            labelled_features(run, found),
+            options.probe_train_split,
+            options.labels_split,
+        )
         for what, report in zip(reports, both, strict=True):
             reports[what].append(report)
     return [
         {
             "table": "probe",
             "what": what,
-            **averaged({"linear": r.linear, "linear per class": r.linear_per_class, "knn": r.knn} for r in several),
+            **averaged(
+                {"linear": r.linear, "linear per class": r.linear_per_class, "knn": r.knn}
+                for r in several
+            ),
             "chance": round(several[0].chance, 2),
             "n_train": several[0].n_train,
             "n_test": several[0].n_test,
@@ -286,8 +398,19 @@ def probe_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, options: argpa
 def goals(retrieval: Sequence[Row]) -> list[Goal]:
     """R@1 against the reference loop with the same encoders."""
     mean = retrieval[0]
-    found = [Goal(f"{mean['what']}: {name} on val", mean[name], value, "higher") for name, value in REFERENCE.items()]
-    return [*found, Goal("mean of both R@1", mean["mean R@1"], statistics.mean(REFERENCE.values()), "higher")]
+    found = [
+        Goal(name=f"{mean['what']}: {name} on val", value=mean[name], target=value, better="higher")
+        for name, value in REFERENCE.items()
+    ]
+    return [
+        *found,
+        Goal(
+            name="mean of both R@1",
+            value=mean["mean R@1"],
+            target=statistics.mean(REFERENCE.values()),
+            better="higher",
+        ),
+    ]
 
 
 if __name__ == "__main__":

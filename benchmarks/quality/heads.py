@@ -1,13 +1,15 @@
-"""Every recipe on pooled features, several seeds each, on one store of features: which heads are worth their training.
+"""Every recipe on pooled features, several seeds each, on one store of features: which heads are
+worth their training.
 
     python -m benchmarks.quality.heads --store flickr8k/store --work runs
     python -m benchmarks.quality.heads --store tokens/store --cut tokens --image-features … --text-features … --work w
     python -m benchmarks.quality.heads --quick            # made-up features and one seed, for a smoke test
 
-Train images fit, a seeded 500 of them choose epochs and settings, val is only reported. Runs stay in `--work`; those
-that are finished there are not fitted again, and one that was broken off goes on. With `--cut tokens` it is the recipes
-on tokens, and `--pooled` measures `projection` on the pooled features of the same encoders beside them. References:
-untuned loops on the same features; the best of ten heads in each column.
+Train images fit, a seeded 500 of them choose epochs and settings, val is only reported. Runs stay
+in `--work`; those that are finished there are not fitted again, and one that was broken off goes
+on. With `--cut tokens` it is the recipes on tokens, and `--pooled` measures `projection` on the
+pooled features of the same encoders beside them. References: untuned loops on the same features;
+the best of ten heads in each column.
 """
 
 import argparse
@@ -31,8 +33,10 @@ from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 COMBINATION = ("mixed", "gated", "projection", "projection")
-"""Runs put side by side by `apecache combine`, the second projection of another seed; chosen on dev."""
-TARGET, REFERENCE = 28.0, {"i2t R@1": 31.3, "t2i R@1": 22.0, "mean R@1": 25.9}
+"""Runs put side by side by `apecache combine`, the second projection of another seed; chosen on
+dev."""
+TARGET = 28.0
+REFERENCE = {"i2t R@1": 31.3, "t2i R@1": 22.0, "mean R@1": 25.9}
 """To be reached by the best recipe; the best reference of each column."""
 
 
@@ -42,11 +46,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
-        names = options.recipes or [name for name in zoo_names() if load_recipe(name).cut == options.cut]
-        rows = [row for name in names if (row := measure(store, name, options, work))]
+        names = options.recipes or [
+            name for name in zoo_names() if load_recipe(name).cut == options.cut
+        ]
+        rows = [
+            row for name in names if (row := measure(store, name=name, options=options, work=work))
+        ]
         if options.cut == "tokens" and options.pooled:
             options.image_features, options.text_features = options.pooled
-            rows.append(measure(store, "projection", options, work))
+            rows.append(measure(store, name="projection", options=options, work=work))
         if options.cut == "pooled":
             rows += combined(store, work, rows)
     rows.sort(key=lambda row: -row["mean R@1"])
@@ -55,24 +63,38 @@ def main() -> None:
     if not options.quick:
         print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-heads" if options.cut == "pooled" else "quality-token-heads", met, rows, options.json)
+        write_result(
+            "quality-heads" if options.cut == "pooled" else "quality-token-heads",
+            goals=met,
+            rows=rows,
+            path=options.json,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recall of every recipe on pooled features, from one store.")
+    parser = argparse.ArgumentParser(
+        description="Recall of every recipe on pooled features, from one store."
+    )
     parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
     parser.add_argument("--recipes", nargs="+", help="default: every recipe on pooled features")
     parser.add_argument("--cut", choices=("pooled", "tokens"), default="pooled")
     parser.add_argument("--image-features", help="which, if the store has several")
     parser.add_argument("--text-features", help="which, if the store has several")
     parser.add_argument(
-        "--pooled", nargs=2, metavar=("IMAGE", "TEXT"), help="--cut tokens: pooled features beside them"
+        "--pooled",
+        nargs=2,
+        metavar=("IMAGE", "TEXT"),
+        help="--cut tokens: pooled features beside them",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="at most so many; rows say so")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
-    parser.add_argument("--finished", action="store_true", help="fit nothing: report the finished runs in --work")
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help="fit nothing: report the finished runs in --work",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -83,8 +105,14 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1. Empty without a run."""
+def measure(
+    store: FeatureStore,
+    name: str,
+    options: argparse.Namespace,
+    work: Path,
+) -> dict[str, Any]:
+    """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1.
+    Empty without a run."""
     recipe = shortened(load_recipe(name), 1 if options.quick else options.epochs)
     seeds = options.seeds if recipe.schedule.epochs else 1
     runs = [work / f"{name}-{seed}" for seed in range(seeds)]
@@ -94,17 +122,31 @@ def measure(store: FeatureStore, name: str, options: argparse.Namespace, work: P
     for seed, run in enumerate(runs):
         if not (run / "head.json").is_file():
             features = (options.image_features, options.text_features)
-            fit_head(store, recipe, run, FitSpec(*features, splits=splits, seed=seed, device="cpu"))
+            fit_head(
+                store,
+                recipe=recipe,
+                out=run,
+                spec=FitSpec(*features, splits=splits, seed=seed, device="cpu"),
+            )
     heads = [load_heads(run) for run in runs]
     if not heads:
         return {}
-    if any(_settings(head.training["recipe"]) != _settings(recipe.model_dump(mode="json")) for head in heads):
+    if any(
+        _settings(head.training["recipe"]) != _settings(recipe.model_dump(mode="json"))
+        for head in heads
+    ):
         raise SystemExit(f"{work} holds runs of another version of {name}; choose another --work")
     reports = [report(head, store) for head in heads]
     row = recalls(name, reports)
-    row["dev recall"] = round(statistics.mean(_mean_recall(head.training["dev"]) for head in heads), 2)
+    row["dev recall"] = round(
+        statistics.mean(_mean_recall(head.training["dev"]) for head in heads),
+        2,
+    )
     row["seconds"] = round(statistics.median(head.training["seconds"] for head in heads), 1)
-    arrays = (store.array("image", options.image_features), store.array("text", options.text_features))
+    arrays = (
+        store.array("image", options.image_features),
+        store.array("text", options.text_features),
+    )
     row["parameters"] = count_parameters(recipe, *(array.dim for array in arrays))
     row |= {"epochs": recipe.schedule.epochs} if options.epochs else {}
     return {**row, **_counts(reports)}
@@ -131,16 +173,31 @@ def combined(store: FeatureStore, work: Path, rows: list[dict[str, Any]]) -> lis
     reports = []
     for seed in range(seeds):
         places = [(name, seed + COMBINATION[:i].count(name)) for i, name in enumerate(COMBINATION)]
-        runs = [load_heads(work / f"{name}-{number % found[name]['seeds']}") for name, number in places]
+        runs = [
+            load_heads(work / f"{name}-{number % found[name]['seeds']}") for name, number in places
+        ]
         reports.append(report(combine_heads(runs), store))
-    totals = {key: round(sum(found[name][key] for name in COMBINATION), 1) for key in ("seconds", "parameters")}
-    return [{**recalls(" + ".join(COMBINATION), reports), "dev recall": "-", **totals, **_counts(reports)}]
+    totals = {
+        key: round(sum(found[name][key] for name in COMBINATION), 1)
+        for key in ("seconds", "parameters")
+    }
+    return [
+        {
+            **recalls(" + ".join(COMBINATION), reports),
+            "dev recall": "-",
+            **totals,
+            **_counts(reports),
+        }
+    ]
 
 
 def recalls(name: str, reports: list[RetrievalReport]) -> dict[str, Any]:
     row: dict[str, Any] = {"recipe": name}
     for way, short in (("image_to_text", "i2t"), ("text_to_image", "t2i")):
-        row |= {f"{short} R@{k}": round(statistics.mean(getattr(r, way)[k] for r in reports), 2) for k in (1, 5, 10)}
+        row |= {
+            f"{short} R@{k}": round(statistics.mean(getattr(r, way)[k] for r in reports), 2)
+            for k in (1, 5, 10)
+        }
     ones = [r.mean_recall_at_1 for r in reports]
     row["mean R@1"] = round(statistics.mean(ones), 2)
     row["spread"] = round(statistics.stdev(ones), 2) if len(ones) > 1 else "-"
@@ -156,7 +213,12 @@ def _counts(reports: list[RetrievalReport]) -> dict[str, int]:
 
 def report(heads: TrainedHeads, store: FeatureStore) -> RetrievalReport:
     embedded = embed_store(heads, store, "val")
-    return retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+    return retrieval_report(
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
+    )
 
 
 def _mean_recall(dev: dict[str, Any]) -> float:
@@ -164,23 +226,49 @@ def _mean_recall(dev: dict[str, Any]) -> float:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """The last one counts trained recipes that a closed form beats: a number of 0 would be all of them better."""
+    """The last one counts trained recipes that a closed form beats: a number of 0 would be all of
+    them better."""
     best = max(rows, key=lambda row: row["mean R@1"])
-    found = [Goal(f"best heads ({best['recipe']}): mean R@1 on val", best["mean R@1"], TARGET, "higher")]
-    found += [Goal(f"best heads: {name}", best[name], target, "higher") for name, target in REFERENCE.items()]
+    found = [
+        Goal(
+            name=f"best heads ({best['recipe']}): mean R@1 on val",
+            value=best["mean R@1"],
+            target=TARGET,
+            better="higher",
+        )
+    ]
+    found += [
+        Goal(name=f"best heads: {name}", value=best[name], target=target, better="higher")
+        for name, target in REFERENCE.items()
+    ]
     closed = [row["mean R@1"] for row in rows if not row["parameters"]]
     trained = [row["mean R@1"] for row in rows if row["parameters"]]
     if closed and trained:
         worse = sum(value <= max(closed) for value in trained)
-        found.append(Goal("trained recipes that the best closed form beats", worse, 0, "lower"))
+        found.append(
+            Goal(
+                name="trained recipes that the best closed form beats",
+                value=worse,
+                target=0,
+                better="lower",
+            )
+        )
     return found
 
 
 def token_goals(rows: list[dict[str, Any]]) -> list[Goal]:
-    """The best recipe on tokens against `projection` on pooled features of the same encoders, if that was measured."""
+    """The best recipe on tokens against `projection` on pooled features of the same encoders, if
+    that was measured."""
     tokens = [row["mean R@1"] for row in rows if "tokens" in load_recipe(row["recipe"]).cut]
     pooled = [row["mean R@1"] for row in rows if load_recipe(row["recipe"]).cut == "pooled"]
-    return [Goal("best recipe on tokens: mean R@1 on val", max(tokens), max(pooled, default=0.1), "higher")]
+    return [
+        Goal(
+            name="best recipe on tokens: mean R@1 on val",
+            value=max(tokens),
+            target=max(pooled, default=0.1),
+            better="higher",
+        )
+    ]
 
 
 def made_up(work: Path) -> Path:
@@ -196,7 +284,13 @@ def made_up(work: Path) -> Path:
     hidden = rng.normal(size=(len(splits), 6))
     image = hidden @ rng.normal(size=(6, 24)) + 0.3 * rng.normal(size=(len(splits), 24))
     text = hidden[owners] @ rng.normal(size=(6, 16)) + 0.3 * rng.normal(size=(len(owners), 16))
-    write_feature_store(work / "store", image.astype(np.float32), text.astype(np.float32), owners, splits)
+    write_feature_store(
+        work / "store",
+        image.astype(np.float32),
+        text.astype(np.float32),
+        owners,
+        splits,
+    )
     return work / "store"
 
 

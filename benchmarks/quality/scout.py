@@ -1,14 +1,16 @@
-"""Does a scout tell which encoders and layers a trained head likes? Its criteria beside the R@1 of trained heads.
+"""Does a scout tell which encoders and layers a trained head likes? Its criteria beside the R@1 of
+trained heads.
 
     python -m benchmarks.quality.scout --pairs captions.tsv --images timm:/a hf:/b --texts hf:/c hf:/d --work w
     python -m benchmarks.quality.scout --quick            # the drawings of the demo, for a smoke test
 
-Every image cut meets every text cut on a sample of train: the model's output, and the mean of the tokens after each
-block where the encoder has blocks. Of that ranking `--heads` places are taken, equally far apart from the best to the
-worst, before anything is trained. A head is trained for each on `--train-images` of train (epochs are chosen on a tenth
-of them) and measured on `--val-images` of val. Spearman's rank correlation of each criterion with that R@1, its
-interval by bootstrap over the heads, and that of the better half of the heads by itself: far ends are easy to tell
-apart. All stays in `--work`; what is finished is not done again.
+Every image cut meets every text cut on a sample of train: the model's output, and the mean of the
+tokens after each block where the encoder has blocks. Of that ranking `--heads` places are taken,
+equally far apart from the best to the worst, before anything is trained. A head is trained for each
+on `--train-images` of train (epochs are chosen on a tenth of them) and measured on `--val-images`
+of val. Spearman's rank correlation of each criterion with that R@1, its interval by bootstrap over
+the heads, and that of the better half of the heads by itself: far ends are easy to tell apart. All
+stays in `--work`; what is finished is not done again.
 """
 
 import argparse
@@ -56,34 +58,69 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         if options.quick:
             make_quick(options, work)
-        images, texts = (every_cut(names, side) for names, side in ((options.images, "image"), (options.texts, "text")))
+        images, texts = (
+            every_cut(names, side)
+            for names, side in ((options.images, "image"), (options.texts, "text"))
+        )
         source = open_pairs(options.pairs)
-        report = scouted(source, ScoutSpec(images, texts, options.sample, device="cpu", workers=1), work)
+        report = scouted(
+            source,
+            ScoutSpec(images, texts, options.sample, device="cpu", workers=1),
+            work,
+        )
         chosen = spread(report.rows, options.heads)
-        found = [trained(source, row, images + texts, chosen, options, work) for row in chosen]
+        found = [
+            trained(source, row=row, cuts=images + texts, chosen=chosen, options=options, work=work)
+            for row in chosen
+        ]
     rows = [*correlations(found), *found, *ranking(report)]
     for part in (correlations(found), found, ranking(report)[: options.show]):
         print_table(part)
         print()
     if options.json or not options.quick:
         print_goals(goals(rows))
-        path = write_result("quality-scout", goals(rows), rows, options.json)
+        path = write_result("quality-scout", goals=goals(rows), rows=rows, path=options.json)
         path.with_suffix(".svg").write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Rank correlation of a scout's criteria with trained heads.")
-    parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
+    parser = argparse.ArgumentParser(
+        description="Rank correlation of a scout's criteria with trained heads."
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        help="captions.tsv with columns image, caption, split (train, val)",
+    )
     parser.add_argument("--images", nargs="+", help="image encoders, for example timm:/folder")
     parser.add_argument("--texts", nargs="+", help="text encoders, for example hf:/folder")
     parser.add_argument("--sample", type=int, default=1000, help="images of the scout")
-    parser.add_argument("--heads", type=int, default=12, help="pairs of cuts that heads are trained on")
-    parser.add_argument("--train-images", type=int, default=800, help="what the heads are trained on")
-    parser.add_argument("--val-images", type=int, default=400, help="what the heads are measured on")
+    parser.add_argument(
+        "--heads",
+        type=int,
+        default=12,
+        help="pairs of cuts that heads are trained on",
+    )
+    parser.add_argument(
+        "--train-images",
+        type=int,
+        default=800,
+        help="what the heads are trained on",
+    )
+    parser.add_argument(
+        "--val-images",
+        type=int,
+        default=400,
+        help="what the heads are measured on",
+    )
     parser.add_argument("--recipe", default="projection")
     parser.add_argument("--show", type=int, default=30, help="rows of the ranking to print")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep the scout, the store and the runs in")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder to keep the scout, the store and the runs in",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -94,13 +131,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_quick(options: argparse.Namespace, work: Path) -> None:
     image, text = packaged(work)
-    options.pairs, options.images, options.texts = DRAWINGS, [image], [text]
-    options.sample, options.heads, options.train_images = 100, 3, 200
+    options.pairs = DRAWINGS
+    options.images = [image]
+    options.texts = [text]
+    options.sample = 100
+    options.heads = 3
+    options.train_images = 200
 
 
 def every_cut(names: Sequence[str], modality: Modality) -> tuple[EncoderSpec, ...]:
-    """Of each encoder its own output, and the mean of the tokens after each block; convolutional networks have none. A
-    text encoder's last block is left out: its mean is the output."""
+    """Of each encoder its own output, and the mean of the tokens after each block; convolutional
+    networks have none. A text encoder's last block is left out: its mean is the output."""
     cuts: list[EncoderSpec] = []
     for name in names:
         spec = parse_encoder(name, modality)
@@ -109,19 +150,27 @@ def every_cut(names: Sequence[str], modality: Modality) -> tuple[EncoderSpec, ..
         except EncoderError:
             n_blocks = 0
         last = n_blocks if modality == "image" else n_blocks - 1
-        cuts += [replace(spec, pooling="mean", layer=layer) for layer in range(1, last + 1)] + [spec]
+        cuts += [replace(spec, pooling="mean", layer=layer) for layer in range(1, last + 1)] + [
+            spec
+        ]
     return tuple(cuts)
 
 
 def scouted(source: PairSource, spec: ScoutSpec, work: Path) -> ScoutReport:
     """The report of an earlier call of the same scout, or a new one, which is kept."""
-    path, asked = work / "scout.json", {"data": source.digest, **json.loads(json.dumps(asdict(spec)))}
+    path = work / "scout.json"
+    asked = {"data": source.digest, **json.loads(json.dumps(asdict(spec)))}
     if path.is_file():
         kept = json.loads(path.read_text())
         if kept["asked"] != asked:
-            raise SystemExit(f"{path} is of other pairs, cuts or another sample; choose another --work")
-        rows = [ScoutRow(r["image"], r["text"], Likeness(**r["likeness"])) for r in kept["report"].pop("rows")]
-        return ScoutReport(tuple(rows), **kept["report"])
+            raise SystemExit(
+                f"{path} is of other pairs, cuts or another sample; choose another --work"
+            )
+        rows = [
+            ScoutRow(image=r["image"], text=r["text"], likeness=Likeness(**r["likeness"]))
+            for r in kept["report"].pop("rows")
+        ]
+        return ScoutReport(rows=tuple(rows), **kept["report"])
     report = scout(of_split(source, None), spec, lambda *about: print("scout", *about, flush=True))
     path.write_text(json.dumps({"asked": asked, "report": asdict(report)}))
     return report
@@ -141,25 +190,41 @@ def trained(
     options: argparse.Namespace,
     work: Path,
 ) -> dict[str, Any]:
-    """The row's criteria, and R@1 on val of a head on its features, fitted now if no finished run is kept."""
-    store, run = work / "store", work / f"{row.image}+{row.text}"
+    """The row's criteria, and R@1 on val of a head on its features, fitted now if no finished run
+    is kept."""
+    store = work / "store"
+    run = work / f"{row.image}+{row.text}"
     if not (run / "head.json").is_file():
         wanted = {name for pair in chosen for name in (pair.image, pair.text)}
-        images, texts = ([c for c in cuts if c.modality == side and c.slug in wanted] for side in ("image", "text"))
+        images, texts = (
+            [c for c in cuts if c.modality == side and c.slug in wanted]
+            for side in ("image", "text")
+        )
         spec = ExtractSpec(tuple(images), tuple(texts), workers=0, device="cpu")
         extract(sample(source, options.train_images, options.val_images), store, spec)
-        changes = [f"schedule.batch_size={BATCH}", *(["schedule.epochs=2"] if options.quick else [])]
+        changes = [
+            f"schedule.batch_size={BATCH}",
+            *(["schedule.epochs=2"] if options.quick else []),
+        ]
         fit_head(
             FeatureStore.open(store),
-            load_recipe(options.recipe, changes),
-            run,
-            FitSpec(row.image, row.text, device="cpu"),
+            recipe=load_recipe(options.recipe, changes),
+            out=run,
+            spec=FitSpec(row.image, row.text, device="cpu"),
         )
         print("trained", run.name, flush=True)
     embedded = embed_store(load_heads(run), FeatureStore.open(store), "val")
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+    report = retrieval_report(
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
+    )
     ones = {"trained i2t R@1": report.image_to_text[1], "trained t2i R@1": report.text_to_image[1]}
-    about = {name: round(value, 2) for name, value in {**ones, "trained mean R@1": report.mean_recall_at_1}.items()}
+    about = {
+        name: round(value, 2)
+        for name, value in {**ones, "trained mean R@1": report.mean_recall_at_1}.items()
+    }
     chance = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
     about["chance mean R@1"] = round(chance, 2)
     return {**criteria(row), **about, "n_images": report.n_images, "n_texts": report.n_texts}
@@ -176,8 +241,17 @@ def sample(source: PairSource, n_train: int, n_val: int) -> PairSource:
 
 def criteria(row: ScoutRow) -> dict[str, Any]:
     found = row.likeness
-    values = {"ridge R@1": round(found.recall_at_1, 2), "CKA": round(found.cka, 4), "mutual kNN": found.mutual_knn}
-    return {"image": row.image, "text": row.text, **values, "mutual kNN": round(found.mutual_knn, 4)}
+    values = {
+        "ridge R@1": round(found.recall_at_1, 2),
+        "CKA": round(found.cka, 4),
+        "mutual kNN": found.mutual_knn,
+    }
+    return {
+        "image": row.image,
+        "text": row.text,
+        **values,
+        "mutual kNN": round(found.mutual_knn, 4),
+    }
 
 
 def ranking(report: ScoutReport) -> list[dict[str, Any]]:
@@ -214,7 +288,14 @@ def interval(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    return [Goal("rank correlation of the ridge's R@1 with trained R@1", rows[0]["rank correlation"], 0.8, "higher")]
+    return [
+        Goal(
+            name="rank correlation of the ridge's R@1 with trained R@1",
+            value=rows[0]["rank correlation"],
+            target=0.8,
+            better="higher",
+        )
+    ]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""What float16 and int8 features lose against float32, and what they save: vectors, bytes, reading, recall.
+"""What float16 and int8 features lose against float32, and what they save: vectors, bytes, reading,
+recall.
 
     python -m benchmarks.quality.storage --pairs captions.tsv --image hf:/folder --text hf:/folder --work w
     python -m benchmarks.quality.storage --quick            # the drawings of the demo, for a smoke test
 
-The same images and captions are extracted three times, both encoders' own pooled features and all their tokens. Rows
-say for each array how far stored vectors are from those of float32 (1 - cosine, the worst and the mean), bytes of a
-row, and CPU time of loading beside float16's (medians, interleaved). A head on each cut (`projection`, `freeze-align`)
-is fitted to each storage with the same seeds, its epoch chosen on a tenth of train; R@1 is the mean of both ways on
-val, and its difference from float32's is paired by seed. All stays in `--work`; what is finished is not done again.
+The same images and captions are extracted three times, both encoders' own pooled features and all
+their tokens. Rows say for each array how far stored vectors are from those of float32 (1 - cosine,
+the worst and the mean), bytes of a row, and CPU time of loading beside float16's (medians,
+interleaved). A head on each cut (`projection`, `freeze-align`) is fitted to each storage with the
+same seeds, its epoch chosen on a tenth of train; R@1 is the mean of both ways on val, and its
+difference from float32's is paired by seed. All stays in `--work`; what is finished is not done
+again.
 """
 
 import argparse
@@ -48,32 +51,53 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         if options.quick:
-            options.pairs, options.train_images, options.val_images = DRAWINGS, 120, 60
-            options.seeds, options.epochs, options.repeats = 1, 1, 3
+            options.pairs = DRAWINGS
+            options.train_images = 120
+            options.val_images = 60
+            options.seeds = 1
+            options.epochs = 1
+            options.repeats = 3
             options.image, options.text = packaged(work)
         stores = {storage: extracted(options, work / storage, storage) for storage in STORAGES}
-        vectors = [row for side in ("image", "text") for row in vector_rows(stores, side, options.repeats)]
+        vectors = [
+            row for side in ("image", "text") for row in vector_rows(stores, side, options.repeats)
+        ]
         print_table(vectors)
         print()
-        recalls = [row for cut in cuts(stores["float32"]) for row in recall_rows(options, stores, cut, work)]
+        recalls = [
+            row
+            for cut in cuts(stores["float32"])
+            for row in recall_rows(options, stores=stores, cut=cut, work=work)
+        ]
     print_table(recalls)
     met = goals(vectors, recalls)
     if not options.quick:
         print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-storage", met, [*vectors, *recalls], options.json)
+        write_result("quality-storage", goals=met, rows=[*vectors, *recalls], path=options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="float32, float16 and int8 features beside each other.")
-    parser.add_argument("--pairs", type=Path, help="captions.tsv with columns image, caption, split (train, val)")
+    parser = argparse.ArgumentParser(
+        description="float32, float16 and int8 features beside each other."
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        help="captions.tsv with columns image, caption, split (train, val)",
+    )
     parser.add_argument("--image", help="image encoder with tokens, for example hf:/folder")
     parser.add_argument("--text", help="text encoder, for example hf:/folder")
     parser.add_argument("--resolution", type=int, help="image side in pixels")
     parser.add_argument("--train-images", type=int, default=1500)
     parser.add_argument("--val-images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4, help="of the recipe on tokens; the other keeps its own")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=4,
+        help="of the recipe on tokens; the other keeps its own",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep stores and runs in")
@@ -88,7 +112,9 @@ def parse_arguments() -> argparse.Namespace:
 def extracted(options: argparse.Namespace, folder: Path, storage: Any) -> FeatureStore:
     """Pooled features and, of towers that have them, tokens."""
     whole = open_pairs(options.pairs)
-    own = {split: [pair for pair in whole.pairs if pair.split == split] for split in ("train", "val")}
+    own = {
+        split: [pair for pair in whole.pairs if pair.split == split] for split in ("train", "val")
+    }
     chosen = (*own["train"][: options.train_images], *own["val"][: options.val_images])
     image = replace(parse_encoder(options.image, "image"), resolution=options.resolution)
     images = with_tokens(image) if image.library == "hf" else (image,)
@@ -120,7 +146,8 @@ def vector_rows(stores: dict[str, FeatureStore], side: Any, repeats: int) -> lis
     rows = []
     for cut in dict.fromkeys(cut_of(array) for array in stores["float32"].arrays(side)):
         arrays = {storage: array_of(store, side, cut) for storage, store in stores.items()}
-        exact, seconds = vectors_of(arrays["float32"]), loading_seconds(arrays, repeats)
+        exact = vectors_of(arrays["float32"])
+        seconds = loading_seconds(arrays, repeats)
         for storage, array in arrays.items():
             off = distances(exact, vectors_of(array))
             rows.append(
@@ -139,14 +166,16 @@ def vector_rows(stores: dict[str, FeatureStore], side: Any, repeats: int) -> lis
 
 def vectors_of(array: FeatureArray) -> NDArray[np.float32]:
     """[n, dim]: rows, or tokens that are there."""
-    features, lengths = array.load()[array.load_ok()], array.load_lengths()
+    features = array.load()[array.load_ok()]
+    lengths = array.load_lengths()
     if lengths is not None:
         features = features[np.arange(features.shape[1]) < lengths[array.load_ok(), None]]
     return features.reshape(-1, features.shape[-1]).astype(np.float32)
 
 
 def distances(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
-    """1 - cosine of each pair of vectors, from the difference of the unit vectors: exact also where it is tiny."""
+    """1 - cosine of each pair of vectors, from the difference of the unit vectors: exact also where
+    it is tiny."""
     a, b = (v / np.linalg.norm(v.astype(np.float64), axis=1, keepdims=True) for v in (x, y))
     found: NDArray[np.float64] = ((a - b) ** 2).sum(1) / 2
     return found
@@ -164,9 +193,17 @@ def loading_seconds(arrays: dict[str, FeatureArray], repeats: int) -> dict[str, 
     return {storage: statistics.median(found) for storage, found in times.items()}
 
 
-def recall_rows(options: argparse.Namespace, stores: dict[str, FeatureStore], cut: str, work: Path) -> list[Row]:
+def recall_rows(
+    options: argparse.Namespace,
+    stores: dict[str, FeatureStore],
+    cut: str,
+    work: Path,
+) -> list[Row]:
     found = {
-        storage: [recall(options, store, cut, seed, work / f"{cut}-{storage}-{seed}") for seed in range(options.seeds)]
+        storage: [
+            recall(options, store=store, cut=cut, seed=seed, run=work / f"{cut}-{storage}-{seed}")
+            for seed in range(options.seeds)
+        ]
         for storage, store in stores.items()
     }
     rows = []
@@ -186,32 +223,70 @@ def recall_rows(options: argparse.Namespace, stores: dict[str, FeatureStore], cu
     return rows
 
 
-def recall(options: argparse.Namespace, store: FeatureStore, cut: str, seed: int, run: Path) -> tuple[float, float]:
+def recall(
+    options: argparse.Namespace,
+    store: FeatureStore,
+    cut: str,
+    seed: int,
+    run: Path,
+) -> tuple[float, float]:
     """Mean R@1 on val of a head of that cut, and chance."""
     if not (run / "head.json").is_file():
         wanted = [f"schedule.epochs={options.epochs}"] * (cut == "tokens" or options.quick)
         recipe = load_recipe(RECIPES[cut], [*wanted, "schedule.batch_size=256"])
         names = [array_of(store, side, cut).name for side in ("image", "text")]
         splits = SplitSpec(dev_images=options.train_images // 10)
-        fit_head(store, recipe, run, FitSpec(*names, splits, seed, "cpu", report_split="val"))
+        fit_head(
+            store,
+            recipe=recipe,
+            out=run,
+            spec=FitSpec(*names, splits, seed, "cpu", report_split="val"),
+        )
     embedded = embed_store(load_heads(run), store, "val")
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance)
+    report = retrieval_report(
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
+    )
     chance = (report.chance_image_to_text[1] + report.chance_text_to_image[1]) / 2
     return report.mean_recall_at_1, chance
 
 
 def goals(vectors: list[Row], recalls: list[Row]) -> list[Goal]:
-    """Of int8: vectors nearly what they were, tokens half of float16's bytes, recall that moves less than seeds do."""
+    """Of int8: vectors nearly what they were, tokens half of float16's bytes, recall that moves
+    less than seeds do."""
     small = [row for row in vectors if row["storage"] == "int8"]
-    half = {(row["side"], row["cut"]): row["bytes a row"] for row in vectors if row["storage"] == "float16"}
+    half = {
+        (row["side"], row["cut"]): row["bytes a row"]
+        for row in vectors
+        if row["storage"] == "float16"
+    }
     found = [
-        Goal("int8, worst 1 - cosine", max(row["worst 1 - cosine"] for row in small), 1e-3, "lower"),
-        Goal("int8, bytes / float16", max(r["bytes a row"] / half[r["side"], r["cut"]] for r in small), 0.52, "lower"),
+        Goal(
+            name="int8, worst 1 - cosine",
+            value=max(row["worst 1 - cosine"] for row in small),
+            target=1e-3,
+            better="lower",
+        ),
+        Goal(
+            name="int8, bytes / float16",
+            value=max(r["bytes a row"] / half[r["side"], r["cut"]] for r in small),
+            target=0.52,
+            better="lower",
+        ),
     ]
     for row in recalls:
         if row["storage"] == "int8":
             apart = abs(statistics.fmean(row["less float32's"]))
-            found.append(Goal(f"int8, {row['recipe']}, R@1 apart", round(apart, 3), 0.5, "lower"))
+            found.append(
+                Goal(
+                    name=f"int8, {row['recipe']}, R@1 apart",
+                    value=round(apart, 3),
+                    target=0.5,
+                    better="lower",
+                )
+            )
     return found
 
 

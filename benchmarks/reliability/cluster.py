@@ -2,7 +2,8 @@
 
     python -m benchmarks.reliability.cluster [--quick] [--json FILE]
 
-The scenarios are those of tests/faults/faults_cluster.py, with 20 kills each; `--quick` takes the counts of the tests.
+The scenarios are those of tests/faults/faults_cluster.py, with 20 kills each; `--quick` takes the
+counts of the tests.
 """
 
 import argparse
@@ -20,13 +21,21 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
 from faults_cluster import KINDS, NODES, Nodes, cluster_kills, running_nodes
 from tower import TowerSpec
 
-KILLS, QUICK_KILLS = 20, 1
+KILLS = 20
+QUICK_KILLS = 1
 
 
 def measure(nodes: Nodes, folder: Path, kind: str, count: int, seed: int) -> dict[str, Any]:
     """One row: what was killed, and what was broken by it."""
     begin = time.perf_counter()
-    result = cluster_kills(nodes, folder, TowerSpec(), kind, count, seed)
+    result = cluster_kills(
+        nodes,
+        folder=folder,
+        spec=TowerSpec(),
+        kind=kind,
+        count=count,
+        seed=seed,
+    )
     seconds = round(time.perf_counter() - begin, 1)
     about = {"killed": kind, "kills": result.kills, "nodes": NODES, "stores": result.stores}
     told = {
@@ -39,24 +48,61 @@ def measure(nodes: Nodes, folder: Path, kind: str, count: int, seed: int) -> dic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="the counts of the tests")
     parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--only", choices=KINDS, help="one kind of kill; writes no result without --json")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: another one")
+    parser.add_argument(
+        "--only",
+        choices=KINDS,
+        help="one kind of kill; writes no result without --json",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(10**6),
+        help="default: another one",
+    )
     options = parser.parse_args()
-    rows, count = [], QUICK_KILLS if options.quick else KILLS
+    rows = []
+    count = QUICK_KILLS if options.quick else KILLS
     with running_nodes() as nodes, tempfile.TemporaryDirectory() as folder:
         for kind in [options.only] if options.only else KINDS:
             print(f"{kind} …", file=sys.stderr, flush=True)
             (Path(folder) / kind).mkdir()
-            rows.append(measure(nodes, Path(folder) / kind, kind, count, options.seed))
+            rows.append(
+                measure(
+                    nodes,
+                    folder=Path(folder) / kind,
+                    kind=kind,
+                    count=count,
+                    seed=options.seed,
+                )
+            )
     print_table([{name: value for name, value in row.items() if name != "example"} for row in rows])
-    goals = [Goal(f"kill -9 of one {row['killed']}: broken promises", row["broken"], 0, "lower") for row in rows]
-    goals += [Goal(f"kill -9 of one {row['killed']}: kills", row["kills"], count, "higher") for row in rows]
+    goals = [
+        Goal(
+            name=f"kill -9 of one {row['killed']}: broken promises",
+            value=row["broken"],
+            target=0,
+            better="lower",
+        )
+        for row in rows
+    ]
+    goals += [
+        Goal(
+            name=f"kill -9 of one {row['killed']}: kills",
+            value=row["kills"],
+            target=count,
+            better="higher",
+        )
+        for row in rows
+    ]
     print_goals(goals)
     if options.json or not (options.only or options.quick):
-        write_result("reliability-cluster", goals, rows, options.json)
+        write_result("reliability-cluster", goals=goals, rows=rows, path=options.json)
     return int(not all(goal.met for goal in goals))
 
 

@@ -1,10 +1,11 @@
-"""A whole data set by the local engine and by a Ray cluster of three simulated nodes: the same bytes, and how long.
+"""A whole data set by the local engine and by a Ray cluster of three simulated nodes: the same
+bytes, and how long.
 
     python -m benchmarks.reliability.engines --pairs captions.tsv --image timm:/folder --text hf:/folder
     python -m benchmarks.reliability.engines --quick       # the drawings of the demo and the packaged encoders
 
-One thread in the local engine, one in each of two actors. Seconds are of one run each, for a look: the overhead on the
-same cores is measured by benchmarks.speed.engines.
+One thread in the local engine, one in each of two actors. Seconds are of one run each, for a look:
+the overhead on the same cores is measured by benchmarks.speed.engines.
 """
 
 import argparse
@@ -38,30 +39,42 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, running_nodes() as nodes:
         work = Path(temporary)
-        pairs, image, text = options.pairs, options.image, options.text
+        pairs = options.pairs
+        image = options.image
+        text = options.text
         if options.quick:
             image, text = (
                 f"{library}:{folder}"
-                for library, folder in zip(("timm", "hf"), write_packaged_encoders(work), strict=True)
+                for library, folder in zip(
+                    ("timm", "hf"),
+                    write_packaged_encoders(work),
+                    strict=True,
+                )
             )
         source = open_pairs(pairs)
         specs = parse_encoder(image, "image"), parse_encoder(text, "text")
         spec = ExtractSpec(*specs, device="cpu", workers=0, compiled=False, shard_rows=512)
-        cluster = RaySpec(nodes.address, ACTORS)
+        cluster = RaySpec(address=nodes.address, actors=ACTORS)
         rows = [
             timed("local", 1, lambda: extract(source, work / "local", spec)),
-            timed("ray, three nodes", ACTORS, lambda: extract_on_ray(source, work / "ray", spec, cluster=cluster)),
+            timed(
+                "ray, three nodes",
+                ACTORS,
+                lambda: extract_on_ray(source, work / "ray", spec, cluster=cluster),
+            ),
         ]
         other = different(work / "local", work / "ray")
     print_table(rows)
-    goals = [Goal("files that differ", other, 0, "lower")]
+    goals = [Goal(name="files that differ", value=other, target=0, better="lower")]
     print_goals(goals)
     if options.json or not options.quick:
-        write_result("reliability-engines", goals, rows, options.json)
+        write_result("reliability-engines", goals=goals, rows=rows, path=options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A data set by the local engine and by a Ray cluster.")
+    parser = argparse.ArgumentParser(
+        description="A data set by the local engine and by a Ray cluster."
+    )
     parser.add_argument("--pairs", default=str(DRAWINGS), help="as apecache extract takes it")
     parser.add_argument("--image")
     parser.add_argument("--text")
@@ -77,12 +90,22 @@ def timed(engine: str, threads: int, run: Callable[[], ExtractReport]) -> dict[s
     begin = time.perf_counter()
     arrays = run().arrays
     seconds = round(time.perf_counter() - begin, 1)
-    return {"engine": engine, "threads": threads, **{a.modality: a.rows for a in arrays}, "seconds": seconds}
+    return {
+        "engine": engine,
+        "threads": threads,
+        **{a.modality: a.rows for a in arrays},
+        "seconds": seconds,
+    }
 
 
 def different(one: Path, other: Path) -> int:
     """Files that only one of two stores has, or that have other bytes."""
-    names = {path.relative_to(folder) for folder in (one, other) for path in folder.rglob("*") if path.is_file()}
+    names = {
+        path.relative_to(folder)
+        for folder in (one, other)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     if not names:
         raise SystemExit("there is nothing to compare")
     return sum(read(one / name) != read(other / name) for name in names)

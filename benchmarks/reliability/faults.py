@@ -1,9 +1,10 @@
-"""Faults: kills, power cuts, I/O errors, crowds of writers and damaged files, in the counts that the store promises.
+"""Faults: kills, power cuts, I/O errors, crowds of writers and damaged files, in the counts that
+the store promises.
 
     python -m benchmarks.reliability.faults [--quick] [--json FILE]
 
-The scenarios are those of tests/faults, with more of everything; `--quick` takes the counts of the tests. To add one,
-write a function that returns a `Row` and put it into `SCENARIOS`.
+The scenarios are those of tests/faults, with more of everything; `--quick` takes the counts of the
+tests. To add one, write a function that returns a `Row` and put it into `SCENARIOS`.
 """
 
 import argparse
@@ -31,9 +32,10 @@ from tower import SMALL, Towers, TowerSpec, run
 SPEC = TowerSpec()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One scenario: `faults` injected, `detail` in words, `broken` promises (the first one in `example`)."""
+    """One scenario: `faults` injected, `detail` in words, `broken` promises (the first one in
+    `example`)."""
 
     scenario: str
     faults: int
@@ -42,7 +44,7 @@ class Row:
     example: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     towers: Towers
     folder: Path
@@ -55,24 +57,50 @@ class Bench:
 
 def named_kills(bench: Bench) -> Row:
     result = faults_kill.named_kills(bench.towers, bench.folder, SPEC)
-    return _row("kill -9 at named points", result.kills, result.wrong, f"{result.stores} stores finished")
+    return _row(
+        "kill -9 at named points",
+        faults=result.kills,
+        wrong=result.wrong,
+        detail=f"{result.stores} stores finished",
+    )
 
 
 def random_kills(bench: Bench) -> Row:
-    result = faults_kill.random_kills(bench.towers, bench.folder, SPEC, bench.count(40, 500), bench.seed)
-    return _row("kill -9 at any moment", result.kills, result.wrong, f"{result.stores} stores finished, bit-identical")
+    result = faults_kill.random_kills(
+        bench.towers,
+        folder=bench.folder,
+        spec=SPEC,
+        count=bench.count(40, 500),
+        seed=bench.seed,
+    )
+    return _row(
+        "kill -9 at any moment",
+        faults=result.kills,
+        wrong=result.wrong,
+        detail=f"{result.stores} stores finished, bit-identical",
+    )
 
 
 def power_cuts(bench: Bench) -> Row:
-    result = faults_power.cut_anywhere(bench.folder, SPEC, resumes=bench.count(120, -1), seed=bench.seed)
+    result = faults_power.cut_anywhere(
+        bench.folder,
+        SPEC,
+        resumes=bench.count(120, -1),
+        seed=bench.seed,
+    )
     detail = f"{result.cuts} cuts, {result.resumed} states finished by another run"
-    return _row("power cut at any call", result.states, result.wrong, detail)
+    return _row("power cut at any call", faults=result.states, wrong=result.wrong, detail=detail)
 
 
 def power_cuts_after_kills(bench: Bench) -> Row:
     spec = TowerSpec(images=5) if bench.quick else SMALL
     result = faults_power.kill_then_cut(bench.folder, spec, everywhere=not bench.quick)
-    return _row("kill, resume, power cut", result.states, result.wrong, f"{result.resumed} kills, {result.cuts} cuts")
+    return _row(
+        "kill, resume, power cut",
+        faults=result.states,
+        wrong=result.wrong,
+        detail=f"{result.resumed} kills, {result.cuts} cuts",
+    )
 
 
 def needless_fsyncs(bench: Bench) -> Row:
@@ -80,36 +108,71 @@ def needless_fsyncs(bench: Bench) -> Row:
     needless = [
         name
         for number, name in enumerate(faults_power.sync_calls())
-        if not faults_power.finds_violation(bench.folder / str(number), SMALL, faults_power.without_sync(number))
+        if not faults_power.finds_violation(
+            bench.folder / str(number),
+            SMALL,
+            faults_power.without_sync(number),
+        )
     ]
     tried = len(faults_power.sync_calls())
-    return _row("fsync left out", tried, needless, f"{tried - len(needless)} of {tried} are needed")
+    return _row(
+        "fsync left out",
+        faults=tried,
+        wrong=needless,
+        detail=f"{tried - len(needless)} of {tried} are needed",
+    )
 
 
 def failing_calls(bench: Bench) -> Row:
-    result = faults_io.failing_calls(bench.folder, SMALL if bench.quick else SPEC, every=not bench.quick)
+    result = faults_io.failing_calls(
+        bench.folder,
+        SMALL if bench.quick else SPEC,
+        every=not bench.quick,
+    )
     detail = ", ".join(f"{count} {op}" for op, count in sorted(result.failed.items()))
-    return _row("system call fails", result.failed.total(), result.wrong, detail)
+    return _row(
+        "system call fails",
+        faults=result.failed.total(),
+        wrong=result.wrong,
+        detail=detail,
+    )
 
 
 def crowds(bench: Bench) -> Row:
     spec = SMALL if bench.quick else SPEC
-    result = faults_writers.crowded_rounds(bench.towers, bench.folder, spec, bench.count(20, 200), bench.seed)
+    result = faults_writers.crowded_rounds(
+        bench.towers,
+        folder=bench.folder,
+        spec=spec,
+        rounds=bench.count(20, 200),
+        seed=bench.seed,
+    )
     detail = f"{faults_writers.WRITERS} processes, {result.commits} commits, {result.killed} killed"
-    return _row("several writers, rounds", result.rounds, result.wrong, detail)
+    return _row("several writers, rounds", faults=result.rounds, wrong=result.wrong, detail=detail)
 
 
 def damaged_files(bench: Bench) -> Row:
     run(bench.folder / "store", SMALL)
-    outcomes, wrong = faults_damage.damages(bench.folder / "store", bench.count(500, 5000), bench.seed)
+    outcomes, wrong = faults_damage.damages(
+        bench.folder / "store",
+        bench.count(500, 5000),
+        bench.seed,
+    )
     detail = ", ".join(f"{count} {what}" for what, count in outcomes.most_common())
-    return _row("damaged file, then read", outcomes.total(), wrong, detail)
+    return _row("damaged file, then read", faults=outcomes.total(), wrong=wrong, detail=detail)
 
 
 def hostile_files(bench: Bench) -> Row:
     result = faults_hostile.hostile_files(bench.folder, bench.count(500, 5000), bench.seed)
-    detail = ", ".join(f"{result.refused[kind]} of {count} {kind}s" for kind, count in sorted(result.tried.items()))
-    return _row("file made to do harm", result.tried.total(), result.wrong, f"refused: {detail}")
+    detail = ", ".join(
+        f"{result.refused[kind]} of {count} {kind}s" for kind, count in sorted(result.tried.items())
+    )
+    return _row(
+        "file made to do harm",
+        faults=result.tried.total(),
+        wrong=result.wrong,
+        detail=f"refused: {detail}",
+    )
 
 
 SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
@@ -126,21 +189,40 @@ SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
 
 
 def _row(scenario: str, faults: int, wrong: list[str], detail: str) -> Row:
-    return Row(scenario, faults, len(wrong), detail, wrong[0][:200] if wrong else "")
+    return Row(
+        scenario=scenario,
+        faults=faults,
+        broken=len(wrong),
+        detail=detail,
+        example=wrong[0][:200] if wrong else "",
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the counts of the tests: about two minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the counts of the tests: about two minutes",
+    )
     parser.add_argument("--json", type=Path, help="write the result there")
     parser.add_argument(
-        "--only", default="", help="scenarios whose name contains this; writes no result without --json"
+        "--only",
+        default="",
+        help="scenarios whose name contains this; writes no result without --json",
     )
     parser.add_argument(
-        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="default: another each time"
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(10**6),
+        help="default: another each time",
     )
     options = parser.parse_args()
-    rows, seconds = [], []
+    rows = []
+    seconds = []
     with tempfile.TemporaryDirectory() as temporary, Towers() as towers:
         for scenario in SCENARIOS:
             if options.only in scenario.__name__:
@@ -148,17 +230,25 @@ def main() -> int:
                 folder.mkdir()
                 begin = time.perf_counter()
                 print(f"{scenario.__name__} …", file=sys.stderr, flush=True)
-                rows.append(scenario(Bench(towers, folder, options.quick, options.seed)))
+                rows.append(
+                    scenario(
+                        Bench(towers=towers, folder=folder, quick=options.quick, seed=options.seed)
+                    )
+                )
                 seconds.append(time.perf_counter() - begin)
                 shutil.rmtree(folder)
     table = [
-        {**asdict(row), "seconds": round(s, 1), "seed": options.seed} for row, s in zip(rows, seconds, strict=True)
+        {**asdict(row), "seconds": round(s, 1), "seed": options.seed}
+        for row, s in zip(rows, seconds, strict=True)
     ]
     print_table([{k: v for k, v in row.items() if k not in ("example", "seed")} for row in table])
-    goals = [Goal(f"{row.scenario}: broken promises", row.broken, 0, "lower") for row in rows]
+    goals = [
+        Goal(name=f"{row.scenario}: broken promises", value=row.broken, target=0, better="lower")
+        for row in rows
+    ]
     print_goals(goals)
     if options.json or not options.only:
-        write_result("reliability-faults", goals, table, options.json)
+        write_result("reliability-faults", goals=goals, rows=table, path=options.json)
     return int(not all(goal.met for goal in goals))
 
 

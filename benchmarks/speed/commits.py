@@ -1,11 +1,13 @@
-"""What a commit costs with 10 to 10,000 shards in the store, and what opening, resuming and verifying them costs.
+"""What a commit costs with 10 to 10,000 shards in the store, and what opening, resuming and
+verifying them costs.
 
     python -m benchmarks.speed.commits [--quick] [--json FILE]
 
-Shards have a few rows, so that the protocol is measured and not the data. Stores of all sizes take turns at committing,
-so that a machine that is busy for a while is so for all; figures are medians. Files that are read are in the system's
-cache; small stores, which have grown most while they were committed to, are not read. The last rows have as many rows a
-shard as extraction chooses at most: there a record holds 4,096 hashes.
+Shards have a few rows, so that the protocol is measured and not the data. Stores of all sizes take
+turns at committing, so that a machine that is busy for a while is so for all; figures are medians.
+Files that are read are in the system's cache; small stores, which have grown most while they were
+committed to, are not read. The last rows have as many rows a shard as extraction chooses at most:
+there a record holds 4,096 hashes.
 """
 
 import argparse
@@ -31,9 +33,13 @@ from apecache.store.verify import verify_store
 from apecache.store.writer import ArrayWriter, PairColumns, create_array, create_store
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
-SIZES, QUICK_SIZES = (10, 100, 1_000, 10_000), (10, 100, 1_000)
-SHARD_ROWS, DIM = 4, 8
-RESUME, OPEN, INFO = "resume: which shards are pending", "open, share done, complete", "what apecache info reads"
+SIZES = (10, 100, 1_000, 10_000)
+QUICK_SIZES = (10, 100, 1_000)
+SHARD_ROWS = 4
+DIM = 8
+RESUME = "resume: which shards are pending"
+OPEN = "open, share done, complete"
+INFO = "what apecache info reads"
 Times = tuple[float, float]
 """CPU and wall seconds."""
 TABLE = "pair table in memory, bytes for an image and a caption of 60 characters"
@@ -41,29 +47,38 @@ TABLE = "pair table in memory, bytes for an image and a caption of 60 characters
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="up to 1,000 shards, and fewer repeats")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="up to 1,000 shards, and fewer repeats",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sizes, turns, repeats = (QUICK_SIZES, 9, 3) if options.quick else (SIZES, 41, 5)
     with tempfile.TemporaryDirectory() as folder:
         firsts = [n - turns if n >= 10 * turns else n for n in sizes]
         stores = [
-            Store(Path(folder) / str(n), first + turns, SHARD_ROWS) for n, first in zip(sizes, firsts, strict=True)
+            Store(Path(folder) / str(n), first + turns, SHARD_ROWS)
+            for n, first in zip(sizes, firsts, strict=True)
         ]
         for store, first in zip(stores, firsts, strict=True):
             store.commit(range(first))
-        table = commit_times(stores, sizes, firsts, turns)
+        table = commit_times(stores, sizes=sizes, firsts=firsts, turns=turns)
         table += reading_times(stores[-2:], [label(n) for n in sizes[-2:]], repeats)
         long = Store(Path(folder) / "long", sizes[-1] // 10, MAX_SHARD_ROWS)
         long.commit(range(long.layout.n_shards))
         many = reading_times([long], [label(long.layout.n_shards)], repeats)
-        table += [{**row, "case": f"{row['case']} ({MAX_SHARD_ROWS:,} rows a shard)"} for row in many]
-        table.append({"case": TABLE, label(sizes[-1]): table_bytes(Path(folder) / "table", 10 * sizes[-1])})
+        table += [
+            {**row, "case": f"{row['case']} ({MAX_SHARD_ROWS:,} rows a shard)"} for row in many
+        ]
+        table.append(
+            {"case": TABLE, label(sizes[-1]): table_bytes(Path(folder) / "table", 10 * sizes[-1])}
+        )
     print_table(table)
     goals = goals_of(table, sizes)
     print_goals(goals)
     if options.json or not options.quick:
-        write_result("speed-commits", goals, table, options.json)
+        write_result("speed-commits", goals=goals, rows=table, path=options.json)
 
 
 def label(n_shards: int) -> str:
@@ -74,15 +89,49 @@ class Store:
     """An array of images that is filled shard by shard, through the writer."""
 
     def __init__(self, path: Path, n_shards: int, shard_rows: int) -> None:
-        self.path, rows = path, n_shards * shard_rows
-        files, blank = LocalFiles(path), [""] * rows
-        create_store(files, PairColumns([str(i) for i in range(rows)], blank, blank, [], [], [], "t", ""), "", "0")
-        self.layout = ArrayLayout(rows, DIM, "float16", shard_rows, 64, 1)
-        fingerprint = Fingerprint({"encoder": {}, "storage": {}})
-        record = ArrayRecord("image", "e", EncoderSpec("timm", "e", "image"), fingerprint, self.layout, {}, {}, "t")
+        self.path = path
+        rows = n_shards * shard_rows
+        files = LocalFiles(path)
+        blank = [""] * rows
+        create_store(
+            files,
+            pairs=PairColumns(
+                keys=[str(i) for i in range(rows)],
+                splits=blank,
+                labels=blank,
+                captions=[],
+                languages=[],
+                image_rows=[],
+                digest="t",
+                origin="",
+            ),
+            root="",
+            version="0",
+        )
+        self.layout = ArrayLayout(
+            rows=rows,
+            dim=DIM,
+            dtype="float16",
+            shard_rows=shard_rows,
+            batch_size=64,
+            threads=1,
+        )
+        fingerprint = Fingerprint(fields={"encoder": {}, "storage": {}})
+        record = ArrayRecord(
+            modality="image",
+            name="e",
+            spec=EncoderSpec("timm", "e", "image"),
+            fingerprint=fingerprint,
+            layout=self.layout,
+            metadata={},
+            environment={},
+            table="t",
+        )
         self.writer = ArrayWriter(files, with_metadata(record))
         create_array(files, self.writer.record)
-        self.features = np.random.default_rng(0).standard_normal((shard_rows, DIM)).astype(np.float16)
+        self.features = (
+            np.random.default_rng(0).standard_normal((shard_rows, DIM)).astype(np.float16)
+        )
         self.content = [content_hash(str(i)) for i in range(shard_rows)]
 
     def commit(self, shards: range) -> None:
@@ -120,14 +169,19 @@ class Store:
             raise RuntimeError("the store should be sound")
 
 
-def commit_times(stores: list[Store], sizes: tuple[int, ...], firsts: list[int], turns: int) -> list[dict[str, Any]]:
+def commit_times(
+    stores: list[Store],
+    sizes: tuple[int, ...],
+    firsts: list[int],
+    turns: int,
+) -> list[dict[str, Any]]:
     """Median milliseconds of a commit with about so many shards committed before."""
     found: dict[str, list[Times]] = {label(n): [] for n in sizes}
     for turn in range(turns):
         for store, first, times in zip(stores, firsts, found.values(), strict=True):
             shard = first + turn
             times.append(timed(partial(store.commit, range(shard, shard + 1))))
-    return medians("commit", found, 1000, "ms")
+    return medians("commit", found=found, scale=1000, unit="ms")
 
 
 def reading_times(stores: list[Store], labels: list[str], repeats: int) -> list[dict[str, Any]]:
@@ -138,22 +192,47 @@ def reading_times(stores: list[Store], labels: list[str], repeats: int) -> list[
             name: [timed(store.cases()[case]) for _ in range(repeats)]
             for store, name in zip(stores, labels, strict=True)
         }
-        rows += medians(case, found, 1, "s")
+        rows += medians(case, found=found, scale=1, unit="s")
     return rows
 
 
-def medians(case: str, found: dict[str, list[Times]], scale: float, unit: str) -> list[dict[str, Any]]:
+def medians(
+    case: str,
+    found: dict[str, list[Times]],
+    scale: float,
+    unit: str,
+) -> list[dict[str, Any]]:
     """One row of CPU time and one of wall time."""
-    cpu = {name: scale * statistics.median(cpu for cpu, _ in times) for name, times in found.items()}
-    wall = {name: scale * statistics.median(wall for _, wall in times) for name, times in found.items()}
+    cpu = {
+        name: scale * statistics.median(cpu for cpu, _ in times) for name, times in found.items()
+    }
+    wall = {
+        name: scale * statistics.median(wall for _, wall in times) for name, times in found.items()
+    }
     return [{"case": f"{case}, CPU {unit}", **cpu}, {"case": f"{case}, wall {unit}", **wall}]
 
 
 def table_bytes(path: Path, n: int) -> float:
     """What reading a pair table leaves in Python's memory, for each of n images with a caption."""
-    keys, captions = [f"images/{i:012d}.jpg" for i in range(n)], [f"{i:060d}" for i in range(n)]
-    some, none = ["train"] * n, [""] * n
-    create_store(LocalFiles(path), PairColumns(keys, some, none, captions, none, list(range(n)), "t", ""), "", "0")
+    keys = [f"images/{i:012d}.jpg" for i in range(n)]
+    captions = [f"{i:060d}" for i in range(n)]
+    some = ["train"] * n
+    none = [""] * n
+    create_store(
+        LocalFiles(path),
+        pairs=PairColumns(
+            keys=keys,
+            splits=some,
+            labels=none,
+            captions=captions,
+            languages=none,
+            image_rows=list(range(n)),
+            digest="t",
+            origin="",
+        ),
+        root="",
+        version="0",
+    )
     tracemalloc.start()
     pairs = FeatureStore.open(path).pairs
     held, _ = tracemalloc.get_traced_memory()
@@ -162,7 +241,8 @@ def table_bytes(path: Path, n: int) -> float:
 
 
 def timed(case: Callable[[], object]) -> Times:
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     case()
     return time.process_time() - cpu, time.perf_counter() - wall
 
@@ -170,12 +250,31 @@ def timed(case: Callable[[], object]) -> Times:
 def goals_of(table: list[dict[str, Any]], sizes: tuple[int, ...]) -> list[Goal]:
     of = {row["case"]: row for row in table}
     first, before, last = (label(sizes[place]) for place in (0, -2, -1))
-    commit, verify = of["commit, CPU ms"], of["verify, CPU s"]
+    commit = of["commit, CPU ms"]
+    verify = of["verify, CPU s"]
     per_shard = verify[last] / sizes[-1] / (verify[before] / sizes[-2])
     return [
-        Goal(f"CPU of a commit, {last} / {first}", commit[last] / commit[first], 1.3, "lower"),
-        *(Goal(f"{last}: {case}, CPU s", of[f"{case}, CPU s"][last], 2.0, "lower") for case in (RESUME, OPEN, INFO)),
-        Goal(f"CPU of verify for each shard, {last} / {before}", per_shard, 1.3, "lower"),
+        Goal(
+            name=f"CPU of a commit, {last} / {first}",
+            value=commit[last] / commit[first],
+            target=1.3,
+            better="lower",
+        ),
+        *(
+            Goal(
+                name=f"{last}: {case}, CPU s",
+                value=of[f"{case}, CPU s"][last],
+                target=2.0,
+                better="lower",
+            )
+            for case in (RESUME, OPEN, INFO)
+        ),
+        Goal(
+            name=f"CPU of verify for each shard, {last} / {before}",
+            value=per_shard,
+            target=1.3,
+            better="lower",
+        ),
     ]
 
 

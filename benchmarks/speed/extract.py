@@ -2,11 +2,12 @@
 
     python -m benchmarks.speed.extract [--quick] [--json FILE]
 
-Cases of one comparison are interleaved in one process; figures are medians of CPU and wall milliseconds a row, decoding
-processes included. Encoders are loaded beforehand; apecache writes a store, the others keep features in memory.
-Where model and decoder share the cores, no loop can be faster than both after another: CPU time is held against that
-sum, and wall time against the slower of the two, which only an accelerator of its own lets one reach.
-The compiled model is what `--compile` runs, which takes half a minute to begin with.
+Cases of one comparison are interleaved in one process; figures are medians of CPU and wall
+milliseconds a row, decoding processes included. Encoders are loaded beforehand; apecache writes a
+store, the others keep features in memory. Where model and decoder share the cores, no loop can be
+faster than both after another: CPU time is held against that sum, and wall time against the slower
+of the two, which only an accelerator of its own lets one reach. The compiled model is what
+`--compile` runs, which takes half a minute to begin with.
 """
 
 import argparse
@@ -36,7 +37,14 @@ from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.preprocess import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.arrays import CPU_BATCH
-from apecache.extraction.run import Encoders, ExtractSpec, Standing, extract, extract_pending, load_encoders
+from apecache.extraction.run import (
+    Encoders,
+    ExtractSpec,
+    Standing,
+    extract,
+    extract_pending,
+    load_encoders,
+)
 from apecache.extraction.segments import Segment, make_segment
 from apecache.storage.local import LocalFiles
 from benchmarks.record import Goal, print_goals, print_table, write_result
@@ -73,7 +81,11 @@ FULL = Scale(photos=64, vit_photos=32, vit_sizes=SIZES, texts=2048, decoded=24, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rows; for a look, not for reporting")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer rows; for a look, not for reporting",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=PARTS, help="one part of it, without writing a result")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -83,7 +95,8 @@ def main() -> None:
         return
     keep_freed_memory()  # as the command does; here for the loops beside it too
     scale = QUICK if options.quick else FULL
-    rows, goals = list[Row](), list[Goal]()
+    rows = list[Row]()
+    goals = list[Goal]()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), scale)
         for part in [options.only] if options.only else PARTS:
@@ -94,47 +107,63 @@ def main() -> None:
             print_goals(met)
             print(flush=True)
     if not options.only and (options.json or not options.quick):
-        write_result("speed-extract", goals, rows, options.json)
+        write_result("speed-extract", goals=goals, rows=rows, path=options.json)
 
 
 def cpu_seconds() -> float:
     """Of this process and of the children that have ended."""
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], rows: int, repeats: int) -> dict[str, Cost]:
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    rows: int,
+    repeats: int,
+) -> dict[str, Cost]:
     """One round to warm up, then `repeats` rounds through all cases."""
     times: dict[str, list[Cost]] = {name: [] for name in cases}
     for turn in range(repeats + 1):
         for name, case in cases.items():
-            cpu, wall = cpu_seconds(), time.perf_counter()
+            cpu = cpu_seconds()
+            wall = time.perf_counter()
             case()
-            cost = Cost(1000 * (cpu_seconds() - cpu) / rows, 1000 * (time.perf_counter() - wall) / rows)
+            cost = Cost(
+                1000 * (cpu_seconds() - cpu) / rows,
+                1000 * (time.perf_counter() - wall) / rows,
+            )
             if turn:
                 times[name].append(cost)
     return {
-        name: Cost(*(statistics.median(part) for part in zip(*found, strict=True))) for name, found in times.items()
+        name: Cost(*(statistics.median(part) for part in zip(*found, strict=True)))
+        for name, found in times.items()
     }
 
 
 def table(what: str, costs: Mapping[str, Cost]) -> list[Row]:
     return [
-        {"what": what, "case": name, "CPU ms/row": cost.cpu, "wall ms/row": cost.wall} for name, cost in costs.items()
+        {"what": what, "case": name, "CPU ms/row": cost.cpu, "wall ms/row": cost.wall}
+        for name, cost in costs.items()
     ]
 
 
 def image_source(folder: Path, names: Sequence[str]) -> PairSource:
-    return PairSource(tuple(Pair(name, (), ()) for name in names), media=FolderMedia(folder))
+    return PairSource(
+        tuple(Pair(key=name, captions=(), languages=()) for name in names),
+        media=FolderMedia(root=folder),
+    )
 
 
 def text_source(texts: Sequence[str]) -> PairSource:
-    return PairSource((Pair("text", tuple(texts), ("",) * len(texts)),))
+    return PairSource((Pair(key="text", captions=tuple(texts), languages=("",) * len(texts)),))
 
 
 class Bench:
     def __init__(self, folder: Path, scale: Scale) -> None:
-        self.folder, self.scale, self.count = folder, scale, 0
+        self.folder = folder
+        self.scale = scale
+        self.count = 0
         self.lite, self.minilm = write_packaged_encoders(folder / "encoders")
         self.vit = write_vit(folder / "encoders" / "vit-s16")
         most = max(scale.photos, scale.vit_photos, scale.decoded)
@@ -145,22 +174,37 @@ class Bench:
         return self.folder / f"store-{self.count}"
 
     def spec(self, **settings: Any) -> ExtractSpec:
-        return ExtractSpec(image_batch=BATCH, text_batch=TEXT_BATCH, device="cpu", shard_rows=4096, **settings)
+        return ExtractSpec(
+            image_batch=BATCH,
+            text_batch=TEXT_BATCH,
+            device="cpu",
+            shard_rows=4096,
+            **settings,
+        )
 
-    def run(self, source: PairSource, encoders: Encoders, spec: ExtractSpec, progress: Any = lambda _: None) -> Path:
+    def run(
+        self,
+        source: PairSource,
+        encoders: Encoders,
+        spec: ExtractSpec,
+        progress: Any = lambda _: None,
+    ) -> Path:
         """An extraction with encoders that are loaded."""
         store = self.store()
-        segment = Segment(LocalFiles(store), "", source)
+        segment = Segment(store=LocalFiles(store), folder="", part=source)
         make_segment(segment)
-        extract_pending(segment, encoders, spec, progress)
+        extract_pending(segment, encoders=encoders, spec=spec, progress=progress)
         return store
 
-    # --- images ------------------------------------------------------------------------------------------------------
+    # --- images -----------------------------------------------------------------------------------
 
     def images(self) -> tuple[list[Row], list[Goal]]:
-        rows, goals = list[Row](), list[Goal]()
+        rows = list[Row]()
+        goals = list[Goal]()
         wanted = [("efficientnet-lite0", self.lite, size, self.scale.photos) for size in SIZES]
-        wanted += [("ViT-S/16", self.vit, size, self.scale.vit_photos) for size in self.scale.vit_sizes]
+        wanted += [
+            ("ViT-S/16", self.vit, size, self.scale.vit_photos) for size in self.scale.vit_sizes
+        ]
         for name, folder, size, count in wanted:
             costs = interleaved(self._image_cases(folder, size, count), count, self.scale.repeats)
             what = f"{name}, {size} px"
@@ -170,10 +214,15 @@ class Bench:
 
     def _image_cases(self, folder: Path, size: int, count: int) -> dict[str, Callable[[], object]]:
         spec = self.spec(image=parse_encoder(f"timm:{folder}", "image"))
-        encoders, root, names = load_encoders(spec), self.folder / str(size), self.photos[size][:count]
-        encoder, source, media = encoders.image[0], image_source(root, names), FolderMedia(root)
+        encoders = load_encoders(spec)
+        root = self.folder / str(size)
+        names = self.photos[size][:count]
+        encoder = encoders.image[0]
+        source = image_source(root, names)
+        media = FolderMedia(root=root)
         pixels = torch.stack([encoder.preprocess(load_image(name, media).image) for name in names])
-        loop, paths = timm_loop(folder, WORKERS), [root / name for name in names]
+        loop = timm_loop(folder, WORKERS)
+        paths = [root / name for name in names]
 
         quick = replace(spec, image=replace(spec.images[0], resize="torchvision"))
         quick_encoders = load_encoders(quick)
@@ -181,45 +230,79 @@ class Bench:
         return {
             "bare model": lambda: [encoder.encode(batch) for batch in padded_batches(pixels)],
             "bare model, compiled": lambda: [compiled(batch) for batch in padded_batches(pixels)],
-            "bare decoding": lambda: [encoder.preprocess(load_image(name, media).image) for name in names],
+            "bare decoding": lambda: [
+                encoder.preprocess(load_image(name, media).image) for name in names
+            ],
             "timm with a DataLoader": lambda: loop(paths),
             "apecache": lambda: self.run(source, encoders, spec),
             "apecache, threads": lambda: self.run(source, encoders, replace(spec, workers=0)),
-            "apecache, processes": lambda: self.run(source, encoders, replace(spec, workers=WORKERS)),
+            "apecache, processes": lambda: self.run(
+                source,
+                encoders,
+                replace(spec, workers=WORKERS),
+            ),
             "apecache, torchvision": lambda: self.run(source, quick_encoders, quick),
         }
 
     def decoding(self) -> tuple[list[Row], list[Goal]]:
-        """Decoding and resizing alone on one thread, by Pillow and by torchvision, and how many values that changes."""
+        """Decoding and resizing alone on one thread, by Pillow and by torchvision, and how many
+        values that changes."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         spec = parse_encoder(f"timm:{self.lite}", "image")
         reference = load_encoders(self.spec(image=spec)).image[0]
         faster = load_encoders(self.spec(image=replace(spec, resize="torchvision"))).image[0]
-        rows, goals = list[Row](), list[Goal]()
+        rows = list[Row]()
+        goals = list[Goal]()
         for size in SIZES:
-            files = [(self.folder / str(size) / name).read_bytes() for name in self.photos[size][: self.scale.decoded]]
-            costs = interleaved(decoding_cases(files, reference, faster), len(files), self.scale.repeats)
+            files = [
+                (self.folder / str(size) / name).read_bytes()
+                for name in self.photos[size][: self.scale.decoded]
+            ]
+            costs = interleaved(
+                decoding_cases(files, reference, faster),
+                len(files),
+                self.scale.repeats,
+            )
             changed, most = changed_values(files, reference, faster)
             rows += [
-                {**row, "changed %": 100 * changed, "most / 255": most} for row in table(f"decode, {size} px", costs)
+                {**row, "changed %": 100 * changed, "most / 255": most}
+                for row in table(f"decode, {size} px", costs)
             ]
             ratio = costs["Pillow"].cpu / costs["torchvision"].cpu
             if size == max(SIZES):
-                goals.append(Goal(f"torchvision / Pillow, CPU, {size} px", ratio, 2.5, "higher"))
-            goals.append(Goal(f"largest change in 255, {size} px", most, 2.0, "lower"))
+                goals.append(
+                    Goal(
+                        name=f"torchvision / Pillow, CPU, {size} px",
+                        value=ratio,
+                        target=2.5,
+                        better="higher",
+                    )
+                )
+            goals.append(
+                Goal(
+                    name=f"largest change in 255, {size} px",
+                    value=most,
+                    target=2.0,
+                    better="lower",
+                )
+            )
         torch.set_num_threads(threads)
         return rows, goals
 
-    # --- texts -------------------------------------------------------------------------------------------------------
+    # --- texts ------------------------------------------------------------------------------------
 
     def texts(self) -> tuple[list[Row], list[Goal]]:
         spec = self.spec(text=parse_encoder(f"hf:{self.minilm}", "text"))
-        encoders, texts = load_encoders(spec), list(captions(self.scale.texts))
-        encoder, source = encoders.text[0], text_source(texts)
+        encoders = load_encoders(spec)
+        texts = list(captions(self.scale.texts))
+        encoder = encoders.text[0]
+        source = text_source(texts)
         ids = sorted(encoder.tokenise(texts).ids, key=len)
         cases: dict[str, Callable[[], object]] = {
-            "bare model": lambda: [encoder.encode_ids(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)],
+            "bare model": lambda: [
+                encoder.encode_ids(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)
+            ],
             "tokenising": lambda: encoder.tokenise(texts),
         }
         loops = {
@@ -231,19 +314,28 @@ class Bench:
         cases |= {"apecache": lambda: self.run(source, encoders, spec)}
         costs = interleaved(cases, len(texts), self.scale.repeats)
         own = costs["apecache"].cpu
-        goals = [Goal("captions: bare model and tokenising / apecache, CPU",
-                      (costs["bare model"].cpu + costs["tokenising"].cpu) / own, 0.95, "higher")]  # fmt: skip
-        least = {"padded to 77": 5.5, "transformers with a DataLoader": 1.0, "sentence-transformers": 1.0}
-        goals += [Goal(f"captions: {name} / apecache, CPU", costs[name].cpu / own, low, "higher")
+        goals = [Goal(name="captions: bare model and tokenising / apecache, CPU",
+                      value=(costs["bare model"].cpu + costs["tokenising"].cpu) / own, target=0.95, better="higher")]  # fmt: skip
+        least = {
+            "padded to 77": 5.5,
+            "transformers with a DataLoader": 1.0,
+            "sentence-transformers": 1.0,
+        }
+        goals += [Goal(name=f"captions: {name} / apecache, CPU", value=costs[name].cpu / own, target=low, better="higher")
                   for name, low in least.items()]  # fmt: skip
         return table("captions, MiniLM-L6", costs), goals
 
-    # --- a run as a whole --------------------------------------------------------------------------------------------
+    # --- a run as a whole -------------------------------------------------------------------------
 
     def growth(self) -> tuple[list[Row], list[Goal]]:
-        """Cost and memory of N, 2N and 4N images; memory is the resident set of this process at its largest."""
-        spec = replace(self.spec(image=parse_encoder(f"timm:{self.lite}", "image")), shard_rows=BATCH)
-        encoders, names = load_encoders(spec), self.photos[500][: self.scale.photos]
+        """Cost and memory of N, 2N and 4N images; memory is the resident set of this process at its
+        largest."""
+        spec = replace(
+            self.spec(image=parse_encoder(f"timm:{self.lite}", "image")),
+            shard_rows=BATCH,
+        )
+        encoders = load_encoders(spec)
+        names = self.photos[500][: self.scale.photos]
         resident: dict[int, list[float]] = {times: [] for times in (1, 2, 4)}
 
         def grown(times: int) -> None:
@@ -253,12 +345,19 @@ class Bench:
             def watch(_: Standing) -> None:
                 most[0] = max(most[0], resident_mb())
 
-            self.run(image_source(self.folder / "500", keys), encoders, spec, watch)
+            self.run(
+                image_source(self.folder / "500", keys),
+                encoders=encoders,
+                spec=spec,
+                progress=watch,
+            )
             resident[times].append(most[0])
 
         costs = interleaved({f"{times} N": lambda t=times: grown(t) for times in resident},  # type: ignore[misc]
                             len(names), self.scale.repeats)  # fmt: skip
-        per_row = {times: Cost(*(part / times for part in costs[f"{times} N"])) for times in resident}
+        per_row = {
+            times: Cost(*(part / times for part in costs[f"{times} N"])) for times in resident
+        }
         rows = [
             {**row, "resident MB": statistics.median(resident[times])}
             for times in resident
@@ -267,36 +366,52 @@ class Bench:
         spread = max(abs(cost.cpu / per_row[1].cpu - 1) for cost in per_row.values())
         memory = statistics.median(resident[4]) / statistics.median(resident[1])
         return rows, [
-            Goal("CPU a row at 2N and 4N, change against N", spread, 0.05, "lower"),
-            Goal("memory at 4N / at N", memory, 1.05, "lower"),
+            Goal(
+                name="CPU a row at 2N and 4N, change against N",
+                value=spread,
+                target=0.05,
+                better="lower",
+            ),
+            Goal(name="memory at 4N / at N", value=memory, target=1.05, better="lower"),
         ]
 
     def resume(self) -> tuple[list[Row], list[Goal]]:
-        """kill -9 at half of the shards, and the same command again. CPU seconds from when the encoder is loaded."""
+        """kill -9 at half of the shards, and the same command again. CPU seconds from when the
+        encoder is loaded."""
         count = max(8 * KILL_SHARDS, self.scale.photos // KILL_SHARDS * KILL_SHARDS)
         keys = [
-            f"{'./' * (n // len(self.photos[500]))}{self.photos[500][n % len(self.photos[500])]}" for n in range(count)
+            f"{'./' * (n // len(self.photos[500]))}{self.photos[500][n % len(self.photos[500])]}"
+            for n in range(count)
         ]
         (self.folder / "keys.json").write_text(json.dumps(keys))
-        whole, parts, shards = list[float](), list[float](), 2 * KILL_SHARDS
+        whole = list[float]()
+        parts = list[float]()
+        shards = 2 * KILL_SHARDS
         for _ in range(5):
-            straight, broken = self.store(), self.store()
+            straight = self.store()
+            broken = self.store()
             whole.append(self._child(straight, None))
             parts.append(self._child(broken, shards // 2) + self._child(broken, None))
             if tree(straight) != tree(broken):
-                raise SystemExit("a resumed store has other bytes than one that was never interrupted")
-        once, twice = statistics.median(whole), statistics.median(parts)
+                raise SystemExit(
+                    "a resumed store has other bytes than one that was never interrupted"
+                )
+        once = statistics.median(whole)
+        twice = statistics.median(parts)
         what = f"killed at half of {shards} shards"
         rows = [
             {"what": what, "case": case, "CPU s": cost}
             for case, cost in (("uninterrupted", once), ("killed and resumed", twice))
         ]
-        return rows, [Goal("killed and resumed, less one shard / uninterrupted, CPU",
-                           (twice - once / shards) / once, 1.03, "lower")]  # fmt: skip
+        return rows, [Goal(name="killed and resumed, less one shard / uninterrupted, CPU",
+                           value=(twice - once / shards) / once, target=1.03, better="lower")]  # fmt: skip
 
     def _child(self, store: Path, kill_at: int | None) -> float:
-        """CPU seconds of one process after its encoder is loaded; killed when so many shards are committed."""
-        arguments = [str(path) for path in (self.lite, self.folder / "500", self.folder / "keys.json", store)]
+        """CPU seconds of one process after its encoder is loaded; killed when so many shards are
+        committed."""
+        arguments = [
+            str(path) for path in (self.lite, self.folder / "500", self.folder / "keys.json", store)
+        ]
         command = [sys.executable, "-m", "benchmarks.speed.extract", "--child", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -312,36 +427,72 @@ class Bench:
         return usage.ru_utime + usage.ru_stime - loaded
 
     def finished(self) -> tuple[list[Row], list[Goal]]:
-        """The same extraction again when all is done, encoders loaded anew; the libraries are imported."""
+        """The same extraction again when all is done, encoders loaded anew; the libraries are
+        imported."""
         spec = self.spec(
-            image=parse_encoder(f"timm:{self.lite}", "image"), text=parse_encoder(f"hf:{self.minilm}", "text")
+            image=parse_encoder(f"timm:{self.lite}", "image"),
+            text=parse_encoder(f"hf:{self.minilm}", "text"),
         )
-        root, names, texts = self.folder / "500", self.photos[500], list(captions(len(self.photos[500])))
-        pairs = tuple(Pair(name, (text,), ("",)) for name, text in zip(names, texts, strict=True))
-        source, store = PairSource(pairs, media=FolderMedia(root)), self.store()
+        root = self.folder / "500"
+        names = self.photos[500]
+        texts = list(captions(len(self.photos[500])))
+        pairs = tuple(
+            Pair(key=name, captions=(text,), languages=("",))
+            for name, text in zip(names, texts, strict=True)
+        )
+        source = PairSource(pairs, media=FolderMedia(root=root))
+        store = self.store()
         extract(source, store, spec)
-        costs = interleaved({"nothing to do": lambda: extract(source, store, spec)}, 1, self.scale.repeats)
+        costs = interleaved(
+            {"nothing to do": lambda: extract(source, store, spec)},
+            1,
+            self.scale.repeats,
+        )
         seconds = costs["nothing to do"].wall / 1000
         rows = [{"what": "finished store", "case": "nothing to do", "wall s": seconds}]
-        return rows, [Goal("nothing to do, seconds", seconds, 2.0, "lower")]
+        return rows, [
+            Goal(name="nothing to do, seconds", value=seconds, target=2.0, better="lower")
+        ]
 
 
 def image_goals(what: str, costs: Mapping[str, Cost]) -> list[Goal]:
-    model, decoding, own = costs["bare model"], costs["bare decoding"], costs["apecache"]
+    model = costs["bare model"]
+    decoding = costs["bare decoding"]
+    own = costs["apecache"]
     loop = costs["timm with a DataLoader"]
     faster = min(costs["apecache, threads"].wall, costs["apecache, processes"].wall)
     slower = max(model.wall, decoding.wall / WORKERS)
     return [
-        Goal(f"{what}: bare model and decoding / apecache, CPU", (model.cpu + decoding.cpu) / own.cpu, 0.95, "higher"),
-        Goal(f"{what}: the slower of both / apecache, wall", slower / own.wall, 0.95, "higher"),
         Goal(
-            f"{what}: timm with a DataLoader / apecache, CPU",
-            loop.cpu / own.cpu,
-            1.0,
-            "higher",
+            name=f"{what}: bare model and decoding / apecache, CPU",
+            value=(model.cpu + decoding.cpu) / own.cpu,
+            target=0.95,
+            better="higher",
         ),
-        Goal(f"{what}: the faster of threads and processes / apecache, wall", faster / own.wall, 0.95, "higher"),
-        Goal(f"{what}: Pillow / torchvision, CPU", own.cpu / costs["apecache, torchvision"].cpu, 1.0, "higher"),
+        Goal(
+            name=f"{what}: the slower of both / apecache, wall",
+            value=slower / own.wall,
+            target=0.95,
+            better="higher",
+        ),
+        Goal(
+            name=f"{what}: timm with a DataLoader / apecache, CPU",
+            value=loop.cpu / own.cpu,
+            target=1.0,
+            better="higher",
+        ),
+        Goal(
+            name=f"{what}: the faster of threads and processes / apecache, wall",
+            value=faster / own.wall,
+            target=0.95,
+            better="higher",
+        ),
+        Goal(
+            name=f"{what}: Pillow / torchvision, CPU",
+            value=own.cpu / costs["apecache, torchvision"].cpu,
+            target=1.0,
+            better="higher",
+        ),
     ]
 
 
@@ -352,7 +503,9 @@ def padded_batches(pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 def decoding_cases(
-    files: Sequence[bytes], reference: ImageEncoder, faster: ImageEncoder
+    files: Sequence[bytes],
+    reference: ImageEncoder,
+    faster: ImageEncoder,
 ) -> dict[str, Callable[[], object]]:
     quick: Any = faster.preprocess
     return {
@@ -361,12 +514,20 @@ def decoding_cases(
     }
 
 
-def changed_values(files: Sequence[bytes], reference: ImageEncoder, faster: ImageEncoder) -> tuple[float, float]:
-    """Share of the values that differ, and the largest difference, both of 255 before normalisation."""
+def changed_values(
+    files: Sequence[bytes],
+    reference: ImageEncoder,
+    faster: ImageEncoder,
+) -> tuple[float, float]:
+    """Share of the values that differ, and the largest difference, both of 255 before
+    normalisation."""
     quick: Any = faster.preprocess
     assert isinstance(quick, TensorPreprocess)
     scale = 255 * torch.tensor(quick.std)[:, None, None]
-    pairs = [(reference.preprocess(decode_image(data, "")), quick(decode_tensor(data, ""))) for data in files]
+    pairs = [
+        (reference.preprocess(decode_image(data, "")), quick(decode_tensor(data, "")))
+        for data in files
+    ]
     found = torch.stack([((there - here).abs() * scale).round() for there, here in pairs])
     return float((found > 0).float().mean()), float(found.max())
 
@@ -376,18 +537,28 @@ def resident_mb() -> float:
 
 
 def tree(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in store.rglob("*")
+        if path.is_file()
+    }
 
 
 def extract_as_child(encoder: Path, root: Path, keys: Path, store: Path) -> None:
     """Decoding in threads, so that the process's own CPU time is all of it."""
     names = json.loads(keys.read_text())
-    spec = ExtractSpec(image=parse_encoder(f"timm:{encoder}", "image"), image_batch=4, device="cpu", workers=0)
-    spec, source = replace(spec, shard_rows=len(names) // (2 * KILL_SHARDS)), image_source(root, names)
+    spec = ExtractSpec(
+        image=parse_encoder(f"timm:{encoder}", "image"),
+        image_batch=4,
+        device="cpu",
+        workers=0,
+    )
+    spec = replace(spec, shard_rows=len(names) // (2 * KILL_SHARDS))
+    source = image_source(root, names)
     encoders = load_encoders(spec)
     encoders.image[0].encode(torch.zeros(4, *encoders.image[0].input_shape))
     print(cpu_seconds(), flush=True)
-    segment = Segment(LocalFiles(store), "", source)
+    segment = Segment(store=LocalFiles(store), folder="", part=source)
     make_segment(segment)
     extract_pending(segment, encoders, spec)
 

@@ -1,13 +1,15 @@
-"""A training step on cached features against its matrix products alone, and loading a batch against the loops of today.
+"""A training step on cached features against its matrix products alone, and loading a batch against
+the loops of today.
 
     python -m benchmarks.speed.fit
     python -m benchmarks.speed.fit --quick       # few rows, small batches, no goals to speak of
 
-Two heads of four layers, 768 and 384 wide features to 1,024 to 512; batches of 1,024 of 40,000 pairs, float16, one
-thread. `products`: the products of forward and backward pass and of the logits, nothing else. Loops of today read row
-by row: a TensorDataset in a DataLoader, a data set of dicts over NumPy arrays (FuseMix), of lists of tensors (SAIL), an
-HDF5 file (as h5py lays it out, and compressed with gzip), and Zarr arrays as zarr lays them out. Each gives batches
-like those that apecache gives.
+Two heads of four layers, 768 and 384 wide features to 1,024 to 512; batches of 1,024 of 40,000
+pairs, float16, one thread. `products`: the products of forward and backward pass and of the logits,
+nothing else. Loops of today read row by row: a TensorDataset in a DataLoader, a data set of dicts
+over NumPy arrays (FuseMix), of lists of tensors (SAIL), an HDF5 file (as h5py lays it out, and
+compressed with gzip), and Zarr arrays as zarr lays them out. Each gives batches like those that
+apecache gives.
 """
 
 import argparse
@@ -32,7 +34,11 @@ from apecache.train.loop import Plan, Training, take_step
 from apecache.train.model import build_model
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
-IMAGE_DIM, TEXT_DIM, WIDTH, OUT_DIM, LAYERS = 768, 384, 1024, 512, 4
+IMAGE_DIM = 768
+TEXT_DIM = 384
+WIDTH = 1024
+OUT_DIM = 512
+LAYERS = 4
 PER_ITEM_ROUNDS = 3
 Loader = Callable[[int], Iterable[Any]]
 """At most so many batches of an epoch."""
@@ -46,11 +52,13 @@ def main() -> None:
     print_table(rows)
     print_goals(goals(rows))
     if options.json or not options.quick:
-        write_result("speed-fit", goals(rows), rows, options.json)
+        write_result("speed-fit", goals=goals(rows), rows=rows, path=options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A step on cached features, and loading a batch, against others.")
+    parser = argparse.ArgumentParser(
+        description="A step on cached features, and loading a batch, against others."
+    )
     parser.add_argument("--rows", type=int, default=40_000)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
@@ -58,7 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.batch, options.repeats = 2048, 256, 5
+        options.rows = 2048
+        options.batch = 256
+        options.repeats = 5
     return options
 
 
@@ -70,7 +80,12 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "products": timed(products(options.batch), 1),
         "step": timed(step(pairs, options.batch), 1),
         **{
-            f"load: {name}": timed_loading(loader, pairs, options, "per item" in name)
+            f"load: {name}": timed_loading(
+                loader,
+                pairs=pairs,
+                options=options,
+                per_item="per item" in name,
+            )
             for name, loader in loaders.items()
         },
     }
@@ -103,10 +118,13 @@ def timed(run: Callable[[], object], batches_in_it: int) -> Callable[[], float]:
 
 
 def timed_loading(
-    loader: Loader, pairs: FeaturePairs, options: argparse.Namespace, per_item: bool
+    loader: Loader,
+    pairs: FeaturePairs,
+    options: argparse.Namespace,
+    per_item: bool,
 ) -> Callable[[], float]:
-    """A whole epoch, so that drawing its order counts with its share; of files that are read item by item, which takes
-    seconds a batch, one batch."""
+    """A whole epoch, so that drawing its order counts with its share; of files that are read item
+    by item, which takes seconds a batch, one batch."""
     count = 1 if per_item else len(pairs) // options.batch
 
     def run() -> None:
@@ -116,40 +134,50 @@ def timed_loading(
     return timed(run, count)
 
 
-# --- the step --------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 
 def make_pairs(rows: int) -> FeaturePairs:
     generator = torch.Generator().manual_seed(0)
-    image, text = (torch.randn(rows, dim, generator=generator).half() for dim in (IMAGE_DIM, TEXT_DIM))
-    return FeaturePairs(image, text, torch.arange(rows + 1))
+    image, text = (
+        torch.randn(rows, dim, generator=generator).half() for dim in (IMAGE_DIM, TEXT_DIM)
+    )
+    return FeaturePairs(image=image, text=text, first_text=torch.arange(rows + 1))
 
 
 def make_recipe(batch: int) -> Recipe:
     head = {"kind": "mlp", "depth": LAYERS - 1, "width": WIDTH, "residual": False, "dim": OUT_DIM}
     schedule = {"epochs": 1000, "batch_size": batch}
-    return parse_recipe({"name": "benchmark", "image": head, "text": head, "schedule": schedule}, "benchmark")
+    return parse_recipe(
+        {"name": "benchmark", "image": head, "text": head, "schedule": schedule},
+        "benchmark",
+    )
 
 
 def step(pairs: FeaturePairs, batch: int) -> Callable[[], object]:
     """A step of the trainer on a batch that is there: both heads, loss, backward pass, AdamW."""
     recipe = make_recipe(batch)
-    training, plan = Training(build_model(recipe, pairs, 0), recipe, 0), Plan.of(recipe, pairs)
+    training = Training(build_model(recipe, pairs, 0), recipe, 0)
+    plan = Plan.of(recipe, pairs)
     drawn = next(batches(pairs, batch, torch.Generator().manual_seed(1)))
     training.model.train()
     return lambda: take_step(training, iter([drawn]), plan)
 
 
 def products(batch: int) -> Callable[[], object]:
-    """Of every layer y = x W, and in the backward pass dW = x' dy and (but for the first) dx = dy W'; of the logits
-    the product and both of its gradients."""
+    """Of every layer y = x W, and in the backward pass dW = x' dy and (but for the first) dx = dy
+    W'; of the logits the product and both of its gradients."""
     jobs: list[tuple[Tensor, Tensor]] = []
     for dim in (IMAGE_DIM, TEXT_DIM):
         widths = [dim, *[WIDTH] * (LAYERS - 1), OUT_DIM]
         for number, (before, after) in enumerate(pairwise(widths)):
-            x, weight, dy = torch.randn(batch, before), torch.randn(after, before), torch.randn(batch, after)
+            x = torch.randn(batch, before)
+            weight = torch.randn(after, before)
+            dy = torch.randn(batch, after)
             jobs += [(x, weight.T), (dy.T, x)] + ([(dy, weight)] if number else [])
-    image, text, dlogits = torch.randn(batch, OUT_DIM), torch.randn(batch, OUT_DIM), torch.randn(batch, batch)
+    image = torch.randn(batch, OUT_DIM)
+    text = torch.randn(batch, OUT_DIM)
+    dlogits = torch.randn(batch, batch)
     jobs += [(image, text.T), (dlogits, text), (dlogits.T, image)]
     outs = [torch.empty(a.shape[0], b.shape[1]) for a, b in jobs]
 
@@ -160,14 +188,15 @@ def products(batch: int) -> Callable[[], object]:
     return run
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 class DictRows(Dataset[dict[str, Any]]):
     """FuseMix's way: a dict of both sides for every row of NumPy arrays."""
 
     def __init__(self, image: Any, text: Any) -> None:
-        self.image, self.text = image, text
+        self.image = image
+        self.text = text
 
     def __len__(self) -> int:
         return int(self.image.shape[0])
@@ -180,7 +209,8 @@ class ListRows(Dataset[tuple[Tensor, Tensor]]):
     """SAIL's way: lists of one tensor for every row."""
 
     def __init__(self, pairs: FeaturePairs) -> None:
-        self.image, self.text = list(pairs.image.clone().unbind()), list(pairs.text.clone().unbind())
+        self.image = list(pairs.image.clone().unbind())
+        self.text = list(pairs.text.clone().unbind())
 
     def __len__(self) -> int:
         return len(self.image)
@@ -206,7 +236,9 @@ def ours(pairs: FeaturePairs, batch: int) -> Loader:
     generator = torch.Generator().manual_seed(2)
 
     def load(count: int) -> Iterator[Batch]:
-        return (found for found, _ in zip(batches(pairs, batch, generator), range(count), strict=False))
+        return (
+            found for found, _ in zip(batches(pairs, batch, generator), range(count), strict=False)
+        )
 
     return load
 
@@ -228,22 +260,43 @@ def write_zarr(arrays: tuple[Any, Any], folder: Path) -> list[Any]:
 def write_hdf5(arrays: tuple[Any, Any], folder: Path, compression: str | None) -> list[Any]:
     file = h5py.File(folder / f"{compression}.h5", "w")
     named = zip(("image", "text"), arrays, strict=True)
-    return [file.create_dataset(name, data=np.asarray(x), compression=compression) for name, x in named]
+    return [
+        file.create_dataset(name, data=np.asarray(x), compression=compression) for name, x in named
+    ]
 
 
-# --- goals -----------------------------------------------------------------------------------------------------------
+# --- goals ----------------------------------------------------------------------------------------
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     found = {row["case"]: row["cpu ms per batch"] for row in rows}
-    ours, whole = found["load: apecache"], found["step"] + found["load: apecache"]
-    loops = {name: found[f"load: {name}"] for name in ("zarr per item", "HDF5 per item", "HDF5 per item, gzip")}
+    ours = found["load: apecache"]
+    whole = found["step"] + found["load: apecache"]
+    loops = {
+        name: found[f"load: {name}"]
+        for name in ("zarr per item", "HDF5 per item", "HDF5 per item, gzip")
+    }
     times = {name: (found["step"] + loop) / whole for name, loop in loops.items()}
     return [
-        Goal("CPU time of a step / of its matrix products", found["step"] / found["products"], 1.25, "lower"),
-        Goal("loading: % of a step with its loading", 100 * ours / whole, 0.5, "lower"),
+        Goal(
+            name="CPU time of a step / of its matrix products",
+            value=found["step"] / found["products"],
+            target=1.25,
+            better="lower",
+        ),
+        Goal(
+            name="loading: % of a step with its loading",
+            value=100 * ours / whole,
+            target=0.5,
+            better="lower",
+        ),
         *(
-            Goal(f"step with its loading: {name} / apecache", ratio, 8 if name.startswith("zarr") else 3, "higher")
+            Goal(
+                name=f"step with its loading: {name} / apecache",
+                value=ratio,
+                target=8 if name.startswith("zarr") else 3,
+                better="higher",
+            )
             for name, ratio in times.items()
         ),
     ]

@@ -1,9 +1,11 @@
-"""Tiled losses against full logits: CPU time and memory of one forward and backward pass, side by side in one process.
+"""Tiled losses against full logits: CPU time and memory of one forward and backward pass, side by
+side in one process.
 
     python -m benchmarks.speed.losses
     python -m benchmarks.speed.losses --quick       # smaller batches, no goals to speak of
 
-Memory is the peak that a pass adds to its process (one for each case; Linux), gradients of the embeddings included.
+Memory is the peak that a pass adds to its process (one for each case; Linux), gradients of the
+embeddings included.
 """
 
 import argparse
@@ -26,8 +28,13 @@ from benchmarks.record import Goal, print_goals, print_table, write_result
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "infonce full": lambda image, text: info_nce(image, text, 14.3),
     "infonce tiled": lambda image, text: tiled_info_nce(image, text, 14.3),
-    "sigmoid full": lambda image, text: sigmoid_loss(image, text, 10.0, -10.0),
-    "sigmoid tiled": lambda image, text: tiled_sigmoid_loss(image, text, 10.0, -10.0),
+    "sigmoid full": lambda image, text: sigmoid_loss(image, text=text, scale=10.0, bias=-10.0),
+    "sigmoid tiled": lambda image, text: tiled_sigmoid_loss(
+        image,
+        text=text,
+        scale=10.0,
+        bias=-10.0,
+    ),
 }
 DIM = 512
 
@@ -42,11 +49,13 @@ def main() -> None:
     print_table(rows)
     print_goals(goals(rows))
     if options.json or not options.quick:
-        write_result("speed-losses", goals(rows), rows, options.json)
+        write_result("speed-losses", goals=goals(rows), rows=rows, path=options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="CPU time and memory of the tiled losses against full logits.")
+    parser = argparse.ArgumentParser(
+        description="CPU time and memory of the tiled losses against full logits."
+    )
     parser.add_argument("--batch", type=int, default=6144)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", choices=LOSSES, help=argparse.SUPPRESS)
@@ -54,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json")
     options = parser.parse_args()
     if options.quick:
-        options.batch, options.repeats = 1536, 3
+        options.batch = 1536
+        options.repeats = 3
     return options
 
 
@@ -71,18 +81,35 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, times in seconds.items():
         memory = megabytes_in_a_process(name, options.batch)
-        rows.append({"loss": name, "batch": options.batch, "cpu s": round(statistics.median(times), 3), "MB": memory})
+        rows.append(
+            {
+                "loss": name,
+                "batch": options.batch,
+                "cpu s": round(statistics.median(times), 3),
+                "MB": memory,
+            }
+        )
     return rows
 
 
 def embeddings(batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    image, text = (F.normalize(torch.randn(batch, DIM, generator=generator), dim=-1) for _ in range(2))
+    image, text = (
+        F.normalize(torch.randn(batch, DIM, generator=generator), dim=-1) for _ in range(2)
+    )
     return image.requires_grad_(), text.requires_grad_()
 
 
 def megabytes_in_a_process(name: str, batch: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.speed.losses", "--memory-of", name, "--batch", str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.losses",
+        "--memory-of",
+        name,
+        "--batch",
+        str(batch),
+    ]
     return float(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
@@ -102,9 +129,27 @@ def status_megabytes(field: str) -> float:
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:
     found = {row["loss"]: row for row in rows}
-    pairs = [(found[f"{kind} tiled"], found[f"{kind} full"], kind) for kind in ("infonce", "sigmoid")]
-    times = [Goal(f"{kind}: CPU time tiled / full", t["cpu s"] / f["cpu s"], 1.0, "lower") for t, f, kind in pairs]
-    memory = [Goal(f"{kind}: memory tiled / full", t["MB"] / f["MB"], 0.2, "lower") for t, f, kind in pairs]
+    pairs = [
+        (found[f"{kind} tiled"], found[f"{kind} full"], kind) for kind in ("infonce", "sigmoid")
+    ]
+    times = [
+        Goal(
+            name=f"{kind}: CPU time tiled / full",
+            value=t["cpu s"] / f["cpu s"],
+            target=1.0,
+            better="lower",
+        )
+        for t, f, kind in pairs
+    ]
+    memory = [
+        Goal(
+            name=f"{kind}: memory tiled / full",
+            value=t["MB"] / f["MB"],
+            target=0.2,
+            better="lower",
+        )
+        for t, f, kind in pairs
+    ]
     return [*times, *memory]
 
 

@@ -1,4 +1,5 @@
-"""Today's ways of extracting features, as tutorials write them: what apecache is measured beside."""
+"""Today's ways of extracting features, as tutorials write them: what apecache is measured
+beside."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ BATCH = 32
 
 class Pictures(Dataset[Tensor]):
     def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
+        self.paths = paths
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -28,7 +30,10 @@ def timm_loop(folder: Path, workers: int) -> Callable[[Sequence[Path]], Tensor]:
     import timm
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(model),
+        is_training=False,
+    )
 
     def features(paths: Sequence[Path]) -> Tensor:
         loader = DataLoader(Pictures(paths, transform), BATCH, num_workers=workers)
@@ -39,11 +44,15 @@ def timm_loop(folder: Path, workers: int) -> Callable[[Sequence[Path]], Tensor]:
 
 
 def transformers_loop(folder: Path, pad_to: int | None) -> Callable[[Sequence[str]], Tensor]:
-    """Mean pooling as in the model's card; batches as they come, padded to the longest or, like CLIP's, to a length."""
+    """Mean pooling as in the model's card; batches as they come, padded to the longest or, like
+    CLIP's, to a length."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    padding: dict[str, Any] = {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    padding: dict[str, Any] = (
+        {"padding": "max_length", "max_length": pad_to} if pad_to else {"padding": True}
+    )
 
     def features(texts: Sequence[str]) -> Tensor:
         parts = []
@@ -63,9 +72,14 @@ def sentence_transformers_encode(folder: Path) -> Callable[[Sequence[str]], Tens
     from sentence_transformers.models import Pooling, Transformer
 
     words = Transformer(str(folder))
-    model = SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension(), "mean")], device="cpu")
+    model = SentenceTransformer(
+        modules=[words, Pooling(words.get_embedding_dimension(), "mean")],
+        device="cpu",
+    )
 
     def features(texts: Sequence[str]) -> Tensor:
-        return torch.from_numpy(model.encode(list(texts), batch_size=BATCH, show_progress_bar=False))
+        return torch.from_numpy(
+            model.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
+        )
 
     return features

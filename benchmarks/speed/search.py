@@ -1,10 +1,11 @@
-"""Time of searching, beside the bare matrix product, and what approximate kinds find of the true ten nearest.
+"""Time of searching, beside the bare matrix product, and what approximate kinds find of the true
+ten nearest.
 
     python -m benchmarks.speed.search [--quick] [--json FILE]
 
-Vectors are drawn around 1,000 centres, queries like them, all normalised. Cases are interleaved in one process;
-figures are medians of milliseconds per query in one batch. Memory is the peak while searching, beyond what is there
-before, at a quarter of the vectors and at all of them.
+Vectors are drawn around 1,000 centres, queries like them, all normalised. Cases are interleaved in
+one process; figures are medians of milliseconds per query in one batch. Memory is the peak while
+searching, beyond what is there before, at a quarter of the vectors and at all of them.
 """
 
 import argparse
@@ -21,8 +22,11 @@ import torch
 from apecache.search.faiss_index import Floats, VectorIndex, build_vectors, recall
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
-DIM, N_QUERIES, TOP = 512, 256, 10
-EXACT, BARE = "exact (flat)", "matrix product + topk"
+DIM = 512
+N_QUERIES = 256
+TOP = 10
+EXACT = "exact (flat)"
+BARE = "matrix product + topk"
 
 
 def main() -> None:
@@ -32,17 +36,22 @@ def main() -> None:
     options = parser.parse_args()
     rows, lists, repeats = (20_000, 128, 5) if options.quick else (100_000, 512, 9)
     vectors, queries = clustered(rows + N_QUERIES)
-    kinds = {EXACT: ("flat", None), f"IVF{lists}, nprobe {lists // 32}": (f"IVF{lists},Flat", lists // 32)}
+    kinds = {
+        EXACT: ("flat", None),
+        f"IVF{lists}, nprobe {lists // 32}": (f"IVF{lists},Flat", lists // 32),
+    }
     kinds |= {"HNSW32, efSearch 64": ("HNSW32", None)}
-    table = measure(vectors, queries, kinds, repeats)
+    table = measure(vectors, queries=queries, kinds=kinds, repeats=repeats)
     memory = [extra_memory(vectors[:n], queries) for n in (rows // 4, rows)]
-    table.append({"case": f"{EXACT}: peak memory of a search, MB, at N / 4 and N", "CPU ms/query": memory[0]})
+    table.append(
+        {"case": f"{EXACT}: peak memory of a search, MB, at N / 4 and N", "CPU ms/query": memory[0]}
+    )
     table[-1]["wall ms/query"] = memory[1]
     print_table(table)
     goals = goals_of(table, memory)
     print_goals(goals)
     if options.json or not options.quick:
-        write_result("speed-search", goals, table, options.json)
+        write_result("speed-search", goals=goals, rows=table, path=options.json)
 
 
 def clustered(n: int, n_centres: int = 1000) -> tuple[Floats, Floats]:
@@ -55,7 +64,10 @@ def clustered(n: int, n_centres: int = 1000) -> tuple[Floats, Floats]:
 
 
 def measure(
-    vectors: Floats, queries: Floats, kinds: dict[str, tuple[str, int | None]], repeats: int
+    vectors: Floats,
+    queries: Floats,
+    kinds: dict[str, tuple[str, int | None]],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     built: dict[str, VectorIndex] = {}
     seconds: dict[str, float] = {}
@@ -63,7 +75,8 @@ def measure(
         built[name], report = build_vectors(kind, vectors)
         built[name].tune(nprobe, None)
         seconds[name] = report.build_seconds
-    x, q = torch.from_numpy(vectors), torch.from_numpy(queries)
+    x = torch.from_numpy(vectors)
+    q = torch.from_numpy(queries)
     cases: dict[str, Callable[[], object]] = {BARE: lambda: (q @ x.T).topk(TOP)}
     cases |= {"FAISS IndexFlatIP": lambda: built[EXACT].index.search(queries, TOP)}
     cases |= {name: lambda index=index: index.search(queries, TOP) for name, index in built.items()}  # type: ignore[misc]
@@ -77,7 +90,14 @@ def measure(
             "case": name,
             "CPU ms/query": 1000 * statistics.median(cpu for cpu, _ in found) / len(queries),
             "wall ms/query": 1000 * statistics.median(wall for _, wall in found) / len(queries),
-            "recall@10": recall(queries, vectors, built[name].search(queries, TOP)[1], best) if name in built else 1.0,
+            "recall@10": recall(
+                queries,
+                vectors=vectors,
+                found=built[name].search(queries, TOP)[1],
+                best=best,
+            )
+            if name in built
+            else 1.0,
             "build, s": seconds.get(name, 0.0),
         }
         for name, found in times.items()
@@ -85,17 +105,21 @@ def measure(
 
 
 def timed(case: Callable[[], object]) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     case()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def extra_memory(vectors: Floats, queries: Floats) -> float:
-    """MB at the peak of an exact search beyond those before it; NaN where the system does not tell."""
+    """MB at the peak of an exact search beyond those before it; NaN where the system does not
+    tell."""
     index, _ = build_vectors("flat", vectors)
     index.search(queries, TOP)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up left in the heap would hide what is taken again
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what the warm-up left in the heap would hide what is taken again
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         index.search(queries, TOP)
@@ -105,7 +129,9 @@ def extra_memory(vectors: Floats, queries: Floats) -> float:
 
 
 def resident(name: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -114,11 +140,26 @@ def goals_of(table: list[dict[str, Any]], memory: list[float]) -> list[Goal]:
     lists = next(row for row in table if row["case"].startswith("IVF"))
     graph = next(row for row in table if row["case"].startswith("HNSW"))
     return [
-        Goal("exact search / matrix product + topk", cpu[EXACT] / cpu[BARE], 1.05, "lower"),
-        Goal("recall@10 of lists", lists["recall@10"], 0.95, "higher"),
-        Goal("recall@10 of the graph", graph["recall@10"], 0.95, "higher"),
-        Goal("lists / exact", lists["CPU ms/query"] / cpu[EXACT], 0.6, "lower"),
-        Goal("growth of a search's memory from N / 4 to N, MB", memory[1] - memory[0], 4.0, "lower"),
+        Goal(
+            name="exact search / matrix product + topk",
+            value=cpu[EXACT] / cpu[BARE],
+            target=1.05,
+            better="lower",
+        ),
+        Goal(name="recall@10 of lists", value=lists["recall@10"], target=0.95, better="higher"),
+        Goal(name="recall@10 of the graph", value=graph["recall@10"], target=0.95, better="higher"),
+        Goal(
+            name="lists / exact",
+            value=lists["CPU ms/query"] / cpu[EXACT],
+            target=0.6,
+            better="lower",
+        ),
+        Goal(
+            name="growth of a search's memory from N / 4 to N, MB",
+            value=memory[1] - memory[0],
+            target=4.0,
+            better="lower",
+        ),
     ]
 
 

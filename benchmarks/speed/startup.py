@@ -1,9 +1,11 @@
-"""How long the command takes before it does anything: `apecache --help`, and `extract` with nothing to do.
+"""How long the command takes before it does anything: `apecache --help`, and `extract` with nothing
+to do.
 
     python -m benchmarks.speed.startup [--quick] [--json FILE]
 
-Each command is a process of its own. Cases are interleaved, medians of their CPU time decide, wall time stands beside.
-`python -c "import torch, …"` imports what `extract` needs and does nothing else: the rest is ours.
+Each command is a process of its own. Cases are interleaved, medians of their CPU time decide, wall
+time stands beside. `python -c "import torch, …"` imports what `extract` needs and does nothing
+else: the rest is ours.
 """
 
 import argparse
@@ -41,17 +43,22 @@ def main() -> None:
         rows = measure(commands, n_repetitions)
     cpu = {row["case"]: float(row["cpu_s"]) for row in rows}
     goals = [
-        Goal("CPU seconds of --help above python's own", cpu["apecache --help"] - cpu["python"], 0.5, "lower"),
         Goal(
-            "CPU seconds of nothing to do above its imports",
-            cpu["extract, nothing to do"] - cpu["imports alone"],
-            5.0,
-            "lower",
+            name="CPU seconds of --help above python's own",
+            value=cpu["apecache --help"] - cpu["python"],
+            target=0.5,
+            better="lower",
+        ),
+        Goal(
+            name="CPU seconds of nothing to do above its imports",
+            value=cpu["extract, nothing to do"] - cpu["imports alone"],
+            target=5.0,
+            better="lower",
         ),
     ]
     print_table(rows)
     print_goals(goals)
-    write_result("speed-startup", goals, rows, options.json)
+    write_result("speed-startup", goals=goals, rows=rows, path=options.json)
 
 
 def finished_extraction(folder: Path) -> list[str]:
@@ -59,8 +66,25 @@ def finished_extraction(folder: Path) -> list[str]:
     from apecache.encoders.packaged import write_packaged_encoders
 
     image, text = write_packaged_encoders(folder / "encoders")
-    command = [sys.executable, "-m", "apecache", "extract", str(DRAWINGS), "--store", str(folder / "store")]
-    command += ["--image", f"timm:{image}", "--text", f"hf:{text}", "--device", "cpu", "--resolution", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "apecache",
+        "extract",
+        str(DRAWINGS),
+        "--store",
+        str(folder / "store"),
+    ]
+    command += [
+        "--image",
+        f"timm:{image}",
+        "--text",
+        f"hf:{text}",
+        "--device",
+        "cpu",
+        "--resolution",
+        "64",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return command
 
@@ -73,7 +97,12 @@ def measure(commands: Mapping[str, Sequence[str]], n_repetitions: int) -> list[d
         for case, command in commands.items():
             before = children_cpu_seconds()
             begin = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            subprocess.run(
+                command,
+                check=True,
+                capture_output=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
             if repetition:
                 wall_seconds[case].append(time.perf_counter() - begin)
                 cpu_seconds[case].append(children_cpu_seconds() - before)

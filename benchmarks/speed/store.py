@@ -2,9 +2,10 @@
 
     python -m benchmarks.speed.store [--quick] [--json FILE]
 
-Cases are interleaved in one process; figures are medians of CPU milliseconds per 100 MB (wall time in its own column).
-Our store does more than any other case: hashes (BLAKE3) and reading back have rows of their own, and so has the wait
-for fsync. The share of the store in a real extraction is measured on the demo's drawings.
+Cases are interleaved in one process; figures are medians of CPU milliseconds per 100 MB (wall time
+in its own column). Our store does more than any other case: hashes (BLAKE3) and reading back have
+rows of their own, and so has the wait for fsync. The share of the store in a real extraction is
+measured on the demo's drawings.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, checksum, create_array, create_store
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
-DIM, SHARD_ROWS = 768, 4096
+DIM = 768
+SHARD_ROWS = 4096
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def main() -> None:
     goals = goals_of(table)
     print_goals(goals)
     if options.json or not options.quick:
-        write_result("speed-store", goals, table, options.json)
+        write_result("speed-store", goals=goals, rows=table, path=options.json)
 
 
 def measure(folder: Path, features: NDArray[np.float16], repeats: int) -> list[dict[str, Any]]:
@@ -68,16 +70,20 @@ def measure(folder: Path, features: NDArray[np.float16], repeats: int) -> list[d
 
 
 def timed(case: Callable[[], object]) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     case()
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
 class Bench:
-    """The cases. Everything that is written is first removed, outside the timed part, by writing to new names."""
+    """The cases. Everything that is written is first removed, outside the timed part, by writing to
+    new names."""
 
     def __init__(self, folder: Path, features: NDArray[np.float16]) -> None:
-        self.folder, self.features, self.count = folder, features, 0
+        self.folder = folder
+        self.features = features
+        self.count = 0
         self.shards = [features[i : i + SHARD_ROWS] for i in range(0, len(features), SHARD_ROWS)]
         self.content = [[content_hash(str(i))] * len(shard) for i, shard in enumerate(self.shards)]
         np.save(folder / "plain.npy", features)
@@ -93,13 +99,18 @@ class Bench:
             "write: np.save a shard + crc32c": self._save_shards_checked,
             "write: chunk files + crc32c, no fsync": self._write_chunks,
             "write: store, whole protocol": lambda: self._committed(self._new("store").name),
-            "  of it: hashing (BLAKE3)": lambda: [content_hash(shard.data.cast("B")) for shard in self.shards],
+            "  of it: hashing (BLAKE3)": lambda: [
+                content_hash(shard.data.cast("B")) for shard in self.shards
+            ],
             "  of it: reading back and hashing": self._read_back,
             "  of it: write + fsync + rename": self._write_durably,
             "write: zarr-python, crc32c": lambda: self._zarr(self._new("zarr").name).__setitem__(
-                slice(None), self.features
+                slice(None),
+                self.features,
             ),
-            "load: memmap copy": lambda: np.array(np.load(self.folder / "plain.npy", mmap_mode="r")),
+            "load: memmap copy": lambda: np.array(
+                np.load(self.folder / "plain.npy", mmap_mode="r")
+            ),
             "load: store, crc32c checked": lambda: self.store.array("image").load(),
             "load: memmap copy into a used buffer": self._copy_again,
             "load: store into a used buffer": lambda: self.store.array("image").load(self.buffer),
@@ -143,13 +154,44 @@ class Bench:
 
     def _committed(self, name: str) -> FeatureStore:
         """A finished store of the features."""
-        files, rows = LocalFiles(self.folder / name), len(self.features)
+        files = LocalFiles(self.folder / name)
+        rows = len(self.features)
         blank = [""] * rows
-        create_store(files, PairColumns([str(i) for i in range(rows)], blank, blank, [], [], [], name, ""), "", "0")
-        layout = ArrayLayout(rows, DIM, "float16", SHARD_ROWS, 64, 1)
-        fingerprint = Fingerprint({"encoder": {}, "storage": {}})
+        create_store(
+            files,
+            pairs=PairColumns(
+                keys=[str(i) for i in range(rows)],
+                splits=blank,
+                labels=blank,
+                captions=[],
+                languages=[],
+                image_rows=[],
+                digest=name,
+                origin="",
+            ),
+            root="",
+            version="0",
+        )
+        layout = ArrayLayout(
+            rows=rows,
+            dim=DIM,
+            dtype="float16",
+            shard_rows=SHARD_ROWS,
+            batch_size=64,
+            threads=1,
+        )
+        fingerprint = Fingerprint(fields={"encoder": {}, "storage": {}})
         record = with_metadata(
-            ArrayRecord("image", "e", EncoderSpec("timm", "e", "image"), fingerprint, layout, {}, {}, name)
+            ArrayRecord(
+                modality="image",
+                name="e",
+                spec=EncoderSpec("timm", "e", "image"),
+                fingerprint=fingerprint,
+                layout=layout,
+                metadata={},
+                environment={},
+                table=name,
+            )
         )
         create_array(files, record)
         writer = ArrayWriter(files, record)
@@ -171,7 +213,8 @@ class Bench:
 
 
 def share_of_extraction(quick: bool) -> dict[str, Any]:
-    """Share of the writer's CPU time in an extraction of the demo's drawings with the packaged encoders."""
+    """Share of the writer's CPU time in an extraction of the demo's drawings with the packaged
+    encoders."""
     import apecache
     from apecache.encoders.packaged import write_packaged_encoders
 
@@ -191,7 +234,8 @@ def share_of_extraction(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         image, text = write_packaged_encoders(Path(folder) / "encoders")
         spec = apecache.ExtractSpec(
-            image=apecache.parse_encoder(f"timm:{image}", "image"), text=apecache.parse_encoder(f"hf:{text}", "text")
+            image=apecache.parse_encoder(f"timm:{image}", "image"),
+            text=apecache.parse_encoder(f"hf:{text}", "text"),
         )
         ArrayWriter.commit = counted  # type: ignore[method-assign]
         try:
@@ -209,11 +253,27 @@ def share_of_extraction(quick: bool) -> dict[str, Any]:
 def goals_of(table: list[dict[str, Any]]) -> list[Goal]:
     cpu = {row["case"]: row["CPU ms/100 MB"] for row in table}
     share = next(value for case, value in cpu.items() if case.startswith("share"))
-    saved, copied = cpu["write: np.save, one file a shard"], cpu["load: memmap copy"]
+    saved = cpu["write: np.save, one file a shard"]
+    copied = cpu["load: memmap copy"]
     return [
-        Goal("write with crc32c / np.save", cpu["write: chunk files + crc32c, no fsync"] / saved, 2.0, "lower"),
-        Goal("load with crc32c / memmap copy", cpu["load: store, crc32c checked"] / copied, 1.2, "lower"),
-        Goal("store's share of an extraction's CPU, %", share, 1.0, "lower"),
+        Goal(
+            name="write with crc32c / np.save",
+            value=cpu["write: chunk files + crc32c, no fsync"] / saved,
+            target=2.0,
+            better="lower",
+        ),
+        Goal(
+            name="load with crc32c / memmap copy",
+            value=cpu["load: store, crc32c checked"] / copied,
+            target=1.2,
+            better="lower",
+        ),
+        Goal(
+            name="store's share of an extraction's CPU, %",
+            value=share,
+            target=1.0,
+            better="lower",
+        ),
     ]
 
 

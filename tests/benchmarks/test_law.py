@@ -46,7 +46,9 @@ def test_every_law_names_recipes_that_there_are_and_says_where_its_figures_stand
         elif not claim.equal:
             assert claim.published > 0, f"{claim.name}: the published figures have another order"
         elif claim.equal:
-            assert abs(claim.published) < claim.smallest, f"{claim.name}: the published figures differ"
+            assert abs(claim.published) < claim.smallest, (
+                f"{claim.name}: the published figures differ"
+            )
 
 
 @pytest.mark.parametrize(
@@ -62,8 +64,14 @@ def test_every_law_names_recipes_that_there_are_and_says_where_its_figures_stand
         ("L12", "lit costs less than clip", (109.28, 195.13)),
     ],
 )
-def test_published_figures_are_those_of_the_papers(law: str, comparison: str, figures: tuple[float, ...]) -> None:
-    (claim,) = [one for one in load_law(law).claims() if one.name == comparison and one.figures == figures]
+def test_published_figures_are_those_of_the_papers(
+    law: str,
+    comparison: str,
+    figures: tuple[float, ...],
+) -> None:
+    (claim,) = [
+        one for one in load_law(law).claims() if one.name == comparison and one.figures == figures
+    ]
     assert claim.published is not None
 
 
@@ -75,14 +83,20 @@ def test_an_order_compares_each_arm_with_the_next() -> None:
 
 def test_a_difference_of_differences_and_a_bound() -> None:
     more = '[arms.d]\nrecipe = "gated"\n[[comparisons]]\norder = ["a", "b"]\nover = ["c", "d"]\n'
-    first, second = parse_law(PLAIN.replace('["a", "b", "c"]', '["a"]\nabove = 2.0') + more, "x").claims()
+    first, second = parse_law(
+        PLAIN.replace('["a", "b", "c"]', '["a"]\nabove = 2.0') + more,
+        "x",
+    ).claims()
     assert (first.name, first.published, first.difference([9.0])) == ("a > 2", 5.0, 7.0)
     assert second.name == "(a - b) > (c - d)"
     assert second.difference([10.0, 4.0, 3.0, 1.0]) == 4.0
 
 
 def test_a_cost_is_compared_by_what_is_saved() -> None:
-    (claim, *_) = parse_law(PLAIN.replace('"tr"', '"trained"').replace("tr =", "trained ="), "x").claims()
+    (claim, *_) = parse_law(
+        PLAIN.replace('"tr"', '"trained"').replace("tr =", "trained ="),
+        "x",
+    ).claims()
     assert claim.saves
     assert claim.difference([25.0, 100.0]) == 75.0
 
@@ -93,7 +107,11 @@ def test_a_cost_is_compared_by_what_is_saved() -> None:
         ('order = ["a", "b", "c"]', 'order = ["a", "b", "z"]', "names 'z'"),
         ('order = ["a", "b", "c"]', 'order = ["a", "b"]', "no comparison names the arms c"),
         ('order = ["a", "b", "c"]', 'order = ["a", "b", "c"]\nequal = true', "an order of two"),
-        ('order = ["a", "b", "c"]', 'order = ["a", "b", "c"]\npublished = [1.0]', "one figure for each arm"),
+        (
+            'order = ["a", "b", "c"]',
+            'order = ["a", "b", "c"]\npublished = [1.0]',
+            "one figure for each arm",
+        ),
         ('order = ["a", "b", "c"]', 'order = ["a"]', "compared with `above`"),
         ('title = "t"', 'title = "t"\ncolour = "red"', "colour"),
         ('title = "t"', "title = ", "not TOML"),

@@ -35,18 +35,45 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def setting(table: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path: Path) -> LawsSetting:
-    image, text = parse_encoder(f"timm:{tiny_image_encoder}", "image"), parse_encoder(f"hf:{tiny_text_encoder}", "text")
+def setting(
+    table: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> LawsSetting:
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = parse_encoder(f"hf:{tiny_text_encoder}", "text")
     roles = {"image": image, "text": text, "multilingual-text": text}
-    return LawsSetting(open_pairs(table), roles, tmp_path / "work", SIZES["smoke"], 1, device="cpu")
+    return LawsSetting(
+        open_pairs(table),
+        encoders=roles,
+        work=tmp_path / "work",
+        size=SIZES["smoke"],
+        seeds=1,
+        device="cpu",
+    )
 
 
 def test_the_command_trains_judges_writes_a_page_and_has_nothing_left(
-    table: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path: Path
+    table: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
 ) -> None:
-    work, page = tmp_path / "work", tmp_path / "laws.html"
+    work = tmp_path / "work"
+    page = tmp_path / "laws.html"
     encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
-    command = ["--pairs", str(table), *encoders, "--size", "smoke", "--seeds", "2", "--work", str(work)]
+    command = [
+        "--pairs",
+        str(table),
+        *encoders,
+        "--size",
+        "smoke",
+        "--seeds",
+        "2",
+        "--work",
+        str(work),
+    ]
     command += ["--only", "L4,L8", "--out", str(page), "--device", "cpu"]
     result = runner.invoke(laws_app, [*command, "--json"])
     assert result.exit_code == 0, result.output
@@ -69,8 +96,13 @@ def test_the_command_trains_judges_writes_a_page_and_has_nothing_left(
     assert "0 are left" in again.output
 
 
-def test_runs_that_laws_share_are_one_and_large_published_gaps_come_first(setting: LawsSetting) -> None:
-    alone = [jobs_in_turn([one for law in plan_laws(setting, [name]) for one in law]) for name in ("L3", "L4")]
+def test_runs_that_laws_share_are_one_and_large_published_gaps_come_first(
+    setting: LawsSetting,
+) -> None:
+    alone = [
+        jobs_in_turn([one for law in plan_laws(setting, [name]) for one in law])
+        for name in ("L3", "L4")
+    ]
     both = jobs_in_turn([one for law in plan_laws(setting, ["L3", "L4"]) for one in law])
     assert len(both) < sum(map(len, alone))
     assert set(both) == set(alone[0]) | set(alone[1])
@@ -79,7 +111,8 @@ def test_runs_that_laws_share_are_one_and_large_published_gaps_come_first(settin
 
 
 def test_the_budget_ends_between_runs_and_the_next_call_goes_on(
-    setting: LawsSetting, monkeypatch: pytest.MonkeyPatch
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = list[str]()
     whole = running.measure
@@ -93,23 +126,34 @@ def test_the_budget_ends_between_runs_and_the_next_call_goes_on(
     assert (len(made), first.n_left) == (0, 3)
     compared = first.laws[0].compared[0]
     assert "still to be made: 1 of embeddings" in compared.judgement.why
-    assert f"published difference, 5.5, is less than they detect, {compared.detectable:.1f}" in compared.judgement.why
+    assert (
+        f"published difference, 5.5, is less than they detect, {compared.detectable:.1f}"
+        in compared.judgement.why
+    )
     second = run_laws(setting, ["L4"])
     assert (len(made), second.n_left, second.n_failed) == (3, 0, 0)
     run_laws(setting, ["L4"])
     assert len(made) == 3
 
 
-def test_runs_that_could_detect_what_was_published_are_not_called_too_small(setting: LawsSetting) -> None:
+def test_runs_that_could_detect_what_was_published_are_not_called_too_small(
+    setting: LawsSetting,
+) -> None:
     claims = {one.claim.name: one.claim for one in plan_laws(setting, ["L1"])[0]}
     assert too_small(claims["i > g"], 6.7) == ""
-    assert too_small(claims["i > g"], 6.9) == "; the published difference, 6.8, is less than they detect, 6.9"
+    assert (
+        too_small(claims["i > g"], 6.9)
+        == "; the published difference, 6.8, is less than they detect, 6.9"
+    )
     assert too_small(claims["i = p"], 6.9) == ""
     unpublished = plan_laws(setting, ["L6"])[0][0].claim
     assert too_small(unpublished, 99.0) == ""
 
 
-def test_a_run_that_fails_is_said_and_tried_again(setting: LawsSetting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_is_said_and_tried_again(
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"out of memory at {setting.work}/runs\nwith a trace")
 
@@ -118,7 +162,10 @@ def test_a_run_that_fails_is_said_and_tried_again(setting: LawsSetting, monkeypa
         failed = run_laws(setting, ["L4"])
     assert failed.n_failed == 3
     judgement = failed.laws[0].compared[0].judgement
-    assert (judgement.verdict, "failed: RuntimeError: out of memory at work/runs" in judgement.why) == (
+    assert (
+        judgement.verdict,
+        "failed: RuntimeError: out of memory at work/runs" in judgement.why,
+    ) == (
         "not decided",
         True,
     )
@@ -127,7 +174,8 @@ def test_a_run_that_fails_is_said_and_tried_again(setting: LawsSetting, monkeypa
 
 
 def test_a_killed_measurement_goes_on_with_the_finished_fit(
-    setting: LawsSetting, monkeypatch: pytest.MonkeyPatch
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -148,7 +196,11 @@ def test_a_killed_measurement_goes_on_with_the_finished_fit(
 def test_labels_languages_and_random_towers_are_measured(setting: LawsSetting, table: Path) -> None:
     pairs = open_pairs(table)
     spoken = tuple(replace(pair, languages=("de", "fr")) for pair in pairs)
-    roles = {**setting.encoders, "other-image": setting.encoders["image"], "other-text": setting.encoders["text"]}
+    roles = {
+        **setting.encoders,
+        "other-image": setting.encoders["image"],
+        "other-text": setting.encoders["text"],
+    }
     languages = replace(pairs, pairs=spoken)
     full = replace(setting, encoders=roles, labels=pairs, languages=languages)
     report = run_laws(full, ["L5", "L7", "L9"])
@@ -160,10 +212,17 @@ def test_labels_languages_and_random_towers_are_measured(setting: LawsSetting, t
     assert any(path.name.endswith("-0") for path in (full.work / "random").iterdir())
 
 
-def test_results_and_pages_hold_no_path_of_this_machine(setting: LawsSetting, tmp_path: Path) -> None:
+def test_results_and_pages_hold_no_path_of_this_machine(
+    setting: LawsSetting,
+    tmp_path: Path,
+) -> None:
     report = run_laws(setting, ["L12"], budget_seconds=0.0)
     page = laws_page(report.laws, tmp_path / "laws.html", "apecache laws")
-    for path in (page, *(setting.work / "results").iterdir(), *(setting.work / "outcomes").iterdir()):
+    for path in (
+        page,
+        *(setting.work / "results").iterdir(),
+        *(setting.work / "outcomes").iterdir(),
+    ):
         assert str(tmp_path.parent) not in path.read_text(encoding="utf-8")
     assert load_results(setting.work / "results") == list(report.laws)
     (counted,) = [one for one in report.laws[0].compared if one.name == "lwa costs less than lit"]
@@ -171,33 +230,42 @@ def test_results_and_pages_hold_no_path_of_this_machine(setting: LawsSetting, tm
 
 
 def test_money_is_that_of_the_seconds_that_runs_took_also_where_the_price_comes_later(
-    setting: LawsSetting, tmp_path: Path
+    setting: LawsSetting,
+    tmp_path: Path,
 ) -> None:
     free = run_laws(setting, ["L4"]).laws[0]
     priced = run_laws(replace(setting, price=36.0), ["L4"], budget_seconds=0.0).laws[0]
     for before, after in zip(free.arms, priced.arms, strict=True):
         assert "money" not in before.costs
         assert after.costs["money"] == pytest.approx(after.costs["seconds"] / 100)
-        assert after.per_point["money"] == pytest.approx(after.costs["money"] / after.values["recall"])
+        assert after.per_point["money"] == pytest.approx(
+            after.costs["money"] / after.values["recall"]
+        )
     page = laws_page([priced], tmp_path / "laws.html", "apecache laws").read_text(encoding="utf-8")
     assert "an hour costs 36" in page
     assert "Settings" not in page
-    both = laws_page([free, priced], tmp_path / "laws.html", "apecache laws").read_text(encoding="utf-8")
+    both = laws_page([free, priced], tmp_path / "laws.html", "apecache laws").read_text(
+        encoding="utf-8"
+    )
     assert "see Settings" in both
     assert both.count("reported on val") == 2
 
 
 def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
-    setting: LawsSetting, monkeypatch: pytest.MonkeyPatch
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = replace(setting, size=replace(setting.size, lr=3e-4, autocast="bfloat16"))
     plain, changed = (
-        jobs_in_turn([one for law in plan_laws(each, ["L6"]) for one in law]) for each in (setting, other)
+        jobs_in_turn([one for law in plan_laws(each, ["L6"]) for one in law])
+        for each in (setting, other)
     )
     assert {job.recipe.optimiser.lr for job in changed if job.recipe.name == "lit"} == {3e-4}
     heads = [job for job in changed if job.recipe.trains_heads_alone]
     assert {job.recipe.name for job in heads} == {"ape"}
-    assert {job.digest for job in heads} == {job.digest for job in plain if job.recipe.name == "ape"}
+    assert {job.digest for job in heads} == {
+        job.digest for job in plain if job.recipe.name == "ape"
+    }
     assert not {job.digest for job in changed if job not in heads} & {job.digest for job in plain}
     seen = list[str]()
 
@@ -210,7 +278,10 @@ def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
     assert seen == ["bfloat16"] * 3
 
 
-def test_jobs_of_other_schedules_share_what_is_counted(setting: LawsSetting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_other_schedules_share_what_is_counted(
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Towers are made once; costs are of each job's own steps."""
     made = list[str]()
     shape = jobs.shape_tower
@@ -233,7 +304,8 @@ def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) 
 
 
 def test_features_that_are_there_under_another_name_are_found(setting: LawsSetting) -> None:
-    """`default` is what the encoder pools by, and one of the two names is in the store when the other comes."""
+    """`default` is what the encoder pools by, and one of the two names is in the store when the
+    other comes."""
     assert run_laws(setting, ["L6:ape-brief > lit-brief"]).n_failed == 0
     (store,) = (setting.work / "stores").iterdir()
     (known,) = FeatureStore.open(store).arrays("text")
@@ -246,9 +318,16 @@ def test_features_that_are_there_under_another_name_are_found(setting: LawsSetti
 
 
 def test_what_cannot_be_tried_says_what_is_missing(setting: LawsSetting) -> None:
-    (untaught,) = [one for law in plan_laws(setting, ["L10"]) for one in law if one.claim.name == "taught > untaught"]
+    (untaught,) = [
+        one
+        for law in plan_laws(setting, ["L10"])
+        for one in law
+        if one.claim.name == "taught > untaught"
+    ]
     assert untaught.why_not == "it needs --encoder teacher=…"
-    (heads,) = [one for law in plan_laws(setting, ["L11"]) for one in law if len(one.claim.weights) == 4]
+    (heads,) = [
+        one for law in plan_laws(setting, ["L11"]) for one in law if len(one.claim.weights) == 4
+    ]
     assert heads.why_not == "it needs --encoder other-image=…"
     with pytest.raises(OptionError, match="no law 'L99'"):
         run_laws(setting, ["L99"])
@@ -256,10 +335,12 @@ def test_what_cannot_be_tried_says_what_is_missing(setting: LawsSetting) -> None
 
 def test_parts_are_nested_and_noise_gives_captions_of_others(table: Path) -> None:
     source = open_pairs(table)
-    small, large = (part_of(source, "val", count, 8, 0.0) for count in (10, 30))
+    small, large = (
+        part_of(source, split="val", images=count, test_images=8, noise=0.0) for count in (10, 30)
+    )
     assert set(small.keys) < set(large.keys)
     assert [pair.split for pair in small].count("val") == 8
-    noisy = part_of(source, "val", 30, 8, 0.5)
+    noisy = part_of(source, split="val", images=30, test_images=8, noise=0.5)
     changed = [a.key for a, b in zip(large, noisy, strict=True) if a.captions != b.captions]
     assert 10 <= len(changed) <= 15  # neighbours may have the same captions
     assert sorted(noisy.captions) == sorted(large.captions)
@@ -277,13 +358,20 @@ def test_parts_are_nested_and_noise_gives_captions_of_others(table: Path) -> Non
         (["text=hf:x"], ["text=56"], "of an image encoder"),
     ],
 )
-def test_roles_that_make_no_sense_are_refused(encoders: list[str], sizes: list[str], said: str) -> None:
+def test_roles_that_make_no_sense_are_refused(
+    encoders: list[str],
+    sizes: list[str],
+    said: str,
+) -> None:
     with pytest.raises(OptionError, match=said):
         parse_roles(encoders, sizes)
 
 
 def test_roles_are_of_their_modality_and_resolution() -> None:
-    found = parse_roles(["image=timm:resnet18", "small-text=hf:x", "other=timm:resnet50"], ["56", "other=64"])
+    found = parse_roles(
+        ["image=timm:resnet18", "small-text=hf:x", "other=timm:resnet50"],
+        ["56", "other=64"],
+    )
     about = [(spec.modality, spec.resolution) for spec in found.values()]
     assert about == [
         ("image", 56),
@@ -295,6 +383,6 @@ def test_roles_are_of_their_modality_and_resolution() -> None:
 def test_jobs_on_the_same_pairs_share_one_extraction(setting: LawsSetting) -> None:
     said = list[str]()
     jobs = tuple(jobs_in_turn([one for law in plan_laws(setting, ["L4"]) for one in law]))
-    bench = Bench(setting, jobs, said.append)
+    bench = Bench(setting=setting, jobs=jobs, say=said.append)
     stores = {bench.store(job).path for job in jobs}
     assert (len(jobs), len(stores), len(said)) == (3, 1, 1)

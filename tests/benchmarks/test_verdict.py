@@ -10,7 +10,13 @@ from benchmarks.laws.verdict import detectable, judge
 N = 400
 
 
-def outcomes(share: float, seeds: int, spread: float = 0.0, start: int = 0, n: int = N) -> list[Outcome]:
+def outcomes(
+    share: float,
+    seeds: int,
+    spread: float = 0.0,
+    start: int = 0,
+    n: int = N,
+) -> list[Outcome]:
     """Images whose own caption is first in `share` of the cases, another share in each seed."""
     found = []
     for seed in range(seeds):
@@ -18,16 +24,24 @@ def outcomes(share: float, seeds: int, spread: float = 0.0, start: int = 0, n: i
         p = share + spread * float(draws.normal())
         ranks = tuple(int(50 * (value >= p)) for value in draws.random(n))
         keys = tuple(f"{row:04d}" for row in range(n))
-        retrieval = Ranks(keys, ranks, ranks, tuple(range(n)))
+        retrieval = Ranks(keys=keys, image=ranks, text=ranks, owners=tuple(range(n)))
         chance = {"tr": 1.0, "recall": 1.0}
         found.append(
-            Outcome(f"{start}-{seed}", {}, retrieval=retrieval, costs={"trained": 10.0 * share}, chance=chance)
+            Outcome(
+                digest=f"{start}-{seed}",
+                about={},
+                retrieval=retrieval,
+                costs={"trained": 10.0 * share},
+                chance=chance,
+            )
         )
     return found
 
 
 def claim(**given: object) -> Claim:
-    return Claim.model_validate({"weights": {"a": 1.0, "b": -1.0}, "metric": "tr", "smallest": 2.0, **given})
+    return Claim.model_validate(
+        {"weights": {"a": 1.0, "b": -1.0}, "metric": "tr", "smallest": 2.0, **given}
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,8 +54,16 @@ def claim(**given: object) -> Claim:
         (0.5, 0.5, True, "not decided"),
     ],
 )
-def test_a_difference_is_held_broken_or_open(first: float, second: float, equal: bool, verdict: str) -> None:
-    found = judge(claim(equal=equal), {"a": outcomes(first, 3, start=1), "b": outcomes(second, 3, start=2)})
+def test_a_difference_is_held_broken_or_open(
+    first: float,
+    second: float,
+    equal: bool,
+    verdict: str,
+) -> None:
+    found = judge(
+        claim(equal=equal),
+        {"a": outcomes(first, 3, start=1), "b": outcomes(second, 3, start=2)},
+    )
     assert found.verdict == verdict
     assert bool(found.why) == (verdict == "not decided")
     assert (found.source, found.n_seeds, found.n_images) == ("seeds and images", 3, N)
@@ -67,27 +89,42 @@ def test_a_real_difference_that_is_too_small_to_count_breaks_an_order() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "equal", "smallest", "why"),
     [
-        (0.52, 0.5, False, 2.0, "the interval holds 0 and differences that would count at this level"),
+        (
+            0.52,
+            0.5,
+            False,
+            2.0,
+            "the interval holds 0 and differences that would count at this level",
+        ),
         (0.7, 0.3, False, 60.0, "there is a difference, but it is smaller than what counts"),
         (0.7, 0.3, True, 60.0, "there is a difference, but it is smaller than what counts"),
         (0.5, 0.5, True, 2.0, "the interval reaches differences that would count at this level"),
     ],
 )
-def test_what_is_left_open_says_why(first: float, second: float, equal: bool, smallest: float, why: str) -> None:
+def test_what_is_left_open_says_why(
+    first: float,
+    second: float,
+    equal: bool,
+    smallest: float,
+    why: str,
+) -> None:
     arms = {"a": outcomes(first, 3, 0.1, start=1), "b": outcomes(second, 3, 0.1, start=2)}
     found = judge(claim(equal=equal, smallest=smallest), arms)
     assert (found.verdict, found.why) == ("not decided", why)
 
 
 def test_arms_that_reach_little_do_not_break_an_order_by_being_close() -> None:
-    """Of 2 to 3 per cent no difference can be 5; one that is published as half of what was reached may be there."""
+    """Of 2 to 3 per cent no difference can be 5; one that is published as half of what was reached
+    may be there."""
     given = {"a": outcomes(0.03, 3, start=1, n=2000), "b": outcomes(0.02, 3, start=2, n=2000)}
     found = judge(claim(smallest=5.0, figures=(40.0, 30.0), published=10.0), given)
     assert 0 < found.difference < found.high < 5
     assert found.verdict == "not decided"
     same = {"a": given["a"], "b": given["a"]}
     assert judge(claim(smallest=5.0), same).verdict == "broken"
-    assert judge(claim(smallest=5.0, figures=(40.0, 20.0), published=20.0), same).verdict == "broken"
+    assert (
+        judge(claim(smallest=5.0, figures=(40.0, 20.0), published=20.0), same).verdict == "broken"
+    )
     wide = {"a": outcomes(0.03, 3, start=1, n=300), "b": outcomes(0.03, 3, start=5, n=300)}
     assert judge(claim(smallest=5.0, equal=True), wide).verdict == "not decided"
 
@@ -102,13 +139,19 @@ def test_seeds_that_disagree_widen_the_interval_and_one_seed_speaks_of_images_al
     calm = judge(claim(), {"a": outcomes(0.6, 3, start=1), "b": outcomes(0.4, 3, start=2)})
     wild = judge(claim(), {"a": outcomes(0.6, 3, 0.2, start=1), "b": outcomes(0.4, 3, start=2)})
     assert wild.high - wild.low > 2 * (calm.high - calm.low)
-    assert judge(claim(), {"a": outcomes(0.6, 1), "b": outcomes(0.4, 1, start=2)}).source == "images"
+    assert (
+        judge(claim(), {"a": outcomes(0.6, 1), "b": outcomes(0.4, 1, start=2)}).source == "images"
+    )
 
 
 def test_intervals_hold_the_truth_in_about_95_of_100_experiments() -> None:
-    true, within = 10.0, 0
+    true = 10.0
+    within = 0
     for trial in range(40):
-        arms = {"a": outcomes(0.5, 3, 0.03, 2 * trial, 200), "b": outcomes(0.4, 3, 0.03, 2 * trial + 1, 200)}
+        arms = {
+            "a": outcomes(0.5, seeds=3, spread=0.03, start=2 * trial, n=200),
+            "b": outcomes(0.4, seeds=3, spread=0.03, start=2 * trial + 1, n=200),
+        }
         found = judge(claim(), arms)
         within += found.low <= true <= found.high
     assert 34 <= within <= 40
@@ -120,7 +163,10 @@ def test_an_arm_that_is_the_same_for_all_seeds_counts_for_each() -> None:
 
 
 def test_what_is_counted_is_exact() -> None:
-    found = judge(claim(metric="trained", smallest=10.0), {"a": outcomes(0.1, 1), "b": outcomes(0.4, 1)})
+    found = judge(
+        claim(metric="trained", smallest=10.0),
+        {"a": outcomes(0.1, 1), "b": outcomes(0.4, 1)},
+    )
     assert (found.verdict, found.difference, found.source) == ("held", 75.0, "counted, exact")
     assert detectable(claim(metric="trained"), 100, 3) == 0.0
 
@@ -141,7 +187,8 @@ def test_an_outcome_is_read_as_it_was_written(tmp_path) -> None:  # type: ignore
 
 
 def test_seeds_that_agree_leave_the_variance_over_images() -> None:
-    first, second = outcomes(0.6, 1, start=1)[0], outcomes(0.4, 1, start=2)[0]
+    first = outcomes(0.6, 1, start=1)[0]
+    second = outcomes(0.4, 1, start=2)[0]
     found = judge(claim(), {"a": [first] * 3, "b": [second] * 3})
     hits = [np.array(one.retrieval.image) == 0 for one in (first, second) if one.retrieval]
     expected = 1.96 * 100 * np.std(hits[0].astype(float) - hits[1]) / np.sqrt(N)

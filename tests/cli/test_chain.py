@@ -1,4 +1,5 @@
-"""The way of the data by its commands: extract, info, fit-head, evaluate, index, search; and how each one fails."""
+"""The way of the data by its commands: extract, info, fit-head, evaluate, index, search; and how
+each one fails."""
 
 import json
 import shutil
@@ -25,16 +26,36 @@ def call_json(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def chain(
-    tmp_path_factory: pytest.TempPathFactory, shapes_once: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> dict[str, Path]:
     """A store, a run and an index made by commands."""
     folder = tmp_path_factory.mktemp("chain")
-    paths = {"store": folder / "store", "run": folder / "run", "index": folder / "index", "table": shapes_once}
+    paths = {
+        "store": folder / "store",
+        "run": folder / "run",
+        "index": folder / "index",
+        "table": shapes_once,
+    }
     paths |= {"image": tiny_image_encoder, "text": tiny_text_encoder}
     extract(paths)
-    fit = ("fit-head", paths["store"], "--recipe", "projection", "--out", paths["run"], "--dev-split", "val")
+    fit = (
+        "fit-head",
+        paths["store"],
+        "--recipe",
+        "projection",
+        "--out",
+        paths["run"],
+        "--dev-split",
+        "val",
+    )
     assert call(*fit, "--set", "schedule.epochs=2").exit_code == 0
-    assert call("index", paths["run"], "--store", paths["store"], "--out", paths["index"]).exit_code == 0
+    assert (
+        call("index", paths["run"], "--store", paths["store"], "--out", paths["index"]).exit_code
+        == 0
+    )
     return paths
 
 
@@ -53,7 +74,10 @@ def test_a_second_extract_says_nothing_to_do(chain: dict[str, Path]) -> None:
 def test_info_tells_what_is_in_the_store(chain: dict[str, Path]) -> None:
     told = call_json("info", chain["store"])
     assert (told["n_images"], told["n_texts"], told["splits"]) == (12, 24, {"train": 8, "val": 4})
-    assert [(a["modality"], a["rows"], a["done"]) for a in told["arrays"]] == [("image", 12, 1.0), ("text", 24, 1.0)]
+    assert [(a["modality"], a["rows"], a["done"]) for a in told["arrays"]] == [
+        ("image", 12, 1.0),
+        ("text", 24, 1.0),
+    ]
     assert "tiny-vit" in call("info", chain["store"]).stdout
 
 
@@ -74,14 +98,25 @@ def test_evaluate_warns_when_the_split_was_seen(chain: dict[str, Path]) -> None:
 
 
 def test_zeroshot_classifies_labelled_images(chain: dict[str, Path]) -> None:
-    told = call_json("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"], "--split", "val")
+    told = call_json(
+        "evaluate",
+        chain["run"],
+        "--task",
+        "zeroshot",
+        "--labels",
+        chain["table"],
+        "--split",
+        "val",
+    )
     assert (told["n_images"], told["n_classes"]) == (4, 1)
     told = call_json("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"])
     assert (told["n_images"], told["n_classes"]) == (12, 3)
     assert 0 <= told["top1"] <= told["top5"] == 100
 
 
-def test_search_finds_images_by_text_captions_by_photo_and_turned_round(chain: dict[str, Path]) -> None:
+def test_search_finds_images_by_text_captions_by_photo_and_turned_round(
+    chain: dict[str, Path],
+) -> None:
     photo = chain["table"].parent / "images" / "red-circle-0.png"
     by_text = call_json("search", chain["index"], "a red circle", "-k", "3")["hits"]
     assert [hit["rank"] for hit in by_text] == [1, 2, 3]
@@ -93,7 +128,10 @@ def test_search_finds_images_by_text_captions_by_photo_and_turned_round(chain: d
     assert turned[0]["score"] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_moved_encoder_folder_is_found_by_override(chain: dict[str, Path], tmp_path: Path) -> None:
+def test_a_moved_encoder_folder_is_found_by_override(
+    chain: dict[str, Path],
+    tmp_path: Path,
+) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(chain["text"], moved)
     plain = call_json("search", chain["index"], "a blue square")
@@ -127,15 +165,26 @@ def test_a_missing_column_names_those_found(chain: dict[str, Path], tmp_path: Pa
     [
         ("--image", "timm:vit_smal_patch14_dinov2", "vit_small_patch14_dinov2"),
         ("--image", "tim:resnet18", "timm"),
-        ("--text", "hf:sentence-transformers/all-MiniLM-L6-v9", "sentence-transformers/all-MiniLM-L6-v2"),
+        (
+            "--text",
+            "hf:sentence-transformers/all-MiniLM-L6-v9",
+            "sentence-transformers/all-MiniLM-L6-v2",
+        ),
         ("--text", "hf:/no/such/folder", "no folder /no/such/folder"),
     ],
 )
 def test_an_unknown_encoder_names_near_ones(
-    chain: dict[str, Path], tmp_path: Path, option: str, value: str, near: str
+    chain: dict[str, Path],
+    tmp_path: Path,
+    option: str,
+    value: str,
+    near: str,
 ) -> None:
     store = tmp_path / "new"
-    line = one_line_error(call("extract", chain["table"], "--store", store, option, value, "--device", "cpu"), 3)
+    line = one_line_error(
+        call("extract", chain["table"], "--store", store, option, value, "--device", "cpu"),
+        3,
+    )
     assert near in line
     assert not store.exists()
 
@@ -148,7 +197,10 @@ def test_an_empty_table(chain: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "code"), [("0.2", 0), ("0.01", 3)])
 def test_a_corrupt_image_is_reported_and_the_run_goes_on(
-    chain: dict[str, Path], shapes: Path, limit: str, code: int
+    chain: dict[str, Path],
+    shapes: Path,
+    limit: str,
+    code: int,
 ) -> None:
     (shapes.parent / "images" / "blue-square-0.png").write_bytes(b"<html>404</html>")
     result = extract(chain, "--max-bad", limit, table=shapes, store=shapes.parent / "store")
@@ -156,17 +208,27 @@ def test_a_corrupt_image_is_reported_and_the_run_goes_on(
     assert "images/blue-square-0.png" in result.stderr
     assert "not-an-image" in result.stderr
     (image, _) = call_json("info", shapes.parent / "store")["arrays"]
-    assert (image["complete"], image["quarantined"], image["reasons"]) == (True, 1, {"not-an-image": 1})
+    assert (image["complete"], image["quarantined"], image["reasons"]) == (
+        True,
+        1,
+        {"not-an-image": 1},
+    )
 
 
-def test_a_wrong_root_is_refused_before_anything_is_written(chain: dict[str, Path], tmp_path: Path) -> None:
+def test_a_wrong_root_is_refused_before_anything_is_written(
+    chain: dict[str, Path],
+    tmp_path: Path,
+) -> None:
     line = one_line_error(extract(chain, "--root", tmp_path, store=tmp_path / "new"), 3)
     assert "--root" in line
     assert not (tmp_path / "new").exists()
 
 
 def test_an_existing_run_folder(chain: dict[str, Path]) -> None:
-    line = one_line_error(call("fit-head", chain["store"], "--recipe", "ape", "--out", chain["run"]), 3)
+    line = one_line_error(
+        call("fit-head", chain["store"], "--recipe", "ape", "--out", chain["run"]),
+        3,
+    )
     assert "exists already" in line
     assert "--overwrite" in line
 
@@ -187,7 +249,10 @@ def test_a_changed_table_does_not_fit_the_store(chain: dict[str, Path], shapes: 
 def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Path) -> None:
     result = extract(chain, "--text-cut", "cls", store=tmp_path / "cls")
     assert result.exit_code == 0, result.output
-    line = one_line_error(call("evaluate", chain["run"], "--store", tmp_path / "cls", "--split", "val"), 4)
+    line = one_line_error(
+        call("evaluate", chain["run"], "--store", tmp_path / "cls", "--split", "val"),
+        4,
+    )
     assert "inputs.pooling" in line
 
 
@@ -201,9 +266,21 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
         (["evaluate", "{run}"], 2, "--store is missing"),
         (["evaluate", "{run}", "--task", "zeroshot"], 2, "--labels is missing"),
         (["evaluate", "{run}", "--task", "zero"], 2, "did you mean zeroshot"),
-        (["fit-head", "{store}", "--recipe", "projecton", "--out", "x"], 3, "did you mean projection"),
-        (["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizer.lr=1"], 3, "optimiser"),
-        (["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--device", "cuda:99"], 3, "cuda:99"),
+        (
+            ["fit-head", "{store}", "--recipe", "projecton", "--out", "x"],
+            3,
+            "did you mean projection",
+        ),
+        (
+            ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizer.lr=1"],
+            3,
+            "optimiser",
+        ),
+        (
+            ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--device", "cuda:99"],
+            3,
+            "cuda:99",
+        ),
         (["search", "no-such-index", "dog"], 3, "is no index"),
         (["search", "{index}", " "], 2, "empty"),
         (["search", "{index}", "missing.jpg"], 3, "no such file"),
@@ -211,7 +288,12 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
     ],
 )
 def test_wrong_input_is_one_line_with_its_exit_code(
-    chain: dict[str, Path], arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: dict[str, Path],
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = call(*(argument.format(**chain) for argument in arguments))
@@ -220,21 +302,48 @@ def test_wrong_input_is_one_line_with_its_exit_code(
 
 
 def test_evaluate_tells_intervals_languages_and_folds(chain: dict[str, Path]) -> None:
-    plain = call_json("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--by-language")
+    plain = call_json(
+        "evaluate",
+        chain["run"],
+        "--store",
+        chain["store"],
+        "--split",
+        "val",
+        "--by-language",
+    )
     for side in ("image_to_text", "text_to_image"):
         for k, (low, high) in plain["intervals"][side].items():
             assert low <= plain[side][k] <= high
     assert plain["languages"]["en"]["n_texts"] == plain["n_texts"]
-    folded = call_json("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--folds", "2")
+    folded = call_json(
+        "evaluate",
+        chain["run"],
+        "--store",
+        chain["store"],
+        "--split",
+        "val",
+        "--folds",
+        "2",
+    )
     assert (folded["n_images"], folded["folds_of"], folded["intervals"]) == (2, 2, None)
-    refused = call("evaluate", chain["run"], "--store", chain["store"], "--split", "val", "--folds", "5000")
+    refused = call(
+        "evaluate",
+        chain["run"],
+        "--store",
+        chain["store"],
+        "--split",
+        "val",
+        "--folds",
+        "5000",
+    )
     assert refused.exit_code == 3
     assert "fewer than one fold of 5000" in refused.output
 
 
 def test_csls_is_a_row_of_its_own(chain: dict[str, Path]) -> None:
     asked = ("evaluate", chain["run"], "--store", chain["store"], "--split", "val")
-    plain, corrected = call_json(*asked), call_json(*asked, "--csls")
+    plain = call_json(*asked)
+    corrected = call_json(*asked, "--csls")
     assert plain["csls"] is None
     assert corrected.pop("csls")["n_texts"] == 8
     plain.pop("csls")
@@ -250,7 +359,14 @@ def test_search_by_key_and_arithmetic_and_csls(chain: dict[str, Path]) -> None:
     assert (by_key["hits"][0]["key"], by_key["score"], by_key["keys"]) == (key, "cosine", [key])
     terms = ("--like", "a red circle", "--like", "a blue square", "--unlike", "a green triangle")
     assert len(call_json("search", chain["index"], *terms, "-k", "3")["hits"]) == 3
-    shown = call("search", chain["index"], "a red circle", "--unlike", "a blue square", "--csls").stdout
+    shown = call(
+        "search",
+        chain["index"],
+        "a red circle",
+        "--unlike",
+        "a blue square",
+        "--csls",
+    ).stdout
     assert "CSLS" in shown
     assert "cosine" not in shown
     assert "a red circle - a blue square" in shown
@@ -261,27 +377,66 @@ def test_search_by_key_and_arithmetic_and_csls(chain: dict[str, Path]) -> None:
     ("arguments", "code", "words"),
     [
         (["search", "{index}"], 2, "the query is empty"),
-        (["search", "{index}", "--key", "images/red-circel-0.png"], 3, "did you mean images/red-circle-0.png"),
+        (
+            ["search", "{index}", "--key", "images/red-circel-0.png"],
+            3,
+            "did you mean images/red-circle-0.png",
+        ),
         (["search", "{index}", "dog", "--unlike", "dog"], 2, "cancel out"),
         (["search", "{index}", "dog", "--nprobe", "4"], 2, "has no use for it"),
         (["search", "{index}", "dog", "--device", "cuda:99"], 3, "cuda:99"),
-        (["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "ivf"], 3, "use --kind flat"),
-        (["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "fla"], 2, "FAISS refuses fla"),
+        (
+            ["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "ivf"],
+            3,
+            "use --kind flat",
+        ),
+        (
+            ["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "fla"],
+            2,
+            "FAISS refuses fla",
+        ),
         (["index", "{run}", "--store", "{store}", "--out", "x", "--update"], 3, "is no index"),
-        (["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--overwrite"], 2, "made anew"),
-        (["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--kind", "hnsw"], 2, "has flat"),
+        (
+            ["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--overwrite"],
+            2,
+            "made anew",
+        ),
+        (
+            [
+                "index",
+                "{run}",
+                "--store",
+                "{store}",
+                "--out",
+                "{index}",
+                "--update",
+                "--kind",
+                "hnsw",
+            ],
+            2,
+            "has flat",
+        ),
     ],
 )
 def test_wrong_searches_and_indexes_are_one_line(
-    chain: dict[str, Path], arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: dict[str, Path],
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert words in one_line_error(call(*(argument.format(**chain) for argument in arguments)), code)
+    assert words in one_line_error(
+        call(*(argument.format(**chain) for argument in arguments)),
+        code,
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_an_index_of_another_kind_shows_its_recall_and_an_update_its_changes(
-    chain: dict[str, Path], tmp_path: Path
+    chain: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     make = ("index", chain["run"], "--store", chain["store"], "--out", tmp_path / "index")
     shown = call(*make, "--kind", "hnsw").stdout
@@ -294,8 +449,25 @@ def test_an_index_of_another_kind_shows_its_recall_and_an_update_its_changes(
 
 def test_scout_ranks_cuts_and_draws_them(chain: dict[str, Path], tmp_path: Path) -> None:
     table = make_shapes(tmp_path / "shapes", copies=4)
-    ask = ("scout", table, "--image", f"timm:{chain['image']}", "--text", f"hf:{chain['text']}", "--text-cut", "cls")
-    told = call_json(*ask, "--image-cut", "default", "--image-cut", "mean@-2", "--heat-map", tmp_path / "scout.svg")
+    ask = (
+        "scout",
+        table,
+        "--image",
+        f"timm:{chain['image']}",
+        "--text",
+        f"hf:{chain['text']}",
+        "--text-cut",
+        "cls",
+    )
+    told = call_json(
+        *ask,
+        "--image-cut",
+        "default",
+        "--image-cut",
+        "mean@-2",
+        "--heat-map",
+        tmp_path / "scout.svg",
+    )
     assert {row["image"] for row in told["rows"]} == {"tiny-vit", "tiny-vit-mean-layer-2"}
     assert {"cka", "mutual_knn", "image_to_text", "text_to_image"} <= told["rows"][0].keys()
     drawn = (tmp_path / "scout.svg").read_text()
@@ -308,14 +480,30 @@ def test_scout_ranks_cuts_and_draws_them(chain: dict[str, Path], tmp_path: Path)
     assert "has 6 blocks" in one_line_error(call(*ask, "--image-cut", "mean@9"), 3)
 
 
-def test_zeroshot_takes_class_names_and_templates_from_files(chain: dict[str, Path], tmp_path: Path) -> None:
-    names, templates = tmp_path / "names.tsv", tmp_path / "templates.txt"
+def test_zeroshot_takes_class_names_and_templates_from_files(
+    chain: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    names = tmp_path / "names.tsv"
+    templates = tmp_path / "templates.txt"
     names.write_text("circle\tround thing\nsquare\tbox\ntriangle\ttriangle\nstar\tstar\n")
     templates.write_text("a photo of {c}\na drawing of {}\n")
-    asked = ("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"], "--class-names", names)
+    asked = (
+        "evaluate",
+        chain["run"],
+        "--task",
+        "zeroshot",
+        "--labels",
+        chain["table"],
+        "--class-names",
+        names,
+    )
     result = call(*asked, "--templates", templates, "--json")
     told = json.loads(result.stdout)
-    assert (told["classes"], told["counts"]) == (["round thing", "box", "triangle", "star"], [4, 4, 4, 0])
+    assert (told["classes"], told["counts"]) == (
+        ["round thing", "box", "triangle", "star"],
+        [4, 4, 4, 0],
+    )
     assert told["templates"] == ["a photo of {}", "a drawing of {}"]
     assert "1 of 4 classes have no image, and stay candidates: star" in result.stderr
     assert "most frequent confusions" in call(*asked).stdout
@@ -332,5 +520,8 @@ def test_zeroshot_takes_class_names_and_templates_from_files(chain: dict[str, Pa
 def test_zeroshot_by_the_name_of_a_benchmark(chain: dict[str, Path]) -> None:
     pytest.importorskip("open_clip", reason="the extra open-clip is not installed")
     asked = ("evaluate", chain["run"], "--task", "zeroshot", "--labels", chain["table"])
-    assert "none of ImageNet's 1000 classes" in one_line_error(call(*asked, "--dataset", "imagenet"), 2)
+    assert "none of ImageNet's 1000 classes" in one_line_error(
+        call(*asked, "--dataset", "imagenet"),
+        2,
+    )
     assert len(call_json(*asked, "--templates", "clip-7")["templates"]) == 7

@@ -17,20 +17,36 @@ pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
 @pytest.fixture
 def call(shapes: Path, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path) -> Any:
     def extract(*more: object) -> Result:
-        encoders = ("--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}", "--device", "cpu")
+        encoders = (
+            "--image",
+            f"timm:{tiny_image_encoder}",
+            "--text",
+            f"hf:{tiny_text_encoder}",
+            "--device",
+            "cpu",
+        )
         arguments = ("extract", shapes, "--store", tmp_path / "store", *encoders, *more)
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return extract
 
 
-def test_a_dry_run_says_rows_bytes_time_and_price_and_writes_nothing(call: Any, tmp_path: Path) -> None:
+def test_a_dry_run_says_rows_bytes_time_and_price_and_writes_nothing(
+    call: Any,
+    tmp_path: Path,
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     shown = call("--dry-run", "--price-per-hour", "2")
     assert shown.exit_code == 0, shown.output
-    assert all(word in shown.stdout for word in ("tiny-vit", "tiny-bert", "about ", "price 0.0", "MB free", "nothing"))
+    assert all(
+        word in shown.stdout
+        for word in ("tiny-vit", "tiny-bert", "about ", "price 0.0", "MB free", "nothing")
+    )
     told = json.loads(call("--dry-run", "--json").stdout)
-    assert [(a["modality"], a["rows"], a["n_pending"]) for a in told["arrays"]] == [("image", 12, 12), ("text", 24, 24)]
+    assert [(a["modality"], a["rows"], a["n_pending"]) for a in told["arrays"]] == [
+        ("image", 12, 12),
+        ("text", 24, 24),
+    ]
     assert told["fits"] is True
     assert told["price"] is None
     assert told["seconds"] == pytest.approx(told["image_seconds"] + told["text_seconds"])
@@ -62,17 +78,26 @@ def test_resize_is_part_of_the_identity(call: Any) -> None:
 
 
 def test_lines_come_at_the_start_every_ten_seconds_and_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     with terminal.progress() as update:
         for second in range(26):
             now[0] = 100.0 + second
-            update(Standing("image", 40 * second, 1000, second // 10, 2_000_000_000 * (second // 10)))
-        update(Standing("image", 1000, 1000, 3, 6_000_000_000))
-        update(Standing("text", 0, 7))
-        update(Standing("text", 7, 7))
+            update(
+                Standing(
+                    modality="image",
+                    done=40 * second,
+                    rows=1000,
+                    n_bad=second // 10,
+                    n_bytes=2_000_000_000 * (second // 10),
+                )
+            )
+        update(Standing(modality="image", done=1000, rows=1000, n_bad=3, n_bytes=6_000_000_000))
+        update(Standing(modality="text", done=0, rows=7))
+        update(Standing(modality="text", done=7, rows=7))
     assert capsys.readouterr().err.splitlines() == [
         "image: 0/1,000, 0.0/s",
         "image: 400/1,000, 40.0/s, 2.000 GB, 1 unreadable, 15 s left",

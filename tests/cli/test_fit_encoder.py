@@ -10,7 +10,16 @@ from typer.testing import CliRunner, Result
 
 from apecache.runs.folder import read_history
 
-SHORT = ["--set", "schedule.epochs=2", "--set", "schedule.batch_size=4", "--dev-split", "val", "--device", "cpu"]
+SHORT = [
+    "--set",
+    "schedule.epochs=2",
+    "--set",
+    "schedule.batch_size=4",
+    "--dev-split",
+    "val",
+    "--device",
+    "cpu",
+]
 
 
 def call(*arguments: object) -> Result:
@@ -18,7 +27,17 @@ def call(*arguments: object) -> Result:
 
 
 def test_lit_from_the_command_line(tiny_store: Path, tmp_path: Path) -> None:
-    arguments = ["fit-encoder", tiny_store, "--recipe", "lit", "--out", tmp_path / "run", *SHORT, "--slice", "2"]
+    arguments = [
+        "fit-encoder",
+        tiny_store,
+        "--recipe",
+        "lit",
+        "--out",
+        tmp_path / "run",
+        *SHORT,
+        "--slice",
+        "2",
+    ]
     done = call(*arguments)
     assert done.exit_code == 0, done.output
     assert "cached" in done.output
@@ -31,8 +50,16 @@ def test_lit_from_the_command_line(tiny_store: Path, tmp_path: Path) -> None:
     assert found["n_epochs"] == 2
 
 
-@pytest.mark.parametrize(("command", "recipe"), [("fit-encoder", "lit"), ("fit-head", "projection")])
-def test_curves_go_to_tensorboard_too(tiny_store: Path, tmp_path: Path, command: str, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "recipe"),
+    [("fit-encoder", "lit"), ("fit-head", "projection")],
+)
+def test_curves_go_to_tensorboard_too(
+    tiny_store: Path,
+    tmp_path: Path,
+    command: str,
+    recipe: str,
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [command, tiny_store, "--recipe", recipe, "--out", tmp_path / "run", *SHORT]
@@ -40,10 +67,16 @@ def test_curves_go_to_tensorboard_too(tiny_store: Path, tmp_path: Path, command:
     assert done.exit_code == 0, done.output
     assert "epoch   2  loss" in done.output
     found = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("dev/mean_recall")
-    assert [each.step for each in found] == [line["step"] for line in read_history(tmp_path / "run")]
+    assert [each.step for each in found] == [
+        line["step"] for line in read_history(tmp_path / "run")
+    ]
 
 
-def test_a_live_image_tower_reads_its_images_below_root(tiny_store: Path, shapes_once: Path, tmp_path: Path) -> None:
+def test_a_live_image_tower_reads_its_images_below_root(
+    tiny_store: Path,
+    shapes_once: Path,
+    tmp_path: Path,
+) -> None:
     arguments = ["fit-encoder", tiny_store, "--recipe", "lilt-d", *SHORT]
     refused = call(*arguments, "--out", tmp_path / "run")
     assert (refused.exit_code, "needs the images" in refused.output) == (2, True)
@@ -56,10 +89,17 @@ def test_a_live_image_tower_reads_its_images_below_root(tiny_store: Path, shapes
 
 @pytest.mark.parametrize(
     ("command", "recipe", "message"),
-    [("fit-head", "lit", "use apecache fit-encoder"), ("fit-encoder", "projection", "use fit-head")],
+    [
+        ("fit-head", "lit", "use apecache fit-encoder"),
+        ("fit-encoder", "projection", "use fit-head"),
+    ],
 )
 def test_recipes_of_the_other_trainer_are_refused(
-    command: str, recipe: str, message: str, tiny_store: Path, tmp_path: Path
+    command: str,
+    recipe: str,
+    message: str,
+    tiny_store: Path,
+    tmp_path: Path,
 ) -> None:
     refused = call(command, tiny_store, "--recipe", recipe, "--out", tmp_path / "run")
     assert refused.exit_code == 3

@@ -1,4 +1,5 @@
-"""Sources of every kind by commands: extract, repair with the same options, and zero-shot labels."""
+"""Sources of every kind by commands: extract, repair with the same options, and zero-shot
+labels."""
 
 import json
 from pathlib import Path
@@ -42,15 +43,22 @@ def classes(tmp_path: Path) -> Path:
 def damage_images(store: Path) -> str:
     """Damage the first shard of the image features; returns its name."""
     files = tree(store)
-    name = next(name for name in sorted(files) if name.startswith("features.zarr/image/") and "/features/c." in name)
+    name = next(
+        name
+        for name in sorted(files)
+        if name.startswith("features.zarr/image/") and "/features/c." in name
+    )
     put(store, damaged(files, name, "flip"))
     return name
 
 
 def test_a_folder_per_class_with_shares_of_splits_is_extracted_and_repaired(
-    classes: Path, tmp_path: Path, tiny_image_encoder: Path
+    classes: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
 ) -> None:
-    store, splits = tmp_path / "store", ("--split-fraction", "train=.5,val=.5", "--split-seed", "3")
+    store = tmp_path / "store"
+    splits = ("--split-fraction", "train=.5,val=.5", "--split-seed", "3")
     encoder = ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu")
     assert call("extract", classes, "--store", store, *encoder, *splits).exit_code == 0
     told = call_json("info", store)
@@ -60,21 +68,33 @@ def test_a_folder_per_class_with_shares_of_splits_is_extracted_and_repaired(
     assert call_json("extract", classes, "--store", store, *encoder, *splits)["nothing_to_do"]
     files = tree(store)
     damage_images(store)
-    assert "has split" in error_of(call("repair", store), 4)  # opened otherwise, it is another source
+    assert "has split" in error_of(
+        call("repair", store),
+        4,
+    )  # opened otherwise, it is another source
     assert call("repair", store, *splits).exit_code == 0
     assert tree(store) == files
 
 
 def test_repair_finds_the_images_of_a_table_where_they_were(
-    classes: Path, tmp_path: Path, tiny_image_encoder: Path
+    classes: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
 ) -> None:
     (tmp_path / "tables").mkdir()
-    table, store = tmp_path / "tables" / "t.csv", tmp_path / "store"
-    rows = [f"{path.relative_to(classes)},x,{path.parent.name}" for path in sorted(classes.rglob("*.png"))]
+    table = tmp_path / "tables" / "t.csv"
+    store = tmp_path / "store"
+    rows = [
+        f"{path.relative_to(classes)},x,{path.parent.name}"
+        for path in sorted(classes.rglob("*.png"))
+    ]
     table.write_text("\n".join(["file,id,path", *rows]))
     encoder = ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu")
     options = ("--image-column", "file")
-    assert call("extract", table, "--store", store, *encoder, "--root", classes, *options).exit_code == 0
+    assert (
+        call("extract", table, "--store", store, *encoder, "--root", classes, *options).exit_code
+        == 0
+    )
     files = tree(store)
     damage_images(store)
     assert call("repair", store, *options).exit_code == 0
@@ -83,7 +103,8 @@ def test_repair_finds_the_images_of_a_table_where_they_were(
 
 def test_splits_from_a_file(classes: Path, tmp_path: Path, tiny_image_encoder: Path) -> None:
     (tmp_path / "splits.tsv").write_text("circle/red.png\tval\nsquare/red.png\ttrain\n")
-    store, encoder = tmp_path / "store", ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu")
+    store = tmp_path / "store"
+    encoder = ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu")
     given = ("--split-file", tmp_path / "splits.tsv")
     assert call("extract", classes, "--store", store, *encoder, *given).exit_code == 0
     assert call_json("info", store)["splits"] == {"": 6, "train": 1, "val": 1}
@@ -100,7 +121,11 @@ def test_zero_shot_takes_a_folder_per_class(classes: Path, tiny_run: Path) -> No
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (["--split", "a", "--split-fraction", "train=1"], 2, "says nothing about this kind of source"),
+        (
+            ["--split", "a", "--split-fraction", "train=1"],
+            2,
+            "says nothing about this kind of source",
+        ),
         (["--split-file", "s.tsv", "--split-fraction", "train=1"], 2, "give one of --split"),
         (["--split-fraction", "train=.5"], 2, "sum to 0.5; expected 1"),
         (["--no-restval"], 2, "--no-restval is for Karpathy's JSON"),
@@ -110,7 +135,12 @@ def test_zero_shot_takes_a_folder_per_class(classes: Path, tiny_run: Path) -> No
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_written(
-    more: list[str], code: int, said: str, classes: Path, tmp_path: Path, tiny_image_encoder: Path
+    more: list[str],
+    code: int,
+    said: str,
+    classes: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
 ) -> None:
     encoder = ("--image", f"timm:{tiny_image_encoder}")
     result = call("extract", classes, "--store", tmp_path / "store", *encoder, *more)
@@ -118,7 +148,11 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     assert not (tmp_path / "store").exists()
 
 
-def test_restval_can_be_left_out(shapes_once: Path, tmp_path: Path, tiny_text_encoder: Path) -> None:
+def test_restval_can_be_left_out(
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_text_encoder: Path,
+) -> None:
     images = [
         {"filename": f"{n}.jpg", "split": split, "sentences": [{"raw": f"a {split}"}]}
         for n, split in enumerate(("train", "restval", "test"))
@@ -133,10 +167,23 @@ def test_restval_can_be_left_out(shapes_once: Path, tmp_path: Path, tiny_text_en
 def test_captions_alone_have_no_images_to_encode(tmp_path: Path, tiny_image_encoder: Path) -> None:
     (tmp_path / "captions.txt").write_text("a dog\n")
     encoder = ("--image", f"timm:{tiny_image_encoder}")
-    line = error_of(call("extract", tmp_path / "captions.txt", "--store", tmp_path / "store", *encoder), 3)
+    line = error_of(
+        call("extract", tmp_path / "captions.txt", "--store", tmp_path / "store", *encoder),
+        3,
+    )
     assert "has no images, only captions" in line
 
 
 def test_standard_input_is_refused(tmp_path: Path, tiny_image_encoder: Path) -> None:
-    line = error_of(call("extract", "-", "--store", tmp_path / "store", "--image", f"timm:{tiny_image_encoder}"), 3)
+    line = error_of(
+        call(
+            "extract",
+            "-",
+            "--store",
+            tmp_path / "store",
+            "--image",
+            f"timm:{tiny_image_encoder}",
+        ),
+        3,
+    )
     assert "save it as a file" in line

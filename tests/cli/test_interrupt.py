@@ -22,15 +22,33 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(table: Path, store: Path, image: Path, text: Path) -> list[str]:
     options = ["--shard-rows", "8", "--image-batch", "4", "--text-batch", "4", "--device", "cpu"]
     encoders = ["--image", f"timm:{image}", "--text", f"hf:{text}"]
-    return [sys.executable, "-m", "apecache", "extract", str(table), "--store", str(store), *encoders, *options]
+    return [
+        sys.executable,
+        "-m",
+        "apecache",
+        "extract",
+        str(table),
+        "--store",
+        str(store),
+        *encoders,
+        *options,
+    ]
 
 
 def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()
+    }
 
 
-def stop_after(process: subprocess.Popen[str], store: Path, n_commits: int, with_signal: signal.Signals) -> int:
-    """Send the signal once `n_commits` image shards are committed; returns how many there were then."""
+def stop_after(
+    process: subprocess.Popen[str],
+    store: Path,
+    n_commits: int,
+    with_signal: signal.Signals,
+) -> int:
+    """Send the signal once `n_commits` image shards are committed; returns how many there were
+    then."""
     folder = next(iter(store.glob("records/image/*/commits")), None)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
@@ -44,23 +62,37 @@ def stop_after(process: subprocess.Popen[str], store: Path, n_commits: int, with
 
 @pytest.mark.slow
 def test_killed_and_interrupted_runs_resume_to_the_same_bytes(
-    many: Path, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    many: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
-    clean, broken = tmp_path / "clean", tmp_path / "broken"
+    clean = tmp_path / "clean"
+    broken = tmp_path / "broken"
     encoders = (tiny_image_encoder, tiny_text_encoder)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command(many, clean, *encoders), check=True, capture_output=True, env=environment)
-    started: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    subprocess.run(
+        command(many, clean, *encoders),
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+    started: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": environment,
+    }
     # A shell's background job ignores SIGINT, and so would the children of a test run that is one.
     started["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     killed = subprocess.Popen(command(many, broken, *encoders), **started)
-    assert 4 <= stop_after(killed, broken, 4, signal.SIGKILL) < 24
+    assert 4 <= stop_after(killed, store=broken, n_commits=4, with_signal=signal.SIGKILL) < 24
     assert killed.wait() == -signal.SIGKILL
     killed.communicate()
 
     interrupted = subprocess.Popen(command(many, broken, *encoders), **started)
-    before = stop_after(interrupted, broken, 10, signal.SIGINT)
+    before = stop_after(interrupted, store=broken, n_commits=10, with_signal=signal.SIGINT)
     _, told = interrupted.communicate()
     assert interrupted.returncode == 130
     assert "resume with: apecache extract" in told
@@ -68,8 +100,15 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(
 
     kept = {p: p.stat().st_mtime_ns for p in broken.glob("records/image/*/commits/*.json")}
     assert len(kept) >= before
-    resumed = subprocess.run(command(many, broken, *encoders), capture_output=True, text=True, env=environment)
+    resumed = subprocess.run(
+        command(many, broken, *encoders),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     left_over = [name for name in files(broken) if ".tmp-" in name]
-    assert {name: data for name, data in files(broken).items() if name not in left_over} == files(clean)
+    assert {name: data for name, data in files(broken).items() if name not in left_over} == files(
+        clean
+    )

@@ -23,7 +23,12 @@ print(faults())
 def test_large_buffers_are_not_asked_for_page_by_page_again() -> None:
     told = {}
     for how in ("keep", "leave"):
-        done = subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, how],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         kept, count = done.stdout.split()
         told[how] = int(count)
         if how == "keep" and kept == "False":

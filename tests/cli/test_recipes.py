@@ -42,32 +42,65 @@ def test_an_unknown_recipe_ends_with_the_nearest_name() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_fit_goes_on_by_the_same_command_and_another_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+def test_a_killed_fit_goes_on_by_the_same_command_and_another_is_refused(
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
     sets = ("--set", "schedule.epochs=100000", "--set", "schedule.batch_size=4")
     settings = [*sets, "--dev-split", "val", "--device", "cpu"]
-    fit = [sys.executable, "-m", "apecache", "fit-head", str(tiny_store), "--recipe", "projection", *settings]
+    fit = [
+        sys.executable,
+        "-m",
+        "apecache",
+        "fit-head",
+        str(tiny_store),
+        "--recipe",
+        "projection",
+        *settings,
+    ]
     killed = [*fit, "--out", str(tmp_path / "run"), "--save-seconds", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(killed, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "run" / "checkpoint.safetensors", time.monotonic() + 120
+    process = subprocess.Popen(
+        killed,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    changed = subprocess.run([*killed, "--seed", "1"], capture_output=True, text=True, env=environment)
+    changed = subprocess.run(
+        [*killed, "--seed", "1"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert changed.returncode == 4, changed.stderr
     assert "seed is 1, there 0" in changed.stderr
 
 
-def test_runs_are_combined_and_the_combination_is_evaluated(tiny_store: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_runs_are_combined_and_the_combination_is_evaluated(
+    tiny_store: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
     both = tmp_path / "both"
-    result = runner.invoke(app, ["combine", str(tiny_run), str(tiny_run), "--out", str(both), "--json"])
+    result = runner.invoke(
+        app,
+        ["combine", str(tiny_run), str(tiny_run), "--out", str(both), "--json"],
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["dim"] == 32
     found = []
     for run in (both, tiny_run):
-        result = runner.invoke(app, ["evaluate", str(run), "--store", str(tiny_store), "--split", "val", "--json"])
+        result = runner.invoke(
+            app,
+            ["evaluate", str(run), "--store", str(tiny_store), "--split", "val", "--json"],
+        )
         assert result.exit_code == 0, result.output
         found.append(json.loads(result.stdout))
     assert found[0] == found[1]

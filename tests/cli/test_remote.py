@@ -1,4 +1,5 @@
-"""Every command that takes a store, a table or images, with these on object storage (moto's S3 on loopback)."""
+"""Every command that takes a store, a table or images, with these on object storage (moto's S3 on
+loopback)."""
 
 import json
 from pathlib import Path
@@ -44,39 +45,79 @@ def encoders(tiny_image_encoder: Path, tiny_text_encoder: Path) -> list[str]:
 
 
 def test_the_way_of_the_data_begins_and_ends_on_object_storage(
-    bucket: str, encoders: list[str], tiny_store: Path, shapes_once: Path, tmp_path: Path, load_once: None
+    bucket: str,
+    encoders: list[str],
+    tiny_store: Path,
+    shapes_once: Path,
+    tmp_path: Path,
+    load_once: None,
 ) -> None:
     upload(shapes_once.parent, f"{bucket}/shapes")
-    store, table = f"{bucket}/store", f"{bucket}/shapes/pairs.tsv"
+    store = f"{bucket}/store"
+    table = f"{bucket}/shapes/pairs.tsv"
     planned = call_json("extract", table, "--store", store, *encoders, "--dry-run")
     assert (planned["store"], planned["free_bytes"], planned["fits"]) == (store, None, True)
-    assert "0.0 MB; nothing written" in call("extract", table, "--store", store, *encoders, "--dry-run").stdout
+    assert (
+        "0.0 MB; nothing written"
+        in call("extract", table, "--store", store, *encoders, "--dry-run").stdout
+    )
     assert objects(store) == {}
     extracted = call_json("extract", table, "--store", store, *encoders)
     assert [array["n_encoded"] for array in extracted["arrays"]] == [12, 24]
     assert "nothing to do" in call("extract", table, "--store", store, *encoders).stdout
     local = {name: data for name, data in tree(tiny_store).items() if name != "records/source.json"}
-    assert {name: data for name, data in objects(store).items() if name != "records/source.json"} == local
+    assert {
+        name: data for name, data in objects(store).items() if name != "records/source.json"
+    } == local
     told = call_json("info", store)
     assert (told["store"], told["origin"], told["n_images"]) == (store, table, 12)
     assert call_json("verify", store)["sound"]
 
-    run, index = tmp_path / "run", tmp_path / "index"
-    fit = ("--recipe", "projection", "--dev-split", "val", "--set", "schedule.epochs=2", "--device", "cpu")
+    run = tmp_path / "run"
+    index = tmp_path / "index"
+    fit = (
+        "--recipe",
+        "projection",
+        "--dev-split",
+        "val",
+        "--set",
+        "schedule.epochs=2",
+        "--device",
+        "cpu",
+    )
     assert call("fit-head", store, *fit, "--out", run).exit_code == 0
     assert call("fit-head", tiny_store, *fit, "--out", tmp_path / "same").exit_code == 0
-    assert (run / "head.safetensors").read_bytes() == (tmp_path / "same" / "head.safetensors").read_bytes()
+    assert (run / "head.safetensors").read_bytes() == (
+        tmp_path / "same" / "head.safetensors"
+    ).read_bytes()
     assert call("fit-head", store, *fit, "--out", f"{bucket}/run").exit_code == 0
     assert objects(f"{bucket}/run")["head.safetensors"] == (run / "head.safetensors").read_bytes()
     again = call("fit-head", store, *fit, "--out", f"{bucket}/run")
-    assert (again.exit_code, f"run folder {bucket}/run exists already" in again.stderr) == (3, True), again.output
+    assert (again.exit_code, f"run folder {bucket}/run exists already" in again.stderr) == (
+        3,
+        True,
+    ), again.output
     evaluated = call_json("evaluate", f"{bucket}/run", "--store", store, "--split", "val")
     refused = call("index", f"{bucket}/run", "--store", store, "--out", index)
     assert (refused.exit_code, "this command takes a folder" in refused.stderr) == (3, True)
-    assert evaluated["text_to_image"] == call_json("evaluate", run, "--store", tiny_store)["text_to_image"]
+    assert (
+        evaluated["text_to_image"]
+        == call_json("evaluate", run, "--store", tiny_store)["text_to_image"]
+    )
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
-    sweep = ("--recipe", "projection", "--space", space, "--trials", "2", "--dev-split", "val", "--device", "cpu")
+    sweep = (
+        "--recipe",
+        "projection",
+        "--space",
+        space,
+        "--trials",
+        "2",
+        "--dev-split",
+        "val",
+        "--device",
+        "cpu",
+    )
     assert store in call_json("sweep", store, *sweep, "--out", tmp_path / "sweep")["command"]
     assert call("index", run, "--store", store, "--out", index).exit_code == 0
     assert call_json("search", index, "a red circle", "-k", "3")["hits"]
@@ -84,9 +125,14 @@ def test_the_way_of_the_data_begins_and_ends_on_object_storage(
 
 
 def test_a_store_there_is_looked_after_as_one_here(
-    bucket: str, encoders: list[str], shapes_once: Path, tmp_path: Path, load_once: None
+    bucket: str,
+    encoders: list[str],
+    shapes_once: Path,
+    tmp_path: Path,
+    load_once: None,
 ) -> None:
-    store, half = f"{bucket}/store", tmp_path / "pairs.tsv"
+    store = f"{bucket}/store"
+    half = tmp_path / "pairs.tsv"
     lines = shapes_once.read_text().splitlines(keepends=True)
     half.write_text("".join(lines[:13]))
     root = ("--root", shapes_once.parent)
@@ -116,14 +162,31 @@ def test_a_store_there_is_looked_after_as_one_here(
 
 
 def test_keys_on_object_storage_never_lead_out_of_the_root(
-    bucket: str, encoders: list[str], shapes_once: Path, tmp_path: Path, load_once: None
+    bucket: str,
+    encoders: list[str],
+    shapes_once: Path,
+    tmp_path: Path,
+    load_once: None,
 ) -> None:
     upload(shapes_once.parent, f"{bucket}/shapes/in")
-    open_files(f"{bucket}/shapes").write("secret.png", (shapes_once.parent / "images/red-circle-0.png").read_bytes())
+    open_files(f"{bucket}/shapes").write(
+        "secret.png",
+        (shapes_once.parent / "images/red-circle-0.png").read_bytes(),
+    )
     open_files(f"{bucket}/shapes").write("in/empty.png", b"")
     table = tmp_path / "pairs.tsv"
-    keys = ["images/red-circle-0.png", "./images/../images/red-square-0.png", "images/blue-circle-0.png"]
-    keys += ["../secret.png", "images/../../secret.png", "/shapes/secret.png", "empty.png", "images/none.png"]
+    keys = [
+        "images/red-circle-0.png",
+        "./images/../images/red-square-0.png",
+        "images/blue-circle-0.png",
+    ]
+    keys += [
+        "../secret.png",
+        "images/../../secret.png",
+        "/shapes/secret.png",
+        "empty.png",
+        "images/none.png",
+    ]
     table.write_text("image\tcaption\n" + "".join(f"{key}\ta shape\n" for key in keys))
     image = encoders[:2] + encoders[-2:]
     root = ("--root", f"{bucket}/shapes/in", "--max-bad", "1")
@@ -168,7 +231,10 @@ def test_what_the_storage_refuses_is_one_line_without_secrets(
         assert "AKIATESTS" not in result.output
 
 
-def test_a_table_that_is_not_there_or_is_wrong_is_named_by_its_url(bucket: str, tmp_path: Path) -> None:
+def test_a_table_that_is_not_there_or_is_wrong_is_named_by_its_url(
+    bucket: str,
+    tmp_path: Path,
+) -> None:
     open_files(bucket).write("wrong.tsv", b"image\ttitel\nx.jpg\ta dog\n")
     for name, message in (
         ("none.tsv", f"{bucket}/none.tsv: no such object"),
@@ -176,5 +242,14 @@ def test_a_table_that_is_not_there_or_is_wrong_is_named_by_its_url(bucket: str, 
         ("photos", "expected a file that ends in .tsv"),
         ("{00..03}.tar", "download tars and folders"),
     ):
-        result = call("extract", f"{bucket}/{name}", "--store", tmp_path / "store", "--text", "hf:none")
-        assert (result.exit_code, message in result.stderr.replace("\n", " ")) == (3, True), result.output
+        result = call(
+            "extract",
+            f"{bucket}/{name}",
+            "--store",
+            tmp_path / "store",
+            "--text",
+            "hf:none",
+        )
+        assert (result.exit_code, message in result.stderr.replace("\n", " ")) == (3, True), (
+            result.output
+        )

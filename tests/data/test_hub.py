@@ -1,4 +1,5 @@
-"""Data sets of Hugging Face's library: splits, keys, images inside and as files, and how a name is read."""
+"""Data sets of Hugging Face's library: splits, keys, images inside and as files, and how a name is
+read."""
 
 import sys
 from pathlib import Path
@@ -33,11 +34,16 @@ def images(rows: list[int], names: list[str | None] | None = None) -> Any:
     return made({"photo": chosen, "text": [CAPTIONS[row] for row in rows]}, photo=datasets.Image())
 
 
-def test_the_one_column_of_images_is_found_whatever_its_name_and_parts_are_splits(tmp_path: Path) -> None:
+def test_the_one_column_of_images_is_found_whatever_its_name_and_parts_are_splits(
+    tmp_path: Path,
+) -> None:
     source = open_pairs(saved(tmp_path, train=images([0, 1, 2]), validation=images([3, 4])))
     splits = ["train"] * 3 + ["val"] * 2
     rows = zip(NAMES, CAPTIONS, splits, strict=True)
-    assert list(source) == [Pair(key, (caption,), ("",), split) for key, caption, split in rows]
+    assert list(source) == [
+        Pair(key=key, captions=(caption,), languages=("",), split=split)
+        for key, caption, split in rows
+    ]
     assert [source.media.read(key) for key in source.keys] == [image_bytes(row) for row in range(5)]
 
 
@@ -58,10 +64,15 @@ def test_a_split_column_comes_before_the_parts(tmp_path: Path) -> None:
 def test_several_captions_and_missing_labels(tmp_path: Path) -> None:
     label = datasets.ClassLabel(names=["cat"])
     columns = {"image": structs()[:2], "captions": [["one", "two"], []], "label": [0, -1]}
-    part = made(columns, image=datasets.Image(), captions=datasets.List(datasets.Value("string")), label=label)
+    part = made(
+        columns,
+        image=datasets.Image(),
+        captions=datasets.List(datasets.Value("string")),
+        label=label,
+    )
     assert list(open_pairs(saved(tmp_path, alone=part))) == [
-        Pair("a.png", ("one", "two"), ("", ""), label="cat"),
-        Pair("b.png", (), ()),
+        Pair(key="a.png", captions=("one", "two"), languages=("", ""), label="cat"),
+        Pair(key="b.png", captions=(), languages=()),
     ]
 
 
@@ -71,7 +82,12 @@ def test_images_that_are_files_are_read_below_the_data_set_only(tmp_path: Path) 
     rows = [{"bytes": None, "path": path} for path in ("files/in.png", str(tmp_path / "out.png"))]
     table = made({"image": rows}, image=datasets.Image(decode=False))
     places = {"a": Place(0, 0), "b": Place(0, 1)}
-    media = HubMedia((table.with_format("arrow"),), places, FolderMedia(tmp_path / "saved"), "")
+    media = HubMedia(
+        parts=(table.with_format("arrow"),),
+        places=places,
+        files=FolderMedia(root=tmp_path / "saved"),
+        place="",
+    )
     assert media.read("a") == image_bytes(0)
     with pytest.raises(RowError, match="outside-root"):
         media.read("b")
@@ -100,7 +116,9 @@ def test_a_store_of_a_copied_data_set_knows_its_new_place(tmp_path: Path) -> Non
     ],
 )
 def test_a_name_may_have_a_configuration_and_a_revision(
-    uri: str, asked: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    uri: str,
+    asked: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[tuple[Any, ...]] = []
 
@@ -116,19 +134,32 @@ def test_a_name_may_have_a_configuration_and_a_revision(
 
 @pytest.mark.parametrize(
     "error",
-    [ConnectionError("no\nnet"), ValueError("no config"), RuntimeError("Dataset scripts are no longer supported")],
+    [
+        ConnectionError("no\nnet"),
+        ValueError("no config"),
+        RuntimeError("Dataset scripts are no longer supported"),
+    ],
 )
-def test_what_the_library_says_becomes_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_library_says_becomes_one_line(
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ManifestError, match=r"^hf-datasets:x: cannot be opened \((no|Dataset)") as caught:
+    with pytest.raises(
+        ManifestError,
+        match=r"^hf-datasets:x: cannot be opened \((no|Dataset)",
+    ) as caught:
         open_pairs("hf-datasets:x")
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_without_rows_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ManifestError, match="cannot be opened"):
         open_pairs(saved(tmp_path, alone=images([])))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: images([]))
@@ -136,7 +167,10 @@ def test_a_data_set_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.
         open_pairs("hf-datasets:x")
 
 
-def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_extra_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'apecache\[hf\]'"):
         open_pairs(f"hf-datasets:{tmp_path}")

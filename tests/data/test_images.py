@@ -20,7 +20,8 @@ from apecache.data.media import FolderMedia
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
 
-RED, BLUE = (255, 0, 0), (0, 0, 255)
+RED = (255, 0, 0)
+BLUE = (0, 0, 255)
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -36,17 +37,30 @@ def decoded(data: bytes) -> NDArray[np.uint8]:
 
 
 def noise(seed: int = 0, height: int = 40, width: int = 30) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png_header(width: int, height: int, depth: int = 8, colour: int = 2, data: bytes = b"\0" * 10) -> bytes:
+def png_header(
+    width: int,
+    height: int,
+    depth: int = 8,
+    colour: int = 2,
+    data: bytes = b"\0" * 10,
+) -> bytes:
     """A PNG that declares a size; `data` are its filtered scan lines, by default far too few."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data)) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + png_chunk(b"IDAT", zlib.compress(data))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def big_endian_tiff(samples: NDArray[np.uint16]) -> bytes:
@@ -55,9 +69,19 @@ def big_endian_tiff(samples: NDArray[np.uint16]) -> bytes:
     data = samples.astype(">u2").tobytes()
     short = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 277: 1, 278: height}
     tags = [(tag, struct.pack(">HHIHH", tag, 3, 1, value, 0)) for tag, value in short.items()]
-    tags += [(tag, struct.pack(">HHII", tag, 4, 1, value)) for tag, value in {273: 8, 279: len(data)}.items()]
+    tags += [
+        (tag, struct.pack(">HHII", tag, 4, 1, value))
+        for tag, value in {273: 8, 279: len(data)}.items()
+    ]
     entries = b"".join(entry for _, entry in sorted(tags))
-    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(tags)) + entries + b"\0" * 4
+    return (
+        b"MM\0*"
+        + struct.pack(">I", 8 + len(data))
+        + data
+        + struct.pack(">H", len(tags))
+        + entries
+        + b"\0" * 4
+    )
 
 
 def one_pixel(mode: str, colour: object, form: str = "PNG", **options: Any) -> bytes:
@@ -86,7 +110,10 @@ def palette(alpha: bytes | int) -> bytes:
         (one_pixel("CMYK", (100, 50, 0, 30), "TIFF"), (137, 181, 225)),  # (255 - c)(255 - k) / 255
         (one_pixel("RGBA", (255, 0, 0, 255)), RED),
         (one_pixel("RGBA", (255, 0, 0, 0)), (255, 255, 255)),
-        (one_pixel("RGBA", (255, 0, 100, 51)), (255, 204, 224)),  # 51 / 255 = 0.2 of the colour, 0.8 of white
+        (
+            one_pixel("RGBA", (255, 0, 100, 51)),
+            (255, 204, 224),
+        ),  # 51 / 255 = 0.2 of the colour, 0.8 of white
         (one_pixel("RGBA", (10, 20, 30, 0), "WEBP", lossless=True, exact=True), (255, 255, 255)),
         (one_pixel("LA", (0, 0)), (255, 255, 255)),
         (one_pixel("LA", (100, 51)), (224, 224, 224)),
@@ -97,8 +124,26 @@ def palette(alpha: bytes | int) -> bytes:
         (palette(b"\xff\xff\xff"), [RED, (0, 255, 0), BLUE]),
         (palette(b"\x00\x33"), [(255, 255, 255), (204, 255, 204), BLUE]),
         (palette(2), [RED, (0, 255, 0), (255, 255, 255)]),
-        (png_header(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 0, 128 * 257, 65535)), (0, 128, 255)),
-        (png_header(1, 1, 16, 4, b"\0" + struct.pack(">HH", 100 * 257, 65535)), (100, 100, 100)),
+        (
+            png_header(
+                1,
+                height=1,
+                depth=16,
+                colour=2,
+                data=b"\0" + struct.pack(">HHH", 0, 128 * 257, 65535),
+            ),
+            (0, 128, 255),
+        ),
+        (
+            png_header(
+                1,
+                height=1,
+                depth=16,
+                colour=4,
+                data=b"\0" + struct.pack(">HH", 100 * 257, 65535),
+            ),
+            (100, 100, 100),
+        ),
     ],
 )
 def test_every_colour_mode_ends_as_these_rgb_values(data: bytes, pixels: Any) -> None:
@@ -109,7 +154,11 @@ def test_every_colour_mode_ends_as_these_rgb_values(data: bytes, pixels: Any) ->
 @pytest.mark.parametrize("container", ["PNG", "TIFF", "big-endian TIFF"])
 def test_16_bit_grey_is_divided_by_257(container: str) -> None:
     samples = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    data = encoded(Image.fromarray(samples), container) if " " not in container else big_endian_tiff(samples)
+    data = (
+        encoded(Image.fromarray(samples), container)
+        if " " not in container
+        else big_endian_tiff(samples)
+    )
     image = decoded(data)
     assert (image == (samples // 257)[..., None]).all()
 
@@ -133,7 +182,10 @@ def test_the_exif_orientation_is_applied_once(form: str, orientation: int, turn:
     exif[274] = orientation
     options = {"lossless": True} if form == "WEBP" else {}
     image = noise(height=2, width=3)
-    assert np.array_equal(decoded(encoded(image, form, exif=exif, **options)), turn(np.asarray(image)))
+    assert np.array_equal(
+        decoded(encoded(image, form, exif=exif, **options)),
+        turn(np.asarray(image)),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
@@ -149,7 +201,13 @@ def test_a_cmyk_jpeg_keeps_its_colours() -> None:
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("MPO", {"quality": 100})],
+    [
+        ("GIF", {}),
+        ("WEBP", {"lossless": True}),
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("MPO", {"quality": 100}),
+    ],
 )
 def test_the_first_frame_of_an_animation_is_taken(form: str, options: dict[str, Any]) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
@@ -161,7 +219,9 @@ def test_a_gif_with_a_transparent_colour_lies_on_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
-    assert decoded(encoded(image, "GIF", transparency=0)).tolist() == [[[255, 255, 255], list(BLUE)]]
+    assert decoded(encoded(image, "GIF", transparency=0)).tolist() == [
+        [[255, 255, 255], list(BLUE)]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +237,10 @@ def test_a_gif_with_a_transparent_colour_lies_on_white() -> None:
         ("TIFF", {"compression": "tiff_lzw"}),
     ],
 )
-def test_a_truncated_file_is_refused_and_never_filled_with_grey(form: str, options: dict[str, Any]) -> None:
+def test_a_truncated_file_is_refused_and_never_filled_with_grey(
+    form: str,
+    options: dict[str, Any],
+) -> None:
     data = encoded(noise(), form, **options)
     whole = decoded(data)
     reasons = set()
@@ -204,7 +267,10 @@ def decode_or_refuse(data: bytes) -> NDArray[np.uint8] | RowError:
     form=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]),
     edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6),
 )
-def test_a_damaged_file_gives_pixels_or_a_row_error_and_nothing_else(form: str, edits: list[tuple[float, int]]) -> None:
+def test_a_damaged_file_gives_pixels_or_a_row_error_and_nothing_else(
+    form: str,
+    edits: list[tuple[float, int]],
+) -> None:
     data = bytearray(encoded(noise(height=12, width=9), form))
     for where, byte in edits:
         data[int(where * len(data))] = byte
@@ -249,7 +315,8 @@ def test_odd_metadata_neither_warns_nor_costs_the_image() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with one good image (sub/good.png) beside a folder that images must not come from."""
+    """A folder with one good image (sub/good.png) beside a folder that images must not come
+    from."""
     for folder in ("root/sub", "root2"):
         (tmp_path / folder).mkdir(parents=True)
         noise().save(tmp_path / folder / "good.png")
@@ -258,31 +325,32 @@ def root(tmp_path: Path) -> Path:
 
 def reason(key: str, root: Path) -> str:
     with pytest.raises(RowError) as caught:
-        load_image(key, FolderMedia(root))
+        load_image(key, FolderMedia(root=root))
     assert key in caught.value.detail or repr(key) in caught.value.detail
     return caught.value.reason
 
 
 def test_an_image_comes_with_the_hash_of_its_file(root: Path) -> None:
-    loaded = load_image("sub/good.png", FolderMedia(root))
+    loaded = load_image("sub/good.png", FolderMedia(root=root))
     assert loaded.digest == content_hash((root / "sub/good.png").read_bytes())
     assert np.array_equal(np.asarray(loaded.image), np.asarray(noise()))
 
 
 @pytest.mark.parametrize(
-    "key", ["./sub/good.png", "sub/../sub/good.png", "sub//good.png", "link.png", "folder/good.png"]
+    "key",
+    ["./sub/good.png", "sub/../sub/good.png", "sub//good.png", "link.png", "folder/good.png"],
 )
 def test_paths_and_links_that_stay_below_the_root_are_read(root: Path, key: str) -> None:
     (root / "link.png").symlink_to("sub/good.png")
     (root / "folder").symlink_to(root / "sub")
-    assert load_image(key, FolderMedia(root)).image.size == (30, 40)
+    assert load_image(key, FolderMedia(root=root)).image.size == (30, 40)
 
 
 def test_the_root_itself_may_be_a_link_and_keys_absolute_paths_below_it(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to(root)
-    assert load_image("sub/good.png", FolderMedia(link)).image.size == (30, 40)
-    assert load_image(str(root / "sub/good.png"), FolderMedia(link)).image.size == (30, 40)
+    assert load_image("sub/good.png", FolderMedia(root=link)).image.size == (30, 40)
+    assert load_image(str(root / "sub/good.png"), FolderMedia(root=link)).image.size == (30, 40)
 
 
 @pytest.mark.parametrize(
@@ -324,11 +392,18 @@ def test_a_path_that_leads_out_of_the_root_is_refused(root: Path, key: str) -> N
         ("huge.png", "too-large"),
     ],
 )
-def test_a_file_that_cannot_be_an_image_is_refused_with_its_reason(root: Path, key: str, expected: str) -> None:
+def test_a_file_that_cannot_be_an_image_is_refused_with_its_reason(
+    root: Path,
+    key: str,
+    expected: str,
+) -> None:
     os.mkfifo(root / "fifo.png")
     (root / "loop").symlink_to("loop")
     (root / "huge.png").write_bytes(png_header(10_000, 10_000))
-    contents = {"empty.png": b"", "page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>"}
+    contents = {
+        "empty.png": b"",
+        "page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    }
     contents |= {"picture.ppm.png": encoded(noise(), "PPM"), "icon.png": encoded(noise(), "ICO")}
     for form in ("JPEG", "PNG"):
         whole = encoded(noise(), form)

@@ -1,14 +1,33 @@
-"""Where bytes come from: what is read, what is refused, and that every medium can be pickled and shared by threads."""
+"""Where bytes come from: what is read, what is refused, and that every medium can be pickled and
+shared by threads."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from inputs import NAMES, image_bytes, samples, struct_type, structs, write_images, write_parquet, write_tar
+from inputs import (
+    NAMES,
+    image_bytes,
+    samples,
+    struct_type,
+    structs,
+    write_images,
+    write_parquet,
+    write_tar,
+)
 
 from apecache.data import media as media_module
-from apecache.data.media import FolderMedia, Media, Member, NoMedia, ObjectMedia, TarMedia, media_at, media_below
+from apecache.data.media import (
+    FolderMedia,
+    Media,
+    Member,
+    NoMedia,
+    ObjectMedia,
+    TarMedia,
+    media_at,
+    media_below,
+)
 from apecache.data.sources import open_pairs
 from apecache.errors import RowError
 from apecache.storage.bucket import open_bucket
@@ -17,17 +36,24 @@ from apecache.storage.bucket import open_bucket
 def of_kind(kind: str, folder: Path) -> Media:
     match kind:
         case "folder":
-            return FolderMedia(write_images(folder))
+            return FolderMedia(root=write_images(folder))
         case "tar":
             source = open_pairs(write_tar(folder / "x.tar", samples()))
         case "parquet":
             pytest.importorskip("pyarrow")
-            table = write_parquet(folder / "x.parquet", {"image": structs()}, 2, image=struct_type())
+            table = write_parquet(
+                folder / "x.parquet",
+                {"image": structs()},
+                2,
+                image=struct_type(),
+            )
             source = open_pairs(table)
         case _:
             datasets = pytest.importorskip("datasets")
             features = datasets.Features({"image": datasets.Image()})
-            datasets.Dataset.from_dict({"image": structs()}, features=features).save_to_disk(folder / "saved")
+            datasets.Dataset.from_dict({"image": structs()}, features=features).save_to_disk(
+                folder / "saved"
+            )
             source = open_pairs(f"hf-datasets:{folder / 'saved'}")
     return source.media
 
@@ -36,7 +62,10 @@ KINDS = ("folder", "tar", "parquet", "hub")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_in_another_process_reads_the_same_in_any_order_and_from_many_threads(kind: str, tmp_path: Path) -> None:
+def test_a_copy_in_another_process_reads_the_same_in_any_order_and_from_many_threads(
+    kind: str,
+    tmp_path: Path,
+) -> None:
     here = of_kind(kind, tmp_path)
     there = pickle.loads(pickle.dumps(here))  # noqa: S301  (ours, as worker processes get it)
     names = [name.removesuffix(".png") if kind == "tar" else name for name in NAMES]
@@ -62,7 +91,9 @@ def test_no_media_has_no_images() -> None:
         NoMedia().read("a")
 
 
-def test_a_tar_that_was_cut_or_taken_away_after_it_was_opened_gives_bad_rows(tmp_path: Path) -> None:
+def test_a_tar_that_was_cut_or_taken_away_after_it_was_opened_gives_bad_rows(
+    tmp_path: Path,
+) -> None:
     tar = write_tar(tmp_path / "x.tar", samples())
     media = open_pairs(tar).media
     last = max(media.members.values(), key=lambda member: member.offset)  # type: ignore[attr-defined]
@@ -77,17 +108,20 @@ def test_a_tar_that_was_cut_or_taken_away_after_it_was_opened_gives_bad_rows(tmp
 
 @pytest.mark.parametrize(("size", "reason"), [(0, "empty"), (11, "too-large")])
 def test_the_declared_size_is_checked_before_anything_is_read(
-    size: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(media_module, "MAX_IMAGE_BYTES", 10)
     (tmp_path / "a.png").write_bytes(bytes(size))
     with pytest.raises(RowError, match=f"^{reason}: a.png has {size} bytes"):
-        FolderMedia(tmp_path).read("a.png")
+        FolderMedia(root=tmp_path).read("a.png")
     with pytest.raises(RowError, match=f"^{reason}: a has {size} bytes"):
-        TarMedia((tmp_path / "none.tar",), {"a": Member(0, 0, size)}).read("a")
+        TarMedia(tars=(tmp_path / "none.tar",), members={"a": Member(0, 0, size)}).read("a")
 
 
-# --- objects ----------------------------------------------------------------------------------------------------------
+# --- objects --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -102,8 +136,11 @@ def stored(bucket: str, tmp_path: Path) -> ObjectMedia:
     return ObjectMedia(f"{bucket}/deep/below/")
 
 
-def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: ObjectMedia, tmp_path: Path) -> None:
-    files = FolderMedia(tmp_path)
+def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(
+    stored: ObjectMedia,
+    tmp_path: Path,
+) -> None:
+    files = FolderMedia(root=tmp_path)
     wanted = [files.read(name) for name in NAMES]
     there = pickle.loads(pickle.dumps(stored))  # noqa: S301  (ours)
     with ThreadPoolExecutor(4) as pool:
@@ -115,7 +152,7 @@ def test_objects_are_read_as_files_are_also_by_threads_and_by_a_copy(stored: Obj
 
 def test_sizes_of_objects_are_those_of_files(stored: ObjectMedia, tmp_path: Path) -> None:
     keys = [*NAMES, "none.png", "../secret.png"]
-    assert stored.sizes(keys) == FolderMedia(tmp_path).sizes(keys)
+    assert stored.sizes(keys) == FolderMedia(root=tmp_path).sizes(keys)
     assert stored.sizes(keys)[-2:] == [None, None]
     assert stored.sizes(["empty.png"]) == [0]
 
@@ -135,7 +172,11 @@ def test_sizes_of_objects_are_those_of_files(stored: ObjectMedia, tmp_path: Path
         ("empty.png", "empty"),
     ],
 )
-def test_no_key_leads_out_of_the_root_or_to_nothing(stored: ObjectMedia, key: str, reason: str) -> None:
+def test_no_key_leads_out_of_the_root_or_to_nothing(
+    stored: ObjectMedia,
+    key: str,
+    reason: str,
+) -> None:
     with pytest.raises(RowError) as caught:
         stored.read(key)
     assert caught.value.reason == reason
@@ -143,7 +184,8 @@ def test_no_key_leads_out_of_the_root_or_to_nothing(stored: ObjectMedia, key: st
 
 
 def test_a_large_object_is_refused_before_it_is_read_and_others_are_read_whole(
-    stored: ObjectMedia, monkeypatch: pytest.MonkeyPatch
+    stored: ObjectMedia,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = stored.read(NAMES[0])
     monkeypatch.setattr(media_module, "READ_AT_ONCE", 100)
@@ -154,6 +196,6 @@ def test_a_large_object_is_refused_before_it_is_read_and_others_are_read_whole(
 
 
 def test_a_place_is_a_folder_or_a_url(tmp_path: Path) -> None:
-    assert media_below(tmp_path) == media_at(str(tmp_path)) == FolderMedia(tmp_path)
+    assert media_below(tmp_path) == media_at(str(tmp_path)) == FolderMedia(root=tmp_path)
     assert media_below("s3://bucket/a") == media_at("s3://bucket/a") == ObjectMedia("s3://bucket/a")
     assert media_at("") == media_at(str(tmp_path / "gone")) == NoMedia()

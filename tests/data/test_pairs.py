@@ -11,9 +11,9 @@ from apecache.errors import ManifestError
 from apecache.fingerprint import content_hash
 
 PAIRS = (
-    Pair("a.jpg", ("one", "two"), ("en", "de"), "train", "dog"),
-    Pair("b.jpg", (), (), "train", "cat"),
-    Pair("c.jpg", ("three",), ("en",), "val", "dog"),
+    Pair(key="a.jpg", captions=("one", "two"), languages=("en", "de"), split="train", label="dog"),
+    Pair(key="b.jpg", captions=(), languages=(), split="train", label="cat"),
+    Pair(key="c.jpg", captions=("three",), languages=("en",), split="val", label="dog"),
 )
 
 
@@ -45,7 +45,7 @@ def test_sources_are_hashable_and_equal_by_content() -> None:
         (replace(PAIRS[0], captions=("one",), languages=("en",)), *PAIRS[1:]),
         PAIRS[::-1],
         PAIRS[:2],
-        (*PAIRS, Pair("d.jpg", (), ())),
+        (*PAIRS, Pair(key="d.jpg", captions=(), languages=())),
     ],
 )
 def test_the_digest_changes_with_every_field_and_with_the_order(changed: tuple[Pair, ...]) -> None:
@@ -55,10 +55,12 @@ def test_the_digest_changes_with_every_field_and_with_the_order(changed: tuple[P
 def test_the_digest_is_the_same_wherever_the_table_lies(tmp_path: Path) -> None:
     content = "image\tcaption\tsplit\na.jpg\tone\ttrain\nb.jpg\ttwo\tval\n"
     (tmp_path / "one").mkdir()
-    here, there = tmp_path / "one" / "pairs.tsv", tmp_path / "other.csv"
+    here = tmp_path / "one" / "pairs.tsv"
+    there = tmp_path / "other.csv"
     here.write_text(content)
     there.write_text(content.replace("\t", ","))
-    first, second = open_pairs(here), open_pairs(there)
+    first = open_pairs(here)
+    second = open_pairs(there)
     assert first.origin != second.origin
     parts = ["a.jpg", "train", "", "1", "one", "", "b.jpg", "val", "", "1", "two", ""]
     prefixed = b"".join(len(part).to_bytes(8, "little") + part.encode() for part in parts)
@@ -68,9 +70,19 @@ def test_the_digest_is_the_same_wherever_the_table_lies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("what", "other"),
-    [("split", Row(9, "a", (), "val", "", "x")), ("label", Row(9, "a", (), "train", "", "y"))],
+    [
+        ("split", Row(line=9, image="a", captions=(), split="val", language="", label="x")),
+        ("label", Row(line=9, image="a", captions=(), split="train", language="", label="y")),
+    ],
 )
 def test_one_image_has_one_split_and_one_label(what: str, other: Row) -> None:
-    rows = [Row(2, "a", (), "train", "", "x"), Row(3, "b", (), "val", "", "y"), other]
-    with pytest.raises(ManifestError, match=rf"^where, line 9: image 'a' has {what} .* on line 2; give one {what}"):
+    rows = [
+        Row(line=2, image="a", captions=(), split="train", language="", label="x"),
+        Row(line=3, image="b", captions=(), split="val", language="", label="y"),
+        other,
+    ]
+    with pytest.raises(
+        ManifestError,
+        match=rf"^where, line 9: image 'a' has {what} .* on line 2; give one {what}",
+    ):
         join_rows(rows, "where")

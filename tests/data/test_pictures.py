@@ -1,4 +1,5 @@
-"""One picture is one vector, in whatever form it is given: every way in times every kind of picture."""
+"""One picture is one vector, in whatever form it is given: every way in times every kind of
+picture."""
 
 import io
 import os
@@ -99,7 +100,11 @@ def model(tiny_run: Path) -> ImageTextModel:
 
 
 @pytest.fixture(scope="module")
-def index(tiny_run: Path, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
+def index(
+    tiny_run: Path,
+    tiny_store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SearchIndex:
     out = tmp_path_factory.mktemp("indexes") / "index"
     build_index(tiny_run, FeatureStore.open(tiny_store), out)
     return SearchIndex.open(out, device="cpu")
@@ -119,22 +124,37 @@ def test_a_picture_has_the_pixels_that_it_stands_for(name: str, files: dict[str,
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_picture_is_one_vector_by_every_way_in(way: str, model: ImageTextModel, files: dict[str, Path]) -> None:
-    """Both lists are one batch with each picture at the same row, so the difference is exactly 0 on any machine."""
+def test_one_picture_is_one_vector_by_every_way_in(
+    way: str,
+    model: ImageTextModel,
+    files: dict[str, Path],
+) -> None:
+    """Both lists are one batch with each picture at the same row, so the difference is exactly 0 on
+    any machine."""
     expected = model.encode_image([files[name] for name in KINDS])
     pictures = {name: given(way, name, files) for name in KINDS}
-    found = model.encode_image([files[name] if picture is None else picture for name, picture in pictures.items()])
+    found = model.encode_image(
+        [files[name] if picture is None else picture for name, picture in pictures.items()]
+    )
     for picture in pictures.values():
         if isinstance(picture, Image.Image | io.IOBase):
             picture.close()
     differences = np.abs(found - expected).max(axis=1)
-    row = {name: float(d) for name, d, p in zip(KINDS, differences, pictures.values(), strict=True) if p is not None}
+    row = {
+        name: float(d)
+        for name, d, p in zip(KINDS, differences, pictures.values(), strict=True)
+        if p is not None
+    }
     assert row == dict.fromkeys(row, 0.0)
     assert len(row) >= len(KINDS) - 5
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_query_takes_a_picture_by_every_way_in(way: str, index: SearchIndex, files: dict[str, Path]) -> None:
+def test_a_query_takes_a_picture_by_every_way_in(
+    way: str,
+    index: SearchIndex,
+    files: dict[str, Path],
+) -> None:
     for name in ("JPEG, EXIF 6", "RGBA", "CMYK", "16-bit"):
         picture = given(way, name, files)
         if picture is not None:
@@ -146,7 +166,8 @@ def test_a_query_takes_a_picture_by_every_way_in(way: str, index: SearchIndex, f
 
 
 def test_the_kinds_are_told_apart(model: ImageTextModel, files: dict[str, Path]) -> None:
-    """Without this a vector that ignores the picture would pass. Cosine 0.9999 is far above what turns leave."""
+    """Without this a vector that ignores the picture would pass. Cosine 0.9999 is far above what
+    turns leave."""
     names = [f"JPEG, EXIF {number}" for number in range(1, 9)]
     vectors = model.encode_image([files[name] for name in names])
     cosines = vectors @ vectors.T
@@ -162,7 +183,10 @@ def test_the_frame_that_is_open_is_taken(model: ImageTextModel, files: dict[str,
     assert (found @ first) < 0.9999
 
 
-@pytest.mark.parametrize("mode", ["1", "La", "RGBa", "PA", "YCbCr", "HSV", "LAB", "I", "F", "RGBX", "I;16B"])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "La", "RGBa", "PA", "YCbCr", "HSV", "LAB", "I", "F", "RGBX", "I;16B"],
+)
 def test_every_mode_of_pillow_is_taken(mode: str, model: ImageTextModel) -> None:
     assert model.encode_image([Image.new(mode, (40, 30))]).shape == (1, model.dim)
 
@@ -174,7 +198,10 @@ def test_the_picture_that_was_given_is_not_changed(model: ImageTextModel) -> Non
     assert (image.tobytes(), image.getexif()[274], image.mode) == (before, 6, "RGB")
 
 
-def test_a_file_object_stays_open_and_can_be_given_again(model: ImageTextModel, files: dict[str, Path]) -> None:
+def test_a_file_object_stays_open_and_can_be_given_again(
+    model: ImageTextModel,
+    files: dict[str, Path],
+) -> None:
     with files["RGBA"].open("rb") as file:
         first, second = model.encode_image([file, file])
         assert not file.closed
@@ -193,7 +220,10 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_another_array_is_refused_with_its_shape_and_dtype(name: str, model: ImageTextModel) -> None:
+def test_another_array_is_refused_with_its_shape_and_dtype(
+    name: str,
+    model: ImageTextModel,
+) -> None:
     array = ARRAYS[name]
     with pytest.raises(OptionError) as caught:
         model.encode_image([array])
@@ -202,9 +232,16 @@ def test_another_array_is_refused_with_its_shape_and_dtype(name: str, model: Ima
 
 
 @pytest.mark.parametrize("wrong", [None, 3, 3.5, object(), [1, 2], {"a": 1}, io.StringIO("text")])
-def test_what_is_no_picture_is_refused_before_any_is_opened(wrong: Any, model: ImageTextModel, index: Any) -> None:
+def test_what_is_no_picture_is_refused_before_any_is_opened(
+    wrong: Any,
+    model: ImageTextModel,
+    index: Any,
+) -> None:
     missing = "nowhere.jpg"
-    with pytest.raises(OptionError, match=r"images\[1\]: expected a path, bytes, a binary file object, a PIL image"):
+    with pytest.raises(
+        OptionError,
+        match=r"images\[1\]: expected a path, bytes, a binary file object, a PIL image",
+    ):
         model.encode_image([missing, wrong])
     with pytest.raises(OptionError, match=r"images\[1\]: expected a path"):
         index.find(Query(images=(missing, wrong)))
@@ -212,10 +249,23 @@ def test_what_is_no_picture_is_refused_before_any_is_opened(wrong: Any, model: I
 
 @pytest.mark.parametrize(
     "single",
-    ["photo.jpg", Path("photo.jpg"), b"data", io.BytesIO(b"data"), Image.new("RGB", (2, 2)), np.zeros((2, 2, 3), "u1")],
+    [
+        "photo.jpg",
+        Path("photo.jpg"),
+        b"data",
+        io.BytesIO(b"data"),
+        Image.new("RGB", (2, 2)),
+        np.zeros((2, 2, 3), "u1"),
+    ],
 )
-def test_a_single_picture_is_refused_with_the_advice_to_use_brackets(single: Any, model: ImageTextModel) -> None:
-    with pytest.raises(OptionError, match=r"images: a list is expected, found a single .*; put it in brackets"):
+def test_a_single_picture_is_refused_with_the_advice_to_use_brackets(
+    single: Any,
+    model: ImageTextModel,
+) -> None:
+    with pytest.raises(
+        OptionError,
+        match=r"images: a list is expected, found a single .*; put it in brackets",
+    ):
         model.encode_image(single)
 
 
@@ -225,7 +275,10 @@ def test_what_is_no_list_is_refused(wrong: Any, model: ImageTextModel) -> None:
         model.encode_image(wrong)
 
 
-def test_pictures_may_come_from_a_generator_or_a_stack(model: ImageTextModel, files: dict[str, Path]) -> None:
+def test_pictures_may_come_from_a_generator_or_a_stack(
+    model: ImageTextModel,
+    files: dict[str, Path],
+) -> None:
     names = ["L", "P", "RGBA"]
     expected = model.encode_image([files[name] for name in names])
     assert np.array_equal(model.encode_image(files[name] for name in names), expected)
@@ -257,7 +310,10 @@ def cut() -> Image.Image:
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named(
-    make: Callable[[], Any], reason: str, model: ImageTextModel, index: SearchIndex
+    make: Callable[[], Any],
+    reason: str,
+    model: ImageTextModel,
+    index: SearchIndex,
 ) -> None:
     with pytest.raises(DataError, match=f"^image cannot be read: {reason}"):
         model.encode_image([make()])
@@ -265,7 +321,10 @@ def test_a_picture_that_cannot_be_read_is_named(
         index.embed(Query(images=(make(),)))
 
 
-def test_the_limit_of_pixels_holds_for_every_way_in(model: ImageTextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_pixels_holds_for_every_way_in(
+    model: ImageTextModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("apecache.data.images.MAX_PIXELS", 1199)
     for picture in (KINDS["L"].data, loaded(KINDS["L"]), KINDS["L"].pixels):
         with pytest.raises(DataError, match="30 x 40 pixels; the limit is 1,199"):
@@ -274,9 +333,13 @@ def test_the_limit_of_pixels_holds_for_every_way_in(model: ImageTextModel, monke
 
 @pytest.mark.parametrize("way", ["str", "bytes", "file", "PIL, lazy", "array"])
 def test_a_function_that_opens_images_may_return_any_form(
-    way: str, model: ImageTextModel, files: dict[str, Path], tiny_store: Path
+    way: str,
+    model: ImageTextModel,
+    files: dict[str, Path],
+    tiny_store: Path,
 ) -> None:
-    """For a tower that trained, `embed_rows` calls the user's `open_image`; the encoder stands for such a tower."""
+    """For a tower that trained, `embed_rows` calls the user's `open_image`; the encoder stands for
+    such a tower."""
 
     class Live:
         def embed(self, inputs: Any, batch: int = 64) -> Any:
@@ -288,7 +351,13 @@ def test_a_function_that_opens_images_may_return_any_form(
     store = FeatureStore.open(tiny_store)
     for name in ("JPEG, EXIF 6", "RGBA"):
         picture = given(way, name, files)
-        found = embed_rows(side, store, "image", rows, lambda _, picture=picture: picture)
+        found = embed_rows(
+            side,
+            store=store,
+            modality="image",
+            rows=rows,
+            open_image=lambda _, picture=picture: picture,
+        )
         if isinstance(picture, Image.Image | io.IOBase):
             picture.close()
         assert np.array_equal(found.numpy(), model.encode_image([files[name]]))

@@ -1,4 +1,5 @@
-"""Worker processes and their parent: neither outlives the other, and what they share ends with them."""
+"""Worker processes and their parent: neither outlives the other, and what they share ends with
+them."""
 
 import os
 import signal
@@ -43,7 +44,11 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("moment", "after"),
-    [("time.sleep(1000)", "pass"), ("time.sleep(0)", "pass"), ("time.sleep(0)", "time.sleep(1000)")],
+    [
+        ("time.sleep(1000)", "pass"),
+        ("time.sleep(0)", "pass"),
+        ("time.sleep(0)", "time.sleep(1000)"),
+    ],
     ids=["a worker hangs", "all are busy", "workers wait"],
 )
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -51,7 +56,8 @@ def test_workers_end_with_their_parent(by: signal.Signals, moment: str, after: s
     code = PARENT.format(moment=moment, after=after)
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
+        # a job in the background inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert parent.stdout is not None
@@ -78,7 +84,14 @@ def test_an_interrupt_of_the_terminal_reaches_the_parent_only() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return [torch.full((2,), float(position))], "", None
 
-    with open_processes(work, 20, [(2,)], 2, 4, 5.0) as results:
+    with open_processes(
+        work,
+        count=20,
+        shapes=[(2,)],
+        workers=2,
+        ahead=4,
+        hang_seconds=5.0,
+    ) as results:
         assert [int(values[0][0]) for values, _, error in results if values] == list(range(20))
 
 
@@ -88,7 +101,14 @@ def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() ->
         return [torch.full((2,), float(position))], str(os.getpid()), None
 
     lost = 0
-    with open_processes(work, 400, [(2,)], 3, 8, 5.0) as results:
+    with open_processes(
+        work,
+        count=400,
+        shapes=[(2,)],
+        workers=3,
+        ahead=8,
+        hang_seconds=5.0,
+    ) as results:
         for position, (values, _, error) in enumerate(results):
             if values is None:
                 assert error is not None
@@ -104,15 +124,32 @@ def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() ->
 def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_settle", lambda parent: os._exit(3))
     with (
-        pytest.raises(ApecacheError, match="ended with exit status 3 before they begin; use --workers 0"),
-        open_processes(lambda position: ([], "", None), 3, [], 2, 4, 5.0) as results,
+        pytest.raises(
+            ApecacheError,
+            match="ended with exit status 3 before they begin; use --workers 0",
+        ),
+        open_processes(
+            lambda position: ([], "", None),
+            count=3,
+            shapes=[],
+            workers=2,
+            ahead=4,
+            hang_seconds=5.0,
+        ) as results,
     ):
         next(results)
     assert children_of(os.getpid()) == []
 
 
 def test_no_more_workers_are_forked_than_there_is_work() -> None:
-    with open_processes(lambda position: ([torch.zeros(1)], "", None), 2, [(1,)], 50, 4, 5.0) as results:
+    with open_processes(
+        lambda position: ([torch.zeros(1)], "", None),
+        count=2,
+        shapes=[(1,)],
+        workers=50,
+        ahead=4,
+        hang_seconds=5.0,
+    ) as results:
         next(results)
         assert len(children_of(os.getpid())) == 2
 
@@ -121,7 +158,14 @@ def test_a_worker_computes_with_one_thread() -> None:
     def work(position: int) -> Result:
         return [torch.tensor([float(torch.get_num_threads())])], "", None
 
-    with open_processes(work, 1, [(1,)], 1, 1, 5.0) as results:
+    with open_processes(
+        work,
+        count=1,
+        shapes=[(1,)],
+        workers=1,
+        ahead=1,
+        hang_seconds=5.0,
+    ) as results:
         values, _, _ = next(results)
         assert values is not None
         assert values[0].item() == 1
@@ -134,7 +178,14 @@ def test_memory_does_not_grow_with_the_work(monkeypatch: pytest.MonkeyPatch) -> 
     def work(position: int) -> Result:
         return [torch.zeros(250_000)], "", None
 
-    with open_processes(work, 600, [(250_000,)], 2, 8, 5.0) as results:
+    with open_processes(
+        work,
+        count=600,
+        shapes=[(250_000,)],
+        workers=2,
+        ahead=8,
+        hang_seconds=5.0,
+    ) as results:
         for _ in range(50):
             next(results)
         before = resident()

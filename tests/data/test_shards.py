@@ -35,26 +35,45 @@ def opened(folder: Path, members: dict[str, bytes], spec: OpenSpec | None = None
     ],
 )
 def test_where_the_caption_comes_from(
-    members: dict[str, bytes], spec: OpenSpec | None, captions: tuple[str, ...], tmp_path: Path
+    members: dict[str, bytes],
+    spec: OpenSpec | None,
+    captions: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
-    assert list(opened(tmp_path, members, spec)) == [Pair("a", captions, ("",) * len(captions))]
+    assert list(opened(tmp_path, members, spec)) == [
+        Pair(key="a", captions=captions, languages=("",) * len(captions))
+    ]
 
 
 def test_label_split_and_language_are_read(tmp_path: Path) -> None:
     fields = {"caption": ["ein Hund", "Hund"], "lang": "de", "split": "val", "label": "dog"}
     assert list(opened(tmp_path, {"a.json": json.dumps(fields).encode()})) == [
-        Pair("a", ("ein Hund", "Hund"), ("de", "de"), "val", "dog")
+        Pair(
+            key="a",
+            captions=("ein Hund", "Hund"),
+            languages=("de", "de"),
+            split="val",
+            label="dog",
+        )
     ]
     assert [pair.label for pair in opened(tmp_path, {"a.cls": b"3\n"})] == ["3"]
 
 
 def test_a_caption_field_that_is_missing_is_refused_with_its_near_name(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"a: its JSON has no field 'atl'; fields found: alt; did you mean alt\?"):
+    with pytest.raises(
+        ManifestError,
+        match=r"a: its JSON has no field 'atl'; fields found: alt; did you mean alt\?",
+    ):
         opened(tmp_path, {"a.json": b'{"alt": "x"}'}, OpenSpec(caption_column="atl"))
 
 
 def test_keys_are_names_up_to_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
-    members = {"./b.c/d.seg.png": b"x", "b.c/d.png": b"y", "b.c/d.txt": b"z", "up/../../e.png": b"w"}
+    members = {
+        "./b.c/d.seg.png": b"x",
+        "b.c/d.png": b"y",
+        "b.c/d.txt": b"z",
+        "up/../../e.png": b"w",
+    }
     source = opened(tmp_path, members)
     assert source.keys == ["a", "b.c/d", "up/../../e"]
     assert source.media.read("b.c/d") == b"y"
@@ -70,7 +89,8 @@ def test_other_members_are_passed_over(tmp_path: Path) -> None:
             ("hard.jpg", tarfile.LNKTYPE),
         ):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/hostname"
+            info.type = kind
+            info.linkname = "/etc/hostname"
             archive.addfile(info)
         for name in ("ä" * 120 + ".jpg", "__MACOSX/._a.jpg", ".hidden.jpg", "a.npy", "a.parquet"):
             path = tmp_path / "file"
@@ -106,13 +126,25 @@ def test_img2datasets_other_files_are_passed_over(tmp_path: Path) -> None:
 
 
 @given(first=st.integers(0, 30), count=st.integers(1, 5), width=st.integers(1, 6))
-def test_ranges_count_from_the_first_to_the_last_with_the_firsts_width(first: int, count: int, width: int) -> None:
-    begin, last = f"{first:0{width}d}", first + count - 1
+def test_ranges_count_from_the_first_to_the_last_with_the_firsts_width(
+    first: int,
+    count: int,
+    width: int,
+) -> None:
+    begin = f"{first:0{width}d}"
+    last = first + count - 1
     paths = brace_paths(f"/data/x-{{{begin}..{last}}}.tar")
     assert paths == [Path(f"/data/x-{number:0{width}d}.tar") for number in range(first, last + 1)]
 
 
 def test_two_ranges_make_all_pairs_and_plain_names_none() -> None:
     paths = brace_paths("{0..1}/{08..10}.tar") or []
-    assert [str(path) for path in paths] == ["0/08.tar", "0/09.tar", "0/10.tar", "1/08.tar", "1/09.tar", "1/10.tar"]
+    assert [str(path) for path in paths] == [
+        "0/08.tar",
+        "0/09.tar",
+        "0/10.tar",
+        "1/08.tar",
+        "1/09.tar",
+        "1/10.tar",
+    ]
     assert brace_paths("a{b}.tar") is None

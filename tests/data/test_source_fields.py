@@ -19,7 +19,15 @@ def fields(path: str | Path, **options: object) -> SourceFields:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_table_names_its_columns_and_the_unused_ones(suffix: str, tmp_path: Path) -> None:
-    row = {"id": "7", "filepath": "a.png", "title": "a dog", "split": "train", "url": "u", "label": "x", "lang": "en"}
+    row = {
+        "id": "7",
+        "filepath": "a.png",
+        "title": "a dog",
+        "split": "train",
+        "url": "u",
+        "label": "x",
+        "lang": "en",
+    }
     path = tmp_path / f"pairs.{suffix}"
     match suffix:
         case "csv":
@@ -27,11 +35,13 @@ def test_a_table_names_its_columns_and_the_unused_ones(suffix: str, tmp_path: Pa
         case "jsonl":
             path.write_text(json.dumps(row) + "\n")
         case _:
-            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            arrow = pytest.importorskip("pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet")
             parquet.write_table(arrow.table({name: [value] for name, value in row.items()}), path)
     taken = fields(path)
     assert str(taken) == (
-        "columns: image=filepath, caption=title, split=split, label=label, language=lang; not used: id, url"
+        "columns: image=filepath, caption=title, split=split, label=label, language=lang; not "
+        "used: id, url"
     )
     assert fields(path, image_column="url").unused == ("id", "filepath")
 
@@ -59,28 +69,45 @@ def test_a_folder_with_metadata_takes_splits_from_its_folders(tmp_path: Path) ->
 
 def test_tars_name_endings_and_fields_of_their_json(tmp_path: Path) -> None:
     described = {"caption": "x", "url": "u", "split": "train"}
-    members = {"0.jpg": b"x", "0.txt": b"a dog", "0.cls": b"dog", "0.json": json.dumps(described).encode()}
+    members = {
+        "0.jpg": b"x",
+        "0.txt": b"a dog",
+        "0.cls": b"dog",
+        "0.json": json.dumps(described).encode(),
+    }
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     expected = SourceFields(
-        image="jpg", caption="txt", split="json.split", label="cls", unused=("json.caption", "json.url")
+        image="jpg",
+        caption="txt",
+        split="json.split",
+        label="cls",
+        unused=("json.caption", "json.url"),
     )
     assert fields(tmp_path / "a.tar") == expected
     assert fields(tmp_path / "a.tar", caption_column="caption").caption == "json.caption"
 
 
 def test_annotations_and_plain_captions(tmp_path: Path) -> None:
-    karpathy = {"images": [{"filename": "a", "split": "val", "cocoid": 1, "sentences": [{"raw": "a dog"}]}]}
+    karpathy = {
+        "images": [{"filename": "a", "split": "val", "cocoid": 1, "sentences": [{"raw": "a dog"}]}]
+    }
     (tmp_path / "k.json").write_text(json.dumps(karpathy))
     assert str(fields(tmp_path / "k.json")) == (
         "columns: image=filename, caption=sentences.raw, split=split; not used: cocoid"
     )
-    coco = {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    coco = {
+        "images": [{"id": 1, "file_name": "a"}],
+        "annotations": [{"image_id": 1, "caption": "a dog"}],
+    }
     (tmp_path / "c.json").write_text(json.dumps(coco))
-    assert fields(tmp_path / "c.json") == SourceFields(image="file_name", caption="annotations.caption")
+    assert fields(tmp_path / "c.json") == SourceFields(
+        image="file_name",
+        caption="annotations.caption",
+    )
     (tmp_path / "t.txt").write_text("a dog\n")
     assert fields(tmp_path / "t.txt") == SourceFields(caption="line")
 
@@ -90,5 +117,10 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     rows = {"picture": [draw_shape("red", "circle")], "text": ["a dog"], "license": ["x"]}
     data = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
     datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "saved"))
-    expected = SourceFields(image="picture", caption="text", split="the data set's own splits", unused=("license",))
+    expected = SourceFields(
+        image="picture",
+        caption="text",
+        split="the data set's own splits",
+        unused=("license",),
+    )
     assert fields(f"hf-datasets:{tmp_path / 'saved'}") == expected

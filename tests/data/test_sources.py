@@ -1,5 +1,5 @@
-"""`open_pairs`: every kind of source gives its pairs, every kind of bad input one clear line, and all give the same
-features."""
+"""`open_pairs`: every kind of source gives its pairs, every kind of bad input one clear line, and
+all give the same features."""
 
 import contextlib
 import json
@@ -37,13 +37,19 @@ from apecache.store.reader import FeatureStore
 KEYS = tuple(name.removesuffix(".png") for name in NAMES)
 
 
-def save_dataset(folder: Path, columns: dict[str, Any], label_names: list[str] | None = None) -> str:
+def save_dataset(
+    folder: Path,
+    columns: dict[str, Any],
+    label_names: list[str] | None = None,
+) -> str:
     datasets = pytest.importorskip("datasets")
     features = {name: datasets.Value("string") for name in columns}
     features["image"] = datasets.Image()
     if label_names:
         features["label"] = datasets.ClassLabel(names=label_names)
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder / "saved")
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(
+        folder / "saved"
+    )
     return f"hf-datasets:{folder / 'saved'}"
 
 
@@ -55,15 +61,22 @@ def tables(folder: Path, name: str, header: tuple[str, str] = ("image", "caption
 def jsonl(folder: Path, name: str) -> str:
     write_images(folder)
     rows = zip(NAMES, CAPTIONS, strict=True)
-    (folder / name).write_text("".join(json.dumps({"file_name": n, "text": [c]}) + "\n" for n, c in rows))
+    (folder / name).write_text(
+        "".join(json.dumps({"file_name": n, "text": [c]}) + "\n" for n, c in rows)
+    )
     return str(folder / name)
 
 
 def coco(folder: Path) -> str:
     write_images(folder)
     images = [{"id": 10 + row, "file_name": name} for row, name in enumerate(NAMES)]
-    annotations = [{"id": row, "image_id": 10 + row, "caption": caption} for row, caption in enumerate(CAPTIONS)]
-    (folder / "captions_val.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    annotations = [
+        {"id": row, "image_id": 10 + row, "caption": caption}
+        for row, caption in enumerate(CAPTIONS)
+    ]
+    (folder / "captions_val.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     return str(folder / "captions_val.json")
 
 
@@ -73,7 +86,9 @@ def karpathy(folder: Path) -> str:
         {"filename": name, "split": split, "sentences": [{"raw": caption, "tokens": []}]}
         for name, split, caption in zip(NAMES, SPLITS, CAPTIONS, strict=True)
     ]
-    (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+    (folder / "dataset_flickr8k.json").write_text(
+        json.dumps({"images": images, "dataset": "flickr8k"})
+    )
     return str(folder / "dataset_flickr8k.json")
 
 
@@ -109,21 +124,37 @@ def text_file(folder: Path) -> str:
 def plain(keys: tuple[str, ...] = NAMES, captions: bool = True, **fields: Any) -> list[Pair]:
     texts = [(caption,) for caption in CAPTIONS] if captions else [()] * 5
     return [
-        Pair(key, own, ("",) * len(own), **{name: values[row] for name, values in fields.items()})
+        Pair(
+            key=key,
+            captions=own,
+            languages=("",) * len(own),
+            **{name: values[row] for name, values in fields.items()},
+        )
         for row, (key, own) in enumerate(zip(keys, texts, strict=True))
     ]
 
 
-IN_FOLDERS = tuple(f"{split}/{label}/{name}" for split, label, name in zip(SPLITS, LABELS, NAMES, strict=True))
-BY_FOLDER = sorted(plain(IN_FOLDERS, captions=False, split=SPLITS, label=LABELS), key=lambda pair: pair.key)
+IN_FOLDERS = tuple(
+    f"{split}/{label}/{name}" for split, label, name in zip(SPLITS, LABELS, NAMES, strict=True)
+)
+BY_FOLDER = sorted(
+    plain(IN_FOLDERS, captions=False, split=SPLITS, label=LABELS),
+    key=lambda pair: pair.key,
+)
 NUMBERS = ("1", "2", "3", "4", "5")
 
 KINDS: dict[str, tuple[Callable[[Path], str], list[Pair]]] = {
     "csv": (lambda f: tables(f, "t.csv"), plain()),
     "tsv, guessed": (lambda f: tables(f, "t.tsv", ("filepath", "title")), plain()),
     "jsonl": (lambda f: jsonl(f, "t.jsonl"), plain()),
-    "parquet of paths": (lambda f: parquet(write_images(f), image=NAMES, caption=CAPTIONS), plain()),
-    "parquet of structs": (lambda f: parquet(f, image=structs(), captions=[[c] for c in CAPTIONS]), plain()),
+    "parquet of paths": (
+        lambda f: parquet(write_images(f), image=NAMES, caption=CAPTIONS),
+        plain(),
+    ),
+    "parquet of structs": (
+        lambda f: parquet(f, image=structs(), captions=[[c] for c in CAPTIONS]),
+        plain(),
+    ),
     "parquet without paths": (
         lambda f: parquet(f, image=structs([None] * 5), caption=CAPTIONS, split=SPLITS),
         plain(("0", "1", "2", "3", "4"), split=SPLITS),
@@ -140,7 +171,9 @@ KINDS: dict[str, tuple[Callable[[Path], str], list[Pair]]] = {
     "folder of tars": (lambda f: str(Path(two_tars(f)).parent), plain(KEYS, label=["7"] * 5)),
     "hugging face": (
         lambda f: save_dataset(
-            f, {"image": structs(), "text": CAPTIONS, "label": [int(n == "warm") for n in LABELS]}, ["cold", "warm"]
+            f,
+            {"image": structs(), "text": CAPTIONS, "label": [int(n == "warm") for n in LABELS]},
+            ["cold", "warm"],
         ),
         plain(label=LABELS),
     ),
@@ -162,7 +195,10 @@ def test_every_kind_gives_its_pairs_and_its_images(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_fsync", "load_once")
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("captions alone", "split and class folders")])
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if kind not in ("captions alone", "split and class folders")],
+)
 def test_the_same_images_have_bit_equal_features_wherever_they_come_from(
     kind: str,
     tmp_path: Path,
@@ -171,26 +207,38 @@ def test_the_same_images_have_bit_equal_features_wherever_they_come_from(
     no_fsync: None,
     load_once: None,
 ) -> None:
-    features, content = features_of(KINDS[kind][0](tmp_path), tmp_path / "store", tiny_image_encoder)
+    features, content = features_of(
+        KINDS[kind][0](tmp_path),
+        tmp_path / "store",
+        tiny_image_encoder,
+    )
     assert np.array_equal(features, reference[0])
     assert content == reference[1]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path) -> tuple[Any, list[str]]:
+def reference(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+) -> tuple[Any, list[str]]:
     folder = tmp_path_factory.mktemp("reference")
     return features_of(tables(folder, "t.csv"), folder / "store", tiny_image_encoder)
 
 
 def features_of(uri: str, store: Path, encoder: Path) -> tuple[Any, list[str]]:
-    spec = ExtractSpec(parse_encoder(f"timm:{encoder}", "image"), image_batch=2, shard_rows=3, device="cpu")
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{encoder}", "image"),
+        image_batch=2,
+        shard_rows=3,
+        device="cpu",
+    )
     extract(open_pairs(uri), store, spec)
     (array,) = FeatureStore.open(store).arrays()
     assert array.n_quarantined == 0
     return array.load(), array.content()
 
 
-# --- what cannot be opened -------------------------------------------------------------------------------------------
+# --- what cannot be opened ------------------------------------------------------------------------
 
 
 def write(name: str, content: bytes | str) -> Callable[[Path], str]:
@@ -235,17 +283,29 @@ def as_json(content: Any) -> Callable[[Path], str]:
 
 PHOTO = {"filename": "a.png", "split": "train", "sentences": [{"raw": "x"}]}
 BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
-    "missing": (lambda f: tables(f, "pairs.csv").replace("pairs", "pair"), ["no such file; did you mean pairs.csv?"]),
+    "missing": (
+        lambda f: tables(f, "pairs.csv").replace("pairs", "pair"),
+        ["no such file; did you mean pairs.csv?"],
+    ),
     "missing folder": (lambda f: str(f / "nowhere"), ["nowhere: no such file"]),
-    "missing tar of a range": (lambda f: two_tars(f).replace("9}", "10}"), ["00010.tar: no such file"]),
+    "missing tar of a range": (
+        lambda f: two_tars(f).replace("9}", "10}"),
+        ["00010.tar: no such file"],
+    ),
     "empty": (write("t.csv", b""), ["the file is empty"]),
     "empty JSON": (write("t.json", b""), ["line 1: no JSON"]),
     "empty tar": (write("t.tar", b""), ["damaged or cut", "nothing of it can be read"]),
     "empty text": (write("t.txt", b"\n \n"), ["no captions"]),
     "empty folder": (in_folder("notes.md"), ["no images", "give the table itself"]),
     "header only": (write("t.csv", "image,caption\n"), ["a header but no rows"]),
-    "columns only, Parquet": (lambda f: str(write_parquet(f / "t.parquet", {"image": []}, image=text())), ["no rows"]),
-    "missing column": (write("t.csv", "imag,caption\na,b\n"), ["columns found: imag, caption", "did you mean imag?"]),
+    "columns only, Parquet": (
+        lambda f: str(write_parquet(f / "t.parquet", {"image": []}, image=text())),
+        ["no rows"],
+    ),
+    "missing column": (
+        write("t.csv", "imag,caption\na,b\n"),
+        ["columns found: imag, caption", "did you mean imag?"],
+    ),
     "missing column, Parquet": (
         lambda f: str(write_parquet(f / "t.parquet", {"imag": ["a"]})),
         ["no column 'image'; columns found: imag; did you mean imag?", "--image-column"],
@@ -254,50 +314,107 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
         write("t.csv", "path,filename\na,b\n"),
         ["'path' and 'filename'", "--image-column"],
     ),
-    "ambiguous captions": (write("t.csv", "image,title,text\na,b,c\n"), ["'title' and 'text'", "--caption-column"]),
-    "null key": (write("t.tsv", "image\tcaption\na\tx\n\ty\n"), ["line 3", "the image column is empty"]),
+    "ambiguous captions": (
+        write("t.csv", "image,title,text\na,b,c\n"),
+        ["'title' and 'text'", "--caption-column"],
+    ),
+    "null key": (
+        write("t.tsv", "image\tcaption\na\tx\n\ty\n"),
+        ["line 3", "the image column is empty"],
+    ),
     "null key, Parquet": (
         lambda f: str(write_parquet(f / "t.parquet", {"image": ["a", None]})),
         ["line 2", "the image column is empty"],
     ),
     "duplicate key, Karpathy": (as_json({"images": [PHOTO, PHOTO]}), ["'a.png' is named twice"]),
     "duplicate id, COCO": (
-        as_json({"images": [{"id": 1, "file_name": "a"}] * 2, "annotations": [{"image_id": 1, "caption": "x"}]}),
+        as_json(
+            {
+                "images": [{"id": 1, "file_name": "a"}] * 2,
+                "annotations": [{"image_id": 1, "caption": "x"}],
+            }
+        ),
         ["two images have the same id"],
     ),
     "unknown id, COCO": (
-        as_json({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2, "caption": "x"}]}),
+        as_json(
+            {
+                "images": [{"id": 1, "file_name": "a"}],
+                "annotations": [{"image_id": 2, "caption": "x"}],
+            }
+        ),
         ["annotations[0]: image_id 2 is none of the images"],
     ),
     "duplicate member": (
         lambda f: str(write_tar(f / "x.tar", {"a.png": image_bytes(0), "./a.png": image_bytes(1)})),
         ["a.png is there twice"],
     ),
-    "one image in two splits": (write("t.csv", "image,split\na,train\na,val\n"), ["line 3", "one split per image"]),
-    "not UTF-8": (write("t.csv", b"image,caption\na,\xff\n"), ["line 2, byte 3", "save the file as UTF-8"]),
-    "not UTF-8, JSON": (write("t.json", b'{"images": "\xff"}'), ["line 1, byte 13", "save the file as UTF-8"]),
+    "one image in two splits": (
+        write("t.csv", "image,split\na,train\na,val\n"),
+        ["line 3", "one split per image"],
+    ),
+    "not UTF-8": (
+        write("t.csv", b"image,caption\na,\xff\n"),
+        ["line 2, byte 3", "save the file as UTF-8"],
+    ),
+    "not UTF-8, JSON": (
+        write("t.json", b'{"images": "\xff"}'),
+        ["line 1, byte 13", "save the file as UTF-8"],
+    ),
     "not UTF-8, text": (write("t.txt", b"a\n\xff\n"), ["line 2, byte 1", "save the file as UTF-8"]),
-    "not UTF-8, tar": (lambda f: str(write_tar(f / "x.tar", {"a.png": b"x", "a.txt": b"\xff"})), ["a.txt: not UTF-8"]),
-    "ragged row": (write("t.csv", "image,caption\na,b\nc\n"), ["line 3: 1 columns, the header has 2"]),
-    "truncated Parquet": (cut_parquet, ["no Parquet table that can be read", "write or copy it again"]),
+    "not UTF-8, tar": (
+        lambda f: str(write_tar(f / "x.tar", {"a.png": b"x", "a.txt": b"\xff"})),
+        ["a.txt: not UTF-8"],
+    ),
+    "ragged row": (
+        write("t.csv", "image,caption\na,b\nc\n"),
+        ["line 3: 1 columns, the header has 2"],
+    ),
+    "truncated Parquet": (
+        cut_parquet,
+        ["no Parquet table that can be read", "write or copy it again"],
+    ),
     "truncated tar": (
         cut_tar(lambda size: 5000),
         ["x.tar", "damaged or cut", "5 members can be read, the last"],
     ),
-    "tar cut inside an image": (cut_tar(lambda size: 600), ["it ends inside a.png", "nothing of it can be read"]),
-    "tar cut between members": (cut_tar(lambda size: 1024 + 512), ["damaged or cut", "members can be read"]),
-    "tar without its end": (lambda f: without_end(f), ["its end is missing", "15 members can be read"]),
-    "tar with a damaged header": (lambda f: damaged_header(f), ["no header at byte", "1 members can be read"]),
+    "tar cut inside an image": (
+        cut_tar(lambda size: 600),
+        ["it ends inside a.png", "nothing of it can be read"],
+    ),
+    "tar cut between members": (
+        cut_tar(lambda size: 1024 + 512),
+        ["damaged or cut", "members can be read"],
+    ),
+    "tar without its end": (
+        lambda f: without_end(f),
+        ["its end is missing", "15 members can be read"],
+    ),
+    "tar with a damaged header": (
+        lambda f: damaged_header(f),
+        ["no header at byte", "1 members can be read"],
+    ),
     "compressed tar": (write("x.tar", b"\x1f\x8b" + bytes(600)), ["a compressed tar", "unpack it"]),
-    "tar without images": (lambda f: str(write_tar(f / "x.tar", {"a.txt": b"x"})), ["no images in 1 tars"]),
+    "tar without images": (
+        lambda f: str(write_tar(f / "x.tar", {"a.txt": b"x"})),
+        ["no images in 1 tars"],
+    ),
     "sample with broken JSON": (
         lambda f: str(write_tar(f / "x.tar", {"a.png": b"x", "a.json": b"{"})),
         ["x.tar: a: its .json cannot be read"],
     ),
-    "JSON of neither kind": (as_json({"info": {}, "images": []}), ["with 'info', 'images'", "expected Karpathy's"]),
-    "JSON list": (as_json([{"image": "a"}]), ["a list; expected Karpathy's", "goes into a .jsonl file"]),
+    "JSON of neither kind": (
+        as_json({"info": {}, "images": []}),
+        ["with 'info', 'images'", "expected Karpathy's"],
+    ),
+    "JSON list": (
+        as_json([{"image": "a"}]),
+        ["a list; expected Karpathy's", "goes into a .jsonl file"],
+    ),
     "COCO instances": (
-        as_json({"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}),
+        as_json(
+            {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}
+        ),
         ["of neither kind"],
     ),
     "Karpathy without a split": (
@@ -306,17 +423,29 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     ),
     "deep JSON": (write("t.json", b"[" * 100_000), ["no JSON that can be read"]),
     "class tree without images": (in_folder("cat/a.txt", "dog/b.txt"), ["no images"]),
-    "images at two depths": (in_folder("a.png", "cat/b.png"), ["both in it (a.png) and in folders below"]),
+    "images at two depths": (
+        in_folder("a.png", "cat/b.png"),
+        ["both in it (a.png) and in folders below"],
+    ),
     "images and tars": (in_folder("a.png", "b.tar"), ["both images and tars"]),
-    "a table beside its images": (in_folder("images/a.png", "captions.tsv"), ["captions.tsv) beside them; give"]),
+    "a table beside its images": (
+        in_folder("images/a.png", "captions.tsv"),
+        ["captions.tsv) beside them; give"],
+    ),
     "two metadata tables": (in_folder("metadata.csv", "metadata.jsonl"), ["take one away"]),
-    "metadata at two depths": (in_folder("metadata.csv", "train/metadata.csv"), ["here and in train"]),
+    "metadata at two depths": (
+        in_folder("metadata.csv", "train/metadata.csv"),
+        ["here and in train"],
+    ),
     "saved data set as a folder": (in_folder("state.json"), ["open it as hf-datasets:"]),
     "unknown suffix": (write("t.parqet", b"x"), ["ends in .tsv", "did you mean .parquet"]),
     "standard input": (lambda f: "-", ["standard input cannot be read again"]),
     "URL": (lambda f: "https://example.org/t.csv", ["a URL, and nothing is downloaded"]),
     "URL as key": (write("t.csv", "image\na\ns3://bucket/b.png\n"), ["line 3", "is a URL"]),
-    "no data set": (lambda f: f"hf-datasets:{f / 'nowhere'}", ["cannot be opened", "expected hf-datasets:/folder"]),
+    "no data set": (
+        lambda f: f"hf-datasets:{f / 'nowhere'}",
+        ["cannot be opened", "expected hf-datasets:/folder"],
+    ),
     "no name": (lambda f: "hf-datasets:", ["no name"]),
     "backward range": (lambda f: str(f / "{00009..00001}.tar"), ["0 tars; expected 1 to"]),
     "endless range": (lambda f: str(f / "{0..999999999}.tar"), ["1000000000 tars; expected 1 to"]),
@@ -329,7 +458,11 @@ def text() -> Any:
 
 def without_end(folder: Path) -> str:
     tar = write_tar(folder / "x.tar", samples())
-    tar.write_bytes(tar.read_bytes().rstrip(b"\0").ljust(-(-len(tar.read_bytes().rstrip(b"\0")) // 512) * 512, b"\0"))
+    tar.write_bytes(
+        tar.read_bytes()
+        .rstrip(b"\0")
+        .ljust(-(-len(tar.read_bytes().rstrip(b"\0")) // 512) * 512, b"\0")
+    )
     return str(tar)
 
 
@@ -371,8 +504,15 @@ def test_bad_input_is_one_line_that_says_what_mends_it(case: str, tmp_path: Path
         ("hugging face", {"root": Path()}),
     ],
 )
-def test_an_option_that_a_source_cannot_follow_is_refused(kind: str, option: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"--\S+ says nothing about this kind of source") as caught:
+def test_an_option_that_a_source_cannot_follow_is_refused(
+    kind: str,
+    option: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        OptionError,
+        match=r"--\S+ says nothing about this kind of source",
+    ) as caught:
         open_pairs(KINDS[kind][0](tmp_path), OpenSpec(**option))
     assert caught.value.exit_code == 2
 
@@ -386,7 +526,12 @@ def test_an_option_that_a_source_cannot_follow_is_refused(kind: str, option: dic
         ("tar", None, ""),
     ],
 )
-def test_what_a_source_must_have_is_checked(kind: str, role: Any, there: str, tmp_path: Path) -> None:
+def test_what_a_source_must_have_is_checked(
+    kind: str,
+    role: Any,
+    there: str,
+    tmp_path: Path,
+) -> None:
     uri = KINDS[kind][0](tmp_path)
     if role is None:
         assert open_pairs(uri, OpenSpec(require=("image", "caption", "label")))
@@ -399,7 +544,9 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("id,path,filename,title,text,fold\n1,a,b,c,d,val\n")
     spec = OpenSpec(image_column="filename", caption_column="text", split_column="fold")
-    assert list(open_pairs(table, spec)) == [Pair("b", ("d",), ("",), "val")]
+    assert list(open_pairs(table, spec)) == [
+        Pair(key="b", captions=("d",), languages=("",), split="val")
+    ]
     with pytest.raises(ManifestError, match=r"no column 'fil'; columns found: id, path, filename"):
         open_pairs(table, OpenSpec(image_column="fil"))
 
@@ -413,9 +560,16 @@ def test_images_may_lie_in_another_folder_than_the_table(tmp_path: Path) -> None
     assert not open_pairs(table).media.exists("a.png")
 
 
-@pytest.mark.parametrize(("kind", "encoder"), [("captions alone", "image"), ("flat folder", "text")])
+@pytest.mark.parametrize(
+    ("kind", "encoder"),
+    [("captions alone", "image"), ("flat folder", "text")],
+)
 def test_extraction_refuses_what_the_source_cannot_give(
-    kind: str, encoder: str, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    kind: str,
+    encoder: str,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
     names = {"image": f"timm:{tiny_image_encoder}", "text": f"hf:{tiny_text_encoder}"}
     spec = ExtractSpec(**{encoder: parse_encoder(names[encoder], encoder)}, device="cpu")  # type: ignore[arg-type]
@@ -428,14 +582,16 @@ def test_extraction_refuses_what_the_source_cannot_give(
 def test_captions_alone_fill_a_store_of_texts(tmp_path: Path, tiny_text_encoder: Path) -> None:
     source = open_pairs(text_file(tmp_path))
     extract(
-        source, tmp_path / "store", ExtractSpec(text=parse_encoder(f"hf:{tiny_text_encoder}", "text"), device="cpu")
+        source,
+        tmp_path / "store",
+        ExtractSpec(text=parse_encoder(f"hf:{tiny_text_encoder}", "text"), device="cpu"),
     )
     store = FeatureStore.open(tmp_path / "store")
     assert [str(caption) for caption in store.pairs.captions] == list(CAPTIONS)
     assert store.arrays()[0].load().shape == (5, 32)
 
 
-# --- damaged files ---------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -459,24 +615,36 @@ def has_pyarrow() -> bool:
 
 
 EDITS = st.lists(
-    st.tuples(st.floats(0, 0.999), st.sampled_from(["set", "cut", "insert"]), st.binary(min_size=1, max_size=40)),
+    st.tuples(
+        st.floats(0, 0.999),
+        st.sampled_from(["set", "cut", "insert"]),
+        st.binary(min_size=1, max_size=40),
+    ),
     min_size=1,
     max_size=5,
 )
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(number=st.integers(0, 5), edits=EDITS)
 def test_a_damaged_file_gives_pairs_or_a_manifest_error_and_nothing_else(
-    whole: dict[str, bytes], tmp_path: Path, number: int, edits: list[tuple[float, str, bytes]]
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    number: int,
+    edits: list[tuple[float, str, bytes]],
 ) -> None:
     name = list(whole)[number % len(whole)]
     data = bytearray(whole[name])
     for where, how, new in edits:
         at = int(where * len(data))
-        data[at : at + {"set": len(new), "cut": 20 * len(new), "insert": 0}[how]] = b"" if how == "cut" else new
+        data[at : at + {"set": len(new), "cut": 20 * len(new), "insert": 0}[how]] = (
+            b"" if how == "cut" else new
+        )
     (tmp_path / name).write_bytes(data)
     try:
         source = open_pairs(tmp_path / name)

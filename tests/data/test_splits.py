@@ -25,7 +25,12 @@ KEYS = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=20, unique
 
 
 def source_of(keys: list[str], split: str = "old") -> PairSource:
-    return PairSource(tuple(Pair(key, ("one", "two"), ("", ""), split) for key in keys), "here")
+    return PairSource(
+        tuple(
+            Pair(key=key, captions=("one", "two"), languages=("", ""), split=split) for key in keys
+        ),
+        "here",
+    )
 
 
 def splits_of(source: PairSource, **options: object) -> dict[str, str]:
@@ -48,14 +53,20 @@ def test_the_shares_come_out_and_the_seed_matters() -> None:
     for name, share in THREE:
         assert abs(counts[name] / 20_000 - share) < 0.01  # more than three standard deviations
     other = splits_of(source, split_fraction=THREE, split_seed=1)
-    assert 0.3 < sum(found[key] != other[key] for key in found) / 20_000 < 0.4  # 1 - .8² - 2 · .1² = .34
+    assert (
+        0.3 < sum(found[key] != other[key] for key in found) / 20_000 < 0.4
+    )  # 1 - .8² - 2 · .1² = .34
 
 
 def test_captions_stay_with_their_image_and_nothing_else_changes() -> None:
     source = source_of(["a", "b"])
     changed = resplit(source, OpenSpec(split_fraction=(("train", 1.0),)))
     assert [pair.split for pair in changed] == ["train", "train"]
-    assert (changed.keys, changed.captions, changed.media) == (source.keys, source.captions, source.media)
+    assert (changed.keys, changed.captions, changed.media) == (
+        source.keys,
+        source.captions,
+        source.media,
+    )
 
 
 @pytest.mark.parametrize("text", ["train=.9,val=.1", " train = 0.9, val=1e-1", "val=.1,train=.9"])
@@ -90,7 +101,10 @@ def test_wrong_shares_are_refused(text: str, said: str) -> None:
         {"s.tsv/train.txt": "a\n\n", "s.tsv/validation.txt": "b"},
     ],
 )
-def test_a_split_file_says_the_splits_and_other_images_have_none(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_split_file_says_the_splits_and_other_images_have_none(
+    files: dict[str, str],
+    tmp_path: Path,
+) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
@@ -102,7 +116,10 @@ def test_a_split_file_says_the_splits_and_other_images_have_none(files: dict[str
     ("content", "said"),
     [
         (b"", "no splits"),
-        (b"photo1\ttrain\nphoto22\ttrain\n", r"line 2: 'photo22' is no key of here; did you mean photo2, photo1\?"),
+        (
+            b"photo1\ttrain\nphoto22\ttrain\n",
+            r"line 2: 'photo22' is no key of here; did you mean photo2, photo1\?",
+        ),
         (b"photo1\ttrain\nphoto1\tval\n", r"line 2: 'photo1' has a split already \(train\)"),
         (b"photo1 train\n", "line 1: 1 columns; expected key and split"),
         (b"photo1\t\n", "line 1: 2 columns"),
@@ -118,12 +135,18 @@ def test_a_wrong_split_file_is_refused(content: bytes, said: str, tmp_path: Path
 
 def test_a_missing_split_file_is_refused_with_a_near_name(tmp_path: Path) -> None:
     (tmp_path / "splits.tsv").write_text("a\ttrain\n")
-    with pytest.raises(ManifestError, match=r"split\.tsv: no such split file; did you mean splits\.tsv\?"):
+    with pytest.raises(
+        ManifestError,
+        match=r"split\.tsv: no such split file; did you mean splits\.tsv\?",
+    ):
         splits_of(source_of(["a"]), split_file=tmp_path / "split.tsv")
 
 
 def test_splits_from_two_places_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"give one of --split, --split-file and --split-fraction"):
+    with pytest.raises(
+        OptionError,
+        match=r"give one of --split, --split-file and --split-fraction",
+    ):
         splits_of(source_of(["a"]), split_column="split", split_fraction=THREE)
 
 
@@ -134,14 +157,14 @@ def test_the_tables_own_splits_give_way(tmp_path: Path) -> None:
     assert [pair.split for pair in source] == ["dev"]
 
 
-# --- images of equal content -----------------------------------------------------------------------------------------
+# --- images of equal content ----------------------------------------------------------------------
 
 HALVES = (("train", 0.5), ("val", 0.5))
 UNREADABLE = b"a file that cannot be read"
 CONTENTS = st.lists(st.integers(0, 4), min_size=1, max_size=14)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MadeUpMedia:
     """Bytes by key. `reads`: the keys that were read."""
 
@@ -163,24 +186,37 @@ class MadeUpMedia:
 
 
 def pictured(contents: Mapping[str, bytes]) -> PairSource:
-    return replace(source_of(list(contents)), media=MadeUpMedia(contents))
+    return replace(source_of(list(contents)), media=MadeUpMedia(contents=contents))
 
 
 @given(contents=CONTENTS, n_before=st.integers(0, 14), seed=st.integers(0, 3))
-def test_equal_images_stay_together_and_added_ones_move_no_other(contents: list[int], n_before: int, seed: int) -> None:
+def test_equal_images_stay_together_and_added_ones_move_no_other(
+    contents: list[int],
+    n_before: int,
+    seed: int,
+) -> None:
     """Bytes of 0 to 4: an empty file cannot be read, so it is equal to none."""
     table = {f"{row}.jpg": bytes([content]) * bool(content) for row, content in enumerate(contents)}
     after = splits_of(pictured(table), split_fraction=HALVES, split_seed=seed)
     for key, content in table.items():
-        first = next(other for other, bytes_ in table.items() if bytes_ == content) if content else key
+        first = (
+            next(other for other, bytes_ in table.items() if bytes_ == content) if content else key
+        )
         alone = splits_of(source_of([first]), split_fraction=HALVES, split_seed=seed)
         assert after[key] == alone[first]
-    before = splits_of(pictured(dict(list(table.items())[:n_before])), split_fraction=HALVES, split_seed=seed)
+    before = splits_of(
+        pictured(dict(list(table.items())[:n_before])),
+        split_fraction=HALVES,
+        split_seed=seed,
+    )
     assert before.items() <= after.items()
 
 
 @given(contents=CONTENTS, order=st.randoms())
-def test_the_order_of_a_table_moves_equal_images_together_and_no_other(contents: list[int], order: Any) -> None:
+def test_the_order_of_a_table_moves_equal_images_together_and_no_other(
+    contents: list[int],
+    order: Any,
+) -> None:
     table = {f"{row}.jpg": bytes([content]) for row, content in enumerate(contents)}
     keys = list(table)
     order.shuffle(keys)
@@ -189,7 +225,10 @@ def test_the_order_of_a_table_moves_equal_images_together_and_no_other(contents:
     for key, content in table.items():
         if list(table.values()).count(content) == 1:
             assert found[key] == shuffled[key]
-    assert all(len({shuffled[key] for key in keys if table[key] == content}) == 1 for content in table.values())
+    assert all(
+        len({shuffled[key] for key in keys if table[key] == content}) == 1
+        for content in table.values()
+    )
 
 
 def test_only_images_of_equal_size_are_read() -> None:
@@ -208,19 +247,29 @@ def copies(folder: Path, kind: str, n: int = 24) -> str:
             (folder / "images").mkdir()
             for name, data in images.items():
                 (folder / "images" / name).write_bytes(data)
-            (folder / "t.csv").write_text("image\n" + "".join(f"images/{name}\n" for name in images))
+            (folder / "t.csv").write_text(
+                "image\n" + "".join(f"images/{name}\n" for name in images)
+            )
             return str(folder / "t.csv")
         case "tar":
             return str(write_tar(folder / "t.tar", images))
         case "bytes":
-            return str(write_parquet(folder / "t.parquet", {"image": list(images.values())}, row_group_size=5))
+            return str(
+                write_parquet(
+                    folder / "t.parquet",
+                    {"image": list(images.values())},
+                    row_group_size=5,
+                )
+            )
         case "structs":
             structs = [{"bytes": data, "path": name} for name, data in images.items()]
             return str(write_parquet(folder / "t.parquet", {"image": structs}, row_group_size=5))
     datasets = pytest.importorskip("datasets")
     structs = [{"bytes": data, "path": name} for name, data in images.items()]
     features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": structs}, features=features).save_to_disk(str(folder / "hub"))
+    datasets.Dataset.from_dict({"image": structs}, features=features).save_to_disk(
+        str(folder / "hub")
+    )
     return f"hf-datasets:{folder / 'hub'}"
 
 
@@ -239,24 +288,36 @@ def test_copies_are_known_wherever_the_bytes_come_from(kind: str, tmp_path: Path
 def test_images_that_are_missing_or_no_files_fall_by_their_keys(tmp_path: Path) -> None:
     (tmp_path / "same").mkdir()
     keys = ["gone-1", "gone-2", "same", "../outside", "a\0b"]
-    source = replace(source_of(keys), media=FolderMedia(tmp_path))
-    assert splits_of(source, split_fraction=HALVES) == splits_of(source_of(keys), split_fraction=HALVES)
+    source = replace(source_of(keys), media=FolderMedia(root=tmp_path))
+    assert splits_of(source, split_fraction=HALVES) == splits_of(
+        source_of(keys),
+        split_fraction=HALVES,
+    )
 
 
 def test_images_of_one_size_that_cannot_be_read_are_no_copies() -> None:
     keys = [f"{row}.jpg" for row in range(12)]
     source = pictured(dict.fromkeys(keys, UNREADABLE))
-    assert splits_of(source, split_fraction=HALVES) == splits_of(source_of(keys), split_fraction=HALVES)
+    assert splits_of(source, split_fraction=HALVES) == splits_of(
+        source_of(keys),
+        split_fraction=HALVES,
+    )
     assert sorted(source.media.reads) == sorted(keys)  # type: ignore[attr-defined]
 
 
 def test_a_store_takes_a_copy_that_is_appended_later(
-    tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
     """Without the rule copies fall to both sides and the extraction ends in an error."""
     table = Path(copies(tmp_path, "files"))
     rows = table.read_text().splitlines()
-    spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", workers=0)
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{tiny_image_encoder}", "image"),
+        device="cpu",
+        workers=0,
+    )
     for count in (13, 24):
         table.write_text("\n".join(rows[: count + 1]) + "\n")
         source = open_pairs(table, OpenSpec(split_fraction=HALVES))

@@ -17,7 +17,10 @@ from apecache.errors import ManifestError
 
 Write = Callable[[str, bytes | str], Path]
 
-TWO_IMAGES = (Pair("a.jpg", ("a dog", "a brown dog"), ("", "")), Pair("b.jpg", ("a cat",), ("",)))
+TWO_IMAGES = (
+    Pair(key="a.jpg", captions=("a dog", "a brown dog"), languages=("", "")),
+    Pair(key="b.jpg", captions=("a cat",), languages=("",)),
+)
 
 
 @pytest.fixture
@@ -62,8 +65,19 @@ def test_rows_of_one_image_are_joined_in_the_order_of_first_appearance(write: Wr
 
 @pytest.mark.parametrize("column", ["lang", "language"])
 def test_language_split_and_label_are_read(write: Write, column: str) -> None:
-    text = f"image\tcaption\tsplit\t{column}\tlabel\na\tein Hund\ttrain\tde\tdog\na\ta dog\ttrain\ten\tdog\n"
-    assert open_pairs(write("t.tsv", text)).pairs == (Pair("a", ("ein Hund", "a dog"), ("de", "en"), "train", "dog"),)
+    text = (
+        f"image\tcaption\tsplit\t{column}\tlabel\na\tein Hund\ttrain\tde\tdog\na\ta "
+        "dog\ttrain\ten\tdog\n"
+    )
+    assert open_pairs(write("t.tsv", text)).pairs == (
+        Pair(
+            key="a",
+            captions=("ein Hund", "a dog"),
+            languages=("de", "en"),
+            split="train",
+            label="dog",
+        ),
+    )
 
 
 def test_a_split_column_is_chosen_by_name(write: Write) -> None:
@@ -79,13 +93,19 @@ def test_a_table_for_labels_needs_no_captions(write: Write) -> None:
 
 
 def test_quoted_cells_hold_separators_quotes_and_line_breaks(write: Write) -> None:
-    source = open_pairs(write("t.csv", 'image,caption\n"a,1.jpg","he said ""go"",\nthen left"\nb.jpg,it\'s 5" wide\n'))
+    source = open_pairs(
+        write(
+            "t.csv",
+            'image,caption\n"a,1.jpg","he said ""go"",\nthen left"\nb.jpg,it\'s 5" wide\n',
+        )
+    )
     assert source.keys == ["a,1.jpg", "b.jpg"]
     assert source.captions == ['he said "go",\nthen left', "it's 5\" wide"]
 
 
 @pytest.mark.parametrize(
-    "caption", ["", "\u202eright to left", "<script>alert(1)</script>", "=HYPERLINK(1)", "\x07 bell"]
+    "caption",
+    ["", "\u202eright to left", "<script>alert(1)</script>", "=HYPERLINK(1)", "\x07 bell"],
 )
 def test_strange_captions_are_kept_exactly(write: Write, caption: str) -> None:
     assert open_pairs(write("t.tsv", f"image\tcaption\na\t{caption}\n")).captions == [caption]
@@ -98,7 +118,11 @@ def test_json_values_become_text_and_null_captions_are_none(write: Write) -> Non
         {"image": "c", "caption": []},
     ]
     source = open_pairs(write("t.jsonl", "\n".join(map(json.dumps, lines))))
-    assert source.pairs == (Pair("7", ("1.5", "x"), ("", ""), "", "3"), Pair("b", (), ()), Pair("c", (), ()))
+    assert source.pairs == (
+        Pair(key="7", captions=("1.5", "x"), languages=("", ""), split="", label="3"),
+        Pair(key="b", captions=(), languages=()),
+        Pair(key="c", captions=(), languages=()),
+    )
 
 
 LINE_1 = '{"image": "a", "caption": "x"}\n'
@@ -149,9 +173,16 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "parts"), BROKEN, ids=[f"{i}-{row[0]}" for i, row in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    BROKEN,
+    ids=[f"{i}-{row[0]}" for i, row in enumerate(BROKEN)],
+)
 def test_a_broken_table_is_refused_in_one_line_that_says_what_mends_it(
-    write: Write, name: str, content: bytes, parts: list[str]
+    write: Write,
+    name: str,
+    content: bytes,
+    parts: list[str],
 ) -> None:
     table = write(name, content)
     with pytest.raises(ManifestError) as caught:
@@ -166,14 +197,18 @@ def test_a_broken_table_is_refused_in_one_line_that_says_what_mends_it(
 def test_a_missing_split_column_is_refused_with_the_nearest_name(write: Write) -> None:
     table = write("t.tsv", "image\tcaption\tfold\na\tx\t1\n")
     with pytest.raises(
-        ManifestError, match=r"no column 'folds'; columns found: image, caption, fold; did you mean fold\?"
+        ManifestError,
+        match=r"no column 'folds'; columns found: image, caption, fold; did you mean fold\?",
     ):
         open_pairs(table, OpenSpec(split_column="folds"))
 
 
 def test_a_missing_table_is_refused_with_a_near_name(write: Write) -> None:
     there = write("captions.tsv", "image\tcaption\na\tx\n")
-    with pytest.raises(ManifestError, match=r"caption\.tsv: no such file; did you mean captions\.tsv\?$") as caught:
+    with pytest.raises(
+        ManifestError,
+        match=r"caption\.tsv: no such file; did you mean captions\.tsv\?$",
+    ) as caught:
         open_pairs(there.with_name("caption.tsv"))
     assert caught.value.exit_code == 3
     with pytest.raises(ManifestError, match=r"no such file$"):
@@ -185,7 +220,10 @@ def test_a_path_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) ->
     path = tmp_path / ("x" * 300 + ".tsv" if kind == "long" else "t.tsv")
     if kind == "fifo":
         os.mkfifo(path)
-    with pytest.raises(ManifestError, match="File name too long; expected" if kind == "long" else "a device or pipe"):
+    with pytest.raises(
+        ManifestError,
+        match="File name too long; expected" if kind == "long" else "a device or pipe",
+    ):
         open_pairs(path)
 
 
@@ -202,7 +240,20 @@ def test_a_refusal_leaves_no_file_open(write: Write) -> None:
 
 
 CELLS = [b"image", b"caption", b"split", b"\t", b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"a"]
-JSON = [b'{"image": ', b'"a"', b', "caption": ', b"[", b"]", b"{", b"}", b"\n", b"null", b"1e999", b'"\\ud800"', b":"]
+JSON = [
+    b'{"image": ',
+    b'"a"',
+    b', "caption": ',
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b"\n",
+    b"null",
+    b"1e999",
+    b'"\\ud800"',
+    b":",
+]
 BYTES = st.one_of(
     st.binary(max_size=200),
     st.lists(st.sampled_from(CELLS), max_size=40).map(b"".join),
@@ -213,9 +264,17 @@ BYTES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(content=BYTES, suffix=st.sampled_from([".tsv", ".csv", ".jsonl"]))
-def test_whatever_the_bytes_only_pairs_or_a_manifest_error_come_out(write: Write, content: bytes, suffix: str) -> None:
+def test_whatever_the_bytes_only_pairs_or_a_manifest_error_come_out(
+    write: Write,
+    content: bytes,
+    suffix: str,
+) -> None:
     table = write(f"fuzz{suffix}", content)
     outcome = read_or_refuse(table)
     if isinstance(outcome, ManifestError):
@@ -234,7 +293,8 @@ def read_or_refuse(table: Path) -> PairSource | ManifestError:
         return error
 
 
-# The characters that str.splitlines and universal newlines take for the end of a line are in on purpose.
+# The characters that str.splitlines and universal newlines take for the end of a line are in on
+# purpose.
 TEXT = st.text(st.sampled_from("ab\"',\t\n\r\x85\u2028\u202e{}[]é漢 "), max_size=8)
 KEYS = TEXT.filter(str.strip)
 
@@ -245,15 +305,29 @@ def sources(draw: st.DrawFn) -> PairSource:
     captions = [draw(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)) for _ in keys]
     return PairSource(
         tuple(
-            Pair(key, tuple(c for c, _ in own), tuple(language for _, language in own), draw(TEXT), draw(TEXT))
+            Pair(
+                key=key,
+                captions=tuple(c for c, _ in own),
+                languages=tuple(language for _, language in own),
+                split=draw(TEXT),
+                label=draw(TEXT),
+            )
             for key, own in zip(keys, captions, strict=True)
         )
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(source=sources(), suffix=st.sampled_from([".tsv", ".csv", ".jsonl"]))
-def test_what_is_written_with_proper_quoting_is_read_back(tmp_path: Path, source: PairSource, suffix: str) -> None:
+def test_what_is_written_with_proper_quoting_is_read_back(
+    tmp_path: Path,
+    source: PairSource,
+    suffix: str,
+) -> None:
     columns = ("image", "caption", "lang", "split", "label")
     rows = [
         dict(zip(columns, (pair.key, caption, language, pair.split, pair.label), strict=True))
@@ -265,7 +339,11 @@ def test_what_is_written_with_proper_quoting_is_read_back(tmp_path: Path, source
         if suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(file, columns, dialect="excel-tab" if suffix == ".tsv" else "excel")
+            writer = csv.DictWriter(
+                file,
+                columns,
+                dialect="excel-tab" if suffix == ".tsv" else "excel",
+            )
             writer.writeheader()
             writer.writerows(rows)
     read = open_pairs(path)

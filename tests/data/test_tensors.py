@@ -1,4 +1,5 @@
-"""Images as tensors: the same pixels as Pillow's, the same refusals, and a resize that differs in the last bits."""
+"""Images as tensors: the same pixels as Pillow's, the same refusals, and a resize that differs in
+the last bits."""
 
 import io
 from typing import Any
@@ -19,7 +20,10 @@ from apecache.errors import RowError
 def photo(height: int, width: int) -> Image.Image:
     """Smooth in places and noisy in others, as photographs are."""
     rng = np.random.default_rng(height * width)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height),
+        3,
+    )
     noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
@@ -45,8 +49,13 @@ def by_tensor(data: bytes) -> NDArray[np.uint8] | tuple[str, str]:
 
 
 def same(data: bytes) -> bool:
-    there, here = by_pillow(data), by_tensor(data)
-    return there == here if isinstance(there, tuple) or isinstance(here, tuple) else np.array_equal(there, here)
+    there = by_pillow(data)
+    here = by_tensor(data)
+    return (
+        there == here
+        if isinstance(there, tuple) or isinstance(here, tuple)
+        else np.array_equal(there, here)
+    )
 
 
 JPEGS: list[dict[str, Any]] = [
@@ -65,7 +74,10 @@ JPEGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(1, 1), (9, 17), (120, 161), (375, 500)])
 def test_plain_jpegs_are_decoded_by_torchvision_to_the_pixels_of_pillow(
-    options: dict[str, Any], mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    mode: str,
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = encoded(photo(*size).convert(mode), **options)
     expected = by_pillow(data)
@@ -122,7 +134,9 @@ def test_a_jpeg_cut_anywhere_or_damaged_is_refused_alike(progressive: bool) -> N
         assert same(bytes(changed))
 
 
-def test_a_torchvision_that_decodes_no_longer_costs_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_that_decodes_no_longer_costs_speed_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = encoded(photo(20, 30))
     monkeypatch.delattr(torchvision.io, "decode_jpeg")
     assert same(data)
@@ -130,14 +144,30 @@ def test_a_torchvision_that_decodes_no_longer_costs_speed_only(monkeypatch: pyte
 
 @pytest.mark.parametrize("size", [(224, 224), (375, 500), (1200, 1600), (150, 90), (500, 333)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_resized_values_differ_from_pillows_by_at_most_two(size: tuple[int, int], interpolation: str) -> None:
+def test_resized_values_differ_from_pillows_by_at_most_two(
+    size: tuple[int, int],
+    interpolation: str,
+) -> None:
     from timm.data.transforms_factory import create_transform
 
     data = encoded(photo(*size))
     plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    reference = create_transform((3, 224, 224), interpolation=interpolation, crop_pct=0.875, **plain)
-    faster = TensorPreprocess(256, (224, 224), interpolation, *plain.values())
-    there, here = reference(decode_image(data, "key")), faster(decode_tensor(data, "key"))
+    reference = create_transform(
+        (3, 224, 224),
+        interpolation=interpolation,
+        crop_pct=0.875,
+        **plain,
+    )
+    mean, std = plain.values()
+    faster = TensorPreprocess(
+        edge=256,
+        crop=(224, 224),
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+    )
+    there = reference(decode_image(data, "key"))
+    here = faster(decode_tensor(data, "key"))
     assert here.shape == there.shape
     assert here.dtype == there.dtype
     difference = 255 * (here - there).abs()

@@ -1,4 +1,5 @@
-"""Views: a function of the file's bytes, the number of the view and the seed, and of nothing else."""
+"""Views: a function of the file's bytes, the number of the view and the seed, and of nothing
+else."""
 
 import json
 from dataclasses import replace
@@ -21,7 +22,8 @@ def raw(images: list[Image.Image]) -> list[tuple[tuple[int, int], bytes]]:
 
 
 def test_the_same_file_gives_the_same_views_and_another_file_seed_or_number_others() -> None:
-    views, image = Views(3), picture()
+    views = Views(3)
+    image = picture()
     first = raw(views.of(image, "a"))
     assert raw(views.of(image, "a")) == first
     assert raw(replace(views, count=5).of(image, "a"))[:3] == first
@@ -57,7 +59,9 @@ def test_the_whole_square_without_operations_is_the_image_itself() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_keeps_size_and_mode_and_strength_zero_of_the_scaled_ones_changes_nothing(name: str) -> None:
+def test_every_operation_keeps_size_and_mode_and_strength_zero_of_the_scaled_ones_changes_nothing(
+    name: str,
+) -> None:
     image = picture()
     for strength in (-1.0, -0.3, 0.7, 1.0):
         changed = OPERATIONS[name](image, strength)

@@ -26,7 +26,8 @@ def variant(tmp_path: Path) -> Callable[[Path, Edit], Path]:
 
 @pytest.fixture(scope="session")
 def edits() -> Any:
-    """Functions that make an `Edit`: `json(file, **values)`, `tensor(name, change)`, `cut(file, n)`, …"""
+    """Functions that make an `Edit`: `json(file, **values)`, `tensor(name, change)`, `cut(file,
+    n)`, …"""
 
     class Edits:
         @staticmethod
@@ -52,7 +53,9 @@ def edits() -> Any:
 
                 state = load_file(folder / "model.safetensors")
                 state[name] = change(state[name].clone())
-                kept = {key: value.contiguous() for key, value in state.items() if value is not None}
+                kept = {
+                    key: value.contiguous() for key, value in state.items() if value is not None
+                }
                 save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
             return edit

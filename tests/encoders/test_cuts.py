@@ -1,4 +1,5 @@
-"""Cuts: where features are taken. Each has the same bits whichever others are taken in the same forward pass."""
+"""Cuts: where features are taken. Each has the same bits whichever others are taken in the same
+forward pass."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,19 @@ import transformers
 from PIL import Image
 from tiny import draw_shape
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts, pool_tokens
-from apecache.encoders.load import load_image_encoder, load_image_encoders, load_text_encoder, load_text_encoders
+from apecache.encoders.encoder import (
+    ImageEncoder,
+    TextEncoder,
+    encode_images,
+    encode_texts,
+    pool_tokens,
+)
+from apecache.encoders.load import (
+    load_image_encoder,
+    load_image_encoders,
+    load_text_encoder,
+    load_text_encoders,
+)
 from apecache.encoders.spec import EncoderSpec, parse_cut, parse_encoder
 from apecache.errors import EncoderError, OptionError
 
@@ -47,11 +59,14 @@ def text_spec(folder: Path) -> EncoderSpec:
 @pytest.fixture
 def pixels(tiny_image_encoder: Path) -> torch.Tensor:
     encoder = load_image_encoder(image_spec(tiny_image_encoder), "cpu")
-    return torch.stack([encoder.preprocess(draw_shape(colour, "circle")) for colour in ("red", "green", "blue")])
+    return torch.stack(
+        [encoder.preprocess(draw_shape(colour, "circle")) for colour in ("red", "green", "blue")]
+    )
 
 
 def test_several_cuts_of_one_model_are_one_pass_and_each_has_the_bits_it_has_alone(
-    tiny_image_encoder: Path, pixels: torch.Tensor
+    tiny_image_encoder: Path,
+    pixels: torch.Tensor,
 ) -> None:
     specs = [cut(image_spec(tiny_image_encoder), text) for text in CUTS]
     encoders = load_image_encoders(specs, "cpu")
@@ -70,10 +85,19 @@ def test_several_cuts_of_one_model_are_one_pass_and_each_has_the_bits_it_has_alo
 
 
 def test_image_cuts_are_what_timm_gives(tiny_image_encoder: Path, pixels: torch.Tensor) -> None:
-    model = timm.create_model(f"local-dir:{tiny_image_encoder}", pretrained=True, num_classes=0).eval()
+    model = timm.create_model(
+        f"local-dir:{tiny_image_encoder}",
+        pretrained=True,
+        num_classes=0,
+    ).eval()
     prefix = model.num_prefix_tokens
     with torch.inference_mode():
-        end, states = model.forward_intermediates(pixels, norm=False, output_fmt="NLC", return_prefix_tokens=True)
+        end, states = model.forward_intermediates(
+            pixels,
+            norm=False,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+        )
         last = torch.cat((states[-1][1], states[-1][0]), 1)
         first = torch.cat((states[0][1], states[0][0]), 1)
     wanted = {
@@ -106,7 +130,10 @@ def test_text_cuts_leave_padding_out_and_are_one_pass(tiny_text_encoder: Path) -
 
 def test_text_layers_are_the_librarys_hidden_states(tiny_text_encoder: Path) -> None:
     model = transformers.AutoModel.from_pretrained(tiny_text_encoder).eval()
-    encoders = [load_text_encoder(cut(text_spec(tiny_text_encoder), f"tokens@{layer}"), "cpu") for layer in (0, 1, 2)]
+    encoders = [
+        load_text_encoder(cut(text_spec(tiny_text_encoder), f"tokens@{layer}"), "cpu")
+        for layer in (0, 1, 2)
+    ]
     ids = torch.tensor(encoders[0].tokenise(["the blue square"]).ids)
     with torch.inference_mode():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -162,7 +189,14 @@ def test_pooling_over_masked_tokens() -> None:
 
 def test_t5_is_its_encoder_alone(tmp_path: Path, tiny_text_encoder: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=1000, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=1000,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+    )
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     transformers.AutoTokenizer.from_pretrained(tiny_text_encoder).save_pretrained(tmp_path / "t5")
     encoder = load_text_encoder(text_spec(tmp_path / "t5"), "cpu")
@@ -179,12 +213,22 @@ def test_t5_is_its_encoder_alone(tmp_path: Path, tiny_text_encoder: Path) -> Non
 def test_siglip_is_its_vision_tower_with_its_own_pooling(tmp_path: Path, whole: bool) -> None:
     """From the files of the whole model or of the vision tower alone."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vision = {**sizes, "image_size": 32, "patch_size": 8}
     config = transformers.SiglipConfig(
-        text_config={**sizes, "vocab_size": 50, "projection_size": 16}, vision_config=vision
+        text_config={**sizes, "vocab_size": 50, "projection_size": 16},
+        vision_config=vision,
     )
-    model: Any = transformers.SiglipModel(config) if whole else transformers.SiglipVisionModel(config.vision_config)
+    model: Any = (
+        transformers.SiglipModel(config)
+        if whole
+        else transformers.SiglipVisionModel(config.vision_config)
+    )
     model.save_pretrained(tmp_path)
     transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     encoder = load_image_encoder(parse_encoder(f"hf:{tmp_path}", "image"), "cpu")
@@ -216,15 +260,26 @@ def test_e5_gets_the_prefix_it_was_trained_with(
     assert (encoder.fingerprint == plain.fingerprint) == (prefix == "")
 
 
-def test_convolutional_networks_run_channels_last_and_say_so(tmp_path: Path, tiny_image_encoder: Path) -> None:
+def test_convolutional_networks_run_channels_last_and_say_so(
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+) -> None:
     from timm.models import save_for_hf
 
-    save_for_hf(timm.create_model("test_efficientnet", pretrained=False), tmp_path / "net", safe_serialization=True)
+    save_for_hf(
+        timm.create_model("test_efficientnet", pretrained=False),
+        tmp_path / "net",
+        safe_serialization=True,
+    )
     network: ImageEncoder = load_image_encoder(image_spec(tmp_path / "net"), "cpu")
     assert network.fingerprint.fields["inputs"]["memory_format"] == "channels_last"
     vit = load_image_encoder(image_spec(tiny_image_encoder), "cpu")
     assert "memory_format" not in vit.fingerprint.fields["inputs"]
-    reference = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, num_classes=0).eval()
+    reference = timm.create_model(
+        f"local-dir:{tmp_path / 'net'}",
+        pretrained=True,
+        num_classes=0,
+    ).eval()
     pixels = torch.randn(2, *network.input_shape)
     with torch.inference_mode():
         assert torch.allclose(network.encode(pixels), reference(pixels), atol=1e-5)

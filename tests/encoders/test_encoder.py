@@ -16,7 +16,10 @@ from apecache.errors import EncoderError
 
 
 @settings(max_examples=60, deadline=None)
-@given(ids=st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=5), pad=st.integers(0, 5))
+@given(
+    ids=st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=5),
+    pad=st.integers(0, 5),
+)
 def test_padding_is_on_the_right_and_masked(ids: list[list[int]], pad: int) -> None:
     batch, mask = pad_ids(ids, pad)
     longest = max(1, *map(len, ids))
@@ -42,7 +45,12 @@ def module(**tensors: Tensor) -> nn.Module:
 
 
 def test_the_digest_of_weights_is_their_names_dtypes_shapes_and_values() -> None:
-    base = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor(3), "c": torch.empty(0), "d": torch.tensor([True])}
+    base = {
+        "a": torch.tensor([[1.0, 2.0]]),
+        "b": torch.tensor(3),
+        "c": torch.empty(0),
+        "d": torch.tensor([True]),
+    }
     digest = digest_module(module(**base))
     assert digest_module(module(**dict(reversed(base.items())))) == digest
     changed: list[dict[str, Tensor]] = [
@@ -55,11 +63,16 @@ def test_the_digest_of_weights_is_their_names_dtypes_shapes_and_values() -> None
         {"x" if name == "a" else name: tensor for name, tensor in base.items()},
         {name: tensor for name, tensor in base.items() if name != "c"},
     ]
-    assert len({digest, *(digest_module(module(**tensors)) for tensors in changed)}) == len(changed) + 1
+    assert (
+        len({digest, *(digest_module(module(**tensors)) for tensors in changed)})
+        == len(changed) + 1
+    )
 
 
 def test_the_same_bytes_of_another_dtype_are_other_weights() -> None:
-    assert digest_module(module(a=torch.zeros(2))) != digest_module(module(a=torch.zeros(2, dtype=torch.int32)))
+    assert digest_module(module(a=torch.zeros(2))) != digest_module(
+        module(a=torch.zeros(2, dtype=torch.int32))
+    )
 
 
 def test_the_digest_of_weights_does_not_depend_on_their_memory_layout() -> None:
@@ -79,7 +92,10 @@ def test_the_device_is_found_or_refused() -> None:
     assert parse_device("cpu") == torch.device("cpu")
     assert parse_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("cuda:99", "nonsense"):
-        with pytest.raises(EncoderError, match=rf"device '{name}' cannot be used \(.*\); try --device auto or cpu$"):
+        with pytest.raises(
+            EncoderError,
+            match=rf"device '{name}' cannot be used \(.*\); try --device auto or cpu$",
+        ):
             parse_device(name)
 
 

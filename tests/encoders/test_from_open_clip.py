@@ -1,4 +1,5 @@
-"""open_clip's two towers: what the library itself makes of images and texts, and nothing padded in vain."""
+"""open_clip's two towers: what the library itself makes of images and texts, and nothing padded in
+vain."""
 
 import json
 from dataclasses import replace
@@ -26,7 +27,12 @@ TOWERS = {
         "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
 }
-TEXTS = ["a red circle", "the blue square", "x", "one two three four five six seven eight nine ten eleven twelve"]
+TEXTS = [
+    "a red circle",
+    "the blue square",
+    "x",
+    "one two three four five six seven eight nine ten eleven twelve",
+]
 
 
 def save(folder: Path, kind: str) -> Path:
@@ -34,8 +40,16 @@ def save(folder: Path, kind: str) -> Path:
 
     torch.manual_seed(0)
     folder.mkdir()
-    preprocess = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
-    described = {"model_cfg": TOWERS[kind], "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
+    preprocess = {
+        "size": [32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bicubic",
+    }
+    described = {
+        "model_cfg": TOWERS[kind],
+        "preprocess_cfg": {**preprocess, "resize_mode": "shortest"},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(described))
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -52,7 +66,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_images_are_what_open_clip_makes_of_them_to_the_pixel(folders: dict[str, Path], kind: str) -> None:
+def test_images_are_what_open_clip_makes_of_them_to_the_pixel(
+    folders: dict[str, Path],
+    kind: str,
+) -> None:
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folders[kind]}")
     encoder = load_image_encoder(parse_encoder(f"open_clip:{folders[kind]}", "image"), "cpu")
     image = draw_shape("red", "circle", 61)
@@ -81,7 +98,8 @@ def test_texts_are_what_open_clip_makes_of_them(folders: dict[str, Path], kind: 
 
 def test_towers_have_identities_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
     specs = [parse_encoder(f"open_clip:{folders['clip']}", side) for side in ("image", "text")]  # type: ignore[arg-type]
-    image, text = load_image_encoder(specs[0], "cpu"), load_text_encoder(specs[1], "cpu")
+    image = load_image_encoder(specs[0], "cpu")
+    text = load_text_encoder(specs[1], "cpu")
     assert image.fingerprint.digest != text.fingerprint.digest
     assert load_image_encoder(specs[0], "cpu").fingerprint == image.fingerprint
     prefixed = load_text_encoder(replace(specs[1], prefix="a photo of "), "cpu")
@@ -89,9 +107,13 @@ def test_towers_have_identities_of_their_own(folders: dict[str, Path], tmp_path:
     assert torch.equal(prefixed.encode(["x"]), text.encode(["a photo of x"]))
 
 
-def test_a_faster_resize_differs_a_little_and_has_another_identity(folders: dict[str, Path]) -> None:
+def test_a_faster_resize_differs_a_little_and_has_another_identity(
+    folders: dict[str, Path],
+) -> None:
     spec = parse_encoder(f"open_clip:{folders['clip']}", "image")
-    plain, fast = (load_image_encoder(replace(spec, resize=how), "cpu") for how in ("reference", "torchvision"))  # type: ignore[arg-type]
+    plain, fast = (
+        load_image_encoder(replace(spec, resize=how), "cpu") for how in ("reference", "torchvision")
+    )  # type: ignore[arg-type]
     image = draw_shape("red", "triangle", 61)
     difference = (plain.preprocess(image) - fast.preprocess(image)).abs().max() * 0.25 * 255
     assert 0 <= difference <= 2.01
@@ -112,7 +134,11 @@ def test_a_model_that_is_not_known_is_refused(name: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("broken", ["no weights", "other weights", "no folder", "no config"])
-def test_a_folder_that_is_not_whole_is_refused(folders: dict[str, Path], tmp_path: Path, broken: str) -> None:
+def test_a_folder_that_is_not_whole_is_refused(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    broken: str,
+) -> None:
     import shutil
 
     folder = Path(shutil.copytree(folders["clip"], tmp_path / "model"))
@@ -125,7 +151,10 @@ def test_a_folder_that_is_not_whole_is_refused(folders: dict[str, Path], tmp_pat
             (folder / "open_clip_config.json").unlink()
         case _:
             folder = tmp_path / "elsewhere"
-    with pytest.raises(EncoderError, match=r"cannot be opened|there is no folder|has no open_clip_config.json"):
+    with pytest.raises(
+        EncoderError,
+        match=r"cannot be opened|there is no folder|has no open_clip_config.json",
+    ):
         load_text_encoder(parse_encoder(f"open_clip:{folder}", "text"), "cpu")
 
 

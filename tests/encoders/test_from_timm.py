@@ -1,4 +1,5 @@
-"""timm image encoders against timm itself: the same pixels, the same features, and an identity of what makes them."""
+"""timm image encoders against timm itself: the same pixels, the same features, and an identity of
+what makes them."""
 
 import json
 from collections.abc import Callable
@@ -39,16 +40,26 @@ def save_model(folder: Path, architecture: str, **arguments: Any) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, num_classes=3, **arguments)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
     config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 3}
     config |= {key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")}
-    described = {"architecture": architecture, "num_classes": 3, "model_args": arguments, "pretrained_cfg": config}
+    described = {
+        "architecture": architecture,
+        "num_classes": 3,
+        "model_args": arguments,
+        "pretrained_cfg": config,
+    }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 
 
 def picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +75,9 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", [(32, 32), (60, 40), (17, 90), (5, 5), (640, 480)])
 @pytest.mark.parametrize("resolution", [None, 48])
 def test_preprocessing_is_timms_own_to_the_pixel(
-    tiny_image_encoder: Path, size: tuple[int, int], resolution: int | None
+    tiny_image_encoder: Path,
+    size: tuple[int, int],
+    resolution: int | None,
 ) -> None:
     config = resolve_model_data_config(reference(tiny_image_encoder))
     if resolution:
@@ -83,7 +96,10 @@ def test_preprocessing_is_what_the_saved_config_says(vit: ImageEncoder) -> None:
     assert torch.equal(vit.preprocess(image), expected)
 
 
-def test_features_are_the_models_own_before_its_classifier(vit: ImageEncoder, tiny_image_encoder: Path) -> None:
+def test_features_are_the_models_own_before_its_classifier(
+    vit: ImageEncoder,
+    tiny_image_encoder: Path,
+) -> None:
     model = reference(tiny_image_encoder)
     with torch.inference_mode():
         expected = model.forward_head(model.forward_features(BATCH), pre_logits=True)
@@ -103,7 +119,9 @@ def test_the_encoder_is_frozen(vit: ImageEncoder) -> None:
 def test_pooling_can_be_chosen(tiny_image_encoder: Path, pooling: str) -> None:
     with torch.inference_mode():
         tokens = reference(tiny_image_encoder).forward_features(BATCH)
-    expected = tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)  # one prefix token, the CLS token
+    expected = (
+        tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)
+    )  # one prefix token, the CLS token
     assert torch.equal(load(tiny_image_encoder, pooling=pooling).encode(BATCH), expected)
 
 
@@ -114,13 +132,22 @@ def test_pooling_can_be_chosen(tiny_image_encoder: Path, pooling: str) -> None:
         ("mobilenetv3_small_050", {}, (2, 3)),
         (
             "swin_tiny_patch4_window7_224",
-            {"img_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
+            {
+                "img_size": 32,
+                "embed_dim": 8,
+                "depths": [1, 1],
+                "num_heads": [1, 1],
+                "window_size": 4,
+            },
             (1, 2),
         ),
     ],
 )
 def test_networks_without_tokens_pool_over_the_picture(
-    tmp_path: Path, architecture: str, arguments: dict[str, Any], axes: tuple[int, int]
+    tmp_path: Path,
+    architecture: str,
+    arguments: dict[str, Any],
+    axes: tuple[int, int],
 ) -> None:
     folder = save_model(tmp_path / "model", architecture, **arguments)
     model = reference(folder)
@@ -133,8 +160,15 @@ def test_networks_without_tokens_pool_over_the_picture(
         assert encoder.dim == expected.shape[1]
 
 
-@pytest.mark.parametrize(("architecture", "arguments"), [("test_resnet", {}), ("test_vit3", {"img_size": 32})])
-def test_cls_pooling_needs_a_cls_token(tmp_path: Path, architecture: str, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [("test_resnet", {}), ("test_vit3", {"img_size": 32})],
+)
+def test_cls_pooling_needs_a_cls_token(
+    tmp_path: Path,
+    architecture: str,
+    arguments: dict[str, Any],
+) -> None:
     folder = save_model(tmp_path / "model", architecture, **arguments)
     with pytest.raises(EncoderError, match="has no CLS token; use --image-cut default or mean"):
         load(folder, pooling="cls")
@@ -155,7 +189,9 @@ def test_the_resolution_can_be_overridden(tiny_image_encoder: Path, resnet: Path
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_computes_nearly_the_same_and_returns_float32(
-    vit: ImageEncoder, tiny_image_encoder: Path, dtype: str
+    vit: ImageEncoder,
+    tiny_image_encoder: Path,
+    dtype: str,
 ) -> None:
     encoder = load(tiny_image_encoder, dtype=dtype)
     assert {parameter.dtype for parameter in encoder.module.parameters()} == {getattr(torch, dtype)}
@@ -196,7 +232,12 @@ def weight(name: str) -> Callable[[Any], Any]:
     ],
 )  # fmt: skip
 def test_the_fingerprint_changes_with_whatever_makes_the_features(
-    vit: ImageEncoder, tiny_image_encoder: Path, variant: Variant, edits: Any, change: Any, fields: set[str]
+    vit: ImageEncoder,
+    tiny_image_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    change: Any,
+    fields: set[str],
 ) -> None:
     other = load(variant(tiny_image_encoder, change(edits)))
     assert other.fingerprint.digest != vit.fingerprint.digest
@@ -213,7 +254,10 @@ def test_the_fingerprint_changes_with_whatever_makes_the_features(
     ],
 )
 def test_the_fingerprint_changes_with_every_setting(
-    vit: ImageEncoder, tiny_image_encoder: Path, settings: dict[str, Any], field: str
+    vit: ImageEncoder,
+    tiny_image_encoder: Path,
+    settings: dict[str, Any],
+    field: str,
 ) -> None:
     other = load(tiny_image_encoder, **settings)
     assert other.fingerprint.digest != vit.fingerprint.digest
@@ -225,20 +269,30 @@ def test_the_fingerprint_changes_with_every_setting(
     [
         lambda edits: lambda folder: None,
         weight("head.weight"),
-        lambda edits: edits.json("config.json", pretrained_cfg__license="mit", pretrained_cfg__tag="x"),
+        lambda edits: edits.json(
+            "config.json",
+            pretrained_cfg__license="mit",
+            pretrained_cfg__tag="x",
+        ),
         lambda edits: edits.write("README.md", "text"),
     ],
     ids=["another path", "the classifier", "other metadata", "another file"],
 )
 def test_the_fingerprint_does_not_change_with_what_makes_no_difference(
-    vit: ImageEncoder, tiny_image_encoder: Path, variant: Variant, edits: Any, change: Any
+    vit: ImageEncoder,
+    tiny_image_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    change: Any,
 ) -> None:
     other = load(variant(tiny_image_encoder, change(edits)))
     assert other.fingerprint.difference(vit.fingerprint) == []
     assert torch.equal(other.encode(BATCH), vit.encode(BATCH))
 
 
-def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(tiny_image_encoder: Path) -> None:
+def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(
+    tiny_image_encoder: Path,
+) -> None:
     first = load(tiny_image_encoder)
     first.encode(BATCH)
     first.preprocess(picture(60, 40))
@@ -253,7 +307,10 @@ def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(tiny_ima
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda edits: edits.tensor("blocks.1.attn.proj.bias", lambda _: None), "blocks.1.attn.proj.bias"),
+        (
+            lambda edits: edits.tensor("blocks.1.attn.proj.bias", lambda _: None),
+            "blocks.1.attn.proj.bias",
+        ),
         (lambda edits: edits.tensor("norm.weight", lambda _: torch.ones(65)), "norm.weight"),
         (lambda edits: edits.cut("model.safetensors", 5000), "invalid header length"),
         (lambda edits: edits.remove("model.safetensors"), "No suitable checkpoints"),
@@ -262,10 +319,23 @@ def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(tiny_ima
         (lambda edits: edits.cut("config.json", 30), ""),
         (lambda edits: edits.write("config.json", []), ""),
     ],
-    ids=["missing", "shape", "cut", "no weights", "architecture", "argument", "half a config", "a list"],
+    ids=[
+        "missing",
+        "shape",
+        "cut",
+        "no weights",
+        "architecture",
+        "argument",
+        "half a config",
+        "a list",
+    ],
 )
 def test_a_folder_whose_weights_do_not_fit_is_refused(
-    tiny_image_encoder: Path, variant: Variant, edits: Any, change: Any, said: str
+    tiny_image_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    change: Any,
+    said: str,
 ) -> None:
     folder = variant(tiny_image_encoder, change(edits))
     with pytest.raises(EncoderError) as caught:
@@ -280,7 +350,10 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("vit_smal_patch16_224", r"timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224, "),
+        (
+            "vit_smal_patch16_224",
+            r"timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224, ",
+        ),
         ("resnet18.nope", r"resnet18 has no weights 'nope'; there are a1_in1k, "),
         ("resnet18", r"encoder timm:resnet18: .*(give a name that timm\.list_models knows"),
         ("resnet18@abc", r"encoder timm:resnet18@abc: "),

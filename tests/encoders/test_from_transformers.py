@@ -1,4 +1,5 @@
-"""transformers encoders against transformers itself, and an identity of what makes their features."""
+"""transformers encoders against transformers itself, and an identity of what makes their
+features."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +42,12 @@ def bert(tiny_text_encoder: Path) -> TextEncoder:
 
 def hidden_states(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The library's own last hidden states and mask, by its own padding."""
-    inputs = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        texts,
+        padding=True,
+        truncation=True,
+        return_tensors="pt",
+    )
     with torch.inference_mode():
         model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
         return model(**inputs).last_hidden_state, inputs["attention_mask"]
@@ -50,9 +56,14 @@ def hidden_states(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.T
 # Text
 
 
-def test_features_are_the_masked_mean_of_the_librarys_hidden_states(bert: TextEncoder, tiny_text_encoder: Path) -> None:
+def test_features_are_the_masked_mean_of_the_librarys_hidden_states(
+    bert: TextEncoder,
+    tiny_text_encoder: Path,
+) -> None:
     hidden, mask = hidden_states(tiny_text_encoder, TEXTS)
-    expected = torch.stack([row[: int(keep.sum())].mean(0) for row, keep in zip(hidden, mask, strict=True)])
+    expected = torch.stack(
+        [row[: int(keep.sum())].mean(0) for row, keep in zip(hidden, mask, strict=True)]
+    )
     assert len(set(mask.sum(1).tolist())) > 2  # the mask matters
     found = bert.encode(TEXTS)
     assert (found.shape, found.dtype, bert.dim) == ((4, 32), torch.float32, 32)
@@ -83,18 +94,25 @@ def test_over_long_texts_are_truncated_and_counted(bert: TextEncoder) -> None:
 
 
 def test_tokens_are_the_librarys_own(bert: TextEncoder, tiny_text_encoder: Path) -> None:
-    expected = AutoTokenizer.from_pretrained(tiny_text_encoder)([*TEXTS, "shapes unknown"])["input_ids"]
+    expected = AutoTokenizer.from_pretrained(tiny_text_encoder)([*TEXTS, "shapes unknown"])[
+        "input_ids"
+    ]
     assert bert.tokenise([*TEXTS, "shapes unknown"]).ids == expected
     assert bert.pad_id == 0
 
 
 def test_the_limit_of_tokens_is_the_smallest_of_the_spec_the_files_and_the_model(
-    tiny_text_encoder: Path, variant: Variant, edits: Any
+    tiny_text_encoder: Path,
+    variant: Variant,
+    edits: Any,
 ) -> None:
     assert load(tiny_text_encoder, max_tokens=5).max_tokens == 5
     assert [len(ids) for ids in load(tiny_text_encoder, max_tokens=5).tokenise([LONG]).ids] == [5]
     assert load(tiny_text_encoder, max_tokens=500).max_tokens == 16
-    saved = variant(tiny_text_encoder, edits.write("sentence_bert_config.json", {"max_seq_length": 8}))
+    saved = variant(
+        tiny_text_encoder,
+        edits.write("sentence_bert_config.json", {"max_seq_length": 8}),
+    )
     assert load(saved).max_tokens == 8
     assert load(saved, max_tokens=12).max_tokens == 12
     shorter = variant(tiny_text_encoder, edits.json("tokenizer_config.json", model_max_length=9))
@@ -102,8 +120,14 @@ def test_the_limit_of_tokens_is_the_smallest_of_the_spec_the_files_and_the_model
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2])
-def test_a_limit_that_leaves_no_room_for_words_is_refused(tiny_text_encoder: Path, max_tokens: int) -> None:
-    with pytest.raises(EncoderError, match=f"{max_tokens} tokens leave no room for words beside 2 special ones"):
+def test_a_limit_that_leaves_no_room_for_words_is_refused(
+    tiny_text_encoder: Path,
+    max_tokens: int,
+) -> None:
+    with pytest.raises(
+        EncoderError,
+        match=f"{max_tokens} tokens leave no room for words beside 2 special ones",
+    ):
         load(tiny_text_encoder, max_tokens=max_tokens)
 
 
@@ -117,12 +141,22 @@ def test_a_limit_that_leaves_no_room_for_words_is_refused(tiny_text_encoder: Pat
     ],
 )
 def test_the_pooling_of_a_sentence_transformers_folder_is_used_unless_the_spec_says_otherwise(
-    tiny_text_encoder: Path, variant: Variant, edits: Any, saved: dict[str, Any], pooling: str
+    tiny_text_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    saved: dict[str, Any],
+    pooling: str,
 ) -> None:
     folder = variant(tiny_text_encoder, edits.write("1_Pooling/config.json", saved))
     other = "mean" if pooling == "cls" else "cls"
-    assert torch.equal(load(folder).encode(TEXTS), load(tiny_text_encoder, pooling=pooling).encode(TEXTS))
-    assert torch.equal(load(folder, pooling=other).encode(TEXTS), load(tiny_text_encoder, pooling=other).encode(TEXTS))
+    assert torch.equal(
+        load(folder).encode(TEXTS),
+        load(tiny_text_encoder, pooling=pooling).encode(TEXTS),
+    )
+    assert torch.equal(
+        load(folder, pooling=other).encode(TEXTS),
+        load(tiny_text_encoder, pooling=other).encode(TEXTS),
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +169,10 @@ def test_the_pooling_of_a_sentence_transformers_folder_is_used_unless_the_spec_s
     ],
 )
 def test_a_pooling_that_is_not_there_is_refused(
-    tiny_text_encoder: Path, variant: Variant, edits: Any, saved: dict[str, Any]
+    tiny_text_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    saved: dict[str, Any],
 ) -> None:
     folder = variant(tiny_text_encoder, edits.write("1_Pooling/config.json", saved))
     with pytest.raises(EncoderError, match="is not supported; give --text-cut mean or cls"):
@@ -180,15 +217,32 @@ def vocabulary(edits: Any) -> Any:
         (lambda edits: edits.tensor("embeddings.word_embeddings.weight", next_float), {"weights"}),
         (vocabulary, {"inputs.tokenizer"}),
         (lambda edits: edits.json("tokenizer.json", normalizer=None), {"inputs.tokenizer"}),
-        (lambda edits: edits.json("tokenizer_config.json", model_max_length=12), {"inputs.max_tokens"}),
-        (lambda edits: edits.write("1_Pooling/config.json", {"pooling_mode": "cls"}), {"inputs.pooling"}),
-        (lambda edits: edits.json("config.json", num_attention_heads=4), {"architecture.num_attention_heads"}),
+        (
+            lambda edits: edits.json("tokenizer_config.json", model_max_length=12),
+            {"inputs.max_tokens"},
+        ),
+        (
+            lambda edits: edits.write("1_Pooling/config.json", {"pooling_mode": "cls"}),
+            {"inputs.pooling"},
+        ),
+        (
+            lambda edits: edits.json("config.json", num_attention_heads=4),
+            {"architecture.num_attention_heads"},
+        ),
         (lambda edits: edits.json("config.json", hidden_act="relu"), {"architecture.hidden_act"}),
-        (lambda edits: edits.json("config.json", layer_norm_eps=0.1), {"architecture.layer_norm_eps"}),
+        (
+            lambda edits: edits.json("config.json", layer_norm_eps=0.1),
+            {"architecture.layer_norm_eps"},
+        ),
     ],
 )
 def test_the_fingerprint_changes_with_whatever_makes_the_features(
-    bert: TextEncoder, tiny_text_encoder: Path, variant: Variant, edits: Any, change: Any, fields: set[str]
+    bert: TextEncoder,
+    tiny_text_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    change: Any,
+    fields: set[str],
 ) -> None:
     other = load(variant(tiny_text_encoder, change(edits)))
     assert other.fingerprint.digest != bert.fingerprint.digest
@@ -205,7 +259,10 @@ def test_the_fingerprint_changes_with_whatever_makes_the_features(
     ],
 )
 def test_the_fingerprint_changes_with_every_setting(
-    bert: TextEncoder, tiny_text_encoder: Path, settings: dict[str, Any], field: str
+    bert: TextEncoder,
+    tiny_text_encoder: Path,
+    settings: dict[str, Any],
+    field: str,
 ) -> None:
     other = load(tiny_text_encoder, **settings)
     assert [path for path, _, _ in other.fingerprint.difference(bert.fingerprint)] == [field]
@@ -215,26 +272,48 @@ def test_the_fingerprint_changes_with_every_setting(
     "change",
     [
         lambda edits: lambda folder: None,
-        lambda edits: edits.json("config.json", transformers_version="0", architectures=["BertForMaskedLM"]),
+        lambda edits: edits.json(
+            "config.json",
+            transformers_version="0",
+            architectures=["BertForMaskedLM"],
+        ),
         lambda edits: edits.json("config.json", _name_or_path="/elsewhere"),
         lambda edits: edits.json("tokenizer_config.json", name_or_path="/elsewhere"),
         lambda edits: edits.json(
             "tokenizer.json",
-            truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+            truncation={
+                "direction": "Right",
+                "max_length": 4,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            },
         ),
         lambda edits: edits.write("README.md", "text"),
     ],
-    ids=["another path", "versions", "name", "name of the tokenizer", "truncation in force", "another file"],
+    ids=[
+        "another path",
+        "versions",
+        "name",
+        "name of the tokenizer",
+        "truncation in force",
+        "another file",
+    ],
 )
 def test_the_fingerprint_does_not_change_with_what_makes_no_difference(
-    bert: TextEncoder, tiny_text_encoder: Path, variant: Variant, edits: Any, change: Any
+    bert: TextEncoder,
+    tiny_text_encoder: Path,
+    variant: Variant,
+    edits: Any,
+    change: Any,
 ) -> None:
     other = load(variant(tiny_text_encoder, change(edits)))
     assert other.fingerprint.difference(bert.fingerprint) == []
     assert torch.equal(other.encode([*TEXTS, LONG]), bert.encode([*TEXTS, LONG]))
 
 
-def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(tiny_text_encoder: Path) -> None:
+def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(
+    tiny_text_encoder: Path,
+) -> None:
     first = load(tiny_text_encoder)
     first.encode([LONG])
     second = load(tiny_text_encoder)
@@ -275,12 +354,17 @@ def test_a_folder_that_is_not_whole_is_refused(
 @pytest.mark.parametrize("name", ["BartConfig", "CLIPConfig", "SiglipConfig"])
 def test_what_is_no_single_text_encoder_is_refused(tmp_path: Path, name: str) -> None:
     getattr(transformers, name)().save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match="is no single text encoder; BERT-like models and T5 are supported"):
+    with pytest.raises(
+        EncoderError,
+        match="is no single text encoder; BERT-like models and T5 are supported",
+    ):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("loader", [load_text_encoder, load_image_encoder])
-def test_a_name_that_cannot_be_reached_is_refused_with_near_names(loader: Callable[..., Any]) -> None:
+def test_a_name_that_cannot_be_reached_is_refused_with_near_names(
+    loader: Callable[..., Any],
+) -> None:
     spec = parse_encoder("hf:sentence-transformers/all-MiniLM-L6-v3", "text")
     with pytest.raises(EncoderError) as caught:
         loader(spec, "cpu")
@@ -296,8 +380,18 @@ def test_a_name_that_cannot_be_reached_is_refused_with_near_names(loader: Callab
 
 def save_vision(folder: Path, kind: str, processor: Any, **settings: Any) -> Path:
     """A random two-layer vision transformer, 32-d, patches of 8 pixels."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=32, patch_size=8, **settings)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes,
+        image_size=32,
+        patch_size=8,
+        **settings,
+    )
     torch.manual_seed(0)
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -326,18 +420,27 @@ VISION = {
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("vision")
-    return {name: save_vision(root / name, kind, made()) for name, (kind, made, _) in VISION.items()}
+    return {
+        name: save_vision(root / name, kind, made()) for name, (kind, made, _) in VISION.items()
+    }
 
 
 def picture(width: int = 60, height: int = 40) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_image_features_are_the_cls_token_or_the_mean_of_the_patches(vision: dict[str, Path], name: str) -> None:
+def test_image_features_are_the_cls_token_or_the_mean_of_the_patches(
+    vision: dict[str, Path],
+    name: str,
+) -> None:
     n_prefix = VISION[name][2]
     with torch.inference_mode():
-        hidden = AutoModel.from_pretrained(vision[name]).eval()(pixel_values=PIXELS).last_hidden_state
+        hidden = (
+            AutoModel.from_pretrained(vision[name]).eval()(pixel_values=PIXELS).last_hidden_state
+        )
     assert hidden.shape[1] == n_prefix + 16
     default = hidden[:, 0] if n_prefix else hidden.mean(1)
     for pooling, expected in (("default", default), ("mean", hidden[:, n_prefix:].mean(1))):
@@ -354,7 +457,9 @@ def test_cls_pooling_needs_a_cls_token(vision: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["dinov2", "vit"])
 @pytest.mark.parametrize("size", [(60, 40), (32, 32), (9, 200)])
 def test_image_preprocessing_is_the_processors_own_to_the_pixel(
-    vision: dict[str, Path], name: str, size: tuple[int, int]
+    vision: dict[str, Path],
+    name: str,
+    size: tuple[int, int],
 ) -> None:
     processor = AutoImageProcessor.from_pretrained(vision[name])
     expected = processor(images=picture(*size), return_tensors="pt")["pixel_values"][0]
@@ -372,7 +477,10 @@ def test_the_resolution_can_be_overridden(vision: dict[str, Path], name: str) ->
 
 def test_a_higher_resolution_keeps_the_share_that_is_cropped(vision: dict[str, Path]) -> None:
     processor = AutoImageProcessor.from_pretrained(vision["dinov2"])
-    size = {"size": {"shortest_edge": 54}, "crop_size": {"height": 48, "width": 48}}  # 36 : 32 = 54 : 48
+    size = {
+        "size": {"shortest_edge": 54},
+        "crop_size": {"height": 48, "width": 48},
+    }  # 36 : 32 = 54 : 48
     expected = processor(images=picture(), return_tensors="pt", **size)["pixel_values"][0]
     assert torch.equal(load_image(vision["dinov2"], resolution=48).preprocess(picture()), expected)
 
@@ -392,17 +500,22 @@ def test_a_higher_resolution_keeps_the_share_that_is_cropped(vision: dict[str, P
 def test_the_fingerprint_of_images_changes_with_whatever_makes_the_features(
     vision: dict[str, Path], variant: Variant, edits: Any, change: Any, field: str
 ) -> None:
-    base, other = load_image(vision["dinov2"]), load_image(variant(vision["dinov2"], change(edits)))
+    base = load_image(vision["dinov2"])
+    other = load_image(variant(vision["dinov2"], change(edits)))
     assert other.fingerprint.digest != base.fingerprint.digest
     assert field in {path for path, _, _ in other.fingerprint.difference(base.fingerprint)}
 
 
 def test_the_fingerprint_of_images_changes_with_every_setting_and_with_nothing_else(
-    vision: dict[str, Path], variant: Variant
+    vision: dict[str, Path],
+    variant: Variant,
 ) -> None:
     base = load_image(vision["dinov2"])
     base.preprocess(picture())
-    digests = {base.fingerprint.digest, load_image(variant(vision["dinov2"], lambda folder: None)).fingerprint.digest}
+    digests = {
+        base.fingerprint.digest,
+        load_image(variant(vision["dinov2"], lambda folder: None)).fingerprint.digest,
+    }
     assert len(digests) == 1
     for settings in ({"pooling": "mean"}, {"resolution": 48}, {"dtype": "bfloat16"}):
         digests.add(load_image(vision["dinov2"], **settings).fingerprint.digest)
@@ -410,18 +523,27 @@ def test_the_fingerprint_of_images_changes_with_every_setting_and_with_nothing_e
 
 
 def test_a_text_encoder_is_refused_for_images(tiny_text_encoder: Path) -> None:
-    with pytest.raises(EncoderError, match=r"bert is not supported as an image encoder; supported are .*dinov2, "):
+    with pytest.raises(
+        EncoderError,
+        match=r"bert is not supported as an image encoder; supported are .*dinov2, ",
+    ):
         load_image(tiny_text_encoder)
 
 
-def test_image_weights_that_miss_parameters_are_refused(vision: dict[str, Path], variant: Variant, edits: Any) -> None:
+def test_image_weights_that_miss_parameters_are_refused(
+    vision: dict[str, Path],
+    variant: Variant,
+    edits: Any,
+) -> None:
     folder = variant(vision["dinov2"], edits.tensor("layernorm.bias", lambda _: None))
     with pytest.raises(EncoderError, match=r"lack 1 parameters of Dinov2Model: layernorm\.bias"):
         load_image(folder)
 
 
 def test_an_image_encoder_without_its_processor_is_refused(
-    vision: dict[str, Path], variant: Variant, edits: Any
+    vision: dict[str, Path],
+    variant: Variant,
+    edits: Any,
 ) -> None:
     folder = variant(vision["dinov2"], edits.remove("preprocessor_config.json"))
     with pytest.raises(EncoderError, match="cannot be opened"):

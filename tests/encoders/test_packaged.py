@@ -37,18 +37,26 @@ def test_writing_twice_writes_once(packaged_encoders: tuple[Path, Path]) -> None
 
 def test_what_is_written_holds_no_pickle(packaged_encoders: tuple[Path, Path]) -> None:
     files = [path for folder in packaged_encoders for path in folder.rglob("*") if path.is_file()]
-    assert [path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02")] == []  # as torch.save writes
+    assert [
+        path for path in files if path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    ] == []  # as torch.save writes
     assert packaged_encoders[0] / "model.safetensors" in files
 
 
-def test_efficientnet_loads_with_its_own_preprocessing(packaged_encoders: tuple[Path, Path]) -> None:
+def test_efficientnet_loads_with_its_own_preprocessing(
+    packaged_encoders: tuple[Path, Path],
+) -> None:
     encoder = load_image_encoder(parse_encoder(f"timm:{packaged_encoders[0]}", "image"), "cpu")
     assert (encoder.dim, encoder.input_shape) == (1280, (3, 224, 224))
     config = encoder.fingerprint.fields["inputs"]["config"]
     assert (config["mean"], config["std"], config["crop_pct"]) == ([0.5] * 3, [0.5] * 3, 0.875)
-    variances = [value for name, value in encoder.module.state_dict().items() if name.endswith("running_var")]
+    variances = [
+        value for name, value in encoder.module.state_dict().items() if name.endswith("running_var")
+    ]
     assert len(variances) == 49
-    assert min(float(value.min()) for value in variances) >= 0  # each variance came into the place of a variance
+    assert (
+        min(float(value.min()) for value in variances) >= 0
+    )  # each variance came into the place of a variance
 
 
 def test_minilm_loads_with_mean_pooling(minilm: TextEncoder) -> None:
@@ -65,29 +73,46 @@ def test_minilm_puts_sentences_of_like_meaning_together(minilm: TextEncoder) -> 
     assert dog @ tax < 0.3
 
 
-def test_efficientnet_puts_garments_of_one_class_together(packaged_encoders: tuple[Path, Path]) -> None:
+def test_efficientnet_puts_garments_of_one_class_together(
+    packaged_encoders: tuple[Path, Path],
+) -> None:
     if not PHOTOS.is_dir():
         pytest.skip(f"no photos in {PHOTOS}")
     encoder = load_image_encoder(parse_encoder(f"timm:{packaged_encoders[0]}", "image"), "cpu")
     kinds = sorted(path.name for path in (PHOTOS / "test").iterdir())
-    keys = [f"test/{kind}/{path.name}" for kind in kinds[:6] for path in sorted((PHOTOS / "test" / kind).iterdir())[:5]]
-    pixels = torch.stack([encoder.preprocess(load_image(key, FolderMedia(PHOTOS)).image) for key in keys])
+    keys = [
+        f"test/{kind}/{path.name}"
+        for kind in kinds[:6]
+        for path in sorted((PHOTOS / "test" / kind).iterdir())[:5]
+    ]
+    pixels = torch.stack(
+        [encoder.preprocess(load_image(key, FolderMedia(root=PHOTOS)).image) for key in keys]
+    )
     features = torch.nn.functional.normalize(encoder.encode(pixels))
     nearest = (features @ features.T).fill_diagonal_(-1).argmax(1).numpy()
     labels = np.array([key.split("/")[1] for key in keys])
     assert (labels[nearest] == labels).mean() > 0.4  # chance: 0.14
 
 
-def test_without_the_packages_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_the_extra_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(packaged, "find_spec", lambda module: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'apecache\[demo\]'"):
         write_packaged_encoders(tmp_path)
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
-def test_an_encoder_that_is_there_already_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_is_there_already_is_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(packaged, "find_spec", lambda module: None)  # nothing to write from
     for name in ("efficientnet-lite0", "minilm-l6"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"mine": True}))
-    assert [folder.name for folder in write_packaged_encoders(tmp_path)] == ["efficientnet-lite0", "minilm-l6"]
+    assert [folder.name for folder in write_packaged_encoders(tmp_path)] == [
+        "efficientnet-lite0",
+        "minilm-l6",
+    ]

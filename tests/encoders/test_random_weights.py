@@ -14,7 +14,10 @@ from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError
 
 
-def test_random_weights_are_seeded_and_load_as_the_same_model(tiny_text_encoder: Path, tmp_path: Path) -> None:
+def test_random_weights_are_seeded_and_load_as_the_same_model(
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
     spec = parse_encoder(f"hf:{tiny_text_encoder}", "text")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_random(spec, tmp_path / name, seed)
@@ -36,7 +39,10 @@ def test_what_is_no_local_folder_has_no_random_weights(tmp_path: Path) -> None:
         write_random(EncoderSpec("hf", "some/model", "text"), tmp_path / "out", 0)
 
 
-def test_shapes_of_half_precision_files_are_float32(tiny_text_encoder: Path, tmp_path: Path) -> None:
+def test_shapes_of_half_precision_files_are_float32(
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "half"
     shutil.copytree(tiny_text_encoder, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,5 @@
-"""Dropout by sample: the same mask in whatever slice, process and padding, and masks that are random."""
+"""Dropout by sample: the same mask in whatever slice, process and padding, and masks that are
+random."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,13 @@ from torch.nn import functional as F
 from apecache.encoders.sample_draws import SampleDraws
 from apecache.encoders.tower import Tower, build_tower
 
-RATES = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
+RATES = {
+    "drop_rate": 0.1,
+    "pos_drop_rate": 0.1,
+    "proj_drop_rate": 0.1,
+    "attn_drop_rate": 0.1,
+    "drop_path_rate": 0.3,
+}
 BERT_RATES = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
@@ -43,14 +50,26 @@ def dropping_t5() -> Tower:
 def dropping_beit() -> Tower:
     """transformers' own stochastic depth."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = hf.BeitConfig(image_size=16, patch_size=4, drop_path_rate=0.3, **sizes, **BERT_RATES)
     return build_tower(hf.BeitModel(config, add_pooling_layer=False).eval(), "image", "cls")
 
 
 def timm_beit() -> Tower:
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 3, "num_classes": 0}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "depth": 3,
+        "num_classes": 0,
+    }
     module = timm.create_model("beit_base_patch16_224", pretrained=False, **sizes, **RATES)
     return build_tower(module.eval(), "image", "cls")
 
@@ -83,7 +102,9 @@ def test_a_sample_is_encoded_alike_in_every_slice(build: Callable[[], Tower]) ->
     tower = build().double().train()
     before = torch.get_rng_state()
     whole = encode(tower, range(8), seed=1)
-    sliced = torch.cat([encode(tower, part, seed=1) for part in (range(3), range(3, 4), range(4, 8))])
+    sliced = torch.cat(
+        [encode(tower, part, seed=1) for part in (range(3), range(3, 4), range(4, 8))]
+    )
     torch.testing.assert_close(sliced, whole, rtol=1e-9, atol=1e-9)
     assert torch.equal(torch.get_rng_state(), before), "something is drawn otherwise"
     assert not torch.allclose(encode(tower, range(8), seed=2), whole)
@@ -106,7 +127,8 @@ def test_a_block_that_is_run_again_draws_the_same(build: Callable[[], Tower]) ->
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_masks_have_their_rate_and_are_independent(rate: float) -> None:
-    """Of 640,000 draws the share is within five standard deviations, and so is the agreement of any two masks."""
+    """Of 640,000 draws the share is within five standard deviations, and so is the agreement of any
+    two masks."""
     ones = torch.ones(64, 100, 100)
     with SampleDraws(7, range(64)):
         masks = [F.dropout(ones, rate) == 0 for _ in range(2)]
@@ -141,7 +163,15 @@ def test_attention_without_dropout_and_evaluation_are_left_alone() -> None:
 @pytest.mark.parametrize("mask", [None, "bool", "added"])
 def test_attention_with_little_dropout_is_nearly_that_without(mask: str | None) -> None:
     """The products are those of torch: at the lowest rate above 0 hardly a weight is dropped."""
-    q, k, v = torch.randn(3, 4, 2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k, v = torch.randn(
+        3,
+        4,
+        2,
+        5,
+        8,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )
     kept = torch.tensor([True, True, True, False, False]).expand(4, 1, 1, 5)
     chosen: Any = {None: None, "bool": kept, "added": (~kept).double() * -1e9}[mask]
     with SampleDraws(3, range(4)):

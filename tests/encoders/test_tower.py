@@ -1,4 +1,5 @@
-"""Towers: equal to the libraries' own forward, whole and cut; the same parts in every family; the CLS row alone."""
+"""Towers: equal to the libraries' own forward, whole and cut; the same parts in every family; the
+CLS row alone."""
 
 from typing import Any
 
@@ -14,14 +15,23 @@ from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower, build_tower, tower_of
 from apecache.errors import EncoderError
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 PIXELS = {"image_size": 16, "patch_size": 4}
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 60}
 HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "vit (ViT, DINO)": (hf.ViTModel, hf.ViTConfig, {**SMALL, **PIXELS}),
     "deit": (hf.DeiTModel, hf.DeiTConfig, {**SMALL, **PIXELS}),
     "dinov2": (hf.Dinov2Model, hf.Dinov2Config, {**SMALL, **PIXELS, "intermediate_size": 64}),
-    "dinov2 with registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig, {**SMALL, **PIXELS}),
+    "dinov2 with registers": (
+        hf.Dinov2WithRegistersModel,
+        hf.Dinov2WithRegistersConfig,
+        {**SMALL, **PIXELS},
+    ),
     "beit": (hf.BeitModel, hf.BeitConfig, {**SMALL, **PIXELS, "use_relative_position_bias": True}),
     "beit, one table of positions": (
         hf.BeitModel,
@@ -51,7 +61,9 @@ def randomise(module: Any) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))
+            parameter.copy_(
+                torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0)
+            )
     return module.eval()
 
 
@@ -66,7 +78,12 @@ def timm_model(name: str, **settings: Any) -> Any:
 
 
 def bert_tower(cls_id: int | None = 2, pooling: Any = "cls") -> Tower:
-    return build_tower(hf_model(HF_TEXT["bert (mBERT, MiniLM, E5)"]), "text", pooling, cls_id)
+    return build_tower(
+        hf_model(HF_TEXT["bert (mBERT, MiniLM, E5)"]),
+        modality="text",
+        pooling=pooling,
+        cls_id=cls_id,
+    )
 
 
 def pictures() -> Tensor:
@@ -76,7 +93,8 @@ def pictures() -> Tensor:
 def sentences(pad: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[1, 4:], mask[2, 6:] = 0, 0
+    mask[1, 4:] = 0
+    mask[2, 6:] = 0
     return ids.where(mask == 1, pad), mask
 
 
@@ -85,7 +103,12 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def equal_whole_and_cut(tower: Tower, expected: Tensor, inputs: Tensor, mask: Tensor | None = None) -> None:
+def equal_whole_and_cut(
+    tower: Tower,
+    expected: Tensor,
+    inputs: Tensor,
+    mask: Tensor | None = None,
+) -> None:
     assert expected.abs().max() > 0.1
     same(tower(inputs, mask), expected)
     for cut in (*range(tower.n_blocks + 1), "pooled"):
@@ -100,7 +123,12 @@ def test_transformers_images(name: str, pooling: Any) -> None:
     with torch.no_grad():
         tokens = module(pictures()).last_hidden_state
     n_prefix = tokens.shape[1] - 16
-    expected = pool_tokens(tokens, None, "cls" if pooling == "default" else pooling, n_prefix)
+    expected = pool_tokens(
+        tokens,
+        mask=None,
+        pooling="cls" if pooling == "default" else pooling,
+        n_prefix=n_prefix,
+    )
     assert expected.shape[1] == tower.output_dim
     equal_whole_and_cut(tower, expected, pictures())
 
@@ -127,13 +155,24 @@ def test_transformers_texts_with_padding(name: str, attention: str) -> None:
     ids, mask = sentences(module.config.pad_token_id)
     with torch.no_grad():
         tokens = module(input_ids=ids, attention_mask=mask).last_hidden_state
-    equal_whole_and_cut(build_tower(module, "text", "mean", 2), pool_tokens(tokens, mask, "mean"), ids, mask)
+    equal_whole_and_cut(
+        build_tower(module, modality="text", pooling="mean", cls_id=2),
+        expected=pool_tokens(tokens, mask, "mean"),
+        inputs=ids,
+        mask=mask,
+    )
     if "t5" not in name:
-        equal_whole_and_cut(build_tower(module, "text", "cls", 2), tokens[:, 0], ids, mask)
+        equal_whole_and_cut(
+            build_tower(module, modality="text", pooling="cls", cls_id=2),
+            expected=tokens[:, 0],
+            inputs=ids,
+            mask=mask,
+        )
 
 
 def test_padding_changes_nothing() -> None:
-    tower, (ids, mask) = bert_tower(pooling="mean"), sentences(0)
+    tower = bert_tower(pooling="mean")
+    ids, mask = sentences(0)
     with torch.no_grad():
         same(tower(ids, mask)[1], tower(ids[1:2, :4], mask[1:2, :4])[0])
 
@@ -141,7 +180,10 @@ def test_padding_changes_nothing() -> None:
 def all_towers() -> list[Tower]:
     images = [build_tower(hf_model(entry), "image") for entry in HF_IMAGE.values()]
     images += [build_tower(timm_model(name, **s), "image") for name, s in TIMM.items()]
-    return [*images, *(build_tower(hf_model(entry), "text", cls_id=2) for entry in HF_TEXT.values())]
+    return [
+        *images,
+        *(build_tower(hf_model(entry), "text", cls_id=2) for entry in HF_TEXT.values()),
+    ]
 
 
 def test_every_family_has_the_same_parts() -> None:
@@ -152,7 +194,10 @@ def test_every_family_has_the_same_parts() -> None:
         assert {"block", *first} <= places
         assert {part.depth for part in parts if part.place == "block"} == {0, 1, 2}
         assert all(part.depth == -1 for part in parts if part.place in EMBEDDING_PLACES)
-        assert sum(part.norm for part in parts if part.place == "block") in (6, 12)  # weights, and biases but for T5
+        assert sum(part.norm for part in parts if part.place == "block") in (
+            6,
+            12,
+        )  # weights, and biases but for T5
         is_t5 = tower.anatomy.family == "t5"  # mT5 too
         assert any(part.bias for part in parts) is not is_t5
         assert ("cls" in places) is not is_t5
@@ -160,7 +205,11 @@ def test_every_family_has_the_same_parts() -> None:
 
 def test_every_part_is_on_the_way_and_nothing_else() -> None:
     for tower in all_towers():
-        ids, mask = sentences(tower.module.config.pad_token_id) if tower.modality == "text" else (pictures(), None)
+        ids, mask = (
+            sentences(tower.module.config.pad_token_id)
+            if tower.modality == "text"
+            else (pictures(), None)
+        )
         tower.zero_grad()
         tower(ids, mask).square().sum().backward()
         reached = {name for name, p in tower.module.named_parameters() if p.grad is not None}
@@ -169,13 +218,17 @@ def test_every_part_is_on_the_way_and_nothing_else() -> None:
 
 def test_the_cls_row_of_a_table_counts_apart() -> None:
     parts = {part.name: part for part in bert_tower().parts()}
-    table, row = parts["embeddings.word_embeddings.weight"], parts["embeddings.word_embeddings.weight[cls]"]
+    table = parts["embeddings.word_embeddings.weight"]
+    row = parts["embeddings.word_embeddings.weight[cls]"]
     assert (table.count, row.count, row.place) == (59 * 16, 16, "cls")
-    assert "embeddings.word_embeddings.weight[cls]" not in {part.name for part in bert_tower(cls_id=None).parts()}
+    assert "embeddings.word_embeddings.weight[cls]" not in {
+        part.name for part in bert_tower(cls_id=None).parts()
+    }
 
 
 def test_the_cls_row_alone_gets_a_gradient_and_is_put_back() -> None:
-    tower, (ids, mask) = bert_tower(cls_id=2), sentences(0)
+    tower = bert_tower(cls_id=2)
+    ids, mask = sentences(0)
     ids[:, 0] = 2
     plain = tower(ids, mask).detach()
     before = tower.module.embeddings.word_embeddings.weight.detach().clone()
@@ -203,7 +256,8 @@ def test_the_cls_row_alone_gets_a_gradient_and_is_put_back() -> None:
 
 @pytest.mark.parametrize("name", ["bert (mBERT, MiniLM, E5)", "t5 encoder"])
 def test_checkpointing_changes_no_gradient(name: str) -> None:
-    tower, (ids, mask) = build_tower(hf_model(HF_TEXT[name]), "text", "mean", 2), sentences(0)
+    tower = build_tower(hf_model(HF_TEXT[name]), modality="text", pooling="mean", cls_id=2)
+    ids, mask = sentences(0)
     gradients = []
     for tower.checkpointing in (False, True):
         tower.zero_grad()
@@ -213,7 +267,10 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         torch.testing.assert_close(again, kept)
 
 
-def test_loaded_encoders_keep_their_pooling(tiny_image_encoder: Any, tiny_text_encoder: Any) -> None:
+def test_loaded_encoders_keep_their_pooling(
+    tiny_image_encoder: Any,
+    tiny_text_encoder: Any,
+) -> None:
     from apecache.encoders.load import load_image_encoder, load_text_encoder
 
     image = load_image_encoder(parse_encoder(f"timm:{tiny_image_encoder}", "image"), "cpu")
@@ -232,14 +289,25 @@ def test_loaded_encoders_keep_their_pooling(tiny_image_encoder: Any, tiny_text_e
     ("make", "modality", "name"),
     [
         (lambda: timm.create_model("test_resnet", pretrained=False), "image", "ResNet"),
-        (lambda: timm.create_model("vit_small_patch16_rope_224", pretrained=False, depth=1), "image", "Eva"),
-        (lambda: hf.DistilBertModel(hf.DistilBertConfig(n_layers=1, dim=16, n_heads=2)), "text", "DistilBertModel"),
+        (
+            lambda: timm.create_model("vit_small_patch16_rope_224", pretrained=False, depth=1),
+            "image",
+            "Eva",
+        ),
+        (
+            lambda: hf.DistilBertModel(hf.DistilBertConfig(n_layers=1, dim=16, n_heads=2)),
+            "text",
+            "DistilBertModel",
+        ),
         (lambda: hf_model(HF_IMAGE["deit"]), "text", "DeiTModel"),
         (lambda: hf_model(HF_TEXT["roberta"]), "image", "RobertaModel"),
     ],
 )
 def test_other_architectures_are_refused_by_name(make: Any, modality: Any, name: str) -> None:
-    with pytest.raises(EncoderError, match=f"{name}.*supported are timm VisionTransformer") as error:
+    with pytest.raises(
+        EncoderError,
+        match=f"{name}.*supported are timm VisionTransformer",
+    ) as error:
         build_tower(make(), modality)
     assert "\n" not in str(error.value)
 

@@ -23,7 +23,8 @@ from apecache.train.fit_encoder import fit_encoder
 
 
 def test_a_shift_is_the_sum_of_absolute_differences_in_the_order_of_the_data() -> None:
-    before, after = small_vit(), small_vit()
+    before = small_vit()
+    after = small_vit()
     assert all(norm.l1_weight == norm.l1_bias == 0 for norm in norm_shifts(before, after))
     with torch.no_grad():
         after.module.blocks[1].norm2.weight[:3] -= 0.5
@@ -49,15 +50,28 @@ def test_correlation_with_depth() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, shapes_once: Path) -> Path:
     """All norms trained, of both towers."""
-    media, out = FolderMedia(shapes_once.parent), tmp_path_factory.mktemp("norms") / "run"
-    recipe = load_recipe("lilt-d", ["schedule.epochs=1", "schedule.batch_size=4", "optimiser.lr=1e-2"])
+    media = FolderMedia(root=shapes_once.parent)
+    out = tmp_path_factory.mktemp("norms") / "run"
+    recipe = load_recipe(
+        "lilt-d",
+        ["schedule.epochs=1", "schedule.batch_size=4", "optimiser.lr=1e-2"],
+    )
     spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
-    fit_encoder(FeatureStore.open(tiny_store), recipe, out, spec, lambda key: load_image(key, media).image)
+    fit_encoder(
+        FeatureStore.open(tiny_store),
+        recipe=recipe,
+        out=out,
+        spec=spec,
+        open_image=lambda key: load_image(key, media).image,
+    )
     return out
 
 
 def test_a_run_that_trained_its_norms(run: Path) -> None:
-    done = CliRunner().invoke(app, ["analyze", str(run), "--layernorm-shift", "--device", "cpu", "--json"])
+    done = CliRunner().invoke(
+        app,
+        ["analyze", str(run), "--layernorm-shift", "--device", "cpu", "--json"],
+    )
     assert done.exit_code == 0, done.output
     value: Any = json.loads(done.stdout.splitlines()[-1])
     assert [side["side"] for side in value["sides"]] == ["image", "text"]

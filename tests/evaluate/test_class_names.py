@@ -7,8 +7,12 @@ import pytest
 from apecache.errors import OptionError
 from apecache.evaluate.class_names import ClassNames, match_labels, read_class_names
 
-PETS = ClassNames(("Abyssinian", "Basset Hound", "American Bulldog"), "pets")
-SYNSETS = ClassNames(("tench", "goldfish", "crane", "crane"), "ImageNet", ("n0001", "n0002", "n0003", "n0004"))
+PETS = ClassNames(names=("Abyssinian", "Basset Hound", "American Bulldog"), origin="pets")
+SYNSETS = ClassNames(
+    names=("tench", "goldfish", "crane", "crane"),
+    origin="ImageNet",
+    labels=("n0001", "n0002", "n0003", "n0004"),
+)
 
 
 def test_without_names_the_labels_are_the_classes() -> None:
@@ -25,20 +29,45 @@ def test_without_names_the_labels_are_the_classes() -> None:
         (PETS, ["z", "y", "x"], {"x": 0, "y": 1, "z": 2}, "by sorted order"),
         (SYNSETS, ["n0002", "n0004"], {"n0002": 1, "n0004": 3}, "by label"),
         (SYNSETS, ["goldfish"], {"goldfish": 1}, "by name"),
-        (ClassNames(("5", "7"), "x"), ["7"], {"7": 1}, "by name"),
-        (ClassNames(("a", "b", "c"), "flowers", first=1), ["1", "3"], {"1": 0, "3": 2}, "by number from 1"),
-        (ClassNames(("a", "b", "c"), "flowers", first=1), ["0", "2"], {"0": 0, "2": 2}, "by number from 0"),
-        (ClassNames((), "cifar10"), ["cat", "dog"], {"cat": 0, "dog": 1}, "by the labels themselves"),
+        (ClassNames(names=("5", "7"), origin="x"), ["7"], {"7": 1}, "by name"),
+        (
+            ClassNames(names=("a", "b", "c"), origin="flowers", first=1),
+            ["1", "3"],
+            {"1": 0, "3": 2},
+            "by number from 1",
+        ),
+        (
+            ClassNames(names=("a", "b", "c"), origin="flowers", first=1),
+            ["0", "2"],
+            {"0": 0, "2": 2},
+            "by number from 0",
+        ),
+        (
+            ClassNames(names=(), origin="cifar10"),
+            ["cat", "dog"],
+            {"cat": 0, "dog": 1},
+            "by the labels themselves",
+        ),
     ],
 )
-def test_a_label_finds_its_class(known: ClassNames, labels: list[str], places: dict[str, int], matched: str) -> None:
+def test_a_label_finds_its_class(
+    known: ClassNames,
+    labels: list[str],
+    places: dict[str, int],
+    matched: str,
+) -> None:
     classes = match_labels(labels, known)
     assert (dict(classes.place), classes.matched) == (places, matched)
     assert classes.names == (known.names or tuple(sorted(labels)))
 
 
 def test_of_a_part_of_the_classes_only_those_with_images_are_candidates() -> None:
-    part = ClassNames(SYNSETS.names, "ImageNet", SYNSETS.labels, present_only=True)
+    part = ClassNames(
+        names=SYNSETS.names,
+        origin="ImageNet",
+        labels=SYNSETS.labels,
+        present_only=True,
+    )
     classes = match_labels(["n0004", "n0002", "n0004"], part)
     assert (classes.names, classes.place) == (("goldfish", "crane"), {"n0002": 0, "n0004": 1})
 
@@ -52,11 +81,13 @@ def test_of_a_part_of_the_classes_only_those_with_images_are_candidates() -> Non
         (PETS, ["Abyssinian", "x", "y"], r"2 of 3 labels are none .*\('x', 'y'\)"),
         (SYNSETS, ["crane"], "none of ImageNet's 4"),
         (SYNSETS, ["n9001", "n9002", "n9003", "n9004"], "4 of 4 labels"),
-        (ClassNames(("a", "b", "c"), "flowers", first=1), ["1", "2"], "2 of 2 labels"),
-        (ClassNames((), "cifar10"), ["0", "1"], "the labels of cifar10 are numbers here; give --class-names"),
+        (ClassNames(names=("a", "b", "c"), origin="flowers", first=1), ["1", "2"], "2 of 2 labels"),
+        (ClassNames(names=(), origin="cifar10"), ["0", "1"], "the labels of cifar10 are numbers here; give --class-names"),
     ],
 )  # fmt: skip
-def test_a_label_that_stands_for_no_class_is_refused(known: ClassNames, labels: list[str], said: str) -> None:
+def test_a_label_that_stands_for_no_class_is_refused(
+    known: ClassNames, labels: list[str], said: str
+) -> None:
     with pytest.raises(OptionError, match=said) as caught:
         match_labels(labels, known)
     assert "\n" not in str(caught.value)
@@ -92,7 +123,11 @@ def test_a_file_with_tabs_holds_labels_and_names(tmp_path: Path) -> None:
         ("1\tfox\n2\tfox\n", "line 2: 'fox' again"),
     ],
 )
-def test_a_file_that_is_no_list_of_classes_is_refused_by_its_line(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_list_of_classes_is_refused_by_its_line(
+    text: str,
+    said: str,
+    tmp_path: Path,
+) -> None:
     with pytest.raises(OptionError, match=said):
         read_class_names(write(tmp_path, text))
 

@@ -1,4 +1,5 @@
-"""`compare_runs` and `apecache compare`: fitted runs on one split, what is refused, and what is warned of."""
+"""`compare_runs` and `apecache compare`: fitted runs on one split, what is refused, and what is
+warned of."""
 
 import json
 from pathlib import Path
@@ -34,7 +35,12 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
     image = hidden @ rng.normal(size=(6, 12)) + 0.2 * rng.normal(size=(len(SPLITS), 12))
     text = hidden[owners] @ rng.normal(size=(6, 10)) + 0.2 * rng.normal(size=(len(owners), 10))
     features = image.astype(np.float32), text.astype(np.float32)
-    made: FeatureStore = write_store(tmp_path_factory.mktemp("compare") / "store", *features, owners.tolist(), SPLITS)
+    made: FeatureStore = write_store(
+        tmp_path_factory.mktemp("compare") / "store",
+        *features,
+        owners.tolist(),
+        SPLITS,
+    )
     return made
 
 
@@ -42,14 +48,23 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     for name, settings in RECIPES.items():
-        recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.batch_size=32", *settings])
+        recipe = load_recipe(
+            "projection",
+            ["image.dim=16", "text.dim=16", "schedule.batch_size=32", *settings],
+        )
         for seed in (0, 1):
-            fit_head(store, recipe, folder / f"{name}-{seed}", FitSpec(splits=DEV, seed=seed, device="cpu"))
+            fit_head(
+                store,
+                recipe=recipe,
+                out=folder / f"{name}-{seed}",
+                spec=FitSpec(splits=DEV, seed=seed, device="cpu"),
+            )
     return {path.name: path for path in folder.iterdir()}
 
 
 def test_a_difference_is_that_of_the_recalls_and_stands_beside_chance(
-    runs: dict[str, Path], store: FeatureStore
+    runs: dict[str, Path],
+    store: FeatureStore,
 ) -> None:
     found = apecache.compare_runs(runs["long-0"], runs["short-0"], store, device="cpu")
     reports = []
@@ -71,7 +86,10 @@ def test_a_difference_is_that_of_the_recalls_and_stands_beside_chance(
     assert found.seen_in_training == ()
 
 
-def test_a_run_does_not_differ_from_itself_and_sides_can_be_swapped(runs: dict[str, Path], store: FeatureStore) -> None:
+def test_a_run_does_not_differ_from_itself_and_sides_can_be_swapped(
+    runs: dict[str, Path],
+    store: FeatureStore,
+) -> None:
     same = apecache.compare_runs(runs["long-0"], runs["long-0"], store, device="cpu")
     assert {(row.difference, row.p_value) for row in same.rows} == {(0.0, 1.0)}
     assert all(row.low < 0 < row.high for row in same.rows)
@@ -82,7 +100,10 @@ def test_a_run_does_not_differ_from_itself_and_sides_can_be_swapped(runs: dict[s
         assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
 
 
-def test_seeds_of_both_sides_are_averaged_and_their_spread_counts(runs: dict[str, Path], store: FeatureStore) -> None:
+def test_seeds_of_both_sides_are_averaged_and_their_spread_counts(
+    runs: dict[str, Path],
+    store: FeatureStore,
+) -> None:
     sides = [[runs[f"{name}-{seed}"] for seed in (0, 1)] for name in ("long", "short")]
     found = apecache.compare_runs(sides[0], sides[1], store, device="cpu")
     single = [apecache.compare_runs(a, b, store, device="cpu") for a, b in zip(*sides, strict=True)]
@@ -92,7 +113,10 @@ def test_seeds_of_both_sides_are_averaged_and_their_spread_counts(runs: dict[str
 
 
 def test_what_cannot_be_compared_is_refused(
-    runs: dict[str, Path], store: FeatureStore, write_store: Any, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    write_store: Any,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(OptionError, match="their recipe differ"):
         apecache.compare_runs([runs["long-0"], runs["short-1"]], runs["short-0"], store)
@@ -100,19 +124,30 @@ def test_what_cannot_be_compared_is_refused(
         apecache.compare_runs([runs["long-0"], runs["long-0"]], runs["short-0"], store)
     with pytest.raises(OptionError, match="has no run"):
         apecache.compare_runs([], runs["short-0"], store)
-    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.batch_size=32", "schedule.epochs=1"])
-    fit_head(store, recipe, tmp_path / "split", FitSpec(splits=SplitSpec(dev_images=8), device="cpu"))
+    recipe = load_recipe(
+        "projection",
+        ["image.dim=16", "text.dim=16", "schedule.batch_size=32", "schedule.epochs=1"],
+    )
+    fit_head(
+        store,
+        recipe=recipe,
+        out=tmp_path / "split",
+        spec=FitSpec(splits=SplitSpec(dev_images=8), device="cpu"),
+    )
     with pytest.raises(MismatchError, match="trained on different splits"):
         apecache.compare_runs(runs["short-0"], tmp_path / "split", store)
     rng = np.random.default_rng(1)
     features = [rng.normal(size=(len(SPLITS), dim)).astype(np.float32) for dim in (12, 10)]
     other = write_store(tmp_path / "other", *features, list(range(len(SPLITS))), SPLITS)
-    fit_head(other, recipe, tmp_path / "table", FitSpec(splits=DEV, device="cpu"))
+    fit_head(other, recipe=recipe, out=tmp_path / "table", spec=FitSpec(splits=DEV, device="cpu"))
     with pytest.raises(MismatchError, match="trained on different tables"):
         apecache.compare_runs(runs["short-0"], tmp_path / "table", store)
 
 
-def test_the_command_compares_two_runs_or_groups_of_seeds(runs: dict[str, Path], store: FeatureStore) -> None:
+def test_the_command_compares_two_runs_or_groups_of_seeds(
+    runs: dict[str, Path],
+    store: FeatureStore,
+) -> None:
     where = ["--store", str(store.path), "--device", "cpu"]
     two = [str(runs["long-0"]), str(runs["short-0"])]
     done = CliRunner().invoke(app, ["compare", *two, *where, "--json"])
@@ -122,7 +157,14 @@ def test_the_command_compares_two_runs_or_groups_of_seeds(runs: dict[str, Path],
     assert [row["metric"] for row in shown["rows"]] == list(METRICS)
     done = CliRunner().invoke(app, ["compare", *two, *where])
     assert done.exit_code == 0, done.output
-    for words in ("A less B", "95 % interval", "chance", "image to text R@1", "mean of all", SIGN_FLIPS):
+    for words in (
+        "A less B",
+        "95 % interval",
+        "chance",
+        "image to text R@1",
+        "mean of all",
+        SIGN_FLIPS,
+    ):
         assert words in done.output
     assert "no variance over seeds of A and B" in done.output
     groups = [
@@ -137,22 +179,43 @@ def test_the_command_compares_two_runs_or_groups_of_seeds(runs: dict[str, Path],
     assert "no variance over seeds" not in done.output
 
 
-@pytest.mark.parametrize("arguments", [["one"], ["one", "two", "three"], ["one", "two", "--a", "x"], ["--a", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["one"], ["one", "two", "three"], ["one", "two", "--a", "x"], ["--a", "x"]],
+)
 def test_the_command_takes_two_runs_or_both_groups(arguments: list[str]) -> None:
     wrong = CliRunner().invoke(app, ["compare", *arguments, "--store", "s"])
-    assert (wrong.exit_code, "expected two runs, or --a RUN and --b RUN" in wrong.output) == (2, True), wrong.output
+    assert (wrong.exit_code, "expected two runs, or --a RUN and --b RUN" in wrong.output) == (
+        2,
+        True,
+    ), wrong.output
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_a_split_that_training_saw_is_warned_of(split: str, runs: dict[str, Path], store: FeatureStore) -> None:
+def test_a_split_that_training_saw_is_warned_of(
+    split: str,
+    runs: dict[str, Path],
+    store: FeatureStore,
+) -> None:
     found = apecache.compare_runs(runs["long-0"], runs["short-0"], store, split, device="cpu")
     assert found.seen_in_training == (str(runs["long-0"]), str(runs["short-0"]))
-    command = ["compare", str(runs["long-0"]), str(runs["short-0"]), "--store", str(store.path), "--split", split]
+    command = [
+        "compare",
+        str(runs["long-0"]),
+        str(runs["short-0"]),
+        "--store",
+        str(store.path),
+        "--split",
+        split,
+    ]
     done = CliRunner().invoke(app, [*command, "--device", "cpu"])
     assert "its figures are too high" in done.output
 
 
-def test_evaluation_prints_chance_and_intervals_beside_every_recall(runs: dict[str, Path], store: FeatureStore) -> None:
+def test_evaluation_prints_chance_and_intervals_beside_every_recall(
+    runs: dict[str, Path],
+    store: FeatureStore,
+) -> None:
     command = [
         "evaluate",
         str(runs["long-0"]),
@@ -165,8 +228,16 @@ def test_evaluation_prints_chance_and_intervals_beside_every_recall(runs: dict[s
     ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    lines = [line.split("\u2502")[1].strip() for line in done.output.splitlines() if line.startswith("\u2502")]
-    names = [line for line in lines if line in ("95 % interval", "with CSLS", "chance") or line.startswith("chance, ")]
+    lines = [
+        line.split("\u2502")[1].strip()
+        for line in done.output.splitlines()
+        if line.startswith("\u2502")
+    ]
+    names = [
+        line
+        for line in lines
+        if line in ("95 % interval", "with CSLS", "chance") or line.startswith("chance, ")
+    ]
     assert names[:4] == ["95 % interval", "with CSLS", "95 % interval", "chance"]
     assert [name.partition(",")[0] for name in names[4:]] == ["95 % interval", "chance"]
     shown = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)

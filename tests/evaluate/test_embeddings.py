@@ -1,4 +1,5 @@
-"""Embeddings of a store under trained heads: which rows, in which order, and only of the heads' own encoders."""
+"""Embeddings of a store under trained heads: which rows, in which order, and only of the heads' own
+encoders."""
 
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,34 @@ BAD = {"bad_images": (6,), "bad_texts": (4, 7)}  # image 5 loses its only captio
 
 @pytest.fixture(scope="module")
 def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    made: FeatureStore = write_store(tmp_path_factory.mktemp("e") / "s", IMAGE, TEXT, ROWS, SPLITS, **BAD, shard_rows=3)
+    made: FeatureStore = write_store(
+        tmp_path_factory.mktemp("e") / "s",
+        IMAGE,
+        TEXT,
+        ROWS,
+        SPLITS,
+        **BAD,
+        shard_rows=3,
+    )
     return made
 
 
 def heads_for(image: str = "pixels", text: str = "words") -> TrainedHeads:
     torch.manual_seed(0)
-    built = build_heads(HeadSpec(dim=4), HeadSpec(kind="mlp", width=8), 6, 5)
-    fingerprints = (
-        Fingerprint({"modality": modality, "weights": name}) for modality, name in (("image", image), ("text", text))
+    built = build_heads(
+        HeadSpec(dim=4),
+        text=HeadSpec(kind="mlp", width=8),
+        image_dim=6,
+        text_dim=5,
     )
-    sides = (TrainedSide(head.eval(), {}, mark) for head, mark in zip(built, fingerprints, strict=True))
+    fingerprints = (
+        Fingerprint(fields={"modality": modality, "weights": name})
+        for modality, name in (("image", image), ("text", text))
+    )
+    sides = (
+        TrainedSide(head=head.eval(), encoder={}, fingerprint=mark)
+        for head, mark in zip(built, fingerprints, strict=True)
+    )
     return TrainedHeads(*sides, 10.0)
 
 
@@ -48,7 +66,10 @@ def heads_for(image: str = "pixels", text: str = "words") -> TrainedHeads:
     ],
 )
 def test_embedded_are_the_usable_images_of_the_split_with_their_usable_captions(
-    split: str | None, images: list[int], texts: list[int], store: FeatureStore
+    split: str | None,
+    images: list[int],
+    texts: list[int],
+    store: FeatureStore,
 ) -> None:
     heads = heads_for()
     found = embed_store(heads, store, split)
@@ -62,7 +83,10 @@ def test_embedded_are_the_usable_images_of_the_split_with_their_usable_captions(
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(store: FeatureStore) -> None:
-    message = r"no split 'vall'; found: train \(3 images\), val \(4 images\), test \(1 images\); did you mean val\?"
+    message = (
+        r"no split 'vall'; found: train \(3 images\), val \(4 images\), test \(1 images\); did "
+        r"you mean val\?"
+    )
     with pytest.raises(DataError, match=message):
         embed_store(heads_for(), store, "vall")
 
@@ -73,14 +97,26 @@ def test_a_split_in_which_nothing_is_usable_is_refused(store: FeatureStore) -> N
 
 
 @pytest.mark.parametrize(("side", "field"), [("image", "image"), ("text", "text")])
-def test_a_store_of_another_encoder_is_refused_with_the_differences(side: str, field: str, store: FeatureStore) -> None:
-    with pytest.raises(MismatchError, match=rf"{field} features .* is not of the encoder .* weights: ") as caught:
+def test_a_store_of_another_encoder_is_refused_with_the_differences(
+    side: str,
+    field: str,
+    store: FeatureStore,
+) -> None:
+    with pytest.raises(
+        MismatchError,
+        match=rf"{field} features .* is not of the encoder .* weights: ",
+    ) as caught:
         embed_store(heads_for(**{side: "another"}), store)
     assert caught.value.exit_code == 4
-    assert [(name, expected) for name, _, expected in caught.value.differences] == [("weights", "another")]
+    assert [(name, expected) for name, _, expected in caught.value.differences] == [
+        ("weights", "another")
+    ]
 
 
-def test_features_are_found_by_their_encoder_whatever_they_are_called(write_store: Any, tmp_path: Path) -> None:
+def test_features_are_found_by_their_encoder_whatever_they_are_called(
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
     write_store(tmp_path / "s", IMAGE, TEXT, ROWS, SPLITS, names=("a-first", "a-first"))
     both = write_store(tmp_path / "s", -IMAGE, -TEXT, ROWS, SPLITS)
     found = embed_store(heads_for(), both)
@@ -88,7 +124,10 @@ def test_features_are_found_by_their_encoder_whatever_they_are_called(write_stor
     torch.testing.assert_close(found.image, wanted)
 
 
-def test_a_store_without_features_of_a_modality_is_refused(write_store: Any, tmp_path: Path) -> None:
+def test_a_store_without_features_of_a_modality_is_refused(
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
     store = write_store(tmp_path / "s", IMAGE, TEXT, ROWS, SPLITS, modalities=("image",))
     with pytest.raises(DataError, match="has no text features; make them with: apecache extract"):
         find_features(heads_for().text, store, "text")
@@ -100,8 +139,17 @@ def test_an_incomplete_store_is_refused(write_store: Any, tmp_path: Path) -> Non
         embed_store(heads_for(), store)
 
 
-def test_half_precision_features_embed_as_their_own_values_do(write_store: Any, tmp_path: Path) -> None:
-    store = write_store(tmp_path / "s", IMAGE.astype(np.float16), TEXT.astype(np.float16), ROWS, SPLITS)
+def test_half_precision_features_embed_as_their_own_values_do(
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
+    store = write_store(
+        tmp_path / "s",
+        IMAGE.astype(np.float16),
+        TEXT.astype(np.float16),
+        ROWS,
+        SPLITS,
+    )
     found = embed_store(heads_for(), store)
     wanted = heads_for().image.embed(torch.from_numpy(IMAGE.astype(np.float16)[found.image_rows]))
     assert found.image.dtype == torch.float32
@@ -123,7 +171,13 @@ def test_a_store_tells_equal_captions_and_equal_images(tmp_path: Path, write_sto
     assert embedded.image_rows.tolist() == [0, 1, 2, 4, 5]
     assert embedded.relevance is not None
     right = embedded.relevance.right_texts(torch.arange(5)).int().tolist()
-    assert right == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 1]]
+    assert right == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 1],
+        [0, 0, 0, 1, 0],
+        [0, 0, 1, 0, 1],
+    ]
 
 
 def test_a_store_whose_captions_and_images_differ_has_no_relevance(store: FeatureStore) -> None:

@@ -24,22 +24,29 @@ def digits() -> tuple[NDArray[np.floating], list[str], NDArray[np.floating], lis
 
 def test_real_digits_are_found_by_both_probes_and_the_settings_are_those_that_are_told() -> None:
     train, labels, test, wanted = digits()
-    report = probe(train, labels, test, wanted)
+    report = probe(train, train_labels=labels, test=test, test_labels=wanted)
     assert report.linear > 88
     assert report.knn > 90
     assert (report.n_train, report.n_test, report.n_classes) == (600, 500, 10)
-    mean, deviation = train.mean(0), train.std(0)
+    mean = train.mean(0)
+    deviation = train.std(0)
     scale = np.where(deviation > 1e-6, deviation, 1)
-    model = LogisticRegression(C=report.regularisation, max_iter=1000, tol=1e-3).fit((train - mean) / scale, labels)
+    model = LogisticRegression(C=report.regularisation, max_iter=1000, tol=1e-3).fit(
+        (train - mean) / scale,
+        labels,
+    )
     assert report.linear == pytest.approx(100 * model.score((test - mean) / scale, wanted))
     nearest = KNeighborsClassifier(report.neighbours, metric="cosine", algorithm="brute")
-    assert report.knn == pytest.approx(100 * nearest.fit(train.astype(np.float32), labels).score(test, wanted))
+    assert report.knn == pytest.approx(
+        100 * nearest.fit(train.astype(np.float32), labels).score(test, wanted)
+    )
 
 
 def test_the_settings_do_not_depend_on_the_test() -> None:
     train, labels, test, wanted = digits()
     shuffled = list(np.random.default_rng(0).permutation(wanted))
-    first, second = probe(train, labels, test, wanted), probe(train, labels, test, shuffled)
+    first = probe(train, train_labels=labels, test=test, test_labels=wanted)
+    second = probe(train, train_labels=labels, test=test, test_labels=shuffled)
     assert (first.regularisation, first.neighbours) == (second.regularisation, second.neighbours)
     assert second.linear < 20
 
@@ -48,12 +55,23 @@ def test_features_without_the_label_stay_at_chance_and_their_scale_does_not_matt
     chance = np.random.default_rng(0)
     labels = ["a", "b"] * 100
     noise = chance.standard_normal((200, 8))
-    report = probe(noise, labels, chance.standard_normal((200, 8)), labels)
+    report = probe(
+        noise,
+        train_labels=labels,
+        test=chance.standard_normal((200, 8)),
+        test_labels=labels,
+    )
     assert 35 < report.linear < 65
     assert report.chance == 50
     train, names, test, wanted = digits()
-    assert probe(1000 * train + 5, names, 1000 * test + 5, wanted).linear == pytest.approx(
-        probe(train, names, test, wanted).linear, abs=1.5
+    assert probe(
+        1000 * train + 5,
+        train_labels=names,
+        test=1000 * test + 5,
+        test_labels=wanted,
+    ).linear == pytest.approx(
+        probe(train, train_labels=names, test=test, test_labels=wanted).linear,
+        abs=1.5,
     )
 
 
@@ -68,14 +86,28 @@ def test_features_without_the_label_stay_at_chance_and_their_scale_does_not_matt
 )
 def test_what_cannot_be_probed_is_refused(labels: list[str], wanted: list[str], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        probe(np.ones((len(labels), 3)), labels, np.ones((len(wanted), 3)), wanted)
+        probe(
+            np.ones((len(labels), 3)),
+            train_labels=labels,
+            test=np.ones((len(wanted), 3)),
+            test_labels=wanted,
+        )
 
 
 def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: Path) -> None:
     from tiny import make_shapes
 
     table = make_shapes(tmp_path / "shapes", copies=3)
-    command = ["evaluate", str(tiny_run), "--task", "probe", "--labels", str(table), "--split", "val"]
+    command = [
+        "evaluate",
+        str(tiny_run),
+        "--task",
+        "probe",
+        "--labels",
+        str(table),
+        "--split",
+        "val",
+    ]
     command += ["--split-fraction", "train=.6,val=.4"]  # the table's own val has one shape only
     result = CliRunner().invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
@@ -99,10 +131,15 @@ def labelled_texts(folder: Path) -> Path:
     before = ("a", "the", "of", "in", "on", "red", "white")
     named = [(label, word) for label, several in words.items() for word in several]
     rows = [
-        (f"{first} {word}", label, "test" if first == "white" else "train") for first in before for label, word in named
+        (f"{first} {word}", label, "test" if first == "white" else "train")
+        for first in before
+        for label, word in named
     ]
     table = folder / "texts.tsv"
-    table.write_text("text\tlabel\tsplit\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    table.write_text(
+        "text\tlabel\tsplit\n" + "".join("\t".join(row) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return table
 
 
@@ -111,21 +148,36 @@ def test_texts_are_probed_as_images_are(tmp_path: Path, tiny_run: Path) -> None:
     from apecache.encoders.spec import EncoderSpec
     from apecache.runs.heads import load_heads
 
-    table, run = labelled_texts(tmp_path), load_heads(tiny_run)
+    table = labelled_texts(tmp_path)
+    run = load_heads(tiny_run)
     command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(table)]
     result = CliRunner().invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert (told["before"]["n_train"], told["before"]["n_test"], told["before"]["n_classes"]) == (36, 6, 2)
+    assert (told["before"]["n_train"], told["before"]["n_test"], told["before"]["n_classes"]) == (
+        36,
+        6,
+        2,
+    )
     rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
-    features = load_text_encoder(EncoderSpec(**run.text.encoder), "cpu").encode([text for text, *_ in rows])
+    features = load_text_encoder(EncoderSpec(**run.text.encoder), "cpu").encode(
+        [text for text, *_ in rows]
+    )
     for stage, values in (("before", features.half().float()), ("after", run.text.embed(features))):
         parts = {
-            split: ([i for i, row in enumerate(rows) if row[2] == split], [r[1] for r in rows if r[2] == split])
+            split: (
+                [i for i, row in enumerate(rows) if row[2] == split],
+                [r[1] for r in rows if r[2] == split],
+            )
             for split in ("train", "test")
         }
         train, test = (values[parts[split][0]].numpy() for split in ("train", "test"))
-        expected = probe(train, parts["train"][1], test, parts["test"][1])
+        expected = probe(
+            train,
+            train_labels=parts["train"][1],
+            test=test,
+            test_labels=parts["test"][1],
+        )
         assert told[stage]["linear"] == pytest.approx(expected.linear, abs=6)
     assert told["before"]["linear"] > 80
     assert "36 texts of train" in CliRunner().invoke(app, command).stdout
@@ -140,9 +192,21 @@ def test_texts_are_probed_as_images_are(tmp_path: Path, tiny_run: Path) -> None:
         ("text\tlabel\tsplit\na\tx\ttrain\n", "no split 'test'"),
     ],
 )
-def test_texts_that_cannot_be_probed_are_refused(table: str, said: str, tmp_path: Path, tiny_run: Path) -> None:
+def test_texts_that_cannot_be_probed_are_refused(
+    table: str,
+    said: str,
+    tmp_path: Path,
+    tiny_run: Path,
+) -> None:
     (tmp_path / "t.tsv").write_text(table, encoding="utf-8")
-    command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(tmp_path / "t.tsv")]
+    command = [
+        "evaluate",
+        str(tiny_run),
+        "--task",
+        "text-probe",
+        "--labels",
+        str(tmp_path / "t.tsv"),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 3
     assert said in result.output

@@ -9,7 +9,11 @@ from apecache.evaluate.benchmark_names import Benchmark
 from apecache.evaluate.class_names import ClassNames
 from apecache.evaluate.prompts import TEMPLATES, find_templates, read_templates
 
-SVHN = Benchmark("svhn", ClassNames(("zero", "one"), "svhn"), ("the number {}", "a {}"))
+SVHN = Benchmark(
+    "svhn",
+    ClassNames(names=("zero", "one"), origin="svhn"),
+    ("the number {}", "a {}"),
+)
 
 
 def test_a_file_holds_one_template_on_each_line(tmp_path: Path) -> None:
@@ -26,7 +30,11 @@ def test_a_file_holds_one_template_on_each_line(tmp_path: Path) -> None:
         ("\n", "no template; expected one on each line"),
     ],
 )
-def test_a_file_with_a_bad_template_is_refused_by_its_line(text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_with_a_bad_template_is_refused_by_its_line(
+    text: str,
+    said: str,
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "templates.txt"
     path.write_text(text)
     with pytest.raises(OptionError, match=said):
@@ -34,7 +42,10 @@ def test_a_file_with_a_bad_template_is_refused_by_its_line(text: str, said: str,
 
 
 def test_what_is_no_file_and_no_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no such file; give one, or single, clip-7, clip-80; did you mean clip-8"):
+    with pytest.raises(
+        OptionError,
+        match="no such file; give one, or single, clip-7, clip-80; did you mean clip-8",
+    ):
         find_templates("clip-8")
     (tmp_path / "latin").write_bytes(b"\xe9 {}")
     with pytest.raises(OptionError, match="cannot be read"):

@@ -46,7 +46,11 @@ def heads(tiny_run: Path) -> TrainedHeads:
 def filled(spec: HeadSpec, in_dim: int = 12) -> Head:
     """A head whose statistics are not those of a new one."""
     torch.manual_seed(0)
-    head = build_head(spec, in_dim, in_dim if spec.kind == "identity" else 8).eval().requires_grad_(False)
+    head = (
+        build_head(spec, in_dim, in_dim if spec.kind == "identity" else 8)
+        .eval()
+        .requires_grad_(False)
+    )
     head.mean.normal_()
     head.deviation.uniform_(0.5, 2)
     for name, tensor in head.state_dict().items():
@@ -57,12 +61,13 @@ def filled(spec: HeadSpec, in_dim: int = 12) -> Head:
 
 def with_heads(heads: TrainedHeads, image: Head, text: Head) -> TrainedHeads:
     sides = (
-        TrainedSide(head, side.encoder, side.fingerprint) for head, side in ((image, heads.image), (text, heads.text))
+        TrainedSide(head=head, encoder=side.encoder, fingerprint=side.fingerprint)
+        for head, side in ((image, heads.image), (text, heads.text))
     )
     return TrainedHeads(*sides, heads.scale, heads.training)
 
 
-# --- onnx ------------------------------------------------------------------------------------------------------------
+# --- onnx -----------------------------------------------------------------------------------------
 
 
 def pairs(specs: list[HeadSpec]) -> list[tuple[HeadSpec, HeadSpec]]:
@@ -71,14 +76,19 @@ def pairs(specs: list[HeadSpec]) -> list[tuple[HeadSpec, HeadSpec]]:
 
 @pytest.mark.parametrize("specs", pairs(POOLED), ids=lambda pair: f"{pair[0].kind}-{pair[1].kind}")
 def test_graphs_of_pooled_heads_compute_the_heads(
-    specs: tuple[HeadSpec, HeadSpec], heads: TrainedHeads, tmp_path: Path
+    specs: tuple[HeadSpec, HeadSpec],
+    heads: TrainedHeads,
+    tmp_path: Path,
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     made = with_heads(heads, *(filled(spec) for spec in specs))
     assert export_onnx(made, tmp_path) == ["image.onnx", "text.onnx", "heads.json"]
     for name, side in (("image", made.image), ("text", made.text)):
-        session = runtime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            tmp_path / f"{name}.onnx",
+            providers=["CPUExecutionProvider"],
+        )
         for rows in (1, 7):
             features = torch.randn(rows, 12)
             (found,) = session.run(["embeddings"], {"features": features.numpy()})
@@ -87,34 +97,51 @@ def test_graphs_of_pooled_heads_compute_the_heads(
 
 @pytest.mark.parametrize("specs", pairs(TOKENS), ids=lambda pair: f"{pair[0].kind}-{pair[1].kind}")
 def test_graphs_of_heads_on_tokens_compute_the_heads(
-    specs: tuple[HeadSpec, HeadSpec], heads: TrainedHeads, tmp_path: Path
+    specs: tuple[HeadSpec, HeadSpec],
+    heads: TrainedHeads,
+    tmp_path: Path,
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     made = with_heads(heads, *(filled(spec) for spec in specs))
     export_onnx(made, tmp_path)
     for name, side in (("image", made.image), ("text", made.text)):
-        session = runtime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            tmp_path / f"{name}.onnx",
+            providers=["CPUExecutionProvider"],
+        )
         for rows, length in ((1, 4), (6, 9)):
-            features, lengths = torch.randn(rows, length, 12), torch.arange(rows) % length + 1
+            features = torch.randn(rows, length, 12)
+            lengths = torch.arange(rows) % length + 1
             inputs = {"features": features.numpy(), "mask": mask_of(lengths, features).numpy()}
             (found,) = session.run(["embeddings"], inputs)
-            assert_close(torch.from_numpy(found), side.embed(features, lengths), atol=1e-5, rtol=1e-4)
+            assert_close(
+                torch.from_numpy(found),
+                side.embed(features, lengths),
+                atol=1e-5,
+                rtol=1e-4,
+            )
 
 
 def test_a_graph_names_its_opset(heads: TrainedHeads, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     export_onnx(heads, tmp_path)
-    found = {entry.domain: entry.version for entry in onnx.load(tmp_path / "image.onnx").opset_import}
+    found = {
+        entry.domain: entry.version for entry in onnx.load(tmp_path / "image.onnx").opset_import
+    }
     assert found[""] == OPSET == json.loads((tmp_path / "heads.json").read_text())["opset"]
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 
 def test_plain_tensors_build_the_heads_again(heads: TrainedHeads, tmp_path: Path) -> None:
-    assert export_safetensors(heads, tmp_path) == ["image.safetensors", "text.safetensors", "heads.json"]
+    assert export_safetensors(heads, tmp_path) == [
+        "image.safetensors",
+        "text.safetensors",
+        "heads.json",
+    ]
     described = json.loads((tmp_path / "heads.json").read_text())
     assert described["scale"] == heads.scale
     for name, side in (("image", heads.image), ("text", heads.text)):
@@ -122,11 +149,11 @@ def test_plain_tensors_build_the_heads_again(heads: TrainedHeads, tmp_path: Path
         head = build_head(HeadSpec.model_validate(about["head"]), about["in_dim"], about["out_dim"])
         head.load_state_dict(load_file(tmp_path / f"{name}.safetensors"))
         features = torch.randn(5, about["in_dim"])
-        again = TrainedSide(head, side.encoder, side.fingerprint)
+        again = TrainedSide(head=head, encoder=side.encoder, fingerprint=side.fingerprint)
         assert torch.equal(again.embed(features), side.embed(features))
 
 
-# --- sentence-transformers -------------------------------------------------------------------------------------------
+# --- sentence-transformers ------------------------------------------------------------------------
 
 
 TEXTS = ["a red circle", "the photo of a blue square on white " * 4, "drawing"]
@@ -143,7 +170,10 @@ TEXTS = ["a red circle", "the photo of a blue square on white " * 4, "drawing"]
     ],
 )
 def test_a_sentence_transformer_encodes_as_the_run_does(
-    kind: str, changed: dict[str, str], heads: TrainedHeads, tmp_path: Path
+    kind: str,
+    changed: dict[str, str],
+    heads: TrainedHeads,
+    tmp_path: Path,
 ) -> None:
     library = pytest.importorskip("sentence_transformers")
     from apecache.encoders.load import load_text_encoder
@@ -151,7 +181,11 @@ def test_a_sentence_transformer_encodes_as_the_run_does(
 
     spec = replace(spec_from_json(heads.text.encoder), **changed)  # type: ignore[arg-type]
     encoder = load_text_encoder(spec, "cpu")
-    side = TrainedSide(filled(HeadSpec(kind=kind), encoder.dim), vars(spec), encoder.fingerprint)  # type: ignore[arg-type]
+    side = TrainedSide(
+        head=filled(HeadSpec(kind=kind), encoder.dim),
+        encoder=vars(spec),
+        fingerprint=encoder.fingerprint,
+    )  # type: ignore[arg-type]
     export_sentence_transformers(replace(heads, text=side), tmp_path / "out")
     found = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     wanted = side.embed(encoder.encode(TEXTS)).numpy()
@@ -161,7 +195,9 @@ def test_a_sentence_transformer_encodes_as_the_run_does(
 
 
 def test_an_encoder_of_sentence_transformers_goes_along_whole(
-    heads: TrainedHeads, tiny_text_encoder: Path, tmp_path: Path
+    heads: TrainedHeads,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
 ) -> None:
     library = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -169,45 +205,79 @@ def test_an_encoder_of_sentence_transformers_goes_along_whole(
     from apecache.encoders.load import load_text_encoder
     from apecache.encoders.spec import parse_encoder
 
-    model = library.SentenceTransformer(modules=[Transformer(str(tiny_text_encoder)), Pooling(32, "cls")], device="cpu")
+    model = library.SentenceTransformer(
+        modules=[Transformer(str(tiny_text_encoder)), Pooling(32, "cls")],
+        device="cpu",
+    )
     model.save(str(tmp_path / "st"), create_model_card=False)
     spec = replace(parse_encoder(f"st:{tmp_path / 'st'}", "text"), prefix="a ", max_tokens=7)
     encoder = load_text_encoder(spec, "cpu")
-    side = TrainedSide(filled(HeadSpec(kind="linear"), encoder.dim), vars(spec), encoder.fingerprint)
+    side = TrainedSide(
+        head=filled(HeadSpec(kind="linear"), encoder.dim),
+        encoder=vars(spec),
+        fingerprint=encoder.fingerprint,
+    )
     export_sentence_transformers(replace(heads, text=side), tmp_path / "out")
     found = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     assert np.abs(found - side.embed(encoder.encode(TEXTS)).numpy()).max() < 1e-5
 
 
 def test_heads_and_encoders_that_do_not_fit_are_named(
-    heads: TrainedHeads, other_text_encoder: Path, tmp_path: Path
+    heads: TrainedHeads,
+    other_text_encoder: Path,
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("sentence_transformers")
     from apecache.encoders.spec import parse_encoder
 
-    deep = TrainedSide(filled(HeadSpec(kind="gated"), 32), heads.text.encoder, heads.text.fingerprint)
-    with pytest.raises(RunError, match="of kind gated; a sentence-transformers folder can hold linear and identity"):
+    deep = TrainedSide(
+        head=filled(HeadSpec(kind="gated"), 32),
+        encoder=heads.text.encoder,
+        fingerprint=heads.text.fingerprint,
+    )
+    with pytest.raises(
+        RunError,
+        match="of kind gated; a sentence-transformers folder can hold linear and identity",
+    ):
         export_sentence_transformers(replace(heads, text=deep), tmp_path / "out")
     layered = TrainedSide(
-        heads.text.head, {**heads.text.encoder, "layer": 1, "pooling": "mean"}, heads.text.fingerprint
+        head=heads.text.head,
+        encoder={**heads.text.encoder, "layer": 1, "pooling": "mean"},
+        fingerprint=heads.text.fingerprint,
     )
-    with pytest.raises(RunError, match="layer 1: a sentence-transformers folder can hold st: encoders"):
+    with pytest.raises(
+        RunError,
+        match="layer 1: a sentence-transformers folder can hold st: encoders",
+    ):
         export_sentence_transformers(replace(heads, text=layered), tmp_path / "out")
     with pytest.raises(MismatchError, match="not of the encoder"):
-        export_sentence_transformers(heads, tmp_path / "out", parse_encoder(f"hf:{other_text_encoder}", "text"))
+        export_sentence_transformers(
+            heads,
+            tmp_path / "out",
+            parse_encoder(f"hf:{other_text_encoder}", "text"),
+        )
     assert not (tmp_path / "out").exists()
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command_writes_one_thing_and_never_over_another(tiny_run: Path, tmp_path: Path) -> None:
-    runner, out = CliRunner(), str(tmp_path / "out")
+def test_the_command_writes_one_thing_and_never_over_another(
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
+    runner = CliRunner()
+    out = str(tmp_path / "out")
     assert runner.invoke(app, ["export-run", str(tiny_run), out]).exit_code == 2
-    assert runner.invoke(app, ["export-run", str(tiny_run), out, "--onnx", "--safetensors"]).exit_code == 2
+    assert (
+        runner.invoke(app, ["export-run", str(tiny_run), out, "--onnx", "--safetensors"]).exit_code
+        == 2
+    )
     result = runner.invoke(app, ["export-run", str(tiny_run), out, "--safetensors", "--json"])
     assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)["wrote"]) == {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(json.loads(result.stdout)["wrote"]) == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
     assert runner.invoke(app, ["export-run", str(tiny_run), out, "--safetensors"]).exit_code == 3
 
 

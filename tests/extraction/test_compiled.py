@@ -1,4 +1,5 @@
-"""Compiled image encoders: asked for or measured to pay, recorded, and taken up by every later run."""
+"""Compiled image encoders: asked for or measured to pay, recorded, and taken up by every later
+run."""
 
 import json
 import shutil
@@ -20,12 +21,18 @@ from apecache.extraction.run import ExtractSpec, extract
 from apecache.store.reader import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None,
+    reason="torch.compile needs a C++ compiler here",
+)
 
 
 @pytest.fixture
 def vit(tiny_image_encoder: Path) -> ImageEncoder:
-    encoder: ImageEncoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
+    encoder: ImageEncoder = loaded_once("image")(
+        (parse_encoder(f"timm:{tiny_image_encoder}", "image"),),
+        "cpu",
+    )[0]
     return encoder
 
 
@@ -54,16 +61,31 @@ def test_a_compiled_encoder_gives_the_features_to_rounding(vit: ImageEncoder) ->
 
 
 def test_it_is_recorded_and_a_later_run_goes_the_same_way(
-    shapes_once: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path: Path, plain_compile: list[int]
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+    plain_compile: list[int],
 ) -> None:
     encoders = (tiny_image_encoder, tiny_text_encoder)
     extract_tiny(shapes_once, tmp_path / "store", *encoders, compiled=True)
     store = FeatureStore.open(tmp_path / "store")
-    image, text = store.array("image").record, store.array("text").record
+    image = store.array("image").record
+    text = store.array("text").record
     assert (image.layout.compiled, text.layout.compiled) == (True, False)
-    assert image.fingerprint.fields["storage"] == {"dtype": "float16", "batch_size": 4, "compile": "inductor"}
-    assert "compiled" not in json.loads((store.path / "records/text/tiny-bert/fingerprint.json").read_text())["layout"]
-    whole, count = tree(store.path), len(plain_compile)
+    assert image.fingerprint.fields["storage"] == {
+        "dtype": "float16",
+        "batch_size": 4,
+        "compile": "inductor",
+    }
+    assert (
+        "compiled"
+        not in json.loads((store.path / "records/text/tiny-bert/fingerprint.json").read_text())[
+            "layout"
+        ]
+    )
+    whole = tree(store.path)
+    count = len(plain_compile)
     assert plain_compile == [4] * 6  # one to see that it works, and of shards of 5, 5 and 2 rows
     (store.path / "records/image/tiny-vit/commits/00000002.json").unlink()
     extract_tiny(shapes_once, store.path, *encoders)
@@ -72,7 +94,11 @@ def test_it_is_recorded_and_a_later_run_goes_the_same_way(
 
 
 def test_asking_for_another_way_than_the_recorded_one_is_refused(
-    shapes_once: Path, tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path: Path, plain_compile: list[int]
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+    plain_compile: list[int],
 ) -> None:
     encoders = (tiny_image_encoder, tiny_text_encoder)
     extract_tiny(shapes_once, tmp_path / "store", *encoders, compiled=True)
@@ -82,22 +108,37 @@ def test_asking_for_another_way_than_the_recorded_one_is_refused(
 
 
 def test_without_a_compiler_nothing_is_begun(
-    shapes_once: Path, tiny_image_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def none(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(preparation, "compile_images", lambda _: none)
-    spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", compiled=True)
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{tiny_image_encoder}", "image"),
+        device="cpu",
+        compiled=True,
+    )
     with pytest.raises(EncoderError, match="cannot be compiled here"):
         extract(open_pairs(shapes_once), tmp_path / "store", spec)
     assert not FeatureStore.open(tmp_path / "store").arrays("image")
 
 
-def test_a_cut_after_a_block_is_not_compiled(shapes_once: Path, tiny_image_encoder: Path, tmp_path: Path) -> None:
+def test_a_cut_after_a_block_is_not_compiled(
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
     cut = replace(parse_encoder(f"timm:{tiny_image_encoder}", "image"), pooling="mean", layer=1)
     with pytest.raises(OptionError, match="--compile"):
-        extract(open_pairs(shapes_once), tmp_path / "store", ExtractSpec(cut, device="cpu", compiled=True))
+        extract(
+            open_pairs(shapes_once),
+            tmp_path / "store",
+            ExtractSpec(cut, device="cpu", compiled=True),
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,10 +150,21 @@ def test_a_cut_after_a_block_is_not_compiled(shapes_once: Path, tiny_image_encod
         (4_000, 50.0, 10.0, False),
         (100_000, 0.5, RuntimeError("no compiler"), False),
     ],
-    ids=["a fifth faster", "hardly faster", "too few minutes", "too few images", "cannot be compiled"],
+    ids=[
+        "a fifth faster",
+        "hardly faster",
+        "too few minutes",
+        "too few images",
+        "cannot be compiled",
+    ],
 )
 def test_what_nobody_asked_for_is_measured(
-    rows: int, eager: float, quick: Any, wanted: bool, vit: ImageEncoder, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    eager: float,
+    quick: Any,
+    wanted: bool,
+    vit: ImageEncoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     times = iter([eager, quick])
 
@@ -124,6 +176,6 @@ def test_what_nobody_asked_for_is_measured(
 
     monkeypatch.setattr(preparation, "_seconds", seconds)
     monkeypatch.setattr(preparation, "compile_images", lambda _: None)
-    assert preparation._decide_compiled([vit], rows, 32, None) is wanted
-    assert preparation._decide_compiled([vit], rows, 32, False) is False
-    assert preparation._decide_compiled([vit], rows, 32, True) is True
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=None) is wanted
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=False) is False
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=True) is True

@@ -1,4 +1,5 @@
-"""Several arrays in one pass: tokens, layers, several encoders, views. Each array is what it would be alone."""
+"""Several arrays in one pass: tokens, layers, several encoders, views. Each array is what it would
+be alone."""
 
 import json
 from dataclasses import replace
@@ -41,7 +42,9 @@ def text(tiny_text_encoder: Path) -> EncoderSpec:
 
 
 def options(**changes: Any) -> ExtractSpec:
-    return ExtractSpec(**{"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **changes})
+    return ExtractSpec(
+        **{"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **changes}
+    )
 
 
 def run(table: Path, store: Path, spec: ExtractSpec) -> FeatureStore:
@@ -50,16 +53,25 @@ def run(table: Path, store: Path, spec: ExtractSpec) -> FeatureStore:
 
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-    x, y = a.reshape(len(a), -1).astype(np.float64), b.reshape(len(b), -1).astype(np.float64)
+    x = a.reshape(len(a), -1).astype(np.float64)
+    y = b.reshape(len(b), -1).astype(np.float64)
     return float(((x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)).min())
 
 
 def test_cuts_of_one_model_and_a_second_encoder_are_what_each_is_alone(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
 ) -> None:
-    """The second one is the same architecture at another resolution: another model with other pixels."""
+    """The second one is the same architecture at another resolution: another model with other
+    pixels."""
     other = replace(image, resolution=64)
-    specs = (image, replace(image, pooling="tokens", layer=-1), replace(image, pooling="cls+mean"), other)
+    specs = (
+        image,
+        replace(image, pooling="tokens", layer=-1),
+        replace(image, pooling="cls+mean"),
+        other,
+    )
     store = run(shapes_once, tmp_path / "all", options(image=specs))
     assert len(store.arrays("image")) == 4
     for number, spec in enumerate(specs):
@@ -72,12 +84,17 @@ def test_cuts_of_one_model_and_a_second_encoder_are_what_each_is_alone(
     assert tokens.load().shape == (12, tokens.tokens, tokens.dim)
 
 
-def test_an_image_is_decoded_once_for_all_arrays(shapes_once: Path, tmp_path: Path, image: EncoderSpec) -> None:
+def test_an_image_is_decoded_once_for_all_arrays(
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
+) -> None:
     read: list[str] = []
     source = open_pairs(shapes_once)
 
     class Counted:
-        place, exists = source.media.place, source.media.exists
+        place = source.media.place
+        exists = source.media.exists
 
         def read(self, key: str) -> bytes:
             read.append(key)
@@ -88,7 +105,11 @@ def test_an_image_is_decoded_once_for_all_arrays(shapes_once: Path, tmp_path: Pa
     assert sorted(read) == sorted(source.keys)
 
 
-def test_ragged_tokens_are_each_captions_own(shapes_once: Path, tmp_path: Path, text: EncoderSpec) -> None:
+def test_ragged_tokens_are_each_captions_own(
+    shapes_once: Path,
+    tmp_path: Path,
+    text: EncoderSpec,
+) -> None:
     spec = replace(text, pooling="tokens")
     store = run(shapes_once, tmp_path / "store", options(text=(spec, text)))
     array = store.array("text", spec.slug)
@@ -110,14 +131,19 @@ def test_ragged_tokens_are_each_captions_own(shapes_once: Path, tmp_path: Path, 
 def test_appended_captions_may_be_longer(shapes: Path, tmp_path: Path, text: EncoderSpec) -> None:
     spec = options(text=replace(text, pooling="tokens"))
     first = run(shapes, tmp_path / "store", spec).array("text")
-    before, width = first.load(), first.tokens
+    before = first.load()
+    width = first.tokens
     with shapes.open("a") as file:
-        file.write("images/new.png\ta red circle and a blue square and a green triangle on white\ttrain\tx\ten\n")
+        file.write(
+            "images/new.png\ta red circle and a blue square and a green triangle on "
+            "white\ttrain\tx\ten\n"
+        )
     grown = run(shapes, tmp_path / "store", replace(spec, append=True)).array("text")
     assert grown.tokens is not None
     assert width is not None
     assert grown.tokens > width
-    features, lengths = grown.load(), grown.load_lengths()
+    features = grown.load()
+    lengths = grown.load_lengths()
     assert features.shape == (25, grown.tokens, grown.dim)
     assert features[:24, :width].tobytes() == before.tobytes()
     assert not features[:24, width:].any()
@@ -126,13 +152,17 @@ def test_appended_captions_may_be_longer(shapes: Path, tmp_path: Path, text: Enc
 
 
 def test_killed_between_the_commits_of_two_arrays_the_rest_is_made_and_equal(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec, monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import apecache.extraction.run as extraction
 
     spec = options(image=(image, replace(image, pooling="max")))
     whole = run(shapes_once, tmp_path / "whole", spec)
-    real, calls = extraction.commit_shard, iter(range(3))
+    real = extraction.commit_shard
+    calls = iter(range(3))
 
     def commit(*arguments: Any) -> None:
         if next(calls, None) is None:
@@ -150,12 +180,18 @@ def test_killed_between_the_commits_of_two_arrays_the_rest_is_made_and_equal(
 
 
 def test_what_was_asked_for_together_is_no_mismatch_but_a_third_one_is(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
 ) -> None:
     both = (image, replace(image, pooling="max"))
     run(shapes_once, tmp_path / "store", options(image=both))
     assert extract(open_pairs(shapes_once), tmp_path / "store", options(image=both)).nothing_to_do
-    assert extract(open_pairs(shapes_once), tmp_path / "store", options(image=both[1])).nothing_to_do
+    assert extract(
+        open_pairs(shapes_once),
+        tmp_path / "store",
+        options(image=both[1]),
+    ).nothing_to_do
     third = replace(image, pooling="mean")
     with pytest.raises(MismatchError, match="add --add"):
         run(shapes_once, tmp_path / "store", options(image=third))
@@ -166,24 +202,42 @@ def test_what_was_asked_for_together_is_no_mismatch_but_a_third_one_is(
 
 
 def test_views_are_the_encoders_features_of_the_augmented_images(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
 ) -> None:
     views = Views(3, seed=5, scale=(0.5, 1.0))
     store = run(shapes_once, tmp_path / "store", options(image=image, views=views))
     array = store.array("image")
     assert (array.name, array.views, array.row_shape) == (f"{image.slug}-3views", 3, (3, array.dim))
-    features, encoder, media = array.load(), load_image_encoder(image, "cpu"), open_pairs(shapes_once).media
+    features = array.load()
+    encoder = load_image_encoder(image, "cpu")
+    media = open_pairs(shapes_once).media
     for row, key in enumerate(store.pairs.keys):
         loaded = load_image(key, media)
-        pixels = torch.stack([encoder.preprocess(view) for view in views.of(loaded.image, loaded.digest)])
+        pixels = torch.stack(
+            [encoder.preprocess(view) for view in views.of(loaded.image, loaded.digest)]
+        )
         assert cosine(features[row], encoder.encode(pixels).numpy()) > 0.9999
-    assert array.record.encoder == encoder.fingerprint  # a head that is trained on views serves plain images
-    assert extract(open_pairs(shapes_once), store.path, options(image=image, views=views)).nothing_to_do
+    assert (
+        array.record.encoder == encoder.fingerprint
+    )  # a head that is trained on views serves plain images
+    assert extract(
+        open_pairs(shapes_once),
+        store.path,
+        options(image=image, views=views),
+    ).nothing_to_do
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"scale": (0.4, 1.0)}, {"operations": 1}, {"flip": False}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 6}, {"scale": (0.4, 1.0)}, {"operations": 1}, {"flip": False}],
+)
 def test_other_views_are_other_features(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec, change: dict[str, Any]
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
+    change: dict[str, Any],
 ) -> None:
     views = Views(2, seed=5)
     run(shapes_once, tmp_path / "store", options(image=image, views=views))
@@ -192,7 +246,9 @@ def test_other_views_are_other_features(
 
 
 def test_views_and_plain_images_lie_beside_each_other_and_are_repaired(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
 ) -> None:
     run(shapes_once, tmp_path / "store", options(image=image))
     with pytest.raises(MismatchError, match="views"):
@@ -213,17 +269,43 @@ def test_views_and_plain_images_lie_beside_each_other_and_are_repaired(
 
 
 def test_the_command_takes_several_encoders_cuts_and_views(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
     store = tmp_path / "store"
     command = ["extract", str(shapes_once), "--store", str(store), "--device", "cpu", "--json"]
-    command += ["--image", f"timm:{tiny_image_encoder}", "--image-cut", "default", "--image-cut", "tokens@-1"]
-    command += ["--text", f"hf:{tiny_text_encoder}", "--text-cut", "tokens", "--text-prefix", "a photo: "]
+    command += [
+        "--image",
+        f"timm:{tiny_image_encoder}",
+        "--image-cut",
+        "default",
+        "--image-cut",
+        "tokens@-1",
+    ]
+    command += [
+        "--text",
+        f"hf:{tiny_text_encoder}",
+        "--text-cut",
+        "tokens",
+        "--text-prefix",
+        "a photo: ",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     names = [array["name"] for array in json.loads(result.stdout)["arrays"]]
     assert names == ["tiny-vit", "tiny-vit-tokens-layer-1", "tiny-bert-tokens-prefix-a-photo"]
-    views = [*command[:6], "--image", f"timm:{tiny_image_encoder}", "--views", "2", "--view-scale", "0.5,1", "--add"]
+    views = [
+        *command[:6],
+        "--image",
+        f"timm:{tiny_image_encoder}",
+        "--views",
+        "2",
+        "--view-scale",
+        "0.5,1",
+        "--add",
+    ]
     assert CliRunner().invoke(app, views).exit_code == 0
     assert FeatureStore.open(store).array("image", "tiny-vit-2views").views == 2
 
@@ -237,9 +319,20 @@ def test_the_command_takes_several_encoders_cuts_and_views(
     ],
 )
 def test_the_command_refuses_what_it_cannot_read(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, arguments: list[str], said: str
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    arguments: list[str],
+    said: str,
 ) -> None:
-    command = ["extract", str(shapes_once), "--store", str(tmp_path / "s"), "--image", f"timm:{tiny_image_encoder}"]
+    command = [
+        "extract",
+        str(shapes_once),
+        "--store",
+        str(tmp_path / "s"),
+        "--image",
+        f"timm:{tiny_image_encoder}",
+    ]
     result = CliRunner().invoke(app, [*command, *arguments])
     assert result.exit_code == OptionError.exit_code
     assert said in result.output
@@ -247,19 +340,27 @@ def test_the_command_refuses_what_it_cannot_read(
 
 
 def test_int8_tokens_are_resumed_and_repaired_to_the_same_bytes(
-    shapes_once: Path, tmp_path: Path, image: EncoderSpec, text: EncoderSpec
+    shapes_once: Path,
+    tmp_path: Path,
+    image: EncoderSpec,
+    text: EncoderSpec,
 ) -> None:
     specs = {"image": replace(image, pooling="tokens"), "text": replace(text, pooling="tokens")}
     small = options(**specs, storage_dtype="int8")
     whole = run(shapes_once, tmp_path / "whole", small)
     half = run(shapes_once, tmp_path / "half", options(**specs))
     for modality in ("image", "text"):
-        array, wider = whole.array(modality), half.array(modality)  # type: ignore[arg-type]
+        array = whole.array(modality)  # type: ignore[arg-type]
+        wider = half.array(modality)  # type: ignore[arg-type]
         assert cosine(array.load(), wider.load()) > 0.9999
         assert array.row_bytes / wider.row_bytes == (array.dim + 4) / (2 * array.dim)
         assert array.record.encoder == wider.record.encoder
     run(shapes_once, tmp_path / "resumed", replace(small, part=parse_part("1/2")))
-    resumed = run(shapes_once, tmp_path / "resumed", small)  # what is there is first encoded again and compared
+    resumed = run(
+        shapes_once,
+        tmp_path / "resumed",
+        small,
+    )  # what is there is first encoded again and compared
     assert tree(tmp_path / "resumed") == tree(tmp_path / "whole")
     for part in ("features", "scale"):
         (tmp_path / "resumed" / chunk_name(resumed.array("image").record, part, 1)).unlink()
@@ -271,16 +372,28 @@ def test_int8_tokens_are_resumed_and_repaired_to_the_same_bytes(
 
 
 def test_a_check_of_int8_features_does_not_mind_their_rounding_but_minds_a_change(
-    write_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_store: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     features = np.full((6, 64), 0.45, np.float32)
-    features[:, 0] = 100  # one long number, as transformers have them: the others are rounded to 0 or 0.79
+    features[:, 0] = (
+        100  # one long number, as transformers have them: the others are rounded to 0 or 0.79
+    )
     kept = features.astype(np.float16)
-    array = write_store(tmp_path / "s", kept, kept, list(range(6)), [""] * 6, storage="int8").array("image")
+    array = write_store(tmp_path / "s", kept, kept, list(range(6)), [""] * 6, storage="int8").array(
+        "image"
+    )
     assert cosine(array.load(), features) < RECHECK_COSINE
     job: Any = SimpleNamespace(targets=(SimpleNamespace(record=array.record),))
-    monkeypatch.setattr("apecache.extraction.recheck._encode_rows", lambda job, place, rows: features[rows])
+    monkeypatch.setattr(
+        "apecache.extraction.recheck._encode_rows",
+        lambda job, place, rows: features[rows],
+    )
     spot_check(array.files, job, 0)
-    monkeypatch.setattr("apecache.extraction.recheck._encode_rows", lambda job, place, rows: features[rows, ::-1])
+    monkeypatch.setattr(
+        "apecache.extraction.recheck._encode_rows",
+        lambda job, place, rows: features[rows, ::-1],
+    )
     with pytest.raises(MismatchError, match="come out otherwise now"):
         spot_check(array.files, job, 0)

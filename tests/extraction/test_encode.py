@@ -1,4 +1,5 @@
-"""The loop around the model: row i is key i, whatever the batches, the workers and the bad rows between."""
+"""The loop around the model: row i is key i, whatever the batches, the workers and the bad rows
+between."""
 
 import shutil
 import threading
@@ -20,7 +21,14 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
-from apecache.extraction.encode import EncodedShard, ImageJob, Target, TextJob, caption_error, encode_or_halve
+from apecache.extraction.encode import (
+    EncodedShard,
+    ImageJob,
+    Target,
+    TextJob,
+    caption_error,
+    encode_or_halve,
+)
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
@@ -35,20 +43,74 @@ def bert(tiny_text_encoder: Path) -> TextEncoder:
     return load_text_encoder(parse_encoder(f"hf:{tiny_text_encoder}", "text"), "cpu")
 
 
-def record(encoder: ImageEncoder | TextEncoder, rows: int, batch_size: int, shard_rows: int) -> ArrayRecord:
-    layout = ArrayLayout(rows, encoder.dim, "float32", shard_rows, batch_size, 1)
-    return ArrayRecord(encoder.spec.modality, "name", encoder.spec, encoder.fingerprint, layout, {}, {}, "")
+def record(
+    encoder: ImageEncoder | TextEncoder,
+    rows: int,
+    batch_size: int,
+    shard_rows: int,
+) -> ArrayRecord:
+    layout = ArrayLayout(
+        rows=rows,
+        dim=encoder.dim,
+        dtype="float32",
+        shard_rows=shard_rows,
+        batch_size=batch_size,
+        threads=1,
+    )
+    return ArrayRecord(
+        modality=encoder.spec.modality,
+        name="name",
+        spec=encoder.spec,
+        fingerprint=encoder.fingerprint,
+        layout=layout,
+        metadata={},
+        environment={},
+        table="",
+    )
 
 
-def image_job(table: Path, encoder: ImageEncoder, batch: int, shard_rows: int = 5, workers: int = 2) -> ImageJob:
+def image_job(
+    table: Path,
+    encoder: ImageEncoder,
+    batch: int,
+    shard_rows: int = 5,
+    workers: int = 2,
+) -> ImageJob:
     source = open_pairs(table)
-    return ImageJob(source, (Target(encoder, record(encoder, len(source), batch, shard_rows)),), workers)
+    return ImageJob(
+        source=source,
+        targets=(
+            Target(
+                encoder=encoder,
+                record=record(encoder, rows=len(source), batch_size=batch, shard_rows=shard_rows),
+            ),
+        ),
+        workers=workers,
+    )
 
 
-def text_job(captions: Sequence[str], encoder: TextEncoder, batch: int, shard_rows: int = 5) -> TextJob:
+def text_job(
+    captions: Sequence[str],
+    encoder: TextEncoder,
+    batch: int,
+    shard_rows: int = 5,
+) -> TextJob:
     halves = [tuple(captions[:3]), tuple(captions[3:])]
-    source = PairSource(tuple(Pair(f"{i}.png", texts, ("",) * len(texts)) for i, texts in enumerate(halves)))
-    return TextJob(source, (Target(encoder, record(encoder, len(captions), batch, shard_rows)),))
+    source = PairSource(
+        tuple(
+            Pair(key=f"{i}.png", captions=texts, languages=("",) * len(texts))
+            for i, texts in enumerate(halves)
+        )
+    )
+    return TextJob(
+        source=source,
+        targets=(
+            Target(
+                encoder=encoder,
+                record=record(encoder, rows=len(captions), batch_size=batch, shard_rows=shard_rows),
+            ),
+        ),
+    )
 
 
 def run(job: ImageJob | TextJob) -> list[EncodedShard]:
@@ -70,16 +132,23 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 @pytest.fixture(scope="module")
 def one_by_one(shapes_once: Path, vit: ImageEncoder) -> NDArray[np.float32]:
     """Each image of the table alone, through the encoder and nothing else."""
-    images = [load_image(key, FolderMedia(shapes_once.parent)).image for key in open_pairs(shapes_once).keys]
+    images = [
+        load_image(key, FolderMedia(root=shapes_once.parent)).image
+        for key in open_pairs(shapes_once).keys
+    ]
     return np.concatenate([vit.encode(vit.preprocess(image)[None]).numpy() for image in images])
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 @pytest.mark.parametrize("shard_rows", [5, 100])
 def test_row_i_is_image_i_whatever_the_batch(
-    shapes_once: Path, vit: ImageEncoder, one_by_one: NDArray[np.float32], batch: int, shard_rows: int
+    shapes_once: Path,
+    vit: ImageEncoder,
+    one_by_one: NDArray[np.float32],
+    batch: int,
+    shard_rows: int,
 ) -> None:
-    shards = run(image_job(shapes_once, vit, batch, shard_rows))
+    shards = run(image_job(shapes_once, encoder=vit, batch=batch, shard_rows=shard_rows))
     found = np.concatenate([shard.features[0] for shard in shards])
     assert found.shape == one_by_one.shape == (12, 64)
     assert cosines(found, one_by_one).min() > 0.99999
@@ -107,7 +176,9 @@ def test_any_shards_in_any_order_give_the_same_bits(shapes_once: Path, vit: Imag
 
 
 def test_a_pass_computes_with_the_threads_that_its_arrays_record(
-    shapes_once: Path, vit: ImageEncoder, bert: TextEncoder
+    shapes_once: Path,
+    vit: ImageEncoder,
+    bert: TextEncoder,
 ) -> None:
     threads = torch.get_num_threads()
     try:
@@ -151,10 +222,18 @@ def broken(shapes_once: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_bad_images_leave_their_neighbours_bits_unchanged(
-    shapes_once: Path, broken: Path, vit: ImageEncoder, batch: int
+    shapes_once: Path,
+    broken: Path,
+    vit: ImageEncoder,
+    batch: int,
 ) -> None:
-    whole, shards = features(image_job(shapes_once, vit, batch)), run(image_job(broken, vit, batch))
-    bad = {5 * i + row: error.reason for i, shard in enumerate(shards) for row, error in shard.bad.items()}
+    whole = features(image_job(shapes_once, vit, batch))
+    shards = run(image_job(broken, vit, batch))
+    bad = {
+        5 * i + row: error.reason
+        for i, shard in enumerate(shards)
+        for row, error in shard.bad.items()
+    }
     assert bad == {0: "missing", 4: "empty", 6: "truncated", 7: "not-an-image", 11: "not-a-file"}
     good = [row for row in range(12) if row not in bad]
     found = np.concatenate([shard.features[0] for shard in shards])
@@ -171,15 +250,25 @@ def test_a_shard_of_nothing_but_bad_images_is_encoded_too(broken: Path, vit: Ima
         assert np.isfinite(shard.features[0]).all()
 
 
-def test_keys_are_those_of_the_rows(shapes_once: Path, vit: ImageEncoder, bert: TextEncoder) -> None:
+def test_keys_are_those_of_the_rows(
+    shapes_once: Path,
+    vit: ImageEncoder,
+    bert: TextEncoder,
+) -> None:
     source = open_pairs(shapes_once)
     image = image_job(shapes_once, vit, 4)
     assert [image.key(row) for row in range(12)] == source.keys
-    text = TextJob(source, (Target(bert, record(bert, 24, 4, 5)),))
+    text = TextJob(
+        source=source,
+        targets=(Target(encoder=bert, record=record(bert, rows=24, batch_size=4, shard_rows=5)),),
+    )
     assert [text.key(row) for row in range(24)] == [key for key in source.keys for _ in range(2)]
 
 
-def test_stopping_between_shards_leaves_no_decoding_thread(shapes_once: Path, vit: ImageEncoder) -> None:
+def test_stopping_between_shards_leaves_no_decoding_thread(
+    shapes_once: Path,
+    vit: ImageEncoder,
+) -> None:
     before = threading.active_count()
     shards = image_job(shapes_once, vit, 1, workers=4).shards(range(3), lambda n: None)
     next(shards)
@@ -207,13 +296,19 @@ CAPTIONS = [
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 @pytest.mark.parametrize("shard_rows", [5, 100])
-def test_row_i_is_caption_i_whatever_the_batch(bert: TextEncoder, batch: int, shard_rows: int) -> None:
-    shards = run(text_job(CAPTIONS, bert, batch, shard_rows))
+def test_row_i_is_caption_i_whatever_the_batch(
+    bert: TextEncoder,
+    batch: int,
+    shard_rows: int,
+) -> None:
+    shards = run(text_job(CAPTIONS, encoder=bert, batch=batch, shard_rows=shard_rows))
     found = np.concatenate([shard.features[0] for shard in shards])
     expected = np.concatenate([bert.encode([caption]).numpy() for caption in CAPTIONS])
     assert cosines(found, expected).min() > 0.99999
     assert cosines(found, np.roll(expected, 1, 0)).max() < 0.9999
-    assert [content for shard in shards for content in shard.content] == [content_hash(text) for text in CAPTIONS]
+    assert [content for shard in shards for content in shard.content] == [
+        content_hash(text) for text in CAPTIONS
+    ]
     assert sum(shard.n_truncated for shard in shards) == 1  # the third
 
 
@@ -226,7 +321,7 @@ def test_captions_are_batched_by_length_inside_their_shard(bert: TextEncoder) ->
         return result
 
     advanced: list[int] = []
-    job = text_job(CAPTIONS, replace(bert, forward=forward), 2, 6)
+    job = text_job(CAPTIONS, encoder=replace(bert, forward=forward), batch=2, shard_rows=6)
     list(job.shards(range(2), advanced.append))
     assert [len(batch) for batch in lengths] == [n for n in advanced if n] == [2] * 6
     for shard in (lengths[:3], lengths[3:]):
@@ -235,19 +330,32 @@ def test_captions_are_batched_by_length_inside_their_shard(bert: TextEncoder) ->
     assert max(lengths[2]) > max(lengths[3])  # not sorted across shards
 
 
-def test_captions_that_cannot_be_encoded_are_named_and_the_others_keep_their_rows(bert: TextEncoder) -> None:
-    bad = {0: ("", "empty"), 3: (" \t\n", "empty"), 4: ("a red \ud800", "not-unicode"), 10: ("", "empty")}
+def test_captions_that_cannot_be_encoded_are_named_and_the_others_keep_their_rows(
+    bert: TextEncoder,
+) -> None:
+    bad = {
+        0: ("", "empty"),
+        3: (" \t\n", "empty"),
+        4: ("a red \ud800", "not-unicode"),
+        10: ("", "empty"),
+    }
     captions = [bad[row][0] if row in bad else caption for row, caption in enumerate(CAPTIONS)]
     advanced: list[int] = []
     job = text_job(captions, bert, 7)
     shards = list(job.shards(range(3), advanced.append))
-    found = {5 * i + row: error.reason for i, shard in enumerate(shards) for row, error in shard.bad.items()}
+    found = {
+        5 * i + row: error.reason
+        for i, shard in enumerate(shards)
+        for row, error in shard.bad.items()
+    }
     assert found == {row: reason for row, (_, reason) in bad.items()}
     assert sum(advanced) == 12
     good = [row for row in range(12) if row not in bad]
     rows = np.concatenate([shard.features[0] for shard in shards])
     assert cosines(rows[good], features(text_job(CAPTIONS, bert, 7))[good]).min() > 0.99999
-    assert [content for shard in shards for content in shard.content] == [content_hash(text) for text in captions]
+    assert [content for shard in shards for content in shard.content] == [
+        content_hash(text) for text in captions
+    ]
 
 
 def test_a_shard_of_nothing_but_bad_captions_is_encoded_too(bert: TextEncoder) -> None:
@@ -284,7 +392,9 @@ class Small:
     """An encoder's `encode` on a device that holds `limit` rows; counts what it was asked for."""
 
     def __init__(self, encode: Any, limit: int) -> None:
-        self.encode, self.limit, self.asked = encode, limit, [0] * 0
+        self.encode = encode
+        self.limit = limit
+        self.asked = [0] * 0
 
     def __call__(self, batch: Any) -> list[Tensor]:
         self.asked.append(len(batch))
@@ -293,7 +403,10 @@ class Small:
         return [self.encode(batch)]
 
 
-@pytest.mark.parametrize(("limit", "asked"), [(9, [9]), (5, [9, 4, 5]), (2, [9, 4, 2, 2, 5, 2, 3, 1, 2])])
+@pytest.mark.parametrize(
+    ("limit", "asked"),
+    [(9, [9]), (5, [9, 4, 5]), (2, [9, 4, 2, 2, 5, 2, 3, 1, 2])],
+)
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(limit: int, asked: list[int]) -> None:
     small = Small(lambda batch: batch * 2, limit)
     batch = torch.arange(27.0).reshape(9, 3)
@@ -322,10 +435,15 @@ def test_one_row_that_does_not_fit_and_every_other_error_go_on(bert: TextEncoder
 
 
 def test_jobs_halve_and_keep_their_rows(
-    shapes_once: Path, vit: ImageEncoder, bert: TextEncoder, one_by_one: NDArray[np.float32]
+    shapes_once: Path,
+    vit: ImageEncoder,
+    bert: TextEncoder,
+    one_by_one: NDArray[np.float32],
 ) -> None:
     image = Small(vit.forward, 2)
-    found = features(image_job(shapes_once, replace(vit, forward=lambda pixels: image(pixels)[0]), 7))
+    found = features(
+        image_job(shapes_once, replace(vit, forward=lambda pixels: image(pixels)[0]), 7)
+    )
     assert cosines(found, one_by_one).min() > 0.99999
     assert max(image.asked) == 7
 

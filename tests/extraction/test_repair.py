@@ -1,4 +1,5 @@
-"""Repair: exactly what is damaged is made again, bit by bit; interrupted or refused, nothing wrong is ever served."""
+"""Repair: exactly what is damaged is made again, bit by bit; interrupted or refused, nothing wrong
+is ever served."""
 
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from apecache.store.verify import verify_store
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
 
-IMAGE, TEXT = "image/tiny-vit", "text/tiny-bert"
+IMAGE = "image/tiny-vit"
+TEXT = "text/tiny-bert"
 CHUNK = f"features.zarr/{IMAGE}/features/c.1.0"
 SEGMENT = "segments/0001"
 
@@ -55,14 +57,20 @@ def written_by(shards: dict[str, tuple[int, ...]], files: dict[str, bytes]) -> s
     found = {name for name in files if (of := shard_of(name)) and of[1] in shards.get(of[0], ())}
     for array in shards:
         segment, _, plain = array.rpartition(f"{SEGMENT}/")
-        found.add(f"{segment and f'{SEGMENT}/'}{f'{SEGMENT}/' if array != plain else ''}records/{plain}/seal.json")
+        found.add(
+            f"{segment and f'{SEGMENT}/'}{f'{SEGMENT}/' if array != plain else ''}records/{plain}/seal.json"
+        )
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(len(DAMAGES)))
-def test_every_damaged_object_is_made_again_bit_by_bit_and_no_other_shard_is_touched(grown: Grown, turn: int) -> None:
-    """Each object is damaged in two of the six ways (`verify` is tested on all): one per turn, the turn shifted."""
+def test_every_damaged_object_is_made_again_bit_by_bit_and_no_other_shard_is_touched(
+    grown: Grown,
+    turn: int,
+) -> None:
+    """Each object is damaged in two of the six ways (`verify` is tested on all): one per turn, the
+    turn shifted."""
     files = tree(grown.store)
     for number, name in enumerate(sorted(files)):
         if (number + turn) % 3:
@@ -80,7 +88,11 @@ def test_every_damaged_object_is_made_again_bit_by_bit_and_no_other_shard_is_tou
                  for other in changed if other.endswith("seal.json")}  # fmt: skip
         assert report.shards == {**dict.fromkeys(seals, ()), **again}, (name, changed.keys())
         assert report.nothing_to_do == (not changed)
-        features = {other for other in files if shard_of(other)} - written_by(again, files) - changed.keys()
+        features = (
+            {other for other in files if shard_of(other)}
+            - written_by(again, files)
+            - changed.keys()
+        )
         assert all((grown.store / other).stat().st_mtime_ns == times[other] for other in features)
 
 
@@ -99,7 +111,8 @@ def test_many_damages_in_both_segments_are_mended_at_once(grown: Grown) -> None:
     assert tree(grown.store) == files
     wanted = {IMAGE: (1,), TEXT: (2,), f"{SEGMENT}/{IMAGE}": (0,), f"{SEGMENT}/{TEXT}": ()}
     assert report.shards == wanted
-    # Without pairs.json nobody knows what Zarr's root metadata should be: it is written again unasked.
+    # Without pairs.json nobody knows what Zarr's root metadata should be: it is written again
+    # unasked.
     not_listed = {f"{SEGMENT}/records/{TEXT}/seal.json", f"{SEGMENT}/features.zarr/zarr.json"}
     assert {name for name in names if not shard_of(name)} - not_listed == set(report.objects)
 
@@ -153,7 +166,8 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, n_batches: int) -> None:
     from dataclasses import replace
 
     def load(*arguments: Any) -> Any:
-        encoder, calls = loaded_once("image")(*arguments)[0], iter(range(n_batches))
+        encoder = loaded_once("image")(*arguments)[0]
+        calls = iter(range(n_batches))
 
         def forward(pixels: Any) -> Any:
             if next(calls, None) is None:
@@ -167,10 +181,14 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, n_batches: int) -> None:
 
 @pytest.mark.parametrize("n_batches", [0, 2, 4])
 def test_an_interrupted_repair_leaves_a_store_that_serves_nothing_wrong_and_can_be_repaired_again(
-    grown: Grown, monkeypatch: pytest.MonkeyPatch, n_batches: int
+    grown: Grown,
+    monkeypatch: pytest.MonkeyPatch,
+    n_batches: int,
 ) -> None:
-    """After 2 batches (the spot check and one of the first shard) nothing is committed anew; after 4 one of two is."""
-    files, right = tree(grown.store), FeatureStore.open(grown.store).array("image").load().tobytes()
+    """After 2 batches (the spot check and one of the first shard) nothing is committed anew; after
+    4 one of two is."""
+    files = tree(grown.store)
+    right = FeatureStore.open(grown.store).array("image").load().tobytes()
     hit(grown, f"features.zarr/{IMAGE}/features/c.0.0")
     hit(grown, CHUNK)
     with monkeypatch.context() as patch:
@@ -188,7 +206,10 @@ def test_an_interrupted_repair_leaves_a_store_that_serves_nothing_wrong_and_can_
 
 
 def test_extracting_again_finishes_an_interrupted_repair_too(
-    grown: Grown, monkeypatch: pytest.MonkeyPatch, tiny_image_encoder: Path, tiny_text_encoder: Path
+    grown: Grown,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
     files = tree(grown.store)
     hit(grown, CHUNK)
@@ -196,7 +217,13 @@ def test_extracting_again_finishes_an_interrupted_repair_too(
         failing_after(patch, 0)
         with pytest.raises(RuntimeError):
             mend(grown)
-    extract_tiny(grown.table, grown.store, tiny_image_encoder, tiny_text_encoder, max_bad=1.0)
+    extract_tiny(
+        grown.table,
+        store=grown.store,
+        image=tiny_image_encoder,
+        text=tiny_text_encoder,
+        max_bad=1.0,
+    )
     assert tree(grown.store) == files
 
 
@@ -206,15 +233,25 @@ def test_extracting_again_finishes_an_interrupted_repair_too(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda text: text.replace("a blue circle", "a blue disc"), "row 6 has caption 'a blue disc'"),
+        (
+            lambda text: text.replace("a blue circle", "a blue disc"),
+            "row 6 has caption 'a blue disc'",
+        ),
         (lambda text: text.replace("\tval\t", "\ttest\t"), "row 2 has split 'test', not 'val'"),
         (lambda text: "\n".join([*text.splitlines()[:-1]]) + "\n", "row|images there"),
         (lambda text: text + "images/x.png\tan x\ttrain\tx\ten\n", "1 images more"),
     ],
 )
-@pytest.mark.parametrize("lost", [(), ("records/source.json",), ("records/source.json", "records/pairs.json")])
+@pytest.mark.parametrize(
+    "lost",
+    [(), ("records/source.json",), ("records/source.json", "records/pairs.json")],
+)
 def test_another_table_is_refused(
-    grown: Grown, tmp_path: Path, change: Callable[[str], str], named: str, lost: tuple[str, ...]
+    grown: Grown,
+    tmp_path: Path,
+    change: Callable[[str], str],
+    named: str,
+    lost: tuple[str, ...],
 ) -> None:
     whole = tree(grown.store)
     hit(grown, CHUNK)
@@ -228,13 +265,17 @@ def test_another_table_is_refused(
     assert caught.value.exit_code == 4
     assert files.items() <= tree(grown.store).items()
     mend(grown)
-    source = "records/source.json"  # may name the other table as the one whose first rows it was made from
+    # may name the other table as the one whose first rows it was made from
+    source = "records/source.json"
     assert tree(grown.store) | {source: whole[source]} == whole
 
 
 @pytest.mark.parametrize("folder", ["tiny-bert", "elsewhere"])
 def test_another_encoder_is_refused_before_anything_is_un_committed(
-    grown: Grown, tmp_path: Path, other_text_encoder: Path, folder: str
+    grown: Grown,
+    tmp_path: Path,
+    other_text_encoder: Path,
+    folder: str,
 ) -> None:
     """Under the same name and under another."""
     hit(grown, f"features.zarr/{TEXT}/features/c.0.0")
@@ -248,20 +289,31 @@ def test_another_encoder_is_refused_before_anything_is_un_committed(
 
 
 def test_encoders_that_have_moved_are_taken_from_their_new_place(
-    grown: Grown, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    grown: Grown,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
     files = tree(grown.store)
     hit(grown, CHUNK)
     hit(grown, f"{SEGMENT}/features.zarr/{TEXT}/features/c.0.0")
     image = shutil.copytree(tiny_image_encoder, tmp_path / "moved-vit")
     text = shutil.copytree(tiny_text_encoder, tmp_path / "moved-bert")
-    spec = ExtractSpec(parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text"), device="cpu")
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{image}", "image"),
+        parse_encoder(f"hf:{text}", "text"),
+        device="cpu",
+    )
     assert mend(grown, spec).shards == {IMAGE: (1,), f"{SEGMENT}/{TEXT}": (0,)}
     assert tree(grown.store) == files
 
 
-def test_inputs_that_changed_give_other_bytes_but_never_silently_other_rows(grown: Grown, tmp_path: Path) -> None:
-    """The spot check encodes committed rows anew: images that are other ones now are not mixed with the old."""
+def test_inputs_that_changed_give_other_bytes_but_never_silently_other_rows(
+    grown: Grown,
+    tmp_path: Path,
+) -> None:
+    """The spot check encodes committed rows anew: images that are other ones now are not mixed with
+    the old."""
     root = Path(shutil.copytree(grown.table.parent, tmp_path / "shapes"))
     for path in (root / "images").glob("red-*-0.png"):
         shutil.copy(root / "images" / "blue-circle-0.png", path)
@@ -289,7 +341,10 @@ def test_what_is_no_store_is_not_made_one(grown_once: Grown, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("lost", ["record", "source too", "folder"])
 def test_a_lost_segment_or_its_record_is_made_again(
-    grown: Grown, tiny_image_encoder: Path, tiny_text_encoder: Path, lost: str
+    grown: Grown,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    lost: str,
 ) -> None:
     """A segment that is gone altogether is made again empty; the next extraction fills it."""
     files = tree(grown.store)
@@ -303,5 +358,11 @@ def test_a_lost_segment_or_its_record_is_made_again(
     if lost == "folder":
         with pytest.raises(IncompleteError):
             FeatureStore.open(grown.store).array("image").load()
-        extract_tiny(grown.table, grown.store, tiny_image_encoder, tiny_text_encoder, max_bad=1.0)
+        extract_tiny(
+            grown.table,
+            store=grown.store,
+            image=tiny_image_encoder,
+            text=tiny_text_encoder,
+            max_bad=1.0,
+        )
     assert tree(grown.store) == files

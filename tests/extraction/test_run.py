@@ -1,4 +1,5 @@
-"""Extraction: nothing is done twice, nothing stale is taken for new, a table may grow, bad rows do no harm."""
+"""Extraction: nothing is done twice, nothing stale is taken for new, a table may grow, bad rows do
+no harm."""
 
 import json
 import os
@@ -35,7 +36,13 @@ def again(tiny_image_encoder: Path, tiny_text_encoder: Path) -> Callable[..., Ex
     """`again(table, store, **settings)`: extract with the tiny encoders."""
 
     def run(table: Path, store: Path, **settings: Any) -> ExtractReport:
-        return extract_tiny(table, store, tiny_image_encoder, tiny_text_encoder, **settings)
+        return extract_tiny(
+            table,
+            store=store,
+            image=tiny_image_encoder,
+            text=tiny_text_encoder,
+            **settings,
+        )
 
     return run
 
@@ -47,7 +54,8 @@ def kept(tiny_store: Path, tmp_path: Path) -> Path:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    a = a.astype(np.float64)
+    b = b.astype(np.float64)
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
@@ -88,7 +96,8 @@ def swap_words(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(saved))
 
 
-VIT, BERT = "config.json", "tokenizer_config.json"
+VIT = "config.json"
+BERT = "tokenizer_config.json"
 
 
 @pytest.mark.parametrize(
@@ -96,11 +105,23 @@ VIT, BERT = "config.json", "tokenizer_config.json"
     [
         ("image", one_weight("blocks.1.mlp.fc2.bias"), "encoder.weights"),
         ("text", one_weight("embeddings.word_embeddings.weight"), "encoder.weights"),
-        ("image", edit_json(VIT, model_args__num_heads=4), "encoder.architecture.arguments.num_heads"),
+        (
+            "image",
+            edit_json(VIT, model_args__num_heads=4),
+            "encoder.architecture.arguments.num_heads",
+        ),
         ("text", edit_json("config.json", hidden_act="relu"), "encoder.architecture.hidden_act"),
-        ("image", edit_json(VIT, pretrained_cfg__mean=[0.5, 0.5, 0.4]), "encoder.inputs.config.mean"),
+        (
+            "image",
+            edit_json(VIT, pretrained_cfg__mean=[0.5, 0.5, 0.4]),
+            "encoder.inputs.config.mean",
+        ),
         ("image", edit_json(VIT, pretrained_cfg__std=[0.5, 0.5, 0.4]), "encoder.inputs.config.std"),
-        ("image", edit_json(VIT, pretrained_cfg__interpolation="bilinear"), "encoder.inputs.config.interpolation"),
+        (
+            "image",
+            edit_json(VIT, pretrained_cfg__interpolation="bilinear"),
+            "encoder.inputs.config.interpolation",
+        ),
         ("image", edit_json(VIT, pretrained_cfg__crop_pct=0.9), "encoder.inputs.config.crop_pct"),
         ("text", swap_words, "encoder.inputs.tokenizer"),
         ("text", edit_json(BERT, model_max_length=12), "encoder.inputs.max_tokens"),
@@ -116,7 +137,7 @@ def test_a_changed_encoder_is_refused_by_field(
     edit(folder)
     library = "timm" if modality == "image" else "hf"
     spec: Any = {modality: parse_encoder(f"{library}:{folder}", modality)}  # type: ignore[arg-type]
-    refused(kept, shapes_once, ExtractSpec(**spec, device="cpu"), field)
+    refused(kept, table=shapes_once, spec=ExtractSpec(**spec, device="cpu"), field=field)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +161,11 @@ def test_a_changed_setting_is_refused_by_field(
     modality: str, changed: dict[str, Any], field: str,
 ) -> None:  # fmt: skip
     name = f"timm:{tiny_image_encoder}" if modality == "image" else f"hf:{tiny_text_encoder}"
-    encoder = {key: changed.pop(key) for key in list(changed) if key in EncoderSpec.__dataclass_fields__}
+    encoder = {
+        key: changed.pop(key) for key in list(changed) if key in EncoderSpec.__dataclass_fields__
+    }
     spec: Any = {modality: replace(parse_encoder(name, modality), **encoder), **changed}  # type: ignore[arg-type]
-    refused(kept, shapes_once, ExtractSpec(device="cpu", **spec), field)
+    refused(kept, table=shapes_once, spec=ExtractSpec(device="cpu", **spec), field=field)
 
 
 @pytest.mark.parametrize(
@@ -158,18 +181,29 @@ def test_changed_code_of_ours_is_refused_by_field(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, name, value)
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu")
-    refused(kept, shapes_once, spec, field)
+    refused(kept, table=shapes_once, spec=spec, field=field)
 
 
-@pytest.mark.parametrize(("field", "value"), [("modality", "text"), ("library", "hf"), ("compile", "inductor")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("modality", "text"), ("library", "hf"), ("compile", "inductor")],
+)
 def test_any_other_field_of_the_identity_is_compared_too(
-    kept: Path, shapes_once: Path, tiny_image_encoder: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: str
+    kept: Path,
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: str,
 ) -> None:
     spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu")
     encoder = loaded_once("image")(spec.images, "cpu")[0]
-    other = replace(encoder, fingerprint=Fingerprint({**encoder.fingerprint.fields, field: value}))
+    other = replace(
+        encoder,
+        fingerprint=Fingerprint(fields={**encoder.fingerprint.fields, field: value}),
+    )
     monkeypatch.setattr(extraction, "load_image_encoders", lambda *_: [other])
-    refused(kept, shapes_once, spec, f"encoder.{field}")
+    refused(kept, table=shapes_once, spec=spec, field=f"encoder.{field}")
 
 
 def refused(store: Path, table: Path, spec: ExtractSpec, field: str) -> None:
@@ -225,12 +259,18 @@ def test_a_changed_table_is_refused_with_the_row_and_both_values(
 
 
 def moved_table(kept: Path, shapes: Path, **_: Any) -> dict[str, Any]:
-    return {"table": Path(shutil.move(shapes.parent, shapes.parent.with_name("elsewhere"))) / "pairs.tsv"}
+    return {
+        "table": Path(shutil.move(shapes.parent, shapes.parent.with_name("elsewhere")))
+        / "pairs.tsv"
+    }
 
 
 def moved_encoders(kept: Path, shapes: Path, image: Path, text: Path) -> dict[str, Any]:
     there = shapes.parent.parent / "there"
-    return {"image": shutil.copytree(image, there / image.name), "text": shutil.copytree(text, there / text.name)}
+    return {
+        "image": shutil.copytree(image, there / image.name),
+        "text": shutil.copytree(text, there / text.name),
+    }
 
 
 def renamed_encoder(kept: Path, shapes: Path, image: Path, text: Path) -> dict[str, Any]:
@@ -277,7 +317,11 @@ def test_what_makes_no_other_features_keeps_the_store(
 
 
 def test_library_versions_and_the_working_folder_are_no_identity(
-    kept: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None, monkeypatch: pytest.MonkeyPatch
+    kept: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preparation, "version", lambda name: "99.0")
     monkeypatch.setattr(segments, "version", lambda name: "99.0")
@@ -291,14 +335,32 @@ def test_library_versions_and_the_working_folder_are_no_identity(
 
 
 def test_add_keeps_both_encoders_and_touches_nothing_of_the_first(
-    kept: Path, shapes: Path, tiny_image_encoder: Path, other_text_encoder: Path, load_once: None
+    kept: Path,
+    shapes: Path,
+    tiny_image_encoder: Path,
+    other_text_encoder: Path,
+    load_once: None,
 ) -> None:
     before = tree(kept)
-    report = extract_tiny(shapes, kept, tiny_image_encoder, other_text_encoder, add=True)
+    report = extract_tiny(
+        shapes,
+        store=kept,
+        image=tiny_image_encoder,
+        text=other_text_encoder,
+        add=True,
+    )
     assert [array.n_encoded for array in report.arrays] == [0, 24]
-    assert [array.name for array in FeatureStore.open(kept).arrays("text")] == ["other-bert", "tiny-bert"]
+    assert [array.name for array in FeatureStore.open(kept).arrays("text")] == [
+        "other-bert",
+        "tiny-bert",
+    ]
     assert before.items() <= tree(kept).items()
-    assert extract_tiny(shapes, kept, tiny_image_encoder, other_text_encoder).nothing_to_do
+    assert extract_tiny(
+        shapes,
+        store=kept,
+        image=tiny_image_encoder,
+        text=other_text_encoder,
+    ).nothing_to_do
 
 
 def test_nothing_to_encode_is_refused(shapes: Path, tmp_path: Path) -> None:
@@ -324,15 +386,21 @@ def long_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_one_go(
-    tmp_path_factory: pytest.TempPathFactory, long_table: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    long_table: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> FeatureStore:
     store = tmp_path_factory.mktemp("one-go") / "store"
-    extract_tiny(long_table, store, tiny_image_encoder, tiny_text_encoder)
+    extract_tiny(long_table, store=store, image=tiny_image_encoder, text=tiny_text_encoder)
     return FeatureStore.open(store)
 
 
 def test_a_grown_table_needs_append_and_is_told_by_how_much(
-    kept: Path, long_table: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    long_table: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     before = tree(kept)
     with pytest.raises(MismatchError, match=r"12 images more than .* add --append"):
@@ -341,13 +409,16 @@ def test_a_grown_table_needs_append_and_is_told_by_how_much(
 
 
 @pytest.mark.parametrize(
-    ("first", "bit_equal"), [(10, True), (5, True), (17, False)], ids=["shards coincide", "one shard", "they do not"]
+    ("first", "bit_equal"),
+    [(10, True), (5, True), (17, False)],
+    ids=["shards coincide", "one shard", "they do not"],
 )
 def test_an_appended_store_equals_one_made_in_one_go(
     tmp_path: Path, long_table: Path, in_one_go: FeatureStore, again: Callable[..., ExtractReport], load_once: None,
     first: int, bit_equal: bool,
 ) -> None:  # fmt: skip
-    """Images bit by bit in any case (one shape of batch); captions where the same ones share a batch."""
+    """Images bit by bit in any case (one shape of batch); captions where the same ones share a
+    batch."""
     store = tmp_path / "store"
     again(table_of(long_table, first), store)
     before = tree(store)
@@ -362,7 +433,8 @@ def test_an_appended_store_equals_one_made_in_one_go(
         assert getattr(opened.pairs, column).tolist() == getattr(in_one_go.pairs, column).tolist()
     assert opened.pairs.split_counts() == in_one_go.pairs.split_counts()
     for modality in ("image", "text"):
-        array, whole = opened.array(modality), in_one_go.array(modality)
+        array = opened.array(modality)
+        whole = in_one_go.array(modality)
         assert (array.rows, array.complete, array.share_done) == (whole.rows, True, 1.0)
         assert array.content() == whole.content()
         if modality == "image" or bit_equal:
@@ -373,7 +445,11 @@ def test_an_appended_store_equals_one_made_in_one_go(
 
 
 def test_a_store_grows_more_than_once(
-    tmp_path: Path, long_table: Path, in_one_go: FeatureStore, again: Callable[..., ExtractReport], load_once: None
+    tmp_path: Path,
+    long_table: Path,
+    in_one_go: FeatureStore,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     for count in (5, 10, 15, 24):
         again(table_of(long_table, count), tmp_path / "store", append=True)
@@ -385,7 +461,10 @@ def test_a_store_grows_more_than_once(
 
 
 def test_rows_changed_in_a_later_segment_are_named_by_their_row_in_the_table(
-    grown: Grown, tmp_path: Path, again: Callable[..., ExtractReport], load_once: None
+    grown: Grown,
+    tmp_path: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     table = Path(shutil.copytree(grown.table.parent, tmp_path / "shapes")) / "pairs.tsv"
     table.write_text(re.sub(r"(green-circle-1.png)\t[^\t]*", r"\1\tanother", table.read_text()))
@@ -395,16 +474,22 @@ def test_rows_changed_in_a_later_segment_are_named_by_their_row_in_the_table(
 
 def test_unreadable_rows_and_contents_are_counted_through_all_segments(grown_once: Grown) -> None:
     store = FeatureStore.open(grown_once.store)
-    image, text = store.array("image"), store.array("text")
+    image = store.array("image")
+    text = store.array("text")
     found = [(row["row"], row["key"], row["reason"]) for row in image.quarantined()]
-    assert found == [(4, "images/green-square-0.png", "not-an-image"), (13, "images/red-square-1.png", "missing")]
+    assert found == [
+        (4, "images/green-square-0.png", "not-an-image"),
+        (13, "images/red-square-1.png", "missing"),
+    ]
     assert (image.n_quarantined, np.flatnonzero(~image.load_ok()).tolist()) == (2, [4, 13])
     assert [(row["row"], row["reason"]) for row in text.quarantined()] == [(3, "empty")]
     assert np.flatnonzero(np.isnan(image.load()).all(1)).tolist() == [4, 13]
     content = image.content()
     for row, key in enumerate(store.pairs.keys):
         path = grown_once.table.parent / key
-        assert content[row] == (content_hash(path.read_bytes()) if path.is_file() and row != 4 else "")
+        assert content[row] == (
+            content_hash(path.read_bytes()) if path.is_file() and row != 4 else ""
+        )
 
 
 @pytest.mark.parametrize("n_batches", [0, 3])
@@ -434,12 +519,21 @@ def test_an_interrupted_append_is_resumed_and_serves_nothing_in_between(
 
 
 def test_an_array_that_was_not_appended_to_is_incomplete_by_its_share(
-    kept: Path, long_table: Path, tiny_image_encoder: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    long_table: Path,
+    tiny_image_encoder: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
-    spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", append=True)
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{tiny_image_encoder}", "image"),
+        device="cpu",
+        append=True,
+    )
     extract(open_pairs(long_table), kept, spec)
     store = FeatureStore.open(kept)
-    image, text = store.array("image"), store.array("text")
+    image = store.array("image")
+    text = store.array("text")
     assert (image.complete, text.complete, text.rows, text.share_done) == (True, False, 48, 0.5)
     with pytest.raises(IncompleteError, match="text/tiny-bert is 50% done"):
         text.load()
@@ -450,7 +544,11 @@ def test_an_array_that_was_not_appended_to_is_incomplete_by_its_share(
 
 
 def test_heads_are_fitted_and_evaluated_on_a_store_that_grew(
-    kept: Path, long_table: Path, again: Callable[..., ExtractReport], tmp_path: Path, load_once: None
+    kept: Path,
+    long_table: Path,
+    again: Callable[..., ExtractReport],
+    tmp_path: Path,
+    load_once: None,
 ) -> None:
     from apecache_cli.app import app
     from typer.testing import CliRunner
@@ -481,7 +579,9 @@ def test_heads_are_fitted_and_evaluated_on_a_store_that_grew(
 
 
 def wrap_encoder(
-    monkeypatch: pytest.MonkeyPatch, forward: Callable[[Any, Callable[[Any], Any]], Any], modality: str = "image"
+    monkeypatch: pytest.MonkeyPatch,
+    forward: Callable[[Any, Callable[[Any], Any]], Any],
+    modality: str = "image",
 ) -> None:
     """The encoder's network is seen through `forward(batch, the real one)`."""
 
@@ -493,7 +593,10 @@ def wrap_encoder(
 
 
 def test_changed_images_are_found_when_asked_to_read_all_again(
-    kept: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     before = tree(kept)
     (shapes.parent / "images" / "red-circle-0.png").write_bytes(
@@ -501,13 +604,19 @@ def test_changed_images_are_found_when_asked_to_read_all_again(
     )
     (shapes.parent / "images" / "red-square-0.png").unlink()
     assert again(shapes, kept).nothing_to_do
-    with pytest.raises(MismatchError, match=r"2 of 12 image rows are not what was encoded \(images/red-circle-0.png"):
+    with pytest.raises(
+        MismatchError,
+        match=r"2 of 12 image rows are not what was encoded \(images/red-circle-0.png",
+    ):
         again(shapes, kept, recheck=True)
     assert tree(kept) == before
 
 
 def test_changed_images_of_an_appended_segment_are_found_too(
-    grown: Grown, tmp_path: Path, again: Callable[..., ExtractReport], load_once: None
+    grown: Grown,
+    tmp_path: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     root = Path(shutil.copytree(grown.table.parent, tmp_path / "shapes"))
     assert again(root / "pairs.tsv", grown.store, recheck=True, max_bad=1.0).nothing_to_do
@@ -517,7 +626,10 @@ def test_changed_images_of_an_appended_segment_are_found_too(
 
 
 def test_changed_captions_are_found_whenever_the_table_is_read(
-    kept: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     shapes.write_text(shapes.read_text().replace("a red circle", "a  red circle"))
     for recheck in (False, True):
@@ -526,14 +638,21 @@ def test_changed_captions_are_found_whenever_the_table_is_read(
 
 
 def test_features_that_come_out_otherwise_now_are_not_mixed_with_committed_ones(
-    kept: Path, shapes: Path, again: Callable[..., ExtractReport], monkeypatch: pytest.MonkeyPatch, load_once: None
+    kept: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    monkeypatch: pytest.MonkeyPatch,
+    load_once: None,
 ) -> None:
     (kept / "records/image/tiny-vit/seal.json").unlink()
     (kept / "records/image/tiny-vit/commits/00000002.json").unlink()
     before = tree(kept)
     for noise, refuses in ((0.1, True), (1e-4, False)):
         torch.manual_seed(0)
-        wrap_encoder(monkeypatch, lambda pixels, real, noise=noise: real(pixels) + noise * torch.randn(len(pixels), 64))
+        wrap_encoder(
+            monkeypatch,
+            lambda pixels, real, noise=noise: real(pixels) + noise * torch.randn(len(pixels), 64),
+        )
         if refuses:
             with pytest.raises(MismatchError, match="cosine 0") as caught:
                 again(shapes, kept)
@@ -544,7 +663,10 @@ def test_features_that_come_out_otherwise_now_are_not_mixed_with_committed_ones(
 
 
 def test_a_committed_image_that_is_gone_stops_a_resume(
-    kept: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     (kept / "records/image/tiny-vit/seal.json").unlink()
     (kept / "records/image/tiny-vit/commits/00000002.json").unlink()
@@ -578,15 +700,23 @@ def test_an_output_that_cannot_be_stored_is_quarantined_and_its_neighbours_are_u
     assert (row["row"], row["reason"]) == (6, reason)
     assert said in row["detail"]
     others = [row for row in range(12) if row != 6]
-    assert array.load()[others].tobytes() == FeatureStore.open(tiny_store).array("image").load()[others].tobytes()
+    assert (
+        array.load()[others].tobytes()
+        == FeatureStore.open(tiny_store).array("image").load()[others].tobytes()
+    )
     assert np.isnan(array.load()[6]).all()
 
 
 def test_values_beyond_float16_are_kept_as_float32(
-    tmp_path: Path, shapes_once: Path, again: Callable[..., ExtractReport], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    shapes_once: Path,
+    again: Callable[..., ExtractReport],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrap_encoder(monkeypatch, lambda pixels, real: real(pixels) * 1e6)
-    assert again(shapes_once, tmp_path / "store", storage_dtype="float32").arrays[0].n_quarantined == 0
+    assert (
+        again(shapes_once, tmp_path / "store", storage_dtype="float32").arrays[0].n_quarantined == 0
+    )
     features = FeatureStore.open(tmp_path / "store").array("image").load()
     assert features.dtype == np.float32
     assert np.abs(features).max() > 65504
@@ -607,20 +737,30 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_features_to_five_nine
     wrap_encoder(monkeypatch, narrow)
     assert again(shapes_once, tmp_path / "store").arrays[0].n_quarantined == 0
     assert set(sizes) == {4, 2, 1}
-    halved, whole = (FeatureStore.open(path).array("image").load() for path in (tmp_path / "store", tiny_store))
+    halved, whole = (
+        FeatureStore.open(path).array("image").load() for path in (tmp_path / "store", tiny_store)
+    )
     assert cosine(halved, whole) >= 0.99999
 
 
 @pytest.mark.parametrize(("max_bad", "code"), [(0.09, None), (0.08, 3)])
 def test_a_run_with_unreadable_rows_succeeds_up_to_the_limit_and_encodes_all_others_above_it(
-    tmp_path: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None, max_bad: float, code: int | None
+    tmp_path: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
+    max_bad: float,
+    code: int | None,
 ) -> None:
     """One of 12 images is bad."""
     (shapes.parent / "images" / "blue-square-0.png").write_bytes(b"")
     if code is None:
         assert again(shapes, tmp_path / "store", max_bad=max_bad).arrays[0].reasons == {"empty": 1}
     else:
-        with pytest.raises(BadRowsError, match=r"1 of 12 image rows could not be encoded \(1 empty") as caught:
+        with pytest.raises(
+            BadRowsError,
+            match=r"1 of 12 image rows could not be encoded \(1 empty",
+        ) as caught:
             again(shapes, tmp_path / "store", max_bad=max_bad)
         assert caught.value.exit_code == code
     array = FeatureStore.open(tmp_path / "store").array("image")
@@ -629,7 +769,10 @@ def test_a_run_with_unreadable_rows_succeeds_up_to_the_limit_and_encodes_all_oth
 
 
 def test_the_same_file_under_two_keys_is_counted(
-    tmp_path: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    tmp_path: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     images = shapes.parent / "images"
     shutil.copy(images / "red-circle-0.png", images / "red-square-0.png")  # both train
@@ -639,17 +782,27 @@ def test_the_same_file_under_two_keys_is_counted(
 
 
 def test_the_same_file_in_two_splits_is_an_error_that_names_both(
-    tmp_path: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    tmp_path: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     images = shapes.parent / "images"
     shutil.copy(images / "red-circle-0.png", images / "red-triangle-0.png")
-    with pytest.raises(DataError, match=r"red-circle-0.png \(train\) and images/red-triangle-0.png \(val\)") as caught:
+    with pytest.raises(
+        DataError,
+        match=r"red-circle-0.png \(train\) and images/red-triangle-0.png \(val\)",
+    ) as caught:
         again(shapes, tmp_path / "store")
     assert caught.value.exit_code == 3
 
 
 def test_a_duplicate_in_another_split_is_found_across_segments(
-    kept: Path, long_table: Path, tmp_path: Path, again: Callable[..., ExtractReport], load_once: None
+    kept: Path,
+    long_table: Path,
+    tmp_path: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     root = Path(shutil.copytree(long_table.parent, tmp_path / "long"))
     shutil.copy(root / "images/red-circle-0.png", root / "images/red-triangle-1.png")
@@ -659,7 +812,12 @@ def test_a_duplicate_in_another_split_is_found_across_segments(
 
 @pytest.mark.parametrize(("n_missing", "refuses"), [(7, True), (6, False)])
 def test_more_than_half_the_images_not_found_is_a_wrong_root(
-    tmp_path: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None, n_missing: int, refuses: bool
+    tmp_path: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
+    n_missing: int,
+    refuses: bool,
 ) -> None:
     for path in sorted((shapes.parent / "images").iterdir())[:n_missing]:
         path.unlink()
@@ -672,7 +830,10 @@ def test_more_than_half_the_images_not_found_is_a_wrong_root(
 
 
 def test_the_report_says_what_was_done(
-    tmp_path: Path, shapes: Path, again: Callable[..., ExtractReport], load_once: None
+    tmp_path: Path,
+    shapes: Path,
+    again: Callable[..., ExtractReport],
+    load_once: None,
 ) -> None:
     long = " ".join(["red"] * 40)
     shapes.write_text(shapes.read_text().replace("a red circle", long))
@@ -685,13 +846,19 @@ def test_the_report_says_what_was_done(
 
 
 def test_progress_counts_every_row_of_both_segments_once(
-    grown: Grown, tiny_image_encoder: Path, load_once: None
+    grown: Grown,
+    tiny_image_encoder: Path,
+    load_once: None,
 ) -> None:
     seen: list[Standing] = []
-    spec = ExtractSpec(parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu", max_bad=1.0)
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{tiny_image_encoder}", "image"),
+        device="cpu",
+        max_bad=1.0,
+    )
     shutil.rmtree(grown.store / "records/image/tiny-vit/commits")
     (grown.store / "records/image/tiny-vit/seal.json").unlink()
-    extract(open_pairs(grown.table), grown.store, spec, seen.append)
+    extract(open_pairs(grown.table), store=grown.store, spec=spec, progress=seen.append)
     assert list(dict.fromkeys(standing.done for standing in seen)) == [0, 4, 5, 9, 10, 12, 16]
     assert {(standing.modality, standing.rows) for standing in seen} == {("image", 16)}
     assert (seen[-1].n_bad, seen[-1].n_bytes) == (1, 12 * 64 * 2)  # four rows were there

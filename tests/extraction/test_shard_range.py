@@ -1,4 +1,5 @@
-"""Parts of an extraction: whoever does them, in whatever order or all at once, the store is that of one run."""
+"""Parts of an extraction: whoever does them, in whatever order or all at once, the store is that of
+one run."""
 
 import json
 import shutil
@@ -36,7 +37,14 @@ def parted(tiny_image_encoder: Path, tiny_text_encoder: Path) -> Callable[..., E
     """`parted(table, store, "1/3", **settings)`: extract one part with the tiny encoders."""
 
     def run(table: Path, store: Path, part: str = "1/1", **settings: Any) -> ExtractReport:
-        return extract_tiny(table, store, tiny_image_encoder, tiny_text_encoder, part=parse_part(part), **settings)
+        return extract_tiny(
+            table,
+            store=store,
+            image=tiny_image_encoder,
+            text=tiny_text_encoder,
+            part=parse_part(part),
+            **settings,
+        )
 
     return run
 
@@ -50,26 +58,40 @@ def runs() -> Iterator[PartRuns]:
 @settings(deadline=None)
 @given(st.integers(1, 50).flatmap(lambda count: st.tuples(st.integers(1, count), st.just(count))))
 def test_a_part_is_read_as_it_is_written(both: tuple[int, int]) -> None:
-    part = Part(*both)
+    number, count_value = both
+    part = Part(number=number, count=count_value)
     assert parse_part(str(part)) == part
     assert part.whole == (both[1] == 1)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 40))
-def test_every_shard_is_in_one_part_and_parts_differ_by_one_shard_at_most(count: int, n_shards: int) -> None:
-    parts = [[shard for shard in range(n_shards) if shard in Part(number, count)] for number in range(1, count + 1)]
+def test_every_shard_is_in_one_part_and_parts_differ_by_one_shard_at_most(
+    count: int,
+    n_shards: int,
+) -> None:
+    parts = [
+        [shard for shard in range(n_shards) if shard in Part(number=number, count=count)]
+        for number in range(1, count + 1)
+    ]
     assert sorted(shard for part in parts for shard in part) == list(range(n_shards))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize(
-    "text", ["0/4", "5/4", "a/b", "1/0", "", "1", "1/", "/2", "1/2/3", "-1/2", "1.0/2", "²/3", "1 /2"]
+    "text",
+    ["0/4", "5/4", "a/b", "1/0", "", "1", "1/", "/2", "1/2/3", "-1/2", "1.0/2", "²/3", "1 /2"],
 )
 def test_a_part_out_of_range_is_wrong_usage(text: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"expected i/n with i from 1 to n, such as 2/5"):
         parse_part(text)
-    called = ["extract", str(tmp_path / "none.tsv"), "--store", str(tmp_path / "store"), f"--part={text or '0/0'}"]
+    called = [
+        "extract",
+        str(tmp_path / "none.tsv"),
+        "--store",
+        str(tmp_path / "store"),
+        f"--part={text or '0/0'}",
+    ]
     assert CliRunner().invoke(app, called).exit_code == 2
 
 
@@ -78,11 +100,15 @@ def test_a_part_out_of_range_is_wrong_usage(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", list(permutations((1, 2, 3))))
 def test_the_order_of_parts_is_of_no_matter(
-    shapes_once: Path, tmp_path: Path, parted: Callable[..., ExtractReport], order: tuple[int, ...]
+    shapes_once: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
+    order: tuple[int, ...],
 ) -> None:
     """12 images are 3 shards, 24 captions 5."""
     parted(shapes_once, tmp_path / "once")
-    shares, done = {1: (5, 10), 2: (5, 9), 3: (2, 5)}, 0
+    shares = {1: (5, 10), 2: (5, 9), 3: (2, 5)}
+    done = 0
     for place, number in enumerate(order):
         report = parted(shapes_once, tmp_path / "parts", f"{number}/3")
         assert tuple(array.n_encoded for array in report.arrays) == shares[number]
@@ -95,7 +121,9 @@ def test_the_order_of_parts_is_of_no_matter(
 
 
 def test_more_parts_than_shards_leave_some_with_nothing_to_do(
-    shapes_once: Path, tmp_path: Path, parted: Callable[..., ExtractReport]
+    shapes_once: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
 ) -> None:
     parted(shapes_once, tmp_path / "once")
     reports = [parted(shapes_once, tmp_path / "parts", f"{number}/7") for number in range(1, 8)]
@@ -105,7 +133,9 @@ def test_more_parts_than_shards_leave_some_with_nothing_to_do(
 
 
 def test_a_run_of_the_whole_finishes_what_parts_began(
-    shapes_once: Path, tmp_path: Path, parted: Callable[..., ExtractReport]
+    shapes_once: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
 ) -> None:
     parted(shapes_once, tmp_path / "once")
     parted(shapes_once, tmp_path / "parts", "2/3")
@@ -113,7 +143,10 @@ def test_a_run_of_the_whole_finishes_what_parts_began(
     assert tree(tmp_path / "parts") == tree(tmp_path / "once")
 
 
-def test_appended_rows_come_in_parts_too(tmp_path: Path, parted: Callable[..., ExtractReport]) -> None:
+def test_appended_rows_come_in_parts_too(
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
+) -> None:
     table = make_shapes(tmp_path / "shapes", copies=2)
     whole = table.read_text()
     table.write_text("".join(whole.splitlines(keepends=True)[:25]))
@@ -128,13 +161,19 @@ def test_appended_rows_come_in_parts_too(tmp_path: Path, parted: Callable[..., E
 
 
 def test_progress_is_that_of_the_part(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, parted: Callable[..., ExtractReport]
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    parted: Callable[..., ExtractReport],
 ) -> None:
     parted(shapes_once, tmp_path / "store", "1/3")
     seen: list[Standing] = []
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     extract(
-        open_pairs(shapes_once), tmp_path / "store", ExtractSpec(encoder, device="cpu", part=Part(2, 3)), seen.append
+        open_pairs(shapes_once),
+        store=tmp_path / "store",
+        spec=ExtractSpec(encoder, device="cpu", part=Part(number=2, count=3)),
+        progress=seen.append,
     )
     assert (seen[0].done, seen[-1].done) == (0, 5)
     assert {standing.rows for standing in seen} == {5}
@@ -144,7 +183,9 @@ def test_progress_is_that_of_the_part(
 
 
 def test_unreadable_rows_are_judged_when_the_store_is_complete(
-    shapes: Path, tmp_path: Path, parted: Callable[..., ExtractReport]
+    shapes: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
 ) -> None:
     (shapes.parent / "images" / "red-circle-0.png").write_bytes(b"<html>")
     first = parted(shapes, tmp_path / "store", "1/2")
@@ -157,7 +198,9 @@ def test_unreadable_rows_are_judged_when_the_store_is_complete(
 
 
 def test_one_file_in_two_splits_is_found_when_the_store_is_complete(
-    shapes: Path, tmp_path: Path, parted: Callable[..., ExtractReport]
+    shapes: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
 ) -> None:
     images = shapes.parent / "images"
     shutil.copy(images / "red-circle-0.png", images / "red-triangle-0.png")
@@ -168,7 +211,10 @@ def test_one_file_in_two_splits_is_found_when_the_store_is_complete(
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_wrong_root_is_found_by_every_part(
-    shapes: Path, tmp_path: Path, parted: Callable[..., ExtractReport], number: int
+    shapes: Path,
+    tmp_path: Path,
+    parted: Callable[..., ExtractReport],
+    number: int,
 ) -> None:
     shutil.rmtree(shapes.parent / "images")
     with pytest.raises(BadRowsError, match="6 of 6 images are not below"):
@@ -179,15 +225,26 @@ def test_a_wrong_root_is_found_by_every_part(
 # At once
 
 
-def in_parts(table: Path, store: Path, image: Path, text: Path, count: int, **settings: Any) -> list[dict[str, Any]]:
+def in_parts(
+    table: Path,
+    store: Path,
+    image: Path,
+    text: Path,
+    count: int,
+    **settings: Any,
+) -> list[dict[str, Any]]:
     about = {"table": table, "store": store, "image": image, "text": text, **settings}
     return [{**about, "part": f"{number}/{count}"} for number in range(1, count + 1)]
 
 
 def test_three_processes_that_begin_at_once_make_the_store_of_one(
-    runs: PartRuns, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    runs: PartRuns,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
-    """The store is made by whoever is first, and sealed by whoever is last; one part is killed and done again."""
+    """The store is made by whoever is first, and sealed by whoever is last; one part is killed and
+    done again."""
     table = make_shapes(tmp_path / "shapes", copies=4)
     encoders = (tiny_image_encoder, tiny_text_encoder)
     assert runs.start(*in_parts(table, tmp_path / "once", *encoders, 1)) == ["done"]
@@ -196,7 +253,9 @@ def test_three_processes_that_begin_at_once_make_the_store_of_one(
         store = tmp_path / f"parts-{turn}"
         three = in_parts(table, store, *encoders, 3)
         killed = three[turn] | {"kill_at": 2 * turn}
-        answers = runs.start(*(killed if place == turn else part for place, part in enumerate(three)))
+        answers = runs.start(
+            *(killed if place == turn else part for place, part in enumerate(three))
+        )
         assert answers == ["killed" if place == turn else "done" for place in range(3)]
         assert not list(store.glob("records/text/*/seal.json"))
         assert runs.start(three[turn]) == ["done"]
@@ -206,18 +265,24 @@ def test_three_processes_that_begin_at_once_make_the_store_of_one(
 
 @pytest.mark.parametrize("cuts", [("default",), ("default", "cls")])
 def test_who_makes_an_array_first_decides_what_was_measured(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, monkeypatch: pytest.MonkeyPatch, cuts: tuple[str, ...]
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuts: tuple[str, ...],
 ) -> None:
-    """Another process measures 2 rows a shard, and makes the first array while this one still measures 3."""
+    """Another process measures 2 rows a shard, and makes the first array while this one still
+    measures 3."""
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     encoders = loaded_once("image")(tuple(replace(encoder, pooling=cut) for cut in cuts), "cpu")  # type: ignore[arg-type]
     make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
-    store, spec = FeatureStore.open(tmp_path / "store"), ExtractSpec(encoder, device="cpu")
+    store = FeatureStore.open(tmp_path / "store")
+    spec = ExtractSpec(encoder, device="cpu")
 
     def measured(*_: object) -> int:
         monkeypatch.setattr(preparation, "_calibrated_rows", lambda *_: 2)
         torch.set_num_threads(2)
-        prepare_arrays(store, encoders[:1], 12, spec)
+        prepare_arrays(store, encoders=encoders[:1], rows=12, spec=spec)
         torch.set_num_threads(1)
         return 3
 
@@ -225,50 +290,83 @@ def test_who_makes_an_array_first_decides_what_was_measured(
     try:
         torch.set_num_threads(1)
         monkeypatch.setattr(preparation, "_calibrated_rows", measured)
-        records = prepare_arrays(store, encoders, 12, spec)
+        records = prepare_arrays(store, encoders=encoders, rows=12, spec=spec)
     finally:
         torch.set_num_threads(threads)
-    assert [(record.layout.shard_rows, record.layout.threads) for record in records] == [(2, 2)] * len(cuts)
+    assert [(record.layout.shard_rows, record.layout.threads) for record in records] == [
+        (2, 2)
+    ] * len(cuts)
     assert [array.record for array in store.arrays("image")] == records
 
 
 def test_a_process_with_another_encoder_of_that_name_is_refused_in_the_race(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, monkeypatch: pytest.MonkeyPatch
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[0]
+    encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[
+        0
+    ]
     fields = {**encoder.fingerprint.fields, "weights": "0"}
     other = replace(encoder, fingerprint=type(encoder.fingerprint)(fields))
     make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
-    store, spec = FeatureStore.open(tmp_path / "store"), ExtractSpec(encoder.spec, device="cpu")
+    store = FeatureStore.open(tmp_path / "store")
+    spec = ExtractSpec(encoder.spec, device="cpu")
 
     def measured(*_: object) -> int:
         monkeypatch.setattr(preparation, "_calibrated_rows", lambda *_: 2)
-        prepare_arrays(store, [other], 12, spec)
+        prepare_arrays(store, encoders=[other], rows=12, spec=spec)
         return 2
 
     monkeypatch.setattr(preparation, "_calibrated_rows", measured)
     with pytest.raises(MismatchError, match=r"encoder\.weights"):
-        prepare_arrays(store, [encoder], 12, spec)
+        prepare_arrays(store, encoders=[encoder], rows=12, spec=spec)
 
 
 # The command
 
 
 def test_the_command_says_how_far_the_store_is(
-    shapes_once: Path, tmp_path: Path, tiny_image_encoder: Path, tiny_text_encoder: Path
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
-    encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}", "--shard-rows", "5"]
+    encoders = [
+        "--image",
+        f"timm:{tiny_image_encoder}",
+        "--text",
+        f"hf:{tiny_text_encoder}",
+        "--shard-rows",
+        "5",
+    ]
 
     def call(*more: str) -> Any:
-        line = ["extract", str(shapes_once), "--store", str(tmp_path / "store"), *encoders, "--device", "cpu", *more]
+        line = [
+            "extract",
+            str(shapes_once),
+            "--store",
+            str(tmp_path / "store"),
+            *encoders,
+            "--device",
+            "cpu",
+            *more,
+        ]
         return CliRunner().invoke(app, line)
 
     planned = json.loads(call("--part", "1/2", "--dry-run", "--json").stdout)
     assert [array["n_pending"] for array in planned["arrays"]] == [7, 14]
     first = call("--part", "1/2")
     assert first.exit_code == 0, first.output
-    assert first.stdout.splitlines()[-1].endswith(f"; part 1/2 is done, 58% of {tmp_path / 'store'} is")
+    assert first.stdout.splitlines()[-1].endswith(
+        f"; part 1/2 is done, 58% of {tmp_path / 'store'} is"
+    )
     assert "nothing to do: part 1/2 is done, 58% of" in call("--part", "1/2").stdout
-    assert call("--part", "2/2").stdout.splitlines()[-1].endswith(f"; {tmp_path / 'store'} is complete")
+    assert (
+        call("--part", "2/2")
+        .stdout.splitlines()[-1]
+        .endswith(f"; {tmp_path / 'store'} is complete")
+    )
     told = json.loads(call("--part", "2/2", "--json").stdout)
     assert (told["part"], told["complete"], told["share_done"]) == ("2/2", True, 1.0)

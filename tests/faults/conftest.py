@@ -1,4 +1,5 @@
-"""Counts: small enough for every change, or (APECACHE_FAULTS=long) those of the promises in the documentation."""
+"""Counts: small enough for every change, or (APECACHE_FAULTS=long) those of the promises in the
+documentation."""
 
 import os
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
-"""Kills on a Ray cluster of three simulated nodes: of actors, of a node, of the driver, at any moment.
+"""Kills on a Ray cluster of three simulated nodes: of actors, of a node, of the driver, at any
+moment.
 
-The actors run the tower, so that a restart costs no import of torch; pool, driver loop and commits are the engine's. As
-a program it is the driver: `python faults_cluster.py '{"address": …, "store": …}'`.
+The actors run the tower, so that a restart costs no import of torch; pool, driver loop and commits
+are the engine's. As a program it is the driver: `python faults_cluster.py '{"address": …, "store":
+…}'`.
 """
 
 import json
@@ -31,37 +33,65 @@ from apecache.store.writer import ArrayWriter
 NODES = 3
 STORE_BYTES = 80 * 2**20
 DRIVER_SECONDS = 180
-QUICK_HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+QUICK_HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
 
 
 class TowerWorker:
     """An actor's worker; `pids` is a folder in which it leaves its process number."""
 
     def __init__(self, store: Path, spec: TowerSpec, pids: Path, seconds: float, cpus: int) -> None:
-        self.store, self.spec, self.seconds = store, spec, seconds
+        self.store = store
+        self.spec = spec
+        self.seconds = seconds
         (pids / str(os.getpid())).touch()
 
     def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone:
         if not isinstance(piece, ShardPiece):
             run(self.store, self.spec, shards={modality: [] for modality in MODALITIES})
-            return [Task(self.store, 0, modality, (NAME,)) for modality in MODALITIES]
+            return [
+                Task(folder=self.store, job=0, modality=modality, names=(NAME,))
+                for modality in MODALITIES
+            ]
         time.sleep(self.seconds)
-        files, modality = LocalFiles(piece.task.folder), piece.task.modality
+        files = LocalFiles(piece.task.folder)
+        modality = piece.task.modality
         if not files.exists(commit_name(modality, NAME, piece.shard)):
-            commit_shard(ArrayWriter(files, array_record(self.spec, modality)), self.spec, piece.shard)
+            commit_shard(
+                ArrayWriter(files, array_record(self.spec, modality)),
+                self.spec,
+                piece.shard,
+            )
         return ShardDone()
 
 
-def drive(address: str, store: str, pids: str, spec: dict[str, Any], seconds: float, actors: int = NODES) -> None:
+def drive(
+    address: str,
+    store: str,
+    pids: str,
+    spec: dict[str, Any],
+    seconds: float,
+    actors: int = NODES,
+) -> None:
     """Fill a store as the engine does; prints what it did, one line for each shard."""
     make = partial(TowerWorker, Path(store), TowerSpec(**spec), Path(pids), seconds)
-    with open_pool(make, RaySpec(address, actors)) as pool:
+    with open_pool(make, RaySpec(address=address, actors=actors)) as pool:
         fillings = [Filling(task) for task in pool.first("prepare")]
-        fill(pool, fillings, lambda filling, shard, *_: print(f"{filling.task.modality}/{shard}", flush=True))  # noqa: T201
+        fill(
+            pool,
+            fillings,
+            lambda filling, shard, *_: print(  # noqa: T201
+                f"{filling.task.modality}/{shard}", flush=True
+            ),
+        )
 
 
 class Nodes:
-    """A cluster on this machine: a head, where the driver lives, and others that can be killed and replaced."""
+    """A cluster on this machine: a head, where the driver lives, and others that can be killed and
+    replaced."""
 
     def __init__(self) -> None:
         from apecache.cluster.pool import import_ray
@@ -71,7 +101,8 @@ class Nodes:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(tests / "faults"), str(tests / "engines")])
         about: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         head = {**about, "include_dashboard": False, "_system_config": QUICK_HEALTH}
-        self.cluster, self.about = _started(head), about
+        self.cluster = _started(head)
+        self.about = about
         self.others = [self.cluster.add_node(**about) for _ in range(NODES - 1)]
 
     @property
@@ -79,7 +110,8 @@ class Nodes:
         return str(self.cluster.address)
 
     def kill_one(self, chance: random.Random) -> None:
-        """SIGKILL one node's raylet; everything on the node ends with it. Another node takes its place."""
+        """SIGKILL one node's raylet; everything on the node ends with it. Another node takes its
+        place."""
         node = self.others.pop(chance.randrange(len(self.others)))
         (raylet,) = node.all_processes["raylet"]
         os.kill(raylet.process.pid, signal.SIGKILL)
@@ -91,7 +123,8 @@ class Nodes:
 
 
 def _started(head: dict[str, Any]) -> Any:
-    """A cluster with its head. Ray gives a node half a minute to start, which a busy machine may not keep to."""
+    """A cluster with its head. Ray gives a node half a minute to start, which a busy machine may
+    not keep to."""
     from ray.cluster_utils import Cluster
 
     for _ in range(2):
@@ -111,9 +144,10 @@ def running_nodes() -> Iterator[Nodes]:
         nodes.close()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClusterResult:
-    """`wrong` is what a promise forbids, one line each. `encoded` shards were reported to a driver."""
+    """`wrong` is what a promise forbids, one line each. `encoded` shards were reported to a
+    driver."""
 
     kills: int = 0
     stores: int = 0
@@ -121,7 +155,7 @@ class ClusterResult:
     wrong: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Run:
     """One store that is filled while something is killed."""
 
@@ -140,14 +174,20 @@ class _Run:
         return self.drivers[-1]
 
     def start_driver(self) -> None:
-        about = {"address": self.nodes.address, "store": str(self.store), "pids": str(self.folder / "pids")}
+        about = {
+            "address": self.nodes.address,
+            "store": str(self.store),
+            "pids": str(self.folder / "pids"),
+        }
         line = json.dumps({**about, "spec": asdict(self.spec), "seconds": 0.1})
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.drivers.append(subprocess.Popen([sys.executable, __file__, line], **pipes))
 
     def kill_actor(self) -> bool:
         """SIGKILL one of the processes that have left their number."""
-        alive = [int(path.name) for path in (self.folder / "pids").iterdir() if _is_actor(int(path.name))]
+        alive = [
+            int(path.name) for path in (self.folder / "pids").iterdir() if _is_actor(int(path.name))
+        ]
         if alive:
             os.kill(self.chance.choice(alive), signal.SIGKILL)
         return bool(alive)
@@ -185,16 +225,24 @@ KINDS: dict[str, Callable[[_Run], bool]] = {
 
 
 def cluster_kills(
-    nodes: Nodes, folder: Path, spec: TowerSpec, kind: str, count: int, seed: int, each: int = 2
+    nodes: Nodes,
+    folder: Path,
+    spec: TowerSpec,
+    kind: str,
+    count: int,
+    seed: int,
+    each: int = 2,
 ) -> ClusterResult:
-    """`count` kills of one kind, `each` on one store, at moments drawn from the shards that are committed by then."""
-    chance, result = random.Random(seed), ClusterResult()
+    """`count` kills of one kind, `each` on one store, at moments drawn from the shards that are
+    committed by then."""
+    chance = random.Random(seed)
+    result = ClusterResult()
     run(folder / "reference", spec)
     wanted = tree(folder / "reference")
     while result.kills < count:
         place = folder / f"{kind}-{result.stores}"
         (place / "pids").mkdir(parents=True)
-        one = _Run(nodes, place, spec, chance)
+        one = _Run(nodes=nodes, folder=place, spec=spec, chance=chance)
         one.start_driver()
         for moment in sorted(chance.sample(range(spec.n_shards), min(each, count - result.kills))):
             if one.wait_for_commits(moment):
@@ -207,7 +255,8 @@ def cluster_kills(
 
 
 def _finish(one: _Run, result: ClusterResult, wanted: dict[str, bytes]) -> list[str]:
-    """The driver ends well, with every shard there, the right rows in each, and the bytes of one undisturbed writer."""
+    """The driver ends well, with every shard there, the right rows in each, and the bytes of one
+    undisturbed writer."""
     wrong = []
     for driver in one.drivers:
         try:

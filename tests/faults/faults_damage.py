@@ -1,7 +1,8 @@
 """Damage to the files of a finished store, and what reading makes of it.
 
-Reading covers what it serves. It does not look at `UNREAD`: the README and Zarr's metadata of the feature arrays, which
-other readers use (the shape and layout that we read by stand in fingerprint.json). `apecache verify` covers those.
+Reading covers what it serves. It does not look at `UNREAD`: the README and Zarr's metadata of the
+feature arrays, which other readers use (the shape and layout that we read by stand in
+fingerprint.json). `apecache verify` covers those.
 """
 
 import random
@@ -20,7 +21,11 @@ from apecache.store.reader import FeatureStore
 UNREAD = frozenset(
     (
         "README.md",
-        *(f"features.zarr/{m}/{NAME}/{part}zarr.json" for m in MODALITIES for part in ("", "features/", "status/")),
+        *(
+            f"features.zarr/{m}/{NAME}/{part}zarr.json"
+            for m in MODALITIES
+            for part in ("", "features/", "status/")
+        ),
     )
 )
 Served = dict[str, str | Exception]
@@ -28,7 +33,8 @@ Served = dict[str, str | Exception]
 
 
 def things(store: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everything that a store serves, each opened anew. Arrays are named, as a user who knows the store names them."""
+    """Everything that a store serves, each opened anew. Arrays are named, as a user who knows the
+    store names them."""
     yield "source", lambda: FeatureStore.open(store).source
     yield "pairs", lambda: vars(FeatureStore.open(store).pairs)
     for m in MODALITIES:
@@ -53,7 +59,9 @@ def _digest(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.dtype != object:
         return content_hash(value.tobytes() + str((value.dtype, value.shape)).encode())
     if isinstance(value, dict):
-        return content_hash("".join(f"{key}:{_digest(part)};" for key, part in sorted(value.items())))
+        return content_hash(
+            "".join(f"{key}:{_digest(part)};" for key, part in sorted(value.items()))
+        )
     return content_hash(repr(value.tolist() if isinstance(value, np.ndarray) else value))
 
 
@@ -68,7 +76,11 @@ def covering(name: str) -> set[str]:
         return {
             "source",
             "pairs",
-            *(f"{m} {part}" for m in MODALITIES for part in ("features", "status", "quarantined", "record")),
+            *(
+                f"{m} {part}"
+                for m in MODALITIES
+                for part in ("features", "status", "quarantined", "record")
+            ),
         }
     if name.startswith("features.zarr/pairs/") or len(parts) <= 3:
         return {"pairs"}
@@ -120,7 +132,8 @@ CHANGES: dict[str, Change] = {
 
 
 def strike(store: Path, chance: random.Random) -> tuple[str, list[str]]:
-    """Damage one object, or swap two; returns what was done and the objects that now have other bytes."""
+    """Damage one object, or swap two; returns what was done and the objects that now have other
+    bytes."""
     files = tree(store)
     kind = chance.choice([*CHANGES, "swap", "copy"])
     if kind in ("swap", "copy"):
@@ -131,14 +144,25 @@ def strike(store: Path, chance: random.Random) -> tuple[str, list[str]]:
         after = {name: CHANGES[kind](chance, files[name])}
     for changed, data in after.items():
         put(store, changed, data)
-    return f"{kind} {', '.join(after)}", [changed for changed, data in after.items() if data != files[changed]]
+    return f"{kind} {', '.join(after)}", [
+        changed for changed, data in after.items() if data != files[changed]
+    ]
 
 
 def _alike(files: dict[str, bytes], chance: random.Random) -> tuple[str, str]:
-    """Two objects; mostly of one folder, for those are the likeliest to be taken for one another."""
+    """Two objects; mostly of one folder, for those are the likeliest to be taken for one
+    another."""
     name = chance.choice(sorted(files))
-    beside = [other for other in sorted(files) if other != name and Path(other).parent == Path(name).parent]
-    others = beside if beside and chance.random() < 0.8 else [other for other in sorted(files) if other != name]
+    beside = [
+        other
+        for other in sorted(files)
+        if other != name and Path(other).parent == Path(name).parent
+    ]
+    others = (
+        beside
+        if beside and chance.random() < 0.8
+        else [other for other in sorted(files) if other != name]
+    )
     return name, chance.choice(others)
 
 
@@ -152,7 +176,8 @@ def put(store: Path, name: str, data: bytes | None) -> None:
 def judge(before: Served, after: Served, damaged: list[str]) -> list[str]:
     """What went wrong: other rows served, an error of another kind, or damage that nobody noticed.
 
-    A damaged record may still say the same (JSON has several spellings); any other covered object must be found out.
+    A damaged record may still say the same (JSON has several spellings); any other covered object
+    must be found out.
     """
     wrong = []
     for thing, value in after.items():
@@ -162,7 +187,9 @@ def judge(before: Served, after: Served, damaged: list[str]) -> list[str]:
         elif value != before[thing]:
             wrong.append(f"{thing}: served otherwise")
     for name in damaged:
-        unnoticed = [thing for thing in covering(name) if not isinstance(after.get(thing), Exception)]
+        unnoticed = [
+            thing for thing in covering(name) if not isinstance(after.get(thing), Exception)
+        ]
         if unnoticed and not name.endswith(".json"):
             wrong.append(f"{name}: not noticed by {', '.join(unnoticed)}")
     return wrong
@@ -171,10 +198,14 @@ def judge(before: Served, after: Served, damaged: list[str]) -> list[str]:
 def damages(store: Path, count: int, seed: int) -> tuple[Counter[str], list[str]]:
     """Strike a copy of a finished store `count` times, mending it in between.
 
-    Returns how many strikes were `noticed`, left everything `the same`, or hit what is `not read`; and what went wrong.
+    Returns how many strikes were `noticed`, left everything `the same`, or hit what is `not read`;
+    and what went wrong.
     """
-    chance, outcomes, wrong = random.Random(seed), Counter[str](), []
-    before, whole = serve(store), tree(store)
+    chance = random.Random(seed)
+    outcomes = Counter[str]()
+    wrong = []
+    before = serve(store)
+    whole = tree(store)
     for number in range(count):
         done, damaged = strike(store, chance)
         # The table is slow to read, and seldom concerned.

@@ -1,8 +1,10 @@
-"""Files that somebody wrote to do harm: manifests, stores, recipes and heads, changed so that every checksum fits.
+"""Files that somebody wrote to do harm: manifests, stores, recipes and heads, changed so that every
+checksum fits.
 
-Whatever is in them: an error of ours on one line or a result, no code run, no network, no file outside opened, no
-process started, no memory without end. As a program (`python faults_hostile.py FOLDER COUNT SEED`) it puts an audit
-hook over all of it, which cannot be taken off again, and prints what went wrong as JSON.
+Whatever is in them: an error of ours on one line or a result, no code run, no network, no file
+outside opened, no process started, no memory without end. As a program (`python faults_hostile.py
+FOLDER COUNT SEED`) it puts an audit hook over all of it, which cannot be taken off again, and
+prints what went wrong as JSON.
 """
 
 import json
@@ -17,7 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.", "ctypes.dlopen")
+FORBIDDEN = (
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "pickle.",
+    "ctypes.dlopen",
+)
 FORBIDDEN += ("import", "exec", "compile", "urllib.", "ftplib.", "smtplib.", "shutil.")
 SPARE_BYTES = 2 << 30
 STRANGE = (
@@ -26,7 +37,7 @@ STRANGE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """Attempts by kind of file, those that were refused, and what must not have happened."""
 
@@ -40,12 +51,20 @@ def hostile_files(folder: Path, count: int, seed: int) -> Outcome:
     command = [sys.executable, __file__, str(folder), str(count), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return Outcome(Counter(), Counter(), [f"the process ended with {done.returncode}: {done.stderr[-2000:]}"])
+        return Outcome(
+            tried=Counter(),
+            refused=Counter(),
+            wrong=[f"the process ended with {done.returncode}: {done.stderr[-2000:]}"],
+        )
     answer = json.loads(done.stdout.splitlines()[-1])
-    return Outcome(Counter(answer["tried"]), Counter(answer["refused"]), answer["wrong"])
+    return Outcome(
+        tried=Counter(answer["tried"]),
+        refused=Counter(answer["refused"]),
+        wrong=answer["wrong"],
+    )
 
 
-# --- changes ---------------------------------------------------------------------------------------------------------
+# --- changes --------------------------------------------------------------------------------------
 
 
 def changed_json(value: Any, chance: random.Random) -> Any:
@@ -76,21 +95,26 @@ def nested(depth: int) -> Any:
 
 def changed_bytes(data: bytes, chance: random.Random) -> bytes:
     """A few bytes replaced, a piece doubled or taken out, or the head of it alone."""
-    place, length = chance.randrange(len(data) + 1), chance.randrange(1, 20)
+    place = chance.randrange(len(data) + 1)
+    length = chance.randrange(1, 20)
     match chance.randrange(5):
         case 0:
             return data[:place] + chance.randbytes(length) + data[place + length :]
         case 1:
             return data[:place] + data[place + length :]
         case 2:
-            return data[:place] + data[place : place + length] * chance.randrange(2, 50) + data[place:]
+            return (
+                data[:place] + data[place : place + length] * chance.randrange(2, 50) + data[place:]
+            )
         case 3:
             return data[:place]
         case _:
-            return data[:place] + chance.choice((b'"', b"\t", b"\n", b",", b"\0", b"\xff", b"{", b"[" * 3000))
+            return data[:place] + chance.choice(
+                (b'"', b"\t", b"\n", b",", b"\0", b"\xff", b"{", b"[" * 3000)
+            )
 
 
-# --- attempts --------------------------------------------------------------------------------------------------------
+# --- attempts -------------------------------------------------------------------------------------
 
 Files = dict[str, bytes]
 Attempt = tuple[Files, Callable[[], object]]
@@ -98,7 +122,8 @@ Attempt = tuple[Files, Callable[[], object]]
 
 
 class Attacks:
-    """Made from sound examples; `attempt` changes one of them. Nothing here is imported after the hook is armed."""
+    """Made from sound examples; `attempt` changes one of them. Nothing here is imported after the
+    hook is armed."""
 
     def __init__(self, folder: Path) -> None:
         from tower import SMALL, run, tree
@@ -125,9 +150,17 @@ class Attacks:
         from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
 
         torch.manual_seed(0)
-        pair = build_heads(HeadSpec(dim=4), HeadSpec(kind="mlp", width=3, depth=1), 6, 5)
+        pair = build_heads(
+            HeadSpec(dim=4),
+            text=HeadSpec(kind="mlp", width=3, depth=1),
+            image_dim=6,
+            text_dim=5,
+        )
         specs = (vars(EncoderSpec("timm", "vit", "image")), vars(EncoderSpec("hf", "bert", "text")))
-        sides = [TrainedSide(head, spec, Fingerprint({"weights": "x"})) for head, spec in zip(pair, specs, strict=True)]
+        sides = [
+            TrainedSide(head=head, encoder=spec, fingerprint=Fingerprint(fields={"weights": "x"}))
+            for head, spec in zip(pair, specs, strict=True)
+        ]
         save_heads(TrainedHeads(*sides, 14.0, {"seed": 0}), self.folder / "run")
         return {f"run/{name}": data for name, data in tree(self.folder / "run").items()}
 
@@ -141,7 +174,10 @@ class Attacks:
         name = chance.choice(sorted(self.manifests))
         data = self.manifests[name]
         if name.endswith(".json") and chance.random() < 0.5:
-            data = json.dumps(changed_json(json.loads(data), chance)).encode("utf-8", "surrogatepass")
+            data = json.dumps(changed_json(json.loads(data), chance)).encode(
+                "utf-8",
+                "surrogatepass",
+            )
         elif name.endswith(".jsonl") and chance.random() < 0.5:
             lines = [json.loads(line) for line in data.splitlines()]
             lines[chance.randrange(len(lines))] = changed_json(lines[0], chance)
@@ -159,18 +195,31 @@ class Attacks:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [{"image": f"images/{i}.jpg", "caption": f"caption {i}", "split": "train"} for i in range(6)]
+        rows = [
+            {"image": f"images/{i}.jpg", "caption": f"caption {i}", "split": "train"}
+            for i in range(6)
+        ]
         names = list(rows[0])
         lines = [names, *([row[name] for name in names] for row in rows)]
         karpathy = [
-            {"filename": row["image"], "split": "restval", "sentences": [{"raw": row["caption"]}], "imgid": number}
+            {
+                "filename": row["image"],
+                "split": "restval",
+                "sentences": [{"raw": row["caption"]}],
+                "imgid": number,
+            }
             for number, row in enumerate(rows)
         ]
         coco = {
-            "images": [{"id": number, "file_name": row["image"]} for number, row in enumerate(rows)],
-            "annotations": [{"image_id": number, "caption": row["caption"]} for number, row in enumerate(rows)],
+            "images": [
+                {"id": number, "file_name": row["image"]} for number, row in enumerate(rows)
+            ],
+            "annotations": [
+                {"image_id": number, "caption": row["caption"]} for number, row in enumerate(rows)
+            ],
         }
-        parquet, tar = io.BytesIO(), io.BytesIO()
+        parquet = io.BytesIO()
+        tar = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), parquet)
         with tarfile.open(fileobj=tar, mode="w") as archive:
             for number in range(3):
@@ -190,7 +239,8 @@ class Attacks:
         }
 
     def stored_record(self, chance: random.Random) -> Attempt:
-        """A record, or one of Zarr's descriptions, changed and sealed again, with all that depends on it."""
+        """A record, or one of Zarr's descriptions, changed and sealed again, with all that depends
+        on it."""
         from faults_damage import things
 
         names = [name for name in sorted(self.store) if name.endswith((".json", ".jsonl"))]
@@ -198,7 +248,10 @@ class Attacks:
         files = {name: changed_record(name, self.store[name], chance)}
         follow(files, self.store)
 
-        return files, lambda: all_of(*(read for _, read in things(self.folder / "store")), self._verify)
+        return files, lambda: all_of(
+            *(read for _, read in things(self.folder / "store")),
+            self._verify,
+        )
 
     def _verify(self) -> object:
         from apecache.store.verify import verify_store
@@ -225,12 +278,17 @@ class Attacks:
             value = changed_json(json.loads(self.heads["run/head.json"]), chance)
             files = {"run/head.json": json.dumps(value).encode()}
         else:
-            files = {"run/head.safetensors": changed_bytes(self.heads["run/head.safetensors"], chance)}
+            files = {
+                "run/head.safetensors": changed_bytes(self.heads["run/head.safetensors"], chance)
+            }
 
         def use() -> None:
             heads = load_heads(self.folder / "run")
             sides = (heads.image, heads.text)
-            all_of(*(lambda side=side: spec_from_json(side.encoder) for side in sides), lambda: heads.digest)
+            all_of(
+                *(lambda side=side: spec_from_json(side.encoder) for side in sides),
+                lambda: heads.digest,
+            )
 
         return files, use
 
@@ -256,7 +314,8 @@ def changed_record(name: str, data: bytes, chance: random.Random) -> bytes:
 
 
 def follow(files: Files, store: Files) -> None:
-    """Give every record that names a changed object the hash that it has now, and seal it again, up to the top."""
+    """Give every record that names a changed object the hash that it has now, and seal it again, up
+    to the top."""
     from apecache.fingerprint import content_hash
     from apecache.store.records import digest_commits, with_checksum
 
@@ -268,7 +327,10 @@ def follow(files: Files, store: Files) -> None:
         inside = name.removeprefix("store/")
         if inside in value.get("objects", {}):
             value.pop("checksum")
-            value["objects"][inside] |= {"blake3": content_hash(files[name]), "bytes": len(files[name])}
+            value["objects"][inside] |= {
+                "blake3": content_hash(files[name]),
+                "bytes": len(files[name]),
+            }
             files[holder] = with_checksum(value)
     for seal in [holder for holder in store if holder.endswith("seal.json")]:
         folder = seal.removesuffix("seal.json") + "commits/"
@@ -276,7 +338,9 @@ def follow(files: Files, store: Files) -> None:
         if any(commit in files for commit in commits) and seal not in files:
             value = json.loads(store[seal])
             value.pop("checksum")
-            value["digest"] = digest_commits(content_hash(files.get(commit, store[commit])) for commit in commits)
+            value["digest"] = digest_commits(
+                content_hash(files.get(commit, store[commit])) for commit in commits
+            )
             files[seal] = with_checksum(value)
 
 
@@ -285,14 +349,16 @@ def toml_lines(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [json.dumps(value)]
     plain = [
-        f"{key} = {json.dumps(item)}" for key, item in value.items() if not isinstance(item, dict) and item is not None
+        f"{key} = {json.dumps(item)}"
+        for key, item in value.items()
+        if not isinstance(item, dict) and item is not None
     ]
     tables = [(key, item) for key, item in value.items() if isinstance(item, dict)]
     inner = [line for key, item in tables for line in (f"[{key}]", *toml_lines(item))]
     return [*plain, *inner]
 
 
-# --- the process -----------------------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 def all_of(*reads: Callable[[], object]) -> None:
@@ -326,7 +392,9 @@ def watch(folder: Path, seen: list[str]) -> Callable[[bool], None]:
         if event.startswith(FORBIDDEN):
             seen.append(f"{event} {str(arguments)[:200]}")
         elif (
-            event == "open" and isinstance(arguments[0], str) and not os.path.realpath(arguments[0]).startswith(inside)
+            event == "open"
+            and isinstance(arguments[0], str)
+            and not os.path.realpath(arguments[0]).startswith(inside)
         ):
             seen.append(f"open {arguments[0]}")
 
@@ -348,10 +416,14 @@ def main(folder: Path, count: int, seed: int) -> Outcome:
     from apecache.errors import ApecacheError
 
     folder.mkdir(parents=True, exist_ok=True)
-    chance, attacks, seen = random.Random(seed), Attacks(folder), list[str]()
-    outcome = Outcome(Counter(), Counter(), [])
+    chance = random.Random(seed)
+    attacks = Attacks(folder)
+    seen = list[str]()
+    outcome = Outcome(tried=Counter(), refused=Counter(), wrong=[])
     arm = watch(folder, seen)
-    warm = 40  # the first attempts import what is imported late; they are judged like all others, the hook is not up
+    # the first attempts import what is imported late; they are judged like all others, the hook is
+    # not up
+    warm = 40
     for number in range(count + warm):
         if number == warm:
             limit_memory()
@@ -365,7 +437,9 @@ def main(folder: Path, count: int, seed: int) -> Outcome:
         try:
             use()
         except ApecacheError as error:
-            problem = f"a message of several lines: {str(error)[:200]!r}" if "\n" in str(error) else ""
+            problem = (
+                f"a message of several lines: {str(error)[:200]!r}" if "\n" in str(error) else ""
+            )
             outcome.refused[kind] += 1
         except BaseException as error:
             problem = f"{type(error).__name__}: {error}"
@@ -383,4 +457,6 @@ def main(folder: Path, count: int, seed: int) -> Outcome:
 
 if __name__ == "__main__":
     found = main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    sys.stdout.write(json.dumps({"tried": found.tried, "refused": found.refused, "wrong": found.wrong}) + "\n")
+    sys.stdout.write(
+        json.dumps({"tried": found.tried, "refused": found.refused, "wrong": found.wrong}) + "\n"
+    )

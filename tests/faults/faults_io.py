@@ -17,7 +17,7 @@ from apecache.storage.files import TEMPORARY
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EFBIG)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ErrorResult:
     """`failed` counts the calls that were made to fail, by their name."""
 
@@ -26,23 +26,42 @@ class ErrorResult:
 
 
 def failing_calls(
-    folder: Path, spec: TowerSpec, numbers: tuple[int, ...] = NUMBERS, every: bool = False
+    folder: Path,
+    spec: TowerSpec,
+    numbers: tuple[int, ...] = NUMBERS,
+    every: bool = False,
 ) -> ErrorResult:
-    """Call after call fails, with one of the error numbers in turn or (`every`) with each of them."""
+    """Call after call fails, with one of the error numbers in turn or (`every`) with each of
+    them."""
     result = ErrorResult()
     with cached_tables(), intercepted(folder, unsynced()):
         run(folder / "reference", spec)
     wanted = tree(folder / "reference")
     for number in range(len(numbers) if every else 1):
         nth = 1
-        while _fail(folder / f"{number}-{nth}", spec, nth, numbers[(number + nth) % len(numbers)], wanted, result):
+        while _fail(
+            folder / f"{number}-{nth}",
+            spec=spec,
+            nth=nth,
+            number=numbers[(number + nth) % len(numbers)],
+            wanted=wanted,
+            result=result,
+        ):
             nth += 1
     return result
 
 
-def _fail(store: Path, spec: TowerSpec, nth: int, number: int, wanted: dict[str, bytes], result: ErrorResult) -> bool:
+def _fail(
+    store: Path,
+    spec: TowerSpec,
+    nth: int,
+    number: int,
+    wanted: dict[str, bytes],
+    result: ErrorResult,
+) -> bool:
     """One run with an error and one without; False if the run has fewer than `nth` calls."""
-    fail, promised = Fail(nth, number), set[str]()
+    fail = Fail(nth=nth, number=number)
+    promised = set[str]()
     error = None
     with cached_tables():
         try:
@@ -53,7 +72,17 @@ def _fail(store: Path, spec: TowerSpec, nth: int, number: int, wanted: dict[str,
         if fail.failed is None:
             return False
         result.failed[fail.failed.op] += 1
-        result.wrong += [f"{fail.failed}: {what}" for what in _judge(store, spec, fail.failed, number, error, promised)]
+        result.wrong += [
+            f"{fail.failed}: {what}"
+            for what in _judge(
+                store,
+                spec=spec,
+                call=fail.failed,
+                number=number,
+                error=error,
+                promised=promised,
+            )
+        ]
         with intercepted(store.parent, unsynced()):
             run(store, spec)
     if tree(store) != wanted:
@@ -63,16 +92,29 @@ def _fail(store: Path, spec: TowerSpec, nth: int, number: int, wanted: dict[str,
 
 
 def _judge(
-    store: Path, spec: TowerSpec, call: Call, number: int, error: Exception | None, promised: set[str]
+    store: Path,
+    spec: TowerSpec,
+    call: Call,
+    number: int,
+    error: Exception | None,
+    promised: set[str],
 ) -> list[str]:
 
-    wrong, text = [], str(error)
+    wrong = []
+    text = str(error)
     if not isinstance(error, StoreError) or "\n" in text:
         wrong.append(f"ended with {type(error).__name__}: {text}")
-    elif str(store) not in text or os.strerror(number) not in text or "run the same command again" not in text:
+    elif (
+        str(store) not in text
+        or os.strerror(number) not in text
+        or "run the same command again" not in text
+    ):
         wrong.append(f"says only: {text}")
     if call.op != "unlink":  # it is that very file
         wrong += [f"{path.name} is left" for path in store.rglob(f"{TEMPORARY}*")]
     shards = {what for what in promised if what.partition("/")[2].isdecimal()}
-    wrong += [f"{shard} was committed and is not there" for shard in shards - committed(store, spec).keys()]
+    wrong += [
+        f"{shard} was committed and is not there"
+        for shard in shards - committed(store, spec).keys()
+    ]
     return wrong + check(store, spec, {}, begun=1)

@@ -1,4 +1,5 @@
-"""SIGKILL: at named points and at any moment, several times in a row, and what a resumed run makes of it."""
+"""SIGKILL: at named points and at any moment, several times in a row, and what a resumed run makes
+of it."""
 
 import os
 import random
@@ -21,27 +22,62 @@ POINTS: dict[str, dict[str, Any]] = {
     "before the folder is made": {"op": "mkdir", "pattern": "/records$"},
     "before the source is put": {"op": "link", "pattern": "source.json"},
     "after the source is put": {"op": "unlink", "pattern": "records/.tmp", "when": "after"},
-    "halfway through the table": {"op": "replace", "pattern": "text_caption/zarr.json", "when": "after"},
+    "halfway through the table": {
+        "op": "replace",
+        "pattern": "text_caption/zarr.json",
+        "when": "after",
+    },
     "before the table is put": {"op": "link", "pattern": "pairs.json"},
-    "after the array's folder is made": {"op": "mkdir", "pattern": f"records/image/{NAME}$", "when": "after"},
+    "after the array's folder is made": {
+        "op": "mkdir",
+        "pattern": f"records/image/{NAME}$",
+        "when": "after",
+    },
     "after the fingerprint": {"op": "link", "pattern": "fingerprint.json", "when": "after"},
     "within zarr's metadata": {"op": "link", "pattern": f"image/{NAME}/features/zarr.json"},
-    "halfway through a chunk": {"op": "write", "pattern": f"image/{NAME}/features/.tmp", "when": "halfway", "nth": 5},
+    "halfway through a chunk": {
+        "op": "write",
+        "pattern": f"image/{NAME}/features/.tmp",
+        "when": "halfway",
+        "nth": 5,
+    },
     "before a chunk is renamed": {"op": "replace", "pattern": rf"features/c\.{SHARD}\.0"},
-    "after a chunk is renamed": {"op": "replace", "pattern": rf"features/c\.{SHARD}\.0", "when": "after"},
+    "after a chunk is renamed": {
+        "op": "replace",
+        "pattern": rf"features/c\.{SHARD}\.0",
+        "when": "after",
+    },
     "between features and status": {"op": "replace", "pattern": rf"status/c\.{SHARD}$"},
     "before the quarantine list": {"op": "replace", "pattern": "quarantine/00000001.jsonl"},
-    "halfway through a record": {"op": "write", "pattern": "commits/.tmp", "when": "halfway", "nth": SHARD},
+    "halfway through a record": {
+        "op": "write",
+        "pattern": "commits/.tmp",
+        "when": "halfway",
+        "nth": SHARD,
+    },
     "before the record is linked": {"op": "link", "pattern": f"commits/{SHARD:08d}.json"},
-    "after the record is linked": {"op": "link", "pattern": f"commits/{SHARD:08d}.json", "when": "after"},
-    "after the record is durable": {"op": "fsync", "pattern": "commits$", "when": "after", "nth": SHARD + 1},
-    "in the other modality": {"op": "replace", "pattern": rf"text/{NAME}/features/c\.{SHARD}\.0", "when": "after"},
+    "after the record is linked": {
+        "op": "link",
+        "pattern": f"commits/{SHARD:08d}.json",
+        "when": "after",
+    },
+    "after the record is durable": {
+        "op": "fsync",
+        "pattern": "commits$",
+        "when": "after",
+        "nth": SHARD + 1,
+    },
+    "in the other modality": {
+        "op": "replace",
+        "pattern": rf"text/{NAME}/features/c\.{SHARD}\.0",
+        "when": "after",
+    },
     "before the seal": {"op": "link", "pattern": f"image/{NAME}/seal.json"},
     "after the last seal": {"op": "link", "pattern": f"text/{NAME}/seal.json", "when": "after"},
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class KillResult:
     """`wrong` is what a promise forbids, one line each."""
 
@@ -59,34 +95,76 @@ def reference(folder: Path, spec: TowerSpec) -> str:
 
 def named_kills(towers: Towers, folder: Path, spec: TowerSpec) -> KillResult:
     """Every named point: one kill, one resume."""
-    result, wanted = KillResult(), reference(folder / "reference", spec)
+    result = KillResult()
+    wanted = reference(folder / "reference", spec)
     for number, (point, kill) in enumerate(POINTS.items()):
         store = folder / f"named-{number}"
-        if not kill_once(towers, store, spec, {"kill": {"nth": 1, "when": "before", **kill}}, result, point):
+        if not kill_once(
+            towers,
+            store=store,
+            spec=spec,
+            how={"kill": {"nth": 1, "when": "before", **kill}},
+            result=result,
+            where=point,
+        ):
             result.wrong.append(f"{point}: was never reached")
-        finish(towers, store, spec, wanted, result, point)
+        finish(towers, store=store, spec=spec, wanted=wanted, result=result, where=point)
     return result
 
 
-def random_kills(towers: Towers, folder: Path, spec: TowerSpec, count: int, seed: int) -> KillResult:
-    """`count` kills, three in a row on one store: by the number of a system call, or from outside after some time."""
-    chance, result, wanted = random.Random(seed), KillResult(), reference(folder / "reference", spec)
+def random_kills(
+    towers: Towers,
+    folder: Path,
+    spec: TowerSpec,
+    count: int,
+    seed: int,
+) -> KillResult:
+    """`count` kills, three in a row on one store: by the number of a system call, or from outside
+    after some time."""
+    chance = random.Random(seed)
+    result = KillResult()
+    wanted = reference(folder / "reference", spec)
     while result.kills < count:
         store = folder / f"random-{result.stores}"
         for _ in range(3):
             how: dict[str, Any] = {"kill_after": chance.uniform(0, 0.4)}
             if chance.random() < 0.5:
-                how = {"kill": {"nth": chance.randrange(1, 500), "when": chance.choice(["before", "halfway", "after"])}}
-            if not kill_once(towers, store, spec, how, result, f"store {result.stores}, {how}"):
+                how = {
+                    "kill": {
+                        "nth": chance.randrange(1, 500),
+                        "when": chance.choice(["before", "halfway", "after"]),
+                    }
+                }
+            if not kill_once(
+                towers,
+                store=store,
+                spec=spec,
+                how=how,
+                result=result,
+                where=f"store {result.stores}, {how}",
+            ):
                 break
-        finish(towers, store, spec, wanted, result, f"store {result.stores}")
+        finish(
+            towers,
+            store=store,
+            spec=spec,
+            wanted=wanted,
+            result=result,
+            where=f"store {result.stores}",
+        )
     return result
 
 
 def kill_once(
-    towers: Towers, store: Path, spec: TowerSpec, how: Mapping[str, Any], result: KillResult, where: str
+    towers: Towers,
+    store: Path,
+    spec: TowerSpec,
+    how: Mapping[str, Any],
+    result: KillResult,
+    where: str,
 ) -> bool:
-    """Start a run and kill it; what was committed before must not be touched, and what is committed must be right."""
+    """Start a run and kill it; what was committed before must not be touched, and what is committed
+    must be right."""
     before = committed(store, spec)
     answer = towers.run(store, spec=spec, **how)
     if answer["error"]:
@@ -96,13 +174,26 @@ def kill_once(
     return bool(answer["killed"])
 
 
-def finish(towers: Towers, store: Path, spec: TowerSpec, wanted: str, result: KillResult, where: str) -> None:
-    """A run that nobody kills: it does what is missing, nothing else, and the store is as if nothing had happened."""
+def finish(
+    towers: Towers,
+    store: Path,
+    spec: TowerSpec,
+    wanted: str,
+    result: KillResult,
+    where: str,
+) -> None:
+    """A run that nobody kills: it does what is missing, nothing else, and the store is as if
+    nothing had happened."""
     before = committed(store, spec)
     answer = towers.run(store, spec=spec, unsynced=True)
     result.stores += 1
     result.redone += len(answer["done"])
-    missing = [shard for m in MODALITIES for i in range(spec.layout(m).n_shards) if (shard := f"{m}/{i}") not in before]
+    missing = [
+        shard
+        for m in MODALITIES
+        for i in range(spec.layout(m).n_shards)
+        if (shard := f"{m}/{i}") not in before
+    ]
     if answer["error"] or answer["done"] != missing:
         result.wrong.append(f"{where}: resumed with {answer}, missing was {missing}")
     result.wrong += [f"{where}: {what}" for what in check(store, spec, before, begun=0)]
@@ -122,20 +213,25 @@ def committed(store: Path, spec: TowerSpec) -> State:
         for shard, record in writer.committed().items():
             names = [*record.objects, f"records/{modality}/{NAME}/commits/{shard:08d}.json"]
             stats = [(name, (store / name).stat()) for name in names]
-            found[f"{modality}/{shard}"] = [(name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats]
+            found[f"{modality}/{shard}"] = [
+                (name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats
+            ]
     return found
 
 
 def check(store: Path, spec: TowerSpec, before: State, begun: int) -> list[str]:
-    """Every record's shard holds the right rows, none of `before` was written again or lost, and at most `begun` shards
-    of each array are begun and not committed."""
+    """Every record's shard holds the right rows, none of `before` was written again or lost, and at
+    most `begun` shards of each array are begun and not committed."""
     try:
         now = committed(store, spec)
     except (StoreError, OSError) as error:
         return [f"{type(error).__name__}: {error}"]
-    wrong = [f"{shard} was written again, or lost" for shard in before if now.get(shard) != before[shard]]
+    wrong = [
+        f"{shard} was written again, or lost" for shard in before if now.get(shard) != before[shard]
+    ]
     for modality in MODALITIES:
-        array, values = FeatureArray(LocalFiles(store), array_record(spec, modality)), expected(spec, modality)
+        array = FeatureArray(files=LocalFiles(store), record=array_record(spec, modality))
+        values = expected(spec, modality)
         shards = [int(shard.split("/")[1]) for shard in now if shard.startswith(modality)]
         for shard in shards:
             rows = spec.layout(modality).shard(shard)
@@ -145,7 +241,9 @@ def check(store: Path, spec: TowerSpec, before: State, begun: int) -> list[str]:
                 wrong.append(f"{modality}/{shard} has another status")
         chunks = store / "features.zarr" / modality / NAME / "features"
         files = os.listdir(chunks) if chunks.is_dir() else []
-        started = {name.split(".")[1] for name in files if name.startswith("c.")} - {str(shard) for shard in shards}
+        started = {name.split(".")[1] for name in files if name.startswith("c.")} - {
+            str(shard) for shard in shards
+        }
         if len(started) > begun:
             wrong.append(f"{modality}: {len(started)} shards begun and not committed")
     return wrong

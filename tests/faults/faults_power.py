@@ -1,4 +1,5 @@
-"""Power cuts: every state in which a disk may be found, from a recorded trace of the writer's system calls.
+"""Power cuts: every state in which a disk may be found, from a recorded trace of the writer's
+system calls.
 
 The model is the weakest that POSIX allows, weaker than any file system in use:
 
@@ -9,8 +10,9 @@ The model is the weakest that POSIX allows, weaker than any file system in use:
 - fsync of a file does not make its entry durable, fsync of a folder does not make the bytes of its files durable.
 - What is durable stays; an entry whose folder was lost is lost with it.
 
-A kill alone loses nothing of this: what a killed process did is still in memory, and lost by a cut that comes later. So
-besides a run that is cut at every call, runs are traced that finish what a killed one began.
+A kill alone loses nothing of this: what a killed process did is still in memory, and lost by a cut
+that comes later. So besides a run that is cut at every call, runs are traced that finish what a
+killed one began.
 """
 
 import ast
@@ -35,14 +37,18 @@ from apecache.storage.files import TEMPORARY
 from apecache.storage.local import LocalFiles
 
 State = dict[str, bytes]
-"""Files by path below the store, as found after the cut. Folders that hold none are of no consequence."""
+"""Files by path below the store, as found after the cut. Folders that hold none are of no
+consequence."""
 
-MOST_STATES, MOST_ENTRIES, MOST_WRONG = 256, 5, 20
+MOST_STATES = 256
+MOST_ENTRIES = 5
+MOST_WRONG = 20
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Node:
-    """A file (`data`, and what of it is `synced`) or a folder (`entries`, `durable` ones, and changes since)."""
+    """A file (`data`, and what of it is `synced`) or a folder (`entries`, `durable` ones, and
+    changes since)."""
 
     folder: bool
     data: bytes = b""
@@ -60,7 +66,8 @@ class Node:
         self.pending.clear()
 
     def possible(self, chance: random.Random) -> list[dict[str, "Node"]]:
-        """Every set of entries that may be found: of a few pending changes all subsets, of many the telling ones."""
+        """Every set of entries that may be found: of a few pending changes all subsets, of many the
+        telling ones."""
         count = len(self.pending)
         if count <= MOST_ENTRIES:
             subsets: list[Sequence[int]] = [
@@ -69,7 +76,9 @@ class Node:
         else:
             subsets = [(), *(range(n) for n in range(1, count + 1))]
             subsets += [[i for i in range(count) if i != lost] for lost in range(count)]
-            subsets += [sorted(chance.sample(range(count), chance.randrange(count))) for _ in range(8)]
+            subsets += [
+                sorted(chance.sample(range(count), chance.randrange(count))) for _ in range(8)
+            ]
         found: list[dict[str, Node]] = []
         for subset in subsets:
             entries = dict(self.durable)
@@ -94,7 +103,8 @@ def _apply(entries: dict[str, Node], change: Mapping[str, Node | None]) -> None:
 
 
 class Disk:
-    """What the calls so far have left in memory and on the disk. Paths are relative to the folder that is watched."""
+    """What the calls so far have left in memory and on the disk. Paths are relative to the folder
+    that is watched."""
 
     def __init__(self) -> None:
         self.root = Node(folder=True)
@@ -115,7 +125,9 @@ class Disk:
             case "link":
                 self._node(parent).change({name: self._node(call.source)})
             case "replace":
-                self._node(parent).change({name: self._node(call.source), call.source.rpartition("/")[2]: None})
+                self._node(parent).change(
+                    {name: self._node(call.source), call.source.rpartition("/")[2]: None}
+                )
             case "unlink":
                 self._node(parent).change({name: None})
 
@@ -132,7 +144,11 @@ class Disk:
         for chosen in _product(options, chance):
             yield from self._contents(dict(zip(unsure, chosen, strict=True)), chance)
 
-    def _contents(self, chosen: Mapping[Node, dict[str, Node]], chance: random.Random) -> Iterator[State]:
+    def _contents(
+        self,
+        chosen: Mapping[Node, dict[str, Node]],
+        chance: random.Random,
+    ) -> Iterator[State]:
         found: dict[str, Node] = {}
         folders = [("", self.root)]
         while folders:
@@ -152,11 +168,16 @@ def _bytes(path: str, node: Node) -> list[bytes]:
         return [node.data]
     if path.rpartition("/")[2].startswith(TEMPORARY):
         return [node.data, b""]
-    return list(dict.fromkeys((node.data, node.synced, b"", bytes(len(node.data)), node.data[: len(node.data) // 2])))
+    return list(
+        dict.fromkeys(
+            (node.data, node.synced, b"", bytes(len(node.data)), node.data[: len(node.data) // 2])
+        )
+    )
 
 
 def _product(options: Sequence[Sequence[Any]], chance: random.Random) -> Iterator[tuple[Any, ...]]:
-    """All combinations; of too many the first, the last, those that differ from the last in one, and a sample."""
+    """All combinations; of too many the first, the last, those that differ from the last in one,
+    and a sample."""
     if math.prod(map(len, options)) <= MOST_STATES:
         yield from itertools.product(*options)
         return
@@ -169,9 +190,10 @@ def _product(options: Sequence[Sequence[Any]], chance: random.Random) -> Iterato
         yield tuple(chance.choice(option) for option in options)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trace:
-    """Performs calls and tells the disk of them. `moment` is called after each call, and after each promise."""
+    """Performs calls and tells the disk of them. `moment` is called after each call, and after each
+    promise."""
 
     disk: Disk
     moment: Callable[[str], None]
@@ -203,9 +225,15 @@ class Expectations:
             folder = f"records/{m}/{NAME}"
             zarr = [f"features.zarr/{m}/{NAME}/{path}" for path in array_record(spec, m).metadata]
             self.objects[m] = [f"{folder}/fingerprint.json", *zarr]
-            records = [f"{folder}/commits/{shard:08d}.json" for shard in range(spec.layout(m).n_shards)]
+            records = [
+                f"{folder}/commits/{shard:08d}.json" for shard in range(spec.layout(m).n_shards)
+            ]
             for shard, record in enumerate(records):
-                self._add(f"{m}/{shard}", record, [*json.loads(final[record])["objects"], *self.objects[m]])
+                self._add(
+                    f"{m}/{shard}",
+                    record,
+                    [*json.loads(final[record])["objects"], *self.objects[m]],
+                )
             self._add(f"{m}/seal", f"{folder}/seal.json", records)
 
     def _add(self, name: str, record: str, objects: list[str]) -> None:
@@ -214,21 +242,30 @@ class Expectations:
 
     def violations(self, state: State, promised: set[str]) -> list[str]:
         """Promises broken, records present whose objects are not, and files that are not whole."""
-        store = {path.partition("/")[2]: data for path, data in state.items() if path.startswith("store/")}
+        store = {
+            path.partition("/")[2]: data
+            for path, data in state.items()
+            if path.startswith("store/")
+        }
         wrong = []
         due = promised | {name for record, name in self.present.items() if record in store}
         for name in due:
             lost = [path for path in self.objects[name] if store.get(path) != self.final[path]]
-            wrong += [f"{name} is {'promised' if name in promised else 'recorded'} without {lost[0]}"] if lost else []
+            wrong += (
+                [f"{name} is {'promised' if name in promised else 'recorded'} without {lost[0]}"]
+                if lost
+                else []
+            )
         for path, data in store.items():
             if not path.rpartition("/")[2].startswith(TEMPORARY) and data != self.final.get(path):
                 wrong.append(f"{path} is not whole")
         return wrong
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PowerResult:
-    """`states` cuts were examined, `resumed` of them by a run that went on from there. `cuts` calls of the trace."""
+    """`states` cuts were examined, `resumed` of them by a run that went on from there. `cuts` calls
+    of the trace."""
 
     cuts: int = 0
     states: int = 0
@@ -237,7 +274,10 @@ class PowerResult:
 
     def examine(self, state: State, trace: Trace, expected: Expectations, after: str = "") -> None:
         self.states += 1
-        self.wrong += [f"{after}cut after call {trace.calls}: {w}" for w in expected.violations(state, trace.promised)]
+        self.wrong += [
+            f"{after}cut after call {trace.calls}: {w}"
+            for w in expected.violations(state, trace.promised)
+        ]
         if len(self.wrong) > MOST_WRONG:
             raise EnoughError
 
@@ -266,8 +306,10 @@ def finds_violation(folder: Path, spec: TowerSpec, make: MakeFiles) -> bool:
 
 def cut_removal(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles) -> PowerResult:
     """What was removed does not come back."""
-    result, disk, chance = PowerResult(), Disk(), random.Random(0)
-    trace = Trace(disk, lambda _: None)
+    result = PowerResult()
+    disk = Disk()
+    chance = random.Random(0)
+    trace = Trace(disk=disk, moment=lambda _: None)
     with intercepted(folder, unsynced(trace)):
         files = make(folder / "store")
         files.write("a/x", b"1")
@@ -281,12 +323,19 @@ def cut_removal(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles) -> 
 
 
 def cut_anywhere(
-    folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles, resumes: int = 0, seed: int = 0
+    folder: Path,
+    spec: TowerSpec,
+    make: MakeFiles = LocalFiles,
+    resumes: int = 0,
+    seed: int = 0,
 ) -> PowerResult:
-    """One run, cut after every system call. Of the states found, `resumes` (-1: all) are finished by another run."""
-    expected, result, chance = expectations(folder, spec), PowerResult(), random.Random(seed)
+    """One run, cut after every system call. Of the states found, `resumes` (-1: all) are finished
+    by another run."""
+    expected = expectations(folder, spec)
+    result = PowerResult()
+    chance = random.Random(seed)
     states: dict[int, tuple[State, set[str]]] = {}
-    trace = Trace(Disk(), lambda _: None)
+    trace = Trace(disk=Disk(), moment=lambda _: None)
 
     def moment(op: str) -> None:
         result.cuts += op != "promise"
@@ -298,17 +347,29 @@ def cut_anywhere(
     base = folder / "cut"
     base.mkdir()
     with suppress(EnoughError), cached_tables(), intercepted(base, unsynced(trace)):
-        run(base / "store", spec, make(base / "store"), trace.acknowledge)
+        run(base / "store", spec=spec, files=make(base / "store"), acknowledge=trace.acknowledge)
     if not result.wrong:
         found = list(states.values())
         chosen = found if resumes < 0 else chance.sample(found, min(resumes, len(found)))
         for number, (state, promised) in enumerate(chosen):
             result.resumed += 1
-            result.wrong += _resume(folder / f"state-{number}", state, promised, spec, expected)
+            result.wrong += _resume(
+                folder / f"state-{number}",
+                state=state,
+                promised=promised,
+                spec=spec,
+                expected=expected,
+            )
     return result
 
 
-def _resume(folder: Path, state: State, promised: set[str], spec: TowerSpec, expected: Expectations) -> list[str]:
+def _resume(
+    folder: Path,
+    state: State,
+    promised: set[str],
+    spec: TowerSpec,
+    expected: Expectations,
+) -> list[str]:
     for path, data in state.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
@@ -322,28 +383,50 @@ def _resume(folder: Path, state: State, promised: set[str], spec: TowerSpec, exp
     return [f"{folder.name}: {what}" for what in wrong]
 
 
-def kill_then_cut(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles, everywhere: bool = False) -> PowerResult:
-    """A run is killed at every call, another finishes it; the power goes whenever that one has promised something
-    (`everywhere`: after every call of it). The last calls first, for there the least is done after the kill."""
-    expected, result, chance = expectations(folder, spec), PowerResult(), random.Random(0)
+def kill_then_cut(
+    folder: Path,
+    spec: TowerSpec,
+    make: MakeFiles = LocalFiles,
+    everywhere: bool = False,
+) -> PowerResult:
+    """A run is killed at every call, another finishes it; the power goes whenever that one has
+    promised something (`everywhere`: after every call of it). The last calls first, for there the
+    least is done after the kill."""
+    expected = expectations(folder, spec)
+    result = PowerResult()
+    chance = random.Random(0)
     for nth in range(_count(folder, spec), 0, -1):
         base = folder / f"kill-{nth}"
         base.mkdir()
-        trace = Trace(Disk(), lambda _: None)
-        with suppress(SimulatedKill), cached_tables(), intercepted(base, Stop(nth, unsynced(trace))):
+        trace = Trace(disk=Disk(), moment=lambda _: None)
+        with (
+            suppress(SimulatedKill),
+            cached_tables(),
+            intercepted(base, Stop(nth=nth, then=unsynced(trace))),
+        ):
             run(base / "store", spec, make(base / "store"))
 
         def moment(op: str, trace: Trace = trace, nth: int = nth) -> None:
             if everywhere or op == "promise":
                 result.cuts += 1
                 for state in trace.disk.states(chance):
-                    result.examine(state, trace, expected, f"killed at call {nth}, ")
+                    result.examine(
+                        state,
+                        trace=trace,
+                        expected=expected,
+                        after=f"killed at call {nth}, ",
+                    )
 
         trace.moment = moment
         result.resumed += 1
         try:
             with cached_tables(), intercepted(base, unsynced(trace)):
-                run(base / "store", spec, make(base / "store"), trace.acknowledge)
+                run(
+                    base / "store",
+                    spec=spec,
+                    files=make(base / "store"),
+                    acknowledge=trace.acknowledge,
+                )
         except EnoughError:
             break
         shutil.rmtree(base)
@@ -351,18 +434,20 @@ def kill_then_cut(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles, e
 
 
 def _count(folder: Path, spec: TowerSpec) -> int:
-    trace = Trace(Disk(), lambda _: None)
+    trace = Trace(disk=Disk(), moment=lambda _: None)
     with cached_tables(), intercepted(folder, unsynced(trace)):
         run(folder / "counted", spec)
     return trace.calls
 
 
-# --- without one fsync ------------------------------------------------------------------------------------------------
+# --- without one fsync ----------------------------------------------------------------------------
 
 
 def sync_calls() -> list[str]:
     """Every call in apecache/storage/local.py that makes something durable, as `function, line`."""
-    return [f"{function} in line {call.lineno}" for function, call in _sync_calls(ast.parse(_source()))]
+    return [
+        f"{function} in line {call.lineno}" for function, call in _sync_calls(ast.parse(_source()))
+    ]
 
 
 def without_sync(number: int) -> type[LocalFiles]:
@@ -373,7 +458,11 @@ def without_sync(number: int) -> type[LocalFiles]:
         for name in ("body", "orelse", "finalbody", "handlers"):
             lines = getattr(node, name, None)
             if isinstance(lines, list):
-                setattr(node, name, [ast.copy_location(ast.Pass(), x) if x is removed else x for x in lines])
+                setattr(
+                    node,
+                    name,
+                    [ast.copy_location(ast.Pass(), x) if x is removed else x for x in lines],
+                )
     names: dict[str, Any] = {"__name__": "apecache.storage.local"}
     exec(compile(module, local_module.__file__, "exec"), names)
     changed: type[LocalFiles] = names["LocalFiles"]

@@ -1,4 +1,5 @@
-"""Towers that write to object storage which fails again and again, and what must hold afterwards."""
+"""Towers that write to object storage which fails again and again, and what must hold
+afterwards."""
 
 import random
 import threading
@@ -17,7 +18,7 @@ LIKELY = (*KINDS, *(kind for kind in KINDS if kind != "stall"))
 """Time-outs are slow."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RemoteResult:
     runs: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -31,17 +32,28 @@ def objects(files: Files) -> dict[str, bytes]:
     return dict(zip(names, files.read_all(names), strict=True))
 
 
-def faulty_runs(server: S3Server, folder: Path, spec: TowerSpec, faults: int, share: float, seed: int) -> RemoteResult:
-    """Stores made one after another, every third by two writers at once, until so many faults were injected."""
+def faulty_runs(
+    server: S3Server,
+    folder: Path,
+    spec: TowerSpec,
+    faults: int,
+    share: float,
+    seed: int,
+) -> RemoteResult:
+    """Stores made one after another, every third by two writers at once, until so many faults were
+    injected."""
     run(folder / "reference", spec)
-    wanted, result = tree(folder / "reference"), RemoteResult()
+    wanted = tree(folder / "reference")
+    result = RemoteResult()
     while sum(result.faults.values()) < faults:
         place = server.new_bucket() + "/store"
         with server.faults(Faults(share, LIKELY, seed + result.runs)) as injected:
             errors = _write(place, spec, writers=1 + (result.runs % 3 == 2))
         result.faults += injected.counts
         result.runs += 1
-        result.wrong += [f"run {result.runs}: {what}" for what in (*errors, *_wrong(place, spec, wanted))]
+        result.wrong += [
+            f"run {result.runs}: {what}" for what in (*errors, *_wrong(place, spec, wanted))
+        ]
     return result
 
 
@@ -63,14 +75,22 @@ def _write(place: str, spec: TowerSpec, writers: int) -> list[str]:
 
 
 def _wrong(place: str, spec: TowerSpec, wanted: dict[str, bytes]) -> list[str]:
-    """What does not hold of a finished store; of a killed writer a trial of put-if-absent may be left."""
-    wrong, store = [], FeatureStore.open(place)
-    found = {name: data for name, data in objects(store.files).items() if not name.startswith(TEMPORARY)}
+    """What does not hold of a finished store; of a killed writer a trial of put-if-absent may be
+    left."""
+    wrong = []
+    store = FeatureStore.open(place)
+    found = {
+        name: data for name, data in objects(store.files).items() if not name.startswith(TEMPORARY)
+    }
     if found != wanted:
-        names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        names = sorted(
+            name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+        )
         wrong.append(f"it differs from that of a folder: {names}")
     for modality in MODALITIES:
-        rows = [row for commit in store.array(modality).commits.values() for row in range(*commit.rows)]
+        rows = [
+            row for commit in store.array(modality).commits.values() for row in range(*commit.rows)
+        ]
         if sorted(rows) != list(range(spec.rows(modality))):
             wrong.append(f"{modality}: rows are missing, or are there twice")
     if not verify_files(store.files).sound:
@@ -78,10 +98,20 @@ def _wrong(place: str, spec: TowerSpec, wanted: dict[str, bytes]) -> list[str]:
     return wrong
 
 
-def killed_runs(towers: Towers, server: S3Server, folder: Path, spec: TowerSpec, kills: int, seed: int) -> RemoteResult:
-    """Two processes at a time write one store; one of them is killed at some moment, until so many were."""
+def killed_runs(
+    towers: Towers,
+    server: S3Server,
+    folder: Path,
+    spec: TowerSpec,
+    kills: int,
+    seed: int,
+) -> RemoteResult:
+    """Two processes at a time write one store; one of them is killed at some moment, until so many
+    were."""
     run(folder / "reference", spec)
-    wanted, result, chance = tree(folder / "reference"), RemoteResult(), random.Random(seed)
+    wanted = tree(folder / "reference")
+    result = RemoteResult()
+    chance = random.Random(seed)
     while result.killed < kills and result.runs < 3 * kills:
         place = server.new_bucket() + "/store"
         one = {"store": place, "spec": spec, "environment": server.environment()}
@@ -91,5 +121,7 @@ def killed_runs(towers: Towers, server: S3Server, folder: Path, spec: TowerSpec,
         errors = [answer["error"] for answer in answers if answer["error"]]
         again = run(place, spec)
         errors += [f"left undone: {again}"] if again else []
-        result.wrong += [f"run {result.runs}: {what}" for what in (*errors, *_wrong(place, spec, wanted))]
+        result.wrong += [
+            f"run {result.runs}: {what}" for what in (*errors, *_wrong(place, spec, wanted))
+        ]
     return result

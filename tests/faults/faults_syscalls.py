@@ -1,4 +1,5 @@
-"""Stepping between the store and the operating system: every call that changes a folder passes through here.
+"""Stepping between the store and the operating system: every call that changes a folder passes
+through here.
 
 Only the process under test is touched, and only below one folder; the product has no hooks.
 """
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """`op` is open (of a new file), write, fsync, close, replace, link, unlink or mkdir; paths are relative to the
-    folder that is watched. `source` is where a replace or link comes from; `data` is what a write writes."""
+    """`op` is open (of a new file), write, fsync, close, replace, link, unlink or mkdir; paths are
+    relative to the folder that is watched. `source` is where a replace or link comes from; `data`
+    is what a write writes."""
 
     op: str
     path: str
@@ -26,17 +28,19 @@ class Call:
 
 
 Around = Callable[[Call, Callable[..., Any]], Any]
-"""Is given a call and a function that performs it (for a write: or, given a number, so many bytes of it); what it
-returns or raises is what the product sees."""
+"""Is given a call and a function that performs it (for a write: or, given a number, so many bytes
+of it); what it returns or raises is what the product sees."""
 
 CHANGING = ("mkdir", "open", "write", "fsync", "replace", "link", "unlink")
 
 
 @contextmanager
 def intercepted(base: Path, around: Around) -> Iterator[None]:
-    """Send the calls of `CHANGING` that concern `base` or anything below it through `around`. `base` is absolute."""
+    """Send the calls of `CHANGING` that concern `base` or anything below it through `around`.
+    `base` is absolute."""
     real = {
-        name: getattr(os, name) for name in ("open", "close", "write", "fsync", "replace", "link", "unlink", "mkdir")
+        name: getattr(os, name)
+        for name in ("open", "close", "write", "fsync", "replace", "link", "unlink", "mkdir")
     }
     opened: dict[int, str] = {}
     top = os.path.abspath(base)
@@ -52,7 +56,9 @@ def intercepted(base: Path, around: Around) -> Iterator[None]:
         perform = lambda: real["open"](path, flags, *args, **kwargs)  # noqa: E731
         if name is None:
             return int(perform())
-        descriptor = around(Call("open", name), perform) if flags & os.O_CREAT else perform()
+        descriptor = (
+            around(Call(op="open", path=name), perform) if flags & os.O_CREAT else perform()
+        )
         opened[descriptor] = name
         return int(descriptor)
 
@@ -63,20 +69,25 @@ def intercepted(base: Path, around: Around) -> Iterator[None]:
     def write(descriptor: int, data: Any) -> int:
         if descriptor not in opened:
             return int(real["write"](descriptor, data))
-        call = Call("write", opened[descriptor], data=bytes(data))
-        return int(around(call, lambda part=None: real["write"](descriptor, data if part is None else data[:part])))
+        call = Call(op="write", path=opened[descriptor], data=bytes(data))
+        return int(
+            around(
+                call,
+                lambda part=None: real["write"](descriptor, data if part is None else data[:part]),
+            )
+        )
 
     def fsync(descriptor: int) -> None:
         if descriptor not in opened:
             real["fsync"](descriptor)
         else:
-            around(Call("fsync", opened[descriptor]), lambda: real["fsync"](descriptor))
+            around(Call(op="fsync", path=opened[descriptor]), lambda: real["fsync"](descriptor))
 
     def one(op: str) -> Callable[..., None]:
         def call(path: Any, *args: Any, **kwargs: Any) -> None:
             name = below(path)
             perform = lambda: real[op](path, *args, **kwargs)  # noqa: E731
-            perform() if name is None else around(Call(op, name), perform)
+            perform() if name is None else around(Call(op=op, path=name), perform)
 
         return call
 
@@ -84,12 +95,20 @@ def intercepted(base: Path, around: Around) -> Iterator[None]:
         def call(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
             name = below(target)
             perform = lambda: real[op](source, target, *args, **kwargs)  # noqa: E731
-            perform() if name is None else around(Call(op, name, below(source) or ""), perform)
+            perform() if name is None else around(
+                Call(op=op, path=name, source=below(source) or ""),
+                perform,
+            )
 
         return call
 
     changed = {"open": open_, "close": close, "write": write, "fsync": fsync}
-    changed |= {"mkdir": one("mkdir"), "unlink": one("unlink"), "replace": two("replace"), "link": two("link")}
+    changed |= {
+        "mkdir": one("mkdir"),
+        "unlink": one("unlink"),
+        "replace": two("replace"),
+        "link": two("link"),
+    }
     try:
         for name, function in changed.items():
             setattr(os, name, function)
@@ -99,7 +118,7 @@ def intercepted(base: Path, around: Around) -> Iterator[None]:
             setattr(os, name, function)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Kill:
     """SIGKILL to oneself at the `nth` call of `op` (any, if empty) whose path has `pattern` in it.
 
@@ -128,7 +147,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Fail:
     """The `nth` call fails with an error number and does nothing (a write: half of it).
 
@@ -153,9 +172,10 @@ class SimulatedKill(BaseException):
     """Raised by `Stop` in place of a signal."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stop:
-    """A kill without a process: from the `nth` call on nothing reaches the disk, no cleaning up either."""
+    """A kill without a process: from the `nth` call on nothing reaches the disk, no cleaning up
+    either."""
 
     nth: int
     then: Around
@@ -168,7 +188,8 @@ class Stop:
 
 
 def unsynced(around: Around | None = None) -> Around:
-    """The same without waiting for the disk: where nobody cuts the power, fsync changes nothing but the time."""
+    """The same without waiting for the disk: where nobody cuts the power, fsync changes nothing but
+    the time."""
 
     def call(call: Call, perform: Callable[..., Any]) -> Any:
         quick: Callable[..., Any] = (lambda: None) if call.op == "fsync" else perform

@@ -12,7 +12,7 @@ from tower import MODALITIES, Towers, TowerSpec, run, tree
 WRITERS = 4
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WritersResult:
     rounds: int = 0
     commits: int = 0
@@ -20,24 +20,46 @@ class WritersResult:
     wrong: list[str] = field(default_factory=list)
 
 
-def crowded_rounds(towers: Towers, folder: Path, spec: TowerSpec, rounds: int, seed: int) -> WritersResult:
-    """Rounds of four kinds in turn: all writers do all shards; each its own; each a half; and one is killed."""
-    chance, result = random.Random(seed), WritersResult()
+def crowded_rounds(
+    towers: Towers,
+    folder: Path,
+    spec: TowerSpec,
+    rounds: int,
+    seed: int,
+) -> WritersResult:
+    """Rounds of four kinds in turn: all writers do all shards; each its own; each a half; and one
+    is killed."""
+    chance = random.Random(seed)
+    result = WritersResult()
     run(folder / "reference", spec)
     wanted = tree(folder / "reference")
     for number in range(rounds):
-        store, kind = folder / f"{number}", ("same", "disjoint", "overlapping", "one killed")[number % 4]
+        store = folder / f"{number}"
+        kind = ("same", "disjoint", "overlapping", "one killed")[number % 4]
         runs: list[dict[str, Any]] = [
-            {"store": store, "spec": spec, "unsynced": number % 8 < 4, "shards": _shares(spec, kind, writer, chance)}
+            {
+                "store": store,
+                "spec": spec,
+                "unsynced": number % 8 < 4,
+                "shards": _shares(spec, kind=kind, writer=writer, chance=chance),
+            }
             for writer in range(WRITERS)
         ]
         if kind == "one killed":
-            runs[0]["kill"] = {"nth": chance.randrange(1, 400), "when": chance.choice(["before", "halfway", "after"])}
+            runs[0]["kill"] = {
+                "nth": chance.randrange(1, 400),
+                "when": chance.choice(["before", "halfway", "after"]),
+            }
         answers = towers.start(*runs)
         result.rounds += 1
         result.commits += sum(len(answer["done"]) for answer in answers)
         result.killed += sum(answer["killed"] for answer in answers)
-        wrong = [answer["error"] for answer in answers if answer["error"]] + check(store, spec, {}, begun=1)
+        wrong = [answer["error"] for answer in answers if answer["error"]] + check(
+            store,
+            spec,
+            {},
+            begun=1,
+        )
         again = run(store, spec)
         wrong += [f"left undone: {again}"] if again else []
         wrong += ["the store differs from that of one writer"] if tree(store) != wanted else []

@@ -1,9 +1,11 @@
-"""Does anything notice? Each safeguard of the store is removed in turn, in a copy, and a named test must fail.
+"""Does anything notice? Each safeguard of the store is removed in turn, in a copy, and a named test
+must fail.
 
     python tests/faults/mutations.py             all of them, as a table
     python tests/faults/mutations.py fsync       those with `fsync` in their name
 
-A mutation replaces one piece of source text that must occur exactly once: when the product changes, mend it here.
+A mutation replaces one piece of source text that must occur exactly once: when the product changes,
+mend it here.
 """
 
 import ast
@@ -38,7 +40,7 @@ REMOTE = "store/test_object_files.py::"
 DAMAGED = f"{READ}test_reading_what_a_damaged_object_belongs_to_raises_and_names_it"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mutation:
     """In `file` of apecache/, `old` becomes `new`; then `test` (below tests/) must fail."""
 
@@ -65,184 +67,235 @@ UNFINISHED = """    if not files.create(name, data) and files.read(name) == data
 
 MUTATIONS = (
     # what is read
-    Mutation("crc32c on load", ARRAY, CHUNK_CHECK, "count != expected.bytes", DAMAGED),
     Mutation(
-        "crc32c of the record, not only of the file",
-        ARRAY,
-        CHUNK_CHECK,
-        "count != expected.bytes or stored != check",
-        f"{READ}test_a_chunk_of_another_array_is_noticed",
+        name="crc32c on load",
+        file=ARRAY,
+        old=CHUNK_CHECK,
+        new="count != expected.bytes",
+        test=DAMAGED,
     ),
     Mutation(
-        "length on load",
-        ARRAY,
-        CHUNK_CHECK,
-        CHUNK_CHECK.split(" or ", 1)[1],
-        f"{READ}test_a_longer_chunk_is_noticed_by_who_reads_one_shard",
+        name="crc32c of the record, not only of the file",
+        file=ARRAY,
+        old=CHUNK_CHECK,
+        new="count != expected.bytes or stored != check",
+        test=f"{READ}test_a_chunk_of_another_array_is_noticed",
     ),
     Mutation(
-        "table of arrays",
-        READER,
-        'record.table != self.source["digest"]',
-        "False",
-        f"{READ}test_an_array_of_the_store_of_another_table_is_refused",
-    ),
-    Mutation("hash of quarantine lists", ARRAY, "content_hash(data) != commit.objects[name].blake3", "False", DAMAGED),
-    Mutation("hash of the table", TABLE, 'content_hash(objects[name]) != entry["blake3"]', "False", DAMAGED),
-    Mutation(
-        "table and source of one store",
-        TABLE,
-        'record["digest"] != source["digest"]',
-        "False",
-        f"{READ}test_a_pair_table_and_a_source_of_two_tables_are_refused",
+        name="length on load",
+        file=ARRAY,
+        old=CHUNK_CHECK,
+        new=CHUNK_CHECK.split(" or ", 1)[1],
+        test=f"{READ}test_a_longer_chunk_is_noticed_by_who_reads_one_shard",
     ),
     Mutation(
-        "records against the seal",
-        ARRAY,
-        "digest_commits(found) != wanted",
-        "False",
-        f"{READ}test_a_shard_of_another_table_with_its_record_is_refused",
+        name="table of arrays",
+        file=READER,
+        old='record.table != self.source["digest"]',
+        new="False",
+        test=f"{READ}test_an_array_of_the_store_of_another_table_is_refused",
     ),
     Mutation(
-        "records read after the seal",
-        ARRAY,
-        "        return self._own_sealed\n",
-        "        return self.commits\n",
-        f"{READ}test_an_array_opened_before_extraction_ended_is_not_served_with_holes",
+        name="hash of quarantine lists",
+        file=ARRAY,
+        old="content_hash(data) != commit.objects[name].blake3",
+        new="False",
+        test=DAMAGED,
+    ),
+    Mutation(
+        name="hash of the table",
+        file=TABLE,
+        old='content_hash(objects[name]) != entry["blake3"]',
+        new="False",
+        test=DAMAGED,
+    ),
+    Mutation(
+        name="table and source of one store",
+        file=TABLE,
+        old='record["digest"] != source["digest"]',
+        new="False",
+        test=f"{READ}test_a_pair_table_and_a_source_of_two_tables_are_refused",
+    ),
+    Mutation(
+        name="records against the seal",
+        file=ARRAY,
+        old="digest_commits(found) != wanted",
+        new="False",
+        test=f"{READ}test_a_shard_of_another_table_with_its_record_is_refused",
+    ),
+    Mutation(
+        name="records read after the seal",
+        file=ARRAY,
+        old="        return self._own_sealed\n",
+        new="        return self.commits\n",
+        test=f"{READ}test_an_array_opened_before_extraction_ended_is_not_served_with_holes",
     ),
     # what a record is
     Mutation(
-        "fingerprint of records",
-        COMMIT,
-        "record.fingerprint != array.fingerprint.digest",
-        "False",
-        f"{RECORDS}test_a_record_of_another_fingerprint_is_refused",
+        name="fingerprint of records",
+        file=COMMIT,
+        old="record.fingerprint != array.fingerprint.digest",
+        new="False",
+        test=f"{RECORDS}test_a_record_of_another_fingerprint_is_refused",
     ),
     Mutation(
-        "file name of records",
-        COMMIT,
-        "name != commit_name(array.modality, array.name, record.shard)",
-        "False",
-        f"{RECORDS}test_a_copy_of_another_shards_record_is_refused",
-    ),
-    Mutation("rows of records", COMMIT, "or record.rows != (rows.start, rows.stop)", "", TAKES_PLACE),
-    Mutation("content hashes of records", COMMIT, "or len(record.content) != len(rows)", "", TAKES_PLACE),
-    Mutation("sizes in records", COMMIT, "or wanted.items() - sizes.items()", "", TAKES_PLACE),
-    Mutation(
-        "place of records",
-        COMMIT,
-        'value.get("object") != name',
-        "False",
-        f"{READ}test_a_record_in_the_place_of_another_is_refused",
+        name="file name of records",
+        file=COMMIT,
+        old="name != commit_name(array.modality, array.name, record.shard)",
+        new="False",
+        test=f"{RECORDS}test_a_copy_of_another_shards_record_is_refused",
     ),
     Mutation(
-        "checksum of records",
-        COMMIT,
-        'content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]',
-        "False",
-        f"{RECORDS}test_a_record_that_says_something_else_than_what_was_committed_is_damaged",
+        name="rows of records",
+        file=COMMIT,
+        old="or record.rows != (rows.start, rows.stop)",
+        new="",
+        test=TAKES_PLACE,
+    ),
+    Mutation(
+        name="content hashes of records",
+        file=COMMIT,
+        old="or len(record.content) != len(rows)",
+        new="",
+        test=TAKES_PLACE,
+    ),
+    Mutation(
+        name="sizes in records",
+        file=COMMIT,
+        old="or wanted.items() - sizes.items()",
+        new="",
+        test=TAKES_PLACE,
+    ),
+    Mutation(
+        name="place of records",
+        file=COMMIT,
+        old='value.get("object") != name',
+        new="False",
+        test=f"{READ}test_a_record_in_the_place_of_another_is_refused",
+    ),
+    Mutation(
+        name="checksum of records",
+        file=COMMIT,
+        old='content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]',
+        new="False",
+        test=f"{RECORDS}test_a_record_that_says_something_else_than_what_was_committed_is_damaged",
     ),
     # how it is written
     Mutation(
-        "put if absent",
-        LOCAL,
-        LINK,
-        "            put = True\n            os.replace(temporary, self.path(name))\n            temporary.touch()",
-        f"{PUT}test_writing_replaces_and_creating_does_not",
+        name="put if absent",
+        file=LOCAL,
+        old=LINK,
+        new=(
+            "            put = True\n            os.replace(temporary, self.path(name))\n         "
+            "   temporary.touch()"
+        ),
+        test=f"{PUT}test_writing_replaces_and_creating_does_not",
     ),
     Mutation(
-        "fsync of an object that another has put",
-        LOCAL,
-        "                put = False",
-        "                os.unlink(temporary)\n                return False",
-        KILL_CUT,
-    ),
-    Mutation("fsync of folders found", LOCAL, "folder in self._durable or not inside", "True", KILL_CUT),
-    Mutation(
-        "fsync of records before the seal",
-        WRITER,
-        '        self.files.settle(f"{self._folder}/commits")\n',
-        "",
-        KILL_CUT,
+        name="fsync of an object that another has put",
+        file=LOCAL,
+        old="                put = False",
+        new="                os.unlink(temporary)\n                return False",
+        test=KILL_CUT,
     ),
     Mutation(
-        "removal of what a kill left",
-        WRITER,
-        '    files.remove_temporary("records", ZARR)\n',
-        "",
-        f"{WRITE}test_zarr_does_not_stumble_over_what_a_killed_writer_left",
+        name="fsync of folders found",
+        file=LOCAL,
+        old="folder in self._durable or not inside",
+        new="True",
+        test=KILL_CUT,
     ),
     Mutation(
-        "no removal while others write",
-        LOCAL,
-        "if alone else ()",
-        "",
-        f"{PUT}test_what_killed_writers_left_is_removed_but_not_while_somebody_writes",
+        name="fsync of records before the seal",
+        file=WRITER,
+        old='        self.files.settle(f"{self._folder}/commits")\n',
+        new="",
+        test=KILL_CUT,
     ),
     Mutation(
-        "removal after an error",
-        LOCAL,
-        "            except BaseException:\n",
-        "            except ZeroDivisionError:\n",
-        f"{PUT}test_an_interrupt_leaves_no_temporary_file",
+        name="removal of what a kill left",
+        file=WRITER,
+        old='    files.remove_temporary("records", ZARR)\n',
+        new="",
+        test=f"{WRITE}test_zarr_does_not_stumble_over_what_a_killed_writer_left",
     ),
     Mutation(
-        "read-back",
-        WRITER,
-        PUT_BACK,
-        PUT_BACK.replace("not self._stands(name, wanted)", "False"),
-        f"{WRITE}test_a_shard_that_does_not_read_back_as_written_is_not_committed",
+        name="no removal while others write",
+        file=LOCAL,
+        old="if alone else ()",
+        new="",
+        test=f"{PUT}test_what_killed_writers_left_is_removed_but_not_while_somebody_writes",
     ),
     Mutation(
-        "look before writing",
-        WRITER,
-        "            committed = self._committed_alike(record)\n",
-        "            committed = False\n",
-        f"{WRITE}test_a_shard_committed_with_other_bytes_is_refused_and_what_was_committed_stays",
+        name="removal after an error",
+        file=LOCAL,
+        old="            except BaseException:\n",
+        new="            except ZeroDivisionError:\n",
+        test=f"{PUT}test_an_interrupt_leaves_no_temporary_file",
     ),
     Mutation(
-        "one writer of an array at a time",
-        WRITER,
-        '        with self.files.exclusive(f"{self._folder}/commits"):\n',
-        "        if True:\n",
-        f"{WRITE}test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit",
-    ),
-    Mutation("what was begun is finished", WRITER, MADE, UNFINISHED, KILL_CUT),
-    Mutation(
-        "refusal of foreign folders",
-        WRITER,
-        "    if strange and not files.exists(SOURCE):\n",
-        "    if False:\n",
-        f"{WRITE}test_a_folder_of_something_else_is_refused_and_left_alone",
+        name="read-back",
+        file=WRITER,
+        old=PUT_BACK,
+        new=PUT_BACK.replace("not self._stands(name, wanted)", "False"),
+        test=f"{WRITE}test_a_shard_that_does_not_read_back_as_written_is_not_committed",
     ),
     Mutation(
-        "refusal of other tables",
-        WRITER,
-        "    if differences:\n",
-        "    if False:\n",
-        f"{WRITE}test_the_store_of_another_table_is_refused_with_the_difference",
+        name="look before writing",
+        file=WRITER,
+        old="            committed = self._committed_alike(record)\n",
+        new="            committed = False\n",
+        test=f"{WRITE}test_a_shard_committed_with_other_bytes_is_refused_and_what_was_committed_stays",
     ),
     Mutation(
-        "fill value NaN",
-        LAYOUT,
-        'fill_value=float("nan") if floating else 0',
-        "fill_value=0",
-        f"{READ}test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros",
+        name="one writer of an array at a time",
+        file=WRITER,
+        old='        with self.files.exclusive(f"{self._folder}/commits"):\n',
+        new="        if True:\n",
+        test=f"{WRITE}test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit",
+    ),
+    Mutation(
+        name="what was begun is finished",
+        file=WRITER,
+        old=MADE,
+        new=UNFINISHED,
+        test=KILL_CUT,
+    ),
+    Mutation(
+        name="refusal of foreign folders",
+        file=WRITER,
+        old="    if strange and not files.exists(SOURCE):\n",
+        new="    if False:\n",
+        test=f"{WRITE}test_a_folder_of_something_else_is_refused_and_left_alone",
+    ),
+    Mutation(
+        name="refusal of other tables",
+        file=WRITER,
+        old="    if differences:\n",
+        new="    if False:\n",
+        test=f"{WRITE}test_the_store_of_another_table_is_refused_with_the_difference",
+    ),
+    Mutation(
+        name="fill value NaN",
+        file=LAYOUT,
+        old='fill_value=float("nan") if floating else 0',
+        new="fill_value=0",
+        test=f"{READ}test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros",
     ),
     # on object storage
     Mutation(
-        "trial of put if absent",
-        OBJECTS,
-        "        if not self.alone and not self.bucket.decides_creation(trial):\n",
-        "        if False:\n",
-        f"{REMOTE}test_storage_without_put_if_absent_is_refused_before_anything_is_written",
+        name="trial of put if absent",
+        file=OBJECTS,
+        old="        if not self.alone and not self.bucket.decides_creation(trial):\n",
+        new="        if False:\n",
+        test=f"{REMOTE}test_storage_without_put_if_absent_is_refused_before_anything_is_written",
     ),
     Mutation(
-        "a single writer looks before it puts",
-        OBJECTS,
-        "            return self.read(name) == data\n",
-        "            raise FileNotFoundError\n",
-        f"{REMOTE}test_a_single_writer_can_use_storage_without_put_if_absent",
+        name="a single writer looks before it puts",
+        file=OBJECTS,
+        old="            return self.read(name) == data\n",
+        new="            raise FileNotFoundError\n",
+        test=f"{REMOTE}test_a_single_writer_can_use_storage_without_put_if_absent",
     ),
 )
 
@@ -252,13 +305,26 @@ def fsync_mutations() -> list[Mutation]:
     source = (ROOT / "apecache" / LOCAL).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     found = []
-    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+    for function in (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+    ):
         for node in ast.walk(function):
-            if isinstance(node, ast.Expr) and ast.unparse(node).startswith(("os.fsync(", "self._sync_folder(")):
-                begin, line = "".join(lines[function.lineno - 1 : node.lineno - 1]), lines[node.lineno - 1]
+            if isinstance(node, ast.Expr) and ast.unparse(node).startswith(
+                ("os.fsync(", "self._sync_folder(")
+            ):
+                begin = "".join(lines[function.lineno - 1 : node.lineno - 1])
+                line = lines[node.lineno - 1]
                 test = {"settle": KILL_CUT, "remove": REMOVED}.get(function.name, CUT)
                 name = f"fsync in {function.name}"
-                found.append(Mutation(name, LOCAL, begin + line, begin + line.replace(line.strip(), "pass"), test))
+                found.append(
+                    Mutation(
+                        name=name,
+                        file=LOCAL,
+                        old=begin + line,
+                        new=begin + line.replace(line.strip(), "pass"),
+                        test=test,
+                    )
+                )
     return found
 
 
@@ -276,7 +342,10 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
         target = copy / "apecache" / mutation.file
         source = target.read_text(encoding="utf-8")
         if source.count(mutation.old) != 1:
-            raise LookupError(f"{mutation.name}: its text occurs {source.count(mutation.old)} times in {mutation.file}")
+            raise LookupError(
+                f"{mutation.name}: its text occurs {source.count(mutation.old)} times in "
+                f"{mutation.file}"
+            )
         target.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
         yield copy
 
@@ -285,7 +354,8 @@ def survives(mutation: Mutation) -> str:
     """Empty if the named test fails, as it must; else what happened."""
     with mutated(mutation) as copy:
         # -P and PYTHONPATH: the copy, and not the checkout that is installed.
-        # A folder of its own: pytest clears away those of other runs, and many run at the same time.
+        # A folder of its own: pytest clears away those of other runs, and many run at the same
+        # time.
         options = ["-q", "-x", "-p", "no:cacheprovider", f"--basetemp={copy}/temporary"]
         command = [sys.executable, "-P", "-m", "pytest", *options, f"tests/{mutation.test}"]
         environment = {**os.environ, "PYTHONPATH": str(copy), "APECACHE_FAULTS": ""}
@@ -293,7 +363,10 @@ def survives(mutation: Mutation) -> str:
     return (
         ""
         if done.returncode == 1
-        else f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-400:]}{done.stderr[-400:]}"
+        else (
+            f"{mutation.name}: pytest ended with {done.returncode}: "
+            f"{done.stdout[-400:]}{done.stderr[-400:]}"
+        )
     )
 
 

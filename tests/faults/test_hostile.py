@@ -10,7 +10,9 @@ LONG = os.environ.get("APECACHE_FAULTS") == "long"
 
 
 @pytest.mark.slow
-def test_files_that_somebody_wrote_to_do_harm_give_errors_of_ours_and_run_nothing(tmp_path: Path) -> None:
+def test_files_that_somebody_wrote_to_do_harm_give_errors_of_ours_and_run_nothing(
+    tmp_path: Path,
+) -> None:
     outcome = hostile_files(tmp_path, count=5000 if LONG else 500, seed=7)
     assert outcome.wrong == []
     assert min(outcome.tried.values()) > 80, outcome.tried
@@ -41,5 +43,10 @@ with contextlib.suppress(OSError):
 arm(False)
 print(len(seen))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     assert int(done.stdout) > 0, done.stderr

@@ -1,4 +1,5 @@
-"""A failing disk: an error that says what to do, what was committed stands, and the next run goes on."""
+"""A failing disk: an error that says what to do, what was committed stands, and the next run goes
+on."""
 
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from faults_syscalls import CHANGING
 from tower import SMALL, TowerSpec
 
 
-def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(tmp_path: Path, long_run: bool) -> None:
+def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(
+    tmp_path: Path,
+    long_run: bool,
+) -> None:
     result = failing_calls(tmp_path, TowerSpec() if long_run else SMALL, every=long_run)
     assert result.wrong == []
     assert set(result.failed) == set(CHANGING)

@@ -1,4 +1,5 @@
-"""kill -9: no row lost or twice, no committed shard redone, and the finished store is bit-identical."""
+"""kill -9: no row lost or twice, no committed shard redone, and the finished store is
+bit-identical."""
 
 from pathlib import Path
 
@@ -19,6 +20,6 @@ def test_a_kill_at_any_named_point_loses_nothing(towers: Towers, tmp_path: Path)
 
 
 def test_kills_at_any_moment_lose_nothing(towers: Towers, tmp_path: Path, long_run: bool) -> None:
-    result = random_kills(towers, tmp_path, SPEC, 500 if long_run else 40, seed=1)
+    result = random_kills(towers, folder=tmp_path, spec=SPEC, count=500 if long_run else 40, seed=1)
     assert result.wrong == []
     assert result.redone > 0

@@ -1,9 +1,17 @@
-"""Power cuts: what was acknowledged is there, what is there is whole, and no fsync is there for nothing."""
+"""Power cuts: what was acknowledged is there, what is there is whole, and no fsync is there for
+nothing."""
 
 from pathlib import Path
 
 import pytest
-from faults_power import cut_anywhere, cut_removal, finds_violation, kill_then_cut, sync_calls, without_sync
+from faults_power import (
+    cut_anywhere,
+    cut_removal,
+    finds_violation,
+    kill_then_cut,
+    sync_calls,
+    without_sync,
+)
 from tower import SMALL, TowerSpec
 
 from apecache.storage import files
@@ -12,14 +20,20 @@ TINY = TowerSpec(images=5)
 """2 + 2 shards."""
 
 
-def test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged(tmp_path: Path, long_run: bool) -> None:
+def test_a_power_cut_at_any_call_loses_nothing_that_was_acknowledged(
+    tmp_path: Path,
+    long_run: bool,
+) -> None:
     result = cut_anywhere(tmp_path, TowerSpec(), resumes=-1 if long_run else 120)
     assert result.wrong == []
     assert result.cuts > 600
     assert result.states > 2 * result.cuts
 
 
-def test_a_power_cut_after_a_kill_and_a_resume_loses_nothing(tmp_path: Path, long_run: bool) -> None:
+def test_a_power_cut_after_a_kill_and_a_resume_loses_nothing(
+    tmp_path: Path,
+    long_run: bool,
+) -> None:
     result = kill_then_cut(tmp_path, TowerSpec() if long_run else TINY)
     assert result.wrong == []
     assert result.resumed > 100

@@ -1,4 +1,5 @@
-"""Object storage that fails: answers of 5xx, resets, time-outs, lost answers; and writers that are killed."""
+"""Object storage that fails: answers of 5xx, resets, time-outs, lost answers; and writers that are
+killed."""
 
 from pathlib import Path
 
@@ -9,18 +10,40 @@ from tower import SMALL, Towers
 
 
 def test_two_hundred_faults_lose_nothing_and_double_nothing(
-    bucket: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_run: bool
+    bucket: str,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    long_run: bool,
 ) -> None:
     monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "0.3")
-    result = faulty_runs(s3_server, tmp_path, SMALL, 2_000 if long_run else 200, share=0.1, seed=5)
+    result = faulty_runs(
+        s3_server,
+        folder=tmp_path,
+        spec=SMALL,
+        faults=2_000 if long_run else 200,
+        share=0.1,
+        seed=5,
+    )
     assert result.wrong == []
     assert set(result.faults) == set(KINDS)
     assert min(result.faults.values()) >= 10
 
 
 def test_of_two_writing_processes_one_is_killed(
-    bucket: str, s3_server: S3Server, towers: Towers, tmp_path: Path, long_run: bool
+    bucket: str,
+    s3_server: S3Server,
+    towers: Towers,
+    tmp_path: Path,
+    long_run: bool,
 ) -> None:
-    result = killed_runs(towers, s3_server, tmp_path, SMALL, 50 if long_run else 5, seed=1)
+    result = killed_runs(
+        towers,
+        server=s3_server,
+        folder=tmp_path,
+        spec=SMALL,
+        kills=50 if long_run else 5,
+        seed=1,
+    )
     assert result.wrong == []
     assert result.killed > 0

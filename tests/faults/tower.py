@@ -1,9 +1,10 @@
-"""A writer of feature stores without torch: its features are a pure function of the row, so that any two runs agree.
+"""A writer of feature stores without torch: its features are a pure function of the row, so that
+any two runs agree.
 
-It goes through the store in the order in which `apecache.extraction.run` does. As a program (`python tower.py`) it
-imports
-once and then forks a process for every run that a line of JSON on its standard input asks for: a kill costs
-milliseconds, not the seconds of an import. See `Towers` for the other end of that pipe.
+It goes through the store in the order in which `apecache.extraction.run` does. As a program
+(`python tower.py`) it imports once and then forks a process for every run that a line of JSON on
+its standard input asks for: a kill costs milliseconds, not the seconds of an import. See `Towers`
+for the other end of that pipe.
 """
 
 import json
@@ -29,16 +30,23 @@ from apecache.storage.files import Files
 from apecache.storage.open import open_files
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
-from apecache.store.writer import ArrayWriter, PairColumns, QuarantinedRow, create_array, create_store
+from apecache.store.writer import (
+    ArrayWriter,
+    PairColumns,
+    QuarantinedRow,
+    create_array,
+    create_store,
+)
 
 NAME = "tower"
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 SALT = {"image": 3, "text": 11}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """A table of `images` with two captions each. The defaults give 11 image shards and 14 text shards."""
+    """A table of `images` with two captions each. The defaults give 11 image shards and 14 text
+    shards."""
 
     images: int = 42
     dim: int = 8
@@ -52,7 +60,14 @@ class TowerSpec:
 
     def layout(self, modality: Modality) -> ArrayLayout:
         shard_rows = self.image_shard if modality == "image" else self.text_shard
-        return ArrayLayout(self.rows(modality), self.dim, self.dtype, shard_rows, 2, 1)
+        return ArrayLayout(
+            rows=self.rows(modality),
+            dim=self.dim,
+            dtype=self.dtype,
+            shard_rows=shard_rows,
+            batch_size=2,
+            threads=1,
+        )
 
     @property
     def n_shards(self) -> int:
@@ -66,36 +81,68 @@ SMALL = TowerSpec(images=10)
 def columns(spec: TowerSpec) -> PairColumns:
     keys = [f"images/{row:04d}.jpg" for row in range(spec.images)]
     captions = [f"caption {i} of {key}" for key in keys for i in range(2)]
-    splits, labels = (
-        ["train" if row % 3 else "val" for row in range(spec.images)],
-        [str(row % 5) for row in range(spec.images)],
-    )
+    splits = ["train" if row % 3 else "val" for row in range(spec.images)]
+    labels = [str(row % 5) for row in range(spec.images)]
     image_rows = [row for row in range(spec.images) for _ in range(2)]
     languages = ["en"] * len(captions)
     return PairColumns(
-        keys, splits, labels, captions, languages, image_rows, digest_strings([*keys, *captions]), "t.tsv"
+        keys=keys,
+        splits=splits,
+        labels=labels,
+        captions=captions,
+        languages=languages,
+        image_rows=image_rows,
+        digest=digest_strings([*keys, *captions]),
+        origin="t.tsv",
     )
 
 
 def features(spec: TowerSpec, modality: Modality, rows: Sequence[int]) -> NDArray[Any]:
-    """[rows, dim]: what the encoder would say of these rows; never zero, never the same for two rows."""
-    grid = np.asarray(rows)[:, None] * 7919 + np.arange(spec.dim) * 104_729 + SALT[modality] + len(spec.encoder)
+    """[rows, dim]: what the encoder would say of these rows; never zero, never the same for two
+    rows."""
+    grid = (
+        np.asarray(rows)[:, None] * 7919
+        + np.arange(spec.dim) * 104_729
+        + SALT[modality]
+        + len(spec.encoder)
+    )
     return ((grid % 2039 + 1) / 512).astype(spec.dtype)
 
 
 def bad_rows(modality: Modality, rows: Sequence[int]) -> list[QuarantinedRow]:
     step = 13 if modality == "image" else 17
-    return [QuarantinedRow(row, f"{modality}-{row}", "truncated", "it ends early") for row in rows if row % step == 5]
+    return [
+        QuarantinedRow(row=row, key=f"{modality}-{row}", reason="truncated", detail="it ends early")
+        for row in rows
+        if row % step == 5
+    ]
 
 
 @cache
 def array_record(spec: TowerSpec, modality: Modality) -> ArrayRecord:
-    fields = {"library": "tower", "weights": content_hash(spec.encoder), "modality": modality, "dtype": spec.dtype}
-    fingerprint = Fingerprint({"encoder": fields, "storage": {"dtype": spec.dtype, "batch_size": 2}})
+    fields = {
+        "library": "tower",
+        "weights": content_hash(spec.encoder),
+        "modality": modality,
+        "dtype": spec.dtype,
+    }
+    fingerprint = Fingerprint(
+        fields={"encoder": fields, "storage": {"dtype": spec.dtype, "batch_size": 2}}
+    )
     layout = spec.layout(modality)
-    encoder, table = EncoderSpec("hf", NAME, modality), columns(spec).digest
+    encoder = EncoderSpec("hf", NAME, modality)
+    table = columns(spec).digest
     return with_metadata(
-        ArrayRecord(modality, NAME, encoder, fingerprint, layout, {}, {"versions": {}, "device": "cpu"}, table)
+        ArrayRecord(
+            modality=modality,
+            name=NAME,
+            spec=encoder,
+            fingerprint=fingerprint,
+            layout=layout,
+            metadata={},
+            environment={"versions": {}, "device": "cpu"},
+            table=table,
+        )
     )
 
 
@@ -117,16 +164,21 @@ def run(
     """Make or finish a store; returns the shards that this run encoded, as `image/3`.
 
     Args:
-        acknowledge: told of everything that has been promised: `store`, `image`, `image/3`, `image/seal`, …
-        shards: encode these whether they are committed or not, and do not seal (one of several writers).
+        acknowledge: told of everything that has been promised: `store`, `image`, `image/3`,
+            `image/seal`, …
+        shards: encode these whether they are committed or not, and do not seal (one of several
+            writers).
     """
     files = files or open_files(store)
-    create_store(files, columns(spec), "/data", "0")
+    create_store(files, pairs=columns(spec), root="/data", version="0")
     acknowledge("store")
     opened = FeatureStore(files)
     done = []
     for modality in MODALITIES:
-        existing = next((array.record for array in opened.arrays(modality) if array.name == NAME), None)
+        existing = next(
+            (array.record for array in opened.arrays(modality) if array.name == NAME),
+            None,
+        )
         record = existing or array_record(spec, modality)
         create_array(files, record)
         acknowledge(modality)
@@ -142,14 +194,21 @@ def run(
 
 
 def commit_shard(writer: ArrayWriter, spec: TowerSpec, shard: int) -> None:
-    modality, rows = writer.record.modality, writer.layout.shard(shard)
+    modality = writer.record.modality
+    rows = writer.layout.shard(shard)
     content = [content_hash(f"{modality}-{row}") for row in rows]
-    writer.commit(shard, features(spec, modality, rows), content, bad_rows(modality, rows))
+    writer.commit(
+        shard,
+        features=features(spec, modality, rows),
+        content=content,
+        quarantined=bad_rows(modality, rows),
+    )
 
 
 @contextmanager
 def cached_tables() -> Iterator[None]:
-    """Let Zarr encode each table once: it takes longer than all the rest, and is the same every time."""
+    """Let Zarr encode each table once: it takes longer than all the rest, and is the same every
+    time."""
     real = writer_module.pair_objects, writer_module.root_objects
 
     def pairs(table: Mapping[str, tuple[str, list[str] | list[int]]]) -> dict[str, bytes]:
@@ -159,7 +218,8 @@ def cached_tables() -> Iterator[None]:
         return _cached(version, lambda: real[1](version))
 
     try:
-        writer_module.pair_objects, writer_module.root_objects = pairs, roots
+        writer_module.pair_objects = pairs
+        writer_module.root_objects = roots
         yield
     finally:
         writer_module.pair_objects, writer_module.root_objects = real
@@ -176,14 +236,18 @@ def _cached(key: str, make: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
 
 def tree(store: Path) -> dict[str, bytes]:
     """Every file below a folder, temporary ones too."""
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()
+    }
 
 
 def tree_digest(store: Path) -> str:
-    return digest_strings(part for path, data in tree(store).items() for part in (path, content_hash(data)))
+    return digest_strings(
+        part for path, data in tree(store).items() for part in (path, content_hash(data))
+    )
 
 
-# --- the process ------------------------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 class Towers:
@@ -204,13 +268,16 @@ class Towers:
     def start(self, *runs: dict[str, Any]) -> list[dict[str, Any]]:
         """Run towers side by side until all have ended.
 
-        Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does nothing), `kill` (see
-        `faults_syscalls.Kill`), `kill_after` in seconds and `environment`. Each result: `killed`, `error` (a
-        string, empty if there was none) and `done`.
+        Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does
+        nothing), `kill` (see `faults_syscalls.Kill`), `kill_after` in seconds and `environment`.
+        Each result: `killed`, `error` (a string, empty if there was none) and `done`.
         """
         assert self.process.stdin
         assert self.process.stdout
-        requests = [{**run, "store": str(run["store"]), "spec": asdict(run.get("spec", TowerSpec()))} for run in runs]
+        requests = [
+            {**run, "store": str(run["store"]), "spec": asdict(run.get("spec", TowerSpec()))}
+            for run in runs
+        ]
         self.process.stdin.write(json.dumps(requests) + "\n")
         self.process.stdin.flush()
         answer: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
@@ -247,7 +314,8 @@ def _run(request: dict[str, Any]) -> list[str]:
 
     os.environ.update(request.get("environment", {}))
 
-    store, spec = request["store"], TowerSpec(**request["spec"])
+    store = request["store"]
+    spec = TowerSpec(**request["spec"])
     kill = Kill(**request["kill"]) if request.get("kill") else None
     if request.get("unsynced") or kill:
         store = Path(store)
@@ -264,7 +332,12 @@ def _result(child: int, reading: int, kill_after: float | None) -> dict[str, Any
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    return {"done": [], "error": "" if killed else "no answer", **json.loads(answer or "{}"), "killed": killed}
+    return {
+        "done": [],
+        "error": "" if killed else "no answer",
+        **json.loads(answer or "{}"),
+        "killed": killed,
+    }
 
 
 if __name__ == "__main__":

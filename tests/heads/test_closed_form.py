@@ -1,4 +1,5 @@
-"""Closed forms against scikit-learn, SciPy and their definitions; one pass in blocks equals all at once."""
+"""Closed forms against scikit-learn, SciPy and their definitions; one pass in blocks equals all at
+once."""
 
 import numpy as np
 import pytest
@@ -27,16 +28,24 @@ def pairs(n: int = 200, dx: int = 6, dy: int = 4, seed: int = 0) -> Pairs:
     """Two noisy views of 3 hidden numbers, far from the origin."""
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(n, 3)) * [3, 2, 1]
-    views = (hidden @ rng.normal(size=(3, d)) + rng.normal(size=(n, d)) + rng.normal(size=d) * 5 for d in (dx, dy))
+    views = (
+        hidden @ rng.normal(size=(3, d)) + rng.normal(size=(n, d)) + rng.normal(size=d) * 5
+        for d in (dx, dy)
+    )
     image, text = views
     return image, text
 
 
-def covariances(image: NDArray[np.float64], text: NDArray[np.float64], block: int = 10**9) -> Covariances:
+def covariances(
+    image: NDArray[np.float64],
+    text: NDArray[np.float64],
+    block: int = 10**9,
+) -> Covariances:
     moments = PairMoments()
     for begin in range(0, len(image), block):
         part = slice(begin, begin + block)
-        x, y = torch.tensor(image[part]), torch.tensor(text[part])
+        x = torch.tensor(image[part])
+        y = torch.tensor(text[part])
         moments.add(x, y, torch.arange(len(x)))
     return moments.covariances()
 
@@ -76,7 +85,11 @@ def test_ridge_is_scikit_learns(ridge: float) -> None:
     image, text = pairs()
     alpha = ridge * len(image) * np.trace(np.cov(text.T, bias=True)) / text.shape[1]
     theirs = Ridge(alpha=alpha).fit(text, image)
-    np.testing.assert_allclose(apply(ridge_map(covariances(image, text), ridge), text), theirs.predict(text), rtol=1e-7)
+    np.testing.assert_allclose(
+        apply(ridge_map(covariances(image, text), ridge), text),
+        theirs.predict(text),
+        rtol=1e-7,
+    )
 
 
 def test_procrustes_is_scipys_where_the_widths_are_equal() -> None:
@@ -99,7 +112,8 @@ def test_canonical_correlations_are_scikit_learns() -> None:
     x, y = theirs.transform(image, text)
     wanted = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
     np.testing.assert_allclose(found.correlations[:3], wanted, rtol=1e-5)
-    u, v = apply(found.image, image), apply(found.text, text)
+    u = apply(found.image, image)
+    v = apply(found.text, text)
     np.testing.assert_allclose(np.cov(u.T, bias=True), np.eye(4), atol=1e-8)
     np.testing.assert_allclose(u.T @ v / len(u), np.diag(found.correlations), atol=1e-8)
     np.testing.assert_allclose(u.mean(0), 0, atol=1e-8)

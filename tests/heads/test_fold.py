@@ -12,14 +12,24 @@ from apecache.heads.head import Head, HeadSpec
 SPECS = {
     "linear": HeadSpec(dim=5),
     "mlp": HeadSpec(kind="mlp", dim=5, width=7),
-    "plain mlp with a direct way": HeadSpec(kind="mlp", dim=5, width=7, residual=False, norm="batch", skip=True),
-    "several": HeadSpec(kind="several", parts=(HeadSpec(dim=5), HeadSpec(kind="mlp", dim=3, width=4, skip=True))),
+    "plain mlp with a direct way": HeadSpec(
+        kind="mlp",
+        dim=5,
+        width=7,
+        residual=False,
+        norm="batch",
+        skip=True,
+    ),
+    "several": HeadSpec(
+        kind="several",
+        parts=(HeadSpec(dim=5), HeadSpec(kind="mlp", dim=3, width=4, skip=True)),
+    ),
 }
 
 
 def fitted(spec: HeadSpec) -> tuple[Head, torch.Tensor]:
     torch.manual_seed(0)
-    head, _ = build_heads(spec, spec, 6, 6)
+    head, _ = build_heads(spec, text=spec, image_dim=6, text_dim=6)
     features = 3 + 10 * torch.rand(6) * torch.randn(50, 6)
     head.fit_statistics(features)
     return head.eval(), features

@@ -1,4 +1,5 @@
-"""Vectors are normalized, and compared, in float32 at least: in half precision and under autocast, on any device."""
+"""Vectors are normalized, and compared, in float32 at least: in half precision and under autocast,
+on any device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,8 @@ from apecache.metrics.retrieval import image_to_text_ranks
 
 HALVES = [torch.bfloat16, torch.float16]
 FLOAT_STEP = 1e-6
-"""Of a float32 sum of some hundred terms: more than its rounding, a thousandth of that of bfloat16."""
+"""Of a float32 sum of some hundred terms: more than its rounding, a thousandth of that of
+bfloat16."""
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,7 +34,12 @@ def test_half_precision_is_normalized_in_float32(dtype: torch.dtype, dim: int) -
     x = drawn(200, 300, dtype=dtype)
     unit = normalize(x, dim=dim)
     assert unit.dtype == torch.float32
-    torch.testing.assert_close(unit.double(), F.normalize(x.double(), dim=dim), rtol=FLOAT_STEP, atol=FLOAT_STEP)
+    torch.testing.assert_close(
+        unit.double(),
+        F.normalize(x.double(), dim=dim),
+        rtol=FLOAT_STEP,
+        atol=FLOAT_STEP,
+    )
     assert float((unit.double().norm(dim=dim) - 1).abs().max()) < FLOAT_STEP
 
 
@@ -43,7 +50,8 @@ def test_double_precision_is_kept() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_similarities_are_of_float32_under_autocast(dtype: torch.dtype) -> None:
-    x, y = normalize(drawn(30, 64)), normalize(drawn(40, 64, seed=1))
+    x = normalize(drawn(30, 64))
+    y = normalize(drawn(40, 64, seed=1))
     with torch.autocast("cpu", dtype):
         found = similarities(x, y)
     torch.testing.assert_close(found.double(), x.double() @ y.double().T, rtol=0, atol=FLOAT_STEP)
@@ -65,7 +73,10 @@ def test_similarities_are_of_float32_under_autocast(dtype: torch.dtype) -> None:
     ids=lambda spec: spec.kind,
 )
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_head_gives_vectors_of_length_one_under_autocast(spec: HeadSpec, dtype: torch.dtype) -> None:
+def test_every_head_gives_vectors_of_length_one_under_autocast(
+    spec: HeadSpec,
+    dtype: torch.dtype,
+) -> None:
     torch.manual_seed(0)
     head = build_head(spec, 64, 64).eval()
     x = drawn(20, 6, 64) if spec.cut == "tokens" else drawn(20, 64)
@@ -77,15 +88,26 @@ def test_every_head_gives_vectors_of_length_one_under_autocast(spec: HeadSpec, d
 
 def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     own = torch.arange(24)
-    groups = Groups(own // 2, own // 2)
+    groups = Groups(image=own // 2, text=own // 2)
     return {
         "info_nce": lambda x, y: info_nce(x, y, 100.0),
-        "grouped": lambda x, y: grouped_info_nce(x, y, 100.0, groups),
-        "sigmoid": lambda x, y: sigmoid_loss(x, y, 100.0, -10.0),
-        "tiled": lambda x, y: tiled_info_nce(x, y, 100.0, groups, tile=5),
-        "tiled sigmoid": lambda x, y: tiled_sigmoid_loss(x, y, 100.0, -10.0, tile=5),
+        "grouped": lambda x, y: grouped_info_nce(x, text=y, scale=100.0, groups=groups),
+        "sigmoid": lambda x, y: sigmoid_loss(x, text=y, scale=100.0, bias=-10.0),
+        "tiled": lambda x, y: tiled_info_nce(x, text=y, scale=100.0, groups=groups, tile=5),
+        "tiled sigmoid": lambda x, y: tiled_sigmoid_loss(
+            x,
+            text=y,
+            scale=100.0,
+            bias=-10.0,
+            tile=5,
+        ),
         "structure": structure_divergence,
-        "contrastive": lambda x, y: distil_contrastive(x, y, y.roll(1, 1), 100.0),
+        "contrastive": lambda x, y: distil_contrastive(
+            x,
+            teacher=y,
+            bank=y.roll(1, 1),
+            scale=100.0,
+        ),
         "classes": lambda x, y: distil_classes(100 * x, y.softmax(-1)),
     }
 
@@ -93,10 +115,11 @@ def losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 @pytest.mark.parametrize("name", losses())
 @pytest.mark.parametrize("dtype", HALVES)
 def test_losses_are_those_of_float32(name: str, dtype: torch.dtype) -> None:
-    """Of float32 vectors under autocast, and of stored half precision: within 1e-4 of float64, where half precision is
-    off by several per cent at a temperature of 0.01."""
+    """Of float32 vectors under autocast, and of stored half precision: within 1e-4 of float64,
+    where half precision is off by several per cent at a temperature of 0.01."""
     loss = losses()[name]
-    x, y = normalize(drawn(24, 48)), normalize(drawn(24, 48, seed=1))
+    x = normalize(drawn(24, 48))
+    y = normalize(drawn(24, 48, seed=1))
     exact = loss(x.double(), y.double())
     with torch.autocast("cpu", dtype):
         under = loss(x, y)

@@ -1,4 +1,5 @@
-"""Heads on pooled features: what they compute, how many parameters they train, how their widths meet."""
+"""Heads on pooled features: what they compute, how many parameters they train, how their widths
+meet."""
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ SPECS = {
     "identity": HeadSpec(kind="identity"),
     "linear": HeadSpec(kind="linear"),
     "mlp": HeadSpec(kind="mlp", depth=2, width=16),
-    "mlp with skip": HeadSpec(kind="mlp", depth=1, width=8, skip=True, activation="relu", expansion=2.5),
+    "mlp with skip": HeadSpec(
+        kind="mlp",
+        depth=1,
+        width=8,
+        skip=True,
+        activation="relu",
+        expansion=2.5,
+    ),
     "plain mlp": HeadSpec(kind="mlp", depth=2, width=8, residual=False, norm="batch"),
     "gated": HeadSpec(kind="gated", expansion=2.0),
     "fusemix": HeadSpec(kind="fusemix", depth=2, expansion=2.0, skip=True),
@@ -38,7 +46,10 @@ def n_trained(*heads: nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", SPECS)
-def test_every_head_gives_float32_unit_vectors_of_the_asked_width(name: str, dtype: torch.dtype) -> None:
+def test_every_head_gives_float32_unit_vectors_of_the_asked_width(
+    name: str,
+    dtype: torch.dtype,
+) -> None:
     out_dim = 12 if name == "identity" else 5
     embedded = make(SPECS[name], 12, out_dim)(features(9, 12).to(dtype))
     assert embedded.shape == (9, out_dim)
@@ -57,12 +68,15 @@ def test_an_identity_head_only_normalises() -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_linear_head_trains_weights_and_a_bias(in_dim: int, out_dim: int) -> None:
-    assert n_trained(PooledHead(HeadSpec(kind="linear"), in_dim, out_dim)) == in_dim * out_dim + out_dim
+    assert (
+        n_trained(PooledHead(HeadSpec(kind="linear"), in_dim, out_dim))
+        == in_dim * out_dim + out_dim
+    )
 
 
 def test_the_two_projections_of_lilt_have_393728_parameters() -> None:
     spec = HeadSpec(kind="linear", dim=256)
-    assert n_trained(*build_heads(spec, spec, 768, 768)) == 393_728
+    assert n_trained(*build_heads(spec, text=spec, image_dim=768, text_dim=768)) == 393_728
 
 
 def test_a_linear_head_is_one_affine_map_of_the_standardised_features() -> None:
@@ -77,14 +91,18 @@ def test_a_linear_head_is_one_affine_map_of_the_standardised_features() -> None:
 
 def by_definition(head: PooledHead, x: Tensor) -> Tensor:
     """A gated or FuseMix head in double precision, from nothing but its state."""
-    state = iter(tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body"))
+    state = iter(
+        tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body")
+    )
 
     def linear(value: Tensor) -> Tensor:
-        weight, bias = next(state), next(state)
+        weight = next(state)
+        bias = next(state)
         return value @ weight.T + bias
 
     def norm(value: Tensor) -> Tensor:
-        mean, variance = value.mean(-1, keepdim=True), value.var(-1, keepdim=True, correction=0)
+        mean = value.mean(-1, keepdim=True)
+        variance = value.var(-1, keepdim=True, correction=0)
         return (value - mean) / (variance + 1e-5).sqrt() * next(state) + next(state)
 
     y = x.double()
@@ -99,7 +117,9 @@ def by_definition(head: PooledHead, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gated", "fusemix"])
 def test_gated_and_fusemix_heads_compute_what_their_papers_say(kind: str) -> None:
-    spec = HeadSpec.model_validate({"kind": kind, "depth": 3, "expansion": 1.5, "standardise": False})
+    spec = HeadSpec.model_validate(
+        {"kind": kind, "depth": 3, "expansion": 1.5, "standardise": False}
+    )
     head = make(spec, 5, 4)
     randomise_norms(head)
     x = features(9, 5) * 4
@@ -110,11 +130,20 @@ def test_gated_and_fusemix_heads_compute_what_their_papers_say(kind: str) -> Non
     ("spec", "wanted"),
     [
         (HeadSpec(kind="gated", expansion=8), 2 * 7 + 2 * (7 * 56 + 56) + 56 * 4 + 4),
-        (HeadSpec(kind="fusemix", depth=4, expansion=4), 4 * (14 + 7 * 28 + 28 + 28 * 7 + 7) + 14 + 7 * 4 + 4),
-        (HeadSpec(kind="fusemix", depth=1, expansion=4, skip=True), 14 + 2 * 196 + 35 + 14 + 32 + 28),
+        (
+            HeadSpec(kind="fusemix", depth=4, expansion=4),
+            4 * (14 + 7 * 28 + 28 + 28 * 7 + 7) + 14 + 7 * 4 + 4,
+        ),
+        (
+            HeadSpec(kind="fusemix", depth=1, expansion=4, skip=True),
+            14 + 2 * 196 + 35 + 14 + 32 + 28,
+        ),
     ],
 )
-def test_parameters_of_the_later_kinds_are_counted_as_their_layers_have_them(spec: HeadSpec, wanted: int) -> None:
+def test_parameters_of_the_later_kinds_are_counted_as_their_layers_have_them(
+    spec: HeadSpec,
+    wanted: int,
+) -> None:
     assert n_trained(build_head(spec, 7, 4)) == wanted
 
 
@@ -133,9 +162,15 @@ def test_a_dictionary_keeps_the_largest_similarities_to_its_entries() -> None:
 
 def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -> None:
     torch.manual_seed(0)
-    image = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardise=False)))
-    text = HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=8), HeadSpec(kind="gated", dim=3)))
-    sides = [head.eval() for head in build_heads(image, text, 6, 5)]
+    image = HeadSpec(
+        kind="several",
+        parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardise=False)),
+    )
+    text = HeadSpec(
+        kind="several",
+        parts=(HeadSpec(), HeadSpec(kind="mlp", width=8), HeadSpec(kind="gated", dim=3)),
+    )
+    sides = [head.eval() for head in build_heads(image, text=text, image_dim=6, text_dim=5)]
     x = features(8, 6) * 3 + 1, features(8, 5, seed=1)
     for head, part in zip(sides, x, strict=True):
         head.fit_statistics(part)
@@ -154,8 +189,14 @@ def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -
     [
         ({"kind": "several"}, "go together"),
         ({"parts": [{}]}, "go together"),
-        ({"kind": "several", "parts": [{"kind": "several", "parts": [{}]}]}, "parts are single heads"),
-        ({"kind": "several", "parts": [{}, {"kind": "anchors"}]}, "all on pooled features or all on tokens"),
+        (
+            {"kind": "several", "parts": [{"kind": "several", "parts": [{}]}]},
+            "parts are single heads",
+        ),
+        (
+            {"kind": "several", "parts": [{}, {"kind": "anchors"}]},
+            "all on pooled features or all on tokens",
+        ),
     ],
 )
 def test_parts_that_make_no_sense_are_refused(spec: dict[str, object], message: str) -> None:
@@ -166,9 +207,14 @@ def test_parts_that_make_no_sense_are_refused(spec: dict[str, object], message: 
 def test_parts_meet_one_by_one() -> None:
     two = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(dim=4)))
     with pytest.raises(ValueError, match="as many parts: image 2, text 0"):
-        build_heads(two, HeadSpec(dim=4), 6, 5)
+        build_heads(two, text=HeadSpec(dim=4), image_dim=6, text_dim=5)
     with pytest.raises(ValueError, match="different widths: image 4, text 3"):
-        build_heads(two, HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(dim=3))), 6, 5)
+        build_heads(
+            two,
+            text=HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(dim=3))),
+            image_dim=6,
+            text_dim=5,
+        )
 
 
 def test_views_are_embedded_one_by_one_and_averaged() -> None:
@@ -182,26 +228,37 @@ def test_views_are_embedded_one_by_one_and_averaged() -> None:
 @pytest.mark.parametrize("norm", ["layer", "batch", "none"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("skip", [True, False])
-def test_an_mlp_computes_what_its_description_says(residual: bool, norm: str, activation: str, skip: bool) -> None:
+def test_an_mlp_computes_what_its_description_says(
+    residual: bool,
+    norm: str,
+    activation: str,
+    skip: bool,
+) -> None:
     spec = HeadSpec.model_validate(
         {"kind": "mlp", "depth": 2, "width": 6, "expansion": 1.5, "standardise": False}
         | {"residual": residual, "norm": norm, "activation": activation, "skip": skip}
     )
     head = make(spec, 5, 4)
     randomise_norms(head)
-    state = iter(tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body"))
+    state = iter(
+        tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body")
+    )
     x = features(7, 5).double()
 
     def linear(value: Tensor) -> Tensor:
-        weight, bias = next(state), next(state)
+        weight = next(state)
+        bias = next(state)
         return value @ weight.T + bias
 
     def normalise(value: Tensor) -> Tensor:
         if norm == "none":
             return value
-        weight, bias = next(state), next(state)
+        weight = next(state)
+        bias = next(state)
         if norm == "batch":
-            mean, variance, _ = next(state), next(state), next(state)
+            mean = next(state)
+            variance = next(state)
+            _ = next(state)
         else:
             mean = value.mean(-1, keepdim=True)
             variance = (value - mean).square().mean(-1, keepdim=True)
@@ -219,11 +276,17 @@ def test_an_mlp_computes_what_its_description_says(residual: bool, norm: str, ac
         assert head.direct is not None
         y = y + x @ head.direct.weight.detach().double().T
     assert next(state, None) is None
-    torch.testing.assert_close(head(x.float()).double(), F.normalize(y, dim=-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        head(x.float()).double(),
+        F.normalize(y, dim=-1),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def randomise_norms(head: nn.Module) -> None:
-    """Weights, biases and running statistics as a training would leave them: positive, none of them 0 or 1."""
+    """Weights, biases and running statistics as a training would leave them: positive, none of them
+    0 or 1."""
     for module in head.modules():
         if isinstance(module, nn.LayerNorm | nn.BatchNorm1d):
             for tensor in module.state_dict().values():
@@ -243,16 +306,30 @@ def randomise_norms(head: nn.Module) -> None:
     norm=st.sampled_from(["layer", "batch", "none"]),
 )
 def test_an_mlp_trains_as_many_parameters_as_its_layers_have(
-    in_dim: int, out_dim: int, depth: int, width: int, expansion: float, skip: bool, residual: bool, norm: str
+    in_dim: int,
+    out_dim: int,
+    depth: int,
+    width: int,
+    expansion: float,
+    skip: bool,
+    residual: bool,
+    norm: str,
 ) -> None:
     spec = HeadSpec.model_validate(
         {"kind": "mlp", "depth": depth, "width": width, "expansion": expansion}
         | {"skip": skip, "residual": residual, "norm": norm}
     )
-    inner, norms = max(1, round(width * expansion)), 0 if norm == "none" else 2 * width
-    first, last = in_dim * width + width, width * out_dim + out_dim
+    inner = max(1, round(width * expansion))
+    norms = 0 if norm == "none" else 2 * width
+    first = in_dim * width + width
+    last = width * out_dim + out_dim
     if residual:
-        wanted = first + depth * (norms + (width * inner + inner) + (inner * width + width)) + norms + last
+        wanted = (
+            first
+            + depth * (norms + (width * inner + inner) + (inner * width + width))
+            + norms
+            + last
+        )
     else:
         wanted = first + (depth - 1) * (width * width + width) + depth * norms + last
     assert n_trained(PooledHead(spec, in_dim, out_dim)) == wanted + skip * in_dim * out_dim
@@ -344,8 +421,12 @@ def test_statistics_are_saved_with_the_head_and_never_trained() -> None:
         (HeadSpec(kind="identity"), HeadSpec(kind="linear", dim=10), 10),
     ],
 )
-def test_a_side_without_a_width_takes_that_of_the_other(image: HeadSpec, text: HeadSpec, width: int) -> None:
-    first, second = build_heads(image, text, 10, 7)
+def test_a_side_without_a_width_takes_that_of_the_other(
+    image: HeadSpec,
+    text: HeadSpec,
+    width: int,
+) -> None:
+    first, second = build_heads(image, text=text, image_dim=10, text_dim=7)
     assert first(features(2, 10)).shape == second(features(2, 7)).shape == (2, width)
 
 
@@ -360,7 +441,7 @@ def test_a_side_without_a_width_takes_that_of_the_other(image: HeadSpec, text: H
 )
 def test_widths_that_cannot_meet_are_refused(image: HeadSpec, text: HeadSpec, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_heads(image, text, 10, 7)
+        build_heads(image, text=text, image_dim=10, text_dim=7)
 
 
 @pytest.mark.parametrize(

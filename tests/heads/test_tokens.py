@@ -1,4 +1,5 @@
-"""Heads on tokens: what they compute, that padding has no influence, how many parameters they train."""
+"""Heads on tokens: what they compute, that padding has no influence, how many parameters they
+train."""
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def n_trained(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_padding_has_no_influence_whatever_it_holds(name: str) -> None:
-    head, x = make(SPECS[name]), tokens()
+    head = make(SPECS[name])
+    x = tokens()
     lengths = torch.tensor([7, 3, 1, 2, 5])
     mask = torch.arange(7) < lengths.unsqueeze(1)
     head.fit_statistics(x, mask)
@@ -43,7 +45,12 @@ def test_padding_has_no_influence_whatever_it_holds(name: str) -> None:
     for junk in (0.0, 1e4, float("nan")):
         padded = x.masked_fill(~mask.unsqueeze(-1), junk)
         torch.testing.assert_close(head(padded, mask), wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(embed(head, padded, lengths, batch=2), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            embed(head, padded, lengths, batch=2),
+            wanted,
+            rtol=1e-4,
+            atol=1e-5,
+        )
     assert not torch.allclose(head(x), wanted)
 
 
@@ -58,14 +65,16 @@ def test_every_parameter_gets_a_gradient_from_the_start(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_dropout_acts_in_training_only(name: str) -> None:
-    head, x = make(SPECS[name]), tokens()
+    head = make(SPECS[name])
+    x = tokens()
     assert torch.equal(head(x), head(x))
     head.train()
     assert not torch.equal(head(x), head(x))
 
 
 def test_statistics_are_those_of_the_tokens_that_are_there() -> None:
-    head, x = make(SPECS["anchors"]), tokens()
+    head = make(SPECS["anchors"])
+    x = tokens()
     mask = torch.arange(7) < torch.tensor([7, 3, 1, 2, 5]).unsqueeze(1)
     head.fit_statistics(x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
     torch.testing.assert_close(head.mean, x[mask].mean(0))
@@ -80,19 +89,33 @@ def test_pooling_is_what_its_name_says(masked: bool) -> None:
     means = torch.stack([row[:n].mean(0) for row, n in zip(x, lengths, strict=True)])
     torch.testing.assert_close(pool(x, mask, "mean"), means)
     torch.testing.assert_close(pool(x, mask, "cls"), x[:, 0])
-    rest = torch.stack([row[1:n].sum(0) / max(1, n - 1) for row, n in zip(x, lengths.tolist(), strict=True)])
+    rest = torch.stack(
+        [row[1:n].sum(0) / max(1, n - 1) for row, n in zip(x, lengths.tolist(), strict=True)]
+    )
     torch.testing.assert_close(pool(x, mask, "cls-and-mean"), x[:, 0] + rest)
     assert masked_mean(x[:, :0], None).shape == (5, 8)
 
 
 def test_a_transformer_block_is_torchs_own() -> None:
     torch.manual_seed(0)
-    block, x = TransformerBlock(8, 2, 0.0), tokens()
+    block = TransformerBlock(8, 2, 0.0)
+    x = tokens()
     theirs = nn.TransformerEncoderLayer(8, 2, 32, 0.0, F.gelu, norm_first=True, batch_first=True)
-    names = {"self_attn.in_proj_weight": block.attention.qkv.weight, "self_attn.in_proj_bias": block.attention.qkv.bias}
-    ours = {"self_attn.out_proj": block.attention.out, "linear1": block.mlp[0], "linear2": block.mlp[2]}
+    names = {
+        "self_attn.in_proj_weight": block.attention.qkv.weight,
+        "self_attn.in_proj_bias": block.attention.qkv.bias,
+    }
+    ours = {
+        "self_attn.out_proj": block.attention.out,
+        "linear1": block.mlp[0],
+        "linear2": block.mlp[2],
+    }
     ours |= {"norm1": block.norm1, "norm2": block.norm2}
-    names |= {f"{name}.{part}": getattr(module, part) for name, module in ours.items() for part in ("weight", "bias")}
+    names |= {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in ours.items()
+        for part in ("weight", "bias")
+    }
     theirs.load_state_dict(names)
     mask = torch.arange(7) < torch.tensor([7, 3, 1, 2, 5]).unsqueeze(1)
     wanted = theirs(x, src_key_padding_mask=~mask)
@@ -110,7 +133,8 @@ def test_the_deep_adapter_of_lilt_has_a_vit_blocks_parameters() -> None:
 
 def test_anchors_score_as_the_attention_weighted_mean_of_cosines() -> None:
     torch.manual_seed(0)
-    anchors, x = Anchors(HeadSpec(kind="anchors"), 8, 3), tokens(n=2)
+    anchors = Anchors(HeadSpec(kind="anchors"), 8, 3)
+    x = tokens(n=2)
     normed = F.layer_norm(x, (8,))
     wanted = torch.zeros(2, 3)
     for i in range(2):
@@ -121,5 +145,13 @@ def test_anchors_score_as_the_attention_weighted_mean_of_cosines() -> None:
 
 
 def test_heads_that_cannot_be_divided_are_refused() -> None:
-    with pytest.raises(ValueError, match="10 features cannot be divided among 3 attention heads; set n_heads"):
-        build_heads(HeadSpec(kind="transformer", dim=4, n_heads=3), HeadSpec(dim=4), 10, 5)
+    with pytest.raises(
+        ValueError,
+        match="10 features cannot be divided among 3 attention heads; set n_heads",
+    ):
+        build_heads(
+            HeadSpec(kind="transformer", dim=4, n_heads=3),
+            text=HeadSpec(dim=4),
+            image_dim=10,
+            text_dim=5,
+        )

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from apecache.losses.contrastive import Temperature, info_nce
 
 
-def info_nce_by_definition(image: NDArray[np.float64], text: NDArray[np.float64], scale: float) -> float:
+def info_nce_by_definition(
+    image: NDArray[np.float64],
+    text: NDArray[np.float64],
+    scale: float,
+) -> float:
     """Mean over both directions and all pairs of -log(exp(right) / sum(exp(all)))."""
     n = len(image)
     total = 0.0
@@ -22,7 +26,9 @@ def info_nce_by_definition(image: NDArray[np.float64], text: NDArray[np.float64]
         to_image = [scale * sum(image[j] * text[i]) for j in range(n)]
         for logits in (to_text, to_image):
             highest = max(logits)
-            total += highest + math.log(sum(math.exp(value - highest) for value in logits)) - logits[i]
+            total += (
+                highest + math.log(sum(math.exp(value - highest) for value in logits)) - logits[i]
+            )
     return total / (2 * n)
 
 
@@ -33,11 +39,26 @@ def unit_rows(n: int, dim: int, seed: int) -> NDArray[np.float64]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(n=st.integers(1, 7), dim=st.integers(1, 6), scale=st.floats(0.5, 100), seed=st.integers(0, 2**31))
-def test_info_nce_equals_its_definition_term_by_term(n: int, dim: int, scale: float, seed: int) -> None:
-    image, text = unit_rows(n, dim, seed), unit_rows(n, dim, seed + 1)
+@given(
+    n=st.integers(1, 7),
+    dim=st.integers(1, 6),
+    scale=st.floats(0.5, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_info_nce_equals_its_definition_term_by_term(
+    n: int,
+    dim: int,
+    scale: float,
+    seed: int,
+) -> None:
+    image = unit_rows(n, dim, seed)
+    text = unit_rows(n, dim, seed + 1)
     wanted = info_nce_by_definition(image, text, scale)
-    assert float(info_nce(torch.tensor(image), torch.tensor(text), scale)) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    assert float(info_nce(torch.tensor(image), torch.tensor(text), scale)) == pytest.approx(
+        wanted,
+        rel=1e-9,
+        abs=1e-12,
+    )
     single = float(info_nce(torch.tensor(image).float(), torch.tensor(text).float(), scale))
     assert single == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
@@ -55,7 +76,9 @@ def test_gradients_equal_finite_differences_of_the_definition(scale: float) -> N
             for sign in (1, -1):
                 moved = {key: array.copy() for key, array in values.items()}
                 moved[name][index] += sign * step
-                ends.append(info_nce_by_definition(moved["image"], moved["text"], float(moved["scale"])))
+                ends.append(
+                    info_nce_by_definition(moved["image"], moved["text"], float(moved["scale"]))
+                )
             wanted[index] = (ends[0] - ends[1]) / (2 * step)
         gradient = tensors[name].grad
         assert gradient is not None
@@ -105,6 +128,9 @@ def test_clamping_leaves_the_parameter_in_place_for_the_optimiser() -> None:
 @pytest.mark.parametrize("learnable", [True, False])
 def test_only_a_learnable_temperature_gets_a_gradient(learnable: bool) -> None:
     temperature = Temperature(learnable=learnable)
-    image = F.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=-1).requires_grad_()
+    image = F.normalize(
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+        dim=-1,
+    ).requires_grad_()
     info_nce(image, torch.eye(4, 3), temperature.scale()).backward()
     assert (temperature.log_scale.grad is not None) is learnable

@@ -17,20 +17,25 @@ def unit(n: int, dim: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("n_bank", [0, 5])
 def test_contrastive_distillation_equals_its_definition(n_bank: int) -> None:
-    student, teacher, bank = unit(4, 3, 0).requires_grad_(), unit(4, 3, 1), unit(n_bank, 3, 2)
+    student = unit(4, 3, 0).requires_grad_()
+    teacher = unit(4, 3, 1)
+    bank = unit(n_bank, 3, 2)
     candidates = torch.cat([teacher, bank])
     wanted = torch.zeros((), dtype=torch.float64)
     for i in range(4):
         scores = [(14.3 * student[i] @ c).exp() for c in candidates]
         wanted = wanted - (scores[i] / sum(scores)).log() / 4
-    found = distil_contrastive(student, teacher, bank, 14.3)
+    found = distil_contrastive(student, teacher=teacher, bank=bank, scale=14.3)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (found, wanted)))
 
 
 def test_the_teacher_is_never_trained() -> None:
     student, teacher, bank = (unit(3, 2, seed).requires_grad_() for seed in range(3))
-    loss = distil_contrastive(student, teacher, bank, 5.0) + distil_mse(student, teacher)
+    loss = distil_contrastive(student, teacher=teacher, bank=bank, scale=5.0) + distil_mse(
+        student,
+        teacher,
+    )
     (loss + distil_classes(student, teacher.softmax(-1))).backward()
     assert student.grad is not None
     assert teacher.grad is None
@@ -38,10 +43,15 @@ def test_the_teacher_is_never_trained() -> None:
 
 
 def test_mse_and_classes_equal_their_definitions() -> None:
-    student, teacher = unit(4, 3, 0), unit(4, 3, 1)
-    mean = sum(float((a - b) ** 2) for a, b in zip(student.flatten(), teacher.flatten(), strict=True)) / 12
+    student = unit(4, 3, 0)
+    teacher = unit(4, 3, 1)
+    mean = (
+        sum(float((a - b) ** 2) for a, b in zip(student.flatten(), teacher.flatten(), strict=True))
+        / 12
+    )
     assert float(distil_mse(student, teacher)) == pytest.approx(mean)
-    p, q = teacher.softmax(-1), student.softmax(-1)
+    p = teacher.softmax(-1)
+    q = student.softmax(-1)
     kl = sum(float(p[i, j]) * math.log(p[i, j] / q[i, j]) for i in range(4) for j in range(3)) / 4
     assert float(distil_classes(student, p)) == pytest.approx(kl)
     assert float(distil_classes(student, q)) == pytest.approx(0, abs=1e-12)

@@ -14,7 +14,11 @@ def pairs(n: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n, 12, generator=generator), dim=1)
     owner = torch.arange(n).repeat_interleave(2)
-    return image, F.normalize(image[owner] + noise * torch.randn(2 * n, 12, generator=generator), dim=1), owner
+    return (
+        image,
+        F.normalize(image[owner] + noise * torch.randn(2 * n, 12, generator=generator), dim=1),
+        owner,
+    )
 
 
 @pytest.mark.parametrize("n", [3, 40, 1300])
@@ -41,9 +45,12 @@ def test_a_hub_that_hides_the_right_answers_is_put_back() -> None:
     assert csls_report(image, text, owner).image_to_text[1] == 100
 
 
-def test_counts_and_chance_are_those_of_the_plain_figures_and_embeddings_of_one_point_score_zero() -> None:
+def test_counts_and_chance_are_those_of_the_plain_figures_and_embeddings_of_one_point_score_zero() -> (
+    None
+):
     image, text, owner = pairs(60, 1.0)
-    plain, corrected = retrieval_report(image, text, owner), csls_report(image, text, owner)
+    plain = retrieval_report(image, text, owner)
+    corrected = csls_report(image, text, owner)
     assert (plain.n_images, plain.n_texts) == (corrected.n_images, corrected.n_texts)
     assert plain.chance_image_to_text == corrected.chance_image_to_text
     assert plain.image_to_text != corrected.image_to_text
@@ -55,5 +62,13 @@ def test_folds_look_only_at_themselves() -> None:
     image, text, owner = pairs(80, 1.0)
     first = csls_report(image[:40], text[:80], owner[:80])
     second = csls_report(image[40:], text[80:], owner[80:] - 40)
-    found = folded_report(image, text, owner, 40, measure=csls_report)
-    assert found.text_to_image[1] == pytest.approx((first.text_to_image[1] + second.text_to_image[1]) / 2)
+    found = folded_report(
+        image,
+        text=text,
+        image_of_text=owner,
+        fold_images=40,
+        measure=csls_report,
+    )
+    assert found.text_to_image[1] == pytest.approx(
+        (first.text_to_image[1] + second.text_to_image[1]) / 2
+    )

@@ -7,7 +7,8 @@ import torch
 from apecache.metrics.geometry import likeness, linear_cka, mutual_knn, ridge_recalls
 
 CHANCE = torch.Generator().manual_seed(0)
-X, Y = torch.randn(60, 9, generator=CHANCE), torch.randn(60, 5, generator=CHANCE)
+X = torch.randn(60, 9, generator=CHANCE)
+Y = torch.randn(60, 5, generator=CHANCE)
 
 
 def hsic_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -32,7 +33,9 @@ def test_cka_is_one_under_rotation_scale_and_shift_and_zero_for_a_constant() -> 
 
 def neighbours(x: torch.Tensor, row: int, k: int) -> set[int]:
     scores = {
-        other: float(x[row] @ x[other] / (x[row].norm() * x[other].norm())) for other in range(len(x)) if other != row
+        other: float(x[row] @ x[other] / (x[row].norm() * x[other].norm()))
+        for other in range(len(x))
+        if other != row
     }
     return set(sorted(scores, key=lambda other: -scores[other])[:k])
 
@@ -41,7 +44,9 @@ def neighbours(x: torch.Tensor, row: int, k: int) -> set[int]:
 def test_mutual_neighbours_are_counted_one_by_one(k: int) -> None:
     y = X[:, :5] + 0.5 * Y
     most = min(k, 59)
-    wanted = np.mean([len(neighbours(X, row, most) & neighbours(y, row, most)) / most for row in range(60)])
+    wanted = np.mean(
+        [len(neighbours(X, row, most) & neighbours(y, row, most)) / most for row in range(60)]
+    )
     assert mutual_knn(X, y, k) == pytest.approx(wanted)
     assert mutual_knn(X, X, k) == 1.0
 
@@ -51,13 +56,13 @@ def test_the_regression_is_fitted_on_one_half_and_measured_on_the_other() -> Non
     weights = torch.randn(6, 12, generator=torch.Generator().manual_seed(3))
     images = texts @ weights + 4
     fit = torch.arange(200) % 2 == 0
-    assert ridge_recalls(images, texts, fit, 1e-6) == (100.0, 100.0)
+    assert ridge_recalls(images, text=texts, fit=fit, ridge=1e-6) == (100.0, 100.0)
     shuffled = images.clone()
     shuffled[~fit] = images[~fit].roll(1, 0)
-    assert ridge_recalls(shuffled, texts, fit, 1e-6) == (0.0, 0.0)
+    assert ridge_recalls(shuffled, text=texts, fit=fit, ridge=1e-6) == (0.0, 0.0)
     broken = images.clone()
     broken[fit] = torch.randn(100, 12, generator=torch.Generator().manual_seed(4))
-    assert max(ridge_recalls(broken, texts, fit, 1e-6)) < 20
+    assert max(ridge_recalls(broken, text=texts, fit=fit, ridge=1e-6)) < 20
 
 
 def test_a_likeness_holds_all_three() -> None:

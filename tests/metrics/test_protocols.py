@@ -7,16 +7,31 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from apecache.errors import DataError
-from apecache.metrics.protocols import folded_report, language_intervals, language_reports, retrieval_intervals
+from apecache.metrics.protocols import (
+    folded_report,
+    language_intervals,
+    language_reports,
+    retrieval_intervals,
+)
 from apecache.metrics.retrieval import retrieval_report
 
 
-def pairs(n_images: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pairs(
+    n_images: int,
+    noise: float,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images with one to four captions near them."""
     generator = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n_images, 16, generator=generator), dim=1)
-    owner = torch.repeat_interleave(torch.arange(n_images), torch.randint(1, 5, (n_images,), generator=generator))
-    text = F.normalize(image[owner] + noise * torch.randn(len(owner), 16, generator=generator), dim=1)
+    owner = torch.repeat_interleave(
+        torch.arange(n_images),
+        torch.randint(1, 5, (n_images,), generator=generator),
+    )
+    text = F.normalize(
+        image[owner] + noise * torch.randn(len(owner), 16, generator=generator),
+        dim=1,
+    )
     return image, text, owner
 
 
@@ -24,8 +39,12 @@ def test_intervals_hold_the_recall_and_narrow_with_the_number_of_images() -> Non
     widths = []
     for n_images in (50, 800):
         image, text, owner = pairs(n_images, 0.6)
-        report, intervals = retrieval_report(image, text, owner), retrieval_intervals(image, text, owner)
-        both = ((report.image_to_text, intervals.image_to_text), (report.text_to_image, intervals.text_to_image))
+        report = retrieval_report(image, text, owner)
+        intervals = retrieval_intervals(image, text, owner)
+        both = (
+            (report.image_to_text, intervals.image_to_text),
+            (report.text_to_image, intervals.text_to_image),
+        )
         for found, ends in both:
             for k, (low, high) in ends.items():
                 assert low <= found[k] <= high
@@ -59,12 +78,16 @@ def test_median_ranks_count_from_one() -> None:
 
 
 def test_where_every_query_hits_or_none_does_the_interval_is_wilsons() -> None:
-    """The images count, not the captions: 60 of 60 leaves room for 6 % of misses. Student's quantile is wider."""
+    """The images count, not the captions: 60 of 60 leaves room for 6 % of misses. Student's
+    quantile is wider."""
     least = float(100 * binomtest(60, 60).proportion_ci(method="wilson").low)
     image, text, owner = pairs(60, 0.0)
     for value in retrieval_intervals(image, text, owner).text_to_image.values():
         assert value == pytest.approx((least, 100.0), abs=0.4)
-    assert retrieval_intervals(image, -image[owner], owner).text_to_image[1] == pytest.approx((0, 100 - least), abs=0.4)
+    assert retrieval_intervals(image, -image[owner], owner).text_to_image[1] == pytest.approx(
+        (0, 100 - least),
+        abs=0.4,
+    )
 
 
 def test_the_interval_of_the_mean_recall_holds_it() -> None:
@@ -78,33 +101,54 @@ def test_folds_are_means_of_the_reports_of_each() -> None:
     folds = []
     for fold in range(2):
         mask = (owner >= 100 * fold) & (owner < 100 * fold + 100)
-        folds.append(retrieval_report(image[100 * fold : 100 * fold + 100], text[mask], owner[mask] - 100 * fold))
-    found = folded_report(image, text, owner, 100)
+        folds.append(
+            retrieval_report(
+                image[100 * fold : 100 * fold + 100],
+                text[mask],
+                owner[mask] - 100 * fold,
+            )
+        )
+    found = folded_report(image, text=text, image_of_text=owner, fold_images=100)
     for k in (1, 5, 10):
-        assert found.image_to_text[k] == pytest.approx(np.mean([fold.image_to_text[k] for fold in folds]))
-        assert found.text_to_image[k] == pytest.approx(np.mean([fold.text_to_image[k] for fold in folds]))
+        assert found.image_to_text[k] == pytest.approx(
+            np.mean([fold.image_to_text[k] for fold in folds])
+        )
+        assert found.text_to_image[k] == pytest.approx(
+            np.mean([fold.text_to_image[k] for fold in folds])
+        )
     assert found.n_images == 100
     with pytest.raises(DataError, match="fewer than one fold of 300"):
-        folded_report(image, text, owner, 300)
+        folded_report(image, text=text, image_of_text=owner, fold_images=300)
 
 
 def test_a_language_is_measured_among_its_own_captions() -> None:
     image, text, owner = pairs(40, 0.8)
     languages = ["de" if row % 3 else "en" for row in range(len(text))]
-    found = language_reports(image, text, owner, languages)
+    found = language_reports(image, text=text, image_of_text=owner, languages=languages)
     assert list(found) == ["de", "en"]
     for language, report in found.items():
         mask = torch.tensor([other == language for other in languages])
         kept = sorted(set(owner[mask].tolist()))
-        wanted = retrieval_report(image[kept], text[mask], torch.tensor([kept.index(i) for i in owner[mask].tolist()]))
+        wanted = retrieval_report(
+            image[kept],
+            text[mask],
+            torch.tensor([kept.index(i) for i in owner[mask].tolist()]),
+        )
         assert report == wanted
-        sure = language_intervals(image, text, owner, languages)[language]
-        assert all(low <= wanted.text_to_image[k] <= high for k, (low, high) in sure.text_to_image.items())
+        sure = language_intervals(image, text=text, image_of_text=owner, languages=languages)[
+            language
+        ]
+        assert all(
+            low <= wanted.text_to_image[k] <= high for k, (low, high) in sure.text_to_image.items()
+        )
 
 
 def test_recalls_are_those_of_clip_benchmark() -> None:
     """On embeddings without ties: its recall counts a hit once per image, as ours does."""
-    benchmark = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval", reason="not installed")
+    benchmark = pytest.importorskip(
+        "clip_benchmark.metrics.zeroshot_retrieval",
+        reason="not installed",
+    )
     image, text, owner = pairs(30, 0.9)
     scores = text @ image.T
     positive = torch.zeros_like(scores, dtype=torch.bool)

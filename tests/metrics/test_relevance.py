@@ -1,4 +1,5 @@
-"""Right answers where captions or images are equal, against a reference that looks at every pair by itself."""
+"""Right answers where captions or images are equal, against a reference that looks at every pair by
+itself."""
 
 from collections.abc import Iterator
 from math import comb
@@ -31,7 +32,8 @@ def one_thread() -> Iterator[None]:
 
 @st.composite
 def collections(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Images, texts, owners, ids of captions and of images. Few directions, so that ties are everywhere."""
+    """Images, texts, owners, ids of captions and of images. Few directions, so that ties are
+    everywhere."""
     dim = draw(st.integers(1, 3))
     vector = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
     image = draw(st.lists(vector, min_size=1, max_size=7))
@@ -62,13 +64,16 @@ def right_by_definition(owners: Tensor, captions: Tensor, content: Tensor) -> li
 
 def rank_by_definition(scores: list[float], right: list[bool]) -> int:
     best = max(score for score, is_right in zip(scores, right, strict=True) if is_right)
-    return sum(score >= best and not is_right for score, is_right in zip(scores, right, strict=True))
+    return sum(
+        score >= best and not is_right for score, is_right in zip(scores, right, strict=True)
+    )
 
 
 def chance_by_definition(right: list[list[bool]], k: int) -> float:
     chances = []
     for query in right:
-        wrong, n = len(query) - sum(query), len(query)
+        wrong = len(query) - sum(query)
+        n = len(query)
         chances.append(1.0 if k >= n else 1 - comb(wrong, k) / comb(n, k))
     return 100 * sum(chances) / len(chances)
 
@@ -85,12 +90,38 @@ def test_ranks_recalls_and_chance_equal_their_definition(collection: Any, tile: 
     to_image = [rank_by_definition([row[t] for row in scores], back[t]) for t in range(len(text))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "TILE", tile)
-        assert image_to_text_ranks(image, text, owners, relevance).tolist() == to_text
-        assert text_to_image_ranks(image, text, owners, relevance).tolist() == to_image
-        report = retrieval_report(image, text, owners, KS, relevance)
+        assert (
+            image_to_text_ranks(
+                image,
+                text=text,
+                image_of_text=owners,
+                relevance=relevance,
+            ).tolist()
+            == to_text
+        )
+        assert (
+            text_to_image_ranks(
+                image,
+                text=text,
+                image_of_text=owners,
+                relevance=relevance,
+            ).tolist()
+            == to_image
+        )
+        report = retrieval_report(
+            image,
+            text=text,
+            image_of_text=owners,
+            ks=KS,
+            relevance=relevance,
+        )
     for k in KS:
-        assert report.image_to_text[k] == pytest.approx(100 * np.mean([rank < k for rank in to_text]))
-        assert report.text_to_image[k] == pytest.approx(100 * np.mean([rank < k for rank in to_image]))
+        assert report.image_to_text[k] == pytest.approx(
+            100 * np.mean([rank < k for rank in to_text])
+        )
+        assert report.text_to_image[k] == pytest.approx(
+            100 * np.mean([rank < k for rank in to_image])
+        )
         assert report.chance_image_to_text[k] == pytest.approx(chance_by_definition(right, k))
         assert report.chance_text_to_image[k] == pytest.approx(chance_by_definition(back, k))
 
@@ -105,7 +136,11 @@ def test_there_is_a_relevance_only_where_it_differs_from_owning(collection: Any)
     assert Relevance.of(owners, None, None) is None
 
 
-def plain_report(image: Tensor, text: Tensor, owners: Tensor) -> tuple[list[int], list[int], dict[int, float]]:
+def plain_report(
+    image: Tensor,
+    text: Tensor,
+    owners: Tensor,
+) -> tuple[list[int], list[int], dict[int, float]]:
     """Ranks and chance as they were defined before captions were compared."""
     scores = image @ text.T
     own = owners.unsqueeze(0) == torch.arange(len(image)).unsqueeze(1)
@@ -114,9 +149,11 @@ def plain_report(image: Tensor, text: Tensor, owners: Tensor) -> tuple[list[int]
     scores = text @ image.T
     to_image = ((scores >= scores.gather(1, owners.unsqueeze(1))).sum(1) - 1).tolist()
     counts = torch.bincount(owners).tolist()
-    n_texts, n_images = len(text), len(image)
+    n_texts = len(text)
+    n_images = len(image)
     chance = {
-        k: 100 * sum(1 - comb(n_texts - count, k) / comb(n_texts, k) for count in counts) / n_images for k in (1, 5, 10)
+        k: 100 * sum(1 - comb(n_texts - count, k) / comb(n_texts, k) for count in counts) / n_images
+        for k in (1, 5, 10)
     }
     return to_text, to_image, chance
 
@@ -132,19 +169,25 @@ def test_without_equal_captions_every_figure_is_that_of_owning(seed: int) -> Non
     assert image_to_text_ranks(image, text, owners).tolist() == to_text
     assert text_to_image_ranks(image, text, owners).tolist() == to_image
     assert report.chance_image_to_text == chance
-    assert report.chance_text_to_image == {k: 100 * (1 - comb(59, k) / comb(60, k)) for k in (1, 5, 10)}
+    assert report.chance_text_to_image == {
+        k: 100 * (1 - comb(59, k) / comb(60, k)) for k in (1, 5, 10)
+    }
 
 
 def noisy(n_images: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     chance = torch.Generator().manual_seed(seed)
     image = F.normalize(torch.randn(n_images, 8, generator=chance), dim=-1)
     owners = torch.arange(n_images).repeat_interleave(2)
-    text = F.normalize(image[owners] + noise * torch.randn(len(owners), 8, generator=chance), dim=-1)
+    text = F.normalize(
+        image[owners] + noise * torch.randn(len(owners), 8, generator=chance),
+        dim=-1,
+    )
     return image, text, owners
 
 
 def label_set(n_images: int = 60, n_labels: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images whose one caption is that of their label, embedded by a head that tells labels apart perfectly."""
+    """Images whose one caption is that of their label, embedded by a head that tells labels apart
+    perfectly."""
     labels = torch.arange(n_images) % n_labels
     vectors = torch.eye(n_labels)[labels]
     return vectors, vectors, torch.arange(n_images), labels
@@ -160,10 +203,14 @@ def test_a_perfect_head_finds_everything_on_captions_made_of_labels() -> None:
 
 def test_equal_captions_may_belong_to_one_image_more_than_they_share() -> None:
     """x and y of the first, y and z of the second: y is right for both, x for the first alone."""
-    owners, captions = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
+    owners = torch.tensor([0, 0, 1, 1])
+    captions = torch.tensor([0, 1, 1, 2])
     relevance = Relevance.of(owners, captions, None)
     assert relevance is not None
-    assert relevance.right_texts(torch.arange(2)).tolist() == [[True, True, True, False], [False, True, True, True]]
+    assert relevance.right_texts(torch.arange(2)).tolist() == [
+        [True, True, True, False],
+        [False, True, True, True],
+    ]
     assert relevance.right_images(torch.arange(4)).tolist() == [
         [True, False],
         [True, True],
@@ -174,7 +221,7 @@ def test_equal_captions_may_belong_to_one_image_more_than_they_share() -> None:
     assert relevance.n_right_images().tolist() == [1, 2, 2, 1]
 
 
-# --- other ways to read ranks ----------------------------------------------------------------------------------------
+# --- other ways to read ranks ---------------------------------------------------------------------
 
 
 def shared_captions() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -189,8 +236,17 @@ def test_folds_and_languages_know_equal_captions_among_their_own_candidates() ->
     image, text, owners, captions, content = shared_captions()
     relevance = Relevance.of(owners, captions, content)
     languages = ["de" if row % 3 else "en" for row in range(len(text))]
-    masks = {language: torch.tensor([other == language for other in languages]) for language in ("de", "en")}
-    found = language_reports(image, text, owners, languages, relevance=relevance)
+    masks = {
+        language: torch.tensor([other == language for other in languages])
+        for language in ("de", "en")
+    }
+    found = language_reports(
+        image,
+        text=text,
+        image_of_text=owners,
+        languages=languages,
+        relevance=relevance,
+    )
     for language, mask in masks.items():
         kept = sorted(set(owners[mask].tolist()))
         rows = torch.tensor([kept.index(owner) for owner in owners[mask].tolist()])
@@ -201,11 +257,28 @@ def test_folds_and_languages_know_equal_captions_among_their_own_candidates() ->
     for first in (0, 30):
         mask = (owners >= first) & (owners < first + 30)
         within = Relevance.of(owners[mask] - first, captions[mask], content[first : first + 30])
-        folds.append(retrieval_report(image[first : first + 30], text[mask], owners[mask] - first, relevance=within))
-    mean = folded_report(image, text, owners, 30, relevance=relevance)
-    assert mean.text_to_image[1] == pytest.approx((folds[0].text_to_image[1] + folds[1].text_to_image[1]) / 2)
-    assert mean.image_to_text[1] == pytest.approx((folds[0].image_to_text[1] + folds[1].image_to_text[1]) / 2)
-    assert mean != folded_report(image, text, owners, 30)
+        folds.append(
+            retrieval_report(
+                image[first : first + 30],
+                text[mask],
+                owners[mask] - first,
+                relevance=within,
+            )
+        )
+    mean = folded_report(
+        image,
+        text=text,
+        image_of_text=owners,
+        fold_images=30,
+        relevance=relevance,
+    )
+    assert mean.text_to_image[1] == pytest.approx(
+        (folds[0].text_to_image[1] + folds[1].text_to_image[1]) / 2
+    )
+    assert mean.image_to_text[1] == pytest.approx(
+        (folds[0].image_to_text[1] + folds[1].image_to_text[1]) / 2
+    )
+    assert mean != folded_report(image, text=text, image_of_text=owners, fold_images=30)
 
 
 def test_csls_and_intervals_know_equal_captions() -> None:

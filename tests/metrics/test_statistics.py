@@ -29,7 +29,8 @@ TERM = (("text_to_image", 1),)
 
 
 def hits_of(chances: NDArray[np.float64], generator: np.random.Generator) -> RetrievalHits:
-    """Captions of image i hit with the probability `chances[i]`, and so does the image's own query."""
+    """Captions of image i hit with the probability `chances[i]`, and so does the image's own
+    query."""
     n_images = len(chances)
     forth = (generator.random(n_images) < chances).astype(float)
     back = generator.binomial(CAPTIONS, chances).astype(float)
@@ -41,11 +42,19 @@ def hits_of(chances: NDArray[np.float64], generator: np.random.Generator) -> Ret
 
 
 def simulate(
-    n_seeds: int, generator: np.random.Generator, n_images: int = 150, spread: float = 0.02, level: float = 0.3
+    n_seeds: int,
+    generator: np.random.Generator,
+    n_images: int = 150,
+    spread: float = 0.02,
+    level: float = 0.3,
 ) -> list[RetrievalHits]:
-    """Images differ in how easy they are, and seeds shift all of them; the true recall is `level`."""
+    """Images differ in how easy they are, and seeds shift all of them; the true recall is
+    `level`."""
     easy = generator.beta(2 * level, 2 * (1 - level), n_images)
-    return [hits_of(np.clip(easy + spread * generator.standard_normal(), 0, 1), generator) for _ in range(n_seeds)]
+    return [
+        hits_of(np.clip(easy + spread * generator.standard_normal(), 0, 1), generator)
+        for _ in range(n_seeds)
+    ]
 
 
 def seeds_alone(runs: Sequence[RetrievalHits]) -> tuple[float, float]:
@@ -57,10 +66,12 @@ def seeds_alone(runs: Sequence[RetrievalHits]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("n_seeds", [1, 2, 3, 5])
 def test_intervals_hold_the_truth_in_about_95_of_100_experiments(n_seeds: int) -> None:
-    """600 experiments have a standard error of 0.9 points; the band is four of them below, and ends at 100 above,
-    because the variance that images and seeds share is counted twice."""
+    """600 experiments have a standard error of 0.9 points; the band is four of them below, and ends
+    at 100 above, because the variance that images and seeds share is counted twice."""
     generator = np.random.default_rng(0)
-    experiments = [simulate(n_seeds, generator, spread=0.0 if n_seeds == 1 else 0.02) for _ in range(600)]
+    experiments = [
+        simulate(n_seeds, generator, spread=0.0 if n_seeds == 1 else 0.02) for _ in range(600)
+    ]
     estimates = [estimate_recall(runs, TERM) for runs in experiments]
     assert 0.914 <= np.mean([one.low <= 30.0 <= one.high for one in estimates]) <= 1.0
 
@@ -83,7 +94,8 @@ def test_intervals_are_no_wider_than_they_need_be() -> None:
 def test_seeds_that_agree_are_as_uncertain_as_one_of_them() -> None:
     """Five seeds of a closed form are the same model: the images stay few."""
     (run,) = simulate(1, np.random.default_rng(2))
-    one, five = estimate_recall([run], TERM), estimate_recall([run] * 5, TERM)
+    one = estimate_recall([run], TERM)
+    five = estimate_recall([run] * 5, TERM)
     assert five.seed_variance == 0
     assert (five.low, five.high) == pytest.approx((one.low, one.high))
     assert five.high - five.low > 5
@@ -96,7 +108,9 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     shifted = [hits_of(np.clip(easy + shift, 0, 1), generator) for shift in (-0.1, 0.0, 0.1)]
     apart = estimate_recall(shifted, TERM)
     assert apart.high - apart.low > 3 * (steady.high - steady.low)
-    assert apart.seed_variance == pytest.approx(np.var([run.value(TERM) for run in shifted], ddof=1) / 3)
+    assert apart.seed_variance == pytest.approx(
+        np.var([run.value(TERM) for run in shifted], ddof=1) / 3
+    )
 
 
 def test_the_variance_over_images_is_the_limit_of_the_bootstrap() -> None:
@@ -105,7 +119,10 @@ def test_the_variance_over_images_is_the_limit_of_the_bootstrap() -> None:
     draws = generator.multinomial(300, np.full(300, 1 / 300), 4000)
     values = 100 * (draws @ run.text_to_image[1]) / (draws @ run.captions)
     found = estimate_recall([run], TERM).image_variance
-    assert found == pytest.approx(values.var(ddof=1), rel=0.15)  # 4,000 draws: 2.2 % of standard error
+    assert found == pytest.approx(
+        values.var(ddof=1),
+        rel=0.15,
+    )  # 4,000 draws: 2.2 % of standard error
 
 
 def test_without_single_answers_the_interval_is_wider_and_never_narrower() -> None:
@@ -116,15 +133,23 @@ def test_without_single_answers_the_interval_is_wider_and_never_narrower() -> No
         exact = estimate_recall(runs, terms)
         bound = estimate_from_recalls([run.value(terms) for run in runs], 150)
         assert bound.value == pytest.approx(exact.value)
-        assert bound.image_variance >= 0.99 * exact.image_variance  # n / (n - 1) stands in one of them alone
+        assert (
+            bound.image_variance >= 0.99 * exact.image_variance
+        )  # n / (n - 1) stands in one of them alone
 
 
 @pytest.mark.parametrize("n", [4, 50, 1000])
 def test_no_hit_is_not_0_to_0_and_no_miss_not_100_to_100(n: int) -> None:
     none = RetrievalHits(
-        image_to_text={1: np.zeros(n)}, text_to_image={1: np.zeros(n)}, captions=np.full(n, float(CAPTIONS))
+        image_to_text={1: np.zeros(n)},
+        text_to_image={1: np.zeros(n)},
+        captions=np.full(n, float(CAPTIONS)),
     )
-    every = RetrievalHits(image_to_text={1: np.ones(n)}, text_to_image={1: none.captions}, captions=none.captions)
+    every = RetrievalHits(
+        image_to_text={1: np.ones(n)},
+        text_to_image={1: none.captions},
+        captions=none.captions,
+    )
     for way in ("image_to_text", "text_to_image"):
         low, high = ends_of(estimate_recall([none] * 3, [(way, 1)]))
         assert low == 0
@@ -144,12 +169,22 @@ def test_counts_have_wilsons_interval_and_so_have_single_captions(n_hits: int, n
     assert count_interval(n_hits, n) == pytest.approx((100 * ends.low, 100 * ends.high))
     assert accuracy_interval(100 * n_hits / n, n) == count_interval(n_hits, n)
     share = n_hits / n
-    found = share_interval(100 * share, 1e4 * share * (1 - share) / n, degrees=float("1e9"), n_images=n, n_queries=n)
+    found = share_interval(
+        100 * share,
+        1e4 * share * (1 - share) / n,
+        degrees=float("1e9"),
+        n_images=n,
+        n_queries=n,
+    )
     assert found == pytest.approx(count_interval(n_hits, n), abs=1e-6)
 
 
 def test_one_image_and_one_query_have_an_interval() -> None:
-    hit = RetrievalHits(image_to_text={1: np.ones(1)}, text_to_image={1: np.ones(1)}, captions=np.ones(1))
+    hit = RetrievalHits(
+        image_to_text={1: np.ones(1)},
+        text_to_image={1: np.ones(1)},
+        captions=np.ones(1),
+    )
     low, high = ends_of(estimate_recall([hit], TERM))
     assert 0 < low < 50 < high <= 100 + 1e-9
 
@@ -161,18 +196,24 @@ def test_degrees_of_freedom_are_those_of_the_larger_variance() -> None:
     assert satterthwaite([(0.0, 0), (2.0, 99)]) == pytest.approx(99)
 
 
-# --- two sides -------------------------------------------------------------------------------------------------------
+# --- two sides ------------------------------------------------------------------------------------
 
 
-def compared(a: Sequence[RetrievalHits], b: Sequence[RetrievalHits], metric: str = "mean R@1") -> MetricDifference:
+def compared(
+    a: Sequence[RetrievalHits],
+    b: Sequence[RetrievalHits],
+    metric: str = "mean R@1",
+) -> MetricDifference:
     return compare_hits(a, b, metric=metric, chance=1.0)
 
 
 def test_a_known_difference_is_found_on_the_same_images() -> None:
-    """Ten points on 400 images; the easy and the hard ones cancel, because differences are paired."""
+    """Ten points on 400 images; the easy and the hard ones cancel, because differences are
+    paired."""
     generator = np.random.default_rng(5)
     easy = generator.beta(0.6, 1.4, 400) * 0.85
-    better, worse = hits_of(easy + 0.1, generator), hits_of(easy, generator)
+    better = hits_of(easy + 0.1, generator)
+    worse = hits_of(easy, generator)
     found = compared([better], [worse])
     assert found.low < 10 < found.high
     assert found.low > 0
@@ -183,8 +224,11 @@ def test_swapping_the_sides_turns_the_difference_and_keeps_p() -> None:
     generator = np.random.default_rng(6)
     one, two, three = simulate(3, generator)
     for a, b in (([one], [two]), ([one, two], [three])):
-        forth, back = compared(a, b), compared(b, a)
-        assert (back.difference, back.low, back.high) == pytest.approx((-forth.difference, -forth.high, -forth.low))
+        forth = compared(a, b)
+        back = compared(b, a)
+        assert (back.difference, back.low, back.high) == pytest.approx(
+            (-forth.difference, -forth.high, -forth.low)
+        )
         assert back.p_value == pytest.approx(forth.p_value)
         assert (back.value_a, back.value_b) == (forth.value_b, forth.value_a)
 
@@ -200,8 +244,9 @@ def test_identical_runs_have_p_1_and_an_interval_that_is_not_0_to_0() -> None:
 
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_where_nothing_differs_p_is_uniform(n_seeds: int) -> None:
-    """Answers of both sides are draws from the same probabilities. 5 % of p-values below 0.05 have a standard error of
-    1 point in 500 experiments; with several seeds p is cautious, so that only too small ones are a fault."""
+    """Answers of both sides are draws from the same probabilities. 5 % of p-values below 0.05 have
+    a standard error of 1 point in 500 experiments; with several seeds p is cautious, so that only
+    too small ones are a fault."""
     generator = np.random.default_rng(8)
     p_values = []
     for _ in range(500):
@@ -211,7 +256,9 @@ def test_where_nothing_differs_p_is_uniform(n_seeds: int) -> None:
     assert np.mean([p < 0.5 for p in p_values]) <= 0.58
     if n_seeds == 1:
         assert np.mean([p < 0.05 for p in p_values]) >= 0.02
-        assert kstest(p_values, "uniform").statistic < 0.1  # p has steps, and 500 draws reach 0.07 once in a hundred
+        assert (
+            kstest(p_values, "uniform").statistic < 0.1
+        )  # p has steps, and 500 draws reach 0.07 once in a hundred
 
 
 @pytest.mark.parametrize("n_seeds", [1, 3])
@@ -230,7 +277,8 @@ def test_seeds_that_disagree_widen_the_interval_of_a_difference() -> None:
     easy = generator.beta(0.6, 1.4, 150)
     steady = [hits_of(easy, generator) for _ in range(6)]
     shifted = [hits_of(np.clip(easy + shift, 0, 1), generator) for shift in (-0.3, 0.0, 0.3) * 2]
-    calm, wild = compared(steady[:3], steady[3:]), compared(shifted[:3], shifted[3:])
+    calm = compared(steady[:3], steady[3:])
+    wild = compared(shifted[:3], shifted[3:])
     assert wild.high - wild.low > 2 * (calm.high - calm.low)
 
 
@@ -245,4 +293,7 @@ def test_drawn_signs_agree_with_the_binomial_of_equal_differences() -> None:
     """40 of 60 images are better on one side: McNemar's exact test is the same question."""
     differences = np.concatenate([np.ones(40), -np.ones(20)])
     exact = binomtest(40, 60).pvalue
-    assert sign_flip_p_value(differences) == pytest.approx(exact, abs=0.004)  # 10,000 draws: 0.0012 of standard error
+    assert sign_flip_p_value(differences) == pytest.approx(
+        exact,
+        abs=0.004,
+    )  # 10,000 draws: 0.0012 of standard error

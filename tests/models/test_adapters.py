@@ -1,4 +1,5 @@
-"""Adapters: where they act, how they begin, that they come out again, that they are saved exactly."""
+"""Adapters: where they act, how they begin, that they come out again, that they are saved
+exactly."""
 
 import copy
 from pathlib import Path
@@ -55,7 +56,8 @@ def disturb(tower: Tower) -> None:
 @BOTH
 def test_adapters_act_train_and_come_out_again(name: str, kind: str) -> None:
     tower = TOWERS[name]()
-    plain, weights = run(tower), copy.deepcopy(tower.module.state_dict())
+    plain = run(tower)
+    weights = copy.deepcopy(tower.module.state_dict())
     insert_adapters(tower, KINDS[kind])
     disturb(tower)
     assert (run(tower) - plain).abs().max() > 1e-2
@@ -78,14 +80,18 @@ def test_the_cut_below_adapters(kind: str) -> None:
     disturb(tower)
     for cut in range(4):
         with torch.no_grad():
-            torch.testing.assert_close(tower.forward_from(cut, tower.run_to(cut, pictures())), run(tower))
+            torch.testing.assert_close(
+                tower.forward_from(cut, tower.run_to(cut, pictures())),
+                run(tower),
+            )
 
 
 def test_vision_transformers_adapt_inside_the_branch_before_the_norm() -> None:
     tower = small_vit()
     insert_adapters(tower, KINDS["layerwise"])
     disturb(tower)
-    block, (first, second) = tower.module.blocks[1], tower.adapters["layerwise"][1]
+    block = tower.module.blocks[1]
+    first, second = tower.adapters["layerwise"][1]
     x = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         found = block(x)
@@ -100,7 +106,8 @@ def test_bert_adapts_after_dense_and_dropout_before_the_norm() -> None:
     tower = small_bert()
     insert_adapters(tower, KINDS["layerwise"])
     disturb(tower)
-    layer, (first, second) = tower.module.encoder.layer[1], tower.adapters["layerwise"][1]
+    layer = tower.module.encoder.layer[1]
+    first, second = tower.adapters["layerwise"][1]
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         found = layer(x)
@@ -108,24 +115,31 @@ def test_bert_adapts_after_dense_and_dropout_before_the_norm() -> None:
             hook.remove()
         attended = layer.attention.self(x)[0]
         half = layer.attention.output.LayerNorm(first(layer.attention.output.dense(attended)) + x)
-        expected = layer.output.LayerNorm(second(layer.output.dense(layer.intermediate(half))) + half)
+        expected = layer.output.LayerNorm(
+            second(layer.output.dense(layer.intermediate(half))) + half
+        )
     torch.testing.assert_close(found, expected)
 
 
 def test_deep_adapters_follow_the_last_block() -> None:
-    image, text = small_vit(), small_bert()
+    image = small_vit()
+    text = small_bert()
     for tower in (image, text):
         insert_adapters(tower, KINDS["deep"])
     with torch.no_grad():
         below = image.run_to(3, pictures())
-        torch.testing.assert_close(run(image), image.module.norm(image.adapters["deep"](below))[:, 0])
+        torch.testing.assert_close(
+            run(image),
+            image.module.norm(image.adapters["deep"](below))[:, 0],
+        )
         below = text.run_to(3, *sentences())
         mask = (1 - sentences()[1][:, None, None]) * -1e4
         torch.testing.assert_close(run(text), text.adapters["deep"](below, mask)[:, 0])
 
 
 def test_a_layerwise_adapter_is_a_residual_bottleneck() -> None:
-    adapter, x = Adapter(8, 4, truncated=False), torch.randn(3, 8)
+    adapter = Adapter(8, 4, truncated=False)
+    x = torch.randn(3, 8)
     expected = x + nn.functional.linear(
         nn.functional.gelu(nn.functional.linear(x, adapter.down.weight, adapter.down.bias)),
         adapter.up.weight,
@@ -139,7 +153,10 @@ def test_layerwise_adapters_begin_as_published() -> None:
     for truncated in (False, True):
         adapter = Adapter(256, 4, truncated)
         for layer in (adapter.down, adapter.up):
-            assert layer.weight.std().item() == pytest.approx(0.02 * (0.88 if truncated else 1), rel=0.05)
+            assert layer.weight.std().item() == pytest.approx(
+                0.02 * (0.88 if truncated else 1),
+                rel=0.05,
+            )
             assert (layer.weight.abs().max() <= 0.04) == truncated
             assert layer.bias.abs().sum() == 0
         assert adapter.down.out_features == 64
@@ -150,7 +167,8 @@ def test_layerwise_adapters_begin_as_published() -> None:
 def test_deep_adapters_begin_at_random() -> None:
     tower = small_vit(embed_dim=64, init_values=1e-5)
     insert_adapters(tower, KINDS["deep"])
-    made, last = tower.adapters["deep"], tower.module.blocks[-1]
+    made = tower.adapters["deep"]
+    last = tower.module.blocks[-1]
     assert made.attn.qkv.weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.05)
     assert not torch.equal(made.attn.qkv.weight, last.attn.qkv.weight)
     assert torch.equal(made.norm1.weight, torch.ones(64))
@@ -170,21 +188,25 @@ def test_lora_begins_without_effect_and_merges(name: str) -> None:
     assert not len(tower.adapters)
     effect = (adapted - plain).abs().max()
     assert effect > 1e-2
-    # One product with the merged weight rounds unlike three products, by how much depends on the processor.
+    # One product with the merged weight rounds unlike three products, by how much depends on the
+    # processor.
     assert (run(tower) - adapted).abs().max() < 1e-3 * effect
 
 
 def test_lora_counts_and_targets() -> None:
     tower = small_bert()
     insert_adapters(tower, AdapterSpec(kind="lora", rank=4))
-    assert sum(p.numel() for p in tower.adapters.parameters()) == 3 * 4 * (16 * 4 + 16 * 4)  # query, key, value, output
+    assert sum(p.numel() for p in tower.adapters.parameters()) == 3 * 4 * (
+        16 * 4 + 16 * 4
+    )  # query, key, value, output
     assert not any("intermediate" in name for name, _ in tower.adapters.named_parameters())
 
 
 @EACH
 @BOTH
 def test_saved_alone_and_read_again(name: str, kind: str, tmp_path: Path) -> None:
-    tower, other = TOWERS[name](), TOWERS[name]()
+    tower = TOWERS[name]()
+    other = TOWERS[name]()
     insert_adapters(tower, KINDS[kind])
     disturb(tower)
     save_adapters(tower, tmp_path / "adapters.safetensors")
@@ -199,7 +221,8 @@ def test_saved_alone_and_read_again(name: str, kind: str, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    tower, path = small_bert(), tmp_path / "adapters.safetensors"
+    tower = small_bert()
+    path = tmp_path / "adapters.safetensors"
     insert_adapters(tower, KINDS["layerwise"])
     save_adapters(tower, path)
     other = small_vit(depth=2)
@@ -228,7 +251,13 @@ def test_what_cannot_be_put_in() -> None:
     with pytest.raises(RecipeError, match="LoRA of rank 17: a layer is only 16 x 48"):
         insert_adapters(small_vit(), AdapterSpec(kind="lora", rank=17))
     beit = timm.create_model(
-        "beit_base_patch16_224", pretrained=False, embed_dim=16, num_heads=2, depth=1, img_size=16, patch_size=4
+        "beit_base_patch16_224",
+        pretrained=False,
+        embed_dim=16,
+        num_heads=2,
+        depth=1,
+        img_size=16,
+        patch_size=4,
     )
     with pytest.raises(RecipeError, match="past their layer"):
         insert_adapters(build_tower(beit, "image"), AdapterSpec(kind="lora", rank=2))

@@ -1,4 +1,5 @@
-"""Freezing rules: which parameter each of them names, what is trained, the published counts to the digit."""
+"""Freezing rules: which parameter each of them names, what is trained, the published counts to the
+digit."""
 
 import re
 from typing import Any
@@ -13,7 +14,13 @@ from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import RecipeError
 from apecache.heads.build import build_heads
 from apecache.models.adapters import insert_adapters
-from apecache.models.freezing import Match, count_trained, find_cut, freeze_towers, trained_parameters
+from apecache.models.freezing import (
+    Match,
+    count_trained,
+    find_cut,
+    freeze_towers,
+    trained_parameters,
+)
 from apecache.recipes.recipe import load_recipe
 from apecache.recipes.sections import (
     Rule,
@@ -27,7 +34,9 @@ from apecache.recipes.sections import (
 
 def spec(*rules: str | dict[str, Any], **settings: Any) -> TowersSpec:
     """Rules as their part alone (trained) or in full."""
-    read = [Rule(part=rule) if isinstance(rule, str) else Rule.model_validate(rule) for rule in rules]
+    read = [
+        Rule(part=rule) if isinstance(rule, str) else Rule.model_validate(rule) for rule in rules
+    ]
     return TowersSpec(rules=tuple(read), **settings)
 
 
@@ -43,7 +52,7 @@ def freeze(tower: Tower, how: TowersSpec, head: nn.Module | None = None) -> tupl
     return freeze_towers([(tower, head or nn.Identity())], how)
 
 
-# --- the grammar -----------------------------------------------------------------------------------------------------
+# --- the grammar ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -73,10 +82,13 @@ def test_a_rule_names_parts(part: str, blocks: set[int], others: set[str]) -> No
     assert {name for name in names if not name.startswith("blocks.")} == others
     assert {name for name, p in tower.module.named_parameters() if p.requires_grad} == names
     for block in blocks:
-        assert {n for n, _ in tower.module.named_parameters() if n.startswith(f"blocks.{block}.")} <= names
+        assert {
+            n for n, _ in tower.module.named_parameters() if n.startswith(f"blocks.{block}.")
+        } <= names
 
 
-FINAL, FIRST = {"norm.weight", "norm.bias"}, {"embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"}
+FINAL = {"norm.weight", "norm.bias"}
+FIRST = {"embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"}
 
 
 @pytest.mark.parametrize(
@@ -85,11 +97,19 @@ FINAL, FIRST = {"norm.weight", "norm.bias"}, {"embeddings.LayerNorm.weight", "em
         ("norms", {0, 1, 2}, (FINAL, FIRST)),
         ("norms[1:]", {1, 2}, (FINAL, set())),
         ("norms[:2]", {0, 1}, (set(), FIRST)),
-        ("biases", {0, 1, 2}, ({"norm.bias", "patch_embed.proj.bias"}, {"embeddings.LayerNorm.bias"})),
+        (
+            "biases",
+            {0, 1, 2},
+            ({"norm.bias", "patch_embed.proj.bias"}, {"embeddings.LayerNorm.bias"}),
+        ),
         ("biases[1]", {1}, (set(), set())),
     ],
 )
-def test_norms_and_biases_by_depth(part: str, inside: set[int], outside: tuple[set[str], set[str]]) -> None:
+def test_norms_and_biases_by_depth(
+    part: str,
+    inside: set[int],
+    outside: tuple[set[str], set[str]],
+) -> None:
     towers = {"image": small_vit(), "text": small_bert()}
     matches = freeze_towers([(tower, nn.Identity()) for tower in towers.values()], spec(part))
     for (side, tower), beyond in zip(towers.items(), outside, strict=True):
@@ -97,9 +117,12 @@ def test_norms_and_biases_by_depth(part: str, inside: set[int], outside: tuple[s
         in_blocks = {name for name in found if name.startswith(("blocks.", "encoder.layer."))}
         assert found - in_blocks == beyond
         assert {
-            int(name.removeprefix("encoder.layer.").removeprefix("blocks.").split(".")[0]) for name in in_blocks
+            int(name.removeprefix("encoder.layer.").removeprefix("blocks.").split(".")[0])
+            for name in in_blocks
         } == inside
-        kinds = {type(tower.module.get_submodule(name.rpartition(".")[0])).__name__ for name in in_blocks}
+        kinds = {
+            type(tower.module.get_submodule(name.rpartition(".")[0])).__name__ for name in in_blocks
+        }
         assert ("Linear" in kinds) == ("biases" in part)
 
 
@@ -108,14 +131,27 @@ def test_the_first_rule_that_fits_decides() -> None:
     how = spec(frozen("blocks[0]"), {"part": "norms", "lr": 0.5}, {"part": "blocks", "lr": 0.1})
     matches = {m.part.name: m for m in freeze(tower, how)}
     assert len(matches) == len(list(tower.module.parameters()))
-    assert (matches["blocks.0.norm1.weight"].rule, matches["blocks.0.norm1.weight"].train) == ("blocks[0]", False)
-    assert (matches["blocks.1.norm1.weight"].rule, matches["blocks.1.norm1.weight"].lr) == ("norms", 0.5)
-    assert (matches["blocks.1.mlp.fc1.weight"].rule, matches["blocks.1.mlp.fc1.weight"].lr) == ("blocks", 0.1)
-    assert (matches["cls_token"].rule, matches["cls_token"].train) == ("image.embeddings", False)  # of Vff-Tff
+    assert (matches["blocks.0.norm1.weight"].rule, matches["blocks.0.norm1.weight"].train) == (
+        "blocks[0]",
+        False,
+    )
+    assert (matches["blocks.1.norm1.weight"].rule, matches["blocks.1.norm1.weight"].lr) == (
+        "norms",
+        0.5,
+    )
+    assert (matches["blocks.1.mlp.fc1.weight"].rule, matches["blocks.1.mlp.fc1.weight"].lr) == (
+        "blocks",
+        0.1,
+    )
+    assert (matches["cls_token"].rule, matches["cls_token"].train) == (
+        "image.embeddings",
+        False,
+    )  # of Vff-Tff
 
 
 def test_heads_train_unless_a_rule_says_no() -> None:
-    tower, head = small_vit(), nn.Linear(16, 4)
+    tower = small_vit()
+    head = nn.Linear(16, 4)
     assert count_trained(freeze(tower, spec(), head)) == 68
     assert all(p.requires_grad for p in head.parameters())
     assert count_trained(freeze(tower, spec(frozen("head")), head)) == 0
@@ -123,18 +159,22 @@ def test_heads_train_unless_a_rule_says_no() -> None:
 
 
 def test_learning_rates_fall_with_depth() -> None:
-    tower, head = small_vit(), nn.Linear(16, 4)
+    tower = small_vit()
+    head = nn.Linear(16, 4)
     rates = {m.part.name: m.lr for m in freeze(tower, spec("all", lr_decay=0.5), head)}
     assert [rates[f"blocks.{k}.norm1.weight"] for k in range(3)] == [0.125, 0.25, 0.5]
     assert (rates["norm.weight"], rates["cls_token"], rates["head.weight"]) == (1.0, 0.0625, 1.0)
-    by_parameter = dict(trained_parameters(tower, head, freeze(tower, spec("all", lr_decay=0.5), head)))
+    by_parameter = dict(
+        trained_parameters(tower, head, freeze(tower, spec("all", lr_decay=0.5), head))
+    )
     assert by_parameter[tower.module.cls_token] == 0.0625
     assert by_parameter[head.weight] == 1.0
 
 
 def test_every_rule_must_fit_something() -> None:
     with pytest.raises(
-        RecipeError, match=r"rule 'text.cls' fits nothing; the text tower has 3 blocks and all, embedd"
+        RecipeError,
+        match=r"rule 'text.cls' fits nothing; the text tower has 3 blocks and all, embedd",
     ) as error:
         freeze(small_t5(), spec("text.cls"))
     assert "token_embedding" in str(error.value)
@@ -162,7 +202,7 @@ def test_what_is_no_part(text: str, message: str) -> None:
         parse_selector(text)
 
 
-# --- the shorthand ---------------------------------------------------------------------------------------------------
+# --- the shorthand --------------------------------------------------------------------------------
 
 
 def test_the_shorthand_has_the_16_of_the_paper_and_cls_alone() -> None:
@@ -170,7 +210,8 @@ def test_the_shorthand_has_the_16_of_the_paper_and_cls_alone() -> None:
     assert len(names) == len(set(names)) == 36
     assert sum("c" not in name for name in names) == 16
     for name in names:
-        image, text = name[1:3], name[5:7]
+        image = name[1:3]
+        text = name[5:7]
         maths = f"V_{image[0]}^{image[1]} T_{text[0]}^{text[1]}"
         assert shorthand_rules(maths) == shorthand_rules(name)
         assert require_shorthand(maths) == name
@@ -179,16 +220,25 @@ def test_the_shorthand_has_the_16_of_the_paper_and_cls_alone() -> None:
 
 def test_what_the_shorthand_trains() -> None:
     for name in (n for n in shorthand_names() if "c" not in n):
-        image, text = small_vit(), small_bert()
+        image = small_vit()
+        text = small_bert()
         freeze_towers([(image, nn.Identity()), (text, nn.Identity())], TowersSpec(freezing=name))
         state = {
-            "V": (image.module.cls_token, image.module.patch_embed.proj.weight, image.module.pos_embed),
+            "V": (
+                image.module.cls_token,
+                image.module.patch_embed.proj.weight,
+                image.module.pos_embed,
+            ),
             "V blocks": (image.module.blocks[0].attn.qkv.weight, image.module.norm.weight),
-            "T": (text.module.embeddings.word_embeddings.weight, text.module.embeddings.position_embeddings.weight),
+            "T": (
+                text.module.embeddings.word_embeddings.weight,
+                text.module.embeddings.position_embeddings.weight,
+            ),
             "T blocks": (text.module.encoder.layer[2].output.dense.weight,),
         }
         found = ["u" if p.requires_grad else "f" for group in state.values() for p in group]
-        (v_low, v_up), (t_low, t_up) = name[1:3], name[5:7]
+        v_low, v_up = name[1:3]
+        t_low, t_up = name[5:7]
         assert found == [*v_low * 3, *v_up * 2, *t_low * 2, t_up], name
 
 
@@ -207,36 +257,51 @@ def test_may_train_tells_what_can_be_cached() -> None:
     assert not spec("text.norms", "head").may_train("image")
 
 
-# --- CLS alone -------------------------------------------------------------------------------------------------------
+# --- CLS alone ------------------------------------------------------------------------------------
 
 
 def test_cls_alone_trains_two_vectors() -> None:
     image, text = shapes_only("base")
-    matches = freeze_towers([(image, nn.Identity()), (text, nn.Identity())], TowersSpec(freezing="Vcf-Tcf"))
+    matches = freeze_towers(
+        [(image, nn.Identity()), (text, nn.Identity())],
+        TowersSpec(freezing="Vcf-Tcf"),
+    )
     assert count_trained(matches) == 2 * 768
-    shapes = [tuple(p.shape) for tower in (image, text) for p in tower.parameters() if p.requires_grad]
+    shapes = [
+        tuple(p.shape) for tower in (image, text) for p in tower.parameters() if p.requires_grad
+    ]
     assert shapes == [(1, 1, 768), (768,)]
 
 
 def test_training_cls_alone_moves_the_cls_row_and_nothing_else() -> None:
-    tower, (ids, mask) = small_bert(), sentences()
+    tower = small_bert()
+    ids, mask = sentences()
     before = {name: p.detach().clone() for name, p in tower.module.named_parameters()}
     matches = freeze(tower, TowersSpec(freezing="Vff-Tcf"))
-    optimiser = torch.optim.AdamW([p for p, _ in trained_parameters(tower, nn.Identity(), matches)], lr=0.1)
+    optimiser = torch.optim.AdamW(
+        [p for p, _ in trained_parameters(tower, nn.Identity(), matches)],
+        lr=0.1,
+    )
     tower(ids, mask).square().sum().backward()
     optimiser.step()
-    assert sum(value.numel() for state in optimiser.state.values() for value in state.values()) == 2 * 16 + 1
+    assert (
+        sum(value.numel() for state in optimiser.state.values() for value in state.values())
+        == 2 * 16 + 1
+    )
     assert tower.module.embeddings.word_embeddings.weight.grad is None
     tower.join_cls()
     after = dict(tower.module.named_parameters())
     changed = {name for name, old in before.items() if not torch.equal(old, after[name])}
     assert changed == {"embeddings.word_embeddings.weight"}
-    rows = (before["embeddings.word_embeddings.weight"] != after["embeddings.word_embeddings.weight"]).any(1)
+    rows = (
+        before["embeddings.word_embeddings.weight"] != after["embeddings.word_embeddings.weight"]
+    ).any(1)
     assert rows.nonzero().flatten().tolist() == [2]
 
 
 def test_the_table_without_its_cls_row() -> None:
-    tower, (ids, mask) = small_bert(), sentences()
+    tower = small_bert()
+    ids, mask = sentences()
     matches = freeze(tower, spec(frozen("text.cls"), "text.token_embedding"))
     assert count_trained(matches) == 59 * 16
     tower(ids, mask).square().sum().backward()
@@ -255,7 +320,7 @@ def test_rules_can_be_changed_again() -> None:
     assert tower.module.embeddings.word_embeddings.weight.requires_grad
 
 
-# --- cuts ------------------------------------------------------------------------------------------------------------
+# --- cuts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +328,12 @@ def test_rules_can_be_changed_again() -> None:
     [
         ("Vff-Tff", (), "pooled", "nothing within the tower trains"),
         ("Vuf-Tff", (), None, "the 3 frozen blocks above still have to be run"),
-        ("Vcf-Tff", (), None, "cls at the very bottom trains.*gradient goes back through all of them"),
+        (
+            "Vcf-Tff",
+            (),
+            None,
+            "cls at the very bottom trains.*gradient goes back through all of them",
+        ),
         ("Vuu-Tff", (), None, "every activation changes"),
         ("Vff-Tff", ("image.blocks",), None, "training begins in the first block"),
         ("Vff-Tff", ("image.blocks[-2:]",), 1, "training begins in block 1"),
@@ -294,11 +364,12 @@ def test_nothing_below_the_cut_gets_a_gradient() -> None:
         torch.testing.assert_close(cut[name], gradient)
 
 
-# --- the published counts --------------------------------------------------------------------------------------------
+# --- the published counts -------------------------------------------------------------------------
 
 
 def lilt(size: str, row: str, *settings: str) -> tuple[int, int]:
-    """(trained, all) of a recipe's model: two towers, their heads, a temperature that always trains."""
+    """(trained, all) of a recipe's model: two towers, their heads, a temperature that always
+    trains."""
     recipe = load_recipe(f"lilt-{row}", settings)
     sides = shapes_only(size)
     with torch.device("meta"):
@@ -342,17 +413,23 @@ def test_lilt_variants_to_the_digit() -> None:
     only_biases = 'towers.rules=[{part = "adapters"}, {part = "biases"}]'
     assert lilt("base", "j", only_biases) == (14_800_641, 209_331_969)
     assert lilt("base", "m", "towers.rules=[]") == (86_238_465, 195_130_113)
-    assert lilt("base", "n") == (393_729 + 108_891_648 + 14_175_744, 209_305_857)  # our reading of the open row
+    assert lilt("base", "n") == (
+        393_729 + 108_891_648 + 14_175_744,
+        209_305_857,
+    )  # our reading of the open row
 
 
 @pytest.mark.parametrize("pattern", ["a", "b"])
 def test_patterns_unlock_the_same_number_of_norms_of_blocks(pattern: str) -> None:
-    outside = {"a": 2 * 2 * 768, "b": 0}[pattern]  # the image tower's final norm, the text embeddings' norm
+    outside = {"a": 2 * 2 * 768, "b": 0}[
+        pattern
+    ]  # the image tower's final norm, the text embeddings' norm
     assert lilt("base", f"pattern-{pattern}")[0] == 393_729 + 2 * 6 * 2 * 2 * 768 + outside
 
 
 @pytest.mark.parametrize(
-    ("size", "row", "trained"), [("large", "i", 51_180_033), ("large", "g", 25_920_001), ("tiny", "g", 736_449)]
+    ("size", "row", "trained"),
+    [("large", "i", 51_180_033), ("large", "g", 25_920_001), ("tiny", "g", 736_449)],
 )
 def test_lilt_in_other_sizes(size: str, row: str, trained: int) -> None:
     assert lilt(size, row)[0] == trained
@@ -370,7 +447,11 @@ def test_one_layerwise_adapter_and_all_of_them() -> None:
 BASE: dict[str, tuple[Any, Any, int]] = {
     "bert": (hf.BertModel, hf.BertConfig(), 23_440_896),
     "mbert": (hf.BertModel, hf.BertConfig(vocab_size=119_547), 91_812_096),
-    "roberta": (hf.RobertaModel, hf.RobertaConfig(vocab_size=50_265, max_position_embeddings=514), 38_603_520),
+    "roberta": (
+        hf.RobertaModel,
+        hf.RobertaConfig(vocab_size=50_265, max_position_embeddings=514),
+        38_603_520,
+    ),
     "t5": (
         hf.T5EncoderModel,
         hf.T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
@@ -383,7 +464,12 @@ BASE: dict[str, tuple[Any, Any, int]] = {
 def test_the_token_tables(name: str) -> None:
     model, config, count = BASE[name]
     with torch.device("meta"):
-        tower = build_tower(model(config), "text", "mean", None if name == "t5" else 0)
+        tower = build_tower(
+            model(config),
+            modality="text",
+            pooling="mean",
+            cls_id=None if name == "t5" else 0,
+        )
     rows = spec("text.token_embedding", *(() if name == "t5" else ("text.cls",)))
     assert count_trained(freeze(tower, rows)) == count
     if name == "t5":

@@ -1,4 +1,5 @@
-"""The shared encoder: what it is made of, what it learns of, and that it trains, goes on and is served like others."""
+"""The shared encoder: what it is made of, what it learns of, and that it trains, goes on and is
+served like others."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,21 +50,35 @@ def small(*settings: str, n: int = 3, dim: int = 5) -> tuple[EncoderModel, torch
     torch.manual_seed(0)
     teacher = torch.randn(n, dim)
     recipe = load_recipe("shared-encoder", [*SMALL, *settings])
-    return build_shared([small_vit(), small_bert()], recipe, CPU, Teacher(dim, teacher)), teacher
+    return build_shared(
+        [small_vit(), small_bert()],
+        recipe=recipe,
+        device=CPU,
+        teacher=Teacher(dim=dim, features=teacher),
+    ), teacher
 
 
-# --- what it is ------------------------------------------------------------------------------------------------------
+# --- what it is -----------------------------------------------------------------------------------
 
 
 def test_the_published_count_117_million() -> None:
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
         bert = hf.BertModel(hf.BertConfig(), add_pooling_layer=False)
-    towers = [build_tower(vit, "image", "cls"), build_tower(bert, "text", "cls", 101)]
+    towers = [
+        build_tower(vit, "image", "cls"),
+        build_tower(bert, modality="text", pooling="cls", cls_id=101),
+    ]
     recipe = load_recipe("shared-encoder", ["distillation.bank=0"])
     with torch.device("meta"):
-        model = build_shared(towers, recipe, torch.device("meta"), Teacher(768))
-    image, text = 742_656 + 6 * 7_087_872, 23_837_184 + 6 * 7_087_872
+        model = build_shared(
+            towers,
+            recipe=recipe,
+            device=torch.device("meta"),
+            teacher=Teacher(dim=768),
+        )
+    image = 742_656 + 6 * 7_087_872
+    text = 23_837_184 + 6 * 7_087_872
     shared = 7_087_872 + 2 * 768 + 2 * 768 + 768  # block, its layer scales, types and their scale
     assert model.n_trained == image + text + shared + (2 * 768 + 768 * 768 + 768) + 2 == 117_318_146
 
@@ -72,8 +87,13 @@ def test_the_layers_are_shared_and_trained_blocks_end_where_they_should() -> Non
     model, _ = small()
     assert model.image.layers is model.text.layers  # type: ignore[union-attr]
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {"image.tower.module.blocks.1.norm1.weight", "text.tower.module.encoder.layer.0.output.dense.bias"} <= names
-    assert not any("blocks.2" in name or "layer.1." in name for name in dict(model.named_parameters()))
+    assert {
+        "image.tower.module.blocks.1.norm1.weight",
+        "text.tower.module.encoder.layer.0.output.dense.bias",
+    } <= names
+    assert not any(
+        "blocks.2" in name or "layer.1." in name for name in dict(model.named_parameters())
+    )
     assert "image.tower.module.norm.weight" not in names
     rows = range(3)
     model.loss(model.image.outputs(pictures(3)), model.text.outputs(*sentences()), rows).backward()
@@ -88,17 +108,31 @@ def test_both_points_are_those_of_a_block_written_down_by_hand() -> None:
     with torch.no_grad():
         block.scale1.uniform_(0.1, 1)
         x = model.text.tower.run_to(1, ids, mask) + layers.types[1] * layers.type_scale  # type: ignore[union-attr]
-        q, k, v = block.qkv(F.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias, 1e-6)).chunk(3, -1)
+        q, k, v = block.qkv(
+            F.layer_norm(x, (16,), block.norm1.weight, block.norm1.bias, 1e-6)
+        ).chunk(3, -1)
         heads = []
         for head in (slice(0, 8), slice(8, 16)):
             scores = q[..., head] @ k[..., head].transpose(1, 2) / 8**0.5
-            heads.append(scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1) @ v[..., head])
+            heads.append(
+                scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1) @ v[..., head]
+            )
         x = x + block.scale1 * block.project(torch.cat(heads, -1))
         inner = block.up(F.layer_norm(x, (16,), block.norm2.weight, block.norm2.bias, 1e-6))
         output = x + block.scale2 * block.down(F.gelu(inner))
         found = model.text.outputs(ids, mask)
-    torch.testing.assert_close(found, torch.cat([inner[:, 0], output[:, 0]], -1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model.text(ids, mask), F.normalize(output[:, 0], dim=-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        found,
+        torch.cat([inner[:, 0], output[:, 0]], -1),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    torch.testing.assert_close(
+        model.text(ids, mask),
+        F.normalize(output[:, 0], dim=-1),
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_it_starts_as_published() -> None:
@@ -112,7 +146,7 @@ def test_it_starts_as_published() -> None:
     assert model.temperature.scale().item() == pytest.approx(1 / 0.07)
 
 
-# --- what it learns of -----------------------------------------------------------------------------------------------
+# --- what it learns of ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["contrastive", "mse", "classes"])
@@ -123,11 +157,21 @@ def test_the_loss_is_the_mean_of_two_contrasts_plus_the_distillation(kind: str) 
     assert distillation is not None
     if kind == "classes":
         distillation.teacher = teacher.softmax(-1)
-    image, text, rows = torch.randn(3, 80), torch.randn(3, 80), [2, 0, 1]
+    image = torch.randn(3, 80)
+    text = torch.randn(3, 80)
+    rows = [2, 0, 1]
     with torch.no_grad():
         model.shared.inner.log_scale.fill_(1.0)
-        inner = info_nce(F.normalize(image[:, :64], dim=-1), F.normalize(text[:, :64], dim=-1), torch.e)
-        outer = info_nce(F.normalize(image[:, 64:], dim=-1), F.normalize(text[:, 64:], dim=-1), 1 / 0.07)
+        inner = info_nce(
+            F.normalize(image[:, :64], dim=-1),
+            F.normalize(text[:, :64], dim=-1),
+            torch.e,
+        )
+        outer = info_nce(
+            F.normalize(image[:, 64:], dim=-1),
+            F.normalize(text[:, 64:], dim=-1),
+            1 / 0.07,
+        )
         students = [distillation.project(distillation.norm(side[:, 64:])) for side in (image, text)]
         mine = teacher[rows]
         if kind == "contrastive":
@@ -162,14 +206,19 @@ def test_what_cannot_be_shared() -> None:
         ([small_vit(), small_t5()], ["towers.text_pooling=mean"], "no CLS token"),
     ):
         with pytest.raises(RecipeError, match=message):
-            build_shared(towers, load_recipe("shared-encoder", [*SMALL, *settings]), CPU, Teacher(5))
+            build_shared(
+                towers,
+                recipe=load_recipe("shared-encoder", [*SMALL, *settings]),
+                device=CPU,
+                teacher=Teacher(dim=5),
+            )
     with pytest.raises(RecipeError, match=r"set towers\.freezing to Vuu-Tuu"):
         load_recipe("shared-encoder", ["towers.freezing=Vff-Tuu"])
     with pytest.raises(RecipeError, match="distillation teaches a shared encoder"):
         load_recipe("clip", ["distillation.kind=mse"])
 
 
-# --- training it -----------------------------------------------------------------------------------------------------
+# --- training it ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -184,26 +233,50 @@ def narrow_text_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_text_enco
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, narrow_text_encoder: Path) -> Any:
-    """24 images; the store has the CLS before the final norm, and the encoder's own pooled features."""
+def data(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+    narrow_text_encoder: Path,
+) -> Any:
+    """24 images; the store has the CLS before the final norm, and the encoder's own pooled
+    features."""
     folder = tmp_path_factory.mktemp("shared-data")
     table = make_shapes(folder / "shapes", copies=2)
     own = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     text = parse_encoder(f"hf:{narrow_text_encoder}", "text")
     images = (replace(own, pooling="cls", layer=-1), own)
     extract(open_pairs(table), folder / "store", ExtractSpec(images, (text,), device="cpu"))
-    media = FolderMedia(table.parent)
+    media = FolderMedia(root=table.parent)
     return FeatureStore.open(folder / "store"), lambda key: load_image(key, media).image, own
 
 
 TEACHER = "distillation.teacher=tiny-vit-cls-layer-1"
-SHORT = (*SMALL[:2], "distillation.bank=16", "schedule.batch_size=8", "schedule.warmup=0", "optimiser.lr=2e-3")
+SHORT = (
+    *SMALL[:2],
+    "distillation.bank=16",
+    "schedule.batch_size=8",
+    "schedule.warmup=0",
+    "optimiser.lr=2e-3",
+)
 
 
-def fit(data: Any, recipe: Recipe, out: Path, progress: Any = None, **settings: Any) -> FitEncoderReport:
+def fit(
+    data: Any,
+    recipe: Recipe,
+    out: Path,
+    progress: Any = None,
+    **settings: Any,
+) -> FitEncoderReport:
     store, open_image, own = data
     spec = FitEncoderSpec(image=own, splits=SplitSpec(dev="val"), device="cpu", **settings)
-    return fit_encoder(store, recipe, out, spec, open_image, progress or (lambda _: None))
+    return fit_encoder(
+        store,
+        recipe=recipe,
+        out=out,
+        spec=spec,
+        open_image=open_image,
+        progress=progress or (lambda _: None),
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,14 +288,22 @@ def fit(data: Any, recipe: Recipe, out: Path, progress: Any = None, **settings: 
     ],
 )
 def test_it_learns_and_is_served_as_it_was_measured(
-    name: str, settings: tuple[str, ...], data: Any, tmp_path: Path
+    name: str,
+    settings: tuple[str, ...],
+    data: Any,
+    tmp_path: Path,
 ) -> None:
     losses: list[float] = []
     recipe = load_recipe(name, [*SHORT, *settings, "schedule.epochs=12"])
-    report = fit(data, recipe, tmp_path / "run", lambda line: losses.append(line["loss"]))
+    report = fit(
+        data,
+        recipe=recipe,
+        out=tmp_path / "run",
+        progress=lambda line: losses.append(line["loss"]),
+    )
     assert losses[-1] < 0.85 * losses[1]
     assert report.cached == ()
-    found = embed_store(load_run(tmp_path / "run"), data[0], "val", data[1])
+    found = embed_store(load_run(tmp_path / "run"), store=data[0], split="val", open_image=data[1])
     assert retrieval_report(found.image, found.text, found.image_of_text) == report.dev
     assert not any(".bank." in name for name in read_tensors(tmp_path / "run" / WEIGHTS)[0])
 
@@ -239,11 +320,30 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
             raise StoppedError
 
     losses: list[float] = []
-    fit(data, recipe, tmp_path / "whole", lambda line: losses.append(line["loss"]), slice_size=3)
+    fit(
+        data,
+        recipe=recipe,
+        out=tmp_path / "whole",
+        progress=lambda line: losses.append(line["loss"]),
+        slice_size=3,
+    )
     with pytest.raises(StoppedError):
-        fit(data, recipe, tmp_path / "broken", stop, slice_size=3, save_seconds=0)
+        fit(
+            data,
+            recipe=recipe,
+            out=tmp_path / "broken",
+            progress=stop,
+            slice_size=3,
+            save_seconds=0,
+        )
     after: list[float] = []
-    fit(data, recipe, tmp_path / "broken", lambda line: after.append(line["loss"]), slice_size=3)
+    fit(
+        data,
+        recipe=recipe,
+        out=tmp_path / "broken",
+        progress=lambda line: after.append(line["loss"]),
+        slice_size=3,
+    )
     assert after == losses[1:]  # the last checkpoint was within the first epoch
     whole, broken = (read_tensors(tmp_path / run / WEIGHTS)[0] for run in ("whole", "broken"))
     assert whole.keys() == broken.keys()
@@ -267,14 +367,21 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
     ],
 )
 def test_a_teacher_that_is_not_there_is_named(
-    settings: list[str], error: type[Exception], message: str, data: Any, tmp_path: Path
+    settings: list[str],
+    error: type[Exception],
+    message: str,
+    data: Any,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error, match=message):
         fit(data, load_recipe("shared-encoder", [*SHORT, *settings]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_supervised_teacher_gives_the_distribution_of_its_whole_model(data: Any, tiny_image_encoder: Path) -> None:
+def test_a_supervised_teacher_gives_the_distribution_of_its_whole_model(
+    data: Any,
+    tiny_image_encoder: Path,
+) -> None:
     store, open_image, _ = data
     recipe = load_recipe("see-hear-read", ["distillation.teacher=tiny-vit"])
     teacher = open_teacher(store, recipe, CPU)

@@ -1,4 +1,5 @@
-"""`apecache recipes` and `apecache plan` say the same of every recipe; every name is listed and suggested."""
+"""`apecache recipes` and `apecache plan` say the same of every recipe; every name is listed and
+suggested."""
 
 import json
 
@@ -15,10 +16,16 @@ from apecache.plan import counting, counting_shared
 from apecache.plan.counting import PlanSpec
 from apecache.plan.needs import LIVE, TRAINS, count_needs, needs_of_sides
 from apecache.plan.plan import count_model
-from apecache.recipes.recipe import count_parameters, freeze_names, load_recipe, tower_zoo_names, zoo_names
+from apecache.recipes.recipe import (
+    count_parameters,
+    freeze_names,
+    load_recipe,
+    tower_zoo_names,
+    zoo_names,
+)
 
 ALL = [*zoo_names(), *tower_zoo_names(), *freeze_names()]
-SPEC = PlanSpec(10)
+SPEC = PlanSpec(rows=10)
 runner = CliRunner()
 
 
@@ -38,16 +45,29 @@ def test_recipes_and_plan_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     image, text = deep_towers()
     if needs.n_trained is None:
         with pytest.raises(RecipeError, match="depends on the teacher"):
-            count_model(recipe, lambda: image, lambda: text, SPEC)
+            count_model(recipe, image=lambda: image, text=lambda: text, spec=SPEC)
         return
-    model = count_model(recipe, lambda: image, lambda: text, SPEC)
+    model = count_model(recipe, image=lambda: image, text=lambda: text, spec=SPEC)
     assert needs.n_trained == model.n_trained
     listed = needs_of_sides(recipe)
-    sides = zip((needs.image, needs.text), model.sides, (recipe.image, recipe.text), ("image", "text"), strict=True)
+    sides = zip(
+        (needs.image, needs.text),
+        model.sides,
+        (recipe.image, recipe.text),
+        ("image", "text"),
+        strict=True,
+    )
     for said, side, head, modality in sides:
-        expected = {None: LIVE, "pooled": head.cut}.get(side.cut, f"tokens after {side.cut} of 12 blocks")
+        expected = {None: LIVE, "pooled": head.cut}.get(
+            side.cut,
+            f"tokens after {side.cut} of 12 blocks",
+        )
         assert said == expected
-        of_side = listed if ";" not in listed else dict(part.split(": ") for part in listed.split("; "))[modality]
+        of_side = (
+            listed
+            if ";" not in listed
+            else dict(part.split(": ") for part in listed.split("; "))[modality]
+        )
         assert (of_side == TRAINS) == (side.cut != "pooled")
     if recipe.trains_heads_alone:
         assert needs.n_trained == count_parameters(recipe, image.output_dim, text.output_dim)
@@ -56,8 +76,9 @@ def test_recipes_and_plan_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["sharelock", "cca", "asif"])
 def test_heads_with_batch_norm_and_closed_forms_are_planned(name: str) -> None:
     with torch.device("meta"):
-        image, text = small_vit(depth=1), small_bert(num_hidden_layers=1)
-    model = count_model(load_recipe(name), lambda: image, lambda: text, SPEC)
+        image = small_vit(depth=1)
+        text = small_bert(num_hidden_layers=1)
+    model = count_model(load_recipe(name), image=lambda: image, text=lambda: text, spec=SPEC)
     assert model.n_trained == count_parameters(load_recipe(name), 16, 16)
 
 
@@ -67,7 +88,12 @@ def test_a_named_recipe_is_counted_with_the_reference_encoders() -> None:
     (row,) = json.loads(result.stdout)["recipes"]
     recipe = load_recipe("lilt-i")
     pooling = (recipe.towers.image_pooling, recipe.towers.text_pooling)
-    model = count_model(recipe, lambda: reference_towers(*pooling)[0], lambda: reference_towers(*pooling)[1], SPEC)
+    model = count_model(
+        recipe,
+        image=lambda: reference_towers(*pooling)[0],
+        text=lambda: reference_towers(*pooling)[1],
+        spec=SPEC,
+    )
     assert row["n_trained_parameters"] == model.n_trained
     assert row["counted_with"] == "timm:vit_base_patch16_224 and hf:bert-base-uncased"
     assert [side.cut for side in model.sides] == [None, None]
@@ -75,7 +101,8 @@ def test_a_named_recipe_is_counted_with_the_reference_encoders() -> None:
 
 
 def test_the_reference_encoders_have_their_published_sizes() -> None:
-    """ViT-B/16 without its classifier 85.8 M (Dosovitskiy et al. 2021), BERT-base without its pooler 108.9 M."""
+    """ViT-B/16 without its classifier 85.8 M (Dosovitskiy et al. 2021), BERT-base without its
+    pooler 108.9 M."""
     image, text = reference_towers()
     counts = [sum(p.numel() for p in tower.parameters()) for tower in (image, text)]
     assert counts == [85_798_656, 108_891_648]

@@ -1,4 +1,5 @@
-"""The planner: operations against closed formulas, bytes against what a pass really keeps, cuts, costs, the command."""
+"""The planner: operations against closed formulas, bytes against what a pass really keeps, cuts,
+costs, the command."""
 
 import json
 from dataclasses import replace
@@ -29,10 +30,14 @@ from apecache.plan.plan import Plan, plan
 from apecache.recipes.recipe import load_recipe
 from apecache.recipes.sections import AdapterSpec
 
-BERT_FLOPS, VIT_FLOPS = 12 * block_flops(768, 32), 12 * block_flops(768, 257) + 2 * 256 * 768 * 768
-SMALL = {"image": 3 * block_flops(16, 17) + 2 * 16 * 48 * 16, "text": 3 * block_flops(16, 32, expansion=2)}
+BERT_FLOPS = 12 * block_flops(768, 32)
+VIT_FLOPS = 12 * block_flops(768, 257) + 2 * 256 * 768 * 768
+SMALL = {
+    "image": 3 * block_flops(16, 17) + 2 * 16 * 48 * 16,
+    "text": 3 * block_flops(16, 32, expansion=2),
+}
 CPU = torch.device("cpu")
-UNIT = Device("unit", 1e6, None, "made up")
+UNIT = Device(name="unit", flops=1e6, memory_bytes=None, source="made up")
 
 
 def on_meta(make: Any, **settings: Any) -> Tower:
@@ -44,23 +49,29 @@ def make_plan(recipe: str, *settings: str, device: Device = UNIT, **options: Any
     options = {"rows": 100, "captions": 5, **options}
     return plan(
         load_recipe(recipe, settings),
-        partial(on_meta, small_vit),
-        partial(on_meta, small_bert),
-        PlanSpec(**options),
-        device,
+        image=partial(on_meta, small_vit),
+        text=partial(on_meta, small_bert),
+        spec=PlanSpec(**options),
+        device=device,
     )
 
 
 def base_plan(recipe: str, *settings: str, **options: Any) -> Plan:
     towers = (lambda: shapes_only("base")[0], lambda: shapes_only("base")[1])
-    return plan(load_recipe(recipe, settings), *towers, PlanSpec(**{"rows": 1000, **options}), find_device("H100"))
+    return plan(
+        load_recipe(recipe, settings),
+        *towers,
+        PlanSpec(**{"rows": 1000, **options}),
+        find_device("H100"),
+    )
 
 
-# --- operations ------------------------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------
 
 
 def test_forward_operations_of_base_towers_are_those_of_the_formulas() -> None:
-    """Of ViT-B/16 at 256 px 46.39 GFLOP (23.20 G multiplications and additions), of BERT-base at 32 tokens 5.47."""
+    """Of ViT-B/16 at 256 px 46.39 GFLOP (23.20 G multiplications and additions), of BERT-base at 32
+    tokens 5.47."""
     found = base_plan("projection")
     assert (found.image.below_flops, found.text.below_flops) == (VIT_FLOPS, BERT_FLOPS)
     assert (found.image.live_flops, found.text.live_flops) == (0, 0)
@@ -74,13 +85,18 @@ def test_a_backward_pass_costs_twice_the_forward_pass() -> None:
 
 
 def test_frozen_blocks_above_trained_embeddings_cost_all_but_their_own_gradients() -> None:
-    found, matrices = make_plan("freeze/Vuf-Tuu").image, 3 * 2 * 17 * 12 * 16**2
+    found = make_plan("freeze/Vuf-Tuu").image
+    matrices = 3 * 2 * 17 * 12 * 16**2
     assert found.live_flops == make_plan("clip").image.live_flops - matrices
     assert (found.cut, found.below_flops, found.cache_bytes) == (None, 0, 0)
 
 
 def test_above_a_cut_only_what_lies_there_is_run() -> None:
-    found = make_plan("clip", "towers.freezing=Vff-Tff", 'towers.rules=[{part = "image.blocks[-1:]"}]').image
+    found = make_plan(
+        "clip",
+        "towers.freezing=Vff-Tff",
+        'towers.rules=[{part = "image.blocks[-1:]"}]',
+    ).image
     assert found.cut == 2
     assert found.below_flops == 2 * block_flops(16, 17) + 2 * 16 * 48 * 16
     assert found.live_flops == 3 * block_flops(16, 17)
@@ -89,7 +105,8 @@ def test_above_a_cut_only_what_lies_there_is_run() -> None:
 
 @pytest.mark.parametrize("recipe", ["token-anchors", "freeze-align", "sail", "structure"])
 def test_heads_on_tokens_are_counted_on_the_tokens_that_are_cached(recipe: str) -> None:
-    found, heads = make_plan(recipe), load_recipe(recipe)
+    found = make_plan(recipe)
+    heads = load_recipe(recipe)
     for side, spec, flops, n in (
         (found.image, heads.image, SMALL["image"], 17),
         (found.text, heads.text, SMALL["text"], 32),
@@ -102,7 +119,9 @@ def test_heads_on_tokens_are_counted_on_the_tokens_that_are_cached(recipe: str) 
 
 
 def test_checkpointing_runs_every_block_once_more() -> None:
-    kept, again = (make_plan("clip", f"towers.checkpointing={value}") for value in ("false", "true"))
+    kept, again = (
+        make_plan("clip", f"towers.checkpointing={value}") for value in ("false", "true")
+    )
     assert again.text.live_flops == kept.text.live_flops + SMALL["text"]
     assert again.text.saved_bytes < 0.5 * kept.text.saved_bytes
 
@@ -115,14 +134,16 @@ def test_layerwise_adapters_cost_what_they_are() -> None:
     assert found - plain == 100 * (17 + 32) * adapters
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [small_vit, small_bert, small_t5])
 def test_kept_activations_are_those_of_a_real_pass(make: Any) -> None:
     """Within the CPU's fused attention, which keeps less than the plain one that is counted."""
     tower: Tower = make()
-    inputs, mask = (pictures(1), None) if tower.modality == "image" else (t[:1] for t in sentences())
+    inputs, mask = (
+        (pictures(1), None) if tower.modality == "image" else (t[:1] for t in sentences())
+    )
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,7 +165,9 @@ def test_peak_memory_is_the_sum_of_its_parts() -> None:
     found = make_plan("clip")
     logits = 3 * 4 * 100**2
     trained = found.n_parameters - 1
-    held = 20 * trained + 20  # weights, gradients, two moments, the best weights; the temperature too
+    held = (
+        20 * trained + 20
+    )  # weights, gradients, two moments, the best weights; the temperature too
     per_pair = (found.full.peak_bytes - held - logits) / 100
     assert found.planned == found.without_cache == found.full
     assert per_pair > found.image.saved_bytes + found.text.saved_bytes
@@ -159,7 +182,7 @@ def test_a_cached_tower_is_not_in_memory() -> None:
     assert difference == 4 * found.image.n_parameters
 
 
-# --- cuts and costs --------------------------------------------------------------------------------------------------
+# --- cuts and costs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,7 +204,11 @@ def test_a_cached_tower_is_not_in_memory() -> None:
     ],
 )
 def test_the_cuts_of_the_papers(recipe: str, image: Any, text: Any, path: str) -> None:
-    settings = ["towers.rules=[{part = 'image.norms[2:]'}, {part = 'text.norms[:2]'}]"] if "pattern" in recipe else []
+    settings = (
+        ["towers.rules=[{part = 'image.norms[2:]'}, {part = 'text.norms[:2]'}]"]
+        if "pattern" in recipe
+        else []
+    )
     image = 2 if "pattern" in recipe else image
     found = make_plan(recipe, *settings)
     assert (found.image.cut, found.text.cut, found.path) == (image, text, path)
@@ -190,11 +217,19 @@ def test_the_cuts_of_the_papers(recipe: str, image: Any, text: Any, path: str) -
 def test_frozen_blocks_above_trained_embeddings_are_explained() -> None:
     found = make_plan("freeze/Vuf-Tuf")
     for side in (found.image, found.text):
-        assert "nothing can be cached: the 3 frozen blocks above still have to be run" in side.reason
+        assert (
+            "nothing can be cached: the 3 frozen blocks above still have to be run" in side.reason
+        )
 
 
 def test_costs_are_once_and_steps_over_the_rate() -> None:
-    found = make_plan("lit", "schedule.epochs=3", "schedule.batch_size=30", price=36.0, utilisation=0.5)
+    found = make_plan(
+        "lit",
+        "schedule.epochs=3",
+        "schedule.batch_size=30",
+        price=36.0,
+        utilisation=0.5,
+    )
     assert (found.n_steps, found.batch_size) == (9, 30)
     for cost in (found.planned, found.without_cache, found.full):
         assert cost.total_flops == cost.once_flops + 9 * cost.step_flops
@@ -221,7 +256,8 @@ def test_parts_add_up() -> None:
     assert parts["adapter"] == (6 * (2 * 16 * 4 + 20),) * 2
     assert found.n_trained == found.image.n_trained + found.text.n_trained + 1
     image, text = (tower.parts() for tower in (on_meta(small_vit), on_meta(small_bert)))
-    heads, adapters = 2 * (16 * 256 + 256), 12 * (2 * 16 * 4 + 20)
+    heads = 2 * (16 * 256 + 256)
+    adapters = 12 * (2 * 16 * 4 + 20)
     assert found.n_parameters == sum(part.count for part in image + text) + heads + adapters + 1
 
 
@@ -234,32 +270,53 @@ def test_a_recipe_that_does_not_fit_is_refused() -> None:
         make_plan("clip", rows=0)
 
 
-# --- a shared encoder ------------------------------------------------------------------------------------------------
+# --- a shared encoder -----------------------------------------------------------------------------
 
-SHARED = ("shared.image_blocks=2", "shared.text_blocks=1", "distillation.bank=50", "schedule.batch_size=10")
+SHARED = (
+    "shared.image_blocks=2",
+    "shared.text_blocks=1",
+    "distillation.bank=50",
+    "schedule.batch_size=10",
+)
 
 
 def test_a_shared_encoder_is_counted_as_it_is_built() -> None:
     found = make_plan("shared-encoder", *SHARED)
-    built = build_shared([small_vit(), small_bert()], load_recipe("shared-encoder", SHARED), CPU, Teacher(16))
+    built = build_shared(
+        [small_vit(), small_bert()],
+        recipe=load_recipe("shared-encoder", SHARED),
+        device=CPU,
+        teacher=Teacher(dim=16),
+    )
     assert found.n_trained == found.n_parameters == built.n_trained
     assert ("temperatures", 2, 2) in found.common
     assert (found.image.cut, found.text.cut, found.path) == (None, None, "fit-encoder")
     assert "nothing can be cached" in found.image.reason
     base = base_plan("shared-encoder")
-    assert base.n_trained == 117_318_146 + 256 * 768 - 196 * 768  # the published count, at 256 pixels
+    assert (
+        base.n_trained == 117_318_146 + 256 * 768 - 196 * 768
+    )  # the published count, at 256 pixels
 
 
 def test_a_shared_encoder_costs_its_blocks_its_losses_and_its_teacher_once() -> None:
-    teacher = count_teacher(on_meta(small_vit), PlanSpec(1))
+    teacher = count_teacher(on_meta(small_vit), PlanSpec(rows=1))
     find = partial(
-        plan, load_recipe("shared-encoder", SHARED), partial(on_meta, small_vit), partial(on_meta, small_bert)
+        plan,
+        load_recipe("shared-encoder", SHARED),
+        partial(on_meta, small_vit),
+        partial(on_meta, small_bert),
     )
-    found, alone = (find(PlanSpec(100, 5), UNIT, taught) for taught in (lambda: teacher, None))
-    blocks = {"image": 3 * block_flops(16, 17), "text": block_flops(16, 32, expansion=2) + block_flops(16, 32)}
+    found, alone = (
+        find(PlanSpec(rows=100, captions=5), UNIT, taught) for taught in (lambda: teacher, None)
+    )
+    blocks = {
+        "image": 3 * block_flops(16, 17),
+        "text": block_flops(16, 32, expansion=2) + block_flops(16, 32),
+    }
     patches = 2 * 16 * 48 * 16
     items = 3 * blocks["image"] + 2 * patches + 3 * blocks["text"]
-    contrast, distil = 3 * 2 * 10**2 * (4 + 1) * 16, 2 * (6 * 10 * 16 * 16 + 4 * 10 * 60 * 16)
+    contrast = 3 * 2 * 10**2 * (4 + 1) * 16
+    distil = 2 * (6 * 10 * 16 * 16 + 4 * 10 * 60 * 16)
     assert alone.planned.step_flops == 10 * items + contrast + distil
     assert (alone.planned.once_flops, alone.teacher_bytes) == (0, 100 * 16 * 2)
     assert found.planned.once_flops == 100 * SMALL["image"]
@@ -272,7 +329,7 @@ def test_see_hear_read_learns_of_classes_and_says_what_it_needs(tiny_image_encod
     with pytest.raises(RecipeError, match="depends on the teacher; give --teacher"):
         make_plan("see-hear-read", *SHARED[:2])
     spec = parse_encoder(f"timm:{tiny_image_encoder}", "image")
-    taught = count_teacher(shape_tower(spec), PlanSpec(1), count_classes(spec))
+    taught = count_teacher(shape_tower(spec), PlanSpec(rows=1), count_classes(spec))
     assert taught.dim == 3
     with pytest.raises(EncoderError, match="timm: encoders only"):
         count_classes(replace(spec, library="hf"))
@@ -283,17 +340,23 @@ def test_activations_and_operations_are_those_of_a_real_step(name: str) -> None:
     settings = SHARED if name == "shared-encoder" else SHARED[:2]
     recipe = load_recipe(name, settings)
     torch.manual_seed(0)
-    model = build_shared([small_vit(), small_bert()], recipe, CPU, Teacher(5, torch.randn(2, 5).softmax(-1)))
-    (ids, mask), rows = sentences(2), [0, 1]
+    model = build_shared(
+        [small_vit(), small_bert()],
+        recipe=recipe,
+        device=CPU,
+        teacher=Teacher(dim=5, features=torch.randn(2, 5).softmax(-1)),
+    )
+    ids, mask = sentences(2)
+    rows = [0, 1]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model.image.outputs(pictures(2)), model.text.outputs(ids, mask), rows).backward()
     towers = (partial(on_meta, small_vit), partial(on_meta, small_bert))
-    spec = PlanSpec(2, tokens=ids.shape[1])
-    counted = plan(recipe, *towers, spec, UNIT, lambda: Taught(5)).without_cache.step_flops
+    spec = PlanSpec(rows=2, tokens=ids.shape[1])
+    counted = plan(recipe, *towers, spec, UNIT, lambda: Taught(dim=5)).without_cache.step_flops
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
+# --- devices --------------------------------------------------------------------------------------
 
 
 def test_every_device_has_a_source_and_is_found_by_name() -> None:
@@ -310,20 +373,34 @@ def test_this_machine_is_measured() -> None:
     assert found.source.startswith("measured on this")
 
 
-# --- shapes without weights, and the command -------------------------------------------------------------------------
+# --- shapes without weights, and the command ------------------------------------------------------
 
 
-def test_shapes_are_those_of_the_encoders(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
+def test_shapes_are_those_of_the_encoders(
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+) -> None:
     from apecache.encoders.load import load_image_encoder, load_text_encoder
     from apecache.encoders.tower import tower_of
 
-    specs = parse_encoder(f"timm:{tiny_image_encoder}", "image"), parse_encoder(f"hf:{tiny_text_encoder}", "text")
-    loaded = tower_of(load_image_encoder(specs[0], "cpu")), tower_of(load_text_encoder(specs[1], "cpu"))
+    specs = (
+        parse_encoder(f"timm:{tiny_image_encoder}", "image"),
+        parse_encoder(f"hf:{tiny_text_encoder}", "text"),
+    )
+    loaded = (
+        tower_of(load_image_encoder(specs[0], "cpu")),
+        tower_of(load_text_encoder(specs[1], "cpu")),
+    )
     for spec, tower in zip(specs, loaded, strict=True):
         shape = shape_tower(spec)
         assert all(parameter.is_meta for parameter in shape.parameters())
-        assert [(p.name, p.count) for p in shape.parts()] == [(p.name, p.count) for p in tower.parts()]
-        assert (shape.output_dim, shape.pooling == "default") == (tower.output_dim, spec.library == "timm")
+        assert [(p.name, p.count) for p in shape.parts()] == [
+            (p.name, p.count) for p in tower.parts()
+        ]
+        assert (shape.output_dim, shape.pooling == "default") == (
+            tower.output_dim,
+            spec.library == "timm",
+        )
     assert loaded[0].image_size == (32, 32)
 
 
@@ -354,11 +431,30 @@ def test_the_command(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
         "--text",
         f"hf:{tiny_text_encoder}",
     ]
-    arguments += ["--rows", "1000", "--captions", "5", "--tokens", "12", "--device", "H100", "--price", "2"]
+    arguments += [
+        "--rows",
+        "1000",
+        "--captions",
+        "5",
+        "--tokens",
+        "12",
+        "--device",
+        "H100",
+        "--price",
+        "2",
+    ]
     runner = CliRunner()
     found = json.loads(runner.invoke(app, [*arguments, "--json"], catch_exceptions=False).output)
-    assert (found["image"]["cut"], found["text"]["cut"], found["path"]) == ("pooled", None, "fit-encoder")
-    assert found["planned"]["total_flops"] < found["without_cache"]["total_flops"] < found["full"]["total_flops"]
+    assert (found["image"]["cut"], found["text"]["cut"], found["path"]) == (
+        "pooled",
+        None,
+        "fit-encoder",
+    )
+    assert (
+        found["planned"]["total_flops"]
+        < found["without_cache"]["total_flops"]
+        < found["full"]["total_flops"]
+    )
     shown = runner.invoke(app, arguments, catch_exceptions=False).output
     for words in (
         "of 320,609 parameters train",
@@ -372,7 +468,14 @@ def test_the_command(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
 
 
 def test_the_command_compares_recipes(tiny_image_encoder: Path, tiny_text_encoder: Path) -> None:
-    encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}", "--device", "H100"]
+    encoders = [
+        "--image",
+        f"timm:{tiny_image_encoder}",
+        "--text",
+        f"hf:{tiny_text_encoder}",
+        "--device",
+        "H100",
+    ]
     arguments = [
         "plan",
         "--recipe",
@@ -388,7 +491,9 @@ def test_the_command_compares_recipes(tiny_image_encoder: Path, tiny_text_encode
         "12",
     ]
     runner = CliRunner()
-    plans = json.loads(runner.invoke(app, [*arguments, "--json"], catch_exceptions=False).output)["plans"]
+    plans = json.loads(runner.invoke(app, [*arguments, "--json"], catch_exceptions=False).output)[
+        "plans"
+    ]
     assert [found["recipe"] for found in plans] == ["lit", "clip"]
     assert plans[0]["n_trained"] < plans[1]["n_trained"]
     shown = runner.invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200"}).output
@@ -405,9 +510,16 @@ def test_the_command_compares_recipes(tiny_image_encoder: Path, tiny_text_encode
     ],
 )
 def test_the_command_refuses_in_one_line(
-    changed: dict[str, str], message: str, tiny_image_encoder: Path, tiny_text_encoder: Path
+    changed: dict[str, str],
+    message: str,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
 ) -> None:
-    given = {"--recipe": "lit", "--image": f"timm:{tiny_image_encoder}", "--text": f"hf:{tiny_text_encoder}"}
+    given = {
+        "--recipe": "lit",
+        "--image": f"timm:{tiny_image_encoder}",
+        "--text": f"hf:{tiny_text_encoder}",
+    }
     given |= {"--rows": "10", "--device": "H100", **changed}
     result = CliRunner().invoke(app, ["plan", *(word for pair in given.items() for word in pair)])
     assert result.exit_code in (2, 3)
@@ -416,6 +528,15 @@ def test_the_command_refuses_in_one_line(
 
 
 def test_a_side_says_its_sums() -> None:
-    side = SidePlan("text", (("a", 1, 2), ("b", 3, 4)), None, "", 0, 0, 0, 0)
+    side = SidePlan(
+        side="text",
+        parts=(("a", 1, 2), ("b", 3, 4)),
+        cut=None,
+        reason="",
+        cache_bytes=0,
+        below_flops=0,
+        live_flops=0,
+        saved_bytes=0,
+    )
     assert (side.n_trained, side.n_parameters) == (4, 6)
     assert isinstance(build_tower(on_meta(small_t5).module, "text"), Tower)

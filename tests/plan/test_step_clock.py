@@ -1,4 +1,5 @@
-"""The clock of plans: what it runs, how it extrapolates, and that a fit then takes about as long."""
+"""The clock of plans: what it runs, how it extrapolates, and that a fit then takes about as
+long."""
 
 import time
 from collections.abc import Iterator
@@ -21,14 +22,20 @@ from apecache.plan import step_clock
 from apecache.plan.counting import PlanSpec
 from apecache.plan.devices import Device
 from apecache.plan.plan import Cuts, Plan, plan
-from apecache.plan.step_clock import MadeUpTexts, StepClock, made_up_images, made_up_lengths, made_up_texts
+from apecache.plan.step_clock import (
+    MadeUpTexts,
+    StepClock,
+    made_up_images,
+    made_up_lengths,
+    made_up_texts,
+)
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.encoder_fit import EncoderFit
 from apecache.train.live import CachedInputs, ImageInputs, TokenInputs
 from apecache.train.loop import Training
 
-UNIT = Device("here", 1e9, None, "made up")
-SPEC = PlanSpec(40, captions=2, tokens=12)
+UNIT = Device(name="here", flops=1e9, memory_bytes=None, source="made up")
+SPEC = PlanSpec(rows=40, captions=2, tokens=12)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +48,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def specs(tiny_image_encoder: Path, tiny_text_encoder: Path) -> tuple[EncoderSpec, EncoderSpec]:
-    image, text = parse_encoder(f"timm:{tiny_image_encoder}", "image"), parse_encoder(f"hf:{tiny_text_encoder}", "text")
+    image = parse_encoder(f"timm:{tiny_image_encoder}", "image")
+    text = parse_encoder(f"hf:{tiny_text_encoder}", "text")
     return replace(image, pooling="cls"), replace(text, pooling="cls")
 
 
@@ -71,14 +79,23 @@ def plan_of(recipe: Recipe, specs: Any, spec: PlanSpec = SPEC, clock: Any = None
     return plan(recipe, *(partial(shape_tower, one) for one in specs), spec, UNIT, None, clock)
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 
 def test_seconds_are_what_the_clock_says_and_the_rest_is_counted(specs: Any) -> None:
     clock = Steady()
-    found = plan_of(recipe_of("lit"), specs, replace(SPEC, price=3600.0, utilisation=0.5), clock)
+    found = plan_of(
+        recipe_of("lit"),
+        specs=specs,
+        spec=replace(SPEC, price=3600.0, utilisation=0.5),
+        clock=clock,
+    )
     counted = plan_of(recipe_of("lit"), specs, replace(SPEC, price=3600.0, utilisation=0.5))
-    assert clock.asked == [("step", (None, None)), ("step", ("pooled", None)), ("once", ("pooled", None))]
+    assert clock.asked == [
+        ("step", (None, None)),
+        ("step", ("pooled", None)),
+        ("once", ("pooled", None)),
+    ]
     assert (found.planned.once_seconds, found.planned.step_seconds) == (2 * 40 * 0.25, 2 * 2.0)
     assert found.planned.seconds == found.planned.money == 20 + found.n_steps * 4
     assert (found.without_cache.once_seconds, found.without_cache.step_seconds) == (0.0, 6.0)
@@ -88,14 +105,16 @@ def test_seconds_are_what_the_clock_says_and_the_rest_is_counted(specs: Any) -> 
     assert replace(found.planned, **plain) == replace(counted.planned, **plain)
 
 
-def test_one_step_is_timed_where_nothing_is_cached_and_none_where_nothing_trains(specs: Any) -> None:
+def test_one_step_is_timed_where_nothing_is_cached_and_none_where_nothing_trains(
+    specs: Any,
+) -> None:
     clock = Steady()
     plan_of(recipe_of("clip", "augmentation={}"), specs, clock=clock)
     assert clock.asked == [("step", (None, None)), ("once", (None, None))]
     assert plan_of(load_recipe("procrustes"), specs, clock=Steady()).planned.step_seconds < 1e-3
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+# --- what is run ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,9 +127,16 @@ def test_one_step_is_timed_where_nothing_is_cached_and_none_where_nothing_trains
         ("lilt-h", [], (None, None), (ImageInputs, MadeUpTexts)),
     ],
 )
-def test_the_step_is_the_fits_own(name: str, settings: list[str], cuts: Any, kinds: Any, specs: Any) -> None:
+def test_the_step_is_the_fits_own(
+    name: str,
+    settings: list[str],
+    cuts: Any,
+    kinds: Any,
+    specs: Any,
+) -> None:
     recipe = recipe_of(name, *settings)
-    clock = StepClock(recipe, *specs, SPEC)
+    image, text = specs
+    clock = StepClock(recipe=recipe, image=image, text=text, spec=SPEC)
     fit, pairs = clock._fit(cuts, 8, False)
     assert isinstance(fit, EncoderFit)
     assert tuple(map(type, fit.inputs)) == kinds
@@ -122,18 +148,48 @@ def test_the_step_is_the_fits_own(name: str, settings: list[str], cuts: Any, kin
 
 
 def test_heads_alone_are_timed_as_fit_head_trains_them(specs: Any) -> None:
-    clock = StepClock(recipe_of("projection", "loss.captions=2"), *specs, SPEC)
+    image, text = specs
+    clock = StepClock(
+        recipe=recipe_of("projection", "loss.captions=2"),
+        image=image,
+        text=text,
+        spec=SPEC,
+    )
     fit, pairs = clock._fit(("pooled", "pooled"), 8, False)
     assert isinstance(fit, Training)
     assert (pairs.image.shape, pairs.text.shape) == ((8, 64), (16, 32))
     assert 0 < clock.step(("pooled", "pooled")) < clock.step((None, None))
 
 
-def test_slices_accumulation_and_a_shared_encoder_are_run(specs: Any, tiny_text_encoder: Path) -> None:
-    plain = StepClock(recipe_of("lit"), *specs, replace(SPEC, tokens=16), clock=time.process_time)
-    sliced = StepClock(recipe_of("lit"), *specs, replace(SPEC, slice_size=2), clock=time.process_time)
+def test_slices_accumulation_and_a_shared_encoder_are_run(
+    specs: Any,
+    tiny_text_encoder: Path,
+) -> None:
+    image, text = specs
+    plain = StepClock(
+        recipe=recipe_of("lit"),
+        image=image,
+        text=text,
+        spec=replace(SPEC, tokens=16),
+        clock=time.process_time,
+    )
+    image_value, text_value = specs
+    sliced = StepClock(
+        recipe=recipe_of("lit"),
+        image=image_value,
+        text=text_value,
+        spec=replace(SPEC, slice_size=2),
+        clock=time.process_time,
+    )
     assert sliced._fit(("pooled", None), 8, False)[0].spec.slice_size == 2  # type: ignore[attr-defined]
-    often = StepClock(recipe_of("lit", "schedule.accumulate=4"), *specs, SPEC, clock=time.process_time)
+    image_4, text_4 = specs
+    often = StepClock(
+        recipe=recipe_of("lit", "schedule.accumulate=4"),
+        image=image_4,
+        text=text_4,
+        spec=SPEC,
+        clock=time.process_time,
+    )
     assert often.step(("pooled", None)) > 1.5 * plain.step(("pooled", None))
     assert plain.once(("pooled", None)) > 0
     assert plain.once((None, None)) == 0
@@ -148,14 +204,26 @@ def test_larger_batches_are_extrapolated(specs: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(StepClock, "_seconds", seconds)
     big = load_recipe("lit", ["schedule.batch_size=1000"])
-    assert StepClock(big, *specs, PlanSpec(5000)).step((None, None)) == pytest.approx(10.1)
+    image, text = specs
+    assert StepClock(recipe=big, image=image, text=text, spec=PlanSpec(rows=5000)).step(
+        (None, None)
+    ) == pytest.approx(10.1)
     assert asked == [(16, True), (32, True), (64, True)]
     asked.clear()
-    assert StepClock(recipe_of("lit"), *specs, PlanSpec(5000)).step((None, None)) == pytest.approx(0.18)
+    image_value, text_value = specs
+    assert StepClock(
+        recipe=recipe_of("lit"),
+        image=image_value,
+        text=text_value,
+        spec=PlanSpec(rows=5000),
+    ).step((None, None)) == pytest.approx(0.18)
     assert asked == [(8, False)]
 
 
-def test_a_device_that_is_full_ends_the_doubling(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_full_ends_the_doubling(
+    specs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def seconds(self: StepClock, cuts: Cuts, n: int, is_part: bool) -> float:
         if n > 16:
             raise torch.OutOfMemoryError("full")
@@ -163,10 +231,13 @@ def test_a_device_that_is_full_ends_the_doubling(specs: Any, monkeypatch: pytest
 
     monkeypatch.setattr(StepClock, "_seconds", seconds)
     big = load_recipe("lit", ["schedule.batch_size=64"])
-    assert StepClock(big, *specs, PlanSpec(100)).step((None, None)) == pytest.approx(0.32)
+    image, text = specs
+    assert StepClock(recipe=big, image=image, text=text, spec=PlanSpec(rows=100)).step(
+        (None, None)
+    ) == pytest.approx(0.32)
 
 
-# --- made-up inputs --------------------------------------------------------------------------------------------------
+# --- made-up inputs -------------------------------------------------------------------------------
 
 
 def test_made_up_inputs_are_like_real_ones(specs: Any) -> None:
@@ -187,27 +258,61 @@ def test_preprocessing_without_weights_is_that_of_the_encoder(specs: Any) -> Non
 
 
 def test_a_folder_of_images_is_what_is_decoded(
-    specs: Any, shapes_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    specs: Any,
+    shapes_once: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = StepClock(recipe_of("lit"), *specs, SPEC, sample=shapes_once.parent)
+    image, text = specs
+    clock = StepClock(
+        recipe=recipe_of("lit"),
+        image=image,
+        text=text,
+        spec=SPEC,
+        sample=shapes_once.parent,
+    )
     assert len(clock._sampled()) == 12
     assert clock.step((None, None)) > 0
+    image_value, text_value = specs
     with pytest.raises(OptionError, match="has no images"):
-        StepClock(recipe_of("lit"), *specs, SPEC, sample=tmp_path).step((None, None))
+        StepClock(
+            recipe=recipe_of("lit"),
+            image=image_value,
+            text=text_value,
+            spec=SPEC,
+            sample=tmp_path,
+        ).step((None, None))
     assert step_clock.N_SAMPLES == 16
 
 
 def test_the_command_runs_here(specs: Any, shapes_once: Path) -> None:
-    encoders = ["--image", f"timm:{specs[0].name}", "--text", f"hf:{specs[1].name}", "--rows", "20", "--tokens", "8"]
+    encoders = [
+        "--image",
+        f"timm:{specs[0].name}",
+        "--text",
+        f"hf:{specs[1].name}",
+        "--rows",
+        "20",
+        "--tokens",
+        "8",
+    ]
     short = ["--set", "schedule.batch_size=4", "--sample", str(shapes_once.parent)]
-    result = CliRunner().invoke(app, ["plan", "--recipe", "lit", *encoders, *short], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app,
+        ["plan", "--recipe", "lit", *encoders, *short],
+        catch_exceptions=False,
+    )
     assert result.exit_code == 0, result.output
-    refused = CliRunner().invoke(app, ["plan", "--recipe", "lit", *encoders, *short, "--device", "H100"])
+    refused = CliRunner().invoke(
+        app,
+        ["plan", "--recipe", "lit", *encoders, *short, "--device", "H100"],
+    )
     assert (refused.exit_code, "leave it out" in refused.output) == (2, True)
 
 
 def test_heads_on_tokens_are_timed_on_tokens(specs: Any) -> None:
-    clock = StepClock(recipe_of("token-anchors"), *specs, SPEC)
+    image, text = specs
+    clock = StepClock(recipe=recipe_of("token-anchors"), image=image, text=text, spec=SPEC)
     fit, pairs = clock._fit(("pooled", "pooled"), 8, False)
     assert (pairs.image.shape[0], pairs.image.ndim, pairs.text.shape[1]) == (8, 3, 12)
     assert clock.step(("pooled", "pooled")) > 0

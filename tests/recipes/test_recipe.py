@@ -42,7 +42,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-# --- the zoo ---------------------------------------------------------------------------------------------------------
+# --- the zoo --------------------------------------------------------------------------------------
 
 
 def test_the_zoo_lists_every_file_in_its_folder() -> None:
@@ -52,7 +52,9 @@ def test_the_zoo_lists_every_file_in_its_folder() -> None:
 
 
 @pytest.mark.parametrize("name", zoo_names())
-def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_encoders(name: str) -> None:
+def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_encoders(
+    name: str,
+) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe.source) > 50
@@ -60,23 +62,38 @@ def test_every_recipe_of_the_zoo_loads_says_its_source_and_fits_the_default_enco
     n_parameters = count_parameters(recipe, 1280, 384)
     assert (n_parameters > 1000) == (recipe.schedule.epochs > 0)
     if recipe.init == "random":
-        image, text = build_heads(recipe.image, recipe.text, 1280, 384)
+        image, text = build_heads(recipe.image, text=recipe.text, image_dim=1280, text_dim=384)
         assert image.out_dim == text.out_dim
         trained = sum(p.numel() for head in (image, text) for p in head.parameters())
         assert n_parameters == trained + recipe.loss.learnable + (recipe.loss.kind == "sigmoid")
 
 
 def test_the_zoo_has_the_recipes_of_the_papers() -> None:
-    pooled = {"ape", "projection", "lilt-projection", "sharelock", "fusemix", "sail", "structure", "gated", "whole-set"}
+    pooled = {
+        "ape",
+        "projection",
+        "lilt-projection",
+        "sharelock",
+        "fusemix",
+        "sail",
+        "structure",
+        "gated",
+        "whole-set",
+    }
     closed = {"csa", "asif", "ridge", "procrustes", "cca"}
     cuts = {name: load_recipe(name).cut for name in zoo_names()}
-    assert {name for name, cut in cuts.items() if cut == "tokens"} == {"deep-adapter", "freeze-align", "token-anchors"}
+    assert {name for name, cut in cuts.items() if cut == "tokens"} == {
+        "deep-adapter",
+        "freeze-align",
+        "token-anchors",
+    }
     assert pooled | closed <= {name for name, cut in cuts.items() if cut == "pooled"}
     assert {name for name in cuts if load_recipe(name).schedule.epochs == 0} == closed
 
 
 def test_lilts_recipes_train_as_many_parameters_as_its_table_says() -> None:
-    """The deep adapter's text side has a final norm of its own here (BERT's own last norm stays frozen): 1,536 more."""
+    """The deep adapter's text side has a final norm of its own here (BERT's own last norm stays
+    frozen): 1,536 more."""
     assert count_parameters(load_recipe("lilt-projection"), 768, 768) == 393_729
     assert count_parameters(load_recipe("deep-adapter"), 768, 768) == 14_571_009 + 1_536
 
@@ -87,7 +104,10 @@ def test_lilts_recipes_train_as_many_parameters_as_its_table_says() -> None:
         (["schedule.epochs=0"], "schedule.epochs is 0 and init is random: nothing would be fitted"),
         (["text.kind=dictionary"], "init asif and heads of kind dictionary go together"),
         (["init=asif"], "init asif and heads of kind dictionary go together"),
-        (["text.kind=anchors", "augmentation.mixup=1"], "mixup mixes pooled features; these heads take tokens"),
+        (
+            ["text.kind=anchors", "augmentation.mixup=1"],
+            "mixup mixes pooled features; these heads take tokens",
+        ),
     ],
 )
 def test_parts_that_do_not_work_together_are_refused(settings: list[str], message: str) -> None:
@@ -100,16 +120,23 @@ def test_a_value_of_a_list_is_refused_with_the_nearest_one() -> None:
 
 
 def test_counting_parameters_of_widths_that_do_not_work_is_refused() -> None:
-    with pytest.raises(RecipeError, match="deep-adapter: 100 features cannot be divided among 3 attention heads"):
+    with pytest.raises(
+        RecipeError,
+        match="deep-adapter: 100 features cannot be divided among 3 attention heads",
+    ):
         count_parameters(load_recipe("deep-adapter", ["image.n_heads=3"]), 100, 64)
 
 
 def test_the_tower_zoo_has_the_papers_recipes_under_names_of_their_own() -> None:
     found = sorted(path.name for path in (files("apecache.recipes") / "tower_zoo").iterdir())
     assert [f"{name}.toml" for name in tower_zoo_names()] == found
-    assert {*(f"lilt-{row}" for row in "abcdefghijklmnop"), "lilt-pattern-a", "freeze", "lit", "clip"} <= set(
-        tower_zoo_names()
-    )
+    assert {
+        *(f"lilt-{row}" for row in "abcdefghijklmnop"),
+        "lilt-pattern-a",
+        "freeze",
+        "lit",
+        "clip",
+    } <= set(tower_zoo_names())
     assert not set(tower_zoo_names()) & set(zoo_names())
 
 
@@ -119,7 +146,12 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
     assert recipe.name == name
     assert len(recipe.source) > 50
     assert (recipe.image.standardise, recipe.text.standardise) == (False, False)
-    image, text = build_heads(recipe.image, recipe.text, 768, 768 if recipe.shared else 384)
+    image, text = build_heads(
+        recipe.image,
+        text=recipe.text,
+        image_dim=768,
+        text_dim=768 if recipe.shared else 384,
+    )
     assert image.out_dim == text.out_dim
     assert recipe.trains_towers == (name not in ("lilt-a", "lilt-c"))
     assert recipe.trains_heads_alone == (name == "lilt-c")
@@ -127,7 +159,10 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
 
 def test_pixels_are_distorted_only_where_an_image_tower_trains() -> None:
     assert load_recipe("clip").augmentation.image is None
-    found = load_recipe("clip", ["augmentation.image.scale=[0.2, 1.0]", "augmentation.image.operations=2"])
+    found = load_recipe(
+        "clip",
+        ["augmentation.image.scale=[0.2, 1.0]", "augmentation.image.operations=2"],
+    )
     assert found.augmentation.image is not None
     assert (found.augmentation.image.scale, found.augmentation.image.operations) == ((0.2, 1.0), 2)
     assert "whose image tower trains" in refused("lit", "augmentation.image.operations=2")
@@ -158,7 +193,10 @@ def test_recipes_on_pooled_features_train_no_tower() -> None:
     ("setting", "message"),
     [
         ('towers.rules=[{part = "block"}]', "did you mean blocks"),
-        ('towers.rules=[{parts = "blocks"}]', "unknown key 'towers.rules.0.parts'; there are part, train, lr"),
+        (
+            'towers.rules=[{parts = "blocks"}]',
+            "unknown key 'towers.rules.0.parts'; there are part, train, lr",
+        ),
         ("towers.rule=1", "unknown key 'towers.rule'; there are freezing, rules"),
         ("towers.image_adapter.kinds=deep", "did you mean kind"),
         ("towers.image_adapter.kind=wide", "towers.image_adapter.kind"),
@@ -184,12 +222,18 @@ def test_the_recipe_in_the_readme_is_one() -> None:
     assert count_parameters(recipe, 1280, 384) > 1000
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_and_what_it_leaves_out_has_defaults(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, 'name = "mine"\n[text]\nkind = "mlp"\n[optimiser]\nbetas = [0.8, 0.9]\n'))
-    assert recipe == Recipe(name="mine", text=HeadSpec(kind="mlp"), optimiser=OptimiserSpec(betas=(0.8, 0.9)))
+    recipe = load_recipe(
+        write(tmp_path, 'name = "mine"\n[text]\nkind = "mlp"\n[optimiser]\nbetas = [0.8, 0.9]\n')
+    )
+    assert recipe == Recipe(
+        name="mine",
+        text=HeadSpec(kind="mlp"),
+        optimiser=OptimiserSpec(betas=(0.8, 0.9)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +274,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     assert "did you mean projection, " in message
 
 
-# --- keys and values -------------------------------------------------------------------------------------------------
+# --- keys and values ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,7 +290,11 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
         ("augmentation.nois=1", "'augmentation.nois'", "noise"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_one(setting: str, place: str, hint: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_one(
+    setting: str,
+    place: str,
+    hint: str,
+) -> None:
     message = refused("ape", setting)
     assert f"unknown key {place}; there are " in message
     assert (f"did you mean {hint}" in message) if hint else ("did you mean" not in message)
@@ -295,7 +343,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(setting: str, place: str
         ("name=3", "3"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_with_its_place_and_itself(setting: str, found: str) -> None:
+def test_a_value_of_the_wrong_kind_is_refused_with_its_place_and_itself(
+    setting: str,
+    found: str,
+) -> None:
     message = refused("ape", setting)
     assert message.startswith(f"ape: {setting.split('=')[0]}")
     assert f"(found '{found}')" in message
@@ -313,7 +364,10 @@ def test_a_value_of_the_wrong_kind_is_refused_with_its_place_and_itself(setting:
     ids=str,
 )
 def test_a_temperature_outside_its_bounds_is_refused(loss: dict[str, float]) -> None:
-    with pytest.raises(RecipeError, match="loss: temperature must lie between min_temperature and max_temperature"):
+    with pytest.raises(
+        RecipeError,
+        match="loss: temperature must lie between min_temperature and max_temperature",
+    ):
         parse_recipe({"name": "mine", "loss": loss}, "mine")
 
 
@@ -330,7 +384,7 @@ def test_the_first_faults_of_a_recipe_are_named_together() -> None:
     assert "'colour'" in message
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -346,8 +400,14 @@ def test_the_first_faults_of_a_recipe_are_named_together() -> None:
         ("text.depth=6", "text", "depth", 6),
     ],
 )
-def test_a_setting_replaces_one_value_and_leaves_all_others(setting: str, section: str, key: str, value: Any) -> None:
-    plain, changed = load_recipe("ape").model_dump(), load_recipe("ape", [setting]).model_dump()
+def test_a_setting_replaces_one_value_and_leaves_all_others(
+    setting: str,
+    section: str,
+    key: str,
+    value: Any,
+) -> None:
+    plain = load_recipe("ape").model_dump()
+    changed = load_recipe("ape", [setting]).model_dump()
     assert changed[section].pop(key) == value
     del plain[section][key]
     assert changed == plain
@@ -372,9 +432,15 @@ def test_settings_of_one_call_do_not_stay_for_the_next() -> None:
     assert load_recipe("ape") == before
 
 
-@pytest.mark.parametrize("setting", ["lr", "", "=3", "optimiser..lr=3", ".lr=3", "optimiser.=3", "optimiser.lr"])
+@pytest.mark.parametrize(
+    "setting",
+    ["lr", "", "=3", "optimiser..lr=3", ".lr=3", "optimiser.=3", "optimiser.lr"],
+)
 def test_a_setting_that_is_no_assignment_is_refused_with_an_example(setting: str) -> None:
-    assert f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4" in refused("ape", setting)
+    assert (
+        f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4"
+        in refused("ape", setting)
+    )
 
 
 def test_a_setting_inside_a_plain_value_is_refused() -> None:
@@ -385,7 +451,7 @@ def test_a_setting_nested_without_end_is_refused_and_not_a_crash() -> None:
     assert "optimiser.lr" in refused("ape", "optimiser.lr=" + "[" * 100_000)
 
 
-# --- round trip ------------------------------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 HEADS = st.builds(
     HeadSpec,
@@ -404,7 +470,12 @@ RECIPES = st.builds(
     image=HEADS,
     text=HEADS,
     loss=st.builds(LossSpec, temperature=st.floats(0.01, 0.5), learnable=st.booleans()),
-    optimiser=st.builds(OptimiserSpec, lr=POSITIVE, betas=st.tuples(*[st.floats(0, 0.999)] * 2), clip=POSITIVE),
+    optimiser=st.builds(
+        OptimiserSpec,
+        lr=POSITIVE,
+        betas=st.tuples(*[st.floats(0, 0.999)] * 2),
+        clip=POSITIVE,
+    ),
     schedule=st.builds(ScheduleSpec, epochs=st.integers(1, 10**6), warmup=st.floats(0, 1)),
 )
 

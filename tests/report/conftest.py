@@ -11,7 +11,7 @@ from apecache.report import Page, render_page
 _VOID = {"meta", "img", "br", "hr", "link", "input", "base", "embed"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Element:
     tag: str
     attributes: dict[str, str | None]
@@ -24,7 +24,8 @@ class Element:
 
 
 class Document(HTMLParser):
-    """Every element of a page in document order; an element's text includes that of its descendants."""
+    """Every element of a page in document order; an element's text includes that of its
+    descendants."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -36,7 +37,11 @@ class Document(HTMLParser):
         assert not self._open, f"unclosed: {[element.tag for element in self._open]}"
 
     def all(self, tag: str, css_class: str | None = None) -> list[Element]:
-        return [e for e in self.elements if e.tag == tag and (css_class is None or css_class in e.classes)]
+        return [
+            e
+            for e in self.elements
+            if e.tag == tag and (css_class is None or css_class in e.classes)
+        ]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._add(tag, attrs)
@@ -55,7 +60,7 @@ class Document(HTMLParser):
             element.text += data
 
     def _add(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, dict(attrs))
+        element = Element(tag=tag, attributes=dict(attrs))
         if self._open:
             self._open[-1].children.append(element)
         self.elements.append(element)

@@ -29,7 +29,9 @@ def pixel(image, x, y):
 
 
 def noise(width, height):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 class TestThumbnail:
@@ -46,7 +48,8 @@ class TestThumbnail:
         assert opened(thumbnail(noise(*size), side)).size == expected
 
     @pytest.mark.parametrize(
-        "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
+        "mode",
+        ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"],
     )
     def test_every_mode_becomes_an_rgb_jpeg(self, mode):
         image = opened(thumbnail(Image.new(mode, (20, 10))))
@@ -81,7 +84,14 @@ class TestThumbnail:
         exif = Image.Exif()
         exif[0x010E] = "SECRET-exif"
         xmp = b"<x:xmpmeta>SECRET-xmp</x:xmpmeta>"
-        noise(64, 64).save(buffer, "JPEG", exif=exif, comment=b"SECRET-comment", xmp=xmp, icc_profile=b"SECRET-icc")
+        noise(64, 64).save(
+            buffer,
+            "JPEG",
+            exif=exif,
+            comment=b"SECRET-comment",
+            xmp=xmp,
+            icc_profile=b"SECRET-icc",
+        )
         assert buffer.getvalue().count(b"SECRET") == 4
         source = Image.open(buffer)
         data = decode(thumbnail(source))
@@ -142,35 +152,46 @@ class TestImages:
     @pytest.mark.parametrize("uri", REFUSED)
     def test_only_jpeg_data_uris_are_images(self, uri):
         with pytest.raises(ValueError, match="an image must be"):
-            Result(uri, "caption", 0.5, True)
+            Result(image=uri, text="caption", score=0.5, correct=True)
         with pytest.raises(ValueError, match="an image must be"):
-            Hit(None, uri, (), 1)
+            Hit(query_text=None, query_image=uri, results=(), rank=1)
 
     def test_thumbnails_are_images(self):
-        assert Result(PICTURE, "caption", 0.5, True).image == PICTURE
-        assert Hit(None, PICTURE, (), 1).query_image == PICTURE
+        assert Result(image=PICTURE, text="caption", score=0.5, correct=True).image == PICTURE
+        assert Hit(query_text=None, query_image=PICTURE, results=(), rank=1).query_image == PICTURE
 
     def test_a_query_needs_a_text_or_an_image(self):
         with pytest.raises(ValueError, match="query text"):
-            Hit(None, None, (), 1)
+            Hit(query_text=None, query_image=None, results=(), rank=1)
 
     @pytest.mark.parametrize("rank", [0, -3])
     def test_ranks_start_at_one(self, rank):
         with pytest.raises(ValueError, match="start at 1"):
-            Hit("a cat", None, (), rank)
+            Hit(query_text="a cat", query_image=None, results=(), rank=rank)
 
 
-RIGHT = Result(PICTURE, "a red square", 0.41239, True)
-WRONG = Result(None, "a blue circle", -0.2, False)
+RIGHT = Result(image=PICTURE, text="a red square", score=0.41239, correct=True)
+WRONG = Result(image=None, text="a blue circle", score=-0.2, correct=False)
 
 
 def gallery_page(*items):
-    return Page("Title", galleries=(Gallery("Text to image", "Drawn at random.", items),))
+    return Page(
+        title="Title",
+        galleries=(Gallery(title="Text to image", note="Drawn at random.", items=items),),
+    )
 
 
 class TestGallery:
     def test_right_and_wrong_differ_without_colour(self, parse):
-        shown = parse(gallery_page(Hit("red", None, (WRONG, RIGHT), 2))).all("ol")[0].children
+        shown = (
+            parse(
+                gallery_page(
+                    Hit(query_text="red", query_image=None, results=(WRONG, RIGHT), rank=2)
+                )
+            )
+            .all("ol")[0]
+            .children
+        )
         assert "✗" in shown[0].text
         assert "wrong" in shown[0].text
         assert "✓" in shown[1].text
@@ -187,21 +208,42 @@ class TestGallery:
         ],
     )
     def test_the_query_says_whether_it_was_found(self, parse, results, rank, mark, words):
-        text = parse(gallery_page(Hit("red", None, results, rank))).all("div", "query")[0].text
+        text = (
+            parse(gallery_page(Hit(query_text="red", query_image=None, results=results, rank=rank)))
+            .all("div", "query")[0]
+            .text
+        )
         assert mark in text
         assert words in text
 
     def test_scores_have_three_decimals(self, parse):
-        scores = [p.text for p in parse(gallery_page(Hit("red", None, (RIGHT, WRONG), 1))).all("p", "score")]
+        scores = [
+            p.text
+            for p in parse(
+                gallery_page(
+                    Hit(query_text="red", query_image=None, results=(RIGHT, WRONG), rank=1)
+                )
+            ).all("p", "score")
+        ]
         assert scores[0].endswith("0.412")
         assert scores[1].endswith("-0.200")
 
     def test_images_are_inline_and_have_an_alternative_text(self, parse):
-        images = parse(gallery_page(Hit(None, PICTURE, (RIGHT, WRONG), 1))).all("img")
+        images = parse(
+            gallery_page(Hit(query_text=None, query_image=PICTURE, results=(RIGHT, WRONG), rank=1))
+        ).all("img")
         assert [image.attributes["src"] for image in images] == [PICTURE, PICTURE]
         assert all(image.attributes["alt"] for image in images)
 
     def test_title_note_and_texts_are_shown(self, parse):
-        text = parse(gallery_page(Hit("red thing", None, (RIGHT,), 1))).all("section", "gallery")[0].text
+        text = (
+            parse(
+                gallery_page(
+                    Hit(query_text="red thing", query_image=None, results=(RIGHT,), rank=1)
+                )
+            )
+            .all("section", "gallery")[0]
+            .text
+        )
         for words in ("Text to image", "Drawn at random.", "red thing", "a red square"):
             assert words in text

@@ -1,4 +1,5 @@
-"""What a rendered page promises: inert texts, nothing loaded, readable numbers and charts, whole files."""
+"""What a rendered page promises: inert texts, nothing loaded, readable numbers and charts, whole
+files."""
 
 import math
 import os
@@ -16,7 +17,7 @@ from apecache.report.page import ticks
 
 def chart_page(*curves, marker=None, **changes):
     fields = {"title": "Loss", "x_label": "epoch", "y_label": "loss"} | changes
-    return Page("Title", charts=(Chart(curves=curves, marker=marker, **fields),))
+    return Page(title="Title", charts=(Chart(curves=curves, marker=marker, **fields),))
 
 
 def ordinary_page():
@@ -26,7 +27,8 @@ def ordinary_page():
 class TestTexts:
     @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
     def test_hostile_texts_stay_inert(self, parse, text):
-        document, harmless = parse(page_of(text)), parse(ordinary_page())
+        document = parse(page_of(text))
+        harmless = parse(ordinary_page())
         assert [e.tag for e in document.elements] == [e.tag for e in harmless.elements]
         assert not document.all("script")
         for element, expected in zip(document.elements, harmless.elements, strict=True):
@@ -35,7 +37,8 @@ class TestTexts:
 
     @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
     def test_hostile_texts_are_shown_verbatim(self, parse, text):
-        document, expected = parse(page_of(text)), shown(text)
+        document = parse(page_of(text))
+        expected = shown(text)
         for tag, css_class, count in [
             ("title", None, 2),
             ("h1", None, 1),
@@ -62,7 +65,7 @@ class TestTexts:
         assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", written)
 
     def test_surrogates_become_replacement_characters(self, parse):
-        assert parse(Page("a\ud800b")).all("h1")[0].text == "a\ufffdb"
+        assert parse(Page(title="a\ud800b")).all("h1")[0].text == "a\ufffdb"
 
     def test_directions_are_isolated(self, parse):
         document = parse(page_of("\u202eevil"))
@@ -74,8 +77,13 @@ class TestTexts:
 class TestDocument:
     def test_policy_forbids_everything_but_inline_styles_and_images(self, parse):
         policies = [m for m in parse(ordinary_page()).all("meta") if "http-equiv" in m.attributes]
-        assert [policy.attributes["http-equiv"] for policy in policies] == ["Content-Security-Policy"]
-        assert policies[0].attributes["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        assert [policy.attributes["http-equiv"] for policy in policies] == [
+            "Content-Security-Policy"
+        ]
+        assert (
+            policies[0].attributes["content"]
+            == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        )
 
     def test_policy_comes_before_anything_it_governs(self, parse):
         tags = [element.tag for element in parse(ordinary_page()).elements]
@@ -83,7 +91,20 @@ class TestDocument:
 
     def test_nothing_is_loaded(self, parse):
         document = parse(ordinary_page())
-        loading = {"script", "link", "iframe", "object", "embed", "base", "a", "form", "audio", "video", "use", "image"}
+        loading = {
+            "script",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "a",
+            "form",
+            "audio",
+            "video",
+            "use",
+            "image",
+        }
         assert not loading & {element.tag for element in document.elements}
         for element in document.elements:
             for name, value in element.attributes.items():
@@ -107,14 +128,19 @@ class TestDocument:
             assert query in style
 
     def test_a_bare_page_has_no_empty_parts(self, parse):
-        document = parse(Page("Title"))
+        document = parse(Page(title="Title"))
         for tag in ("table", "svg", "section", "footer", "pre", "p"):
             assert not document.all(tag)
 
     def test_the_templates_are_found_from_any_folder(self, tmp_path):
-        code = "from apecache.report import Page, render_page; render_page(Page('x'))"
+        code = "from apecache.report import Page, render_page; render_page(Page(title='x'))"
         path = os.pathsep.join(sys.path)
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": path})
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            check=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
 
 
 def cells(document, tag="tbody"):
@@ -124,7 +150,12 @@ def cells(document, tag="tbody"):
 class TestTable:
     def table(self, parse, *rows, **options):
         columns = tuple(f"c{i}" for i in range(len(rows[0])))
-        return parse(Page("Title", tables=(Table("Recall", columns, rows, **options),)))
+        return parse(
+            Page(
+                title="Title",
+                tables=(Table(title="Recall", columns=columns, rows=rows, **options),),
+            )
+        )
 
     @pytest.mark.parametrize(
         ("value", "decimals", "text"),
@@ -153,31 +184,47 @@ class TestTable:
             *(False, True, True, False),
             *(False, True, True, True),
         ]
-        assert ["number" in cell.classes for cell in cells(document, "thead")] == [False, True, True, False]
+        assert ["number" in cell.classes for cell in cells(document, "thead")] == [
+            False,
+            True,
+            True,
+            False,
+        ]
         assert re.search(r"\.number \{ text-align: right", document.source)
 
     def test_first_text_column_heads_its_row(self, parse):
-        assert [cell.tag for cell in cells(self.table(parse, ("a", 1), (2, "b")))] == ["th", "td", "td", "td"]
+        assert [cell.tag for cell in cells(self.table(parse, ("a", 1), (2, "b")))] == [
+            "th",
+            "td",
+            "td",
+            "td",
+        ]
 
     def test_wide_tables_scroll_in_a_box_reachable_by_keyboard(self, parse):
         document = self.table(parse, ("a",) * 40)
         box = document.all("div", "scroll")[0]
         assert box.children[0].tag == "table"
         assert box.attributes["tabindex"] == "0"
-        labels = [e for e in document.elements if e.attributes.get("id") == box.attributes["aria-labelledby"]]
+        labels = [
+            e
+            for e in document.elements
+            if e.attributes.get("id") == box.attributes["aria-labelledby"]
+        ]
         assert [label.text for label in labels] == ["Recall"]
 
     def test_a_table_without_rows_is_drawn(self, parse):
-        document = parse(Page("Title", tables=(Table("Recall", ("a", "b"), ()),)))
+        document = parse(
+            Page(title="Title", tables=(Table(title="Recall", columns=("a", "b"), rows=()),))
+        )
         assert [cell.text for cell in cells(document, "thead")] == ["a", "b"]
 
     def test_rows_must_fit_the_columns(self):
         with pytest.raises(ValueError, match="row 2 has 1 cells for 2 columns"):
-            Table("Recall", ("a", "b"), (("x", 1), ("y",)))
+            Table(title="Recall", columns=("a", "b"), rows=(("x", 1), ("y",)))
 
     def test_decimals_must_not_be_negative(self):
         with pytest.raises(ValueError, match="decimals"):
-            Table("Recall", (), (), decimals=-1)
+            Table(title="Recall", columns=(), rows=(), decimals=-1)
 
 
 class TestTicks:
@@ -237,13 +284,13 @@ EPOCHS = tuple((float(x), 2.0 / x) for x in range(1, 11))
 
 class TestChart:
     def test_image_role_and_title(self, parse):
-        svg = svg_of(parse(chart_page(Curve("train", EPOCHS))))
+        svg = svg_of(parse(chart_page(Curve(name="train", points=EPOCHS))))
         assert svg.attributes["role"] == "img"
         assert svg.children[0].tag == "title"
         assert svg.children[0].text == "Loss"
 
     def test_points_lie_where_the_ticks_say(self, parse):
-        document = parse(chart_page(Curve("train", ((0, 0.0), (5, 0.5), (10, 1.0)))))
+        document = parse(chart_page(Curve(name="train", points=((0, 0.0), (5, 0.5), (10, 1.0)))))
         assert labels(document, "x-tick") == ["0", "2", "4", "6", "8", "10"]
         assert labels(document, "y-tick") == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
         xs = [float(t.attributes["x"]) for t in document.all("text", "x-tick")]
@@ -255,14 +302,23 @@ class TestChart:
         assert numbers_in(line) == [number for dot in dots(document) for number in dot]
 
     def test_everything_is_drawn_inside_the_viewbox(self, parse):
-        document = parse(chart_page(Curve("a", EPOCHS), Curve("b", ((-1e5, -4e5), (3, 7e5))), marker=3e5))
+        document = parse(
+            chart_page(
+                Curve(name="a", points=EPOCHS),
+                Curve(name="b", points=((-1e5, -4e5), (3, 7e5))),
+                marker=3e5,
+            )
+        )
         _, _, width, height = numbers_in(svg_of(document).attributes["viewbox"])
         for x, y in dots(document):
             assert 0 < x < width
             assert 0 < y < height
 
     def test_epochs_get_whole_ticks(self, parse):
-        assert labels(parse(chart_page(Curve("a", ((1, 0.2), (2, 0.3), (3, 0.1))))), "x-tick") == ["1", "2", "3"]
+        assert labels(
+            parse(chart_page(Curve(name="a", points=((1, 0.2), (2, 0.3), (3, 0.1))))),
+            "x-tick",
+        ) == ["1", "2", "3"]
 
     @pytest.mark.parametrize(
         ("values", "expected"),
@@ -275,12 +331,15 @@ class TestChart:
         ],
     )
     def test_labels_tell_neighbours_apart(self, parse, values, expected):
-        assert labels(parse(chart_page(Curve("a", tuple(enumerate(values))))), "y-tick") == expected
+        assert (
+            labels(parse(chart_page(Curve(name="a", points=tuple(enumerate(values))))), "y-tick")
+            == expected
+        )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_non_finite_points_leave_a_gap(self, parse, bad):
         points = ((0, 1), (1, 2), (2, bad), (3, 2), (4, 1), (bad, 1))
-        document = parse(chart_page(Curve("a", points)))
+        document = parse(chart_page(Curve(name="a", points=points)))
         assert len(dots(document)) == 4
         assert document.all("path", "line")[-1].attributes["d"].count("M") == 2
         assert not re.search(r"\b(nan|inf)\b", document.source.split("<body>")[1])
@@ -304,7 +363,7 @@ class TestChart:
     )
     @pytest.mark.parametrize("marker", [None, 1, 0.5, math.nan, math.inf, 1e9])
     def test_degenerate_curves_are_drawn(self, parse, points, marker):
-        document = parse(chart_page(Curve("a", points), marker=marker))
+        document = parse(chart_page(Curve(name="a", points=points), marker=marker))
         drawable = [p for p in points if all(math.isfinite(v) and abs(v) <= 1e300 for v in p)]
         assert len(dots(document)) == len(drawable)
         for path in document.all("path"):
@@ -313,13 +372,19 @@ class TestChart:
         assert len(set(ticks_shown)) == len(ticks_shown)
 
     def test_no_curves_or_no_points_say_so(self, parse):
-        for page in (chart_page(), chart_page(Curve("a", ())), chart_page(Curve("a", ((0, math.nan),)), marker=2)):
+        for page in (
+            chart_page(),
+            chart_page(Curve(name="a", points=())),
+            chart_page(Curve(name="a", points=((0, math.nan),)), marker=2),
+        ):
             document = parse(page)
             assert "No finite points" in svg_of(document).text
             assert not svg_of(document).text.count("nan")
 
     def test_marker_is_a_dashed_vertical_line_at_its_x(self, parse):
-        document = parse(chart_page(Curve("a", EPOCHS), marker=4, marker_label="best epoch"))
+        document = parse(
+            chart_page(Curve(name="a", points=EPOCHS), marker=4, marker_label="best epoch")
+        )
         _, line = document.all("path", "marker")
         x_from, y_from, x_to, y_to = numbers_in(line.attributes["d"])
         assert x_from == x_to == dots(document)[3][0]
@@ -328,16 +393,16 @@ class TestChart:
         assert "best epoch: 4" in document.all("ul", "legend")[0].text
 
     def test_marker_beyond_the_points_widens_the_axis(self, parse):
-        document = parse(chart_page(Curve("a", EPOCHS), marker=20))
+        document = parse(chart_page(Curve(name="a", points=EPOCHS), marker=20))
         x = numbers_in(document.all("path", "marker")[1].attributes["d"])[0]
         axis_end = numbers_in(document.all("path", "base")[0].attributes["d"])[2]
         assert max(x for x, _ in dots(document)) < x < axis_end
 
     def test_no_marker_no_line(self, parse):
-        assert not parse(chart_page(Curve("a", EPOCHS))).all("path", "marker")
+        assert not parse(chart_page(Curve(name="a", points=EPOCHS))).all("path", "marker")
 
     def test_legend_key_and_line_agree_and_curves_differ_without_colour(self, parse):
-        curves = [Curve(f"curve {i}", EPOCHS) for i in range(12)]
+        curves = [Curve(name=f"curve {i}", points=EPOCHS) for i in range(12)]
         document = parse(chart_page(*curves))
         legend = document.all("ul", "legend")[0]
         assert [item.text.strip() for item in legend.children] == [curve.name for curve in curves]
@@ -348,9 +413,10 @@ class TestChart:
 
     def test_long_curves_have_no_dots_but_lone_points_do(self, parse):
         points = [(x, math.sin(x)) for x in range(200)]
-        assert not dots(parse(chart_page(Curve("a", tuple(points)))))
-        points[99], points[101] = (99, math.nan), (101, math.nan)
-        assert len(dots(parse(chart_page(Curve("a", tuple(points)))))) == 1
+        assert not dots(parse(chart_page(Curve(name="a", points=tuple(points)))))
+        points[99] = (99, math.nan)
+        points[101] = (101, math.nan)
+        assert len(dots(parse(chart_page(Curve(name="a", points=tuple(points)))))) == 1
 
 
 def contrast(first, second):
@@ -366,7 +432,7 @@ def contrast(first, second):
 class TestColours:
     @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
     def test_texts_and_lines_stand_out_from_the_paper(self, parse, scheme):
-        style = parse(Page("Title")).all("style")[0].text
+        style = parse(Page(title="Title")).all("style")[0].text
         block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
         colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
         for name in ("ink", "quiet", "right", "wrong"):
@@ -377,15 +443,17 @@ class TestColours:
 
 class TestWrite:
     def test_returns_the_path_of_the_rendered_page(self, tmp_path):
-        path = write_page(Page("Tïtle"), str(tmp_path / "report.html"))
+        path = write_page(Page(title="Tïtle"), str(tmp_path / "report.html"))
         assert path == tmp_path / "report.html"
-        assert path.read_bytes() == render_page(Page("Tïtle")).encode()
+        assert path.read_bytes() == render_page(Page(title="Tïtle")).encode()
 
     def test_rendering_is_deterministic(self):
         assert render_page(ordinary_page()) == render_page(ordinary_page())
 
     def test_replaces_in_one_step_from_the_same_folder(self, tmp_path, monkeypatch):
-        path, seen, replace = tmp_path / "report.html", [], os.replace
+        path = tmp_path / "report.html"
+        seen = []
+        replace = os.replace
         path.write_text("earlier")
 
         def watch(source, target):
@@ -393,7 +461,7 @@ class TestWrite:
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", watch)
-        write_page(Page("Title"), path)
+        write_page(Page(title="Title"), path)
         assert seen == [(str(tmp_path), path.stat().st_size, "earlier")]
         assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
@@ -406,15 +474,15 @@ class TestWrite:
 
         monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            write_page(Page("Title"), path)
+            write_page(Page(title="Title"), path)
         assert path.read_text() == "earlier"
         assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
     def test_file_mode_follows_the_umask(self, tmp_path):
         (tmp_path / "plain").write_text("")
-        mode = write_page(Page("Title"), tmp_path / "report.html").stat().st_mode
+        mode = write_page(Page(title="Title"), tmp_path / "report.html").stat().st_mode
         assert mode == (tmp_path / "plain").stat().st_mode
 
     def test_folder_must_exist(self, tmp_path):
         with pytest.raises(FileNotFoundError):
-            write_page(Page("Title"), tmp_path / "missing" / "report.html")
+            write_page(Page(title="Title"), tmp_path / "missing" / "report.html")

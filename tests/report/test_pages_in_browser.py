@@ -1,4 +1,5 @@
-"""The pages in a real browser: hostile texts stay texts and break no layout, the keyboard is enough, nothing is loaded.
+"""The pages in a real browser: hostile texts stay texts and break no layout, the keyboard is
+enough, nothing is loaded.
 
 Skipped where there is no Chromium on the PATH.
 """
@@ -65,24 +66,35 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def captions() -> list[str]:
     """30 hostile captions that a store can keep."""
     kept = [text.replace("alert(1)", "window.hurt=1") for text in HOSTILE]
-    return [text for text in kept if text.strip() and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)][:30]
+    return [
+        text for text in kept if text.strip() and not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
+    ][:30]
 
 
 @pytest.fixture(scope="module")
 def hostile(
-    captions: list[str], tiny_image_encoder: Path, tiny_text_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+    captions: list[str],
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """A folder of images with hostile names and captions, and their store."""
     folder = tmp_path_factory.mktemp("hostile")
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as table:
         for number, caption in enumerate(captions):
             name = NAMES[number % len(NAMES)] if number < len(NAMES) else f"{number}.png"
-            draw_shape(("red", "blue", "green")[number % 3], ("circle", "square")[number % 2]).rotate(number).save(
-                folder / name
-            )
+            draw_shape(
+                ("red", "blue", "green")[number % 3],
+                ("circle", "square")[number % 2],
+            ).rotate(number).save(folder / name)
             split = "val" if number % 2 else "train"
             table.write(json.dumps({"image": name, "caption": caption, "split": split}) + "\n")
-    extract_tiny(folder / "pairs.jsonl", folder / "store", tiny_image_encoder, tiny_text_encoder)
+    extract_tiny(
+        folder / "pairs.jsonl",
+        store=folder / "store",
+        image=tiny_image_encoder,
+        text=tiny_text_encoder,
+    )
     return folder, folder / "store"
 
 
@@ -93,30 +105,46 @@ def look(window: Browser, url: str, width: int, dark: bool = False) -> None:
     found = json.loads(window.run(SCRIPTS))
     assert found[:3] == [0, 0, "undefined"], url
     assert found[3:] == [0, []], (url, width)
-    entries = [event["params"]["entry"] for event in window.events if event.get("method") == "Log.entryAdded"]
-    told = [entry for entry in entries if entry.get("url") != window.run("location.href")]  # its own status 400 or 404
+    entries = [
+        event["params"]["entry"]
+        for event in window.events
+        if event.get("method") == "Log.entryAdded"
+    ]
+    told = [
+        entry for entry in entries if entry.get("url") != window.run("location.href")
+    ]  # its own status 400 or 404
     assert not told, told[:3]
 
 
 def requested(window: Browser) -> set[str]:
-    sent = [e["params"]["request"]["url"] for e in window.events if e.get("method") == "Network.requestWillBeSent"]
-    return {url.split(":", 1)[0] if not url.startswith("http") else url.split("/")[2] for url in sent}
+    sent = [
+        e["params"]["request"]["url"]
+        for e in window.events
+        if e.get("method") == "Network.requestWillBeSent"
+    ]
+    return {
+        url.split(":", 1)[0] if not url.startswith("http") else url.split("/")[2] for url in sent
+    }
 
 
-# --- pages in files --------------------------------------------------------------------------------------------------
+# --- pages in files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_place_for_text_keeps_hostile_texts_inert_and_within_the_window(
-    window: Browser, tmp_path: Path, width: int
+    window: Browser,
+    tmp_path: Path,
+    width: int,
 ) -> None:
     texts = [text.replace("alert(1)", "window.hurt=1") for text in HOSTILE]
     parts = [page_of(text) for text in texts]
-    axes = tuple(Axis(text, "choice", (text, None), (text, "b")) for text in texts)
+    axes = tuple(
+        Axis(name=text, kind="choice", values=(text, None), options=(text, "b")) for text in texts
+    )
     whole = Page(
-        texts[0],
+        title=texts[0],
         tables=tuple(table for part in parts for table in part.tables),
-        parallels=(Parallel(texts[1], texts[2], axes, (1.0, 2.0)),),
+        parallels=(Parallel(title=texts[1], note=texts[2], axes=axes, scores=(1.0, 2.0)),),
         charts=tuple(chart for part in parts for chart in part.charts),
         galleries=tuple(gallery for part in parts for gallery in part.galleries),
         notes=tuple(texts),
@@ -128,10 +156,20 @@ def test_every_place_for_text_keeps_hostile_texts_inert_and_within_the_window(
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_report_of_hostile_captions_and_file_names(
-    window: Browser, hostile: tuple[Path, Path], tiny_run: Path, tmp_path: Path, width: int
+    window: Browser,
+    hostile: tuple[Path, Path],
+    tiny_run: Path,
+    tmp_path: Path,
+    width: int,
 ) -> None:
     folder, store = hostile
-    spec = ReportSpec(FeatureStore.open(store), "val", FolderMedia(folder), n_items=20, device="cpu")
+    spec = ReportSpec(
+        FeatureStore.open(store),
+        "val",
+        FolderMedia(root=folder),
+        n_items=20,
+        device="cpu",
+    )
     page = report_page([tiny_run], tmp_path / "report.html", spec)
     look(window, page.as_uri(), width, dark=width == 390)
     assert window.run("document.querySelectorAll('article').length") >= 15
@@ -140,28 +178,69 @@ def test_a_report_of_hostile_captions_and_file_names(
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_sweep_of_hostile_settings(window: Browser, captions: list[str], tmp_path: Path, width: int) -> None:
-    rng, trials = np.random.default_rng(0), []
+def test_a_sweep_of_hostile_settings(
+    window: Browser,
+    captions: list[str],
+    tmp_path: Path,
+    width: int,
+) -> None:
+    rng = np.random.default_rng(0)
+    trials = []
     for number, text in enumerate(captions):
         values = {"recipe": text, "lr": float(10 ** rng.uniform(-4, -1)), text: text}
         score = float(rng.uniform(20, 60))
-        trials.append(Trial(number, text, (text,), values, "done", 9, (score,), score, None, None, ""))
-    trials.append(Trial(99, captions[0], (), {}, "failed", error=captions[1]))
-    dimensions = {"recipe": {"choice": captions}, "lr": {"log": [1e-4, 1e-1]}} | {t: {"choice": [t]} for t in captions}
-    described = {"space": dimensions, "recipes": {text: {} for text in captions}, "sampler": captions[2]}
+        trials.append(
+            Trial(
+                number=number,
+                recipe=text,
+                settings=(text,),
+                values=values,
+                state="done",
+                epochs=9,
+                recalls=(score,),
+                mean=score,
+                low=None,
+                high=None,
+                error="",
+            )
+        )
+    trials.append(
+        Trial(
+            number=99,
+            recipe=captions[0],
+            settings=(),
+            values={},
+            state="failed",
+            error=captions[1],
+        )
+    )
+    dimensions = {"recipe": {"choice": captions}, "lr": {"log": [1e-4, 1e-1]}} | {
+        t: {"choice": [t]} for t in captions
+    }
+    described = {
+        "space": dimensions,
+        "recipes": {text: {} for text in captions},
+        "sampler": captions[2],
+    }
     (tmp_path / "sweep.json").write_text(json.dumps(described))
-    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(vars(trial)) + "\n" for trial in trials))
+    (tmp_path / "trials.jsonl").write_text(
+        "".join(json.dumps(vars(trial)) + "\n" for trial in trials)
+    )
     (tmp_path / "command.txt").write_text(captions[0] * 30)
     look(window, sweep_page(tmp_path).as_uri(), width, dark=width == 1280)
     assert window.run("document.querySelectorAll('path.trial').length") == len(captions)
     assert window.run("document.querySelectorAll('path.best').length") == 1
 
 
-# --- the search page -------------------------------------------------------------------------------------------------
+# --- the search page ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def address(hostile: tuple[Path, Path], tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(
+    hostile: tuple[Path, Path],
+    tiny_run: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
     pytest.importorskip("starlette", reason="the extra serve is not installed")
     from apecache.report.serve import ServeSpec, make_server
 
@@ -180,11 +259,21 @@ def address(hostile: tuple[Path, Path], tiny_run: Path, tmp_path_factory: pytest
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_searching_hostile_captions_and_file_names(
-    window: Browser, address: str, captions: list[str], width: int
+    window: Browser,
+    address: str,
+    captions: list[str],
+    width: int,
 ) -> None:
     from urllib.parse import quote
 
-    for query in ("", "?q=shape&k=30", "?like=0&like=1&k=30&target=captions", "?q=", "?q=a&k=999", "nothing"):
+    for query in (
+        "",
+        "?q=shape&k=30",
+        "?like=0&like=1&k=30&target=captions",
+        "?q=",
+        "?q=a&k=999",
+        "nothing",
+    ):
         look(window, address + query, width, dark="like" in query)
     assert requested(window) == {address.split("/")[2]}
     for caption in captions:
@@ -208,7 +297,9 @@ def test_the_keyboard_is_enough(window: Browser, address: str) -> None:
     seen = []
     for _ in range(16):
         window.press("Tab")
-        seen.append(window.run("document.activeElement.id || document.activeElement.textContent.trim()"))
+        seen.append(
+            window.run("document.activeElement.id || document.activeElement.textContent.trim()")
+        )
         assert window.run("getComputedStyle(document.activeElement).outlineStyle") != "none", seen
     assert seen[0] == "To the results"
     assert [name for name in seen if name in ("q", "image", "not", "target", "k", "Search")][:1]
@@ -223,7 +314,11 @@ def test_the_keyboard_is_enough(window: Browser, address: str) -> None:
     assert window.run("document.querySelectorAll('input[name=like]:checked').length") == 1
 
 
-def test_an_image_that_is_chosen_is_searched_for(window: Browser, address: str, tmp_path: Path) -> None:
+def test_an_image_that_is_chosen_is_searched_for(
+    window: Browser,
+    address: str,
+    tmp_path: Path,
+) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "<script>window.hurt=1<.png")
     window.open(address)
     window.choose_file("#image", tmp_path / "<script>window.hurt=1<.png")
@@ -236,7 +331,11 @@ def test_an_image_that_is_chosen_is_searched_for(window: Browser, address: str, 
     assert json.loads(window.run(SCRIPTS))[:3] == [0, 0, "undefined"]
 
 
-def test_what_cannot_be_answered_is_told_and_leaves_the_form(window: Browser, address: str, tmp_path: Path) -> None:
+def test_what_cannot_be_answered_is_told_and_leaves_the_form(
+    window: Browser,
+    address: str,
+    tmp_path: Path,
+) -> None:
     (tmp_path / "no.png").write_text("no image")
     window.open(address)
     window.choose_file("#image", tmp_path / "no.png")
@@ -247,19 +346,27 @@ def test_what_cannot_be_answered_is_told_and_leaves_the_form(window: Browser, ad
     assert window.run("document.querySelectorAll('form input').length") >= 4
 
 
-def test_everything_that_can_be_used_has_a_name_for_a_screen_reader(window: Browser, address: str) -> None:
+def test_everything_that_can_be_used_has_a_name_for_a_screen_reader(
+    window: Browser,
+    address: str,
+) -> None:
     window.open(f"{address}?q=shape&like=2&k=5")
     told: list[tuple[str, Any]] = window.names()
     used = ("button", "checkbox", "combobox", "link", "searchbox", "spinbutton", "textbox")
     assert not [role for role, name in told if role in used and not name.strip()]
     roles = {role for role, _ in told}
     assert {"main", "search", "status", "searchbox", "spinbutton"} <= roles
-    assert len({name for role, name in told if role == "link" and name.startswith("like this")}) == 5
+    assert (
+        len({name for role, name in told if role == "link" and name.startswith("like this")}) == 5
+    )
 
 
 def test_the_policy_is_what_stops_a_script_if_one_ever_came(window: Browser, address: str) -> None:
     window.open(address)
-    window.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hurt=1'}))")
+    window.run(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: "
+        "'window.hurt=1'}))"
+    )
     assert window.run("typeof window.hurt") == "undefined"
 
 

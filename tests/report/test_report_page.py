@@ -1,4 +1,5 @@
-"""The page of one run or several: its figures are those of the training, its settings those that differ."""
+"""The page of one run or several: its figures are those of the training, its settings those that
+differ."""
 
 import json
 import re
@@ -20,7 +21,13 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, MismatchError, OptionError, RunError
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import load_recipe
-from apecache.report.records import encoder_label, named_paths, read_records, seeds_table, settings_table
+from apecache.report.records import (
+    encoder_label,
+    named_paths,
+    read_records,
+    seeds_table,
+    settings_table,
+)
 from apecache.report.report_page import ReportSpec, dev_images, report_page
 from apecache.runs.ensemble import combine_heads
 from apecache.runs.heads import load_heads, save_heads
@@ -44,9 +51,14 @@ def store(tiny_store: Path) -> FeatureStore:
 def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two seeds of one recipe, and another learning rate."""
     folder = tmp_path_factory.mktemp("several")
-    for name, more, seed in (("first", [], 0), ("second", [], 1), ("faster", ["optimiser.lr=0.01"], 0)):
-        recipe, spec = load_recipe("projection", [*SMALL, *more]), FitSpec(splits=SplitSpec(dev="val"), seed=seed)
-        fit_head(store, recipe, folder / name, spec)
+    for name, more, seed in (
+        ("first", [], 0),
+        ("second", [], 1),
+        ("faster", ["optimiser.lr=0.01"], 0),
+    ):
+        recipe = load_recipe("projection", [*SMALL, *more])
+        spec = FitSpec(splits=SplitSpec(dev="val"), seed=seed)
+        fit_head(store, recipe=recipe, out=folder / name, spec=spec)
     return {name: folder / name for name in ("first", "second", "faster")}
 
 
@@ -56,12 +68,15 @@ class Cells(HTMLParser):
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        self._heading, self._in, self._text = "", "", ""
+        self._heading = ""
+        self._in = ""
+        self._text = ""
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         if tag in ("h2", "th", "td"):
-            self._in, self._text = tag, ""
+            self._in = tag
+            self._text = ""
         if tag == "tr":
             self.tables.setdefault(self._heading, []).append([])
 
@@ -76,10 +91,15 @@ class Cells(HTMLParser):
 
 
 def flat(report: RetrievalReport) -> list[str]:
-    return [f"{value:.1f}" for value in (*report.image_to_text.values(), *report.text_to_image.values())]
+    return [
+        f"{value:.1f}" for value in (*report.image_to_text.values(), *report.text_to_image.values())
+    ]
 
 
-def test_without_a_store_figures_are_those_that_training_chose_by(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_without_a_store_figures_are_those_that_training_chose_by(
+    runs: dict[str, Path],
+    tmp_path: Path,
+) -> None:
     page = Cells(report_page([runs["first"]], tmp_path / "page.html"))
     dev = RetrievalReport.from_json(load_heads(runs["first"]).training["dev"])
     table = page.tables["Retrieval, dev split"]
@@ -92,17 +112,26 @@ def test_without_a_store_figures_are_those_that_training_chose_by(runs: dict[str
 
 @pytest.mark.parametrize("splits", [SplitSpec(dev="val"), SplitSpec(dev_images=2, seed=3)])
 def test_measured_again_on_its_own_dev_images_a_run_has_the_same_figures(
-    splits: SplitSpec, write_store: Any, tmp_path: Path
+    splits: SplitSpec,
+    write_store: Any,
+    tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(0)
     image, text = (rng.standard_normal((n, 12)).astype(np.float32) for n in (30, 60))
     marks = ["val"] * 6 + ["train"] * 24
     store = write_store(tmp_path / "store", image, text, [i // 2 for i in range(60)], marks)
-    fit_head(store, load_recipe("projection", SMALL), tmp_path / "run", FitSpec(splits=splits, device="cpu"))
+    fit_head(
+        store,
+        recipe=load_recipe("projection", SMALL),
+        out=tmp_path / "run",
+        spec=FitSpec(splits=splits, device="cpu"),
+    )
     (record,) = read_records([tmp_path / "run"])
     assert int(dev_images(record, store).sum()) == (6 if splits.dev else 2)
     told, measured = (
-        Cells(report_page([tmp_path / "run"], tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
+        Cells(
+            report_page([tmp_path / "run"], tmp_path / "page.html", ReportSpec(given, device="cpu"))
+        ).tables
         for given in (None, store)
     )
     assert measured["Retrieval, dev split"] == told["Retrieval, dev split"]
@@ -110,9 +139,15 @@ def test_measured_again_on_its_own_dev_images_a_run_has_the_same_figures(
 
 
 def test_a_page_with_a_store_shows_pictures_worst_first(
-    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    tmp_path: Path,
 ) -> None:
-    page = report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, n_items=2, device="cpu"))
+    page = report_page(
+        [runs["first"]],
+        tmp_path / "page.html",
+        ReportSpec(store, n_items=2, device="cpu"),
+    )
     source = page.read_text(encoding="utf-8")
     assert source.index("Drawn at random") < source.index(">Found<")
     assert source.count("data:image/jpeg;base64,") >= 4
@@ -121,9 +156,15 @@ def test_a_page_with_a_store_shows_pictures_worst_first(
 
 
 def test_another_split_is_measured_only_when_asked_for(
-    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    tmp_path: Path,
 ) -> None:
-    page = report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, "train", device="cpu"))
+    page = report_page(
+        [runs["first"]],
+        tmp_path / "page.html",
+        ReportSpec(store, "train", device="cpu"),
+    )
     assert Cells(page).tables["Retrieval, split train"][1][-2:] == ["8", "16"]
     assert "no measure of generalisation" in page.read_text(encoding="utf-8")
 
@@ -150,16 +191,25 @@ def test_runs_of_other_settings_or_one_seed_are_no_group(runs: dict[str, Path]) 
 
 
 def test_seeds_that_agree_have_an_interval_over_images_with_a_store_and_without(
-    runs: dict[str, Path], store: FeatureStore, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    tmp_path: Path,
 ) -> None:
     """Two seeds of one model: a closed form gives the same heads for every seed."""
     copies = []
     for seed in (0, 1):
         recipe = load_recipe("csa", ["closed_form.ridge=[0.1]", "closed_form.rank=[4]"])
-        fit_head(store, recipe, tmp_path / f"seed-{seed}", FitSpec(splits=SplitSpec(dev="val"), seed=seed))
+        fit_head(
+            store,
+            recipe=recipe,
+            out=tmp_path / f"seed-{seed}",
+            spec=FitSpec(splits=SplitSpec(dev="val"), seed=seed),
+        )
         copies.append(tmp_path / f"seed-{seed}")
     for given in (None, store):
-        tables = Cells(report_page(copies, tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
+        tables = Cells(
+            report_page(copies, tmp_path / "page.html", ReportSpec(given, device="cpu"))
+        ).tables
         _, row, chance = tables["Seeds of one recipe"]
         assert chance[0] == "chance"
         assert chance[5] == "25.0"
@@ -169,7 +219,9 @@ def test_seeds_that_agree_have_an_interval_over_images_with_a_store_and_without(
             assert high - low > 20, cell  # four images
 
 
-def test_runs_of_other_encoders_are_no_group_and_each_group_names_its_own(runs: dict[str, Path]) -> None:
+def test_runs_of_other_encoders_are_no_group_and_each_group_names_its_own(
+    runs: dict[str, Path],
+) -> None:
     """Encoders of one name that differ in their digests alone."""
     records = read_records([runs["first"], runs["second"]])
     reports = {record.name: record.dev for record in records if record.dev}
@@ -181,12 +233,18 @@ def test_runs_of_other_encoders_are_no_group_and_each_group_names_its_own(runs: 
         assert seeds_table([records[0], replace(records[1], encoders=digests)], reports) is None
 
 
-@pytest.mark.parametrize("change", [{"pooling": "cls"}, {"layer": 3}, {"resolution": 64}, {"prefix": "query: "}])
+@pytest.mark.parametrize(
+    "change",
+    [{"pooling": "cls"}, {"layer": 3}, {"resolution": 64}, {"prefix": "query: "}],
+)
 def test_the_label_of_an_encoder_tells_its_cut_and_sizes(change: dict[str, Any]) -> None:
     plain = EncoderSpec("hf", "some/model", "image")
     assert encoder_label(plain, "d" * 20) == "hf:some/model"
     (name,) = change
-    assert encoder_label(replace(plain, **change), "d" * 20) == f"hf:some/model ({name} {change[name]})"
+    assert (
+        encoder_label(replace(plain, **change), "d" * 20)
+        == f"hf:some/model ({name} {change[name]})"
+    )
     assert "digest …abcdefgh" in encoder_label(replace(plain, name="/home/me/model"), "0abcdefgh")
 
 
@@ -199,15 +257,29 @@ def test_the_label_of_an_encoder_tells_its_cut_and_sizes(change: dict[str, Any])
         (["run", "prun"], ["run", "prun"]),
     ],
 )
-def test_runs_are_named_by_as_little_of_their_path_as_tells_them_apart(paths: list[str], names: list[str]) -> None:
+def test_runs_are_named_by_as_little_of_their_path_as_tells_them_apart(
+    paths: list[str],
+    names: list[str],
+) -> None:
     assert list(named_paths([Path(path) for path in paths])) == names
 
 
-def test_a_combination_is_measured_on_a_split(runs: dict[str, Path], store: FeatureStore, tmp_path: Path) -> None:
-    save_heads(combine_heads([load_heads(runs["first"]), load_heads(runs["faster"])]), tmp_path / "both")
+def test_a_combination_is_measured_on_a_split(
+    runs: dict[str, Path],
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    save_heads(
+        combine_heads([load_heads(runs["first"]), load_heads(runs["faster"])]),
+        tmp_path / "both",
+    )
     with pytest.raises(DataError, match="says nothing of a dev split"):
         report_page([tmp_path / "both"], tmp_path / "page.html")
-    page = report_page([tmp_path / "both"], tmp_path / "page.html", ReportSpec(store, "val", device="cpu"))
+    page = report_page(
+        [tmp_path / "both"],
+        tmp_path / "page.html",
+        ReportSpec(store, "val", device="cpu"),
+    )
     assert Cells(page).tables["The run"][1][:2] == ["both", "combination"]
     anywhere = replace(load_heads(runs["first"]), training={})
     save_heads(anywhere, tmp_path / "anywhere")
@@ -232,7 +304,10 @@ def _broken(run: Path, folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def test_what_cannot_be_reported_is_refused_by_name(
-    runs: dict[str, Path], store: FeatureStore, write_store: Any, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    write_store: Any,
+    tmp_path: Path,
 ) -> None:
     page = tmp_path / "page.html"
     for run, words in _broken(runs["first"], tmp_path):
@@ -252,7 +327,9 @@ def test_what_cannot_be_reported_is_refused_by_name(
 
 
 def test_the_command_writes_beside_the_run_or_where_it_is_told(
-    runs: dict[str, Path], tiny_store: Path, tmp_path: Path
+    runs: dict[str, Path],
+    tiny_store: Path,
+    tmp_path: Path,
 ) -> None:
     done = runner.invoke(app, ["report", str(runs["first"]), "--json"])
     assert done.exit_code == 0, done.output
@@ -260,7 +337,8 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     names = [str(path) for path in runs.values()]
     out = tmp_path / "all.html"
     done = runner.invoke(
-        app, ["report", *names, "--store", str(tiny_store), "--out", str(out), "--title", "<b>mine</b>"]
+        app,
+        ["report", *names, "--store", str(tiny_store), "--out", str(out), "--title", "<b>mine</b>"],
     )
     assert done.exit_code == 0, done.output
     assert "&lt;b&gt;mine&lt;/b&gt;" in out.read_text(encoding="utf-8")
@@ -268,18 +346,31 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
         (names, "--out is missing"),
         ([names[0], "--split", "val"], "give --store too"),
         ([names[0], "--out", str(tmp_path / "no" / "page.html")], "a folder that exists"),
-        ([names[0], "--store", str(tiny_store), "--root", str(tmp_path / "nowhere")], "is no folder"),
+        (
+            [names[0], "--store", str(tiny_store), "--root", str(tmp_path / "nowhere")],
+            "is no folder",
+        ),
     ):
         wrong = runner.invoke(app, ["report", *arguments])
         assert (wrong.exit_code, words in wrong.output) == (2, True), wrong.output
 
 
 def test_runs_whose_towers_trained_stand_beside_runs_of_heads(
-    runs: dict[str, Path], store: FeatureStore, shapes_once: Path, tmp_path: Path
+    runs: dict[str, Path],
+    store: FeatureStore,
+    shapes_once: Path,
+    tmp_path: Path,
 ) -> None:
-    media, spec = FolderMedia(shapes_once.parent), FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
+    media = FolderMedia(root=shapes_once.parent)
+    spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
     recipe = load_recipe("lilt-d", ["schedule.epochs=1", "schedule.batch_size=4"])
-    fit_encoder(store, recipe, tmp_path / "towers", spec, lambda key: load_image(key, media).image)
+    fit_encoder(
+        store,
+        recipe=recipe,
+        out=tmp_path / "towers",
+        spec=spec,
+        open_image=lambda key: load_image(key, media).image,
+    )
     both = [runs["first"], tmp_path / "towers"]
     told, measured = (
         Cells(report_page(both, tmp_path / "page.html", ReportSpec(given, device="cpu"))).tables
@@ -289,6 +380,14 @@ def test_runs_whose_towers_trained_stand_beside_runs_of_heads(
     assert measured["Retrieval, dev split"] == told["Retrieval, dev split"]
 
 
-def test_a_split_that_the_store_has_not_is_refused(runs: dict[str, Path], store: FeatureStore, tmp_path: Path) -> None:
+def test_a_split_that_the_store_has_not_is_refused(
+    runs: dict[str, Path],
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DataError, match=r"no split 'vall'; .*did you mean val"):
-        report_page([runs["first"]], tmp_path / "page.html", ReportSpec(store, "vall", device="cpu"))
+        report_page(
+            [runs["first"]],
+            tmp_path / "page.html",
+            ReportSpec(store, "vall", device="cpu"),
+        )

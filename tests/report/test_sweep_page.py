@@ -1,4 +1,5 @@
-"""The page of a sweep: its table, its drawing, what mattered, and what it says where something is missing."""
+"""The page of a sweep: its table, its drawing, what mattered, and what it says where something is
+missing."""
 
 import json
 import re
@@ -35,30 +36,37 @@ SPACE = """
 
 @pytest.fixture(scope="module")
 def swept(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("swept"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("swept")
+    rng = np.random.default_rng(0)
     hidden = rng.normal(size=(len(SPLITS), 6))
     image, text = ((hidden @ rng.normal(size=(6, dim))).astype(np.float32) for dim in (12, 10))
     store: FeatureStore = write_store(folder / "store", image, text, range(len(SPLITS)), SPLITS)
     (folder / "space.toml").write_text(SPACE)
     spec = SweepSpec(9, seeds=2, fit=FitSpec(splits=SplitSpec(dev="dev"), device="cpu"))
-    sweep(store, load_space(folder / "space.toml", (SMALL,)), folder / "sweep", spec)
+    sweep(store, space=load_space(folder / "space.toml", (SMALL,)), out=folder / "sweep", spec=spec)
     return folder / "sweep"
 
 
 def table_rows(source: str) -> list[list[str]]:
     body = source.partition(">Trials<")[2].partition("<tbody>")[2].partition("</tbody>")[0]
     return [
-        [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)]
+        [
+            re.sub(r"<[^>]+>", "", cell).strip()
+            for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)
+        ]
         for row in body.split("</tr>")[:-1]
     ]
 
 
-def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_best(swept: Path) -> None:
+def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_best(
+    swept: Path,
+) -> None:
     assert is_sweep(swept)
     page = sweep_page(swept)
     assert page == swept / "report.html"
     source = page.read_text(encoding="utf-8")
-    rows, lines = table_rows(source), [json.loads(line) for line in (swept / "trials.jsonl").read_text().splitlines()]
+    rows = table_rows(source)
+    lines = [json.loads(line) for line in (swept / "trials.jsonl").read_text().splitlines()]
     best = sorted(lines, key=lambda line: -line["mean"])
     assert [int(row[0]) for row in rows] == [line["number"] for line in best]
     assert rows[0][2] == f"{best[0]['mean']:.1f}"
@@ -66,7 +74,13 @@ def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_b
     assert rows[0][4] == f"{best[0]['chance']:.1f}"
     assert "apecache fit-head" in source
     assert f"--set optimiser.lr={best[0]['values']['optimiser.lr']}" in source
-    for words in ("Settings and scores", "What mattered", "Training loss", "What the best run has cost", "The search"):
+    for words in (
+        "Settings and scores",
+        "What mattered",
+        "Training loss",
+        "What the best run has cost",
+        "The search",
+    ):
         assert words in source, words
     assert "<script" not in source
 
@@ -99,7 +113,9 @@ def test_what_mattered_is_what_the_score_follows() -> None:
 
 
 def test_without_optuna_the_page_says_what_is_missing(
-    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swept: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match="sweep"):
@@ -130,7 +146,13 @@ def test_an_unfinished_sweep_has_a_page_too(swept: Path, tmp_path: Path) -> None
         ("trials.jsonl", "", "no finished trial yet"),
     ],
 )
-def test_a_damaged_sweep_is_refused(swept: Path, tmp_path: Path, name: str, text: str, words: str) -> None:
+def test_a_damaged_sweep_is_refused(
+    swept: Path,
+    tmp_path: Path,
+    name: str,
+    text: str,
+    words: str,
+) -> None:
     copy = shutil.copytree(swept, tmp_path / "copy")
     (copy / name).write_text(text)
     with pytest.raises(RunError, match=words):
@@ -139,7 +161,7 @@ def test_a_damaged_sweep_is_refused(swept: Path, tmp_path: Path, name: str, text
         sweep_page(tmp_path)
 
 
-# --- the drawing -----------------------------------------------------------------------------------------------------
+# --- the drawing ----------------------------------------------------------------------------------
 
 
 def test_values_are_placed_on_their_axes() -> None:
@@ -147,16 +169,25 @@ def test_values_are_placed_on_their_axes() -> None:
     assert [lr.place(value) for value in lr.values] == [0, pytest.approx(0.5), 1, None]
     assert [words for _, words in lr.labels()] == ["0.0001", "0.001", "0.01"]
     kind = axis_of("kind", Dimension(choice=("a", True, "c")), ["a", True, "b"])
-    assert [kind.place(value) for value in kind.values] == [pytest.approx(1 / 6), pytest.approx(0.5), None]
+    assert [kind.place(value) for value in kind.values] == [
+        pytest.approx(1 / 6),
+        pytest.approx(0.5),
+        None,
+    ]
     assert [words for _, words in kind.labels()] == ["a", "yes", "c"]
     depth = axis_of("depth", Dimension.model_validate({"int": [1, 9]}), [1, 3, 5])
     assert [depth.place(value) for value in depth.values] == [0, 0.5, 1]
-    assert axis_of("same", Dimension.model_validate({"float": [1, 1]}), [2.0, 2.0]).place(2.0) == 0.5
+    assert (
+        axis_of("same", Dimension.model_validate({"float": [1, 1]}), [2.0, 2.0]).place(2.0) == 0.5
+    )
 
 
 def test_the_best_trial_is_drawn_last_and_alone_in_its_colour() -> None:
-    axes = (Axis("x", "linear", (0.0, 1.0, 0.5, None)), Axis("score", "linear", (3.0, 9.0, 1.0, 2.0)))
-    drawn = draw(Parallel("t", "", axes, (3.0, 9.0, 1.0, 2.0)))
+    axes = (
+        Axis(name="x", kind="linear", values=(0.0, 1.0, 0.5, None)),
+        Axis(name="score", kind="linear", values=(3.0, 9.0, 1.0, 2.0)),
+    )
+    drawn = draw(Parallel(title="t", note="", axes=axes, scores=(3.0, 9.0, 1.0, 2.0)))
     assert [line.shade for line in drawn.lines].count("best") == 1
     assert drawn.lines[-1].shade == "best"
     assert drawn.lines[-1].path == f"M66.0 {drawn.top:.1f} L198.0 {drawn.top:.1f}"
@@ -165,12 +196,15 @@ def test_the_best_trial_is_drawn_last_and_alone_in_its_colour() -> None:
 
 
 @given(
-    st.lists(st.one_of(st.none(), st.floats(1e-12, 1e12)), min_size=1, max_size=20), st.sampled_from(["log", "linear"])
+    st.lists(st.one_of(st.none(), st.floats(1e-12, 1e12)), min_size=1, max_size=20),
+    st.sampled_from(["log", "linear"]),
 )
 def test_whatever_was_chosen_lies_within_the_drawing(values: list[float | None], kind: str) -> None:
-    axis = Axis("x", kind, tuple(values))
-    drawn = draw(Parallel("t", "", (axis, axis), tuple(range(len(values)))))
-    numbers = [float(number) for line in drawn.lines for number in re.findall(r"-?\d+\.\d", line.path)]
+    axis = Axis(name="x", kind=kind, values=tuple(values))
+    drawn = draw(Parallel(title="t", note="", axes=(axis, axis), scores=tuple(range(len(values)))))
+    numbers = [
+        float(number) for line in drawn.lines for number in re.findall(r"-?\d+\.\d", line.path)
+    ]
     assert all(0 <= x <= drawn.width for x in numbers[::2])
     assert all(drawn.top - 0.1 <= y <= drawn.height for y in numbers[1::2])
     assert all(drawn.top - 0.1 <= y <= drawn.height for axis in drawn.axes for y, _ in axis.marks)

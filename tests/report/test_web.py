@@ -1,4 +1,5 @@
-"""The search page over HTTP, by a real server and plain sockets: what it finds, refuses and never gives away."""
+"""The search page over HTTP, by a real server and plain sockets: what it finds, refuses and never
+gives away."""
 
 import http.client
 import io
@@ -67,17 +68,32 @@ class Served(NamedTuple):
         try:
             connection.request(method, path, body or None, sent)
             answer = connection.getresponse()
-            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+            return Answer(
+                answer.status,
+                {k.lower(): v for k, v in answer.getheaders()},
+                answer.read(),
+            )
         finally:
             connection.close()
 
     def send(self, picture: bytes, name: str = "photo.png", **fields: str) -> Answer:
         parts = [
-            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'
+            for k, v in fields.items()
         ]
-        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
-        body = "".join(parts).encode() + head.encode() + picture + f"\r\n--{BOUNDARY}--\r\n".encode()
-        return self.ask("/search", "POST", body, Content_Type=f"multipart/form-data; boundary={BOUNDARY}")
+        head = (
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+            "\r\n"
+        )
+        body = (
+            "".join(parts).encode() + head.encode() + picture + f"\r\n--{BOUNDARY}--\r\n".encode()
+        )
+        return self.ask(
+            "/search",
+            "POST",
+            body,
+            Content_Type=f"multipart/form-data; boundary={BOUNDARY}",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,11 @@ def served(index: Path, shapes_once: Path) -> Iterator[Served]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield Served(int(url.rstrip("/").rsplit(":", 1)[1]), SearchIndex.open(index, device="cpu"), shapes_once.parent)
+    yield Served(
+        int(url.rstrip("/").rsplit(":", 1)[1]),
+        SearchIndex.open(index, device="cpu"),
+        shapes_once.parent,
+    )
     server.should_exit = True
     thread.join(30)
     sockets[0].close()
@@ -106,7 +126,7 @@ def png(colour: str = "red", side: int = 48) -> bytes:
     return buffer.getvalue()
 
 
-# --- what it finds ---------------------------------------------------------------------------------------------------
+# --- what it finds --------------------------------------------------------------------------------
 
 
 def test_words_find_what_search_finds(served: Served) -> None:
@@ -114,7 +134,10 @@ def test_words_find_what_search_finds(served: Served) -> None:
     assert answer.status == 200
     hits = served.index.find(Query(("a red circle",)), 5)
     assert answer.rows == [served.index.row_of_key[hit.key] for hit in hits]
-    assert [f"{hit.score:.3f}" for hit in hits] == re.findall(r"</span>(-?\d\.\d{3})</span>", answer.text)
+    assert [f"{hit.score:.3f}" for hit in hits] == re.findall(
+        r"</span>(-?\d\.\d{3})</span>",
+        answer.text,
+    )
 
 
 def test_an_image_that_is_sent_finds_captions_or_images(served: Served) -> None:
@@ -144,7 +167,8 @@ def test_a_form_without_an_image_leads_to_an_address_that_can_be_kept(served: Se
 
 
 @pytest.mark.parametrize(
-    "words", ["собака на снегу", "雪の中の犬", "كلب في الثلج", "a\x00b\x1b[31m", "\U0001f415", "%ff%fe"]
+    "words",
+    ["собака на снегу", "雪の中の犬", "كلب في الثلج", "a\x00b\x1b[31m", "\U0001f415", "%ff%fe"],
 )
 def test_words_of_any_language_are_answered(served: Served, words: str) -> None:
     from urllib.parse import quote
@@ -164,7 +188,7 @@ def test_words_that_name_a_file_of_this_machine_are_words(served: Served) -> Non
     assert served.ask("/?q=/etc/passwd.png&k=1").status == 200
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def test_pictures_are_those_of_the_index_encoded_anew(served: Served) -> None:
@@ -174,7 +198,10 @@ def test_pictures_are_those_of_the_index_encoded_anew(served: Served) -> None:
         original = (served.folder / item["key"]).read_bytes()
         assert answer.body[:3] == b"\xff\xd8\xff"
         assert answer.body != original
-        with Image.open(io.BytesIO(answer.body)) as shown, Image.open(io.BytesIO(original)) as wanted:
+        with (
+            Image.open(io.BytesIO(answer.body)) as shown,
+            Image.open(io.BytesIO(original)) as wanted,
+        ):
             assert shown.size == wanted.size
             middle = [image.convert("RGB").getpixel((24, 30)) for image in (shown, wanted)]
             assert max(abs(a - b) for a, b in zip(*middle, strict=True)) < 30
@@ -202,7 +229,7 @@ def test_nothing_else_is_served(served: Served, path: str, status: int) -> None:
     assert b"PNG" not in answer.body[:8]
 
 
-# --- what it refuses -------------------------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +253,12 @@ def test_nothing_else_is_served(served: Served, path: str, status: int) -> None:
         ("q=dog&not=dog", 400, "cancel out"),
     ],
 )
-def test_a_query_that_makes_no_sense_is_answered_in_words(served: Served, query: str, status: int, words: str) -> None:
+def test_a_query_that_makes_no_sense_is_answered_in_words(
+    served: Served,
+    query: str,
+    status: int,
+    words: str,
+) -> None:
     from urllib.parse import quote
 
     answer = served.ask("/?" + quote(query, safe="=&+"))
@@ -244,7 +276,12 @@ def test_a_query_that_makes_no_sense_is_answered_in_words(served: Served, query:
         (b"\x00" * 1000, 422, "none of JPEG"),
     ],
 )
-def test_an_image_that_cannot_be_read_is_said_so(served: Served, picture: bytes, status: int, words: str) -> None:
+def test_an_image_that_cannot_be_read_is_said_so(
+    served: Served,
+    picture: bytes,
+    status: int,
+    words: str,
+) -> None:
     answer = served.send(picture)
     assert (answer.status, words in answer.problem) == (status, True), answer.text[-500:]
 
@@ -261,9 +298,14 @@ def test_too_large_a_request_is_refused_with_and_without_its_length(served: Serv
     assert (answer.status, "32 MB at most" in answer.text) == (413, True)
     with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
         kind = f"Content-Type: multipart/form-data; boundary={BOUNDARY}"
-        head = f"POST /search HTTP/1.1\r\nHost: localhost\r\n{kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = (
+            f"POST /search HTTP/1.1\r\nHost: localhost\r\n{kind}\r\nTransfer-Encoding: chunked\r\n"
+            "\r\n"
+        )
         connection.sendall(head.encode())
-        begin = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'.encode()
+        begin = (
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+        ).encode()
         chunk = b"%x\r\n%s\r\n"
         try:
             connection.sendall(chunk % (len(begin), begin))
@@ -276,22 +318,31 @@ def test_too_large_a_request_is_refused_with_and_without_its_length(served: Serv
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "", "192.168.0.1", "[::2]"]
+    "host",
+    ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "", "192.168.0.1", "[::2]"],
 )
 def test_a_host_that_is_not_ours_is_refused(served: Served, host: str) -> None:
     assert served.ask("/", Host=host).status == 421
     assert served.ask("/image/0", Host=host).status == 421
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9000", "127.0.0.1:1", "[::1]:8080", "127.8.8.8"])
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:9000", "127.0.0.1:1", "[::1]:8080", "127.8.8.8"],
+)
 def test_names_of_this_machine_are_ours(served: Served, host: str) -> None:
     assert served.ask("/", Host=host).status == 200
 
 
 def test_a_server_for_others_answers_to_addresses_and_its_own_name_only() -> None:
     guard = Guard(None, ["Box.Local"], remote=True)  # type: ignore[arg-type]
-    assert all(guard.allows(host) for host in ("box.local:80", "192.168.0.7", "[fe80::1]:8080", "localhost"))
-    assert not any(guard.allows(host) for host in ("evil.example", "", "192.168.0.7.evil.example", "[evil]"))
+    assert all(
+        guard.allows(host)
+        for host in ("box.local:80", "192.168.0.7", "[fe80::1]:8080", "localhost")
+    )
+    assert not any(
+        guard.allows(host) for host in ("evil.example", "", "192.168.0.7.evil.example", "[evil]")
+    )
 
 
 def test_a_form_of_another_site_is_refused(served: Served) -> None:
@@ -307,7 +358,10 @@ def test_other_methods_are_refused(served: Served, method: str) -> None:
     assert served.ask("/", method).status == 405
 
 
-@pytest.mark.parametrize("path", ["/", "/?q=dog&k=1", "/?q=", "/image/0", "/image/99", "/style.css", "/nothing"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/?q=dog&k=1", "/?q=", "/image/0", "/image/99", "/style.css", "/nothing"],
+)
 def test_every_answer_forbids_scripts_and_guessing(served: Served, path: str) -> None:
     for headers in ({}, {"Host": "evil.example"}):
         answer = served.ask(path, **headers)
@@ -320,7 +374,10 @@ def test_every_answer_forbids_scripts_and_guessing(served: Served, path: str) ->
         assert b"<script" not in answer.body
 
 
-def test_an_error_of_ours_is_a_page_without_details(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_ours_is_a_page_without_details(
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("SECRET")
 
@@ -336,7 +393,8 @@ def test_an_error_of_ours_is_a_page_without_details(served: Served, monkeypatch:
 def test_many_at_once_are_answered_alike(served: Served) -> None:
     answers: list[list[int]] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(served.ask("/?q=a+blue+square&k=5").rows)) for _ in range(12)
+        threading.Thread(target=lambda: answers.append(served.ask("/?q=a+blue+square&k=5").rows))
+        for _ in range(12)
     ]
     for thread in threads:
         thread.start()
@@ -346,7 +404,7 @@ def test_many_at_once_are_answered_alike(served: Served) -> None:
     assert all(rows == answers[0] for rows in answers)
 
 
-# --- how it begins and ends ------------------------------------------------------------------------------------------
+# --- how it begins and ends -----------------------------------------------------------------------
 
 
 def test_only_this_machine_unless_it_is_asked_for(index: Path) -> None:
@@ -365,15 +423,22 @@ def test_a_port_that_is_taken_is_named(index: Path) -> None:
             make_server(ServeSpec(index, port=taken.getsockname()[1]))
 
 
-def test_an_index_of_another_head_is_refused_with_both(index: Path, tiny_store: Path, tmp_path: Path) -> None:
+def test_an_index_of_another_head_is_refused_with_both(
+    index: Path,
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec
     from apecache.train.fit_head import fit_head
     from apecache.train.head_data import FitSpec
 
-    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=1", "schedule.batch_size=4"])
+    recipe = load_recipe(
+        "projection",
+        ["image.dim=16", "text.dim=16", "schedule.epochs=1", "schedule.batch_size=4"],
+    )
     spec = FitSpec(splits=SplitSpec(dev="val"), seed=5, device="cpu")
-    fit_head(FeatureStore.open(tiny_store), recipe, tmp_path / "other", spec)
+    fit_head(FeatureStore.open(tiny_store), recipe=recipe, out=tmp_path / "other", spec=spec)
     with pytest.raises(MismatchError, match=r"is of the head [0-9a-f]{16}, .* has [0-9a-f]{16}"):
         make_server(ServeSpec(index, tmp_path / "other", port=0))
 
@@ -385,11 +450,26 @@ def test_without_the_extra_it_is_named(index: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_command_says_where_warns_and_ends_cleanly(index: Path, tiny_run: Path) -> None:
-    arguments = [sys.executable, "-m", "apecache", "serve", str(index), "--run", str(tiny_run), "--port", "0", "--json"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "apecache",
+        "serve",
+        str(index),
+        "--run",
+        str(tiny_run),
+        "--port",
+        "0",
+        "--json",
+    ]
     more = ["--device", "cpu", "--host", "0.0.0.0", "--expose"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([*arguments, *more], env={**os.environ, "HF_HUB_OFFLINE": "1"}, **pipes)
+    process = subprocess.Popen(
+        [*arguments, *more],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        **pipes,
+    )
     assert process.stdout is not None
     url = json.loads(process.stdout.readline())["url"]
     try:

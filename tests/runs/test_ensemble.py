@@ -25,14 +25,21 @@ def make(number: int, encoder: str = "vit") -> TrainedHeads:
     for head in heads:
         head.fit_statistics(torch.randn(20, head.in_dim) * 3 + 1)
     image, text = (
-        TrainedSide(h.eval(), {"name": n}, Fingerprint({"w": n})) for h, n in zip(heads, (encoder, "bert"), strict=True)
+        TrainedSide(head=h.eval(), encoder={"name": n}, fingerprint=Fingerprint(fields={"w": n}))
+        for h, n in zip(heads, (encoder, "bert"), strict=True)
     )
-    return TrainedHeads(image, text, 10.0 + number, {"data": "d", "splits": {"dev": "val"}, "seed": number})
+    return TrainedHeads(
+        image,
+        text=text,
+        scale=10.0 + number,
+        training={"data": "d", "splits": {"dev": "val"}, "seed": number},
+    )
 
 
 def cosines(heads: TrainedHeads) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    image, text = torch.randn(9, 6, generator=generator), torch.randn(8, 5, generator=generator)
+    image = torch.randn(9, 6, generator=generator)
+    text = torch.randn(8, 5, generator=generator)
     return heads.image.embed(image) @ heads.text.embed(text).T
 
 

@@ -18,21 +18,31 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads, save_heads
 
-IMAGE_DIM, TEXT_DIM = 6, 5
+IMAGE_DIM = 6
+TEXT_DIM = 5
 PAIRS = {
     "two projections": (HeadSpec(dim=4), HeadSpec(dim=4, input_dropout=0.25)),
     "text mlp": (HeadSpec(kind="identity"), HeadSpec(kind="mlp", depth=2, width=8, skip=True)),
-    "image mlp": (HeadSpec(kind="mlp", width=3, activation="relu", expansion=2.0), HeadSpec(kind="identity")),
+    "image mlp": (
+        HeadSpec(kind="mlp", width=3, activation="relu", expansion=2.0),
+        HeadSpec(kind="identity"),
+    ),
     "tokens": (
         HeadSpec(kind="transformer", dim=4, depth=1, n_heads=2, skip=True),
         HeadSpec(kind="projector", refine=True, standardise=False),
     ),
     "anchors": (HeadSpec(kind="anchors", dim=4), HeadSpec(kind="attention")),
     "several": (
-        HeadSpec(kind="several", parts=(HeadSpec(kind="gated", dim=4, expansion=2), HeadSpec(kind="identity"))),
+        HeadSpec(
+            kind="several",
+            parts=(HeadSpec(kind="gated", dim=4, expansion=2), HeadSpec(kind="identity")),
+        ),
         HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=3))),
     ),
-    "dictionary": (HeadSpec(kind="dictionary", dim=7, top=3), HeadSpec(kind="dictionary", dim=7, top=3)),
+    "dictionary": (
+        HeadSpec(kind="dictionary", dim=7, top=3),
+        HeadSpec(kind="dictionary", dim=7, top=3),
+    ),
     "batch norm": (HeadSpec(kind="mlp", width=3, residual=False, norm="batch"), HeadSpec(dim=4)),
 }
 
@@ -43,15 +53,25 @@ def make_heads(pair: str = "two projections", seed: int = 0) -> TrainedHeads:
     image.fit_statistics(torch.randn(20, IMAGE_DIM) * 3 + 1)
     text.fit_statistics(torch.randn(20, TEXT_DIM) * 3 + 1)
     sides = (
-        TrainedSide(image, {"library": "timm", "name": "vit", "modality": "image"}, Fingerprint({"weights": "i"})),
-        TrainedSide(text, {"library": "hf", "name": "bert", "modality": "text"}, Fingerprint({"weights": "t"})),
+        TrainedSide(
+            head=image,
+            encoder={"library": "timm", "name": "vit", "modality": "image"},
+            fingerprint=Fingerprint(fields={"weights": "i"}),
+        ),
+        TrainedSide(
+            head=text,
+            encoder={"library": "hf", "name": "bert", "modality": "text"},
+            fingerprint=Fingerprint(fields={"weights": "t"}),
+        ),
     )
     return TrainedHeads(*sides, 14.285713195800781, {"recipe": {"name": "ä \u2028"}, "seed": seed})
 
 
 def tensors_of(heads: TrainedHeads) -> dict[str, Tensor]:
     sides = (("image", heads.image.head), ("text", heads.text.head))
-    return {f"{side}.{name}": value for side, head in sides for name, value in head.state_dict().items()}
+    return {
+        f"{side}.{name}": value for side, head in sides for name, value in head.state_dict().items()
+    }
 
 
 def raw(tensor: Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -74,7 +94,7 @@ def refused(run: Path) -> str:
     return message
 
 
-# --- what is saved comes back ----------------------------------------------------------------------------------------
+# --- what is saved comes back ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -104,7 +124,8 @@ def test_loaded_heads_are_frozen_and_in_evaluation_mode(run: Path) -> None:
 
 
 def test_loading_makes_no_weights_only_to_throw_them_away(run: Path) -> None:
-    """Seen by the random numbers that they would cost; what the files only claim is never allocated either."""
+    """Seen by the random numbers that they would cost; what the files only claim is never allocated
+    either."""
     torch.manual_seed(0)
     wanted = torch.rand(3)
     torch.manual_seed(0)
@@ -125,7 +146,7 @@ def test_saving_again_replaces_the_heads(run: Path) -> None:
     assert load_heads(run).digest == other.digest
 
 
-# --- embedding -------------------------------------------------------------------------------------------------------
+# --- embedding ------------------------------------------------------------------------------------
 
 
 def test_embedding_in_parts_equals_embedding_at_once() -> None:
@@ -147,19 +168,20 @@ def test_embedding_switches_dropout_off() -> None:
 
 
 def test_the_encoder_that_a_head_was_trained_on_is_accepted() -> None:
-    make_heads().image.require_encoder(Fingerprint({"weights": "i"}), "here")
+    make_heads().image.require_encoder(Fingerprint(fields={"weights": "i"}), "here")
 
 
 def test_another_encoder_is_refused_with_the_fields_that_differ() -> None:
     with pytest.raises(
-        MismatchError, match=r"store/x is not of the encoder .* weights: other here, i in the store"
+        MismatchError,
+        match=r"store/x is not of the encoder .* weights: other here, i in the store",
     ) as e:
-        make_heads().image.require_encoder(Fingerprint({"weights": "other"}), "store/x")
+        make_heads().image.require_encoder(Fingerprint(fields={"weights": "other"}), "store/x")
     assert e.value.exit_code == 4
     assert e.value.differences == (("weights", "other", "i"),)
 
 
-# --- identity --------------------------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(tensors_of(make_heads())))
@@ -176,9 +198,19 @@ def test_the_digest_covers_scale_and_encoders(part: str) -> None:
     heads = make_heads()
     changed = {
         "scale": TrainedHeads(heads.image, heads.text, heads.scale + 1),
-        "encoder": TrainedHeads(TrainedSide(heads.image.head, {}, heads.image.fingerprint), heads.text, heads.scale),
+        "encoder": TrainedHeads(
+            TrainedSide(head=heads.image.head, encoder={}, fingerprint=heads.image.fingerprint),
+            heads.text,
+            heads.scale,
+        ),
         "fingerprint": TrainedHeads(
-            TrainedSide(heads.image.head, heads.image.encoder, Fingerprint({})), heads.text, heads.scale
+            TrainedSide(
+                head=heads.image.head,
+                encoder=heads.image.encoder,
+                fingerprint=Fingerprint(fields={}),
+            ),
+            heads.text,
+            heads.scale,
         ),
     }
     assert changed[part].digest != heads.digest
@@ -186,10 +218,18 @@ def test_the_digest_covers_scale_and_encoders(part: str) -> None:
 
 def test_the_digest_does_not_depend_on_how_the_heads_were_trained() -> None:
     heads = make_heads()
-    assert TrainedHeads(heads.image, heads.text, heads.scale, {"seconds": 9}).digest == heads.digest
+    assert (
+        TrainedHeads(
+            heads.image,
+            text=heads.text,
+            scale=heads.scale,
+            training={"seconds": 9},
+        ).digest
+        == heads.digest
+    )
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_missing_run_is_refused_with_the_nearest_name(run: Path) -> None:
@@ -216,7 +256,10 @@ def test_a_newer_format_is_refused_by_its_number(run: Path) -> None:
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = run / "head.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    path.write_text(
+        json.dumps(change(json.loads(path.read_text(encoding="utf-8")))),
+        encoding="utf-8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,9 +293,17 @@ def test_a_description_that_lacks_a_part_is_refused(key: str, run: Path) -> None
     assert "head.json is damaged" in refused(run)
 
 
-@pytest.mark.parametrize("value", [None, -1, 10**13, 10**30, 1e400, float("nan"), "x", [[]], {}], ids=repr)
-def test_a_wrong_value_anywhere_in_the_description_never_gets_past_a_typed_error(value: Any, run: Path) -> None:
-    """Sizes in particular: a head of 10^13 features is refused before anything of that size is allocated."""
+@pytest.mark.parametrize(
+    "value",
+    [None, -1, 10**13, 10**30, 1e400, float("nan"), "x", [[]], {}],
+    ids=repr,
+)
+def test_a_wrong_value_anywhere_in_the_description_never_gets_past_a_typed_error(
+    value: Any,
+    run: Path,
+) -> None:
+    """Sizes in particular: a head of 10^13 features is refused before anything of that size is
+    allocated."""
     whole = json.loads((run / "head.json").read_text(encoding="utf-8"))
     n_refused = 0
     for path in places(whole):
@@ -301,10 +352,21 @@ WEIGHT = "image.body.weight"
         (lambda t: t[WEIGHT][0, 0].fill_(torch.nan), WEIGHT),
         (lambda t: t["text.deviation"][0].fill_(torch.inf), "text.deviation"),
     ],
-    ids=["extra", "missing", "other shape", "transposed", "double", "eight bits", "NaN", "infinite"],
+    ids=[
+        "extra",
+        "missing",
+        "other shape",
+        "transposed",
+        "double",
+        "eight bits",
+        "NaN",
+        "infinite",
+    ],
 )
 def test_tensors_that_are_not_the_heads_are_refused_by_name(
-    change: Callable[[dict[str, Tensor]], object], named: str, run: Path
+    change: Callable[[dict[str, Tensor]], object],
+    named: str,
+    run: Path,
 ) -> None:
     change_tensors(run, change)
     message = refused(run)
@@ -335,7 +397,10 @@ def cut(path: Path, size: int) -> None:
     ],
     ids=["empty", "3 bytes", "half a header", "last byte", "endless header", "missing", "a folder"],
 )
-def test_weights_that_cannot_be_read_are_refused(damage: Callable[[Path], object], run: Path) -> None:
+def test_weights_that_cannot_be_read_are_refused(
+    damage: Callable[[Path], object],
+    run: Path,
+) -> None:
     damage(run / "head.safetensors")
     assert "head.safetensors cannot be read" in refused(run)
 
@@ -350,9 +415,15 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("write", [lambda b, p: p.write_bytes(pickle.dumps(b)), torch.save], ids=["pickle", "torch"])
+@pytest.mark.parametrize(
+    "write",
+    [lambda b, p: p.write_bytes(pickle.dumps(b)), torch.save],
+    ids=["pickle", "torch"],
+)
 def test_a_pickle_under_the_name_of_the_weights_is_refused_and_never_run(
-    write: Callable[[object, Path], object], run: Path, tmp_path: Path
+    write: Callable[[object, Path], object],
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     write(Bomb(tmp_path / "exploded"), run / "head.safetensors")
     assert "cannot be read" in refused(run)

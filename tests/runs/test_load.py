@@ -1,4 +1,5 @@
-"""Runs of both trainers in every command: measured, classified with, searched, without asking which they are."""
+"""Runs of both trainers in every command: measured, classified with, searched, without asking which
+they are."""
 
 import json
 import shutil
@@ -34,20 +35,33 @@ NAMES = ("lit", "clip")
 
 @pytest.fixture(scope="module")
 def open_image(shapes_once: Path) -> OpenImage:
-    media = FolderMedia(shapes_once.parent)
+    media = FolderMedia(root=shapes_once.parent)
     return lambda key: load_image(key, media).image
 
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, open_image: OpenImage
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_store: Path,
+    open_image: OpenImage,
 ) -> dict[str, tuple[Path, RetrievalReport]]:
-    """LiT (images from the cache) and CLIP (both towers live), and what their training found on dev."""
-    folder, found = tmp_path_factory.mktemp("encoder-runs"), {}
+    """LiT (images from the cache) and CLIP (both towers live), and what their training found on
+    dev."""
+    folder = tmp_path_factory.mktemp("encoder-runs")
+    found = {}
     for name in NAMES:
-        recipe = load_recipe(name, ["schedule.epochs=2", "schedule.batch_size=4", "schedule.warmup=0"])
+        recipe = load_recipe(
+            name,
+            ["schedule.epochs=2", "schedule.batch_size=4", "schedule.warmup=0"],
+        )
         spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
-        report = fit_encoder(FeatureStore.open(tiny_store), recipe, folder / name, spec, open_image)
+        report = fit_encoder(
+            FeatureStore.open(tiny_store),
+            recipe=recipe,
+            out=folder / name,
+            spec=spec,
+            open_image=open_image,
+        )
         found[name] = (folder / name, report.dev)
     return found
 
@@ -64,10 +78,18 @@ def answer(*arguments: object) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_store_is_embedded_as_training_measured_it(
-    name: str, runs: Any, tiny_store: Path, open_image: OpenImage
+    name: str,
+    runs: Any,
+    tiny_store: Path,
+    open_image: OpenImage,
 ) -> None:
     run, dev = runs[name]
-    found = embed_store(load_run(run), FeatureStore.open(tiny_store), "val", open_image)
+    found = embed_store(
+        load_run(run),
+        store=FeatureStore.open(tiny_store),
+        split="val",
+        open_image=open_image,
+    )
     assert retrieval_report(found.image, found.text, found.image_of_text) == dev
     again = image_embedder(load_run(run).image, "cpu")(
         [open_image(f"images/{c}-{s}-0.png") for c in COLOURS for s in SHAPES]
@@ -78,7 +100,16 @@ def test_a_store_is_embedded_as_training_measured_it(
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluate_serves_it(name: str, runs: Any, tiny_store: Path, shapes_once: Path) -> None:
     run, dev = runs[name]
-    found = answer("evaluate", run, "--store", tiny_store, "--root", shapes_once.parent, "--device", "cpu")
+    found = answer(
+        "evaluate",
+        run,
+        "--store",
+        tiny_store,
+        "--root",
+        shapes_once.parent,
+        "--device",
+        "cpu",
+    )
     assert found["image_to_text"] == {str(k): round(v, 4) for k, v in dev.image_to_text.items()}
     assert found["seen_in_training"] is True
     zero = answer("evaluate", run, "--task", "zeroshot", "--labels", shapes_once, "--device", "cpu")
@@ -89,10 +120,14 @@ def test_evaluate_serves_it(name: str, runs: Any, tiny_store: Path, shapes_once:
 
 
 def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_once: Path) -> None:
-    """Before: the encoder as it was; after: the tower as trained, not the head on the old features."""
+    """Before: the encoder as it was; after: the tower as trained, not the head on the old
+    features."""
     run = load_run(runs["clip"][0])
-    found = labelled_features(run, LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"))
-    media = FolderMedia(shapes_once.parent)
+    found = labelled_features(
+        run,
+        LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"),
+    )
+    media = FolderMedia(root=shapes_once.parent)
     keys = [pair.key for pair in open_pairs(shapes_once)]
     after = image_embedder(run.image)([load_image(key, media).image for key in keys])
     torch.testing.assert_close(found.embedded, after)
@@ -101,11 +136,19 @@ def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_
 
 
 def test_a_trained_image_tower_encodes_labelled_images_once(
-    runs: Any, shapes_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Any,
+    shapes_once: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, seen = load_run(runs["clip"][0]), list[int]()
+    run = load_run(runs["clip"][0])
+    seen = list[int]()
     embed = type(run.image).embed
-    monkeypatch.setattr(type(run.image), "embed", lambda self, x: (seen.append(len(x)), embed(self, x))[1])
+    monkeypatch.setattr(
+        type(run.image),
+        "embed",
+        lambda self, x: (seen.append(len(x)), embed(self, x))[1],
+    )
     monkeypatch.setattr(labelled, "extract", None)
     table = shutil.copytree(shapes_once.parent, tmp_path / "shapes") / shapes_once.name
     found = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
@@ -113,21 +156,36 @@ def test_a_trained_image_tower_encodes_labelled_images_once(
     (table.parent / open_pairs(table).pairs[3].key).write_bytes(b"<html>")
     with pytest.raises(BadRowsError, match="1 of 12 images cannot be read"):
         labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
-    less = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2))
+    less = labelled_images(
+        run,
+        LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2),
+    )
     assert less.labels == found.labels[:3] + found.labels[4:]
     torch.testing.assert_close(less.embedded, torch.cat([found.embedded[:3], found.embedded[4:]]))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_use_it_gives_the_embeddings_of_the_evaluation(
-    name: str, runs: Any, tiny_store: Path, shapes_once: Path, open_image: OpenImage
+    name: str,
+    runs: Any,
+    tiny_store: Path,
+    shapes_once: Path,
+    open_image: OpenImage,
 ) -> None:
-    model, store = apecache.load(runs[name][0], device="cpu"), FeatureStore.open(tiny_store)
-    wanted = embed_store(load_run(runs[name][0]), store, "val", open_image)
-    image = model.encode_image([shapes_once.parent / store.pairs.keys[row] for row in wanted.image_rows])
+    model = apecache.load(runs[name][0], device="cpu")
+    store = FeatureStore.open(tiny_store)
+    wanted = embed_store(load_run(runs[name][0]), store=store, split="val", open_image=open_image)
+    image = model.encode_image(
+        [shapes_once.parent / store.pairs.keys[row] for row in wanted.image_rows]
+    )
     text = model.encode_text([str(store.pairs.captions[row]) for row in wanted.text_rows])
     torch.testing.assert_close(torch.from_numpy(text), wanted.text, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.from_numpy(image), wanted.image, rtol=0, atol=2e-3 if name == "lit" else 1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(image),
+        wanted.image,
+        rtol=0,
+        atol=2e-3 if name == "lit" else 1e-5,
+    )
     assert model.dim == image.shape[1] == text.shape[1]
     assert model.scale == load_run(runs[name][0]).scale
     assert model.encode_text([]).shape == (0, model.dim)
@@ -135,12 +193,18 @@ def test_in_use_it_gives_the_embeddings_of_the_evaluation(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_index_of_it_answers_by_itself(
-    name: str, runs: Any, tiny_store: Path, shapes_once: Path, open_image: OpenImage, tmp_path: Path
+    name: str,
+    runs: Any,
+    tiny_store: Path,
+    shapes_once: Path,
+    open_image: OpenImage,
+    tmp_path: Path,
 ) -> None:
-    run, store = load_run(runs[name][0]), FeatureStore.open(tiny_store)
+    run = load_run(runs[name][0])
+    store = FeatureStore.open(tiny_store)
     build_index(runs[name][0], store, tmp_path / "index", open_image=open_image)
     opened = SearchIndex.open(tmp_path / "index", device="cpu")
-    everything = embed_store(run, store, None, open_image)
+    everything = embed_store(run, store=store, split=None, open_image=open_image)
     query = "a red circle"
     best = (everything.image @ text_embedder(run.text, "cpu")([query])[0]).argmax()
     assert opened.search(query, 1)[0].key == store.pairs.keys[everything.image_rows[int(best)]]
@@ -150,10 +214,20 @@ def test_an_index_of_it_answers_by_itself(
     assert hits[0]["key"] == store.pairs.keys[everything.image_rows[int(best)]]
 
 
-def test_a_trained_image_tower_needs_its_images(runs: Any, tiny_store: Path, tmp_path: Path) -> None:
-    for command in (("evaluate", runs["clip"][0]), ("index", runs["clip"][0], "--out", tmp_path / "index")):
+def test_a_trained_image_tower_needs_its_images(
+    runs: Any,
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
+    for command in (
+        ("evaluate", runs["clip"][0]),
+        ("index", runs["clip"][0], "--out", tmp_path / "index"),
+    ):
         refused = call(*command, "--store", tiny_store)
-        assert (refused.exit_code, "needs the images; give their folder (--root)" in refused.output) == (2, True)
+        assert (
+            refused.exit_code,
+            "needs the images; give their folder (--root)" in refused.output,
+        ) == (2, True)
         elsewhere = call(*command, "--store", tiny_store, "--root", tmp_path)
         assert (elsewhere.exit_code, "cannot be read" in elsewhere.output) == (3, True)
 
@@ -164,14 +238,21 @@ def test_combine_refuses_it(runs: Any, tiny_run: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_has_moved(
-    runs: Any, tiny_store: Path, tiny_text_encoder: Path, other_text_encoder: Path
+    runs: Any,
+    tiny_store: Path,
+    tiny_text_encoder: Path,
+    other_text_encoder: Path,
 ) -> None:
     run = runs["lit"][0]
     assert recorded_encoder(run, "text").name == str(tiny_text_encoder)
     moved = ("--text", f"hf:{other_text_encoder}", "--device", "cpu")
     refused = call("evaluate", run, "--store", tiny_store, *moved)
     assert (refused.exit_code, "is not what" in refused.output) == (4, True)
-    assert load_run(run, "cpu", text=recorded_encoder(run, "text").with_name(f"hf:{tiny_text_encoder}")).digest
+    assert load_run(
+        run,
+        "cpu",
+        text=recorded_encoder(run, "text").with_name(f"hf:{tiny_text_encoder}"),
+    ).digest
 
 
 def test_other_weights_are_another_identity(runs: Any, tiny_run: Path) -> None:

@@ -25,7 +25,11 @@ def model(tiny_run: Path) -> ImageTextModel:
     return apecache.load(tiny_run, device="cpu")
 
 
-def test_embeddings_are_those_of_the_store(model: ImageTextModel, tiny_store: Path, shapes_once: Path) -> None:
+def test_embeddings_are_those_of_the_store(
+    model: ImageTextModel,
+    tiny_store: Path,
+    shapes_once: Path,
+) -> None:
     store = FeatureStore.open(tiny_store)
     wanted = embed_store(model.run, store)
     keys = [store.pairs.keys[row] for row in wanted.image_rows]
@@ -40,7 +44,10 @@ def test_embeddings_are_those_of_the_store(model: ImageTextModel, tiny_store: Pa
     assert model.similarity(image, text) == pytest.approx(model.scale * image @ text.T, abs=1e-4)
 
 
-def test_paths_strings_and_pictures_are_the_same_images(model: ImageTextModel, shapes_once: Path) -> None:
+def test_paths_strings_and_pictures_are_the_same_images(
+    model: ImageTextModel,
+    shapes_once: Path,
+) -> None:
     path = sorted((shapes_once.parent / "images").iterdir())[0]
     with Image.open(path) as picture:
         found = model.encode_image([path, str(path), picture, picture.convert("RGBA")])
@@ -74,18 +81,32 @@ def test_what_cannot_be_encoded_is_named(model: ImageTextModel, tmp_path: Path) 
 
 
 def test_an_encoder_that_has_changed_is_refused(tiny_run: Path, other_text_encoder: Path) -> None:
-    other = apecache.load(tiny_run, text=parse_encoder(f"hf:{other_text_encoder}", "text"), device="cpu")
+    other = apecache.load(
+        tiny_run,
+        text=parse_encoder(f"hf:{other_text_encoder}", "text"),
+        device="cpu",
+    )
     with pytest.raises(MismatchError, match="not of the encoder that the head was trained on"):
         other.encode_text(["a circle"])
 
 
-def test_an_encoder_that_has_moved_is_given(tiny_run: Path, tiny_text_encoder: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_has_moved_is_given(
+    tiny_run: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
     moved = shutil.copytree(tiny_text_encoder, tmp_path / "moved")
     model = apecache.load(tiny_run, text=parse_encoder(f"hf:{moved}", "text"), device="cpu")
-    assert np.array_equal(model.encode_text(["a circle"]), apecache.load(tiny_run).encode_text(["a circle"]))
+    assert np.array_equal(
+        model.encode_text(["a circle"]),
+        apecache.load(tiny_run).encode_text(["a circle"]),
+    )
 
 
-def test_heads_on_tokens_see_the_tokens_that_are_there(model: ImageTextModel, tmp_path: Path) -> None:
+def test_heads_on_tokens_see_the_tokens_that_are_there(
+    model: ImageTextModel,
+    tmp_path: Path,
+) -> None:
     """A long and a short text in one batch give what each gives alone."""
     from apecache.encoders.load import load_text_encoder
     from apecache.encoders.spec import spec_from_json
@@ -93,8 +114,16 @@ def test_heads_on_tokens_see_the_tokens_that_are_there(model: ImageTextModel, tm
 
     side = model.run.text
     spec = replace(spec_from_json(side.encoder), pooling="tokens")
-    head = TokenHead(HeadSpec(kind="attention", dim=model.dim, n_heads=2), side.head.in_dim, model.dim)
-    tokens = TrainedSide(head, vars(spec), load_text_encoder(spec, "cpu").fingerprint)
+    head = TokenHead(
+        HeadSpec(kind="attention", dim=model.dim, n_heads=2),
+        side.head.in_dim,
+        model.dim,
+    )
+    tokens = TrainedSide(
+        head=head,
+        encoder=vars(spec),
+        fingerprint=load_text_encoder(spec, "cpu").fingerprint,
+    )
     save_heads(replace(model.run, text=tokens), tmp_path / "run")
     assert isinstance(load_heads(tmp_path / "run").text.head, TokenHead)
     loaded = apecache.load(tmp_path / "run", device="cpu")

@@ -25,9 +25,12 @@ from apecache.train.head_data import FitSpec
 
 
 def test_the_card_tells_what_was_recorded(tiny_store: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=2", "schedule.batch_size=4"])
+    recipe = load_recipe(
+        "projection",
+        ["image.dim=16", "text.dim=16", "schedule.epochs=2", "schedule.batch_size=4"],
+    )
     spec = FitSpec(splits=SplitSpec(dev="val"), device="cpu")
-    report = fit_head(FeatureStore.open(tiny_store), recipe, tmp_path / "run", spec)
+    report = fit_head(FeatureStore.open(tiny_store), recipe=recipe, out=tmp_path / "run", spec=spec)
     heads = load_heads(tmp_path / "run")
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: apecache\n")
@@ -51,11 +54,18 @@ def test_the_card_tells_what_was_recorded(tiny_store: Path, tmp_path: Path) -> N
 
 
 def test_unknown_lines_say_so_and_paths_stay_at_home(tiny_run: Path) -> None:
-    heads, ledger = load_heads(tiny_run), load_ledger(tiny_run)
+    heads = load_heads(tiny_run)
+    ledger = load_ledger(tiny_run)
     assert ledger is not None
     report = _dev(heads)
     bare = replace(heads, training={})
-    card = model_card(bare, Recipe(name="mine"), report, ledger, "/home/someone/secret/pairs.tsv")
+    card = model_card(
+        bare,
+        recipe=Recipe(name="mine"),
+        dev=report,
+        ledger=ledger,
+        origin="/home/someone/secret/pairs.tsv",
+    )
     assert "secret" not in card
     assert r"| data | pairs.tsv |" in card
     assert card.count("not stated") >= 7
@@ -64,16 +74,31 @@ def test_unknown_lines_say_so_and_paths_stay_at_home(tiny_run: Path) -> None:
 def _dev(heads):  # type: ignore[no-untyped-def]
     value = dict(heads.training["dev"])
     ways = ("image_to_text", "text_to_image", "chance_image_to_text", "chance_text_to_image")
-    return RetrievalReport(**{**value, **{way: {int(k): v for k, v in value[way].items()} for way in ways}})
+    return RetrievalReport(
+        **{**value, **{way: {int(k): v for k, v in value[way].items()} for way in ways}}
+    )
 
 
 def test_markup_in_a_recipe_is_shown_and_not_obeyed(tiny_run: Path) -> None:
-    heads, ledger = load_heads(tiny_run), load_ledger(tiny_run)
+    heads = load_heads(tiny_run)
+    ledger = load_ledger(tiny_run)
     assert ledger is not None
     wild = "<script>x</script> | `a` [b](http://c)\n# d ![e](f) \x1b[31m\u202e"
     recipe = Recipe(name=wild, summary=wild, source=wild)
-    card = model_card(heads, recipe, _dev(heads), replace(ledger, warnings=(wild,)), wild)
-    usual = model_card(heads, Recipe(name="n"), _dev(heads), replace(ledger, warnings=("w",)), "o")
+    card = model_card(
+        heads,
+        recipe=recipe,
+        dev=_dev(heads),
+        ledger=replace(ledger, warnings=(wild,)),
+        origin=wild,
+    )
+    usual = model_card(
+        heads,
+        recipe=Recipe(name="n"),
+        dev=_dev(heads),
+        ledger=replace(ledger, warnings=("w",)),
+        origin="o",
+    )
     assert card.count("\n") == usual.count("\n")
     body = card.split("\n---\n", 1)[1]  # the front matter is YAML, and has a test of its own
     assert "<script" not in body
@@ -87,10 +112,21 @@ def test_markup_in_a_recipe_is_shown_and_not_obeyed(tiny_run: Path) -> None:
 
 def test_the_card_shows_the_values_that_were_used(tiny_store: Path, tmp_path: Path) -> None:
     """The batch is as large as the split, patience stops early, and the temperature has moved."""
-    settings = ["image.dim=16", "text.dim=16", "schedule.epochs=40", "schedule.patience=1", "optimiser.lr=0.0123"]
+    settings = [
+        "image.dim=16",
+        "text.dim=16",
+        "schedule.epochs=40",
+        "schedule.patience=1",
+        "optimiser.lr=0.0123",
+    ]
     run = tmp_path / "run"
     spec = FitSpec(splits=SplitSpec(dev="val"), device="cpu")
-    fit_head(FeatureStore.open(tiny_store), load_recipe("projection", settings), run, spec)
+    fit_head(
+        FeatureStore.open(tiny_store),
+        recipe=load_recipe("projection", settings),
+        out=run,
+        spec=spec,
+    )
     used = load_heads(run).training["used"]
     history = list(read_history(run))
     assert used["n_epochs"] == history[-1]["epoch"]
@@ -98,20 +134,30 @@ def test_the_card_shows_the_values_that_were_used(tiny_store: Path, tmp_path: Pa
     card = (run / "README.md").read_text(encoding="utf-8")
     assert f"| epochs run | {used['n_epochs']} of 40 |" in card
     asked = load_recipe("projection").schedule.batch_size
-    assert rf"| images in a batch | 8 \(the recipe says {asked:,}; there are no more images\) |" in card
+    assert (
+        rf"| images in a batch | 8 \(the recipe says {asked:,}; there are no more images\) |"
+        in card
+    )
     assert "| optimiser.lr | 0.0123 |" in card
     assert "| image.dim | 16 |" in card
     best = history[load_heads(run).training["best_epoch"]]
-    assert used["temperature"] == pytest.approx(1 / load_heads(run).scale) == pytest.approx(best["temperature"])
+    assert (
+        used["temperature"]
+        == pytest.approx(1 / load_heads(run).scale)
+        == pytest.approx(best["temperature"])
+    )
     assert f"| temperature at the end | {used['temperature']:.4g} |" in card.replace(r"e\-", "e-")
     assert "loss.temperature |" not in card
     assert "schedule.epochs |" not in card
 
 
-def test_a_closed_form_shows_what_was_chosen_and_nothing_that_did_not_train(tiny_store: Path, tmp_path: Path) -> None:
+def test_a_closed_form_shows_what_was_chosen_and_nothing_that_did_not_train(
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
     spec = FitSpec(splits=SplitSpec(dev="val"), device="cpu")
     recipe = load_recipe("csa", ["closed_form.ridge=[0.25]", "closed_form.rank=[3]"])
-    fit_head(FeatureStore.open(tiny_store), recipe, tmp_path / "run", spec)
+    fit_head(FeatureStore.open(tiny_store), recipe=recipe, out=tmp_path / "run", spec=spec)
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "| closed form, ridge, chosen on dev | 0.25 |" in card
     assert "| image.dim | 3 |" in card
@@ -127,7 +173,14 @@ def metadata(card: str) -> dict[str, Any]:
     return found
 
 
-REPORT = RetrievalReport({1: 25.0}, {1: 12.5}, 4, 8, {1: 3.0}, {1: 25.0})
+REPORT = RetrievalReport(
+    image_to_text={1: 25.0},
+    text_to_image={1: 12.5},
+    n_images=4,
+    n_texts=8,
+    chance_image_to_text={1: 3.0},
+    chance_text_to_image={1: 25.0},
+)
 
 
 def test_the_front_matter_is_that_of_the_hub(tiny_run: Path) -> None:
@@ -144,12 +197,18 @@ def test_the_front_matter_is_that_of_the_hub(tiny_run: Path) -> None:
     assert values["image_to_text_recall_at_1"] == pytest.approx(dev.image_to_text[1], abs=0.01)
     assert values["text_to_image_recall_at_10"] == pytest.approx(dev.text_to_image[10], abs=0.01)
     chances = {metric["type"]: metric["args"]["chance"] for metric in result["metrics"]}
-    assert chances["text_to_image_recall_at_1"] == pytest.approx(dev.chance_text_to_image[1], abs=0.01)
+    assert chances["text_to_image_recall_at_1"] == pytest.approx(
+        dev.chance_text_to_image[1],
+        abs=0.01,
+    )
 
 
 def test_the_hubs_own_client_reads_the_card(tiny_run: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    card = hub.ModelCard((tiny_run / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    card = hub.ModelCard(
+        (tiny_run / "README.md").read_text(encoding="utf-8"),
+        ignore_metadata_errors=False,
+    )
     assert card.data.library_name == "apecache"
     assert card.data.model_name
     results = {result.metric_type: result for result in card.data.eval_results}
@@ -161,7 +220,12 @@ def test_the_hubs_own_client_reads_the_card(tiny_run: Path) -> None:
     ("encoder", "expected"),
     [
         (
-            EncoderSpec("hf", "sentence-transformers/all-MiniLM-L6-v2", "text", "main"),
+            EncoderSpec(
+                "hf",
+                name="sentence-transformers/all-MiniLM-L6-v2",
+                modality="text",
+                revision="main",
+            ),
             "sentence-transformers/all-MiniLM-L6-v2",
         ),
         (EncoderSpec("st", "intfloat/e5-small", "text"), "intfloat/e5-small"),
@@ -174,17 +238,20 @@ def test_the_hubs_own_client_reads_the_card(tiny_run: Path) -> None:
     ],
 )
 def test_base_models_are_hub_ids_alone(encoder: EncoderSpec, expected: str | None) -> None:
-    found = metadata(front_matter("n", [encoder, encoder], REPORT, "pairs.tsv"))
+    found = metadata(front_matter("n", encoders=[encoder, encoder], dev=REPORT, origin="pairs.tsv"))
     assert found.get("base_model") == (None if expected is None else [expected])
 
 
 @given(
     st.one_of(
-        st.text(), st.sampled_from(["---", "a\n---\nb", "'\"\n: - #", "\U0001f63a", "yes", "1", "null", "\ud800"])
+        st.text(),
+        st.sampled_from(
+            ["---", "a\n---\nb", "'\"\n: - #", "\U0001f63a", "yes", "1", "null", "\ud800"]
+        ),
     )
 )
 def test_no_name_can_break_the_front_matter(text: str) -> None:
-    shown = front_matter(text, [], REPORT, text)
+    shown = front_matter(text, encoders=[], dev=REPORT, origin=text)
     found = metadata(f"{shown}# title")
     assert found["model-index"][0]["name"] == one_printable_line(text)
     assert found["pipeline_tag"] == "zero-shot-image-classification"
@@ -196,4 +263,7 @@ def test_no_text_can_break_a_line_or_open_a_tag(text: str) -> None:
     shown = literal(text)
     assert len(shown.splitlines()) <= 1
     assert "<" not in shown
-    assert not re.search(r"(?<!\\)(?:\\\\)*[`*_\[\]|]", re.sub(r"\\[\\`*_{}\[\]()#+!|~$:@-]", "", shown))
+    assert not re.search(
+        r"(?<!\\)(?:\\\\)*[`*_\[\]|]",
+        re.sub(r"\\[\\`*_{}\[\]()#+!|~$:@-]", "", shown),
+    )

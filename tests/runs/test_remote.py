@@ -34,7 +34,9 @@ def test_a_folder_is_itself(tiny_run: Path) -> None:
         assert here == there == tiny_run
 
 
-def test_what_an_interrupt_leaves_is_there_for_the_next_time_and_no_finished_run(bucket: str) -> None:
+def test_what_an_interrupt_leaves_is_there_for_the_next_time_and_no_finished_run(
+    bucket: str,
+) -> None:
     def interrupted() -> None:
         with kept_run(f"{bucket}/run") as here:
             here.mkdir()
@@ -52,7 +54,10 @@ def test_what_an_interrupt_leaves_is_there_for_the_next_time_and_no_finished_run
     assert [entry.key for entry in open_bucket(bucket)[0].walk("run")] == ["run/head.json"]
 
 
-def test_until_all_is_there_no_run_is_finished(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_all_is_there_no_run_is_finished(
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def keep(data: bytes) -> None:
         with kept_run(f"{bucket}/run") as here:
             here.mkdir(exist_ok=True)
@@ -60,7 +65,8 @@ def test_until_all_is_there_no_run_is_finished(bucket: str, monkeypatch: pytest.
                 (here / name).write_bytes(data)
 
     keep(b"old")
-    opened, seen = open_bucket(bucket)[0], []
+    opened = open_bucket(bucket)[0]
+    seen = []
     real = type(opened).write
 
     def write(self, key: str, data: bytes) -> None:  # type: ignore[no-untyped-def]
@@ -69,7 +75,12 @@ def test_until_all_is_there_no_run_is_finished(bucket: str, monkeypatch: pytest.
 
     monkeypatch.setattr(type(opened), "write", write)
     keep(b"new")
-    assert [key for key, _ in seen] == ["run/a.json", "run/head.safetensors", "run/history.jsonl", "run/head.json"]
+    assert [key for key, _ in seen] == [
+        "run/a.json",
+        "run/head.safetensors",
+        "run/history.jsonl",
+        "run/head.json",
+    ]
     assert {size for _, size in seen} == {None}
 
 

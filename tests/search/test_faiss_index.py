@@ -19,16 +19,29 @@ def clustered(n: int, seed: int = 0, dim: int = 16) -> Floats:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-VECTORS, QUERIES = clustered(1500), clustered(1200, 1)
-KINDS = ("flat", "ivf", "hnsw", "SQ8", "IVF16,SQ8", "PQ8x4", "PCA14,IVF16,Flat", "IVF16_HNSW32,Flat", "SQ4,RFlat")
+VECTORS = clustered(1500)
+QUERIES = clustered(1200, 1)
+KINDS = (
+    "flat",
+    "ivf",
+    "hnsw",
+    "SQ8",
+    "IVF16,SQ8",
+    "PQ8x4",
+    "PCA14,IVF16,Flat",
+    "IVF16_HNSW32,Flat",
+    "SQ4,RFlat",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_built_saved_mapped_and_measured(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built, report = build_vectors(kind, VECTORS)
-    report = measured(report, built, VECTORS, QUERIES)
+    report = measured(report, built=built, vectors=VECTORS, queries=QUERIES)
     built.save(tmp_path / "x.faiss")
     scores, rows = built.search(QUERIES[:20], 10)
     for smallest in (1 << 28, 0):
@@ -79,11 +92,20 @@ def test_equal_vectors_count_as_found_and_missing_ones_do_not() -> None:
     vectors = np.repeat(np.eye(4, dtype=np.float32), 3, axis=0)
     best = np.ones((1, 2), np.float32)
     for found, share in (([[1, 2]], 1.0), ([[0, 5]], 0.5), ([[0, -1]], 0.5), ([[-1, -1]], 0.0)):
-        assert apecache.search.faiss_index.recall(vectors[:1], vectors, np.array(found), best) == share
+        assert (
+            apecache.search.faiss_index.recall(
+                vectors[:1],
+                vectors=vectors,
+                found=np.array(found),
+                best=best,
+            )
+            == share
+        )
 
 
 @pytest.mark.parametrize(
-    ("n", "factory"), [(700, "IVF16,Flat"), (3000, "IVF64,Flat"), (100_000, "IVF512,Flat"), (10**6, "IVF1024,Flat")]
+    ("n", "factory"),
+    [(700, "IVF16,Flat"), (3000, "IVF64,Flat"), (100_000, "IVF512,Flat"), (10**6, "IVF1024,Flat")],
 )
 def test_lists_grow_with_the_root_and_stay_filled(n: int, factory: str) -> None:
     assert factory_of("ivf", n) == factory
@@ -95,12 +117,15 @@ def test_more_lists_and_candidates_find_more() -> None:
         shares = []
         for value in (1, 32, 400):
             built.tune(*((value, None) if option == "nprobe" else (None, value)))
-            shares.append(measured(report, built, VECTORS, QUERIES).recall_at_10 or 0.0)
+            shares.append(
+                measured(report, built=built, vectors=VECTORS, queries=QUERIES).recall_at_10 or 0.0
+            )
         assert shares[0] < shares[-1] > 0.98
 
 
 def test_a_number_for_another_kind_is_refused() -> None:
-    flat, graph = build_vectors("flat", VECTORS)[0], build_vectors("hnsw", VECTORS[:50])[0]
+    flat = build_vectors("flat", VECTORS)[0]
+    graph = build_vectors("hnsw", VECTORS[:50])[0]
     with pytest.raises(OptionError, match="--nprobe 4: an index of kind Flat has no use for it"):
         flat.tune(4, None)
     with pytest.raises(OptionError, match="--ef-search 0: at least 1"):
@@ -115,7 +140,10 @@ def test_too_few_vectors_name_the_exact_kind(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bogus", "", "LSH", "IVF16,PQ7", "IDMap,Flat"])
 def test_a_kind_that_faiss_refuses_is_one_line(kind: str) -> None:
-    with pytest.raises(OptionError, match=r"FAISS refuses .*expected flat, ivf, hnsw or a FAISS factory") as caught:
+    with pytest.raises(
+        OptionError,
+        match=r"FAISS refuses .*expected flat, ivf, hnsw or a FAISS factory",
+    ) as caught:
         build_vectors(kind, VECTORS)
     assert len(str(caught.value).splitlines()) == 1
     assert "/" not in str(caught.value)

@@ -70,19 +70,26 @@ def embedded(tiny_run: Path, store: FeatureStore) -> Embeddings:
 
 def embed_query(heads: TrainedHeads, query: str | Path) -> torch.Tensor:
     if isinstance(query, str):
-        return heads.text.embed(load_text_encoder(EncoderSpec(**heads.text.encoder), "cpu").encode([query]))[0]
+        return heads.text.embed(
+            load_text_encoder(EncoderSpec(**heads.text.encoder), "cpu").encode([query])
+        )[0]
     encoder = load_image_encoder(EncoderSpec(**heads.image.encoder), "cpu")
-    pixels = encoder.preprocess(load_image(query.name, FolderMedia(query.parent)).image)
+    pixels = encoder.preprocess(load_image(query.name, FolderMedia(root=query.parent)).image)
     return heads.image.embed(encoder.encode(pixels.unsqueeze(0)))[0]
 
 
-# --- searching -------------------------------------------------------------------------------------------------------
+# --- searching ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["images", "captions"])
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_search_finds_what_comparing_with_everything_finds(
-    kind: str, target: str, opened: SearchIndex, embedded: Embeddings, store: FeatureStore, shapes_once: Path
+    kind: str,
+    target: str,
+    opened: SearchIndex,
+    embedded: Embeddings,
+    store: FeatureStore,
+    shapes_once: Path,
 ) -> None:
     photo = shapes_once.parent / "images" / "blue-square-0.png"
     query: str | Path = TEXT_QUERY if kind == "text" else photo
@@ -96,14 +103,17 @@ def test_a_search_finds_what_comparing_with_everything_finds(
     by_name = {(hit.key, hit.caption): hit.score for hit in hits}
     for row, score in enumerate(scores):
         image = row if target == "images" else pairs.image_rows[row]
-        caption = pairs.captions[2 * row] if target == "images" else pairs.captions[row]  # an image's first caption
+        caption = (
+            pairs.captions[2 * row] if target == "images" else pairs.captions[row]
+        )  # an image's first caption
         if (pairs.keys[image], caption) in by_name:
             assert by_name.pop((pairs.keys[image], caption)) == pytest.approx(score, abs=1e-5)
     assert not by_name
 
 
 def test_words_find_images_and_a_photo_finds_captions_unless_turned_round(
-    opened: SearchIndex, shapes_once: Path
+    opened: SearchIndex,
+    shapes_once: Path,
 ) -> None:
     photo = str(shapes_once.parent / "images" / "red-circle-0.png")
     assert (
@@ -111,11 +121,16 @@ def test_words_find_images_and_a_photo_finds_captions_unless_turned_round(
         == opened.search(TEXT_QUERY, 3, "images")
         != opened.search(TEXT_QUERY, 3, "captions")
     )
-    captions, images = (opened.search(photo, 3, target, files=True) for target in ("captions", "images"))
+    captions, images = (
+        opened.search(photo, 3, target, files=True) for target in ("captions", "images")
+    )
     assert opened.search(photo, 3, files=True) == captions != images
 
 
-def test_a_caption_and_a_photo_of_the_index_find_themselves(opened: SearchIndex, shapes_once: Path) -> None:
+def test_a_caption_and_a_photo_of_the_index_find_themselves(
+    opened: SearchIndex,
+    shapes_once: Path,
+) -> None:
     photo = shapes_once.parent / "images" / "green-triangle-0.png"
     (same,) = opened.search(str(photo), 1, "images", files=True)
     assert (same.key, same.rank) == ("images/green-triangle-0.png", 1)
@@ -126,7 +141,11 @@ def test_a_caption_and_a_photo_of_the_index_find_themselves(opened: SearchIndex,
 
 
 @pytest.mark.parametrize(("target", "n"), [("images", 12), ("captions", 24)])
-def test_asking_for_more_than_there_is_gives_everything_once(target: str, n: int, opened: SearchIndex) -> None:
+def test_asking_for_more_than_there_is_gives_everything_once(
+    target: str,
+    n: int,
+    opened: SearchIndex,
+) -> None:
     hits = opened.search(TEXT_QUERY, 1000, target)  # type: ignore[arg-type]
     assert len({(hit.key, hit.caption) for hit in hits}) == len(hits) == n
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
@@ -154,7 +173,12 @@ def test_an_empty_query_is_refused(query: str, opened: SearchIndex) -> None:
     ],
 )
 def test_a_query_image_that_cannot_be_read_is_refused(
-    name: str, data: bytes | str | None, reason: str, opened: SearchIndex, shapes_once: Path, tmp_path: Path
+    name: str,
+    data: bytes | str | None,
+    reason: str,
+    opened: SearchIndex,
+    shapes_once: Path,
+    tmp_path: Path,
 ) -> None:
     if data is not None:
         whole = (shapes_once.parent / "images" / "red-circle-0.png").read_bytes()
@@ -190,11 +214,14 @@ def test_a_file_that_exists_is_an_image_query_whatever_its_name(tmp_path: Path) 
     assert image_path(str(tmp_path)) is None
 
 
-# --- what an index holds ---------------------------------------------------------------------------------------------
+# --- what an index holds --------------------------------------------------------------------------
 
 
 def test_an_index_says_what_is_in_it_and_of_which_head(
-    built: Path, tiny_run: Path, store: FeatureStore, opened: SearchIndex
+    built: Path,
+    tiny_run: Path,
+    store: FeatureStore,
+    opened: SearchIndex,
 ) -> None:
     value = json.loads((built / "index.json").read_text(encoding="utf-8"))
     assert (value["n_images"], value["n_texts"], value["dim"]) == (12, 24, 16)
@@ -213,17 +240,27 @@ def test_an_index_says_what_is_in_it_and_of_which_head(
     assert sorted(path.name for path in built.iterdir()) == names
 
 
-def test_an_index_of_one_split_finds_only_its_images(tiny_run: Path, store: FeatureStore, tmp_path: Path) -> None:
+def test_an_index_of_one_split_finds_only_its_images(
+    tiny_run: Path,
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
     report = build_index(tiny_run, store, tmp_path / "index", split="val")
     assert (report.n_images, report.n_texts, report.dim) == (4, 8, 16)
     keys = {hit.key for hit in open_index(tmp_path / "index").search(TEXT_QUERY, 100)}
-    assert keys == {f"images/{colour}-triangle-0.png" for colour in ("red", "green", "blue", "yellow")}
+    assert keys == {
+        f"images/{colour}-triangle-0.png" for colour in ("red", "green", "blue", "yellow")
+    }
 
 
 def test_an_index_works_after_the_run_and_the_store_are_gone(
-    tiny_run: Path, tiny_store: Path, opened: SearchIndex, tmp_path: Path
+    tiny_run: Path,
+    tiny_store: Path,
+    opened: SearchIndex,
+    tmp_path: Path,
 ) -> None:
-    run, store = shutil.copytree(tiny_run, tmp_path / "run"), shutil.copytree(tiny_store, tmp_path / "store")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    store = shutil.copytree(tiny_store, tmp_path / "store")
     build_index(run, FeatureStore.open(store), tmp_path / "index")
     shutil.rmtree(run)
     shutil.rmtree(store)
@@ -246,13 +283,17 @@ ODD_CAPTIONS = (
 
 
 def test_odd_captions_come_back_exactly(
-    tiny_image_encoder: Path, tiny_text_encoder: Path, shapes: Path, tiny_run: Path, tmp_path: Path
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    shapes: Path,
+    tiny_run: Path,
+    tmp_path: Path,
 ) -> None:
     table = shapes.with_name("odd.jsonl")
     lines = [{"image": "images/red-circle-0.png", "caption": list(ODD_CAPTIONS)}]
     lines += [{"image": "images/red-square-0.png", "caption": ["a red square"]}]
     table.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    extract_to(table, tmp_path / "store", tiny_image_encoder, tiny_text_encoder)
+    extract_to(table, store=tmp_path / "store", image=tiny_image_encoder, text=tiny_text_encoder)
     build_index(tiny_run, FeatureStore.open(tmp_path / "store"), tmp_path / "index")
     hits = open_index(tmp_path / "index").search(TEXT_QUERY, 100, "captions")
     assert {hit.caption for hit in hits} == {*ODD_CAPTIONS, "a red square"}
@@ -263,19 +304,28 @@ def test_odd_captions_come_back_exactly(
     assert {hit.caption for hit in images} == {ODD_CAPTIONS[0], "a red square"}
 
 
-# --- building over something -----------------------------------------------------------------------------------------
+# --- building over something ----------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_an_index_that_exists_is_refused_and_replaced_only_with_overwrite(
-    index: Path, tiny_run: Path, store: FeatureStore
+    index: Path,
+    tiny_run: Path,
+    store: FeatureStore,
 ) -> None:
     (index / "texts.jsonl").write_text("old")
     before = contents(index.parent)
-    with pytest.raises(RunError, match=r"index .* exists already; choose another --out, or add --overwrite"):
+    with pytest.raises(
+        RunError,
+        match=r"index .* exists already; choose another --out, or add --overwrite",
+    ):
         build_index(tiny_run, store, index)
     assert contents(index.parent) == before
     build_index(tiny_run, store, index, split="val", overwrite=True)
@@ -286,7 +336,11 @@ def test_an_index_that_exists_is_refused_and_replaced_only_with_overwrite(
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["foreign", "run", "file"])
 def test_what_is_no_index_is_never_deleted(
-    kind: str, overwrite: bool, tiny_run: Path, store: FeatureStore, tmp_path: Path
+    kind: str,
+    overwrite: bool,
+    tiny_run: Path,
+    store: FeatureStore,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "precious"
     if kind == "file":
@@ -303,7 +357,9 @@ def test_what_is_no_index_is_never_deleted(
 
 
 def test_a_build_that_fails_leaves_the_old_index_and_nothing_half_made(
-    index: Path, tiny_run: Path, store: FeatureStore
+    index: Path,
+    tiny_run: Path,
+    store: FeatureStore,
 ) -> None:
     before = contents(index.parent)
     with pytest.raises(DataError, match="no split 'nowhere'"):
@@ -312,7 +368,10 @@ def test_a_build_that_fails_leaves_the_old_index_and_nothing_half_made(
 
 
 def test_a_disk_that_is_full_leaves_the_old_index_and_nothing_half_made(
-    index: Path, tiny_run: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    index: Path,
+    tiny_run: Path,
+    store: FeatureStore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -331,15 +390,22 @@ def test_a_store_of_another_encoder_is_refused(
     other_text_encoder: Path,
     tmp_path: Path,
 ) -> None:
-    extract_to(shapes, tmp_path / "store", tiny_image_encoder, other_text_encoder)
-    with pytest.raises(MismatchError, match="text features other-bert is not of the encoder") as caught:
+    extract_to(shapes, store=tmp_path / "store", image=tiny_image_encoder, text=other_text_encoder)
+    with pytest.raises(
+        MismatchError,
+        match="text features other-bert is not of the encoder",
+    ) as caught:
         build_index(tiny_run, FeatureStore.open(tmp_path / "store"), tmp_path / "index")
     assert caught.value.exit_code == 4
     assert not (tmp_path / "index").exists()
 
 
 def test_without_faiss_the_line_that_installs_it_is_shown(
-    tiny_run: Path, store: FeatureStore, opened: SearchIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path,
+    store: FeatureStore,
+    opened: SearchIndex,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = r"faiss is not installed; install it with: pip install 'apecache\[cpu\]'"
@@ -350,7 +416,7 @@ def test_without_faiss_the_line_that_installs_it_is_shown(
     assert not list(tmp_path.iterdir())
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def refused(path: Path) -> str:
@@ -364,16 +430,31 @@ def refused(path: Path) -> str:
 
 def test_an_index_that_is_not_there_is_refused_with_the_nearest_name(index: Path) -> None:
     message = refused(index.with_name("indx"))
-    assert "indx is no index; did you mean index? (make one with: apecache index RUN --store STORE --out" in message
+    assert (
+        "indx is no index; did you mean index? (make one with: apecache index RUN --store "
+        "STORE --out"
+    ) in message
 
 
 def test_a_run_is_no_index(tiny_run: Path) -> None:
     assert "is no index (make one with" in refused(tiny_run)
 
 
-def test_an_index_with_the_head_of_another_run_is_refused(index: Path, store: FeatureStore, tmp_path: Path) -> None:
-    recipe = load_recipe("projection", ["image.dim=16", "text.dim=16", "schedule.epochs=1", "schedule.batch_size=4"])
-    fit_head(store, recipe, tmp_path / "other", FitSpec(splits=SplitSpec(dev="val"), device="cpu", seed=1))
+def test_an_index_with_the_head_of_another_run_is_refused(
+    index: Path,
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    recipe = load_recipe(
+        "projection",
+        ["image.dim=16", "text.dim=16", "schedule.epochs=1", "schedule.batch_size=4"],
+    )
+    fit_head(
+        store,
+        recipe=recipe,
+        out=tmp_path / "other",
+        spec=FitSpec(splits=SplitSpec(dev="val"), device="cpu", seed=1),
+    )
     save_heads(load_heads(tmp_path / "other"), index)
     assert "was built with another head than the one in it; build the index again" in refused(index)
 
@@ -402,7 +483,11 @@ def write_narrow(path: Path) -> None:
         ("index.json", lambda p: p.write_text("{}"), "index.json is damaged"),
         ("index.json", lambda p: p.write_bytes(b"\xff"), "index.json is damaged"),
         ("index.json", lambda p: p.write_text("[" * 100_000), "index.json is damaged"),
-        ("index.json", lambda p: p.write_text('{"format": 9}'), "has format 9; this apecache reads up to 1: upgrade"),
+        (
+            "index.json",
+            lambda p: p.write_text('{"format": 9}'),
+            "has format 9; this apecache reads up to 1: upgrade",
+        ),
         ("index.json", lambda p: p.write_text('{"format": 1}'), "another head"),
         ("head.json", lambda p: p.unlink(), "head.json"),
         ("head.safetensors", cut, "head.safetensors cannot be read"),
@@ -415,30 +500,51 @@ def write_narrow(path: Path) -> None:
         ("texts.jsonl", cut, "texts.jsonl cannot be read"),
         ("texts.jsonl", lambda p: p.unlink(), "texts.jsonl cannot be read"),
         ("texts.jsonl", lambda p: copy(p, "images.jsonl"), "texts.faiss does not fit"),
-        ("texts.jsonl", lambda p: p.write_text('{"key": "a"}\n' * 24), "texts.jsonl cannot be read"),
+        (
+            "texts.jsonl",
+            lambda p: p.write_text('{"key": "a"}\n' * 24),
+            "texts.jsonl cannot be read",
+        ),
         ("texts.jsonl", lambda p: p.write_text("3\n" * 24), "texts.jsonl cannot be read"),
     ],
 )
 def test_a_damaged_index_is_refused_by_the_file_that_is_damaged(
-    name: str, damage: Callable[[Path], object], message: str, index: Path
+    name: str,
+    damage: Callable[[Path], object],
+    message: str,
+    index: Path,
 ) -> None:
     damage(index / name)
     assert message in refused(index)
 
 
-def test_an_encoder_that_is_not_the_indexs_is_refused(index: Path, other_text_encoder: Path) -> None:
+def test_an_encoder_that_is_not_the_indexs_is_refused(
+    index: Path,
+    other_text_encoder: Path,
+) -> None:
     wrong = parse_encoder(f"hf:{other_text_encoder}", "text")
-    with pytest.raises(MismatchError, match=r"text encoder .* is not of the encoder .* weights: ") as caught:
+    with pytest.raises(
+        MismatchError,
+        match=r"text encoder .* is not of the encoder .* weights: ",
+    ) as caught:
         SearchIndex.open(index, text=wrong, device="cpu").search(TEXT_QUERY)
     assert caught.value.exit_code == 4
 
 
 def test_encoders_that_have_moved_are_found_where_they_are_said_to_be(
-    index: Path, opened: SearchIndex, shapes_once: Path, tmp_path: Path
+    index: Path,
+    opened: SearchIndex,
+    shapes_once: Path,
+    tmp_path: Path,
 ) -> None:
     moved = [
-        EncoderSpec(**encoder).with_name(f"{encoder['library']}:{shutil.copytree(encoder['name'], tmp_path / side)}")
-        for side, encoder in (("image", opened.run.image.encoder), ("text", opened.run.text.encoder))
+        EncoderSpec(**encoder).with_name(
+            f"{encoder['library']}:{shutil.copytree(encoder['name'], tmp_path / side)}"
+        )
+        for side, encoder in (
+            ("image", opened.run.image.encoder),
+            ("text", opened.run.text.encoder),
+        )
     ]
     elsewhere = SearchIndex.open(index, *moved, device="cpu")
     photo = str(shapes_once.parent / "images" / "red-circle-0.png")
@@ -447,4 +553,9 @@ def test_encoders_that_have_moved_are_found_where_they_are_said_to_be(
 
 
 def test_a_hit_is_plain_data() -> None:
-    assert vars(Hit(1, "a.jpg", "a", 0.5)) == {"rank": 1, "key": "a.jpg", "caption": "a", "score": 0.5}
+    assert vars(Hit(rank=1, key="a.jpg", caption="a", score=0.5)) == {
+        "rank": 1,
+        "key": "a.jpg",
+        "caption": "a",
+        "score": 0.5,
+    }

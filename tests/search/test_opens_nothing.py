@@ -19,7 +19,8 @@ from apecache.search.query import Query, SearchIndex
 from apecache.store.reader import FeatureStore
 
 WATCHED: list[set[str]] = []
-"""Where the hook writes; one hook stays for the life of the process, for Python cannot remove it."""
+"""Where the hook writes; one hook stays for the life of the process, for Python cannot remove
+it."""
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -42,7 +43,11 @@ def watched() -> Iterator[set[str]]:
 
 
 @pytest.fixture(scope="module")
-def index(tiny_run: Path, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
+def index(
+    tiny_run: Path,
+    tiny_store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SearchIndex:
     """Opened, with its encoders and vectors loaded."""
     out = tmp_path_factory.mktemp("indexes") / "index"
     build_index(tiny_run, FeatureStore.open(tiny_store), out)
@@ -57,7 +62,12 @@ def name(request: pytest.FixtureRequest, shapes_once: Path, tmp_path: Path) -> s
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret")
     photo = shapes_once.parent / "images" / "red-circle-0.png"
-    names = {"image": str(photo), "text": str(secret), "missing": "photo.jpg", "passwd": "/etc/passwd"}
+    names = {
+        "image": str(photo),
+        "text": str(secret),
+        "missing": "photo.jpg",
+        "passwd": "/etc/passwd",
+    }
     return names[request.param]
 
 
@@ -73,7 +83,10 @@ USES: dict[str, Callable[[SearchIndex, str], object]] = {
 
 @pytest.mark.parametrize("use", USES)
 def test_no_text_is_opened_or_looked_for(
-    use: str, name: str, index: SearchIndex, monkeypatch: pytest.MonkeyPatch
+    use: str,
+    name: str,
+    index: SearchIndex,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("apecache.search.query.image_path", None)  # looking for the file would fail
     with watched() as opened:
@@ -113,9 +126,21 @@ def test_texts_and_class_names_are_words(index: SearchIndex, tiny_run: Path, nam
     assert classes.shape == (2, model.dim)
 
 
-def test_the_command_line_opens_the_photo_of_its_own_user(index: SearchIndex, shapes_once: Path) -> None:
+def test_the_command_line_opens_the_photo_of_its_own_user(
+    index: SearchIndex,
+    shapes_once: Path,
+) -> None:
     photo = shapes_once.parent / "images" / "blue-square-0.png"
-    arguments = ["search", str(index.path), str(photo), "--target", "images", "--device", "cpu", "--json"]
+    arguments = [
+        "search",
+        str(index.path),
+        str(photo),
+        "--target",
+        "images",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["hits"][0]["key"] == "images/blue-square-0.png"

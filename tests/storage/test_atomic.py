@@ -41,7 +41,10 @@ def read(path: Path) -> float:
 
 
 @pytest.mark.parametrize("name", ["words.txt", "weights.safetensors"])
-def test_a_file_replaces_the_one_before_it_and_nothing_stays_beside_it(tmp_path: Path, name: str) -> None:
+def test_a_file_replaces_the_one_before_it_and_nothing_stays_beside_it(
+    tmp_path: Path,
+    name: str,
+) -> None:
     for value in (1.0, 2.0):
         write(tmp_path / name, value)
         assert read(tmp_path / name) == value
@@ -50,11 +53,15 @@ def test_a_file_replaces_the_one_before_it_and_nothing_stays_beside_it(tmp_path:
 
 @pytest.mark.parametrize("name", ["words.txt", "weights.safetensors"])
 def test_a_process_that_dies_while_writing_leaves_the_old_file_and_the_scratch_name_alone(
-    tmp_path: Path, name: str
+    tmp_path: Path,
+    name: str,
 ) -> None:
     path = tmp_path / name
     write(path, 1.0)
-    died = subprocess.run([sys.executable, "-c", DIES_WHILE_WRITING, str(path)], stderr=subprocess.PIPE)
+    died = subprocess.run(
+        [sys.executable, "-c", DIES_WHILE_WRITING, str(path)],
+        stderr=subprocess.PIPE,
+    )
     assert died.returncode == -signal.SIGXFSZ, died.stderr
     assert read(path) == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {name, scratch_of(path).name}

@@ -1,4 +1,5 @@
-"""Buckets: what their URLs may say, what is repeated, and what people are told, against moto's S3 on loopback."""
+"""Buckets: what their URLs may say, what is repeated, and what people are told, against moto's S3
+on loopback."""
 
 import os
 import subprocess
@@ -51,13 +52,19 @@ def test_a_url_is_a_scheme_a_bucket_and_a_key(url: str, parts: tuple[str, str, s
     assert split_url(url) == parts
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://bucket/../other", "s3://bucket/./a", "s3://b/\0"])
+@pytest.mark.parametrize(
+    "url",
+    ["s3://", "s3:///a", "s3://bucket/../other", "s3://bucket/./a", "s3://b/\0"],
+)
 def test_a_url_that_names_no_place_is_refused(url: str) -> None:
     with pytest.raises(StoreError, match=r"expected s3://BUCKET/NAME"):
         split_url(url)
 
 
-@pytest.mark.parametrize("url", [f"s3://AKIATESTS:{SECRET}@bucket/a", "s3://bucket:443/a", f"s3://{SECRET[:8]}@bucket"])
+@pytest.mark.parametrize(
+    "url",
+    [f"s3://AKIATESTS:{SECRET}@bucket/a", "s3://bucket:443/a", f"s3://{SECRET[:8]}@bucket"],
+)
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(StoreError, match="give credentials in the environment") as caught:
         open_bucket(url)
@@ -68,12 +75,18 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
 @pytest.mark.parametrize(
     ("endpoint", "message"),
     [
-        ("http://storage.example", "AWS_ENDPOINT_URL is not encrypted .http://storage.example.; use https://"),
+        (
+            "http://storage.example",
+            "AWS_ENDPOINT_URL is not encrypted .http://storage.example.; use https://",
+        ),
         (f"https://user:{SECRET}@storage.example", "AWS_ENDPOINT_URL has credentials in it"),
     ],
 )
 def test_an_endpoint_that_gives_secrets_away_is_refused(
-    monkeypatch: pytest.MonkeyPatch, bucket: str, endpoint: str, message: str
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: str,
+    endpoint: str,
+    message: str,
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     with pytest.raises(StoreError, match=message) as caught:
@@ -81,16 +94,26 @@ def test_an_endpoint_that_gives_secrets_away_is_refused(
     assert SECRET not in str(caught.value)
 
 
-def test_http_elsewhere_is_for_those_who_say_so(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
+def test_http_elsewhere_is_for_those_who_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: str,
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.example")
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     assert open_bucket(bucket)[0].name == bucket
 
 
 @pytest.mark.parametrize("told", ["soon", "0", "-1", "nan", "inf", ""])
-def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, bucket: str, told: str) -> None:
+def test_a_time_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: str,
+    told: str,
+) -> None:
     monkeypatch.setenv("APECACHE_RETRY_SECONDS", told)
-    with pytest.raises(OptionError, match=f"APECACHE_RETRY_SECONDS={told}: expected a number of seconds above 0"):
+    with pytest.raises(
+        OptionError,
+        match=f"APECACHE_RETRY_SECONDS={told}: expected a number of seconds above 0",
+    ):
         open_bucket(bucket)
 
 
@@ -101,7 +124,7 @@ def test_without_the_extra_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch
         open_bucket("s3://bucket")
 
 
-# --- what is not there, or not to be had ------------------------------------------------------------------------------
+# --- what is not there, or not to be had ----------------------------------------------------------
 
 
 def test_a_missing_object_is_a_missing_file(opened: Bucket) -> None:
@@ -118,13 +141,20 @@ OPERATIONS: dict[str, Callable[[Bucket], object]] = {
     "list": lambda bucket: bucket.list("a"),
     "walk": lambda bucket: list(bucket.walk("a")),
 }
-ALL = {**OPERATIONS, "read": lambda bucket: bucket.read("a"), "size": lambda bucket: bucket.size("a")}
+ALL = {
+    **OPERATIONS,
+    "read": lambda bucket: bucket.read("a"),
+    "size": lambda bucket: bucket.size("a"),
+}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_missing_bucket_is_named(bucket: str, operation: str) -> None:
     missing, _ = open_bucket(f"{bucket}-missing")
-    with pytest.raises(StoreError, match=f"^{bucket}-missing: no such bucket; make it, or give another$"):
+    with pytest.raises(
+        StoreError,
+        match=f"^{bucket}-missing: no such bucket; make it, or give another$",
+    ):
         OPERATIONS[operation](missing)
 
 
@@ -139,7 +169,11 @@ def test_a_missing_bucket_is_named(bucket: str, operation: str) -> None:
     ],
 )
 def test_refused_credentials_end_at_once_with_what_to_check(
-    opened: Bucket, s3_server: S3Server, operation: str, answer: tuple[int, str], message: str
+    opened: Bucket,
+    s3_server: S3Server,
+    operation: str,
+    answer: tuple[int, str],
+    message: str,
 ) -> None:
     assert opened.size("a") is None
     with s3_server.faults(Faults()) as faults:
@@ -155,7 +189,11 @@ def test_refused_credentials_end_at_once_with_what_to_check(
 
 
 @pytest.mark.parametrize("name", ["tokens@-1/metadata.json", "credentials", "latest"])
-def test_no_name_of_an_object_is_taken_for_what_is_wrong(opened: Bucket, s3_server: S3Server, name: str) -> None:
+def test_no_name_of_an_object_is_taken_for_what_is_wrong(
+    opened: Bucket,
+    s3_server: S3Server,
+    name: str,
+) -> None:
     opened.write(name, b"data")
     with s3_server.faults(Faults()) as faults:
         lost = iter(["reset"] * 2)
@@ -164,9 +202,15 @@ def test_no_name_of_an_object_is_taken_for_what_is_wrong(opened: Bucket, s3_serv
         assert faults.counts == {"reset": 2}
 
 
-@pytest.mark.parametrize(("status", "n_requests"), [(408, 2), (429, 2), (400, 1), (403, 1), (416, 1)])
+@pytest.mark.parametrize(
+    ("status", "n_requests"),
+    [(408, 2), (429, 2), (400, 1), (403, 1), (416, 1)],
+)
 def test_answers_without_a_word_are_judged_by_their_number(
-    opened: Bucket, s3_server: S3Server, status: int, n_requests: int
+    opened: Bucket,
+    s3_server: S3Server,
+    status: int,
+    n_requests: int,
 ) -> None:
     opened.write("a", b"data")
     with s3_server.faults(Faults()) as faults:
@@ -182,7 +226,10 @@ def test_answers_without_a_word_are_judged_by_their_number(
 
 @pytest.mark.parametrize("kind", ["reset", "lost", "stall"])
 def test_a_fault_at_the_first_contact_is_survived(
-    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, kind: str
+    bucket: str,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "0.3")
     with s3_server.faults(Faults()) as faults:
@@ -193,18 +240,24 @@ def test_a_fault_at_the_first_contact_is_survived(
 
 @pytest.mark.parametrize("operation", ALL)
 def test_an_endpoint_that_is_not_there_is_given_up(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, operation: str
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("APECACHE_RETRY_SECONDS", "0.2")
     opened, _ = open_bucket(bucket)
     with pytest.raises(
-        StoreError, match=r"the object storage at http://127\.0\.0\.1:9 does not answer; check the network"
+        StoreError,
+        match=r"the object storage at http://127\.0\.0\.1:9 does not answer; check the network",
     ):
         ALL[operation](opened)
 
 
-def test_without_credentials_the_variables_are_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_credentials_the_variables_are_named(
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
@@ -213,13 +266,17 @@ def test_without_credentials_the_variables_are_named(bucket: str, monkeypatch: p
         open_bucket(bucket)[0].read("a")
 
 
-# --- what goes wrong for a while --------------------------------------------------------------------------------------
+# --- what goes wrong for a while ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ALL)
 @pytest.mark.parametrize("kind", ["503", "reset", "lost", "half", "stall"])
 def test_every_operation_survives_every_fault(
-    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, operation: str, kind: str
+    bucket: str,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    kind: str,
 ) -> None:
     monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "0.3")
     opened, _ = open_bucket(bucket)
@@ -234,7 +291,9 @@ def test_every_operation_survives_every_fault(
 
 
 def test_an_outage_is_waited_out_and_a_longer_one_is_not(
-    opened: Bucket, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    opened: Bucket,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened.write("a", b"data")
     with s3_server.faults(Faults()) as faults:
@@ -250,7 +309,9 @@ def test_an_outage_is_waited_out_and_a_longer_one_is_not(
 def test_objects_read_ahead_come_in_order(opened: Bucket) -> None:
     for number in range(40):
         opened.write(f"{number}", b"%d" % number)
-    assert list(opened.read_all(f"{number}" for number in range(40))) == [b"%d" % number for number in range(40)]
+    assert list(opened.read_all(f"{number}" for number in range(40))) == [
+        b"%d" % number for number in range(40)
+    ]
     first = opened.read_all(f"{number}" for number in range(40))
     assert next(first) == b"0"
     first.close()
@@ -269,16 +330,28 @@ def test_a_listing_of_many_pages_is_whole(opened: Bucket, monkeypatch: pytest.Mo
 
 
 def test_obstore_is_loaded_only_where_it_is_needed() -> None:
-    command = "import sys, apecache.store.reader, apecache.data.sources; print('obstore' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    command = (
+        "import sys, apecache.store.reader, apecache.data.sources; print('obstore' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert told.stdout.strip() == "False"
 
 
-def test_other_storage_is_opened_by_what_the_environment_knows_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_storage_is_opened_by_what_the_environment_knows_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in [name for name in os.environ if name.startswith(("GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
     assert open_bucket("gs://bucket/a")[0].name == "gs://bucket"
-    with pytest.raises(StoreError, match=r"^az://container: .*; give AZURE_STORAGE_ACCOUNT_NAME and .* environment$"):
+    with pytest.raises(
+        StoreError,
+        match=r"^az://container: .*; give AZURE_STORAGE_ACCOUNT_NAME and .* environment$",
+    ):
         open_bucket("az://container/a")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "tests")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")

@@ -1,4 +1,5 @@
-"""The stores of these tests are written by the tower of tests/faults: deterministic, and without torch."""
+"""The stores of these tests are written by the tower of tests/faults: deterministic, and without
+torch."""
 
 import shutil
 import sys
@@ -12,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 @pytest.fixture(scope="session")
 def tower_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of `tower.SMALL`: 10 images and 20 captions in 3 + 4 shards; for tests that only read it."""
+    """A finished store of `tower.SMALL`: 10 images and 20 captions in 3 + 4 shards; for tests that
+    only read it."""
     import tower
     from faults_syscalls import intercepted, unsynced
 
@@ -30,7 +32,8 @@ def tower_store(tower_store_once: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def damage(tower_store: Path) -> Callable[[str, Callable[[bytes], bytes | None]], Path]:
-    """`damage(name, change)` replaces an object's bytes by `change(bytes)`, or removes it for None."""
+    """`damage(name, change)` replaces an object's bytes by `change(bytes)`, or removes it for
+    None."""
 
     def apply(name: str, change: Callable[[bytes], bytes | None]) -> Path:
         path = tower_store / name

@@ -15,7 +15,11 @@ from apecache.store.copy import copy_store
 from apecache.store.reader import FeatureStore
 
 
-def test_a_copy_there_and_back_is_the_same_store(grown_once: Grown, bucket: str, tmp_path: Path) -> None:
+def test_a_copy_there_and_back_is_the_same_store(
+    grown_once: Grown,
+    bucket: str,
+    tmp_path: Path,
+) -> None:
     report = copy_store(grown_once.store, f"{bucket}/store")
     assert report.sound
     assert report.store == f"{bucket}/store"
@@ -24,7 +28,10 @@ def test_a_copy_there_and_back_is_the_same_store(grown_once: Grown, bucket: str,
 
 
 def test_what_is_there_already_is_not_fetched_again(
-    grown_once: Grown, bucket: str, tmp_path: Path, s3_server: S3Server
+    grown_once: Grown,
+    bucket: str,
+    tmp_path: Path,
+    s3_server: S3Server,
 ) -> None:
     copy_store(grown_once.store, f"{bucket}/store")
     copy_store(f"{bucket}/store", tmp_path / "back")
@@ -39,7 +46,9 @@ def test_what_is_there_already_is_not_fetched_again(
 
 
 def test_an_interrupted_copy_is_no_store_and_is_finished(
-    tower_store_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower_store_once: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real: Callable[..., Any] = LocalFiles.write
     for stop in (0, 5, 30, 1000):
@@ -61,7 +70,11 @@ def test_an_interrupted_copy_is_no_store_and_is_finished(
     assert tree(tmp_path / "copy") == tree(tower_store_once)
 
 
-def test_nothing_else_is_overwritten(tower_store_once: Path, tmp_path: Path, no_fsync: None) -> None:
+def test_nothing_else_is_overwritten(
+    tower_store_once: Path,
+    tmp_path: Path,
+    no_fsync: None,
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("mine")
     run(tmp_path / "larger", TowerSpec(images=14))
@@ -74,5 +87,8 @@ def test_nothing_else_is_overwritten(tower_store_once: Path, tmp_path: Path, no_
 
 def test_a_damaged_store_makes_no_sound_copy(damage: Callable[..., Path], tmp_path: Path) -> None:
     store = damage(f"features.zarr/image/{NAME}/features/c.1.0", lambda data: data[:-1])
-    with pytest.raises(DamagedError, match=r"features/c.1.0: its hash differs from its record; try apecache verify"):
+    with pytest.raises(
+        DamagedError,
+        match=r"features/c.1.0: its hash differs from its record; try apecache verify",
+    ):
         copy_store(store, tmp_path / "copy")

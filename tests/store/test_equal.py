@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from apecache.store import equal
 from apecache.store.equal import equal_captions, fold_caption, is_shared
 
-WORDS = st.sampled_from(["a", "A", "dog", " ", "\t", "\u00a0", "é", "e\u0301", "ß", "ss", "İ", "\n"])
+WORDS = st.sampled_from(
+    ["a", "A", "dog", " ", "\t", "\u00a0", "é", "e\u0301", "ß", "ss", "İ", "\n"]
+)
 CAPTIONS = st.lists(st.lists(WORDS, max_size=4).map("".join), max_size=12)
 
 
@@ -35,7 +37,9 @@ def test_equal_captions_have_the_row_of_the_first_of_them(captions: list[str]) -
 def test_captions_whose_hashes_collide_are_told_apart(captions: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equal, "hash", lambda text: len(text) % 2, raising=False)
-        assert equal_captions(np.array(captions, object)).tolist() == numbers_by_definition(captions)
+        assert equal_captions(np.array(captions, object)).tolist() == numbers_by_definition(
+            captions
+        )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,10 @@ def test_composition_case_and_whitespace_are_no_difference(one: str, other: str)
     assert fold_caption(one) == fold_caption(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("a dog.", "a dog"), ("adog", "a dog"), ("cafe", "café")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a dog.", "a dog"), ("adog", "a dog"), ("cafe", "café")],
+)
 def test_other_words_and_marks_are_a_difference(one: str, other: str) -> None:
     assert fold_caption(one) != fold_caption(other)
 

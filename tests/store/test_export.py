@@ -22,11 +22,24 @@ def small(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> FeatureSt
     chance = np.random.default_rng(0)
     image = chance.standard_normal((3, 4)).astype(np.float16)
     text = chance.standard_normal((5, 2)).astype(np.float32)
-    rows, splits = [0, 0, 1, 2, 2], ["train", "", "val"]
-    return write_store(tmp_path / "store", image, text, rows, splits, captions=CAPTIONS, bad_images=(1,), shard_rows=2)
+    rows = [0, 0, 1, 2, 2]
+    splits = ["train", "", "val"]
+    return write_store(
+        tmp_path / "store",
+        image,
+        text,
+        rows,
+        splits,
+        captions=CAPTIONS,
+        bad_images=(1,),
+        shard_rows=2,
+    )
 
 
-def test_npz_holds_the_table_and_every_array_in_order_without_pickle(small: FeatureStore, tmp_path: Path) -> None:
+def test_npz_holds_the_table_and_every_array_in_order_without_pickle(
+    small: FeatureStore,
+    tmp_path: Path,
+) -> None:
     names = export_npz(small, tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
         assert sorted(found) == sorted(names)
@@ -45,11 +58,14 @@ def test_npz_holds_the_table_and_every_array_in_order_without_pickle(small: Feat
 
 
 def test_parquet_holds_the_table_and_every_array_with_nulls_where_there_is_none(
-    small: FeatureStore, tmp_path: Path
+    small: FeatureStore,
+    tmp_path: Path,
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     assert export_parquet(small, tmp_path / "out") == ["images.parquet", "texts.parquet"]
-    images, texts = (parquet.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("images", "texts"))
+    images, texts = (
+        parquet.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("images", "texts")
+    )
     assert images.column("key").to_pylist() == small.pairs.keys.tolist()
     assert images.column("split").to_pylist() == ["train", "", "val"]
     assert texts.column("caption").to_pylist() == CAPTIONS
@@ -69,7 +85,9 @@ def test_a_store_that_grew_is_exported_whole(grown_once: Grown, tmp_path: Path) 
         assert found["text_image_row"].tolist() == list(range(16))
     export_parquet(store, tmp_path / "out")
     read = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out" / "images.parquet")
-    assert [row for row, value in enumerate(read.column("tiny-vit").to_pylist()) if value is None] == [4, 13]
+    assert [
+        row for row, value in enumerate(read.column("tiny-vit").to_pylist()) if value is None
+    ] == [4, 13]
 
 
 KINDS: list[tuple[Callable[..., Any], str]] = [(export_npz, "out.npz"), (export_parquet, "out")]
@@ -77,21 +95,30 @@ KINDS: list[tuple[Callable[..., Any], str]] = [(export_npz, "out.npz"), (export_
 
 @pytest.mark.parametrize(("run", "name"), KINDS)
 def test_an_incomplete_store_is_refused_and_nothing_is_left(
-    tmp_path: Path, write_store: Callable[..., FeatureStore], run: Callable[..., Any], name: str
+    tmp_path: Path,
+    write_store: Callable[..., FeatureStore],
+    run: Callable[..., Any],
+    name: str,
 ) -> None:
     """The images are whole, the texts are not: half an export must not look like one."""
     features = np.ones((6, 2), np.float16)
     table: Any = (features, features, list(range(6)), [""] * 6)
     write_store(tmp_path / "store", *table, modalities=("image",))
     store = write_store(tmp_path / "store", *table, modalities=("text",), shard_rows=2, n_shards=2)
-    with pytest.raises(IncompleteError, match="text/words is 67% done; resume with the same apecache extract"):
+    with pytest.raises(
+        IncompleteError,
+        match="text/words is 67% done; resume with the same apecache extract",
+    ):
         run(store, tmp_path / "place" / name)
     assert not (tmp_path / "place").exists() or not list((tmp_path / "place").iterdir())
 
 
 @pytest.mark.parametrize(("run", "name"), KINDS)
 def test_a_damaged_store_is_refused_and_nothing_is_left(
-    small: FeatureStore, tmp_path: Path, run: Callable[..., Any], name: str
+    small: FeatureStore,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    name: str,
 ) -> None:
     (small.path / "features.zarr/text/words/features/c.1.0").write_bytes(b"x")
     with pytest.raises(DamagedError, match=r"c\.1\.0"):
@@ -101,7 +128,10 @@ def test_a_damaged_store_is_refused_and_nothing_is_left(
 
 @pytest.mark.parametrize(("run", "name"), KINDS)
 def test_what_a_killed_export_left_is_no_hindrance(
-    small: FeatureStore, tmp_path: Path, run: Callable[..., Any], name: str
+    small: FeatureStore,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    name: str,
 ) -> None:
     left = tmp_path / f".{name}.tmp"
     left.mkdir() if name == "out" else left.write_bytes(b"half")
@@ -113,7 +143,9 @@ def test_what_a_killed_export_left_is_no_hindrance(
 
 
 def test_captions_too_long_for_fixed_width_strings_are_refused_with_a_way_out(
-    small: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(export, "MAX_TEXT_BYTES", 100)
     with pytest.raises(DataError, match="--parquet"):
@@ -122,7 +154,9 @@ def test_captions_too_long_for_fixed_width_strings_are_refused_with_a_way_out(
 
 
 def test_without_pyarrow_the_extra_is_named(
-    small: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"apecache\[parquet\]"):

@@ -20,9 +20,12 @@ def everything(folder: Path) -> list[str]:
 @settings(max_examples=30, deadline=None)
 @given(buffers=st.lists(st.binary(max_size=300), max_size=4), step=st.integers(1, 50))
 def test_an_object_is_read_back_whole_even_where_the_system_writes_a_few_bytes_at_a_time(
-    tmp_path_factory: pytest.TempPathFactory, buffers: list[bytes], step: int
+    tmp_path_factory: pytest.TempPathFactory,
+    buffers: list[bytes],
+    step: int,
 ) -> None:
-    files, real = LocalFiles(tmp_path_factory.mktemp("files") / "store"), os.write
+    files = LocalFiles(tmp_path_factory.mktemp("files") / "store")
+    real = os.write
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:step]))
         files.write("a/b/c", *buffers)
@@ -67,17 +70,24 @@ def test_a_list_is_sorted_and_leaves_out_temporary_files(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("size", "count"), [(5, 5), (8, 8), (9, 9), (20, 9), (0, 0)])
-def test_reading_into_buffers_tells_a_shorter_and_a_longer_object(tmp_path: Path, size: int, count: int) -> None:
+def test_reading_into_buffers_tells_a_shorter_and_a_longer_object(
+    tmp_path: Path,
+    size: int,
+    count: int,
+) -> None:
     data = bytes(range(1, size + 1))
     (tmp_path / "x").write_bytes(data)
     target = bytearray(8)
-    view, seen = memoryview(target), bytearray()
+    view = memoryview(target)
+    seen = bytearray()
     assert LocalFiles(tmp_path).read_into("x", [view[:3], view[3:]], seen.extend) == count
     assert target == data[:8].ljust(8, b"\0")
     assert seen == data[:8]
 
 
-def test_a_missing_object_is_a_missing_file_and_an_unreadable_one_a_store_error(tmp_path: Path) -> None:
+def test_a_missing_object_is_a_missing_file_and_an_unreadable_one_a_store_error(
+    tmp_path: Path,
+) -> None:
     files = LocalFiles(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError):
@@ -91,7 +101,11 @@ def test_a_missing_object_is_a_missing_file_and_an_unreadable_one_a_store_error(
 
 @pytest.mark.parametrize("name", ["file/x", "x" * 300])
 @pytest.mark.parametrize("put", [LocalFiles.write, LocalFiles.create])
-def test_what_the_system_refuses_is_one_line_with_the_path_and_what_to_do(tmp_path: Path, name: str, put) -> None:  # type: ignore[no-untyped-def]
+def test_what_the_system_refuses_is_one_line_with_the_path_and_what_to_do(
+    tmp_path: Path,
+    name: str,
+    put,
+) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError) as caught:
         put(LocalFiles(tmp_path), name, b"data")
@@ -101,7 +115,10 @@ def test_what_the_system_refuses_is_one_line_with_the_path_and_what_to_do(tmp_pa
     assert everything(tmp_path) == ["file"]
 
 
-def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_temporary_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -131,7 +148,9 @@ def test_what_killed_writers_left_is_removed_but_not_while_somebody_writes(tmp_p
     with files._temporary("a/y", [b"2"]):
         LocalFiles(tmp_path).remove_temporary("a")
         assert len(everything(tmp_path)) == 7
-        os.unlink(next(path for path in (tmp_path / "a").iterdir() if str(os.getpid()) in path.name))
+        os.unlink(
+            next(path for path in (tmp_path / "a").iterdir() if str(os.getpid()) in path.name)
+        )
     files.remove_temporary("a")
     assert everything(tmp_path) == ["a/x", f"other/{TEMPORARY}1-00", "other/z"]
 
@@ -147,7 +166,9 @@ with LocalFiles(Path(sys.argv[1])).exclusive("folder"):
 """
 
 
-def test_a_folder_is_held_by_one_writer_and_free_again_when_that_writer_is_killed(tmp_path: Path) -> None:
+def test_a_folder_is_held_by_one_writer_and_free_again_when_that_writer_is_killed(
+    tmp_path: Path,
+) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     entered = threading.Event()
 

@@ -25,20 +25,35 @@ from apecache.store.layout import (
 @settings(max_examples=100, deadline=None)
 @given(rows=st.integers(1, 5000), shard_rows=st.integers(1, 600))
 def test_shards_are_consecutive_and_hold_every_row_once(rows: int, shard_rows: int) -> None:
-    layout = ArrayLayout(rows, 4, "float16", shard_rows, 8, 1)
+    layout = ArrayLayout(
+        rows=rows,
+        dim=4,
+        dtype="float16",
+        shard_rows=shard_rows,
+        batch_size=8,
+        threads=1,
+    )
     shards = [layout.shard(index) for index in range(layout.n_shards)]
     assert [row for shard in shards for row in shard] == list(range(rows))
     assert all(len(shard) == shard_rows for shard in shards[:-1])
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_a_chunk_file_has_the_size_and_the_name_that_zarr_gives_it(tower_store_once: Path, modality: str) -> None:
+def test_a_chunk_file_has_the_size_and_the_name_that_zarr_gives_it(
+    tower_store_once: Path,
+    modality: str,
+) -> None:
     sizes = chunk_bytes(SMALL.layout(modality))
     for part, size in sizes.items():
-        array = zarr.open_array(tower_store_once / "features.zarr" / modality / NAME / part, mode="r")
+        array = zarr.open_array(
+            tower_store_once / "features.zarr" / modality / NAME / part,
+            mode="r",
+        )
         for shard in range(SMALL.layout(modality).n_shards):
             name = chunk_name(array_record(SMALL, modality), part, shard)
-            assert name.endswith(f"{part}/{array.metadata.encode_chunk_key((shard, 0)[: array.ndim])}")
+            assert name.endswith(
+                f"{part}/{array.metadata.encode_chunk_key((shard, 0)[: array.ndim])}"
+            )
             assert (tower_store_once / name).stat().st_size == size
 
 
@@ -56,7 +71,10 @@ def test_a_record_whose_digest_is_not_that_of_its_fields_is_refused() -> None:
         ArrayRecord.from_json("image", NAME, {**value, "fields": other["fields"]})
 
 
-@pytest.mark.parametrize("missing", ["spec", "fields", "layout", "metadata", "environment", "digest"])
+@pytest.mark.parametrize(
+    "missing",
+    ["spec", "fields", "layout", "metadata", "environment", "digest"],
+)
 def test_an_array_record_without_a_part_is_refused(missing: str) -> None:
     value = array_record(SMALL, "image").to_json()
     del value[missing]
@@ -65,7 +83,10 @@ def test_an_array_record_without_a_part_is_refused(missing: str) -> None:
 
 
 def test_a_newer_format_is_refused_by_name() -> None:
-    with pytest.raises(StoreError, match=rf"x.json has format {FORMAT_VERSION + 1}; .*upgrade apecache"):
+    with pytest.raises(
+        StoreError,
+        match=rf"x.json has format {FORMAT_VERSION + 1}; .*upgrade apecache",
+    ):
         require_format({"format": FORMAT_VERSION + 1}, "x.json")
 
 
@@ -94,7 +115,9 @@ def test_a_lone_surrogate_is_stored_as_the_replacement_character(text: str, stor
     rows=st.lists(st.integers(0, 2**40), min_size=1, max_size=20),
 )
 def test_columns_come_back_from_zarr_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory, captions: list[str], rows: list[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    captions: list[str],
+    rows: list[int],
 ) -> None:
     folder = tmp_path_factory.mktemp("pairs")
     objects = pair_objects({"caption": ("text", list(captions)), "row": ("image", list(rows))})

@@ -1,4 +1,5 @@
-"""Taking things out of a store, and putting back what it knows twice: right whenever it is interrupted."""
+"""Taking things out of a store, and putting back what it knows twice: right whenever it is
+interrupted."""
 
 import shutil
 from collections.abc import Callable
@@ -30,10 +31,13 @@ IMAGE = ("image", "tiny-vit")
 
 
 def columns(store: FeatureStore, **changed: Any) -> PairColumns:
-    pairs, source = store.pairs, store.source
+    pairs = store.pairs
+    source = store.source
     names = ("keys", "splits", "labels", "captions", "languages", "image_rows")
     plain = {name: getattr(pairs, name).tolist() for name in names}
-    return PairColumns(**{**plain, "digest": source["digest"], "origin": source["origin"], **changed})
+    return PairColumns(
+        **{**plain, "digest": source["digest"], "origin": source["origin"], **changed}
+    )
 
 
 def test_uncommitted_shards_are_pending_and_nothing_is_served(grown: Grown) -> None:
@@ -47,9 +51,16 @@ def test_uncommitted_shards_are_pending_and_nothing_is_served(grown: Grown) -> N
         array.load()
 
 
-def test_the_seal_goes_before_the_first_record(grown: Grown, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seal_goes_before_the_first_record(
+    grown: Grown,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     removed: list[str] = []
-    monkeypatch.setattr(LocalFiles, "remove", lambda self, name: removed.append(name.split("/", 3)[-1]))
+    monkeypatch.setattr(
+        LocalFiles,
+        "remove",
+        lambda self, name: removed.append(name.split("/", 3)[-1]),
+    )
     uncommit(LocalFiles(grown.store), *IMAGE, [2, 0])
     assert removed == ["seal.json", "commits/00000002.json", "commits/00000000.json"]
 
@@ -87,9 +98,14 @@ def test_a_fingerprint_whose_copy_is_lost_too_is_not_made_up(grown: Grown, how: 
 
 
 @pytest.mark.parametrize("lost", [(SOURCE,), (SOURCE, PAIRS)])
-def test_a_lost_source_is_written_again_for_the_table_that_all_else_fits(grown: Grown, lost: tuple[str, ...]) -> None:
+def test_a_lost_source_is_written_again_for_the_table_that_all_else_fits(
+    grown: Grown,
+    lost: tuple[str, ...],
+) -> None:
     store = FeatureStore.open(grown.store / "segments/0001")
-    table, root, before = columns(store), store.source["root"], tree(grown.store)
+    table = columns(store)
+    root = store.source["root"]
+    before = tree(grown.store)
     put(store.path, dict.fromkeys(lost))
     restore_source(store.files, table, root)
     assert tree(grown.store)[f"segments/0001/{SOURCE}"] == before[f"segments/0001/{SOURCE}"]
@@ -105,7 +121,9 @@ def test_a_lost_source_is_written_again_for_the_table_that_all_else_fits(grown: 
     ],
 )
 def test_a_source_is_not_written_for_another_table(
-    grown: Grown, lost: tuple[str, ...], change: Callable[[PairColumns], dict[str, Any]]
+    grown: Grown,
+    lost: tuple[str, ...],
+    change: Callable[[PairColumns], dict[str, Any]],
 ) -> None:
     store = FeatureStore.open(grown.store / "segments/0001")
     other = columns(store, **change(columns(store)))
@@ -137,20 +155,34 @@ def two(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> Path:
         ("text/both", ("text", "both")),
     ],
 )
-def test_an_array_is_found_by_its_name_or_with_its_modality(two: Path, name: str, found: tuple[str, str]) -> None:
+def test_an_array_is_found_by_its_name_or_with_its_modality(
+    two: Path,
+    name: str,
+    found: tuple[str, str],
+) -> None:
     assert find_array(LocalFiles(two), name) == found
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("both", "several arrays are called 'both'; there are image/both, image/pixels, text/both, text/words"),
+        (
+            "both",
+            (
+                "several arrays are called 'both'; there are image/both, image/pixels, text/both, "
+                "text/words"
+            ),
+        ),
         ("image/pixel", "no features 'image/pixel'.*did you mean image/pixels"),
         ("zarr.json", "no features"),
         ("image/../../x", "no features"),
     ],
 )
-def test_a_name_that_is_not_one_arrays_is_refused_with_those_there_are(two: Path, name: str, said: str) -> None:
+def test_a_name_that_is_not_one_arrays_is_refused_with_those_there_are(
+    two: Path,
+    name: str,
+    said: str,
+) -> None:
     with pytest.raises(StoreError, match=said):
         find_array(LocalFiles(two), name)
 
@@ -173,14 +205,17 @@ def test_removing_takes_all_of_one_array_and_nothing_else(two: Path) -> None:
 
 @pytest.mark.parametrize("stop", range(9))
 def test_an_interrupted_removal_serves_nothing_of_it_and_can_be_repeated(
-    two: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    two: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
 ) -> None:
-    """Killed before each of its calls: four removals of records (seal, three commits), three of folders, the
-    fingerprint, and the rest."""
+    """Killed before each of its calls: four removals of records (seal, three commits), three of
+    folders, the fingerprint, and the rest."""
     whole = Path(shutil.copytree(two, two.with_name("whole")))
     remove_array(LocalFiles(whole), "image", "both")
     calls = iter(range(stop))
-    real_remove, real_rmtree = LocalFiles.remove, shutil.rmtree
+    real_remove = LocalFiles.remove
+    real_rmtree = shutil.rmtree
 
     def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

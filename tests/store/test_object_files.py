@@ -1,4 +1,5 @@
-"""A store on object storage, against moto's S3 on loopback: the same objects as in a folder, and the same promises."""
+"""A store on object storage, against moto's S3 on loopback: the same objects as in a folder, and
+the same promises."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from remote import SECRET, Faults, S3Server
-from tower import MODALITIES, NAME, SMALL, array_record, cached_tables, columns, commit_shard, expected, run, tree
+from tower import (
+    MODALITIES,
+    NAME,
+    SMALL,
+    array_record,
+    cached_tables,
+    columns,
+    commit_shard,
+    expected,
+    run,
+    tree,
+)
 
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.storage.files import TEMPORARY, Files
@@ -46,7 +58,7 @@ def files(place: str) -> ObjectFiles:
     return opened
 
 
-# --- one operation after another --------------------------------------------------------------------------------------
+# --- one operation after another ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["folder", "storage"])
@@ -85,12 +97,17 @@ def test_both_kinds_of_places_do_the_same(where: str, tmp_path: Path, place: str
 @pytest.mark.parametrize("range_bytes", [3, 1000])
 @pytest.mark.parametrize(("size", "count"), [(5, 5), (8, 8), (9, 9), (20, 9), (0, 0)])
 def test_reading_into_buffers_tells_a_shorter_and_a_longer_object(
-    files: ObjectFiles, monkeypatch: pytest.MonkeyPatch, range_bytes: int, size: int, count: int
+    files: ObjectFiles,
+    monkeypatch: pytest.MonkeyPatch,
+    range_bytes: int,
+    size: int,
+    count: int,
 ) -> None:
     monkeypatch.setattr("apecache.storage.object_files.RANGE_BYTES", range_bytes)
     data = bytes(range(1, size + 1))
     files.write("x", data)
-    target, seen = bytearray(8), bytearray()
+    target = bytearray(8)
+    seen = bytearray()
     view = memoryview(target)
     assert files.read_into("x", [view[:5], view[5:5], view[5:]], seen.extend) == count
     assert target == data[:8].ljust(8, b"\0")
@@ -127,7 +144,8 @@ def test_of_many_creators_exactly_one_puts_the_object(place: str) -> None:
 
 
 def test_a_creation_whose_answer_was_lost_is_not_taken_for_another_writers(
-    files: ObjectFiles, s3_server: S3Server
+    files: ObjectFiles,
+    s3_server: S3Server,
 ) -> None:
     assert not files.exists("x")
     with s3_server.faults(Faults()) as faults:
@@ -139,7 +157,10 @@ def test_a_creation_whose_answer_was_lost_is_not_taken_for_another_writers(
     assert files.read("x") == b"mine"
 
 
-def test_what_killed_trials_left_is_removed_after_an_hour(files: ObjectFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_killed_trials_left_is_removed_after_an_hour(
+    files: ObjectFiles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     files.write(f"{TEMPORARY}old", b"first")
     files.write("kept", b"")
     files.remove_temporary("records")
@@ -150,10 +171,14 @@ def test_what_killed_trials_left_is_removed_after_an_hour(files: ObjectFiles, mo
     assert list(files.sizes("")) == ["kept"]
 
 
-# --- a store ----------------------------------------------------------------------------------------------------------
+# --- a store --------------------------------------------------------------------------------------
 
 
-def test_a_store_is_byte_for_byte_that_of_a_folder(files: ObjectFiles, place: str, tower_store_once: Path) -> None:
+def test_a_store_is_byte_for_byte_that_of_a_folder(
+    files: ObjectFiles,
+    place: str,
+    tower_store_once: Path,
+) -> None:
     assert len(run(tower_store_once, SMALL, files)) == SMALL.n_shards
     assert objects(files) == tree(tower_store_once)
     store = FeatureStore.open(place)
@@ -169,7 +194,10 @@ def test_a_store_is_byte_for_byte_that_of_a_folder(files: ObjectFiles, place: st
     assert run(tower_store_once, SMALL, open_files(place)) == []
 
 
-def test_an_interrupted_run_is_resumed_from_the_records(files: ObjectFiles, tower_store_once: Path) -> None:
+def test_an_interrupted_run_is_resumed_from_the_records(
+    files: ObjectFiles,
+    tower_store_once: Path,
+) -> None:
     run(tower_store_once, SMALL, files, shards={"image": [0, 2], "text": [1]})
     left = run(tower_store_once, SMALL, files)
     assert left == ["image/1", "text/0", "text/2", "text/3"]
@@ -178,7 +206,10 @@ def test_an_interrupted_run_is_resumed_from_the_records(files: ObjectFiles, towe
 
 @pytest.mark.parametrize("how", ["flip", "cut", "longer", "empty", "gone"])
 def test_damage_is_found_named_and_never_loaded(
-    files: ObjectFiles, place: str, tower_store_once: Path, how: str
+    files: ObjectFiles,
+    place: str,
+    tower_store_once: Path,
+    how: str,
 ) -> None:
     run(tower_store_once, SMALL, files)
     name = chunk_name(array_record(SMALL, "image"), "features", 1)
@@ -186,17 +217,27 @@ def test_damage_is_found_named_and_never_loaded(
     if how == "gone":
         files.remove(name)
     else:
-        files.write(name, {"flip": b"\1" + data[1:], "cut": data[:-1], "longer": data + b"\0", "empty": b""}[how])
+        files.write(
+            name,
+            {"flip": b"\1" + data[1:], "cut": data[:-1], "longer": data + b"\0", "empty": b""}[how],
+        )
     (problem,) = verify_store(place).problems
     assert (problem.object, problem.shard) == (name, 1)
-    with pytest.raises(DamagedError, match=rf"{place}/{name} \(shard 1\) .*; repair with: apecache repair STORE"):
+    with pytest.raises(
+        DamagedError,
+        match=rf"{place}/{name} \(shard 1\) .*; repair with: apecache repair STORE",
+    ):
         FeatureStore.open(place).array("image").load()
-    uncommit(files, "image", NAME, [1])
+    uncommit(files, modality="image", name=NAME, shards=[1])
     assert run(tower_store_once, SMALL, open_files(place)) == ["image/1"]
     assert objects(files) == tree(tower_store_once)
 
 
-def test_an_array_is_removed_with_all_its_objects(files: ObjectFiles, place: str, tower_store_once: Path) -> None:
+def test_an_array_is_removed_with_all_its_objects(
+    files: ObjectFiles,
+    place: str,
+    tower_store_once: Path,
+) -> None:
     run(tower_store_once, SMALL, files)
     before = objects(files)
     went = remove_array(files, *find_array(files, f"text/{NAME}"))
@@ -212,30 +253,44 @@ def test_an_array_is_removed_with_all_its_objects(files: ObjectFiles, place: str
 def test_something_else_is_refused_and_left_alone(files: ObjectFiles) -> None:
     files.write("mine.txt", b"mine")
     with pytest.raises(StoreError, match="is not empty and not a store; choose another --store"):
-        create_store(files, columns(SMALL), "/data", "0")
+        create_store(files, pairs=columns(SMALL), root="/data", version="0")
     assert objects(files) == {"mine.txt": b"mine"}
 
 
-def test_the_store_of_another_table_is_refused(files: ObjectFiles, place: str, tower_store_once: Path) -> None:
+def test_the_store_of_another_table_is_refused(
+    files: ObjectFiles,
+    place: str,
+    tower_store_once: Path,
+) -> None:
     run(tower_store_once, SMALL, files)
     with pytest.raises(MismatchError, match=f"{place} was made from another table"):
-        create_store(files, columns(replace(SMALL, images=11)), "/data", "0")
+        create_store(files, pairs=columns(replace(SMALL, images=11)), root="/data", version="0")
 
 
 @pytest.mark.parametrize("place", ["https://host/store", "file:///store", "hdfs://store"])
-def test_other_urls_are_no_places_and_no_folders(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_urls_are_no_places_and_no_folders(
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match=r":// is no place for a store; give a folder, or one of s3://, gs://, az://"):
+    with pytest.raises(
+        StoreError,
+        match=r":// is no place for a store; give a folder, or one of s3://, gs://, az://",
+    ):
         run(place, SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_no_store_where_none_is(place: str) -> None:
-    with pytest.raises(StoreError, match=rf"{place} is no store \(make one with: apecache extract\)"):
+    with pytest.raises(
+        StoreError,
+        match=rf"{place} is no store \(make one with: apecache extract\)",
+    ):
         FeatureStore.open(place)
 
 
-# --- several writers --------------------------------------------------------------------------------------------------
+# --- several writers ------------------------------------------------------------------------------
 
 
 def test_writers_at_the_same_time_make_the_store_of_one(place: str, tower_store_once: Path) -> None:
@@ -258,8 +313,11 @@ def test_writers_at_the_same_time_make_the_store_of_one(place: str, tower_store_
     assert objects(open_files(place)) == tree(tower_store_once)
 
 
-def test_a_shard_committed_with_other_bytes_is_refused(files: ObjectFiles, tower_store_once: Path) -> None:
-    create_store(files, columns(SMALL), "/data", "0")
+def test_a_shard_committed_with_other_bytes_is_refused(
+    files: ObjectFiles,
+    tower_store_once: Path,
+) -> None:
+    create_store(files, pairs=columns(SMALL), root="/data", version="0")
     create_array(files, array_record(SMALL, "image"))
     writer = ArrayWriter(files, array_record(SMALL, "image"))
     commit_shard(writer, SMALL, 0)
@@ -278,16 +336,24 @@ def heedless(s3_server: S3Server):  # type: ignore[no-untyped-def]
 
 
 def test_storage_without_put_if_absent_is_refused_before_anything_is_written(
-    files: ObjectFiles, heedless: S3Server, place: str, tower_store_once: Path
+    files: ObjectFiles,
+    heedless: S3Server,
+    place: str,
+    tower_store_once: Path,
 ) -> None:
-    with pytest.raises(StoreError, match=r"two writers could undo each other.*add --single-writer") as caught:
+    with pytest.raises(
+        StoreError,
+        match=r"two writers could undo each other.*add --single-writer",
+    ) as caught:
         run(tower_store_once, SMALL, files)
     assert caught.value.exit_code == 3
     assert objects(files) == {}
 
 
 def test_a_single_writer_can_use_storage_without_put_if_absent(
-    heedless: S3Server, place: str, tower_store_once: Path
+    heedless: S3Server,
+    place: str,
+    tower_store_once: Path,
 ) -> None:
     alone = open_files(place, alone=True)
     run(tower_store_once, SMALL, alone)
@@ -295,11 +361,13 @@ def test_a_single_writer_can_use_storage_without_put_if_absent(
     assert run(tower_store_once, SMALL, open_files(place, alone=True)) == []
     assert not alone.create(SOURCE, b"other")
     with pytest.raises(MismatchError, match="another table"):
-        create_store(alone, columns(replace(SMALL, images=11)), "/data", "0")
+        create_store(alone, pairs=columns(replace(SMALL, images=11)), root="/data", version="0")
 
 
 def test_the_trial_of_put_if_absent_costs_little_and_is_made_once(
-    files: ObjectFiles, s3_server: S3Server, tower_store_once: Path
+    files: ObjectFiles,
+    s3_server: S3Server,
+    tower_store_once: Path,
 ) -> None:
     with s3_server.faults(Faults()) as seen:
         files.prepare()
@@ -308,7 +376,7 @@ def test_the_trial_of_put_if_absent_costs_little_and_is_made_once(
     assert objects(files) == {}
 
 
-# --- credentials ------------------------------------------------------------------------------------------------------
+# --- credentials ----------------------------------------------------------------------------------
 
 
 def test_credentials_are_in_no_object(files: ObjectFiles, tower_store_once: Path) -> None:
@@ -319,7 +387,10 @@ def test_credentials_are_in_no_object(files: ObjectFiles, tower_store_once: Path
 
 
 def test_the_marker_of_a_folder_that_a_console_made_is_no_object(
-    files: ObjectFiles, bucket: str, s3_server: S3Server, tower_store_once: Path
+    files: ObjectFiles,
+    bucket: str,
+    s3_server: S3Server,
+    tower_store_once: Path,
 ) -> None:
     for folder in ("some/store/", "some/store/records/"):
         s3_server.put(f"{bucket}/{folder}", b"")

@@ -64,7 +64,9 @@ def test_a_target_that_cannot_be_written_in_place_is_refused() -> None:
 
 
 def test_blocks_do_not_show() -> None:
-    features = np.random.default_rng(0).normal(size=(2 * BLOCK_NUMBERS // 7 + 3, 7)).astype(np.float16)
+    features = (
+        np.random.default_rng(0).normal(size=(2 * BLOCK_NUMBERS // 7 + 3, 7)).astype(np.float16)
+    )
     values, scales = quantise(features)
     for row in (0, BLOCK_NUMBERS // 7 - 1, BLOCK_NUMBERS // 7, len(features) - 1):
         alone, scale = quantise(features[row : row + 1])
@@ -92,8 +94,10 @@ def store(write_store: Any, tmp_path: Path) -> FeatureStore:
 
 def test_tokens_come_back_in_half_precision_with_their_gaps(store: FeatureStore) -> None:
     rng = np.random.default_rng(0)
-    images, texts = outliers(rng, 9, 3, 8), outliers(rng, 9, 5, 8)
-    image, text = store.array("image"), store.array("text")
+    images = outliers(rng, 9, 3, 8)
+    texts = outliers(rng, 9, 5, 8)
+    image = store.array("image")
+    text = store.array("text")
     for array in (image, text):
         assert (array.dtype, array.record.layout.dtype) == (np.float16, "int8")
     found = image.load()
@@ -103,7 +107,8 @@ def test_tokens_come_back_in_half_precision_with_their_gaps(store: FeatureStore)
     largest = np.abs(images[kept].astype(np.float32)).max(-1, keepdims=True)
     assert (np.abs(found[kept].astype(np.float32) - images[kept]) <= 0.0051 * largest).all()
     assert found[kept].any()
-    words, there = text.load(), np.arange(5) < LENGTHS[:, None]
+    words = text.load()
+    there = np.arange(5) < LENGTHS[:, None]
     assert np.isnan(words[6]).all()
     there[6] = False
     assert (words[(np.arange(5) >= LENGTHS[:, None]) & (np.arange(9) != 6)[:, None]] == 0).all()
@@ -112,9 +117,17 @@ def test_tokens_come_back_in_half_precision_with_their_gaps(store: FeatureStore)
     assert np.array_equal(image.load_shard(1), found[4:8])
 
 
-def test_bytes_are_half_and_the_scales_are_counted(store: FeatureStore, write_store: Any, tmp_path: Path) -> None:
+def test_bytes_are_half_and_the_scales_are_counted(
+    store: FeatureStore,
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
     half = write_store(
-        tmp_path / "half", np.zeros((9, 3, 8), np.float16), np.zeros((9, 8), np.float16), list(range(9)), SPLITS
+        tmp_path / "half",
+        np.zeros((9, 3, 8), np.float16),
+        np.zeros((9, 8), np.float16),
+        list(range(9)),
+        SPLITS,
     )
     assert store.array("image").row_bytes == 3 * 8 + 3 * 4
     assert half.array("image").row_bytes == 3 * 8 * 2
@@ -122,9 +135,20 @@ def test_bytes_are_half_and_the_scales_are_counted(store: FeatureStore, write_st
 
 def test_pooled_features_and_appended_rows_are_read_alike(write_store: Any, tmp_path: Path) -> None:
     features = np.random.default_rng(1).normal(size=(12, 8)).astype(np.float16)
-    for folder, rows in ((tmp_path / "s", slice(0, 9)), (tmp_path / "s" / "segments" / "0001", slice(9, 12))):
+    for folder, rows in (
+        (tmp_path / "s", slice(0, 9)),
+        (tmp_path / "s" / "segments" / "0001", slice(9, 12)),
+    ):
         own = features[rows]
-        write_store(folder, own, own, list(range(len(own))), [""] * len(own), shard_rows=4, storage="int8")
+        write_store(
+            folder,
+            own,
+            own,
+            list(range(len(own))),
+            [""] * len(own),
+            shard_rows=4,
+            storage="int8",
+        )
     array = FeatureStore.open(tmp_path / "s").array("image")
     out = np.empty((12, 8), np.float16)
     assert np.allclose(array.load(out), restored(features).astype(np.float16))
@@ -143,7 +167,16 @@ def test_zarr_and_xarray_find_the_scales(store: FeatureStore) -> None:
 
 def test_a_chunk_that_was_never_written_reads_as_nan(write_store: Any, tmp_path: Path) -> None:
     features = np.ones((9, 8), np.float16)
-    write_store(tmp_path / "s", features, features, list(range(9)), SPLITS, shard_rows=4, n_shards=1, storage="int8")
+    write_store(
+        tmp_path / "s",
+        features,
+        features,
+        list(range(9)),
+        SPLITS,
+        shard_rows=4,
+        n_shards=1,
+        storage="int8",
+    )
     group = zarr.open_group(tmp_path / "s" / "features.zarr", mode="r")["image/pixels"]
     product = group["features"][:] * group["scale"][:][..., None]  # type: ignore[index, operator]
     assert np.isnan(product).all(1).tolist() == [False] * 4 + [True] * 5
@@ -152,7 +185,12 @@ def test_a_chunk_that_was_never_written_reads_as_nan(write_store: Any, tmp_path:
 @pytest.mark.parametrize("part", ["features", "scale"])
 def test_damage_is_noticed_when_it_is_read_and_by_verify(store: FeatureStore, part: str) -> None:
     path = (
-        Path(store.path) / "features.zarr" / "image" / "pixels" / part / ("c.1.0.0" if part == "features" else "c.1.0")
+        Path(store.path)
+        / "features.zarr"
+        / "image"
+        / "pixels"
+        / part
+        / ("c.1.0.0" if part == "features" else "c.1.0")
     )
     data = bytearray(path.read_bytes())
     data[5] ^= 1
@@ -160,4 +198,8 @@ def test_damage_is_noticed_when_it_is_read_and_by_verify(store: FeatureStore, pa
     with pytest.raises(DamagedError, match="shard 1"):
         store.array("image").load()
     (problem,) = verify_store(store.path).problems
-    assert (problem.kind, problem.shard, problem.object.endswith(f"{part}/{path.name}")) == ("damaged", 1, True)
+    assert (problem.kind, problem.shard, problem.object.endswith(f"{part}/{path.name}")) == (
+        "damaged",
+        1,
+        True,
+    )

@@ -33,13 +33,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), b, equal_nan=True))
 
 
-# --- other readers ----------------------------------------------------------------------------------------------------
+# --- other readers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_zarr_reads_features_status_and_table(tower_store_once: Path, modality: str) -> None:
     root = zarr.open_group(tower_store_once / "features.zarr", mode="r")
-    values, table = expected(SMALL, modality), columns(SMALL)
+    values = expected(SMALL, modality)
+    table = columns(SMALL)
     assert same(root[f"{modality}/{NAME}/features"][:], values)  # type: ignore[index]
     assert same(root[f"{modality}/{NAME}/status"][:], np.where(np.isnan(values).any(1), 2, 1))  # type: ignore[index]
     assert list(root["pairs/text_caption"][:]) == table.captions  # type: ignore[index, arg-type, call-overload]
@@ -48,11 +49,19 @@ def test_zarr_reads_features_status_and_table(tower_store_once: Path, modality: 
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_xarray_reads_a_group_and_the_whole_tree_without_a_warning(tower_store_once: Path, modality: str) -> None:
-    values, zarr_folder = expected(SMALL, modality), tower_store_once / "features.zarr"
+def test_xarray_reads_a_group_and_the_whole_tree_without_a_warning(
+    tower_store_once: Path,
+    modality: str,
+) -> None:
+    values = expected(SMALL, modality)
+    zarr_folder = tower_store_once / "features.zarr"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        group = xarray.open_zarr(zarr_folder / modality / NAME, consolidated=False, mask_and_scale=False)
+        group = xarray.open_zarr(
+            zarr_folder / modality / NAME,
+            consolidated=False,
+            mask_and_scale=False,
+        )
         tree_ = xarray.open_datatree(zarr_folder, engine="zarr", consolidated=False)
         pairs = xarray.open_zarr(zarr_folder / "pairs", consolidated=False)
     assert same(group["features"], values)
@@ -63,7 +72,11 @@ def test_xarray_reads_a_group_and_the_whole_tree_without_a_warning(tower_store_o
 
 @pytest.mark.parametrize("part", ["features", "status"])
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_tensorstore_reads_the_numeric_arrays(tower_store_once: Path, modality: str, part: str) -> None:
+def test_tensorstore_reads_the_numeric_arrays(
+    tower_store_once: Path,
+    modality: str,
+    part: str,
+) -> None:
     path = tower_store_once / "features.zarr" / modality / NAME / part
     where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     stored = tensorstore.open(where, read=True, open=True).result().read().result()
@@ -81,9 +94,12 @@ def test_the_lines_in_the_stores_readme_run(tower_store_once: Path) -> None:
     assert "features" in done.stdout
 
 
-def test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros(tmp_path: Path) -> None:
-    files, record = LocalFiles(tmp_path / "store"), array_record(SMALL, "image")
-    create_store(files, columns(SMALL), "/data", "0")
+def test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros(
+    tmp_path: Path,
+) -> None:
+    files = LocalFiles(tmp_path / "store")
+    record = array_record(SMALL, "image")
+    create_store(files, pairs=columns(SMALL), root="/data", version="0")
     create_array(files, record)
     commit_shard(ArrayWriter(files, record), SMALL, 1)
     group = zarr.open_group(tmp_path / "store" / "features.zarr" / "image" / NAME, mode="r")
@@ -93,12 +109,16 @@ def test_a_shard_that_is_not_there_reads_as_nan_with_status_0_and_never_as_zeros
     assert np.asarray(group["status"][:]).tolist() == [0, 0, 0, 0, 1, 2, 1, 1, 0, 0]  # type: ignore[index]
 
 
-# --- our own reading --------------------------------------------------------------------------------------------------
+# --- our own reading ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shard_rows", [1, 3, 4, 10])
-def test_what_was_written_is_loaded_row_by_row_in_its_place(tmp_path: Path, shard_rows: int, dtype: str) -> None:
+def test_what_was_written_is_loaded_row_by_row_in_its_place(
+    tmp_path: Path,
+    shard_rows: int,
+    dtype: str,
+) -> None:
     spec = replace(SMALL, image_shard=shard_rows, dtype=dtype)
     with intercepted(tmp_path, unsynced()):
         tower.run(tmp_path / "store", spec)
@@ -115,7 +135,8 @@ def test_what_was_written_is_loaded_row_by_row_in_its_place(tmp_path: Path, shar
 
 
 def test_the_table_comes_back_as_it_was(tower_store_once: Path) -> None:
-    pairs, table = FeatureStore.open(tower_store_once).pairs, columns(SMALL)
+    pairs = FeatureStore.open(tower_store_once).pairs
+    table = columns(SMALL)
     assert pairs.keys.tolist() == table.keys
     assert pairs.splits.tolist() == table.splits
     assert pairs.labels.tolist() == table.labels
@@ -155,14 +176,18 @@ def read_only(shape: tuple[int, int]) -> Any:
     ids=["wide", "short", "dtype", "byte order", "transposed", "strided", "flat", "read-only"],
 )
 def test_a_buffer_that_does_not_fit_is_refused(tower_store_once: Path, buffer: Any) -> None:
-    with pytest.raises(ValueError, match=r"out: expected contiguous, writable \(20, 8\) of float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"out: expected contiguous, writable \(20, 8\) of float16",
+    ):
         FeatureStore.open(tower_store_once).array("text").load(buffer)
     assert not buffer.any()
 
 
 def test_an_array_that_is_not_complete_is_not_loaded_and_says_how_far_it_is(tmp_path: Path) -> None:
-    files, record = LocalFiles(tmp_path / "store"), array_record(SMALL, "image")
-    create_store(files, columns(SMALL), "/data", "0")
+    files = LocalFiles(tmp_path / "store")
+    record = array_record(SMALL, "image")
+    create_store(files, pairs=columns(SMALL), root="/data", version="0")
     create_array(files, record)
     commit_shard(ArrayWriter(files, record), SMALL, 1)
     array = FeatureStore.open(tmp_path / "store").array("image")
@@ -176,8 +201,9 @@ def test_an_array_that_is_not_complete_is_not_loaded_and_says_how_far_it_is(tmp_
 
 def test_an_array_opened_before_extraction_ended_is_not_served_with_holes(tmp_path: Path) -> None:
     """What was read of it then is stale now."""
-    files, record = LocalFiles(tmp_path / "store"), array_record(SMALL, "image")
-    create_store(files, columns(SMALL), "/data", "0")
+    files = LocalFiles(tmp_path / "store")
+    record = array_record(SMALL, "image")
+    create_store(files, pairs=columns(SMALL), root="/data", version="0")
     create_array(files, record)
     commit_shard(ArrayWriter(files, record), SMALL, 1)
     array = FeatureStore.open(tmp_path / "store").array("image")
@@ -200,7 +226,12 @@ class CountedFiles(LocalFiles):
 
 
 USES: dict[str, Callable[[FeatureArray], object]] = {
-    "what info says": lambda array: (array.share_done, array.complete, array.n_quarantined, array.quarantined()),
+    "what info says": lambda array: (
+        array.share_done,
+        array.complete,
+        array.n_quarantined,
+        array.quarantined(),
+    ),
     "load": lambda array: (array.load(), array.load_ok(), array.share_done),
     "hashes of inputs": lambda array: array.content(),
     "resume": lambda array: ArrayWriter(array.files, array.record).pending(),
@@ -229,11 +260,19 @@ def test_hashes_of_inputs_do_not_stay_in_memory(tower_store_once: Path) -> None:
     assert [record.content for record in known] == [()] * 12
 
 
-def test_arrays_are_found_by_modality_and_name_and_a_wrong_one_is_answered_with_the_nearest(tower_store: Path) -> None:
+def test_arrays_are_found_by_modality_and_name_and_a_wrong_one_is_answered_with_the_nearest(
+    tower_store: Path,
+) -> None:
     store = FeatureStore.open(tower_store)
-    assert [(array.record.modality, array.name) for array in store.arrays()] == [("image", NAME), ("text", NAME)]
+    assert [(array.record.modality, array.name) for array in store.arrays()] == [
+        ("image", NAME),
+        ("text", NAME),
+    ]
     assert store.array("image").name == store.array("image", NAME).name
-    with pytest.raises(StoreError, match="no image features 'towr'; found: tower; did you mean tower"):
+    with pytest.raises(
+        StoreError,
+        match="no image features 'towr'; found: tower; did you mean tower",
+    ):
         store.array("image", "towr")
     for folder in ("records", "features.zarr"):
         shutil.rmtree(tower_store / folder / "image" / NAME)
@@ -246,17 +285,23 @@ def test_a_stray_file_among_the_arrays_is_no_array(tower_store: Path) -> None:
     assert len(FeatureStore.open(tower_store).arrays()) == 2
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
-CHUNK, STATUS = (chunk_name(array_record(SMALL, "image"), part, 1) for part in ("features", "status"))
-COMMIT, QUARANTINE = commit_name("image", NAME, 1), quarantine_name("image", NAME, 1)
-FINGERPRINT, SEAL = f"records/image/{NAME}/fingerprint.json", f"records/image/{NAME}/seal.json"
+CHUNK, STATUS = (
+    chunk_name(array_record(SMALL, "image"), part, 1) for part in ("features", "status")
+)
+COMMIT = commit_name("image", NAME, 1)
+QUARANTINE = quarantine_name("image", NAME, 1)
+FINGERPRINT = f"records/image/{NAME}/fingerprint.json"
+SEAL = f"records/image/{NAME}/seal.json"
 CAPTIONS = "features.zarr/pairs/text_caption/c/0"
 OBJECTS = [CHUNK, STATUS, COMMIT, QUARANTINE, FINGERPRINT, SEAL, CAPTIONS, SOURCE, PAIRS]
 OBJECTS += ["features.zarr/pairs/text_image_row/zarr.json", "features.zarr/zarr.json"]
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "first bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "middle bit": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
+    "middle bit": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+    ),
     "last bit": lambda data: data[:-1] + bytes([data[-1] ^ 128]),
     "cut": lambda data: data[:-1],
     "half": lambda data: data[: len(data) // 2],
@@ -270,7 +315,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_reading_what_a_damaged_object_belongs_to_raises_and_names_it(
-    tower_store: Path, damage: Callable[..., Path], name: str, kind: str
+    tower_store: Path,
+    damage: Callable[..., Path],
+    name: str,
+    kind: str,
 ) -> None:
     before = serve(tower_store)
     after = serve(damage(name, DAMAGE[kind]))
@@ -287,12 +335,21 @@ def test_reading_what_a_damaged_object_belongs_to_raises_and_names_it(
             assert Path(name).name in str(error), str(error)
 
 
-@pytest.mark.parametrize("folder", [f"features.zarr/image/{NAME}/features", f"records/image/{NAME}/commits"])
+@pytest.mark.parametrize(
+    "folder",
+    [f"features.zarr/image/{NAME}/features", f"records/image/{NAME}/commits"],
+)
 @pytest.mark.parametrize("pair", [(0, 1), (1, 2), (0, 2)])
-def test_two_swapped_files_are_noticed(tower_store: Path, folder: str, pair: tuple[int, int]) -> None:
+def test_two_swapped_files_are_noticed(
+    tower_store: Path,
+    folder: str,
+    pair: tuple[int, int],
+) -> None:
     names = sorted((tower_store / folder).glob("c.*" if "zarr" in folder else "*.json"))
-    a, b = names[pair[0]], names[pair[1]]
-    first, second = a.read_bytes(), b.read_bytes()
+    a = names[pair[0]]
+    b = names[pair[1]]
+    first = a.read_bytes()
+    second = b.read_bytes()
     a.write_bytes(second)
     b.write_bytes(first)
     with pytest.raises(DamagedError, match=rf"{a.name}|{b.name}"):
@@ -301,9 +358,17 @@ def test_two_swapped_files_are_noticed(tower_store: Path, folder: str, pair: tup
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(SOURCE, PAIRS), (SEAL, SEAL.replace("image", "text")), (FINGERPRINT, FINGERPRINT.replace("image", "text"))],
+    [
+        (SOURCE, PAIRS),
+        (SEAL, SEAL.replace("image", "text")),
+        (FINGERPRINT, FINGERPRINT.replace("image", "text")),
+    ],
 )
-def test_a_record_in_the_place_of_another_is_refused(tower_store: Path, first: str, second: str) -> None:
+def test_a_record_in_the_place_of_another_is_refused(
+    tower_store: Path,
+    first: str,
+    second: str,
+) -> None:
     shutil.copy(tower_store / second, tower_store / first)
     store = FeatureStore(LocalFiles(tower_store))
     with pytest.raises(DamagedError, match=rf"{first} is in the wrong place \({second}\)"):
@@ -324,7 +389,10 @@ def test_a_shard_of_another_encoder_with_its_record_is_refused(tmp_path: Path) -
         tower.run(tmp_path / encoder, replace(SMALL, encoder=encoder))
     for name in (CHUNK, STATUS, COMMIT):
         shutil.copy(tmp_path / "bb" / name, tmp_path / "a" / name)
-    with pytest.raises(MismatchError, match=r"00000001.json: shard 1 of tower was made by another encoder"):
+    with pytest.raises(
+        MismatchError,
+        match=r"00000001.json: shard 1 of tower was made by another encoder",
+    ):
         FeatureStore.open(tmp_path / "a").array("image").load()
 
 
@@ -361,7 +429,9 @@ def test_damage_is_noticed_in_a_buffer_that_holds_the_rows_already(tower_store: 
 @pytest.mark.parametrize("name", sorted(UNREAD))
 @pytest.mark.parametrize("kind", CHANGES)
 def test_reading_does_not_look_at_the_readme_and_at_zarrs_metadata_of_features(
-    tower_store: Path, name: str, kind: str
+    tower_store: Path,
+    name: str,
+    kind: str,
 ) -> None:
     """They are written for other readers; `apecache verify` looks at them."""
     import random
@@ -384,20 +454,23 @@ def test_any_random_damage_is_noticed_or_changes_nothing_that_is_served(tower_st
     assert tree(tower_store) == before
 
 
-# --- tokens, views and other stores -----------------------------------------------------------------------------------
+# --- tokens, views and other stores ---------------------------------------------------------------
 
 
 def test_ragged_tokens_come_back_with_their_lengths_and_padding_is_zero(
-    tmp_path: Path, write_store: Callable[..., FeatureStore]
+    tmp_path: Path,
+    write_store: Callable[..., FeatureStore],
 ) -> None:
     chance = np.random.default_rng(0)
-    patches, tokens = chance.standard_normal((7, 3, 4)).astype(np.float16), chance.standard_normal((9, 5, 2))
+    patches = chance.standard_normal((7, 3, 4)).astype(np.float16)
+    tokens = chance.standard_normal((9, 5, 2))
     lengths = np.array([5, 1, 2, 3, 4, 5, 5, 1, 2])
     store = write_store(
         tmp_path / "store", patches, tokens.astype(np.float32), [0, 0, *range(7)], ["train"] * 7,
         shard_rows=4, bad_texts=(6,), text_lengths=lengths,
     )  # fmt: skip
-    image, text = store.array("image"), store.array("text")
+    image = store.array("image")
+    text = store.array("text")
     assert (image.tokens, image.row_shape, image.load_lengths()) == (3, (3, 4), None)
     assert same(image.load(), patches)
     wanted = np.where((np.arange(5) < lengths[:, None])[..., None], tokens.astype(np.float32), 0)
@@ -411,7 +484,11 @@ def test_ragged_tokens_come_back_with_their_lengths_and_padding_is_zero(
     root = zarr.open_group(store.path / "features.zarr", mode="r")
     assert same(root["text/words/features"][:], wanted)  # type: ignore[index]
     assert same(root["text/words/length"][:], found)  # type: ignore[index]
-    group = xarray.open_zarr(store.path / "features.zarr/text/words", consolidated=False, mask_and_scale=False)
+    group = xarray.open_zarr(
+        store.path / "features.zarr/text/words",
+        consolidated=False,
+        mask_and_scale=False,
+    )
     assert group["features"].dims == ("text", "features_token", "features_feature")
     tree_ = xarray.open_datatree(store.path / "features.zarr", engine="zarr", consolidated=False)
     assert same(tree_["text/words/length"], found)
@@ -419,11 +496,18 @@ def test_ragged_tokens_come_back_with_their_lengths_and_padding_is_zero(
 
 @pytest.mark.parametrize("part", ["features", "length"])
 def test_damaged_tokens_and_lengths_are_noticed(
-    tmp_path: Path, write_store: Callable[..., FeatureStore], part: str
+    tmp_path: Path,
+    write_store: Callable[..., FeatureStore],
+    part: str,
 ) -> None:
     tokens = np.ones((4, 3, 2), np.float16)
     store = write_store(
-        tmp_path / "store", np.ones((4, 2), np.float16), tokens, range(4), [""] * 4, text_lengths=np.ones(4, np.int64)
+        tmp_path / "store",
+        np.ones((4, 2), np.float16),
+        tokens,
+        range(4),
+        [""] * 4,
+        text_lengths=np.ones(4, np.int64),
     )
     name = chunk_name(store.array("text").record, part, 0)
     data = store.files.read(name)
@@ -441,16 +525,19 @@ def test_a_longer_chunk_is_noticed_by_who_reads_one_shard(tower_store: Path) -> 
 
 
 def test_a_read_that_returns_few_bytes_at_a_time_is_no_damage(
-    tower_store: Path, monkeypatch: pytest.MonkeyPatch
+    tower_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As reads over a network do."""
-    whole, real = FeatureStore.open(tower_store).array("image").load(), os.readv
+    whole = FeatureStore.open(tower_store).array("image").load()
+    real = os.readv
     monkeypatch.setattr(os, "readv", lambda file, views: real(file, [views[0][:3]]))
     assert same(FeatureStore.open(tower_store).array("image").load(), whole)
 
 
 def test_an_array_of_the_store_of_another_table_is_refused(tmp_path: Path) -> None:
-    """All of it, data and records, in the place of the array of that name: only the table's digest tells."""
+    """All of it, data and records, in the place of the array of that name: only the table's digest
+    tells."""
     for images in (10, 11):
         tower.run(tmp_path / str(images), replace(SMALL, images=images))
     for folder in (f"records/text/{NAME}", f"features.zarr/text/{NAME}"):
@@ -458,5 +545,8 @@ def test_an_array_of_the_store_of_another_table_is_refused(tmp_path: Path) -> No
         shutil.copytree(tmp_path / "11" / folder, tmp_path / "10" / folder)
     store = FeatureStore.open(tmp_path / "10")
     assert store.array("image").load().shape == (10, 8)
-    with pytest.raises(DamagedError, match=f"text/{NAME} is of another table than .* apecache remove"):
+    with pytest.raises(
+        DamagedError,
+        match=f"text/{NAME} is of another table than .* apecache remove",
+    ):
         store.array("text")

@@ -1,4 +1,5 @@
-"""Formats: a store of every released one is read (tests/golden), the newest needs nothing, a newer one is refused."""
+"""Formats: a store of every released one is read (tests/golden), the newest needs nothing, a newer
+one is refused."""
 
 import importlib.util
 import json
@@ -49,7 +50,9 @@ def test_golden_stores_hold_nothing_of_the_machine_that_made_them(number: int) -
         assert b"/tmp" not in data, name
 
 
-def test_a_store_of_the_newest_format_needs_no_upgrade_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_store_of_the_newest_format_needs_no_upgrade_and_nothing_is_written(
+    tmp_path: Path,
+) -> None:
     store = Path(shutil.copytree(GOLDEN / f"format-{FORMAT_VERSION}", tmp_path / "store"))
     before = tree(store)
     assert upgrade_store(store, tmp_path / "new") is False
@@ -62,8 +65,16 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path, name: str) -> None:
     store = Path(shutil.copytree(GOLDEN / f"format-{FORMAT_VERSION}", tmp_path / "store"))
     body = read_record(LocalFiles(store), name)
     (store / name).write_bytes(seal_record(name, {**body, "format": FORMAT_VERSION + 1}))
-    said = f"{name} has format {FORMAT_VERSION + 1}; this apecache reads up to {FORMAT_VERSION}: upgrade apecache"
-    for use in (store_format, verify_store, lambda path: upgrade_store(path, tmp_path / "new"), opened):
+    said = (
+        f"{name} has format {FORMAT_VERSION + 1}; this apecache reads up to {FORMAT_VERSION}: "
+        "upgrade apecache"
+    )
+    for use in (
+        store_format,
+        verify_store,
+        lambda path: upgrade_store(path, tmp_path / "new"),
+        opened,
+    ):
         with pytest.raises(StoreError, match=said) as caught:
             use(store)
         assert caught.value.exit_code == 3

@@ -14,7 +14,17 @@ import tower
 import zarr
 from faults_syscalls import SimulatedKill, Stop, intercepted, unsynced
 from numpy.typing import NDArray
-from tower import MODALITIES, NAME, SMALL, array_record, columns, commit_shard, expected, features, tree
+from tower import (
+    MODALITIES,
+    NAME,
+    SMALL,
+    array_record,
+    columns,
+    commit_shard,
+    expected,
+    features,
+    tree,
+)
 
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.storage.files import TEMPORARY, Buffer
@@ -27,14 +37,15 @@ from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array, cre
 
 def begin(store: Path, **changes: Any) -> ArrayWriter:
     """A new store with an image array and no shards."""
-    files, spec = LocalFiles(store), replace(SMALL, **changes)
-    create_store(files, columns(spec), "/data", "0")
+    files = LocalFiles(store)
+    spec = replace(SMALL, **changes)
+    create_store(files, pairs=columns(spec), root="/data", version="0")
     record = array_record(spec, "image")
     create_array(files, record)
     return ArrayWriter(files, record)
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- what is written ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -42,10 +53,14 @@ def test_chunk_files_equal_those_that_zarr_writes_byte_for_byte(tmp_path: Path, 
     spec = replace(SMALL, dtype=dtype)
     tower.run(tmp_path / "store", spec)
     for modality in MODALITIES:
-        layout, values = spec.layout(modality), expected(spec, modality)
+        layout = spec.layout(modality)
+        values = expected(spec, modality)
         ours = tmp_path / "store" / "features.zarr" / modality / NAME
         theirs = zarr.open_group(shutil.copytree(ours, tmp_path / modality), mode="a")
-        for part, data in (("features", values), ("status", np.where(np.isnan(values).any(1), 2, 1).astype(np.uint8))):
+        for part, data in (
+            ("features", values),
+            ("status", np.where(np.isnan(values).any(1), 2, 1).astype(np.uint8)),
+        ):
             for chunk in (tmp_path / modality / part).glob("c.*"):
                 chunk.unlink()
             theirs[part][:] = data  # type: ignore[index]
@@ -56,18 +71,27 @@ def test_chunk_files_equal_those_that_zarr_writes_byte_for_byte(tmp_path: Path, 
                 assert (ours / part / chunk.name).read_bytes() == chunk.read_bytes()
 
 
-def test_a_quarantined_row_is_nan_with_status_2_and_its_neighbours_are_untouched(tmp_path: Path) -> None:
+def test_a_quarantined_row_is_nan_with_status_2_and_its_neighbours_are_untouched(
+    tmp_path: Path,
+) -> None:
     writer = begin(tmp_path / "store")
     values = features(SMALL, "image", range(4))
     values[2] = np.inf
-    writer.commit(0, values, ["a", "b", "", "d"], [QuarantinedRow(2, "k", "truncated", "ends early")])
+    writer.commit(
+        0,
+        features=values,
+        content=["a", "b", "", "d"],
+        quarantined=[QuarantinedRow(row=2, key="k", reason="truncated", detail="ends early")],
+    )
     group = zarr.open_group(tmp_path / "store" / "features.zarr" / "image" / NAME, mode="r")
     stored: NDArray[Any] = np.asarray(group["features"][:4])  # type: ignore[index]
     assert np.isnan(stored[2]).all()
     assert np.array_equal(stored[[0, 1, 3]], features(SMALL, "image", [0, 1, 3]))
     assert np.asarray(group["status"][:]).tolist() == [1, 1, 2, 1, 0, 0, 0, 0, 0, 0]  # type: ignore[index]
     array = FeatureStore.open(tmp_path / "store").array("image")
-    assert array.quarantined() == [{"row": 2, "key": "k", "reason": "truncated", "detail": "ends early"}]
+    assert array.quarantined() == [
+        {"row": 2, "key": "k", "reason": "truncated", "detail": "ends early"}
+    ]
     assert (array.commits[0].n_ok, array.commits[0].n_quarantined) == (3, 1)
 
 
@@ -84,12 +108,20 @@ def test_a_quarantined_row_is_nan_with_status_2_and_its_neighbours_are_untouched
     ],
 )
 def test_what_does_not_fit_the_shard_is_refused_and_nothing_is_written(
-    tmp_path: Path, shape: tuple[int, int], content: int, bad: list[int]
+    tmp_path: Path,
+    shape: tuple[int, int],
+    content: int,
+    bad: list[int],
 ) -> None:
     writer = begin(tmp_path / "store")
     before = tree(tmp_path)
     with pytest.raises(ValueError, match="shard 0: "):
-        writer.commit(0, np.zeros(shape), [""] * content, [QuarantinedRow(row, "", "", "") for row in bad])
+        writer.commit(
+            0,
+            features=np.zeros(shape),
+            content=[""] * content,
+            quarantined=[QuarantinedRow(row=row, key="", reason="", detail="") for row in bad],
+        )
     assert tree(tmp_path) == before
 
 
@@ -104,27 +136,39 @@ class Corrupting(LocalFiles):
 def test_a_shard_that_does_not_read_back_as_written_is_not_committed(tmp_path: Path) -> None:
     record = begin(tmp_path / "store").record
     writer = ArrayWriter(Corrupting(tmp_path / "store"), record)
-    with pytest.raises(DamagedError, match=r"status/c.0: what was read back is not what was written"):
+    with pytest.raises(
+        DamagedError,
+        match=r"status/c.0: what was read back is not what was written",
+    ):
         commit_shard(writer, SMALL, 0)
     assert writer.pending() == [0, 1, 2]
 
 
-# --- several writers --------------------------------------------------------------------------------------------------
+# --- several writers ------------------------------------------------------------------------------
 
 
 def test_a_shard_committed_twice_with_the_same_bytes_stays_as_it_is(tmp_path: Path) -> None:
     writer = begin(tmp_path / "store")
     commit_shard(writer, SMALL, 0)
-    before = {path: path.stat().st_ino for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_ino for path in (tmp_path / "store").rglob("*") if path.is_file()
+    }
     commit_shard(ArrayWriter(LocalFiles(tmp_path / "store"), writer.record), SMALL, 0)
-    assert {path: path.stat().st_ino for path in (tmp_path / "store").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_ino for path in (tmp_path / "store").rglob("*") if path.is_file()
+    } == before
 
 
-def test_a_shard_committed_with_other_bytes_is_refused_and_what_was_committed_stays(tmp_path: Path) -> None:
+def test_a_shard_committed_with_other_bytes_is_refused_and_what_was_committed_stays(
+    tmp_path: Path,
+) -> None:
     writer = begin(tmp_path / "store")
     commit_shard(writer, SMALL, 0)
     before = tree(tmp_path)
-    with pytest.raises(MismatchError, match=r"commits/00000000.json: another writer committed this shard with other"):
+    with pytest.raises(
+        MismatchError,
+        match=r"commits/00000000.json: another writer committed this shard with other",
+    ):
         writer.commit(0, features(SMALL, "image", range(4)) + 1, [""] * 4)
     assert tree(tmp_path) == before
 
@@ -132,7 +176,8 @@ def test_a_shard_committed_with_other_bytes_is_refused_and_what_was_committed_st
 def test_of_writers_that_disagree_one_wins_and_its_shard_is_whole(tmp_path: Path) -> None:
     """As two devices would: the same shard at the same time, other bytes."""
     record = begin(tmp_path / "store").record
-    gate, refused = threading.Barrier(4), []
+    gate = threading.Barrier(4)
+    refused = []
 
     def work(number: int) -> None:
         writer = ArrayWriter(LocalFiles(tmp_path / "store"), record)
@@ -156,10 +201,12 @@ def test_of_writers_that_disagree_one_wins_and_its_shard_is_whole(tmp_path: Path
 
 
 def test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit(tmp_path: Path) -> None:
-    """The worst moment: both have looked and found nothing, and the second writes between the first's read-back and
-    its record."""
+    """The worst moment: both have looked and found nothing, and the second writes between the
+    first's read-back and its record."""
     record = begin(tmp_path / "store").record
-    written, finished, refused = threading.Event(), threading.Event(), []
+    written = threading.Event()
+    finished = threading.Event()
+    refused = []
 
     class Second(LocalFiles):
         def create(self, name: str, *buffers: Buffer) -> bool:
@@ -170,7 +217,11 @@ def test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit(tmp_p
 
     def intrude() -> None:
         try:
-            ArrayWriter(Second(tmp_path / "store"), record).commit(0, np.ones((4, 8), np.float16), [""] * 4)
+            ArrayWriter(Second(tmp_path / "store"), record).commit(
+                0,
+                np.ones((4, 8), np.float16),
+                [""] * 4,
+            )
         except MismatchError:
             refused.append(2)
 
@@ -187,15 +238,20 @@ def test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit(tmp_p
     second.join()
     assert refused == [2]
     assert np.array_equal(
-        FeatureStore.open(tmp_path / "store").array("image").load_shard(0), expected(SMALL, "image")[:4]
+        FeatureStore.open(tmp_path / "store").array("image").load_shard(0),
+        expected(SMALL, "image")[:4],
     )
 
 
-def test_a_committed_chunk_that_was_damaged_is_mended_by_committing_its_shard_again(tmp_path: Path) -> None:
+def test_a_committed_chunk_that_was_damaged_is_mended_by_committing_its_shard_again(
+    tmp_path: Path,
+) -> None:
     writer = begin(tmp_path / "store")
     commit_shard(writer, SMALL, 0)
     before = tree(tmp_path)
-    (tmp_path / "store" / chunk_name(array_record(SMALL, "image"), "features", 0)).write_bytes(b"rotten")
+    (tmp_path / "store" / chunk_name(array_record(SMALL, "image"), "features", 0)).write_bytes(
+        b"rotten"
+    )
     commit_shard(writer, SMALL, 0)
     assert tree(tmp_path) == before
 
@@ -214,7 +270,8 @@ def test_an_array_is_sealed_only_when_it_is_whole_and_only_once(tmp_path: Path) 
 
 
 def test_an_array_sealed_with_other_records_is_not_sealed_again(tower_store: Path) -> None:
-    files, record = LocalFiles(tower_store), array_record(SMALL, "image")
+    files = LocalFiles(tower_store)
+    record = array_record(SMALL, "image")
     name = commit_name("image", NAME, 0)
     shutil.copy(tower_store / name, tower_store / "kept")
     (tower_store / name).unlink()
@@ -223,12 +280,12 @@ def test_an_array_sealed_with_other_records_is_not_sealed_again(tower_store: Pat
         ArrayWriter(files, record).seal()
 
 
-# --- making a store ---------------------------------------------------------------------------------------------------
+# --- making a store -------------------------------------------------------------------------------
 
 
 def test_making_a_store_that_is_there_changes_nothing(tower_store: Path) -> None:
     before = tree(tower_store)
-    create_store(LocalFiles(tower_store), columns(SMALL), "/elsewhere", "9")
+    create_store(LocalFiles(tower_store), pairs=columns(SMALL), root="/elsewhere", version="9")
     assert tree(tower_store) == before
 
 
@@ -238,39 +295,56 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, in
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     with pytest.raises(StoreError, match="is not empty and not a store; choose another --store"):
-        create_store(LocalFiles(tmp_path / "folder"), columns(SMALL), "/data", "0")
+        create_store(
+            LocalFiles(tmp_path / "folder"),
+            pairs=columns(SMALL),
+            root="/data",
+            version="0",
+        )
     assert tree(tmp_path) == {f"folder/{inside}": b"mine"}
 
 
-def test_a_store_that_another_writer_makes_at_this_moment_is_not_something_else(tmp_path: Path) -> None:
+def test_a_store_that_another_writer_makes_at_this_moment_is_not_something_else(
+    tmp_path: Path,
+) -> None:
     class Late(LocalFiles):
         """Another writer makes the store right after we have looked for its source."""
 
         def exists(self, name: str) -> bool:
             found = super().exists(name)
             if name == SOURCE:
-                create_store(LocalFiles(tmp_path / "store"), columns(SMALL), "/data", "0")
+                create_store(
+                    LocalFiles(tmp_path / "store"),
+                    pairs=columns(SMALL),
+                    root="/data",
+                    version="0",
+                )
             return found
 
-    create_store(Late(tmp_path / "store"), columns(SMALL), "/data", "0")
+    create_store(Late(tmp_path / "store"), pairs=columns(SMALL), root="/data", version="0")
     assert FeatureStore.open(tmp_path / "store").source["n_images"] == SMALL.images
 
 
 def test_a_file_is_no_place_for_a_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="file is a file; give a folder as --store"):
-        create_store(LocalFiles(tmp_path / "file"), columns(SMALL), "/data", "0")
+        create_store(LocalFiles(tmp_path / "file"), pairs=columns(SMALL), root="/data", version="0")
 
 
 def test_an_empty_folder_may_become_a_store(tmp_path: Path) -> None:
-    create_store(LocalFiles(tmp_path), columns(SMALL), "/data", "0")
+    create_store(LocalFiles(tmp_path), pairs=columns(SMALL), root="/data", version="0")
     assert FeatureStore.open(tmp_path).source["n_images"] == SMALL.images
 
 
 def test_the_store_of_another_table_is_refused_with_the_difference(tower_store: Path) -> None:
     before = tree(tower_store)
     with pytest.raises(MismatchError, match=r"another table \(t.tsv\).*n_images") as caught:
-        create_store(LocalFiles(tower_store), columns(replace(SMALL, images=11)), "/data", "0")
+        create_store(
+            LocalFiles(tower_store),
+            pairs=columns(replace(SMALL, images=11)),
+            root="/data",
+            version="0",
+        )
     assert [field for field, *_ in caught.value.differences] == ["digest", "n_images", "n_texts"]
     assert tree(tower_store) == before
 
@@ -278,33 +352,44 @@ def test_the_store_of_another_table_is_refused_with_the_difference(tower_store: 
 def test_a_store_that_lost_its_source_is_damaged_and_not_claimed_anew(tower_store: Path) -> None:
     (tower_store / SOURCE).unlink()
     with pytest.raises(DamagedError, match=r"source.json is missing"):
-        create_store(LocalFiles(tower_store), columns(SMALL), "/data", "0")
+        create_store(LocalFiles(tower_store), pairs=columns(SMALL), root="/data", version="0")
     assert not (tower_store / SOURCE).exists()
 
 
 def test_creation_interrupted_at_any_call_is_finished_by_the_next_run(tmp_path: Path) -> None:
     with intercepted(tmp_path, unsynced()):
-        create_store(LocalFiles(tmp_path / "whole"), columns(SMALL), "/data", "0")
+        create_store(
+            LocalFiles(tmp_path / "whole"),
+            pairs=columns(SMALL),
+            root="/data",
+            version="0",
+        )
     whole = tree(tmp_path / "whole")
     for nth in range(1, 1000):
         store = tmp_path / f"{nth}"
         try:
-            with intercepted(tmp_path, Stop(nth, unsynced())):
-                create_store(LocalFiles(store), columns(SMALL), "/data", "0")
+            with intercepted(tmp_path, Stop(nth=nth, then=unsynced())):
+                create_store(LocalFiles(store), pairs=columns(SMALL), root="/data", version="0")
             break
         except SimulatedKill:
             with intercepted(tmp_path, unsynced()):
-                create_store(LocalFiles(store), columns(SMALL), "/data", "0")
+                create_store(LocalFiles(store), pairs=columns(SMALL), root="/data", version="0")
         assert tree(store) == whole, f"killed at call {nth}"
     assert nth > 50
 
 
-def test_until_creation_is_finished_there_is_no_store_to_open(tmp_path: Path, tower_store: Path) -> None:
+def test_until_creation_is_finished_there_is_no_store_to_open(
+    tmp_path: Path,
+    tower_store: Path,
+) -> None:
     (tower_store / PAIRS).unlink()
     for folder in ("records", "features.zarr"):
         for modality in MODALITIES:
             shutil.rmtree(tower_store / folder / modality)
-    with pytest.raises(StoreError, match="was not finished being made; run the same apecache extract again"):
+    with pytest.raises(
+        StoreError,
+        match="was not finished being made; run the same apecache extract again",
+    ):
         FeatureStore.open(tower_store)
     with pytest.raises(StoreError, match=r"is no store.*make one with: apecache extract"):
         FeatureStore.open(tmp_path / "nowhere")
@@ -321,16 +406,19 @@ def test_a_store_of_a_newer_format_is_refused_by_name(tower_store: Path) -> None
         (tower_store / name).write_bytes(newer)
     for what in (
         lambda: FeatureStore.open(tower_store),
-        lambda: create_store(LocalFiles(tower_store), columns(SMALL), "/", "0"),
+        lambda: create_store(LocalFiles(tower_store), pairs=columns(SMALL), root="/", version="0"),
     ):
-        with pytest.raises(StoreError, match=f"has format {FORMAT_VERSION + 1}; .*upgrade apecache"):
+        with pytest.raises(
+            StoreError,
+            match=f"has format {FORMAT_VERSION + 1}; .*upgrade apecache",
+        ):
             what()
 
 
 def test_an_array_begun_by_a_killed_writer_is_finished_and_not_in_the_way(tmp_path: Path) -> None:
     """The folder is there, its fingerprint is not."""
     files = LocalFiles(tmp_path / "store")
-    create_store(files, columns(SMALL), "/data", "0")
+    create_store(files, pairs=columns(SMALL), root="/data", version="0")
     (tmp_path / "store" / "records" / "image" / NAME).mkdir(parents=True)
     assert FeatureStore.open(tmp_path / "store").arrays() == []
     tower.run(tmp_path / "store", SMALL)
@@ -342,10 +430,12 @@ def test_an_array_of_other_features_under_the_same_name_is_refused(tower_store: 
         create_array(LocalFiles(tower_store), array_record(replace(SMALL, encoder="bb"), "image"))
 
 
-def test_captions_that_unicode_cannot_hold_are_kept_with_a_replacement_character(tmp_path: Path) -> None:
+def test_captions_that_unicode_cannot_hold_are_kept_with_a_replacement_character(
+    tmp_path: Path,
+) -> None:
     table = columns(SMALL)
     table.captions[3] = "half of a \ud83d pair \u202e<script>"
-    create_store(LocalFiles(tmp_path / "store"), table, "/data", "0")
+    create_store(LocalFiles(tmp_path / "store"), pairs=table, root="/data", version="0")
     stored = FeatureStore.open(tmp_path / "store").pairs.captions
     assert stored[3] == "half of a \ufffd pair \u202e<script>"
     assert stored[4:].tolist() == table.captions[4:]
@@ -359,7 +449,7 @@ def test_zarr_does_not_stumble_over_what_a_killed_writer_left(tmp_path: Path) ->
     assert not leftover.exists()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 WRITE = """
 import json, resource, sys
@@ -390,7 +480,11 @@ def test_the_memory_of_writing_does_not_grow_with_the_rows(tmp_path: Path) -> No
         path = os.pathsep.join((str(Path(tower.__file__).parent), os.environ.get("PYTHONPATH", "")))
         command = [sys.executable, "-c", WRITE, str(tmp_path), str(rows)]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": path},
         )
         peaks.append(json.loads(done.stdout))
         shutil.rmtree(tmp_path / str(rows))

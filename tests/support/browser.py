@@ -1,6 +1,8 @@
-"""A real browser without a window, spoken to in Chrome's DevTools protocol over two pipes: no library is needed.
+"""A real browser without a window, spoken to in Chrome's DevTools protocol over two pipes: no
+library is needed.
 
-https://chromedevtools.github.io/devtools-protocol/ ; `--remote-debugging-pipe` reads from descriptor 3, writes to 4.
+https://chromedevtools.github.io/devtools-protocol/ ; `--remote-debugging-pipe` reads from
+descriptor 3, writes to 4.
 """
 
 import base64
@@ -29,14 +31,20 @@ def executable() -> str | None:
 
 
 class Browser:
-    """One window. Everything it loads, says on its console or is refused by the page's policy is kept."""
+    """One window. Everything it loads, says on its console or is refused by the page's policy is
+    kept."""
 
     def __init__(self, writer: int, reader: int) -> None:
-        self._writer, self._reader, self._rest, self._number = writer, reader, b"", 0
+        self._writer = writer
+        self._reader = reader
+        self._rest = b""
+        self._number = 0
         self._session: str | None = None
         self.events: list[Json] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
             self.call(f"{domain}.enable")
 
@@ -78,7 +86,11 @@ class Browser:
 
     def resize(self, width: int, height: int = 900, dark: bool = False) -> None:
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
@@ -90,14 +102,29 @@ class Browser:
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression. The page's own policy does not hold for us."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.call(
+            "Runtime.evaluate",
+            expression=expression,
+            returnByValue=True,
+            awaitPromise=True,
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def press(self, key: str, text: str = "", shift: bool = False) -> None:
         codes = {"Tab": 9, "Enter": 13, " ": 32}
-        about: Json = {"key": key, "code": key, "windowsVirtualKeyCode": codes.get(key, 0), "modifiers": 8 * shift}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {}))
+        about: Json = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": codes.get(key, 0),
+            "modifiers": 8 * shift,
+        }
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown",
+            **about,
+            **({"text": text} if text else {}),
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def type(self, text: str) -> None:
@@ -134,8 +161,17 @@ def browser(folder: Path) -> Iterator[Browser]:
         os.dup2(14, 4)
 
     command = [program, *OPTIONS, f"--user-data-dir={folder}", "about:blank"]
-    quiet: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, pass_fds=(3, 4, from_us, to_us), preexec_fn=descriptors, **quiet)
+    quiet: Json = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
+    process = subprocess.Popen(
+        command,
+        pass_fds=(3, 4, from_us, to_us),
+        preexec_fn=descriptors,
+        **quiet,
+    )
     os.close(from_us)
     os.close(to_us)
     try:

@@ -1,4 +1,5 @@
-"""The same five images as a source of every kind, each written by the library that people write it with."""
+"""The same five images as a source of every kind, each written by the library that people write it
+with."""
 
 import io
 import json
@@ -43,13 +44,24 @@ def samples(rows: Sequence[int] = range(5), json_too: bool = False) -> dict[str,
     members: dict[str, bytes] = {}
     for row in rows:
         key = NAMES[row].removesuffix(".png")
-        members |= {f"{key}.png": image_bytes(row), f"{key}.txt": CAPTIONS[row].encode(), f"{key}.cls": b"7"}
+        members |= {
+            f"{key}.png": image_bytes(row),
+            f"{key}.txt": CAPTIONS[row].encode(),
+            f"{key}.cls": b"7",
+        }
         if json_too:
-            members[f"{key}.json"] = json.dumps({"caption": f"{key} in JSON", "alt": "other", "split": "val"}).encode()
+            members[f"{key}.json"] = json.dumps(
+                {"caption": f"{key} in JSON", "alt": "other", "split": "val"}
+            ).encode()
     return members
 
 
-def write_parquet(path: Path, columns: Mapping[str, Any], row_group_size: int | None = None, **types: Any) -> Path:
+def write_parquet(
+    path: Path,
+    columns: Mapping[str, Any],
+    row_group_size: int | None = None,
+    **types: Any,
+) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -70,5 +82,8 @@ def structs(names: Sequence[str | None] = NAMES) -> list[dict[str, Any]]:
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
     separator = "\t" if path.suffix == ".tsv" else ","
-    path.write_text("\n".join(separator.join(row) for row in (header, *rows)) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(separator.join(row) for row in (header, *rows)) + "\n",
+        encoding="utf-8",
+    )
     return path

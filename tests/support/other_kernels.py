@@ -32,7 +32,11 @@ DTYPES = (torch.float32, torch.float64)
 
 
 @cache
-def rounding_of(shapes: tuple[tuple[int, ...], ...], out_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def rounding_of(
+    shapes: tuple[tuple[int, ...], ...],
+    out_shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
     """Return factors of 1 plus -1, 0 or 1 unit in the last place, a pure function of the shapes."""
     generator = torch.Generator().manual_seed(hash((shapes, out_shape)) % 2**31)
     units = torch.randint(-1, 2, out_shape, generator=generator).to(dtype)

@@ -46,14 +46,34 @@ HOSTILE = [
 
 def page_of(text):
     """Put `text` in every place of a page that takes a text."""
-    result = Result(PICTURE, text, 0.5, True)
+    result = Result(image=PICTURE, text=text, score=0.5, correct=True)
     return Page(
         title=text,
         subtitle=text,
         commands=(text, text),
-        tables=(Table(text, (text, text), ((text, 1.0), (text, text)), note=text),),
-        charts=(Chart(text, text, text, (Curve(text, ((0, 1), (1, 2))),), marker=1, marker_label=text),),
-        galleries=(Gallery(text, text, (Hit(text, PICTURE, (result,), 1), Hit(text, None, (result,), None))),),
+        tables=(
+            Table(title=text, columns=(text, text), rows=((text, 1.0), (text, text)), note=text),
+        ),
+        charts=(
+            Chart(
+                title=text,
+                x_label=text,
+                y_label=text,
+                curves=(Curve(name=text, points=((0, 1), (1, 2))),),
+                marker=1,
+                marker_label=text,
+            ),
+        ),
+        galleries=(
+            Gallery(
+                title=text,
+                note=text,
+                items=(
+                    Hit(query_text=text, query_image=PICTURE, results=(result,), rank=1),
+                    Hit(query_text=text, query_image=None, results=(result,), rank=None),
+                ),
+            ),
+        ),
         notes=(text,),
     )
 

@@ -1,6 +1,7 @@
 """Extractions in processes of their own, without the seconds of an import for each.
 
-As a program it imports once, and then forks a process for every run that a line of JSON on its standard input asks for.
+As a program it imports once, and then forks a process for every run that a line of JSON on its
+standard input asks for.
 """
 
 import json
@@ -13,12 +14,15 @@ from typing import Any
 
 
 class PartRuns:
-    """A process that forks extractions. `with PartRuns() as runs: runs.start({"table": …, "part": "1/3", …}, …)`."""
+    """A process that forks extractions. `with PartRuns() as runs: runs.start({"table": …, "part":
+    "1/3", …}, …)`."""
 
     def __enter__(self) -> "PartRuns":
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **pipes
+            [sys.executable, __file__],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            **pipes,
         )
         return self
 
@@ -32,7 +36,8 @@ class PartRuns:
     def start(self, *runs: dict[str, Any]) -> list[str]:
         """Run side by side until all have ended; each result is `done`, `killed` or an error.
 
-        Each run: arguments of `extract_tiny`, `part`, and `kill_at`: the number of the commit before which it dies.
+        Each run: arguments of `extract_tiny`, `part`, and `kill_at`: the number of the commit
+        before which it dies.
         """
         assert self.process.stdin
         assert self.process.stdout
@@ -81,7 +86,8 @@ def _extract(table: str, store: str, part: str, kill_at: int | None = None, **se
 def _kill_before(number: int) -> None:
     from apecache.store.writer import ArrayWriter
 
-    commit, counted = ArrayWriter.commit, iter(range(number))
+    commit = ArrayWriter.commit
+    counted = iter(range(number))
 
     def counting(*arguments: Any, **settings: Any) -> Any:
         if next(counted, None) is None:

@@ -1,4 +1,5 @@
-"""Pictures of every kind in files, each with the RGB pixels that it stands for: what tests import."""
+"""Pictures of every kind in files, each with the RGB pixels that it stands for: what tests
+import."""
 
 import io
 from collections.abc import Callable
@@ -24,8 +25,8 @@ TURNS: dict[int, Callable[[Any], Any]] = {
 
 
 class Kind(NamedTuple):
-    """`data`: a file's bytes. `pixels`: RGB, worked out without this project. `survives_convert`: whether Pillow's own
-    `convert("RGB")` keeps all that the picture shows."""
+    """`data`: a file's bytes. `pixels`: RGB, worked out without this project. `survives_convert`:
+    whether Pillow's own `convert("RGB")` keeps all that the picture shows."""
 
     data: bytes
     suffix: str
@@ -83,17 +84,32 @@ def picture_kinds() -> dict[str, Kind]:
         "TIFF, EXIF 8": Kind(oriented("TIFF", 8), ".tiff", TURNS[8](pixels)),
         "L": Kind(file_of(Image.fromarray(grey), "PNG"), ".png", np.dstack([grey] * 3)),
         "P": Kind(file_of(palette, "PNG"), ".png", shown),
-        "P, one color clear": Kind(file_of(palette, "PNG", transparency=index), ".png", without_one, False),
-        "RGBA": Kind(file_of(Image.fromarray(rgba), "PNG"), ".png", on_white, False),
+        "P, one color clear": Kind(
+            file_of(palette, "PNG", transparency=index),
+            suffix=".png",
+            pixels=without_one,
+            survives_convert=False,
+        ),
+        "RGBA": Kind(
+            file_of(Image.fromarray(rgba), "PNG"),
+            suffix=".png",
+            pixels=on_white,
+            survives_convert=False,
+        ),
         "LA": Kind(
             file_of(Image.fromarray(rgba[..., [0, 3]]), "PNG"),
-            ".png",
-            np.where(clear[..., None], np.uint8(255), np.dstack([grey] * 3)),
-            False,
+            suffix=".png",
+            pixels=np.where(clear[..., None], np.uint8(255), np.dstack([grey] * 3)),
+            survives_convert=False,
         ),
         "CMYK": Kind(cmyk, ".jpg", decoded(cmyk)),
-        "16-bit": Kind(file_of(Image.fromarray(deep), "PNG"), ".png", np.dstack([grey] * 3), False),
+        "16-bit": Kind(
+            file_of(Image.fromarray(deep), "PNG"),
+            suffix=".png",
+            pixels=np.dstack([grey] * 3),
+            survives_convert=False,
+        ),
         "animated GIF": Kind(gif, ".gif", decoded(gif)),
-        "animated WebP": Kind(webp, ".webp", on_white, False),
+        "animated WebP": Kind(webp, suffix=".webp", pixels=on_white, survives_convert=False),
     }
     return kinds

@@ -17,7 +17,8 @@ ERRORS = {
 
 
 class Pieces:
-    """Takes strings: `x` is answered `done x`; `die F` ends the process unless F exists, which it makes first."""
+    """Takes strings: `x` is answered `done x`; `die F` ends the process unless F exists, which it
+    makes first."""
 
     def __init__(self, log: Path, cpus: int) -> None:
         self.log = log

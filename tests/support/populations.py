@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 def pairs(n_images: int, seed: int, content: bool = False) -> FeaturePairs:
     """Two noisy linear views of 6 hidden numbers per image; one to three captions each."""
     maps = torch.Generator().manual_seed(99)
-    to_image, to_text = torch.randn(6, 12, generator=maps), torch.randn(6, 10, generator=maps)
+    to_image = torch.randn(6, 12, generator=maps)
+    to_text = torch.randn(6, 10, generator=maps)
     own = torch.Generator().manual_seed(seed)
     counts = 1 + torch.arange(n_images) % 3
     hidden = torch.randn(n_images, 6, generator=own)
@@ -29,21 +30,33 @@ def pairs(n_images: int, seed: int, content: bool = False) -> FeaturePairs:
     text = owners @ to_text + 0.1 * torch.randn(len(owners), 10, generator=own)
     first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     equal = torch.arange(n_images) // 2 if content else None
-    return FeaturePairs(image, text, first, content=equal)
+    return FeaturePairs(image=image, text=text, first_text=first, content=equal)
 
 
-TRAIN, DEV = pairs(160, 0), pairs(32, 1)
+TRAIN = pairs(160, 0)
+DEV = pairs(32, 1)
 
 
 def make(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> tuple[Training, Plan]:
     recipe = load_recipe(SMALL, settings)
-    return Training(initial_model(recipe, train, DEV, seed)[0], recipe, seed), Plan.of(recipe, train)
+    return Training(
+        initial_model(recipe, train=train, dev=DEV, seed=seed)[0],
+        recipe,
+        seed,
+    ), Plan.of(recipe, train)
 
 
 def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> Training:
     training, plan = make(settings, seed, train)
     with seeded(seed + 1, CPU):
-        run_training(training, train, DEV, plan, lambda _: None, lambda _: None)
+        run_training(
+            training,
+            train=train,
+            dev=DEV,
+            plan=plan,
+            log=lambda _: None,
+            save=lambda _: None,
+        )
     return training
 
 
@@ -53,9 +66,12 @@ def weights(training: Training) -> dict[str, Tensor]:
 
 def distance(one: Training, other: Training) -> float:
     """Largest relative distance of a tensor of weights."""
-    ours, theirs = weights(one), weights(other)
+    ours = weights(one)
+    theirs = weights(other)
     assert ours.keys() == theirs.keys()
-    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in ours)
+    return max(
+        float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp_min(1e-12)) for n in ours
+    )
 
 
 def losses(training: Training) -> list[float]:

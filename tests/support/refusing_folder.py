@@ -1,8 +1,10 @@
-"""Run commands where the system refuses what they write: a process of its own, for it mounts and sets limits.
+"""Run commands where the system refuses what they write: a process of its own, for it mounts and
+sets limits.
 
-Reads a JSON request from standard input: `refusal` (full, readonly or limited), `folder` (where it acts), `free_kb`,
-and `cases`, each {"name", "arguments", "copies": {source: name below the folder}, "again": whether the command runs
-once more after the refusal has ended}. Writes a JSON line for each case.
+Reads a JSON request from standard input: `refusal` (full, readonly or limited), `folder` (where it
+acts), `free_kb`, and `cases`, each {"name", "arguments", "copies": {source: name below the folder},
+"again": whether the command runs once more after the refusal has ended}. Writes a JSON line for
+each case.
 """
 
 import json
@@ -96,7 +98,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
     failure = None
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         failure = "".join(traceback.format_exception(result.exception))
-    return {"code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr, "exception": failure}
+    return {
+        "code": result.exit_code,
+        "stdout": result.stdout,
+        "stderr": result.stderr,
+        "exception": failure,
+    }
 
 
 def serve_only_until_ready() -> None:

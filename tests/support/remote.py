@@ -1,4 +1,5 @@
-"""An S3 server on loopback (moto's), with faults on request: what tests of object storage import."""
+"""An S3 server on loopback (moto's), with faults on request: what tests of object storage
+import."""
 
 import io
 import itertools
@@ -14,7 +15,11 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from werkzeug.serving import make_server
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/secret+of+tests"
@@ -27,12 +32,15 @@ Answer = tuple[int, str]
 class Faults:
     """Which requests go wrong, by chance or as told. `counts`: how many of each kind did.
 
-    503: refused. reset: the connection ends before the request is looked at. lost: it is carried out, and the
-    connection ends before the answer. half: in the middle of the answer. stall: no answer until the client is tired.
+    503: refused. reset: the connection ends before the request is looked at. lost: it is carried
+    out, and the connection ends before the answer. half: in the middle of the answer. stall: no
+    answer until the client is tired.
     """
 
     def __init__(self, share: float = 0.0, kinds: Iterable[str] = KINDS, seed: int = 0) -> None:
-        self.share, self.kinds, self.chance = share, tuple(kinds), random.Random(seed)
+        self.share = share
+        self.kinds = tuple(kinds)
+        self.chance = random.Random(seed)
         self.told: Callable[[str, str], str | Answer | None] = lambda method, path: None
         self.requests: list[tuple[str, str]] = []
         self.counts: Counter[str] = Counter()
@@ -77,7 +85,8 @@ class Handler(MotoRequestHandler):
                 self._answer(status, code)
 
     def _whole_answer(self) -> bytes:
-        real, self.wfile = self.wfile, io.BytesIO()  # type: ignore[assignment]
+        real = self.wfile  # type: ignore[assignment]
+        self.wfile = io.BytesIO()  # type: ignore[assignment]
         try:
             super().run_wsgi()
             return self.wfile.getvalue()  # type: ignore[attr-defined, no-any-return]
@@ -104,11 +113,13 @@ class Handler(MotoRequestHandler):
 
 
 class S3Server:
-    """`with S3Server() as server: server.new_bucket()`. `heeds_conditions`: whether it knows `If-None-Match`."""
+    """`with S3Server() as server: server.new_bucket()`. `heeds_conditions`: whether it knows
+    `If-None-Match`."""
 
     def __init__(self) -> None:
         self.moto = DomainDispatcherApplication(create_backend_app)
-        self.lock, self.numbers = threading.Lock(), itertools.count()
+        self.lock = threading.Lock()
+        self.numbers = itertools.count()
         self.heeds_conditions = True
         self.server = make_server("127.0.0.1", 0, self._app, threaded=True, request_handler=Handler)
         self.server.daemon_threads = True
@@ -129,7 +140,11 @@ class S3Server:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def environment(self) -> dict[str, str]:
-        about = {"AWS_ENDPOINT_URL": self.url, "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "AKIATESTS"}
+        about = {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "AKIATESTS",
+        }
         return {**about, "AWS_SECRET_ACCESS_KEY": SECRET, "NO_PROXY": "127.0.0.1"}
 
     def new_bucket(self) -> str:

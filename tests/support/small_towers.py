@@ -13,13 +13,20 @@ VIT_SIZES = {"tiny": (12, 192), "small": (12, 384), "base": (12, 768), "large": 
 
 
 def shapes_only(size: str, text_size: str | None = None) -> tuple[Tower, Tower]:
-    """ViT/16 at 256 px (DeiT without distillation) and uncased BERT of published sizes, on the meta device. There is no
-    large DeiT: the published count of the large deep adapter fits DeiT III's blocks, which have layer scales."""
-    (depth, dim), (text_depth, text_dim) = VIT_SIZES[size], BERT_SIZES[text_size or size]
+    """ViT/16 at 256 px (DeiT without distillation) and uncased BERT of published sizes, on the meta
+    device. There is no large DeiT: the published count of the large deep adapter fits DeiT III's
+    blocks, which have layer scales."""
+    depth, dim = VIT_SIZES[size]
+    text_depth, text_dim = BERT_SIZES[text_size or size]
     settings = {"embed_dim": dim, "depth": depth, "num_heads": dim // 64, "img_size": 256}
     settings |= {"init_values": 1e-6} if size == "large" else {}
     with torch.device("meta"):
-        image = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0, **settings)
+        image = timm.create_model(
+            "vit_base_patch16_224",
+            pretrained=False,
+            num_classes=0,
+            **settings,
+        )
         text = hf.BertModel(
             hf.BertConfig(
                 hidden_size=text_dim,
@@ -29,29 +36,52 @@ def shapes_only(size: str, text_size: str | None = None) -> tuple[Tower, Tower]:
             ),
             add_pooling_layer=False,
         )
-    return build_tower(image, "image", "cls"), build_tower(text, "text", "cls", 101)
+    return build_tower(image, "image", "cls"), build_tower(
+        text,
+        modality="text",
+        pooling="cls",
+        cls_id=101,
+    )
 
 
 def small_vit(seed: int = 0, **settings: Any) -> Tower:
     """timm, three blocks of width 16, 16 patches of 4 px; CLS."""
     torch.manual_seed(seed)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 3}
-    module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **sizes | settings)
+    module = timm.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        num_classes=0,
+        **sizes | settings,
+    )
     return build_tower(module.eval(), "image", "cls")
 
 
 def small_bert(seed: int = 0, **settings: Any) -> Tower:
     """Three blocks of width 16, 60 tokens, CLS is 2, no dropout; CLS."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "vocab_size": 60}
     module = hf.BertModel(hf.BertConfig(**sizes | still | settings), add_pooling_layer=False)
-    return build_tower(module.eval(), "text", "cls", 2)
+    return build_tower(module.eval(), modality="text", pooling="cls", cls_id=2)
 
 
 def small_t5(seed: int = 0) -> Tower:
     torch.manual_seed(seed)
-    config = hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, vocab_size=60, dropout_rate=0.0)
+    config = hf.T5Config(
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=3,
+        num_heads=2,
+        vocab_size=60,
+        dropout_rate=0.0,
+    )
     return build_tower(hf.T5EncoderModel(config).eval(), "text", "mean")
 
 

@@ -1,4 +1,5 @@
-"""Small tables, stores and damages, made by functions: what tests import. The fixtures stand in conftest.py.
+"""Small tables, stores and damages, made by functions: what tests import. The fixtures stand in
+conftest.py.
 
 A module of its own, for `conftest` is the name of several files here.
 """
@@ -8,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 60),
+    "blue": (40, 60, 220),
+    "yellow": (230, 220, 40),
+}
 SHAPES = ("circle", "square", "triangle")
 
 
@@ -25,7 +31,10 @@ def draw_shape(colour: str, shape: str, side: int = 48):  # type: ignore[no-unty
         case "square":
             pen.rectangle(box, fill=COLOURS[colour])
         case _:
-            pen.polygon([(box[0], box[3]), (box[2], box[3]), (side // 2, box[1])], fill=COLOURS[colour])
+            pen.polygon(
+                [(box[0], box[3]), (box[2], box[3]), (side // 2, box[1])],
+                fill=COLOURS[colour],
+            )
     return image
 
 
@@ -51,8 +60,18 @@ def extract_tiny(table: Path, store: Path, image: Path, text: Path, **options: o
     from apecache.encoders.spec import parse_encoder
     from apecache.extraction.run import ExtractSpec, extract
 
-    settings: dict[str, object] = {"image_batch": 4, "text_batch": 4, "shard_rows": 5, "device": "cpu", **options}
-    spec = ExtractSpec(parse_encoder(f"timm:{image}", "image"), parse_encoder(f"hf:{text}", "text"), **settings)  # type: ignore[arg-type]
+    settings: dict[str, object] = {
+        "image_batch": 4,
+        "text_batch": 4,
+        "shard_rows": 5,
+        "device": "cpu",
+        **options,
+    }
+    spec = ExtractSpec(
+        parse_encoder(f"timm:{image}", "image"),
+        parse_encoder(f"hf:{text}", "text"),
+        **settings,
+    )  # type: ignore[arg-type]
     return extract(open_pairs(table), store, spec)
 
 
@@ -71,7 +90,11 @@ class Grown(NamedTuple):
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def put(folder: Path, files: Mapping[str, bytes | None]) -> None:
@@ -88,7 +111,8 @@ DAMAGES = ("flip", "empty", "truncate", "enlarge", "delete", "swap")
 
 
 def damaged(files: Mapping[str, bytes], name: str, how: str) -> dict[str, bytes | None]:
-    """What has other bytes after one file is damaged; for `swap` two files of the same size (none if there are not)."""
+    """What has other bytes after one file is damaged; for `swap` two files of the same size (none
+    if there are not)."""
     data = files[name]
     middle = len(data) // 2
     match how:
@@ -102,6 +126,10 @@ def damaged(files: Mapping[str, bytes], name: str, how: str) -> dict[str, bytes 
             return {name: data + b"\0"}
         case "delete":
             return {name: None}
-    alike = [other for other, found in sorted(files.items()) if len(found) == len(data) and found != data]
-    alike.sort(key=lambda other: Path(other).parent != Path(name).parent)  # the likeliest to be taken for one another
+    alike = [
+        other for other, found in sorted(files.items()) if len(found) == len(data) and found != data
+    ]
+    alike.sort(
+        key=lambda other: Path(other).parent != Path(name).parent
+    )  # the likeliest to be taken for one another
     return {name: files[alike[0]], alike[0]: data} if alike else {}

@@ -30,10 +30,15 @@ def test_points_lie_in_their_ranges_and_conditions_hold(tmp_path: Path) -> None:
     assert {p["image.kind"] for p in points} == {"linear", "mlp"}
     for point in points:
         assert 1e-4 <= point["optimiser.lr"] <= 1e-2 * (1 + 1e-9)
-        assert ("image.depth" in point) == ("image.dropout" in point) == (point["image.kind"] == "mlp")
+        assert (
+            ("image.depth" in point) == ("image.dropout" in point) == (point["image.kind"] == "mlp")
+        )
         assert "text.depth" not in point  # the recipe's own text head is linear
         recipe = space.recipe(point)
-        assert (recipe.optimiser.lr, recipe.image.kind) == (point["optimiser.lr"], point["image.kind"])
+        assert (recipe.optimiser.lr, recipe.image.kind) == (
+            point["optimiser.lr"],
+            point["image.kind"],
+        )
     assert {p["image.depth"] for p in points if "image.depth" in p} == set(range(1, 7))
     assert 60 < sum(p["optimiser.lr"] < 1e-3 for p in points) < 140
 
@@ -53,7 +58,12 @@ def test_a_grid_has_every_point_once(tmp_path: Path) -> None:
 
 
 def test_several_recipes_are_a_choice_too(tmp_path: Path) -> None:
-    space = make(tmp_path, '"text.depth" = {choice = [3], if = {recipe = "ape"}}', "projection", "ape")
+    space = make(
+        tmp_path,
+        '"text.depth" = {choice = [3], if = {recipe = "ape"}}',
+        "projection",
+        "ape",
+    )
     assert list(space.grid()) == [{"recipe": "projection"}, {"recipe": "ape", "text.depth": 3}]
     assert space.settings({"recipe": "ape", "text.depth": 3}) == ("text.depth=3",)
 

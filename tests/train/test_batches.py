@@ -32,18 +32,28 @@ def numbered(counts: list[int]) -> FeaturePairs:
     """Image i is [i]; its caption c is [i, c]."""
     owners = [(image, caption) for image, count in enumerate(counts) for caption in range(count)]
     first = torch.tensor([0, *np.cumsum(counts)])
-    return FeaturePairs(torch.arange(len(counts)).unsqueeze(1), torch.tensor(owners), first)
+    return FeaturePairs(
+        image=torch.arange(len(counts)).unsqueeze(1),
+        text=torch.tensor(owners),
+        first_text=first,
+    )
 
 
-def epoch(pairs: FeaturePairs, batch_size: int, generator: torch.Generator) -> list[tuple[Any, Any]]:
-    return [(b.image.flatten().tolist(), b.text.tolist()) for b in batches(pairs, batch_size, generator)]
+def epoch(
+    pairs: FeaturePairs,
+    batch_size: int,
+    generator: torch.Generator,
+) -> list[tuple[Any, Any]]:
+    return [
+        (b.image.flatten().tolist(), b.text.tolist()) for b in batches(pairs, batch_size, generator)
+    ]
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 COUNTS = st.lists(st.integers(1, 4), min_size=2, max_size=20)
 
@@ -51,7 +61,9 @@ COUNTS = st.lists(st.integers(1, 4), min_size=2, max_size=20)
 @settings(deadline=None, max_examples=60)
 @given(counts=COUNTS, batch_size=st.integers(2, 25), seed=st.integers(0, 2**31))
 def test_in_an_epoch_every_image_comes_at_most_once_with_a_caption_of_its_own(
-    counts: list[int], batch_size: int, seed: int
+    counts: list[int],
+    batch_size: int,
+    seed: int,
 ) -> None:
     made = epoch(numbered(counts), batch_size, seeded(seed))
     size = min(batch_size, len(counts))
@@ -64,8 +76,10 @@ def test_in_an_epoch_every_image_comes_at_most_once_with_a_caption_of_its_own(
 
 
 def test_over_many_epochs_all_captions_and_all_images_come_about_equally_often() -> None:
-    counts, n_epochs = [1, 2, 5, 3, 4, 2, 5], 3000
-    pairs, generator = numbered(counts), seeded(0)
+    counts = [1, 2, 5, 3, 4, 2, 5]
+    n_epochs = 3000
+    pairs = numbered(counts)
+    generator = seeded(0)
     seen: dict[tuple[int, int], int] = {}
     for _ in range(n_epochs):
         for _, text in epoch(pairs, 3, generator):
@@ -80,7 +94,10 @@ def test_over_many_epochs_all_captions_and_all_images_come_about_equally_often()
 
 def test_a_seed_gives_the_same_batches_and_another_seed_others() -> None:
     pairs = numbered([2] * 12)
-    runs = [[epoch(pairs, 4, generator) for _ in range(2)] for generator in (seeded(1), seeded(1), seeded(2))]
+    runs = [
+        [epoch(pairs, 4, generator) for _ in range(2)]
+        for generator in (seeded(1), seeded(1), seeded(2))
+    ]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
     assert runs[0][0] != runs[0][1]
@@ -93,12 +110,13 @@ def test_each_text_knows_the_row_of_its_image(counts: list[int]) -> None:
     assert pairs.image_of_text.tolist() == pairs.text[:, 0].tolist()
 
 
-# --- which rows are used ---------------------------------------------------------------------------------------------
+# --- which rows are used --------------------------------------------------------------------------
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """(image of each text in any order, images to keep, usable texts); images without a text occur."""
+    """(image of each text in any order, images to keep, usable texts); images without a text
+    occur."""
     n_images = draw(st.integers(1, 8))
     rows = draw(st.lists(st.integers(0, n_images - 1), min_size=1, max_size=16))
     keep = draw(st.lists(st.booleans(), min_size=n_images, max_size=n_images))
@@ -115,11 +133,19 @@ def test_selected_are_exactly_the_kept_images_with_their_usable_captions(
     image = torch.arange(len(keep)).unsqueeze(1)
     text = torch.tensor([[owner, row] for row, owner in enumerate(rows)])
     wanted = {
-        i: [t for t, owner in enumerate(rows) if owner == i and usable[t]] for i in range(len(keep)) if keep[i]
+        i: [t for t, owner in enumerate(rows) if owner == i and usable[t]]
+        for i in range(len(keep))
+        if keep[i]
     }  # by definition
     wanted = {i: texts for i, texts in wanted.items() if texts}
     assume(wanted)
-    chosen = select_pairs(Features(image), Features(text), rows, keep, usable)
+    chosen = select_pairs(
+        Features(image),
+        text=Features(text),
+        image_rows=rows,
+        keep_images=keep,
+        ok_texts=usable,
+    )
     assert chosen.image.flatten().tolist() == list(wanted)
     assert chosen.text[:, 0].tolist() == [i for i, texts in wanted.items() for _ in texts]
     assert chosen.text[:, 1].tolist() == [t for texts in wanted.values() for t in texts]
@@ -127,17 +153,35 @@ def test_selected_are_exactly_the_kept_images_with_their_usable_captions(
     assert chosen.image.flatten()[chosen.image_of_text].tolist() == chosen.text[:, 0].tolist()
 
 
-def test_quarantined_images_and_texts_never_stand_in_a_batch(write_store: Any, tmp_path: Path) -> None:
+def test_quarantined_images_and_texts_never_stand_in_a_batch(
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
     image = np.arange(30, dtype=np.float32).repeat(2).reshape(30, 2)
     text = np.arange(60, dtype=np.float32).repeat(2).reshape(60, 2)
-    rows, bad_images, bad_texts = [i // 2 for i in range(60)], (0, 17), (3, 10, 11, 58)
+    rows = [i // 2 for i in range(60)]
+    bad_images = (0, 17)
+    bad_texts = (3, 10, 11, 58)
     store = write_store(
-        tmp_path / "s", image, text, rows, [""] * 30, bad_images=bad_images, bad_texts=bad_texts, shard_rows=7
+        tmp_path / "s",
+        image,
+        text,
+        rows,
+        [""] * 30,
+        bad_images=bad_images,
+        bad_texts=bad_texts,
+        shard_rows=7,
     )
     arrays = store.array("image"), store.array("text")
     features = [load_on(array, torch.device("cpu")) for array in arrays]
     ok_images, ok_texts = (array.load_ok() for array in arrays)
-    pairs = select_pairs(features[0], features[1], store.pairs.image_rows, ok_images, ok_texts)
+    pairs = select_pairs(
+        features[0],
+        text=features[1],
+        image_rows=store.pairs.image_rows,
+        keep_images=ok_images,
+        ok_texts=ok_texts,
+    )
     assert len(pairs) == 27  # of 30: two images are bad, and both captions of image 5 are
     seen = {
         (int(image), int(text))
@@ -145,14 +189,29 @@ def test_quarantined_images_and_texts_never_stand_in_a_batch(write_store: Any, t
         for batch in batches(pairs, 9, seeded(seed))
         for image, text in zip(batch.image[:, 0], batch.text[:, 0], strict=True)
     }
-    assert seen == {(t // 2, t) for t in range(60) if t // 2 not in bad_images and t not in bad_texts}
+    assert seen == {
+        (t // 2, t) for t in range(60) if t // 2 not in bad_images and t not in bad_texts
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_features_are_loaded_as_they_are_stored(dtype: str, write_store: Any, tmp_path: Path) -> None:
+def test_features_are_loaded_as_they_are_stored(
+    dtype: str,
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
     rng = np.random.default_rng(0)
-    image, text = rng.normal(size=(20, 3)).astype(dtype), rng.normal(size=(20, 4)).astype(dtype)
-    store = write_store(tmp_path / "s", image, text, list(range(20)), [""] * 20, bad_images=(4,), shard_rows=6)
+    image = rng.normal(size=(20, 3)).astype(dtype)
+    text = rng.normal(size=(20, 4)).astype(dtype)
+    store = write_store(
+        tmp_path / "s",
+        image,
+        text,
+        list(range(20)),
+        [""] * 20,
+        bad_images=(4,),
+        shard_rows=6,
+    )
     loaded = load_on(store.array("image"), torch.device("cpu")).values
     assert str(loaded.dtype) == f"torch.{dtype}"
     assert torch.isnan(loaded[4]).all()
@@ -162,25 +221,47 @@ def test_features_are_loaded_as_they_are_stored(dtype: str, write_store: Any, tm
 
 def test_features_that_are_not_complete_are_not_loaded(write_store: Any, tmp_path: Path) -> None:
     features = np.zeros((40, 2), np.float32)
-    store = write_store(tmp_path / "s", features, features, list(range(40)), [""] * 40, shard_rows=10, n_shards=3)
+    store = write_store(
+        tmp_path / "s",
+        features,
+        features,
+        list(range(40)),
+        [""] * 40,
+        shard_rows=10,
+        n_shards=3,
+    )
     with pytest.raises(IncompleteError, match="image/pixels is 75% done; resume with"):
         load_on(store.array("image"), torch.device("cpu"))
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def table_of(splits: list[str]) -> PairTable:
     blank = np.array([""] * len(splits), object)
-    return PairTable(blank, np.array(splits, object), blank, blank, blank, np.arange(len(splits)), "digest")
+    return PairTable(
+        keys=blank,
+        splits=np.array(splits, object),
+        labels=blank,
+        captions=blank,
+        languages=blank,
+        image_rows=np.arange(len(splits)),
+        digest="digest",
+    )
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    n_train=st.integers(10, 400), n_val=st.integers(0, 30), dev_images=st.integers(1, 60), seed=st.integers(0, 10**6)
+    n_train=st.integers(10, 400),
+    n_val=st.integers(0, 30),
+    dev_images=st.integers(1, 60),
+    seed=st.integers(0, 10**6),
 )
 def test_a_drawn_dev_split_is_a_share_of_train_that_never_trains(
-    n_train: int, n_val: int, dev_images: int, seed: int
+    n_train: int,
+    n_val: int,
+    dev_images: int,
+    seed: int,
 ) -> None:
     splits = ["train"] * n_train + ["val"] * n_val
     train, dev = choose_splits(table_of(splits), SplitSpec(dev_images=dev_images, seed=seed))
@@ -213,35 +294,60 @@ def test_the_only_split_there_is_trains_without_being_named(splits: list[str]) -
     ("splits", "spec", "message"),
     [
         (["train"] * 30, SplitSpec(dev="train"), "--dev-split train is the training split"),
-        (["a"] * 20 + ["b"] * 20, SplitSpec(train="b", dev="b"), "--dev-split b is the training split"),
+        (
+            ["a"] * 20 + ["b"] * 20,
+            SplitSpec(train="b", dev="b"),
+            "--dev-split b is the training split",
+        ),
         ([""] * 30, SplitSpec(dev=""), "is the training split"),
-        (["train"] * 9, SplitSpec(), "no dev split possible: 9 training images; give --dev-split or at least 10"),
+        (
+            ["train"] * 9,
+            SplitSpec(),
+            "no dev split possible: 9 training images; give --dev-split or at least 10",
+        ),
         (
             ["training"] * 3 + ["val"] * 2 + [""],
             SplitSpec(),
-            r"no split 'train' in the store; found: training \(3 images\), val \(2 images\), \(none\) \(1 images\); "
+            r"no split 'train' in the store; found: training \(3 images\), val \(2 images\), "
+            r"\(none\) \(1 images\); "
             "did you mean training",
         ),
-        (["train"] * 30 + ["val"], SplitSpec(dev="vall"), r"no split 'vall' .*; did you mean val\?"),
-        (["train"] * 30, SplitSpec(train="xyz"), r"no split 'xyz' in the store; found: train \(30 images\)$"),
+        (
+            ["train"] * 30 + ["val"],
+            SplitSpec(dev="vall"),
+            r"no split 'vall' .*; did you mean val\?",
+        ),
+        (
+            ["train"] * 30,
+            SplitSpec(train="xyz"),
+            r"no split 'xyz' in the store; found: train \(30 images\)$",
+        ),
     ],
 )
-def test_splits_that_cannot_work_are_refused(splits: list[str], spec: SplitSpec, message: str) -> None:
+def test_splits_that_cannot_work_are_refused(
+    splits: list[str],
+    spec: SplitSpec,
+    message: str,
+) -> None:
     with pytest.raises(RecipeError, match=message):
         choose_splits(table_of(splits), spec)
 
 
-# --- several captions, views, tokens, equal images, streams ----------------------------------------------------------
+# --- several captions, views, tokens, equal images, streams ---------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
 @given(counts=COUNTS, captions=st.integers(2, 5), seed=st.integers(0, 2**31))
 def test_several_captions_of_an_image_are_different_ones_while_it_has_them(
-    counts: list[int], captions: int, seed: int
+    counts: list[int],
+    captions: int,
+    seed: int,
 ) -> None:
-    for batch in batches(numbered(counts), 4, seeded(seed), captions):
+    for batch in batches(numbered(counts), batch_size=4, generator=seeded(seed), captions=captions):
         assert batch.groups is not None
-        assert batch.groups.text.tolist() == [row for row in batch.groups.image.tolist() for _ in range(captions)]
+        assert batch.groups.text.tolist() == [
+            row for row in batch.groups.image.tolist() for _ in range(captions)
+        ]
         drawn = batch.text.view(len(batch.image), captions, 2)
         for image, own in zip(batch.image.flatten().tolist(), drawn.tolist(), strict=True):
             assert {owner for owner, _ in own} == {image}
@@ -252,7 +358,7 @@ def test_all_captions_come_about_equally_often_where_several_are_drawn() -> None
     seen = torch.zeros(5)
     generator = seeded(0)
     for _ in range(500):
-        for batch in batches(numbered([5, 5]), 2, generator, 2):
+        for batch in batches(numbered([5, 5]), batch_size=2, generator=generator, captions=2):
             seen += torch.bincount(batch.text[:, 1], minlength=5)
     assert (seen - 400).abs().max() < 80
 
@@ -271,10 +377,12 @@ def test_images_of_equal_content_are_of_one_group() -> None:
 
 
 def closure_by_definition(captions: list[list[int]], content: list[int]) -> list[list[bool]]:
-    """[n][n]: whether a chain of equal images and of images with an equal caption leads from one to the other."""
+    """[n][n]: whether a chain of equal images and of images with an equal caption leads from one to
+    the other."""
     n = len(content)
     linked = [
-        [content[i] == content[j] or bool(set(captions[i]) & set(captions[j])) for j in range(n)] for i in range(n)
+        [content[i] == content[j] or bool(set(captions[i]) & set(captions[j])) for j in range(n)]
+        for i in range(n)
     ]
     for between in range(n):
         for i in range(n):
@@ -284,18 +392,28 @@ def closure_by_definition(captions: list[list[int]], content: list[int]) -> list
 
 
 @settings(deadline=None, max_examples=60)
-@given(counts=COUNTS, captions=st.integers(1, 3), few=st.integers(1, 12), seed=st.integers(0, 2**31))
+@given(
+    counts=COUNTS,
+    captions=st.integers(1, 3),
+    few=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+)
 def test_images_whose_drawn_captions_are_equal_are_of_one_group(
-    counts: list[int], captions: int, few: int, seed: int
+    counts: list[int],
+    captions: int,
+    few: int,
+    seed: int,
 ) -> None:
     pairs = numbered(counts)
     ids = torch.randint(0, few * 2, (len(pairs.text),), generator=seeded(seed))
     content = torch.randint(0, few * 4, (len(pairs),), generator=seeded(seed + 1))
     pairs = replace(pairs, caption_ids=ids, content=content)
     first = pairs.first_text
-    for batch in batches(pairs, 8, seeded(seed), captions):
+    for batch in batches(pairs, batch_size=8, generator=seeded(seed), captions=captions):
         drawn = batch.text.view(len(batch.image), captions, 2)
-        equal = [[int(ids[first[image] + caption]) for image, caption in own] for own in drawn.tolist()]
+        equal = [
+            [int(ids[first[image] + caption]) for image, caption in own] for own in drawn.tolist()
+        ]
         linked = closure_by_definition(equal, content[batch.image.flatten()].tolist())
         alone = not any(linked[i][j] for i in range(len(linked)) for j in range(i))
         if captions == 1 and alone:
@@ -316,14 +434,31 @@ def test_a_long_chain_of_shared_captions_is_one_group() -> None:
 def test_captions_that_no_two_images_share_cost_nothing() -> None:
     """An image may have one caption twice: its captions are of one group anyway."""
     features = Features(torch.arange(3).unsqueeze(1)), Features(torch.arange(4).unsqueeze(1))
-    rows, all_images, all_texts = np.array([0, 0, 1, 2]), np.ones(3, bool), np.ones(4, bool)
+    rows = np.array([0, 0, 1, 2])
+    all_images = np.ones(3, bool)
+    all_texts = np.ones(4, bool)
     alone = select_pairs(*features, rows, all_images, all_texts, caption_ids=np.array([0, 0, 1, 2]))
     assert (alone.caption_ids, alone.relevance) == (None, None)
-    shared = select_pairs(*features, rows, all_images, all_texts, caption_ids=np.array([0, 1, 1, 2]))
+    shared = select_pairs(
+        *features,
+        rows,
+        all_images,
+        all_texts,
+        caption_ids=np.array([0, 1, 1, 2]),
+    )
     assert shared.caption_ids is not None
     assert shared.relevance is not None
     without_first = np.array([False, True, True])
-    assert select_pairs(*features, rows, without_first, all_texts, caption_ids=np.array([0, 1, 1, 2])).relevance is None
+    assert (
+        select_pairs(
+            *features,
+            rows,
+            without_first,
+            all_texts,
+            caption_ids=np.array([0, 1, 1, 2]),
+        ).relevance
+        is None
+    )
 
 
 def test_of_several_views_a_random_one_stands_in_the_batch() -> None:
@@ -344,7 +479,13 @@ def test_of_several_views_a_random_one_stands_in_the_batch() -> None:
 def test_tokens_come_with_the_mask_of_their_own_row() -> None:
     lengths = torch.tensor([2, 1, 3, 2, 1])
     tokens = torch.arange(5).view(5, 1, 1).expand(5, 3, 2)
-    pairs = FeaturePairs(tokens, tokens, torch.arange(6), lengths, lengths)
+    pairs = FeaturePairs(
+        image=tokens,
+        text=tokens,
+        first_text=torch.arange(6),
+        image_lengths=lengths,
+        text_lengths=lengths,
+    )
     for batch in batches(pairs, 5, seeded(0)):
         assert batch.image_mask is not None
         assert batch.text_mask is not None
@@ -356,8 +497,8 @@ def test_tokens_come_with_the_mask_of_their_own_row() -> None:
 @pytest.mark.parametrize("skip", [0, 1, 5])
 def test_the_first_batches_can_be_left_out(captions: int, skip: int) -> None:
     pairs = numbered([3] * 20)
-    whole = list(batches(pairs, 3, seeded(0), captions))
-    rest = list(batches(pairs, 3, seeded(0), captions, skip))
+    whole = list(batches(pairs, batch_size=3, generator=seeded(0), captions=captions))
+    rest = list(batches(pairs, batch_size=3, generator=seeded(0), captions=captions, skip=skip))
     assert len(rest) == 6 - skip
     for a, b in zip(rest, whole[skip:], strict=True):
         assert torch.equal(a.image, b.image)
@@ -371,7 +512,12 @@ def test_streamed_batches_are_those_of_resident_features(monkeypatch: pytest.Mon
     calls: list[int] = []
     taken = torch.index_select
 
-    def counted(source: torch.Tensor, dim: int, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def counted(
+        source: torch.Tensor,
+        dim: int,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
         calls.append(len(rows))
         return taken(source, dim, rows, out=out)
 
@@ -381,9 +527,19 @@ def test_streamed_batches_are_those_of_resident_features(monkeypatch: pytest.Mon
     assert sorted(calls) == [16, 16, 32, 32]
 
 
-def test_ragged_tokens_are_loaded_with_their_lengths(tmp_path: Path, write_store: Callable[..., FeatureStore]) -> None:
+def test_ragged_tokens_are_loaded_with_their_lengths(
+    tmp_path: Path,
+    write_store: Callable[..., FeatureStore],
+) -> None:
     tokens = np.arange(24, dtype=np.float16).reshape(3, 4, 2)
-    store = write_store(tmp_path / "store", tokens, tokens, [0, 1, 2], ["train"] * 3, text_lengths=np.array([4, 1, 2]))
+    store = write_store(
+        tmp_path / "store",
+        tokens,
+        tokens,
+        [0, 1, 2],
+        ["train"] * 3,
+        text_lengths=np.array([4, 1, 2]),
+    )
     patches, words = (load_on(store.array(side), torch.device("cpu")) for side in ("image", "text"))  # type: ignore[arg-type]
     assert patches.lengths is None
     assert torch.equal(patches.values, torch.from_numpy(tokens))

@@ -1,4 +1,5 @@
-"""Fits on data whose captions are equal word for word: labels put into one prompt, as class data is given."""
+"""Fits on data whose captions are equal word for word: labels put into one prompt, as class data is
+given."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ from apecache.train.lint.heads import lint_plan
 from apecache.train.loop import Plan, Training, run_training, seeded
 
 LABELS = ("shirt", "dress", "shoe", "hat", "coat")
-N_TRAIN, N_DEV, N_VAL = 120, 60, 60
+N_TRAIN = 120
+N_DEV = 60
+N_VAL = 60
 N_IMAGES = N_TRAIN + N_DEV + N_VAL
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
 OF_IMAGE = [row % len(LABELS) for row in range(N_IMAGES)]
@@ -45,7 +48,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    """Images around a direction of their label. The texts of one label have one vector, whatever their case."""
+    """Images around a direction of their label. The texts of one label have one vector, whatever
+    their case."""
     chance = np.random.default_rng(0)
     centers = chance.normal(size=(len(LABELS), 12))
     image = centers[OF_IMAGE] + 0.3 * chance.normal(size=(N_IMAGES, 12))
@@ -64,13 +68,23 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 
 
 def make_recipe(*settings: str) -> Recipe:
-    short = ["schedule.epochs=6", "schedule.batch_size=40", "optimiser.lr=0.02", "schedule.warmup=0"]
+    short = [
+        "schedule.epochs=6",
+        "schedule.batch_size=40",
+        "optimiser.lr=0.02",
+        "schedule.warmup=0",
+    ]
     return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
 
 
 @pytest.fixture(scope="module")
 def fitted(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> FitReport:
-    return fit_head(store, make_recipe(), tmp_path_factory.mktemp("runs") / "run", CPU)
+    return fit_head(
+        store,
+        recipe=make_recipe(),
+        out=tmp_path_factory.mktemp("runs") / "run",
+        spec=CPU,
+    )
 
 
 def loaded(store: FeatureStore) -> tuple[FeaturePairs, FeaturePairs]:
@@ -78,13 +92,24 @@ def loaded(store: FeatureStore) -> tuple[FeaturePairs, FeaturePairs]:
     return load_splits(store, *arrays, CPU.splits, torch.device("cpu"), make_recipe())
 
 
-def test_recall_on_labels_is_as_good_as_the_classification(store: FeatureStore, fitted: FitReport) -> None:
+def test_recall_on_labels_is_as_good_as_the_classification(
+    store: FeatureStore,
+    fitted: FitReport,
+) -> None:
     found = embed_store(load_heads(fitted.run), store, "val")
-    classes = F.normalize(torch.stack([found.text[OF_IMAGE[N_TRAIN + N_DEV :].index(c)] for c in range(5)]), dim=-1)
+    classes = F.normalize(
+        torch.stack([found.text[OF_IMAGE[N_TRAIN + N_DEV :].index(c)] for c in range(5)]),
+        dim=-1,
+    )
     target = torch.tensor(OF_IMAGE[N_TRAIN + N_DEV :])
     accuracy = 100 * float(((found.image @ classes.T).argmax(1) == target).double().mean())
     plain = retrieval_report(found.image, found.text, found.image_of_text)
-    report = retrieval_report(found.image, found.text, found.image_of_text, relevance=found.relevance)
+    report = retrieval_report(
+        found.image,
+        found.text,
+        found.image_of_text,
+        relevance=found.relevance,
+    )
     assert accuracy > 95
     assert plain.image_to_text[1] < 5
     assert report.image_to_text[1] == pytest.approx(accuracy)
@@ -93,7 +118,8 @@ def test_recall_on_labels_is_as_good_as_the_classification(store: FeatureStore, 
 
 
 def test_the_epoch_is_chosen_by_what_is_right(fitted: FitReport) -> None:
-    """The untrained head is at chance; what was chosen is the first epoch that is best by the corrected recall."""
+    """The untrained head is at chance; what was chosen is the first epoch that is best by the
+    corrected recall."""
     history = list(read_history(fitted.run))
     recalls = [line["dev"]["mean_recall"] for line in history[1:]]
     assert fitted.best_epoch == 1 + recalls.index(max(recalls))
@@ -114,11 +140,22 @@ def test_a_head_that_is_right_has_no_loss_left() -> None:
     """InfoNCE of row with row cannot fall below the logarithm of the number of equal captions."""
     labels = torch.arange(20) % 5
     vectors = torch.eye(5)[labels]
-    assert grouped_info_nce(vectors, vectors, 100.0, Groups(labels, labels)) < 1e-6
+    assert (
+        grouped_info_nce(
+            vectors,
+            text=vectors,
+            scale=100.0,
+            groups=Groups(image=labels, text=labels),
+        )
+        < 1e-6
+    )
     assert info_nce(vectors, vectors, 100.0) == pytest.approx(np.log(4), rel=1e-5)
 
 
-def test_negatives_are_those_that_equal_captions_leave(store: FeatureStore, fitted: FitReport) -> None:
+def test_negatives_are_those_that_equal_captions_leave(
+    store: FeatureStore,
+    fitted: FitReport,
+) -> None:
     train, _ = loaded(store)
     batch = next(batches(train, 40, torch.Generator().manual_seed(0)))
     wrong = (batch.text.unsqueeze(1) != batch.text).any(-1).sum(1)
@@ -137,7 +174,9 @@ def test_mixtures_of_the_same_two_groups_are_equal() -> None:
 def test_lint_says_what_equal_captions_do(store: FeatureStore) -> None:
     found = {finding.check: finding for finding in lint_plan(make_recipe(), store, CPU)}
     assert "dev-captions" in found
-    assert found["dev-captions"].message.startswith("the dev split has 5 different captions for 60 images")
+    assert found["dev-captions"].message.startswith(
+        "the dev split has 5 different captions for 60 images"
+    )
     assert "equal captions and images are none" in found["negatives"].message
     assert {finding.level for finding in found.values()} == {"warning"}
 
@@ -147,16 +186,40 @@ def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> N
     recipes = [make_recipe("schedule.epochs=3", f"optimiser.lr={lr}") for lr in (0.01, 0.02)]
 
     def made(recipe: Recipe) -> Training:
-        return Training(initial_model(recipe, train, dev, 0)[0], recipe, 0)
+        return Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
 
-    members, plan = [made(recipe) for recipe in recipes], Plan.of(recipes[0], train)
-    assert train_together(members, Streams.seeded([1, 1], torch.device("cpu")), train, dev, plan, 1000) == {}
+    members = [made(recipe) for recipe in recipes]
+    plan = Plan.of(recipes[0], train)
+    assert (
+        train_together(
+            members,
+            streams=Streams.seeded([1, 1], torch.device("cpu")),
+            train=train,
+            dev=dev,
+            plan=plan,
+            n_epochs=1000,
+        )
+        == {}
+    )
     for member, recipe in zip(members, recipes, strict=True):
         alone = made(recipe)
         with seeded(1, torch.device("cpu")):
-            run_training(alone, train, dev, plan, lambda _: None, lambda _: None)
+            run_training(
+                alone,
+                train=train,
+                dev=dev,
+                plan=plan,
+                log=lambda _: None,
+                save=lambda _: None,
+            )
         for name, weight in alone.model.state_dict().items():
-            torch.testing.assert_close(member.model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                member.model.state_dict()[name],
+                weight,
+                rtol=1e-4,
+                atol=1e-6,
+            )
         assert [line["dev"]["mean_recall"] for line in member.history] == pytest.approx(
-            [line["dev"]["mean_recall"] for line in alone.history], abs=2
+            [line["dev"]["mean_recall"] for line in alone.history],
+            abs=2,
         )

@@ -17,7 +17,11 @@ TOKEN_RECIPES = ("deep-adapter", "freeze-align", "token-anchors")
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path) -> Path:
+def stored(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+) -> Path:
     """Pooled features, tokens of the last block, and two views of each image."""
     folder = tmp_path_factory.mktemp("tokens")
     source = apecache.open_pairs(make_shapes(folder / "shapes", copies=3))
@@ -29,24 +33,34 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, t
     texts = (text, replace(text, pooling="tokens"))
     options: dict[str, Any] = {"device": "cpu", "image_batch": 12, "text_batch": 24}
     extract(source, folder / "store", ExtractSpec(images, texts, **options))
-    extract(source, folder / "store", ExtractSpec(image, add=True, views=Views(2, scale=(0.6, 1.0)), **options))
+    extract(
+        source,
+        folder / "store",
+        ExtractSpec(image, add=True, views=Views(2, scale=(0.6, 1.0)), **options),
+    )
     return folder / "store"
 
 
 def fit(stored: Path, out: Path, recipe: str, image: str, text: str, *settings: str) -> Any:
     spec = apecache.FitSpec(image, text, apecache.SplitSpec(dev="val"), device="cpu")
-    loaded = apecache.load_recipe(recipe, ["schedule.epochs=8", "schedule.batch_size=12", *settings])
+    loaded = apecache.load_recipe(
+        recipe,
+        ["schedule.epochs=8", "schedule.batch_size=12", *settings],
+    )
     return apecache.fit_head(apecache.FeatureStore.open(stored), loaded, out, spec)
 
 
 @pytest.mark.parametrize("recipe", TOKEN_RECIPES)
 def test_token_recipes_learn_from_a_store_of_tokens_and_are_evaluated_on_it(
-    stored: Path, tmp_path: Path, recipe: str
+    stored: Path,
+    tmp_path: Path,
+    recipe: str,
 ) -> None:
     report = fit(stored, tmp_path / "run", recipe, "tiny-vit-tokens-layer-1", "tiny-bert-tokens")
     losses = [line["loss"] for line in apecache_history(tmp_path / "run")][1:]
     assert losses[-1] < losses[0]
-    store, heads = apecache.FeatureStore.open(stored), apecache.load_heads(tmp_path / "run")
+    store = apecache.FeatureStore.open(stored)
+    heads = apecache.load_heads(tmp_path / "run")
     found = apecache.embed_store(heads, store, "val")
     again = apecache.retrieval_report(found.image, found.text, found.image_of_text)
     assert again.image_to_text == pytest.approx(report.dev.image_to_text)
@@ -59,13 +73,20 @@ def test_a_token_recipe_on_pooled_features_is_refused(stored: Path, tmp_path: Pa
 
 
 def test_a_pooled_recipe_on_tokens_is_refused(stored: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="takes one vector for each image, but tiny-vit-tokens-layer-1 holds tokens"):
+    with pytest.raises(
+        RecipeError,
+        match="takes one vector for each image, but tiny-vit-tokens-layer-1 holds tokens",
+    ):
         fit(stored, tmp_path / "run", "projection", "tiny-vit-tokens-layer-1", "tiny-bert")
 
 
-def test_a_head_trained_on_views_is_measured_on_the_images_as_they_are(stored: Path, tmp_path: Path) -> None:
+def test_a_head_trained_on_views_is_measured_on_the_images_as_they_are(
+    stored: Path,
+    tmp_path: Path,
+) -> None:
     fit(stored, tmp_path / "run", "projection", "tiny-vit-2views", "tiny-bert")
-    store, heads = apecache.FeatureStore.open(stored), apecache.load_heads(tmp_path / "run")
+    store = apecache.FeatureStore.open(stored)
+    heads = apecache.load_heads(tmp_path / "run")
     found = apecache.embed_store(heads, store, "val")
     plain = store.array("image", "tiny-vit").load()[found.image_rows]
     import torch
@@ -83,7 +104,11 @@ def test_views_alone_cannot_be_measured(stored: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(stored, tmp_path / "store"))
     remove_array(LocalFiles(copy), "image", "tiny-vit")
     with pytest.raises(DataError, match="augmented views of the image"):
-        apecache.embed_store(apecache.load_heads(tmp_path / "run"), apecache.FeatureStore.open(copy), "val")
+        apecache.embed_store(
+            apecache.load_heads(tmp_path / "run"),
+            apecache.FeatureStore.open(copy),
+            "val",
+        )
 
 
 def apecache_history(run: Path) -> list[dict[str, Any]]:

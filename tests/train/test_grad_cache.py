@@ -1,4 +1,5 @@
-"""Slices: the gradients of the whole batch, whatever the slices, the dropout and the side that is cached."""
+"""Slices: the gradients of the whole batch, whatever the slices, the dropout and the side that is
+cached."""
 
 import pytest
 import torch
@@ -20,42 +21,74 @@ class Pair(nn.Module):
 
     def __init__(self, kind: str = "infonce", captions: int = 1, **settings: float) -> None:
         super().__init__()
-        self.kind, self.captions = kind, captions
+        self.kind = kind
+        self.captions = captions
         self.image: Tower = small_vit(depth=1)
         self.text: Tower = small_bert(num_hidden_layers=1, **settings)
         self.temperature = build_temperature(LossSpec(kind=kind))
         self.double().train()
-        self.pixels, self.calls = pictures(N).double(), list[tuple[Tensor, Tensor]]()
-        self.ids = torch.randint(5, 60, (N * captions, 6), generator=torch.Generator().manual_seed(2))
+        self.pixels = pictures(N).double()
+        self.calls = list[tuple[Tensor, Tensor]]()
+        self.ids = torch.randint(
+            5,
+            60,
+            (N * captions, 6),
+            generator=torch.Generator().manual_seed(2),
+        )
         own = torch.arange(N)
-        self.groups = Groups(own, own.repeat_interleave(captions)) if captions > 1 else None
+        self.groups = (
+            Groups(image=own, text=own.repeat_interleave(captions)) if captions > 1 else None
+        )
 
     def encode(self, part: range) -> tuple[Tensor, Tensor]:
-        rows, ids = slice(part.start, part.stop), self.ids[part.start * self.captions : part.stop * self.captions]
+        rows = slice(part.start, part.stop)
+        ids = self.ids[part.start * self.captions : part.stop * self.captions]
         sides = self.image(self.pixels[rows]), self.text(ids, torch.ones_like(ids))
         first, second = (nn.functional.normalize(side, dim=-1) for side in sides)
         self.calls.append((first.detach(), second.detach()))
         return first, second
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        return contrast(image, text, self.temperature, self.groups, LossSpec(kind=self.kind))
+        return contrast(
+            image,
+            text=text,
+            temperature=self.temperature,
+            groups=self.groups,
+            spec=LossSpec(kind=self.kind),
+        )
 
     def run(self, slice_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:
         self.zero_grad()
-        value = backward_in_slices(self.encode, self.loss, N, slice_size)
-        return value, {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+        value = backward_in_slices(self.encode, loss=self.loss, n=N, slice_size=slice_size)
+        return value, {
+            name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None
+        }
 
 
 @pytest.mark.parametrize(
     ("slice_size", "kind", "captions"),
-    [(16, "infonce", 1), (100, "infonce", 2), (255, "infonce", 1), (16, "sigmoid", 1), (100, "sigmoid", 2)],
+    [
+        (16, "infonce", 1),
+        (100, "infonce", 2),
+        (255, "infonce", 1),
+        (16, "sigmoid", 1),
+        (100, "sigmoid", 2),
+    ],
 )
-def test_gradients_in_slices_are_those_of_the_whole_batch(slice_size: int, kind: str, captions: int) -> None:
+def test_gradients_in_slices_are_those_of_the_whole_batch(
+    slice_size: int,
+    kind: str,
+    captions: int,
+) -> None:
     pair = Pair(kind, captions)
-    (value, whole), (again, sliced) = pair.run(None), pair.run(slice_size)
+    value, whole = pair.run(None)
+    again, sliced = pair.run(slice_size)
     torch.testing.assert_close(again, value)
     assert sliced.keys() == whole.keys()
-    assert {"temperature.log_scale", *(["temperature.bias"] if kind == "sigmoid" else [])} <= whole.keys()
+    assert {
+        "temperature.log_scale",
+        *(["temperature.bias"] if kind == "sigmoid" else []),
+    } <= whole.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
 
@@ -67,14 +100,19 @@ def test_slices_are_no_accumulation() -> None:
     pair.zero_grad()
     for begin in range(0, N, 16):
         (pair.loss(*pair.encode(range(begin, begin + 16))) / 16).backward()
-    assert any(not torch.allclose(p.grad, whole[n]) for n, p in pair.named_parameters() if p.grad is not None)
+    assert any(
+        not torch.allclose(p.grad, whole[n])
+        for n, p in pair.named_parameters()
+        if p.grad is not None
+    )
 
 
 def test_dropout_draws_the_same_in_both_passes_and_not_in_all_slices() -> None:
     pair = Pair(hidden_dropout_prob=0.3)
     torch.manual_seed(5)
     pair.run(64)
-    first, second = pair.calls[:4], pair.calls[4:]
+    first = pair.calls[:4]
+    second = pair.calls[4:]
     for (_, before), (_, after) in zip(first, second, strict=True):
         assert torch.equal(before, after)
     pair.calls.clear()
@@ -85,7 +123,8 @@ def test_dropout_draws_the_same_in_both_passes_and_not_in_all_slices() -> None:
 def test_a_side_without_gradients_stays_without() -> None:
     pair = Pair()
     pair.image.requires_grad_(False)
-    (_, whole), (_, sliced) = pair.run(None), pair.run(32)
+    _, whole = pair.run(None)
+    _, sliced = pair.run(32)
     assert not any(name.startswith("image.") for name in whole.keys() | sliced.keys())
     for name, gradient in whole.items():
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)

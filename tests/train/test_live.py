@@ -20,9 +20,14 @@ KEYS = [f"images/{colour}-circle-0.png" for colour in ("red", "green", "blue")]
 
 @pytest.fixture
 def inputs(tiny_image_encoder: Path, shapes_once: Path) -> ImageInputs:
-    media = FolderMedia(shapes_once.parent)
+    media = FolderMedia(root=shapes_once.parent)
     encoder = load_image_encoder(parse_encoder(f"timm:{tiny_image_encoder}", "image"), "cpu")
-    return ImageInputs(KEYS, lambda key: load_image(key, media).image, encoder.preprocess, encoder.device)
+    return ImageInputs(
+        keys=KEYS,
+        open_image=lambda key: load_image(key, media).image,
+        preprocess=encoder.preprocess,
+        device=encoder.device,
+    )
 
 
 def test_without_views_images_are_preprocessed_as_for_extraction(inputs: ImageInputs) -> None:
@@ -37,7 +42,10 @@ def test_a_view_depends_on_seed_epoch_and_image_alone(views: Views, inputs: Imag
     first = inputs.augmented(views, 1).take([0, 1, 2])[0]
     assert not torch.equal(first, plain)
     assert torch.equal(inputs.augmented(views, 1).take([2, 0])[0], first[[2, 0]])
-    others: list[Any] = [inputs.augmented(views, 2), inputs.augmented(Views(1, 1, *views_of(views)), 1)]
+    others: list[Any] = [
+        inputs.augmented(views, 2),
+        inputs.augmented(Views(1, 1, *views_of(views)), 1),
+    ]
     assert not any(torch.equal(other.take([0, 1, 2])[0], first) for other in others)
     assert torch.equal(inputs.take([0, 1, 2])[0], plain)
 
@@ -47,11 +55,13 @@ def views_of(views: Views) -> tuple[Any, ...]:
 
 
 def test_flipping_alone_mirrors_half_of_the_epochs(inputs: ImageInputs) -> None:
-    views = Views(1, 0, (1.0, 1.0), (1.0, 1.0), True, 0)
+    views = Views(1, seed=0, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True, operations=0)
     halves = Image.new("RGB", (32, 32), "white")
     halves.paste((0, 0, 0), (0, 0, 16, 32))
     inputs = replace(inputs, open_image=lambda _: halves)
     plain = inputs.take([0])[0]
     found = [inputs.augmented(views, epoch).take([0])[0] for epoch in range(40)]
     assert 8 < sum(torch.equal(pixels, plain) for pixels in found) < 32
-    assert all(torch.equal(pixels, plain) or torch.equal(pixels, plain.flip(-1)) for pixels in found)
+    assert all(
+        torch.equal(pixels, plain) or torch.equal(pixels, plain.flip(-1)) for pixels in found
+    )

@@ -52,15 +52,24 @@ def test_the_rate_rises_in_equal_steps_and_falls_along_a_cosine(step: int, facto
     ],
 )
 def test_the_ends_of_the_schedule_are_where_the_settings_put_them(
-    step: int, n_steps: int, spec: ScheduleSpec, factor: float
+    step: int,
+    n_steps: int,
+    spec: ScheduleSpec,
+    factor: float,
 ) -> None:
     assert learning_rate_factor(step, n_steps, spec) == pytest.approx(factor, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=60)
 @given(n_steps=st.integers(1, 200), warmup=st.floats(0, 1), final=st.floats(0, 1))
-def test_the_rate_never_jumps_and_stays_between_nothing_and_all(n_steps: int, warmup: float, final: float) -> None:
-    factors = [learning_rate_factor(step, n_steps, schedule(warmup, final)) for step in range(n_steps)]
+def test_the_rate_never_jumps_and_stays_between_nothing_and_all(
+    n_steps: int,
+    warmup: float,
+    final: float,
+) -> None:
+    factors = [
+        learning_rate_factor(step, n_steps, schedule(warmup, final)) for step in range(n_steps)
+    ]
     assert all(0 < factor <= 1 for factor in factors)
     top = factors.index(max(factors))
     assert factors[: top + 1] == sorted(factors[: top + 1])
@@ -69,12 +78,19 @@ def test_the_rate_never_jumps_and_stays_between_nothing_and_all(n_steps: int, wa
 
 
 def make_model(learnable: bool = True) -> AlignmentModel:
-    heads = build_heads(HeadSpec(kind="linear", dim=3), HeadSpec(kind="mlp", width=4, depth=1, skip=True), 5, 6)
+    heads = build_heads(
+        HeadSpec(kind="linear", dim=3),
+        text=HeadSpec(kind="mlp", width=4, depth=1, skip=True),
+        image_dim=5,
+        text_dim=6,
+    )
     return AlignmentModel(*heads, Temperature(learnable=learnable))
 
 
 @pytest.mark.parametrize("learnable", [True, False])
-def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(learnable: bool) -> None:
+def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_group(
+    learnable: bool,
+) -> None:
     model = make_model(learnable)
     optimiser = build_optimiser(model.rates(), OptimiserSpec())
     grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
@@ -100,8 +116,13 @@ def test_lion_moves_by_the_sign_of_its_momentum() -> None:
     spec = OptimiserSpec(kind="lion", lr=0.01, betas=(0.6, 0.9), weight_decay=0.5)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0, -3.0]]))
     optimiser = build_optimiser([(parameter, 1.0)], spec)
-    momentum, expected = torch.zeros(3), parameter.detach()[0].clone()
-    for gradient in (torch.tensor([0.3, -0.2, 0.0]), torch.tensor([-0.1, 0.1, 2.0]), torch.tensor([-0.9, 0.3, 1.0])):
+    momentum = torch.zeros(3)
+    expected = parameter.detach()[0].clone()
+    for gradient in (
+        torch.tensor([0.3, -0.2, 0.0]),
+        torch.tensor([-0.1, 0.1, 2.0]),
+        torch.tensor([-0.9, 0.3, 1.0]),
+    ):
         parameter.grad = gradient[None].clone()
         optimiser.step()
         update = (0.6 * momentum + 0.4 * gradient).sign()
@@ -119,7 +140,10 @@ def test_lion_moves_by_the_sign_of_its_momentum() -> None:
         (OptimiserSpec(), torch.optim.AdamW),
     ],
 )
-def test_torchs_optimisers_are_fused_and_decay_only_matrices(spec: OptimiserSpec, kind: type) -> None:
+def test_torchs_optimisers_are_fused_and_decay_only_matrices(
+    spec: OptimiserSpec,
+    kind: type,
+) -> None:
     optimiser = build_optimiser(make_model().rates(), spec)
     assert type(optimiser) is kind
     assert all(group["fused"] for group in optimiser.param_groups)
@@ -128,7 +152,13 @@ def test_torchs_optimisers_are_fused_and_decay_only_matrices(spec: OptimiserSpec
 
 def test_warm_up_can_be_told_in_steps_and_the_rate_can_stay() -> None:
     spec = ScheduleSpec(warmup=0.9, warmup_steps=4, decay="constant")
-    assert [learning_rate_factor(step, 100, spec) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+    assert [learning_rate_factor(step, 100, spec) for step in (0, 1, 3, 4, 99)] == [
+        0.25,
+        0.5,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_the_first_step_is_adams_with_the_settings_given() -> None:
@@ -142,6 +172,7 @@ def test_the_first_step_is_adams_with_the_settings_given() -> None:
         optimiser.step()
         moments[0] = 0.7 * moments[0] + 0.3 * gradient
         moments[1] = 0.8 * moments[1] + 0.2 * gradient.square()
-        first, second = moments[0] / (1 - 0.7**step), moments[1] / (1 - 0.8**step)
+        first = moments[0] / (1 - 0.7**step)
+        second = moments[1] / (1 - 0.8**step)
         expected = expected - 0.01 * first / (second.sqrt() + 0.5)
     torch.testing.assert_close(parameter.detach()[0], expected)

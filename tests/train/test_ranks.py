@@ -1,4 +1,5 @@
-"""Several processes train one model: the same loss and weights as one with the whole batch, and one run folder."""
+"""Several processes train one model: the same loss and weights as one with the whole batch, and one
+run folder."""
 
 import json
 import os
@@ -24,7 +25,13 @@ from apecache.train.fit_encoder import fit_encoder
 from apecache.train.ranks import ALONE, Ranks
 
 SETTINGS = [
-    *("loss.kind=sigmoid", "loss.captions=2", "schedule.epochs=2", "schedule.batch_size=7", "schedule.warmup=0"),
+    *(
+        "loss.kind=sigmoid",
+        "loss.captions=2",
+        "schedule.epochs=2",
+        "schedule.batch_size=7",
+        "schedule.warmup=0",
+    ),
     *("optimiser.lr=1e-3", "optimiser.eps=1e-3", "optimiser.ema=0.5"),
 ]
 
@@ -32,14 +39,14 @@ SETTINGS = [
 @given(st.integers(1, 9), st.integers(0, 40))
 def test_shares_are_the_whole_in_order_and_even(size: int, more: int) -> None:
     n = size + more
-    shares = Ranks(0, size).shares(n)
+    shares = Ranks(rank=0, size=size).shares(n)
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_fewer_items_than_processes_are_refused() -> None:
     with pytest.raises(OptionError, match="2 items for 3 processes"):
-        Ranks(0, 3).shares(2)
+        Ranks(rank=0, size=3).shares(2)
 
 
 def test_alone_nothing_is_exchanged() -> None:
@@ -53,25 +60,73 @@ def test_alone_nothing_is_exchanged() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--slice", "2"]])
 def test_two_processes_train_like_one_with_the_whole_batch(
-    tiny_store: Path, shapes_once: Path, tmp_path: Path, more: list[str]
+    tiny_store: Path,
+    shapes_once: Path,
+    tmp_path: Path,
+    more: list[str],
 ) -> None:
     """Both towers train, and that of the texts with dropout of 0.1, of attention too."""
-    media = FolderMedia(shapes_once.parent)
-    recipe, spec = load_recipe("clip", SETTINGS), FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
+    media = FolderMedia(root=shapes_once.parent)
+    recipe = load_recipe("clip", SETTINGS)
+    spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
     opened = FeatureStore.open(tiny_store)
-    report = fit_encoder(opened, recipe, tmp_path / "one", spec, lambda key: load_image(key, media).image)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apecache"]
-    about = [str(tiny_store), "--recipe", "clip", "--root", str(shapes_once.parent), "--out", str(tmp_path / "two")]
+    report = fit_encoder(
+        opened,
+        recipe=recipe,
+        out=tmp_path / "one",
+        spec=spec,
+        open_image=lambda key: load_image(key, media).image,
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "apecache",
+    ]
+    about = [
+        str(tiny_store),
+        "--recipe",
+        "clip",
+        "--root",
+        str(shapes_once.parent),
+        "--out",
+        str(tmp_path / "two"),
+    ]
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [*start, "fit-encoder", *about, "--dev-split", "val", "--device", "cpu", "--json", *settings, *more]
+    command = [
+        *start,
+        "fit-encoder",
+        *about,
+        "--dev-split",
+        "val",
+        "--device",
+        "cpu",
+        "--json",
+        *settings,
+        *more,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     (told,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert told["ledger"]["n_steps"] == report.ledger.n_steps
     assert done.stderr.count("epoch   1") == 1
     one, two = (list(read_history(tmp_path / name)) for name in ("one", "two"))
-    assert [line["loss"] for line in two[1:]] == pytest.approx([line["loss"] for line in one[1:]], rel=1e-5)
+    assert [line["loss"] for line in two[1:]] == pytest.approx(
+        [line["loss"] for line in one[1:]],
+        rel=1e-5,
+    )
     assert [line["dev"] for line in two] == [line["dev"] for line in one]
     whole, shared = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("one", "two"))
     assert any(name.startswith("image.tower.") for name in whole)

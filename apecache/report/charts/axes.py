@@ -14,14 +14,16 @@ def ticks(low: float, high: float, whole: bool = False) -> tuple[float, ...]:
     if whole:
         step = max(1.0, step)
     # Without the tolerance, 0.3 / 0.05 or 0.6 / 0.1 could add an empty interval.
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    first = math.floor(low / step + 1e-6)
+    last = math.ceil(high / step - 1e-6)
     return tuple(index * step for index in range(first, max(last, first + 1) + 1))
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten within low…high; with 2 and 5 times each where there are fewer than three, and both ends where that
-    is still fewer than two."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    """Powers of ten within low…high; with 2 and 5 times each where there are fewer than three, and
+    both ends where that is still fewer than two."""
+    first = math.floor(math.log10(low))
+    last = math.ceil(math.log10(high))
     for steps in ((1,), (1, 2, 5)):
         # Written as a decimal, so that 10.0**-4 * 5 is .0005 exactly.
         marks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]

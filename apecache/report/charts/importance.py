@@ -1,4 +1,5 @@
-"""How much each setting of a sweep mattered, by Optuna's PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255)."""
+"""How much each setting of a sweep mattered, by Optuna's PED-ANOVA (Watanabe et al. 2023,
+arXiv:2304.10255)."""
 
 import json
 import warnings
@@ -14,10 +15,12 @@ FEWEST = 8
 
 
 def importances(
-    dimensions: Mapping[str, Dimension], points: Sequence[Mapping[str, Any]], scores: Sequence[float]
+    dimensions: Mapping[str, Dimension],
+    points: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
 ) -> dict[str, float]:
-    """Shares that add up to 1, the largest first, of the settings that vary; empty for fewer than `FEWEST` trials or
-    scores that are all the same.
+    """Shares that add up to 1, the largest first, of the settings that vary; empty for fewer than
+    `FEWEST` trials or scores that are all the same.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -29,11 +32,13 @@ def importances(
     if len(points) < FEWEST or len(set(scores)) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    varied = {name for name in dimensions if len({json.dumps(point.get(name)) for point in points}) > 1}
+    varied = {
+        name for name in dimensions if len({json.dumps(point.get(name)) for point in points}) > 1
+    }
     study = optuna.create_study(direction="maximize")
     for point, score in zip(points, scores, strict=True):
         there = {name: value for name, value in point.items() if name in varied}
-        study.add_trial(frozen_trial(optuna, dimensions, there, score))
+        study.add_trial(frozen_trial(optuna, dimensions=dimensions, values=there, score=score))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions call the evaluator experimental
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 from apecache.report.charts.axes import ticks
 
-WIDTH, LEFT, RIGHT, ROW, TOP, BOTTOM = 720, 16, 24, 38, 10, 34
+WIDTH = 720
+LEFT = 16
+RIGHT = 24
+ROW = 38
+TOP = 10
+BOTTOM = 34
 LABEL = 86
 """Characters of a row's name at most; the whole one stands in the table."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: its published difference, and the measured one with its interval; None where there is none.
-    `verdict` is drawn as a colour and said as a word."""
+    """One comparison: its published difference, and the measured one with its interval; None where
+    there is none. `verdict` is drawn as a colour and said as a word."""
 
     name: str
     published: float | None
@@ -24,7 +29,7 @@ class Row:
     verdict: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Intervals:
     """`unit` of all differences; `note`: a remark below the picture."""
 
@@ -36,7 +41,8 @@ class Intervals:
 
 @dataclass(frozen=True)
 class DrawnRow:
-    """Places in SVG user units; None where nothing is drawn. `shade` is a class of the style sheet."""
+    """Places in SVG user units; None where nothing is drawn. `shade` is a class of the style
+    sheet."""
 
     y: float
     name: str
@@ -48,7 +54,7 @@ class DrawnRow:
     high: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Drawn:
     width: int
     height: int
@@ -64,9 +70,11 @@ SHADES = {"held": "colour-2", "broken": "colour-1"}
 def draw_intervals(picture: Intervals) -> Drawn:
     values = [v for row in picture.rows for v in (row.published, row.measured, row.low, row.high)]
     known = [0.0, *(value for value in values if value is not None and math.isfinite(value))]
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     marks = ticks(low, high if high > low else low + 1)
-    first, last = marks[0], marks[-1]
+    first = marks[0]
+    last = marks[-1]
 
     def place(value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
@@ -74,9 +82,18 @@ def draw_intervals(picture: Intervals) -> Drawn:
         return round(LEFT + (value - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
 
     bottom = TOP + ROW * len(picture.rows)
-    rows = tuple(_drawn(row, TOP + ROW * (number + 0.5), place) for number, row in enumerate(picture.rows))
+    rows = tuple(
+        _drawn(row, TOP + ROW * (number + 0.5), place) for number, row in enumerate(picture.rows)
+    )
     labels = tuple((place(mark) or 0.0, f"{mark:g}") for mark in marks)
-    return Drawn(WIDTH, bottom + BOTTOM, bottom, place(0.0) or 0.0, labels, rows)
+    return Drawn(
+        width=WIDTH,
+        height=bottom + BOTTOM,
+        bottom=bottom,
+        zero=place(0.0) or 0.0,
+        marks=labels,
+        rows=rows,
+    )
 
 
 def _drawn(row: Row, y: float, place: Callable[[float | None], float | None]) -> DrawnRow:

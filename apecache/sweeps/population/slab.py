@@ -1,6 +1,7 @@
 """Members of a population that take their steps together, from one batched product to the next.
 
-Where launches cost more than the products, on CUDA, the second step is recorded and all others replay it.
+Where launches cost more than the products, on CUDA, the second step is recorded and all others
+replay it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +25,25 @@ from apecache.train.optim import direct_update, is_direct
 class Slab:
     """Members that take their steps together; `places` are theirs in the population."""
 
-    def __init__(self, places: list[int], members: list[Training], streams: Streams, plan: Plan) -> None:
-        self.places, self.members, self.streams, self.plan = places, members, streams, plan
+    def __init__(
+        self,
+        places: list[int],
+        members: list[Training],
+        streams: Streams,
+        plan: Plan,
+    ) -> None:
+        self.places = places
+        self.members = members
+        self.streams = streams
+        self.plan = plan
         models = [member.model for member in members]
-        self.heads = StackedHeads([m.image for m in models], streams), StackedHeads([m.text for m in models], streams)
-        self.temperatures = [[p for p in m.temperature.parameters() if p.requires_grad] for m in models]
+        self.heads = (
+            StackedHeads([m.image for m in models], streams),
+            StackedHeads([m.text for m in models], streams),
+        )
+        self.temperatures = [
+            [p for p in m.temperature.parameters() if p.requires_grad] for m in models
+        ]
         for parameter in (p for parameters in self.temperatures for p in parameters):
             parameter.grad = torch.zeros_like(parameter)
         self.updates: list[Callable[[], object]] = []
@@ -42,12 +57,14 @@ class Slab:
             heads.release()
 
     def take_steps(self, train: FeaturePairs, standardised: bool) -> None:
-        members, plan = self.members, self.plan
+        members = self.members
+        plan = self.plan
         drawn = [draw_epoch(member, train, plan) for member in members]
         while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
             for member, loss in zip(members, self._step(drawn, standardised).unbind(), strict=True):
                 member.losses.append(loss)
-                member.step, member.in_epoch = member.step + 1, member.in_epoch + 1
+                member.step = member.step + 1
+                member.in_epoch = member.in_epoch + 1
 
     @torch.no_grad()
     def _step(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
@@ -57,7 +74,9 @@ class Slab:
         if self.recorder is None or not self.updates:
             return self._whole_step(parts, standardised)
         known = list(parts)
-        if all(self._are_plain(batches) for batches in known) and (graph := self._graph(known, standardised)):
+        if all(self._are_plain(batches) for batches in known) and (
+            graph := self._graph(known, standardised)
+        ):
             return graph(_inputs(known))
         return self._whole_step(known, standardised)
 
@@ -71,8 +90,15 @@ class Slab:
         """Recorded at the first of such steps; None where the device refuses."""
         if standardised not in self.graphs:
             assert self.recorder is not None
-            if (graph := try_to_record(self._recorded_step(standardised), _inputs(parts), self.recorder)) is None:
-                self.recorder, self.updates = None, []
+            if (
+                graph := try_to_record(
+                    self._recorded_step(standardised),
+                    _inputs(parts),
+                    self.recorder,
+                )
+            ) is None:
+                self.recorder = None
+                self.updates = []
                 return None
             self.graphs[standardised] = graph
         return self.graphs[standardised]
@@ -103,7 +129,10 @@ class Slab:
         for member in self.members:
             set_rates(member, self.plan)
         if self.recorder is not None:
-            rates = [[group["lr"] for group in _optimiser(member).param_groups] for member in self.members]
+            rates = [
+                [group["lr"] for group in _optimiser(member).param_groups]
+                for member in self.members
+            ]
             self.rates.copy_(torch.tensor(rates))
 
     def _update(self) -> None:
@@ -113,16 +142,22 @@ class Slab:
             apply_update(member, update)
         rates = [None] * len(self.members) if self.recorder is None else self.rates.unbind()
         pairs = zip(self.members, rates, strict=True)
-        self.updates = self.updates or [direct_update(_optimiser(member), own) for member, own in pairs]
+        self.updates = self.updates or [
+            direct_update(_optimiser(member), own) for member, own in pairs
+        ]
 
     def _add_gradients(self, drawn: Sequence[Batch], standardised: bool) -> Tensor:
         batches = [self._seen(i, batch) for i, batch in enumerate(drawn)]
         image, text = self._forward(*_stacked(batches), standardised)
-        contrast = self._contrast if self._are_plain(batches) else partial(self._one_by_one, batches)
+        contrast = (
+            self._contrast if self._are_plain(batches) else partial(self._one_by_one, batches)
+        )
         return self._backward(*contrast(image, text))
 
     def _are_plain(self, batches: Sequence[Batch]) -> bool:
-        return all(_is_plain(member, batch) for member, batch in zip(self.members, batches, strict=True))
+        return all(
+            _is_plain(member, batch) for member, batch in zip(self.members, batches, strict=True)
+        )
 
     def _forward(self, image: Tensor, text: Tensor, standardised: bool) -> tuple[Tensor, Tensor]:
         return self.heads[0].forward(image, standardised), self.heads[1].forward(text, standardised)
@@ -137,24 +172,41 @@ class Slab:
         if training.recipe.augmentation == AugmentationSpec():
             return batch
         with self.streams.use(i):
-            return augment(batch, training.recipe.augmentation, training.model.image, training.model.text)
+            return augment(
+                batch,
+                spec=training.recipe.augmentation,
+                image=training.model.image,
+                text=training.model.text,
+            )
 
     def _contrast(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, and their gradients by the embeddings; those by the temperatures are added where they belong."""
+        """Losses, and their gradients by the embeddings; those by the temperatures are added where
+        they belong."""
         scale = _stack([member.model.temperature.scale() for member in self.members])
         losses, (by_image, by_text, by_scale) = stacked_info_nce(image, text, scale)
         if self.plan.accumulate > 1:
             for part in (losses, by_image, by_text, by_scale):
                 part.div_(self.plan.accumulate)
-        for parameters, gradient in zip(self.temperatures, by_scale.mul_(scale).unbind(), strict=True):
+        for parameters, gradient in zip(
+            self.temperatures,
+            by_scale.mul_(scale).unbind(),
+            strict=True,
+        ):
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad.add_(gradient)
         return losses, by_image, by_text
 
-    def _one_by_one(self, batches: Sequence[Batch], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for any loss, a member after the other, so that the logits of one are in memory at a time."""
-        losses, gradients = [], (torch.empty_like(image), torch.empty_like(text))
+    def _one_by_one(
+        self,
+        batches: Sequence[Batch],
+        image: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for any loss, a member after the other, so that the logits of one are in memory
+        at a time."""
+        losses = []
+        gradients = (torch.empty_like(image), torch.empty_like(text))
         for i, (member, batch) in enumerate(zip(self.members, batches, strict=True)):
             pair = image[i].detach().requires_grad_(), text[i].detach().requires_grad_()
             with torch.enable_grad():
@@ -188,11 +240,22 @@ def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
 def _can_be_recorded(member: Training) -> bool:
     """Whether steps draw no random numbers, and the optimiser takes its rate from a tensor."""
     random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in member.model.modules())
-    return not random and member.recipe.augmentation == AugmentationSpec() and is_direct(_optimiser(member))
+    return (
+        not random
+        and member.recipe.augmentation == AugmentationSpec()
+        and is_direct(_optimiser(member))
+    )
 
 
 def _is_plain(member: Training, batch: Batch) -> bool:
     """Whether the stacked loss is this member's."""
-    loss, several = member.recipe.loss, isinstance(member.model.image, SeveralHeads)
+    loss = member.recipe.loss
+    several = isinstance(member.model.image, SeveralHeads)
     small = len(batch.image) * len(batch.text) <= TILED_FROM
-    return loss.kind == "infonce" and not loss.structure and batch.groups is None and small and not several
+    return (
+        loss.kind == "infonce"
+        and not loss.structure
+        and batch.groups is None
+        and small
+        and not several
+    )

@@ -1,8 +1,9 @@
-"""Heads of one structure trained side by side: their weights stacked [k, …], their products one batched product.
+"""Heads of one structure trained side by side: their weights stacked [k, …], their products one
+batched product.
 
-The members' own parameters and running statistics become views of the stacks, and so do their gradients: whatever moves
-the one moves the other. Forward and backward passes are written out, for a small head spends as long in autograd and in
-fresh memory as in its products.
+The members' own parameters and running statistics become views of the stacks, and so do their
+gradients: whatever moves the one moves the other. Forward and backward passes are written out, for
+a small head spends as long in autograd and in fresh memory as in its products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,25 @@ from apecache.heads.head import Head, SeveralHeads
 from apecache.heads.pooled import FuseMixBlock, GatedUnit, PooledHead, ResidualBlock
 
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU)
-_SHELLS = (PooledHead, SeveralHeads, ResidualBlock, FuseMixBlock, GatedUnit, nn.Sequential, nn.ModuleList)
+_SHELLS = (
+    PooledHead,
+    SeveralHeads,
+    ResidualBlock,
+    FuseMixBlock,
+    GatedUnit,
+    nn.Sequential,
+    nn.ModuleList,
+)
 _ATEN = torch.ops.aten
 
 
 class Streams:
-    """Random states of torch's own generators, one for each member; `of` some of them are the same ones."""
+    """Random states of torch's own generators, one for each member; `of` some of them are the same
+    ones."""
 
     def __init__(self, states: list[list[Tensor]], device: torch.device) -> None:
-        self.states, self.device = states, device
+        self.states = states
+        self.device = device
 
     @staticmethod
     def seeded(seeds: Sequence[int], device: torch.device) -> "Streams":
@@ -51,7 +62,10 @@ class Streams:
     @contextmanager
     def alone(self, member: int) -> Iterator[None]:
         """As `use`, and what drew before is kept."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self.use(member):
+        with (
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            self.use(member),
+        ):
             yield
 
     def _present(self) -> list[Tensor]:
@@ -60,21 +74,25 @@ class Streams:
 
 
 def structure_of(head: Head) -> tuple[object, ...] | None:
-    """Equal for heads that can be stacked with one another; None for a head that cannot be stacked at all."""
+    """Equal for heads that can be stacked with one another; None for a head that cannot be stacked
+    at all."""
     if not all(isinstance(module, (*_LAYERS, *_SHELLS)) for module in head.modules()):
         return None
     modules = tuple((name, type(module).__name__) for name, module in head.named_modules())
-    return modules, tuple((name, tuple(p.shape), p.requires_grad) for name, p in head.named_parameters())
+    return modules, tuple(
+        (name, tuple(p.shape), p.requires_grad) for name, p in head.named_parameters()
+    )
 
 
 class Stack:
-    """A parameter of all members [k, …] and its gradient, of which the members' own are views. The first gradient after
-    `forget` replaces what was there, later ones are added."""
+    """A parameter of all members [k, …] and its gradient, of which the members' own are views. The
+    first gradient after `forget` replaces what was there, later ones are added."""
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = members
         self.value = torch.stack([member.detach() for member in members])
-        self.trained, self.fresh = members[0].requires_grad, True
+        self.trained = members[0].requires_grad
+        self.fresh = True
         self.gradient = torch.zeros_like(self.value) if self.trained else None
         for place, member in enumerate(members):
             member.data = self.value[place]
@@ -87,17 +105,24 @@ class Stack:
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
         if self.gradient is not None:
-            torch.baddbmm(self.gradient, left, right, beta=0 if self.fresh else 1, out=self.gradient)
+            torch.baddbmm(
+                self.gradient,
+                left,
+                right,
+                beta=0 if self.fresh else 1,
+                out=self.gradient,
+            )
             self.fresh = False
 
     def release(self) -> None:
         for member in self.members:
-            member.data, member.grad = member.data.clone(), None
+            member.data = member.data.clone()
+            member.grad = None
 
 
 class _Layer(Protocol):
-    """[k, n, …] -> [k, n, …]; `backward` is called once after a `forward`, with the gradient of its output, and gives
-    that of its input unless it is not `wanted`."""
+    """[k, n, …] -> [k, n, …]; `backward` is called once after a `forward`, with the gradient of its
+    output, and gives that of its input unless it is not `wanted`."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 
@@ -132,7 +157,13 @@ class StackedHeads:
 
 def _head(heads: Sequence[Any], streams: Streams, joined: list[Stack]) -> "_Pooled | _Several":
     if isinstance(heads[0], SeveralHeads):
-        return _Several([_head(parts, streams, joined) for parts in zip(*(h.parts for h in heads), strict=True)], heads)
+        return _Several(
+            [
+                _head(parts, streams, joined)
+                for parts in zip(*(h.parts for h in heads), strict=True)
+            ],
+            heads,
+        )
     return _Pooled(heads, streams, joined)
 
 
@@ -145,7 +176,8 @@ class _Pooled:
         def stacked(get: Callable[[Any], nn.Module]) -> _Layer:
             return _layer([get(head) for head in heads], streams, joined)
 
-        self.dropout, self.body = stacked(lambda h: h.input_dropout), stacked(lambda h: h.body)
+        self.dropout = stacked(lambda h: h.input_dropout)
+        self.body = stacked(lambda h: h.body)
         self.direct = None if heads[0].direct is None else stacked(lambda h: h.direct)
 
     def forward(self, features: Tensor, standardised: bool) -> Tensor:
@@ -170,14 +202,19 @@ class _Pooled:
 
 class _Several:
     def __init__(self, parts: list["_Pooled | _Several"], heads: Sequence[SeveralHeads]) -> None:
-        self.parts, self.widths = parts, heads[0].widths
+        self.parts = parts
+        self.widths = heads[0].widths
 
     def forward(self, features: Tensor, standardised: bool) -> Tensor:
         embedded = torch.cat([part.forward(features, standardised) for part in self.parts], -1)
         return embedded.div_(len(self.parts) ** 0.5)
 
     def backward(self, gradient: Tensor) -> None:
-        for part, own in zip(self.parts, (gradient / len(self.parts) ** 0.5).split(self.widths, -1), strict=True):
+        for part, own in zip(
+            self.parts,
+            (gradient / len(self.parts) ** 0.5).split(self.widths, -1),
+            strict=True,
+        ):
             part.backward(own)
 
 
@@ -242,8 +279,18 @@ class _Residual:
 
 
 class _Gated:
-    def __init__(self, norm: _Layer, gate: _Layer, value: _Layer, dropout: _Layer, last: _Layer) -> None:
-        self.norm, self.gate, self.value, self.rest = norm, gate, value, _Chain([dropout, last])
+    def __init__(
+        self,
+        norm: _Layer,
+        gate: _Layer,
+        value: _Layer,
+        dropout: _Layer,
+        last: _Layer,
+    ) -> None:
+        self.norm = norm
+        self.gate = gate
+        self.value = value
+        self.rest = _Chain([dropout, last])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm.forward(x)
@@ -264,8 +311,13 @@ class _Linear:
         self.bias = None if parts[0].bias is None else _join(parts, "bias", joined)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x, weight = x, self.weight.value.mT
-        return torch.bmm(x, weight) if self.bias is None else torch.baddbmm(self.bias.value.unsqueeze(1), x, weight)
+        self.x = x
+        weight = self.weight.value.mT
+        return (
+            torch.bmm(x, weight)
+            if self.bias is None
+            else torch.baddbmm(self.bias.value.unsqueeze(1), x, weight)
+        )
 
     def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
         self.weight.add_product(gradient.mT, self.x)
@@ -276,12 +328,16 @@ class _Linear:
 
 class _LayerNorm:
     def __init__(self, parts: Sequence[Any], joined: list[Stack]) -> None:
-        self.weight, self.bias = _join(parts, "weight", joined), _join(parts, "bias", joined)
-        self.shape, self.eps = parts[0].normalized_shape, parts[0].eps
+        self.weight = _join(parts, "weight", joined)
+        self.bias = _join(parts, "bias", joined)
+        self.shape = parts[0].normalized_shape
+        self.eps = parts[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
         normed, *statistics = torch.native_layer_norm(x, self.shape, None, None, self.eps)
-        self.x, self.normed, self.statistics = x, normed, statistics
+        self.x = x
+        self.normed = normed
+        self.statistics = statistics
         return torch.addcmul(self.bias.value.unsqueeze(1), normed, self.weight.value.unsqueeze(1))
 
     def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
@@ -289,29 +345,53 @@ class _LayerNorm:
         self.bias.add(gradient.sum(1))
         if not wanted:
             return gradient
-        scaled, mask = gradient * self.weight.value.unsqueeze(1), [True, False, False]
+        scaled = gradient * self.weight.value.unsqueeze(1)
+        mask = [True, False, False]
         before: Tensor = _ATEN.native_layer_norm_backward(
-            scaled, self.x, self.shape, *self.statistics, None, None, mask
+            scaled,
+            self.x,
+            self.shape,
+            *self.statistics,
+            None,
+            None,
+            mask,
         )[0]
         return before
 
 
 class _BatchNorm:
-    """Features of all members side by side; running statistics are those of the members, in training."""
+    """Features of all members side by side; running statistics are those of the members, in
+    training."""
 
     def __init__(self, parts: Sequence[Any], joined: list[Stack]) -> None:
-        self.weight, self.bias = _join(parts, "weight", joined), _join(parts, "bias", joined)
+        self.weight = _join(parts, "weight", joined)
+        self.bias = _join(parts, "bias", joined)
         self.parts = list(parts)
-        self.eps, self.momentum = parts[0].eps, parts[0].momentum
+        self.eps = parts[0].eps
+        self.momentum = parts[0].momentum
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.transpose(0, 1).flatten(1)
-        running = [torch.cat([getattr(p, n) for p in self.parts]) for n in ("running_mean", "running_var")]
-        weight, bias = self.weight.value.flatten(), self.bias.value.flatten()
+        running = [
+            torch.cat([getattr(p, n) for p in self.parts]) for n in ("running_mean", "running_var")
+        ]
+        weight = self.weight.value.flatten()
+        bias = self.bias.value.flatten()
         y, *self.batch = torch.native_batch_norm(
-            self.x, weight, bias, running[0], running[1], True, self.momentum, self.eps
+            self.x,
+            weight,
+            bias,
+            running[0],
+            running[1],
+            True,
+            self.momentum,
+            self.eps,
         )
-        for part, own_mean, own_variance in zip(self.parts, *(s.chunk(len(x)) for s in running), strict=True):
+        for part, own_mean, own_variance in zip(
+            self.parts,
+            *(s.chunk(len(x)) for s in running),
+            strict=True,
+        ):
             part.running_mean.copy_(own_mean)
             part.running_var.copy_(own_variance)
             part.num_batches_tracked.add_(1)
@@ -319,7 +399,8 @@ class _BatchNorm:
         return stacked
 
     def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
-        k, mask = len(self.parts), [wanted, True, True]
+        k = len(self.parts)
+        mask = [wanted, True, True]
         beside = gradient.transpose(0, 1).flatten(1)
         known = beside, self.x, self.weight.value.flatten(), None, None, *self.batch
         before, weight, bias = _ATEN.native_batch_norm_backward(*known, True, self.eps, mask)
@@ -352,7 +433,8 @@ class _Dropout:
     """Each member's mask comes from its own numbers, drawn as `nn.Dropout` draws it."""
 
     def __init__(self, parts: Sequence[Any], streams: Streams) -> None:
-        self.rates, self.streams = [part.p for part in parts], streams
+        self.rates = [part.p for part in parts]
+        self.streams = streams
 
     def forward(self, x: Tensor) -> Tensor:
         if not any(self.rates):

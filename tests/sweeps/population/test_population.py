@@ -34,13 +34,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def together(cases: Sequence[Sequence[str]], n_epochs: int = 1000, train: FeaturePairs = TRAIN) -> list[Training]:
+def together(
+    cases: Sequence[Sequence[str]],
+    n_epochs: int = 1000,
+    train: FeaturePairs = TRAIN,
+) -> list[Training]:
     """The cases as one population; the place of each is its seed."""
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     assert len({stack_key(*member) for member in made}) == 1
     assert stack_key(*made[0]) is not None
-    members, streams = [training for training, _ in made], Streams.seeded([s + 1 for s in range(len(made))], CPU)
-    assert train_together(members, streams, train, DEV, made[0][1], n_epochs) == {}
+    members = [training for training, _ in made]
+    streams = Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    assert (
+        train_together(
+            members,
+            streams=streams,
+            train=train,
+            dev=DEV,
+            plan=made[0][1],
+            n_epochs=n_epochs,
+        )
+        == {}
+    )
     return members
 
 
@@ -78,7 +93,14 @@ def test_other_draws_of_dropout_are_seen() -> None:
     case = [*MLP, "image.dropout=0.3"]
     member, _ = make(case, 0)
     other, plan = make(case, 0)
-    train_together([member, other], Streams.seeded([1, 2], CPU), TRAIN, DEV, plan, 5)
+    train_together(
+        [member, other],
+        streams=Streams.seeded([1, 2], CPU),
+        train=TRAIN,
+        dev=DEV,
+        plan=plan,
+        n_epochs=5,
+    )
     assert distance(member, other) > 1e-3
 
 
@@ -109,7 +131,10 @@ STRUCTURES = {
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_structure_and_loss_equals_its_solo_runs(name: str) -> None:
-    cases = [["schedule.epochs=3", *STRUCTURES[name], f"optimiser.weight_decay={0.1 * i}"] for i in range(3)]
+    cases = [
+        ["schedule.epochs=3", *STRUCTURES[name], f"optimiser.weight_decay={0.1 * i}"]
+        for i in range(3)
+    ]
     for seed, member in enumerate(together(cases)):
         alone = solo(cases[seed], seed)
         assert distance(member, alone) < 1e-5
@@ -120,7 +145,11 @@ def test_every_structure_and_loss_equals_its_solo_runs(name: str) -> None:
 
 def test_several_heads_side_by_side_are_stacked_too() -> None:
     part = "[{kind='linear', dim=8}, {kind='mlp', dim=4, width=8, dropout=0.1}]"
-    sides = [text for side in ("image", "text") for text in (f"{side}.kind=several", f"{side}.parts={part}")]
+    sides = [
+        text
+        for side in ("image", "text")
+        for text in (f"{side}.kind=several", f"{side}.parts={part}")
+    ]
     cases = [["schedule.epochs=3", *sides, f"optimiser.lr={lr}"] for lr in (1e-2, 1e-3)]
     for seed, member in enumerate(together(cases)):
         assert distance(member, solo(cases[seed], seed)) < 1e-5
@@ -135,7 +164,11 @@ def test_images_of_equal_content_are_grouped_as_in_a_solo_run() -> None:
 
 def test_a_member_that_stops_early_leaves_the_stack_and_equals_its_solo_run() -> None:
     patience = ["schedule.epochs=12", "schedule.patience=1"]
-    cases = [[*patience, "optimiser.lr=0.3"], [*patience, "optimiser.lr=0.3"], [*patience[:1], "optimiser.lr=0.02"]]
+    cases = [
+        [*patience, "optimiser.lr=0.3"],
+        [*patience, "optimiser.lr=0.3"],
+        [*patience[:1], "optimiser.lr=0.02"],
+    ]
     members = together(cases)
     alone = [solo(case, seed) for seed, case in enumerate(cases)]
     assert [m.epoch for m in members] == [a.epoch for a in alone]
@@ -145,7 +178,8 @@ def test_a_member_that_stops_early_leaves_the_stack_and_equals_its_solo_run() ->
 
 def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
     made = [make(["schedule.epochs=6"], seed) for seed in range(4)]
-    members, plan = [training for training, _ in made], made[0][1]
+    members = [training for training, _ in made]
+    plan = made[0][1]
     with seeded(0, CPU):
         population = Population(members, Streams.seeded([1, 2, 3, 4], CPU), plan)
         for _ in range(2):
@@ -158,7 +192,9 @@ def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
             population.epoch(TRAIN, DEV)
     for i in (0, 2):
         assert members[i].epoch == 2
-        assert all(torch.equal(weights(members[i])[name], value) for name, value in before[i].items())
+        assert all(
+            torch.equal(weights(members[i])[name], value) for name, value in before[i].items()
+        )
     for i in (1, 3):
         assert members[i].epoch == 6
         assert distance(members[i], solo(["schedule.epochs=6"], i)) < 1e-5
@@ -168,7 +204,14 @@ def test_a_member_whose_loss_is_not_finite_leaves_and_disturbs_no_other() -> Non
     cases = [["optimiser.lr=3e38", "schedule.warmup=0"], ["optimiser.lr=0.02", "schedule.warmup=0"]]
     made = [make(settings, seed) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
-    failures = train_together(members, Streams.seeded([1, 2], CPU), TRAIN, DEV, made[0][1], 1000)
+    failures = train_together(
+        members,
+        streams=Streams.seeded([1, 2], CPU),
+        train=TRAIN,
+        dev=DEV,
+        plan=made[0][1],
+        n_epochs=1000,
+    )
     assert list(failures) == [0]
     assert "not finite at step 2" in failures[0]
     assert distance(members[1], solo(cases[1], 1)) < 1e-5
@@ -178,9 +221,12 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
     cases = [[*MLP, "schedule.epochs=6", "image.dropout=0.2"]] * 2
     whole = together(cases)
     made = [make(settings, seed) for seed, settings in enumerate(cases)]
-    members, plan, streams = [m for m, _ in made], made[0][1], Streams.seeded([1, 2], CPU)
-    train_together(members, streams, TRAIN, DEV, plan, 2)
-    tensors, states = [], []
+    members = [m for m, _ in made]
+    plan = made[0][1]
+    streams = Streams.seeded([1, 2], CPU)
+    train_together(members, streams=streams, train=TRAIN, dev=DEV, plan=plan, n_epochs=2)
+    tensors = []
+    states = []
     for i, member in enumerate(members):
         with streams.use(i):
             tensors.append({name: t.clone() for name, t in member.tensors().items()})
@@ -190,13 +236,18 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
     for i, member in enumerate(again):
         with later.use(i):
             member.restore(tensors[i], states[i])
-    train_together(again, later, TRAIN, DEV, plan, 1000)
+    train_together(again, streams=later, train=TRAIN, dev=DEV, plan=plan, n_epochs=1000)
     for member, expected in zip(again, whole, strict=True):
-        assert all(torch.equal(weights(member)[name], value) for name, value in weights(expected).items())
+        assert all(
+            torch.equal(weights(member)[name], value) for name, value in weights(expected).items()
+        )
 
 
 @pytest.mark.parametrize("slab_bytes", [1, 2**14])
-def test_the_size_of_slabs_changes_no_member(slab_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_slabs_changes_no_member(
+    slab_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("apecache.sweeps.population.population.SLAB_BYTES", slab_bytes)
     cases = [[*MLP, *settings_of(i), "schedule.epochs=6", "optimiser.lr=0.01"] for i in range(3)]
     for seed, member in enumerate(together(cases)):
@@ -204,24 +255,39 @@ def test_the_size_of_slabs_changes_no_member(slab_bytes: int, monkeypatch: pytes
 
 
 def test_features_are_standardised_once_only_where_all_heads_see_them_alike() -> None:
-    members, plan = [make([], seed)[0] for seed in range(3)], make([], 0)[1]
+    members = [make([], seed)[0] for seed in range(3)]
+    plan = make([], 0)[1]
     population = Population(members, Streams.seeded([1, 2, 3], CPU), plan)
     assert population._standardised(TRAIN) is population._standardised(TRAIN) is not TRAIN
-    for settings in (["image.standardise=false"], ["augmentation.noise=0.1"], ["loss.structure=1.0"]):
+    for settings in (
+        ["image.standardise=false"],
+        ["augmentation.noise=0.1"],
+        ["loss.structure=1.0"],
+    ):
         other = [*members[:2], make(settings, 2)[0]]
         assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardised(TRAIN) is TRAIN
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included(count: int, tmp_path: Path) -> None:
-    cases = [["schedule.warmup=0", "schedule.epochs=6", f"optimiser.lr={lr}"] for lr in (0.02, 3e38, 0.01)][:count]
+def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included(
+    count: int,
+    tmp_path: Path,
+) -> None:
+    cases = [
+        ["schedule.warmup=0", "schedule.epochs=6", f"optimiser.lr={lr}"]
+        for lr in (0.02, 3e38, 0.01)
+    ][:count]
 
     def fresh(first_seed: int) -> tuple[list[Training], Streams, Plan]:
         made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
-        return [m for m, _ in made], Streams.seeded([first_seed + s + 1 for s in range(count)], CPU), made[0][1]
+        return (
+            [m for m, _ in made],
+            Streams.seeded([first_seed + s + 1 for s in range(count)], CPU),
+            made[0][1],
+        )
 
     members, streams, plan = fresh(0)
-    whole = train_together(members, streams, TRAIN, DEV, plan, 1000)
+    whole = train_together(members, streams=streams, train=TRAIN, dev=DEV, plan=plan, n_epochs=1000)
 
     def stop_after_three() -> None:
         save_checkpoint(tmp_path, *members_state(broken, going))
@@ -230,29 +296,63 @@ def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included
 
     broken, going, _ = fresh(0)
     with pytest.raises(KeyboardInterrupt):
-        train_together(broken, going, TRAIN, DEV, plan, 1000, stop_after_three)
+        train_together(
+            broken,
+            streams=going,
+            train=TRAIN,
+            dev=DEV,
+            plan=plan,
+            n_epochs=1000,
+            save=stop_after_three,
+        )
     again, streams, _ = fresh(50)
     restore_members(again, streams, *load_checkpoint(tmp_path))
     assert again[0].epoch == 3
-    assert train_together(again, streams, TRAIN, DEV, plan, 1000) == whole
+    assert (
+        train_together(again, streams=streams, train=TRAIN, dev=DEV, plan=plan, n_epochs=1000)
+        == whole
+    )
     for i in set(range(count)) - set(whole):
-        assert all(torch.equal(weights(again[i])[name], value) for name, value in weights(members[i]).items())
+        assert all(
+            torch.equal(weights(again[i])[name], value)
+            for name, value in weights(members[i]).items()
+        )
     assert list(whole) == [1][: count - 1]
     with pytest.raises(RunError, match="not one of these members"):
         restore_members([*again, *again], streams, *load_checkpoint(tmp_path))
 
 
 def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:
-    different = [[], ["image.kind=mlp"], ["schedule.batch_size=16"], ["schedule.epochs=7"], ["optimiser.lr=0.5"]]
+    different = [
+        [],
+        ["image.kind=mlp"],
+        ["schedule.batch_size=16"],
+        ["schedule.epochs=7"],
+        ["optimiser.lr=0.5"],
+    ]
     made = [make(settings, 0) for settings in different]
-    members, plans = [m for m, _ in made], [p for _, p in made]
-    assert split_members(members, plans, 16, 2**40) == [[0, 4], [1], [2], [3]]
+    members = [m for m, _ in made]
+    plans = [p for _, p in made]
+    assert split_members(members, plans=plans, most=16, max_bytes=2**40) == [[0, 4], [1], [2], [3]]
     logits, each = member_bytes(members[0])
     many = [make([], seed) for seed in range(7)]
-    split: Any = split_members([m for m, _ in many], [p for _, p in many], 16, logits + 3 * each)
+    split: Any = split_members(
+        [m for m, _ in many],
+        plans=[p for _, p in many],
+        most=16,
+        max_bytes=logits + 3 * each,
+    )
     assert split == [[0, 1, 2], [3, 4, 5], [6]]
-    assert split_members([m for m, _ in many], [p for _, p in many], 5, 2**40) == [[0, 1, 2, 3, 4], [5, 6]]
-    assert len(split_members([m for m, _ in many], [p for _, p in many], 16, 0)) == 7
+    assert split_members(
+        [m for m, _ in many],
+        plans=[p for _, p in many],
+        most=5,
+        max_bytes=2**40,
+    ) == [[0, 1, 2, 3, 4], [5, 6]]
+    assert (
+        len(split_members([m for m, _ in many], plans=[p for _, p in many], most=16, max_bytes=0))
+        == 7
+    )
 
 
 @pytest.mark.parametrize("kind", ["anchors", "dictionary"])

@@ -13,7 +13,10 @@ from apecache.sweeps.population.stacked_losses import stacked_info_nce
 def test_losses_and_gradients_are_those_of_info_nce(rows: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(rows)
     image, text = (
-        F.normalize(torch.randn(3, rows, 8, generator=generator, dtype=torch.float64), dim=-1).requires_grad_()
+        F.normalize(
+            torch.randn(3, rows, 8, generator=generator, dtype=torch.float64),
+            dim=-1,
+        ).requires_grad_()
         for _ in range(2)
     )
     scales = (scale * torch.tensor([1.0, 0.5, 0.9], dtype=torch.float64)).requires_grad_()

@@ -1,8 +1,8 @@
 """Recorded steps equal those that are taken one operation at a time.
 
-There is no GPU here: what records is a tape of torch's operations with the rules of a CUDA graph. Nothing takes effect
-while it records; a replay runs the same operations on the same memory with the same numbers, and asking a tensor for
-its value is an error.
+There is no GPU here: what records is a tape of torch's operations with the rules of a CUDA graph.
+Nothing takes effect while it records; a replay runs the same operations on the same memory with the
+same numbers, and asking a tensor for its value is an error.
 """
 
 import warnings
@@ -42,7 +42,11 @@ class Tape(TorchDispatchMode):
             for tensor in _tensors((args, kwargs)):
                 self._keep(tensor)
         out = func(*args, **kwargs)
-        self.own |= {_memory(t) for t in _tensors(out) if _memory(t) not in {_memory(a) for a in _tensors(args)}}
+        self.own |= {
+            _memory(t)
+            for t in _tensors(out)
+            if _memory(t) not in {_memory(a) for a in _tensors(args)}
+        }
         self.calls.append((func, args, kwargs, out))
         return out
 
@@ -102,23 +106,40 @@ class Records:
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
     """Steps are recorded as on a device that is not a CPU."""
-    before, found = torch.get_num_threads(), Records()
+    before = torch.get_num_threads()
+    found = Records()
     torch.set_num_threads(1)
     monkeypatch.setattr(module, "recorder_of", lambda device: found)
-    monkeypatch.setattr(stacked, "_softmaxes", lambda logits, scale: stacked._softmaxes_of_any_scale(logits))
+    monkeypatch.setattr(
+        stacked,
+        "_softmaxes",
+        lambda logits, scale: stacked._softmaxes_of_any_scale(logits),
+    )
     yield found
     torch.set_num_threads(before)
 
 
 def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
-    members, streams = [training for training, _ in made], Streams.seeded([s + 1 for s in range(len(made))], CPU)
-    assert train_together(members, streams, train, DEV, made[0][1], 1000) == {}
+    members = [training for training, _ in made]
+    streams = Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    assert (
+        train_together(
+            members,
+            streams=streams,
+            train=train,
+            dev=DEV,
+            plan=made[0][1],
+            n_epochs=1000,
+        )
+        == {}
+    )
     return members
 
 
 def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
-    """Members that differ in rate, decay, temperature and clipping, with a rate that changes in every step."""
+    """Members that differ in rate, decay, temperature and clipping, with a rate that changes in
+    every step."""
     return [
         [
             "image.kind=mlp",
@@ -147,7 +168,10 @@ def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
     ],
     ids=["plain", "accumulated", "averaged", "adam", "gated", "batch norm"],
 )
-def test_members_whose_steps_are_replayed_equal_their_solo_runs(records: Records, settings: tuple[str, ...]) -> None:
+def test_members_whose_steps_are_replayed_equal_their_solo_runs(
+    records: Records,
+    settings: tuple[str, ...],
+) -> None:
     cases = cases_of(*settings)
     found = together(cases)
     assert records.made >= 1
@@ -179,7 +203,12 @@ def test_what_cannot_be_recorded_is_not(records: Records, settings: tuple[str, .
 def test_steps_with_equal_images_are_taken_and_the_others_replayed(records: Records) -> None:
     train = pairs(160, 0)
     few = torch.arange(160).where(torch.arange(160) > 3, torch.zeros(160, dtype=torch.int64))
-    train = FeaturePairs(train.image, train.text, train.first_text, content=few)
+    train = FeaturePairs(
+        image=train.image,
+        text=train.text,
+        first_text=train.first_text,
+        content=few,
+    )
     cases = cases_of("schedule.batch_size=16")
     found = together(cases, train)
     assert 0 < records.replayed < found[0].step - 1
@@ -207,14 +236,22 @@ def test_a_device_that_refuses_is_said_and_the_steps_go_on(monkeypatch: pytest.M
 
 def test_a_step_that_asks_for_a_value_is_refused_by_the_tape() -> None:
     with pytest.warns(UserWarning, match="not permitted while recording"):
-        assert try_to_record(lambda inputs: inputs[0] * float(inputs[0].sum()), [torch.ones(2)], Records()) is None
+        assert (
+            try_to_record(
+                lambda inputs: inputs[0] * float(inputs[0].sum()),
+                [torch.ones(2)],
+                Records(),
+            )
+            is None
+        )
 
 
 def test_inputs_are_copied_and_outputs_are_new() -> None:
     kept = torch.zeros(3)
     graph = StepGraph(lambda inputs: kept.add_(inputs[0]).mul(2), [torch.ones(3)], Records())
     assert kept.tolist() == [0, 0, 0]
-    first, second = graph([torch.full((3,), 2.0)]), graph([torch.full((3,), 5.0)])
+    first = graph([torch.full((3,), 2.0)])
+    second = graph([torch.full((3,), 5.0)])
     assert (first.tolist(), second.tolist(), kept.tolist()) == ([4.0] * 3, [14.0] * 3, [7.0] * 3)
 
 
@@ -228,7 +265,10 @@ def test_only_cuda_records() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_same_weights_with_and_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    train, dev = (FeaturePairs(p.image.to(cuda), p.text.to(cuda), p.first_text.to(cuda)) for p in (TRAIN, DEV))
+    train, dev = (
+        FeaturePairs(image=p.image.to(cuda), text=p.text.to(cuda), first_text=p.first_text.to(cuda))
+        for p in (TRAIN, DEV)
+    )
     found = []
     for recorded in (True, False):
         if not recorded:
@@ -237,6 +277,16 @@ def test_on_cuda_the_same_weights_with_and_without_a_graph(monkeypatch: pytest.M
         members = [training for training, _ in made]
         for member in members:
             member.model.to(cuda)
-        assert train_together(members, Streams.seeded([1, 2, 3], cuda), train, dev, made[0][1], 1000) == {}
+        assert (
+            train_together(
+                members,
+                streams=Streams.seeded([1, 2, 3], cuda),
+                train=train,
+                dev=dev,
+                plan=made[0][1],
+                n_epochs=1000,
+            )
+            == {}
+        )
         found.append(members)
     assert max(distance(one, other) for one, other in zip(*found, strict=True)) < 1e-5

@@ -1,4 +1,5 @@
-"""Every trap is planted once in a fit within towers and found by name; what is sound is left alone."""
+"""Every trap is planted once in a fit within towers and found by name; what is sound is left
+alone."""
 
 import json
 from collections.abc import Iterator
@@ -45,30 +46,50 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_image_encoder: Path, tiny_text_encoder: Path) -> Any:
-    """24 images with two captions each, their store and folder. Both towers are as wide as one another."""
+def data(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+) -> Any:
+    """24 images with two captions each, their store and folder. Both towers are as wide as one
+    another."""
     folder = tmp_path_factory.mktemp("lint-encoder")
     table = make_shapes(folder / "shapes", copies=2)
     hf.AutoTokenizer.from_pretrained(tiny_text_encoder).save_pretrained(folder / "bert")
     torch.manual_seed(0)
     config = hf.BertConfig.from_pretrained(tiny_text_encoder, hidden_size=64)
     hf.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "bert")
-    extract_tiny(table, folder / "store", tiny_image_encoder, folder / "bert")
+    extract_tiny(table, store=folder / "store", image=tiny_image_encoder, text=folder / "bert")
     open_image = lambda key: Image.open(table.parent / key).convert("RGB")  # noqa: E731
     return FeatureStore.open(folder / "store"), open_image, table.parent
 
 
 def recipe_of(name: str, *settings: str) -> Recipe:
-    return load_recipe(name, ["schedule.epochs=1", "schedule.batch_size=4", "schedule.warmup=0", *settings])
+    return load_recipe(
+        name,
+        ["schedule.epochs=1", "schedule.batch_size=4", "schedule.warmup=0", *settings],
+    )
 
 
 def set_up(data: Any, recipe: Recipe) -> encoder_setup.Setup:
-    return encoder_setup.set_up(data[0], recipe, SPEC, data[1], torch.device("cpu"))
+    return encoder_setup.set_up(
+        data[0],
+        recipe=recipe,
+        spec=SPEC,
+        open_image=data[1],
+        device=torch.device("cpu"),
+    )
 
 
 def found_in(setup: encoder_setup.Setup, spoil: Any = None) -> list[Finding]:
     """`spoil` changes the fit before it is looked at."""
-    training = EncoderFit(setup.model, setup.inputs, setup.opened.recipe, SPEC, ALONE)
+    training = EncoderFit(
+        setup.model,
+        inputs=setup.inputs,
+        recipe=setup.opened.recipe,
+        spec=SPEC,
+        ranks=ALONE,
+    )
     if spoil is not None:
         spoil(training)
     return list(lint_encoder_model(training, setup.train))
@@ -78,22 +99,64 @@ def loud(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.check not in QUIET]
 
 
-SOUND = ["lit", "clip", "lilt-a", "lilt-e", "lilt-f", "lilt-i", "lilt-k", "lilt-m", "freeze/Vcf-Tcf", "freeze/Vuf-Tuu"]
-SHARED = ["shared.image_blocks=2", "shared.text_blocks=1", "distillation.teacher=tiny-vit", "distillation.bank=20"]
+SOUND = [
+    "lit",
+    "clip",
+    "lilt-a",
+    "lilt-e",
+    "lilt-f",
+    "lilt-i",
+    "lilt-k",
+    "lilt-m",
+    "freeze/Vcf-Tcf",
+    "freeze/Vuf-Tuu",
+]
+SHARED = [
+    "shared.image_blocks=2",
+    "shared.text_blocks=1",
+    "distillation.teacher=tiny-vit",
+    "distillation.bank=20",
+]
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_recipes_give_nothing(name: str, data: Any) -> None:
-    assert loud(lint_encoder_plan(recipe_of(name), data[0], SPEC, data[1])) == []
+    assert (
+        loud(lint_encoder_plan(recipe_of(name), store=data[0], spec=SPEC, open_image=data[1])) == []
+    )
 
 
 def test_a_shared_encoder_and_lora_give_nothing(data: Any) -> None:
-    assert loud(lint_encoder_plan(recipe_of("shared-encoder", *SHARED), data[0], SPEC, data[1])) == []
-    lora = ['towers.rules=[{part = "text.adapters"}]', "towers.text_adapter.kind=lora", "towers.text_adapter.rank=2"]
-    assert loud(lint_encoder_plan(recipe_of("lilt-c", *lora), data[0], SPEC, data[1])) == []
+    assert (
+        loud(
+            lint_encoder_plan(
+                recipe_of("shared-encoder", *SHARED),
+                store=data[0],
+                spec=SPEC,
+                open_image=data[1],
+            )
+        )
+        == []
+    )
+    lora = [
+        'towers.rules=[{part = "text.adapters"}]',
+        "towers.text_adapter.kind=lora",
+        "towers.text_adapter.rank=2",
+    ]
+    assert (
+        loud(
+            lint_encoder_plan(
+                recipe_of("lilt-c", *lora),
+                store=data[0],
+                spec=SPEC,
+                open_image=data[1],
+            )
+        )
+        == []
+    )
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_a_parameter_of_a_tower_that_nothing_uses_is_found(data: Any) -> None:
@@ -104,7 +167,10 @@ def test_a_parameter_of_a_tower_that_nothing_uses_is_found(data: Any) -> None:
     model._rates += [(p, 1.0) for p in forgotten.parameters()]
     (found,) = found_in(setup)
     assert (found.check, found.level) == ("gradient", "error")
-    assert "text.tower.module.forgotten.bias, text.tower.module.forgotten.weight are without gradient" in found.message
+    assert (
+        "text.tower.module.forgotten.bias, text.tower.module.forgotten.weight are without gradient"
+        in found.message
+    )
 
 
 def test_a_block_cut_off_from_the_loss_is_found(data: Any) -> None:
@@ -133,7 +199,13 @@ def test_a_gate_that_can_never_open_is_found(data: Any) -> None:
     ],
 )
 def test_what_is_in_no_group_stops_a_fit(
-    name: str, settings: list[str], lost: str, check: str, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    settings: list[str],
+    lost: str,
+    check: str,
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second loss's scale is what the published shared encoder forgets."""
     rates = EncoderModel.rates
@@ -143,13 +215,25 @@ def test_what_is_in_no_group_stops_a_fit(
 
     monkeypatch.setattr(EncoderModel, "rates", forgetful)
     with pytest.raises(DataError, match=f"1 check fails: {check}: "):
-        fit_encoder(data[0], recipe_of(name, *settings), tmp_path / "run", SPEC, data[1])
+        fit_encoder(
+            data[0],
+            recipe=recipe_of(name, *settings),
+            out=tmp_path / "run",
+            spec=SPEC,
+            open_image=data[1],
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_fixed_temperature_needs_no_group(data: Any) -> None:
     setup = set_up(data, recipe_of("lit", "loss.learnable=false"))
-    optimiser = EncoderFit(setup.model, setup.inputs, setup.opened.recipe, SPEC, ALONE).optimiser
+    optimiser = EncoderFit(
+        setup.model,
+        inputs=setup.inputs,
+        recipe=setup.opened.recipe,
+        spec=SPEC,
+        ranks=ALONE,
+    ).optimiser
     assert list(lint_groups(setup.model, optimiser, setup.opened.recipe)) == []
 
 
@@ -165,7 +249,7 @@ def test_no_tower_has_parts_that_a_loss_cannot_reach(make: Any) -> None:
         assert tower.parameter(part).grad.abs().max() > 0, part.name
 
 
-# --- recipe, splits, batches -----------------------------------------------------------------------------------------
+# --- recipe, splits, batches ----------------------------------------------------------------------
 
 
 def test_selection_on_the_reported_split_is_found(data: Any) -> None:
@@ -175,11 +259,19 @@ def test_selection_on_the_reported_split_is_found(data: Any) -> None:
 
 def test_one_file_in_two_splits_is_found(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store = data[0]
-    rows = {split: [int(r) for r in (store.pairs.splits == split).nonzero()[0]] for split in ("train", "val")}
+    rows = {
+        split: [int(r) for r in (store.pairs.splits == split).nonzero()[0]]
+        for split in ("train", "val")
+    }
     array = store.array("image")
-    hashes, plain = array.content(), type(array).content
+    hashes = array.content()
+    plain = type(array).content
     hashes[rows["val"][0]] = hashes[rows["train"][0]]
-    monkeypatch.setattr(type(array), "content", lambda self: hashes if self.record.modality == "image" else plain(self))
+    monkeypatch.setattr(
+        type(array),
+        "content",
+        lambda self: hashes if self.record.modality == "image" else plain(self),
+    )
     assert "overlap: 1 images of dev have the content of a training image" in " ".join(
         map(str, lint_encoder_plan(recipe_of("lit"), store, SPEC))
     )
@@ -187,7 +279,7 @@ def test_one_file_in_two_splits_is_found(data: Any, monkeypatch: pytest.MonkeyPa
 
 def test_fewer_negatives_than_the_batch_says_is_a_warning(data: Any, tmp_path: Path) -> None:
     recipe = recipe_of("lit", "schedule.accumulate=2")
-    fit_encoder(data[0], recipe, tmp_path / "run", SPEC)
+    fit_encoder(data[0], recipe=recipe, out=tmp_path / "run", spec=SPEC)
     said = "the nominal batch is 8, but each query has 3 negatives (accumulate 2 adds none)"
     for opened in (None, data[0]):
         assert any(said in f.message for f in lint_encoder_run(tmp_path / "run", opened, "test"))
@@ -196,37 +288,70 @@ def test_fewer_negatives_than_the_batch_says_is_a_warning(data: Any, tmp_path: P
     assert any(said in warning for warning in ledger.warnings)
 
 
-def test_captions_of_one_image_as_negatives_are_found(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_of_one_image_as_negatives_are_found(
+    data: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe = recipe_of("lit", "loss.captions=2")
     assert loud(lint_encoder_plan(recipe, data[0], SPEC)) == []
     monkeypatch.setattr("apecache.train.batches._groups", lambda *_: None)
-    found = lint_encoder_data(data[0], recipe, SPEC.splits, "test", set_up(data, recipe).train)
+    found = lint_encoder_data(
+        data[0],
+        recipe=recipe,
+        splits=SPEC.splits,
+        report_split="test",
+        train=set_up(data, recipe).train,
+    )
     assert ("captions", "error") in [(f.check, f.level) for f in found]
 
 
-# --- runs, and the command -------------------------------------------------------------------------------------------
+# --- runs, and the command ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["lit", "lilt-i", "shared-encoder"])
-def run(request: pytest.FixtureRequest, data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    request: pytest.FixtureRequest,
+    data: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     out = tmp_path_factory.mktemp("linted") / "run"
     settings = SHARED if request.param == "shared-encoder" else []
-    fit_encoder(data[0], recipe_of(request.param, *settings), out, SPEC, data[1])
+    fit_encoder(
+        data[0],
+        recipe=recipe_of(request.param, *settings),
+        out=out,
+        spec=SPEC,
+        open_image=data[1],
+    )
     return out
 
 
 def test_a_run_is_looked_at_with_its_store_or_without(run: Path, data: Any) -> None:
     for opened in (None, data[0]):
-        assert loud(lint_encoder_run(run, opened, "test", data[1])) == []
-        assert "selection" in [f.check for f in lint_encoder_run(run, opened, "val", data[1])]
+        assert (
+            loud(lint_encoder_run(run, store=opened, report_split="test", open_image=data[1])) == []
+        )
+        assert "selection" in [
+            f.check
+            for f in lint_encoder_run(run, store=opened, report_split="val", open_image=data[1])
+        ]
 
 
 def test_trained_weights_are_what_is_looked_at(data: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    fit_encoder(data[0], recipe_of("lit", "text={kind='gated', standardise=false}"), out, SPEC)
+    fit_encoder(
+        data[0],
+        recipe=recipe_of("lit", "text={kind='gated', standardise=false}"),
+        out=out,
+        spec=SPEC,
+    )
     weights = load_file(out / WEIGHTS)
     name = "text.head.body.gate.bias"
-    save_file({**weights, name: torch.full_like(weights[name], -100.0)}, out / WEIGHTS, metadata={"apecache": "{}"})
+    save_file(
+        {**weights, name: torch.full_like(weights[name], -100.0)},
+        out / WEIGHTS,
+        metadata={"apecache": "{}"},
+    )
     result = CliRunner().invoke(app, ["lint", str(out), "--store", str(data[0].path), "--json"])
     assert result.exit_code == 3
     assert "1 check fails: gate: text.head.body.gate is shut" in result.stderr
@@ -234,7 +359,16 @@ def test_trained_weights_are_what_is_looked_at(data: Any, tmp_path: Path) -> Non
 
 
 def test_the_command_on_recipes(data: Any) -> None:
-    arguments = ["lint", "lilt-d", "--store", str(data[0].path), "--dev-split", "val", "--set", "schedule.batch_size=4"]
+    arguments = [
+        "lint",
+        "lilt-d",
+        "--store",
+        str(data[0].path),
+        "--dev-split",
+        "val",
+        "--set",
+        "schedule.batch_size=4",
+    ]
     refused = CliRunner().invoke(app, arguments)
     assert (refused.exit_code, "give their folder (--root)" in refused.output) == (2, True)
     done = CliRunner().invoke(app, [*arguments, "--root", str(data[2])])
@@ -244,16 +378,16 @@ def test_the_command_on_recipes(data: Any) -> None:
 
 def test_what_cannot_be_looked_at_is_refused(data: Any, tmp_path: Path, write_store: Any) -> None:
     out = tmp_path / "run"
-    fit_encoder(data[0], recipe_of("lilt-d"), out, SPEC, data[1])
+    fit_encoder(data[0], recipe=recipe_of("lilt-d"), out=out, spec=SPEC, open_image=data[1])
     with pytest.raises(OptionError, match="needs the images"):
         lint_encoder_run(out, data[0], "test")
     about = json.loads((out / DESCRIPTION).read_text())
     (out / DESCRIPTION).write_text(json.dumps({**about, "data": "another"}))
     with pytest.raises(MismatchError, match="give its own store"):
-        lint_encoder_run(out, data[0], "test", data[1])
+        lint_encoder_run(out, store=data[0], report_split="test", open_image=data[1])
     (out / DESCRIPTION).write_text(json.dumps({**about, "n_dev_images": "many"}))
     with pytest.raises(RunError, match="is damaged"):
-        lint_encoder_run(out, data[0], "test", data[1])
+        lint_encoder_run(out, store=data[0], report_split="test", open_image=data[1])
 
 
 def test_the_card_of_a_run_says_what_was_recorded(run: Path) -> None:
@@ -264,7 +398,11 @@ def test_the_card_of_a_run_says_what_was_recorded(run: Path) -> None:
     ledger = load_ledger(run)
     assert ledger is not None
     assert f"| flops | {ledger.flops:,} |" in card
-    ran = "not at all: its features were read from the cache" if about["image"]["cached"] else "from its inputs"
+    ran = (
+        "not at all: its features were read from the cache"
+        if about["image"]["cached"]
+        else "from its inputs"
+    )
     assert f"| in training it ran | {ran} |" in card
     assert "dev-size: the dev split has 8 images" in card
     assert "image to text R@1" in card
