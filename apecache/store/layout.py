@@ -397,8 +397,8 @@ def _bytes(value: Any) -> bytes:
     return raw
 
 
-README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record for
-each committed shard.
+README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record
+for each committed shard.
 
     import zarr
     root = zarr.open("features.zarr", mode="r")
