@@ -68,7 +68,7 @@ def test_a_store_is_embedded_as_training_measured_it(
 ) -> None:
     run, dev = runs[name]
     found = embed_store(load_run(run), FeatureStore.open(tiny_store), "val", open_image)
-    assert retrieval_report(found.image, found.text, found.image_of_text) == dev
+    assert retrieval_report(found.image, found.text, found.image_of_text, relevance=found.relevance) == dev
     again = image_embedder(load_run(run).image, "cpu")(
         [open_image(f"images/{c}-{s}-0.png") for c in COLOURS for s in SHAPES]
     )

@@ -223,7 +223,7 @@ def test_it_learns_and_is_served_as_it_was_measured(
     assert losses[-1] < 0.85 * losses[1]
     assert report.cached == ()
     found = embed_store(load_run(tmp_path / "run"), data[0], "val", data[1])
-    assert retrieval_report(found.image, found.text, found.image_of_text) == report.dev
+    assert retrieval_report(found.image, found.text, found.image_of_text, relevance=found.relevance) == report.dev
     assert not any(".bank." in name for name in read_tensors(tmp_path / "run" / WEIGHTS)[0])
 
 
