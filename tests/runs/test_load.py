@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from apecache_cli.app import app
+from close_reports import assert_close_reports
 from tiny import COLOURS, SHAPES
 from typer.testing import CliRunner, Result
 
@@ -90,7 +91,10 @@ def test_a_store_is_embedded_as_training_measured_it(
         split="val",
         open_image=open_image,
     )
-    assert retrieval_report(found.image, found.text, found.image_of_text) == dev
+    served = retrieval_report(
+        found.image, found.text, found.image_of_text, relevance=found.relevance
+    )
+    assert_close_reports(served, dev)
     again = image_embedder(load_run(run).image, "cpu")(
         [open_image(f"images/{c}-{s}-0.png") for c in COLOURS for s in SHAPES]
     )

@@ -132,7 +132,9 @@ def test_what_was_learned_holds_on_the_split_that_was_never_read(
     fitted: FitReport,
 ) -> None:
     embedded = embed_store(load_heads(fitted.run), store, "val")
-    report = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    report = retrieval_report(
+        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+    )
     assert report.n_images == N_VAL
     assert report.text_to_image[1] > 10 * report.chance_text_to_image[1]
 
@@ -175,7 +177,12 @@ def test_every_recipe_of_the_zoo_fits_real_features(
     heads = load_heads(tmp_path / "run")
     assert heads.training["recipe"]["name"] == name
     embedded = embed_store(heads, store, "val")
-    assert retrieval_report(embedded.image, embedded.text, embedded.image_of_text) == report.dev
+    assert (
+        retrieval_report(
+            embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+        )
+        == report.dev
+    )
     assert (
         heads.training["n_negatives"]
         == report.n_negatives
@@ -232,7 +239,9 @@ def test_closed_forms_find_planted_pairs_without_a_step(
     assert report.untrained == report.dev
     heads = load_heads(tmp_path / "run")
     embedded = embed_store(heads, store, "val")
-    found = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    found = retrieval_report(
+        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+    )
     assert found.text_to_image[5] > 3 * found.chance_text_to_image[5]
     if name == "csa":
         assert set(heads.training["closed_form"]) == {"ridge", "rank", "power"}
@@ -445,7 +454,12 @@ def test_the_best_epoch_on_dev_is_kept_even_if_later_ones_are_worse(
     assert report.best_epoch == 1 + recalls.index(max(recalls))
     assert recalls[-1] < report.dev.mean_recall == max(recalls)
     embedded = embed_store(load_heads(tmp_path / "run"), shuffled, "dev")
-    assert retrieval_report(embedded.image, embedded.text, embedded.image_of_text) == report.dev
+    assert (
+        retrieval_report(
+            embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+        )
+        == report.dev
+    )
 
 
 def test_the_untrained_head_is_reported_and_never_kept(store: FeatureStore, tmp_path: Path) -> None:
@@ -461,7 +475,9 @@ def test_the_untrained_head_is_reported_and_never_kept(store: FeatureStore, tmp_
 
 def test_untrained_heads_are_those_of_epoch_zero(store: FeatureStore, fitted: FitReport) -> None:
     embedded = embed_store(untrained_heads(store, make_recipe(), CPU), store, "dev")
-    found = retrieval_report(embedded.image, embedded.text, embedded.image_of_text)
+    found = retrieval_report(
+        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+    )
     assert found == fitted.untrained
 
 

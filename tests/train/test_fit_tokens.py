@@ -56,13 +56,16 @@ def test_token_recipes_learn_from_a_store_of_tokens_and_are_evaluated_on_it(
     tmp_path: Path,
     recipe: str,
 ) -> None:
-    report = fit(stored, tmp_path / "run", recipe, "tiny-vit-tokens-layer-1", "tiny-bert-tokens")
+    encoders = "tiny-vit-tokens-layer-1", "tiny-bert-tokens"
+    report = fit(stored, tmp_path / "run", recipe, *encoders, "schedule.epochs=24")
     losses = [line["loss"] for line in apecache_history(tmp_path / "run")][1:]
     assert losses[-1] < losses[0]
     store = apecache.FeatureStore.open(stored)
     heads = apecache.load_heads(tmp_path / "run")
     found = apecache.embed_store(heads, store, "val")
-    again = apecache.retrieval_report(found.image, found.text, found.image_of_text)
+    again = apecache.retrieval_report(
+        found.image, found.text, found.image_of_text, relevance=found.relevance
+    )
     assert again.image_to_text == pytest.approx(report.dev.image_to_text)
     assert again.text_to_image == pytest.approx(report.dev.text_to_image)
 
