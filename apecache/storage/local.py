@@ -1,6 +1,7 @@
 """Durable objects in a local folder."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -12,6 +13,7 @@ from apecache.errors import StoreError, nearest
 from apecache.storage.files import TEMPORARY, Buffer
 
 BLOCK_BYTES = 1 << 18
+UNWRITABLE = (errno.EROFS, errno.EACCES)
 
 
 class LocalFiles:
@@ -67,14 +69,23 @@ class LocalFiles:
 
     def create(self, name: str, *buffers: Buffer) -> bool:
         """After return it survives a power cut, also where another writer put it."""
-        with self._explained(name), self._temporary(name, buffers) as temporary:
+        with self._explained(name):
+            try:
+                return self._put_if_absent(name, buffers)
+            except OSError as error:
+                # A finished store may lie on a read-only file system: what is there needs no write.
+                if error.errno not in UNWRITABLE or not self.path(name).exists():
+                    raise
+                return False
+
+    def _put_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
+        with self._temporary(name, buffers) as temporary:
             put = True
             try:
                 os.link(temporary, self.path(name))
             except FileExistsError:
-                # by a writer that was perhaps killed before it made the entry durable: sync all the
-                # same
                 put = False
+                # Its writer was perhaps killed before the entry was durable: sync all the same.
             os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
             return put

@@ -18,7 +18,7 @@ from apecache.fingerprint import Fingerprint
 from apecache.recipes.recipe import Recipe
 from apecache.runs.folder import RECIPE, locked
 from apecache.runs.heads import DESCRIPTION
-from apecache.storage.atomic import replace_text
+from apecache.storage.atomic import replace_text, scratch_of
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, Wave, plan_trials
 from apecache.sweeps.space import Space
@@ -133,7 +133,7 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
 def _require_same(out: Path, identity: Fingerprint) -> None:
     path = out / DESCRIBED
     if not path.is_file():
-        if any(out.iterdir()):
+        if any(entry != scratch_of(path) for entry in out.iterdir()):
             raise RunError(f"{out} exists and is no sweep; choose another --out")
         replace_text(path, json.dumps(dict(identity.fields), indent=1))
         return

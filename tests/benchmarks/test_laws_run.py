@@ -270,7 +270,7 @@ def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
     seen = list[str]()
 
     def watched(*arguments: Any, **named: Any) -> Any:
-        seen.append(arguments[3].autocast)
+        seen.append(named["spec"].autocast)
         return fit_encoder(*arguments, **named)
 
     monkeypatch.setattr("benchmarks.laws.measure.fit_encoder", watched)

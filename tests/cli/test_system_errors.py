@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 runner = CliRunner()
 Refusal = Literal["full", "readonly", "limited"]
-DRIVER = Path(__file__).with_name("refusing_folder.py")
+DRIVER = Path(__file__).parents[1] / "support" / "refusing_folder.py"
 FREE_KB = {"full": 0, "readonly": 0, "limited": 0}
 """Room that is left."""
 
@@ -82,20 +82,6 @@ SWEEP = (
     "--device",
     "cpu",
 )
-LAWS = (
-    "--pairs",
-    "{many}",
-    *ENCODERS,
-    "--size",
-    "smoke",
-    "--seeds",
-    "1",
-    "--only",
-    "L4",
-    "--device",
-    "cpu",
-)
-
 WRITING = (
     Case(
         command="extract",
@@ -116,7 +102,6 @@ WRITING = (
         arguments=("{store}", "--recipe", "lit", *FIT, "--out", "{out}/run"),
     ),
     Case(command="sweep", arguments=("{store}", *SWEEP, "--out", "{out}/sweep")),
-    Case(command="laws", arguments=(*LAWS, "--work", "{out}/work"), repeats=False),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--safetensors")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--onnx")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--sentence-transformers")),
@@ -239,7 +224,11 @@ READING = (
         ),
     ),
     Case(command="recipes", arguments=()),
-    Case(command="laws", arguments=()),
+    Case(
+        command="compare",
+        arguments=("{out}/run", "{out}/run", "--store", "{out}/store", "--split", "val"),
+        copies=STORE | RUN,
+    ),
 )
 """Commands whose inputs lie in a folder that is read-only, and whose output, if any, does not."""
 
@@ -316,13 +305,13 @@ def outcomes(
         request = {"refusal": refusal, "folder": str(out), "free_kb": FREE_KB[refusal]}
         prefix = [] if refusal == "limited" else ["unshare", "--mount"]
         done = subprocess.run(
-            [*prefix, sys.executable, str(DRIVER)],
+            [*prefix, sys.executable, "-X", "faulthandler", str(DRIVER)],
             input=json.dumps({**request, "cases": requests}),
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, (done.returncode, done.stdout[-1000:], done.stderr[-2000:])
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         return {
             case: {**answer, "out": str(out)} for case, answer in zip(cases, answers, strict=True)
@@ -397,7 +386,9 @@ def test_what_the_system_refuses_to_write_ends_as_one_line(
         return
     line = error_line(answer)
     assert answer["code"] == case.code, answer
-    assert answer["out"] in line
+    # A limit acts in every folder, so the message may name another one beside it.
+    refusing = Path(answer["out"]) if refusal != "limited" else Path(answer["out"]).parent
+    assert str(refusing) in line
     assert "again" in line
     said = {
         "full": "no space left on",
