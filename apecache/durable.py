@@ -21,11 +21,15 @@ def scratch_of(path: Path) -> Path:
 
 def replace_text(path: Path, text: str) -> None:
     scratch = scratch_of(path)
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
     _make_durable(path.parent)
 
 

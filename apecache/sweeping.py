@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apecache.durable import replace_text
+from apecache.durable import replace_text, scratch_of
 from apecache.errors import MismatchError, OptionError, RunError
 from apecache.fingerprint import Fingerprint
 from apecache.heads.checkpoint import DESCRIPTION
@@ -111,7 +111,7 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
 def _require_same(out: Path, identity: Fingerprint) -> None:
     path = out / DESCRIBED
     if not path.is_file():
-        if any(out.iterdir()):
+        if any(other != scratch_of(path) for other in out.iterdir()):
             raise RunError(f"{out} exists and is no sweep; choose another --out")
         replace_text(path, json.dumps(dict(identity.fields), indent=1))
         return

@@ -157,7 +157,12 @@ class LocalFiles:
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """After return it survives a power cut, also where another writer put it."""
+        """After return it survives a power cut, also where another writer put it.
+
+        An object that is there is not written again, so that a finished store may lie on a read-only file system.
+        """
+        if self._is_settled(name):
+            return False
         with self._explained(name), self._temporary(name, buffers) as temporary:
             put = True
             try:
@@ -167,6 +172,15 @@ class LocalFiles:
             os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
             return put
+
+    def _is_settled(self, name: str) -> bool:
+        """Whether an object is there; then its entry is made durable, which its writer was perhaps killed before."""
+        with self._explained(name):
+            if not self.path(name).exists():
+                return False
+            self._make_folder(self.path(name).parent)
+            self._sync_folder(self.path(name).parent)
+            return True
 
     def settle(self, folder: str) -> None:
         with self._explained(folder):

@@ -79,10 +79,7 @@ def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> N
     """
     files.prepare()
     _refuse_foreign(files)
-    if files.exists(SOURCE):  # a finished store may lie on a read-only file system
-        files.settle("records")
-    else:
-        files.create(SOURCE, source_bytes(pairs, root))
+    files.create(SOURCE, source_bytes(pairs, root))
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
     files.remove_temporary("records", ZARR)
     with files.exclusive("records"):

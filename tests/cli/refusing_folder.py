@@ -5,6 +5,7 @@ and `cases`, each {"name", "arguments", "copies": {source: name below the folder
 once more after the refusal has ended}. Writes a JSON line for each case.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 FILLER = ".filler"
+LIBRARIES = ("torch", "transformers", "timm", "faiss", "pyarrow.parquet", "onnxscript", "sentence_transformers", "zarr")
 Lift = Callable[[], object]
 """Ends a refusal before its folder goes."""
 
@@ -109,6 +111,13 @@ def serve_only_until_ready() -> None:
     uvicorn.Server.run = interrupted  # type: ignore[assignment]
 
 
+def import_libraries() -> None:
+    """Some libraries end the process, or half import, if they cannot make a file while they are imported."""
+    for name in LIBRARIES:
+        with suppress(ImportError):
+            importlib.import_module(name)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -117,6 +126,7 @@ def main() -> None:
     folder = Path(request["folder"])
     with suppress(ImportError):
         serve_only_until_ready()
+    import_libraries()
     for case in request["cases"]:
         with refusing(folder, case["copies"], request["free_kb"]) as lift:
             begin = time.monotonic()
