@@ -5,6 +5,7 @@ commits them. A name is a path relative to the store's root and uses `/`.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -20,6 +21,7 @@ from apecache.objects import is_object_url, require_known_scheme
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
 BLOCK_BYTES = 1 << 18
+UNWRITABLE = (errno.EROFS, errno.EACCES)
 
 
 class Files(Protocol):
@@ -157,13 +159,18 @@ class LocalFiles:
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """After return it survives a power cut, also where another writer put it.
+        """After return it survives a power cut, also where another writer put it."""
+        with self._explained(name):
+            try:
+                return self._put_if_absent(name, buffers)
+            except OSError as error:
+                # A finished store may lie on a read-only file system: what is there needs no writing.
+                if error.errno not in UNWRITABLE or not self.path(name).exists():
+                    raise
+                return False
 
-        An object that is there is not written again, so that a finished store may lie on a read-only file system.
-        """
-        if self._is_settled(name):
-            return False
-        with self._explained(name), self._temporary(name, buffers) as temporary:
+    def _put_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
+        with self._temporary(name, buffers) as temporary:
             put = True
             try:
                 os.link(temporary, self.path(name))
@@ -172,15 +179,6 @@ class LocalFiles:
             os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
             return put
-
-    def _is_settled(self, name: str) -> bool:
-        """Whether an object is there; then its entry is made durable, which its writer was perhaps killed before."""
-        with self._explained(name):
-            if not self.path(name).exists():
-                return False
-            self._make_folder(self.path(name).parent)
-            self._sync_folder(self.path(name).parent)
-            return True
 
     def settle(self, folder: str) -> None:
         with self._explained(folder):
