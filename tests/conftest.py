@@ -7,9 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import COLOURS, SHAPES, Grown, extract_tiny, loaded_once, make_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a hub
+
+# A loaded machine is slow, not wrong: no example has a deadline, and none is too slow to draw.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 WORDS = (
     "a",

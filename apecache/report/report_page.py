@@ -32,6 +32,7 @@ from apecache.report.records import (
 )
 from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
 from apecache.runs.load import load_run
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import choose_splits
 
@@ -152,7 +153,8 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
         raise DataError(
             f"{record.path} was trained on another table than that of {store.path}; give --split"
         )
-    return choose_splits(store.pairs, record.splits)[1]
+    content = next((equal_images(array) for array in store.arrays("image")), None)
+    return choose_splits(store.pairs, record.splits, content)[1]
 
 
 def _media(spec: ReportSpec) -> Media:

@@ -350,8 +350,18 @@ class SplitSpec:
     seed: int = 0
 
 
-def choose_splits(pairs: PairTable, spec: SplitSpec) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks [n_images] of training and dev images; they never overlap.
+def choose_splits(
+    pairs: PairTable,
+    spec: SplitSpec,
+    content: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return masks [n_images] of training and dev images, which never overlap.
+
+    Args:
+        pairs: the table of the store.
+        spec: the names of the splits, or how many images to draw for dev.
+        content: int64 [n_images], equal numbers for images of equal content (None: all differ). A
+            drawn dev split takes all copies of an image or none.
 
     Raises:
         RecipeError: no such split, the same one twice, or too few images for a dev split.
@@ -372,8 +382,13 @@ def choose_splits(pairs: PairTable, spec: SplitSpec) -> tuple[NDArray[np.bool_],
             f"no dev split possible: {len(rows)} training images; give --dev-split or at "
             "least 10 images"
         )
-    dev = np.zeros_like(train)
-    dev[np.random.default_rng(spec.seed).choice(rows, count, replace=False)] = True
+    # One row stands for all copies of an image; where no two are equal, every row for itself.
+    numbers = np.arange(len(train)) if content is None else content
+    _, first = np.unique(numbers[rows], return_index=True)
+    drawn = np.random.default_rng(spec.seed).choice(
+        rows[np.sort(first)], min(count, len(first)), replace=False
+    )
+    dev = train & np.isin(numbers, numbers[drawn])
     return train & ~dev, dev
 
 

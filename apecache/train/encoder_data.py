@@ -256,7 +256,7 @@ def split_rows(
     texts = captions if sources[1].ok is None else captions & sources[1].ok
     rows = Features(torch.arange(len(pairs.keys))), Features(torch.arange(len(pairs.captions)))
     content = next((equal_images(array) for array in store.arrays("image")), None)
-    masks = choose_splits(pairs, spec.splits)
+    masks = choose_splits(pairs, spec.splits, content)
     equal = content, pairs.caption_ids
     train, dev = (
         select_pairs(*rows, pairs.image_rows, mask & images, texts, *equal) for mask in masks

@@ -57,11 +57,11 @@ def load_splits(
     for array, head in ((image, recipe.image), (text, recipe.text)) if recipe else ():
         require_kind(array, head, recipe.name if recipe else "")
     pairs = store.pairs
-    masks = choose_splits(pairs, spec)
+    content = equal_images(image)
+    masks = choose_splits(pairs, spec, content)
     features = load_on(image, device), load_on(text, device)
     ok_images = image.load_ok()
     ok_texts = text.load_ok()
-    content = equal_images(image)
     equal = content, pairs.caption_ids
     found = [
         select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, *equal)

@@ -277,6 +277,25 @@ def test_the_seed_alone_decides_who_is_dev() -> None:
     assert (draws[0] != draws[2]).any()
 
 
+def test_a_drawn_dev_split_takes_all_copies_of_an_image_or_none() -> None:
+    table = table_of(["train"] * 60)
+    copies = np.arange(60)
+    copies[30:] -= 30  # every image stands twice
+    for seed in range(20):
+        train, dev = choose_splits(table, SplitSpec(dev_images=6, seed=seed), copies)
+        assert dev.sum() == 12
+        assert not set(copies[dev]) & set(copies[train])
+
+
+def test_where_no_images_are_equal_the_dev_split_is_drawn_as_without_their_content() -> None:
+    table = table_of(["train"] * 60)
+    spec = SplitSpec(dev_images=6, seed=3)
+    for mask, same in zip(
+        choose_splits(table, spec), choose_splits(table, spec, np.arange(60)), strict=True
+    ):
+        assert (mask == same).all()
+
+
 def test_a_named_dev_split_leaves_all_of_train_to_training() -> None:
     splits = np.array(["val", "train", "train", "test", "val"])
     train, dev = choose_splits(table_of(list(splits)), SplitSpec(dev="val"))

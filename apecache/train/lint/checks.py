@@ -18,6 +18,7 @@ from apecache.errors import DataError
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
+from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 from apecache.train.augment import mixed_groups
@@ -186,7 +187,7 @@ def lint_splits(
 ) -> Iterator[Finding]:
     """What is chosen on must not be reported, what is trained on must be in no other split."""
     pairs = store.pairs
-    train, dev = choose_splits(pairs, spec)
+    train, dev = choose_splits(pairs, spec, equal_images(arrays[0]))
     if (pairs.splits[dev] == report_split).any():
         text = (
             f"the dev split is {report_split!r}, which is to be reported: what is chosen on it is "
