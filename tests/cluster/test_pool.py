@@ -30,6 +30,8 @@ from apecache.errors import (
 if TYPE_CHECKING:
     from faults_cluster import Nodes
 
+SUPPORT = str(Path(__file__).parents[1] / "support")
+
 
 @pytest.fixture
 def pool(nodes: "Nodes", tmp_path: Path) -> Iterator[Pool]:
@@ -114,16 +116,16 @@ def test_more_than_any_node_has_is_refused(nodes: "Nodes", tmp_path: Path) -> No
 def test_an_interrupt_stops_the_actors(nodes: "Nodes", tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {SUPPORT!r})
 from functools import partial
 from pathlib import Path
 from pieces import Pieces
 from apecache.cluster.pool import RaySpec, open_pool
-with open_pool(partial(Pieces, Path({str(tmp_path)!r})), RaySpec({nodes.address!r}, 1)) as pool:
+with open_pool(partial(Pieces, Path({str(tmp_path)!r})), RaySpec(address={nodes.address!r}, actors=1)) as pool:
     for piece, _ in pool.run(["x", "sleep 60"]):
         print(piece, flush=True)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": SUPPORT}
     driver = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,

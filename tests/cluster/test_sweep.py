@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pieces import sent
+from recipes import SMALL
 
 import apecache.cluster.sweep as engine
 from apecache.cluster.pool import RaySpec
@@ -23,7 +24,6 @@ from apecache.train.head_data import FitSpec
 if TYPE_CHECKING:
     from faults_cluster import Nodes
 
-SMALL = str(Path(__file__).parents[1] / "train" / "small.toml")
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
 SETTINGS = (

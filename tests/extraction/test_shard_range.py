@@ -309,7 +309,7 @@ def test_a_process_with_another_encoder_of_that_name_is_refused_in_the_race(
         0
     ]
     fields = {**encoder.fingerprint.fields, "weights": "0"}
-    other = replace(encoder, fingerprint=type(encoder.fingerprint)(fields))
+    other = replace(encoder, fingerprint=type(encoder.fingerprint)(fields=fields))
     make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
     store = FeatureStore.open(tmp_path / "store")
     spec = ExtractSpec(encoder.spec, device="cpu")

@@ -98,7 +98,7 @@ class Nodes:
 
         import_ray()
         tests = Path(__file__).parents[1]
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(tests / "faults"), str(tests / "engines")])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(tests / "faults"), str(tests / "support")])
         about: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         head = {**about, "include_dashboard": False, "_system_config": QUICK_HEALTH}
         self.cluster = _started(head)

@@ -14,7 +14,7 @@ from faults_power import (
 )
 from tower import SMALL, TowerSpec
 
-from apecache.storage import files
+from apecache.storage import local
 
 TINY = TowerSpec(images=5)
 """2 + 2 shards."""
@@ -46,7 +46,7 @@ def test_no_fsync_can_be_left_out(tmp_path: Path, number: int) -> None:
 
 
 def test_every_fsync_of_the_store_is_among_those_tried() -> None:
-    source = Path(files.__file__).read_text(encoding="utf-8")
+    source = Path(local.__file__).read_text(encoding="utf-8")
     assert len(sync_calls()) == source.count("os.fsync(") + source.count("self._sync_folder(") >= 7
 
 

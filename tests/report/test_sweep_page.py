@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import SMALL
 
 from apecache.errors import MissingExtraError, RunError
 from apecache.report.charts.axes import log_ticks
@@ -24,7 +25,6 @@ from apecache.sweeps.space import Dimension, load_space
 from apecache.train.batches import SplitSpec
 from apecache.train.head_data import FitSpec
 
-SMALL = str(Path(__file__).parents[1] / "train" / "small.toml")
 SPLITS = ["train"] * 60 + ["dev"] * 20
 SPACE = """
 "optimiser.lr" = {log = [1e-5, 3e-2]}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from apecache_cli.app import app
+from recipes import SMALL
 from typer.testing import CliRunner
 
 from apecache.errors import RunError
@@ -56,7 +57,7 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 
 def make_recipe(*settings: str) -> Recipe:
     short = ["schedule.epochs=3", "schedule.batch_size=32"]
-    return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
+    return load_recipe(SMALL, [*short, *settings])
 
 
 def linear_flops(batch: int) -> int:

@@ -172,3 +172,11 @@ def test_a_faiss_without_gpu_says_what_to_install() -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"x\.faiss cannot be read"):
         open_vectors(tmp_path / "x.faiss", "Flat")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_small_index_on_a_full_disk_is_an_error() -> None:
+    """FAISS's own writer only prints that closing the file failed, and the file is cut short."""
+    built, _ = build_vectors("flat", np.eye(8, dtype=np.float32))
+    with pytest.raises(OSError, match="No space left"):
+        built.save(Path("/dev/full"))

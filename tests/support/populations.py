@@ -1,18 +1,15 @@
 """Small populations of heads, and fits of each member alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from recipes import SMALL
 from torch import Tensor
 
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
 from apecache.train.loop import Plan, Training, run_training, seeded
-
-SMALL = str(Path(__file__).with_name("small.toml"))
-
 
 CPU = torch.device("cpu")
 

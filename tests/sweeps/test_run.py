@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipes import SMALL
 
 import apecache.sweeps.halving
 from apecache.errors import MismatchError, OptionError, RecipeError, RunError
@@ -19,7 +20,6 @@ from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 
-SMALL = str(Path(__file__).parent / "train" / "small.toml")
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
 RATES = '"optimiser.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
+from recipes import SMALL
 
 from apecache.errors import RecipeError
 from apecache.sweeps.space import Space, load_space
-
-SMALL = str(Path(__file__).parent / "train" / "small.toml")
 
 
 def make(folder: Path, text: str, *recipes: str) -> Space:

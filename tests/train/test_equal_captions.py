@@ -2,13 +2,13 @@
 given."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recipes import SMALL
 
 from apecache.evaluate.embeddings import embed_store
 from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce
@@ -74,7 +74,7 @@ def make_recipe(*settings: str) -> Recipe:
         "optimiser.lr=0.02",
         "schedule.warmup=0",
     ]
-    return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
+    return load_recipe(SMALL, [*short, *settings])
 
 
 @pytest.fixture(scope="module")

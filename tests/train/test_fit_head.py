@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from recipes import SMALL
 
 from apecache.errors import DataError, IncompleteError, RecipeError, RunError, StoreError
 from apecache.evaluate.embeddings import embed_store
@@ -60,7 +61,7 @@ def planted_features(seed: int = 0, aligned: bool = True) -> Features:
     return image.astype(np.float32), text.astype(np.float32)
 
 
-def make_recipe(*settings: str, name: str = str(Path(__file__).with_name("small.toml"))) -> Recipe:
+def make_recipe(*settings: str, name: str = SMALL) -> Recipe:
     """The small recipe of these tests, or one of the zoo made short."""
     short = ["schedule.epochs=6", "schedule.batch_size=32", "optimiser.lr=0.02"]
     return load_recipe(name, [*short, *settings])

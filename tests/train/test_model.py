@@ -1,9 +1,8 @@
 """The model of a fit: which loss it computes, for which features."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from recipes import SMALL
 
 from apecache.errors import RecipeError
 from apecache.losses import objective as module
@@ -23,7 +22,7 @@ def pairs(n: int = 12, tokens: int | None = None) -> FeaturePairs:
 
 
 def make(*settings: str) -> tuple[AlignmentModel, Recipe]:
-    recipe = load_recipe(str(Path(__file__).with_name("small.toml")), settings)
+    recipe = load_recipe(SMALL, settings)
     return build_model(recipe, pairs(), seed=0), recipe
 
 

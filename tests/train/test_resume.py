@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipes import SMALL
 from safetensors.torch import load_file, save_file
 
 from apecache.errors import DataError, MismatchError, RunError
@@ -80,7 +81,7 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 
 def make_recipe(*settings: str) -> Recipe:
     short = ["schedule.epochs=5", "schedule.batch_size=32", "optimiser.lr=0.01"]
-    return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
+    return load_recipe(SMALL, [*short, *settings])
 
 
 def weights(run: Path) -> bytes:

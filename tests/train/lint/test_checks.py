@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from apecache_cli.app import app
+from recipes import SMALL
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -66,7 +67,7 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 
 def make_recipe(*settings: str) -> Recipe:
     short = ["schedule.epochs=2", "schedule.batch_size=32"]
-    return load_recipe(str(Path(__file__).with_name("small.toml")), [*short, *settings])
+    return load_recipe(SMALL, [*short, *settings])
 
 
 def loaded(store: FeatureStore, recipe: Recipe) -> tuple[FeaturePairs, AlignmentModel]:
