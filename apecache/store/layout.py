@@ -397,18 +397,17 @@ def _bytes(value: Any) -> bytes:
     return raw
 
 
-README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record
-for each committed shard.
+# Stores keep the hash of this text: another one would make every store look damaged.
+README = """This folder is a feature store written by apecache: plain Zarr v3 plus one JSON record per committed shard.
 
     import zarr
     root = zarr.open("features.zarr", mode="r")
     print(root.tree())
-    features = root["image/NAME/features"][:]    # NaN: not there; status 1: ok
-    captions = root["pairs/text_caption"][:]     # pairs/text_image_row: the image of each
+    features = root["image/NAME/features"][:]      # NaN: not there; status 1 ok, 2 quarantined, 0 missing
+    captions = root["pairs/text_caption"][:]       # pairs/text_image_row: the image of each caption
 
     import xarray
     xarray.open_datatree("features.zarr", engine="zarr", consolidated=False)
 
-`records/` holds what makes the features and the hashes of every object; `apecache info` and Zarr
-need nothing else.
-"""
+`records/` holds what makes the features and the hashes of every object; `apecache info` and Zarr need nothing else.
+"""  # noqa: E501

@@ -31,7 +31,7 @@ from apecache.plan.devices import Device
 from apecache.plan.plan import Cuts, Plan, plan
 from apecache.recipes.recipe import load_recipe
 
-PAGE = Path(__file__).parents[1] / "docs" / "internet-scale.md"
+PAGE = Path(__file__).parents[2] / "docs" / "internet-scale.md"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 UNIT = Device(name="unit", flops=1e6, memory_bytes=10**6, source="made up")
 

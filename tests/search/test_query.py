@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from close_vectors import assert_close_vectors
 from tiny import Grown, extract_tiny
 
 from apecache.errors import DataError, MismatchError, OptionError, RunError
@@ -17,7 +18,7 @@ from apecache.fingerprint import Fingerprint
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads, save_heads
-from apecache.search.faiss_index import build_vectors, open_vectors
+from apecache.search.faiss_index import build_vectors
 from apecache.search.index import (
     build_index,
     read_description,
@@ -72,15 +73,6 @@ def make(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made
 
     return store
-
-
-def assert_close_vectors(index: Path, other: Path, name: str) -> None:
-    """The same vectors in the same order, up to the rounding of another batch."""
-    dim = read_description(index)["dim"]
-    opened = [open_vectors(folder / f"{name}.faiss", "Flat") for folder in (index, other)]
-    assert opened[0].shape == opened[1].shape == (opened[0].shape[0], dim)
-    vectors = [one.vectors(np.arange(one.shape[0])) for one in opened]
-    np.testing.assert_allclose(vectors[0], vectors[1], rtol=0, atol=1e-5)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from apecache_cli.app import app
+from close_vectors import assert_close_vectors
 from typer.testing import CliRunner
 
 from apecache.data.pairs import Pair
@@ -211,9 +212,7 @@ def test_an_update_takes_up_images_without_captions_and_then_their_captions(
     assert report.left_out == LEFT_OUT
     build_index(run, FeatureStore.open(tmp_path / "second"), tmp_path / "new")
     for part in ("images", "texts"):
-        assert (tmp_path / "index" / f"{part}.faiss").read_bytes() == (
-            tmp_path / "new" / f"{part}.faiss"
-        ).read_bytes()
+        assert_close_vectors(tmp_path / "index", tmp_path / "new", part)
     gone = update_index(run, make("third", modalities=("image",)), tmp_path / "index")
     assert (gone.n_texts, gone.n_removed) == (0, 4)
 
@@ -377,7 +376,9 @@ def test_retrieval_keeps_captioned_images_and_counts_the_others(
     assert every.image_rows.tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert every.image_rows[every.image_of_text.numpy()].tolist() == [0, 0, 4, 5]
     rows = every.image_rows.tolist()
-    assert torch.equal(every.image[[rows.index(row) for row in (0, 4, 5)]], found.image)
+    captioned = every.image[[rows.index(row) for row in (0, 4, 5)]]
+    # Another batch: the bits depend on the processor.
+    torch.testing.assert_close(captioned, found.image, rtol=0, atol=1e-5)
 
 
 def test_nothing_left_out_says_nothing(

@@ -211,7 +211,7 @@ def test_recipes_on_tokens_fit_tokens_of_different_lengths(
             lengths,
         )
 
-    monkeypatch.setattr("apecache.train.fit_head.load_on", load_tokens)
+    monkeypatch.setattr("apecache.train.head_data.load_on", load_tokens)
     settings = [
         "optimiser.lr=0.01",
         "augmentation.token_dropout=0.1",

@@ -393,7 +393,7 @@ def test_what_cannot_be_looked_at_is_refused(data: Any, tmp_path: Path, write_st
 def test_the_card_of_a_run_says_what_was_recorded(run: Path) -> None:
     about = json.loads((run / DESCRIPTION).read_text())
     card = (run / "README.md").read_text(encoding="utf-8").replace("\\", "")
-    assert card.startswith(f"# {about['recipe']['name']}\n")
+    assert f"\n# {about['recipe']['name']}\n" in card  # below the front matter
     assert f"| trained parameters | {about['n_trained_parameters']:,} |" in card
     ledger = load_ledger(run)
     assert ledger is not None
