@@ -1,5 +1,4 @@
-"""Checks of what a public function is given, so that a wrong type is named at once and not deep
-inside."""
+"""Check the arguments of public functions, so that a wrong type is reported by its name."""
 
 import os
 from collections.abc import Mapping
@@ -23,11 +22,17 @@ MADE_BY: Mapping[str, str] = {
     "TrainedHeads": "load_heads(folder)",
     "ZeroShotSpec": "ZeroShotSpec(images)",
 }
-"""How to make what a function expects, by the name of its type."""
+"""The code that makes an argument, by the name of its type, for error messages."""
 
 
 def wrong_type(value: object, expected: str, name: str) -> OptionError:
-    """The error for an argument of a wrong type: its name, what was expected, what was found."""
+    """Return the error for an argument of a wrong type.
+
+    Args:
+        value: the argument.
+        expected: the expected type, in words.
+        name: of the argument.
+    """
     return OptionError(f"{name}: expected {expected}, found {type(value).__name__}")
 
 
@@ -40,6 +45,8 @@ def require_type(
     """Refuse an argument of another type than these.
 
     Args:
+        value: the argument.
+        types: the allowed types.
         name: of the argument.
         optional: None is allowed as well.
 
@@ -49,32 +56,45 @@ def require_type(
     expected = types if isinstance(types, tuple) else (types,)
     if isinstance(value, expected) or (optional and value is None):
         return
-    names = " or ".join(one.__name__ for one in expected)
+    names = " or ".join(expected_type.__name__ for expected_type in expected)
+    # Only classes of this package have a hint; nobody has to be told how to make a str.
     hint = MADE_BY.get(expected[0].__name__)
     error = wrong_type(value, names, name)
     raise OptionError(f"{error}; make one with: {hint}") if hint else error
 
 
 def as_path(value: object, name: str) -> Path:
-    """An argument that is a path, as a `Path`. Raises OptionError for another type, or an empty
-    text."""
+    """Return an argument that is a path as a `Path`.
+
+    Raises:
+        OptionError: another type, or an empty text.
+    """
     return Path(as_place(value, name))
 
 
 def as_place(value: object, name: str) -> str | Path:
-    """An argument that is a path or a URL of object storage, as it was given. Raises as `as_path`
-    does."""
+    """Return an argument that is a path or a URL of object storage, unchanged.
+
+    Raises:
+        OptionError: another type, or an empty text.
+    """
+    # `os.fspath` may return bytes, which are refused below.
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str):
         raise wrong_type(value, "a path (str or os.PathLike)", name)
     if not path:
         raise OptionError(f"{name}: expected a path, found an empty text")
+    # A text stays a text: `Path` would make one slash of the two in a URL.
     return Path(path) if isinstance(value, os.PathLike) else path
 
 
 def as_texts(values: object, name: str) -> tuple[str, ...]:
-    """An argument that is a list of texts. Raises OptionError for a single text, or for what is no
-    text in it."""
+    """Return an argument that is a list of texts as a tuple.
+
+    Raises:
+        OptionError: a single text, another type, or an element that is not a text.
+    """
+    # A single text is iterable as well: it would become a list of its letters.
     if isinstance(values, str | bytes | os.PathLike):
         raise OptionError(
             f"{name}: a list of texts is expected, found a single {type(values).__name__}; "

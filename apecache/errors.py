@@ -1,4 +1,4 @@
-"""Every error the library raises on purpose.
+"""Define every error that the library raises on purpose.
 
     ApecacheError                     exit code 1
     ├── MissingExtraError             1  an optional package is not installed (also ImportError)
@@ -15,9 +15,8 @@
     │       └── DamagedError             bytes differ from their commit record
     └── MismatchError                 4  does not belong to this store or run (also ValueError)
 
-Messages are one line: what was found, what was expected, what mends it. `exit_code` is what the
-command line ends with. `RowError` is no error of the run: it carries why one row could not be
-encoded.
+Messages are one line: what was found, what was expected, what mends it. `exit_code` is the exit
+code of the command line. `RowError` does not end a run: it says why one row could not be encoded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,10 +26,14 @@ from pathlib import Path
 
 
 class ApecacheError(Exception):
+    """Report a failure that a user can understand and fix."""
+
     exit_code = 1
 
 
 class MissingExtraError(ApecacheError, ImportError):
+    """Report an optional package that is not installed."""
+
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(
             f"{module} is not installed; install it with: pip install 'apecache[{extra}]'"
@@ -38,50 +41,56 @@ class MissingExtraError(ApecacheError, ImportError):
 
 
 class EngineError(ApecacheError, RuntimeError):
-    pass
+    """Report a cluster that cannot be used."""
 
 
 class OptionError(ApecacheError, ValueError):
+    """Report a setting that makes no sense."""
+
     exit_code = 2
 
 
 class DataError(ApecacheError, ValueError):
+    """Report an input that cannot be used."""
+
     exit_code = 3
 
 
 class ManifestError(DataError):
-    pass
+    """Report a fault of the table of images and captions."""
 
 
 class BadRowsError(DataError):
-    pass
+    """Report more unreadable rows than the limit allows."""
 
 
 class EncoderError(DataError):
-    pass
+    """Report an encoder that cannot be found or used."""
 
 
 class RecipeError(DataError):
-    pass
+    """Report a fault of a recipe or of one of its settings."""
 
 
 class RunError(DataError):
-    pass
+    """Report a run folder, head or index that cannot be used."""
 
 
 class StoreError(DataError):
-    pass
+    """Report a path that is not a store, or object storage that does not answer."""
 
 
 class IncompleteError(StoreError):
-    pass
+    """Report a store whose extraction has not finished."""
 
 
 class DamagedError(StoreError):
-    pass
+    """Report bytes that differ from their commit record."""
 
 
 class MismatchError(ApecacheError, ValueError):
+    """Report what does not belong to this store or run."""
+
     exit_code = 4
 
     def __init__(
@@ -89,15 +98,23 @@ class MismatchError(ApecacheError, ValueError):
         message: str,
         differences: Iterable[tuple[str, object, object]] = (),
     ) -> None:
-        """`differences`: (field, found, expected) triples, shown as a table by whoever prints the
-        error."""
+        """Store the differences, which the command line prints as a table.
+
+        Args:
+            message: one line.
+            differences: triples of field, found value and expected value.
+        """
         super().__init__(message)
         self.differences = tuple(differences)
 
 
 class RowError(Exception):
-    """One row cannot be encoded: `reason` is a short fixed word for counting, `detail` is for
-    people."""
+    """Report one row that cannot be encoded.
+
+    Args:
+        reason: a short fixed word, which rows are counted by.
+        detail: the explanation, for people.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -106,19 +123,24 @@ class RowError(Exception):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """`; did you mean a, b?` for the known names closest to `name`, or an empty string."""
-    found = get_close_matches(name, list(known), n=limit, cutoff=0.5)
-    return f"; did you mean {', '.join(found)}?" if found else ""
+    """Return `; did you mean a, b?` for the known names closest to `name`, or an empty string."""
+    close_names = get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(close_names)}?" if close_names else ""
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """What somebody else wrote, fit for a message: white space as single spaces, cut at `limit`."""
+    """Return the text of another program as one line of at most `limit` characters."""
     return " ".join(str(text).split())[:limit]
 
 
 @contextmanager
 def naming(place: object, copy: object) -> Iterator[None]:
-    """Errors name `place` in place of the temporary copy of it that is worked on."""
+    """Replace a path in the messages of errors.
+
+    Args:
+        place: the path that the user knows.
+        copy: the temporary copy that is worked on, which messages would name.
+    """
     try:
         yield
     except ApecacheError as error:
@@ -132,20 +154,27 @@ def require_local(folder: Path, what: str) -> None:
     Raises:
         RunError: `folder` is one.
     """
+    # One slash: `Path` has made one of the two in a URL.
     scheme, colon, _ = str(folder).partition(":/")
     if colon and scheme in ("s3", "gs", "az"):
         raise RunError(f"{what} {folder} is on object storage; this command takes a folder")
 
 
 def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
-    """Refuse to write over something that exists. `overwrite`: it was asked for, but this is
-    nothing of ours.
+    """Refuse to write over something that exists.
+
+    Args:
+        folder: the output.
+        what: the kind of output, for messages.
+        overwrite: `--overwrite` was given, but `folder` does not hold such an output.
 
     Raises:
         RunError: `folder` exists and is not empty.
     """
     require_local(folder, what)
-    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+    # An empty folder may be filled: nothing in it can be lost.
+    is_filled = folder.is_dir() and any(folder.iterdir())
+    if is_filled or folder.is_file():
         if overwrite:
             raise RunError(
                 f"{folder} exists and is no {what}, so it is not overwritten; choose another --out"

@@ -1,5 +1,7 @@
-"""The scikit-learn face: any recipe on pooled features as an estimator of paired arrays, in the
-shape of `sklearn.cross_decomposition.CCA`."""
+"""Offer any recipe on pooled features as a scikit-learn estimator of paired arrays.
+
+Its interface is that of `sklearn.cross_decomposition.CCA`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,21 +23,31 @@ from apecache.train.loop import Plan, Training, run_training, seeded
 from apecache.train.model import AlignmentModel
 
 LEAST_ROWS = 4
-"""Two to train on and two to choose on."""
+"""Two rows to train on and two to choose the epoch on."""
 Array = NDArray[np.float32]
 
 
 class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Heads that bring row i of X and row i of y together, both float [n, width]; a vector y is one
-    column.
+    """Fit heads that bring row i of X and row i of y together.
 
-    `recipe`: a name or a file, as `load_recipe` takes it, or a Recipe; `settings` its overrides. A
-    seeded `dev_fraction` of the rows (at least 2, at most half) chooses the epoch, or what a closed
-    form leaves open; the rest is fitted. Embeddings are float32 [n, dim], L2-normalised. Rows of
-    equal X are not known to be one image.
+    X and y are float [n, width]; a vector y is one column. Embeddings are float32 [n, dim],
+    L2-normalized. Rows with equal X are not treated as one image.
 
-    Fitted: `model_` (heads and temperature), `dev_report_`, `history_`, `n_features_in_`,
-    `n_features_y_`.
+    Args:
+        recipe: a name or a file, as `load_recipe` takes it, or a Recipe.
+        settings: overrides of the recipe.
+        dev_fraction: share of the rows that chooses the epoch, or the free settings of a closed
+            form; at least 2 rows, at most half. They are drawn by `random_state`. The other rows
+            are fitted.
+        random_state: seed, or a generator.
+        device: where the heads are trained.
+
+    Attributes:
+        model_: heads and temperature.
+        dev_report_: recall on the dev rows.
+        history_: the report of each epoch.
+        n_features_in_: width of X.
+        n_features_y_: width of y.
     """
 
     def __init__(
@@ -53,16 +65,20 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.device = device
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "AlignmentHead":
-        """Raises RecipeError (a ValueError) for a recipe that needs tokens or trains towers,
-        ValueError for arrays that do not fit each other."""
+        """Fit the heads.
+
+        Raises:
+            RecipeError: the recipe needs tokens or trains towers. It is a ValueError.
+            ValueError: arrays that do not fit each other, or a wrong `dev_fraction`.
+        """
         options = {
             "dtype": np.float32,
             "multi_output": True,
             "y_numeric": True,
             "ensure_min_samples": LEAST_ROWS,
         }
-        images, texts = validate_data(self, X, y, **options)
-        texts = _columns(texts)
+        images, raw_texts = validate_data(self, X, y, **options)
+        texts = _columns(raw_texts)
         recipe = _recipe(self.recipe, self.settings)
         if not 0 < self.dev_fraction <= 0.5:
             raise ValueError(
@@ -78,6 +94,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         )
         model, _ = initial_model(recipe, train=train, dev=dev, seed=seed)
         training = Training(model, recipe, seed)
+        # Another seed than that of the weights, so that the two draws are independent.
         with seeded(seed + 1, train.place):
             run_training(
                 training,
@@ -91,23 +108,26 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.model_: AlignmentModel = model.eval().requires_grad_(False)
         self.history_ = training.history
         self.n_features_y_ = texts.shape[1]
-        self.dev_report_ = _report(self._embed("image", dev.image), self._embed("text", dev.text))
+        dev_image = self._embed("image", dev.image)
+        dev_text = self._embed("text", dev.text)
+        self.dev_report_ = _report(dev_image, dev_text)
         self._n_features_out = model.image.out_dim
         return self
 
     def transform(self, X: ArrayLike, y: ArrayLike | None = None) -> Array | tuple[Array, Array]:
-        """Embeddings of X, or of X and y."""
+        """Embed X, or X and y."""
         check_is_fitted(self)
-        image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
+        image = self._embed_image(X)
         if y is None:
             return image.cpu().numpy()
-        return image.cpu().numpy(), self._embed("text", _tensor(self._checked(y))).cpu().numpy()
+        text = self._embed_text(y)
+        return image.cpu().numpy(), text.cpu().numpy()
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Mean of R@1 both ways among these rows, a share in [0, 1]."""
+        """Return the mean R@1 of both directions among these rows, a share in [0, 1]."""
         check_is_fitted(self)
-        image = self._embed("image", _tensor(validate_data(self, X, dtype=np.float32, reset=False)))
-        text = self._embed("text", _tensor(self._checked(y)))
+        image = self._embed_image(X)
+        text = self._embed_text(y)
         if len(image) != len(text):
             raise ValueError(
                 f"X has {len(image)} rows and y {len(text)}; row i of one belongs to row i of "
@@ -115,14 +135,22 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             )
         return _report(image, text).mean_recall_at_1 / 100
 
+    def _embed_image(self, X: ArrayLike) -> torch.Tensor:
+        checked = validate_data(self, X, dtype=np.float32, reset=False)
+        return self._embed("image", _tensor(checked))
+
+    def _embed_text(self, y: ArrayLike) -> torch.Tensor:
+        return self._embed("text", _tensor(self._checked(y)))
+
     def _checked(self, y: ArrayLike) -> Array:
-        found = _columns(check_array(y, dtype=np.float32, ensure_2d=False, input_name="y"))
-        if found.shape[1] != self.n_features_y_:
+        """Return y as float32 [n, width], with the width of the fit."""
+        texts = _columns(check_array(y, dtype=np.float32, ensure_2d=False, input_name="y"))
+        if texts.shape[1] != self.n_features_y_:
             raise ValueError(
-                f"y has {found.shape[1]} features, but {type(self).__name__} was fitted with "
+                f"y has {texts.shape[1]} features, but {type(self).__name__} was fitted with "
                 f"{self.n_features_y_}"
             )
-        return found
+        return texts
 
     def _embed(self, side: str, features: torch.Tensor) -> torch.Tensor:
         return embed(getattr(self.model_, side), features)
@@ -136,21 +164,24 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
 
 def _recipe(recipe: str | Recipe, settings: Sequence[str]) -> Recipe:
-    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
-    if not found.trains_heads_alone or found.cut != "pooled":
+    """Load a recipe, and refuse one that needs more than pooled features."""
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    if not loaded.trains_heads_alone or loaded.cut != "pooled":
         raise RecipeError(
-            f"recipe {found.name} needs more than pooled features; choose another (apecache "
+            f"recipe {loaded.name} needs more than pooled features; choose another (apecache "
             "recipes)"
         )
-    return found
+    return loaded
 
 
 def _columns(y: NDArray[Any]) -> Array:
+    """Return [n, width]; a vector becomes one column."""
     return np.asarray(y, np.float32).reshape(len(y), -1)
 
 
 def _tensor(values: NDArray[Any]) -> torch.Tensor:
-    """A copy: torch wants memory that can be written."""
+    """Convert to a tensor with memory of its own."""
+    # A copy: Torch warns of memory that cannot be written.
     return torch.from_numpy(np.array(values, np.float32, order="C"))
 
 
@@ -161,15 +192,17 @@ def _split(
     seed: int,
     device: torch.device,
 ) -> tuple[FeaturePairs, FeaturePairs]:
-    """(training, dev) pairs; both keep the order of the rows."""
+    """Split rows into training and dev pairs; both keep the order of the rows."""
     n_dev = min(max(2, round(fraction * len(X))), len(X) // 2)
-    chosen = np.zeros(len(X), bool)
-    chosen[np.random.default_rng(seed).choice(len(X), n_dev, replace=False)] = True
-    train, dev = (_pairs(X[mask], y[mask], device) for mask in (~chosen, chosen))
+    is_dev = np.zeros(len(X), bool)
+    is_dev[np.random.default_rng(seed).choice(len(X), n_dev, replace=False)] = True
+    train = _pairs(X[~is_dev], y[~is_dev], device)
+    dev = _pairs(X[is_dev], y[is_dev], device)
     return train, dev
 
 
 def _pairs(X: Array, y: Array, device: torch.device) -> FeaturePairs:
+    # Every image has one caption, so the caption of image i is in row i.
     first = torch.arange(len(X) + 1, device=device)
     return FeaturePairs(image=_tensor(X).to(device), text=_tensor(y).to(device), first_text=first)
 

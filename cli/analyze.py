@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .runs import MovedImage, MovedText, moved_encoders
 from .terminal import Device, Json, ending, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.evaluate.analysis import ShiftReport
 
 
 def analyze(
@@ -42,23 +45,22 @@ def analyze(
         from apecache.runs.load import load_run
 
         moved = moved_encoders(run, image, text)
-        found = measure(load_run(run, device, *moved), device, *moved)
-        charts = write_charts(found, out or run)
+        reports = measure(load_run(run, device, *moved), device, *moved)
+        charts = write_charts(reports, out or run)
         if json:
-            show_json(
-                {
-                    "sides": [asdict(report) for report in found],
-                    "charts": [str(path) for path in charts],
-                }
-            )
+            sides = [asdict(report) for report in reports]
+            show_json({"sides": sides, "charts": [str(path) for path in charts]})
             return
-        for report in found:
+        for report in reports:
             _show(report)
         typer.echo("charts: " + ", ".join(str(path) for path in charts))
 
 
-def _show(report: Any) -> None:
-    rows = [(norm.norm, norm.depth, norm.l1_weight, norm.l1_bias) for norm in report.norms]
+def _show(report: "ShiftReport") -> None:
+    """Show one tower: a row for each norm."""
+    rows: list[tuple[object, ...]] = []
+    for norm in report.norms:
+        rows.append((norm.norm, norm.depth, norm.l1_weight, norm.l1_bias))
     rows.append(("correlation with depth", "", report.correlation_weight, report.correlation_bias))
     show_table(
         f"{report.side} tower: L1 change of every norm",

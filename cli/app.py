@@ -1,5 +1,7 @@
-"""The command `apecache`: one verb per command, one library function behind each. Nothing heavy is
-imported here."""
+"""The command `apecache`: one verb per command, one library function behind each.
+
+Nothing heavy is imported here: `apecache --help` must not wait for torch.
+"""
 
 import sys
 from typing import Annotated
@@ -68,8 +70,9 @@ for _command in (
 app.command(cls=Command)(demo.demo)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_requested: bool) -> None:
+    """Show the version and end; Typer calls this before any command."""
+    if is_requested:
         from importlib.metadata import version
 
         typer.echo(f"apecache {version('apecache')}")
@@ -86,8 +89,11 @@ def _options(
 
 
 def main() -> None:
-    """The console script. An interrupt or an error of the system outside a command's own work ends
-    as inside it."""
+    """Run the console script.
+
+    Commands end their own work with `ending`. An interrupt or an error of the system outside of it,
+    while Typer parses or prints help, ends in the same way.
+    """
     try:
         app()
     except KeyboardInterrupt:

@@ -44,14 +44,15 @@ def compare(
         names_a, names_b = two_sides(runs or [], a or [], b or [])
         from apecache.runs.remote import fetched_run
 
-        here = {
-            name: stack.enter_context(fetched_run(name))
-            for name in dict.fromkeys([*names_a, *names_b])
-        }
-        sides = [[here[name] for name in names] for names in (names_a, names_b)]
+        folders = {}
+        # Each run once: fetching one again from object storage would copy it again.
+        for name in dict.fromkeys([*names_a, *names_b]):
+            folders[name] = stack.enter_context(fetched_run(name))
+        side_a = [folders[name] for name in names_a]
+        side_b = [folders[name] for name in names_b]
         result = measure(
-            sides,
-            names={str(folder): name for name, folder in here.items()},
+            [side_a, side_b],
+            names={str(folder): name for name, folder in folders.items()},
             store=store,
             split=split,
             root=root,
@@ -64,7 +65,11 @@ def compare(
 
 
 def two_sides(runs: list[str], a: list[str], b: list[str]) -> tuple[list[str], list[str]]:
-    """Both sides of a comparison. Raises OptionError unless it is two runs, or --a and --b."""
+    """Return the runs of both sides.
+
+    Raises:
+        OptionError: Neither two runs nor --a and --b are given, or more than that.
+    """
     from apecache.errors import OptionError
 
     if len(runs) == 2 and not a and not b:
@@ -85,13 +90,21 @@ def measure(
     root: str | None,
     device: str,
 ) -> dict[str, Any]:
-    """The JSON form of a comparison. Warns of runs that saw the split."""
+    """Compare two sides, and warn of runs that used the split in training.
+
+    Args:
+        sides: The run folders of A and of B.
+        names: For each run folder, the name that the user gave.
+
+    Returns:
+        The JSON form of the comparison.
+    """
     from dataclasses import asdict
 
     from apecache.evaluate.comparison import compare_runs
     from apecache.store.reader import FeatureStore
 
-    found = compare_runs(
+    comparison = compare_runs(
         sides[0],
         run_b=sides[1],
         store=FeatureStore.open(store),
@@ -99,28 +112,30 @@ def measure(
         device=device,
         open_image=opener(root),
     )
-    seen = [names[folder] for folder in found.seen_in_training]
-    for name in seen:
+    trained_on_split = [names[folder] for folder in comparison.seen_in_training]
+    for name in trained_on_split:
         warn(
             f"{name} used split {split!r} in training or to choose its epoch: its figures are "
             "too high"
         )
-    return {**asdict(found), "seen_in_training": seen}
+    return {**asdict(comparison), "seen_in_training": trained_on_split}
 
 
 def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, Any]) -> None:
-    rows = [
-        (
-            row["metric"],
-            row["value_a"],
-            row["value_b"],
-            row["chance"],
-            f"{row['difference']:+.1f}",
-            f"{row['low']:+.1f} to {row['high']:+.1f}",
-            f"{row['p_value']:.4f}" if row["p_value"] >= 0.0001 else "< 0.0001",
+    """Show the differences, and what each side is."""
+    rows = []
+    for row in result["rows"]:
+        rows.append(
+            (
+                row["metric"],
+                row["value_a"],
+                row["value_b"],
+                row["chance"],
+                f"{row['difference']:+.1f}",
+                f"{row['low']:+.1f} to {row['high']:+.1f}",
+                f"{row['p_value']:.4f}" if row["p_value"] >= 0.0001 else "< 0.0001",
+            )
         )
-        for row in result["rows"]
-    ]
     title = f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts"
     show_table(
         title,

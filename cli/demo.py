@@ -1,5 +1,4 @@
-"""`apecache demo`: the whole way on drawings that the project ships, with encoders that come as
-packages."""
+"""`apecache demo`: all steps on drawings that the project ships, with encoders from packages."""
 
 import os
 import shlex
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click import get_current_context
 
 from .terminal import Json, Overwrite, ending, show_json, show_table
 
@@ -19,6 +17,7 @@ QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path(
         "apecache-demo"
     ),
@@ -41,7 +40,7 @@ def demo(
             require_new(out, "folder")
         folder = data_folder()
         encoders = write_encoders(out)
-        results = run_commands(out, folder, encoders)
+        results = run_commands(context.find_root().command, out, folder, encoders)
         page = write_report(out, folder, results)
         seconds = time.perf_counter() - begin
         if json:
@@ -52,63 +51,93 @@ def demo(
 
 
 def data_folder() -> Path:
-    """The drawings: examples/drawings in the sources, apecache_cli/drawings in an installed
-    wheel."""
+    """Return the folder of the drawings.
+
+    It is examples/drawings in the sources and apecache_cli/drawings in an installed wheel.
+    """
     folder = Path(str(files("apecache_cli.drawings")))
+    # A relative path, where there is one, keeps the printed commands short.
     return Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def write_encoders(out: Path) -> tuple[Path, Path]:
-    """The two packaged encoders as ordinary local folders."""
+    """Write the two packaged encoders as ordinary local folders."""
     from apecache.encoders.packaged import write_packaged_encoders
 
     typer.echo("Writing the two packaged encoders as local folders", err=True)
     return write_packaged_encoders(out / "encoders")
 
 
-def run_commands(out: Path, folder: Path, encoders: tuple[Path, Path]) -> list[dict[str, Any]]:
-    """Every step as the command that a user would type; returns the rows of the result table."""
+def run_commands(
+    apecache: Any, out: Path, folder: Path, encoders: tuple[Path, Path]
+) -> list[dict[str, Any]]:
+    """Run every step as the command that a user would type.
+
+    Returns:
+        The rows of the result table, as `measure` makes them.
+    """
     table = str(folder / "pairs.tsv")
     store = str(out / "store")
-    image, text = (
-        f"{library}:{local_name(path)}"
-        for library, path in zip(("timm", "hf"), encoders, strict=True)
-    )
-    call("extract", table, "--store", store, "--image", image, "--text", text)
+    image_folder, text_folder = encoders
+    image = f"timm:{local_name(image_folder)}"
+    text = f"hf:{local_name(text_folder)}"
+    call(apecache, "extract", table, "--store", store, "--image", image, "--text", text)
     rows = []
     for recipe in RECIPES:
         run = str(out / f"run-{recipe}")
-        call("fit-head", store, "--recipe", recipe, "--out", run, "--overwrite")
-        call("evaluate", run, "--store", store, "--split", "val")
-        prompts = [word for template in TEMPLATES for word in ("--template", template)]
-        call("evaluate", run, "--task", "zeroshot", "--labels", table, "--split", "val", *prompts)
+        call(apecache, "fit-head", store, "--recipe", recipe, "--out", run, "--overwrite")
+        call(apecache, "evaluate", run, "--store", store, "--split", "val")
+        prompts: list[str] = []
+        for template in TEMPLATES:
+            prompts += ["--template", template]
+        call(
+            apecache,
+            "evaluate",
+            run,
+            "--task",
+            "zeroshot",
+            "--labels",
+            table,
+            "--split",
+            "val",
+            *prompts,
+        )
         rows += measure(recipe, run=out / f"run-{recipe}", store=Path(store), folder=folder)
     best = str(out / f"run-{RECIPES[-1]}")
     index = str(out / "index")
-    call("index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
+    call(apecache, "index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
     for query in QUERIES:
-        call("search", index, query)
-    call("search", index, str(a_val_image(folder)))
+        call(apecache, "search", index, query)
+    call(apecache, "search", index, str(a_val_image(folder)))
     return rows
 
 
 def local_name(path: Path) -> str:
-    """A folder name that an encoder spec takes for a folder even if it is relative."""
+    """Write a path so that an encoder spec takes it for a folder even if it is relative."""
     return str(path) if path.is_absolute() else f"./{path}"
 
 
-def call(*arguments: str) -> None:
+def call(apecache: Any, *arguments: str) -> None:
     """Print a command and run it in this process."""
-    app = get_current_context().find_root().command
     typer.secho(f"\n$ {shlex.join(['apecache', *arguments])}", bold=True, err=True)
-    code = app.main(list(arguments), standalone_mode=False)
+    # Not standalone: a command that fails returns its code, and does not end this process.
+    code = apecache.main(list(arguments), standalone_mode=False)
     if code:
         raise typer.Exit(code)
 
 
 def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, Any]]:
-    """Retrieval and zero-shot figures of the trained heads and of the same heads before
-    training."""
+    """Measure retrieval and zero-shot of the trained heads, and of the same heads before training.
+
+    Args:
+        name: The recipe.
+        run: Its run folder.
+        store: The feature store.
+        folder: The drawings.
+
+    Returns:
+        A row for each stage; recalls and accuracies in per cent.
+    """
     from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
     from apecache.evaluate.labelled import LabelledSpec
@@ -143,19 +172,19 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
                 **vars(report),
                 "top1": classes.top1,
                 "top5": classes.top5,
+                "chance_top1": classes.chance_top1,
+                "chance_top5": classes.chance_top5,
             }
         )
-        rows[-1].update(chance_top1=classes.chance_top1, chance_top5=classes.chance_top5)
     return rows
 
 
 def a_val_image(folder: Path) -> Path:
-    """The first image of the val split."""
+    """Return the first image of the val split."""
     from apecache.data.sources import open_pairs
 
-    return folder / next(
-        pair.key for pair in open_pairs(folder / "pairs.tsv") if pair.split == "val"
-    )
+    pairs = open_pairs(folder / "pairs.tsv")
+    return folder / next(pair.key for pair in pairs if pair.split == "val")
 
 
 COLUMNS = (
@@ -172,7 +201,7 @@ COLUMNS = (
 
 
 def result_rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Chance, then each recipe before and after training; recalls and accuracies in per cent."""
+    """Return the table: chance, then each recipe before and after training, in per cent."""
     first = results[0]
     chance = (*first["chance_image_to_text"].values(), *first["chance_text_to_image"].values())
     rows: list[tuple[Any, ...]] = [("chance", *chance, first["chance_top1"], first["chance_top5"])]
@@ -183,6 +212,7 @@ def result_rows(results: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def title(results: list[dict[str, Any]]) -> str:
+    """Return the title of the result table."""
     return (
         f"val: {results[0]['n_images']} drawings, {results[0]['n_texts']} words, 12 "
         "categories (zero-shot)"
@@ -190,10 +220,12 @@ def title(results: list[dict[str, Any]]) -> str:
 
 
 def show_results(results: list[dict[str, Any]]) -> None:
+    """Show the result table."""
     show_table(title(results), COLUMNS, result_rows(results))
 
 
 def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path:
+    """Write the page of all runs, with pictures of the last recipe's results."""
     from apecache.data.media import FolderMedia
     from apecache.evaluate.embeddings import embed_store
     from apecache.report.page import Page, Table, write_page

@@ -2,9 +2,12 @@
 
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from apecache.cluster.pool import RaySpec
 
 Engine = Annotated[str, typer.Option(help="local, or ray: actors on a Ray cluster (needs ray).")]
 Address = Annotated[
@@ -38,8 +41,8 @@ RayGpus = Annotated[
 ]
 
 
-def results_only(cluster: Any) -> AbstractContextManager[object]:
-    """Ray tells on standard output what became of actors; that is for results alone."""
+def results_only(cluster: "RaySpec | None") -> AbstractContextManager[object]:
+    """Send what Ray prints of its actors to standard error: standard output is for results."""
     return redirect_stdout(sys.stderr) if cluster else nullcontext()
 
 
@@ -49,19 +52,22 @@ def ray_spec(
     actors: int | None,
     cpus: int | None,
     gpus: float | None,
-) -> Any:
-    """The `RaySpec`, None for the local engine. Raises OptionError if there are options of the
-    other engine."""
+) -> "RaySpec | None":
+    """Build the settings of a Ray cluster; None for the local engine.
+
+    Raises:
+        OptionError: An engine that does not exist, or options of Ray for the local engine.
+    """
     from apecache.errors import OptionError
 
     from .terminal import choice
 
     choice("--engine", engine, ("local", "ray"))
     options = {"--address": address, "--ray-actors": actors, "--ray-cpus": cpus, "--ray-gpus": gpus}
-    given = [name for name, value in options.items() if value is not None]
+    ray_options = [name for name, value in options.items() if value is not None]
     if engine == "local":
-        if given:
-            raise OptionError(f"{', '.join(given)}: only with --engine ray")
+        if ray_options:
+            raise OptionError(f"{', '.join(ray_options)}: only with --engine ray")
         return None
     from apecache.cluster.pool import RaySpec
 

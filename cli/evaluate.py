@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,10 @@ from .inputs import Opening, takes_source
 from .labelled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, choice, ending, show_json, show_table, warn
+
+if TYPE_CHECKING:
+    from apecache.metrics.protocols import Intervals
+    from apecache.metrics.retrieval import RetrievalReport
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 
@@ -99,10 +103,11 @@ def evaluate(
         choice("--task", task, TASKS)
         from apecache.runs.remote import fetched_run
 
-        with fetched_run(run) as here:
-            moved = moved_encoders(here, image, text)
-            asked = Asked(
-                run=here,
+        # A run on object storage is a local copy until the end of the block.
+        with fetched_run(run) as run_folder:
+            moved = moved_encoders(run_folder, image, text)
+            request = Asked(
+                run=run_folder,
                 labels=labels,
                 opening=opening,
                 split=split,
@@ -110,13 +115,22 @@ def evaluate(
                 max_bad=max_bad,
                 moved=moved,
             )
-            about = (split or "val", device, folds, by_language, csls, opening.root, moved)
             match task:
                 case "retrieval":
-                    result = retrieval(here, store, *about)
+                    result = retrieval(
+                        run_folder,
+                        store=store,
+                        split=split or "val",
+                        device=device,
+                        folds=folds,
+                        by_language=by_language,
+                        csls=csls,
+                        root=opening.root,
+                        moved=moved,
+                    )
                 case "zeroshot":
                     result = zeroshot(
-                        asked,
+                        request,
                         dataset=dataset,
                         class_names=class_names,
                         templates=templates,
@@ -124,7 +138,7 @@ def evaluate(
                     )
                 case _:
                     result = probes(
-                        asked,
+                        request,
                         "image" if task == "probe" else "text",
                         probe_train_split,
                     )
@@ -146,7 +160,20 @@ def retrieval(
     root: str | None = None,
     moved: tuple[Any, Any] = (None, None),
 ) -> dict[str, Any]:
-    """The JSON form of a retrieval report: recalls in per cent."""
+    """Measure retrieval on a split of a store.
+
+    Args:
+        run: A finished run folder.
+        store: The feature store with the split; None is an error that names --store.
+        folds: Images of each fold, over which recalls are averaged; None: no folds.
+        by_language: Whether each language is measured by itself too.
+        csls: Whether recalls with CSLS are added.
+        root: Where the images are, for a run that trained its image tower.
+        moved: The image and the text encoder under new names.
+
+    Returns:
+        The JSON form of the report: recalls in per cent.
+    """
     from apecache.errors import OptionError
 
     if store is None:
@@ -169,24 +196,29 @@ def retrieval(
     loaded = load_run(run, device, *moved)
     opened = FeatureStore.open(store)
     embedded = embed_store(loaded, store=opened, split=split, open_image=opener(root))
-    about = (embedded.image, embedded.text, embedded.image_of_text)
+    tensors = (embedded.image, embedded.text, embedded.image_of_text)
     equal: Any = {"relevance": embedded.relevance}
-    report = folded_report(*about, folds, **equal) if folds else retrieval_report(*about, **equal)
-    measure = csls_report
+    if folds:
+        report = folded_report(*tensors, folds, **equal)
+    else:
+        report = retrieval_report(*tensors, **equal)
     corrected = None
-    if csls:
-        corrected = (
-            folded_report(*about, folds, measure=measure, **equal)
-            if folds
-            else measure(*about, **equal)
-        )
-    intervals = None if folds else retrieval_intervals(*about, **equal)
-    corrected_intervals = csls_intervals(*about, **equal) if csls and not folds else None
-    tongues = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
-    languages = language_reports(*about, tongues, **equal) if by_language else {}
-    sure = language_intervals(*about, tongues, **equal) if by_language else {}
-    seen = was_split_seen(loaded.training, opened.digest, split)
-    if seen:
+    if csls and folds:
+        corrected = folded_report(*tensors, folds, measure=csls_report, **equal)
+    elif csls:
+        corrected = csls_report(*tensors, **equal)
+    # Intervals resample the images of a whole split; a mean over folds has none.
+    intervals = None if folds else retrieval_intervals(*tensors, **equal)
+    corrected_intervals = csls_intervals(*tensors, **equal) if csls and not folds else None
+    text_languages = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
+    languages: dict[str, Any] = {}
+    if by_language:
+        reports = language_reports(*tensors, text_languages, **equal)
+        intervals_of = language_intervals(*tensors, text_languages, **equal)
+        for language, language_report in reports.items():
+            languages[language] = told(language_report, intervals_of[language])
+    was_seen = was_split_seen(loaded.training, opened.digest, split)
+    if was_seen:
         warn(
             f"split {split!r} was used in training or to choose the epoch: this is no measure "
             "of generalisation"
@@ -202,20 +234,18 @@ def retrieval(
             "image_to_text": keyed(report.chance_image_to_text),
             "text_to_image": keyed(report.chance_text_to_image),
         },
-        "seen_in_training": seen,
+        "seen_in_training": was_seen,
         "mean_recall_at_1": round(report.mean_recall_at_1, 4),
         "folds_of": folds,
         "csls": None if corrected is None else told(corrected, corrected_intervals),
         "intervals": None if intervals is None else vars(intervals),
-        "languages": {
-            language: told(found, sure[language]) for language, found in languages.items()
-        },
+        "languages": languages,
         "left_out": asdict(embedded.left_out),
     }
 
 
-def told(report: Any, intervals: Any) -> dict[str, Any]:
-    """A report in short, with chance and intervals (None for folds)."""
+def told(report: "RetrievalReport", intervals: "Intervals | None") -> dict[str, Any]:
+    """Return the JSON form of a report, with chance and with intervals (None for folds)."""
     return {
         "image_to_text": keyed(report.image_to_text),
         "text_to_image": keyed(report.text_to_image),
@@ -230,11 +260,12 @@ def told(report: Any, intervals: Any) -> dict[str, Any]:
 
 
 def keyed(recalls: dict[int, float]) -> dict[str, float]:
+    """Return recalls as JSON has them: by K as a text, rounded."""
     return {str(k): round(value, 4) for k, value in recalls.items()}
 
 
 def show_retrieval(run: str, result: dict[str, Any]) -> None:
-    """Recalls with their intervals, and chance below those that it belongs to."""
+    """Show recalls with their intervals, each followed by its chance."""
     ks = list(result["image_to_text"])
     rows = [recall_row(str(run), result)]
     rows += interval_rows(result["intervals"])
@@ -258,11 +289,12 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
 
 
 def recall_row(what: str, report: dict[str, Any]) -> tuple[object, ...]:
+    """Return a table row of recalls, `what` first."""
     return (what, *report["image_to_text"].values(), *report["text_to_image"].values())
 
 
 def interval_rows(intervals: dict[str, Any] | None) -> list[tuple[object, ...]]:
-    """One row, or none where there are no intervals (folds)."""
+    """Return one table row of intervals, or none where there are no intervals (folds)."""
     if intervals is None:
         return []
     ends = [*intervals["image_to_text"].values(), *intervals["text_to_image"].values()]

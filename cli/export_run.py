@@ -40,6 +40,7 @@ def export_run(
             raise OptionError("give one of --onnx, --safetensors and --sentence-transformers")
         require_new(out, "folder")
         heads = load_heads(run)
+        # Half a folder would be refused as an existing one by the next call.
         with undone_on_error(out):
             if onnx:
                 from apecache.export.onnx import export_onnx

@@ -1,7 +1,7 @@
 """`apecache extract`."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,16 @@ from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, resu
 from .inputs import SOURCE, Opening, SingleWriter, takes_source
 from .memory import keep_freed_memory
 from .terminal import Device, Json, choice, ending, printable, progress, show_json, show_table, warn
+
+if TYPE_CHECKING:
+    from apecache.cluster.pool import RaySpec
+    from apecache.data.augment import Views
+    from apecache.data.pairs import PairSource, SourceFields
+    from apecache.data.spec import Role
+    from apecache.encoders.spec import EncoderSpec
+    from apecache.extraction.arrays import ExtractSpec
+    from apecache.extraction.report import ExtractReport
+    from apecache.fingerprint import Modality
 
 CUT = (
     "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many "
@@ -166,14 +176,19 @@ def extract(
     --text hf:sentence-transformers/all-MiniLM-L6-v2
     """
     with ending():
+        # Options and the source are checked before the imports of torch, which take seconds.
         choice("--storage", storage, ("float16", "float32", "int8"))
         from apecache.extraction.shard_range import WHOLE, parse_part
 
-        own = parse_part(part) if part else WHOLE
+        shard_range = parse_part(part) if part else WHOLE
         cluster = ray_spec(engine, address=address, actors=ray_actors, cpus=ray_cpus, gpus=ray_gpus)
         from apecache.data.sources import open_pairs
 
-        required = (*(("image",) if image else ()), *(("caption",) if text else ()))
+        required: list[Role] = []
+        if image:
+            required.append("image")
+        if text:
+            required.append("caption")
         source = open_pairs(pairs, opening(*required))
         choice("--resize", resize, ("reference", "torchvision"))
         images = encoder_specs(
@@ -211,97 +226,117 @@ def extract(
             "compiled": compiled,
         }
         options |= {"single_writer": single_writer}
-        options |= {"part": own, "hang_seconds": hang_seconds, "workers": workers}
+        options |= {"part": shard_range, "hang_seconds": hang_seconds, "workers": workers}
         options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
         spec = ExtractSpec(**options)
         if dry_run:
             show_plan(source, store=store, spec=spec, price_per_hour=price_per_hour, json=json)
             return
+        # The bar is on standard error, so that --json leaves one object on standard output.
         with progress() as update, results_only(cluster):
             report = run_on(cluster)(source, store, spec, update)
         show_extracted(report, source.fields, json)
 
 
-def run_on(cluster: Any) -> Any:
-    """`extract` of the local engine, or of a Ray cluster."""
+def run_on(cluster: "RaySpec | None") -> Any:
+    """Return `extract` of the local engine, or of a Ray cluster."""
     if cluster is None:
         from apecache.extraction.run import extract
 
         return extract
+    # Only here: the cluster needs Ray, which is an extra.
     from apecache.cluster.extract import extract_on_ray
 
     return partial(extract_on_ray, cluster=cluster)
 
 
-def show_plan(source: Any, store: str, spec: Any, price_per_hour: float | None, json: bool) -> None:
+def show_plan(
+    source: "PairSource",
+    store: str,
+    spec: "ExtractSpec",
+    price_per_hour: float | None,
+    json: bool,
+) -> None:
+    """Show what an extraction would take; nothing is written."""
     from apecache.extraction.estimate import plan_extraction
 
     plan = plan_extraction(source, store=store, spec=spec, price_per_hour=price_per_hour)
     if json:
         sums = {"n_bytes": plan.n_bytes, "seconds": plan.seconds, "fits": plan.fits}
-        taken = {**source.fields.taken, "unused": list(source.fields.unused)}
+        columns_of_roles = {**source.fields.taken, "unused": list(source.fields.unused)}
         show_json(
             {
                 **vars(plan),
                 "arrays": [vars(array) for array in plan.arrays],
                 **sums,
-                "columns": taken,
+                "columns": columns_of_roles,
             }
         )
         return
     typer.echo(printable(str(source.fields)))
     columns = ("modality", "features", "rows", "shape", "to encode", "MB")
-    rows = [
-        (
-            a.modality,
-            a.name,
-            a.rows,
-            " x ".join(map(str, a.row_shape)),
-            a.n_pending,
-            a.n_bytes / 1e6,
-        )
-        for a in plan.arrays
-    ]
+    rows: list[tuple[object, ...]] = []
+    for array in plan.arrays:
+        shape = " x ".join(map(str, array.row_shape))
+        megabytes = array.n_bytes / 1e6
+        rows.append((array.modality, array.name, array.rows, shape, array.n_pending, megabytes))
     show_table(str(plan.store), columns, rows)
-    about = (
+    duration = (
         f"about {plan.seconds:,.0f} s (images {plan.image_seconds:,.0f}, texts "
         f"{plan.text_seconds:,.0f})"
     )
     money = "" if plan.price is None else f", price {plan.price:,.2f}"
     free = "" if plan.free_bytes is None else f" of {plan.free_bytes / 1e6:,.1f} MB free"
-    typer.echo(f"{about}{money}; {plan.n_bytes / 1e6:,.1f} MB{free}; nothing written")
+    typer.echo(f"{duration}{money}; {plan.n_bytes / 1e6:,.1f} MB{free}; nothing written")
     if not plan.fits:
         warn("the disk is too small")
 
 
 def encoder_specs(
     names: list[str] | None,
-    modality: Any,
+    modality: "Modality",
     cuts: list[str] | None,
     dtype: Any,
     **settings: Any,
-) -> Any:
-    """Every cut of every encoder, from command-line options."""
+) -> "tuple[EncoderSpec, ...]":
+    """Parse encoder options: every cut of every encoder.
+
+    Args:
+        names: The encoders, as `--image` or `--text` takes them.
+        modality: The side of all encoders.
+        cuts: The poolings, as `--image-cut` takes them; None: the encoder's own.
+        dtype: The type of the computation; checked here.
+        settings: Other fields of `EncoderSpec`, the same for all encoders.
+
+    Raises:
+        OptionError: An unknown `dtype`, or a cut that cannot be parsed.
+        EncoderError: A name that cannot be parsed.
+    """
     from dataclasses import replace
 
     from apecache.encoders.spec import parse_cut, parse_encoder
 
     choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
-    taken = [parse_cut(cut) for cut in cuts or ["default"]]
+    parsed_cuts = [parse_cut(cut) for cut in cuts or ["default"]]
     specs = [parse_encoder(name, modality) for name in names or ()]
     return tuple(
         replace(spec, pooling=pooling, layer=layer, dtype=dtype, **settings)
         for spec in specs
-        for pooling, layer in taken
+        for pooling, layer in parsed_cuts
     )
 
 
-def view_spec(count: int, scale: str, seed: int) -> Any:
+def view_spec(count: int, scale: str, seed: int) -> "Views":
+    """Parse the options of augmented views.
+
+    Raises:
+        OptionError: `scale` is not two shares of the area in ascending order.
+    """
     from apecache.data.augment import Views
     from apecache.errors import OptionError
 
     try:
-        low, high = (float(part) for part in scale.split(","))
+        low, high = (float(share) for share in scale.split(","))
         if not 0 < low <= high <= 1:
             raise ValueError
     except ValueError:
@@ -311,8 +346,8 @@ def view_spec(count: int, scale: str, seed: int) -> Any:
     return Views(count, seed, (low, high))
 
 
-def show_extracted(report: Any, fields: Any, json: bool) -> None:
-    """What was done, and which columns of the source (its `fields`) were taken as what."""
+def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) -> None:
+    """Show what an extraction did, and which column of the source has which role."""
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
@@ -327,13 +362,13 @@ def show_extracted(report: Any, fields: Any, json: bool) -> None:
         warn(f"{report.duplicates} images are the same file, byte for byte, as an earlier one")
     if json:
         arrays = [vars(array) for array in report.arrays]
-        taken = {**fields.taken, "unused": list(fields.unused)}
+        columns_of_roles = {**fields.taken, "unused": list(fields.unused)}
         show_json(
             {
                 **vars(report),
                 "arrays": arrays,
                 "nothing_to_do": report.nothing_to_do,
-                "columns": taken,
+                "columns": columns_of_roles,
             }
         )
         return
@@ -342,31 +377,34 @@ def show_extracted(report: Any, fields: Any, json: bool) -> None:
         typer.echo(f"nothing to do: {standing(report)}")
     else:
         columns = ("modality", "features", "rows", "dim", "encoded now", "unreadable", "rows/s")
-        rows = [
-            (
-                a.modality,
-                a.name,
-                a.rows,
-                a.dim,
-                a.n_encoded,
-                a.n_quarantined,
-                a.n_encoded / max(a.seconds, 1e-9),
+        rows: list[tuple[object, ...]] = []
+        for array in report.arrays:
+            rows.append(
+                (
+                    array.modality,
+                    array.name,
+                    array.rows,
+                    array.dim,
+                    array.n_encoded,
+                    array.n_quarantined,
+                    # An array that was complete took no time.
+                    array.n_encoded / max(array.seconds, 1e-9),
+                )
             )
-            for a in report.arrays
-        ]
         show_table(str(report.store), columns, rows)
-        typer.echo(summary(report) + ("" if report.part.whole else f"; {standing(report)}"))
+        progress_of_store = "" if report.part.whole else f"; {standing(report)}"
+        typer.echo(summary(report) + progress_of_store)
 
 
-def standing(report: Any) -> str:
-    """How far the store is."""
+def standing(report: "ExtractReport") -> str:
+    """Say how far the store is."""
     if report.complete:
         return f"{report.store} is complete"
     return f"part {report.part} is done, {report.share_done:.0%} of {report.store} is"
 
 
-def summary(report: Any) -> str:
-    """One line. Arrays that are filled in one pass share its seconds."""
+def summary(report: "ExtractReport") -> str:
+    """Sum up a run in one line. Arrays that are filled in one pass share its seconds."""
     rows = sum(a.n_encoded for a in report.arrays)
     size = sum(a.n_bytes for a in report.arrays)
     bad = sum(a.n_quarantined for a in report.arrays)

@@ -93,7 +93,7 @@ def fit_head(
         from apecache.train.head_data import FitSpec
 
         splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
-        about: dict[str, Any] = {
+        ledger_options: dict[str, Any] = {
             "report_split": report_split,
             "price_per_hour": price_per_hour,
             "extract_report": extract_report,
@@ -106,15 +106,15 @@ def fit_head(
             device=device,
             overwrite=overwrite,
             save_seconds=save_seconds,
-            **about,
+            **ledger_options,
         )
-        with kept_run(out) as folder, told_epochs(tensorboard) as tell:
+        with kept_run(out) as folder, told_epochs(tensorboard) as show:
             report = run(
                 FeatureStore.open(store),
                 recipe=loaded,
                 out=folder,
                 spec=spec,
-                progress=tell,
+                progress=show,
             )
         for warning in report.ledger.warnings:
             warn(warning)
@@ -124,7 +124,7 @@ def fit_head(
         dev = report.dev
         recalls = (*dev.image_to_text.values(), *dev.text_to_image.values())
         chance = (*dev.chance_image_to_text.values(), *dev.chance_text_to_image.values())
-        counts = (
+        totals = (
             report.n_train_images,
             report.n_dev_images,
             report.n_negatives,
@@ -137,7 +137,7 @@ def fit_head(
         show_table(
             f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
             ("", "train images", "dev images", "negatives", "parameters", "seconds", *names),
-            [("dev", *counts, report.seconds, *recalls), ("chance", *[""] * 5, *chance)],
+            [("dev", *totals, report.seconds, *recalls), ("chance", *[""] * 5, *chance)],
         )
 
 
@@ -263,6 +263,7 @@ def fit_encoder(
         keep_freed_memory()
 
         splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
+        # `choice` has checked it; the type of the field is a Literal, which an option is not.
         precision: Any = autocast
         spec = FitEncoderSpec(
             next(iter(images), None),
@@ -280,15 +281,16 @@ def fit_encoder(
             price_per_hour=price_per_hour,
             init_from=init_from,
         )
-        with told_epochs(tensorboard) as tell:
+        with told_epochs(tensorboard) as show:
             report = run(
                 FeatureStore.open(store),
                 recipe=loaded,
                 out=out,
                 spec=spec,
                 open_image=opener(root),
-                progress=tell,
+                progress=show,
             )
+        # Every process of a torchrun has a report; one of them shows it.
         if report.rank:
             return
         for warning in report.ledger.warnings:
@@ -350,16 +352,17 @@ def combine(
         for run in runs:
             require_head_run(run, "combine")
         combined = combine_heads([load_heads(run) for run in runs])
+        # Half a folder would be refused as an existing run by the next call.
         with undone_on_error(out):
             save_heads(combined, out)
-        found = {
+        result = {
             "run": str(out),
             "n_runs": len(runs),
             "dim": combined.image.head.out_dim,
             "scale": combined.scale,
         }
         if json:
-            show_json(found)
+            show_json(result)
         else:
             typer.echo(
                 f"{out}: {len(runs)} runs side by side, {combined.image.head.out_dim} dimensions"
@@ -368,8 +371,10 @@ def combine(
 
 @contextmanager
 def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What is told every line of the history: the terminal, and TensorBoard where it was asked
-    for."""
+    """Give a function that takes every line of the history.
+
+    It shows the line on the terminal, and writes it for TensorBoard if a folder is given.
+    """
     if tensorboard is None:
         yield show_epoch
         return
@@ -385,6 +390,7 @@ def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]],
 
 
 def show_epoch(line: dict[str, Any]) -> None:
+    """Show an epoch on standard error, with chance beside its recall."""
     loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
     dev = line["dev"]
     recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"

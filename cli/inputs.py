@@ -1,13 +1,18 @@
-"""The options that say how a source of images and captions is opened: the same in every command
-that takes one."""
+"""The options that say how a source of images and captions is opened.
+
+They are the same in every command that takes a source.
+"""
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from apecache.data.spec import OpenSpec, Role
 
 SOURCE = (
     "A table, captions in JSON, tars, a folder of images, or hf-datasets:NAME; the README lists "
@@ -34,7 +39,7 @@ Split = Annotated[
         help="Name of the column that holds the split. Default: split.",
     ),
 ]
-"""The same where no split is asked for by name."""
+"""`SplitColumn` of the commands that have no `--split` with another meaning."""
 Restval = Annotated[
     bool,
     typer.Option(
@@ -95,38 +100,54 @@ OPENING: dict[str, tuple[Any, Any]] = {
 
 
 def takes_source(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of a source besides its own. It gets them as one argument:
-    `opening(require, …)` makes the OpenSpec, and `opening.root` is the folder of the images, if one
-    was given."""
+    """Add the options of a source to a command.
+
+    The command gets them as its argument `opening`: `opening(role, …)` makes the OpenSpec, and
+    `opening.root` is the folder of the images, if one was given.
+    """
 
     @wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(opening=Opening({name: given.pop(name) for name in OPENING}), **given)
+    def wrapped(**arguments: Any) -> None:
+        source_options = {name: arguments.pop(name) for name in OPENING}
+        command(opening=Opening(source_options), **arguments)
 
     signature = inspect.signature(command)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "opening"]
-    options = (
-        OPENING if "split" in signature.parameters else {**OPENING, "split_column": (Split, None)}
-    )
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter(n, keyword, default=value, annotation=kind)
-        for n, (kind, value) in options.items()
-    ]
-    wrapped.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {each.name: each.annotation for each in (*own, *added)}
+    options = dict(OPENING)
+    if "split" not in signature.parameters:
+        options["split_column"] = (Split, None)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name != "opening":
+            parameters.append(parameter)
+    for name, (annotation, default) in options.items():
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=annotation,
+            )
+        )
+    # Typer reads the signature and the annotations of the function that it is given.
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapped.__annotations__ = annotations
     return wrapped
 
 
 class Opening:
-    """What was said about a source on the command line."""
+    """Hold the options of a source that were given on the command line."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
         self.root: str | None = given["root"]
 
-    def __call__(self, *require: Any) -> Any:
-        """An OpenSpec of a source that must have these roles."""
+    def __call__(self, *require: "Role") -> "OpenSpec":
+        """Return the OpenSpec of a source that must have these roles.
+
+        Raises:
+            OptionError: `--split-fraction` cannot be parsed.
+        """
         from apecache.data.spec import OpenSpec
         from apecache.data.splits import parse_fractions
 

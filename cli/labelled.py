@@ -1,13 +1,17 @@
-"""What `apecache evaluate` does with labelled images and texts."""
+"""`apecache evaluate` on labeled images and texts."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .inputs import Opening
 from .terminal import progress, show_table, warn
+
+if TYPE_CHECKING:
+    from apecache.evaluate.labelled import LabelledSpec
+    from apecache.fingerprint import Modality
 
 SHOWN = 5
 """Confusions, and classes without images, that are named on the terminal."""
@@ -15,18 +19,25 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What was said on the command line. `moved`: encoders under new names, image before text."""
+    """Hold the options that zero-shot classification and probes share."""
 
     run: Path
     labels: str | None
+    """The source with labels."""
     opening: Opening
     split: str | None
     device: str
     max_bad: float
+    """Share of unreadable images that is still a success."""
     moved: tuple[Any, Any]
+    """The image and the text encoder under new names; None for one that has not moved."""
 
-    def spec(self, modality: Any, splits: tuple[str, ...]) -> Any:
-        """A LabelledSpec. Raises OptionError without --labels."""
+    def spec(self, modality: "Modality", splits: tuple[str, ...]) -> "LabelledSpec":
+        """Open the source.
+
+        Raises:
+            OptionError: Without --labels.
+        """
         from apecache.errors import OptionError
 
         if self.labels is None:
@@ -59,6 +70,7 @@ class Asked:
         )
 
     def load(self) -> Any:
+        """Load the run."""
         from apecache.runs.load import load_run
 
         return load_run(self.run, self.device, *self.moved)
@@ -71,7 +83,21 @@ def zeroshot(
     templates: str | None,
     template: list[str] | None,
 ) -> dict[str, Any]:
-    """The JSON form of a zero-shot report: accuracies in per cent."""
+    """Classify images by the names of classes.
+
+    Args:
+        asked: The options shared with probes.
+        dataset: A published benchmark, for its class names and prompts.
+        class_names: A file of class names, before those of the benchmark.
+        templates: A file of prompts, or the name of a set.
+        template: Prompts, in place of `templates`.
+
+    Returns:
+        The JSON form of the report: accuracies in per cent.
+
+    Raises:
+        OptionError: Both `template` and `templates` are given, or --labels is missing.
+    """
     from apecache.errors import OptionError
 
     if template and templates:
@@ -99,7 +125,9 @@ def zeroshot(
             update,
         )
     if report.empty:
-        shown = ", ".join(report.empty[:SHOWN]) + (", …" if len(report.empty) > SHOWN else "")
+        shown = ", ".join(report.empty[:SHOWN])
+        if len(report.empty) > SHOWN:
+            shown += ", …"
         warn(
             f"{len(report.empty)} of {report.n_classes} classes have no image, and stay "
             f"candidates: {shown}"
@@ -123,41 +151,44 @@ def zeroshot(
     }
 
 
-def probes(asked: Asked, modality: Any, train_split: str) -> dict[str, Any]:
-    """The JSON form of two probe reports: of the encoder's features, and of the embeddings by the
-    run."""
+def probes(asked: Asked, modality: "Modality", train_split: str) -> dict[str, Any]:
+    """Probe the encoder's features, and the embeddings by the run.
+
+    Returns:
+        The JSON form of both reports, `before` and `after`: accuracies in per cent.
+    """
     split = asked.split or "test"
     spec = asked.spec(modality, (train_split, split))
     from apecache.evaluate.labelled import labelled_features
     from apecache.evaluate.probe import probe_features
 
     with progress() as update:
-        found = labelled_features(asked.load(), spec, update)
-    before, after = probe_features(found, train_split, split)
-    about = {
+        features = labelled_features(asked.load(), spec, update)
+    before, after = probe_features(features, train_split, split)
+    header = {
         "task": "probe" if modality == "image" else "text-probe",
         "train_split": train_split,
         "split": split,
     }
     from apecache.metrics.statistics import accuracy_interval
 
-    sides = {"before": before, "after": after}
-    intervals = {
-        stage: {
-            name: accuracy_interval(getattr(report, name), report.n_test)
-            for name in ("linear", "knn")
+    intervals = {}
+    for stage, report in (("before", before), ("after", after)):
+        intervals[stage] = {
+            "linear": accuracy_interval(report.linear, report.n_test),
+            "knn": accuracy_interval(report.knn, report.n_test),
         }
-        for stage, report in sides.items()
-    }
     return {
-        **about,
-        **{stage: vars(report) for stage, report in sides.items()},
-        "left_out": asdict(found.left_out),
+        **header,
+        "before": vars(before),
+        "after": vars(after),
+        "left_out": asdict(features.left_out),
         "intervals": intervals,
     }
 
 
 def show_zeroshot(run: str, result: dict[str, Any]) -> None:
+    """Show what `zeroshot` returns."""
     title = (
         f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, "
         f"{len(result['templates'])} prompts"
@@ -179,7 +210,7 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
 
 
 def show_left_out(counts: dict[str, int]) -> None:
-    """One line, where something was left out."""
+    """Show in one line what was left out, if anything was."""
     from apecache.evaluate.left_out import LeftOut
 
     left_out = str(LeftOut(**counts))
@@ -188,10 +219,11 @@ def show_left_out(counts: dict[str, int]) -> None:
 
 
 def show_probes(run: str, result: dict[str, Any]) -> None:
+    """Show what `probes` returns."""
     before = result["before"]
-    what = "images" if result["task"] == "probe" else "texts"
+    noun = "images" if result["task"] == "probe" else "texts"
     title = (
-        f"probes of {run}: {before['n_train']:,} {what} of {result['train_split']}, "
+        f"probes of {run}: {before['n_train']:,} {noun} of {result['train_split']}, "
         f"{before['n_test']:,} of "
     )
     rows: list[tuple[object, ...]] = []
@@ -217,4 +249,5 @@ def show_probes(run: str, result: dict[str, Any]) -> None:
 
 
 def span(ends: tuple[float, float]) -> str:
+    """Format the ends of an interval."""
     return f"{ends[0]:.1f} to {ends[1]:.1f}"

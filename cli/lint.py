@@ -1,12 +1,16 @@
 """`apecache lint`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .runs import opener
 from .terminal import Json, ending, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.store.reader import FeatureStore
+    from apecache.train.lint.checks import Finding
 
 
 def lint(
@@ -53,23 +57,28 @@ def lint(
         if Path(target).is_dir():
             findings = _of_run(Path(target), store=opened, report_split=report_split, root=root)
         else:
-            splits = train_split, dev_split
-            features = image_features, text_features
             findings = _of_recipe(
                 target,
                 settings=set_,
                 store=opened,
-                splits=splits,
+                splits=(train_split, dev_split),
                 seed=seed,
-                features=features,
+                features=(image_features, text_features),
                 report_split=report_split,
                 root=root,
             )
         show_findings(target, findings, json)
+        # After the findings are shown: it raises for errors, which sets the exit code.
         require_sound(findings)
 
 
-def _of_run(run: Path, store: Any, report_split: str, root: str | None) -> list[Any]:
+def _of_run(
+    run: Path,
+    store: "FeatureStore | None",
+    report_split: str,
+    root: str | None,
+) -> "list[Finding]":
+    """Check a finished run of either trainer."""
     from apecache.runs.load import is_encoder_run
 
     if is_encoder_run(run):
@@ -89,40 +98,54 @@ def _of_run(run: Path, store: Any, report_split: str, root: str | None) -> list[
 def _of_recipe(
     name: str,
     settings: list[str] | None,
-    store: Any,
+    store: "FeatureStore | None",
     splits: tuple[str | None, str | None],
     seed: int,
     features: tuple[str | None, str | None],
     report_split: str,
     root: str | None,
-) -> list[Any]:
+) -> "list[Finding]":
+    """Check a recipe, and with a store the fit that it would begin there.
+
+    Args:
+        splits: Names of the train and the dev split.
+        features: Names of the image and the text features.
+    """
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec
 
-    train, dev = splits
+    train_split, dev_split = splits
+    image_features, text_features = features
     recipe = load_recipe(name, settings or ())
-    chosen = SplitSpec(train=train, dev=dev)
+    split_spec = SplitSpec(train=train_split, dev=dev_split)
     if store is None or recipe.trains_heads_alone:
         from apecache.train.head_data import FitSpec
         from apecache.train.lint.heads import lint_plan
 
-        return lint_plan(recipe, store, FitSpec(*features, chosen, seed, report_split=report_split))
+        head_spec = FitSpec(
+            image_features,
+            text_features=text_features,
+            splits=split_spec,
+            seed=seed,
+            report_split=report_split,
+        )
+        return lint_plan(recipe, store, head_spec)
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.lint.encoders import lint_encoder_plan
 
     spec = FitEncoderSpec(
-        None,
-        None,
-        *features,
-        chosen,
-        seed,
+        image_features=image_features,
+        text_features=text_features,
+        splits=split_spec,
+        seed=seed,
         device="cpu",
         report_split=report_split,
     )
     return lint_encoder_plan(recipe, store=store, spec=spec, open_image=opener(root))
 
 
-def show_findings(target: str, findings: list[Any], json: bool) -> None:
+def show_findings(target: str, findings: "list[Finding]", json: bool) -> None:
+    """Show all findings, or that there are none."""
     if json:
         show_json({"target": target, "findings": [vars(finding) for finding in findings]})
     elif findings:

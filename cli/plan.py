@@ -3,13 +3,22 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .cluster_sheet import parse_count, show_cluster
 from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.plan.cluster_plan import ClusterPlan
+    from apecache.plan.counting import PlanSpec, SidePlan
+    from apecache.plan.counting_shared import Taught
+    from apecache.plan.devices import Device
+    from apecache.plan.plan import Clock, Cost, Plan
+    from apecache.recipes.recipe import Recipe
+    from apecache.recipes.sections import DistillationSpec
 
 
 def plan(
@@ -154,7 +163,7 @@ def plan(
         if sample is not None and device != "here":
             raise OptionError(f"--sample is for --device here, not {device}; leave it out")
         image_bytes = None if image_kb is None else round(1000 * image_kb)
-        given = _given(
+        cluster_options = _given(
             nodes is not None,
             devices=devices_per_node,
             efficiency=efficiency,
@@ -165,32 +174,33 @@ def plan(
             image_bytes=image_bytes,
             decode_rate=decode_rate,
         )
-        where = find_device(device)
-        found = [
-            _plan(
-                one,
+        plan_device = find_device(device)
+        plans = []
+        clocks = []
+        for loaded_recipe in loaded:
+            recipe_plan, clock = _plan(
+                loaded_recipe,
                 image=image,
                 text=text,
                 teacher=teacher,
                 resolution=resolution,
                 settings=settings,
-                device=where,
+                device=plan_device,
                 sample=sample,
             )
-            for one in loaded
-        ]
-        plans = [one for one, _ in found]
+            plans.append(recipe_plan)
+            clocks.append(clock)
         if nodes is not None:
-            cluster = ClusterSpec(nodes=nodes, **given)
-            _show_clusters(
-                [
-                    plan_cluster(one, spec=settings, cluster=cluster, clock=clock)
-                    for one, clock in found
-                ],
-                json,
-            )
+            cluster = ClusterSpec(nodes=nodes, **cluster_options)
+            sheets = []
+            for recipe_plan, clock in zip(plans, clocks, strict=True):
+                sheet = plan_cluster(recipe_plan, spec=settings, cluster=cluster, clock=clock)
+                sheets.append(sheet)
+            _show_clusters(sheets, json)
+        elif len(plans) > 1 and json:
+            show_json({"plans": [asdict(recipe_plan) for recipe_plan in plans]})
         elif len(plans) > 1:
-            show_json({"plans": [asdict(one) for one in plans]}) if json else _compare(plans, rows)
+            _compare(plans, rows)
         elif json:
             show_json(plans[0])
         else:
@@ -198,16 +208,16 @@ def plan(
 
 
 def _plan(
-    recipe: Any,
+    recipe: "Recipe",
     image: str,
     text: str,
     teacher: str | None,
     resolution: int | None,
-    settings: Any,
-    device: Any,
+    settings: "PlanSpec",
+    device: "Device",
     sample: Path | None,
-) -> tuple[Any, Any]:
-    """The plan, and the clock of its seconds, if they are timed."""
+) -> "tuple[Plan, Clock | None]":
+    """Return the plan of a recipe, and the clock that timed it; None if nothing was timed."""
     from apecache.encoders.load import shape_tower
     from apecache.plan.plan import plan as run
 
@@ -230,10 +240,11 @@ def _plan(
         ),
     )
     shapes = [partial(shape_tower, spec) for spec in specs]
-    taught = (
-        partial(_taught, recipe, teacher, settings) if teacher and recipe.distillation else None
-    )
+    taught = None
+    if teacher and recipe.distillation:
+        taught = partial(_taught, recipe.distillation, teacher, settings)
     clock = None
+    # Only this machine can time steps; a device of the table has a rate alone.
     if device.name == "here":
         from apecache.plan.step_clock import StepClock
 
@@ -245,7 +256,7 @@ def _plan(
             teacher=taught,
             sample=sample,
         )
-    return run(
+    recipe_plan = run(
         recipe,
         image=shapes[0],
         text=shapes[1],
@@ -253,39 +264,49 @@ def _plan(
         device=device,
         teacher=taught,
         clock=clock,
-    ), clock
+    )
+    return recipe_plan, clock
 
 
-def _taught(recipe: Any, teacher: str, settings: Any) -> Any:
+def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec") -> "Taught":
+    """Count what a teacher adds to a recipe."""
     from apecache.encoders.load import count_classes, shape_tower
     from apecache.plan.counting_shared import count_teacher
 
     (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
-    n_classes = count_classes(spec) if recipe.distillation.kind == "classes" else None
+    n_classes = count_classes(spec) if distillation.kind == "classes" else None
     return count_teacher(shape_tower(spec), settings, n_classes)
 
 
 def _given(with_nodes: bool, **options: Any) -> dict[str, Any]:
-    """Settings of a cluster that were given. Raises OptionError for any without --nodes."""
+    """Return the settings of a cluster that were given.
+
+    Raises:
+        OptionError: There are some, but no --nodes.
+    """
     from apecache.errors import OptionError
 
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and not with_nodes:
+    cluster_options = {name: value for name, value in options.items() if value is not None}
+    if cluster_options and not with_nodes:
         raise OptionError(
-            f"{', '.join(given)}: settings of a cluster; add --nodes N, or leave them out"
+            f"{', '.join(cluster_options)}: settings of a cluster; add --nodes N, or leave them out"
         )
-    return given
+    return cluster_options
 
 
-def _show_clusters(sheets: list[Any], json: bool) -> None:
+def _show_clusters(sheets: "list[ClusterPlan]", json: bool) -> None:
+    if json and len(sheets) > 1:
+        show_json({"sheets": [asdict(sheet) for sheet in sheets]})
+        return
     if json:
-        show_json({"sheets": [asdict(sheet) for sheet in sheets]} if len(sheets) > 1 else sheets[0])
+        show_json(sheets[0])
         return
     for sheet in sheets:
         show_cluster(sheet)
 
 
-def _compare(plans: list[Any], rows: int) -> None:
+def _compare(plans: "list[Plan]", rows: int) -> None:
+    """Show several recipes in one table, a row for each."""
     columns = (
         "recipe",
         "trained",
@@ -299,51 +320,67 @@ def _compare(plans: list[Any], rows: int) -> None:
         "cost",
     )
     lines = []
-    for p in plans:
-        counts = (
-            f"{p.n_trained:,}",
-            f"{p.n_parameters:,}",
-            _cuts(p),
-            _bytes(p.cache_bytes),
-            f"{p.n_steps:,}",
+    for plan in plans:
+        seconds, money = _time(plan.planned)
+        lines.append(
+            (
+                plan.recipe,
+                f"{plan.n_trained:,}",
+                f"{plan.n_parameters:,}",
+                _cuts(plan),
+                _bytes(plan.cache_bytes),
+                f"{plan.n_steps:,}",
+                f"{plan.planned.total_flops / 1e12:.4g} TFLOP",
+                _bytes(plan.planned.peak_bytes),
+                seconds,
+                money,
+            )
         )
-        flops = f"{p.planned.total_flops / 1e12:.4g} TFLOP"
-        lines.append((p.recipe, *counts, flops, _bytes(p.planned.peak_bytes), *_time(p.planned)))
     show_table(f"{rows:,} images on {_device(plans[0])}", columns, lines)
 
 
-def _cuts(plan: Any) -> str:
+def _cuts(plan: "Plan") -> str:
     return ", ".join(
         "none" if side.cut is None else str(side.cut) for side in (plan.image, plan.text)
     )
 
 
-def _show(plan: Any, rows: int) -> None:
+def _cut_text(side: "SidePlan") -> str:
+    """Say in words where a tower is cut."""
+    if side.cut is None:
+        return "no cut"
+    if side.cut == "pooled":
+        return "cut after all blocks" if side.tokens else "cut after the pooling"
+    return f"cut after {side.cut} blocks"
+
+
+def _show(plan: "Plan", rows: int) -> None:
+    """Show one recipe: what trains, where the towers are cut and why, and the costs."""
     sides = (plan.image, plan.text)
     title = f"{plan.recipe}: {plan.n_trained:,} of {plan.n_parameters:,} parameters train"
-    parts = [(side.side, part, f"{n:,}", f"{of:,}") for side in sides for part, n, of in side.parts]
-    parts += [("both", part, f"{n:,}", f"{of:,}") for part, n, of in plan.common]
-    show_table(title, ("tower", "part", "trained", "of"), parts)
+    towers = (
+        (plan.image.side, plan.image.parts),
+        (plan.text.side, plan.text.parts),
+        ("both", plan.common),
+    )
+    counted = []
+    for tower, tower_parts in towers:
+        for name, n_trained, n_parameters in tower_parts:
+            counted.append((tower, name, f"{n_trained:,}", f"{n_parameters:,}"))
+    show_table(title, ("tower", "part", "trained", "of"), counted)
     for side in sides:
-        pooled = "cut after all blocks" if side.tokens else "cut after the pooling"
-        place = {None: "no cut", "pooled": pooled}.get(side.cut, f"cut after {side.cut} blocks")
-        typer.echo(f"{side.side}: {place}: {side.reason}")
+        typer.echo(f"{side.side}: {_cut_text(side)}: {side.reason}")
     columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
     costs = (
         ("as planned", plan.planned),
         ("without the cache", plan.without_cache),
         ("all trained (CLIP)", plan.full),
     )
-    lines = [
-        (
-            name,
-            _bytes(plan.cache_bytes) if name == "as planned" else "none",
-            *_flops(cost),
-            _bytes(cost.peak_bytes),
-            *_time(cost),
-        )
-        for name, cost in costs
-    ]
+    lines = []
+    for name, cost in costs:
+        cache = _bytes(plan.cache_bytes) if name == "as planned" else "none"
+        memory = _bytes(cost.peak_bytes)
+        lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
     if plan.teacher_bytes:
         typer.echo(
             f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once and read from "
@@ -353,19 +390,22 @@ def _show(plan: Any, rows: int) -> None:
     show_table(f"{plan.path}: {steps} on {_device(plan)}", columns, lines)
 
 
-def _device(plan: Any) -> str:
+def _device(plan: "Plan") -> str:
     return f"{plan.device.name}, {plan.device.flops / 1e12:.3g} TFLOP/s ({plan.device.source})"
 
 
-def _flops(cost: Any) -> tuple[str, ...]:
+def _flops(cost: "Cost") -> tuple[str, ...]:
+    """Return operations: once, of each step and in all."""
     return tuple(
         f"{flops / 1e12:.4g} TFLOP"
         for flops in (cost.once_flops, cost.step_flops, cost.total_flops)
     )
 
 
-def _time(cost: Any) -> tuple[str, str]:
-    return f"{cost.seconds:,.1f}", "no --price" if cost.money is None else f"{cost.money:,.2f}"
+def _time(cost: "Cost") -> tuple[str, str]:
+    """Return seconds and money."""
+    money = "no --price" if cost.money is None else f"{cost.money:,.2f}"
+    return f"{cost.seconds:,.1f}", money
 
 
 def _bytes(count: int) -> str:

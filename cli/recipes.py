@@ -1,11 +1,14 @@
 """`apecache recipes`."""
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .terminal import Json, ending, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.recipes.recipe import Recipe
 
 COLUMNS = ("recipe", "needs", "what it is", "parameters")
 
@@ -34,17 +37,19 @@ def recipes(
     with ending():
         from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names, zoo_names
 
-        chosen = [load_recipe(each) for each in ([name] if name else zoo_names())]
-        rows = [_describe(one, image_dim, text_dim) for one in chosen]
+        names = [name] if name else zoo_names()
+        loaded = [load_recipe(recipe_name) for recipe_name in names]
+        rows = [_describe(recipe, image_dim, text_dim) for recipe in loaded]
         if json:
             values = {"image_dim": image_dim, "text_dim": text_dim, "recipes": rows}
             show_json({**values, "encoder_recipes": [*tower_zoo_names(), *freeze_names()]})
             return
         lines = [(row["name"], row["cut"], row["summary"], _count(row)) for row in rows]
+        # The same in all rows: without a name they are recipes for fit-head.
         counted_with = rows[0]["counted_with"]
         show_table(f"recipes; parameters for {counted_with}", COLUMNS, lines)
         if name:
-            typer.echo(f"source: {chosen[0].source}")
+            typer.echo(f"source: {loaded[0].source}")
             return
         show_table(
             "recipes for fit-encoder; apecache recipes NAME counts one",
@@ -53,8 +58,12 @@ def recipes(
         )
 
 
-def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
-    """A recipe for fit-head for features of these widths, any other for the reference encoders."""
+def _describe(recipe: "Recipe", image_dim: int, text_dim: int) -> dict[str, Any]:
+    """Return the JSON form of a recipe.
+
+    Parameters of a recipe for fit-head are counted for features of these widths, those of any other
+    for the reference encoders.
+    """
     from apecache.recipes.recipe import count_parameters
 
     named = {"name": recipe.name, "summary": _summary(recipe), "source": recipe.source}
@@ -76,8 +85,9 @@ def _describe(recipe: Any, image_dim: int, text_dim: int) -> dict[str, Any]:
     }
 
 
-def _summary(recipe: Any) -> str:
-    """Of a recipe without one, the first sentence of its source."""
+def _summary(recipe: "Recipe") -> str:
+    """Return a recipe's summary; of a recipe without one, the first sentence of its source."""
+    # Not "et al. ", which ends no sentence.
     return recipe.summary or re.split(r"(?<!et al)\. ", recipe.source)[0]
 
 
@@ -87,11 +97,14 @@ def _count(row: dict[str, Any]) -> Any:
 
 
 def _encoder_lines() -> list[tuple[str, str, str]]:
+    """Return a row for each recipe of fit-encoder, and one for the family of freezing recipes."""
     from apecache.plan.needs import needs_of_sides
     from apecache.recipes.recipe import freeze_names, load_recipe, tower_zoo_names
 
-    loaded = [load_recipe(each) for each in tower_zoo_names()]
-    lines = [(one.name, needs_of_sides(one), _summary(one)) for one in loaded]
+    lines = []
+    for recipe_name in tower_zoo_names():
+        recipe = load_recipe(recipe_name)
+        lines.append((recipe.name, needs_of_sides(recipe), _summary(recipe)))
     family = (
         f"{len(freeze_names())} combinations: u, f or c (CLS alone) for embeddings, u or f for "
         "blocks"

@@ -1,12 +1,15 @@
 """`apecache report`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .inputs import Root
 from .terminal import Device, Json, command_line, ending, show_json
+
+if TYPE_CHECKING:
+    from apecache.data.media import Media
 
 
 def report(
@@ -70,8 +73,11 @@ def report(
 
 
 def page_path(runs: list[Path], out: Path | None) -> Path:
-    """Raises OptionError where several runs are to share a page and none is named, or its folder is
-    not there."""
+    """Return where the page is to be written; by default beside the run.
+
+    Raises:
+        OptionError: Several runs without `out`, or a page whose folder does not exist.
+    """
     from apecache.errors import OptionError
 
     if out is None and len(runs) > 1:
@@ -86,6 +92,17 @@ def page_path(runs: list[Path], out: Path | None) -> Path:
 
 
 def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, ...]) -> Path:
+    """Write the page of runs.
+
+    Args:
+        runs: Finished run folders.
+        out: The page.
+        store: The feature store to measure on; None: nothing is measured.
+        about: The options --split, --root, --source, --title, --items and --device.
+
+    Raises:
+        OptionError: Options that need a store, without one.
+    """
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
@@ -115,8 +132,12 @@ def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, 
     )
 
 
-def media_of(root: str | None, source: str | None) -> Any:
-    """Where images lie by these options; None where neither is given."""
+def media_of(root: str | None, source: str | None) -> "Media | None":
+    """Return where images are by these options; None where neither is given.
+
+    Raises:
+        OptionError: Both are given, or `root` is not a folder.
+    """
     from apecache.data.media import media_below
     from apecache.errors import OptionError
     from apecache.storage.bucket import is_object_url

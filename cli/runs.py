@@ -16,18 +16,21 @@ MovedText = Annotated[
 
 
 def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any, Any]:
-    """The recorded encoders' settings under new names; None where no name was given."""
+    """Return the recorded settings of the image and the text encoder under new names.
+
+    None for an encoder without a new name: the run's own record holds for it.
+    """
     if image is None and text is None:
         return None, None
     from apecache.runs.load import recorded_encoder
 
     names: tuple[tuple[Any, str | None], ...] = (("image", image), ("text", text))
-    found = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]
-    return found[0], found[1]
+    moved = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]
+    return moved[0], moved[1]
 
 
 def opener(root: str | None) -> Any:
-    """Reads the image of a key below `root`; None without one."""
+    """Return a function that reads the image of a key below `root`; None without a root."""
     if root is None:
         return None
     from apecache.data.images import load_image

@@ -1,13 +1,16 @@
 """`apecache scout`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .extract import CUT, encoder_specs
 from .inputs import SOURCE, Opening, takes_source
 from .terminal import Device, Json, ending, show_json, show_table, warn
+
+if TYPE_CHECKING:
+    from apecache.evaluate.scout import ScoutReport
 
 
 @takes_source
@@ -52,6 +55,7 @@ def scout(
     with ending():
         from apecache.data.sources import open_pairs
 
+        # The source is checked before the import of torch below.
         source = open_pairs(pairs, opening("image", "caption"))
         images = encoder_specs(image, modality="image", cuts=image_cut, dtype="float32")
         texts = encoder_specs(text, modality="text", cuts=text_cut, dtype="float32")
@@ -77,24 +81,27 @@ def scout(
 
 
 def show_progress(encoder: str, done: int, total: int) -> None:
-    """A line for each encoder that is done; samples are small."""
+    """Show a line for each encoder that is done; samples are small."""
     if done == total:
         typer.echo(f"{encoder}: {done:,} encoded", err=True)
 
 
-def show_report(report: Any) -> None:
-    rows: list[tuple[object, ...]] = [
-        (
-            r.image,
-            r.text,
-            f"{x.cka:.3f}",
-            f"{x.mutual_knn:.3f}",
-            x.image_to_text,
-            x.text_to_image,
-            x.recall_at_1,
+def show_report(report: "ScoutReport") -> None:
+    """Show a row for each pair of cuts, and chance below them."""
+    rows: list[tuple[object, ...]] = []
+    for row in report.rows:
+        likeness = row.likeness
+        rows.append(
+            (
+                row.image,
+                row.text,
+                f"{likeness.cka:.3f}",
+                f"{likeness.mutual_knn:.3f}",
+                likeness.image_to_text,
+                likeness.text_to_image,
+                likeness.recall_at_1,
+            )
         )
-        for r, x in ((row, row.likeness) for row in report.rows)
-    ]
     rows.append(("chance", "", "", f"{report.chance_mutual_knn:.3f}", *[report.chance] * 3))
     columns = (
         "image",

@@ -1,12 +1,16 @@
 """`apecache index` and `apecache search`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, Overwrite, choice, ending, printable, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.search.index import IndexReport
+    from apecache.search.query import Query
 
 
 def index(
@@ -76,24 +80,29 @@ def index(
             show_index(report, update)
 
 
-def show_index(report: Any, update: bool) -> None:
+def show_index(report: "IndexReport", update: bool) -> None:
+    """Show what an index holds, and how well an approximate one finds."""
     changes = f"; {report.n_added:,} added, {report.n_removed:,} removed" if update else ""
-    counts = f"{report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions"
-    typer.echo(f"{report.index}: {counts}{changes}")
+    contents = (
+        f"{report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions"
+    )
+    typer.echo(f"{report.index}: {contents}{changes}")
     if report.left_out.total:
         typer.echo(str(report.left_out))
-    rows = [
-        (
-            what,
-            r.factory,
-            100 * r.recall_at_10,
-            f"{r.ms_per_query:.3g}",
-            f"{r.exact_ms_per_query:.3g}",
-            r.n_queries,
-        )
-        for what, r in (("images", report.images), ("captions", report.texts))
-        if r.recall_at_10 is not None
-    ]
+    rows: list[tuple[object, ...]] = []
+    for modality, measured in (("images", report.images), ("captions", report.texts)):
+        # None for an exact index: it finds everything.
+        if measured.recall_at_10 is not None:
+            rows.append(
+                (
+                    modality,
+                    measured.factory,
+                    100 * measured.recall_at_10,
+                    f"{measured.ms_per_query:.3g}",
+                    f"{measured.exact_ms_per_query:.3g}",
+                    measured.n_queries,
+                )
+            )
     if rows:
         columns = ("found are", "kind", "recall@10, %", "ms per query", "ms if exact", "queries")
         show_table("against comparing with everything", columns, rows)
@@ -154,24 +163,38 @@ def search(
 
         moved = moved_encoders(index, image, text)
         tuned: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "device": device}
-        words = (*(() if query is None else (query,)), *(like or ()))
-        wanted = Query(words, tuple(unlike or ()), tuple(key or ()), files=True)
+        terms = list(like or ())
+        if query is not None:
+            terms.insert(0, query)
+        # `files`: the texts are the user's own, so that they may name files to open.
+        search_query = Query(
+            tuple(terms),
+            unlike=tuple(unlike or ()),
+            keys=tuple(key or ()),
+            files=True,
+        )
+        # `choice` has checked it; the type of the argument is a Literal, which an option is not.
         aim: Any = target
-        hits = SearchIndex.open(index, *moved, **tuned).find(wanted, k, aim, csls)
+        hits = SearchIndex.open(index, *moved, **tuned).find(search_query, k, aim, csls)
         score = "CSLS" if csls else "cosine"
         if json:
-            told = {
-                "like": wanted.like,
-                "unlike": wanted.unlike,
-                "keys": wanted.keys,
-                "score": score,
-            }
-            show_json({"query": query, **told, "hits": [vars(hit) for hit in hits]})
+            show_json(
+                {
+                    "query": query,
+                    "like": search_query.like,
+                    "unlike": search_query.unlike,
+                    "keys": search_query.keys,
+                    "score": score,
+                    "hits": [vars(hit) for hit in hits],
+                }
+            )
         else:
             rows = [(hit.rank, f"{hit.score:.3f}", hit.key, hit.caption) for hit in hits]
-            show_table(printable(title_of(wanted)), ("", score, "image", "caption"), rows)
+            show_table(printable(title_of(search_query)), ("", score, "image", "caption"), rows)
 
 
-def title_of(query: Any) -> str:
-    """The sum as it was asked for."""
-    return " + ".join((*query.like, *query.keys)) + "".join(f" - {text}" for text in query.unlike)
+def title_of(query: "Query") -> str:
+    """Write a query as the sum and difference of its terms."""
+    added = " + ".join((*query.like, *query.keys))
+    subtracted = "".join(f" - {text}" for text in query.unlike)
+    return added + subtracted

@@ -48,8 +48,18 @@ def serve(
         from apecache.report.serve import ServeSpec, is_loopback
         from apecache.report.serve import serve as start
 
-        moved = moved_encoders(index, image, text)
-        spec = ServeSpec(index, run, media_of(root, source), host, port, expose, *moved, device)
+        image_encoder, text_encoder = moved_encoders(index, image, text)
+        spec = ServeSpec(
+            index,
+            run=run,
+            media=media_of(root, source),
+            host=host,
+            port=port,
+            expose=expose,
+            image=image_encoder,
+            text=text_encoder,
+            device=device,
+        )
         if expose and not is_loopback(host):
             warn(
                 f"everybody who reaches {host} can search this index and see its images; "

@@ -1,14 +1,21 @@
-"""Looking after a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and
+"""Commands on a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and
 `upgrade`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .inputs import Opening, SingleWriter, takes_source
 from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.data.pairs import PairSource
+    from apecache.data.spec import OpenSpec
+    from apecache.errors import ApecacheError
+    from apecache.store.array import FeatureArray
+    from apecache.store.verify import VerifyReport
 
 Store = Annotated[str, typer.Argument(help="A feature store: a folder, or s3://…, gs://…, az://….")]
 
@@ -24,7 +31,7 @@ def info(store: Store, json: Json = False) -> None:
         opened = FeatureStore.open(store)
         pairs = opened.pairs
         arrays = [describe(array) for array in opened.arrays()]
-        counts = {
+        totals = {
             "n_images": len(pairs.keys),
             "n_texts": len(pairs.captions),
             "splits": pairs.split_counts(),
@@ -35,13 +42,13 @@ def info(store: Store, json: Json = False) -> None:
                 "origin": opened.source["origin"],
                 "segments": 1 + len(opened.segments),
             }
-            show_json({**origin, **counts, "arrays": arrays})
+            show_json({**origin, **totals, "arrays": arrays})
             return
         splits = ", ".join(
             f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items()
         )
         typer.echo(
-            f"{store}: {counts['n_images']:,} images, {counts['n_texts']:,} captions; images "
+            f"{store}: {totals['n_images']:,} images, {totals['n_texts']:,} captions; images "
             f"by split: {splits}"
         )
         columns = (
@@ -59,15 +66,29 @@ def info(store: Store, json: Json = False) -> None:
 
 
 def info_row(array: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the table row of what `describe` returns."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(array["reasons"].items()))
-    done = f"{array['done']:.0%}" if array["complete"] or array["done"] < 1 else "100%, not sealed"
-    plain = tuple(array[key] for key in ("modality", "name", "encoder", "rows"))
-    each = " x ".join(map(str, array["row_shape"])) + (" at most" if array["ragged"] else "")
-    return (*plain, each, array["dtype"], done, reasons or "0", array["mb"])
+    share_done = f"{array['done']:.0%}"
+    if array["done"] >= 1 and not array["complete"]:
+        share_done = "100%, not sealed"
+    row_shape = " x ".join(map(str, array["row_shape"]))
+    if array["ragged"]:
+        row_shape += " at most"
+    return (
+        array["modality"],
+        array["name"],
+        array["encoder"],
+        array["rows"],
+        row_shape,
+        array["dtype"],
+        share_done,
+        reasons or "0",
+        array["mb"],
+    )
 
 
-def describe(array: Any) -> dict[str, Any]:
-    """The JSON form of an array."""
+def describe(array: "FeatureArray") -> dict[str, Any]:
+    """Return the JSON form of an array."""
     record = array.record
     reasons: dict[str, int] = {}
     for row in array.quarantined() if array.n_quarantined else ():
@@ -105,16 +126,12 @@ def verify(store: Store, json: Json = False) -> None:
         report = verify_store(store)
         damaged = sum(problem.harmful for problem in report.problems)
         if json:
-            show_json(
-                {
-                    **vars(report),
-                    "problems": [vars(p) for p in report.problems],
-                    "sound": report.sound,
-                }
-            )
+            problems = [vars(problem) for problem in report.problems]
+            show_json({**vars(report), "problems": problems, "sound": report.sound})
         else:
             show_problems(report)
         if damaged:
+            # After the report: the error sets the exit code.
             complain_or_raise(
                 DamagedError(
                     f"{damaged} objects are damaged; repair with: apecache repair {store}"
@@ -123,20 +140,21 @@ def verify(store: Store, json: Json = False) -> None:
             )
 
 
-def complain_or_raise(error: Any, json: bool) -> None:
-    """With --json the answer has been given; only the exit code is missing."""
+def complain_or_raise(error: "ApecacheError", json: bool) -> None:
+    """Raise an error; with --json, whose answer has been given, only exit with its code."""
     if not json:
         raise error
     complain(str(error))
     raise typer.Exit(error.exit_code)
 
 
-def show_problems(report: Any) -> None:
+def show_problems(report: "VerifyReport") -> None:
+    """Show what is damaged, missing or left over in a store, and whether it is sound."""
     if report.problems:
-        rows = [
-            (p.kind, p.object, "" if p.shard is None else p.shard, p.detail)
-            for p in report.problems
-        ]
+        rows: list[tuple[object, ...]] = []
+        for problem in report.problems:
+            shard = "" if problem.shard is None else problem.shard
+            rows.append((problem.kind, problem.object, shard, problem.detail))
         show_table("not as it should be", ("kind", "object", "shard", "what"), rows)
     state = "sound" if report.sound else "damaged"
     typer.echo(
@@ -194,9 +212,17 @@ def repair(
         show_problems(report.after)
 
 
-def source_of(store: str, pairs: str | None, spec: Any) -> Any:
-    """The source that was given, or the one that the store remembers, with its images where they
-    were."""
+def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
+    """Open the source that was given, or the one that the store remembers.
+
+    Args:
+        store: The feature store.
+        pairs: The source; None: the one that the store remembers, with its images where they were.
+        spec: How to open the source; its `root` comes before the remembered one.
+
+    Raises:
+        StoreError: The store does not remember its source, and `pairs` is None.
+    """
     from dataclasses import replace
 
     from apecache.data.media import FolderMedia, ObjectMedia, media_below
@@ -218,8 +244,11 @@ def source_of(store: str, pairs: str | None, spec: Any) -> Any:
             f"{store} does not remember its source; give it with --pairs SOURCE"
         ) from None
     source = open_pairs(record["origin"], spec)
-    below = spec.root is None and isinstance(source.media, FolderMedia | ObjectMedia)
-    return replace(source, media=media_below(record["root"])) if below else source
+    # Images in tars or in the table itself come with the source; only paths have a root.
+    has_root = isinstance(source.media, FolderMedia | ObjectMedia)
+    if spec.root is None and has_root:
+        return replace(source, media=media_below(record["root"]))
+    return source
 
 
 def remove(
@@ -239,19 +268,19 @@ def remove(
         from apecache.store.verify import begun_segments
 
         files = open_files(store)
-        modality, found = find_array(files, name)
+        modality, array_name = find_array(files, name)
         # The store itself last: while the array is there, a removal that was interrupted can be
         # repeated.
-        went = [
-            remove_array(files.child(folder), modality, found)
-            for folder in (*begun_segments(files), "")
-        ]
-        total = {key: sum(part[key] for part in went) for key in ("objects", "bytes")}
+        total = {"objects": 0, "bytes": 0}
+        for folder in (*begun_segments(files), ""):
+            removed = remove_array(files.child(folder), modality, array_name)
+            total["objects"] += removed["objects"]
+            total["bytes"] += removed["bytes"]
         if json:
-            show_json({"store": str(store), "removed": f"{modality}/{found}", **total})
+            show_json({"store": str(store), "removed": f"{modality}/{array_name}", **total})
         else:
             typer.echo(
-                f"removed {modality}/{found}: {total['objects']} objects, "
+                f"removed {modality}/{array_name}: {total['objects']} objects, "
                 f"{total['bytes'] / 1e6:,.1f} MB"
             )
 
@@ -276,13 +305,8 @@ def copy(
 
         report = copy_store(store, to, single_writer)
         if json:
-            show_json(
-                {
-                    **vars(report),
-                    "problems": [vars(p) for p in report.problems],
-                    "sound": report.sound,
-                }
-            )
+            problems = [vars(problem) for problem in report.problems]
+            show_json({**vars(report), "problems": problems, "sound": report.sound})
         else:
             show_problems(report)
 
@@ -311,7 +335,8 @@ def export(
             raise OptionError("give one of --npz and --parquet")
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise DataError(f"{out} exists already and is not overwritten; give another place")
-        names = (export_npz if npz else export_parquet)(FeatureStore.open(store), out)
+        export_files = export_npz if npz else export_parquet
+        names = export_files(FeatureStore.open(store), out)
         if json:
             show_json({"store": str(store), "out": str(out), "wrote": names})
         else:

@@ -3,12 +3,16 @@
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .terminal import Device, Json, choice, ending, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.cluster.pool import RaySpec
+    from apecache.sweeps.trials import Trial
 
 
 def sweep(
@@ -102,11 +106,12 @@ def sweep(
             device=device,
             save_seconds=save_seconds,
         )
-        kind: Any = sampler
+        # `choice` has checked it; the type of the field is a Literal, which an option is not.
+        sampler_name: Any = sampler
         memory = int(memory_gb * 2**30)
         spec = SweepSpec(
             trials,
-            sampler=kind,
+            sampler=sampler_name,
             seeds=seeds,
             seed=sampler_seed,
             halving=halving,
@@ -117,17 +122,25 @@ def sweep(
             fit=fit,
         )
         with results_only(cluster):
-            report = run_on(cluster)(FeatureStore.open(store), loaded, out, spec, show_trial)
+            run = run_on(cluster)
+            report = run(
+                FeatureStore.open(store),
+                space=loaded,
+                out=out,
+                spec=spec,
+                progress=show_trial,
+            )
         from apecache.report.sweep_page import sweep_page
 
         page = sweep_page(out)
         if json:
             show_json({**asdict(report), "page": page})
             return
-        rows = [
-            (t.number, t.state, t.epochs, *_score(t), t.recipe, " ".join(t.settings))
-            for t in report.trials
-        ]
+        rows: list[tuple[object, ...]] = []
+        for trial in report.trials:
+            settings = " ".join(trial.settings)
+            score = _score(trial)
+            rows.append((trial.number, trial.state, trial.epochs, *score, trial.recipe, settings))
         columns = (
             "trial",
             "state",
@@ -143,18 +156,20 @@ def sweep(
         typer.echo(f"the page with all trials: {page}")
 
 
-def run_on(cluster: Any) -> Any:
-    """`sweep` of the local engine, or of a Ray cluster."""
+def run_on(cluster: "RaySpec | None") -> Any:
+    """Return `sweep` of the local engine, or of a Ray cluster."""
     if cluster is None:
         from apecache.sweeps.run import sweep
 
         return sweep
+    # Only here: the cluster needs Ray, which is an extra.
     from apecache.cluster.sweep import sweep_on_ray
 
     return partial(sweep_on_ray, cluster=cluster)
 
 
-def show_trial(trial: Any) -> None:
+def show_trial(trial: "Trial") -> None:
+    """Show a trial that ended on standard error, with chance beside its recall."""
     score = trial.error or f"dev mean recall {trial.mean:.1f}{_beside(trial)}"
     typer.echo(
         f"trial {trial.number:3d}  {trial.state}  {score}  {' '.join(trial.settings)}",
@@ -162,12 +177,14 @@ def show_trial(trial: Any) -> None:
     )
 
 
-def _beside(trial: Any) -> str:
-    """Chance; trials of older versions do not know it."""
+def _beside(trial: "Trial") -> str:
+    """Return chance in brackets; trials of older versions have none."""
     return "" if trial.chance is None else f" (chance {trial.chance:.1f})"
 
 
-def _score(trial: Any) -> tuple[str, str, str]:
+def _score(trial: "Trial") -> tuple[str, str, str]:
+    """Return the mean on dev, its interval and chance; empty for what a trial does not have."""
     mean = "" if trial.mean is None else f"{trial.mean:.1f}"
     span = "" if trial.low is None else f"{trial.low:.1f} to {trial.high:.1f}"
-    return mean, span, "" if trial.chance is None else f"{trial.chance:.1f}"
+    chance = "" if trial.chance is None else f"{trial.chance:.1f}"
+    return mean, span, chance

@@ -1,9 +1,8 @@
-"""Errors that the operating system causes, as one line each: what failed, on which path, and what
-to do.
+"""Errors of the operating system, as one line each: what failed, on which path, and what to do.
 
 A full disk, a read-only folder, a missing permission or a limit of the process can end any command
-at any write or read. They arrive as OSError, or as whatever a library makes of one. Everything else
-stays a fault of the program, which ends with its traceback.
+at any write or read. They arrive as OSError, or as another exception that a library makes of one.
+Any other error is a fault of the program and ends with its traceback.
 """
 
 import errno
@@ -16,7 +15,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +59,20 @@ FOREIGN_NUMBERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class GivenPath:
-    """A path on the command line, the option or argument that it was given as, and whether the
-    command writes it."""
+    """Hold a path that was given on the command line."""
 
     flag: str
+    """The option or argument that takes the path."""
     path: Path
     is_output: bool
+    """Whether the command writes there."""
 
 
 _called: ContextVar[typer.Context | None] = ContextVar("called", default=None)
 
 
 class Command(TyperCommand):
-    """A command that takes each option once, and whose arguments are known to `explain`."""
+    """Run a command that takes each option once, and whose arguments `explain` can name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse an option that is given twice, unless it takes several values.
@@ -82,11 +81,14 @@ class Command(TyperCommand):
         meant.
         """
         if not ctx.resilient_parsing:
+            # A copy: the parser takes the arguments out of its list.
             _, _, occurrences = self.make_parser(ctx).parse_args(args=list(args))
             _require_once(ctx, occurrences)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; until it ends, `explain` sees its arguments."""
+        # Reset afterwards: `apecache demo` runs commands within a command.
         token = _called.set(ctx)
         try:
             return super().invoke(ctx)
@@ -94,37 +96,41 @@ class Command(TyperCommand):
             _called.reset(token)
 
 
-def _require_once(ctx: Any, occurrences: Sequence[Any]) -> None:
-    seen: list[Any] = []
+def _require_once(ctx: typer.Context, occurrences: Sequence[Any]) -> None:
+    """End with a usage error if an option that takes one value is given twice."""
+    earlier: list[Any] = []
     for parameter in occurrences:
         takes_one = isinstance(parameter, TyperOption) and not (
             parameter.multiple or parameter.is_eager
         )
-        if takes_one and parameter in seen:
+        if takes_one and parameter in earlier:
             flag = "/".join((*parameter.opts, *parameter.secondary_opts))
             limit = "give it once" if parameter.is_flag else "it takes one value"
             ctx.fail(f"{flag} is given twice; {limit}")
-        seen.append(parameter)
+        earlier.append(parameter)
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error of the system: the path, what happened, the remedy. None for any other
-    error."""
+    """Explain an error of the system in one line: the path, what happened, the remedy.
+
+    Returns:
+        The line; None for any other error.
+    """
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     if isinstance(error, OSError):
         return _line(error.errno, _path_of(error) or _written_file(error), str(error))
     text = str(error)
-    if (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
-    ):  # of torch, which is not imported
+    # By name: the class is torch's, which is not imported here.
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return OUT_OF_MEMORY
     number = _foreign_number(text)
     return None if number is None else _line(number, _foreign_path(text), text)
 
 
 def _foreign_number(text: str) -> int | None:
-    """The system's error number in the message of a library; Rust's libraries write it out."""
+    """Find the system's error number in the message of a library; None without one."""
+    # Rust's libraries write the number out.
     written = re.search(r"os error (\d+)", text)
     if written:
         return int(written.group(1))
@@ -133,7 +139,10 @@ def _foreign_number(text: str) -> int | None:
 
 
 def _foreign_path(text: str) -> Path | None:
-    """The file that FAISS (`write error in /x/y: …`) or safetensors (`at path "/x/y"`) names."""
+    """Find the file that a library's message names; None without one.
+
+    FAISS writes `write error in /x/y: …`, safetensors `at path "/x/y"`.
+    """
     named = re.search(
         r"(?:write error in|could not open|at path) \"?(/[^\":]+?)\"?(?: for |:|$|\))",
         text,
@@ -142,7 +151,8 @@ def _foreign_path(text: str) -> Path | None:
 
 
 def _path_of(error: OSError) -> Path | None:
-    """The target of a rename is what the user knows, its source a scratch file."""
+    """Return the path of an error; None without one."""
+    # The target of a rename is what the user knows; its source is a scratch file.
     name = error.filename2 or error.filename
     if isinstance(name, bytes):
         name = os.fsdecode(name)
@@ -150,8 +160,10 @@ def _path_of(error: OSError) -> Path | None:
 
 
 def _written_file(error: OSError) -> Path | None:
-    """The file that a failing write was for. Python does not say; the innermost frame that has it
-    open does."""
+    """Find the file that a failing write was for.
+
+    Python does not name it. It is open in the innermost frame that has an open file.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
@@ -162,19 +174,18 @@ def _written_file(error: OSError) -> Path | None:
         ]
         for value in held:
             name = getattr(value, "name", None)
-            is_written = isinstance(value, io.IOBase) and str(
-                getattr(value, "mode", "")
-            ).startswith(("w", "x", "a"))
-            if is_written and isinstance(name, str):
+            mode = str(getattr(value, "mode", "")) if isinstance(value, io.IOBase) else ""
+            if mode.startswith(("w", "x", "a")) and isinstance(name, str):
                 return STANDARD_OUTPUT if name == "<stdout>" else Path(name)
     return None
 
 
 def _line(number: int | None, path: Path | None, text: str) -> str:
-    given = list(_given_paths())
-    where = path or _likely_path(number, given)
-    flag = None if where == STANDARD_OUTPUT else _flag_for(where, given)
-    shown = _shown(where)
+    """Write the line for an error number: the path, what happened, the remedy."""
+    given_paths = list(_given_paths())
+    error_path = path or _likely_path(number, given_paths)
+    flag = None if error_path == STANDARD_OUTPUT else _flag_for(error_path, given_paths)
+    shown = _shown(error_path)
     other = f" or choose another {flag}" if flag else ""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
@@ -206,7 +217,7 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
 
 
 def _given_paths() -> Iterator[GivenPath]:
-    """What the running command was given as paths; what it writes comes first."""
+    """Yield the paths that the running command was given; those that it writes come first."""
     ctx = _called.get()
     if ctx is None:
         return
@@ -217,18 +228,23 @@ def _given_paths() -> Iterator[GivenPath]:
     flags = {parameter.name: _flag(parameter) for parameter in ctx.command.params}
     for name in names:
         value = ctx.params[name]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, Path) or (
-                name in OUTPUTS and isinstance(one, str) and ":/" not in one
-            ):
-                yield GivenPath(flag=flags[name], path=Path(one), is_output=name in outputs)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            # A URL of object storage is not a path, though it is an output.
+            is_local_text = isinstance(item, str) and ":/" not in item
+            if isinstance(item, Path) or (name in OUTPUTS and is_local_text):
+                yield GivenPath(flag=flags[name], path=Path(item), is_output=name in outputs)
 
 
-def _flag_for(where: Path, given: list[GivenPath]) -> str | None:
-    """The option that takes another path. A scratch file of an output lies beside it."""
-    below = (one.flag for one in given if _is_below(where, one.path))
-    beside = (one.flag for one in given if one.is_output and _is_below(where, one.path.parent))
-    return next(chain(below, beside), None)
+def _flag_for(error_path: Path, given_paths: list[GivenPath]) -> str | None:
+    """Return the option that takes another path; None if no given path has to do with the error."""
+    for given_path in given_paths:
+        if _is_below(error_path, given_path.path):
+            return given_path.flag
+    # A scratch file of an output lies beside it.
+    for given_path in given_paths:
+        if given_path.is_output and _is_below(error_path, given_path.path.parent):
+            return given_path.flag
+    return None
 
 
 def _flag(parameter: Any) -> str:
@@ -237,19 +253,19 @@ def _flag(parameter: Any) -> str:
     return str(parameter.name).upper()
 
 
-def _likely_path(number: int | None, given: list[GivenPath]) -> Path:
-    """Where an error without a path happened: a failing write does not say into which file.
+def _likely_path(number: int | None, given_paths: list[GivenPath]) -> Path:
+    """Guess where an error without a path happened: a failing write does not name its file.
 
-    Of a full disk it is what the command writes, or the folder of temporary files, wherever there
-    is least room.
+    Of a full disk it is what the command writes, or the folder of temporary files, whichever has
+    less room.
     """
-    outputs = [one.path for one in given if one.is_output]
+    outputs = [given_path.path for given_path in given_paths if given_path.is_output]
     candidates = [*outputs, Path(tempfile.gettempdir())]
     return min(candidates, key=_free_bytes) if number in NO_SPACE else candidates[0]
 
 
 def _free_bytes(path: Path) -> int:
-    """Room on the file system where a path is, or would be."""
+    """Return the free bytes of the file system where a path is, or would be."""
     absolute = path.absolute()
     existing = next(folder for folder in (absolute, *absolute.parents) if os.path.exists(folder))
     return shutil.disk_usage(existing).free
@@ -260,5 +276,6 @@ def _is_below(path: Path, folder: Path) -> bool:
 
 
 def _shown(path: Path) -> str:
+    """Return a path for a message: one line, and not too long."""
     text = "".join(c if c.isprintable() else "?" for c in str(path))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

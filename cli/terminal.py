@@ -1,4 +1,4 @@
-"""What every command shares: output for people and for machines, progress, and how it ends."""
+"""Shared by all commands: output for people and for machines, progress, and exit codes."""
 
 import json
 import os
@@ -8,11 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .system_errors import explain
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from apecache.extraction.report import Standing
 
 FAILURE = 1
 INTERRUPTED = 130
@@ -35,6 +40,7 @@ def ending() -> Iterator[None]:
     Exit codes: 0 ok, 1 failure (also what the operating system refuses), 2 usage, 3 data, 4
     something does not match a store, 130 interrupted.
     """
+    # Before the commands import these libraries, which read the environment once.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from apecache.errors import ApecacheError
@@ -46,6 +52,7 @@ def ending() -> Iterator[None]:
         show_differences(getattr(error, "differences", ()))
         raise typer.Exit(error.exit_code) from None
     except BrokenPipeError:
+        # The reader of a pipe has ended. Python flushes once more at exit: give it another file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -58,8 +65,11 @@ def ending() -> Iterator[None]:
 
 
 def complain_of_system(error: Exception) -> bool:
-    """Show an error of the operating system as one line. False for any other error: nothing is
-    shown."""
+    """Show an error of the operating system as one line.
+
+    Returns:
+        Whether it is one; for any other error nothing is shown.
+    """
     message = explain(error)
     if message is None:
         return False
@@ -70,8 +80,7 @@ def complain_of_system(error: Exception) -> bool:
 
 
 def drop_output() -> None:
-    """Send what standard output could not take to nowhere; else Python fails once more when it
-    ends."""
+    """Discard what standard output could not take; otherwise Python fails once more at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -80,7 +89,11 @@ def drop_output() -> None:
 
 
 def choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a value that is none of those known, before anything is loaded. Raises OptionError."""
+    """Refuse an unknown value of an option, before anything is loaded.
+
+    Raises:
+        OptionError: `value` is not among `known`.
+    """
     from apecache.errors import OptionError, nearest
 
     if value not in known:
@@ -90,31 +103,33 @@ def choice(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def command_line() -> str:
-    """The command as the user typed it."""
+    """Return the command as the user typed it."""
     return shlex.join(["apecache", *sys.argv[1:]])
 
 
 def complain(message: str) -> None:
+    """Show an error on standard error."""
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
 
 
 def warn(message: str) -> None:
+    """Show a warning on standard error."""
     typer.secho("warning: ", fg="yellow", bold=True, nl=False, err=True)
     typer.echo(message, err=True)
 
 
 def show_differences(differences: Iterable[tuple[str, object, object]]) -> None:
-    """Field by field, on standard error."""
-    rows = [(field, str(here), str(there)) for field, here, there in differences]
+    """Show (field, value here, value in the store) rows on standard error."""
+    rows = [(field, str(current), str(stored)) for field, current, stored in differences]
     if rows:
         show_table("difference", ("field", "here", "in the store"), rows, err=True)
 
 
 def show_json(value: object) -> None:
-    """One JSON object on standard output; dataclasses become objects, paths strings."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    typer.echo(json.dumps(plain, ensure_ascii=False, default=str))
+    """Print one JSON object on standard output; dataclasses become objects, paths strings."""
+    json_value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    typer.echo(json.dumps(json_value, ensure_ascii=False, default=str))
 
 
 def show_table(
@@ -123,8 +138,10 @@ def show_table(
     rows: Iterable[Iterable[object]],
     err: bool = False,
 ) -> None:
-    """A table; numbers to the right. Text from data is shown literally: no markup, no control
-    characters."""
+    """Show a table, numbers to the right.
+
+    Text from data is shown literally: no markup, no control characters.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -135,85 +152,85 @@ def show_table(
         numeric = all(isinstance(row[position], int | float) for row in filled)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in filled:
-        table.add_row(
-            *(
-                Text(f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell)))
-                for cell in row
-            )
-        )
+        cells = []
+        for cell in row:
+            text = f"{cell:.1f}" if isinstance(cell, float) else printable(str(cell))
+            # Text, because rich reads a string as markup.
+            cells.append(Text(text))
+        table.add_row(*cells)
+    # A file or a pipe has no width: rich would fold everything to 80 columns.
     terminal = Console(stderr=err).is_terminal
     Console(stderr=err, width=None if terminal else PLAIN_WIDTH).print(table)
 
 
 def printable(text: str) -> str:
-    """Control characters, which could steer a terminal, as visible escapes."""
+    """Replace control characters, which could steer a terminal, by visible escapes."""
     return "".join(
         c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
     )
 
 
 class _Rate:
-    """What progress says of one stage: rows a second since it began, what is written, what could
-    not be read.
+    """Say of one stage: rows a second since it began, bytes written, rows that are unreadable."""
 
-    `Standing` comes from `apecache.extraction.report`, which is too heavy to import here.
-    """
-
-    def __init__(self, first: Any) -> None:
+    def __init__(self, first: "Standing") -> None:
         self.began = time.monotonic()
         self.first = first.done
 
-    def per_second(self, standing: Any) -> float:
-        return float((standing.done - self.first) / max(time.monotonic() - self.began, 1e-9))
+    def per_second(self, standing: "Standing") -> float:
+        """Return rows a second of this run; rows of an earlier run do not count."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return float((standing.done - self.first) / seconds)
 
-    def text(self, standing: Any) -> str:
+    def text(self, standing: "Standing") -> str:
         size = f", {standing.n_bytes / 1e9:.3f} GB" if standing.n_bytes else ""
         bad = f", {standing.n_bad:,} unreadable" if standing.n_bad else ""
         return f"{self.per_second(standing):.1f}/s{size}{bad}"
 
 
 class _Lines:
-    """Progress for a log file: a line at the start of a stage, every ten seconds, and at its
-    end."""
+    """Show progress for a log file: a line when a stage starts, every ten seconds, when it ends."""
 
     def __init__(self) -> None:
         self.rates: dict[str, _Rate] = {}
         self.shown = 0.0
-        self.last: Any = None
+        self.last: Standing | None = None
 
-    def __call__(self, standing: Any) -> None:
+    def __call__(self, standing: "Standing") -> None:
         if standing.modality not in self.rates:
             self.end()
             self.rates[standing.modality] = _Rate(standing)
+            # The first line of a stage comes at once.
             self.shown = 0.0
         self.last = standing
         if time.monotonic() - self.shown >= 10:
             self._show(standing)
 
     def end(self) -> None:
-        """The last line of a stage, once all of it is known."""
+        """Show the last line of a stage, unless it was shown."""
         if self.last is not None:
             self._show(self.last)
 
-    def _show(self, standing: Any) -> None:
+    def _show(self, standing: "Standing") -> None:
         self.shown = time.monotonic()
         self.last = None
         rate = self.rates[standing.modality]
-        left = standing.rows - standing.done
+        remaining_rows = standing.rows - standing.done
         per_second = rate.per_second(standing)
-        until = f", {left / per_second:.0f} s left" if per_second and left else ""
-        typer.echo(
-            (
-                f"{standing.modality}: {standing.done:,}/{standing.rows:,}, "
-                f"{rate.text(standing)}{until}"
-            ),
-            err=True,
-        )
+        until = ""
+        if per_second and remaining_rows:
+            until = f", {remaining_rows / per_second:.0f} s left"
+        rows = f"{standing.done:,}/{standing.rows:,}"
+        typer.echo(f"{standing.modality}: {rows}, {rate.text(standing)}{until}", err=True)
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[Any], None]]:
-    """Progress with rate and time left, on standard error: a bar on a terminal, lines elsewhere."""
+def progress() -> "Iterator[Callable[[Standing], None]]":
+    """Show progress with rate and time left on standard error: a bar on a terminal, else lines.
+
+    Yields:
+        A function to call with every `Standing` of an extraction.
+    """
     if not sys.stderr.isatty():
         lines = _Lines()
         yield lines
@@ -230,9 +247,9 @@ def progress() -> Iterator[Callable[[Any], None]]:
         rich_progress.TimeRemainingColumn(),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, tuple[Any, _Rate]] = {}
+        tasks: dict[str, tuple[TaskID, _Rate]] = {}
 
-        def update(standing: Any) -> None:
+        def update(standing: "Standing") -> None:
             if standing.modality not in tasks:
                 task = bar.add_task(
                     standing.modality,
@@ -240,7 +257,7 @@ def progress() -> Iterator[Callable[[Any], None]]:
                     completed=standing.done,
                     rate="",
                 )
-                tasks[standing.modality] = task, _Rate(standing)
+                tasks[standing.modality] = (task, _Rate(standing))
             task, rate = tasks[standing.modality]
             bar.update(task, completed=standing.done, total=standing.rows, rate=rate.text(standing))
 

@@ -1,1 +1,1 @@
-"""Extraction and sweeps on a Ray cluster."""
+"""Run extractions and sweeps on a Ray cluster."""

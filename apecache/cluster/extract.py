@@ -1,11 +1,10 @@
-"""Extraction by a Ray cluster: the store of a local run, byte for byte, where the devices are of
-the same kind.
+"""Extract on a Ray cluster. On devices of the same type the store equals a local one byte for byte.
 
-The driver divides the table, hands out shards, seals and judges; the encoders are loaded by the
-actors alone, and the first of them that is ready makes the arrays. Every actor encodes whole shards
-with the batch size and threads that are recorded and commits them itself, so features never travel.
-The store and the images must be reachable by every node under the same path (a shared folder) or
-URL (object storage), and by the driver.
+The driver divides the table, hands out shards, seals arrays and judges the result. Only the actors
+load encoders; the first that is ready makes the arrays. Every actor encodes whole shards with the
+recorded batch size and threads and commits them itself, so features never travel. Every node and
+the driver must reach the store and the images under the same path (a shared folder) or URL (object
+storage).
 """
 
 import os
@@ -52,12 +51,17 @@ def extract_on_ray(
     progress: Progress = lambda *_: None,
     cluster: RaySpec | None = None,
 ) -> ExtractReport:
-    """`extract`, by the actors of a Ray cluster. `progress` is called after every commit.
+    """Extract as `extract` does, by the actors of a Ray cluster.
+
+    Args:
+        progress: called after every commit.
 
     Raises:
-        OptionError: `spec` asks for a part, or for a single writer. EngineError, MissingExtraError:
-            as `open_pool`, and
-        where a node does not see the store. All others as `extract`, whichever node they come from.
+        OptionError: `spec` asks for a part, or for a single writer.
+        EngineError: as `open_pool`; or a node does not see the store.
+        MissingExtraError: as `open_pool`.
+
+    All errors of `extract` are raised too, whichever node they come from.
     """
     require_type(source, PairSource, "source")
     require_type(spec, ExtractSpec, "spec")
@@ -72,13 +76,14 @@ def extract_on_ray(
             "--single-writer: the actors of a cluster are several writers; leave one of the two out"
         )
     require_inputs(source, spec)
+    # Absolute: an actor whose node lacks the driver's folder runs in another one.
     files = open_files(store if is_object_url(store) else Path(os.path.abspath(store)))
     segments = split_source(source, files, spec.append)
-    parts = {segment.files.place: segment.part for segment in segments}
-    with open_pool(
-        partial(_Encoding, parts, spec),
-        (cluster or RaySpec()).for_device(spec.device),
-    ) as pool:
+    part_of_folder = {segment.files.place: segment.part for segment in segments}
+    make_worker = partial(_Encoding, part_of_folder, spec)
+    ray_spec = (cluster or RaySpec()).for_device(spec.device)
+    with open_pool(make_worker, ray_spec) as pool:
+        # Encoders load before anything is written: one that fails to load leaves no store behind.
         pool.first(LOAD)
         begin = time.perf_counter()
         for segment in segments:
@@ -103,36 +108,40 @@ def _fill(
     progress: Progress,
 ) -> dict[Modality, Total]:
     totals = _totals(fillings, source)
-    last = time.perf_counter()
+    last_time = time.perf_counter()
     for total in totals.values():
         progress(total.standing)
 
-    def told(filling: Filling, shard: int, names: tuple[str, ...], done: ShardDone) -> None:
-        nonlocal last
+    def add_shard(filling: Filling, shard: int, names: tuple[str, ...], report: ShardDone) -> None:
+        nonlocal last_time
+        # Actors work side by side: the time between two commits, not that of one shard, adds up.
         now = time.perf_counter()
-        before = last
-        last = now
+        seconds = now - last_time
+        last_time = now
         total = totals[filling.task.modality]
         rows = len(filling.layout.shard(shard))
         total.done += rows
-        total.n_bad += done.n_bad
-        for tally in (total.tallies[name] for name in names):
+        total.n_bad += report.n_bad
+        for name in names:
+            tally = total.tallies[name]
             tally.n_encoded += rows
             tally.n_bytes += rows * tally.layout.row_bytes
-            tally.n_truncated += done.n_truncated
-            tally.seconds += now - before
+            tally.n_truncated += report.n_truncated
+            tally.seconds += seconds
         progress(total.standing)
 
-    fill(pool, fillings, told)
+    fill(pool, fillings, add_shard)
     return totals
 
 
 def _totals(fillings: Sequence[Filling], source: PairSource) -> dict[Modality, Total]:
+    """Sum up what is committed already, for each modality."""
     totals: dict[Modality, Total] = {}
     for filling in fillings:
         modality = filling.task.modality
         rows = len(source) if modality == "image" else len(source.captions)
         total = totals.setdefault(modality, Total(modality=modality, rows=rows))
+        # Jobs are numbered from 0, and each is one pass over the rows.
         total.passes = max(total.passes, filling.task.job + 1)
         total.done += filling.rows_done
         for writer in filling.writers:
@@ -148,46 +157,64 @@ PREPARE = "preparing the arrays"
 
 @dataclass(kw_only=True)
 class _Segment:
+    """Hold what an actor knows of a segment that it has opened."""
+
     files: Files
     jobs: dict[tuple[Modality, int], ImageJob | TextJob]
+    """By modality and number, as `Task.job` counts them."""
 
 
 class _Encoding:
-    """The encoders of a run, loaded, and the segments that were looked at."""
+    """Keep the loaded encoders of a run, and the segments that were opened.
 
-    def __init__(self, parts: dict[str | Path, PairSource], spec: ExtractSpec, cpus: int) -> None:
+    Args:
+        part_of_folder: the rows of each segment, by the segment's folder or URL.
+        spec: the one of the driver.
+        cpus: of this actor.
+    """
+
+    def __init__(
+        self,
+        part_of_folder: dict[str | Path, PairSource],
+        spec: ExtractSpec,
+        cpus: int,
+    ) -> None:
         torch.set_num_threads(cpus)  # what a new array records
-        self.parts = parts
+        self.parts = part_of_folder
         self.spec = _on_a_node(spec, cpus)
         self.encoders = load_encoders(self.spec)
-        self.totals = new_totals(next(iter(parts.values())), self.encoders)
+        self.totals = new_totals(next(iter(part_of_folder.values())), self.encoders)
         self.opened: dict[str | Path, _Segment] = {}
         self.checked: set[tuple[str | Path, Modality, int]] = set()
 
     def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone | None:
+        """Load (nothing is left to do then), prepare the arrays, or encode one shard."""
         if isinstance(piece, ShardPiece):
             return self._encode(piece)
         if piece == PREPARE:
-            return [task for folder in self.parts for task in self._prepare(folder)]
-        return None  # loading is all that was asked for
+            tasks: list[Task] = []
+            for folder in self.parts:
+                tasks += self._prepare(folder)
+            return tasks
+        return None  # LOAD: the constructor has loaded the encoders
 
     def _prepare(self, folder: str | Path) -> list[Task]:
         segment = self._segment(folder)
         if self.spec.recheck:
             for job in segment.jobs.values():
                 require_same_content(FeatureStore.open(folder), job)
-        return [
-            Task(
-                folder=folder,
-                job=number,
-                modality=modality,
-                names=tuple(target.record.name for target in job.targets),
-            )
-            for (modality, number), job in segment.jobs.items()
-        ]
+        tasks = []
+        for (modality, number), job in segment.jobs.items():
+            names = tuple(target.record.name for target in job.targets)
+            tasks.append(Task(folder=folder, job=number, modality=modality, names=names))
+        return tasks
 
     def _segment(self, folder: str | Path) -> _Segment:
-        """Its jobs. Raises EngineError if this node does not see what the driver has made."""
+        """Open a segment, once.
+
+        Raises:
+            EngineError: this node does not see what the driver has made.
+        """
         if folder not in self.opened:
             if not open_files(folder).exists(PAIRS):
                 raise EngineError(
@@ -206,12 +233,12 @@ class _Encoding:
         return self.opened[folder]
 
     def _encode(self, piece: ShardPiece) -> ShardDone:
-        """Encode and commit; what is committed by now, by an actor that could not tell any more,
-        stays."""
+        """Encode a shard and commit it to the arrays that lack it."""
         task = piece.task
-        segment = self._segment(piece.task.folder)
+        segment = self._segment(task.folder)
         job = segment.jobs[task.modality, task.job]
         self._check(task, segment.files, job)
+        # Looked up again: an actor may have committed this shard and died before it answered.
         lacking = [
             not segment.files.exists(commit_name(task.modality, name, piece.shard))
             for name in task.names
@@ -226,25 +253,29 @@ class _Encoding:
         return ShardDone(n_bad=len(encoded.bad), n_truncated=encoded.n_truncated)
 
     def _check(self, task: Task, files: Files, job: ImageJob | TextJob) -> None:
-        """Whether this node gives what is committed already, once for each job."""
+        """Check, once for each job, that this node encodes what is committed already.
+
+        Raises:
+            MismatchError: it encodes something else.
+        """
         key = task.folder, task.modality, task.job
         if key not in self.checked:
-            for place in range(len(job.targets)):
-                spot_check(files, job, place)
+            for target_index in range(len(job.targets)):
+                spot_check(files, job, target_index)
             self.checked.add(key)
 
 
 def _numbered(
     jobs: Sequence[ImageJob | TextJob],
 ) -> Iterator[tuple[tuple[Modality, int], ImageJob | TextJob]]:
-    """Jobs of each modality numbered from 0, in an order that is the same in every actor."""
-    counts: Counter[Modality] = Counter()
+    """Number the jobs of each modality from 0, in an order that is the same in every actor."""
+    next_number: Counter[Modality] = Counter()
     for job in jobs:
         modality = job.targets[0].record.modality
-        yield (modality, counts[modality]), job
-        counts[modality] += 1
+        yield (modality, next_number[modality]), job
+        next_number[modality] += 1
 
 
 def _on_a_node(spec: ExtractSpec, cpus: int) -> ExtractSpec:
-    """Decoding processes for the cores of an actor, not for those of the driver's machine."""
+    """Set as many decoding processes as an actor has cores for, unless `spec` gives a number."""
     return replace(spec, workers=default_workers(cpus)) if spec.workers is None else spec

@@ -1,9 +1,8 @@
-"""Filling arrays by a pool: the driver's side. It hands out shards, counts what comes back, and
-seals.
+"""Fill arrays by a pool, on the driver: hand out shards, count what comes back, seal.
 
-The workers commit what they encode, by the protocol of the store, and only tell the driver about
-it. Whatever dies, what is committed stands: the records say what is left, to this driver or to the
-next one.
+The workers commit what they encode, by the protocol of the store, and only report it to the driver.
+Whatever process dies, what is committed stays: the records tell this driver, or the next one, which
+shards are missing.
 """
 
 import time
@@ -18,24 +17,26 @@ from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter
 
 SEEN_SECONDS = 90.0
-"""So long a network file system may keep a new file from others that have listed its folder (NFS:
-60 by default)."""
+"""How long a network file system may hide a new file from others that have listed its folder (NFS:
+60 s by default)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Arrays of one segment that are filled in one pass: the `job`-th of the segment at
-    `folder`."""
+    """Name the arrays of one segment that are filled in one pass."""
 
     folder: str | Path
+    """Of the segment."""
     job: int
+    """Number of the pass, among those of the segment and modality."""
     modality: Modality
     names: tuple[str, ...]
+    """Of the arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPiece:
-    """What an actor is asked for: one shard of all arrays of a task."""
+    """Ask an actor for one shard of all arrays of a task."""
 
     task: Task
     shard: int
@@ -46,43 +47,51 @@ class ShardPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDone:
-    """What an actor tells of a shard that is committed."""
+    """Report a committed shard to the driver."""
 
     n_bad: int = 0
     n_truncated: int = 0
 
 
 class Filling:
-    """A task as the driver sees it. `missing`: arrays that lack a shard, for each shard that is to
-    be encoded."""
+    """Follow a task on the driver.
+
+    `missing` has, for each shard that is to be encoded, the names of the arrays that lack it.
+    """
 
     def __init__(self, task: Task) -> None:
-        opened = FeatureStore.open(task.folder)
-        arrays = [opened.array(task.modality, name) for name in task.names]
+        store = FeatureStore.open(task.folder)
+        arrays = [store.array(task.modality, name) for name in task.names]
         self.task = task
-        self.files = opened.files
-        self.writers = [ArrayWriter(opened.files, array.record) for array in arrays]
+        self.files = store.files
+        self.writers = [ArrayWriter(store.files, array.record) for array in arrays]
         self.layout = arrays[0].record.layout
         committed = {writer.record.name: writer.committed().keys() for writer in self.writers}
-        lacking = {
-            shard: tuple(name for name, done in committed.items() if shard not in done)
-            for shard in range(self.layout.n_shards)
-        }
-        self.missing = {shard: names for shard, names in lacking.items() if names}
+        self.missing: dict[int, tuple[str, ...]] = {}
+        for shard in range(self.layout.n_shards):
+            names = tuple(name for name, shards in committed.items() if shard not in shards)
+            if names:
+                self.missing[shard] = names
 
     @property
     def rows_done(self) -> int:
+        """Return the number of rows that all arrays have."""
         return self.layout.rows - sum(len(self.layout.shard(shard)) for shard in self.missing)
 
     def seal(self) -> None:
-        """Raises EngineError if what the workers have committed is not to be seen here."""
+        """Seal the arrays.
+
+        Raises:
+            EngineError: the driver does not see what the workers have committed.
+        """
         deadline = time.monotonic() + SEEN_SECONDS
         for writer in self.writers:
-            while lost := writer.pending():
+            # An actor has answered for each of these shards; its node's files may show up late.
+            while unseen := writer.pending():
                 if time.monotonic() > deadline:
+                    piece = ShardPiece(task=self.task, shard=unseen[0])
                     raise EngineError(
-                        f"{self.files.place} lacks {ShardPiece(task=self.task, shard=lost[0])}, "
-                        "which an actor has committed; the "
+                        f"{self.files.place} lacks {piece}, which an actor has committed; the "
                         "store must be one and the same place on every node"
                     )
                 time.sleep(0.5)
@@ -94,22 +103,25 @@ Told = Callable[[Filling, int, tuple[str, ...], ShardDone], None]
 
 
 def fill(pool: Pool, fillings: Sequence[Filling], told: Told) -> None:
-    """Have every missing shard encoded, and seal each array as soon as it is complete. Raises as
-    `Pool.run` does."""
+    """Have every missing shard encoded, and seal each array as soon as it is complete.
+
+    Errors are those of `Pool.run` and `Filling.seal`.
+    """
     by_task = {filling.task: filling for filling in fillings}
     for filling in fillings:
+        # An earlier driver may have ended between the last commit and the seal.
         if not filling.missing:
             filling.seal()
-    for piece, done in pool.run(_pieces(fillings)):
+    for piece, report in pool.run(_pieces(fillings)):
+        # A piece carries its task alone: a filling with its open files stays on the driver.
         filling = by_task[piece.task]
-        told(filling, piece.shard, filling.missing.pop(piece.shard), done)
+        told(filling, piece.shard, filling.missing.pop(piece.shard), report)
         if not filling.missing:
             filling.seal()
 
 
 def _pieces(fillings: Sequence[Filling]) -> Iterator[ShardPiece]:
-    return (
-        ShardPiece(task=filling.task, shard=shard)
-        for filling in fillings
-        for shard in list(filling.missing)
-    )
+    for filling in fillings:
+        # A list, as `fill` takes shards out of `missing` while pieces are still handed out.
+        for shard in list(filling.missing):
+            yield ShardPiece(task=filling.task, shard=shard)

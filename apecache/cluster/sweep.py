@@ -1,17 +1,15 @@
-"""A sweep by a Ray cluster: populations of heads train in actors; the driver plans, ranks and
-writes as it does alone.
+"""Sweep on a Ray cluster: populations of heads train in actors, the driver plans, ranks and writes.
 
 Every actor reads the features from the store once. Checkpoints of populations and rungs lie in the
-sweep's folder, so this folder and the store must be reachable by every node under the same path; a
-population that goes down with its actor goes on in another from its last checkpoint. With as many
-threads as a local sweep the results are the same.
+sweep's folder, so every node must reach this folder and the store under the same path. If an actor
+dies, another resumes its population from the last checkpoint. With as many threads as a local sweep
+the results are the same.
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +17,7 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.cluster.pool import Pool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import Group, Name, Results, SweepSpec, Wave
+from apecache.sweeps.halving import Group, Name, Results, SweepData, SweepSpec, Wave
 from apecache.sweeps.run import SweepReport, load_data, sweep
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial
@@ -34,20 +32,27 @@ def sweep_on_ray(
     progress: Callable[[Trial], None] = lambda _: None,
     cluster: RaySpec | None = None,
 ) -> SweepReport:
-    """`sweep`, whose populations train in the actors of a Ray cluster; the best trial is fitted by
-    the driver.
+    """Sweep as `sweep` does, with the populations in the actors of a Ray cluster.
+
+    The driver fits the best trial.
 
     Raises:
-        EngineError, MissingExtraError: as `open_pool`. All others as `sweep`.
+        EngineError: as `open_pool`.
+        MissingExtraError: as `open_pool`.
+
+    All errors of `sweep` are raised too.
     """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
     require_type(spec, SweepSpec, "spec", optional=True)
     out = as_path(out, "out")
     spec = spec or SweepSpec()
-    place = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
-    make = partial(_Populations, place, space, Path(os.path.abspath(out)), spec)
-    with open_pool(make, (cluster or RaySpec()).for_device(spec.fit.device)) as pool:
+    # Absolute: an actor whose node lacks the driver's folder runs in another one.
+    store_path = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
+    out_path = Path(os.path.abspath(out))
+    make_worker = partial(_Populations, store=store_path, space=space, out=out_path, spec=spec)
+    ray_spec = (cluster or RaySpec()).for_device(spec.fit.device)
+    with open_pool(make_worker, ray_spec) as pool:
         return sweep(
             store,
             space=space,
@@ -59,10 +64,26 @@ def sweep_on_ray(
 
 
 class _ClusterWave(Wave):
-    """Hands its groups to a pool."""
+    """Hand the groups of a wave to a pool."""
 
-    def __init__(self, pool: Pool, *about: Any) -> None:
-        super().__init__(*about)
+    def __init__(
+        self,
+        pool: Pool,
+        out: Path,
+        spec: SweepSpec,
+        space: Space,
+        data: SweepData,
+        trials: dict[int, Trial],
+        progress: Callable[[Trial], None],
+    ) -> None:
+        super().__init__(
+            out,
+            spec=spec,
+            space=space,
+            data=data,
+            trials=trials,
+            progress=progress,
+        )
         self.pool = pool
 
     def train_groups(
@@ -74,19 +95,21 @@ class _ClusterWave(Wave):
 
 
 class _Populations:
-    """An actor: the features, and a wave of which it trains what it is given."""
+    """Train in an actor the groups it is given, on features that are read once."""
 
     def __init__(
         self,
+        cpus: int,
         store: str | Path,
         space: Space,
         out: Path,
         spec: SweepSpec,
-        cpus: int,
     ) -> None:
         torch.set_num_threads(cpus)
         data = load_data(FeatureStore.open(store), spec.fit)
+        # Trials and progress are the driver's: this wave only trains groups.
         self.wave = Wave(out, spec=spec, space=space, data=data, trials={}, progress=lambda _: None)
 
     def do(self, group: Group) -> Results:
+        """Train one group."""
         return self.wave.train_group(group)

@@ -1,1 +1,1 @@
-"""Sources of images and captions: opened, checked, read safely."""
+"""Open sources of images and captions, check them, and read them safely."""

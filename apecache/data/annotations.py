@@ -1,4 +1,4 @@
-"""Captions in one JSON file: Karpathy's splits and COCO's annotations.
+"""Open captions in one JSON file: Karpathy's splits and COCO's annotations.
 
 Karpathy and Fei-Fei (arXiv:1412.2306) publish dataset_coco.json, dataset_flickr8k.json and
 dataset_flickr30k.json: `images`, each with `filename`, `split`, `sentences` (their `raw` is the
@@ -28,14 +28,17 @@ KINDS = (
 
 
 def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
-    """All captions of each image; image paths are relative to the file's folder, or to `root`.
+    """Open one JSON file of captions, all captions of each image together.
+
+    Image paths are relative to the file's folder, or to `spec.root`.
 
     Raises:
-        ManifestError: no JSON, of neither kind, a record without its fields, an image that is named
-            twice.
+        ManifestError: The file is not JSON or has neither of the two formats, a record lacks a
+            field, or an image is named twice.
     """
     require_only(spec, path, "root")
     content = _load(path)
+    # Both formats have `images`; their other fields tell them apart.
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise ManifestError(
@@ -61,16 +64,20 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
 
 
 def _unused(images: list[dict[str, Any]], fields: SourceFields) -> tuple[str, ...]:
-    """Fields of the images that are taken as nothing; an image's path has two, and COCO joins
-    captions by `id`."""
-    taken = {fields.image, "filepath", "id", fields.split, "sentences"}
-    names = dict.fromkeys(name for image in images for name in image)
-    return tuple(name for name in names if name not in taken)
+    """Return the fields of the images that no role uses."""
+    # An image's path can have two fields, and COCO joins captions by `id`.
+    used_names = {fields.image, "filepath", "id", fields.split, "sentences"}
+    names: dict[str, None] = {}
+    for image in images:
+        names |= dict.fromkeys(image)
+    return tuple(name for name in names if name not in used_names)
 
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        # "utf-8-sig" also reads files with a byte order mark.
+        text = path.read_bytes().decode("utf-8-sig")
+        return json.loads(text)
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None
     except json.JSONDecodeError as error:
@@ -84,49 +91,49 @@ def _load(path: Path) -> Any:
 
 
 def _found(content: Any) -> str:
+    """Describe the file's top-level value for an error message."""
     if isinstance(content, dict):
-        return f"an object with {', '.join(map(repr, list(content)[:6])) or 'nothing in it'}"
+        first_names = map(repr, list(content)[:6])
+        return f"an object with {', '.join(first_names) or 'nothing in it'}"
     return f"a {type(content).__name__}"
 
 
 def _has_captions(annotations: Any) -> bool:
-    return (
-        isinstance(annotations, list)
-        and bool(annotations)
-        and all(
-            isinstance(annotation, dict) and "caption" in annotation for annotation in annotations
-        )
+    if not isinstance(annotations, list) or not annotations:
+        return False
+    return all(
+        isinstance(annotation, dict) and "caption" in annotation for annotation in annotations
     )
 
 
 def _karpathy(images: list[dict[str, Any]], path: Path, restval: bool) -> tuple[Pair, ...]:
+    """Return the pairs of Karpathy's images; `restval` keeps those of the split `restval`."""
     pairs = []
     for number, image in enumerate(images):
-        where = f"{path}, images[{number}]"
-        name = _field(image, name="filename", kind=str, where=where)
-        split = _field(image, name="split", kind=str, where=where)
+        location = f"{path}, images[{number}]"
+        name = _field(image, name="filename", expected_type=str, location=location)
+        split = _field(image, name="split", expected_type=str, location=location)
         if split == RESTVAL and not restval:
             continue
-        folder = (
-            _field(image, name="filepath", kind=str, where=where) if "filepath" in image else ""
-        )
-        captions = tuple(
-            _raw(sentence, where)
-            for sentence in _field(image, name="sentences", kind=list, where=where)
-        )
+        folder = ""
+        if "filepath" in image:
+            folder = _field(image, name="filepath", expected_type=str, location=location)
+        sentences = _field(image, name="sentences", expected_type=list, location=location)
+        captions = tuple(_raw(sentence, location) for sentence in sentences)
         key = f"{folder}/{name}" if folder else name
-        refuse_url(key, where)
+        refuse_url(key, location)
         split = SPLITS["train"] if split == RESTVAL else SPLITS.get(split, split)
         pairs.append(Pair(key=key, captions=captions, languages=("",) * len(captions), split=split))
     return tuple(pairs)
 
 
-def _raw(sentence: Any, where: str) -> str:
+def _raw(sentence: Any, location: str) -> str:
+    """Return the caption of one of Karpathy's sentences."""
     if not isinstance(sentence, dict):
         raise ManifestError(
-            f"{where}: a sentence is a {type(sentence).__name__}; expected an object with 'raw'"
+            f"{location}: a sentence is a {type(sentence).__name__}; expected an object with 'raw'"
         )
-    text: str = _field(sentence, name="raw", kind=str, where=where)
+    text: str = _field(sentence, name="raw", expected_type=str, location=location)
     return text
 
 
@@ -135,52 +142,64 @@ def _coco(
     annotations: list[dict[str, Any]],
     path: Path,
 ) -> tuple[Pair, ...]:
-    where = [f"{path}, images[{number}]" for number in range(len(images))]
-    ids = [
-        _field(image, name="id", kind=int | str, where=place)
-        for image, place in zip(images, where, strict=True)
-    ]
+    """Return the pairs of COCO's images, joined with their annotations by the image's id."""
+    ids = _image_values(images, name="id", expected_type=int | str, path=path)
     captions: dict[Any, list[str]] = {number: [] for number in ids}
+    # Two images of one id have left one list of captions.
     if len(captions) < len(images):
         raise ManifestError(f"{path}: two images have the same id; every image needs its own")
     for number, annotation in enumerate(annotations):
-        place = f"{path}, annotations[{number}]"
-        of = captions.get(_field(annotation, name="image_id", kind=int | str, where=place))
-        if of is None:
+        location = f"{path}, annotations[{number}]"
+        image_id = _field(annotation, name="image_id", expected_type=int | str, location=location)
+        texts = captions.get(image_id)
+        if texts is None:
             raise ManifestError(
-                f"{place}: image_id {annotation['image_id']!r} is none of the images' ids"
+                f"{location}: image_id {annotation['image_id']!r} is none of the images' ids"
             )
-        of.append(to_text(annotation["caption"], place, "caption"))
-    keys = [
-        _field(image, name="file_name", kind=str, where=place)
-        for image, place in zip(images, where, strict=True)
-    ]
-    for key, place in zip(keys, where, strict=True):
-        refuse_url(key, place)
-    return tuple(
-        Pair(key=key, captions=tuple(own), languages=("",) * len(own))
-        for key, own in zip(keys, captions.values(), strict=True)
-    )
+        texts.append(to_text(annotation["caption"], location, "caption"))
+    keys = _image_values(images, name="file_name", expected_type=str, path=path)
+    for number, key in enumerate(keys):
+        refuse_url(key, f"{path}, images[{number}]")
+    pairs = []
+    for key, image_captions in zip(keys, captions.values(), strict=True):
+        languages = ("",) * len(image_captions)
+        pairs.append(Pair(key=key, captions=tuple(image_captions), languages=languages))
+    return tuple(pairs)
 
 
-def _field(record: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
+def _image_values(
+    images: list[dict[str, Any]],
+    name: str,
+    expected_type: Any,
+    path: Path,
+) -> list[Any]:
+    """Return one field of every image."""
+    values = []
+    for number, image in enumerate(images):
+        location = f"{path}, images[{number}]"
+        values.append(_field(image, name=name, expected_type=expected_type, location=location))
+    return values
+
+
+def _field(record: Mapping[str, Any], name: str, expected_type: Any, location: str) -> Any:
+    """Return a field of a record, checked to be of a type and not empty."""
     value = record.get(name)
-    if not isinstance(value, kind) or value == "":
-        found = "nothing" if value is None else repr(value)[:40]
-        raise ManifestError(
-            f"{where}: {name} is {found}; expected "
-            f"{kind.__name__ if isinstance(kind, type) else 'a number or text'}"
-        )
+    if not isinstance(value, expected_type) or value == "":
+        shown_value = "nothing" if value is None else repr(value)[:40]
+        # A union such as `int | str` is no `type`: it has no __name__.
+        named_type = isinstance(expected_type, type)
+        expected = expected_type.__name__ if named_type else "a number or text"
+        raise ManifestError(f"{location}: {name} is {shown_value}; expected {expected}")
     return value
 
 
 def _require_unique(pairs: tuple[Pair, ...], path: Path) -> None:
-    seen: set[str] = set()
+    keys: set[str] = set()
     for pair in pairs:
-        if pair.key in seen:
+        if pair.key in keys:
             raise ManifestError(
                 f"{path}: image {pair.key!r} is named twice; name it once, with all its captions"
             )
-        seen.add(pair.key)
+        keys.add(pair.key)
     if not pairs:
         raise ManifestError(f"{path}: no images; expected {KINDS}")

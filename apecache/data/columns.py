@@ -1,5 +1,7 @@
-"""Which column is what, and one record of a table as a `Row`: the same for text tables, Parquet and
-data sets."""
+"""Choose the columns of a table, and turn its records into `Row`s.
+
+Text tables, Parquet and Hugging Face data sets share these rules.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ LANGUAGE_COLUMNS = ("lang", "language")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Names of columns; None: there is none."""
+    """Name the column of each role; None means that the table has no such column."""
 
     image: str
     caption: str | None
@@ -26,56 +28,62 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """All but the image's."""
-        return [
-            name
-            for name in (self.caption, self.split, self.language, self.label)
-            if name is not None
-        ]
+        """Return the names of all columns except the image's."""
+        optional_names = (self.caption, self.split, self.language, self.label)
+        return [name for name in optional_names if name is not None]
 
 
 def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
-    """What became of the columns of a table that has these names."""
-    taken = {columns.image, *columns.names}
+    """Return the roles of a table's columns, and the columns without a role."""
+    used_names = {columns.image, *columns.names}
     return SourceFields(
         image=columns.image,
         caption=columns.caption,
         split=columns.split,
         label=columns.label,
         language=columns.language,
-        unused=tuple(name for name in names if name not in taken),
+        unused=tuple(name for name in names if name not in used_names),
     )
 
 
 def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Columns:
-    """The columns that the spec names; of the others the exact names `image` and `caption`, or the
-    one candidate.
+    """Choose the column of each role.
+
+    A column that the spec names comes first, then the exact names `image` and `caption`, then the
+    only candidate.
+
+    Args:
+        names: Names of all columns.
+        where: The table, for error messages.
+        spec: What the user asked for.
 
     Raises:
-        ManifestError: a column is missing, or several could be meant.
+        ManifestError: A column is missing, or several columns could be meant.
     """
     image = _choose(
         "image",
-        given=spec.image_column,
+        requested=spec.image_column,
         candidates=IMAGE_COLUMNS,
         names=names,
-        where=where,
+        location=where,
     )
     captions = [name for name in CAPTION_COLUMNS if name != image]
     caption = _choose(
         "caption",
-        given=spec.caption_column,
+        requested=spec.caption_column,
         candidates=captions,
         names=names,
-        where=where,
+        location=where,
         must="caption" in spec.require,
     )
     if "label" in spec.require and "label" not in names:
         raise ManifestError(_no_column("label", names, where))
     if spec.split_column is not None and spec.split_column not in names:
         raise ManifestError(_no_column(spec.split_column, names, where))
-    split = spec.split_column or ("split" if "split" in names and not spec.resplits else None)
+    default_split = "split" if "split" in names and not spec.resplits else None
+    split = spec.split_column or default_split
     language = next((name for name in LANGUAGE_COLUMNS if name in names), None)
+    # `_choose` returns None only for a column that may be missing.
     assert image is not None
     return Columns(
         image=image,
@@ -88,70 +96,80 @@ def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Colum
 
 def _choose(
     role: Role,
-    given: str | None,
+    requested: str | None,
     candidates: Sequence[str],
     names: Sequence[str],
-    where: object,
+    location: object,
     must: bool = True,
 ) -> str | None:
-    if given is not None and given not in names:
-        raise ManifestError(_no_column(given, names, where))
-    found = [name for name in candidates if name in names]
-    if given is not None or role in found:
-        return given or role
-    if len(found) > 1:
-        either = " and ".join(map(repr, found))
+    """Choose the column of one role; None if there is no candidate and it is not a `must`."""
+    if requested is not None and requested not in names:
+        raise ManifestError(_no_column(requested, names, location))
+    present_names = [name for name in candidates if name in names]
+    if requested is not None or role in present_names:
+        return requested or role
+    if len(present_names) > 1:
+        either = " and ".join(map(repr, present_names))
         raise ManifestError(
-            f"{where}: columns {either} could each be the {role}; choose with --{role}-column"
+            f"{location}: columns {either} could each be the {role}; choose with --{role}-column"
         )
-    if must and not found:
+    if must and not present_names:
         raise ManifestError(
-            f"{_no_column(role, names, where)}; name another one with --{role}-column"
+            f"{_no_column(role, names, location)}; name another one with --{role}-column"
         )
-    return found[0] if found else None
+    return present_names[0] if present_names else None
 
 
-def _no_column(name: str, names: Sequence[str], where: object) -> str:
+def _no_column(name: str, names: Sequence[str], location: object) -> str:
+    # A name with control characters would break the line of the message.
     shown = [name if name.isprintable() else repr(name) for name in names]
     return (
-        f"{where}: no column {name!r}; columns found: "
+        f"{location}: no column {name!r}; columns found: "
         f"{', '.join(shown) or 'none'}{nearest(name, shown)}"
     )
 
 
 def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object) -> Row:
-    """One record; captions may be a list.
+    """Convert one record to a `Row`; its caption may be a list of captions.
+
+    Args:
+        line: 1-based number of the record.
+        record: Values by column name.
+        columns: The columns to read.
+        where: The table, for error messages.
 
     Raises:
-        ManifestError: no image, an image that is a URL, or a value that is no text.
+        ManifestError: The image is missing or is a URL, or a value is not text.
     """
-    place = f"{where}, line {line}"
-    image = to_text(record.get(columns.image), place, "image")
+    location = f"{where}, line {line}"
+    image = to_text(record.get(columns.image), location, "image")
     if not image.strip():
         raise ManifestError(
-            f"{place}: the image column is empty; every row needs the path of its image"
+            f"{location}: the image column is empty; every row needs the path of its image"
         )
-    refuse_url(image, place)
-    captions = to_captions(record.get(columns.caption) if columns.caption else None, place)
-    split, language, label = (
-        to_text(record.get(name), place, role) if name else ""
-        for role, name in (
-            ("split", columns.split),
-            ("language", columns.language),
-            ("label", columns.label),
-        )
-    )
+    refuse_url(image, location)
+    captions = to_captions(record.get(columns.caption) if columns.caption else None, location)
     return Row(
         line=line,
         image=image,
         captions=captions,
-        split=split,
-        language=language,
-        label=label,
+        split=_optional_text(record, columns.split, role="split", location=location),
+        language=_optional_text(record, columns.language, role="language", location=location),
+        label=_optional_text(record, columns.label, role="label", location=location),
     )
 
 
+def _optional_text(
+    record: Mapping[str, Any],
+    column: str | None,
+    role: str,
+    location: str,
+) -> str:
+    return to_text(record.get(column), location, role) if column else ""
+
+
 def to_captions(value: Any, place: str) -> tuple[str, ...]:
+    """Return the captions of a value: a list of them, one, or None for no caption."""
     if isinstance(value, list):
         texts = value
     elif value is None:
@@ -162,8 +180,14 @@ def to_captions(value: Any, place: str) -> tuple[str, ...]:
 
 
 def to_text(value: Any, place: str, role: str) -> str:
+    """Return a value as text; None becomes the empty text.
+
+    Raises:
+        ManifestError: The value is neither text nor a number.
+    """
     if value is None:
         return ""
+    # Numbers are accepted as text. A bool counts as an int in Python, but is no text here.
     if isinstance(value, bool | dict | list | bytes):
         raise ManifestError(f"{place}: {role} is a {type(value).__name__}; expected text")
     return str(value)
@@ -174,14 +198,20 @@ def image_keys(
     numbers: Sequence[str],
     digest: Callable[[int], str],
 ) -> Sequence[str]:
-    """Keys of images whose bytes stand in a table: their paths if each has one and none stands for
-    two images, else `numbers`. `digest` of a row's bytes is asked for only where a path is
-    repeated."""
+    """Choose the keys of images whose bytes are stored in a table.
+
+    Args:
+        paths: Path of each row's image, if the row has one.
+        numbers: Keys by row number, used unless every row has a path and no path has two images.
+        digest: Content hash of a row's image; called only where a path is repeated, because it
+            reads the image.
+    """
     first: dict[str, int] = {}
     digests: dict[int, str] = {}
     for row, path in enumerate(paths):
         if not path:
             return numbers
+        # One path for two images of equal content is fine: they share a key.
         other = first.setdefault(path, row)
         if other != row and digests.setdefault(other, digest(other)) != digest(row):
             return numbers

@@ -1,5 +1,4 @@
-"""Images read, decoded and preprocessed ahead of the model that takes them: in processes, or in
-threads."""
+"""Read, decode and preprocess images ahead of the model, in processes or in threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,33 +23,35 @@ LOST = (CRASH, HANG)
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessed(Generic[T]):
-    """What `preprocess` made of one image, or why there is none. `digest` is that of the file,
-    empty if unread."""
+    """Hold what `preprocess` made of one image, or the reason why there is nothing."""
 
     value: T | None
     digest: str
+    """Content hash of the file; empty if it was not read."""
     error: RowError | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """How decoding runs ahead of the model.
+    """Configure how decoding runs ahead of the model.
 
-    `workers`: processes; 0 is threads of this process, one for each core, as wherever there is no
-    fork. A file that brings down its decoder costs a process nothing but its one row, a thread the
-    whole run. `images`: how many at most are in front of the consumer. `hang_seconds`: how long a
-    process may take for one. `threads`: instead of one for each core.
+    A file that crashes its decoder costs one row in a process, and the whole run in a thread.
     """
 
     workers: int
+    """Number of processes. 0 uses threads of this process, as does a system without fork."""
     images: int
+    """Largest number of images in front of the consumer."""
     hang_seconds: float = 30.0
+    """How long a process may take for one image."""
     threads: int | None = None
+    """Number of threads; None for one per core."""
 
 
 def reading_ahead(media: Media, workers: int, images: int, hang_seconds: float = 30.0) -> Ahead:
-    """Object storage is read by many threads: it is far, and forked processes cannot share its
-    client."""
+    """Return how to decode the images of a medium ahead."""
+    # Many requests in flight hide the latency of object storage, and forked processes cannot share
+    # its client: hence threads.
     if isinstance(media, ObjectMedia):
         return Ahead(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
     return Ahead(workers=workers, images=images, hang_seconds=hang_seconds)
@@ -63,13 +64,17 @@ def preprocess_ahead(
     shapes: Sequence[tuple[int, ...]],
     ahead: Ahead,
 ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
-    """Images in the order of `keys`; each is valid until the next one is asked for.
+    """Preprocess images in the order of `keys`; each is valid until the next one is asked for.
+
+    A row whose image `load` or `preprocess` refuses carries the reason. The reasons
+    `decoder-crash` and `decoder-hang` mean that a process died or was killed.
 
     Args:
-        shapes: of the float32 tensors that `preprocess` returns.
-
-    Rows whose image `load` or `preprocess` refuses carry the reason; `decoder-crash` and
-    `decoder-hang` are those that cost a process its life.
+        keys: The images.
+        load: Reads and decodes one image.
+        preprocess: Turns a decoded image into tensors.
+        shapes: Shapes of the float32 tensors that `preprocess` returns.
+        ahead: How far and with what to run ahead.
     """
     if ahead.workers and can_fork():
         return _in_processes(keys, load=load, preprocess=preprocess, shapes=shapes, ahead=ahead)
@@ -86,8 +91,8 @@ def _in_processes(
     ahead: Ahead,
 ) -> Iterator[Iterator[Preprocessed[list[Tensor]]]]:
     def work(position: int) -> tuple[list[Tensor] | None, str, RowError | None]:
-        done = _attempt(keys[position], load, preprocess)
-        return done.value, done.digest, done.error
+        attempt = _attempt(keys[position], load, preprocess)
+        return attempt.value, attempt.digest, attempt.error
 
     with open_processes(
         work,
@@ -103,14 +108,14 @@ def _in_processes(
         )
 
 
-def _named(key: str, done: Preprocessed[T]) -> Preprocessed[T]:
-    """A decoder that died has not said over which image."""
-    if done.error is None or done.error.reason not in LOST:
-        return done
+def _named(key: str, result: Preprocessed[T]) -> Preprocessed[T]:
+    """Name the image in the error of a decoder that died, which could not do so itself."""
+    if result.error is None or result.error.reason not in LOST:
+        return result
     return Preprocessed(
         value=None,
         digest="",
-        error=RowError(done.error.reason, f"{key}: {done.error.detail}"),
+        error=RowError(result.error.reason, f"{key}: {result.error.detail}"),
     )
 
 
@@ -122,7 +127,7 @@ def in_threads(
     threads: int,
     ahead: int,
 ) -> Iterator[Iterator[Preprocessed[T]]]:
-    """Pillow decodes and resizes without the interpreter's lock."""
+    """Preprocess images in threads; Pillow decodes and resizes without the interpreter's lock."""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             yield _in_order(
@@ -132,6 +137,7 @@ def in_threads(
                 ahead=ahead,
             )
         finally:
+            # Images that nobody waits for any more are not decoded.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -141,6 +147,7 @@ def _in_order(
     pool: ThreadPoolExecutor,
     ahead: int,
 ) -> Iterator[Preprocessed[T]]:
+    """Yield the results in the order of `keys`, with at most `ahead` of them in work."""
     waiting: deque[Future[Preprocessed[T]]] = deque(pool.submit(work, key) for key in keys[:ahead])
     for position in range(len(keys)):
         result = waiting.popleft().result()
@@ -159,7 +166,8 @@ def _attempt(
         return Preprocessed(value=preprocess(loaded), digest=loaded.digest, error=None)
     except RowError as error:
         return Preprocessed(value=None, digest="", error=error)
-    except ApecacheError:  # of no row: the storage does not answer
+    except ApecacheError:
+        # Not the fault of one row: the storage does not answer.
         raise
     except (ValueError, OSError, RuntimeError) as error:
         return Preprocessed(value=None, digest="", error=RowError("unusable", f"{key}: {error}"))

@@ -1,8 +1,8 @@
-"""Folders: of tars, of images with a metadata table (Hugging Face's imagefolder), a folder per
-class, or images alone.
+"""Open folders: of tars, of images with a metadata table (Hugging Face's imagefolder), with one
+folder per class, or of images alone.
 
-Keys are paths below the folder, in sorted order; hidden files are passed over, links to folders not
-followed.
+Keys are paths below the folder, in sorted order. Hidden files are skipped, and links to folders are
+not followed.
 """
 
 import os
@@ -23,12 +23,12 @@ TABLES = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
 
 
 def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
-    """Whatever kind of folder it is.
+    """Open a folder of any of these kinds.
 
     Raises:
-        ManifestError: none of them, or two at once; and what the table or the tars raise.
+        ManifestError: The folder is of no kind or of two, or its table or tars cannot be opened.
     """
-    names = sorted(entry.name for entry in os.scandir(folder))
+    names = sorted(os.listdir(folder))
     tars = [folder / name for name in names if name.endswith(".tar")]
     if tars and any(name.lower().endswith(SUFFIXES) for name in names):
         raise ManifestError(
@@ -52,19 +52,16 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
 
 
 def _metadata(folder: Path, names: list[str]) -> list[Path]:
-    """The metadata tables of the folder, or of its split folders."""
-    places = [
-        folder,
-        *(folder / name for name in names if name in SPLITS and (folder / name).is_dir()),
-    ]
+    """Return the metadata tables of the folder, or of its split folders."""
+    split_folders = [folder / name for name in names if name in SPLITS]
+    table_folders = [folder, *filter(Path.is_dir, split_folders)]
     tables = []
-    for place in places:
-        found = [place / name for name in METADATA if (place / name).is_file()]
-        if len(found) > 1:
-            raise ManifestError(
-                f"{place}: {' and '.join(p.name for p in found)}; expected one table: take one away"
-            )
-        tables += found
+    for table_folder in table_folders:
+        candidates = [table_folder / name for name in METADATA if (table_folder / name).is_file()]
+        if len(candidates) > 1:
+            table_names = " and ".join(path.name for path in candidates)
+            raise ManifestError(f"{table_folder}: {table_names}; expected one table: take one away")
+        tables += candidates
     if len(tables) > 1 and tables[0].parent == folder:
         raise ManifestError(
             f"{folder}: a metadata table here and in {tables[1].parent.name}; take one of them away"
@@ -78,10 +75,9 @@ def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSour
     fields = SourceFields()
     for table in tables:
         below = table.parent.relative_to(folder).as_posix()
-        read, fields = (
-            parquet_rows(table, spec) if table.suffix == ".parquet" else table_rows(table, spec)
-        )
-        rows += [_placed(row, "" if below == "." else below) for row in read]
+        read_rows = parquet_rows if table.suffix == ".parquet" else table_rows
+        new_rows, fields = read_rows(table, spec)
+        rows += [_placed(row, "" if below == "." else below) for row in new_rows]
     if fields.split is None and any(row.split for row in rows):
         fields = replace(fields, split="folder")
     return PairSource(
@@ -93,14 +89,17 @@ def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSour
 
 
 def _placed(row: Row, below: str) -> Row:
-    """Its image as a path below the folder; without a column for it, the split is the first folder
-    of that path."""
+    """Return the row with its image as a path below the folder.
+
+    Without a split column, the split is the first folder of that path.
+    """
     key = f"{below}/{row.image}" if below else row.image
     first = PurePosixPath(key).parts[0] if "/" in key else ""
     return replace(row, image=key, split=row.split or SPLITS.get(first, ""))
 
 
 def _images(folder: Path) -> PairSource:
+    # Sorted, because the file system lists files in no defined order.
     keys = sorted(_keys(folder))
     if not keys:
         raise ManifestError(
@@ -115,6 +114,7 @@ def _images(folder: Path) -> PairSource:
             f"{folder}: images both in it ({loose}) and in folders below; expected either, or "
             "a metadata.csv"
         )
+    # Folders below are either all splits or all classes.
     in_splits = all(key.partition("/")[0] in SPLITS for key in keys)
     pairs = tuple(_pair(key, in_splits) for key in keys)
     fields = SourceFields(
@@ -126,7 +126,7 @@ def _images(folder: Path) -> PairSource:
 
 
 def _require_no_table(folder: Path, names: list[str], source: PairSource) -> None:
-    """A table beside images without classes says more about them than their names do."""
+    """Refuse images without classes beside a table, which says more than their names do."""
     tables = [name for name in names if name.endswith(TABLES)]
     if tables and len({pair.label for pair in source}) == 1:
         raise ManifestError(
@@ -137,7 +137,7 @@ def _require_no_table(folder: Path, names: list[str], source: PairSource) -> Non
 
 
 def _pair(key: str, in_splits: bool) -> Pair:
-    """Above the file, the folders are [split/][class/…]."""
+    """Return the pair of one image, whose folders are [split/][class/…]."""
     folders = key.split("/")[:-1]
     split = SPLITS[folders.pop(0)] if in_splits and folders else ""
     return Pair(
@@ -151,11 +151,11 @@ def _pair(key: str, in_splits: bool) -> Pair:
 
 def _keys(folder: Path) -> list[str]:
     keys = []
-    for place, below, files in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith(".")]
-        relative = Path(place).relative_to(folder)
-        images = (
-            name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        )
-        keys += [(relative / name).as_posix() for name in images]
+    for directory, subfolders, files in os.walk(folder):
+        # In place: os.walk then does not enter the hidden folders.
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = Path(directory).relative_to(folder)
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                keys.append((relative / name).as_posix())
     return keys

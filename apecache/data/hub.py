@@ -1,12 +1,13 @@
-"""Data sets of Hugging Face's library `datasets`: saved on disk, or by name from the hub.
+"""Open data sets of Hugging Face's library `datasets`: saved on disk, or by name from the hub.
 
-Nothing of a data set is executed: its loading scripts are not supported by the versions that we
-accept.
+No code of a data set is executed: the accepted versions of the library do not support loading
+scripts.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,28 +24,30 @@ NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))
 
 
 class Place(NamedTuple):
+    """Locate one row: the number of its split, and its number inside the split."""
+
     part: int
     row: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubMedia:
-    """Images in the Arrow files of a data set. `parts` have one column, in Arrow's format: {bytes,
-    path}.
-
-    Rows with a path only are read as files, below `files.root` and nowhere else.
-    """
+    """Read images from the Arrow files of a data set."""
 
     parts: tuple[Any, ...]
+    """Tables of one column, in Arrow's format: structs of bytes and path."""
     places: Mapping[str, Place]
+    """The row of each key."""
     files: FolderMedia
+    """Reads rows that have only a path, below its root and nowhere else."""
     place: str
+    """The folder or name of the data set."""
 
     def read(self, key: str) -> bytes:
         if key not in self.places:
             raise RowError("missing", f"{key}: its row has no image")
-        part, row = self.places[key]
-        image = self.parts[part][row : row + 1].column(0)[0].as_py()
+        split_index, row = self.places[key]
+        image = self.parts[split_index][row : row + 1].column(0)[0].as_py()
         data: bytes | None = image["bytes"]
         if data is None:
             return self.files.read(image["path"])
@@ -62,9 +65,10 @@ class HubMedia:
             return None
         from pyarrow import compute
 
-        part, row = self.places[key]
-        image = self.parts[part][row : row + 1].column(0)
-        size = compute.binary_length(compute.struct_field(image, "bytes"))[0].as_py()
+        split_index, row = self.places[key]
+        image = self.parts[split_index][row : row + 1].column(0)
+        data = compute.struct_field(image, "bytes")
+        size = compute.binary_length(data)[0].as_py()
         if size is not None:
             return int(size)
         path = compute.struct_field(image, "path")[0].as_py()
@@ -72,44 +76,49 @@ class HubMedia:
 
 
 class _Part(NamedTuple):
-    """One split: its name (that of `SPLITS` where it is one) and its data."""
+    """Hold one split: its name, normalized by `SPLITS`, and its data."""
 
     name: str
     data: Any
 
 
 def open_hub(uri: str, spec: OpenSpec) -> PairSource:
-    """`hf-datasets:/folder` (also ./ and ~) as `save_to_disk` wrote it, or
-    `hf-datasets:NAME[:CONFIG][@REVISION]`.
+    """Open a data set.
 
-    The splits are the data set's own, `validation` as `val`. Keys as in Parquet tables: see
-    `image_keys`.
+    The splits are the data set's own, with `validation` as `val`. `image_keys` chooses the keys, as
+    in Parquet tables.
+
+    Args:
+        uri: `hf-datasets:/folder` (also ./ and ~) as `save_to_disk` wrote it, or
+            `hf-datasets:NAME[:CONFIG][@REVISION]`.
+        spec: What the user asked for.
 
     Raises:
         MissingExtraError: datasets is not installed.
-        ManifestError: no such data set, or none that can be read; a missing or ambiguous column; no
-            rows.
+        ManifestError: There is no such data set, it cannot be read or has no rows, or a column is
+            missing or ambiguous.
     """
     loaded, folder = _load(uri)
     named = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    parts = [_Part(SPLITS.get(name, name), data) for name, data in named]
-    if not sum(len(part.data) for part in parts):
+    splits = [_Part(SPLITS.get(name, name), data) for name, data in named]
+    if not sum(len(split.data) for split in splits):
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
-    columns = _choose(parts[0].data.features, uri, spec)
-    if any(part.data.features.keys() != parts[0].data.features.keys() for part in parts):
+    features = splits[0].data.features
+    columns = _choose(features, uri, spec)
+    if any(split.data.features.keys() != features.keys() for split in splits):
         raise ManifestError(
             f"{uri}: its splits have other columns than one another; save the one you want alone"
         )
-    fields = source_fields(columns, parts[0].data.features)
-    if columns.split is None and any(part.name for part in parts):
+    fields = source_fields(columns, features)
+    if columns.split is None and any(split.name for split in splits):
         fields = replace(fields, split="the data set's own splits")
-    if _is_image(parts[0].data.features[columns.image]):
+    if _is_image(features[columns.image]):
         require_only(spec, uri, "image_column", "caption_column", "split_column")
-        return replace(_with_images(parts, columns=columns, uri=uri, folder=folder), fields=fields)
-    rows = [
-        _row(part, line=line, record=record, columns=columns, uri=uri)
-        for part, line, record in _records(parts, [columns.image], columns)
-    ]
+        source = _with_images(splits, columns=columns, uri=uri, folder=folder)
+        return replace(source, fields=fields)
+    rows = []
+    for split, line, record in _records(splits, [columns.image], columns):
+        rows.append(_row(split, line=line, record=record, columns=columns, uri=uri))
     return PairSource(
         join_rows(rows, uri),
         origin=uri,
@@ -119,7 +128,7 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
 
 
 def _load(uri: str) -> tuple[Any, Path]:
-    """The data set, and the folder that its files may lie in."""
+    """Load the data set; return it with the folder that its images may be files of."""
     try:
         import datasets
     except ImportError:
@@ -134,12 +143,13 @@ def _load(uri: str) -> tuple[Any, Path]:
         if _is_folder(name):
             folder = Path(name).expanduser()
             return datasets.load_from_disk(str(folder)), folder
-        asked = match.groupdict() if match else {}
-        loaded = datasets.load_dataset(asked["name"], asked["config"], revision=asked["revision"])
+        name_parts = match.groupdict() if match else {}
+        loaded = datasets.load_dataset(
+            name_parts["name"], name_parts["config"], revision=name_parts["revision"]
+        )
         return loaded, Path(datasets.config.HF_CACHE_HOME)
-    except (
-        Exception
-    ) as error:  # IndexError, KeyError, … of a damaged folder; what the hub raises; a script
+    except Exception as error:
+        # A damaged folder raises IndexError, KeyError and others, the hub raises its own errors.
         raise ManifestError(
             f"{uri}: cannot be opened ({one_line(error)}); expected {PREFIX}/folder, as "
             "save_to_disk wrote it, or the "
@@ -158,14 +168,13 @@ def _is_image(feature: Any) -> bool:
 
 
 def _choose(features: Mapping[str, Any], uri: str, spec: OpenSpec) -> Columns:
-    """As for tables, but the one column of images is the image's whatever its name."""
+    """Choose columns as for tables, but take the only column of images whatever its name."""
     images = [name for name, feature in features.items() if _is_image(feature)]
     if spec.image_column is None and len(images) == 1:
-        others = [name for name in features if name not in images]
-        return _renamed(
-            choose_columns(["image", *(n for n in others if n != "image")], uri, spec),
-            images[0],
-        )
+        # `choose_columns` sees the column of images under the name that it prefers.
+        other_columns = [name for name in features if name not in (*images, "image")]
+        columns = choose_columns(["image", *other_columns], uri, spec)
+        return _renamed(columns, images[0])
     return choose_columns(list(features), uri, spec)
 
 
@@ -180,65 +189,57 @@ def _renamed(columns: Columns, image: str) -> Columns:
 
 
 def _records(
-    parts: list[_Part],
+    splits: list[_Part],
     extra: list[str],
     columns: Columns,
 ) -> Iterator[tuple[_Part, int, dict[str, Any]]]:
-    """(part, row from 1 in it, values) without images; class labels by their names."""
+    """Yield (split, 1-based row in it, values) without images, and with class labels as names."""
     from datasets import ClassLabel
 
-    for part in parts:
+    for split in splits:
         names = [*extra, *columns.names]
-        label = part.data.features.get(columns.label) if columns.label else None
-        plain = part.data.select_columns(names) if names else None
-        for row, found in enumerate(
-            plain if plain is not None else ({} for _ in range(len(part.data)))
-        ):
-            record = dict(found)
+        label = split.data.features.get(columns.label) if columns.label else None
+        # Without a column, `datasets` would give no rows.
+        selected = (
+            split.data.select_columns(names) if names else repeat(dict[str, Any](), len(split.data))
+        )
+        for row, values in enumerate(selected):
+            record = dict(values)
             if isinstance(label, ClassLabel) and isinstance(record[columns.label], int):
+                # The library writes -1 for a row without a label.
                 number = record[columns.label]
                 record[columns.label] = label.int2str(number) if number >= 0 else ""
-            yield part, row + 1, record
+            yield split, row + 1, record
 
 
-def _row(part: _Part, line: int, record: Mapping[str, Any], columns: Columns, uri: str) -> Row:
-    where = f"{uri}, {part.name}" if part.name else uri
-    row = to_row(line, record=record, columns=columns, where=where)
-    return (
-        row
-        if columns.split
-        else Row(
-            line=line,
-            image=row.image,
-            captions=row.captions,
-            split=part.name,
-            language=row.language,
-            label=row.label,
-        )
-    )
+def _row(split: _Part, line: int, record: Mapping[str, Any], columns: Columns, uri: str) -> Row:
+    location = f"{uri}, {split.name}" if split.name else uri
+    row = to_row(line, record=record, columns=columns, where=location)
+    return row if columns.split else replace(row, split=split.name)
 
 
-def _with_images(parts: list[_Part], columns: Columns, uri: str, folder: Path) -> PairSource:
-    """Bytes are not read, but where a path is repeated."""
+def _with_images(splits: list[_Part], columns: Columns, uri: str, folder: Path) -> PairSource:
+    """Open a data set that holds its images; bytes are read only where a path is repeated."""
     from datasets import Image
 
-    images = tuple(
-        part.data.select_columns([columns.image])
-        .cast_column(columns.image, Image(decode=False))
-        .with_format("arrow")
-        for part in parts
-    )
-    places = [
-        Place(number, row) for number, part in enumerate(parts) for row in range(len(part.data))
-    ]
-    numbers = [f"{parts[p].name}/{row}" if parts[p].name else str(row) for p, row in places]
-    present, paths = _present(images)
-    where = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
+    images = []
+    for split in splits:
+        column = split.data.select_columns([columns.image])
+        undecoded = column.cast_column(columns.image, Image(decode=False))
+        images.append(undecoded.with_format("arrow"))
+    row_places = []
+    numbers = []
+    for split_index, split in enumerate(splits):
+        for row in range(len(split.data)):
+            row_places.append(Place(split_index, row))
+            numbers.append(f"{split.name}/{row}" if split.name else str(row))
+    present, paths = _present(tuple(images))
+    location = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
     everything = HubMedia(
-        parts=images,
-        places=dict(zip(numbers, places, strict=True)),
+        parts=tuple(images),
+        places=dict(zip(numbers, row_places, strict=True)),
         files=FolderMedia(root=folder),
-        place=where,
+        place=location,
     )
 
     def digest(row: int) -> str:
@@ -249,28 +250,37 @@ def _with_images(parts: list[_Part], columns: Columns, uri: str, folder: Path) -
 
     keys = image_keys(paths, numbers, digest)
     first: dict[str, Place] = {}
-    for key, place, there in zip(keys, places, present, strict=True):
-        if there:
-            first.setdefault(key, place)
-    named = zip(_records(parts, [], columns), keys, strict=True)
-    rows = [
-        _row(part, line=line, record={**record, columns.image: key}, columns=columns, uri=uri)
-        for (part, line, record), key in named
-    ]
+    for key, row_place, has_image in zip(keys, row_places, present, strict=True):
+        # Rows of one path share a key, and the first of them with an image gives it.
+        if has_image:
+            first.setdefault(key, row_place)
+    rows = []
+    # The column of images is not read: a row names its image by the key.
+    for (split, line, record), key in zip(_records(splits, [], columns), keys, strict=True):
+        named = {**record, columns.image: key}
+        rows.append(_row(split, line=line, record=named, columns=columns, uri=uri))
     return PairSource(join_rows(rows, uri), uri, replace(everything, places=first))
 
 
 def _present(images: tuple[Any, ...], step: int = 1000) -> tuple[list[bool], list[str | None]]:
-    """Of every row, whether it has an image, and its path if it has one."""
+    """Return whether each row has an image, and its path if it has one.
+
+    Args:
+        images: Tables of one column of images, one per split.
+        step: Number of rows to look at together.
+    """
     from pyarrow import compute
 
     present: list[bool] = []
     paths: list[str | None] = []
-    for part in images:
-        for begin in range(0, len(part), step):
-            structs = part[begin : begin + step].column(0)
-            there = compute.is_valid(compute.struct_field(structs, "bytes")).to_pylist()
-            here = compute.struct_field(structs, "path").to_pylist()
-            present += [data or bool(path) for data, path in zip(there, here, strict=True)]
-            paths += here
+    for table in images:
+        # Some rows at a time, because a struct holds the bytes of its image.
+        for begin in range(0, len(table), step):
+            structs = table[begin : begin + step].column(0)
+            data = compute.struct_field(structs, "bytes")
+            has_bytes = compute.is_valid(data).to_pylist()
+            step_paths = compute.struct_field(structs, "path").to_pylist()
+            for with_bytes, path in zip(has_bytes, step_paths, strict=True):
+                present.append(with_bytes or bool(path))
+            paths += step_paths
     return present, paths

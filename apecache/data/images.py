@@ -1,9 +1,9 @@
-"""From the bytes that a key stands for to an RGB image, or a reason why not.
+"""Decode the bytes of a key to an RGB image, or give a reason why it cannot be decoded.
 
-Every conversion is defined: EXIF orientation is applied, transparency is composited over white,
-16-bit samples are scaled to 8 bits, of an animation the first frame is taken, everything ends as
-RGB. Nothing is decoded before the header's size is known, formats come from an allow-list, and a
-truncated file is never completed with grey.
+Every conversion is defined. EXIF orientation is applied, transparency is composited over white,
+16-bit samples are scaled to 8 bits, an animation gives its first frame, and the result is always
+RGB. Nothing is decoded before the header's size is checked, formats come from an allow-list, and a
+truncated file is never completed with gray.
 
 A picture in memory (bytes, a file object, a Pillow image, an array) goes through the same
 conversions in `open_picture`, so that one picture gives the same pixels in every form.
@@ -51,15 +51,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage(Generic[T]):
-    """`image` is RGB, of the kind that `decode` gave; `digest` is the BLAKE3 of the file's
-    bytes."""
+    """Hold a decoded image and the hash of its file."""
 
     image: T
+    """RGB, of the type that the decoder returns."""
     digest: str
+    """BLAKE3 of the file's bytes."""
 
 
 def decode_image(data: bytes, key: str) -> Image.Image:
-    """RGB image from the bytes of a file.
+    """Decode the bytes of a file to an RGB image.
 
     Raises:
         RowError: not-an-image, too-large, truncated.
@@ -71,31 +72,33 @@ def load_image(key: str, media: Media) -> LoadedImage[Image.Image]:
     """Read the image that a table calls `key`.
 
     Raises:
-        RowError: what `decode_image` and `Media.read` raise.
+        RowError: As `decode_image` and `Media.read` raise.
     """
     return load_as(decode_image, key, media)
 
 
 def load_as(decode: Callable[[bytes, str], T], key: str, media: Media) -> LoadedImage[T]:
-    """`load_image` by another decoder."""
+    """Read the image that a table calls `key`, with any decoder of (bytes, key)."""
     data = media.read(key)
     return LoadedImage(image=decode(data, key), digest=content_hash(data))
 
 
 def open_picture(picture: Picture, name: str) -> Image.Image:
-    """RGB image of a picture in any form, with equal pixels for equal pictures.
+    """Convert a picture in any form to an RGB image, with equal pixels for equal pictures.
 
-    The EXIF orientation that a Pillow image still carries is applied; `PIL.ImageOps.exif_transpose`
-    takes it away, so an image that went through it is not turned again. Pillow's own
-    `convert("RGB")` drops transparency and cuts 16-bit samples before they can be seen here: give
-    the image without it. Of an animation that is open, the current frame is taken. A file object is
-    read from its beginning where it can be rewound, and stays open.
+    The EXIF orientation that a Pillow image still carries is applied. `PIL.ImageOps.exif_transpose`
+    removes it, so an image that went through it is not turned again. Pillow's own `convert("RGB")`
+    drops transparency and clips 16-bit samples, so give the image without that conversion. An open
+    animation gives its current frame. A file object is read from its beginning if it can be
+    rewound, and stays open.
 
     Args:
-        name: what messages call the picture; a path is called by itself.
+        picture: The picture.
+        name: Name of the picture in error messages; a path is its own name.
 
     Raises:
-        OptionError: no picture. RowError: as `decode_image` and `read_file` raise.
+        OptionError: The value is not a picture.
+        RowError: As `decode_image` and `read_file` raise.
     """
     require_picture(picture, name)
     match picture:
@@ -117,11 +120,16 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
 
 
 def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Image:
-    """`open_picture` for a picture that is no row of a table: what cannot be read is an error of
-    the call.
+    """Open a picture that is not a row of a table, so that it must be readable.
+
+    Args:
+        picture: The picture.
+        name: Name of the picture in error messages.
+        what: Word for the picture in the DataError.
 
     Raises:
-        OptionError: no picture. DataError: `what` cannot be read, and why.
+        OptionError: The value is not a picture.
+        DataError: The picture cannot be read.
     """
     try:
         return open_picture(picture, name)
@@ -130,11 +138,10 @@ def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Ima
 
 
 def require_picture(picture: object, name: str) -> None:
-    """Refuse what cannot be a picture by its type and shape alone. Nothing is opened.
+    """Refuse what cannot be a picture by its type and shape alone; nothing is opened.
 
     Raises:
-        OptionError: another type, an array of another shape or dtype, or a file that is open as
-            text.
+        OptionError: The type, or an array's shape or dtype, is wrong, or a file is open as text.
     """
     match picture:
         case np.ndarray():
@@ -166,8 +173,10 @@ def _read_open_file(file: BinaryIO, name: str) -> bytes:
     try:
         if callable(getattr(file, "seekable", None)) and file.seekable():
             file.seek(0)
+        # One byte more than allowed shows that a file is too large without reading all of it.
         data = file.read(MAX_IMAGE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: the file is closed
+    except (OSError, ValueError) as error:
+        # A closed file raises ValueError.
         raise RowError("missing", f"{name}: {error}") from None
     if not isinstance(data, bytes):
         raise OptionError(
@@ -178,8 +187,11 @@ def _read_open_file(file: BinaryIO, name: str) -> bytes:
 
 
 def decode_opened(data: bytes, key: str, decode: Callable[[Image.Image], T]) -> T:
-    """What `decode` makes of an image whose header is read, its format and size found to be
-    allowed."""
+    """Apply `decode` to an image whose header has an allowed format and size.
+
+    Raises:
+        RowError: not-an-image, too-large, truncated.
+    """
     with _refusing(key):
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(opened, key)
@@ -204,7 +216,8 @@ def _refusing(key: str) -> Iterator[None]:
         ) from None
     except RowError:
         raise
-    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, EOFError, …
+    except Exception as error:
+        # Pillow raises OSError, SyntaxError, ValueError, struct.error, EOFError and others.
         raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
 
 
@@ -214,19 +227,19 @@ def _load(opened: Image.Image) -> Image.Image:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether `_load` would give a copy of the same pixels: an RGB image in memory, upright and
-    opaque."""
-    in_memory = (
-        type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
-    )
-    return in_memory and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    """Return whether `_load` would only copy the image: RGB, in memory, upright and opaque."""
+    # An opened file has a subclass of Image.Image and may not be loaded yet.
+    in_memory = type(image) is Image.Image
+    if not in_memory or image.mode != "RGB" or "transparency" in image.info:
+        return False
+    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
 
 
 class _Quiet:
-    """Hides warnings of odd metadata (Pillow) and of a successor that we do not need (torchvision).
+    """Hide warnings about odd metadata (Pillow) and about a successor package (torchvision).
 
     Filters belong to the whole process, so `catch_warnings` in each of several threads would leave
-    them changed: the first thread in changes them, the last one out restores them.
+    them changed. The first thread to enter changes them, and the last one to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -265,10 +278,12 @@ def _check_size(image: Image.Image, key: str) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB by the rules of this module's docstring."""
+    """Convert an image to RGB by the rules of this module's docstring."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        # By way of "I": the big-endian kind of TIFF files has no `point`.
-        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
+        # By way of "I", because the big-endian mode of TIFF files has no `point`. Dividing by 257
+        # maps 65535 to 255.
+        scaled = image.convert("I").point(lambda value: value * (1 / 257))
+        return scaled.convert("L").convert("RGB")
     if image.mode == "La":
         return to_rgb(image.convert("LA"))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

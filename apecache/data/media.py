@@ -1,7 +1,6 @@
-"""Where the bytes of images come from: files below a folder, objects of a bucket, or members of tar
-files.
+"""Read the bytes of images: files below a folder, objects of a bucket, or members of tar files.
 
-A medium is small to pickle and safe to share between threads: it opens what it reads, and keeps
+A medium is small to pickle and safe to share between threads: it opens what it reads and keeps
 nothing open.
 """
 
@@ -19,35 +18,41 @@ from apecache.errors import RowError
 from apecache.storage.bucket import Bucket, is_object_url, open_bucket
 
 MAX_IMAGE_BYTES = 1 << 30
-"""Larger files are refused before they are read: far beyond any image within the pixel limit."""
+"""Larger files are refused before they are read. No image within the pixel limit is that large."""
 READ_AT_ONCE = 8 << 20
-"""Of an object, before its size is known."""
+"""Bytes of an object that the first request asks for, before its size is known."""
 
 
 class Media(Protocol):
+    """Read the images of a source by their keys."""
+
     @property
     def place(self) -> str:
-        """Where the images lie, for people, for the store's record and to tell two places with the
-        same keys apart."""
+        """Return where the images are: a folder, a URL, or tars.
+
+        People read it, the store records it, and it distinguishes two sources with the same keys.
+        """
 
     def read(self, key: str) -> bytes:
-        """The bytes of the image that the table calls `key`; never empty.
+        """Return the bytes of the image that the table calls `key`; never empty.
 
         Raises:
             RowError: outside-root, missing, not-a-file, empty, too-large, truncated.
         """
 
     def exists(self, key: str) -> bool:
-        """Whether there is something to read; it may still be no image."""
+        """Return whether there is something to read, which may still not be an image."""
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """Bytes of each image, None where there is nothing to read; no image is read whole if its
-        place tells."""
+        """Return the number of bytes of each image, None where there is nothing to read.
+
+        Images are not read, unless there is no other way to know their sizes.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoMedia:
-    """For sources of captions only."""
+    """Stand for the images of a source that has only captions."""
 
     place = ""
 
@@ -63,7 +68,7 @@ class NoMedia:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderMedia:
-    """Keys are paths relative to `root`, or absolute ones below it; nothing outside it is read."""
+    """Read files below `root`; keys are paths relative to it, or absolute paths below it."""
 
     root: Path
 
@@ -92,7 +97,7 @@ class FolderMedia:
 
 @dataclass(frozen=True)
 class ObjectMedia:
-    """Keys are names of objects below `root`, a URL of object storage; nothing outside it is read.
+    """Read objects below `root`, a URL of object storage; keys are names below it.
 
     Threads may share it, forked processes may not.
     """
@@ -111,34 +116,45 @@ class ObjectMedia:
         return open_bucket(self.root)
 
     def read(self, key: str) -> bytes:
-        """Raises StoreError, which ends the run, where the storage does not answer: another row
-        would do no better."""
+        """Return the bytes of one object.
+
+        Raises:
+            RowError: As `Media.read` raises.
+            StoreError: The storage does not answer. That ends the run, because another row would
+                fail too.
+        """
         name = self._name(key)
         bucket, _ = self._opened
         try:
             first, size = bucket.read_range(name, 0, READ_AT_ONCE)
             check_bytes(size, key)
-            rest = bucket.read_range(name, READ_AT_ONCE, size)[0] if size > READ_AT_ONCE else b""
+            remainder: bytes | memoryview = b""
+            if size > READ_AT_ONCE:
+                remainder, _ = bucket.read_range(name, READ_AT_ONCE, size)
         except FileNotFoundError:
             raise RowError("missing", f"{key!r}: no such object") from None
-        return b"".join((first, rest))
+        return b"".join((first, remainder))
 
     def exists(self, key: str) -> bool:
+        bucket, _ = self._opened
         try:
-            return self._opened[0].size(self._name(key)) is not None
+            return bucket.size(self._name(key)) is not None
         except RowError:
             return False
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """By listing the root, a request for every thousand objects below it. Raises StoreError as
-        `read` does."""
-        bucket, folder = self._opened
-        known = {entry.key: entry.size for entry in bucket.walk(folder)}
-        return [self._size(key, known) for key in keys]
+        """Return the sizes from a listing of the root: one request per thousand objects below it.
 
-    def _size(self, key: str, known: Mapping[str, int]) -> int | None:
+        Raises:
+            StoreError: The storage does not answer.
+        """
+        bucket, folder = self._opened
+        size_by_name = {entry.key: entry.size for entry in bucket.walk(folder)}
+        return [self._size(key, size_by_name) for key in keys]
+
+    def _size(self, key: str, size_by_name: Mapping[str, int]) -> int | None:
         try:
-            return known.get(self._name(key))
+            return size_by_name.get(self._name(key))
         except RowError:
             return None
 
@@ -149,61 +165,66 @@ class ObjectMedia:
                 "outside-root",
                 f"{key!r} leads outside {self.place}; keys are names below --root",
             )
-        return "/".join(part for part in (self._opened[1], name) if part)
+        _, folder = self._opened
+        return f"{folder}/{name}" if folder else name
 
 
 def media_below(root: AnyPath) -> Media:
-    """Of keys that are names below a folder or a URL of object storage."""
-    place = as_place(root, "root")
-    return ObjectMedia(str(place)) if is_object_url(place) else FolderMedia(root=Path(place))
-
-
-def media_at(place: str) -> Media:
-    """What a store or index remembers as `place`; nothing where it is no folder (any more)."""
+    """Return the media of keys that are names below a folder or a URL of object storage."""
+    location = as_place(root, "root")
     return (
-        media_below(place)
-        if is_object_url(place) or (place and Path(place).is_dir())
-        else NoMedia()
+        ObjectMedia(str(location)) if is_object_url(location) else FolderMedia(root=Path(location))
     )
 
 
+def media_at(place: str) -> Media:
+    """Return the media at a recorded place, or `NoMedia` where there is no such folder any more."""
+    if is_object_url(place) or (place and Path(place).is_dir()):
+        return media_below(place)
+    return NoMedia()
+
+
 class Member(NamedTuple):
-    """A file inside a tar: the tar's number in `TarMedia.tars`, where its bytes begin, and how many
-    they are."""
+    """Locate a file inside a tar."""
 
     tar: int
+    """Index in `TarMedia.tars`."""
     offset: int
+    """Position of its first byte in the tar."""
     size: int
+    """Number of bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarMedia:
-    """Members of uncompressed tars, read in place and never extracted, so their names lead
-    nowhere."""
+    """Read members of uncompressed tars in place.
+
+    Nothing is extracted, so a member's name cannot lead to a file outside.
+    """
 
     tars: tuple[Path, ...]
     members: Mapping[str, Member]
 
     @property
     def place(self) -> str:
-        """The tars from the first to the last."""
-        return " … ".join(
-            str(path.resolve()) for path in dict.fromkeys((self.tars[0], self.tars[-1]))
-        )
+        """Return the paths of the first and the last tar, or of the only one."""
+        first_and_last = dict.fromkeys((self.tars[0], self.tars[-1]))
+        return " … ".join(str(path.resolve()) for path in first_and_last)
 
     def read(self, key: str) -> bytes:
         member = self.members.get(key)
         if member is None:
             raise RowError("missing", f"{key}: its sample has no image")
         check_bytes(member.size, key)
+        tar = self.tars[member.tar]
         try:
-            with self.tars[member.tar].open("rb") as file:
+            with tar.open("rb") as file:
                 file.seek(member.offset)
                 data = file.read(member.size)
         except OSError as error:
-            raise RowError("missing", f"{key}: {self.tars[member.tar]}: {error.strerror}") from None
+            raise RowError("missing", f"{key}: {tar}: {error.strerror}") from None
         if len(data) < member.size:
-            raise RowError("truncated", f"{key}: {self.tars[member.tar]} ends inside it")
+            raise RowError("truncated", f"{key}: {tar} ends inside it")
         return data
 
     def exists(self, key: str) -> bool:
@@ -214,7 +235,11 @@ class TarMedia:
 
 
 def resolve_below(key: str, root: Path) -> Path:
-    """The real path of `key`; symbolic links are followed and must stay below `root`."""
+    """Return the real path of `key`; symbolic links are followed and must stay below `root`.
+
+    Raises:
+        RowError: outside-root, missing.
+    """
     if "\0" in key:
         raise RowError("outside-root", f"{key!r} contains a NUL byte")
     base = os.path.realpath(root)
@@ -225,6 +250,7 @@ def resolve_below(key: str, root: Path) -> Path:
             "missing",
             f"{key!r} holds a lone surrogate, which no file name can",
         ) from None
+    # Compared after links are resolved, so that a link below the root cannot lead outside.
     if os.path.commonpath([base, path]) != base:
         raise RowError(
             "outside-root",
@@ -234,23 +260,33 @@ def resolve_below(key: str, root: Path) -> Path:
 
 
 def read_file(path: Path, key: str) -> bytes:
-    """The bytes of a regular file."""
+    """Return the bytes of a regular file.
+
+    Raises:
+        RowError: missing, not-a-file, empty, too-large.
+    """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(path)
+        # Reading a pipe or a device could block forever.
+        if not stat.S_ISREG(status.st_mode):
             raise RowError("not-a-file", f"{key} is no regular file")
-        check_bytes(found.st_size, key)
+        check_bytes(status.st_size, key)
         return path.read_bytes()
     except FileNotFoundError:
         raise RowError("missing", f"{key}: no such file") from None
     except OSError as error:
         raise RowError("missing", f"{key}: {error.strerror}") from None
-    except ValueError as error:  # a NUL byte, or a lone surrogate
+    except ValueError as error:
+        # The path has a NUL byte or a lone surrogate.
         raise RowError("missing", f"{key!r} is no name of a file: {error}") from None
 
 
 def check_bytes(size: int, key: str) -> None:
-    """Refuse an image by the size that its file declares."""
+    """Refuse an image by the size that its file declares.
+
+    Raises:
+        RowError: empty, too-large.
+    """
     if not size:
         raise RowError("empty", f"{key} has 0 bytes")
     if size > MAX_IMAGE_BYTES:

@@ -1,8 +1,9 @@
-"""Pairs of images and captions: one image with all its captions, its split and its label."""
+"""Define pairs of images and captions: one image with all its captions, its split and its label."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 from apecache.data.media import Media, NoMedia
 from apecache.errors import ManifestError
@@ -13,22 +14,22 @@ NO_SPLIT = ""
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """`key` is the user's name of the image. `captions` and `languages` have one entry per
-    caption."""
+    """Hold one image with all its captions."""
 
     key: str
+    """The user's name of the image."""
     captions: tuple[str, ...]
     languages: tuple[str, ...]
+    """Language of each caption; empty if it is not given."""
     split: str = NO_SPLIT
     label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFields:
-    """Where a source's images, captions, splits, labels and languages stand; None: nowhere.
+    """Name the field that each role of a source was read from; None if the source has none.
 
-    They are names of columns or fields, or words for what is not named (`file`, `folder`).
-    `unused`: columns that were not taken as anything.
+    They are names of columns or fields, or words for what has no name (`file`, `folder`).
     """
 
     image: str | None = None
@@ -37,10 +38,11 @@ class SourceFields:
     label: str | None = None
     language: str | None = None
     unused: tuple[str, ...] = ()
+    """Columns that have no role."""
 
     @property
     def taken(self) -> dict[str, str]:
-        """Of each role that is filled, the field."""
+        """Return the field of each role that has one."""
         roles = {
             "image": self.image,
             "caption": self.caption,
@@ -51,23 +53,25 @@ class SourceFields:
         return {role: name for role, name in roles.items() if name is not None}
 
     def __str__(self) -> str:
-        taken = ", ".join(f"{role}={name}" for role, name in self.taken.items())
-        return f"columns: {taken}; not used: {', '.join(self.unused) or 'none'}"
+        used_fields = ", ".join(f"{role}={name}" for role, name in self.taken.items())
+        return f"columns: {used_fields}; not used: {', '.join(self.unused) or 'none'}"
 
 
 @dataclass(frozen=True)
 class PairSource:
-    """Ordered, sized, hashable: the same table gives the same `digest`, wherever it lies.
+    """Hold the pairs of a source; the same table gives the same `digest`, wherever it is stored.
 
-    Rows of images are numbered in the order of their first appearance; captions (texts) in the
-    order image by image. `origin` is how the source was named, `media` where its images' bytes come
-    from, `fields` which columns were taken as what; none of them is part of its identity.
+    Rows of images are numbered in the order of their first appearance, captions (texts) image by
+    image. `origin`, `media` and `fields` are not part of the source's identity.
     """
 
     pairs: tuple[Pair, ...]
     origin: str = field(default="", compare=False)
+    """How the user named the source."""
     media: Media = field(default=NoMedia(), compare=False)
+    """Reads the bytes of its images."""
     fields: SourceFields = field(default=SourceFields(), compare=False)
+    """Which columns have which role."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,7 +80,7 @@ class PairSource:
         return iter(self.pairs)
 
     def part(self, start: int, stop: int | None = None) -> "PairSource":
-        """The pairs of these rows, from the same place."""
+        """Return the pairs of these rows as a source of their own."""
         return replace(self, pairs=self.pairs[start:stop])
 
     @cached_property
@@ -93,31 +97,27 @@ class PairSource:
 
     @cached_property
     def image_rows(self) -> list[int]:
-        """For every caption the row of its image."""
+        """Return the row of each caption's image."""
         return [row for row, pair in enumerate(self.pairs) for _ in pair.captions]
 
     @cached_property
     def digest(self) -> str:
-        """Identity of keys, captions, languages, splits and labels, in order."""
-        return digest_strings(
-            part
-            for pair in self.pairs
-            for part in (
-                pair.key,
-                pair.split,
-                pair.label,
-                str(len(pair.captions)),
-                *pair.captions,
-                *pair.languages,
-            )
-        )
+        """Return the hash of keys, captions, languages, splits and labels, in order."""
+        return digest_strings(chain.from_iterable(map(_identity, self.pairs)))
+
+
+def _identity(pair: Pair) -> tuple[str, ...]:
+    # The number of captions keeps two pairs of different lengths from giving the same strings.
+    n_captions = str(len(pair.captions))
+    return (pair.key, pair.split, pair.label, n_captions, *pair.captions, *pair.languages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a table before rows of one image are joined; `line` is 1-based."""
+    """Hold one row of a table, before the rows of one image are joined."""
 
     line: int
+    """1-based number of the row."""
     image: str
     captions: tuple[str, ...]
     split: str
@@ -129,7 +129,7 @@ def join_rows(rows: Sequence[Row], where: str) -> tuple[Pair, ...]:
     """Group rows by image, keeping the order of first appearance.
 
     Raises:
-        ManifestError: one image in two splits or with two labels.
+        ManifestError: One image is in two splits or has two labels.
     """
     grouped: dict[str, list[Row]] = {}
     for row in rows:
@@ -137,25 +137,30 @@ def join_rows(rows: Sequence[Row], where: str) -> tuple[Pair, ...]:
     return tuple(_pair(key, group, where) for key, group in grouped.items())
 
 
-def _pair(key: str, rows: list[Row], where: str) -> Pair:
+def _pair(key: str, rows: list[Row], location: str) -> Pair:
+    """Join the rows of one image."""
+    # Captions may differ from row to row, but an image has one split and one label.
     first = rows[0]
     for row in rows[1:]:
-        for what, here, there in (
+        for field_name, row_value, first_value in (
             ("split", row.split, first.split),
             ("label", row.label, first.label),
         ):
-            if here != there:
+            if row_value != first_value:
                 raise ManifestError(
-                    f"{where}, line {row.line}: image {key!r} has {what} {here!r} here and "
-                    f"{there!r} on line "
-                    f"{first.line}; give one {what} per image"
+                    f"{location}, line {row.line}: image {key!r} has {field_name} {row_value!r} "
+                    f"here and {first_value!r} on line {first.line}; "
+                    f"give one {field_name} per image"
                 )
-    captions = tuple(caption for row in rows for caption in row.captions)
-    languages = tuple(row.language for row in rows for _ in row.captions)
+    captions: list[str] = []
+    languages: list[str] = []
+    for row in rows:
+        captions += row.captions
+        languages += [row.language] * len(row.captions)
     return Pair(
         key=key,
-        captions=captions,
-        languages=languages,
+        captions=tuple(captions),
+        languages=tuple(languages),
         split=first.split,
         label=first.label,
     )

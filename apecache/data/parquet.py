@@ -1,5 +1,8 @@
-"""Parquet tables: paths of images, or the images themselves as bytes or as structs of bytes and
-path (Hugging Face)."""
+"""Open Parquet tables of images.
+
+A column has paths of images, or the images themselves: as bytes, or as structs of bytes and path
+(Hugging Face).
+"""
 
 import json
 import threading
@@ -19,18 +22,18 @@ from apecache.errors import ApecacheError, ManifestError, MissingExtraError, Row
 from apecache.fingerprint import content_hash
 
 MAX_GROUP_BYTES = 1 << 30
-"""A row group of images is decoded whole: larger ones are refused."""
+"""Largest row group of images. A row group is decoded whole, so larger ones are refused."""
 
 GROUPS_KEPT = 2
-"""Decoded row groups that are kept: images are asked for almost in order, so they span at most
-two."""
+"""Number of decoded row groups in memory. Images are read almost in order, so that reads at one
+time span at most two."""
 
 
 T = TypeVar("T")
 
 
 class Place(NamedTuple):
-    """A row of a Parquet file: its row group and its number inside it."""
+    """Locate a row of a Parquet file: its row group, and its number inside the group."""
 
     group: int
     row: int
@@ -38,10 +41,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TableMedia:
-    """Images that stand in a column of a Parquet file."""
+    """Read images from a column of a Parquet file."""
 
     groups: "RowGroups"
     places: Mapping[str, Place]
+    """The row of each key."""
 
     @property
     def place(self) -> str:
@@ -56,25 +60,29 @@ class TableMedia:
         return key in self.places
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """Decodes the column of images once, row group by row group: Parquet does not tell their
-        sizes."""
-        known: dict[int, list[int | None]] = {}
-        for group in sorted({self.places[key].group for key in keys if key in self.places}):
-            known[group] = self.groups.sizes(group)
-        return [self._size(key, known) for key in keys]
+        """Return the sizes, by decoding each row group once: Parquet does not record them."""
+        groups = {self.places[key].group for key in keys if key in self.places}
+        sizes_by_group: dict[int, list[int | None]] = {}
+        for group in sorted(groups):
+            sizes_by_group[group] = self.groups.sizes(group)
+        return [self._size(key, sizes_by_group) for key in keys]
 
-    def _size(self, key: str, known: Mapping[int, Sequence[int | None]]) -> int | None:
+    def _size(self, key: str, sizes_by_group: Mapping[int, Sequence[int | None]]) -> int | None:
         if key not in self.places:
             return None
-        place = self.places[key]
-        return known[place.group][place.row] if place.row < len(known[place.group]) else None
+        group, row = self.places[key]
+        group_sizes = sizes_by_group[group]
+        return group_sizes[row] if row < len(group_sizes) else None
 
 
 class RowGroups:
-    """A column's row groups, the last few kept; one thread decodes while others wait for it.
+    """Decode row groups of one column, and keep the last few.
 
-    `column` is that of the bytes: `a`, or the field `a.bytes` of a struct. A pickle of it keeps no
-    group.
+    One thread decodes while others wait for it. A pickle holds no decoded group.
+
+    Args:
+        path: The Parquet file.
+        column: The column of bytes: `a`, or the field `a.bytes` of a struct.
     """
 
     def __init__(self, path: Path, column: str) -> None:
@@ -87,7 +95,7 @@ class RowGroups:
         return RowGroups, (self.path, self.column)
 
     def read(self, place: Place, key: str) -> bytes:
-        """Raises as `Media.read` does."""
+        """Return the bytes of one image; raises as `Media.read` does."""
         import pyarrow as pa
 
         try:
@@ -101,22 +109,24 @@ class RowGroups:
         return data
 
     def sizes(self, group: int) -> list[int | None]:
-        """Bytes of each image of a row group, None where a row has none; nothing of a group that
-        cannot be decoded."""
+        """Return the number of bytes of each image of a row group, None where a row has none.
+
+        The list is empty for a group that cannot be decoded.
+        """
         import pyarrow as pa
         from pyarrow import compute
 
         try:
             column = self._column_of(group)
-            images = (
-                compute.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
-            )
+            is_struct = pa.types.is_struct(column.type)
+            images = compute.struct_field(column, "bytes") if is_struct else column
             return list(compute.binary_length(images).to_pylist())
         except (OSError, IndexError, pa.ArrowException):
             return []
 
     def _column_of(self, group: int) -> Any:
         with self._lock:
+            # The oldest group is dropped before the next is decoded, which limits the memory.
             if group not in self._kept:
                 while len(self._kept) >= GROUPS_KEPT:
                     self._kept.popitem(last=False)
@@ -133,40 +143,47 @@ def _read_group(path: Path, group: int, column: str) -> Any:
 
 
 def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
-    """A whole table. Images that stand in it have their struct's path as key, or else the number of
-    their row from 0: see `image_keys`.
+    """Open a whole table.
+
+    Images in the table have the path in their struct as key, or else their 0-based row number (see
+    `image_keys`).
 
     Raises:
         MissingExtraError: pyarrow is not installed.
-        ManifestError: no Parquet, or cut; a missing or ambiguous column; an empty key; no rows.
+        ManifestError: The file is not Parquet or is truncated, a column is missing or ambiguous, a
+            key is empty, or there are no rows.
     """
     with _opened(path) as file:
         columns = choose_columns(file.schema_arrow.names, path, spec)
-        kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
-        leaf = f"{columns.image}.bytes" if kind == "struct" else columns.image
-        if kind == "bytes" or (kind == "struct" and _has_bytes(file, columns.image)):
+        column_kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
+        leaf = f"{columns.image}.bytes" if column_kind == "struct" else columns.image
+        if column_kind == "bytes" or (column_kind == "struct" and _has_bytes(file, columns.image)):
             require_only(spec, path, "image_column", "caption_column", "split_column")
             return _with_images(file, columns=columns, path=path, leaf=leaf)
-        rows = _rows_with_paths(file, columns=columns, kind=kind, path=path)
+        rows = _rows_with_paths(file, columns=columns, column_kind=column_kind, path=path)
         fields = source_fields(columns, file.schema_arrow.names)
     media = media_below(spec.root or path.parent)
     return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
 
 
 def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
-    """Rows of a table whose images are files, and which columns were taken as what.
+    """Return the rows of a table whose images are files, and which columns have which role.
 
-    Raises as `open_parquet` does, and ManifestError for images inside.
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        ManifestError: As `open_parquet` raises, or the table has the images themselves.
     """
     with _opened(path) as file:
         columns = choose_columns(file.schema_arrow.names, path, spec)
-        kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
-        if kind != "path":
+        column_kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
+        if column_kind != "path":
             raise ManifestError(
                 f"{path}: column {columns.image!r} holds images; expected names of files: "
                 "give the table"
             )
-        return _rows_with_paths(file, columns=columns, kind=kind, path=path), source_fields(
+        return _rows_with_paths(
+            file, columns=columns, column_kind=column_kind, path=path
+        ), source_fields(
             columns,
             file.schema_arrow.names,
         )
@@ -174,7 +191,7 @@ def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A Parquet file, and its library's errors as ManifestErrors that name it."""
+    """Open a Parquet file; errors of its library become ManifestErrors that name the file."""
     try:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
@@ -192,26 +209,35 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _kind(found: Any, name: str, path: Path) -> str:
-    """path, bytes, or struct (of both)."""
+def _kind(column_type: Any, name: str, path: Path) -> str:
+    """Return how a column holds images: as "path", "bytes", or "struct" of both."""
     from pyarrow import types
 
-    value = found.value_type if types.is_dictionary(found) else found
-    if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
+    value_type = column_type.value_type if types.is_dictionary(column_type) else column_type
+    if (
+        types.is_string(value_type)
+        or types.is_large_string(value_type)
+        or types.is_string_view(value_type)
+    ):
         return "path"
-    if types.is_binary(value) or types.is_large_binary(value) or types.is_binary_view(value):
+    if (
+        types.is_binary(value_type)
+        or types.is_large_binary(value_type)
+        or types.is_binary_view(value_type)
+    ):
         return "bytes"
     if (
-        types.is_struct(value)
-        and min(value.get_field_index("bytes"), value.get_field_index("path")) >= 0
+        types.is_struct(value_type)
+        and min(value_type.get_field_index("bytes"), value_type.get_field_index("path")) >= 0
     ):
         return "struct"
     raise ManifestError(
-        f"{path}: column {name!r} is {str(found)[:60]}; expected paths of images, their "
+        f"{path}: column {name!r} is {str(column_type)[:60]}; expected paths of images, their "
         "bytes, or structs of both"
     )
 
@@ -221,24 +247,27 @@ def _records(
     names: Sequence[str],
     label: str | None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row from 1, values) of some columns; `a.b` reads one field of a struct. Labels are named if
-    the table can."""
+    """Yield (1-based row, values by name) of some columns.
+
+    Args:
+        file: The table.
+        names: Columns to read; `a.b` reads one field of a struct.
+        label: The column of labels, whose numbers become names if the table has the names.
+    """
     classes = _class_names(file.schema_arrow, label)
     batches = file.iter_batches(columns=list(names))
-    for number, record in enumerate(
-        _all(file, (record for batch in batches for record in batch.to_pylist())),
-        1,
-    ):
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(_all(file, records), 1):
         if label and isinstance(record[label], int):
             record[label] = classes.get(record[label], record[label])
         yield number, record
 
 
 def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
-    """As many values as the table says it has rows.
+    """Yield the values, and check that there are as many as the table has rows.
 
     Raises:
-        ValueError: a column of another length.
+        ValueError: The column has another length.
     """
     count = 0
     n_rows = file.metadata.num_rows
@@ -250,25 +279,28 @@ def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
 
 
 def _class_names(schema: Any, label: str | None) -> dict[int, str]:
-    """Of a class label that Hugging Face's library wrote, which keeps the names beside the
-    schema."""
+    """Return the names of class labels by number.
+
+    Hugging Face's library writes them into the schema's metadata; other tables have none.
+    """
     try:
-        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label][
-            "names"
-        ]
-        return {number: str(name) for number, name in enumerate(described)}
+        metadata = schema.metadata or {}
+        info = json.loads(metadata[b"huggingface"])["info"]
+        class_names = info["features"][label]["names"]
+        return {number: str(name) for number, name in enumerate(class_names)}
     except (KeyError, TypeError, ValueError):
         return {}
 
 
-def _rows_with_paths(file: Any, columns: Columns, kind: str, path: Path) -> list[Row]:
-    names = [columns.image if kind == "path" else f"{columns.image}.path", *columns.names]
+def _rows_with_paths(file: Any, columns: Columns, column_kind: str, path: Path) -> list[Row]:
+    image_column = columns.image if column_kind == "path" else f"{columns.image}.path"
+    names = [image_column, *columns.names]
     rows = []
     for line, record in _records(file, names, columns.label):
         image = record.get(columns.image)
-        plain = image["path"] if isinstance(image, dict) else image
+        image_path = image["path"] if isinstance(image, dict) else image
         rows.append(
-            to_row(line, record={**record, columns.image: plain}, columns=columns, where=path)
+            to_row(line, record={**record, columns.image: image_path}, columns=columns, where=path)
         )
     return _require_rows(rows, path)
 
@@ -282,27 +314,27 @@ def _require_rows(rows: list[Row], path: Path) -> list[Row]:
 
 
 def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSource:
-    """Bytes are not read, but where a path is repeated."""
-    places = _places(file, path)
+    """Open a table that holds its images; bytes are read only where a path is repeated."""
+    row_places = _places(file, path)
     groups = RowGroups(path, leaf)
 
     def digest(row: int) -> str:
         try:
-            return content_hash(groups.read(places[row], str(row)))
+            return content_hash(groups.read(row_places[row], str(row)))
         except RowError:
             return ""
 
-    keys = image_keys(_paths(file, columns.image), [str(row) for row in range(len(places))], digest)
+    numbers = list(map(str, range(len(row_places))))
+    keys = image_keys(_paths(file, columns.image), numbers, digest)
     first: dict[str, Place] = {}
-    for key, place in zip(keys, places, strict=True):
-        first.setdefault(key, place)
+    for key, row_place in zip(keys, row_places, strict=True):
+        first.setdefault(key, row_place)
     numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
     records = _records(file, columns.names, columns.label) if columns.names else numbered
-    named = zip(records, keys, strict=True)
-    rows = [
-        to_row(line, record={**record, columns.image: key}, columns=columns, where=path)
-        for (line, record), key in named
-    ]
+    rows = []
+    for (line, record), key in zip(records, keys, strict=True):
+        named = {**record, columns.image: key}
+        rows.append(to_row(line, record=named, columns=columns, where=path))
     fields = source_fields(columns, file.schema_arrow.names)
     pairs = join_rows(_require_rows(rows, path), str(path))
     return PairSource(
@@ -314,42 +346,41 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSour
 
 
 def _has_bytes(file: Any, column: str) -> bool:
-    """Whether any struct has bytes: if none has, its paths name files."""
+    """Return whether any struct has bytes; if none has, the paths name files."""
+    # Small batches, because the first image usually decides.
     batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
-    return any(
-        image and image["bytes"] is not None
-        for batch in batches
-        for image in batch.column(0).to_pylist()
-    )
+    for batch in batches:
+        images = batch.column(0).to_pylist()
+        if any(image and image["bytes"] is not None for image in images):
+            return True
+    return False
 
 
 def _paths(file: Any, column: str) -> list[str | None]:
-    """Of every row, the path in its struct, if there is one."""
+    """Return the path in each row's struct, if there is one."""
     if not hasattr(file.schema_arrow.field(column).type, "get_field_index"):
         return [None] * int(file.metadata.num_rows)
     batches = file.iter_batches(columns=[f"{column}.path"])
-    return list(
-        _all(
-            file,
-            (image and image["path"] for batch in batches for image in batch.column(0).to_pylist()),
-        )
-    )
+    images = (image for batch in batches for image in batch.column(0).to_pylist())
+    return [image and image["path"] for image in _all(file, images)]
 
 
 def _places(file: Any, path: Path) -> list[Place]:
-    """Of every row; refuses row groups that are too large to be decoded whole.
+    """Return the place of every row.
 
-    The footer's description of single columns is left alone: pyarrow ends the process on one that
-    is damaged.
+    Raises:
+        ManifestError: A row group is too large to be decoded whole.
     """
-    places: list[Place] = []
+    # The footer also describes single columns, but pyarrow aborts the process on a damaged
+    # description: only the row group's own size is read.
+    row_places: list[Place] = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
             raise ManifestError(
                 f"{path}: row group {group} holds {described.total_byte_size / 1e9:.1f} GB; write "
-                "the table with "
-                f"smaller ones (row_group_size=100), at most {MAX_GROUP_BYTES / 1e9:.1f} GB each"
+                f"the table with smaller ones (row_group_size=100), at most "
+                f"{MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        places += map(partial(Place, group), range(described.num_rows))
-    return places
+        row_places += map(partial(Place, group), range(described.num_rows))
+    return row_places

@@ -1,10 +1,9 @@
-"""A ring of worker processes around shared memory: tensors come back in order, whatever becomes of
-a worker.
+"""Run worker processes around shared memory: tensors come back in order, even if workers die.
 
-Workers are forked, so what they work on needs no pickling. They share one piece of anonymous memory
-with their parent, which has no name and ends with the last of them, and two counters of the kernel
-to wake each other. What stands in the memory is changed under a lock that the kernel takes back
-from the dead. A worker dies with its parent.
+Workers are forked, so what they work on needs no pickling. They share one block of anonymous memory
+with their parent, which is freed when the last process ends, and two kernel counters to wake each
+other. The memory is changed under a lock that the kernel releases when its holder dies. A worker
+dies with its parent.
 """
 
 import ctypes
@@ -22,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from math import prod
 from typing import Any, NoReturn
 
@@ -39,11 +39,12 @@ HANG = "decoder-hang"
 MESSAGE_BYTES = 4096
 TICK_SECONDS = 0.5
 IDLE_DEATHS = 5
-"""So many workers may die before they have taken any work."""
+"""Number of workers that may die before they take any work."""
 PR_SET_PDEATHSIG = 1
 
 
 def can_fork() -> bool:
+    """Return whether this system has what the workers need."""
     return sys.platform == "linux" and hasattr(os, "eventfd")
 
 
@@ -56,24 +57,28 @@ def open_processes(
     ahead: int,
     hang_seconds: float,
 ) -> Iterator[Iterator[Result]]:
-    """Results of `work` for 0 to `count` in this order, computed by `workers` processes, at most
-    `ahead` in front.
+    """Yield the results of `work` for the positions 0 to `count` - 1, in this order.
 
-    Tensors are float32 of the `shapes`, in memory that is used again when the next result is asked
-    for. What dies over a position costs that position: `decoder-crash`, or `decoder-hang` after
-    `hang_seconds`. Seconds are counted while the consumer waits and runs: a stopped and continued
-    run loses nothing.
+    A worker that dies loses the position that it worked on, with the reason `decoder-crash`, or
+    `decoder-hang` if it was killed after `hang_seconds`. Seconds count only while the consumer
+    waits and runs, so a stopped and continued run loses nothing.
+
+    Args:
+        work: Computes one position in a worker.
+        count: Number of positions.
+        shapes: Shapes of the float32 tensors of each result. Their memory is used again when the
+            next result is asked for.
+        workers: Number of processes.
+        ahead: Largest number of results in front of the consumer.
+        hang_seconds: How long a worker may take for one position.
 
     Raises:
-        RuntimeError: `work` raised; the message has its traceback. ApecacheError: no processes are
-            to be had.
+        RuntimeError: `work` raised; the message has its traceback.
+        ApecacheError: The system starts no processes.
     """
-    pool = _Pool(
-        work,
-        count=count,
-        ring=_Ring(ahead, max(1, min(workers, count)), shapes),
-        hang_seconds=hang_seconds,
-    )
+    n_workers = max(1, min(workers, count))
+    ring = _Ring(ahead, n_workers, shapes)
+    pool = _Pool(work, count=count, ring=ring, hang_seconds=hang_seconds)
     try:
         pool.start()
         yield pool.results()
@@ -82,44 +87,44 @@ def open_processes(
 
 
 class _Ring:
-    """What parent and workers share: `ahead` slots, of which position p has the one numbered p
-    modulo `ahead`.
+    """Hold what parent and workers share: `ahead` slots; position p uses slot p modulo `ahead`.
 
-    `counts`: the next position to take, and the first that may not be taken yet. `current`: the
-    position that each worker has taken, -1 for none. `lengths`: of each slot's message, 0 until it
-    is done.
+    Attributes:
+        counts: int64 [2]: the next position to take, and the first that may not be taken yet.
+        current: int64 [workers]: the position that each worker has taken, -1 for none.
+        lengths: int64 [ahead]: bytes of each slot's message, 0 until it is done.
+        messages: uint8 [ahead, MESSAGE_BYTES]: the JSON messages.
+        tensors: float32 [ahead, *shape] for each shape.
     """
 
     def __init__(self, ahead: int, workers: int, shapes: Sequence[tuple[int, ...]]) -> None:
         self.ahead = ahead
         self.workers = workers
-        sizes = [
+        region_bytes = [
             16,
             8 * workers,
             8 * ahead,
             MESSAGE_BYTES * ahead,
             *(4 * ahead * prod(shape) for shape in shapes),
         ]
-        starts = [
-            sum(-(-size // 64) * 64 for size in sizes[:place]) for place in range(len(sizes) + 1)
-        ]
+        # Regions start at multiples of 64 bytes: no two of them share a cache line.
+        aligned_bytes = [-(-size // 64) * 64 for size in region_bytes]
+        starts = list(accumulate(aligned_bytes, initial=0))
         memory = mmap.mmap(-1, starts[-1])
         self.counts = np.frombuffer(memory, np.int64, 2, starts[0])
         self.current = np.frombuffer(memory, np.int64, workers, starts[1])
         self.lengths = np.frombuffer(memory, np.int64, ahead, starts[2])
-        self.messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[3]).reshape(
-            ahead,
-            MESSAGE_BYTES,
-        )
-        self.tensors = [
-            torch.frombuffer(
+        messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[3])
+        self.messages = messages.reshape(ahead, MESSAGE_BYTES)
+        self.tensors: list[Tensor] = []
+        for start, shape in zip(starts[4:], shapes, strict=False):
+            tensor = torch.frombuffer(
                 memory,
                 dtype=torch.float32,
                 count=ahead * prod(shape),
                 offset=start,
-            ).view(ahead, *shape)
-            for start, shape in zip(starts[4:], shapes, strict=False)
-        ]
+            )
+            self.tensors.append(tensor.view(ahead, *shape))
         self.current[:] = -1
         self.lock = os.memfd_create("decoding")
         self.tokens = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
@@ -138,14 +143,15 @@ class _Ring:
             fcntl.lockf(self.lock, fcntl.LOCK_UN)
 
     def allow(self, end: int) -> None:
-        """Positions below `end` may be taken."""
+        """Let workers take the positions below `end`."""
         with self.locked():
-            more = end - int(self.counts[1])
+            n_new = end - int(self.counts[1])
             self.counts[1] = end
-        if more > 0:
-            os.eventfd_write(self.tokens, more)
+        if n_new > 0:
+            os.eventfd_write(self.tokens, n_new)
 
     def take(self, worker: int) -> int | None:
+        """Return the next position for a worker; None if there is none yet."""
         with self.locked():
             position = int(self.counts[0])
             if position >= self.counts[1]:
@@ -155,6 +161,7 @@ class _Ring:
             return position
 
     def finish(self, worker: int, position: int, message: bytes) -> None:
+        """Store the message of a position that a worker had taken, and wake the parent."""
         slot = position % self.ahead
         with self.locked():
             self.messages[slot, : len(message)] = np.frombuffer(message, np.uint8)
@@ -163,7 +170,7 @@ class _Ring:
         os.eventfd_write(self.news, 1)
 
     def message(self, position: int) -> bytes:
-        """Empty while the position is not done."""
+        """Return the message of a position; empty while the position is not done."""
         slot = position % self.ahead
         with self.locked():
             return self.messages[slot, : int(self.lengths[slot])].tobytes()
@@ -177,8 +184,14 @@ class _Ring:
 
 
 class _Worker:
-    """`life` is a pipe that ends when the process does. `waited`: seconds that `position` has kept
-    the parent."""
+    """Watch one worker process.
+
+    Attributes:
+        life: Read end of a pipe that closes when the process ends.
+        position: The position that it works on, -1 for none.
+        waited: Seconds that the parent has waited while it worked on `position`.
+        hung: Whether it was killed for working too long.
+    """
 
     def __init__(self, pid: int, life: int) -> None:
         self.pid = pid
@@ -188,7 +201,7 @@ class _Worker:
         self.hung = False
 
     def wait(self, position: int, seconds: float, limit: float) -> None:
-        """Count the seconds; kill what is over the limit."""
+        """Count the seconds of a position; kill the process when they exceed the limit."""
         self.waited = self.waited + seconds if position == self.position else 0.0
         self.position = position
         if position >= 0 and self.waited > limit and not self.hung:
@@ -196,17 +209,21 @@ class _Worker:
             os.kill(self.pid, signal.SIGKILL)
 
     def end(self) -> int:
-        """Kill it if it lives, and take its exit status: negative for a signal."""
+        """Kill the process if it lives, and return its exit status: negative for a signal."""
         os.close(self.life)
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         try:
-            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except ChildProcessError:  # somebody else reaps all children of this process
+            _, status = os.waitpid(self.pid, 0)
+            return os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            # Other code in this process reaps all its children.
             return 0
 
 
 class _Pool:
+    """Run the workers of one ring, and replace those that die."""
+
     def __init__(
         self,
         work: Callable[[int], Result],
@@ -242,15 +259,15 @@ class _Pool:
             self.ring.allow(min(self.count, position + 1 + self.ring.ahead))
 
     def _result(self, position: int, message: bytes) -> Result:
-        told = json.loads(message)
-        if "defect" in told:
-            raise RuntimeError(f"in a decoding process:\n{told['defect']}")
-        if told["reason"]:
-            return None, told["digest"], RowError(told["reason"], told["detail"])
-        return self.ring.tensors_at(position), told["digest"], None
+        outcome = json.loads(message)
+        if "defect" in outcome:
+            raise RuntimeError(f"in a decoding process:\n{outcome['defect']}")
+        if outcome["reason"]:
+            return None, outcome["digest"], RowError(outcome["reason"], outcome["detail"])
+        return self.ring.tensors_at(position), outcome["digest"], None
 
     def _wait(self) -> None:
-        """Until a worker has done something, or died, or a tick is over."""
+        """Wait until a worker has finished a position or died, or a tick is over."""
         poll = select.poll()
         poll.register(self.ring.news, select.POLLIN)
         numbers = {worker.life: number for number, worker in self.workers.items()}
@@ -258,6 +275,7 @@ class _Pool:
             poll.register(life, select.POLLIN)
         begin = time.monotonic()
         ready = [handle for handle, _ in poll.poll(1000 * self.tick)]
+        # The time of a process that was stopped meanwhile does not count as a worker's hang.
         seconds = min(time.monotonic() - begin, 2 * self.tick)
         if self.ring.news in ready:
             os.eventfd_read(self.ring.news)
@@ -267,7 +285,7 @@ class _Pool:
             self._replace(numbers[life])
 
     def _replace(self, number: int) -> None:
-        """Bury the dead, write off what it had taken, and fork another."""
+        """Fork a new worker for a dead one, and finish the position that it had taken."""
         dead = self.workers.pop(number)
         status = dead.end()
         with self.ring.locked():
@@ -280,23 +298,24 @@ class _Pool:
                     "(threads)"
                 )
         else:
-            reason = HANG if dead.hung else CRASH
-            detail = (
-                f"no end after {self.hang_seconds:g} s"
-                if dead.hung
-                else f"the decoder {_ended(status)}"
-            )
+            reason = CRASH
+            detail = f"the decoder {_ended(status)}"
+            if dead.hung:
+                reason = HANG
+                detail = f"no end after {self.hang_seconds:g} s"
             self.ring.finish(number, position, _message("", reason, detail))
         self.workers[number] = self._fork(number)
-        os.eventfd_write(
-            self.ring.tokens,
-            1,
-        )  # it may have died over one; one too many does no harm
+        # The dead worker may have read a token without taking a position. A token too many does no
+        # harm.
+        os.eventfd_write(self.ring.tokens, 1)
 
     def _fork(self, number: int) -> _Worker:
-        life, held = os.pipe()
+        # The worker alone holds the write end, which closes when it ends, however it ends.
+        life, write_end = os.pipe()
         parent = os.getpid()
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        # Blocked until the worker has its own handlers: before that, a signal would run the
+        # parent's handlers in the worker.
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             pid = _fork_quietly()
             if pid == 0:
@@ -308,12 +327,12 @@ class _Pool:
             )
             raise ApecacheError(message) from None
         finally:
-            os.close(held)
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+            os.close(write_end)
+            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         return _Worker(pid, life)
 
     def _serve(self, number: int, parent: int) -> NoReturn:
-        """The life of a worker."""
+        """Work as a worker until the process ends."""
         try:
             _settle(parent)
             while True:
@@ -322,32 +341,34 @@ class _Pool:
                 if position is not None:
                     self.ring.finish(number, position, self._done(position))
         except BaseException:
+            # Not `sys.exit`: the worker must not run the parent's cleanup.
             os._exit(1)
 
     def _done(self, position: int) -> bytes:
+        """Work on a position, write its tensors into the ring, and return its message."""
         try:
             tensors, digest, error = self.work(position)
             if error is not None or tensors is None:
-                return _message(
-                    digest,
-                    error.reason if error else "unusable",
-                    error.detail if error else "",
-                )
-            for place, tensor in zip(self.ring.tensors_at(position), tensors, strict=True):
-                if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+                reason = error.reason if error else "unusable"
+                detail = error.detail if error else ""
+                return _message(digest, reason, detail)
+            for slot_tensor, tensor in zip(self.ring.tensors_at(position), tensors, strict=True):
+                if (tensor.shape, tensor.dtype) != (slot_tensor.shape, slot_tensor.dtype):
+                    expected_shape = tuple(slot_tensor.shape)
                     raise TypeError(
-                        f"{tensor.dtype} {tuple(tensor.shape)} in place of {tuple(place.shape)}"
+                        f"{tensor.dtype} {tuple(tensor.shape)} in place of {expected_shape}"
                     )
-                place.copy_(tensor)
+                slot_tensor.copy_(tensor)
             return _message(digest, "", "")
         except Exception:
-            return _fitting({"defect": ""}, "defect", traceback.format_exc()[-MESSAGE_BYTES:])
+            text = traceback.format_exc()[-MESSAGE_BYTES:]
+            return _fitting({"defect": ""}, "defect", text)
 
 
 def _settle(parent: int) -> None:
-    """A worker's own ways: one thread, no output, no signals of the terminal, and no life without
-    the parent."""
+    """Set up a worker: one thread, no output, no terminal signals, and an end with the parent."""
     torch.set_num_threads(1)
+    # The parent may have died before this call, so its id is compared afterwards.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -358,11 +379,15 @@ def _settle(parent: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-    gc.freeze()  # what was there before is not touched, so that its memory stays shared
+    # Collections then do not touch the parent's objects, whose memory stays shared.
+    gc.freeze()
 
 
 def _fork_quietly() -> int:
-    """Tokenizers and newer Pythons warn of forks beside threads; workers use neither's threads."""
+    """Fork without the warnings of tokenizers and newer Pythons about forks beside threads.
+
+    Workers use none of these threads.
+    """
     configured = "TOKENIZERS_PARALLELISM" in os.environ
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -375,19 +400,18 @@ def _fork_quietly() -> int:
 
 
 def _ended(status: int) -> str:
-    return (
-        f"was ended by {signal.Signals(-status).name}"
-        if status < 0
-        else f"ended with exit status {status}"
-    )
+    """Describe how a process ended; a negative status is a signal."""
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with exit status {status}"
 
 
 def _message(digest: str, reason: str, detail: str) -> bytes:
     return _fitting({"digest": digest, "reason": reason, "detail": ""}, "detail", detail)
 
 
-def _fitting(told: dict[str, Any], field: str, text: str) -> bytes:
-    """JSON of at most MESSAGE_BYTES, the text cut to that."""
-    while len(message := json.dumps({**told, field: text}).encode()) > MESSAGE_BYTES:
+def _fitting(fields: dict[str, Any], field: str, text: str) -> bytes:
+    """Return JSON of at most MESSAGE_BYTES, with the text of one field shortened to fit."""
+    while len(message := json.dumps({**fields, field: text}).encode()) > MESSAGE_BYTES:
         text = text[: -max(1, len(text) // 8)]
     return message

@@ -1,19 +1,18 @@
-"""WebDataset: tars whose members of one name, but for the ending, make a sample; img2dataset writes
-folders of them.
+"""Open WebDataset tars, such as img2dataset writes.
 
-One pass over the headers makes the index; images are read in place later. A sample's key is its
-members' name up to the first dot of the last part. If one key stands in two tars, every key gets
-its tar's name in front (`00003/000017`), so that keys depend on the tars that are given, not on
-where among them a key is repeated.
+Members whose names differ only in the ending make one sample. One pass over the headers makes the
+index; images are read in place later. A sample's key is its members' name up to the first dot of
+the file name. If one key is in two tars, every key gets its tar's name in front (`00003/000017`),
+so that keys depend on the given tars, not on where among them a key is repeated.
 """
 
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,58 +27,72 @@ TEXTS = ("txt", "caption", "json", "cls")
 MAX_TEXT_BYTES = 1 << 24
 MAX_TARS = 100_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+"""First bytes of gzip, bzip2, xz and zstd files."""
 
 
 def brace_paths(pattern: str) -> list[Path] | None:
-    """The paths that `{00000..00012}` stands for, in order; None if there is no range.
+    """Return the paths that `{00000..00012}` stands for, in order; None if there is no range.
 
     Raises:
-        ManifestError: a range that runs backwards, or far too many paths.
+        ManifestError: A range runs backwards, or there are far too many paths.
     """
     bounds = RANGE.findall(pattern)
     if not bounds:
         return None
     ranges = [range(int(first), int(last) + 1) for first, last in bounds]
     count = 1
-    for one in ranges:
-        count *= len(one)
+    for number_range in ranges:
+        count *= len(number_range)
     if not 0 < count <= MAX_TARS:
         raise ManifestError(
             f"{pattern}: {count} tars; expected 1 to {MAX_TARS:,}, written as {{00000..00012}}.tar"
         )
     widths = [len(first) for first, _ in bounds]
-    plain = RANGE.split(pattern)[::3]
+    literals = RANGE.split(pattern)[::3]
     paths = []
-    for chosen in product(*ranges):
-        numbers = [f"{number:0{width}d}" for number, width in zip(chosen, widths, strict=True)]
-        paths.append(Path("".join(a + b for a, b in zip(plain, [*numbers, ""], strict=True))))
+    for range_values in product(*ranges):
+        numbers = [
+            f"{number:0{width}d}" for number, width in zip(range_values, widths, strict=True)
+        ]
+        # There is one literal more than numbers: the text behind the last range.
+        texts = zip(literals, [*numbers, ""], strict=True)
+        paths.append(Path("".join(chain.from_iterable(texts))))
     return paths
 
 
 @dataclass(kw_only=True)
 class _Sample:
+    """Hold the members of one sample by their endings."""
+
     key: str
     tar: int
+    """Index of its tar."""
     members: dict[str, Member] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    """Contents of its small texts."""
 
 
 def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource:
-    """Samples in the order of the tars. The caption is `.txt`, `.caption`, or the field `caption`
-    of `.json` (or that which `caption_column` names: it then comes first); `.cls` or the field
-    `label` is the label.
+    """Open tars; samples are in the order of the tars.
+
+    The caption is the field of `.json` that `spec.caption_column` names, or else `.txt`,
+    `.caption`, or the field `caption` of `.json`. The label is `.cls` or the field `label`.
 
     Raises:
-        ManifestError: a tar that is missing, compressed, corrupt or cut; a name twice in one tar;
-            no image anywhere.
+        ManifestError: A tar is missing, compressed, corrupt or truncated, a name is twice in one
+            tar, or there is no image.
     """
     require_only(spec, origin, "caption_column")
-    samples = [sample for number, path in enumerate(tars) for sample in _samples(path, number)]
+    samples: list[_Sample] = []
+    for number, path in enumerate(tars):
+        samples += _samples(path, number)
     if not any(_image(sample) for sample in samples):
         raise ManifestError(
             f"{origin}: no images in {len(tars)} tars; expected members named "
             f"KEY.{{{','.join(IMAGES)}}}"
         )
+    # All keys change, and not only the repeated ones: see the module's docstring.
     if len({sample.key for sample in samples}) < len(samples):
         for sample in samples:
             sample.key = f"{tars[sample.tar].stem}/{sample.key}"
@@ -99,40 +112,45 @@ def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource
 
 
 def _fields(samples: Sequence[_Sample], spec: OpenSpec) -> SourceFields:
-    """Endings of members, and fields of their JSON as `json.FIELD`; what some sample has counts as
-    taken."""
-    endings = dict.fromkeys(ending for sample in samples for ending in (*sample.members,))
-    described = [_json(sample.texts.get("json"), sample.key) for sample in samples]
-    names = dict.fromkeys(name for record in described for name in record)
-    in_json = [spec.caption_column] if spec.caption_column else []
-    texts = [ending for ending in ("txt", "caption") if ending in endings and not in_json]
-    captions = [
-        *texts,
-        *(f"json.{name}" for name in in_json or (["caption"] if "caption" in names else [])),
-    ]
-    labels = [*(["cls"] if "cls" in endings else []), *(["json.label"] if "label" in names else [])]
-    languages = [f"json.{name}" for name in LANGUAGE_COLUMNS if name in names]
+    """Return which endings and JSON fields have which role; JSON fields are called `json.FIELD`.
+
+    A role counts as filled if any sample has it.
+    """
+    names: dict[str, None] = {}
+    json_names: dict[str, None] = {}
+    for sample in samples:
+        names |= dict.fromkeys(sample.members)
+        record = _json(sample.texts.get("json"), sample.key)
+        json_names |= dict.fromkeys(f"json.{name}" for name in record)
+    names.pop("json", None)
+    names |= json_names
+    captions: tuple[str, ...] = ("txt", "caption", "json.caption")
+    if spec.caption_column:
+        captions = (f"json.{spec.caption_column}",)
+        names |= dict.fromkeys(captions)
+    languages = [f"json.{name}" for name in LANGUAGE_COLUMNS]
     fields = SourceFields(
-        image=next(iter([ending for ending in IMAGES if ending in endings]), None),
-        caption=next(iter(captions), None),
-        split="json.split" if "split" in names else None,
-        label=next(iter(labels), None),
-        language=next(iter(languages), None),
+        image=_first_present(IMAGES, names),
+        caption=_first_present(captions, names),
+        split=_first_present(("json.split",), names),
+        label=_first_present(("cls", "json.label"), names),
+        language=_first_present(languages, names),
     )
-    taken = set(fields.taken.values())
-    every = [
-        *(ending for ending in endings if ending != "json"),
-        *(f"json.{name}" for name in names),
-    ]
-    return replace(fields, unused=tuple(name for name in every if name not in taken))
+    used_names = set(fields.taken.values())
+    return replace(fields, unused=tuple(name for name in names if name not in used_names))
+
+
+def _first_present(candidates: Sequence[str], names: Container[str]) -> str | None:
+    return next((name for name in candidates if name in names), None)
 
 
 def _image(sample: _Sample) -> Member | None:
-    return next((sample.members[ending] for ending in IMAGES if ending in sample.members), None)
+    ending = _first_present(IMAGES, sample.members)
+    return None if ending is None else sample.members[ending]
 
 
 def _samples(path: Path, number: int) -> Iterator[_Sample]:
-    """Samples of one tar, in the order of their first member."""
+    """Return the samples of one tar, in the order of their first member."""
     samples: dict[str, _Sample] = {}
     for name, member, text in _members(path, number):
         key, ending = _split_name(name)
@@ -148,39 +166,37 @@ def _samples(path: Path, number: int) -> Iterator[_Sample]:
 
 
 def _split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into the key of its sample and its ending."""
     folder, slash, last = name.rpartition("/")
     stem, _, ending = last.partition(".")
     return folder + slash + stem, ending.lower()
 
 
 def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]]:
-    """Name, place and, of small texts, content of each image and text in a tar."""
+    """Yield the name, the place and, for small texts, the content of each image and text."""
     n_read = 0
     last = ""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             total = file.seek(0, os.SEEK_END)
             for info in archive:
+                # `tarfile` skips over data without a look, so a cut inside it would go unnoticed.
                 if info.offset_data + info.size > total:
                     raise tarfile.ReadError(f"it ends inside {_shown(info.name)}")
-                n_read = n_read + 1
+                n_read += 1
                 last = _shown(info.name)
                 name = info.name.removeprefix("./")
                 if _is_wanted(name, info):
                     member = Member(number, info.offset_data, info.size)
-                    text = (
-                        _text(file, path=path, name=name, member=member)
-                        if _split_name(name)[1] in TEXTS
-                        else None
-                    )
+                    text = None
+                    if _split_name(name)[1] in TEXTS:
+                        text = _text(file, path=path, name=name, member=member)
                     yield name, member, text
             _require_end(file, archive.offset)
     except tarfile.TarError as error:
-        readable = (
-            f"{n_read} members can be read, the last is {last}"
-            if n_read
-            else "nothing of it can be read"
-        )
+        readable = "nothing of it can be read"
+        if n_read:
+            readable = f"{n_read} members can be read, the last is {last}"
         raise ManifestError(
             f"{path}: {_why(path, error)}; {readable}: copy it again, or leave it out"
         ) from None
@@ -190,23 +206,26 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
 
 
 def _shown(name: str) -> str:
-    """A name for a message of one line."""
+    """Return a name for an error message of one line."""
     return name if name.isprintable() else repr(name)
 
 
 def _is_wanted(name: str, info: tarfile.TarInfo) -> bool:
-    hidden = any(part.startswith((".", "__")) and part != ".." for part in name.split("/"))
-    return (
-        info.isreg()
-        and not info.issparse()
-        and not hidden
-        and _split_name(name)[1] in (*IMAGES, *TEXTS)
-    )
+    hidden = any(segment.startswith((".", "__")) and segment != ".." for segment in name.split("/"))
+    if hidden or not info.isreg() or info.issparse():
+        return False
+    _, ending = _split_name(name)
+    return ending in (*IMAGES, *TEXTS)
 
 
 def _require_end(file: BinaryIO, offset: int) -> None:
-    """A whole tar ends in blocks of zeros; `tarfile` takes a damaged header or a cut for the end as
-    well."""
+    """Check that the tar ends in a block of zeros.
+
+    `tarfile` also takes a damaged header or a cut for the end.
+
+    Raises:
+        tarfile.ReadError: The block has other bytes, or is cut.
+    """
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if any(block):
@@ -216,14 +235,10 @@ def _require_end(file: BinaryIO, offset: int) -> None:
 
 
 def _why(path: Path, error: tarfile.TarError) -> str:
+    """Return what is wrong with a tar that cannot be read."""
     with path.open("rb") as file:
         magic = file.read(6)
-    if (
-        magic[:2] == b"\x1f\x8b"
-        or magic[:3] == b"BZh"
-        or magic == b"\xfd7zXZ\0"
-        or magic[:4] == b"\x28\xb5\x2f\xfd"
-    ):
+    if magic.startswith(COMPRESSED):
         return "a compressed tar, whose members cannot be read in place (unpack it to a plain .tar)"
     return f"a tar that is damaged or cut ({error})"
 
@@ -245,26 +260,27 @@ def _text(file: BinaryIO, path: Path, name: str, member: Member) -> str:
 
 
 def _pair(sample: _Sample, column: str | None, tar: Path) -> Pair:
-    where = f"{tar}: {_shown(sample.key)}"
-    described = _json(sample.texts.get("json"), where)
-    plain = next(
-        (sample.texts[ending] for ending in ("txt", "caption") if ending in sample.texts),
-        None,
-    )
+    location = f"{tar}: {_shown(sample.key)}"
+    described = _json(sample.texts.get("json"), location)
+    text_ending = _first_present(("txt", "caption"), sample.texts)
     if column is not None and column not in described:
-        found = ", ".join(map(_shown, described)) or "none"
+        field_names = ", ".join(map(_shown, described)) or "none"
         raise ManifestError(
-            f"{where}: its JSON has no field {column!r}; fields found: "
-            f"{found}{nearest(column, described)}"
+            f"{location}: its JSON has no field {column!r}; fields found: "
+            f"{field_names}{nearest(column, described)}"
         )
-    own = described.get(column or "caption")
-    captions = to_captions(own if column or plain is None else plain.rstrip("\r\n"), where)
-    language = next(
-        (to_text(described[name], where, name) for name in LANGUAGE_COLUMNS if name in described),
-        "",
-    )
-    label = sample.texts.get("cls", "").strip() or to_text(described.get("label"), where, "label")
-    split = to_text(described.get("split"), where, "split")
+    if column or text_ending is None:
+        captions = to_captions(described.get(column or "caption"), location)
+    else:
+        captions = to_captions(sample.texts[text_ending].rstrip("\r\n"), location)
+    language_field = _first_present(LANGUAGE_COLUMNS, described)
+    language = ""
+    if language_field is not None:
+        language = to_text(described[language_field], location, language_field)
+    label = sample.texts.get("cls", "").strip()
+    if not label:
+        label = to_text(described.get("label"), location, "label")
+    split = to_text(described.get("split"), location, "split")
     return Pair(
         key=sample.key,
         captions=captions,
@@ -274,11 +290,14 @@ def _pair(sample: _Sample, column: str | None, tar: Path) -> Pair:
     )
 
 
-def _json(text: str | None, where: str) -> dict[str, Any]:
+def _json(text: str | None, location: str) -> dict[str, Any]:
+    """Return the fields of a sample's JSON; none if it has no JSON."""
     try:
-        found = json.loads(text) if text is not None else {}
+        record = json.loads(text) if text is not None else {}
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: its .json cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise ManifestError(f"{where}: its .json is a {type(found).__name__}; expected an object")
-    return found
+        raise ManifestError(f"{location}: its .json cannot be read ({error})") from None
+    if not isinstance(record, dict):
+        raise ManifestError(
+            f"{location}: its .json is a {type(record).__name__}; expected an object"
+        )
+    return record

@@ -1,5 +1,7 @@
-"""`open_pairs`: whatever a user has, as one `PairSource`. What it is, its path tells; one module
-reads each family."""
+"""Open any kind of source as one `PairSource`.
+
+The path of a source decides its kind; one module reads each family of kinds.
+"""
 
 import tempfile
 from dataclasses import replace
@@ -28,16 +30,17 @@ def open_pairs(uri: AnyPath, spec: OpenSpec | None = None) -> PairSource:
     """Open a source of images, captions or both, and check all of it that is not an image.
 
     Args:
-        uri: a table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions
+        uri: A table (.tsv, .csv, .jsonl, .parquet), captions of COCO or Karpathy (.json), captions
             alone (.txt), tars (.tar, `{00000..00012}.tar`), a folder (of tars, of images with
             metadata.csv, of a folder per class, of images), or `hf-datasets:` and a folder or name.
-            A file of one of the first three kinds may lie on object storage (`s3://BUCKET/…`); so
-            do its images then, unless `root` says otherwise.
+            A file of one of the first three kinds may be on object storage (`s3://BUCKET/…`), with
+            its images below the same folder unless `spec.root` is another one.
+        spec: Columns, splits and other choices; None for the defaults.
 
     Raises:
-        ManifestError: what cannot be opened, with its line where there is one and what mends it.
-        OptionError: an option that this kind of source cannot follow. MissingExtraError: a library
-            is missing.
+        ManifestError: The source cannot be opened; the message has the line and what repairs it.
+        OptionError: This kind of source cannot follow an option.
+        MissingExtraError: A library is missing.
     """
     uri = as_place(uri, "uri")
     require_type(spec, OpenSpec, "spec", optional=True)
@@ -71,6 +74,7 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
             f"{uri}: a URL, and nothing is downloaded; download it and give the file"
         )
     path = Path(uri)
+    # A file whose name has braces comes before a range of tars.
     tars = None if path.exists() else brace_paths(uri)
     if tars is not None:
         return open_shards(tars, uri, spec)
@@ -91,11 +95,11 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
 
 
 def _open_object(url: str, spec: OpenSpec) -> PairSource:
-    """A table on object storage, fetched whole."""
+    """Fetch a table on object storage, and open it."""
     suffix = Path(url).suffix.lower()
     if suffix not in REMOTE_SUFFIXES:
-        what = f"on object storage expected a file that ends in {', '.join(REMOTE_SUFFIXES)}"
-        raise ManifestError(f"{url}: {what}; give a table, or download tars and folders")
+        expected = f"on object storage expected a file that ends in {', '.join(REMOTE_SUFFIXES)}"
+        raise ManifestError(f"{url}: {expected}; give a table, or download tars and folders")
     bucket, key = open_bucket(url)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"table{suffix}"
@@ -117,8 +121,8 @@ def _open_object(url: str, spec: OpenSpec) -> PairSource:
 def _require_file(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES and (path.exists() or suffix):
-        what = f"expected a file that ends in {', '.join(SUFFIXES)}, or a folder"
-        raise ManifestError(f"{path}: {what}{nearest(suffix, SUFFIXES)}")
+        expected = f"expected a file that ends in {', '.join(SUFFIXES)}, or a folder"
+        raise ManifestError(f"{path}: {expected}{nearest(suffix, SUFFIXES)}")
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}")
@@ -129,12 +133,14 @@ def _require_file(path: Path) -> None:
 
 
 def _require(source: PairSource, spec: OpenSpec) -> None:
-    """That the source as a whole has what is asked for; its rows may lack it."""
+    """Check that the source has the required roles; single rows may lack them."""
     has = {"image": bool(source.media.place), "caption": bool(source.captions)}
     has["label"] = any(pair.label for pair in source)
     for role in spec.require:
         if not has[role]:
-            there = ", ".join(f"{name}s" for name, found in has.items() if found) or "nothing"
+            present_roles = (
+                ", ".join(f"{name}s" for name, is_present in has.items() if is_present) or "nothing"
+            )
             raise ManifestError(
-                f"{source.origin} has no {role}s, only {there}; give a source that has them"
+                f"{source.origin} has no {role}s, only {present_roles}; give a source that has them"
             )

@@ -1,4 +1,4 @@
-"""How a source is opened: what the user says about it, where guessing is not enough."""
+"""Hold what the user says about a source, where guessing is not enough to open it."""
 
 import re
 from dataclasses import dataclass
@@ -16,42 +16,52 @@ SPLITS = {
     "valid": "val",
     "validation": "val",
     "dev": "val",
+    "test": "test",
+    "testing": "test",
 }
-SPLITS |= {"test": "test", "testing": "test"}
-"""Names of folders and parts that mean a split, and the split that they mean."""
+"""The split that each of these names of folders and files means."""
 
-OPTIONS = {"image_column": "--image-column", "caption_column": "--caption-column"}
-OPTIONS |= {"split_column": "--split", "root": "--root"}
+OPTIONS = {
+    "image_column": "--image-column",
+    "caption_column": "--caption-column",
+    "split_column": "--split",
+    "root": "--root",
+}
+"""Command-line options of the fields that some kinds of sources cannot follow."""
 
 
 @dataclass(frozen=True)
 class OpenSpec:
-    """None: guessed, or the source's own.
+    """Say how to open a source; None means guessed, or the source's own.
 
-    `image_column`, `caption_column`, `split_column`: names of columns; without the last, `split` if
-    there is one. `split_file`: a TSV of key and split, or a folder of lists of keys called
-    train.txt, val.txt, … `split_fraction`: (split, share) pairs that sum to 1; each image falls by
-    a hash of its key and `split_seed`, so that rows that are added later move no other; images of
-    equal content fall where the first of them does. At most one of these three, in place of the
-    source's own splits. `root`: the folder (or URL of object storage) that paths of images are
-    relative to; by default that of the table. `restval`: of a Karpathy file, take `restval` as
-    `train` (False: leave those images out). `require`: what the source must have: "image",
-    "caption", "label".
+    At most one of `split_column`, `split_file` and `split_fraction` may be given.
     """
 
     image_column: str | None = None
     caption_column: str | None = None
     split_column: str | None = None
+    """Name of the column of splits; by default `split` if the table has it."""
     split_file: AnyPath | None = None
+    """A TSV of key and split, or a folder of lists of keys called train.txt, val.txt, …"""
     split_fraction: tuple[tuple[str, float], ...] = ()
+    """(split, share) pairs whose shares sum to 1.
+
+    A hash of each image's key and `split_seed` chooses its split, so rows that are added later move
+    no other row. Images of equal content get the split of the first of them.
+    """
     split_seed: int = 0
     root: AnyPath | None = None
+    """Folder or URL of object storage that paths of images are relative to; by default that of the
+    table."""
     restval: bool = True
+    """Whether the split `restval` of a Karpathy file counts as `train`; False leaves its images
+    out."""
     require: tuple[Role, ...] = ()
+    """Roles that the source must have."""
 
     @property
     def resplits(self) -> bool:
-        """Whether splits come from elsewhere than the source."""
+        """Return whether splits come from elsewhere than the source."""
         return self.split_file is not None or bool(self.split_fraction)
 
 
@@ -59,13 +69,13 @@ def require_only(spec: OpenSpec, where: object, *allowed: str) -> None:
     """Refuse options that a kind of source cannot follow.
 
     Raises:
-        OptionError: an option that is given and not in `allowed`.
+        OptionError: An option is given and not in `allowed`.
     """
     for name, flag in OPTIONS.items():
         if getattr(spec, name) is not None and name not in allowed:
-            what = "it has no columns" if name != "root" else "its images come with it"
+            reason = "it has no columns" if name != "root" else "its images come with it"
             raise OptionError(
-                f"{where}: {flag} says nothing about this kind of source ({what}); leave it out"
+                f"{where}: {flag} says nothing about this kind of source ({reason}); leave it out"
             )
 
 
@@ -74,11 +84,13 @@ def is_url(text: str) -> bool:
 
 
 def refuse_url(key: str, where: str) -> None:
-    """Raises:
-    ManifestError: the key of an image is a URL."""
+    """Refuse the key of an image that is a URL.
+
+    Raises:
+        ManifestError: It is one.
+    """
     if is_url(key):
         raise ManifestError(
             f"{where}: image {key[:80]!r} is a URL, and nothing is downloaded; download the "
-            "images first (img2dataset "
-            "makes tars that can be opened) and give their paths"
+            "images first (img2dataset makes tars that can be opened) and give their paths"
         )

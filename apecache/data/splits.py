@@ -1,10 +1,9 @@
-"""Splits that do not come with the source: from a file, or as shares that a hash deals out.
+"""Assign splits that do not come with the source: from a file, or as shares by a hash.
 
-Shares are dealt out by a hash of each image's key, so images that are added move no other. Images
-of equal content go to one split: that of the one that stands first in the table. A copy that is
-appended later follows the earlier image. Only the order of equal images among one another matters.
-A rule that ignores order and moves nothing could use nothing but the content: every file would be
-read, and stores of earlier versions would have other splits.
+A hash of each image's key chooses its split, so images that are added later move no other image.
+Images of equal content go to one split: that of the first of them in the table, which a copy that
+is appended later follows too. A rule that ignores the order of equal images would have to hash the
+content of every file, and stores of earlier versions would have other splits.
 """
 
 import csv
@@ -27,14 +26,14 @@ READERS = 8
 
 
 def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
-    """`train=.9,val=.1`.
+    """Parse shares like `train=.9,val=.1`.
 
     Raises:
-        OptionError: no shares, or shares that do not sum to 1.
+        OptionError: The text has no shares, or they do not sum to 1.
     """
     try:
-        parts = [part.split("=") for part in text.split(",")]
-        fractions = tuple((name.strip(), float(share)) for name, share in parts)
+        assignments = [assignment.split("=") for assignment in text.split(",")]
+        fractions = tuple((name.strip(), float(share)) for name, share in assignments)
     except ValueError:
         raise OptionError(
             f"--split-fraction {text}: expected shares like train=.9,val=.1"
@@ -44,30 +43,37 @@ def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def require_fractions(fractions: tuple[tuple[str, float], ...]) -> None:
+    """Check shares of splits.
+
+    Raises:
+        OptionError: A name is empty or twice, a share is out of range, or they do not sum to 1.
+    """
     names = [name for name, _ in fractions]
-    if (
-        not all(names)
-        or len(set(names)) < len(names)
-        or not all(0 < share <= 1 for _, share in fractions)
-    ):
+    shares = [share for _, share in fractions]
+    unique = all(names) and len(set(names)) == len(names)
+    if not unique or not all(0 < share <= 1 for share in shares):
         raise OptionError(
             f"split fractions {fractions}: expected different names, each with a share above 0"
         )
-    if abs(sum(share for _, share in fractions) - 1) > 1e-6:
-        total = sum(share for _, share in fractions)
+    total = sum(shares)
+    # Decimal fractions such as 0.1 have no exact float.
+    if abs(total - 1) > 1e-6:
         raise OptionError(f"split fractions sum to {total:g}; expected 1, like train=.9,val=.1")
 
 
 def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
-    """The source with the splits that the spec gives in place of its own.
+    """Return the source with the splits of the spec in place of its own.
 
     Raises:
-        OptionError: splits from two places. ManifestError: the split file.
+        OptionError: Splits come from two places.
+        ManifestError: The split file is wrong.
     """
-    if (
-        sum((spec.split_column is not None, spec.split_file is not None, bool(spec.split_fraction)))
-        > 1
-    ):
+    origins = (
+        spec.split_column is not None,
+        spec.split_file is not None,
+        bool(spec.split_fraction),
+    )
+    if sum(origins) > 1:
         raise OptionError(
             "splits from several places; give one of --split, --split-file and --split-fraction"
         )
@@ -80,10 +86,12 @@ def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
     else:
         require_fractions(spec.split_fraction)
         originals = first_of_equal(source)
-        pairs = tuple(
-            replace(pair, split=split_of(originals.get(pair.key, pair.key), spec))
-            for pair in source
-        )
+        new_pairs = []
+        for pair in source:
+            # A copy of an image gets the split of the first one.
+            original = originals.get(pair.key, pair.key)
+            new_pairs.append(replace(pair, split=split_of(original, spec)))
+        pairs = tuple(new_pairs)
         taken_from = "--split-fraction"
     return replace(source, pairs=pairs, fields=replace(source.fields, split=taken_from))
 
@@ -97,9 +105,13 @@ def first_of_equal(source: PairSource) -> dict[str, str]:
     for key, size in zip(source.keys, source.media.sizes(source.keys), strict=True):
         if size:
             by_size[size].append(key)
-    candidates = [key for keys in by_size.values() if len(keys) > 1 for key in keys]
+    candidates: list[str] = []
+    for keys in by_size.values():
+        if len(keys) > 1:
+            candidates += keys
+    # In the order of the table, so that each row group of a Parquet file is decoded once.
     order = {key: row for row, key in enumerate(source.keys)}
-    candidates.sort(key=order.__getitem__)  # of a Parquet file each row group is then decoded once
+    candidates.sort(key=order.__getitem__)
 
     def digest(key: str) -> str:
         try:
@@ -110,43 +122,53 @@ def first_of_equal(source: PairSource) -> dict[str, str]:
     first: dict[str, str] = {}
     copies: dict[str, str] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for key, found in zip(candidates, pool.map(digest, candidates), strict=True):
-            original = first.setdefault(found, key) if found else key
+        for key, content_digest in zip(candidates, pool.map(digest, candidates), strict=True):
+            original = first.setdefault(content_digest, key) if content_digest else key
             if original != key:
                 copies[key] = original
     return copies
 
 
 def split_of(key: str, spec: OpenSpec) -> str:
-    """The split that a key falls into, whatever other keys there are: its hash is a number from 0
-    to 1."""
-    at = int(content_hash(f"{spec.split_seed}:{key}")[:13], 16) / 16**13
+    """Return the split of a key, which does not depend on any other key."""
+    # 13 hexadecimal digits are 52 bits, which a float holds exactly: a number from 0 to 1.
+    key_hash = content_hash(f"{spec.split_seed}:{key}")
+    position = int(key_hash[:13], 16) / 16**13
     below = 0.0
     for name, share in spec.split_fraction:
         below += share
-        if at < below:
+        if position < below:
             return name
+    # The shares may sum to slightly less than 1.
     return spec.split_fraction[-1][0]
 
 
 def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
-    """Key -> split, from a TSV of both (a header `key split` may stand above) or a folder of lists
-    of keys.
+    """Read the split of each key.
+
+    Args:
+        path: A TSV of key and split, with or without a header `key split`, or a folder of lists of
+            keys.
+        source: The source that has the keys.
+
+    Returns:
+        Split by key.
 
     Raises:
-        ManifestError: missing, not UTF-8, a ragged line, a key twice or not in the source.
+        ManifestError: The file is missing, not UTF-8 or ragged, or a key is twice in it or not in
+            the source.
     """
     splits: dict[str, str] = {}
-    known = set(source.keys)
-    for where, key, split in _entries(path):
-        if key not in known:
+    source_keys = set(source.keys)
+    for location, key, split in _entries(path):
+        if key not in source_keys:
             hint = nearest(key, source.keys[:10_000])
             raise ManifestError(
-                f"{where}: {key!r} is no key of {source.origin}{hint or '; take the line out'}"
+                f"{location}: {key!r} is no key of {source.origin}{hint or '; take the line out'}"
             )
         if key in splits:
             raise ManifestError(
-                f"{where}: {key!r} has a split already ({splits[key]}); name each key once"
+                f"{location}: {key!r} has a split already ({splits[key]}); name each key once"
             )
         splits[key] = split
     if not splits:
@@ -157,7 +179,7 @@ def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(where, key, split)"""
+    """Yield (location, key, split) of every line."""
     if not path.is_dir():
         yield from _table_entries(path)
         return
@@ -168,6 +190,7 @@ def _entries(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _table_entries(path: Path) -> Iterator[tuple[str, str, str]]:
+    # Split at "\n" alone: `splitlines` would also split at characters that a key may have.
     for number, cells in enumerate(csv.reader(_read(path).split("\n"), "excel-tab"), 1):
         cells = [cell.removesuffix("\r") for cell in cells]
         if not cells or (number == 1 and cells in HEADERS):

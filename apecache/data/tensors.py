@@ -1,5 +1,7 @@
-"""Images as uint8 tensors: the pixels of `apecache.data.images`, decoded faster where torchvision
-can."""
+"""Decode images to uint8 tensors.
+
+The pixels are those of `apecache.data.images`, decoded faster where torchvision can do it.
+"""
 
 import numpy as np
 import torch
@@ -11,10 +13,12 @@ from apecache.data.images import decode_image, decode_opened
 
 
 def decode_tensor(data: bytes, key: str) -> Tensor:
-    """RGB uint8 [3, height, width] from the bytes of a file, equal to what `decode_image` gives.
+    """Decode the bytes of a file to the pixels that `decode_image` gives.
 
-    Plain JPEGs are decoded by torchvision, everything else, and what torchvision refuses, by
-    Pillow.
+    torchvision decodes plain JPEGs; Pillow decodes everything else, and what torchvision refuses.
+
+    Returns:
+        RGB uint8 [3, height, width].
 
     Raises:
         RowError: not-an-image, too-large, truncated.
@@ -24,24 +28,29 @@ def decode_tensor(data: bytes, key: str) -> Tensor:
         key,
         lambda opened: _decode_jpeg(data) if _is_plain_jpeg(opened) else None,
     )
+    # Equal pixels for both: only JPEGs that both libraries decode alike are given to torchvision.
     if decoded is not None:
         return decoded
-    return torch.from_numpy(np.array(decode_image(data, key))).permute(2, 0, 1)
+    pixels = np.array(decode_image(data, key))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _is_plain_jpeg(opened: Image.Image) -> bool:
-    """Grey or RGB, and the right way up."""
+    """Return whether an image is a JPEG in gray or RGB, and upright."""
     if opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
         return False
     return bool(opened.getexif().get(ExifTags.Base.Orientation, 1) == 1)
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
-    """None: torchvision refuses it, or is of a version that leaves decoding to another package."""
+    """Decode a JPEG; None if torchvision refuses it, or is a version without decoders."""
     decode = getattr(torchvision.io, "decode_jpeg", None)
+    if decode is None:
+        return None
     try:
-        return (
-            decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB") if decode else None
-        )
+        # A writable copy: torch warns about tensors of read-only memory.
+        file_bytes = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels: Tensor = decode(file_bytes, "RGB")
+        return pixels
     except RuntimeError:
         return None

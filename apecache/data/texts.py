@@ -1,7 +1,7 @@
-"""Captions without images: a text file of one caption per line.
+"""Open captions without images: a text file of one caption per line.
 
-A store counts captions by the rows of images that they belong to, so each line is a row of its own,
-with the line's number (from 1) as its key and no image. Blank lines are no captions.
+A store counts captions by the rows of their images. So each line is a row of its own without an
+image, whose key is the 1-based line number. Blank lines are skipped.
 """
 
 from pathlib import Path
@@ -13,19 +13,22 @@ from apecache.errors import ManifestError
 
 
 def open_texts(path: Path, spec: OpenSpec) -> PairSource:
-    """Raises:
-    ManifestError: not UTF-8, or nothing but blank lines."""
+    """Open a text file of captions.
+
+    Raises:
+        ManifestError: The file is not UTF-8, or has only blank lines.
+    """
     require_only(spec, path)
     try:
+        # "utf-8-sig" also reads files with a byte order mark.
         with path.open(encoding="utf-8-sig") as file:
-            lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, 1)]
+            lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None
-    pairs = tuple(
-        Pair(key=str(number), captions=(line,), languages=("",))
-        for number, line in lines
-        if line.strip()
-    )
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            pairs.append(Pair(key=str(number), captions=(line,), languages=("",)))
     if not pairs:
         raise ManifestError(f"{path}: no captions; expected one on each line")
-    return PairSource(pairs, str(path), fields=SourceFields(caption="line"))
+    return PairSource(tuple(pairs), origin=str(path), fields=SourceFields(caption="line"))

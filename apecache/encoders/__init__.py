@@ -1,1 +1,1 @@
-"""Frozen encoders: specs, loading, fingerprints."""
+"""Load frozen encoders, and fingerprint them."""

@@ -1,5 +1,7 @@
-"""A loaded, frozen encoder: what extraction, evaluation and search call, whichever library it came
-from."""
+"""Hold a loaded, frozen encoder, as extraction, evaluation and search call it.
+
+It looks the same whichever library it came from.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,42 +19,49 @@ from apecache.fingerprint import FEATURE_CODE_VERSION, Fingerprint, Json, digest
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 State = int | Literal["end", "own"]
-"""Where a forward pass is tapped: after so many blocks; `end`: the tokens that the model returns;
-`own`: what it makes of them itself."""
+"""Where a forward pass is tapped.
+
+A number is a count of blocks: the tokens after them. `end` is the tokens that the model returns.
+`own` is the model's own pooled output.
+"""
 States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
-"""One forward pass on the model's inputs, and what the states asked for are in it."""
+"""Run one forward pass on the model's inputs and return the requested states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """Which state of the forward pass features are taken from, and how they are pooled. Encoders
-    with the same `states` are cuts of one model: one pass serves all of them.
+    """Name the state of the forward pass that features are taken from, and how it is pooled.
 
-    `pool`: (state, mask or None) -> [n, dim] or, for `tokens`, [n, length, dim].
+    Encoders with the same `states` are cuts of one model: one pass serves all of them.
     """
 
     states: States
     state: State
     pool: Callable[[Tensor, Tensor | None], Tensor]
+    """(state, mask or None) -> [n, dim] or, for `tokens`, [n, length, dim]."""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Images: (pixels); texts: (ids, mask)."""
+        """Encode one batch: (pixels,) for images, (ids, mask) for texts."""
         mask = inputs[1] if len(inputs) > 1 else None
-        return self.pool(self.states(inputs, (self.state,))[self.state], mask)
+        states_by_name = self.states(inputs, (self.state,))
+        return self.pool(states_by_name[self.state], mask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
-    """`preprocess`: RGB image -> float32 [3, height, width] on the CPU, safe to call from several
-    threads. `forward`: float [n, 3, height, width] on `device` -> [n, *row_shape] in the encoder's
-    dtype, not normalised. `row_shape`: (dim,) or, for `tokens`, (tokens, dim)."""
+    """Hold a frozen image encoder with its preprocessing and the identity of its features."""
 
     spec: EncoderSpec
     module: nn.Module
     preprocess: Callable[[Image.Image], Tensor]
+    """RGB image -> float32 [3, height, width] on the CPU; safe to call from several threads."""
     forward: Callable[[Tensor], Tensor]
+    """float [n, 3, height, width] on `device` -> [n, *row_shape] in the encoder's dtype, not
+    normalized."""
     input_shape: tuple[int, int, int]
+    """(3, height, width) of the pixels that `forward` takes."""
     row_shape: tuple[int, ...]
+    """(dim,) or, for `tokens`, (n_tokens, dim)."""
     fingerprint: Fingerprint
     device: torch.device
 
@@ -61,102 +70,124 @@ class ImageEncoder:
         return self.row_shape[-1]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """float32 [n, 3, height, width] on any device -> float32 [n, *row_shape] on the CPU, not
-        normalised."""
+        """Encode one batch.
+
+        Args:
+            pixels: float32 [n, 3, height, width] on any device.
+
+        Returns:
+            float32 [n, *row_shape] on the CPU, not normalized.
+        """
         with torch.inference_mode():
-            return self.forward(self.move(pixels)).float().cpu()
+            features = self.forward(self.move(pixels))
+            return features.float().cpu()
 
     def move(self, pixels: Tensor) -> Tensor:
+        """Return the pixels on the encoder's device, in its dtype."""
+        # Pinned pixels are then copied while the host prepares the next batch.
         return pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Token ids of texts, special tokens included, without padding. `n_truncated` of them were
-    over-long."""
+    """Hold the token ids of texts, special tokens included."""
 
     ids: list[list[int]]
+    """One list for each text, in the order of the texts."""
     n_truncated: int
+    """How many texts were longer than the encoder takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """`tokenise`: texts -> Tokens. `forward`: (ids, mask) int64 [n, length] on `device` -> [n, dim]
-    or, for `tokens`, [n, length, dim], not normalised. `row_shape`: (dim,) or (max_tokens, dim).
-    `length`: pad every batch to so many tokens, for models that see the padding; None: to its
-    longest text."""
+    """Hold a frozen text encoder with its tokenizer and the identity of its features."""
 
     spec: EncoderSpec
     module: nn.Module
     tokenise: Callable[[Sequence[str]], Tokens]
     forward: Callable[[Tensor, Tensor], Tensor]
+    """(ids, mask), int64 [n, length] on `device` -> [n, dim] or, for `tokens`, [n, length, dim],
+    not normalized."""
     pad_id: int
     max_tokens: int
     row_shape: tuple[int, ...]
+    """(dim,) or, for `tokens`, (max_tokens, dim)."""
     fingerprint: Fingerprint
     device: torch.device
     length: int | None = None
+    """Tokens that every batch is padded to, for models that see the padding; None: its longest
+    text."""
 
     @property
     def dim(self) -> int:
         return self.row_shape[-1]
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """One padded batch: lists of token ids -> float32 [n, dim] or [n, longest, dim] on the CPU,
-        not normalised."""
+        """Encode one padded batch of token ids.
+
+        Returns:
+            float32 [n, dim] or, for `tokens`, [n, longest, dim] on the CPU, not normalized.
+        """
         batch, mask = self.pad(ids)
         with torch.inference_mode():
-            return self.forward(batch, mask).float().cpu()
+            features = self.forward(batch, mask)
+            return features.float().cpu()
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask) int64 [n, longest] on the device."""
+        """Return (ids, mask), int64 [n, longest], on the encoder's device."""
         batch, mask = pad_ids(ids, self.pad_id, self.length or 1)
         return batch.to(self.device), mask.to(self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """float32 [n, dim] in the order of `texts`; for queries and class names, not for data sets
-        (see extract).
+        """Encode queries or class names; for data sets see `extract`.
+
+        Returns:
+            float32 [n, dim] in the order of `texts`, not normalized.
 
         Raises:
-            EncoderError: an encoder of tokens, which are not one vector each.
+            EncoderError: the encoder gives tokens, not one vector for each text.
         """
         if len(self.row_shape) > 1:
             raise EncoderError(
                 f"encoder {self.spec}: one vector for each text is needed, not its tokens"
             )
         ids = self.tokenise(texts).ids
-        parts = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
-        return torch.cat(parts) if parts else torch.empty(0, self.dim)
+        batches = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+        return torch.cat(batches) if batches else torch.empty(0, self.dim)
 
 
 def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
-    """One batch by cuts of one model in one forward pass: for each, what `encode` gives, still on
-    the device."""
+    """Encode one batch by cuts of one model in one forward pass.
+
+    Returns:
+        What `encode` gives for each encoder, still on the device.
+    """
     with torch.inference_mode():
-        return _tapped([encoder.forward for encoder in encoders], (encoders[0].move(pixels),))
+        forwards = [encoder.forward for encoder in encoders]
+        return _tapped(forwards, (encoders[0].move(pixels),))
 
 
 def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[Tensor]]:
-    """`encode_images` by a model that TorchInductor compiles at the first batch: equal to rounding,
-    not bit by bit.
+    """Return `encode_images` by a model that TorchInductor compiles at the first batch.
 
-    Only for cuts that are not after a block, which are caught by hooks. The first batch raises
-    RuntimeError where there is no compiler, or the model has an operation that it does not know.
+    Results equal the eager ones up to rounding, not bit by bit. Cuts after a block are not
+    supported: they are caught by hooks. The first batch raises RuntimeError where there is no
+    compiler, or the model has an operation that the compiler does not know.
     """
     run = _compiled(tuple(encoder.forward for encoder in encoders))
 
     def encode(pixels: Tensor) -> list[Tensor]:
         with torch.inference_mode():
-            found: list[Tensor] = run(encoders[0].move(pixels))
-            return found
+            features: list[Tensor] = run(encoders[0].move(pixels))
+            return features
 
     return encode
 
 
 @lru_cache(maxsize=8)
 def _compiled(forwards: tuple[Callable[..., Tensor], ...]) -> Callable[[Tensor], list[Tensor]]:
-    """Once in a process; what cannot be compiled as a whole is an error, never run in another
-    way."""
+    """Compile the forward passes, once in a process."""
+    # fullgraph: a partly eager model would give other last bits than a store records.
     run: Callable[[Tensor], list[Tensor]] = torch.compile(
         lambda pixels: _tapped(forwards, (pixels,)),
         fullgraph=True,
@@ -165,27 +196,34 @@ def _compiled(forwards: tuple[Callable[..., Tensor], ...]) -> Callable[[Tensor],
 
 
 def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """One batch of token ids by cuts of one model in one forward pass: for each, what `encode_ids`
-    gives, still on the device."""
+    """Encode one batch of token ids by cuts of one model in one forward pass.
+
+    Returns:
+        What `encode_ids` gives for each encoder, still on the device.
+    """
     with torch.inference_mode():
-        return _tapped([encoder.forward for encoder in encoders], encoders[0].pad(ids))
+        forwards = [encoder.forward for encoder in encoders]
+        return _tapped(forwards, encoders[0].pad(ids))
 
 
 def _tapped(forwards: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return float32 features for each forward pass; taps of one model share one pass."""
     first = forwards[0]
     if len(forwards) == 1 or not isinstance(first, Tap):
         return [forward(*inputs).float() for forward in forwards]
     taps = [forward for forward in forwards if isinstance(forward, Tap)]
-    found = first.states(inputs, {tap.state for tap in taps})
+    states_by_name = first.states(inputs, {tap.state for tap in taps})
     mask = inputs[1] if len(inputs) > 1 else None
-    return [tap.pool(found[tap.state], mask).float() for tap in taps]
+    return [tap.pool(states_by_name[tap.state], mask).float() for tap in taps]
 
 
 def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple[Tensor, Tensor]:
-    """(ids, mask) int64 [n, longest, but at least `length`], padded on the right."""
-    longest = max(length, max(map(len, ids), default=1))
-    batch = torch.full((len(ids), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(ids), longest), dtype=torch.long)
+    """Return (ids, mask), int64 [n, longest, but at least `length`], padded on the right."""
+    longest = max(map(len, ids), default=1)
+    # At least one column, so that a batch of empty texts still has a shape.
+    n_columns = max(length, longest)
+    batch = torch.full((len(ids), n_columns), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), n_columns), dtype=torch.long)
     for row, sequence in enumerate(ids):
         batch[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, : len(sequence)] = 1
@@ -193,10 +231,16 @@ def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix: int = 0) -> Tensor:
-    """[n, length, dim] -> [n, dim], [n, 2 dim] for `cls+mean`, all of it for `tokens`.
+    """Pool the tokens of each sample.
 
-    Mean and max are over the tokens that `mask` [n, length] keeps, and without the first `n_prefix`
-    ones (an image's CLS and register tokens).
+    Args:
+        hidden: [n, length, dim].
+        mask: int64 [n, length], 0 for padding; None: no padding. Mean and max leave padding out.
+        n_prefix: number of leading tokens (an image's CLS and register tokens) that mean and max
+            leave out.
+
+    Returns:
+        [n, dim]; [n, 2 dim] for `cls+mean`; `hidden` itself for `tokens`.
     """
     match pooling:
         case "tokens":
@@ -204,25 +248,28 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
         case "cls":
             return hidden[:, 0]
         case "cls+mean":
-            return torch.cat(
-                (hidden[:, 0], pool_tokens(hidden, mask=mask, pooling="mean", n_prefix=n_prefix)),
-                dim=1,
-            )
+            mean = pool_tokens(hidden, mask=mask, pooling="mean", n_prefix=n_prefix)
+            return torch.cat((hidden[:, 0], mean), dim=1)
         case "max":
-            kept = (
-                hidden if mask is None else hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)
-            )
-            return kept[:, n_prefix:].amax(1)
+            unmasked = hidden
+            if mask is not None:
+                is_padding = mask.unsqueeze(-1) == 0
+                unmasked = hidden.masked_fill(is_padding, -torch.inf)
+            return unmasked[:, n_prefix:].amax(1)
         case _:
             if mask is None:
                 return hidden[:, n_prefix:].mean(1)
             weights = mask.to(hidden.dtype).unsqueeze(-1)
+            # The clamp keeps a text without any token from dividing by zero.
             return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def digest_module(module: nn.Module, exclude: Sequence[str] = ()) -> str:
-    """Digest of the state dict as loaded (before any change of dtype); `exclude`d names were never
-    loaded."""
+    """Return a digest of the state dict as loaded, before any change of dtype.
+
+    Args:
+        exclude: names that the files do not hold; their values are random.
+    """
     left_out = set(exclude)
     return digest_tensors(
         (name, str(tensor.dtype), tuple(tensor.shape), _raw_bytes(tensor))
@@ -233,6 +280,7 @@ def digest_module(module: nn.Module, exclude: Sequence[str] = ()) -> str:
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # NumPy has no bfloat16, so every dtype is read as bytes.
     return flat.view(torch.uint8).numpy().data
 
 
@@ -242,10 +290,13 @@ def build_fingerprint(
     architecture: Json,
     inputs: Json,
 ) -> Fingerprint:
-    """Identity of the features of one encoder.
+    """Return the identity of the features of one encoder.
 
-    `architecture` is its class with the settings that the weights do not show (heads, activations,
-    the model's own pooling); `inputs` is the resolved preprocessing or tokenizer.
+    Args:
+        weights: digest of the state dict.
+        architecture: its class with the settings that the weights do not show (heads, activations,
+            the model's own pooling).
+        inputs: the resolved preprocessing or tokenizer.
     """
     return Fingerprint(
         fields={
@@ -264,18 +315,22 @@ def build_fingerprint(
 
 
 def freeze(module: nn.Module, spec: EncoderSpec, device: torch.device) -> nn.Module:
-    """The module in evaluation mode, without gradients, on `device` in the spec's dtype."""
-    return module.eval().requires_grad_(False).to(device, TORCH_DTYPES[spec.dtype])
+    """Return the module in evaluation mode, without gradients, on `device` in the spec's dtype."""
+    frozen = module.eval().requires_grad_(False)
+    return frozen.to(device, TORCH_DTYPES[spec.dtype])
 
 
 def parse_device(device: str) -> torch.device:
-    """`auto` is CUDA if there is one, else the CPU.
+    """Return the device of that name; `auto` is CUDA if there is one, else the CPU.
 
     Raises:
-        EncoderError: a device that is not there.
+        EncoderError: the device cannot be used.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # torch.device accepts devices that do not exist; only an allocation finds out.
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -1,5 +1,7 @@
-"""open_clip models, either tower: the projected embedding, with the model's own preprocessing and
-tokenizer."""
+"""Load either tower of an open_clip model: its projected embedding.
+
+Preprocessing and tokenizer are the model's own.
+"""
 
 import json
 from collections.abc import Collection, Sequence
@@ -27,7 +29,9 @@ from apecache.fingerprint import Json, content_hash
 
 
 def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
-    """The image tower's embedding before normalisation, [n, embed_dim]; there are no other cuts.
+    """Load the image tower: its embedding before normalization, [n, embed_dim].
+
+    There are no other cuts.
 
     Raises:
         EncoderError: no such model or weights, or a cut other than the model's own output.
@@ -61,29 +65,25 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     tap = Tap(states=_states(visual), state="own", pool=lambda state, _: state)
-    shape = (3, height, width)
-    return [
-        ImageEncoder(
-            spec=spec,
-            module=visual,
-            preprocess=preprocess,
-            forward=tap,
-            input_shape=shape,
-            row_shape=probe(tap, shape=shape, spec=spec, device=device),
-            fingerprint=fingerprint,
-            device=device,
-        )
-    ]
+    input_shape = (3, height, width)
+    row_shape = probe(tap, shape=input_shape, spec=spec, device=device)
+    encoder = ImageEncoder(
+        spec=spec,
+        module=visual,
+        preprocess=preprocess,
+        forward=tap,
+        input_shape=input_shape,
+        row_shape=row_shape,
+        fingerprint=fingerprint,
+        device=device,
+    )
+    return [encoder]
 
 
 def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
-    """The text tower's embedding before normalisation, [n, embed_dim]; there are no other cuts.
+    """Load the text tower: its embedding before normalization, [n, embed_dim].
 
-    A causal tower that pools at the end-of-text token never sees the padding after it, so batches
-    are padded to their longest caption only; any other one gets the whole context, as open_clip
-    gives it.
-
-    Raises as `load_open_clip_image` does.
+    There are no other cuts. Raises as `load_open_clip_image` does.
     """
     (spec,) = _only_own(specs)
     model = _create(spec)
@@ -94,10 +94,10 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
             f"encoder {spec}: its context is {context} tokens; leave --max-tokens off"
         )
     tower = model.text
-    trimmed = (
-        getattr(tower, "pool_type", "") in ("argmax", "eos")
-        and getattr(tower, "attn_mask", None) is not None
-    )
+    # A causal tower that pools at the end-of-text token never sees the padding after it, so its
+    # batches are padded to their longest caption only. Any other tower gets the whole context.
+    pools_at_end = getattr(tower, "pool_type", "") in ("argmax", "eos")
+    trimmed = pools_at_end and getattr(tower, "attn_mask", None) is not None
     prefix = spec.prefix or ""
     inputs: Json = {"tokenizer": _digest(tokenizer), "max_tokens": context, "pooling": "default"}
     inputs |= {"prefix": prefix} if prefix else {}
@@ -110,38 +110,32 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     frozen: Any = freeze(tower, spec, device)
 
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return _tokenise(
-            tokenizer,
-            texts=[prefix + text for text in texts],
-            context=context,
-            trimmed=trimmed,
-        )
+        prefixed = [prefix + text for text in texts]
+        return _tokenise(tokenizer, texts=prefixed, context=context, trimmed=trimmed)
 
-    tap = Tap(
-        states=(_trimmed_states if trimmed else _states)(frozen),
-        state="own",
-        pool=lambda state, _: state,
-    )
+    states = _trimmed_states(frozen) if trimmed else _states(frozen)
+    tap = Tap(states=states, state="own", pool=lambda state, _: state)
     length = None if trimmed else context
     with torch.inference_mode():
-        dim = int(frozen(torch.zeros(1, context, dtype=torch.long, device=device)).shape[1])
-    return [
-        TextEncoder(
-            spec=spec,
-            module=frozen,
-            tokenise=tokenise,
-            forward=tap,
-            pad_id=0,
-            max_tokens=context,
-            row_shape=(dim,),
-            fingerprint=fingerprint,
-            device=device,
-            length=length,
-        )
-    ]
+        probe_ids = torch.zeros(1, context, dtype=torch.long, device=device)
+        dim = int(frozen(probe_ids).shape[1])
+    encoder = TextEncoder(
+        spec=spec,
+        module=frozen,
+        tokenise=tokenise,
+        forward=tap,
+        pad_id=0,
+        max_tokens=context,
+        row_shape=(dim,),
+        fingerprint=fingerprint,
+        device=device,
+        length=length,
+    )
+    return [encoder]
 
 
 def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
+    """Return the specs unchanged; refuse a cut other than the model's own output."""
     for spec in specs:
         if spec.pooling != "default" or spec.layer is not None:
             raise EncoderError(
@@ -152,6 +146,7 @@ def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
 
 
 def _create(spec: EncoderSpec) -> Any:
+    """Load the whole model in evaluation mode."""
     try:
         import open_clip
     except ImportError:
@@ -165,7 +160,7 @@ def _create(spec: EncoderSpec) -> Any:
         _require_known(spec, name=name, tag=tag, open_clip=open_clip)
         source = {"model_name": name, "pretrained": tag}
     try:
-        # As a tower of its own the text side takes batches shorter than its context.
+        # As a separate tower the text side takes batches shorter than its context.
         model = open_clip.create_model(
             **source,
             require_pretrained=True,
@@ -173,9 +168,9 @@ def _create(spec: EncoderSpec) -> Any:
             force_image_size=spec.resolution,
         )
     except Exception as error:  # open_clip raises what its hub client, torch and json raise
-        first = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise EncoderError(
-            f"encoder {spec} cannot be opened ({first}); or give open_clip:/folder"
+            f"encoder {spec} cannot be opened ({reason}); or give open_clip:/folder"
         ) from error
     return model.eval()
 
@@ -183,9 +178,9 @@ def _create(spec: EncoderSpec) -> Any:
 def _require_known(spec: EncoderSpec, name: str, tag: str, open_clip: Any) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tags:
-        known = open_clip.list_models()
+        suggestion = nearest(name, open_clip.list_models())
         raise EncoderError(
-            f"encoder {spec}: open_clip has no pretrained model {name!r}{nearest(name, known)}"
+            f"encoder {spec}: open_clip has no pretrained model {name!r}{suggestion}"
         )
     if tag not in tags:
         raise EncoderError(
@@ -198,9 +193,10 @@ def _tokenizer(spec: EncoderSpec) -> Any:
 
     if spec.folder:
         return open_clip.get_tokenizer(f"local-dir:{spec.folder}")
-    return open_clip.get_tokenizer(
-        spec.name if spec.name.startswith("hf-hub:") else spec.name.partition("/")[0]
-    )
+    if spec.name.startswith("hf-hub:"):
+        return open_clip.get_tokenizer(spec.name)
+    model_name = spec.name.partition("/")[0]
+    return open_clip.get_tokenizer(model_name)
 
 
 def _states(tower: Any) -> States:
@@ -211,53 +207,56 @@ def _states(tower: Any) -> States:
 
 
 def _trimmed_states(tower: Any) -> States:
-    """Texts shorter than the context: positions follow the text's length by themselves, the causal
-    mask does not."""
+    """Return the forward pass of a tower for texts shorter than its context."""
     mask = tower.attn_mask
 
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        length = inputs[0].shape[1]
-        return {
-            "own": torch.func.functional_call(
-                tower,
-                {"attn_mask": mask[:length, :length]},
-                (inputs[0],),
-            )
-        }
+        ids = inputs[0]
+        length = ids.shape[1]
+        # open_clip cuts the positions to the text's length, but not the causal mask.
+        buffers = {"attn_mask": mask[:length, :length]}
+        return {"own": torch.func.functional_call(tower, buffers, (ids,))}
 
     return states
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
-    """Rows without their padding, or whole; which were cut, one more token of room tells."""
+    """Return the ids of each text, without padding if `trimmed`, and count the truncated texts."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)
     ids = tokenizer(list(texts), context_length=context)
-    full = [text for text, last in zip(texts, ids[:, -1].tolist(), strict=True) if last]
-    longer = tokenizer(full, context_length=context + 1) if full else ids[:0]
-    n_truncated = int((longer[:, -1] != 0).sum()) if full else 0
-    rows = [row[: int(row.argmax()) + 1].tolist() if trimmed else row.tolist() for row in ids]
+    last_ids = ids[:, -1].tolist()
+    full_texts = [text for text, last_id in zip(texts, last_ids, strict=True) if last_id]
+    n_truncated = 0
+    if full_texts:
+        # A full row may just fit. With room for one more token only truncated texts fill it.
+        longer = tokenizer(full_texts, context_length=context + 1)
+        n_truncated = int((longer[:, -1] != 0).sum())
+    rows: list[list[int]] = []
+    for row in ids:
+        # The end-of-text token has the highest id.
+        n_tokens = int(row.argmax()) + 1 if trimmed else len(row)
+        rows.append(row[:n_tokens].tolist())
     return Tokens(ids=rows, n_truncated=n_truncated)
 
 
 def _digest(tokenizer: Any) -> str:
-    """Content of the tokenizer: its merges or its tokenizer.json, and how text is cleaned."""
+    """Hash the tokenizer: its vocabulary or tokenizer.json, and how text is cleaned."""
     inner = getattr(tokenizer, "tokenizer", None)
-    content = (
-        inner.backend_tokenizer.to_str()
-        if inner is not None
-        else json.dumps(sorted(tokenizer.encoder.items()))
-    )
-    clean = getattr(getattr(tokenizer, "clean_fn", None), "__name__", "")
-    return content_hash(f"{type(tokenizer).__name__}\0{clean}\0{content}")
+    if inner is not None:
+        content = inner.backend_tokenizer.to_str()
+    else:
+        content = json.dumps(sorted(tokenizer.encoder.items()))
+    clean_function = getattr(tokenizer, "clean_fn", None)
+    clean_name = getattr(clean_function, "__name__", "")
+    return content_hash(f"{type(tokenizer).__name__}\0{clean_name}\0{content}")
 
 
 def _architecture(model: Any, spec: EncoderSpec) -> Json:
-    """The class and what the weights do not show: the model's configuration where it is known."""
+    """Return the class and what the weights do not show: the model's configuration, if known."""
     if spec.folder:
-        described: Json = json.loads((Path(spec.folder) / "open_clip_config.json").read_text())[
-            "model_cfg"
-        ]
+        config_path = Path(spec.folder) / "open_clip_config.json"
+        described: Json = json.loads(config_path.read_text())["model_cfg"]
     else:
         import open_clip
 
@@ -266,6 +265,7 @@ def _architecture(model: Any, spec: EncoderSpec) -> Json:
 
 
 def _tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
+    """Return the preprocessing on tensors; None unless it is a square crop of the short side."""
     size = config["size"]
     if isinstance(size, int):
         side = size

@@ -1,4 +1,4 @@
-"""sentence-transformers models: whatever their modules make of a text, prompts included."""
+"""Load sentence-transformers models, with all of their modules and prompts."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -26,11 +26,11 @@ def load_sentence_transformers(
     specs: Sequence[EncoderSpec],
     device: torch.device,
 ) -> list[TextEncoder]:
-    """The sentence embedding, [n, dim]; normalised only if the model's own modules do so.
+    """Load the sentence embedding, [n, dim]; normalized only if the model's own modules do so.
 
     Raises:
         EncoderError: no such model, one that does not begin with a transformer, or a cut other than
-            its own output.
+            the model's own output.
         MissingExtraError: sentence-transformers is not installed.
     """
     for cut in specs:
@@ -46,11 +46,10 @@ def load_sentence_transformers(
             f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
         )
     max_tokens = min(spec.max_tokens or 512, int(model.max_seq_length or 512))
-    prefix = (
-        spec.prefix
-        if spec.prefix is not None
-        else model.prompts.get(model.default_prompt_name) or ""
-    )
+    if spec.prefix is not None:
+        prefix = spec.prefix
+    else:
+        prefix = model.prompts.get(model.default_prompt_name) or ""
     inputs: Json = {
         "tokenizer": digest_tokenizer(tokenizer),
         "max_tokens": max_tokens,
@@ -65,30 +64,29 @@ def load_sentence_transformers(
     )
     frozen: Any = freeze(model, spec, device)
 
-    def states(pair: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        return {
-            "own": frozen({"input_ids": pair[0], "attention_mask": pair[1]})["sentence_embedding"]
-        }
+    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
+        output = frozen({"input_ids": inputs[0], "attention_mask": inputs[1]})
+        return {"own": output["sentence_embedding"]}
 
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return tokenise_with(tokenizer, [prefix + text for text in texts], max_tokens)
+        prefixed = [prefix + text for text in texts]
+        return tokenise_with(tokenizer, prefixed, max_tokens)
 
     tap = Tap(states=states, state="own", pool=lambda state, _: state)
     dim = int(model.get_embedding_dimension())
     pad_id = int(tokenizer.pad_token_id or 0)
-    return [
-        TextEncoder(
-            spec=spec,
-            module=frozen,
-            tokenise=tokenise,
-            forward=tap,
-            pad_id=pad_id,
-            max_tokens=max_tokens,
-            row_shape=(dim,),
-            fingerprint=fingerprint,
-            device=device,
-        )
-    ]
+    encoder = TextEncoder(
+        spec=spec,
+        module=frozen,
+        tokenise=tokenise,
+        forward=tap,
+        pad_id=pad_id,
+        max_tokens=max_tokens,
+        row_shape=(dim,),
+        fingerprint=fingerprint,
+        device=device,
+    )
+    return [encoder]
 
 
 def _open(spec: EncoderSpec) -> Any:
@@ -103,30 +101,33 @@ def _open(spec: EncoderSpec) -> Any:
             trust_remote_code=False,
             revision=spec.revision,
         )
-    except (
-        Exception
-    ) as error:  # the hub client, safetensors and transformers share no base class of errors
-        first = " ".join(str(error).split())[:200]
+    except Exception as error:
+        # The hub client, safetensors and transformers share no base class of errors.
+        reason = " ".join(str(error).split())[:200]
         raise EncoderError(
-            f"encoder {spec} cannot be opened ({first}); or give st:/folder"
+            f"encoder {spec} cannot be opened ({reason}); or give st:/folder"
         ) from error
 
 
 def _architecture(model: Any) -> Json:
-    """Every module with its settings: the same weights under another pooling give other
-    features."""
+    """Return every module with its settings.
+
+    The same weights under another pooling give other features.
+    """
     return [_described(module) for module in model]
 
 
 def _described(module: Any) -> Json:
+    """Return one module's class, its settings as plain JSON, and its transformer's shape."""
     settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
-    plain = {
-        key: value for key, value in settings.items() if key not in ("model_args", "tokenizer_args")
-    }
-    config = getattr(getattr(module, "auto_model", None), "config", None)
-    about = (
-        {"model_type": config.model_type, "heads": getattr(config, "num_attention_heads", 0)}
-        if config
-        else {}
-    )
-    return {"class": type(module).__name__, **json.loads(json.dumps(plain, default=str)), **about}
+    # How the files were opened is no property of the features.
+    opening_keys = ("model_args", "tokenizer_args")
+    own_settings = {key: value for key, value in settings.items() if key not in opening_keys}
+    json_settings = json.loads(json.dumps(own_settings, default=str))
+    transformer = getattr(module, "auto_model", None)
+    config = getattr(transformer, "config", None)
+    architecture: dict[str, Any] = {}
+    if config:
+        n_heads = getattr(config, "num_attention_heads", 0)
+        architecture = {"model_type": config.model_type, "heads": n_heads}
+    return {"class": type(module).__name__, **json_settings, **architecture}

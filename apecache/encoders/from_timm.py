@@ -1,4 +1,4 @@
-"""timm image encoders: the classifier-free model, with timm's own reference preprocessing (PIL)."""
+"""Load timm image encoders without classifier, with timm's own reference preprocessing (PIL)."""
 
 import json
 import re
@@ -28,12 +28,14 @@ from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
 
 N_PATCH_CONVOLUTIONS = 4
-"""A transformer has at most so many convolutions: its patch embedding, or a small stem."""
+"""Most convolutions of a transformer: its patch embedding, or a small stem."""
 
 
 def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
-    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves
-    all of them.
+    """Load one encoder for each spec; all share one model.
+
+    Args:
+        specs: of the same model; they differ in pooling and layer only.
 
     Raises:
         EncoderError: an unknown architecture, a hub that cannot be reached, weights that do not
@@ -43,14 +45,17 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     module = _create(spec)
     config, transform = _transform(module, spec)
     height, width = config["input_size"][1:]
-    memory = memory_format(module)
-    about: Json = {"config": _plain(config), "transform": _steps(transform)}
-    about |= {"memory_format": "channels_last"} if memory is torch.channels_last else {}
+    input_shape = (3, height, width)
+    layout = memory_format(module)
+    shared_inputs: Json = {"config": _plain(config), "transform": _steps(transform)}
+    # The memory format chooses the kernels, and with them the last bits of the features.
+    shared_inputs |= {"memory_format": "channels_last"} if layout is torch.channels_last else {}
+    # Before freeze, which changes the dtype: the digest is of the weights as the files hold them.
     weights = digest_module(module)
     architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
-    frozen: Any = freeze(module, spec, device).to(memory_format=memory)
-    states = _states(frozen, spec, memory)
+    frozen: Any = freeze(module, spec, device).to(memory_format=layout)
+    states = _states(frozen, spec, layout)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
         _require_tokens(frozen, cut)
@@ -61,11 +66,12 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
             faster=resize_of(config),
         )
         inputs = {
-            **about,
+            **shared_inputs,
             **backend,
             "pooling": "model" if cut.pooling == "default" else cut.pooling,
         }
-        inputs |= {} if layer == "end" else {"layer": layer}
+        if layer != "end":
+            inputs["layer"] = layer
         fingerprint = build_fingerprint(
             cut,
             weights=weights,
@@ -77,23 +83,23 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
             state="own" if cut.pooling == "default" else layer,
             pool=_pool(frozen, cut),
         )
-        shape = (3, height, width)
+        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
             preprocess=preprocess,
             forward=tap,
-            input_shape=shape,
-            row_shape=probe(tap, shape=shape, spec=cut, device=device),
+            input_shape=input_shape,
+            row_shape=row_shape,
             fingerprint=fingerprint,
             device=device,
         )
 
-    return [encoder(*both) for both in zip(specs, layers, strict=True)]
+    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
 
 
 def _transform(module: Any, spec: EncoderSpec) -> tuple[dict[str, Any], Any]:
-    """timm's configuration of the data, and its transform."""
+    """Return timm's configuration of the data, and its transform."""
     config = resolve_model_data_config(module)
     if spec.resolution:
         config["input_size"] = (3, spec.resolution, spec.resolution)
@@ -101,25 +107,31 @@ def _transform(module: Any, spec: EncoderSpec) -> tuple[dict[str, Any], Any]:
 
 
 def timm_preprocess(spec: EncoderSpec) -> Preprocess:
-    """What `load_timm` preprocesses with. Raises EncoderError as it does."""
+    """Return the preprocessing of `load_timm`. Raises EncoderError as it does."""
     config, transform = _transform(_shape(spec), spec)
-    return image_preprocess(
+    preprocess, _ = image_preprocess(
         spec,
         reference=transform,
         backend="timm-pil",
         faster=resize_of(config),
-    )[0]
+    )
+    return preprocess
 
 
 def shape_timm(spec: EncoderSpec, device: str = "meta") -> Any:
-    """The architecture without classifier: on the meta device without weights, on another with
-    random ones. Raises EncoderError as `load_timm` does."""
+    """Build the architecture without classifier.
+
+    On the meta device it has no weights, on another one random weights. Raises EncoderError as
+    `load_timm` does.
+    """
     return _shape(spec, device, num_classes=0)
 
 
 def count_timm_classes(spec: EncoderSpec) -> int:
-    """Of the classifier that belongs to the weights, which are not read. Raises EncoderError as
-    `load_timm` does."""
+    """Count the classes of the classifier that belongs to the weights; the weights are not read.
+
+    Raises EncoderError as `load_timm` does.
+    """
     return int(_shape(spec).num_classes)
 
 
@@ -136,7 +148,7 @@ def _shape(spec: EncoderSpec, device: str = "meta", **options: Any) -> Any:
 
 
 def timm_classifier(spec: EncoderSpec) -> torch.nn.Module:
-    """The classifier that `load_timm` takes off. Raises EncoderError if there is none."""
+    """Load the classifier that `load_timm` takes off. Raises EncoderError if there is none."""
     classifier: torch.nn.Module = _create_whole(spec).get_classifier()
     if not isinstance(classifier, torch.nn.Linear):
         raise EncoderError(
@@ -146,8 +158,9 @@ def timm_classifier(spec: EncoderSpec) -> torch.nn.Module:
 
 
 def _create(spec: EncoderSpec) -> Any:
-    """The model, loaded with its classifier, which is then taken off: asked for a model without
-    one, timm accepts weights that lack other parameters too, and leaves those random."""
+    """Load the model without its classifier."""
+    # Asked for a model without classifier, timm accepts weights that lack other parameters too,
+    # and leaves those random. So the classifier is loaded first and then taken off.
     module = _create_whole(spec)
     module.reset_classifier(0)
     return module
@@ -157,10 +170,8 @@ def _create_whole(spec: EncoderSpec) -> Any:
     try:
         if not spec.folder:
             _require_known(spec)
-        return _pretrained(
-            f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec),
-            spec.resolution,
-        )
+        name = f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec)
+        return _pretrained(name, spec.resolution)
     except EncoderError:
         raise
     except Exception as error:  # the hub client, safetensors and timm share no base class of errors
@@ -174,13 +185,12 @@ def _pretrained(name: str, resolution: int | None) -> Any:
     except TypeError as error:
         if not resolution or "img_size" not in str(error):
             raise
-    return timm.create_model(
-        name,
-        pretrained=True,
-    )  # convolutional networks take any size and have no `img_size`
+    # Convolutional networks take any size and have no `img_size`.
+    return timm.create_model(name, pretrained=True)
 
 
 def _hub_name(spec: EncoderSpec) -> str:
+    """Return the name under which timm loads the spec's revision."""
     if not spec.revision:
         return spec.name
     config = timm.get_pretrained_cfg(spec.name)
@@ -189,22 +199,20 @@ def _hub_name(spec: EncoderSpec) -> str:
             f"encoder {spec}: these weights do not come from a hub, so they have no revision; "
             "leave @ off"
         )
-    repository = (
-        config.hf_hub_id
-        if config.hf_hub_id.count("/") and not config.hf_hub_id.endswith("/")
-        else None
-    )
-    return f"hf-hub:{repository or config.hf_hub_id + spec.name}@{spec.revision}"
+    # timm completes a hub id that is only an owner ("timm/") with the model's name.
+    repository = config.hf_hub_id
+    if "/" not in repository or repository.endswith("/"):
+        repository += spec.name
+    return f"hf-hub:{repository}@{spec.revision}"
 
 
 def _require_known(spec: EncoderSpec) -> None:
     architecture, _, tag = spec.name.partition(".")
     if not timm.is_model(architecture):
-        known = timm.list_models()
-        raise EncoderError(
-            f"encoder {spec}: timm has no model {architecture!r}{nearest(architecture, known)}"
-        )
-    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+        suggestion = nearest(architecture, timm.list_models())
+        raise EncoderError(f"encoder {spec}: timm has no model {architecture!r}{suggestion}")
+    pretrained_names = timm.list_pretrained(f"{architecture}.*")
+    tags = [name.partition(".")[2] for name in pretrained_names]
     if tag and tag not in tags:
         raise EncoderError(
             f"encoder {spec}: {architecture} has no weights {tag!r}; there are "
@@ -213,79 +221,92 @@ def _require_known(spec: EncoderSpec) -> None:
 
 
 def _architecture(module: Any, spec: EncoderSpec) -> Json:
-    """What the weights do not show: the same ones under another pooling or other arguments give
-    other features."""
-    name = str(getattr(module, "default_cfg", {}).get("architecture") or type(module).__name__)
-    pool = getattr(module, "global_pool", None) or getattr(
-        getattr(module, "head", None),
-        "global_pool",
-        None,
-    )
-    saved = json.loads((spec.folder / "config.json").read_text()) if spec.folder else {}
+    """Return what the weights do not show.
+
+    The same weights under another pooling or other arguments give other features.
+    """
+    default_config = getattr(module, "default_cfg", {})
+    name = str(default_config.get("architecture") or type(module).__name__)
+    pool = getattr(module, "global_pool", None)
+    if not pool:
+        head = getattr(module, "head", None)
+        pool = getattr(head, "global_pool", None)
+    saved_config = {}
+    if spec.folder:
+        saved_config = json.loads((spec.folder / "config.json").read_text())
     return {
         "class": name,
         "pool": str(getattr(pool, "pool_type", pool)),
-        "arguments": saved.get("model_args") or {},
+        "arguments": saved_config.get("model_args") or {},
     }
 
 
 def memory_format(module: Any) -> torch.memory_format:
-    """Channels last for convolutional networks: a third faster on a CPU, and what tensor cores
-    want; contiguous for transformers, whose one convolution does not care."""
-    n_convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in module.modules())
-    return torch.channels_last if n_convolutions > N_PATCH_CONVOLUTIONS else torch.contiguous_format
+    """Return the faster memory format: channels last for convolutional networks only.
+
+    It is a third faster there on a CPU, and tensor cores need it. Transformers, which have one
+    convolution, gain nothing.
+    """
+    n_convolutions = sum(isinstance(submodule, torch.nn.Conv2d) for submodule in module.modules())
+    is_convolutional = n_convolutions > N_PATCH_CONVOLUTIONS
+    return torch.channels_last if is_convolutional else torch.contiguous_format
 
 
 def _states(module: Any, spec: EncoderSpec, memory: torch.memory_format) -> States:
-    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
         pixels = inputs[0].contiguous(memory_format=memory)
-        end, found = caught(
+        end, tokens_by_state = caught(
             module,
             spec=spec,
-            states=wanted,
+            states=requested,
             run=lambda: module.forward_features(pixels),
         )
-        found["end"] = end
-        return {**found, "own": module.forward_head(end)} if "own" in wanted else found
+        tokens_by_state["end"] = end
+        if "own" in requested:
+            tokens_by_state["own"] = module.forward_head(end)
+        return tokens_by_state
 
     return states
 
 
 def _require_tokens(module: Any, spec: EncoderSpec) -> None:
-    has_cls = int(getattr(module, "num_prefix_tokens", 0)) and getattr(
-        module,
-        "has_class_token",
-        True,
-    )
+    n_prefix = int(getattr(module, "num_prefix_tokens", 0))
+    has_cls = n_prefix > 0 and getattr(module, "has_class_token", True)
     if spec.pooling in ("cls", "cls+mean") and not has_cls:
         raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
 
 
 def _pool(module: Any, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """timm's own pooling, or over tokens without the prefix ones; maps of convolutional networks
-    count as tokens."""
+    """Return timm's own pooling, or one over the tokens without the prefix tokens.
+
+    The positions of a convolutional network's feature map count as tokens.
+    """
     if spec.pooling == "default":
-        return lambda own, _: own
-    prefix = int(getattr(module, "num_prefix_tokens", 0))
+        return lambda pooled, _: pooled
+    n_prefix = int(getattr(module, "num_prefix_tokens", 0))
     channels_last = getattr(module, "output_fmt", None) == "NHWC"
 
     def pool(state: Tensor, _: Tensor | None) -> Tensor:
         if state.ndim == 4:
-            state = (state if channels_last else state.permute(0, 2, 3, 1)).flatten(1, 2)
-        return pool_tokens(state, mask=None, pooling=spec.pooling, n_prefix=prefix)
+            feature_map = state if channels_last else state.permute(0, 2, 3, 1)
+            state = feature_map.flatten(1, 2)
+        return pool_tokens(state, mask=None, pooling=spec.pooling, n_prefix=n_prefix)
 
     return pool
 
 
 def _steps(transform: Any) -> list[str]:
-    """The resolved preprocessing step by step, free of memory addresses."""
-    steps = [
-        re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(step).split())) for step in transform.transforms
-    ]
+    """Return the resolved preprocessing step by step."""
+    steps: list[str] = []
+    for step in transform.transforms:
+        description = " ".join(str(step).split())
+        # Addresses of functions differ in every process.
+        steps.append(re.sub(r" at 0x[0-9a-f]+", "", description))
     return steps
 
 
 def _plain(config: dict[str, Any]) -> Json:
+    """Return the configuration as JSON gives it back: with lists in place of tuples."""
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
     }

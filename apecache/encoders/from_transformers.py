@@ -1,4 +1,4 @@
-"""transformers encoders: text towers of the BERT kind and T5's, and vision transformers."""
+"""Load transformers encoders: BERT-like and T5 text towers, and vision transformers."""
 
 import json
 import re
@@ -50,7 +50,7 @@ VISION_TYPES = (
 )
 SIGLIP_TYPES = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
-FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # these interpolate their positions only when told to
+FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # interpolate positions only when asked to
 N_CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0}  # all others have one
 NOT_IDENTITY = (
     "_commit_hash",
@@ -79,8 +79,10 @@ WELL_KNOWN = (
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
-    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves
-    all of them.
+    """Load one encoder for each spec; all share one model.
+
+    Args:
+        specs: of the same model; they differ in pooling and layer only.
 
     Raises:
         EncoderError: not found, not a text encoder, or weights that miss parts of the model.
@@ -88,9 +90,8 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     spec = specs[0]
     config = _config(spec)
     t5 = config.model_type in T5_TYPES
-    if not t5 and (
-        getattr(config, "is_encoder_decoder", False) or hasattr(config, "vision_config")
-    ):
+    has_decoder = getattr(config, "is_encoder_decoder", False)
+    if not t5 and (has_decoder or hasattr(config, "vision_config")):
         raise EncoderError(
             f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models "
             "and T5 are supported"
@@ -104,38 +105,38 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
         raise EncoderError(
             f"encoder {spec}: its tokenizer knows no words; save it beside the model"
         )
-    module, unloaded = _load_model(spec, T5_TYPES[config.model_type] if t5 else AutoModel)
+    factory = T5_TYPES[config.model_type] if t5 else AutoModel
+    module, unloaded = _load_model(spec, factory)
     max_tokens = _max_tokens(spec, tokenizer, config)
     prefix = text_prefix(spec)
-    about: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
-    about |= {"prefix": prefix} if prefix else {}
+    shared_inputs: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
+    shared_inputs |= {"prefix": prefix} if prefix else {}
     weights = digest_module(module, unloaded)
     architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
 
-    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
         ids, mask = inputs
-        out, found = caught(
+        output, tokens_by_state = caught(
             frozen,
             spec=spec,
-            states=wanted,
+            states=requested,
             run=lambda: frozen(input_ids=ids, attention_mask=mask),
         )
-        return {**found, "end": out.last_hidden_state}
+        return {**tokens_by_state, "end": output.last_hidden_state}
 
     def tokenise(texts: Sequence[str]) -> Tokens:
-        return tokenise_with(
-            tokenizer,
-            [prefix + text for text in texts] if prefix else texts,
-            max_tokens,
-        )
+        prefixed = [prefix + text for text in texts] if prefix else texts
+        return tokenise_with(tokenizer, prefixed, max_tokens)
 
     def encoder(cut: EncoderSpec, layer: State) -> TextEncoder:
         pooling = _text_pooling(cut)
         if t5 and "cls" in pooling:
             raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
-        inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
+        inputs: Json = {**shared_inputs, "pooling": pooling}
+        if layer != "end":
+            inputs["layer"] = layer
         fingerprint = build_fingerprint(
             cut,
             weights=weights,
@@ -147,8 +148,9 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             state=layer,
             pool=lambda state, mask: pool_tokens(state, mask, pooling),
         )
-        width = int(config.hidden_size) * (2 if pooling == "cls+mean" else 1)
-        shape = (max_tokens, width) if pooling == "tokens" else (width,)
+        n_vectors = 2 if pooling == "cls+mean" else 1
+        width = int(config.hidden_size) * n_vectors
+        row_shape = (max_tokens, width) if pooling == "tokens" else (width,)
         pad_id = int(tokenizer.pad_token_id or 0)
         return TextEncoder(
             spec=cut,
@@ -157,31 +159,34 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             forward=tap,
             pad_id=pad_id,
             max_tokens=max_tokens,
-            row_shape=shape,
+            row_shape=row_shape,
             fingerprint=fingerprint,
             device=device,
         )
 
-    return [encoder(*both) for both in zip(specs, layers, strict=True)]
+    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
 
 
 def text_prefix(spec: EncoderSpec) -> str:
-    """What stands before every text: the spec's, else `query: ` for E5 models, which were trained
-    with it."""
-    name = (spec.folder.resolve().name if spec.folder else spec.name.rpartition("/")[2]).lower()
-    asked_for = "query: " if re.match(r"(multilingual-)?e5-", name) else ""
-    return asked_for if spec.prefix is None else spec.prefix
+    """Return what stands before every text: the spec's prefix, else the model's."""
+    name = spec.folder.resolve().name if spec.folder else spec.name.rpartition("/")[2]
+    # E5 models were trained with this prefix, but their files do not say so.
+    is_e5 = re.match(r"(multilingual-)?e5-", name.lower())
+    model_prefix = "query: " if is_e5 else ""
+    return model_prefix if spec.prefix is None else spec.prefix
 
 
 def load_transformers_image(
     specs: Sequence[EncoderSpec],
     device: torch.device,
 ) -> list[ImageEncoder]:
-    """One encoder for each spec; the specs differ in pooling and layer only, so one model serves
-    all of them.
+    """Load one encoder for each spec; all share one model.
 
     Default pooling: SigLIP's own, else the CLS token, else (where there is none) the mean of the
     patch tokens.
+
+    Args:
+        specs: of the same model; they differ in pooling and layer only.
 
     Raises:
         EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
@@ -192,19 +197,21 @@ def load_transformers_image(
     if siglip:
         config = getattr(config, "vision_config", config)
     elif config.model_type not in VISION_TYPES:
+        supported = ", ".join((*VISION_TYPES, *SIGLIP_TYPES))
         raise EncoderError(
-            (
-                f"encoder {spec}: {config.model_type} is not supported as an image encoder; "
-                "supported are "
-            )
-            + ", ".join((*VISION_TYPES, *SIGLIP_TYPES))
+            f"encoder {spec}: {config.model_type} is not supported as an image encoder; "
+            f"supported are {supported}"
         )
     processor: Any = _open(AutoImageProcessor, spec)
     size = _resize(processor, spec.resolution)
-    module, unloaded = _load_model(spec, SIGLIP_TYPES[config.model_type] if siglip else AutoModel)
+    factory = SIGLIP_TYPES[config.model_type] if siglip else AutoModel
+    module, unloaded = _load_model(spec, factory)
     reference = ProcessorPreprocess(processor=processor, size=size)
     preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
-    about: Json = {"decoding": IMAGE_DECODING, "processor": _plain_processor(processor, size)}
+    shared_inputs: Json = {
+        "decoding": IMAGE_DECODING,
+        "processor": _plain_processor(processor, size),
+    }
     weights = digest_module(module, unloaded)
     architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
@@ -212,108 +219,106 @@ def load_transformers_image(
     fixed_size = siglip or config.model_type in FIXED_SIZE_TYPES
     options = {"interpolate_pos_encoding": True} if spec.resolution and fixed_size else {}
 
-    def states(inputs: tuple[Tensor, ...], wanted: Collection[State]) -> dict[State, Tensor]:
+    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
         (pixels,) = inputs
-        out, found = caught(
+        output, tokens_by_state = caught(
             frozen,
             spec=spec,
-            states=wanted,
+            states=requested,
             run=lambda: frozen(pixel_values=pixels, **options),
         )
-        found["end"] = out.last_hidden_state
-        return {**found, "own": out.pooler_output} if "own" in wanted else found
+        tokens_by_state["end"] = output.last_hidden_state
+        if "own" in requested:
+            tokens_by_state["own"] = output.pooler_output
+        return tokens_by_state
 
-    height, width = reference(Image.new("RGB", (640, 480))).shape[1:]
+    # The processor's files name its size in several ways, so an image that is not square tells it.
+    probe_pixels = reference(Image.new("RGB", (640, 480)))
+    height, width = probe_pixels.shape[1:]
+    input_shape = (3, int(height), int(width))
+    n_prefix = _n_prefix(config)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
-        own = siglip and cut.pooling == "default"
-        pooling: Pooling = "default" if own else _image_pooling(cut, config)
-        inputs = {**about, "pooling": pooling} | ({} if layer == "end" else {"layer": layer})
+        has_own_pooling = siglip and cut.pooling == "default"
+        pooling: Pooling = "default" if has_own_pooling else _image_pooling(cut, config)
+        inputs: Json = {**shared_inputs, "pooling": pooling}
+        if layer != "end":
+            inputs["layer"] = layer
         fingerprint = build_fingerprint(
             cut,
             weights=weights,
             architecture=architecture,
             inputs=inputs,
         )
-        n_prefix = _n_prefix(config)
-        tap = (
-            Tap(states=states, state="own", pool=lambda state, _: state)
-            if own
-            else Tap(
-                states=states,
-                state=layer,
-                pool=lambda state, _: pool_tokens(
-                    state,
-                    mask=None,
-                    pooling=pooling,
-                    n_prefix=n_prefix,
-                ),
-            )
-        )
-        shape = (3, int(height), int(width))
+
+        def pool(state: Tensor, _: Tensor | None) -> Tensor:
+            if has_own_pooling:
+                return state
+            return pool_tokens(state, mask=None, pooling=pooling, n_prefix=n_prefix)
+
+        tap = Tap(states=states, state="own" if has_own_pooling else layer, pool=pool)
+        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
             preprocess=preprocess,
             forward=tap,
-            input_shape=shape,
-            row_shape=probe(tap, shape=shape, spec=cut, device=device),
+            input_shape=input_shape,
+            row_shape=row_shape,
             fingerprint=fingerprint,
             device=device,
         )
 
-    return [encoder(*both) for both in zip(specs, layers, strict=True)]
+    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorPreprocess:
-    """The library's own image processor, with the options that give another size."""
+    """Call the library's own image processor, with the options that give another size."""
 
     processor: Any
     size: dict[str, Any]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self.processor(images=image, return_tensors="pt", **self.size)[
-            "pixel_values"
-        ][0]
+        """RGB image -> float32 [3, height, width]."""
+        processed = self.processor(images=image, return_tensors="pt", **self.size)
+        pixels: Tensor = processed["pixel_values"][0]
         return pixels
 
 
 def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
-    """What `load_transformers_image` preprocesses with. Raises EncoderError as it does."""
+    """Return the preprocessing of `load_transformers_image`. Raises EncoderError as it does."""
     processor: Any = _open(AutoImageProcessor, spec)
-    return image_preprocess(
-        spec,
-        reference=ProcessorPreprocess(
-            processor=processor,
-            size=_resize(processor, spec.resolution),
-        ),
-        backend="transformers",
-        faster=None,
-    )[0]
+    size = _resize(processor, spec.resolution)
+    reference = ProcessorPreprocess(processor=processor, size=size)
+    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
+    return preprocess
 
 
 def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
-    """The architecture in float32 whatever its files hold, of an encoder with a decoder that
-    encoder: on the meta device without weights, on another with random ones.
+    """Build the architecture in float32; of T5, which also has a decoder, the encoder only.
+
+    On the meta device it has no weights, on another one random weights.
 
     Raises:
-        EncoderError: its config.json cannot be had.
+        EncoderError: its config.json cannot be read.
     """
     config = _config(spec)
     config.dtype = torch.float32
     with torch.device(device):
-        half = T5_TYPES.get(config.model_type)
-        return AutoModel.from_config(config) if half is None else half(config)
+        encoder_class = T5_TYPES.get(config.model_type)
+        return AutoModel.from_config(config) if encoder_class is None else encoder_class(config)
 
 
 def image_size(spec: EncoderSpec) -> tuple[int, int]:
-    """(height, width) of what the encoder's own processor makes of an image. Raises EncoderError
-    without one."""
+    """Return (height, width) of the pixels that the encoder's own processor gives.
+
+    Raises EncoderError if there is no processor.
+    """
     processor: Any = _open(AutoImageProcessor, spec)
-    pixels = ProcessorPreprocess(processor=processor, size=_resize(processor, spec.resolution))(
-        Image.new("RGB", (640, 480))
-    )
+    size = _resize(processor, spec.resolution)
+    preprocess = ProcessorPreprocess(processor=processor, size=size)
+    pixels = preprocess(Image.new("RGB", (640, 480)))
     return pixels.shape[1], pixels.shape[2]
 
 
@@ -326,19 +331,25 @@ def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
     try:
         return factory.from_pretrained(source, revision=spec.revision or "main", **options)
     except Exception as error:  # the libraries below share no base class of errors
-        first = next(
-            (line for line in str(error).splitlines() if line.strip()),
-            type(error).__name__,
-        )
-        what = f"cannot be opened ({first.strip()})"
+        lines = (line for line in str(error).splitlines() if line.strip())
+        first_line = next(lines, type(error).__name__)
+        suggestion = nearest(spec.name, WELL_KNOWN)
         raise EncoderError(
-            f"encoder {spec} {what}{nearest(spec.name, WELL_KNOWN)} Or give hf:/folder"
+            f"encoder {spec} cannot be opened ({first_line.strip()}){suggestion} Or give hf:/folder"
         ) from error
 
 
 def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
-    """The model and the names of its parameters that the files do not hold (only an unused pooler
-    may be missing)."""
+    """Load the model in float32.
+
+    Returns:
+        The model, and the sorted names of its parameters that the files do not hold.
+
+    Raises:
+        EncoderError: a parameter is missing or has another shape. Only an unused pooler may be
+            missing.
+    """
+    # Without ignore_mismatched_sizes transformers raises an error of its own at the first one.
     with _quiet(local=spec.folder is not None):
         module, report = _open(
             factory,
@@ -348,9 +359,8 @@ def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
             ignore_mismatched_sizes=True,
         )
     missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if "pooler" not in name] + [
-        name for name, *_ in report["mismatched_keys"]
-    ]
+    lost = [name for name in missing if "pooler" not in name]
+    lost += [name for name, *_ in report["mismatched_keys"]]
     if lost:
         raise EncoderError(
             f"encoder {spec}: its files lack {len(lost)} parameters of "
@@ -361,8 +371,7 @@ def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
 
 @contextmanager
 def _quiet(local: bool) -> Iterator[None]:
-    """No report of weights that are not used (missing ones are an error below), no bar for a local
-    folder."""
+    """Silence the library's report of unused weights, and its progress bar for a local folder."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -377,8 +386,10 @@ def _quiet(local: bool) -> Iterator[None]:
 
 
 def _text_pooling(spec: EncoderSpec) -> Pooling:
-    """What the spec says, else the sentence-transformers pooling file of a local folder, else the
-    masked mean."""
+    """Return the spec's pooling, else the one that the local folder names, else the masked mean.
+
+    sentence-transformers writes the name to 1_Pooling/config.json.
+    """
     if spec.pooling != "default":
         return spec.pooling
     path = spec.folder / "1_Pooling" / "config.json" if spec.folder else None
@@ -388,37 +399,49 @@ def _text_pooling(spec: EncoderSpec) -> Pooling:
 
 
 def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
-    chosen = [
-        key for key, value in config.items() if key.startswith("pooling_mode_") and value is True
-    ]
-    modes: dict[str, Pooling] = {
+    """Read a sentence-transformers pooling file, in its newer form or its older one."""
+    # The newer form has one key with a name, the older one a flag for each pooling.
+    mode_name = config.get("pooling_mode")
+    if mode_name in ("cls", "mean"):
+        return "cls" if mode_name == "cls" else "mean"
+    selected_flags: list[str] = []
+    for key, value in config.items():
+        if key.startswith("pooling_mode_") and value is True:
+            selected_flags.append(key)
+    supported_flags: dict[str, Pooling] = {
         "pooling_mode_cls_token": "cls",
         "pooling_mode_mean_tokens": "mean",
     }
-    named = config.get("pooling_mode")
-    if named in ("cls", "mean"):
-        return "cls" if named == "cls" else "mean"
-    if len(chosen) != 1 or chosen[0] not in modes:
+    if len(selected_flags) != 1 or selected_flags[0] not in supported_flags:
         raise EncoderError(
-            f"encoder {spec}: pooling {chosen or named} is not supported; give --text-cut "
-            "mean or cls"
+            f"encoder {spec}: pooling {selected_flags or mode_name} is not supported; give "
+            "--text-cut mean or cls"
         )
-    return modes[chosen[0]]
+    return supported_flags[selected_flags[0]]
 
 
 def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
-    """The smallest of: the spec's, sentence-transformers' file, the tokenizer's, the positions of
-    the model, 512."""
+    """Return how many tokens of a text are encoded, special tokens included.
+
+    It is the smallest of the tokenizer's limit, the model's positions, 512, and the spec's limit
+    (without one: that of the folder's sentence-transformers file).
+
+    Raises:
+        EncoderError: no room is left for words.
+    """
     path = spec.folder / "sentence_bert_config.json" if spec.folder else None
-    saved = json.loads(path.read_text()).get("max_seq_length") if path and path.is_file() else None
-    positions = getattr(config, "max_position_embeddings", None)
+    saved_limit = None
+    if path and path.is_file():
+        saved_limit = json.loads(path.read_text()).get("max_seq_length")
+    n_positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa-like models count positions from 2: the first two rows of the table are not used.
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     limits = [
         int(tokenizer.model_max_length),
-        (int(positions) - offset) if positions else None,
+        (int(n_positions) - offset) if n_positions else None,
         512,
+        spec.max_tokens or saved_limit,
     ]
-    limits.append(spec.max_tokens or saved)
     max_tokens = min(int(limit) for limit in limits if limit)
     n_special = int(tokenizer.num_special_tokens_to_add())
     if max_tokens <= n_special:
@@ -430,56 +453,68 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
 
 
 def tokenise_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
+    """Tokenize texts, cut to `max_tokens`, and count those that were cut."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)
-    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)["input_ids"]
-    full = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
-    longer = tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
-    return Tokens(ids=ids, n_truncated=sum(len(row) > max_tokens for row in longer))
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)
+    ids = encoded["input_ids"]
+    # A full row may just fit, so the few full ones are tokenized again without truncation.
+    full_texts = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
+    n_truncated = 0
+    if full_texts:
+        untruncated = tokenizer(full_texts, truncation=False, verbose=False)
+        n_truncated = sum(len(row) > max_tokens for row in untruncated["input_ids"])
+    return Tokens(ids=ids, n_truncated=n_truncated)
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
-    """Content of the tokenizer without the truncation and padding that calls switch on and off."""
+    """Hash the tokenizer's content."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    return content_hash(json.dumps(kept, sort_keys=True, ensure_ascii=False))
+    # Calls switch truncation and padding on and off: they say nothing about the tokenizer.
+    switched = ("truncation", "padding")
+    identity = {key: value for key, value in content.items() if key not in switched}
+    return content_hash(json.dumps(identity, sort_keys=True, ensure_ascii=False))
 
 
 def _architecture(module: Any, spec: EncoderSpec) -> Json:
-    """The class and the settings of config.json: the same weights with other heads give other
-    features."""
+    """Return the class and the settings of config.json.
+
+    The same weights with another number of heads give other features.
+    """
     settings, _ = module.config.get_config_dict(
         str(spec.folder or spec.name),
         revision=spec.revision or "main",
     )
-    return {
-        "class": type(module).__name__,
-        **{k: v for k, v in sorted(settings.items()) if k not in NOT_IDENTITY},
-    }
+    identity = {key: settings[key] for key in sorted(settings) if key not in NOT_IDENTITY}
+    return {"class": type(module).__name__, **identity}
 
 
 def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
+    """Return the spec's pooling; the default is CLS, or the mean where there is no CLS token."""
     has_class = N_CLASS_TOKENS.get(config.model_type, 1) > 0
     if "cls" in spec.pooling and not has_class:
         raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
-    return ("cls" if has_class else "mean") if spec.pooling == "default" else spec.pooling
+    if spec.pooling != "default":
+        return spec.pooling
+    return "cls" if has_class else "mean"
 
 
 def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
-    """Call options that make the processor give `resolution` x `resolution` pixels, the crop ratio
-    kept."""
+    """Return the call options for `resolution` x `resolution` pixels, at the same crop ratio."""
     if resolution is None:
         return {}
     side = {"height": resolution, "width": resolution}
     if not getattr(processor, "do_center_crop", False):
         return {"size": side}
-    old = processor.crop_size["height"]
-    edge = processor.size.get("shortest_edge", processor.size.get("height", old))
-    return {"size": {"shortest_edge": round(edge * resolution / old)}, "crop_size": side}
+    crop_edge = processor.crop_size["height"]
+    resize_edge = processor.size.get("shortest_edge", processor.size.get("height", crop_edge))
+    # The same share of the image is cropped away as at the processor's own resolution.
+    new_edge = round(resize_edge * resolution / crop_edge)
+    return {"size": {"shortest_edge": new_edge}, "crop_size": side}
 
 
 def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
-    """The processor's settings without names of files and of the library's version."""
+    """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
     left_out = (
         "_processor_class",
@@ -487,11 +522,11 @@ def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
         "feature_extractor_type",
         "transformers_version",
     )
-    return {
-        "class": type(processor).__name__,
-        **{k: v for k, v in sorted(settings.items()) if k not in left_out},
-    }
+    identity = {key: settings[key] for key in sorted(settings) if key not in left_out}
+    return {"class": type(processor).__name__, **identity}
 
 
 def _n_prefix(config: Any) -> int:
-    return N_CLASS_TOKENS.get(config.model_type, 1) + int(getattr(config, "num_register_tokens", 0))
+    """Count the tokens before the first patch: class and register tokens."""
+    n_class_tokens = N_CLASS_TOKENS.get(config.model_type, 1)
+    return n_class_tokens + int(getattr(config, "num_register_tokens", 0))

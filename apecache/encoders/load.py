@@ -1,5 +1,7 @@
-"""From specs to loaded encoders. Libraries are imported only when one of their encoders is asked
-for."""
+"""Load the encoders that specs name.
+
+A library is imported only when one of its encoders is asked for.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,70 +16,80 @@ from apecache.errors import EncoderError
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
-    """Raises EncoderError when the encoder or the device cannot be had."""
+    """Load one image encoder.
+
+    Raises:
+        EncoderError: the encoder cannot be loaded, or the device cannot be used.
+    """
     return load_image_encoders([spec], device)[0]
 
 
 def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
-    """Raises EncoderError when the encoder or the device cannot be had."""
+    """Load one text encoder.
+
+    Raises:
+        EncoderError: the encoder cannot be loaded, or the device cannot be used.
+    """
     return load_text_encoders([spec], device)[0]
 
 
 def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[ImageEncoder]:
-    """In the order of the specs; cuts of one model share it, so that one forward pass serves all of
-    them.
+    """Load several image encoders, in the order of the specs.
 
-    Raises EncoderError as `load_image_encoder` does.
+    Cuts of one model share it, so that one forward pass serves all of them. Raises EncoderError as
+    `load_image_encoder` does.
     """
-    where = parse_device(device)
+    torch_device = parse_device(device)
     loaded: dict[EncoderSpec, ImageEncoder] = {}
     for cuts in _by_model(specs):
         match cuts[0].library:
             case "timm":
                 from apecache.encoders.from_timm import load_timm
 
-                encoders = load_timm(cuts, where)
+                encoders = load_timm(cuts, torch_device)
             case "open_clip":
                 from apecache.encoders.from_open_clip import load_open_clip_image
 
-                encoders = load_open_clip_image(cuts, where)
+                encoders = load_open_clip_image(cuts, torch_device)
             case _:
                 from apecache.encoders.from_transformers import load_transformers_image
 
-                encoders = load_transformers_image(cuts, where)
+                encoders = load_transformers_image(cuts, torch_device)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
 
 
 def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
-    """As `load_image_encoders`."""
-    where = parse_device(device)
+    """Load several text encoders, as `load_image_encoders` does."""
+    torch_device = parse_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
         match cuts[0].library:
             case "open_clip":
                 from apecache.encoders.from_open_clip import load_open_clip_text
 
-                encoders = load_open_clip_text(cuts, where)
+                encoders = load_open_clip_text(cuts, torch_device)
             case "st":
                 from apecache.encoders.from_sentence_transformers import load_sentence_transformers
 
-                encoders = load_sentence_transformers(cuts, where)
+                encoders = load_sentence_transformers(cuts, torch_device)
             case _:
                 from apecache.encoders.from_transformers import load_transformers_text
 
-                encoders = load_transformers_text(cuts, where)
+                encoders = load_transformers_text(cuts, torch_device)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
 
 
 def load_classifier(spec: EncoderSpec) -> nn.Module:
-    """The encoder's own classifier, from its pooled features [n, dim] to logits [n, n_classes];
-    float32, on the CPU.
+    """Load the encoder's own classifier, in float32 on the CPU.
+
+    Returns:
+        A module from the encoder's pooled features [n, dim] to logits [n, n_classes].
 
     Raises:
-        EncoderError: no timm encoder, or another pooling than its own, whose features no classifier
-            takes; no classes.
+        EncoderError: not a timm encoder; another pooling than the encoder's own, whose features no
+            classifier takes; or weights without classes.
     """
     if spec.library != "timm" or spec.pooling != "default" or spec.layer is not None:
         raise EncoderError(
@@ -89,31 +101,27 @@ def load_classifier(spec: EncoderSpec) -> nn.Module:
 
 
 def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
-    """A tower with the encoder's shapes and no weights, on the meta device: to count with. On
-    another device it has random weights, in float32: to time.
+    """Build a tower with the encoder's shapes, without its weights.
+
+    On the meta device it has no weights at all and serves to count parameters. On another device it
+    has random weights, in float32, and serves to time.
 
     Raises:
-        EncoderError: the encoder's description cannot be had, or it cannot be seen as a tower.
+        EncoderError: the encoder's description cannot be read, or it cannot be seen as a tower.
     """
     match spec.library:
         case "timm":
             from apecache.encoders.from_timm import shape_timm
 
-            return build_tower(
-                shape_timm(spec, device).eval(),
-                spec.modality,
-                spec.pooling,
-                cls_id=0,
-            )
+            module = shape_timm(spec, device).eval()
+            # Any id will do: only the number of parameters in the CLS row counts here.
+            return build_tower(module, spec.modality, spec.pooling, cls_id=0)
         case "hf":
             from apecache.encoders.from_transformers import image_size, shape_transformers
 
-            tower = build_tower(
-                shape_transformers(spec, device).eval(),
-                spec.modality,
-                spec.pooling,
-                cls_id=0,
-            )
+            module = shape_transformers(spec, device).eval()
+            tower = build_tower(module, spec.modality, spec.pooling, cls_id=0)
+            # The model's config may name another size than the processor gives.
             tower.pixels = image_size(spec) if spec.modality == "image" else None
             return tower
         case _:
@@ -121,8 +129,10 @@ def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
 
 
 def load_preprocess(spec: EncoderSpec) -> Preprocess:
-    """What the encoder makes of an RGB image, without its weights. Raises EncoderError as
-    `shape_tower` does."""
+    """Load the encoder's preprocessing of RGB images, without its weights.
+
+    Raises EncoderError as `shape_tower` does.
+    """
     match spec.library:
         case "timm":
             from apecache.encoders.from_timm import timm_preprocess
@@ -137,8 +147,10 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
 
 
 def count_classes(spec: EncoderSpec) -> int:
-    """Of the encoder's own classifier, without its weights. Raises EncoderError as
-    `load_classifier` does."""
+    """Count the classes of the encoder's own classifier, without its weights.
+
+    Raises EncoderError as `load_classifier` does.
+    """
     if spec.library != "timm":
         raise EncoderError(f"encoder {spec}: a classifier is known of timm: encoders only")
     from apecache.encoders.from_timm import count_timm_classes
@@ -147,8 +159,9 @@ def count_classes(spec: EncoderSpec) -> int:
 
 
 def _by_model(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:
-    """Specs that differ in pooling and layer only, together; each once."""
+    """Group specs that differ in pooling and layer only; each spec once."""
     groups: dict[EncoderSpec, list[EncoderSpec]] = {}
     for spec in dict.fromkeys(specs):
-        groups.setdefault(replace(spec, pooling="default", layer=None), []).append(spec)
+        model_spec = replace(spec, pooling="default", layer=None)
+        groups.setdefault(model_spec, []).append(spec)
     return list(groups.values())

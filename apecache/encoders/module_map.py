@@ -1,5 +1,7 @@
-"""Where the parts of each supported family of towers lie: names within the libraries' own models,
-nothing else."""
+"""Name the parts of each supported family of towers.
+
+The names are those within the libraries' own models.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,20 +47,20 @@ SUPPORTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Where the parts of one family lie.
-
-    `places`: beginnings of parameter names, the first that fits counts; what no entry names is not
-    on the way from input to output (poolers, classifiers, mask tokens). `norms`: the norms of a
-    block's two branches, by name within the block. `ends`: in blocks with the norm last, the
-    dropouts that end the branches; None where it comes first.
-    """
+    """Name the parts of one family of towers."""
 
     family: Literal["timm", "timm-beit", "hf-vit", "hf-beit", "bert", "t5"]
     blocks: str
+    """Name of the list of blocks."""
     places: Mapping[str, Place]
+    """Beginnings of parameter names; the first that fits counts. A parameter that fits none does
+    not lie between input and output: poolers, classifiers, mask tokens."""
     final_norm: str | None
     norms: tuple[str, str]
+    """The norms of a block's two branches, by name within the block."""
     ends: tuple[str, str] | None = None
+    """In blocks with the norm last, the dropouts that end the two branches; None where the norm
+    comes first."""
 
 
 TIMM_PLACES: dict[str, Place] = {
@@ -97,38 +99,40 @@ T5_NORMS = ("layer.0.layer_norm", "layer.1.layer_norm")
 
 
 def read_anatomy(module: Any) -> Anatomy:
-    """Raises EncoderError for an architecture that is not one of the supported ones, named with
-    these."""
+    """Return the anatomy of a loaded model.
+
+    Raises:
+        EncoderError: an architecture that is not supported; the message names the supported ones.
+    """
     config: Any = getattr(module, "config", None)
-    kind = getattr(config, "model_type", type(module).__name__)
+    model_type = getattr(config, "model_type", type(module).__name__)
     from_timm = type(module).__module__.startswith("timm.")
-    match kind:
+    match model_type:
         case "VisionTransformer" | "VisionTransformerDistilled" if (
             from_timm and module.attn_pool is None
         ):
             return _timm_anatomy(module)
         case "Beit" if from_timm:
-            places: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
-            norm = "norm" if not isinstance(module.norm, nn.Identity) else None
+            beit_places: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
+            # timm replaces the final norm by an identity where its head has a norm after pooling.
+            final_norm = "norm" if not isinstance(module.norm, nn.Identity) else None
             return Anatomy(
                 family="timm-beit",
                 blocks="blocks",
-                places=places,
-                final_norm=norm,
+                places=beit_places,
+                final_norm=final_norm,
                 norms=("norm1", "norm2"),
             )
         case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit":
-            return _hf_vision_anatomy(module, kind)
+            return _hf_vision_anatomy(module, model_type)
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
-            ends = ("attention.output.dropout", "output.dropout")
-            norms = ("attention.output.LayerNorm", "output.LayerNorm")
             return Anatomy(
                 family="bert",
                 blocks="encoder.layer",
                 places=BERT_PLACES,
                 final_norm=None,
-                norms=norms,
-                ends=ends,
+                norms=("attention.output.LayerNorm", "output.LayerNorm"),
+                ends=("attention.output.dropout", "output.dropout"),
             )
         case "t5" | "mt5" if not hasattr(module, "decoder"):
             return Anatomy(
@@ -140,37 +144,39 @@ def read_anatomy(module: Any) -> Anatomy:
             )
         case _:
             raise EncoderError(
-                f"{type(module).__name__} ({kind}) cannot be seen as a tower; supported are "
+                f"{type(module).__name__} ({model_type}) cannot be seen as a tower; supported are "
                 f"{SUPPORTED}"
             )
 
 
 def _timm_anatomy(module: Any) -> Anatomy:
+    # Blocks of other designs (parallel branches) have no single norm before the attention.
     if not all(hasattr(block, "norm1") and hasattr(block, "attn") for block in module.blocks):
         name = type(module.blocks[0]).__name__
         raise EncoderError(
             f"timm blocks of the kind {name} cannot be seen as a tower's; supported are {SUPPORTED}"
         )
-    norm = "norm" if not isinstance(module.norm, nn.Identity) else None
+    final_norm = "norm" if not isinstance(module.norm, nn.Identity) else None
     return Anatomy(
         family="timm",
         blocks="blocks",
         places=TIMM_PLACES,
-        final_norm=norm,
+        final_norm=final_norm,
         norms=("norm1", "norm2"),
     )
 
 
-def _hf_vision_anatomy(module: Any, kind: str) -> Anatomy:
+def _hf_vision_anatomy(module: Any, model_type: str) -> Anatomy:
+    # ViT, DeiT and BEiT hold their blocks themselves, DINOv2 has an encoder that holds them.
     blocks = "layers" if hasattr(module, "layers") else "encoder.layer"
-    norms = (
-        ("norm1", "norm2") if kind.startswith("dinov2") else ("layernorm_before", "layernorm_after")
-    )
-    norm = "layernorm" if not isinstance(module.layernorm, nn.Identity) else None
+    norms = ("layernorm_before", "layernorm_after")
+    if model_type.startswith("dinov2"):
+        norms = ("norm1", "norm2")
+    final_norm = "layernorm" if not isinstance(module.layernorm, nn.Identity) else None
     return Anatomy(
-        family="hf-beit" if kind == "beit" else "hf-vit",
+        family="hf-beit" if model_type == "beit" else "hf-vit",
         blocks=blocks,
         places=HF_VISION_PLACES,
-        final_norm=norm,
+        final_norm=final_norm,
         norms=norms,
     )

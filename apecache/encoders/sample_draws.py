@@ -1,7 +1,7 @@
-"""Random draws that belong to a sample: dropout masks that no slice, process or padding changes.
+"""Draw dropout masks by sample, so that no slice, process or padding changes them.
 
 A mask is a hash of (seed, number of the draw in the forward pass, sample, position within the
-sample), so a sample gets the same mask in whatever company it is encoded.
+sample). A sample therefore gets the same mask whichever samples it is encoded with.
 """
 
 import math
@@ -19,25 +19,26 @@ WORD_BITS = 64
 LANES = 4
 """Draws of 16 bits in one word."""
 LEVELS = 2**16
+# The increment and the multipliers of SplitMix64 (Steele, Lea and Flood 2014), as signed integers,
+# since torch has no unsigned arithmetic.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**WORD_BITS
-"""Increment and multipliers of SplitMix64 (Steele, Lea and Flood 2014), as signed integers."""
 FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**WORD_BITS
 SECOND_FACTOR = 0x94D049BB133111EB - 2**WORD_BITS
 _active: ContextVar["SampleDraws | None"] = ContextVar("apecache_sample_draws", default=None)
 
 
 class SampleDraws(TorchFunctionMode):
-    """Within it, dropout, attention dropout and stochastic depth draw by sample.
+    """Make dropout, attention dropout and stochastic depth draw by sample within this context.
 
-    Torch functions that draw in another way, or on tensors whose rows are no samples, draw from
-    torch's generators as they always do: a caller sees that by the state of these.
+    Torch functions that draw in another way, or for tensors whose rows are not samples, use torch's
+    generators as always. A caller can detect that by the generators' state.
 
     Args:
-        seed: of the step; other steps need other ones.
+        seed: of the step; every step needs another one.
         samples: numbers of the samples in the whole batch. The first dimension of every tensor that
-            is drawn for is as long, or k times as long with the k rows of a sample one after
-            another.
-        n_draws: draws of the forward pass that came before.
+            is drawn for has this length, or k times this length with the k rows of a sample one
+            after another.
+        n_draws: how many draws of the forward pass came before.
     """
 
     def __init__(self, seed: int, samples: range, n_draws: int = 0) -> None:
@@ -63,9 +64,10 @@ class SampleDraws(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        keywords = kwargs or {}
         draw = _DRAWS.get(func)
-        drawn = None if draw is None else draw(self, *args, **kwargs or {})
-        return func(*args, **kwargs or {}) if drawn is None else drawn
+        result = None if draw is None else draw(self, *args, **keywords)
+        return func(*args, **keywords) if result is None else result
 
     def keep(
         self,
@@ -73,49 +75,58 @@ class SampleDraws(TorchFunctionMode):
         drop_rate: float,
         device: torch.device,
     ) -> tuple[Tensor, float] | None:
-        """Draw what stays.
+        """Draw which elements stay.
 
         Returns:
             A bool tensor of that shape, and the exact share that stays (rates are rounded to 1 /
-            65,536); None where the rows are no samples.
+            65,536); None where the rows are not samples.
         """
         words = self._words(shape, device)
         if words is None:
             return None
         n_dropped = round(drop_rate * LEVELS)
         lanes = words.view(torch.int16)[..., : shape[-1]]
+        # int16 lanes are signed: their lowest value is -LEVELS / 2.
         return lanes >= n_dropped - LEVELS // 2, 1 - n_dropped / LEVELS
 
     def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """Draw float64 in [0, 1), of 24 bits; None where the rows are no samples."""
+        """Draw float64 in [0, 1), of 24 bits; None where the rows are not samples."""
         words = self._words((*shape[:-1], LANES * shape[-1]), device) if shape else None
-        return None if words is None else _shifted(words, 40).double() / 2**24
+        if words is None:
+            return None
+        # The highest 24 bits: they fit the mantissa of a float32.
+        return _shifted(words, 40).double() / 2**24
 
     def _words(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """int64, of that shape with a quarter of its last dimension."""
+        """Hash int64 words: of that shape, with a quarter of its last dimension, rounded up."""
         if len(shape) < 2 or shape[0] % len(self.samples):
             return None
         self.n_draws += 1
-        each = shape[0] // len(self.samples)
-        first = each * self.samples.start
-        last = each * self.samples.stop
+        rows_per_sample = shape[0] // len(self.samples)
+        first_row = rows_per_sample * self.samples.start
+        last_row = rows_per_sample * self.samples.stop
         key = torch.tensor(_signed(self.seed + self.n_draws * GOLDEN), device=device)
-        key = _mix(_mix(key) + GOLDEN * torch.arange(first + 1, last + 1, device=device))
-        for size in (*shape[1:-1], -(-shape[-1] // LANES)):
-            key = _mix(key.unsqueeze(-1) + GOLDEN * torch.arange(1, size + 1, device=device))
+        rows = torch.arange(first_row + 1, last_row + 1, device=device)
+        key = _mix(_mix(key) + GOLDEN * rows)
+        n_words = -(-shape[-1] // LANES)
+        # One dimension after the other: a position's word does not depend on the sizes, so
+        # padding changes no mask.
+        for size in (*shape[1:-1], n_words):
+            positions = torch.arange(1, size + 1, device=device)
+            key = _mix(key.unsqueeze(-1) + GOLDEN * positions)
         return key
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Make the `context_fn` of a checkpointed block: when it is run again in the backward pass,
-    perhaps by another thread, it draws the same."""
+    """Return the two contexts of a checkpointed block: of its first run and of its second.
+
+    The block draws the same when the backward pass runs it again, perhaps in another thread.
+    """
     active = _active.get()
-    again = (
-        nullcontext()
-        if active is None
-        else SampleDraws(active.seed, active.samples, active.n_draws)
-    )
-    return nullcontext(), again
+    if active is None:
+        return nullcontext(), nullcontext()
+    # n_draws as it is now: the second run begins with the number that the first one begins with.
+    return nullcontext(), SampleDraws(active.seed, active.samples, active.n_draws)
 
 
 # --- the functions that draw ----------------------------------------------------------------------
@@ -128,15 +139,17 @@ def _dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> Tensor | None:
+    # Nothing is drawn here, so torch's own function gives the same in every slice.
     if not training or p == 0 or p == 1:
         return None
-    drawn = draws.keep(x.shape, p, x.device)
-    if drawn is None:
+    draw = draws.keep(x.shape, p, x.device)
+    if draw is None:
         return None
-    kept, share = drawn
+    keep_mask, keep_share = draw
     if inplace:
-        return x.mul_(1 / share).mul_(kept)
-    return x * (1 / share) * kept
+        return x.mul_(1 / keep_share).mul_(keep_mask)
+    # Scaled before it is masked, as above, so that both forms round alike.
+    return x * (1 / keep_share) * keep_mask
 
 
 def _attention(
@@ -150,8 +163,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Attention with dropout as plain products: the fused kernels draw masks that nobody else can
-    draw."""
+    """Compute attention with dropout as plain products.
+
+    The fused kernels cannot be used: they draw masks of their own.
+    """
     if dropout_p == 0 or dropout_p == 1 or enable_gqa or is_causal:
         return None
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -171,13 +186,14 @@ def _bernoulli(
     *,
     generator: Any = None,
 ) -> Tensor | None:
-    """timm's stochastic depth."""
-    drawn = (
-        None
-        if generator is not None or isinstance(p, Tensor)
-        else draws.keep(x.shape, 1 - p, x.device)
-    )
-    return None if drawn is None else x.copy_(drawn[0])
+    """Draw timm's stochastic depth, in place."""
+    if generator is not None or isinstance(p, Tensor):
+        return None
+    draw = draws.keep(x.shape, 1 - p, x.device)
+    if draw is None:
+        return None
+    keep_mask, _ = draw
+    return x.copy_(keep_mask)
 
 
 def _rand(
@@ -185,14 +201,16 @@ def _rand(
     *shape: Any,
     dtype: Any = None,
     device: Any = None,
-    **others: Any,
+    **options: Any,
 ) -> Tensor | None:
-    """transformers' stochastic depth."""
-    if others.get("generator") is not None or others.get("out") is not None:
+    """Draw transformers' stochastic depth."""
+    if options.get("generator") is not None or options.get("out") is not None:
         return None
-    sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    drawn = draws.uniform(sizes, torch.device(device or "cpu"))
-    return None if drawn is None else drawn.to(dtype or torch.get_default_dtype())
+    # torch.rand takes its sizes one by one or as one sequence.
+    is_sequence = len(shape) == 1 and not isinstance(shape[0], int)
+    draw_shape = tuple(shape[0]) if is_sequence else shape
+    draw = draws.uniform(draw_shape, torch.device(device or "cpu"))
+    return None if draw is None else draw.to(dtype or torch.get_default_dtype())
 
 
 _DRAWS: dict[Any, Callable[..., Tensor | None]] = {
@@ -207,7 +225,7 @@ _DRAWS: dict[Any, Callable[..., Tensor | None]] = {
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer, in the tensor itself."""
+    """Apply SplitMix64's finalizer, in place."""
     x ^= _shifted(x, 30)
     x *= FIRST_FACTOR
     x ^= _shifted(x, 27)
@@ -217,11 +235,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, n_bits: int) -> Tensor:
-    """To the right, without the sign."""
+    """Shift to the right as an unsigned integer."""
+    # torch's int64 shift copies the sign bit, so the copies are masked off.
     return (x >> n_bits).bitwise_and_(2 ** (WORD_BITS - n_bits) - 1)
 
 
 def _signed(x: int) -> int:
-    """The lowest 64 bits as a signed integer."""
+    """Return the lowest 64 bits as a signed integer."""
     half = 1 << (WORD_BITS - 1)
     return (x + half) % (2 * half) - half

@@ -1,4 +1,4 @@
-"""Names of encoders: what people type, and what a store keeps to find them again."""
+"""Parse the names of encoders: as people type them, and as a store keeps them."""
 
 import os
 import re
@@ -16,102 +16,99 @@ ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
 DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
-"""The file that makes a local folder one of the library's; config.json in the others."""
+"""The file that marks a local folder as one of the library's; config.json in all others."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """`timm:NAME@REV`, `hf:ID@REV`, `open_clip:NAME/TAG` or `st:ID@REV` (sentence-transformers); a
-    local folder stands in place of the name.
+    """Name an encoder and the features to take from it.
 
-    `pooling`: `default` is the encoder's own (timm's head, a sentence-transformers folder's pooling
-    file, SigLIP's attention pooling, CLIP's projection, else CLS for images and the
-    attention-masked mean for text); `cls+mean` is CLS and mean patch (or word) one after the other,
-    `tokens` all of them. `layer`: after how many blocks, before the final norm; negative counts
-    from the end (-1: after the last); None: the model's output. `resolution` in pixels and
-    `max_tokens` override what the encoder's files say. `prefix` is put before every text (E5:
-    `query: `; None: what the encoder's files or name ask for). `resize`: `torchvision` decodes and
-    resizes on uint8 tensors, faster and different in the last bits. `dtype` is that of the
-    computation; features are stored as float16.
+    Written as `timm:NAME@REV`, `hf:ID@REV`, `open_clip:NAME/TAG` or `st:ID@REV`
+    (sentence-transformers).
     """
 
     library: str
     name: str
+    """A name that the library knows, or a local folder."""
     modality: Modality
     revision: str | None = None
     pooling: Pooling = "default"
+    """`default` is the encoder's own: timm's head, a sentence-transformers folder's pooling file,
+    SigLIP's attention pooling, CLIP's projection, else CLS for images and the attention-masked mean
+    for text. `cls+mean` is CLS followed by the mean patch (or word), `tokens` all tokens."""
     resolution: int | None = None
+    """Pixels; None: what the encoder's files say."""
     max_tokens: int | None = None
+    """None: what the encoder's files say."""
     dtype: ComputeDtype = "float32"
+    """Of the computation; `ExtractSpec.storage_dtype` is that of the stored features."""
     layer: int | None = None
+    """Number of blocks before the cut, which is before the final norm; a negative one counts from
+    the end (-1: after the last block). None: the model's output."""
     prefix: str | None = None
+    """Put before every text; None: what the encoder's files or name ask for (E5: `query: `)."""
     resize: Resize = "reference"
+    """`torchvision` decodes and resizes on uint8 tensors: faster, and other last bits."""
 
     @property
     def folder(self) -> Path | None:
-        """The local folder, if the name is one (absolute, `./`, `../`, `~`, or an existing
-        folder)."""
+        """Return the local folder, if the name is one (absolute, `./`, `../`, `~`, or existing)."""
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
     @property
     def slug(self) -> str:
-        """A name safe as a folder and as a Zarr group: the last part of a local folder, a hub id
-        with `--` for `/`."""
-        name = self.folder.resolve().name if self.folder else self.name.replace("/", "--")
-        parts = [name, "" if self.pooling == "default" else self.pooling]
-        parts += [
-            f"layer{self.layer}" if self.layer is not None else "",
-            self.resize.removeprefix("reference"),
-        ]
-        parts += [f"prefix-{self.prefix}" if self.prefix is not None else ""]
-        parts += [
-            f"{self.resolution}px" if self.resolution else "",
-            f"{self.max_tokens}t" if self.max_tokens else "",
-        ]
-        parts += ["" if self.dtype == "float32" else self.dtype]
-        return (
-            re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(p for p in parts if p)).strip(".-")[:100]
-            or "encoder"
-        )
+        """Return a name that is safe as a folder and as a Zarr group.
+
+        It begins with the last component of a local folder, or a hub id with `--` for `/`, and ends
+        with the settings that are not defaults.
+        """
+        folder = self.folder
+        words = [folder.resolve().name if folder else self.name.replace("/", "--")]
+        words.append("" if self.pooling == "default" else self.pooling)
+        words.append(f"layer{self.layer}" if self.layer is not None else "")
+        words.append("" if self.resize == "reference" else self.resize)
+        words.append(f"prefix-{self.prefix}" if self.prefix is not None else "")
+        words.append(f"{self.resolution}px" if self.resolution else "")
+        words.append(f"{self.max_tokens}t" if self.max_tokens else "")
+        words.append("" if self.dtype == "float32" else self.dtype)
+        joined = "-".join(word for word in words if word)
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", joined).strip(".-")
+        return slug[:100] or "encoder"
 
     def __str__(self) -> str:
         return f"{self.library}:{self.name}" + (f"@{self.revision}" if self.revision else "")
 
     def with_name(self, text: str) -> "EncoderSpec":
-        """The same settings for an encoder that now has the name `text` (a local folder that has
-        moved)."""
+        """Return the same settings for an encoder that now has another name.
+
+        Args:
+            text: as `parse_encoder` takes it, such as the folder that a local encoder has moved to.
+        """
         other = parse_encoder(text, self.modality)
         return replace(self, library=other.library, name=other.name, revision=other.revision)
 
 
 def spec_from_json(value: object) -> EncoderSpec:
-    """A spec as a store or a head keeps it (`dataclasses.asdict`).
+    """Read a spec as a store or a head keeps it (`dataclasses.asdict`).
 
     Raises:
-        EncoderError: not what an apecache has written.
+        EncoderError: not what apecache writes.
     """
     try:
         spec = EncoderSpec(**value)  # type: ignore[arg-type]
-        texts = (
-            spec.library,
-            spec.name,
-            *(text for text in (spec.revision, spec.prefix) if text is not None),
-        )
-        sizes = [
-            size for size in (spec.resolution, spec.max_tokens, spec.layer) if size is not None
-        ]
-        known = (
+        has_known_choices = (
             spec.modality in get_args(Modality)
             and spec.pooling in POOLINGS
             and spec.dtype in get_args(ComputeDtype)
             and spec.resize in get_args(Resize)
         )
-        if (
-            not known
-            or not all(type(text) is str for text in texts)
-            or not all(type(size) is int for size in sizes)
-        ):
+        optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]
+        has_texts = all(type(text) is str for text in (spec.library, spec.name, *optional_texts))
+        numbers = (spec.resolution, spec.max_tokens, spec.layer)
+        # type() and not isinstance: JSON's true is no number of pixels.
+        has_numbers = all(type(number) is int for number in numbers if number is not None)
+        if not (has_known_choices and has_texts and has_numbers):
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
@@ -123,17 +120,17 @@ def spec_from_json(value: object) -> EncoderSpec:
 
 
 def looks_local(name: str) -> bool:
+    """Tell whether a name can only be a local folder."""
     return name.startswith(("/", "./", "../", "~")) or name in (".", "..")
 
 
 def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
-    """`timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
+    """Parse `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
     `timm:/folder`, …
 
     Raises:
         EncoderError: no or an unknown library, an empty name, a library without encoders of that
-            modality, or a local
-        folder that is not there.
+            modality, or a local folder that does not exist.
     """
     require_type(text, str, "text")
     if modality not in ("image", "text"):
@@ -151,6 +148,7 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
             f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
         )
     revision = None
+    # A folder's path may hold an @ of its own.
     if not looks_local(name) and not os.path.isdir(name):
         name, _, revision = name.partition("@")
     if not name:
@@ -163,16 +161,19 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
 
 
 def parse_cut(text: str) -> tuple[Pooling, int | None]:
-    """`POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+    """Parse `POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+
+    Returns:
+        The pooling, and the layer or None.
 
     Raises:
-        OptionError: an unknown pooling, or a layer that is no whole number.
+        OptionError: an unknown pooling, or a layer that is not a whole number.
     """
     pooling, at, layer = text.partition("@")
     if pooling not in POOLINGS or (at and not re.fullmatch(r"-?\d+", layer)):
-        known = ", ".join(POOLINGS)
+        pooling_names = ", ".join(POOLINGS)
         raise OptionError(
-            f"cut {text!r}: expected one of {known}, with @LAYER or "
+            f"cut {text!r}: expected one of {pooling_names}, with @LAYER or "
             f"without{nearest(pooling, POOLINGS)}"
         )
     if pooling == "default" and at:
@@ -183,12 +184,11 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
 
 
 def missing_folder(folder: Path, description: str) -> str:
+    """Say what is wrong with a local folder: it does not exist, or it has no `description` file."""
     if not os.path.isdir(folder):
-        siblings = (
-            [p.name for p in folder.parent.iterdir() if p.is_dir()]
-            if folder.parent.is_dir()
-            else []
-        )
+        siblings: list[str] = []
+        if folder.parent.is_dir():
+            siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
         return f"there is no folder {folder}{nearest(folder.name, siblings)}"
     return (
         f"folder {folder} has no {description}, so it is not a saved model; save one with "

@@ -1,7 +1,6 @@
-"""One view of vision transformers and BERT-like text encoders: embeddings -> blocks[0..n) -> norm
--> pool.
+"""View vision transformers and BERT-like text encoders alike: embeddings, blocks, norm, pooling.
 
-Cuts, adapters and freezing rules address the same named parts in all of them. Nothing of the
+Cuts, adapters and freezing rules address the same named parts in all of them. No code of the
 libraries is copied: a tower calls their own modules one after the other, so its output equals their
 `forward`. Neither library is imported.
 """
@@ -32,23 +31,27 @@ MASKED = -65504.0
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One parameter (of a BERT-like token table: all rows but the CLS row, or that row alone).
+    """Describe one parameter of a tower or a head.
 
-    `depth`: index of its block, -1 for the embeddings, n_blocks for what comes after. `count`:
-    numbers it holds.
+    A BERT-like token table is two of them: all rows but the CLS row, and that row alone.
     """
 
     name: str
     place: Place
     depth: int
+    """Index of its block; -1 for the embeddings, n_blocks for what comes after the blocks."""
     count: int
+    """How many numbers it holds."""
     norm: bool
     bias: bool
 
 
 class RowEmbedding(nn.Module):
-    """A token table of which one row lies apart: `row` and `weight` can be trained without one
-    another, and the row alone costs no gradient of the table."""
+    """Look up a token table of which one row is a parameter of its own.
+
+    `row` and `weight` can be trained independently, and training the row alone costs no gradient of
+    the table.
+    """
 
     def __init__(self, table: nn.Embedding, index: int) -> None:
         super().__init__()
@@ -58,12 +61,15 @@ class RowEmbedding(nn.Module):
         self.row = nn.Parameter(table.weight[index].detach().clone())
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [n, length] -> [n, length, dim]."""
         rows = nn.functional.embedding(ids, self.weight, self.padding_idx)
-        return torch.where((ids == self.index).unsqueeze(-1), self.row.to(rows.dtype), rows)
+        is_row = (ids == self.index).unsqueeze(-1)
+        # The table's dtype decides, should the two differ.
+        return torch.where(is_row, self.row.to(rows.dtype), rows)
 
     @torch.no_grad()
     def join(self) -> nn.Embedding:
-        """An ordinary table with the row back in its place; it shares this one's memory."""
+        """Return an ordinary table with the row back in its place; it shares this one's memory."""
         self.weight[self.index] = self.row
         n_tokens, dim = self.weight.shape
         table = nn.Embedding(
@@ -72,19 +78,20 @@ class RowEmbedding(nn.Module):
             padding_idx=self.padding_idx,
             _weight=self.weight.detach(),
         )
+        # The parameter object itself: requires_grad and optimizers belong to the object.
         table.weight = self.weight
         return table
 
 
 class Tower(nn.Module):
-    """`module`: the library's model. `adapters`: what recipes/adapters.py puts in; `adapters.deep`,
-    if there, is a block that runs after the library's own. `checkpointing`: blocks are run again in
-    the backward pass instead of being kept. `pixels`: size of the images that preprocessing gives,
-    if known. Outputs: the module's dtype, not normalised.
+    """View the library's model as a tower, with any adapters that were put in.
+
+    Outputs have the module's dtype and are not normalized.
     """
 
     module: Any
-    adapter_spec: Any  # an AdapterSpec of recipes/towers.py, which this stage does not know
+    """The library's model."""
+    adapter_spec: Any  # an AdapterSpec of the recipes, which this stage does not import
 
     def __init__(
         self,
@@ -101,16 +108,19 @@ class Tower(nn.Module):
         self.pooling = pooling
         self.cls_id = cls_id
         self.adapters = nn.ModuleDict()
+        """By kind; `deep` is a block that runs after the library's own."""
         self.adapter_spec = None
         self.adapter_hooks: list[RemovableHandle] = []
         self.checkpointing = False
+        """Blocks are run again in the backward pass, and their activations are not kept."""
         self.pixels: tuple[int, int] | None = None
+        """(height, width) of the images that preprocessing gives, if known."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The library's own blocks, shallowest first."""
-        found: Sequence[nn.Module] = self.module.get_submodule(self.anatomy.blocks)
-        return found
+        """Return the library's own blocks, shallowest first."""
+        blocks: Sequence[nn.Module] = self.module.get_submodule(self.anatomy.blocks)
+        return blocks
 
     @property
     def n_blocks(self) -> int:
@@ -118,7 +128,7 @@ class Tower(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Width of the tokens."""
+        """Return the width of the tokens."""
         match self.anatomy.family:
             case "timm" | "timm-beit":
                 return int(self.module.embed_dim)
@@ -127,15 +137,14 @@ class Tower(nn.Module):
 
     @property
     def output_dim(self) -> int:
-        """Width of the pooled output: timm's own head may be wider than the tokens."""
+        """Return the width of the pooled output; timm's own head may be wider than the tokens."""
         if self.pooling == "default":
             return int(getattr(self.module, "head_hidden_size", self.dim))
         return 2 * self.dim if self.pooling == "cls+mean" else self.dim
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: `pixels` if it is set, else that which the image tower was
-        made for."""
+        """Return (height, width): `pixels` if set, else the size that the tower was made for."""
         if self.pixels is not None:
             return self.pixels
         match self.anatomy.family:
@@ -149,24 +158,39 @@ class Tower(nn.Module):
     # --- running ----------------------------------------------------------------------------------
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pixels [n, 3, height, width], or token ids and their mask int64 [n, length] -> [n,
-        dim]."""
+        """Run the whole tower.
+
+        Args:
+            inputs: pixels [n, 3, height, width], or token ids int64 [n, length].
+            mask: int64 [n, length] for token ids, 0 for padding.
+
+        Returns:
+            [n, output_dim].
+        """
         return self.forward_from(0, self.embed(inputs), mask)
 
     def run_to(self, cut: Cut, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What lies below the cut: tokens [n, length, dim], or the pooled output [n, dim]."""
+        """Run what lies below the cut: tokens [n, length, dim], or the pooled output [n, dim]."""
         if cut == "pooled":
             return self(inputs, mask)  # type: ignore[no-any-return]
         return self._run(self.embed(inputs), range(self._checked(cut)), mask)
 
     def forward_from(self, cut: Cut, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What lies above the cut: tokens [n, length, dim] (or the pooled output, returned as it
-        is) -> [n, dim]."""
+        """Run what lies above the cut.
+
+        Args:
+            hidden: what `run_to` gives; the pooled output is returned unchanged.
+
+        Returns:
+            [n, output_dim].
+        """
         if cut == "pooled":
             return hidden
-        hidden = self._run(hidden, range(self._checked(cut), self.n_blocks), mask)
+        depths = range(self._checked(cut), self.n_blocks)
+        hidden = self._run(hidden, depths, mask)
         if "deep" in self.adapters:
-            hidden = self._call(self.adapters["deep"], hidden, self._context(hidden, mask))
+            context = self._context(hidden, mask)
+            hidden = self._call(self.adapters["deep"], hidden, context)
         return self.pool(self.normalise(hidden), mask)
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -178,13 +202,15 @@ class Tower(nn.Module):
                 return module.norm_pre(module.patch_drop(tokens))  # type: ignore[no-any-return]
             case "timm-beit":
                 patches = module.patch_embed(inputs)
-                tokens = torch.cat((module.cls_token.expand(len(patches), -1, -1), patches), dim=1)
+                cls_tokens = module.cls_token.expand(len(patches), -1, -1)
+                tokens = torch.cat((cls_tokens, patches), dim=1)
                 if module.pos_embed is not None:
                     tokens = tokens + module.pos_embed
                 return module.pos_drop(tokens)  # type: ignore[no-any-return]
             case "hf-vit":
-                fixed = module.config.model_type in ("vit", "deit")
-                options = {"interpolate_pos_encoding": True} if fixed else {}
+                # The others interpolate their positions without being asked.
+                is_fixed_size = module.config.model_type in ("vit", "deit")
+                options = {"interpolate_pos_encoding": True} if is_fixed_size else {}
                 return module.embeddings(inputs, **options)  # type: ignore[no-any-return]
             case "hf-beit":
                 return module.embeddings(inputs)  # type: ignore[no-any-return]
@@ -194,27 +220,27 @@ class Tower(nn.Module):
                 return module.encoder.dropout(module.shared(inputs))  # type: ignore[no-any-return]
 
     def normalise(self, hidden: Tensor) -> Tensor:
-        """The final norm, where there is one."""
+        """Apply the final norm, where there is one."""
         if self.anatomy.final_norm is None:
             return hidden
-        normed: Tensor = self.module.get_submodule(self.anatomy.final_norm)(hidden)
+        final_norm = self.module.get_submodule(self.anatomy.final_norm)
+        normed: Tensor = final_norm(hidden)
         return self.module.encoder.dropout(normed) if self.anatomy.family == "t5" else normed
 
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens after the final norm -> [n, output_dim]: timm's own head for `default`, else as in
-        extraction."""
+        """Pool tokens after the final norm -> [n, output_dim].
+
+        `default` is timm's own head; all others are pooled as in extraction.
+        """
         if self.pooling == "default":
             return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
-        return pool_tokens(
-            tokens,
-            mask=mask,
-            pooling=self.pooling,
-            n_prefix=self.n_prefix if self.modality == "image" else 0,
-        )
+        # A text's CLS token is a word to the mean; an image's CLS and registers are no patches.
+        n_prefix = self.n_prefix if self.modality == "image" else 0
+        return pool_tokens(tokens, mask=mask, pooling=self.pooling, n_prefix=n_prefix)
 
     @property
     def n_prefix(self) -> int:
-        """Tokens before the first patch: CLS, distillation and register tokens."""
+        """Count the tokens before the first patch: CLS, distillation and register tokens."""
         match self.anatomy.family:
             case "timm" | "timm-beit":
                 return int(getattr(self.module, "num_prefix_tokens", 1))
@@ -237,43 +263,39 @@ class Tower(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
     def _context(self, hidden: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """What every block takes beside the tokens."""
+        """Return the keywords that every block takes beside the tokens."""
         module = self.module
         length = hidden.shape[1]
         match self.anatomy.family:
             case "timm" | "hf-vit":
                 return {}
             case "timm-beit":
-                return {
-                    "shared_rel_pos_bias": None
-                    if module.rel_pos_bias is None
-                    else module.rel_pos_bias()
-                }
+                bias = None if module.rel_pos_bias is None else module.rel_pos_bias()
+                return {"shared_rel_pos_bias": bias}
             case "hf-beit":
                 return self._beit_context(length)
             case "bert":
                 return {"attention_mask": _additive(mask, hidden)}
             case "t5":
-                bias = (
-                    module.encoder.block[0]
-                    .layer[0]
-                    .SelfAttention.compute_bias(length, length, hidden.device)
-                )
+                # The table of positions lies in the first block and serves all blocks.
+                first_attention = module.encoder.block[0].layer[0].SelfAttention
+                position_bias = first_attention.compute_bias(length, length, hidden.device)
                 return {
                     "attention_mask": _additive(mask, hidden),
-                    "position_bias": bias.to(hidden.dtype),
+                    "position_bias": position_bias.to(hidden.dtype),
                 }
 
     def _beit_context(self, length: int) -> dict[str, Any]:
-        """Tokens after a cut do not say their shape any more: the image is taken for a square
-        one."""
-        size = round((length - 1) ** 0.5)
-        patch = self.module.config.patch_size
+        # Tokens after a cut do not say their shape any more: the image is taken to be square.
+        grid_size = round((length - 1) ** 0.5)
+        patch_size = self.module.config.patch_size
+        image_size = grid_size * patch_size
         shared = self.module.shared_position_bias
-        bias = None if shared is None else shared((size, size), dim_size=length)
-        return {"attention_mask": bias, "resolution": (size * patch, size * patch)}
+        bias = None if shared is None else shared((grid_size, grid_size), dim_size=length)
+        return {"attention_mask": bias, "resolution": (image_size, image_size)}
 
     def _checked(self, cut: int) -> int:
+        """Return the cut, or raise EncoderError if the tower has fewer blocks."""
         if not 0 <= cut <= self.n_blocks:
             raise EncoderError(
                 f"cut {cut}: the tower has {self.n_blocks} blocks; give 0 to {self.n_blocks} "
@@ -284,118 +306,120 @@ class Tower(nn.Module):
     # --- parts ------------------------------------------------------------------------------------
 
     def parts(self) -> list[Part]:
-        """Every parameter between input and output, in the library's order, then the adapters'."""
-        own = [
-            part
-            for name, parameter in self.module.named_parameters()
-            for part in self._parts_of(name, parameter)
-        ]
-        return own + [
-            self._adapter_part(name, parameter.numel())
-            for name, parameter in self.adapters.named_parameters()
-        ]
+        """List every parameter between input and output.
+
+        Returns:
+            The library's parameters in its order, then those of the adapters.
+        """
+        tower_parts: list[Part] = []
+        for name, parameter in self.module.named_parameters():
+            tower_parts += self._parts_of(name, parameter)
+        for name, parameter in self.adapters.named_parameters():
+            tower_parts.append(self._adapter_part(name, parameter.numel()))
+        return tower_parts
 
     def parameter(self, part: Part) -> nn.Parameter:
-        """The parameter that holds a part; for the CLS row of a whole token table that is the
+        """Return the parameter that holds a part; for the CLS row of a whole token table, the
         table."""
         if part.place == "adapter":
-            return self.adapters.get_parameter(part.name.removeprefix("adapters."))
-        found: nn.Parameter = self.module.get_parameter(part.name.removesuffix("[cls]"))
-        return found
+            adapter_name = part.name.removeprefix("adapters.")
+            return self.adapters.get_parameter(adapter_name)
+        parameter: nn.Parameter = self.module.get_parameter(part.name.removesuffix("[cls]"))
+        return parameter
 
     def _adapter_part(self, name: str, count: int) -> Part:
-        """Adapters within block k are named `KIND.k.…`; the deep one lies above all blocks."""
-        kind, depth, *_ = name.split(".")
+        """Describe an adapter's parameter, named `KIND.k.…` within block k.
+
+        The deep adapter lies above all blocks.
+        """
+        adapter_kind, depth, *_ = name.split(".")
         bias = name.endswith(".bias")
         return Part(
             name=f"adapters.{name}",
             place="adapter",
-            depth=self.n_blocks if kind == "deep" else int(depth),
+            depth=self.n_blocks if adapter_kind == "deep" else int(depth),
             count=count,
             norm=False,
             bias=bias,
         )
 
     def _parts_of(self, name: str, parameter: nn.Parameter) -> list[Part]:
-        place, depth = self._place(name)
-        if place is None or name.endswith(TABLE_ROW):
-            return (
-                []
-                if place is None
-                else [
-                    Part(
-                        name=name,
-                        place="cls",
-                        depth=-1,
-                        count=parameter.numel(),
-                        norm=False,
-                        bias=False,
-                    )
-                ]
+        """Describe one parameter of the library: as no part, one part, or a table and its CLS
+        row."""
+        tower_place, depth = self._place(name)
+        if tower_place is None:
+            return []
+        n_numbers = parameter.numel()
+        if name.endswith(TABLE_ROW):
+            row = Part(name=name, place="cls", depth=-1, count=n_numbers, norm=False, bias=False)
+            return [row]
+        is_norm = self._is_norm(name)
+        is_bias = name.rpartition(".")[2] in ("bias", "q_bias", "k_bias", "v_bias")
+        if tower_place != "token_embedding" or self.cls_id is None:
+            whole_parameter = Part(
+                name=name,
+                place=tower_place,
+                depth=depth,
+                count=n_numbers,
+                norm=is_norm,
+                bias=is_bias,
             )
-        kind = (
-            self._is_norm(name),
-            name.rpartition(".")[2] in ("bias", "q_bias", "k_bias", "v_bias"),
-        )
-        count = parameter.numel()
+            return [whole_parameter]
         width = parameter.shape[-1] if parameter.ndim else 1
-        if place != "token_embedding" or self.cls_id is None:
-            norm_value, bias_value = kind
-            return [
-                Part(
-                    name=name,
-                    place=place,
-                    depth=depth,
-                    count=count,
-                    norm=norm_value,
-                    bias=bias_value,
-                )
-            ]
-        norm, bias = kind
-        table = Part(name=name, place=place, depth=depth, count=count - width, norm=norm, bias=bias)
-        return (
-            [table]
-            if self.has_split_cls
-            else [
-                table,
-                Part(
-                    name=f"{name}[cls]",
-                    place="cls",
-                    depth=-1,
-                    count=width,
-                    norm=kind[0],
-                    bias=kind[1],
-                ),
-            ]
+        # Where the row is split off, the table still holds its old values, which nothing reads.
+        table = Part(
+            name=name,
+            place=tower_place,
+            depth=depth,
+            count=n_numbers - width,
+            norm=is_norm,
+            bias=is_bias,
         )
+        if self.has_split_cls:
+            return [table]
+        cls_row = Part(
+            name=f"{name}[cls]",
+            place="cls",
+            depth=-1,
+            count=width,
+            norm=is_norm,
+            bias=is_bias,
+        )
+        return [table, cls_row]
 
     def _place(self, name: str) -> tuple[Place | None, int]:
+        """Return what a parameter belongs to, and its depth as in `Part`; (None, -1) if neither."""
         if name.startswith("fc_norm.") and self.pooling != "default":
             return None, -1  # belongs to timm's own head
-        for beginning, place in self.anatomy.places.items():
+        for beginning, tower_place in self.anatomy.places.items():
             if name.startswith(beginning):
-                return place, self.n_blocks if place == "final_norm" else -1
-        if name.startswith(f"{self.anatomy.blocks}."):
-            return "block", int(name.removeprefix(f"{self.anatomy.blocks}.").partition(".")[0])
+                depth = self.n_blocks if tower_place == "final_norm" else -1
+                return tower_place, depth
+        blocks_prefix = f"{self.anatomy.blocks}."
+        if name.startswith(blocks_prefix):
+            block_index, *_ = name.removeprefix(blocks_prefix).split(".")
+            return "block", int(block_index)
         return None, -1
 
     def _is_norm(self, name: str) -> bool:
         owner = self.module.get_submodule(name.rpartition(".")[0])
-        return isinstance(owner, nn.LayerNorm | nn.RMSNorm) or type(owner).__name__.endswith(
-            ("LayerNorm", "RmsNorm")
-        )
+        if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
+            return True
+        # The libraries have norms of their own, such as T5LayerNorm.
+        return type(owner).__name__.endswith(("LayerNorm", "RmsNorm"))
 
     # --- the CLS row of a token table -------------------------------------------------------------
 
     @property
     def has_split_cls(self) -> bool:
+        """Whether the CLS row is a parameter of its own."""
         return isinstance(self._token_table(), RowEmbedding)
 
     def split_cls(self) -> None:
-        """Lay the CLS row of the token table apart, so that it can be trained alone.
+        """Split the CLS row off the token table, so that it can be trained alone.
 
         Raises:
-            EncoderError: no token table, or none whose CLS id is known.
+            EncoderError: the tower has no token table, or its CLS id is not known.
         """
         table = self._token_table()
         if not isinstance(table, nn.Embedding) or self.cls_id is None:
@@ -406,7 +430,8 @@ class Tower(nn.Module):
         self.module.embeddings.word_embeddings = RowEmbedding(table, self.cls_id)
 
     def join_cls(self) -> None:
-        """Put the row back: the library's model has its own form again, with the trained row."""
+        """Put the row back: the library's model has its original form again, with the trained
+        row."""
         table = self._token_table()
         if isinstance(table, RowEmbedding):
             self.module.embeddings.word_embeddings = table.join()
@@ -419,8 +444,19 @@ TABLE_ROW = "word_embeddings.row"
 
 
 def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """int64 [n, length] -> [n, 1, 1, length]: 0 where kept."""
-    return None if mask is None else (mask[:, None, None, :] == 0).to(hidden.dtype) * MASKED
+    """Return what is added to attention scores: 0 for tokens, MASKED for padding.
+
+    Args:
+        mask: int64 [n, length], 0 for padding.
+        hidden: gives the dtype.
+
+    Returns:
+        [n, 1, 1, length]; None without a mask.
+    """
+    if mask is None:
+        return None
+    is_padding = mask[:, None, None, :] == 0
+    return is_padding.to(hidden.dtype) * MASKED
 
 
 def build_tower(
@@ -429,22 +465,23 @@ def build_tower(
     pooling: Pooling = "default",
     cls_id: int | None = None,
 ) -> Tower:
-    """The view of a loaded model. `pooling` default: timm's own, CLS for transformers images, the
-    mean for text.
+    """View a loaded model as a tower.
 
-    `cls_id`: id of the text tower's first special token ([CLS]; RoBERTa's <s>); T5 has none.
+    Args:
+        pooling: `default` is timm's own, CLS for images of transformers, the mean for text.
+        cls_id: id of the text tower's first special token ([CLS]; RoBERTa's <s>); T5 has none.
 
     Raises:
-        EncoderError: an architecture that is not one of the supported ones, named with these.
+        EncoderError: an architecture that is not supported; the message names the supported ones.
     """
     anatomy = read_anatomy(module)
-    text = anatomy.family in ("bert", "t5")
-    if text != (modality == "text"):
+    is_text = anatomy.family in ("bert", "t5")
+    if is_text != (modality == "text"):
         raise EncoderError(
             f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
         )
     if pooling == "default" and not anatomy.family.startswith("timm"):
-        pooling = "mean" if text else "cls"
+        pooling = "mean" if is_text else "cls"
     if pooling == "tokens":
         raise EncoderError(
             "a tower gives one vector for each image or text, not its tokens; pool them"
@@ -463,11 +500,11 @@ def build_tower(
 
 
 def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
-    """The view of a loaded encoder, with its own pooling.
+    """View a loaded encoder as a tower, with the encoder's own pooling.
 
     Raises:
-        EncoderError: as `build_tower` does; or its features are of a layer within, which no tower
-            ends in.
+        EncoderError: as `build_tower` does; or the features are of an inner layer, where no tower
+            ends.
     """
     if encoder.spec.layer is not None:
         raise EncoderError(
@@ -476,9 +513,11 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
     if isinstance(encoder, ImageEncoder):
         return build_tower(encoder.module, "image", encoder.spec.pooling)
     inputs: Any = encoder.fingerprint.fields["inputs"]
+    # An empty text has special tokens only, and the first of them is the CLS token.
+    cls_id = encoder.tokenise([""]).ids[0][0]
     return build_tower(
         encoder.module,
         modality="text",
         pooling=inputs["pooling"],
-        cls_id=encoder.tokenise([""]).ids[0][0],
+        cls_id=cls_id,
     )

@@ -1,10 +1,9 @@
-"""Class names and templates of published benchmarks, out of the packages that keep them; none is
-copied here.
+"""Read class names and templates of published benchmarks from the packages that ship them.
 
-ImageNet and its variants: names and CLIP's templates from open_clip, WordNet ids in their order
-from timm. All others from the JSON files of clip_benchmark, which has templates for all of them,
-and class names of those whose labels are no names (Flowers, Pets, Caltech-101, EuroSAT, SVHN,
-MNIST, …); images of CIFAR, Food-101, DTD and the like come with labels that are names.
+ImageNet and its variants: names and CLIP's templates from open_clip, ordered WordNet ids from timm.
+All others: the JSON files of clip_benchmark. It has templates for all of them, and class names
+where the labels of the images are not names (Flowers, Pets, Caltech-101, EuroSAT, SVHN, MNIST, …).
+Images of CIFAR, Food-101, DTD and similar sets have labels that are names.
 """
 
 import json
@@ -23,64 +22,69 @@ ENSEMBLES = {"clip-7": "SIMPLE_IMAGENET_TEMPLATES", "clip-80": "OPENAI_IMAGENET_
 """CLIP's ensembles (Radford et al. 2021, section 3.1.4), by their names in open_clip."""
 IMAGENETS = {"imagenet1k": False, "imagenetv2": False, "imagenetsketch": False}
 IMAGENETS |= {"imageneta": True, "imagenetr": True, "imageneto": True}
-"""Whether it has a part of ImageNet's classes only; the others are no candidates then, as
-published."""
+"""Whether a variant has some of ImageNet's classes only. The other classes are then not candidates,
+as in the publications."""
 OTHER_NAMES = {
     "imagenet": "imagenet1k",
     "flowers102": "flowers",
     "oxfordpets": "pets",
     "oxfordiiitpet": "pets",
 }
+"""Other spellings of names of clip_benchmark."""
 FROM_ONE = ("flowers",)
 """Classes are numbered from 1 where they are published."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`classes` has no names where the labels of the images are the names."""
+    """Hold the classes and templates of a benchmark."""
 
     name: str
     classes: ClassNames
+    """Without names if the labels of the images are the names."""
     templates: tuple[str, ...]
+    """With `{}` for the class name."""
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """`cifar10`, `imagenet-r`, `svhn`, …; case, `-` and `_` do not matter.
+    """Load a benchmark by its name: `cifar10`, `imagenet-r`, `svhn`, ….
+
+    Case, `-` and `_` do not matter.
 
     Raises:
-        MissingExtraError: the package that keeps it is not installed. OptionError: it knows no such
-            benchmark.
+        MissingExtraError: the package that ships it is not installed.
+        OptionError: the package has no such benchmark.
     """
     require_type(name, str, "name")
-    asked = _plain(name)
-    key = OTHER_NAMES.get(asked, asked)
+    plain_name = _plain(name)
+    key = OTHER_NAMES.get(plain_name, plain_name)
     if key in IMAGENETS:
         return Benchmark(key, _imagenet(IMAGENETS[key]), clip_templates("clip-80"))
-    templates = {
-        _plain(known): values
-        for known, values in _clip_benchmark("zeroshot_classification_templates").items()
-    }
-    names = {_plain(known): values for known, values in _clip_benchmark("classnames").items()}
+    templates = _by_plain_name(_clip_benchmark("zeroshot_classification_templates"))
+    names = _by_plain_name(_clip_benchmark("classnames"))
     if key not in templates:
-        known = sorted({*templates, *IMAGENETS})
+        benchmarks = sorted({*templates, *IMAGENETS})
         raise OptionError(
             f"data set {name!r} is not known to clip_benchmark: give "
-            f"--class-names{nearest(key, known)}"
+            f"--class-names{nearest(key, benchmarks)}"
         )
     classes = ClassNames(names=tuple(names.get(key, ())), origin=key, first=int(key in FROM_ONE))
-    return Benchmark(
-        key,
-        classes,
-        tuple(template.replace("{c}", "{}") for template in templates[key]),
-    )
+    prompts = tuple(template.replace("{c}", "{}") for template in templates[key])
+    return Benchmark(key, classes, prompts)
 
 
 def clip_templates(name: str) -> tuple[str, ...]:
-    """`clip-7` or `clip-80`. Raises MissingExtraError without open_clip."""
-    return tuple(template("{}") for template in getattr(_open_clip(), ENSEMBLES[name]))
+    """Return the templates of `clip-7` or `clip-80`.
+
+    Raises:
+        MissingExtraError: open_clip is not installed.
+    """
+    templates = getattr(_open_clip(), ENSEMBLES[name])
+    # In open_clip a template is a function of the class name.
+    return tuple(template("{}") for template in templates)
 
 
-def _imagenet(part: bool) -> ClassNames:
+def _imagenet(present_only: bool) -> ClassNames:
     from timm.data import imagenet_info
 
     info: Any = imagenet_info.ImageNetInfo("imagenet-1k")
@@ -89,7 +93,7 @@ def _imagenet(part: bool) -> ClassNames:
         names=tuple(_open_clip().IMAGENET_CLASSNAMES),
         origin="ImageNet",
         labels=synsets,
-        present_only=part,
+        present_only=present_only,
     )
 
 
@@ -102,16 +106,21 @@ def _open_clip() -> Any:
 
 
 @cache
-def _clip_benchmark(what: str) -> dict[str, list[str]]:
-    """One of its English tables by name of data set; the package itself, which opens all it can
-    measure, is not imported."""
-    found = find_spec("clip_benchmark")
-    if found is None or not found.submodule_search_locations:
+def _clip_benchmark(table_name: str) -> dict[str, list[str]]:
+    """Read one of its English tables, by name of data set."""
+    # Found, not imported: the import would load every library that it can measure.
+    package = find_spec("clip_benchmark")
+    if package is None or not package.submodule_search_locations:
         raise MissingExtraError("clip_benchmark", "zero-shot")
-    path = Path(found.submodule_search_locations[0]) / "datasets" / f"en_{what}.json"
+    path = Path(package.submodule_search_locations[0]) / "datasets" / f"en_{table_name}.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     return {name: values for name, values in table.items() if isinstance(values, list)}
 
 
+def _by_plain_name(table: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {_plain(data_set): values for data_set, values in table.items()}
+
+
 def _plain(name: str) -> str:
+    """Return a name for comparison: lower case, without `-`, `_` and spaces."""
     return re.sub(r"[-_ ]", "", name.casefold())

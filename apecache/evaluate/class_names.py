@@ -1,5 +1,4 @@
-"""From the labels of images, which may be folders, numbers or WordNet ids, to names of classes that
-can be spoken."""
+"""Match the labels of images, which may be folders, numbers or WordNet ids, with class names."""
 
 import re
 from collections import Counter
@@ -12,113 +11,137 @@ from apecache.errors import OptionError, nearest, one_line
 
 @dataclass(frozen=True, kw_only=True)
 class ClassNames:
-    """`names` of all classes in their order, and where they come from. `labels`: what images of
-    each call it, in the same order, where that is known. `present_only`: classes without an image
-    are no candidates. `first`: the number of the first class where labels are numbers that do not
-    begin with 0. No names at all: labels must be names."""
+    """Hold the classes of a benchmark or of a file."""
 
     names: tuple[str, ...]
+    """All class names, in the order of the classes. Empty: the labels must be names."""
     origin: str
+    """Where the names come from."""
     labels: tuple[str, ...] | None = None
+    """The labels that images of each class have, in the same order, if known."""
     present_only: bool = False
+    """Whether classes without an image are excluded from the candidates."""
     first: int = 0
+    """Number of the first class, where labels are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """Candidates, the place among them of each label, and how the two were matched, in words."""
+    """Hold the candidates of a classification."""
 
     names: tuple[str, ...]
+    """The candidates."""
     place: Mapping[str, int]
+    """The index in `names` of each label."""
     matched: str
+    """How labels and names were matched, in words."""
 
 
 def match_labels(labels: Sequence[str], known: ClassNames | None = None) -> Classes:
-    """The classes of images with these labels; without `known` the labels themselves, sorted.
+    """Find the class of each label.
 
-    A label stands for the class whose label or name it is, else for the class of its number; where
-    no label does either but there are as many as classes, they count in sorted order, as folders of
-    classes are numbered.
+    A label stands for the class with that label or name, or else for the class with that number.
+    If no label matches, but there are as many labels as classes, the sorted labels stand for the
+    classes in their order, as folders of classes are numbered.
+
+    Args:
+        labels: of the images.
+        known: the classes. None: the labels themselves, sorted.
 
     Raises:
         OptionError: a label that stands for no class.
     """
-    found = sorted(set(labels))
-    if known is not None and not known.names and any(label.isdecimal() for label in found):
+    distinct = sorted(set(labels))
+    if known is not None and not known.names and any(label.isdecimal() for label in distinct):
         raise OptionError(
             f"the labels of {known.origin} are numbers here; give --class-names FILE, one "
             "name a line"
         )
     if known is None or not known.names:
         return Classes(
-            names=tuple(found),
-            place={label: place for place, label in enumerate(found)},
+            names=tuple(distinct),
+            place=_numbered(distinct),
             matched="by the labels themselves",
         )
-    places, matched = _places(found, known)
+    class_of_label, matched = _places(distinct, known)
     if not known.present_only:
-        return Classes(names=known.names, place=places, matched=matched)
-    kept = sorted(set(places.values()))
+        return Classes(names=known.names, place=class_of_label, matched=matched)
+    # Classes without an image leave the candidates, so the indices of the others move up.
+    present = sorted(set(class_of_label.values()))
     return Classes(
-        names=tuple(known.names[place] for place in kept),
-        place={label: kept.index(place) for label, place in places.items()},
+        names=tuple(known.names[index] for index in present),
+        place={label: present.index(index) for label, index in class_of_label.items()},
         matched=matched,
     )
 
 
-def _places(found: Sequence[str], known: ClassNames) -> tuple[dict[str, int], str]:
-    first = 0 if "0" in found else known.first
-    numbers = {str(first + place): place for place in range(len(known.names))}
-    if first and str(len(known.names)) not in found:
-        numbers = {}  # they could begin with 0 as well as with 1
-    padded = {label: str(int(label)) if label.isdecimal() else label for label in found}
-    ways = (
-        (
-            dict(zip(known.labels or (), range(len(known.names)), strict=False)),
-            {x: x for x in found},
-            "by label",
-        ),
-        (_by_name(known.names), {x: _plain(x) for x in found}, "by name"),
-        (numbers, padded, f"by number from {first}"),
+def _places(labels: Sequence[str], classes: ClassNames) -> tuple[dict[str, int], str]:
+    """Return the index of the class of each label, and how they were matched."""
+    n_classes = len(classes.names)
+    first = 0 if "0" in labels else classes.first
+    numbers = _numbered([str(first + index) for index in range(n_classes)])
+    if first and str(n_classes) not in labels:
+        # Without the last number the labels could begin with 0 as well as with 1.
+        numbers = {}
+    unpadded = [str(int(label)) if label.isdecimal() else label for label in labels]
+    by_label = dict(zip(classes.labels or (), range(n_classes), strict=False))
+    # Tried in this order: a table, the key in it of each label, and its name in reports.
+    attempts = (
+        (by_label, labels, "by label"),
+        (_by_name(classes.names), [_plain(label) for label in labels], "by name"),
+        (numbers, unpadded, f"by number from {first}"),
     )
-    for table, asked, matched in ways:
-        if all(asked[label] in table for label in found):
-            return {label: table[asked[label]] for label in found}, matched
-    known_some = any(asked[label] in table for table, asked, _ in ways for label in found)
-    if known.labels is None and len(found) == len(known.names) and not known_some:
-        return {label: place for place, label in enumerate(found)}, "by sorted order"
-    raise OptionError(_strange(found, known))
+    matches_some = False
+    for table, keys, matched in attempts:
+        is_match = [key in table for key in keys]
+        if all(is_match):
+            return {label: table[key] for label, key in zip(labels, keys, strict=True)}, matched
+        matches_some = matches_some or any(is_match)
+    # One match shows that the labels are names or numbers, so their order means nothing.
+    if classes.labels is None and len(labels) == n_classes and not matches_some:
+        return _numbered(labels), "by sorted order"
+    raise OptionError(_strange(labels, classes))
 
 
-def _strange(found: Sequence[str], known: ClassNames) -> str:
-    named = {*map(_plain, known.labels or ()), *_by_name(known.names)}
-    strange = [label for label in found if _plain(label) not in named]
+def _numbered(labels: Sequence[str]) -> dict[str, int]:
+    """Return the position of each label."""
+    return {label: index for index, label in enumerate(labels)}
+
+
+def _strange(labels: Sequence[str], classes: ClassNames) -> str:
+    """Return the message about labels that stand for no class."""
+    named = {*map(_plain, classes.labels or ()), *_by_name(classes.names)}
+    strange = [label for label in labels if _plain(label) not in named]
     shown = ", ".join(map(repr, strange[:3])) + (", …" if len(strange) > 3 else "")
-    hint = nearest(strange[0], known.labels or known.names) if strange else ""
+    hint = nearest(strange[0], classes.labels or classes.names) if strange else ""
     return (
-        f"{len(strange)} of {len(found)} labels are none of {known.origin}'s {len(known.names)} "
-        f"classes ({shown}); "
+        f"{len(strange)} of {len(labels)} labels are none of {classes.origin}'s "
+        f"{len(classes.names)} classes ({shown}); "
         f"give --class-names FILE with lines of label, tab and name{hint}"
     )
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """Place of each name; none of one that two classes have."""
-    often = Counter(map(_plain, names))
-    return {_plain(name): place for place, name in enumerate(names) if often[_plain(name)] == 1}
+    """Return the index of each name; a name of two classes is left out, as it is ambiguous."""
+    plain_names = [_plain(name) for name in names]
+    occurrences = Counter(plain_names)
+    return {name: index for index, name in enumerate(plain_names) if occurrences[name] == 1}
 
 
 def _plain(name: str) -> str:
+    """Return a name for comparison: lower case, with single spaces for `-`, `_` and white space."""
     return re.sub(r"[-_\s]+", " ", name.casefold()).strip()
 
 
 def read_class_names(path: AnyPath) -> ClassNames:
-    """A name on each line, in the order of the classes; or label, tab, name. Empty lines do not
-    count.
+    """Read a file of class names.
+
+    Each line is a name, in the order of the classes; or each is label, tab, name. Empty lines are
+    skipped.
 
     Raises:
-        OptionError: not UTF-8, no name, lines of both kinds, or a label or name that stands there
-            twice, by its line.
+        OptionError: not UTF-8, no name, lines of both kinds, or a label or name that occurs twice,
+            with the number of its line.
     """
     path = as_path(path, "path")
     try:
@@ -127,11 +150,11 @@ def read_class_names(path: AnyPath) -> ClassNames:
         raise OptionError(
             f"{path}: cannot be read ({one_line(error)}); save the file as UTF-8"
         ) from None
-    rows = [
-        (number, [cell.strip() for cell in line.split("\t")])
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            cells = [cell.strip() for cell in line.split("\t")]
+            rows.append((number, cells))
     if not rows:
         raise OptionError(
             f"{path}: no class name; expected one on each line, or label, tab and name"

@@ -30,7 +30,10 @@ from apecache.runs.load import load_run, recorded_fingerprint, recorded_training
 from apecache.store.reader import FeatureStore
 
 METRICS: Mapping[str, tuple[Term, ...]] = {
-    **{f"{way.replace('_', ' ')} R@{k}": ((way, k),) for way, k in product(WAYS, KS)},
+    **{
+        f"{direction.replace('_', ' ')} R@{k}": ((direction, k),)
+        for direction, k in product(WAYS, KS)
+    },
     "mean R@1": (("image_to_text", 1), ("text_to_image", 1)),
     "mean of all": tuple(product(WAYS, KS)),
 }
@@ -40,26 +43,27 @@ STUDENT = "Student's t over seeds and images"
 
 @dataclass(frozen=True, kw_only=True)
 class MetricDifference:
-    """Compare one metric; everything but `p_value` is in per cent or in points.
-
-    `value_a`, `value_b`: the mean over seeds of each side. `difference`: `value_a` less `value_b`,
-    with its 95 % interval `low` to `high`. `chance`: the expected value of a random order.
-    """
+    """Compare one metric; all figures but `p_value` are in per cent or in points."""
 
     metric: str
     value_a: float
+    """Mean over the seeds of side a."""
     value_b: float
+    """Mean over the seeds of side b."""
     difference: float
+    """`value_a` less `value_b`."""
     low: float
+    """Lower end of the 95 % interval of `difference`."""
     high: float
+    """Upper end of that interval."""
     p_value: float
     chance: float
+    """The expected value of a random order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunComparison:
-    """Hold all metrics of two sides on one split. `method`: how the p-values are computed.
-    `seen_in_training`: runs that trained or chose on the split."""
+    """Hold all metrics of two sides on one split."""
 
     split: str
     rows: tuple[MetricDifference, ...]
@@ -68,7 +72,9 @@ class RunComparison:
     n_seeds_a: int
     n_seeds_b: int
     method: str
+    """How the p-values are computed."""
     seen_in_training: tuple[str, ...]
+    """Runs that trained, or chose their epoch, on the split."""
 
 
 def compare_runs(
@@ -104,10 +110,12 @@ def compare_runs(
         RunError, DataError, IncompleteError, DamagedError: as `load_run` and `embed_store` raise
             them.
     """
-    sides = [_as_paths(run_a), _as_paths(run_b)]
-    trainings = {path: recorded_training(path) for paths in sides for path in paths}
-    for paths in sides:
-        _require_seeds_of_one_recipe(paths, trainings)
+    paths_a = _as_paths(run_a)
+    paths_b = _as_paths(run_b)
+    trainings = {path: recorded_training(path) for path in (*paths_a, *paths_b)}
+    # All checks come before the first embedding, which can take minutes.
+    _require_seeds_of_one_recipe(paths_a, trainings)
+    _require_seeds_of_one_recipe(paths_b, trainings)
     _require_same_data(trainings)
     reference: Embeddings | None = None
     reports: list[RetrievalReport] = []
@@ -119,18 +127,21 @@ def compare_runs(
             split=split,
             open_image=open_image,
         )
+        # The first run sets the queries that all others must answer.
         reference = reference or embedded
         _require_same_queries(embedded, reference, path)
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
         reports.append(retrieval_report(*vectors, relevance=embedded.relevance))
         answers[path] = retrieval_hits(*vectors, relevance=embedded.relevance)
-    hits_a, hits_b = ([answers[path] for path in paths] for paths in sides)
+    hits_a = [answers[path] for path in paths_a]
+    hits_b = [answers[path] for path in paths_b]
+    rows = []
+    for metric, terms in METRICS.items():
+        chance = _chance(reports[0], terms)
+        rows.append(compare_hits(hits_a, hits_b, metric=metric, chance=chance))
     return RunComparison(
         split=split,
-        rows=tuple(
-            compare_hits(hits_a, hits_b, metric=metric, chance=_chance(reports[0], terms))
-            for metric, terms in METRICS.items()
-        ),
+        rows=tuple(rows),
         n_images=reports[0].n_images,
         n_texts=reports[0].n_texts,
         n_seeds_a=len(hits_a),
@@ -157,26 +168,29 @@ def compare_hits(
     values_a = [hits.value(terms) for hits in hits_a]
     values_b = [hits.value(terms) for hits in hits_b]
     difference = fmean(values_a) - fmean(values_b)
-    influence = _mean_over_seeds(hits_a, terms, "influence") - _mean_over_seeds(
-        hits_b,
-        terms,
-        "influence",
-    )
+    influence_a = _mean_over_seeds(hits_a, terms, "influence")
+    influence_b = _mean_over_seeds(hits_b, terms, "influence")
+    # Subtracted image by image: what is hard for both sides cancels.
+    influence = influence_a - influence_b
     n_images = len(influence)
+    # Without a floor, sides that answer every image alike would have an interval of width 0.
     of_images = max(variance_over_images(influence), smallest_variance(n_images))
-    of_seeds = [
-        (variance(v) / len(v) if len(v) > 1 else 0.0, len(v) - 1) for v in (values_a, values_b)
-    ]
-    squared_error = of_images + sum(part for part, _ in of_seeds)
-    degrees = satterthwaite([*of_seeds, (of_images, n_images - 1)])
+    of_seeds_a = _variance_of_mean(values_a)
+    of_seeds_b = _variance_of_mean(values_b)
+    squared_error = of_images + (of_seeds_a + of_seeds_b)
+    degrees = satterthwaite(
+        [
+            (of_seeds_a, len(values_a) - 1),
+            (of_seeds_b, len(values_b) - 1),
+            (of_images, n_images - 1),
+        ]
+    )
     half = student_quantile(degrees) * squared_error**0.5
     if len(hits_a) == len(hits_b) == 1:
-        shares = _mean_over_seeds(hits_a, terms, "shares") - _mean_over_seeds(
-            hits_b,
-            terms,
-            "shares",
-        )
-        p_value = sign_flip_p_value(shares)
+        shares_a = _mean_over_seeds(hits_a, terms, "shares")
+        shares_b = _mean_over_seeds(hits_b, terms, "shares")
+        # Without a variance over seeds a permutation test needs no assumed distribution.
+        p_value = sign_flip_p_value(shares_a - shares_b)
     else:
         p_value = student_p_value(difference, squared_error, degrees)
     return MetricDifference(
@@ -191,22 +205,30 @@ def compare_hits(
     )
 
 
+def _variance_of_mean(values: Sequence[float]) -> float:
+    return variance(values) / len(values) if len(values) > 1 else 0.0
+
+
 def was_split_seen(training: Mapping[str, Any], data: str, split: str | None) -> bool:
-    """Return whether a run trained, or chose its epoch, on this split of the table with the digest
-    `data`."""
+    """Return whether a run trained, or chose its epoch, on a split.
+
+    Args:
+        training: the record of the run.
+        data: digest of the table that has the split.
+        split: name of the split.
+    """
     splits = training.get("splits") or {}
-    return training.get("data") == data and split in (
-        splits.get("train") or "train",
-        splits.get("dev"),
-    )
+    seen_splits = (splits.get("train") or "train", splits.get("dev"))
+    return training.get("data") == data and split in seen_splits
 
 
 def _mean_over_seeds(runs: Sequence[RetrievalHits], terms: Sequence[Term], measure: str) -> Any:
+    """Average `influence` or `shares`, float64 [n_images]."""
     return np.mean([getattr(hits, measure)(terms) for hits in runs], axis=0)
 
 
 def _chance(report: RetrievalReport, terms: Sequence[Term]) -> float:
-    return fmean(getattr(report, f"chance_{way}")[k] for way, k in terms)
+    return fmean(getattr(report, f"chance_{direction}")[k] for direction, k in terms)
 
 
 def _as_paths(runs: Path | Sequence[Path]) -> list[Path]:
@@ -222,8 +244,10 @@ def _require_seeds_of_one_recipe(
     paths: Sequence[Path],
     trainings: Mapping[Path, Mapping[str, Any]],
 ) -> None:
-    """Refuse a group whose runs differ in more than their seed: their spread would not be that over
-    seeds."""
+    """Refuse a side whose runs differ in more than their seed.
+
+    Their spread would not be the spread over seeds.
+    """
     if len(paths) < 2:
         return
     seeds = [trainings[path].get("seed") for path in paths]
@@ -235,39 +259,39 @@ def _require_seeds_of_one_recipe(
             f"the runs of one side must be different seeds ({shown}); give each seed once"
         )
     for path in paths[1:]:
-        for what in ("recipe", "encoders"):
-            if _recorded(paths[0], trainings, what) != _recorded(path, trainings, what):
+        for record_key in ("recipe", "encoders"):
+            if _recorded(paths[0], trainings, record_key) != _recorded(path, trainings, record_key):
                 raise OptionError(
-                    f"{paths[0]} and {path} are on one side, but their {what} differ; "
+                    f"{paths[0]} and {path} are on one side, but their {record_key} differ; "
                     "put seeds of one recipe on a side, and the other recipe on the other side"
                 )
 
 
-def _recorded(path: Path, trainings: Mapping[Path, Mapping[str, Any]], what: str) -> Any:
-    if what == "encoders":
-        return [
-            recorded_fingerprint(path, "image").digest,
-            recorded_fingerprint(path, "text").digest,
-        ]
-    return trainings[path].get(what)
+def _recorded(path: Path, trainings: Mapping[Path, Mapping[str, Any]], record_key: str) -> Any:
+    # By fingerprint: one encoder can have several names, and one name several encoders.
+    if record_key == "encoders":
+        image_digest = recorded_fingerprint(path, "image").digest
+        text_digest = recorded_fingerprint(path, "text").digest
+        return [image_digest, text_digest]
+    return trainings[path].get(record_key)
 
 
 def _require_same_data(trainings: Mapping[Path, Mapping[str, Any]]) -> None:
     """Refuse runs of different tables or splits. A combination records neither, so it passes."""
-    known = {path: training for path, training in trainings.items() if training.get("data")}
-    if not known:
+    recorded = {path: training for path, training in trainings.items() if training.get("data")}
+    if not recorded:
         return
-    first, *others = known
-    for path in others:
+    first, *other_paths = recorded
+    for path in other_paths:
         for field, words in (("data", "tables"), ("splits", "splits")):
-            here = known[path].get(field)
-            there = known[first].get(field)
-            if here != there:
+            own_record = recorded[path].get(field)
+            first_record = recorded[first].get(field)
+            if own_record != first_record:
                 raise MismatchError(
                     f"{first} and {path} were trained on different {words}, so a difference is "
                     "not that of the "
                     "recipes; fit both on one store with the same split options",
-                    [(field, here, there)],
+                    [(field, own_record, first_record)],
                 )
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of a store's images and captions under a run."""
+"""Embed a store's images and captions with a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,23 +26,25 @@ OpenImage = Callable[[str], Picture]
 
 
 class LiveSide(Protocol):
-    """A modality whose tower was trained: it embeds images or texts themselves, no features of
-    them. `encoder`, `fingerprint`: of the encoder before training, as of a `TrainedSide`."""
+    """Embed images or texts with a tower that was trained, without features of a store."""
 
     @property
-    def encoder(self) -> Mapping[str, Json]: ...
+    def encoder(self) -> Mapping[str, Json]:
+        """Describe the encoder before training, as a `TrainedSide` does."""
 
     @property
-    def fingerprint(self) -> Fingerprint: ...
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the encoder before training."""
 
-    def require_encoder(self, found: Fingerprint, where: str) -> None: ...
+    def require_encoder(self, found: Fingerprint, where: str) -> None:
+        """Raise MismatchError unless `found` is the encoder before training; `where` has it."""
 
     def embed(self, inputs: Sequence[Any], batch: int = 64) -> Tensor:
-        """float32 [n, dim], L2-normalised."""
+        """Embed inputs -> float32 [n, dim], L2-normalized."""
 
 
 class Run(Protocol):
-    """What is measured, of either trainer."""
+    """Hold both sides of a run of either trainer."""
 
     @property
     def image(self) -> TrainedSide | LiveSide: ...
@@ -53,20 +55,22 @@ class Run(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """`image` [n, dim] and `text` [m, dim], float32, L2-normalised, in the order of the table.
-
-    `image_rows`, `text_rows`: rows of the store; `image_of_text` int64 [m]: the row in `image` of
-    each caption's image. `left_out`: what was asked for and is not among them. `relevance`: the
-    right answers where captions or images are equal; None: each image's own captions alone.
-    """
+    """Hold the embeddings of images and captions, in the order of the store's table."""
 
     image: Tensor
+    """float32 [n, dim], L2-normalized."""
     text: Tensor
+    """float32 [m, dim], L2-normalized."""
     image_rows: NDArray[np.int64]
+    """[n], rows of the store."""
     text_rows: NDArray[np.int64]
+    """[m], rows of the store."""
     image_of_text: Tensor
+    """int64 [m], the row in `image` of each caption's image."""
     left_out: LeftOut = field(default_factory=LeftOut)
+    """Counts of images and captions that were asked for and are not here."""
     relevance: Relevance | None = None
+    """The right answers where captions or images are equal. None: each image's own captions."""
 
 
 def embed_store(
@@ -83,59 +87,61 @@ def embed_store(
     captions, or from images that `open_image` reads.
 
     Args:
+        run: the run that embeds.
+        store: its features and captions.
         split: only this one. None: all.
+        open_image: reads the image of a key, for runs whose image tower was trained.
         among: bool [n_images], only these images, for a dev split that has no name.
         uncaptioned: take images without a usable caption too, and a store without features of
             texts. Retrieval cannot use those images, so by default they are left out, and counted.
 
     Raises:
-        MismatchError: the store has no features of a frozen encoder. DataError: no such split,
-            nothing in it, or an
-        image that cannot be read. OptionError: images are needed. IncompleteError, DamagedError:
-            the store.
+        MismatchError: the store has no features of a frozen encoder.
+        DataError: no such split, nothing in it, or an image that cannot be read.
+        OptionError: images are needed.
+        IncompleteError, DamagedError: the store.
     """
     require_type(store, FeatureStore, "store")
     _require_run(run)
     pairs = store.pairs
-    asked = _split_mask(store, split) if among is None else among
+    in_split = _split_mask(store, split) if among is None else among
     image_ok = _usable(run.image, store, "image")
     text_ok = _usable_texts(run.text, store, uncaptioned)
-    keep = image_ok & asked
-    texts = np.flatnonzero(text_ok & keep[pairs.image_rows])
+    usable_images = image_ok & in_split
+    texts = np.flatnonzero(text_ok & usable_images[pairs.image_rows])
     captioned = np.unique(pairs.image_rows[texts])
-    images = np.flatnonzero(keep) if uncaptioned else captioned
+    images = np.flatnonzero(usable_images) if uncaptioned else captioned
     if not len(images):
         lacking = "image that could be read" if uncaptioned else "image with a caption"
         raise DataError(f"{store.path}: split {split!r} has no {lacking}")
+    # `images` is sorted, so the search gives the position of each caption's image in it.
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image = embed_rows(run.image, store=store, modality="image", rows=images, open_image=open_image)
-    text = (
-        embed_rows(run.text, store=store, modality="text", rows=texts)
-        if len(texts)
-        else image.new_empty(0, image.shape[1])
+    if len(texts):
+        text = embed_rows(run.text, store=store, modality="text", rows=texts)
+    else:
+        # A store without features of texts has nothing to read.
+        text = image.new_empty(0, image.shape[1])
+    captions_left_out = _captions_left_out(
+        run.text,
+        store=store,
+        in_split=in_split,
+        image_ok=image_ok,
+        text_ok=text_ok,
     )
     left_out = LeftOut(
-        unreadable_images=int((asked & ~image_ok).sum()),
-        uncaptioned_images=len(np.flatnonzero(keep)) - len(images),
-        **_captions_left_out(
-            run.text,
-            store=store,
-            asked=asked,
-            image_ok=image_ok,
-            text_ok=text_ok,
-        ),
+        unreadable_images=int((in_split & ~image_ok).sum()),
+        uncaptioned_images=len(np.flatnonzero(usable_images)) - len(images),
+        **captions_left_out,
     )
     owners = owners.to(image.device)
     relevance = None
-    if len(images) == len(
-        captioned
-    ):  # an image without a caption is no query, so nothing is ranked
+    # An image without a caption is not a query, so with such images nothing is ranked.
+    if len(images) == len(captioned):
         content = equal_content(run.image, store)
-        relevance = Relevance.of(
-            owners,
-            torch.from_numpy(pairs.caption_ids[texts]),
-            None if content is None else torch.from_numpy(content[images]),
-        )
+        image_ids = None if content is None else torch.from_numpy(content[images])
+        caption_ids = torch.from_numpy(pairs.caption_ids[texts])
+        relevance = Relevance.of(owners, caption_ids, image_ids)
     return Embeddings(
         image=image,
         text=text.to(image.device),
@@ -148,6 +154,7 @@ def embed_store(
 
 
 def _require_run(run: object) -> None:
+    """Refuse an object without both sides."""
     if not (hasattr(run, "image") and hasattr(run, "text")):
         require_type(run, (TrainedHeads,), "run")
 
@@ -157,7 +164,11 @@ def _usable_texts(
     store: FeatureStore,
     uncaptioned: bool,
 ) -> NDArray[np.bool_]:
-    """As `_usable`; with `uncaptioned` a store without any features of texts has no usable ones."""
+    """Return `_usable` of the captions.
+
+    With `uncaptioned`, a store without any features of texts has no usable captions. Otherwise it
+    is an error.
+    """
     if uncaptioned and isinstance(side, TrainedSide) and not store.arrays("text"):
         return np.zeros(len(store.pairs.captions), dtype=bool)
     return _usable(side, store, "text")
@@ -166,29 +177,33 @@ def _usable_texts(
 def _captions_left_out(
     side: TrainedSide | LiveSide,
     store: FeatureStore,
-    asked: NDArray[np.bool_],
+    in_split: NDArray[np.bool_],
     image_ok: NDArray[np.bool_],
     text_ok: NDArray[np.bool_],
 ) -> dict[str, int]:
-    """How many captions of the images that are asked for are not used, each by the first reason
-    that holds."""
+    """Count the captions of the split's images that are not used, by fields of `LeftOut`.
+
+    Each caption counts once, by the first reason that holds.
+    """
     pairs = store.pairs
     owner_ok = image_ok[pairs.image_rows]
-    unused = asked[pairs.image_rows] & ~(text_ok & owner_ok)
+    unused = in_split[pairs.image_rows] & ~(text_ok & owner_ok)
     empty = np.array([not str(caption).strip() for caption in pairs.captions], dtype=bool)
     no_features = isinstance(side, TrainedSide) and not store.arrays("text")
-    counts = {"empty_captions": int((unused & empty).sum())}
-    rest = unused & ~empty
-    counts["captions_of_unreadable_images"] = int((rest & ~owner_ok).sum())
-    counts["captions_without_features" if no_features else "unusable_captions"] = int(
-        (rest & owner_ok).sum()
-    )
-    return counts
+    with_words = unused & ~empty
+    last_reason = "captions_without_features" if no_features else "unusable_captions"
+    return {
+        "empty_captions": int((unused & empty).sum()),
+        "captions_of_unreadable_images": int((with_words & ~owner_ok).sum()),
+        last_reason: int((with_words & owner_ok).sum()),
+    }
 
 
 def equal_content(side: TrainedSide | LiveSide, store: FeatureStore) -> NDArray[np.int64] | None:
-    """int64 [n_images]: equal numbers for images of equal content, None where all differ or no
-    features tell."""
+    """Return int64 [n_images]: equal numbers for images of equal content.
+
+    It is None where all images differ, and where the store has no image features.
+    """
     if isinstance(side, TrainedSide):
         return equal_images(find_features(side, store, "image"))
     return next((equal_images(array) for array in store.arrays("image")), None)
@@ -202,11 +217,15 @@ def embed_rows(
     open_image: OpenImage | None = None,
     batch: int = 64,
 ) -> Tensor:
-    """Rows of the store's table -> float32 [n, dim], L2-normalised. Raises as `embed_store`
-    does."""
+    """Embed rows of the store's table -> float32 [n, dim], L2-normalized.
+
+    It raises the errors of `embed_store`.
+    """
     if isinstance(side, TrainedSide):
         array = find_features(side, store, modality)
-        return side.embed(torch.from_numpy(array.load()[rows]), _select(load_lengths(array), rows))
+        features = torch.from_numpy(array.load()[rows])
+        lengths = _select(load_lengths(array), rows)
+        return side.embed(features, lengths)
     if modality == "text":
         return side.embed([str(store.pairs.captions[row]) for row in rows])
     if open_image is None:
@@ -214,9 +233,11 @@ def embed_rows(
             "this run trained its image tower, so it needs the images; give their folder (--root)"
         )
     keys = [str(store.pairs.keys[row]) for row in rows]
-    return torch.cat(
-        [side.embed(_read(keys[i : i + batch], open_image)) for i in range(0, len(keys), batch)]
-    )
+    embedded = []
+    # Pictures are opened batch by batch: all of a split would not fit in memory.
+    for first in range(0, len(keys), batch):
+        embedded.append(side.embed(_read(keys[first : first + batch], open_image)))
+    return torch.cat(embedded)
 
 
 def _read(keys: Sequence[str], open_image: OpenImage) -> list[Image.Image]:
@@ -233,19 +254,26 @@ def _usable(
     store: FeatureStore,
     modality: Modality,
 ) -> NDArray[np.bool_]:
-    """Rows that can be embedded: those with features; for a trained tower those that any encoder
-    could read."""
+    """Return bool [rows]: the rows that can be embedded.
+
+    These are the rows with features; for a trained tower, the rows that any encoder could read.
+    """
     if isinstance(side, TrainedSide):
         return find_features(side, store, modality).load_ok()
     arrays = store.arrays(modality)
     values: Any = store.pairs.keys if modality == "image" else store.pairs.captions
-    there = np.array([bool(str(value).strip()) for value in values], dtype=bool)
-    return there & arrays[0].load_ok() if arrays else there
+    # A blank caption has no features in any store, so a trained tower leaves it out as well.
+    is_filled = np.array([bool(str(value).strip()) for value in values], dtype=bool)
+    if not arrays:
+        return is_filled
+    return is_filled & arrays[0].load_ok()
 
 
 def load_lengths(array: FeatureArray) -> Tensor | None:
-    """int64 [rows]: tokens of each row that are there; None for pooled features, and where all rows
-    have all tokens."""
+    """Return int64 [rows]: the number of valid tokens of each row.
+
+    It is None for pooled features, and where all rows have all tokens.
+    """
     ragged = array.load_lengths()
     return None if ragged is None else torch.from_numpy(ragged.astype(np.int64))
 
@@ -259,21 +287,25 @@ def find_features(
     store: FeatureStore,
     modality: Modality,
 ) -> FeatureArray:
-    """The store's features of the encoder that the head was trained on, whatever they are called:
-    of the images as they are, which is what a head serves that was trained on augmented views of
-    them.
+    """Return the store's features of the encoder that the head was trained on, by any name.
+
+    Features of augmented views are skipped: a head that was trained on views serves the images
+    themselves.
 
     Raises:
-        MismatchError: there are only others. DataError: there are none, or augmented views only.
+        MismatchError: the store has features of other encoders only.
+        DataError: it has no features of the modality, or augmented views only.
     """
     arrays = store.arrays(modality)
-    own = [array for array in arrays if array.record.encoder.digest == side.fingerprint.digest]
-    for array in own:
+    digest = side.fingerprint.digest
+    encoder_arrays = [array for array in arrays if array.record.encoder.digest == digest]
+    for array in encoder_arrays:
         if array.views is None:
             return array
-    if own:
+    if encoder_arrays:
+        views_name = encoder_arrays[0].name
         raise DataError(
-            f"{store.path} has augmented views of the {modality}s only ({own[0].name}); measured "
+            f"{store.path} has augmented views of the {modality}s only ({views_name}); measured "
             f"are {modality}s as "
             "they are: add them with the same apecache extract --add, without --views"
         )
@@ -281,6 +313,7 @@ def find_features(
         raise DataError(
             f"{store.path} has no {modality} features; make them with: apecache extract"
         )
+    # Always raises here: its error says which fields of the encoders differ.
     side.require_encoder(
         arrays[0].record.encoder,
         f"{store.path}: {modality} features {arrays[0].name}",
@@ -289,14 +322,16 @@ def find_features(
 
 
 def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
+    """Return bool [n_images]: the images of the split."""
     splits = store.pairs.splits
     if split is None:
         return np.ones(len(splits), dtype=bool)
-    counts = store.pairs.split_counts()
-    if split not in counts:
-        found = ", ".join(f"{name or '(none)'} ({count} images)" for name, count in counts.items())
-        raise DataError(
-            f"{store.path} has no split {split!r}; found: {found}{nearest(split, counts)}"
+    split_sizes = store.pairs.split_counts()
+    if split not in split_sizes:
+        listed_splits = ", ".join(
+            f"{name or '(none)'} ({count} images)" for name, count in split_sizes.items()
         )
+        hint = nearest(split, split_sizes)
+        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{hint}")
     mask: NDArray[np.bool_] = splits == split
     return mask

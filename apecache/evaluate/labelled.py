@@ -1,5 +1,4 @@
-"""Images or texts with labels and their features by a run's own encoder, encoded once and kept
-beside the run."""
+"""Embed images or texts with labels; their features are encoded once and stored beside the run."""
 
 import os
 from collections.abc import Iterator
@@ -33,40 +32,47 @@ from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 
 READERS = 4
+"""Threads that decode images for a trained tower."""
 
 
 @dataclass(frozen=True)
 class LabelledSpec:
-    """`labels`: images with labels, or captions whose label is that of their pair. `caches`: where
-    their features are kept for the next time. `splits`: only what is in these. `encoder`: that of
-    the modality, if it has moved."""
+    """Say which images or texts are embedded, and how."""
 
     labels: PairSource
+    """Images with labels, or captions with the label of their pair."""
     caches: AnyPath
+    """Folder where the features are stored for the next time."""
     splits: tuple[str, ...] = ()
+    """Only these splits. Empty: all."""
     encoder: EncoderSpec | None = None
+    """The encoder of the modality, if it has moved."""
     device: str = "auto"
     max_bad: float = 0.01
+    """Share of unreadable rows that is accepted."""
     modality: Modality = "image"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledEmbeddings:
-    """What could be read: `embedded` [n, out_dim] by the run, and the label and split of each.
-    `left_out`: how many could not."""
+    """Hold the embeddings of the n images or texts that could be read."""
 
     embedded: Tensor
+    """[n, out_dim], by the run."""
     labels: list[str]
+    """The label of each."""
     splits: list[str]
+    """The split of each."""
     left_out: LeftOut
+    """Counts of rows that could not be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures(LabelledEmbeddings):
-    """And `features` [n, dim] of the same, as the encoder gives them before any training (of tokens
-    their mean)."""
+    """Hold the embeddings, and the features before any training."""
 
     features: Tensor
+    """[n, dim], of the pretrained encoder; of token features their mean."""
 
 
 def labelled_images(
@@ -74,11 +80,14 @@ def labelled_images(
     spec: LabelledSpec,
     progress: Progress = lambda *_: None,
 ) -> LabelledEmbeddings:
-    """Every image is encoded once: by an image tower that was trained, or else into the cache of
-    the frozen encoder.
+    """Embed labelled images; every image is encoded once.
+
+    A trained image tower embeds them directly. Otherwise the features of the frozen encoder are
+    stored in the cache.
 
     Raises:
-        BadRowsError: more than `max_bad` of the images cannot be read. Else as `labelled_features`.
+        BadRowsError: more than `max_bad` of the images cannot be read.
+        ManifestError, MismatchError, DataError: as `labelled_features`.
     """
     if isinstance(run.image, TrainedTower):
         return _by_tower(run.image, source=_labelled(spec), max_bad=spec.max_bad, progress=progress)
@@ -90,51 +99,54 @@ def labelled_features(
     spec: LabelledSpec,
     progress: Progress = lambda *_: None,
 ) -> LabelledFeatures:
-    """Of images, or of texts. By a tower that was trained they are encoded twice, for the features
-    before it.
+    """Embed labelled images or texts, and return their features too.
+
+    With a trained tower they are encoded twice, as the features are those before training.
 
     Raises:
-        ManifestError: no such split, or a row without a label. MismatchError: an encoder that is
-            not the run's.
+        ManifestError: no such split, or a row without a label.
+        MismatchError: an encoder that is not the run's.
         DataError: no image or text that can be read.
     """
     source = _labelled(spec)
     side = getattr(run, spec.modality)
     named = spec.encoder or spec_from_json(side.encoder)
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
-    encoder = load(named, spec.device)  # compared before the cache is filled with its features
+    # Compared before the cache is filled with features of the wrong encoder.
+    encoder = load(named, spec.device)
     side.require_encoder(encoder.fingerprint, f"{spec.modality} encoder {named}")
-    name = digest_strings([source.digest, source.media.place])[:16]  # another root has other files
+    # The place is in the name, because the same table on another root has other files.
+    name = digest_strings([source.digest, source.media.place])[:16]
+    extract_spec = ExtractSpec(
+        image=named if spec.modality == "image" else None,
+        text=named if spec.modality == "text" else None,
+        device=spec.device,
+        max_bad=spec.max_bad,
+    )
     with _cache_folder(as_path(spec.caches, "caches"), name) as path:
-        image, text = (named, None) if spec.modality == "image" else (None, named)
-        extract(
-            source,
-            path,
-            ExtractSpec(image, text, device=spec.device, max_bad=spec.max_bad),
-            progress,
-        )
+        extract(source, path, extract_spec, progress)
         return _embedded(run, spec=spec, source=source, store=FeatureStore.open(path))
 
 
 @contextmanager
 def _cache_folder(caches: Path, name: str) -> Iterator[Path]:
-    """The features' folder in `caches`, or a temporary one where nothing can be written beside the
-    run.
+    """Yield the folder of the features in `caches`, or a temporary one if `caches` is read-only.
 
-    Features that are there already are read in place, also from a read-only file system.
+    Existing features are read in place, also from a read-only file system.
     """
-    kept = caches / name
-    if kept.exists() or is_writable(caches):
-        yield kept
+    cache = caches / name
+    if cache.exists() or is_writable(caches):
+        yield cache
         return
     with TemporaryDirectory() as folder:
         yield Path(folder) / name
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder can be written into, or made. A read-only mount refuses root, too."""
+    """Return whether a folder can be written into, or created."""
     absolute = folder.absolute()
     existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    # `os.access` and not the mode bits: a read-only mount refuses root, too.
     return os.access(existing, os.W_OK | os.X_OK)
 
 
@@ -152,9 +164,8 @@ def _embedded(
             f"{store.source['origin']}: none of its {array.rows} {spec.modality}s could be read"
         )
     owners = rows if spec.modality == "image" else store.pairs.image_rows[rows]
-    labels, splits = (
-        [str(column[row]) for row in owners] for column in (store.pairs.labels, store.pairs.splits)
-    )
+    labels = [str(store.pairs.labels[row]) for row in owners]
+    splits = [str(store.pairs.splits[row]) for row in owners]
     embedded = embed_rows(
         side,
         store=store,
@@ -163,14 +174,16 @@ def _embedded(
         open_image=lambda key: load_image(key, source.media).image,
     )
     n_unreadable = array.rows - len(rows)
-    counted = {
-        "unreadable_images" if spec.modality == "image" else "unreadable_texts": n_unreadable
-    }
+    is_image = spec.modality == "image"
+    left_out = LeftOut(
+        unreadable_images=n_unreadable if is_image else 0,
+        unreadable_texts=0 if is_image else n_unreadable,
+    )
     return LabelledFeatures(
         embedded=embedded,
         labels=labels,
         splits=splits,
-        left_out=LeftOut(**counted),
+        left_out=left_out,
         features=_pooled(array, rows),
     )
 
@@ -181,22 +194,24 @@ def _by_tower(
     max_bad: float,
     progress: Progress,
 ) -> LabelledEmbeddings:
-    parts = list[Tensor]()
+    """Embed images with a trained tower, batch by batch; unreadable ones are skipped."""
+    embedded_batches = list[Tensor]()
     good = list[Pair]()
     bad = list[RowError]()
     for begin in range(0, len(source), BATCH):
         pairs = source.pairs[begin : begin + BATCH]
         with ThreadPoolExecutor(READERS) as pool:
-            read = list(pool.map(lambda pair: _read(pair.key, source), pairs))
-        images = [image for image in read if not isinstance(image, RowError)]
-        bad += [error for error in read if isinstance(error, RowError)]
-        good += [
-            pair for pair, image in zip(pairs, read, strict=True) if not isinstance(image, RowError)
-        ]
-        parts.append(tower.embed(images))
-        progress(
-            Standing(modality="image", done=begin + len(pairs), rows=len(source), n_bad=len(bad))
-        )
+            images_or_errors = list(pool.map(lambda pair: _read(pair.key, source), pairs))
+        images = []
+        for pair, image in zip(pairs, images_or_errors, strict=True):
+            if isinstance(image, RowError):
+                bad.append(image)
+            else:
+                images.append(image)
+                good.append(pair)
+        embedded_batches.append(tower.embed(images))
+        n_done = begin + len(pairs)
+        progress(Standing(modality="image", done=n_done, rows=len(source), n_bad=len(bad)))
     if len(bad) > max_bad * len(source):
         raise BadRowsError(
             f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, "
@@ -208,7 +223,7 @@ def _by_tower(
     labels = [pair.label for pair in good]
     splits = [pair.split for pair in good]
     return LabelledEmbeddings(
-        embedded=torch.cat(parts),
+        embedded=torch.cat(embedded_batches),
         labels=labels,
         splits=splits,
         left_out=LeftOut(unreadable_images=len(bad)),
@@ -216,6 +231,7 @@ def _by_tower(
 
 
 def _read(key: str, source: PairSource) -> Image.Image | RowError:
+    # The error is returned: raised in a thread it would end the whole batch.
     try:
         return load_image(key, source.media).image
     except RowError as error:
@@ -223,12 +239,16 @@ def _read(key: str, source: PairSource) -> Image.Image | RowError:
 
 
 def wanted_labels(spec: LabelledSpec) -> list[str]:
-    """Of every image or text that is asked for, readable or not. Raises ManifestError as
-    `labelled_features` does."""
+    """Return the label of every image or text of the splits, readable or not.
+
+    Raises:
+        ManifestError: as `labelled_features`.
+    """
     return [pair.label for pair in _labelled(spec)]
 
 
 def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
+    """Load features [n, dim]; token features are averaged."""
     features = torch.from_numpy(array.load()[rows])
     lengths = load_lengths(array)
     if features.ndim == 2:
@@ -238,26 +258,27 @@ def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
 
 
 def _labelled(spec: LabelledSpec) -> PairSource:
-    """All images of the splits, their captions put aside, or texts of the splits."""
+    """Select the images of the splits, without their captions, or the texts of the splits."""
     require_type(spec.labels, PairSource, "labels")
     source = spec.labels
-    there = {pair.split for pair in spec.labels}
+    source_splits = {pair.split for pair in spec.labels}
     for split in spec.splits:
-        if split not in there:
-            found = ", ".join(sorted(name or "(none)" for name in there))
+        if split not in source_splits:
+            listed_splits = ", ".join(sorted(name or "(none)" for name in source_splits))
+            hint = nearest(split, source_splits)
             raise ManifestError(
-                f"{source.origin}: no split {split!r}; found: {found}{nearest(split, there)}"
+                f"{source.origin}: no split {split!r}; found: {listed_splits}{hint}"
             )
     pairs = [pair for pair in source if not spec.splits or pair.split in spec.splits]
     unlabelled = next((pair.key for pair in pairs if not pair.label.strip()), None)
     if unlabelled is not None:
-        what = "image" if spec.modality == "image" else "row"
-        raise ManifestError(f"{source.origin}: {what} {unlabelled} has no label")
+        row_word = "image" if spec.modality == "image" else "row"
+        raise ManifestError(f"{source.origin}: {row_word} {unlabelled} has no label")
     if spec.modality == "text":
         return replace(source, pairs=tuple(pairs))
-    return replace(
-        source,
-        pairs=tuple(
-            Pair(key=p.key, captions=(), languages=(), split=p.split, label=p.label) for p in pairs
-        ),
+    # Without captions the features are found again whatever the captions are.
+    images_alone = tuple(
+        Pair(key=pair.key, captions=(), languages=(), split=pair.split, label=pair.label)
+        for pair in pairs
     )
+    return replace(source, pairs=images_alone)

@@ -1,4 +1,4 @@
-"""What was asked for and not used, counted by reason, for people and for machines."""
+"""Count what was asked for and not used, by reason."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ WORDS: Mapping[str, tuple[str, str]] = {
     ),
     "unreadable_texts": ("text that could not be encoded", "texts that could not be encoded"),
 }
-"""Of each count what it counts: of one, and of several."""
+"""What each field of `LeftOut` counts, in the singular and in the plural."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Counts of rows; each row counts once, by the first reason that holds."""
+    """Hold counts of rows; each row counts once, by the first reason that holds."""
 
     unreadable_images: int = 0
     """Images that could not be read, or whose features are not finite."""
@@ -40,13 +40,17 @@ class LeftOut:
 
     @property
     def total(self) -> int:
+        """Return the number of all rows that were left out."""
         return sum(asdict(self).values())
 
     def __str__(self) -> str:
-        """`left out: 3 images that could not be read, 2 captions that are empty`; empty where
-        nothing is."""
-        counts = [(WORDS[name], count) for name, count in asdict(self).items() if count]
-        reasons = [
-            f"{count:,} {one if count == 1 else several}" for (one, several), count in counts
-        ]
+        """Return the reasons with their counts; an empty string if no row was left out.
+
+        Example: `left out: 3 images that could not be read, 2 captions that are empty`.
+        """
+        reasons = []
+        for name, count in asdict(self).items():
+            if count:
+                singular, plural = WORDS[name]
+                reasons.append(f"{count:,} {singular if count == 1 else plural}")
         return f"left out: {', '.join(reasons)}" if reasons else ""

@@ -1,7 +1,6 @@
-"""Probes: what a simple classifier finds in features of images or texts, before the head and after
-it.
+"""Probe with a simple classifier what features of images or texts hold, before and after the head.
 
-What falls from before to after is what the alignment gave up ("what is conserved", LilT section 4).
+The drop from before to after is what the alignment lost ("what is conserved", LilT section 4).
 """
 
 from collections.abc import Sequence
@@ -18,22 +17,27 @@ from apecache.errors import DataError
 from apecache.evaluate.labelled import LabelledFeatures
 
 REGULARISATIONS = tuple(float(10**power) for power in np.arange(-4, 3.1, 0.5))
+"""Values of scikit-learn's C to choose from."""
 NEIGHBOURS = (1, 5, 10, 20, 50)
+"""Values of k to choose from."""
 VALIDATION_SHARE = 0.2
+"""Share of the training rows that C and k are chosen on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """Test accuracies in per cent, of the setting that was best on a fifth of the training rows:
-    `regularisation` is scikit-learn's C, `neighbours` the k. `chance`: the share of the most
-    frequent training class in the test."""
+    """Hold test accuracies in per cent, of the settings chosen on a fifth of the training rows."""
 
     linear: float
     linear_per_class: float
+    """The mean over classes of the accuracy on each."""
     regularisation: float
+    """The chosen value of scikit-learn's C."""
     knn: float
     neighbours: int
+    """The chosen k."""
     chance: float
+    """Share of the most frequent training class in the test."""
     n_train: int
     n_test: int
     n_classes: int
@@ -45,29 +49,39 @@ def probe_features(
     split: str,
     seed: int = 0,
 ) -> tuple[ProbeReport, ProbeReport]:
-    """Of the encoder's features and of the run's embeddings, learned on one split, measured on the
-    other.
+    """Probe the encoder's features and the run's embeddings.
+
+    Args:
+        found: features and embeddings of labelled images or texts.
+        train_split: the split to learn on.
+        split: the split to measure.
+        seed: of the split into training and validation rows.
+
+    Returns:
+        The report of the features, and that of the embeddings.
 
     Raises:
         DataError: as `probe` does.
     """
-    rows = [
-        [i for i, other in enumerate(found.splits) if other == name]
-        for name in (train_split, split)
-    ]
-    train_labels, test_labels = ([found.labels[i] for i in chosen] for chosen in rows)
+    train_rows = _rows_of(found.splits, train_split)
+    test_rows = _rows_of(found.splits, split)
+    train_labels = [found.labels[row] for row in train_rows]
+    test_labels = [found.labels[row] for row in test_rows]
 
     def report(features: Tensor) -> ProbeReport:
-        train, test = (features[chosen].float().cpu().numpy() for chosen in rows)
         return probe(
-            train,
+            features[train_rows].float().cpu().numpy(),
             train_labels=train_labels,
-            test=test,
+            test=features[test_rows].float().cpu().numpy(),
             test_labels=test_labels,
             seed=seed,
         )
 
     return report(found.features), report(found.embedded)
+
+
+def _rows_of(splits: Sequence[str], name: str) -> list[int]:
+    return [row for row, split in enumerate(splits) if split == name]
 
 
 def probe(
@@ -77,52 +91,59 @@ def probe(
     test_labels: Sequence[str],
     seed: int = 0,
 ) -> ProbeReport:
-    """A linear probe (multinomial logistic regression on standardised features) and k nearest
-    neighbours by cosine.
+    """Measure a linear probe and k nearest neighbors by cosine.
+
+    The linear probe is multinomial logistic regression on standardized features.
 
     Args:
-        train, test: [n, dim], any scale.
-        train_labels, test_labels: one class name each; every class of the test must occur in
-            training.
+        train: [n_train, dim], any scale.
+        train_labels: the class name of each row.
+        test: [n_test, dim], any scale.
+        test_labels: the class name of each row; every class must occur in training.
+        seed: of the split into training and validation rows.
 
     Raises:
         DataError: one class only, a class of the test without training images, or too few images to
             choose on.
     """
-    classes, counts = np.unique(np.asarray(train_labels), return_counts=True)
+    classes, class_sizes = np.unique(np.asarray(train_labels), return_counts=True)
     strange = sorted(set(test_labels) - set(classes.tolist()))
     if strange or len(classes) < 2:
-        what = f"class {strange[0]!r} has no training rows" if strange else "one class only"
-        raise DataError(f"no probe possible: {what}; give --probe-train-split another split")
-    if counts.min() < 2 or round(VALIDATION_SHARE * len(train_labels)) < len(classes):
+        fault = f"class {strange[0]!r} has no training rows" if strange else "one class only"
+        raise DataError(f"no probe possible: {fault}; give --probe-train-split another split")
+    if class_sizes.min() < 2 or round(VALIDATION_SHARE * len(train_labels)) < len(classes):
         raise DataError(
             f"{len(train_labels)} training rows of {len(classes)} classes are too few to choose on"
         )
-    x = _standardised(train, test)[0]
-    z = _standardised(train, test)[1]
+    x, z = _standardised(train, test)
     y = np.asarray(train_labels)
+    # Stratified, so that small classes are among the rows that C and k are chosen on.
     split = StratifiedShuffleSplit(1, test_size=VALIDATION_SHARE, random_state=seed)
     fit, choose = next(split.split(x, y))
-    c = max(
-        REGULARISATIONS,
-        key=lambda value: (_linear(value, x[fit], y[fit]).score(x[choose], y[choose]), -value),
-    )
+
+    def linear_score(c: float) -> float:
+        return float(_linear(c, x[fit], y[fit]).score(x[choose], y[choose]))
+
+    def knn_score(k: int) -> float:
+        return float(_knn(k, train[fit], y[fit]).score(train[choose], y[choose]))
+
+    # Of equal scores the simplest classifier: the strongest regularization, the most neighbors.
+    c = max(REGULARISATIONS, key=lambda value: (linear_score(value), -value))
     ks = [k for k in NEIGHBOURS if k <= len(fit)]
-    k = max(
-        ks,
-        key=lambda value: (_knn(value, train[fit], y[fit]).score(train[choose], y[choose]), value),
-    )
-    wanted = np.asarray(test_labels)
+    k = max(ks, key=lambda value: (knn_score(value), value))
+    test_targets = np.asarray(test_labels)
     linear = _linear(c, x, y).predict(z)
-    per_class = [float((linear[wanted == name] == name).mean()) for name in np.unique(wanted)]
-    frequent = classes[counts.argmax()]
+    per_class = [
+        float((linear[test_targets == name] == name).mean()) for name in np.unique(test_targets)
+    ]
+    frequent = classes[class_sizes.argmax()]
     return ProbeReport(
-        linear=100 * float((linear == wanted).mean()),
+        linear=100 * float((linear == test_targets).mean()),
         linear_per_class=100 * float(np.mean(per_class)),
         regularisation=c,
-        knn=100 * float(_knn(k, train, y).score(test, wanted)),
+        knn=100 * float(_knn(k, train, y).score(test, test_targets)),
         neighbours=k,
-        chance=100 * float((wanted == frequent).mean()),
+        chance=100 * float((test_targets == frequent).mean()),
         n_train=len(train),
         n_test=len(test),
         n_classes=len(classes),
@@ -133,11 +154,15 @@ def _standardised(
     train: NDArray[np.floating],
     test: NDArray[np.floating],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Standardize both by the mean and deviation of `train`."""
     wide = train.astype(np.float64)
     mean = wide.mean(0)
     deviation = wide.std(0)
+    # A constant feature is not divided by its rounding error.
     scale = np.where(deviation > 1e-6, deviation, 1.0)
-    return (wide - mean) / scale, (test.astype(np.float64) - mean) / scale
+    standardized_train = (wide - mean) / scale
+    standardized_test = (test.astype(np.float64) - mean) / scale
+    return standardized_train, standardized_test
 
 
 def _linear(c: float, x: NDArray[np.float64], y: NDArray[np.str_]) -> LogisticRegression:
@@ -145,4 +170,6 @@ def _linear(c: float, x: NDArray[np.float64], y: NDArray[np.str_]) -> LogisticRe
 
 
 def _knn(k: int, x: NDArray[np.floating], y: NDArray[np.str_]) -> KNeighborsClassifier:
-    return KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(x.astype(np.float32), y)
+    # Brute force, because scikit-learn's search trees have no cosine.
+    classifier = KNeighborsClassifier(k, metric="cosine", algorithm="brute")
+    return classifier.fit(x.astype(np.float32), y)

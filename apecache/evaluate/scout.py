@@ -1,5 +1,4 @@
-"""Which encoders, layers and poolings go together: measured on a small sample of pairs before
-anything is extracted."""
+"""Compare encoders, layers and poolings on a small sample of pairs, before any extraction."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +24,23 @@ from apecache.metrics.retrieval import mean_chance
 from apecache.store.equal import equal_captions
 
 SMALLEST = 24
+"""Least number of images that a scout measures."""
 Progress = Callable[[str, int, int], None]
+"""Called with the name of an encoder, the rows done and all rows."""
 
 
 @dataclass(frozen=True)
 class ScoutSpec:
-    """`image`, `text`: encoders and their cuts; cuts of one encoder cost one pass. `n_pairs` and
-    `seed` say which images are drawn, which of their captions, and which half the regression is
-    fitted on."""
+    """Say which encoders are compared, and on which sample."""
 
     image: tuple[EncoderSpec, ...]
+    """Image encoders and their cuts. Cuts of one encoder cost one pass."""
     text: tuple[EncoderSpec, ...]
+    """Text encoders and their cuts."""
     n_pairs: int = 1000
+    """Images to draw."""
     seed: int = 0
+    """Draws images, one caption of each, and the half that the regression is fitted on."""
     device: str = "auto"
     batch: int = 32
     workers: int = os.cpu_count() or 1
@@ -45,33 +48,39 @@ class ScoutSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoutRow:
-    """One cut of an image encoder with one of a text encoder, by the names that their features get
-    in a store."""
+    """Compare one cut of an image encoder with one cut of a text encoder."""
 
     image: str
+    """The name that its features get in a store."""
     text: str
+    """The name that its features get in a store."""
     likeness: Likeness
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoutReport:
-    """`rows`: best mean R@1 first. `chance`: expected R@1 of a random order, in per cent.
-    `n_unreadable`: images of the sample that were left out."""
+    """Hold the comparison of all pairs of cuts."""
 
     rows: tuple[ScoutRow, ...]
+    """Best mean R@1 first."""
     n_fit: int
+    """Pairs that the regression was fitted on."""
     n_measured: int
+    """Pairs that recall was measured on."""
     n_unreadable: int
+    """Images of the sample that were left out."""
     chance: float
+    """Expected R@1 of a random order, in per cent."""
     chance_mutual_knn: float
+    """Expected `mutual_knn` of unrelated features, 0 to 1."""
 
 
 def scout(source: PairSource, spec: ScoutSpec, progress: Progress = lambda *_: None) -> ScoutReport:
-    """Every image cut with every text cut, on one sample of images with one caption each.
+    """Compare every image cut with every text cut, on one sample of images with one caption each.
 
     Raises:
-        DataError: too few images with captions that can be read. EncoderError: an encoder or a cut
-            that cannot be had.
+        DataError: too few images with captions that can be read.
+        EncoderError: an encoder or a cut that cannot be loaded.
         OptionError: a cut that keeps tokens, or no encoder of one modality.
     """
     require_type(source, PairSource, "source")
@@ -87,48 +96,60 @@ def scout(source: PairSource, spec: ScoutSpec, progress: Progress = lambda *_: N
     usable = [caption for caption, good in zip(captions, ok.tolist(), strict=True) if good]
     texts = _encode_all_texts(usable, spec, progress)
     n = int(ok.sum())
+    n_fit = n // 2
+    # A stream of its own, so that the half does not depend on how the pairs were drawn.
+    order = np.random.default_rng((spec.seed, 1)).permutation(n)
     fit = torch.zeros(n, dtype=torch.bool)
-    fit[torch.from_numpy(np.random.default_rng((spec.seed, 1)).permutation(n)[: n // 2])] = True
-    measured = n - n // 2
+    fit[torch.from_numpy(order[:n_fit])] = True
+    n_measured = n - n_fit
     caption_ids = torch.from_numpy(equal_captions(np.array(usable, object)))[~fit]
-    relevance = Relevance.of(torch.arange(measured), caption_ids, None)
-    rows = [
-        ScoutRow(
-            image=image.slug,
-            text=text.slug,
-            likeness=likeness(x[ok], text=y, fit=fit, relevance=relevance),
-        )
-        for image, x in images.items()
-        for text, y in texts.items()
-    ]
+    relevance = Relevance.of(torch.arange(n_measured), caption_ids, None)
+    rows = []
+    for image, image_features in images.items():
+        for text, text_features in texts.items():
+            measured = likeness(
+                image_features[ok],
+                text=text_features,
+                fit=fit,
+                relevance=relevance,
+            )
+            rows.append(ScoutRow(image=image.slug, text=text.slug, likeness=measured))
     rows.sort(key=lambda row: -row.likeness.recall_at_1)
-    chance = (
-        100 / measured
-        if relevance is None
-        else mean_chance(measured, relevance.n_right_images(), 1)
-    )
+    if relevance is None:
+        chance = 100 / n_measured
+    else:
+        chance = mean_chance(n_measured, relevance.n_right_images(), 1)
     return ScoutReport(
         rows=tuple(rows),
-        n_fit=n // 2,
-        n_measured=measured,
+        n_fit=n_fit,
+        n_measured=n_measured,
         n_unreadable=len(keys) - n,
         chance=chance,
+        # `mutual_knn` compares ten neighbors, or all if there are fewer.
         chance_mutual_knn=min(10, n - 1) / (n - 1),
     )
 
 
 def draw_pairs(source: PairSource, n: int, seed: int) -> tuple[list[str], list[str]]:
-    """Keys of up to n images, and one usable caption of each; in the order of the source."""
-    chance = np.random.default_rng((seed, 0))
-    usable = {
-        row: [c for c in pair.captions if caption_error(c) is None]
-        for row, pair in enumerate(source)
-    }
-    rows = [row for row, captions in usable.items() if captions]
-    drawn = sorted(rows[i] for i in chance.permutation(len(rows))[:n])
-    return [source.keys[row] for row in drawn], [
-        usable[row][chance.integers(len(usable[row]))] for row in drawn
-    ]
+    """Draw up to n images and one usable caption of each, in the order of the source.
+
+    Returns:
+        The keys of the images, and the captions.
+    """
+    generator = np.random.default_rng((seed, 0))
+    usable = {}
+    for row, pair in enumerate(source):
+        captions = [caption for caption in pair.captions if caption_error(caption) is None]
+        if captions:
+            usable[row] = captions
+    rows = list(usable)
+    drawn_rows = sorted(rows[i] for i in generator.permutation(len(rows))[:n])
+    keys = [source.keys[row] for row in drawn_rows]
+    drawn_captions = []
+    for row in drawn_rows:
+        captions = usable[row]
+        drawn_captions.append(captions[generator.integers(len(captions))])
+    return keys, drawn_captions
 
 
 def _encode_all_images(
@@ -137,13 +158,16 @@ def _encode_all_images(
     spec: ScoutSpec,
     progress: Progress,
 ) -> tuple[dict[EncoderSpec, Tensor], Tensor]:
-    """Features [n, dim] of every cut, one encoder in memory at a time; and bool [n], whether all
-    could read the row."""
+    """Encode images by every cut, with one encoder in memory at a time.
+
+    Returns:
+        Features [n, dim] of every cut, and bool [n]: whether all encoders could read the row.
+    """
     features = dict[EncoderSpec, Tensor]()
     ok = torch.ones(len(keys), dtype=torch.bool)
     for cuts in by_encoder(spec.image):
         encoders = load_image_encoders(cuts, spec.device)
-        parts: list[list[Tensor]] = []
+        batches: list[list[Tensor]] = []
         for begin, pixels, good in _pixel_batches(
             source,
             keys=keys,
@@ -151,11 +175,12 @@ def _encode_all_images(
             spec=spec,
         ):
             ok[begin : begin + len(good)] &= good
-            parts.append(
-                [f.cpu() for f in encode_or_halve(partial(encode_images, encoders), pixels)]
-            )
+            batch_features = encode_or_halve(partial(encode_images, encoders), pixels)
+            batches.append([cut_features.cpu() for cut_features in batch_features])
             progress(f"{cuts[0].library}:{cuts[0].name}", begin + len(good), len(keys))
-        features |= zip(cuts, map(torch.cat, zip(*parts, strict=True)), strict=True)
+        # From one list per batch to one list per cut.
+        batches_of_cut = zip(*batches, strict=True)
+        features |= zip(cuts, map(torch.cat, batches_of_cut), strict=True)
     return features, ok
 
 
@@ -165,7 +190,12 @@ def _pixel_batches(
     encoder: ImageEncoder,
     spec: ScoutSpec,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first row, float32 [n, 3, height, width], bool [n]); what cannot be read is zeros."""
+    """Yield the first row of a batch, its pixels, and which of its images could be read.
+
+    Pixels are float32 [n, 3, height, width], zeros where the image could not be read; the mask is
+    bool [n].
+    """
+    # Two batches: one is encoded while the next is decoded.
     ahead = reading_ahead(source.media, spec.workers, 2 * spec.batch + spec.workers)
     with preprocess_ahead(
         keys,
@@ -195,58 +225,61 @@ def _encode_all_texts(
     for cuts in by_encoder(spec.text):
         encoders: list[TextEncoder] = load_text_encoders(cuts, spec.device)
         ids = encoders[0].tokenise(captions).ids
+        # Texts of similar length share a batch, so little of it is padding.
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        made = [torch.empty(len(ids), encoder.dim) for encoder in encoders]
+        outputs = [torch.empty(len(ids), encoder.dim) for encoder in encoders]
         for begin in range(0, len(order), spec.batch):
             rows = order[begin : begin + spec.batch]
-            found = encode_or_halve(partial(encode_texts, encoders), [ids[i] for i in rows])
-            for out, part in zip(made, found, strict=True):
-                out[rows] = part.cpu()
+            batch_ids = [ids[i] for i in rows]
+            batch_features = encode_or_halve(partial(encode_texts, encoders), batch_ids)
+            for out, cut_features in zip(outputs, batch_features, strict=True):
+                out[rows] = cut_features.cpu()
             progress(f"{cuts[0].library}:{cuts[0].name}", begin + len(rows), len(order))
-        features |= zip(cuts, made, strict=True)
+        features |= zip(cuts, outputs, strict=True)
     return features
 
 
 def by_encoder(specs: Sequence[EncoderSpec]) -> list[list[EncoderSpec]]:
-    """Cuts of one encoder together; each once."""
+    """Group the cuts of each encoder, each cut once."""
     groups: dict[EncoderSpec, list[EncoderSpec]] = {}
+    # Cuts of one encoder differ in pooling and layer alone.
     for spec in dict.fromkeys(specs):
         groups.setdefault(replace(spec, pooling="default", layer=None), []).append(spec)
     return list(groups.values())
 
 
 def _require_pooled(spec: ScoutSpec) -> None:
-    for what, specs in (("image", spec.image), ("text", spec.text)):
+    """Refuse a scout without an encoder of one modality, or with a cut that keeps tokens."""
+    for modality, specs in (("image", spec.image), ("text", spec.text)):
         if not specs:
-            raise OptionError(f"no {what} encoder: give --{what}")
+            raise OptionError(f"no {modality} encoder: give --{modality}")
         if any(cut.pooling == "tokens" for cut in specs):
             raise OptionError(
-                f"--{what}-cut tokens: a scout compares one vector for each; give mean, cls, "
+                f"--{modality}-cut tokens: a scout compares one vector for each; give mean, cls, "
                 "max or cls+mean"
             )
 
 
 def of_split(source: PairSource, split: str | None) -> PairSource:
-    """The pairs of a split; by default of train where there is one, for what is chosen must not be
-    what is reported.
+    """Return the pairs of a split.
+
+    The default is the train split if the source has one, and otherwise all pairs: the reported
+    split must not take part in the choice of encoders.
 
     Raises:
         DataError: no such split.
     """
-    there = dict.fromkeys(pair.split for pair in source)
+    source_splits = dict.fromkeys(pair.split for pair in source)
     if split is not None:
-        wanted = split
-    elif "train" in there:
-        wanted = "train"
+        chosen_split = split
+    elif "train" in source_splits:
+        chosen_split = "train"
     else:
-        wanted = None
-    if wanted is not None and wanted not in there:
-        found = ", ".join(name or "(none)" for name in there)
-        raise DataError(
-            f"{source.origin}: no split {wanted!r}; found: {found}{nearest(wanted, there)}"
-        )
-    return (
-        source
-        if wanted is None
-        else replace(source, pairs=tuple(p for p in source if p.split == wanted))
-    )
+        chosen_split = None
+    if chosen_split is not None and chosen_split not in source_splits:
+        listed_splits = ", ".join(name or "(none)" for name in source_splits)
+        hint = nearest(chosen_split, source_splits)
+        raise DataError(f"{source.origin}: no split {chosen_split!r}; found: {listed_splits}{hint}")
+    if chosen_split is None:
+        return source
+    return replace(source, pairs=tuple(pair for pair in source if pair.split == chosen_split))

@@ -1,5 +1,4 @@
-"""Zero-shot classification: class names through prompt templates, images by the run's own
-encoder."""
+"""Classify images without training: by the nearest embedding of a class name in a prompt."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,54 +21,57 @@ from apecache.runs.heads import TrainedHeads
 from apecache.runs.load import Embed, Run, text_embedder
 
 N_CONFUSIONS = 10
+"""Confusions that a report lists."""
 
 
 @dataclass(frozen=True)
 class ZeroShotSpec:
-    """`images`: what to classify. `text`: a text encoder that has moved, in place of the one that
-    the run names. `names`: of the classes; without it the labels are the names."""
+    """Say what is classified, and with which class names and prompts."""
 
     images: LabelledSpec
+    """The images to classify."""
     templates: tuple[str, ...] = TEMPLATES
     text: EncoderSpec | None = None
+    """The text encoder, if it has moved."""
     names: ClassNames | None = None
+    """The class names. None: the labels are the names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotReport:
-    """Accuracies in per cent; `mean_per_class` is the mean, over classes that have images, of their
-    top-1 recall.
-
-    `classes`: all candidates; `counts`: images of each; `empty`: those without any, which make the
-    task no easier. `confusions`: class, what it was taken for, and how often; the most frequent
-    first. `matched`: how labels were matched with classes. `left_out`: images that were asked for
-    and could not be read.
-    """
+    """Hold accuracies, in per cent."""
 
     top1: float
     top5: float
     mean_per_class: float
+    """The mean of the top-1 recalls of the classes that have images."""
     n_images: int
     n_classes: int
     chance_top1: float
     chance_top5: float
     templates: tuple[str, ...]
     classes: tuple[str, ...]
+    """All candidates."""
     counts: tuple[int, ...]
+    """Images of each class."""
     empty: tuple[str, ...]
+    """Classes without images. They are candidates all the same."""
     confusions: tuple[tuple[str, str, int], ...]
+    """Class, predicted class, and number of images; the most frequent first."""
     matched: str = ""
+    """How labels were matched with classes."""
     left_out: LeftOut = field(default_factory=LeftOut)
+    """Counts of images that could not be read."""
 
 
 def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
     """Classify labelled images by their nearest class name.
 
     Raises:
-        ManifestError: no such split, or an image without a label. MismatchError: an encoder that is
-            not the run's.
-        OptionError: a template without {}, or a label that stands for no class. DataError: no image
-            that can be read.
+        ManifestError: no such split, or an image without a label.
+        MismatchError: an encoder that is not the run's.
+        OptionError: a template without {}, or a label that stands for no class.
+        DataError: no image that can be read.
     """
     require_type(run, (TrainedHeads, TrainedEncoders), "run")
     require_type(spec, ZeroShotSpec, "spec")
@@ -77,16 +79,17 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
     templates = tuple(map(check_template, as_texts(spec.templates, "templates")))
     classes = match_labels(wanted_labels(spec.images), spec.names)
     embed_texts = text_embedder(run.text, spec.images.device, spec.text)
-    found = labelled_images(run, spec.images, progress)  # after both encoders were compared
-    weights = class_embeddings(embed_texts, classes.names, templates).to(found.embedded.device)
-    targets = [classes.place[label] for label in found.labels]
+    # The images come last: a wrong text encoder must fail before hours of encoding.
+    labelled = labelled_images(run, spec.images, progress)
+    weights = class_embeddings(embed_texts, classes.names, templates).to(labelled.embedded.device)
+    targets = [classes.place[label] for label in labelled.labels]
     report = classification_report(
-        found.embedded @ weights.T,
+        labelled.embedded @ weights.T,
         targets=targets,
         classes=classes.names,
         templates=templates,
     )
-    return replace(report, matched=classes.matched, left_out=found.left_out)
+    return replace(report, matched=classes.matched, left_out=labelled.left_out)
 
 
 def class_embeddings(
@@ -94,11 +97,15 @@ def class_embeddings(
     classes: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """float32 [n_classes, dim]: the normalised mean over templates of each class's normalised
-    embeddings."""
-    texts = [
-        template.replace("{}", name.replace("_", " ")) for name in classes for template in templates
-    ]
+    """Embed each class by all templates -> float32 [n_classes, dim], L2-normalized.
+
+    An embedding is the normalized mean of the class's embeddings under the templates.
+    """
+    texts = []
+    for name in classes:
+        # Names of folders have underscores for spaces.
+        spoken = name.replace("_", " ")
+        texts += [template.replace("{}", spoken) for template in templates]
     embedded = embed_texts(texts).view(len(classes), len(templates), -1)
     return normalize(embedded.mean(1), dim=-1)
 
@@ -109,34 +116,39 @@ def classification_report(
     classes: tuple[str, ...],
     templates: tuple[str, ...] = TEMPLATES,
 ) -> ZeroShotReport:
-    """From scores [n_images, n_classes]; a wrong class that scores as high as the right one ranks
-    before it."""
+    """Report accuracies of scores; a wrong class that scores as high as the right one wins.
+
+    Args:
+        scores: [n_images, n_classes].
+        targets: the column of each image's class.
+        classes: the names of the columns.
+        templates: for the report.
+    """
     target = torch.tensor(targets, device=scores.device)
-    own = scores.gather(1, target.unsqueeze(1))
-    ranks = (scores >= own - TIE).sum(1) - 1
+    own_score = scores.gather(1, target.unsqueeze(1))
+    # Less 1: the own class is at least as high as itself.
+    ranks = (scores >= own_score - TIE).sum(1) - 1
     hit = (ranks < 1).double()
     n_classes = len(classes)
-    per_class = torch.zeros(n_classes, dtype=torch.double, device=scores.device).index_add_(
-        0,
-        target,
-        hit,
-    )
-    counts = torch.bincount(target, minlength=n_classes)
-    present = counts > 0
+    hits_of_class = torch.zeros(n_classes, dtype=torch.double, device=scores.device)
+    hits_of_class.index_add_(0, target, hit)
+    n_images_of_class = torch.bincount(target, minlength=n_classes)
+    present = n_images_of_class > 0
+    recalls = hits_of_class[present] / n_images_of_class[present]
+    counts = tuple(n_images_of_class.tolist())
+    empty = tuple(name for name, count in zip(classes, counts, strict=True) if not count)
     return ZeroShotReport(
         top1=100 * float(hit.mean()),
         top5=100 * float((ranks < 5).double().mean()),
-        mean_per_class=100 * float((per_class[present] / counts[present]).mean()),
+        mean_per_class=100 * float(recalls.mean()),
         n_images=len(target),
         n_classes=n_classes,
         chance_top1=100 / n_classes,
         chance_top5=100 * min(1.0, 5 / n_classes),
         templates=templates,
         classes=classes,
-        counts=tuple(counts.tolist()),
-        empty=tuple(
-            name for name, count in zip(classes, counts.tolist(), strict=True) if not count
-        ),
+        counts=counts,
+        empty=empty,
         confusions=confusions(scores, target, classes),
     )
 
@@ -146,13 +158,22 @@ def confusions(
     target: Tensor,
     classes: Sequence[str],
 ) -> tuple[tuple[str, str, int], ...]:
-    """The most frequent pairs of a class and of the wrong one that scored highest; of equal ones
-    the first."""
-    others = scores.scatter(1, target.unsqueeze(1), -torch.inf)
-    own = scores.gather(1, target.unsqueeze(1)).squeeze(1)
-    wrong = (
-        others.amax(1) >= own if len(classes) > 1 else torch.zeros_like(target, dtype=torch.bool)
-    )
-    pairs = Counter(zip(target[wrong].tolist(), others[wrong].argmax(1).tolist(), strict=True))
+    """Count the pairs of a class and the wrong class that scored highest.
+
+    Returns:
+        The most frequent pairs with their numbers of images; of equally frequent ones the first.
+    """
+    wrong_scores = scores.scatter(1, target.unsqueeze(1), -torch.inf)
+    own_score = scores.gather(1, target.unsqueeze(1)).squeeze(1)
+    if len(classes) > 1:
+        is_wrong = wrong_scores.amax(1) >= own_score
+    else:
+        # Without another class no answer is wrong.
+        is_wrong = torch.zeros_like(target, dtype=torch.bool)
+    wrong_targets = target[is_wrong].tolist()
+    predictions = wrong_scores[is_wrong].argmax(1).tolist()
+    pairs = Counter(zip(wrong_targets, predictions, strict=True))
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:N_CONFUSIONS]
-    return tuple((classes[truth], classes[taken], count) for (truth, taken), count in ordered)
+    return tuple(
+        (classes[truth], classes[predicted], count) for (truth, predicted), count in ordered
+    )

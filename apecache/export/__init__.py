@@ -1,1 +1,1 @@
-"""A run in other programs: one file format each."""
+"""Export a run to other programs, one module per file format."""

@@ -1,5 +1,4 @@
-"""Heads as ONNX graphs. The only module that exports to ONNX; the extra `onnx` has what it
-needs."""
+"""Export heads as ONNX graphs; the extra `onnx` installs what this needs."""
 
 import logging
 import warnings
@@ -20,7 +19,7 @@ OPSET = 18
 
 
 class _Graph(nn.Module):
-    """A head with plain inputs."""
+    """Wrap a head so that its inputs are tensors alone."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -32,11 +31,14 @@ class _Graph(nn.Module):
 
 
 def export_onnx(heads: TrainedHeads, out: Path) -> list[str]:
-    """`image.onnx`, `text.onnx` (opset 18) and `heads.json`. Returns the names of the files.
+    """Write `image.onnx`, `text.onnx` (opset 18) and `heads.json`.
 
-    Inputs: `features` float32 [rows, in_dim], or for heads on tokens [rows, tokens, in_dim] and
-    `mask` bool [rows, tokens], true where there is a token. Output: `embeddings` float32 [rows,
-    out_dim], L2-normalised. Rows are free; so are tokens.
+    Inputs: `features` float32 [rows, in_dim]; for heads on tokens [rows, tokens, in_dim], and
+    `mask` bool [rows, tokens], true for valid tokens. Output: `embeddings` float32 [rows, out_dim],
+    L2-normalized. Any number of rows and tokens fits.
+
+    Returns:
+        The names of the files.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -45,20 +47,22 @@ def export_onnx(heads: TrainedHeads, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     for side in SIDES:
         _export(getattr(heads, side).head, out / f"{side}.onnx")
-    return [*(f"{side}.onnx" for side in SIDES), write_description(heads, out, opset=OPSET)]
+    graphs = [f"{side}.onnx" for side in SIDES]
+    return [*graphs, write_description(heads, out, opset=OPSET)]
 
 
 def _export(head: Head, path: Path) -> None:
-    rows = torch.export.Dim.DYNAMIC
+    dynamic = torch.export.Dim.DYNAMIC
+    # Sizes above 1: the exporter takes a size of 0 or 1 for a constant.
     if head.spec.cut == "tokens":
-        inputs: tuple[Tensor, ...] = (
-            torch.zeros(3, 5, head.in_dim),
-            torch.ones(3, 5, dtype=torch.bool),
-        )
-        shapes: tuple[Any, ...] = ({0: rows, 1: rows}, {0: rows, 1: rows})
+        features = torch.zeros(3, 5, head.in_dim)
+        mask = torch.ones(3, 5, dtype=torch.bool)
+        inputs: tuple[Tensor, ...] = (features, mask)
+        shapes: tuple[Any, ...] = ({0: dynamic, 1: dynamic}, {0: dynamic, 1: dynamic})
     else:
         inputs = (torch.zeros(3, head.in_dim),)
-        shapes = ({0: rows},)
+        shapes = ({0: dynamic},)
+    # Heads on pooled features have no mask.
     names = ["features", "mask"][: len(inputs)]
     with _quiet():
         program: Any = torch.onnx.export(
@@ -75,6 +79,7 @@ def _export(head: Head, path: Path) -> None:
 
 
 def _require_extra() -> None:
+    """Refuse to start without the packages, so that no half export is left."""
     for module in ("onnx", "onnxscript"):
         try:
             __import__(module)
@@ -84,7 +89,7 @@ def _require_extra() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own insides, and tells of optional packages."""
+    """Silence the exporter, which warns about its own internals and optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

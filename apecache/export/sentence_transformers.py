@@ -1,5 +1,7 @@
-"""The text side of a run as a sentence-transformers folder: encoder, pooling, the head as one Dense
-layer, norm."""
+"""Export the text side of a run as a sentence-transformers folder.
+
+Its modules are encoder, pooling, the head as one Dense layer, and normalization.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from apecache.runs.heads import TrainedHeads
 from apecache.storage.atomic import apply_umask
 
 POOLINGS = ("default", "mean", "cls", "max")
-"""Those that sentence-transformers has under the same names; `default` is one of them."""
+"""Poolings that sentence-transformers has under the same names; `default` resolves to one of
+them."""
 
 
 def export_sentence_transformers(
@@ -27,18 +30,25 @@ def export_sentence_transformers(
     out: Path,
     text: EncoderSpec | None = None,
 ) -> list[str]:
-    """A folder whose `SentenceTransformer(folder).encode` gives the run's text embeddings. Returns
-    the names in it.
+    """Write a folder whose `SentenceTransformer(folder).encode` gives the run's text embeddings.
 
-    Heads of kind `linear` and `identity` can be one Dense layer (standardisation included); others
-    cannot. Encoders: `hf:` with mean, CLS or max pooling of the model's output, and `st:`. `text`:
-    the encoder's new place, if it moved.
+    Heads of kind `linear` and `identity` can be one Dense layer, including the standardization;
+    others cannot. Encoders can be `st:`, and `hf:` with mean, CLS or max pooling of the model's
+    output.
+
+    Args:
+        heads: the run.
+        out: the folder.
+        text: the text encoder, if it has moved.
+
+    Returns:
+        The names of the files and folders in `out`.
 
     Raises:
-        RunError: another kind of head or encoder. EncoderError: the encoder cannot be had.
-            MismatchError: it is not
-        the one that the head was trained on. MissingExtraError: sentence-transformers is not
-            installed.
+        RunError: another kind of head or encoder.
+        EncoderError: the encoder cannot be loaded.
+        MismatchError: it is not the one that the head was trained on.
+        MissingExtraError: sentence-transformers is not installed.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -61,11 +71,13 @@ def export_sentence_transformers(
     if spec.library == "st":
         model.max_seq_length = encoder.max_tokens
     model.save(str(out), create_model_card=False)
+    # Some of its writers make files that only the owner can read.
     apply_umask(out)
     return sorted(path.name for path in out.iterdir())
 
 
 def _require_affine(head: Head) -> PooledHead:
+    """Return the head if it can be one Dense layer."""
     if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "identity"):
         raise RunError(
             f"the text head is of kind {head.spec.kind}; a sentence-transformers folder can hold "
@@ -76,6 +88,7 @@ def _require_affine(head: Head) -> PooledHead:
 
 
 def _require_cut(spec: EncoderSpec) -> None:
+    """Refuse an encoder, layer or pooling that sentence-transformers cannot express."""
     if spec.library == "st":
         return
     if spec.library != "hf" or spec.layer is not None or spec.pooling not in POOLINGS:
@@ -88,10 +101,11 @@ def _require_cut(spec: EncoderSpec) -> None:
 
 
 def _transformer(encoder: TextEncoder) -> list[nn.Module]:
-    """Pooling as the encoder resolved it, which its fingerprint says."""
+    """Return the encoder and its pooling as modules of sentence-transformers."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     spec = encoder.spec
+    # The pooling `default` is resolved by the encoder, and only its fingerprint has the result.
     described = encoder.fingerprint.fields["inputs"]
     revision = {"revision": spec.revision} if spec.revision else {}
     inner: Any = Transformer(
@@ -105,28 +119,31 @@ def _transformer(encoder: TextEncoder) -> list[nn.Module]:
 
 
 def _prompts(spec: EncoderSpec, module: Any) -> dict[str, Any]:
-    """What is put before every text, as a default prompt."""
+    """Return the prefix of every text as a default prompt; empty without one."""
     prefix = text_prefix(spec) if spec.library == "hf" else spec.prefix
     if prefix is None:
         prefix = module.prompts.get(module.default_prompt_name) or ""
-    return {"prompts": {"apecache": prefix}, "default_prompt_name": "apecache"} if prefix else {}
+    if not prefix:
+        return {}
+    return {"prompts": {"apecache": prefix}, "default_prompt_name": "apecache"}
 
 
 @torch.no_grad()
 def _dense(head: PooledHead) -> nn.Module:
-    """W ((x - mean) / deviation) + b, worked out in double precision."""
+    """Return W ((x - mean) / deviation) + b as one layer, computed in double precision."""
     from sentence_transformers.sentence_transformer.modules import Dense
 
     weight, bias = _affine(head)
-    made: Any = Dense(head.in_dim, head.out_dim, activation_function=nn.Identity())
-    made.linear.weight.copy_(weight)
-    made.linear.bias.copy_(bias)
-    return made  # type: ignore[no-any-return]
+    dense: Any = Dense(head.in_dim, head.out_dim, activation_function=nn.Identity())
+    dense.linear.weight.copy_(weight)
+    dense.linear.bias.copy_(bias)
+    return dense  # type: ignore[no-any-return]
 
 
 def _affine(head: PooledHead) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a linear or identity head, with its standardization folded in."""
     if isinstance(head.body, nn.Linear):
         return fold_linear(head.body, head.mean, head.deviation)
-    plain = nn.Linear(head.in_dim, head.in_dim, bias=False)
-    plain.weight.copy_(torch.eye(head.in_dim))
-    return fold_linear(plain, head.mean, head.deviation)
+    identity = nn.Linear(head.in_dim, head.in_dim, bias=False)
+    identity.weight.copy_(torch.eye(head.in_dim))
+    return fold_linear(identity, head.mean, head.deviation)

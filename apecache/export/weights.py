@@ -1,5 +1,4 @@
-"""Heads as plain safetensors with a JSON beside them: what another program needs to build them
-again."""
+"""Export heads as safetensors with a JSON description, so that other programs can rebuild them."""
 
 import json
 from pathlib import Path
@@ -12,19 +11,35 @@ SIDES = ("image", "text")
 
 
 def export_safetensors(heads: TrainedHeads, out: Path) -> list[str]:
-    """`image.safetensors`, `text.safetensors`: each head's own tensors by their own names;
-    `heads.json`: what they are. Returns the names of the files."""
+    """Write `image.safetensors`, `text.safetensors` and `heads.json`.
+
+    The tensors have the names of the head's state dict.
+
+    Returns:
+        The names of the files.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    files = []
     for side in SIDES:
-        replace_tensors(out / f"{side}.safetensors", getattr(heads, side).head.state_dict())
-    return [*(f"{side}.safetensors" for side in SIDES), write_description(heads, out)]
+        name = f"{side}.safetensors"
+        replace_tensors(out / name, getattr(heads, side).head.state_dict())
+        files.append(name)
+    return [*files, write_description(heads, out)]
 
 
 def write_description(heads: TrainedHeads, out: Path, **more: Json) -> str:
-    """`heads.json`. A head's output is L2-normalised; cosines times `scale` are the logits of the
-    training."""
+    """Write `heads.json` and return its name.
+
+    A head's output is L2-normalized. Cosines times `scale` are the logits of the training.
+
+    Args:
+        heads: the run.
+        out: the folder.
+        more: entries to add.
+    """
     sides = {side: _describe(getattr(heads, side)) for side in SIDES}
     value = {**sides, "scale": heads.scale, "normalised": True, **more}
+    # Strict JSON: other programs refuse NaN.
     (out / "heads.json").write_text(
         json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False),
         encoding="utf-8",
@@ -33,11 +48,11 @@ def write_description(heads: TrainedHeads, out: Path, **more: Json) -> str:
 
 
 def _describe(side: TrainedSide) -> dict[str, Json]:
-    widths = {"in_dim": side.head.in_dim, "out_dim": side.head.out_dim}
-    encoder = {"encoder": dict(side.encoder), "fingerprint": side.fingerprint.digest}
     return {
         "head": side.head.spec.model_dump(mode="json"),
         "input": side.head.spec.cut,
-        **widths,
-        **encoder,
+        "in_dim": side.head.in_dim,
+        "out_dim": side.head.out_dim,
+        "encoder": dict(side.encoder),
+        "fingerprint": side.fingerprint.digest,
     }

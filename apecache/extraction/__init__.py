@@ -1,1 +1,1 @@
-"""Extraction: run frozen encoders once over a source and commit their features."""
+"""Run frozen encoders once over a source and commit their features."""

@@ -1,5 +1,7 @@
-"""Before anything is encoded: which array to fill, laid out how, and whether it fits what is
-there."""
+"""Prepare the arrays of an extraction before anything is encoded.
+
+Decide which arrays to fill and how they are laid out, and refuse what does not fit the store.
+"""
 
 import platform
 import time
@@ -8,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from os import cpu_count
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,48 +46,56 @@ COMPILED_SHARE = 0.9
 
 
 def default_workers(cores: int | None = None) -> int:
-    """Decoding processes, one for each core (None: of this machine). On few cores they take them
-    from the model's own threads, and threads are faster (benchmarks/speed/extract compares
-    both)."""
+    """Return the number of decoding processes: one for each core, 0 for threads.
+
+    Args:
+        cores: None: those of this machine.
+    """
     cores = cores or cpu_count() or 1
+    # On few cores processes take time from the model's own threads, and decoding in threads is
+    # faster (benchmarks/speed/extract compares both).
     return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
 
 
 @dataclass(frozen=True)
 class ExtractSpec:
-    """What to encode and how. `None` leaves a choice to the store (when resuming) or to the machine
-    (when new).
+    """Say what to encode and how.
 
-    `image`, `text`: one encoder, or several (cuts of one model cost one forward pass). `views`:
-    augmentations to encode in place of each image. `workers`: processes that decode, 0 for threads
-    of this one; None: `default_workers`. `hang_seconds`: how long one of them may take for one
-    image. `max_bad`: share of rows that may be unreadable before the run ends as an error (after
-    encoding all others). `add`: put features of another encoder beside those that the store has.
-    `append`: the table has grown at its end; put the new rows into a new segment. `recheck`: read
-    every input again and compare it with what was encoded. `single_writer`: nobody else writes to
-    the store, so that object storage without put-if-absent will do. `compiled`: image encoders by
-    TorchInductor, not after a block; None: where 4,096 images and ten minutes of encoding or more
-    are ahead and a compiled batch was measured to take less than 0.9 of the time. `part`: the
-    shards to encode, while others encode the rest; all of them may begin at once.
+    `None` leaves a choice to the store (when resuming) or to the machine (when new).
     """
 
     image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
+    """One encoder or several; cuts of one model cost one forward pass."""
     text: EncoderSpec | tuple[EncoderSpec, ...] | None = None
+    """As `image`."""
     image_batch: int | None = None
     text_batch: int | None = None
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32", "int8"] = "float16"
     workers: int | None = None
+    """Processes that decode, 0 for threads of this process; None: `default_workers`."""
     hang_seconds: float = 30.0
+    """How long a decoding process may take for one image."""
     max_bad: float = 0.01
+    """Share of rows that may be unreadable. Beyond it the run ends as an error, after encoding all
+    other rows."""
     device: str = "auto"
     add: bool = False
+    """Put features of another encoder beside those that the store has."""
     append: bool = False
+    """The table has grown at its end: put the new rows into a new segment."""
     recheck: bool = False
+    """Read every input again and compare it with what was encoded."""
     single_writer: bool = False
+    """Nobody else writes to the store, so object storage without put-if-absent can be used."""
     views: Views | None = None
+    """Augmentations to encode in place of each image."""
     compiled: bool | None = None
+    """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
+    and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
+    time."""
     part: Part = WHOLE
+    """The shards to encode; other jobs may encode the rest at the same time."""
 
     @property
     def images(self) -> tuple[EncoderSpec, ...]:
@@ -97,9 +107,11 @@ class ExtractSpec:
 
     @property
     def decoders(self) -> int:
+        """Return the number of decoding processes; 0 for threads."""
         return default_workers() if self.workers is None else self.workers
 
     def batch(self, encoder: ImageEncoder | TextEncoder) -> int | None:
+        """Return the batch size that is asked for, if any."""
         return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
 
 
@@ -107,6 +119,7 @@ def _several(
     specs: EncoderSpec | tuple[EncoderSpec, ...] | None,
     name: str,
 ) -> tuple[EncoderSpec, ...]:
+    """Return one or several encoders as a tuple without repetitions."""
     if specs is None:
         return ()
     several = specs if isinstance(specs, tuple | list) else (specs,)
@@ -123,24 +136,26 @@ def prepare_arrays(
     like: Mapping[str, ArrayLayout] | None = None,
     captions: Sequence[str] = (),
 ) -> list[ArrayRecord]:
-    """The arrays to fill, all of one modality: for each encoder the one that is there, or a new
-    one.
+    """Return the records of the arrays to fill, all of one modality, and make new arrays.
 
-    New ones get shards of equally many rows, so that one pass over the inputs fills all of them.
-    Several processes may do this at the same time: what was measured by the one that puts an
-    array's record first holds for all.
+    New arrays get shards of equally many rows, so that one pass over the inputs fills all of them.
+    Several processes may do this at the same time. The one that puts an array's record first
+    decides its layout for all.
 
     Args:
-        like: how the arrays of an earlier segment are laid out, by name; those of a later one are
+        like: layouts of the arrays of an earlier segment, by name; those of a later segment are
             laid out alike.
-        captions: what text encoders are timed on, and their longest one in tokens is what token
-            arrays are as wide as.
+        captions: for text encoders: what they are timed on. Token arrays are as wide as the longest
+            caption.
+
+    Returns:
+        One record for each encoder, of an array that exists or of a new one.
 
     Raises:
-        MismatchError: features of another encoder, preprocessing or batch size. StoreError: the
-            disk is too small.
+        MismatchError: features of another encoder, preprocessing or batch size.
+        StoreError: the disk is too small.
     """
-    found, layouts = arrays_and_layouts(
+    existing, layouts = arrays_and_layouts(
         store,
         encoders=encoders,
         rows=rows,
@@ -148,38 +163,41 @@ def prepare_arrays(
         like=like or {},
         captions=captions,
     )
-    _require_room(
-        store,
-        [layout for array, layout in zip(found, layouts, strict=True) if array is None],
-    )
-    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
-    if (
-        not like
-        and new
-        and _decide_compiled(
-            new,
+    new_encoders: list[ImageEncoder | TextEncoder] = []
+    new_layouts: list[ArrayLayout] = []
+    for array, encoder, layout in zip(existing, encoders, layouts, strict=True):
+        if array is None:
+            new_encoders.append(encoder)
+            new_layouts.append(layout)
+    _require_room(store, new_layouts)
+    # A later segment takes this decision from the first one.
+    if not like and new_encoders:
+        compile_new = _decide_compiled(
+            new_encoders,
             rows=layouts[0].rows,
             batch=layouts[0].batch_size,
             told=spec.compiled,
         )
-    ):
-        layouts = [replace(layout, compiled=True) for layout in layouts]
+        if compile_new:
+            layouts = [replace(layout, compiled=True) for layout in layouts]
     _require_compiler(encoders, layouts)
-    records = [
-        array.record
-        if array is not None
-        else _new_record(store, encoder=encoder, layout=layout, spec=spec)
-        for array, encoder, layout in zip(found, encoders, layouts, strict=True)
-    ]
-    decided = _create_arrays(store, records, found)
-    if decided is not None:
-        alike = {**dict.fromkeys((record.name for record in records), decided), **(like or {})}
+    records: list[ArrayRecord] = []
+    for array, encoder, layout in zip(existing, encoders, layouts, strict=True):
+        if array is not None:
+            records.append(array.record)
+        else:
+            records.append(_new_record(store, encoder=encoder, layout=layout, spec=spec))
+    decided_layout = _create_arrays(store, records, existing)
+    if decided_layout is not None:
+        # Another process was first: begin again with what it decided, for all arrays alike.
+        decided_layouts = dict.fromkeys((record.name for record in records), decided_layout)
+        layouts_by_name = {**decided_layouts, **(like or {})}
         return prepare_arrays(
             store,
             encoders=encoders,
             rows=rows,
             spec=spec,
-            like=alike,
+            like=layouts_by_name,
             captions=captions,
         )
     return records
@@ -188,11 +206,14 @@ def prepare_arrays(
 def _create_arrays(
     store: FeatureStore,
     records: Sequence[ArrayRecord],
-    found: Sequence[FeatureArray | None],
+    existing: Sequence[FeatureArray | None],
 ) -> ArrayLayout | None:
-    """Make the new ones, and finish what a killed run began. The layout of one that another process
-    has just made otherwise, if there is such a one."""
-    for record, array in zip(records, found, strict=True):
+    """Make the new arrays, and finish those that a killed run began.
+
+    Returns:
+        The layout of a new array that another process has just made differently, else None.
+    """
+    for record, array in zip(records, existing, strict=True):
         try:
             create_array(store.files, record)
         except MismatchError:
@@ -210,24 +231,32 @@ def arrays_and_layouts(
     like: Mapping[str, ArrayLayout],
     captions: Sequence[str],
 ) -> tuple[list[FeatureArray | None], list[ArrayLayout]]:
-    """For each encoder the array that is there, if any, and how it is or would be laid out; nothing
-    is written.
+    """Find the array of each encoder, and how it is or would be laid out; nothing is written.
+
+    Returns:
+        For each encoder the existing array or None, and the layout.
 
     Raises:
         MismatchError: as `prepare_arrays`.
     """
     names = [array_name(encoder, spec) for encoder in encoders]
-    found = [
-        _find_array(store, encoder=encoder, spec=spec, names=names) if store else None
-        for encoder in encoders
-    ]
-    new = [encoder for encoder, array in zip(encoders, found, strict=True) if array is None]
-    layouts = iter(_layouts(new, rows=rows, spec=spec, like=like, captions=captions))
-    return found, [array.record.layout if array is not None else next(layouts) for array in found]
+    existing: list[FeatureArray | None] = []
+    new_encoders: list[ImageEncoder | TextEncoder] = []
+    for encoder in encoders:
+        array = _find_array(store, encoder=encoder, spec=spec, names=names) if store else None
+        existing.append(array)
+        if array is None:
+            new_encoders.append(encoder)
+    new_layouts = _layouts(new_encoders, rows=rows, spec=spec, like=like, captions=captions)
+    remaining_layouts = iter(new_layouts)
+    layouts: list[ArrayLayout] = []
+    for array in existing:
+        layouts.append(next(remaining_layouts) if array is None else array.record.layout)
+    return existing, layouts
 
 
 def array_name(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> str:
-    """The encoder's, and how many views."""
+    """Return the name of an encoder's array: the encoder's slug and the number of views."""
     views = spec.views if isinstance(encoder, ImageEncoder) else None
     return encoder.spec.slug + (f"-{views.count}views" if views else "")
 
@@ -238,23 +267,21 @@ def _new_record(
     layout: ArrayLayout,
     spec: ExtractSpec,
 ) -> ArrayRecord:
+    """Describe a new array. Nothing is written."""
     fingerprint = _fingerprint(
         encoder,
         spec=spec,
         batch=layout.batch_size,
         compiled=layout.compiled,
     )
-    modality = encoder.spec.modality
-    name = array_name(encoder, spec)
-    where = environment(encoder.device)
     record = ArrayRecord(
-        modality=modality,
-        name=name,
+        modality=encoder.spec.modality,
+        name=array_name(encoder, spec),
         spec=encoder.spec,
         fingerprint=fingerprint,
         layout=layout,
         metadata={},
-        environment=where,
+        environment=environment(encoder.device),
         table=store.source["digest"],
     )
     return with_metadata(record)
@@ -266,21 +293,35 @@ def _find_array(
     spec: ExtractSpec,
     names: Sequence[str],
 ) -> FeatureArray | None:
-    """The array of that name or of that encoder; without `add`, any other one that was not asked
-    for is a mismatch."""
+    """Find the array of that name, or else of that encoder.
+
+    Args:
+        names: of all arrays that are asked for.
+
+    Raises:
+        MismatchError: the array has other settings; or, without `add`, there is one that was not
+            asked for.
+    """
     existing = store.arrays(encoder.spec.modality)
     name = array_name(encoder, spec)
-    wanted = _fingerprint(encoder, spec=spec, batch=0, compiled=False).fields
-    same = next((array for array in existing if array.name == name), None)
-    alike = next(
-        (array for array in existing if _kind(array.record.fingerprint.fields) == _kind(wanted)),
-        None,
-    )
-    others = [array for array in existing if array.name not in names] if not spec.add else []
-    nearest_array = same or alike or (others[0] if others else None)
+    # Batch size and compilation are not compared here, so any values will do.
+    asked_fields = _fingerprint(encoder, spec=spec, batch=0, compiled=False).fields
+    identity = _kind(asked_fields)
+    same_name = None
+    same_encoder = None
+    unasked = None
+    for array in existing:
+        if same_name is None and array.name == name:
+            same_name = array
+        fields = array.record.fingerprint.fields
+        if same_encoder is None and _kind(fields) == identity:
+            same_encoder = array
+        if unasked is None and not spec.add and array.name not in names:
+            unasked = array
+    nearest_array = same_name or same_encoder or unasked
     if nearest_array is not None:
         _require_same(store, array=nearest_array, encoder=encoder, spec=spec)
-    return same or alike
+    return same_name or same_encoder
 
 
 def _kind(fields: Mapping[str, Json]) -> Json:
@@ -293,12 +334,14 @@ def _fingerprint(
     batch: int,
     compiled: bool,
 ) -> Fingerprint:
-    views = (
-        {"views": spec.views.to_json()} if spec.views and isinstance(encoder, ImageEncoder) else {}
-    )
+    """Return the identity of an array: its encoder's, how it is stored, and its views."""
     storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch}
-    storage |= {"compile": "inductor"} if compiled else {}
-    return Fingerprint(fields={"encoder": encoder.fingerprint.fields, "storage": storage, **views})
+    if compiled:
+        storage["compile"] = "inductor"
+    fields: Json = {"encoder": encoder.fingerprint.fields, "storage": storage}
+    if spec.views and isinstance(encoder, ImageEncoder):
+        fields["views"] = spec.views.to_json()
+    return Fingerprint(fields=fields)
 
 
 def _require_same(
@@ -307,24 +350,28 @@ def _require_same(
     encoder: ImageEncoder | TextEncoder,
     spec: ExtractSpec,
 ) -> None:
-    """What is not asked for, batch size and compilation, is taken as recorded; encoder and storage
-    must be the same."""
+    """Raise MismatchError unless an array has the encoder and storage that are asked for.
+
+    Batch size and compilation are taken as recorded where they are not asked for.
+    """
     recorded = array.record
-    told = spec.compiled if isinstance(encoder, ImageEncoder) else None
-    compiled = recorded.layout.compiled if told is None else told
-    wanted = _fingerprint(
+    compiled_option = spec.compiled if isinstance(encoder, ImageEncoder) else None
+    compiled = recorded.layout.compiled if compiled_option is None else compiled_option
+    expected = _fingerprint(
         encoder,
         spec=spec,
         batch=spec.batch(encoder) or recorded.layout.batch_size,
         compiled=compiled,
     )
-    differences = wanted.difference(recorded.fingerprint)
+    differences = expected.difference(recorded.fingerprint)
     if differences:
+        # Under the same name there is no room for both.
+        has_other_name = array.name != array_name(encoder, spec)
+        remedy = ", or add --add to keep both" if has_other_name else ""
         raise MismatchError(
             f"{store.path} holds {recorded.modality} features {array.name} of another encoder or "
             "setting: "
-            f"{describe_difference(differences)}; choose another --store"
-            + (", or add --add to keep both" if array.name != array_name(encoder, spec) else ""),
+            f"{describe_difference(differences)}; choose another --store{remedy}",
             differences,
         )
 
@@ -336,38 +383,48 @@ def _layouts(
     like: Mapping[str, ArrayLayout],
     captions: Sequence[str],
 ) -> list[ArrayLayout]:
-    """One for each encoder, with shards of the same rows unless an earlier segment says
-    otherwise."""
+    """Lay out one array for each encoder.
+
+    Shards have the same number of rows in all of them, unless an earlier segment decides.
+    """
     if not encoders:
         return []
-    size = spec.batch(encoders[0]) or _default_batch(encoders[0])
-    plain = [
-        _layout(encoder, rows=rows, size=size, spec=spec, captions=captions) for encoder in encoders
+    batch_size = spec.batch(encoders[0]) or _default_batch(encoders[0])
+    names = [array_name(encoder, spec) for encoder in encoders]
+    unsharded = [
+        _layout(encoder, rows=rows, size=batch_size, spec=spec, captions=captions)
+        for encoder in encoders
     ]
-    wanted = spec.shard_rows
-    if wanted is None and not all(array_name(encoder, spec) in like for encoder in encoders):
-        wanted = _calibrated_rows(encoders, size, captions)
-    most = min(max(1, MAX_SHARD_BYTES // layout.row_bytes) for layout in plain)
-    return [
-        _as_before(layout, like[name])
-        if (name := array_name(encoder, spec)) in like
-        else replace(layout, shard_rows=max(1, min(wanted or 1, rows, most)))
-        for encoder, layout in zip(encoders, plain, strict=True)
-    ]
+    shard_rows = spec.shard_rows
+    if shard_rows is None and not all(name in like for name in names):
+        shard_rows = _calibrated_rows(encoders, batch_size, captions)
+    # The array with the widest rows limits all of them.
+    max_shard_rows = min(max(1, MAX_SHARD_BYTES // layout.row_bytes) for layout in unsharded)
+    new_shard_rows = max(1, min(shard_rows or 1, rows, max_shard_rows))
+    layouts: list[ArrayLayout] = []
+    for name, layout in zip(names, unsharded, strict=True):
+        if name in like:
+            layouts.append(_as_before(layout, like[name]))
+        else:
+            layouts.append(replace(layout, shard_rows=new_shard_rows))
+    return layouts
 
 
 def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
+    """Return the batch size of new arrays where none is asked for."""
     return CUDA_BATCH if encoder.device.type == "cuda" else CPU_BATCH[encoder.spec.modality]
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
-    shard_rows = max(1, min(like.shard_rows, layout.rows, MAX_SHARD_BYTES // layout.row_bytes))
-    same: dict[str, Any] = {
-        "batch_size": like.batch_size,
-        "threads": like.threads,
-        "compiled": like.compiled,
-    }
-    return replace(layout, shard_rows=shard_rows, **same)
+    """Lay an array out like that of an earlier segment, as far as its rows allow."""
+    max_shard_rows = MAX_SHARD_BYTES // layout.row_bytes
+    return replace(
+        layout,
+        shard_rows=max(1, min(like.shard_rows, layout.rows, max_shard_rows)),
+        batch_size=like.batch_size,
+        threads=like.threads,
+        compiled=like.compiled,
+    )
 
 
 def _layout(
@@ -377,22 +434,24 @@ def _layout(
     spec: ExtractSpec,
     captions: Sequence[str],
 ) -> ArrayLayout:
-    """Without the rows of its shards."""
-    tokens = encoder.row_shape[0] if len(encoder.row_shape) > 1 else None
-    ragged = tokens is not None and isinstance(encoder, TextEncoder)
-    if ragged and isinstance(encoder, TextEncoder):
-        tokens = max((len(ids) for ids in encoder.tokenise(captions).ids), default=1)
-    views = spec.views.count if spec.views and isinstance(encoder, ImageEncoder) else None
-    threads = torch.get_num_threads()
+    """Lay an array out, with shards of one row until their size is decided."""
+    n_tokens = encoder.row_shape[0] if len(encoder.row_shape) > 1 else None
+    ragged = False
+    if n_tokens is not None and isinstance(encoder, TextEncoder):
+        ragged = True
+        # As wide as the longest caption: the encoder's own limit would waste space.
+        caption_ids = encoder.tokenise(captions).ids
+        n_tokens = max((len(ids) for ids in caption_ids), default=1)
+    n_views = spec.views.count if spec.views and isinstance(encoder, ImageEncoder) else None
     return ArrayLayout(
         rows=rows,
         dim=encoder.dim,
         dtype=spec.storage_dtype,
         shard_rows=1,
         batch_size=size,
-        threads=threads,
-        views=views,
-        tokens=tokens,
+        threads=torch.get_num_threads(),
+        views=n_views,
+        tokens=n_tokens,
         ragged=ragged,
     )
 
@@ -402,21 +461,28 @@ def _calibrated_rows(
     batch: int,
     captions: Sequence[str],
 ) -> int:
-    """Rows of about a minute of encoding, as a power of two: what a kill can cost at most."""
+    """Return the rows of about a minute of encoding, as a power of two.
+
+    A kill costs at most one shard.
+    """
+    # Cuts of one model share their forward pass.
     models = {id(encoder.module): encoder for encoder in encoders}
 
-    def once() -> float:
+    def encode_batch() -> float:
         begin = time.perf_counter()
         for encoder in models.values():
             if isinstance(encoder, ImageEncoder):
                 encoder.encode(torch.zeros(batch, *encoder.input_shape))
             else:
-                encoder.encode_ids(encoder.tokenise(list(captions[:batch]) or ["a"]).ids)
+                texts = list(captions[:batch]) or ["a"]
+                encoder.encode_ids(encoder.tokenise(texts).ids)
         return time.perf_counter() - begin
 
-    once()
-    rows = SHARD_SECONDS * batch / max(once(), 1e-6)
-    return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, 2 ** int(np.log2(rows)))))
+    # The first batch warms up: allocations and the choice of kernels are not to be counted.
+    encode_batch()
+    rows = SHARD_SECONDS * batch / max(encode_batch(), 1e-6)
+    power_of_two = 2 ** int(np.log2(rows))
+    return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, power_of_two)))
 
 
 def _decide_compiled(
@@ -425,47 +491,54 @@ def _decide_compiled(
     batch: int,
     told: bool | None,
 ) -> bool:
-    """Whether new arrays are filled by compiled models; see `ExtractSpec.compiled`. Texts, whose
-    batches have no one shape, never are.
+    """Decide whether compiled models fill new arrays; see `ExtractSpec.compiled`.
+
+    Args:
+        told: what the user asked for, or None.
 
     Raises:
-        OptionError: told to, for a cut after a block.
+        OptionError: compilation is asked for, but a cut is after a block.
     """
+    # Only images: batches of texts differ in shape, and each shape would be compiled.
     images = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
-    able = bool(images) and all(encoder.spec.layer is None for encoder in images)
-    if told and images and not able:
+    can_compile = bool(images) and all(encoder.spec.layer is None for encoder in images)
+    if told and images and not can_compile:
         raise OptionError(
             "--compile: a cut after a block (@LAYER) is caught by hooks and not compiled; "
             "leave it out"
         )
-    if told is not None or not able or rows < COMPILE_FROM_ROWS:
-        return bool(told) and able
+    if told is not None or not can_compile or rows < COMPILE_FROM_ROWS:
+        return bool(told) and can_compile
     models = list({id(encoder.module): encoder for encoder in images}.values())
-    eager = sum(_seconds(partial(encode_images, [encoder]), encoder, batch) for encoder in models)
-    if eager * rows / batch < COMPILE_FROM_SECONDS:
+    eager_seconds = 0.0
+    for encoder in models:
+        eager_seconds += _seconds(partial(encode_images, [encoder]), encoder, batch)
+    if eager_seconds * rows / batch < COMPILE_FROM_SECONDS:
         return False
     try:
-        return sum(_seconds(compile_images([e]), e, batch) for e in models) < COMPILED_SHARE * eager
-    except (
-        RuntimeError,
-        OSError,
-    ):  # no compiler on this machine, or an operation that it does not know
+        compiled_seconds = 0.0
+        for encoder in models:
+            compiled_seconds += _seconds(compile_images([encoder]), encoder, batch)
+    except (RuntimeError, OSError):
+        # This machine has no compiler, or the model has an operation that it does not know.
         return False
+    return compiled_seconds < COMPILED_SHARE * eager_seconds
 
 
 def _require_compiler(
     encoders: Sequence[ImageEncoder | TextEncoder],
     layouts: Sequence[ArrayLayout],
 ) -> None:
-    """Compiles what will be needed compiled, before anything is written.
+    """Compile the models that will run compiled, before anything is written.
 
     Raises:
-        EncoderError: that cannot be done here.
+        EncoderError: a model cannot be compiled on this machine.
     """
     for encoder, layout in zip(encoders, layouts, strict=True):
         if layout.compiled and isinstance(encoder, ImageEncoder):
             try:
-                compile_images([encoder])(torch.zeros(layout.batch_size, *encoder.input_shape))
+                encode = compile_images([encoder])
+                encode(torch.zeros(layout.batch_size, *encoder.input_shape))
             except (RuntimeError, OSError) as error:
                 raise EncoderError(
                     f"encoder {encoder.spec} cannot be compiled here ({one_line(error)}); install "
@@ -475,39 +548,45 @@ def _require_compiler(
 
 
 def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, batch: int) -> float:
-    """Of one batch, the second of two, results fetched."""
+    """Time one batch in seconds, results included."""
     pixels = torch.zeros(batch, *encoder.input_shape)
+    # The first batch compiles and warms up; only the second one counts.
     encode(pixels)
     begin = time.perf_counter()
     encode(pixels)
+    # CUDA returns before it has computed anything.
     if encoder.device.type == "cuda":
         torch.cuda.synchronize(encoder.device)
     return time.perf_counter() - begin
 
 
 def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:
-    needed = sum(room_bytes(layout, layout.n_shards) for layout in layouts)
-    free = store.files.free_bytes()
-    if free is not None and needed > free:
+    """Raise StoreError if new arrays do not fit on the disk."""
+    needed_bytes = sum(room_bytes(layout, layout.n_shards) for layout in layouts)
+    free_bytes = store.files.free_bytes()
+    # Object storage has no limit that could be asked for.
+    if free_bytes is not None and needed_bytes > free_bytes:
         raise StoreError(
-            f"{store.path}: {needed / 1e6:,.1f} MB needed for the features, {free / 1e6:,.1f} "
-            "MB free"
+            f"{store.path}: {needed_bytes / 1e6:,.1f} MB needed for the features, "
+            f"{free_bytes / 1e6:,.1f} MB free"
         )
 
 
 def room_bytes(layout: ArrayLayout, shards: int) -> int:
-    """On disk, records included."""
-    return int(1.05 * shards * sum(chunk_bytes(layout).values()))
+    """Return the bytes that so many shards take on disk, records included."""
+    shard_bytes = sum(chunk_bytes(layout).values())
+    # 5 % more for the records of the shards.
+    return int(1.05 * shards * shard_bytes)
 
 
 def environment(device: torch.device) -> Json:
-    """Versions and device: recorded, never part of the identity."""
+    """Return versions and device, which are recorded but never part of the identity."""
     names = ("apecache", "torch", "timm", "transformers", "numpy", "pillow", "zarr")
     versions = {name: version(name) for name in names}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "versions": versions,
         "device": device.type,
-        "hardware": gpu,
+        "hardware": hardware,
         "python": platform.python_version(),
     }

@@ -1,9 +1,9 @@
-"""Encoding one shard after another: the loop around the models.
+"""Encode one shard after another: the loop around the models.
 
-Which rows share a batch is a pure function of (shard, batch size), image batches have one fixed
-shape, a row that cannot be read keeps its place as a filler, and captions are sorted by length only
-inside a shard. Several arrays of one modality are filled together: each image is decoded once, and
-cuts of one model cost one forward pass.
+Which rows share a batch depends on the shard and the batch size only. Image batches have one fixed
+shape, and a row that cannot be read keeps its slot as a filler. Captions are sorted by length, but
+only inside a shard. Several arrays of one modality are filled together: each image is decoded once,
+and cuts of one model cost one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder, covariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Generic[Encoder]):
-    """One array, and the encoder that fills it."""
+    """Pair one array with the encoder that fills it."""
 
     encoder: Encoder
     record: ArrayRecord
@@ -48,27 +48,31 @@ class Target(Generic[Encoder]):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedShard:
-    """Encoded rows of one shard: for each target float32 [n, *row_shape], and for all of them the
-    input hashes, the rows that could not be encoded, and (texts) the number of tokens of each
-    row."""
+    """Hold the encoded rows of one shard."""
 
     features: tuple[NDArray[np.float32], ...]
+    """For each target [n, *row_shape]; zeros for rows that could not be encoded."""
     content: list[str]
+    """Hashes of the inputs, one for each row."""
     bad: dict[int, RowError]
+    """Rows that could not be encoded, by their index in the shard."""
     lengths: NDArray[np.int64] | None = None
+    """For texts: the number of tokens of each row."""
     n_truncated: int = 0
+    """For texts: how many were longer than the encoder takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageJob:
-    """Arrays of one source that are laid out alike, the same shards and batches, and resized alike.
-    `workers` and `hang_seconds` as in `Ahead`."""
+    """Encode the images of one source into arrays with the same shards, batches and resizing."""
 
     source: PairSource
     targets: tuple[Target[ImageEncoder], ...]
     workers: int
+    """As in `Ahead`."""
     views: Views | None = None
     hang_seconds: float = 30.0
+    """As in `Ahead`."""
 
     @property
     def layout(self) -> ArrayLayout:
@@ -78,9 +82,17 @@ class ImageJob:
         return self.source.pairs[row].key
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
-        """Decoding runs ahead of the models across batches and shards."""
+        """Encode shards one by one.
+
+        Args:
+            indices: of the shards.
+            advance: called with the number of rows of every encoded batch.
+        """
         shards = [self.layout.shard(index) for index in indices]
-        keys = [self.key(row) for rows in shards for row in rows]
+        keys: list[str] = []
+        for rows in shards:
+            keys += [self.key(row) for row in rows]
+        # One decoder for all shards, so that it runs ahead across their borders.
         with self.decode(keys) as decoded:
             for rows in shards:
                 use_threads(self.layout)
@@ -90,16 +102,15 @@ class ImageJob:
         self,
         keys: Sequence[str],
     ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
-        """What `preprocess` makes of each image, at most two batches in front of the consumer."""
-        images = 2 * self.layout.batch_size + self.workers
+        """Preprocess images in the order of `keys`, at most two batches ahead of the consumer."""
+        n_images_ahead = 2 * self.layout.batch_size + self.workers
         ahead = reading_ahead(
             self.source.media,
             workers=self.workers,
-            images=images,
+            images=n_images_ahead,
             hang_seconds=self.hang_seconds,
         )
-        views = self.views.count if self.views else 1
-        shapes = [(views, *first.encoder.input_shape) for first, *_ in self.models]
+        shapes = [(self.n_views, *first.encoder.input_shape) for first, *_ in self.models]
         return preprocess_ahead(
             keys,
             load=self.load,
@@ -109,30 +120,40 @@ class ImageJob:
         )
 
     def load(self, key: str) -> LoadedImage[Any]:
-        """As a tensor for encoders that resize those; views are drawn from Pillow's images."""
+        """Load one image: as a tensor for encoders that resize tensors, else as Pillow's image."""
+        # Views are drawn from Pillow's images.
         if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
             return load_as(decode_tensor, key, self.source.media)
         return load_image(key, self.source.media)
 
     def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
-        """For each model the pixels of one image, float32 [views, 3, height, width]; one view if
-        there are none."""
+        """Return for each model the pixels of one image, float32 [n_views, 3, height, width]."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
-        return [
-            torch.stack([first.encoder.preprocess(i) for i in images]) for first, *_ in self.models
-        ]
+        pixels_by_model: list[Tensor] = []
+        for first, *_ in self.models:
+            pixels = [first.encoder.preprocess(image) for image in images]
+            pixels_by_model.append(torch.stack(pixels))
+        return pixels_by_model
+
+    @property
+    def n_views(self) -> int:
+        """Return the number of views of each image; 1 without augmentation."""
+        return self.views.count if self.views else 1
 
     @property
     def models(self) -> list[list[Target[ImageEncoder]]]:
+        """Return the targets, grouped by model."""
         return _by_model(self.targets)
 
     @cached_property
     def passes(self) -> list[Callable[[Tensor], list[Tensor]]]:
-        """For each model one forward pass, for all of its cuts."""
-        cuts = [[target.encoder for target in targets] for targets in self.models]
-        return [
-            compile_images(c) if self.layout.compiled else partial(encode_images, c) for c in cuts
-        ]
+        """Return one forward pass for each model, for all of its cuts."""
+        passes: list[Callable[[Tensor], list[Tensor]]] = []
+        for targets in self.models:
+            cuts = [target.encoder for target in targets]
+            compiled = self.layout.compiled
+            passes.append(compile_images(cuts) if compiled else partial(encode_images, cuts))
+        return passes
 
     def _encode(
         self,
@@ -140,37 +161,43 @@ class ImageJob:
         decoded: Iterator[Preprocessed[list[Tensor]]],
         advance: Advance,
     ) -> EncodedShard:
-        size = self.layout.batch_size
-        shape = (len(rows), *((self.views.count,) if self.views else ()))
-        features = {
-            id(t): np.zeros((*shape, *t.encoder.row_shape), np.float32) for t in self.targets
-        }
+        """Encode one shard, whose images come next in `decoded`."""
+        batch_size = self.layout.batch_size
+        leading_shape = (len(rows), self.views.count) if self.views else (len(rows),)
+        features: dict[int, NDArray[np.float32]] = {}
+        for target in self.targets:
+            shape = (*leading_shape, *target.encoder.row_shape)
+            features[id(target)] = np.zeros(shape, np.float32)
         content = [""] * len(rows)
         bad = dict[int, RowError]()
-        buffers = [
-            _PixelBuffers(targets, size, self.views.count if self.views else 1)
-            for targets in self.models
-        ]
-        late: list[_Late] = []
-        for begin in range(0, len(rows), size):
-            count = min(size, len(rows) - begin)
-            pixels = [buffer.next() for buffer in buffers]
+        buffers = [_PixelBuffers(targets, batch_size, self.n_views) for targets in self.models]
+        running: list[_Late] = []
+        for begin in range(0, len(rows), batch_size):
+            count = min(batch_size, len(rows) - begin)
+            batches = [buffer.next() for buffer in buffers]
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
-                for buffer, value in zip(pixels, row.value or (), strict=row.value is not None):
-                    buffer[slot] = value
+                # A row that cannot be read has no pixels: its slot stays zero.
+                for batch, pixels in zip(batches, row.value or (), strict=row.value is not None):
+                    batch[slot] = pixels
                 if row.error is not None:
                     bad[begin + slot] = row.error
-            given = zip(self.models, self.passes, pixels, strict=True)
-            started = [
-                _Late(targets, encode=encode, begin=begin, count=count, pixels=batch)
-                for targets, encode, batch in given
-            ]
-            _finish(late, features)  # the results of the batch before, while this one is on its way
-            late = started
+            started: list[_Late] = []
+            for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
+                late_batch = _Late(
+                    targets,
+                    encode=encode,
+                    begin=begin,
+                    count=count,
+                    pixels=batch,
+                )
+                started.append(late_batch)
+            # Fetch the results of the batch before while the device computes this one.
+            _finish(running, features)
+            running = started
             advance(count)
-        _finish(late, features)
+        _finish(running, features)
         return EncodedShard(
             features=tuple(features[id(target)] for target in self.targets),
             content=content,
@@ -179,24 +206,25 @@ class ImageJob:
 
 
 class _PixelBuffers:
-    """Two batches of pixels of one model, pinned for CUDA: one is filled while the other is copied
-    and encoded."""
+    """Hold the batches of pixels of one model: one on the CPU, two for CUDA."""
 
     def __init__(self, targets: Sequence[Target[ImageEncoder]], size: int, views: int) -> None:
         encoder = targets[0].encoder
+        # With CUDA one pinned batch is filled while the other is copied and encoded.
         pinned = encoder.device.type == "cuda"
+        n_buffers = 2 if pinned else 1
         shape = (size, views, *encoder.input_shape)
-        self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(2 if pinned else 1)]
+        self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(n_buffers)]
         self.turn = 0
 
     def next(self) -> Tensor:
+        """Return a batch of zeros to fill; the buffers take turns."""
         self.turn += 1
         return self.buffers[self.turn % len(self.buffers)].zero_()
 
 
 class _Late:
-    """A batch that has been given to a model, and whose results are fetched when the next one has
-    been given too."""
+    """Start a batch on a model; its results are fetched once the next batch has been started."""
 
     def __init__(
         self,
@@ -209,27 +237,30 @@ class _Late:
         self.targets = targets
         self.begin = begin
         self.count = count
-        self.results = [encode_or_halve(encode, pixels[:, view]) for view in range(pixels.shape[1])]
+        n_views = pixels.shape[1]
+        self.results = [encode_or_halve(encode, pixels[:, view]) for view in range(n_views)]
 
     def store(self, features: dict[int, NDArray[np.float32]]) -> None:
-        for place, target in enumerate(self.targets):
-            out = features[id(target)][self.begin : self.begin + self.count]
+        """Wait for the results and put them into each target's features, by the target's id."""
+        for target_index, target in enumerate(self.targets):
+            # The last batch of a shard is filled up with zeros, which are not stored.
+            shard_rows = features[id(target)][self.begin : self.begin + self.count]
             for view, results in enumerate(self.results):
-                found = results[place][: self.count].cpu().numpy()
+                rows = results[target_index][: self.count].cpu().numpy()
                 if target.record.layout.views:
-                    out[:, view] = found
+                    shard_rows[:, view] = rows
                 else:
-                    out[:] = found
+                    shard_rows[:] = rows
 
 
-def _finish(late: Sequence[_Late], features: dict[int, NDArray[np.float32]]) -> None:
-    for batch in late:
+def _finish(running: Sequence[_Late], features: dict[int, NDArray[np.float32]]) -> None:
+    for batch in running:
         batch.store(features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextJob:
-    """Arrays of one source that are laid out alike, all of cuts of one model."""
+    """Encode the captions of one source into arrays of cuts of one model, laid out alike."""
 
     source: PairSource
     targets: tuple[Target[TextEncoder], ...]
@@ -242,34 +273,44 @@ class TextJob:
         return self.source.pairs[self.source.image_rows[row]].key
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
+        """Encode shards one by one; see `ImageJob.shards`."""
         for index in indices:
             rows = self.layout.shard(index)
             use_threads(self.layout)
             yield self._encode(self.source.captions[rows.start : rows.stop], advance)
 
     def _encode(self, texts: list[str], advance: Advance) -> EncodedShard:
-        bad = {row: error for row, text in enumerate(texts) if (error := caption_error(text))}
-        good = [row for row in range(len(texts)) if row not in bad]
+        """Encode the captions of one shard."""
+        bad: dict[int, RowError] = {}
+        good_rows: list[int] = []
+        for row, text in enumerate(texts):
+            error = caption_error(text)
+            if error:
+                bad[row] = error
+            else:
+                good_rows.append(row)
         encoders = [target.encoder for target in self.targets]
-        tokens = encoders[0].tokenise([texts[row] for row in good])
-        order = sorted(range(len(good)), key=lambda i: (len(tokens.ids[i]), i))
-        features = [
-            np.zeros((len(texts), *target.record.layout.row_shape), np.float32)
-            for target in self.targets
-        ]
+        tokens = encoders[0].tokenise([texts[row] for row in good_rows])
+        # Captions of like length share a batch, so that little is padded.
+        order = sorted(range(len(good_rows)), key=lambda i: (len(tokens.ids[i]), i))
+        features: list[NDArray[np.float32]] = []
+        for target in self.targets:
+            shape = (len(texts), *target.record.layout.row_shape)
+            features.append(np.zeros(shape, np.float32))
         lengths = np.zeros(len(texts), np.int64)
-        lengths[good] = [len(ids) for ids in tokens.ids]
-        size = self.layout.batch_size
-        for begin in range(0, len(order), size):
-            batch = order[begin : begin + size]
-            rows = [good[i] for i in batch]
+        lengths[good_rows] = [len(ids) for ids in tokens.ids]
+        batch_size = self.layout.batch_size
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            rows = [good_rows[i] for i in batch]
             encoded = encode_or_halve(
                 lambda ids: encode_texts(encoders, ids),
                 [tokens.ids[i] for i in batch],
             )
-            for out, found in zip(features, encoded, strict=True):
-                place = (rows, slice(found.shape[1])) if out.ndim == 3 else rows
-                out[place] = found.cpu().numpy()
+            for array, result in zip(features, encoded, strict=True):
+                # Tokens [n, longest, dim] are narrower than their array.
+                destination = (rows, slice(result.shape[1])) if array.ndim == 3 else rows
+                array[destination] = result.cpu().numpy()
             advance(len(batch))
         advance(len(bad))
         content = [content_hash(text) for text in texts]
@@ -289,54 +330,52 @@ def image_jobs(
     views: Views | None,
     hang_seconds: float,
 ) -> list[ImageJob]:
-    """One for all arrays that are laid out alike: images are decoded once for all of them."""
-    groups = _alike(targets, lambda target: target.encoder.spec.resize)
-    return [
-        ImageJob(
+    """Return one job for all arrays that are laid out alike: it decodes each image once."""
+    jobs: list[ImageJob] = []
+    for group in _alike(targets, lambda target: target.encoder.spec.resize):
+        job = ImageJob(
             source=source,
             targets=tuple(group),
             workers=workers,
             views=views,
             hang_seconds=hang_seconds,
         )
-        for group in groups
-    ]
+        jobs.append(job)
+    return jobs
 
 
 def text_jobs(source: PairSource, targets: Sequence[Target[TextEncoder]]) -> list[TextJob]:
-    """One for all cuts of one model."""
-    return [
-        TextJob(source=source, targets=tuple(group))
-        for group in _alike(targets, lambda target: id(target.encoder.module))
-    ]
+    """Return one job for all cuts of one model."""
+    groups = _alike(targets, lambda target: id(target.encoder.module))
+    return [TextJob(source=source, targets=tuple(group)) for group in groups]
 
 
 def use_threads(layout: ArrayLayout) -> None:
-    """As many as were recorded: the last bits of features depend on it."""
+    """Use as many threads as were recorded: the last bits of features depend on it."""
     torch.set_num_threads(layout.threads)
 
 
 def _alike(
     targets: Sequence[Target[Encoder]],
-    kind: Callable[[Target[Encoder]], object],
+    key_of: Callable[[Target[Encoder]], object],
 ) -> list[list[Target[Encoder]]]:
-    """Targets of the same kind whose arrays have the same batches and shards, together."""
+    """Group targets with the same key whose arrays have the same batches and shards."""
     groups: dict[object, list[Target[Encoder]]] = {}
     for target in targets:
         layout = target.record.layout
-        alike = (
-            kind(target),
+        group_key = (
+            key_of(target),
             layout.batch_size,
             layout.shard_rows,
             layout.threads,
             layout.compiled,
         )
-        groups.setdefault(alike, []).append(target)
+        groups.setdefault(group_key, []).append(target)
     return list(groups.values())
 
 
 def _by_model(targets: Sequence[Target[Encoder]]) -> list[list[Target[Encoder]]]:
-    """Targets whose encoders are cuts of one model, together."""
+    """Group targets whose encoders are cuts of one model."""
     groups: dict[int, list[Target[Encoder]]] = {}
     for target in targets:
         groups.setdefault(id(target.encoder.module), []).append(target)
@@ -344,6 +383,7 @@ def _by_model(targets: Sequence[Target[Encoder]]) -> list[list[Target[Encoder]]]
 
 
 def caption_error(text: str) -> RowError | None:
+    """Return why a caption cannot be encoded, or None."""
     if not text.strip():
         return RowError("empty", "the caption is empty")
     try:
@@ -354,8 +394,10 @@ def caption_error(text: str) -> RowError | None:
 
 
 def encode_or_halve(encode: Callable[[Any], list[Tensor]], batch: Any) -> list[Tensor]:
-    """`encode(batch)`; when the device runs out of memory, in halves (equal then to cosine 0.99999,
-    not bit by bit)."""
+    """Return `encode(batch)`; when the device runs out of memory, encode in halves.
+
+    Results are then equal to cosine 0.99999, not bit by bit.
+    """
     try:
         return encode(batch)
     except torch.OutOfMemoryError:
@@ -363,15 +405,21 @@ def encode_or_halve(encode: Callable[[Any], list[Tensor]], batch: Any) -> list[T
             raise
         torch.cuda.empty_cache()
         half = len(batch) // 2
-        halves = encode_or_halve(encode, batch[:half]), encode_or_halve(encode, batch[half:])
-        return [_joined(*parts) for parts in zip(*halves, strict=True)]
+        first_half = encode_or_halve(encode, batch[:half])
+        second_half = encode_or_halve(encode, batch[half:])
+        pairs = zip(first_half, second_half, strict=True)
+        return [_joined(first, second) for first, second in pairs]
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of both; tokens are padded with zeros to the longer of the two."""
+    """Join the rows of both halves; tokens are padded with zeros to the longer of the two."""
     if first.ndim == 3 and first.shape[1] != second.shape[1]:
-        longest = max(first.shape[1], second.shape[1])
-        first, second = (
-            torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (first, second)
-        )
+        n_tokens = max(first.shape[1], second.shape[1])
+        first = _pad_tokens(first, n_tokens)
+        second = _pad_tokens(second, n_tokens)
     return torch.cat([first, second])
+
+
+def _pad_tokens(tokens: Tensor, n_tokens: int) -> Tensor:
+    """[n, length, dim] -> [n, n_tokens, dim]."""
+    return torch.nn.functional.pad(tokens, (0, 0, 0, n_tokens - tokens.shape[1]))

@@ -1,5 +1,4 @@
-"""What an extraction would take, before it runs: rows, bytes, seconds and money. Nothing is
-written."""
+"""Estimate what an extraction would take: rows, bytes, seconds and money. Nothing is written."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ Job = TypeVar("Job", ImageJob, TextJob)
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayPlan:
-    """One array: `n_pending` of its rows would be encoded now, into `n_bytes` of files."""
+    """Say what an extraction would do for one array."""
 
     modality: Modality
     name: str
@@ -45,21 +44,29 @@ class ArrayPlan:
     row_shape: tuple[int, ...]
     dtype: str
     n_pending: int
+    """Rows that would be encoded now."""
     n_bytes: int
+    """Bytes of files that would be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractPlan:
-    """`image_seconds` and `text_seconds`: of encoding what is pending, from two batches of each job
-    timed here and now; loading the encoders is not in them. `free_bytes`: None on object storage.
-    `price`: of these seconds, in the currency of the price per hour."""
+    """Say what an extraction would take.
+
+    The seconds are extrapolated from two batches of each job, timed on this machine. Loading the
+    encoders is not counted.
+    """
 
     store: str | Path
     arrays: tuple[ArrayPlan, ...]
     image_seconds: float
+    """Of encoding all pending images."""
     text_seconds: float
+    """Of encoding all pending captions."""
     free_bytes: int | None
+    """None on object storage."""
     price: float | None
+    """Of these seconds, in the currency of the price per hour."""
 
     @property
     def seconds(self) -> float:
@@ -76,7 +83,7 @@ class ExtractPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part(Generic[Encoder]):
-    """An array of one segment."""
+    """Hold an array of one segment, and the shards that are pending in it."""
 
     target: Target[Encoder]
     source: PairSource
@@ -97,12 +104,16 @@ def plan_extraction(
     spec: ExtractSpec,
     price_per_hour: float | None = None,
 ) -> ExtractPlan:
-    """What `extract` with the same arguments would do.
+    """Estimate what `extract` with the same arguments would do.
+
+    Args:
+        price_per_hour: of this machine, in any currency.
 
     Raises:
-        OptionError: a negative price. And what `extract` raises before it encodes anything.
+        OptionError: a negative price. All that `extract` raises before it encodes anything is
+            raised too.
     """
-    place = as_place(store, "store")
+    store_path = as_place(store, "store")
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")
     require_inputs(source, spec)
@@ -111,38 +122,38 @@ def plan_extraction(
     texts = list[_Part[TextEncoder]]()
     image_seconds = _Stopwatch()
     text_seconds = _Stopwatch()
-    files = open_files(place)
+    files = open_files(store_path)
     for segment in split_source(source, files, spec.append):
-        part = segment.part
+        segment_source = segment.part
+        # A segment that does not exist yet has no store to open.
         opened = FeatureStore.at(segment.files) if segment.files.exists(SOURCE) else None
         new_images = list(
-            _parts(opened, encoders=encoders.image, source=part, spec=spec, before=images)
+            _parts(opened, encoders=encoders.image, source=segment_source, spec=spec, before=images)
         )
         new_texts = list(
-            _parts(opened, encoders=encoders.text, source=part, spec=spec, before=texts)
+            _parts(opened, encoders=encoders.text, source=segment_source, spec=spec, before=texts)
         )
-        to_do = [image.target for image in new_images if image.pending]
+        pending_images = [image.target for image in new_images if image.pending]
         for job in image_jobs(
-            part,
-            targets=to_do,
+            segment_source,
+            targets=pending_images,
             workers=spec.decoders,
             views=spec.views,
             hang_seconds=spec.hang_seconds,
         ):
             image_seconds.add(job, _pending_rows(job, new_images), _time_images)
-        for text_job in text_jobs(part, [text.target for text in new_texts if text.pending]):
+        pending_texts = [text.target for text in new_texts if text.pending]
+        for text_job in text_jobs(segment_source, pending_texts):
             text_seconds.add(text_job, _pending_rows(text_job, new_texts), _time_texts)
         images = images + new_images
         texts = texts + new_texts
-    seconds = (image_seconds.total, text_seconds.total)
-    price = None if price_per_hour is None else price_per_hour * sum(seconds) / 3600
-    arrays = (*_array_plans(images), *_array_plans(texts))
-    image_seconds_value, text_seconds_value = seconds
+    total_seconds = image_seconds.total + text_seconds.total
+    price = None if price_per_hour is None else price_per_hour * total_seconds / 3600
     return ExtractPlan(
         store=files.place,
-        arrays=arrays,
-        image_seconds=image_seconds_value,
-        text_seconds=text_seconds_value,
+        arrays=(*_array_plans(images), *_array_plans(texts)),
+        image_seconds=image_seconds.total,
+        text_seconds=text_seconds.total,
         free_bytes=files.free_bytes(),
         price=price,
     )
@@ -155,12 +166,19 @@ def _parts(
     spec: ExtractSpec,
     before: Sequence[_Part[Encoder]],
 ) -> Iterator[_Part[Encoder]]:
+    """Describe the arrays of one segment, one for each encoder.
+
+    Args:
+        before: the arrays of all earlier segments.
+    """
     if not encoders:
         return
-    like = {part.target.record.name: part.layout for part in reversed(before)}
-    captions = source.captions if encoders[0].spec.modality == "text" else ()
-    rows = len(captions) if encoders[0].spec.modality == "text" else len(source)
-    found, layouts = arrays_and_layouts(
+    # Reversed, so that of several segments the first one decides.
+    like = {earlier.target.record.name: earlier.layout for earlier in reversed(before)}
+    is_text = encoders[0].spec.modality == "text"
+    captions = source.captions if is_text else ()
+    rows = len(captions) if is_text else len(source)
+    existing, layouts = arrays_and_layouts(
         store,
         encoders=encoders,
         rows=rows,
@@ -168,14 +186,14 @@ def _parts(
         like=like,
         captions=captions,
     )
-    for encoder, array, layout in zip(encoders, found, layouts, strict=True):
+    for encoder, array, layout in zip(encoders, existing, layouts, strict=True):
         record = array.record if array else _record(encoder, layout, spec)
-        done = frozenset(array.commits) if array else frozenset[int]()
-        own = frozenset(shard for shard in range(layout.n_shards) if shard in spec.part)
+        committed_shards = frozenset(array.commits) if array else frozenset[int]()
+        planned_shards = frozenset(shard for shard in range(layout.n_shards) if shard in spec.part)
         yield _Part(
             target=Target(encoder=encoder, record=record),
             source=source,
-            pending=own - done,
+            pending=planned_shards - committed_shards,
         )
 
 
@@ -184,11 +202,10 @@ def _record(
     layout: ArrayLayout,
     spec: ExtractSpec,
 ) -> ArrayRecord:
-    """Of an array that is not there: enough of one to time it."""
-    name = array_name(encoder, spec)
+    """Describe an array that does not exist, as far as timing needs it."""
     return ArrayRecord(
         modality=encoder.spec.modality,
-        name=name,
+        name=array_name(encoder, spec),
         spec=encoder.spec,
         fingerprint=Fingerprint(fields={}),
         layout=layout,
@@ -198,47 +215,47 @@ def _record(
     )
 
 
-def _array_plans(parts: Sequence[_Part[Encoder]]) -> Iterator[ArrayPlan]:
-    """One for each array, its segments together."""
-    for name in dict.fromkeys(part.target.record.name for part in parts):
-        own = [part for part in parts if part.target.record.name == name]
-        record = own[0].target.record
-        layout = own[0].layout
-        n_bytes = sum(room_bytes(part.layout, len(part.pending)) for part in own)
-        rows = sum(part.layout.rows for part in own)
-        n_pending = sum(part.n_pending for part in own)
+def _array_plans(segment_arrays: Sequence[_Part[Encoder]]) -> Iterator[ArrayPlan]:
+    """Sum up the segments of each array."""
+    by_name: dict[str, list[_Part[Encoder]]] = {}
+    for segment_array in segment_arrays:
+        by_name.setdefault(segment_array.target.record.name, []).append(segment_array)
+    for name, segments in by_name.items():
+        first = segments[0]
         yield ArrayPlan(
-            modality=record.modality,
+            modality=first.target.record.modality,
             name=name,
-            rows=rows,
-            row_shape=layout.row_shape,
-            dtype=layout.dtype,
-            n_pending=n_pending,
-            n_bytes=n_bytes,
+            rows=sum(segment.layout.rows for segment in segments),
+            row_shape=first.layout.row_shape,
+            dtype=first.layout.dtype,
+            n_pending=sum(segment.n_pending for segment in segments),
+            n_bytes=sum(room_bytes(segment.layout, len(segment.pending)) for segment in segments),
         )
 
 
-def _pending_rows(job: ImageJob | TextJob, parts: Sequence[_Part[Encoder]]) -> int:
-    """Rows of the shards that are pending for any of the job's arrays: all of them are encoded
-    together."""
+def _pending_rows(job: ImageJob | TextJob, segment_arrays: Sequence[_Part[Encoder]]) -> int:
+    """Count the rows of the shards that are pending for any of the job's arrays."""
+    # All arrays of a job are encoded together, so a shard counts once.
     names = {target.record.name for target in job.targets}
-    return count_rows(
-        job.layout,
-        {shard for part in parts if part.target.record.name in names for shard in part.pending},
-    )
+    pending_shards: set[int] = set()
+    for segment_array in segment_arrays:
+        if segment_array.target.record.name in names:
+            pending_shards |= segment_array.pending
+    return count_rows(job.layout, pending_shards)
 
 
 # --- timing ---------------------------------------------------------------------------------------
 
 
 class _Stopwatch:
-    """Seconds of jobs, each kind of them timed once."""
+    """Add up the seconds of jobs; jobs that fill the same arrays are timed once."""
 
     def __init__(self) -> None:
         self.total = 0.0
         self.timed: dict[tuple[str, ...], float] = {}
 
     def add(self, job: Job, rows: int, time_row: Callable[[Job], float]) -> None:
+        # Segments have the same arrays, so their jobs take the same time for a row.
         names = tuple(target.record.name for target in job.targets)
         if names not in self.timed:
             self.timed[names] = time_row(job)
@@ -246,25 +263,31 @@ class _Stopwatch:
 
 
 def _time_images(job: ImageJob) -> float:
-    """Seconds a row: on the CPU decoding and models share the cores, beside an accelerator the
-    slower one counts."""
-    size = job.layout.batch_size
-    rows = _spread(len(job.source), CALIBRATION_BATCHES * size)
+    """Return the seconds that one row takes."""
+    batch_size = job.layout.batch_size
+    rows = _spread(len(job.source), CALIBRATION_BATCHES * batch_size)
     begin = time.perf_counter()
     with job.decode([job.key(row) for row in rows]) as decoded:
         for _ in decoded:
             pass
-    decoding = (time.perf_counter() - begin) / len(rows)
-    encoders = [[target.encoder for target in targets] for targets in job.models]
-    pixels = [torch.zeros(size, *first.input_shape) for first, *_ in encoders]
-    views = job.views.count if job.views else 1
+    decoding_seconds = (time.perf_counter() - begin) / len(rows)
+    models: list[list[ImageEncoder]] = []
+    batches: list[Tensor] = []
+    for targets in job.models:
+        cuts = [target.encoder for target in targets]
+        models.append(cuts)
+        batches.append(torch.zeros(batch_size, *cuts[0].input_shape))
+    n_views = job.views.count if job.views else 1
 
     def encode() -> None:
-        for group, batch in zip(encoders, pixels, strict=True):
-            _fetch(encode_images(group, batch))
+        for cuts, batch in zip(models, batches, strict=True):
+            _fetch(encode_images(cuts, batch))
 
-    encoding = views * _seconds_of(encode) / size
-    return decoding + encoding if _share_cores(encoders[0][0].device) else max(decoding, encoding)
+    encoding_seconds = n_views * _seconds_of(encode) / batch_size
+    # On the CPU decoding and models share the cores; beside an accelerator the slower one counts.
+    if _share_cores(models[0][0].device):
+        return decoding_seconds + encoding_seconds
+    return max(decoding_seconds, encoding_seconds)
 
 
 def _share_cores(device: torch.device) -> bool:
@@ -272,26 +295,29 @@ def _share_cores(device: torch.device) -> bool:
 
 
 def _time_texts(job: TextJob) -> float:
-    """Seconds a row, in batches of like length as `TextJob` makes them."""
+    """Return the seconds that one row takes."""
     captions = job.source.captions
-    size = job.layout.batch_size
+    batch_size = job.layout.batch_size
     encoders = [target.encoder for target in job.targets]
-    sample = [captions[row] for row in _spread(len(captions), CALIBRATION_BATCHES * size)]
-    good = [caption for caption in sample if not caption_error(caption)]
-    if not good:
+    sample_rows = _spread(len(captions), CALIBRATION_BATCHES * batch_size)
+    sample = [captions[row] for row in sample_rows]
+    good_captions = [caption for caption in sample if not caption_error(caption)]
+    if not good_captions:
         return 0.0
-    ids = sorted(encoders[0].tokenise(good).ids, key=len)
-    batches = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
+    # Sorted as TextJob does, so that batches have captions of like length.
+    ids = sorted(encoders[0].tokenise(good_captions).ids, key=len)
+    batches = [ids[begin : begin + batch_size] for begin in range(0, len(ids), batch_size)]
 
     def encode() -> None:
         for batch in batches:
             _fetch(encode_texts(encoders, batch))
 
-    return _seconds_of(encode, 1) / len(good)
+    return _seconds_of(encode, 1) / len(good_captions)
 
 
 def _seconds_of(work: Callable[[], None], times: int = CALIBRATION_BATCHES) -> float:
-    """Of one call, after one that warms up."""
+    """Return the mean seconds of a call."""
+    # The first call warms up and does not count.
     work()
     begin = time.perf_counter()
     for _ in range(times):
@@ -300,10 +326,12 @@ def _seconds_of(work: Callable[[], None], times: int = CALIBRATION_BATCHES) -> f
 
 
 def _fetch(results: Sequence[Tensor]) -> None:
+    """Wait for results, as an extraction does by storing them."""
     for result in results:
         result.cpu()
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` rows from all over the table."""
-    return [count * place // min(count, wanted) for place in range(min(count, wanted))]
+def _spread(n_rows: int, max_sampled: int) -> list[int]:
+    """Choose at most `max_sampled` rows, evenly spread over the table."""
+    n_sampled = min(n_rows, max_sampled)
+    return [n_rows * index // n_sampled for index in range(n_sampled)]

@@ -1,5 +1,7 @@
-"""Is what is committed still what the inputs and the encoder give? Asked before rows are added to
-it."""
+"""Check that committed rows are still what the inputs and the encoder give.
+
+This is done before rows are added to them.
+"""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -24,18 +26,28 @@ RECHECK_COSINE = 0.9999
 
 
 class _FirstCommit(FeatureArray):
-    """An array of which one commit record is read, not all of them."""
+    """Open an array with one of its commit records only; a large array may have thousands."""
 
     @cached_property
     def commits(self) -> Mapping[int, CommitRecord]:
         folder = f"{records_folder(self.record.modality, self.name)}/commits"
-        first = next((int(name[:8]) for name in self.files.list(folder) if is_commit(name)), None)
-        return {} if first is None else {first: read_commit(self.files, self.record, first)[0]}
+        for name in self.files.list(folder):
+            if is_commit(name):
+                # The name of a record begins with the eight digits of its shard.
+                shard = int(name[:8])
+                commit = read_commit(self.files, self.record, shard)[0]
+                return {shard: commit}
+        return {}
 
 
 def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
-    """Encode a few committed rows of the job's target `place` again, if there are any: a library
-    update between two runs, or another one on the next node, can change pixels or kernels.
+    """Encode a few committed rows again, if there are any, and compare them with the stored ones.
+
+    A library update between two runs, or another version on the next node, can change pixels or
+    kernels.
+
+    Args:
+        place: index of the job's target.
 
     Raises:
         MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot
@@ -46,29 +58,32 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     if not array.commits:
         return
     (shard,) = array.commits
-    first = record.layout.shard(shard).start
-    rows = [row for row in array.rows_ok(shard) if row < first + RECHECKED_ROWS]
+    first_row = record.layout.shard(shard).start
+    rows = [row for row in array.rows_ok(shard) if row < first_row + RECHECKED_ROWS]
     if not rows:
         return
-    stored = (
-        array.load_shard(shard)[[row - first for row in rows]]
-        .astype(np.float32)
-        .reshape(len(rows), -1)
-    )
-    fresh = _as_stored(_encode_rows(job, place, rows), record.layout).reshape(len(rows), -1)
+    rows_in_shard = [row - first_row for row in rows]
+    stored = array.load_shard(shard)[rows_in_shard].astype(np.float32)
+    fresh = _as_stored(_encode_rows(job, place, rows), record.layout)
+    # Views and tokens of a row are compared as one long vector.
+    stored = stored.reshape(len(rows), -1)
+    fresh = fresh.reshape(len(rows), -1)
     norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
-    cosine = float(((stored * fresh).sum(1) / np.maximum(norms, 1e-12)).min())
-    if cosine < RECHECK_COSINE:
+    dot_products = (stored * fresh).sum(1)
+    # A row of zeros has cosine 0 and not NaN, which would pass the comparison below.
+    cosines = dot_products / np.maximum(norms, 1e-12)
+    worst_cosine = float(cosines.min())
+    if worst_cosine < RECHECK_COSINE:
         raise MismatchError(
             f"{record.modality} features that are committed come out otherwise now (cosine "
-            f"{cosine:.5f}): a "
+            f"{worst_cosine:.5f}): a "
             "library, the device or an input changed; use the versions in apecache info --json, "
             "or a new --store"
         )
 
 
 def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.float32]:
-    """What reading gives of what was just encoded: rounding is no change."""
+    """Round fresh features as storing and reading would: rounding is not a change."""
     if not layout.scaled:
         return fresh
     rounded = np.empty_like(fresh)
@@ -77,31 +92,43 @@ def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.fl
 
 
 def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArray[np.float32]:
-    """Float32 [n, *row_shape of the array] by one target alone."""
+    """Encode rows by one target alone -> float32 [n, *row_shape of the array]."""
     if isinstance(job, TextJob):
-        return _encode_texts(job.targets[place], [job.source.captions[row] for row in rows])
-    alone = ImageJob(source=job.source, targets=(job.targets[place],), workers=1, views=job.views)
+        texts = [job.source.captions[row] for row in rows]
+        return _encode_texts(job.targets[place], texts)
+    target_job = ImageJob(
+        source=job.source,
+        targets=(job.targets[place],),
+        workers=1,
+        views=job.views,
+    )
+    row_pixels: list[torch.Tensor] = []
     try:
-        (views,) = zip(*(alone.preprocess(alone.load(job.key(row))) for row in rows), strict=True)
+        for row in rows:
+            (pixels,) = target_job.preprocess(target_job.load(job.key(row)))
+            row_pixels.append(pixels)
     except RowError as error:
         raise MismatchError(
             f"an image that is committed cannot be read any more: {error.detail}"
         ) from None
-    pixels = torch.stack(views)
-    found = [job.targets[place].encoder.encode(pixels[:, view]) for view in range(pixels.shape[1])]
-    encoded: NDArray[np.float32] = (torch.stack(found, 1) if job.views else found[0]).numpy()
+    batch = torch.stack(row_pixels)
+    encoder = job.targets[place].encoder
+    view_features = [encoder.encode(batch[:, view]) for view in range(batch.shape[1])]
+    features = torch.stack(view_features, 1) if job.views else view_features[0]
+    encoded: NDArray[np.float32] = features.numpy()
     return encoded
 
 
 def _encode_texts(target: Target[TextEncoder], texts: list[str]) -> NDArray[np.float32]:
-    """One after another: each text's tokens have a length of their own."""
+    """Encode texts -> float32 [n, *row_shape of the array]."""
     if target.record.layout.tokens is None:
         encoded: NDArray[np.float32] = target.encoder.encode(texts).numpy()
         return encoded
-    out = np.zeros((len(texts), *target.record.layout.row_shape), np.float32)
+    # One after another: the texts differ in their number of tokens.
+    features = np.zeros((len(texts), *target.record.layout.row_shape), np.float32)
     for row, ids in enumerate(target.encoder.tokenise(texts).ids):
-        out[row, : len(ids)] = target.encoder.encode_ids([ids])[0].numpy()
-    return out
+        features[row, : len(ids)] = target.encoder.encode_ids([ids])[0].numpy()
+    return features
 
 
 def require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
@@ -111,20 +138,25 @@ def require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
         MismatchError: some have other bytes than when they were encoded.
     """
     for target in job.targets:
-        recorded = FeatureArray(files=store.files, record=target.record).content()
-        changed = [
-            row for row, digest in enumerate(recorded) if digest and _content(job, row) != digest
-        ]
-        if changed:
-            keys = ", ".join(job.key(row) for row in changed[:3])
+        array = FeatureArray(files=store.files, record=target.record)
+        recorded_digests = array.content()
+        changed_rows: list[int] = []
+        for row, digest in enumerate(recorded_digests):
+            # Rows that were unreadable or are not encoded yet have no digest.
+            if digest and _content(job, row) != digest:
+                changed_rows.append(row)
+        if changed_rows:
+            keys = ", ".join(job.key(row) for row in changed_rows[:3])
+            n_rows = len(recorded_digests)
             raise MismatchError(
-                f"{len(changed)} of {len(recorded)} {target.record.modality} rows are not what "
+                f"{len(changed_rows)} of {n_rows} {target.record.modality} rows are not what "
                 f"was encoded ({keys}); "
                 "bring the old files back, or make a new --store"
             )
 
 
 def _content(job: ImageJob | TextJob, row: int) -> str:
+    """Hash a row's input as it is now; an empty string if it cannot be read."""
     if isinstance(job, TextJob):
         return content_hash(job.source.captions[row])
     try:

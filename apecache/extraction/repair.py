@@ -1,9 +1,8 @@
-"""Repair: exactly what is damaged is made again, by the ordinary extraction.
+"""Repair a store: make exactly what is damaged again, by the ordinary extraction.
 
-A damaged shard is un-committed durably (seal first, then its record), so that a repair that is
-itself interrupted leaves an incomplete store, never a wrong one; then the pending shards are
-encoded as always. Zarr's metadata is written again from the records, the pair table from the user's
-table.
+A damaged shard is un-committed durably (seal first, then its record), so that an interrupted repair
+leaves an incomplete store, never a wrong one. Then the pending shards are encoded as always. Zarr's
+metadata is written again from the records, the pair table from the user's table.
 """
 
 import contextlib
@@ -55,12 +54,13 @@ from apecache.store.writer import create_store
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport:
-    """`shards`: per array the shards that were encoded again. `objects`: other objects that were
-    written again."""
+    """Say what a repair did."""
 
     store: str | Path
     shards: dict[str, tuple[int, ...]]
+    """For each array the shards that were encoded again."""
     objects: tuple[str, ...]
+    """Other objects that were written again."""
     after: VerifyReport
 
     @property
@@ -85,8 +85,8 @@ def repair(
             taken from the store.
 
     Raises:
-        StoreError: no store; or an array's fingerprint and its copy are lost, so that nobody knows
-            what it was.
+        StoreError: no store; or both an array's fingerprint and its copy are lost, so that the
+            array cannot be identified.
         MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
     """
     spec = spec or ExtractSpec()
@@ -95,10 +95,11 @@ def repair(
     files.prepare()
     shards: dict[str, tuple[int, ...]] = {}
     objects = [*_mend_fingerprints(files), *_mend_sources(source, files)]
-    # The last first: the store opens only when all of its segments do.
+    # The last segment first: the store opens only when all of its segments do.
     for segment in reversed(split_source(source, files)):
-        again, rewritten = _repair_segment(segment, spec, progress)
-        shards |= {_below(segment.folder, array): damaged for array, damaged in again.items()}
+        encoded_shards, rewritten = _repair_segment(segment, spec, progress)
+        for array, damaged in encoded_shards.items():
+            shards[_below(segment.folder, array)] = damaged
         objects += [_below(segment.folder, name) for name in rewritten]
     return RepairReport(
         store=files.place,
@@ -109,60 +110,69 @@ def repair(
 
 
 def _mend_fingerprints(store: Files) -> list[str]:
-    """Lost fingerprints of all segments, from their copy: without them nothing else of an array can
-    be verified."""
+    """Restore lost fingerprints of all segments from their copies, and return their names.
+
+    Without its fingerprint nothing else of an array can be verified.
+    """
     mended = []
     for folder in ("", *begun_segments(store)):
         files = store.child(folder)
         for modality, name in array_names(files):
-            where = f"{records_folder(modality, name)}/fingerprint.json"
+            fingerprint_name = f"{records_folder(modality, name)}/fingerprint.json"
             try:
-                read_record(files, where)
+                read_record(files, fingerprint_name)
             except DamagedError:
                 restore_fingerprint(files, modality, name)
-                mended.append(_below(folder, where))
+                mended.append(_below(folder, fingerprint_name))
     return mended
 
 
 def _below(folder: str, name: str) -> str:
+    """Return an object's name within the store; `folder` is that of its segment."""
     return f"{folder}/{name}" if folder else name
 
 
 def _mend_sources(source: PairSource, store: Files) -> list[str]:
-    """Lost claims to the table, so that it can be divided into segments; returns those that were
-    written again. How many images a segment has, its image features still know; the last one has
-    the rest."""
-    first = 0
+    """Restore lost claims of segments to the table, and return their names.
+
+    The table cannot be divided into segments without them.
+    """
+    first_image = 0
     mended = list[str]()
     recorded = {f"{SEGMENTS}/{name.removesuffix('.json')}" for name in store.list(SEGMENT_RECORDS)}
-    segments = sorted({*begun_segments(store), *recorded})
-    for folder in ("", *segments):
+    folders = sorted({*begun_segments(store), *recorded})
+    for folder in ("", *folders):
         files = store.child(folder)
         try:
-            count = read_record(files, SOURCE)["n_images"]
+            n_images = read_record(files, SOURCE)["n_images"]
         except DamagedError:
-            count = _n_images(store, folder, len(source) - first)
-            part = source.part(first, first + count)
-            restore_source(files, pair_columns(part), part.media.place)
+            # Nothing else tells how long the last segment is: it gets all remaining images.
+            n_images = _n_images(store, folder, len(source) - first_image)
+            segment_source = source.part(first_image, first_image + n_images)
+            restore_source(files, pair_columns(segment_source), segment_source.media.place)
             mended.append(_below(folder, SOURCE))
-        first += count
-    return mended + restore_segment_records(
-        store,
-        [folder.rpartition("/")[2] for folder in segments],
-    )
+        first_image += n_images
+    segment_names = [folder.rpartition("/")[2] for folder in folders]
+    return mended + restore_segment_records(store, segment_names)
 
 
 def _n_images(store: Files, folder: str, otherwise: int) -> int:
-    """How many images a segment has that has lost its own record of it."""
+    """Count the images of a segment that has lost its own record of them.
+
+    Args:
+        folder: of the segment.
+        otherwise: what to return if nothing in the store tells the count.
+    """
     with contextlib.suppress(DamagedError):
-        count: int = read_record(store, segment_record_name(folder.rpartition("/")[2]))["n_images"]
-        return count
+        record_name = segment_record_name(folder.rpartition("/")[2])
+        n_images: int = read_record(store, record_name)["n_images"]
+        return n_images
     files = store.child(folder)
+    # Every array of image features has one row for each image.
     for name in files.list("records/image"):
-        rows: int = read_record(files, f"{records_folder('image', name)}/fingerprint.json")[
-            "layout"
-        ]["rows"]
-        return rows
+        fingerprint = read_record(files, f"{records_folder('image', name)}/fingerprint.json")
+        n_rows: int = fingerprint["layout"]["rows"]
+        return n_rows
     return otherwise
 
 
@@ -171,28 +181,39 @@ def _repair_segment(
     spec: ExtractSpec,
     progress: Progress,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Shards that were encoded again by array, and other objects that were written again."""
+    """Repair one segment.
+
+    Returns:
+        For each array the shards that were encoded again, and the names of other objects that were
+        written again.
+    """
     files = segment.files
-    problems = verify_segment(files).problems
-    harmful = [
-        problem
-        for problem in problems
-        if problem.harmful or problem.kind in ("unsealed", "uncommitted")
-    ]
+    harmful: list[Problem] = []
+    for problem in verify_segment(files).problems:
+        # Pending shards are no damage, but are encoded as well.
+        if problem.harmful or problem.kind in ("unsealed", "uncommitted"):
+            harmful.append(problem)
     objects = _mend_table(files, harmful, segment.part) + _mend_metadata(files, harmful)
     shards = _damaged_shards(harmful)
-    ready = [_ready(FeatureStore.at(files).array(*array).record, spec) for array in shards]
+    # All encoders are loaded and compared before the first shard is un-committed.
+    ready: list[tuple[ExtractSpec, Encoders]] = []
+    for modality, name in shards:
+        record = FeatureStore.at(files).array(modality, name).record
+        ready.append(_ready(record, spec))
+    encoded_shards: dict[str, tuple[int, ...]] = {}
     for (modality, name), damaged in shards.items():
         uncommit(files, modality=modality, name=name, shards=damaged)
-    for again, encoders in ready:
-        extract_pending(segment, encoders=encoders, spec=again, progress=progress)
-    return {
-        f"{modality}/{name}": tuple(damaged) for (modality, name), damaged in shards.items()
-    }, objects
+        encoded_shards[f"{modality}/{name}"] = tuple(damaged)
+    for array_spec, encoders in ready:
+        extract_pending(segment, encoders=encoders, spec=array_spec, progress=progress)
+    return encoded_shards, objects
 
 
 def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> list[str]:
-    """The pair table, its records, the README and Zarr's root metadata, from the user's table."""
+    """Make the pair table, its records, the README and Zarr's root metadata again.
+
+    They come from the user's table. Returns the names of the damaged objects.
+    """
     names = [problem.object for problem in problems if problem.array is None]
     if names:
         unmake_table(files)
@@ -206,19 +227,26 @@ def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> li
 
 
 def _mend_metadata(files: Files, problems: list[Problem]) -> list[str]:
-    """Zarr's metadata files of arrays, from their records."""
-    names = [p for p in problems if p.array and p.shard is None and p.object.endswith("zarr.json")]
+    """Write Zarr's metadata files of arrays again, and return the names of the damaged ones."""
+    damaged_names: list[str] = []
+    damaged_arrays: set[tuple[Modality, str]] = set()
+    for problem in problems:
+        is_metadata = problem.shard is None and problem.object.endswith("zarr.json")
+        if problem.array and is_metadata:
+            damaged_names.append(problem.object)
+            damaged_arrays.add(problem.array)
     opened = FeatureStore.at(files)
-    for array in {problem.array for problem in names if problem.array}:
-        rewrite_metadata(opened.files, opened.array(*array).record)
-    return [problem.object for problem in names]
+    for modality, name in damaged_arrays:
+        rewrite_metadata(opened.files, opened.array(modality, name).record)
+    return damaged_names
 
 
 def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], list[int]]:
-    """Shards to encode again; an array whose seal alone is damaged stands with none."""
+    """Return the shards to encode again, by array."""
     shards: dict[tuple[Modality, str], set[int]] = defaultdict(set)
     for problem in problems:
         if problem.array and problem.object.endswith("/seal.json"):
+            # No shard is to be encoded, but the array has to be sealed again.
             shards[problem.array].update(())
         elif problem.array and problem.shard is not None:
             shards[problem.array].add(problem.shard)
@@ -226,32 +254,33 @@ def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], l
 
 
 def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoders]:
-    """The recorded settings and the loaded encoder: that it is the same is known before anything is
-    un-committed.
+    """Return the recorded settings of an array, and load its encoder.
 
     Raises:
-        MismatchError: it is another one.
+        MismatchError: it is not the encoder that the array was made by.
     """
     moved: EncoderSpec | None = getattr(spec, record.modality)
-    chosen = record.spec if moved is None else record.spec.with_name(str(moved))
-    image, text = (chosen if record.modality == kind else None for kind in ("image", "text"))
-    storage: Any = record.layout.dtype
+    encoder_spec = record.spec if moved is None else record.spec.with_name(str(moved))
+    storage_dtype: Any = record.layout.dtype
     views = record.fingerprint.fields.get("views")
-    about: dict[str, Any] = {
-        "storage_dtype": storage,
-        "views": None if views is None else views_from_json(views),
-    }
-    again = replace(spec, image=image, text=text, add=True, max_bad=1.0, **about)
-    encoders = load_encoders(again)
-    (found,) = (
-        encoder.fingerprint for group in (encoders.image, encoders.text) for encoder in group
+    # Other arrays of the store stay, and its unreadable rows were accepted when it was made.
+    array_spec = replace(
+        spec,
+        image=encoder_spec if record.modality == "image" else None,
+        text=encoder_spec if record.modality == "text" else None,
+        add=True,
+        max_bad=1.0,
+        storage_dtype=storage_dtype,
+        views=None if views is None else views_from_json(views),
     )
-    differences = found.difference(record.encoder)
+    encoders = load_encoders(array_spec)
+    encoder = encoders.image[0] if record.modality == "image" else encoders.text[0]
+    differences = encoder.fingerprint.difference(record.encoder)
     if differences:
         raise MismatchError(
-            f"{record.modality}/{record.name} was made by another encoder than {chosen}: "
+            f"{record.modality}/{record.name} was made by another encoder than {encoder_spec}: "
             f"{describe_difference(differences)}; give the one that it was made by as "
             f"--{record.modality}",
             differences,
         )
-    return again, encoders
+    return array_spec, encoders

@@ -1,4 +1,4 @@
-"""What an extraction did, and whether the store may stay as it is."""
+"""Report what an extraction did, and judge whether the store is good enough."""
 
 import time
 from collections import Counter
@@ -18,15 +18,17 @@ from apecache.store.reader import FeatureStore
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How far a run is with one modality: `done` of the `rows` of its part. `n_bad` of them could
-    not be encoded and `n_bytes` of features were committed, both by this run and in the shards that
-    it has finished."""
+    """Say how far a run is with one modality."""
 
     modality: Modality
     done: int
+    """Rows that are encoded, in this run or before."""
     rows: int
+    """Rows of the run's part of the store."""
     n_bad: int = 0
+    """Rows that this run could not encode, in the shards that it has finished."""
     n_bytes: int = 0
+    """Bytes of features that this run has committed."""
 
 
 Progress = Callable[[Standing], None]
@@ -35,35 +37,43 @@ Progress = Callable[[Standing], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayReport:
-    """One array after the run. `n_encoded` rows, `n_bytes` of features, were encoded by this run,
-    in `seconds`; `n_truncated` captions were cut."""
+    """Describe one array after the run."""
 
     modality: Modality
     name: str
     rows: int
     dim: int
     n_encoded: int
+    """Rows that this run encoded."""
     n_quarantined: int
+    """Rows of the whole array that could not be encoded."""
     n_truncated: int
+    """Captions of this run that were longer than the encoder takes."""
     reasons: dict[str, int]
+    """Number of quarantined rows for each reason."""
     examples: tuple[str, ...]
+    """The first five quarantined rows."""
     seconds: float
+    """Of this run."""
     n_bytes: int = 0
+    """Bytes of features of this run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
-    """`duplicates`: images whose files have the same bytes as an earlier one's (each is encoded all
-    the same). `seconds`: of the whole run, without loading the encoders. `complete`: nothing is
-    left for other parts; else `share_done` says how much of the store's rows is there."""
+    """Describe an extraction."""
 
     store: str | Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
+    """Images whose files have the same bytes as an earlier one's; each is encoded all the same."""
     seconds: float = 0.0
+    """Of the whole run, without loading the encoders."""
     part: Part = WHOLE
     share_done: float = 1.0
+    """Share of the rows of all arrays that are in the store."""
     complete: bool = True
+    """Nothing is left for other parts to encode."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -72,9 +82,10 @@ class ExtractReport:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What a run did for one array, over all segments. `layout` is that of the first."""
+    """Count what a run did for one array, over all segments."""
 
     layout: ArrayLayout
+    """Of the first segment."""
     n_encoded: int = 0
     n_truncated: int = 0
     n_bytes: int = 0
@@ -83,19 +94,23 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Total:
-    """What a run did with one modality: rows of all of its passes, those `elsewhere` that are other
-    parts', and a tally for each array by name."""
+    """Count what a run did with one modality."""
 
     modality: Modality
     rows: int
+    """Of one pass."""
     passes: int = 1
+    """How often the inputs are read: once for each job."""
     elsewhere: int = 0
+    """Rows of all passes that belong to other parts."""
     done: int = 0
     n_bad: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
+    """By the name of the array."""
 
     @property
     def standing(self) -> Standing:
+        """Return how far the run is."""
         n_bytes = sum(tally.n_bytes for tally in self.tallies.values())
         return Standing(
             modality=self.modality,
@@ -107,6 +122,7 @@ class Total:
 
 
 def count_shard(tally: Tally, encoded: EncodedShard) -> None:
+    """Add a committed shard to the tally of its array."""
     tally.n_encoded += len(encoded.content)
     tally.n_truncated += encoded.n_truncated
     tally.n_bytes += len(encoded.content) * tally.layout.row_bytes
@@ -118,23 +134,29 @@ def judge(
     spec: ExtractSpec,
     begin: float,
 ) -> ExtractReport:
-    """What the run did; where the store is complete, whether it may stay as it is. Raises as
-    `extract` does."""
+    """Report the run, and refuse a complete store that is not good enough.
+
+    Args:
+        begin: `time.perf_counter()` at the start of the run.
+
+    Raises:
+        BadRowsError, DataError: as `extract` does.
+    """
     opened = FeatureStore.at(files)
-    reports = tuple(
-        _report(opened, total, name) for total in totals.values() for name in total.tallies
-    )
+    reports: list[ArrayReport] = []
+    for total in totals.values():
+        reports += [_report(opened, total, name) for name in total.tallies]
     arrays = [opened.array(report.modality, report.name) for report in reports]
     complete = all(array.complete for array in arrays)
-    share_done = sum(array.share_done * array.rows for array in arrays) / sum(
-        array.rows for array in arrays
-    )
+    n_rows = sum(array.rows for array in arrays)
+    share_done = sum(array.share_done * array.rows for array in arrays) / n_rows
+    # The part that ends last judges the whole store; the others know only their own rows.
     duplicates = _duplicates(opened, reports) if complete else 0
     if complete:
         _require_few_bad(reports, spec.max_bad)
     return ExtractReport(
         store=files.place,
-        arrays=reports,
+        arrays=tuple(reports),
         duplicates=duplicates,
         seconds=time.perf_counter() - begin,
         part=spec.part,
@@ -146,23 +168,20 @@ def judge(
 def _report(store: FeatureStore, total: Total, name: str) -> ArrayReport:
     array = store.array(total.modality, name)
     tally = total.tallies[name]
-    bad = array.quarantined() if array.n_quarantined else []
-    reasons = dict(Counter(row["reason"] for row in bad))
-    examples = tuple(f"row {row['row']}: {row['reason']}: {row['detail']}" for row in bad[:5])
-    counts = (tally.n_encoded, len(bad), tally.n_truncated)
-    about = (total.modality, array.name, array.rows, array.dim)
-    modality, name_value, rows, dim = about
-    n_encoded, n_quarantined, n_truncated = counts
+    # Quarantine files are read only where there is something in them.
+    bad_rows = array.quarantined() if array.n_quarantined else []
+    reasons = Counter(row["reason"] for row in bad_rows)
+    examples = [f"row {row['row']}: {row['reason']}: {row['detail']}" for row in bad_rows[:5]]
     return ArrayReport(
-        modality=modality,
-        name=name_value,
-        rows=rows,
-        dim=dim,
-        n_encoded=n_encoded,
-        n_quarantined=n_quarantined,
-        n_truncated=n_truncated,
-        reasons=reasons,
-        examples=examples,
+        modality=total.modality,
+        name=array.name,
+        rows=array.rows,
+        dim=array.dim,
+        n_encoded=tally.n_encoded,
+        n_quarantined=len(bad_rows),
+        n_truncated=tally.n_truncated,
+        reasons=dict(reasons),
+        examples=tuple(examples),
         seconds=tally.seconds,
         n_bytes=tally.n_bytes,
     )
@@ -183,26 +202,28 @@ def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
 
 
 def _duplicates(store: FeatureStore, reports: Iterable[ArrayReport]) -> int:
-    """Images whose file has the bytes of an earlier one's.
+    """Count the images whose file has the bytes of an earlier one's.
 
     Raises:
-        DataError: two of them stand in different splits, so that what is reported would have been
-            trained on.
+        DataError: two of them are in different splits, so that figures would be reported on images
+            that were trained on.
     """
+    # All image arrays have the same inputs, so the first one will do.
     name = next((report.name for report in reports if report.modality == "image"), None)
     if name is None:
         return 0
     pairs = store.pairs
-    first = dict[str, int]()
-    count = 0
+    first_rows = dict[str, int]()
+    n_duplicates = 0
     for row, digest in enumerate(store.array("image", name).content()):
-        other = first.setdefault(digest, row) if digest else row
-        count += other != row
-        if pairs.splits[other] != pairs.splits[row]:
+        # Unreadable images have no digest, and are nobody's duplicates.
+        first_row = first_rows.setdefault(digest, row) if digest else row
+        n_duplicates += first_row != row
+        if pairs.splits[first_row] != pairs.splits[row]:
             raise DataError(
-                f"{pairs.keys[other]} ({pairs.splits[other]}) and {pairs.keys[row]} "
+                f"{pairs.keys[first_row]} ({pairs.splits[first_row]}) and {pairs.keys[row]} "
                 f"({pairs.splits[row]}) are the same "
                 "file in two splits; all features are in the store: take one of them out of the "
                 "table"
             )
-    return count
+    return n_duplicates

@@ -1,4 +1,4 @@
-"""Extraction: pairs -> frozen encoders -> store, each input once, whatever interrupts it.
+"""Extract features: encode each input once and commit it to a store, whatever interrupts the run.
 
 The same table and encoder give the same bytes however often the run is killed (see
 `apecache.extraction.encode`).
@@ -68,28 +68,27 @@ def extract(
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
 ) -> ExtractReport:
-    """Encode every image and caption of `source` once into `store`; what is committed already is
-    not done again.
+    """Encode every image and caption of `source` once into `store`.
 
-    With `spec.part` only the shards of that part. The part that ends last seals the store, and
-    judges it as one run would: of the errors below the last two are raised only where all parts are
-    done.
+    Committed shards are not encoded again. With `spec.part` only the shards of that part are
+    encoded. The part that ends last seals the store and judges it as one run would.
 
     Args:
-        store: a folder, or a place on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
+        store: a folder, or a location on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
             `az://CONTAINER/…`).
+        progress: called after every batch and every commit.
 
     Raises:
         ManifestError, EncoderError, MismatchError, StoreError: before anything is encoded.
         BadRowsError: more than `max_bad` of an array's rows are unreadable; all others are in the
-            store.
-        DataError: one image, byte for byte, stands in two splits.
+            store. Raised only where all parts are done.
+        DataError: one image, byte for byte, is in two splits. Raised only where all parts are done.
     """
-    place = as_place(store, "store")
+    store_path = as_place(store, "store")
     require_inputs(source, spec)
     encoders = load_encoders(spec)
     begin = time.perf_counter()
-    files = open_files(place, spec.single_writer)
+    files = open_files(store_path, spec.single_writer)
     segments = split_source(source, files, spec.append)
     totals = new_totals(source, encoders)
     for segment in segments:
@@ -103,8 +102,13 @@ def extract_pending(
     spec: ExtractSpec,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Encode and commit what is pending in one segment, given the encoders of `spec`. Raises as
-    `extract` does."""
+    """Encode and commit what is pending in one segment.
+
+    Args:
+        encoders: those of `spec`, loaded.
+
+    Raises as `extract` does.
+    """
     _extract_segment(
         segment,
         encoders=encoders,
@@ -116,11 +120,14 @@ def extract_pending(
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
+    """Hold the loaded encoders of an extraction."""
+
     image: tuple[ImageEncoder, ...]
     text: tuple[TextEncoder, ...]
 
 
 def load_encoders(spec: ExtractSpec) -> Encoders:
+    """Load the encoders of a spec. Raises OptionError if it names none."""
     if not spec.images and not spec.texts:
         raise OptionError("nothing to encode: give --image, --text, or both")
     images = load_image_encoders(spec.images, spec.device) if spec.images else ()
@@ -135,17 +142,20 @@ def _extract_segment(
     totals: "dict[Modality, Total]",
     progress: Progress,
 ) -> None:
-    """All arrays are prepared, and every mismatch found, before the first row is encoded."""
+    """Prepare all arrays of one segment, then encode what is pending in them."""
     make_segment(segment)
     opened = FeatureStore.at(segment.files)
-    for job in prepare_jobs(opened, part=segment.part, encoders=encoders, spec=spec, totals=totals):
+    # A list, not an iterator: every mismatch is found before the first row is encoded.
+    jobs = prepare_jobs(opened, part=segment.part, encoders=encoders, spec=spec, totals=totals)
+    for job in jobs:
         if spec.recheck:
             require_same_content(opened, job)
+        modality = job.targets[0].record.modality
         _run(
             opened.files,
             job=job,
             part=spec.part,
-            total=totals[job.targets[0].record.modality],
+            total=totals[modality],
             progress=progress,
         )
 
@@ -157,13 +167,13 @@ def prepare_jobs(
     spec: ExtractSpec,
     totals: "dict[Modality, Total]",
 ) -> list[ImageJob | TextJob]:
-    """The passes over one segment, their arrays made where they were not there. Raises as
-    `prepare_arrays` does."""
-    images = _image_jobs(opened, encoders=encoders.image, part=part, spec=spec, totals=totals)
-    return [
-        *images,
-        *_text_jobs(opened, encoders=encoders.text, part=part, spec=spec, totals=totals),
-    ]
+    """Return the passes over one segment, and make the arrays that do not exist.
+
+    Raises as `prepare_arrays` does.
+    """
+    image_passes = _image_jobs(opened, encoders=encoders.image, part=part, spec=spec, totals=totals)
+    text_passes = _text_jobs(opened, encoders=encoders.text, part=part, spec=spec, totals=totals)
+    return [*image_passes, *text_passes]
 
 
 # --- before ---------------------------------------------------------------------------------------
@@ -187,22 +197,23 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
 
 
 def _require_findable(source: PairSource, part: Part) -> None:
-    """Refuse a wrong --root; single missing images are quarantined later. A part looks at a share
-    of the rows."""
+    """Refuse a wrong --root; single missing images are quarantined later."""
+    # Parts run side by side, so each looks for its share of the rows only.
     keys = source.keys[part.number - 1 :: part.count]
-    if isinstance(source.media, ObjectMedia):  # one request each
-        keys = keys[:: -(-len(keys) // MOST_LOOKED_FOR) or 1]
+    if isinstance(source.media, ObjectMedia):
+        # Looking for an object costs a request, so a sample has to do.
+        stride = -(-len(keys) // MOST_LOOKED_FOR) or 1
+        keys = keys[::stride]
     missing = [key for key in keys if not source.media.exists(key)]
     if len(missing) > UNFINDABLE_SHARE * len(keys):
-        below = isinstance(source.media, FolderMedia | ObjectMedia)
-        remedy = (
-            "give the folder that the paths are relative to as --root"
-            if below
-            else "every row needs its image"
-        )
+        if isinstance(source.media, FolderMedia | ObjectMedia):
+            preposition = "below"
+            remedy = "give the folder that the paths are relative to as --root"
+        else:
+            preposition = "in"
+            remedy = "every row needs its image"
         raise BadRowsError(
-            f"{source.origin}: {len(missing)} of {len(keys)} images are not "
-            f"{'below' if below else 'in'} "
+            f"{source.origin}: {len(missing)} of {len(keys)} images are not {preposition} "
             f"{source.media.place} (the first: {missing[0]}); {remedy}"
         )
 
@@ -211,6 +222,7 @@ def _require_findable(source: PairSource, part: Part) -> None:
 
 
 def new_totals(source: PairSource, encoders: Encoders) -> dict[Modality, Total]:
+    """Return empty totals for each modality that has encoders."""
     totals: dict[Modality, Total] = {}
     if encoders.image:
         totals["image"] = Total(modality="image", rows=len(source))
@@ -283,6 +295,8 @@ def _prepared(
     total: Total,
     captions: Sequence[str],
 ) -> list[ArrayRecord]:
+    """Prepare the arrays of one modality, and begin a tally for each new one."""
+    # Tallies hold the layouts of the first segment, which later segments follow.
     like = {name: tally.layout for name, tally in total.tallies.items()}
     records = prepare_arrays(
         store,
@@ -308,27 +322,35 @@ def _run(
     they are complete."""
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     committed = [writer.committed().keys() for writer in writers]
-    own = [shard for shard in range(job.layout.n_shards) if shard in part]
-    pending = [shard for shard in own if any(shard not in done for done in committed)]
-    for place, done in enumerate(committed):
-        if done and not done >= set(own):
-            spot_check(files, job, place)
+    part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]
+    # A shard is encoded for all arrays of the job if any of them lacks it.
+    pending: list[int] = []
+    for shard in part_shards:
+        if not all(shard in committed_shards for committed_shards in committed):
+            pending.append(shard)
+    for target_index, committed_shards in enumerate(committed):
+        # An array that is complete gets no new rows, so it needs no check.
+        if committed_shards and not committed_shards >= set(part_shards):
+            spot_check(files, job, target_index)
 
     def advance(count: int) -> None:
         total.done += count
         progress(total.standing)
 
-    own_rows = count_rows(job.layout, own)
-    total.elsewhere += job.layout.rows - own_rows
-    advance(own_rows - count_rows(job.layout, pending))
+    n_part_rows = count_rows(job.layout, part_shards)
+    total.elsewhere += job.layout.rows - n_part_rows
+    advance(n_part_rows - count_rows(job.layout, pending))
     begin = time.perf_counter()
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
-        for writer, done, features in zip(writers, committed, encoded.features, strict=True):
-            if shard not in done:
+        arrays = zip(writers, committed, encoded.features, strict=True)
+        for writer, committed_shards, features in arrays:
+            if shard not in committed_shards:
                 commit_shard(writer, shard, features, encoded, job)
                 count_shard(total.tallies[writer.record.name], encoded)
         total.n_bad += len(encoded.bad)
+        # No new row, but the progress shows the commit.
         advance(0)
+    # Of several parts the one that ends last finds nothing pending, and seals.
     for writer in writers:
         if part.whole or not writer.pending():
             writer.seal()
@@ -336,6 +358,7 @@ def _run(
 
 
 def count_rows(layout: ArrayLayout, shards: Iterable[int]) -> int:
+    """Count the rows of some shards."""
     return sum(len(layout.shard(shard)) for shard in shards)
 
 
@@ -346,28 +369,42 @@ def commit_shard(
     whole: EncodedShard,
     job: ImageJob | TextJob,
 ) -> None:
-    """Features in the storage dtype; rows that are not finite are quarantined as well."""
+    """Commit one shard of one array; rows that are not finite are quarantined as well.
+
+    Args:
+        shard: its index.
+        encoded: float32 [n, *row_shape], the features of this array.
+        whole: the shard as it was encoded for all arrays of the job.
+    """
     layout = writer.record.layout
+    # An overflow gives infinity, which is found below and reported by row.
     with np.errstate(over="ignore"):
         features = encoded.astype(layout.read_dtype)
     bad = dict(whole.bad)
-    for row in np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(1)):
-        overflow = bool(np.isfinite(encoded[row]).all())
-        detail = (
-            f"a value is beyond {layout.read_dtype}; use --storage float32"
-            if overflow
-            else "NaN or infinity"
+    is_finite = np.isfinite(features).reshape(len(features), -1).all(1)
+    for row_in_shard in np.flatnonzero(~is_finite).tolist():
+        # Finite in float32: the storage dtype is at fault, and not the model.
+        if np.isfinite(encoded[row_in_shard]).all():
+            detail = f"a value is beyond {layout.read_dtype}; use --storage float32"
+            error = RowError("overflow", detail)
+        else:
+            error = RowError("not-finite", "NaN or infinity")
+        bad.setdefault(row_in_shard, error)
+    first_row = layout.shard(shard).start
+    quarantined: list[QuarantinedRow] = []
+    for row_in_shard, error in sorted(bad.items()):
+        row = first_row + row_in_shard
+        quarantined_row = QuarantinedRow(
+            row=row,
+            key=job.key(row),
+            reason=error.reason,
+            detail=error.detail,
         )
-        bad.setdefault(int(row), RowError("overflow" if overflow else "not-finite", detail))
-    start = layout.shard(shard).start
-    rows = [
-        QuarantinedRow(row=start + row, key=job.key(start + row), reason=e.reason, detail=e.detail)
-        for row, e in sorted(bad.items())
-    ]
+        quarantined.append(quarantined_row)
     writer.commit(
         shard,
         features=features,
         content=whole.content,
-        quarantined=rows,
+        quarantined=quarantined,
         lengths=whole.lengths if layout.ragged else None,
     )

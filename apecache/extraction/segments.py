@@ -1,5 +1,7 @@
-"""A source divided among the segments of a store: what is there already must be what the store was
-made from."""
+"""Divide a source among the segments of a store.
+
+What the store holds already must be what it was made from.
+"""
 
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from apecache.store.writer import PairColumns, add_segment, create_store
 
 
 def pair_columns(source: PairSource) -> PairColumns:
+    """Return the table of a source as the store keeps it, column by column."""
     splits = [pair.split for pair in source]
     labels = [pair.label for pair in source]
     return PairColumns(
@@ -31,11 +34,11 @@ def pair_columns(source: PairSource) -> PairColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """The store's own first one (`folder` is empty), or one that was appended, and its part of the
-    table."""
+    """Pair a segment of a store with its part of the table."""
 
     store: Files
     folder: str
+    """Empty for the first segment, which is the store itself."""
     part: PairSource
 
     @property
@@ -44,7 +47,10 @@ class Segment:
 
 
 def split_source(source: PairSource, store: Files, append: bool = False) -> list[Segment]:
-    """Every segment; with `append`, a new one for what is new at the end of the table.
+    """Divide the table among all segments of the store.
+
+    Args:
+        append: add a segment for rows that are new at the end of the table.
 
     Raises:
         MismatchError: the table is not that of the store, or has grown without `append`.
@@ -62,73 +68,90 @@ def split_source(source: PairSource, store: Files, append: bool = False) -> list
             raise MismatchError(_other_table(segment.files, segment.part, position))
         segments.append(segment)
         position += record["n_images"]
-    rest = source.part(position)
+    new_rows = source.part(position)
     if not segments:
         return [Segment(store=store, folder="", part=source)]
-    if len(rest) and not append:
-        found = f"{source.origin} has {len(rest)} images more than {store.place} was made from"
-        raise MismatchError(f"{found}; add --append to encode them too")
-    return (
-        [*segments, Segment(store=store, folder=f"{SEGMENTS}/{len(segments):04d}", part=rest)]
-        if len(rest)
-        else segments
-    )
+    if len(new_rows) and not append:
+        growth = f"{source.origin} has {len(new_rows)} images more than {store.place} was made from"
+        raise MismatchError(f"{growth}; add --append to encode them too")
+    if len(new_rows):
+        folder = f"{SEGMENTS}/{len(segments):04d}"
+        segments.append(Segment(store=store, folder=folder, part=new_rows))
+    return segments
 
 
 def _claimed_folders(store: Files) -> list[str]:
-    """Of segments that are claimed for a table, whether or not they were finished being made."""
+    """List the folders of segments that belong to a table.
+
+    A segment whose making was interrupted belongs to its table too.
+    """
     if not store.exists(SOURCE):
         return []
-    folders = (f"{SEGMENTS}/{name}" for name in store.list(SEGMENTS))
-    return ["", *(folder for folder in folders if store.exists(f"{folder}/{SOURCE}"))]
+    folders = [""]
+    for name in store.list(SEGMENTS):
+        folder = f"{SEGMENTS}/{name}"
+        if store.exists(f"{folder}/{SOURCE}"):
+            folders.append(folder)
+    return folders
 
 
-def _other_table(files: Files, part: PairSource, first_row: int) -> str:
-    """Where a table departs from the one that a segment was made from."""
+def _other_table(files: Files, table: PairSource, first_row: int) -> str:
+    """Say where a table differs from the one that a segment was made from.
+
+    Args:
+        table: the rows that the segment should have.
+        first_row: their first row in the whole table.
+    """
     other = f"{files.place} was made from another table"
     remedy = (
         "a store belongs to one table (--append takes it with new rows at its end): choose "
         "another --store"
     )
+    # The table of a segment whose making was interrupted may not be readable.
     try:
         pairs = FeatureStore.at(files).pairs
     except DataError:
-        return f"{other} than {part.origin}; {remedy}"
+        return f"{other} than {table.origin}; {remedy}"
     captions: list[list[str]] = [[] for _ in pairs.keys]
     languages: list[list[str]] = [[] for _ in pairs.keys]
     for text, image in enumerate(pairs.image_rows):
         captions[image].append(str(pairs.captions[text]))
         languages[image].append(str(pairs.languages[text]))
-    there = zip(pairs.keys, pairs.splits, pairs.labels, captions, languages, strict=True)
-    for row, (pair, (key, split, label, texts, tongues)) in enumerate(
-        zip(part, there, strict=False)
-    ):
+    store_rows = zip(pairs.keys, pairs.splits, pairs.labels, captions, languages, strict=True)
+    # Not strict: the shorter table may agree with the longer one as far as it goes.
+    for row, (pair, store_row) in enumerate(zip(table, store_rows, strict=False)):
+        key, split, label, store_captions, store_languages = store_row
         compared: list[tuple[str, str, str]] = [
             ("image", pair.key, key),
             ("split", pair.split, split),
-        ]
-        compared += [
             ("label", pair.label, label),
-            ("number of captions", str(len(pair.captions)), str(len(texts))),
+            ("number of captions", str(len(pair.captions)), str(len(store_captions))),
         ]
-        compared += [
-            ("caption", *both) for both in zip(map(storable, pair.captions), texts, strict=False)
-        ]
-        compared += [("language", *both) for both in zip(pair.languages, tongues, strict=False)]
-        for what, a, b in compared:
-            if a != b:
+        # The store has U+FFFD for lone surrogates, so captions are compared in that form.
+        table_captions = map(storable, pair.captions)
+        for table_text, store_text in zip(table_captions, store_captions, strict=False):
+            compared.append(("caption", table_text, store_text))
+        for table_language, store_language in zip(pair.languages, store_languages, strict=False):
+            compared.append(("language", table_language, store_language))
+        for field_name, table_value, store_value in compared:
+            if table_value != store_value:
                 return (
-                    f"{other}: row {first_row + row} has {what} {shorten(a)!r}, not "
-                    f"{shorten(b)!r}; {remedy}"
+                    f"{other}: row {first_row + row} has {field_name} {shorten(table_value)!r}, "
+                    f"not {shorten(store_value)!r}; {remedy}"
                 )
-    return f"{other}: {len(pairs.keys)} images there, {len(part)} here; {remedy}"
+    return f"{other}: {len(pairs.keys)} images there, {len(table)} here; {remedy}"
 
 
 def make_segment(segment: Segment) -> None:
-    """Makes the store, or a later segment of it; what is there already stays. Raises as
-    `create_store` does."""
-    about = (pair_columns(segment.part), segment.part.media.place, version("apecache"))
+    """Make the store, or a later segment of it; what exists already stays.
+
+    Raises as `create_store` does.
+    """
+    columns = pair_columns(segment.part)
+    root = segment.part.media.place
+    made_by = version("apecache")
     if segment.folder:
-        add_segment(segment.store, segment.folder.rpartition("/")[2], *about)
+        name = segment.folder.rpartition("/")[2]
+        add_segment(segment.store, segment=name, pairs=columns, root=root, version=made_by)
     else:
-        create_store(segment.store, *about)
+        create_store(segment.store, pairs=columns, root=root, version=made_by)

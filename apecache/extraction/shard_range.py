@@ -1,4 +1,4 @@
-"""A share of a store's shards, for jobs that run side by side and know nothing of one another."""
+"""Divide a store's shards among jobs that run side by side without talking to one another."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,17 @@ from apecache.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Part `number` of `count`, counted from 1.
+    """Name one part of the shards: number `number` of `count`, counted from 1.
 
-    A shard belongs to the part that its index leaves as remainder modulo `count`, in every array
-    and segment, so that arrays that are filled in one pass stay together.
+    A shard belongs to the part given by its index modulo `count`, in every array and segment, so
+    that arrays that are filled in one pass stay together.
     """
 
     number: int = 1
     count: int = 1
 
     def __contains__(self, index: int) -> bool:
+        """Tell whether the part has the shard of that index."""
         return index % self.count == self.number - 1
 
     def __str__(self) -> str:
@@ -31,8 +32,11 @@ WHOLE = Part()
 
 
 def parse_part(text: str) -> Part:
-    """`2/5` is the second of five parts. Raises OptionError for anything else than i/n with 1 <= i
-    <= n."""
+    """Parse `2/5`, the second of five parts.
+
+    Raises:
+        OptionError: anything else than i/n with 1 <= i <= n.
+    """
     number, slash, count = text.partition("/")
     if not (slash and _is_number(number) and _is_number(count) and 1 <= int(number) <= int(count)):
         raise OptionError(f"--part {text}: expected i/n with i from 1 to n, such as 2/5")
@@ -40,4 +44,5 @@ def parse_part(text: str) -> Part:
 
 
 def _is_number(text: str) -> bool:
+    # isdigit alone also accepts digits of other scripts.
     return text.isascii() and text.isdigit()

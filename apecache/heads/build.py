@@ -1,4 +1,4 @@
-"""Heads from their descriptions."""
+"""Build heads from their descriptions."""
 
 from apecache.heads.head import Head, HeadSpec, SeveralHeads
 from apecache.heads.pooled import PooledHead
@@ -11,32 +11,45 @@ def build_heads(
     image_dim: int,
     text_dim: int,
 ) -> tuple[Head, Head]:
-    """Both sides' heads with one output width.
+    """Build the heads of both sides with one output width.
+
+    Args:
+        image: description of the image head.
+        text: description of the text head.
+        image_dim: width of the image features.
+        text_dim: width of the text features.
 
     Raises:
         ValueError: the widths cannot be made equal, or a width does not suit its kind.
     """
     if image.parts or text.parts:
         return _build_several(image, text=text, image_dim=image_dim, text_dim=text_dim)
-    widths = {"image": _fixed_dim(image, image_dim), "text": _fixed_dim(text, text_dim)}
-    fixed = {width for width in widths.values() if width is not None}
-    if len(fixed) > 1:
+    image_width = _fixed_dim(image, image_dim)
+    text_width = _fixed_dim(text, text_dim)
+    fixed_widths = {image_width, text_width} - {None}
+    if len(fixed_widths) > 1:
         raise ValueError(
-            f"the heads end in different widths: image {widths['image']}, text {widths['text']}"
+            f"the heads end in different widths: image {image_width}, text {text_width}"
         )
-    if not fixed:
+    # A head without a width of its own takes the width of the other side.
+    out_dim = image_width if image_width is not None else text_width
+    if out_dim is None:
         raise ValueError("neither head has a width; give dim to one of them")
-    out = fixed.pop()
-    return build_head(image, image_dim, out), build_head(text, text_dim, out)
+    # The image head is built first: seeded runs depend on the order of the random draws.
+    image_head = build_head(image, image_dim, out_dim)
+    text_head = build_head(text, text_dim, out_dim)
+    return image_head, text_head
 
 
 def build_head(spec: HeadSpec, in_dim: int, out_dim: int) -> Head:
-    """A single head. Raises ValueError as `build_heads` does."""
-    return (
-        TokenHead(spec, in_dim, out_dim)
-        if spec.cut == "tokens"
-        else PooledHead(spec, in_dim, out_dim)
-    )
+    """Build one head that maps `in_dim` to `out_dim`.
+
+    Raises:
+        ValueError: a width does not suit the kind of the head.
+    """
+    if spec.cut == "tokens":
+        return TokenHead(spec, in_dim, out_dim)
+    return PooledHead(spec, in_dim, out_dim)
 
 
 def _build_several(
@@ -49,15 +62,21 @@ def _build_several(
         raise ValueError(
             f"both sides need as many parts: image {len(image.parts)}, text {len(text.parts)}"
         )
-    pairs = [
-        build_heads(*parts, image_dim, text_dim)
-        for parts in zip(image.parts, text.parts, strict=True)
-    ]
-    return SeveralHeads(image, [pair[0] for pair in pairs]), SeveralHeads(
-        text,
-        [pair[1] for pair in pairs],
-    )
+    image_heads = []
+    text_heads = []
+    for image_spec, text_spec in zip(image.parts, text.parts, strict=True):
+        # Each pair has an output width of its own.
+        image_head, text_head = build_heads(
+            image_spec,
+            text=text_spec,
+            image_dim=image_dim,
+            text_dim=text_dim,
+        )
+        image_heads.append(image_head)
+        text_heads.append(text_head)
+    return SeveralHeads(image, image_heads), SeveralHeads(text, text_heads)
 
 
 def _fixed_dim(spec: HeadSpec, in_dim: int) -> int | None:
+    """Return the output width that the description fixes, or None if it fixes none."""
     return in_dim if spec.kind == "identity" else spec.dim

@@ -1,5 +1,4 @@
-"""A head's standardisation worked into its linear layers: the same embeddings of features as they
-come."""
+"""Fold a head's standardization into its linear layers, so that raw features embed the same."""
 
 import copy
 
@@ -12,44 +11,56 @@ from apecache.heads.pooled import PooledHead
 
 @torch.no_grad()
 def folded(head: Head) -> Head:
-    """A copy that does not standardise and embeds the same, up to rounding. (In training input
-    dropout then zeroes features, where it gave them their mean.)
+    """Return a copy that does not standardize and embeds the same, up to rounding.
+
+    In training, input dropout on the copy sets a feature to zero. On the original it sets the
+    feature to its mean.
 
     Raises:
-        ValueError: the head standardises, and what comes first in it is not linear.
+        ValueError: the head standardizes, and its first layer is not linear.
     """
-    made = copy.deepcopy(head)
-    parts = [(spec.model_copy(update={"standardise": False})) for spec in head.spec.parts]
-    made.spec = head.spec.model_copy(update={"standardise": False, "parts": tuple(parts)})
-    if isinstance(made, SeveralHeads):
-        made.parts = nn.ModuleList(folded(part) for part in made.parts if isinstance(part, Head))
+    copied = copy.deepcopy(head)
+    part_specs = [spec.model_copy(update={"standardise": False}) for spec in head.spec.parts]
+    copied.spec = head.spec.model_copy(update={"standardise": False, "parts": tuple(part_specs)})
+    if isinstance(copied, SeveralHeads):
+        part_heads = [module for module in copied.parts if isinstance(module, Head)]
+        copied.parts = nn.ModuleList([folded(part_head) for part_head in part_heads])
     elif standardises(head):
-        _fold(made)
-    made.mean.zero_()
-    made.deviation.fill_(1.0)
-    return made
+        _fold(copied)
+    copied.mean.zero_()
+    copied.deviation.fill_(1.0)
+    return copied
 
 
 def standardises(head: Head) -> bool:
+    """Return whether the mean or deviation of a head changes its input."""
     return bool(head.mean.any() or (head.deviation != 1).any())
 
 
 def fold_linear(layer: nn.Linear, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight, bias), float64, that give of x what `layer` gives of (x - mean) / deviation."""
+    """Compute the layer that maps x to what `layer` maps (x - mean) / deviation to.
+
+    Returns:
+        Weight and bias, float64.
+    """
+    # In float64: a small deviation makes large weights, and their rounding would show.
     weight = layer.weight.double() / deviation.double()
     offset = weight @ mean.double()
-    return weight, -offset if layer.bias is None else layer.bias.double() - offset
+    bias = -offset if layer.bias is None else layer.bias.double() - offset
+    return weight, bias
 
 
 def _fold(head: Head) -> None:
-    """A direct way has no bias, so its constant goes to the last layer's."""
+    """Fold the standardization of a linear or MLP head, in place."""
     if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "mlp"):
         raise ValueError(f"a head of kind {head.spec.kind} cannot take up its standardisation")
     layers = [head.body] if isinstance(head.body, nn.Linear) else [head.body[0], head.body[-1]]  # type: ignore[index]
-    _set(layers[0], *fold_linear(layers[0], head.mean, head.deviation))
+    weight, bias = fold_linear(layers[0], head.mean, head.deviation)
+    _set(layers[0], weight, bias)
     if head.direct is not None:
         weight, offset = fold_linear(head.direct, head.mean, head.deviation)
         head.direct.weight.copy_(weight)
+        # The direct map has no bias, so its constant goes to the bias of the last layer.
         layers[-1].bias += offset
 
 

@@ -1,11 +1,10 @@
-"""What a head is: its description, and what all kinds share.
+"""Define heads: their description, and what all kinds share.
 
-A head maps features to float32 [n, out_dim] embeddings, L2-normalised. Heads on pooled features
-take float [n, in_dim]; heads on tokens take float [n, tokens, in_dim] and a mask of the tokens that
-are there.
+A head maps features to float32 [n, out_dim] embeddings, L2-normalized. Heads on pooled features
+take float [n, in_dim]. Heads on tokens take float [n, tokens, in_dim] and a mask of valid tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -29,10 +28,11 @@ Kind = Literal[
     "several",
 ]
 TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector"})
+"""Kinds that need token features; all others take pooled features."""
 
 
 class HeadSpec(Settings):
-    """One side's head.
+    """Describe one side's head.
 
     On pooled features:
     `identity`: features as they are. `linear`: one Linear with bias (LilT's projection: `dim` 256).
@@ -58,7 +58,7 @@ class HeadSpec(Settings):
 
     `several`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part
     i of the other in a width of their own and is trained by a loss of its own; the embedding is all
-    of them, each L2-normalised, so that a cosine is the mean of theirs.
+    of them, each L2-normalized, so that a cosine is the mean of theirs.
     """
 
     kind: Kind = "linear"
@@ -84,24 +84,27 @@ class HeadSpec(Settings):
     def _whole(self) -> "HeadSpec":
         if (self.kind == "several") != bool(self.parts):
             raise ValueError("kind several and parts go together: give both or none")
-        if any(part.parts for part in self.parts) or len({part.cut for part in self.parts}) > 1:
+        is_nested = any(spec.parts for spec in self.parts)
+        if is_nested or len({spec.cut for spec in self.parts}) > 1:
             raise ValueError("parts are single heads, all on pooled features or all on tokens")
         return self
 
     @property
     def cut(self) -> Literal["pooled", "tokens"]:
-        """Which features the head needs."""
+        """Return which features the head needs."""
         if self.parts:
             return self.parts[0].cut
         return "tokens" if self.kind in TOKEN_KINDS else "pooled"
 
 
 class Head(nn.Module):
-    """See `HeadSpec`. `mean` and `deviation` [in_dim] are buffers, so they are saved and never
-    trained."""
+    """Map features of one side to embeddings; `HeadSpec` describes the kinds."""
 
+    # Buffers, so that they are saved with the head and never trained.
     mean: Tensor
+    """[in_dim], subtracted from the features."""
     deviation: Tensor
+    """[in_dim], by which centered features are divided."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -119,39 +122,58 @@ class Head(nn.Module):
         mask: Tensor | None = None,
         rows: int = 4096,
     ) -> None:
-        """Take mean and deviation from training features [n, ..., in_dim] (of tokens where `mask`
-        is True), in blocks of `rows` and in double precision; a constant feature keeps deviation 1.
-        Features may be on another device."""
-        if not (self.spec.standardise or any(part.standardise for part in self.spec.parts)):
+        """Take mean and deviation from training features, in double precision.
+
+        A constant feature keeps deviation 1.
+
+        Args:
+            features: [n, ..., in_dim], on any device.
+            mask: bool [n, tokens], the valid tokens. None: all are valid.
+            rows: rows of features that are converted at a time.
+        """
+        if not (self.spec.standardise or any(spec.standardise for spec in self.spec.parts)):
             return
         count = 0
         total = torch.zeros(self.in_dim, dtype=torch.float64, device=features.device)
-        for part in _blocks(features, mask, rows):
-            count = count + len(part)
-            total = total + part.sum(0)
+        for block in _blocks(features, mask, rows):
+            count = count + len(block)
+            total = total + block.sum(0)
         mean = total / max(1, count)
+        # A second pass: the mean of squares less the squared mean would lose digits.
         squares = torch.zeros_like(mean)
-        for part in _blocks(features, mask, rows):
-            squares += (part - mean).square().sum(0)
+        for block in _blocks(features, mask, rows):
+            squares += (block - mean).square().sum(0)
         deviation = (squares / max(1, count)).sqrt()
+        # Rounding gives a constant feature a tiny deviation, in proportion to its mean.
+        varies = deviation > 1e-6 * (1 + mean.abs())
         self.mean.copy_(mean)
-        self.deviation.copy_(torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0))
+        self.deviation.copy_(torch.where(varies, deviation, 1.0))
 
     def standardised(self, features: Tensor) -> Tensor:
-        """Input as the body sees it, dropped out in training."""
-        dropped: Tensor = self.input_dropout((features.float() - self.mean) / self.deviation)
+        """Standardize features; in training, apply input dropout."""
+        centered = features.float() - self.mean
+        dropped: Tensor = self.input_dropout(centered / self.deviation)
         return dropped
 
 
+def in_sequence(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """Chain layers; each is appended as soon as it is made."""
+    sequence = nn.Sequential()
+    for layer in layers:
+        sequence.append(layer)
+    return sequence
+
+
 def _blocks(features: Tensor, mask: Tensor | None, rows: int) -> Iterator[Tensor]:
-    """float64 [m, dim]: the features of `rows` rows at a time, of tokens those that are there."""
+    """Yield the features of `rows` rows at a time as float64 [m, dim], valid tokens only."""
     for begin in range(0, len(features), rows):
-        part = features[begin : begin + rows]
-        yield (part.flatten(0, -2) if mask is None else part[mask[begin : begin + rows]]).double()
+        block = features[begin : begin + rows]
+        valid = block.flatten(0, -2) if mask is None else block[mask[begin : begin + rows]]
+        yield valid.double()
 
 
 class SeveralHeads(Head):
-    """Heads side by side: see `HeadSpec`."""
+    """Hold heads side by side; their embeddings are concatenated. See `HeadSpec`."""
 
     def __init__(self, spec: HeadSpec, heads: list[Head]) -> None:
         super().__init__(spec, heads[0].in_dim, sum(head.out_dim for head in heads))
@@ -164,50 +186,54 @@ class SeveralHeads(Head):
         mask: Tensor | None = None,
         rows: int = 4096,
     ) -> None:
-        """The same for every part that standardises."""
+        """Give every standardizing part the same mean and deviation."""
         super().fit_statistics(features, mask, rows)
-        for part, described in zip(self.parts, self.spec.parts, strict=True):
-            if described.standardise:
-                part.load_state_dict({"mean": self.mean, "deviation": self.deviation}, strict=False)
+        statistics = {"mean": self.mean, "deviation": self.deviation}
+        for head, spec in zip(self.parts, self.spec.parts, strict=True):
+            if spec.standardise:
+                head.load_state_dict(statistics, strict=False)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        parts = [part(features, mask) for part in self.parts]
-        side_by_side: Tensor = torch.cat(parts, dim=-1) / len(parts) ** 0.5
+        embedded = [head(features, mask) for head in self.parts]
+        # Each embedding has length 1, so this makes the whole vector's length 1.
+        side_by_side: Tensor = torch.cat(embedded, dim=-1) / len(embedded) ** 0.5
         return side_by_side
 
 
 def embed(head: Head, features: Tensor, lengths: Tensor | None = None, batch: int = 8192) -> Tensor:
-    """Features of any number of rows -> float32 [n, out_dim], on the head's device, dropout off.
+    """Embed any number of rows in batches, with dropout off.
 
-    `features`: [n, in_dim]; [n, tokens, in_dim] with `lengths` int [n] (None: all tokens are there)
-    for a head on tokens; or [n, views, in_dim] for one on pooled features, whose embeddings are
-    averaged over the views.
+    Args:
+        head: set to evaluation mode.
+        features: [n, in_dim] for a head on pooled features; [n, views, in_dim] averages its
+            embeddings over the views. [n, tokens, in_dim] for a head on tokens.
+        lengths: int [n], valid tokens of each row. None: all tokens are valid.
+        batch: rows that are embedded at once.
+
+    Returns:
+        float32 [n, out_dim], L2-normalized, on the head's device.
     """
-    where = head.mean.device
+    device = head.mean.device
     head.eval()
     if features.ndim == 3 and head.spec.cut == "pooled":
         views = features.shape[1]
         single = embed(head, features.flatten(0, 1), None, batch)
         return normalize(single.unflatten(0, (-1, views)).mean(1), dim=-1)
+    embedded = []
     with torch.inference_mode():
-        parts = [
-            head(
-                part.to(where),
-                None
-                if lengths is None
-                else mask_of(lengths[first : first + batch], part).to(where),
-            )
-            for first, part in zip(
-                range(0, len(features), batch),
-                features.split(batch),
-                strict=False,
-            )
-            if len(part)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, head.out_dim, device=where)
+        for first in range(0, len(features), batch):
+            block = features[first : first + batch]
+            mask = None
+            if lengths is not None:
+                mask = mask_of(lengths[first : first + batch], block).to(device)
+            embedded.append(head(block.to(device), mask))
+        if not embedded:
+            return torch.empty(0, head.out_dim, device=device)
+        return torch.cat(embedded)
 
 
 def mask_of(lengths: Tensor, features: Tensor) -> Tensor:
-    """bool [n, tokens]: which tokens of features [n, tokens, dim] are there."""
-    there: Tensor = torch.arange(features.shape[1], device=lengths.device) < lengths.unsqueeze(1)
-    return there
+    """Return bool [n, tokens]: the valid tokens of features [n, tokens, dim]."""
+    positions = torch.arange(features.shape[1], device=lengths.device)
+    mask: Tensor = positions < lengths.unsqueeze(1)
+    return mask

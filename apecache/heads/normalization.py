@@ -1,4 +1,4 @@
-"""L2 normalization and similarities in at least float32, whatever the inputs and the autocast.
+"""Normalize vectors and compute similarities in at least float32, under any autocast.
 
 In bfloat16 the norm of a normalized vector is off by up to 0.003, and temperatures of 0.01 multiply
 that by 100. On CUDA autocast keeps norms in float32. On a CPU it does not.
@@ -19,6 +19,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, dim: int = -1) -> Tensor:
     """Divide by the L2 norm along `dim`; float64 stays float64, all others become float32."""
+    # Raised first: the norm of half precision would be computed in half precision.
     return F.normalize(at_least_float32(x), dim=dim)
 
 

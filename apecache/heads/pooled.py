@@ -1,4 +1,7 @@
-"""Heads on pooled features: what is trained when both encoders stay frozen. See `HeadSpec`."""
+"""Define heads on pooled features, which are trained while both encoders stay frozen.
+
+`HeadSpec` describes the kinds.
+"""
 
 from itertools import pairwise
 
@@ -6,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.heads.head import Head, HeadSpec
+from apecache.heads.head import Head, HeadSpec, in_sequence
 from apecache.heads.normalization import normalize, similarities
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class ResidualBlock(nn.Module):
-    """x + dropout(Linear(act(Linear(norm(x))))), width -> width x expansion -> width."""
+    """Compute x + dropout(Linear(act(Linear(norm(x))))), width -> width x expansion -> width."""
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
@@ -23,8 +26,9 @@ class ResidualBlock(nn.Module):
             nn.Linear(spec.width, inner),
             ACTIVATIONS[spec.activation](),
             nn.Linear(inner, spec.width),
+            nn.Dropout(spec.dropout),
         )
-        self.branch = nn.Sequential(*layers, nn.Dropout(spec.dropout))
+        self.branch = in_sequence(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         grown: Tensor = x + self.branch(x)
@@ -32,8 +36,10 @@ class ResidualBlock(nn.Module):
 
 
 class FuseMixBlock(nn.Module):
-    """x + Linear(dropout(gelu(Linear(norm(x))))) (FuseMix, Vouitsis et al. 2024; block of an
-    inverted bottleneck)."""
+    """Compute x + Linear(dropout(gelu(Linear(norm(x))))), an inverted bottleneck.
+
+    Source: FuseMix, Vouitsis et al. 2024.
+    """
 
     def __init__(self, dim: int, expansion: float, dropout: float) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class FuseMixBlock(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(inner, dim),
         )
-        self.branch = nn.Sequential(*layers)
+        self.branch = in_sequence(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         grown: Tensor = x + self.branch(x)
@@ -53,7 +59,7 @@ class FuseMixBlock(nn.Module):
 
 
 class GatedUnit(nn.Module):
-    """W3(dropout(relu6(W1 x) * W2 x)) of x = LayerNorm (SAIL, Zhang et al. 2024)."""
+    """Compute W3(dropout(relu6(W1 x) * W2 x)) of layer-normed x (SAIL, Zhang et al. 2024)."""
 
     def __init__(self, in_dim: int, out_dim: int, expansion: float, dropout: float) -> None:
         super().__init__()
@@ -66,15 +72,20 @@ class GatedUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        y: Tensor = self.last(self.dropout(F.relu6(self.gate(x)) * self.value(x)))
+        gate = F.relu6(self.gate(x))
+        gated = self.dropout(gate * self.value(x))
+        y: Tensor = self.last(gated)
         return y
 
 
 class Dictionary(nn.Module):
-    """Similarities to the entries [n_entries, in_dim], of which the `top` largest positive ones
-    stay, to a power (ASIF, Norelli et al. 2022)."""
+    """Compute similarities to the entries of a dictionary (ASIF, Norelli et al. 2022).
+
+    The `top` largest positive similarities stay, raised to `power`; all others are 0.
+    """
 
     entries: Tensor
+    """[n_entries, in_dim], L2-normalized."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, n_entries: int) -> None:
         super().__init__()
@@ -83,9 +94,10 @@ class Dictionary(nn.Module):
         self.register_buffer("entries", torch.zeros(n_entries, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        similar = similarities(normalize(x), self.entries)
-        values, places = similar.topk(self.top, dim=-1)
-        return torch.zeros_like(similar).scatter_(-1, places, values.clamp_min(0) ** self.power)
+        cosines = similarities(normalize(x), self.entries)
+        values, indices = cosines.topk(self.top, dim=-1)
+        powers = values.clamp_min(0) ** self.power
+        return torch.zeros_like(cosines).scatter_(-1, indices, powers)
 
 
 def _norm(spec: HeadSpec) -> nn.Module:
@@ -99,35 +111,40 @@ def _norm(spec: HeadSpec) -> nn.Module:
 
 
 def _mlp(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
+    # The last layer is made first: seeded runs depend on the order of the random draws.
     last = nn.Linear(spec.width, out_dim)
+    layers: list[nn.Module] = []
     if spec.residual:
-        blocks = (ResidualBlock(spec) for _ in range(spec.depth))
-        return nn.Sequential(nn.Linear(in_dim, spec.width), *blocks, _norm(spec), last)
-    widths = [in_dim] + [spec.width] * spec.depth
-    layers = [
-        layer
-        for before, after in pairwise(widths)
-        for layer in (
-            nn.Linear(before, after),
-            _norm(spec),
-            ACTIVATIONS[spec.activation](),
-            nn.Dropout(spec.dropout),
-        )
-    ]
-    return nn.Sequential(*layers, last)
+        layers.append(nn.Linear(in_dim, spec.width))
+        layers += [ResidualBlock(spec) for _ in range(spec.depth)]
+        layers.append(_norm(spec))
+    else:
+        widths = [in_dim] + [spec.width] * spec.depth
+        for before, after in pairwise(widths):
+            layers.append(nn.Linear(before, after))
+            layers.append(_norm(spec))
+            layers.append(ACTIVATIONS[spec.activation]())
+            layers.append(nn.Dropout(spec.dropout))
+    layers.append(last)
+    return in_sequence(layers)
 
 
 def _fusemix(spec: HeadSpec, in_dim: int, out_dim: int) -> nn.Sequential:
-    blocks = (FuseMixBlock(in_dim, spec.expansion, spec.dropout) for _ in range(spec.depth))
-    return nn.Sequential(*blocks, nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim))
+    layers: list[nn.Module] = []
+    for _ in range(spec.depth):
+        layers.append(FuseMixBlock(in_dim, spec.expansion, spec.dropout))
+    layers.append(nn.LayerNorm(in_dim))
+    layers.append(nn.Linear(in_dim, out_dim))
+    return in_sequence(layers)
 
 
 class PooledHead(Head):
-    """float [n, in_dim] -> float32 [n, out_dim], L2-normalised."""
+    """Map float [n, in_dim] to float32 [n, out_dim], L2-normalized."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__(spec, in_dim, out_dim)
         self.body = self._build_body()
+        # The other kinds are linear already, or nothing in them trains.
         skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix")
         self.direct = nn.Linear(in_dim, out_dim, bias=False) if skips else None
 

@@ -1,7 +1,8 @@
-"""Heads on tokens: what is trained above the last block of a frozen encoder. See `HeadSpec`.
+"""Define heads on tokens, which are trained above the last block of a frozen encoder.
 
-Features [n, tokens, in_dim]; a mask bool [n, tokens] says which tokens are there (None: all).
-Padding never has an influence: a row gives the same embedding whatever it is padded with.
+Features are [n, tokens, in_dim]. A mask, bool [n, tokens], marks the valid tokens (None: all).
+Padding has no influence: a row gives the same embedding whatever it is padded with. `HeadSpec`
+describes the kinds.
 """
 
 import math
@@ -10,30 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.heads.head import Head, HeadSpec
+from apecache.heads.head import Head, HeadSpec, in_sequence
 from apecache.heads.normalization import normalize, without_autocast
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens: [n, tokens, dim] -> [n, dim]; zeros where no token is there."""
+    """Average valid tokens, [n, tokens, dim] -> [n, dim]; rows without any give zeros."""
     if mask is None:
+        # The mean over no tokens would be NaN.
         return x.mean(1) if x.shape[1] else x.new_zeros(len(x), x.shape[2])
-    kept = mask.unsqueeze(-1)
-    return x.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp_min(1)
+    is_token = mask.unsqueeze(-1)
+    total = x.masked_fill(~is_token, 0).sum(1)
+    return total / is_token.sum(1).clamp_min(1)
 
 
 def pool(x: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """[n, tokens, dim] -> [n, dim]; see `HeadSpec.pooling`."""
+    """Pool tokens, [n, tokens, dim] -> [n, dim]; `HeadSpec.pooling` lists the ways."""
     match how:
         case "cls":
             return x[:, 0]
         case "cls-and-mean":
-            return x[:, 0] + masked_mean(x[:, 1:], None if mask is None else mask[:, 1:])
+            later_mask = None if mask is None else mask[:, 1:]
+            return x[:, 0] + masked_mean(x[:, 1:], later_mask)
         case _:
             return masked_mean(x, mask)
 
 
 class SelfAttention(nn.Module):
+    """Attend from every token to all valid tokens, [n, tokens, dim] -> [n, tokens, dim]."""
+
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -41,17 +47,21 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (_split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        seen = None if mask is None else mask[:, None, None, :]
-        mixed: Tensor = self.out(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
-        )
+        projections = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (_split_heads(projection, self.n_heads) for projection in projections)
+        # [n, 1, 1, tokens], so that it broadcasts over heads and queries.
+        attention_mask = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        merged = attended.transpose(1, 2).flatten(2)
+        mixed: Tensor = self.out(merged)
         return mixed
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); the MLP four times
-    as wide."""
+    """Apply pre-norm attention, then a pre-norm MLP four times as wide, both residual.
+
+    x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))).
+    """
 
     def __init__(self, dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -68,7 +78,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Deep adapter: blocks, norm, pooling, Linear (LilT, Khan and Fu 2023, section 3.2)."""
+    """Apply blocks, norm, pooling, Linear: the deep adapter of LilT.
+
+    Source: Khan and Fu 2023, section 3.2.
+    """
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -83,12 +96,13 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.blocks:
             x = block(x, mask)
-        y: Tensor = self.last(pool(self.norm(x), mask, self.pooling))
+        pooled = pool(self.norm(x), mask, self.pooling)
+        y: Tensor = self.last(pooled)
         return y
 
 
 class AttentionPool(nn.Module):
-    """One learned query per head over keys and values of the normed tokens, dropout, Linear."""
+    """Attend with one learned query per head to the normed tokens, then dropout and Linear."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -100,21 +114,22 @@ class AttentionPool(nn.Module):
         self.last = nn.Linear(in_dim, out_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        k, v = (
-            _split_heads(part, self.n_heads)
-            for part in self.keys_values(self.norm(x)).chunk(2, dim=-1)
-        )
+        projections = self.keys_values(self.norm(x)).chunk(2, dim=-1)
+        k, v = (_split_heads(projection, self.n_heads) for projection in projections)
         q = _split_heads(self.query.expand(len(x), 1, -1), self.n_heads)
-        seen = None if mask is None else mask[:, None, None, :]
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(1)
-        y: Tensor = self.last(self.dropout(found))
+        attention_mask = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        merged = attended.transpose(1, 2).flatten(1)
+        y: Tensor = self.last(self.dropout(merged))
         return y
 
 
 class Anchors(nn.Module):
-    """Embedding value k: the attention-weighted mean, over the tokens, of their cosines with anchor
-    k; the attention is the softmax of those cosines with a learned temperature (0.1 at the
-    start)."""
+    """Compare tokens with learned anchors.
+
+    Embedding value k is the attention-weighted mean, over the tokens, of their cosines with anchor
+    k. The attention is the softmax of those cosines with a learned temperature (0.1 at the start).
+    """
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -133,9 +148,11 @@ class Anchors(nn.Module):
 
 
 class Projector(nn.Module):
-    """norm, then Linear(x) + MLP(x) per token, pooled; with `refine` one residual MLP and a norm
-    after that (freeze-align, Maniparambil et al. 2024: the image's form pools `cls-and-mean`, the
-    text's refines the mean)."""
+    """Apply norm, then Linear(x) + MLP(x) per token, then pooling.
+
+    With `refine`, one residual MLP and a norm come after the pooling. Source: freeze-align,
+    Maniparambil et al. 2024, where images pool `cls-and-mean` and texts refine the mean.
+    """
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -150,12 +167,13 @@ class Projector(nn.Module):
             nn.Linear(out_dim, out_dim),
             nn.Dropout(spec.dropout),
         )
-        self.refine = nn.Sequential(*layers) if spec.refine else None
+        self.refine = in_sequence(layers) if spec.refine else None
         self.last_norm = nn.LayerNorm(out_dim) if spec.refine else None
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = self.norm(x)
-        pooled = pool(self.dropout(self.linear(x) + self.mlp(x)), mask, self.pooling)
+        projected = self.dropout(self.linear(x) + self.mlp(x))
+        pooled = pool(projected, mask, self.pooling)
         if self.refine is None or self.last_norm is None:
             return pooled
         y: Tensor = self.last_norm(pooled + self.refine(pooled))
@@ -163,7 +181,7 @@ class Projector(nn.Module):
 
 
 class TokenHead(Head):
-    """float [n, tokens, in_dim] and bool [n, tokens] -> float32 [n, out_dim], L2-normalised."""
+    """Map float [n, tokens, in_dim] and bool [n, tokens] to float32 [n, out_dim], L2-normalized."""
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__(spec, in_dim, out_dim)
@@ -187,26 +205,29 @@ class TokenHead(Head):
             features = features.masked_fill(~mask.unsqueeze(-1), 0)
         x = self.standardised(features)
         y = self.body(x, mask)
-        return normalize(
-            y if self.direct is None else y + self.direct(masked_mean(x, mask)),
-            dim=-1,
-        )
+        if self.direct is not None:
+            y = y + self.direct(masked_mean(x, mask))
+        return normalize(y, dim=-1)
 
 
 def _cosines(x: Tensor, anchors: Tensor) -> Tensor:
-    """[n, tokens, dim] and [k, dim] -> [n, tokens, k], in float32 under any autocast."""
+    """Compute cosines of [n, tokens, dim] with [k, dim] -> [n, tokens, k], in float32."""
     with without_autocast(x):
         return normalize(x) @ normalize(anchors).T
 
 
 def _split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """[n, tokens, dim] -> [n, heads, tokens, dim / heads]."""
+    """Reshape [n, tokens, dim] -> [n, heads, tokens, dim / heads]."""
     split: Tensor = x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
     return split
 
 
 def _n_heads(spec: HeadSpec, dim: int) -> int:
-    """Raises ValueError if the features cannot be divided among the heads."""
+    """Return the number of attention heads of features [..., dim].
+
+    Raises:
+        ValueError: the features cannot be divided among the heads.
+    """
     heads = spec.n_heads or max(1, dim // 64)
     if dim % heads:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Contrastive losses on batches of normalised embeddings, and the scale that they learn.
+"""Compute contrastive losses on batches of normalized embeddings, and the scale that they learn.
 
-Images [n, dim] and texts [m, dim], both L2-normalised. Without groups n = m and row i of one
+Images are [n, dim] and texts [m, dim], both L2-normalized. Without groups n = m, and row i of one
 belongs to row i of the other. With groups (int64 [n] and [m]) an image and a text of one group are
-a positive pair: several captions of one image, and images with equal content, are never each
+a positive pair. Several captions of one image, and images with equal content, are then never each
 other's negatives.
 """
 
@@ -18,67 +18,97 @@ from apecache.heads.normalization import at_least_float32, similarities
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """int64 [n] of the images and int64 [m] of the texts; every group has a member on both
-    sides."""
+    """Say which images and texts of a batch belong together.
+
+    Every group has a member on both sides.
+    """
 
     image: Tensor
+    """int64 [n], the group of each image."""
     text: Tensor
+    """int64 [m], the group of each text."""
 
     def positives(self) -> tuple[Tensor, Tensor]:
-        """(image rows, text rows), int64 [p] each: all positive pairs, by image."""
+        """Return all positive pairs, ordered by image: image rows and text rows, int64 [p] each."""
+        # Sorted texts make the texts of one group a range, so no [n, m] mask is needed.
         order = torch.argsort(self.text, stable=True)
-        ordered = self.text[order]
-        first = torch.searchsorted(ordered, self.image)
-        count = torch.searchsorted(ordered, self.image, right=True) - first
-        image = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-        within = torch.arange(len(image), device=count.device) - torch.repeat_interleave(
-            count.cumsum(0) - count,
-            count,
-        )
-        return image, order[first[image] + within]
+        sorted_groups = self.text[order]
+        first = torch.searchsorted(sorted_groups, self.image)
+        count = torch.searchsorted(sorted_groups, self.image, right=True) - first
+        device = count.device
+        image = torch.repeat_interleave(torch.arange(len(count), device=device), count)
+        pairs_before = torch.repeat_interleave(count.cumsum(0) - count, count)
+        position_in_group = torch.arange(len(image), device=device) - pairs_before
+        return image, order[first[image] + position_in_group]
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
-    """Symmetric InfoNCE: mean of the image-to-text and text-to-image cross-entropies (CLIP, Radford
-    et al. 2021).
+    """Compute symmetric InfoNCE (CLIP, Radford et al. 2021).
 
-    `scale`: what cosines are multiplied with, 1 / temperature.
+    This is the mean of the image-to-text and text-to-image cross-entropies.
+
+    Args:
+        image: [n, dim], L2-normalized.
+        text: [n, dim], L2-normalized; row i belongs to image i.
+        scale: factor of the cosines, 1 / temperature.
+
+    Returns:
+        A scalar, in nats.
     """
     logits = similarities(scale * at_least_float32(image), text)
     targets = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    to_text = F.cross_entropy(logits, targets)
+    to_image = F.cross_entropy(logits.T, targets)
+    return (to_text + to_image) / 2
 
 
 def grouped_info_nce(image: Tensor, text: Tensor, scale: Tensor | float, groups: Groups) -> Tensor:
-    """InfoNCE with several positives: of each positive pair -log(e^s / (e^s + sum of e^s over the
-    *negatives*)).
+    """Compute InfoNCE with several positives.
 
-    Every query counts the same, and so does every positive of one query. With one positive each it
-    is `info_nce`.
+    A positive pair costs -log(e^s / (e^s + sum of e^s over the *negatives*)). All queries have the
+    same weight, and so have all positives of one query. With one positive for each query this is
+    `info_nce`.
+
+    Args:
+        image: [n, dim], L2-normalized.
+        text: [m, dim], L2-normalized.
+        scale: factor of the cosines, 1 / temperature.
+        groups: which of them belong together.
+
+    Returns:
+        A scalar, in nats.
     """
     logits = similarities(scale * at_least_float32(image), text)
     same = groups.image.unsqueeze(1) == groups.text.unsqueeze(0)
     negatives = logits.masked_fill(same, -torch.inf)
-    pairs = groups.positives()
-    return (_one_way(logits, negatives, pairs) + _one_way(logits.T, negatives.T, pairs[::-1])) / 2
+    rows, columns = groups.positives()
+    to_text = _one_way(logits, negatives, (rows, columns))
+    to_image = _one_way(logits.T, negatives.T, (columns, rows))
+    return (to_text + to_image) / 2
 
 
-def _one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, ...]) -> Tensor:
+def _one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the loss of rows as queries; `negatives` are the logits with positives at -inf."""
     rows, columns = pairs
+    # A row without negatives sums to -inf; the floor keeps its loss and gradient finite.
     floor = torch.finfo(logits.dtype).min
-    others = negatives.logsumexp(1).clamp_min(floor)[rows]
-    return (
-        share_of(rows, len(logits), logits.dtype) * softplus(others - logits[rows, columns])
-    ).sum()
+    log_negatives = negatives.logsumexp(1).clamp_min(floor)[rows]
+    weights = share_of(rows, len(logits), logits.dtype)
+    losses = softplus(log_negatives - logits[rows, columns])
+    return (weights * losses).sum()
 
 
 def share_of(rows: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
-    """[p]: 1 / (rows x positives of that row), so that the weights of each row sum to 1 / rows."""
-    return 1 / (n_rows * torch.bincount(rows, minlength=n_rows)[rows].to(dtype))
+    """Return [p]: 1 / (rows x positives of that row); the weights of a row sum to 1 / rows."""
+    n_positives = torch.bincount(rows, minlength=n_rows)[rows]
+    return 1 / (n_rows * n_positives.to(dtype))
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exact in double precision too (the default threshold of 20 is not)."""
+    """Compute log(1 + e^x), exact in double precision too.
+
+    PyTorch's default threshold of 20 is exact in single precision only.
+    """
     return F.softplus(x, threshold=40)
 
 
@@ -89,8 +119,21 @@ def sigmoid_loss(
     bias: Tensor | float,
     groups: Groups | None = None,
 ) -> Tensor:
-    """Every pair by itself: sum over i, j of -log sigmoid(z (scale x cosine + bias)) / m, where z
-    is 1 for a positive pair and -1 for others (SigLIP, Zhai et al. 2023, algorithm 1)."""
+    """Compute the loss of every pair by itself (SigLIP, Zhai et al. 2023, algorithm 1).
+
+    This is the sum over i, j of -log sigmoid(z (scale x cosine + bias)) / m, where z is 1 for a
+    positive pair and -1 for all others.
+
+    Args:
+        image: [n, dim], L2-normalized.
+        text: [m, dim], L2-normalized.
+        scale: factor of the cosines, 1 / temperature.
+        bias: added to the logits.
+        groups: which of them belong together. None: row i belongs to row i.
+
+    Returns:
+        A scalar, in nats.
+    """
     logits = similarities(scale * at_least_float32(image), text) + bias
     if groups is None:
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
@@ -100,12 +143,11 @@ def sigmoid_loss(
 
 
 class Temperature(nn.Module):
-    """Learnable (or fixed) temperature T that divides the logits, clamped to [low, high]; kept as
-    log(1 / T).
+    """Hold the temperature T that divides the logits, learnable or fixed, in [low, high].
 
-    LilT: T = 0.07 in [0.001, 0.5]; CLIP: 1/T from 1/0.07 up to 100; SigLIP: 1/T = 10, and a `bias`
-    of -10 that is added to the logits and learned along. Without a bias the module has no such
-    parameter.
+    It is stored as log(1 / T). LilT: T = 0.07 in [0.001, 0.5]. CLIP: 1/T from 1/0.07 up to 100.
+    SigLIP: 1/T = 10, and a learned `bias` of -10 that is added to the logits. Without a bias the
+    module has no such parameter.
     """
 
     def __init__(
@@ -117,16 +159,20 @@ class Temperature(nn.Module):
         bias: float | None = None,
     ) -> None:
         super().__init__()
+        # The logarithm is trained, so that the scale stays positive.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)), requires_grad=learnable)
         self.bias = (
             None if bias is None else nn.Parameter(torch.tensor(bias), requires_grad=learnable)
         )
+        # The highest temperature is the lowest scale.
         self.bounds = (-math.log(high), -math.log(low))
 
     def scale(self) -> Tensor:
+        """Return the factor of the cosines, 1 / T."""
         return self.log_scale.exp()
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Bring the temperature back into its bounds; to be called after every optimiser step."""
-        self.log_scale.clamp_(*self.bounds)
+        """Clamp the temperature to its bounds; call this after every optimizer step."""
+        low, high = self.bounds
+        self.log_scale.clamp_(low, high)

@@ -1,5 +1,7 @@
-"""What a student learns from a teacher's features (the shared-encoder paper, section 3.3; See, Hear
-and Read)."""
+"""Compute what a student learns from a teacher's features.
+
+Sources: the shared-encoder paper, section 3.3; See, Hear and Read.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -15,47 +17,55 @@ def distil_contrastive(
     scale: Tensor | float,
     own: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of finding the own teacher's feature among this batch's and a bank's.
+    """Compute the cross-entropy of finding each student's teacher among this batch and a bank.
+
+    Neither teacher nor bank gets a gradient.
 
     Args:
-        student [m, dim], teacher [n, dim]: L2-normalised, of images (or captions) and of images.
-            own: int64 [m], the
-        row of the teacher of each; None: row by row. bank: [k, dim], L2-normalised features of the
-        teacher; k may be 0. Neither teacher nor bank gets a gradient.
+        student: [m, dim], L2-normalized, of images or captions.
+        teacher: [n, dim], L2-normalized, of images.
+        bank: [k, dim], L2-normalized features of the teacher; k may be 0.
+        scale: factor of the cosines, 1 / temperature.
+        own: int64 [m], the row in `teacher` of each student. None: row i belongs to row i.
+
+    Returns:
+        A scalar, in nats.
     """
     candidates = torch.cat([teacher, bank]).detach()
     targets = torch.arange(len(student), device=student.device) if own is None else own
-    return F.cross_entropy(similarities(scale * at_least_float32(student), candidates), targets)
+    logits = similarities(scale * at_least_float32(student), candidates)
+    return F.cross_entropy(logits, targets)
 
 
 def distil_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of features [n, dim], as they are (nothing is normalised here)."""
+    """Compute the mean squared difference of features [n, dim], without normalizing them."""
     return F.mse_loss(student, teacher.detach())
 
 
 def distil_classes(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher, student) of class distributions in nats, mean over rows.
+    """Compute KL(teacher, student) of class distributions in nats, averaged over rows.
 
-    `logits` of the student [n, classes]; `teacher` probabilities [n, classes], rows of sum 1.
+    Args:
+        logits: [n, classes], of the student.
+        teacher: [n, classes], probabilities whose rows sum to 1.
     """
-    return F.kl_div(
-        F.log_softmax(at_least_float32(logits), dim=-1),
-        teacher.detach(),
-        reduction="batchmean",
-    )
+    log_probabilities = F.log_softmax(at_least_float32(logits), dim=-1)
+    # `batchmean` divides by rows; the default of kl_div divides by all values.
+    return F.kl_div(log_probabilities, teacher.detach(), reduction="batchmean")
 
 
 class TeacherBank(nn.Module):
-    """The last `size` features of the teacher, first in first out; random unit vectors at the
-    start.
+    """Hold the last `size` features of the teacher, first in, first out.
 
-    Features of the *student* do not belong here: stale ones make the training collapse
-    (shared-encoder paper). Entries and position are buffers, hence saved, moved to a device and
-    never trained.
+    It starts with random unit vectors. Never push features of the *student*: stale ones make the
+    training collapse (shared-encoder paper).
     """
 
+    # Buffers, so that they are saved, moved between devices and never trained.
     entries: Tensor
+    """[size, dim], L2-normalized."""
     position: Tensor
+    """int64 scalar, the row of the oldest entry."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -64,10 +74,13 @@ class TeacherBank(nn.Module):
 
     @torch.no_grad()
     def push(self, teacher: Tensor) -> None:
-        """Put features [n, dim], L2-normalised, in place of the oldest; of more than `size` only
-        the last stay."""
+        """Replace the oldest entries by features [n, dim], L2-normalized.
+
+        Of more than `size` features only the last ones stay.
+        """
         size = len(self.entries)
-        kept = teacher[-size:]
-        places = (self.position + torch.arange(len(kept), device=self.entries.device)) % size
-        self.entries[places] = kept.to(self.entries)
-        self.position.copy_((self.position + len(kept)) % size)
+        newest = teacher[-size:]
+        offsets = torch.arange(len(newest), device=self.entries.device)
+        slots = (self.position + offsets) % size
+        self.entries[slots] = newest.to(self.entries)
+        self.position.copy_((self.position + len(newest)) % size)

@@ -1,5 +1,7 @@
-"""What keeps a head from bending the geometry of the features it was given (STRUCTURE, Groeger et
-al. 2025)."""
+"""Compute the loss that keeps a head from changing the geometry of its input features.
+
+Source: STRUCTURE, Groeger et al. 2025.
+"""
 
 from typing import Literal
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from apecache.heads.normalization import normalize, similarities
 
 Divergence = Literal["jensen-shannon", "as-coded"]
+"""The formula of the paper, or that of its published code."""
 
 
 def structure_divergence(
@@ -18,19 +21,25 @@ def structure_divergence(
     temperature: float = 0.05,
     kind: Divergence = "jensen-shannon",
 ) -> Tensor:
-    """Divergence between who resembles whom within a batch before and after the head, mean over the
-    rows, in nats.
+    """Compute the divergence between the similarities within a batch before and after the head.
 
-    The similarities of a row are softmax(x x^T / temperature) of features that are L2-normalised
-    and then centred; of the paper's hierarchy this is the first level. With A and O the rows before
-    and after and M their mean: `jensen-shannon` is half of KL(A, M) + KL(O, M), as the paper says;
-    `as-coded` is half of KL(M, A) + KL(M, O), as its published code computes.
+    The similarities of a row are softmax(x x^T / temperature) of features that are L2-normalized
+    and then centered. This is the first level of the paper's hierarchy. With A and O the rows
+    before and after, and M their mean: `jensen-shannon` is half of KL(A, M) + KL(O, M), as the
+    paper defines it. `as-coded` is half of KL(M, A) + KL(M, O), as its published code computes.
 
     Args:
-        before: float [n, in_dim]; gets no gradient. after: [n, out_dim].
+        before: float [n, in_dim]; gets no gradient.
+        after: float [n, out_dim].
+        temperature: divides the similarities.
+        kind: which formula.
+
+    Returns:
+        The mean over the rows, in nats.
     """
     a = _log_similarities(before.detach(), temperature)
     o = _log_similarities(after, temperature)
+    # The mean of the probabilities, from their logarithms: small ones would round to 0.
     m = torch.logaddexp(a, o) - torch.log(a.new_tensor(2.0))
     match kind:
         case "jensen-shannon":
@@ -40,11 +49,14 @@ def structure_divergence(
 
 
 def _log_similarities(features: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities [n, n] of the similarities of features [n, dim]."""
     unit = normalize(features)
-    centred = unit - unit.mean(0)
-    return F.log_softmax(similarities(centred, centred) / temperature, dim=-1)
+    centered = unit - unit.mean(0)
+    logits = similarities(centered, centered) / temperature
+    return F.log_softmax(logits, dim=-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p, q) of rows of log-probabilities, mean over the rows."""
-    return (p.exp() * (p - q)).sum(-1).mean()
+    """Compute KL(p, q) of rows of log-probabilities, averaged over the rows."""
+    terms = p.exp() * (p - q)
+    return terms.sum(-1).mean()

@@ -1,5 +1,4 @@
-"""What a recipe's `loss` section asks of embeddings: the same for heads on cached features and for
-towers."""
+"""Compute the objective of a recipe's `loss` section, for heads and for towers alike."""
 
 from collections.abc import Sequence
 
@@ -29,28 +28,34 @@ def contrast(
     spec: LossSpec,
     widths: Sequence[int] = (),
 ) -> Tensor:
-    """Loss (a scalar) of images [n, dim] and texts [m, dim], L2-normalised; `groups` None: row
-    belongs to row.
+    """Compute the contrastive loss of a batch, a scalar.
 
-    `widths`: of heads that stand side by side; each has a loss of its own, and this is the mean of
-    theirs.
+    Args:
+        image: [n, dim], L2-normalized.
+        text: [m, dim], L2-normalized.
+        temperature: scale and bias of the logits.
+        groups: which rows belong together. None: row i belongs to row i.
+        spec: the `loss` section.
+        widths: of heads that stand side by side. Each has a loss of its own, and the result is
+            their mean.
     """
     if not widths:
         return _contrast(image, text=text, temperature=temperature, groups=groups, spec=spec)
-    pairs = zip(image.split(list(widths), dim=-1), text.split(list(widths), dim=-1), strict=True)
+    image_blocks = image.split(list(widths), dim=-1)
+    text_blocks = text.split(list(widths), dim=-1)
+    # `SeveralHeads` divides by this, so the product is L2-normalized again.
     length = len(widths) ** 0.5
-    return torch.stack(
-        [
-            _contrast(
-                i * length,
-                text=t * length,
-                temperature=temperature,
-                groups=groups,
-                spec=spec,
-            )
-            for i, t in pairs
-        ]
-    ).mean()
+    losses = []
+    for image_block, text_block in zip(image_blocks, text_blocks, strict=True):
+        loss = _contrast(
+            image_block * length,
+            text=text_block * length,
+            temperature=temperature,
+            groups=groups,
+            spec=spec,
+        )
+        losses.append(loss)
+    return torch.stack(losses).mean()
 
 
 def _contrast(
@@ -65,26 +70,25 @@ def _contrast(
     match spec.kind:
         case "infonce" if tiled:
             return tiled_info_nce(image, text=text, scale=scale, groups=groups)
+        case "infonce" if groups is None:
+            return info_nce(image, text, scale)
         case "infonce":
-            return (
-                info_nce(image, text, scale)
-                if groups is None
-                else grouped_info_nce(image, text=text, scale=scale, groups=groups)
-            )
+            assert groups is not None
+            return grouped_info_nce(image, text=text, scale=scale, groups=groups)
         case "sigmoid":
             bias = temperature.bias if temperature.bias is not None else spec.bias
-            return (tiled_sigmoid_loss if tiled else sigmoid_loss)(
-                image,
-                text=text,
-                scale=scale,
-                bias=bias,
-                groups=groups,
-            )
+            compute = tiled_sigmoid_loss if tiled else sigmoid_loss
+            return compute(image, text=text, scale=scale, bias=bias, groups=groups)
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
-    """Divergence of one side's neighbourhoods before (pooled features [n, dim]) and after its
-    head."""
+    """Compute the divergence of one side's neighborhoods before and after its head.
+
+    Args:
+        before: [n, in_dim], pooled features.
+        after: [n, out_dim], embeddings of the same rows.
+        spec: the `loss` section.
+    """
     return structure_divergence(
         before,
         after=after,
@@ -94,12 +98,15 @@ def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
 
 
 def structure_weight(step: int, spec: LossSpec) -> float:
-    """At the 0-based `step`."""
-    grown = min(1.0, (step + 1) / spec.structure_warmup) if spec.structure_warmup else 1.0
-    return spec.structure * grown
+    """Return the weight of `structure_term` at the 0-based `step`."""
+    warmup = spec.structure_warmup
+    share = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    return spec.structure * share
 
 
 def build_temperature(loss: LossSpec) -> Temperature:
+    """Build the temperature of a `loss` section."""
+    # InfoNCE is a softmax, which a constant added to all logits does not change.
     bias = loss.bias if loss.kind == "sigmoid" else None
     return Temperature(
         loss.temperature,

@@ -1,4 +1,4 @@
-"""The `loss` section of a recipe."""
+"""Define the `loss` section of a recipe."""
 
 from typing import Literal
 
@@ -9,27 +9,28 @@ from apecache.settings import Settings
 
 
 class LossSpec(Settings):
-    """`infonce`: symmetric, over the batch; `sigmoid`: every pair by itself, `bias` added to the
-    logits at the start.
-
-    `temperature` divides the cosines and is clamped to [min_temperature, max_temperature];
-    `learnable` goes for the bias too. `captions`: so many different captions of each image stand in
-    a batch; none is the other's negative. `structure`: weight of the divergence between who
-    resembles whom before and after the head (STRUCTURE), grown linearly over the first
-    `structure_warmup` steps.
-    """
+    """Set the loss of a training."""
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
+    """`infonce`: symmetric, over the batch. `sigmoid`: every pair by itself."""
     temperature: float = Field(default=0.07, gt=0)
+    """Divides the cosines, at the start."""
     min_temperature: float = Field(default=0.01, gt=0)
+    """The temperature is clamped to this and `max_temperature` after every step."""
     max_temperature: float = Field(default=0.5, gt=0)
     learnable: bool = True
+    """Whether temperature and bias are trained."""
     bias: float = -10.0
+    """Added to the logits of `sigmoid`, at the start."""
     captions: int = Field(default=1, ge=1, le=64)
+    """Different captions of each image in a batch. They are never each other's negatives."""
     structure: float = Field(default=0.0, ge=0)
+    """Weight of the divergence between the similarities before and after the head (STRUCTURE)."""
     structure_temperature: float = Field(default=0.05, gt=0)
+    """Divides the similarities of that divergence."""
     structure_divergence: Divergence = "jensen-shannon"
     structure_warmup: int = Field(default=0, ge=0)
+    """Steps over which the weight `structure` grows linearly from 0."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "LossSpec":

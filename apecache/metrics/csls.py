@@ -1,10 +1,9 @@
-"""Cross-domain similarity local scaling: retrieval corrected for hubs, which are near to
-everything.
+"""Rank by cross-domain similarity local scaling, which corrects for hubs: points near to all.
 
 CSLS(x, y) = 2 cos(x, y) - r(x) - r(y), where r(x) is the mean cosine of an image to its k nearest
 texts and r(y) that of a text to its k nearest images (Conneau et al. 2018, Word translation without
-parallel data, section 2.3; k = 10 there). It looks at all queries at once, so its figures stand
-beside the plain ones and never among them.
+parallel data, section 2.3; k = 10 there). It uses all queries at once, so its figures are reported
+beside those of the cosine and do not replace them.
 """
 
 from collections.abc import Sequence
@@ -27,8 +26,15 @@ def csls_report(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> RetrievalReport:
-    """`retrieval_report` by CSLS in place of the cosine; arguments and errors are the same."""
-    return retrieval_report(*csls_vectors(image, text), image_of_text, ks, relevance)
+    """Compute `retrieval_report` by CSLS; arguments and errors are the same."""
+    image_vectors, text_vectors = csls_vectors(image, text)
+    return retrieval_report(
+        image_vectors,
+        text=text_vectors,
+        image_of_text=image_of_text,
+        ks=ks,
+        relevance=relevance,
+    )
 
 
 def csls_intervals(
@@ -38,28 +44,44 @@ def csls_intervals(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> Intervals:
-    """Compute `retrieval_intervals` by CSLS in place of the cosine; the neighbourhoods stay as they
-    are."""
-    return retrieval_intervals(*csls_vectors(image, text), image_of_text, ks, relevance)
-
-
-def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
-    """Vectors [n, dim + 2] and [m, dim + 2] whose inner products are the CSLS scores of
-    L2-normalised ones."""
-    near_image = mean_of_nearest(image, text, k)
-    near_text = mean_of_nearest(text, image, k)
-    ones = torch.ones_like
-    return (
-        torch.cat((2 * image, -near_image, ones(near_image)), dim=1),
-        torch.cat((text, ones(near_text), -near_text), dim=1),
+    """Compute `retrieval_intervals` by CSLS; the neighborhoods stay fixed over the intervals."""
+    image_vectors, text_vectors = csls_vectors(image, text)
+    return retrieval_intervals(
+        image_vectors,
+        text=text_vectors,
+        image_of_text=image_of_text,
+        ks=ks,
+        relevance=relevance,
     )
 
 
+def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+    """Extend vectors so that their inner products are the CSLS scores.
+
+    Args:
+        image: [n, dim], L2-normalized.
+        text: [m, dim], L2-normalized.
+        k: neighbors of each vector.
+
+    Returns:
+        [n, dim + 2] and [m, dim + 2].
+    """
+    near_image = mean_of_nearest(image, text, k)
+    near_text = mean_of_nearest(text, image, k)
+    image_ones = torch.ones_like(near_image)
+    text_ones = torch.ones_like(near_text)
+    # Two columns more: the product adds -r(x) x 1 and 1 x -r(y) to 2 cos(x, y).
+    image_vectors = torch.cat((2 * image, -near_image, image_ones), dim=1)
+    text_vectors = torch.cat((text, text_ones, -near_text), dim=1)
+    return image_vectors, text_vectors
+
+
 def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """[n, 1]: mean inner product with the k nearest of the others (all of them, if there are
-    fewer)."""
-    parts = [
-        similarities(tile, others).topk(min(k, len(others)), dim=1).values.mean(1, keepdim=True)
-        for tile in vectors.tensor_split(-(-len(vectors) // TILE) or 1)
-    ]
-    return torch.cat(parts)
+    """Return [n, 1]: the mean inner product with the k nearest rows of `others` (at most all)."""
+    n_neighbors = min(k, len(others))
+    n_tiles = -(-len(vectors) // TILE) or 1
+    tile_means = []
+    for tile in vectors.tensor_split(n_tiles):
+        nearest = similarities(tile, others).topk(n_neighbors, dim=1).values
+        tile_means.append(nearest.mean(1, keepdim=True))
+    return torch.cat(tile_means)

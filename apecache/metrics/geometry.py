@@ -1,4 +1,4 @@
-"""How alike two sets of features of the same pairs are, before any head is trained."""
+"""Measure how alike two sets of features of the same pairs are, before any head is trained."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,26 @@ from apecache.metrics.retrieval import retrieval_report
 
 NEIGHBOURS = 10
 RIDGE = 1.0
-"""Of the least squares, in units of the mean eigenvalue of the texts' covariance: samples are
-small."""
+"""Penalty of the regression, in units of the mean eigenvalue of the texts' covariance. It is large
+because samples are small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """`cka` and `mutual_knn` are 0 to 1; R@1 in per cent of a ridge regression, on pairs that it
-    was not fitted on."""
+    """Say how alike the features of two encoders are."""
 
     cka: float
+    """Linear centered kernel alignment, 0 to 1."""
     mutual_knn: float
+    """Share of nearest neighbors that both sides agree on, 0 to 1."""
     image_to_text: float
+    """R@1 in per cent of a ridge regression, on pairs that it was not fitted on."""
     text_to_image: float
+    """The same in the other direction."""
 
     @property
     def recall_at_1(self) -> float:
+        """Return the mean R@1 of both directions, in per cent."""
         return (self.image_to_text + self.text_to_image) / 2
 
 
@@ -37,36 +41,62 @@ def likeness(
     fit: Tensor,
     relevance: Relevance | None = None,
 ) -> Likeness:
-    """Of features [n, dx] and [n, dy] of n pairs; `fit` bool [n]: pairs that the regression is
-    fitted on. `relevance`: of the other pairs, where captions are equal."""
-    forth, back = ridge_recalls(image, text, fit, relevance=relevance)
+    """Measure the likeness of the features of n pairs.
+
+    Args:
+        image: [n, dx].
+        text: [n, dy].
+        fit: bool [n], pairs that the regression is fitted on.
+        relevance: right answers among the other pairs, where captions are equal.
+    """
+    image_to_text, text_to_image = ridge_recalls(image, text, fit, relevance=relevance)
     return Likeness(
         cka=linear_cka(image, text),
         mutual_knn=mutual_knn(image, text),
-        image_to_text=forth,
-        text_to_image=back,
+        image_to_text=image_to_text,
+        text_to_image=text_to_image,
     )
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of [n, dx] and [n, dy], 0 to 1: ||Y'X||^2 / (||X'X|| ||Y'Y||)
-    in Frobenius norms of centred features (Kornblith et al. 2019, Similarity of neural network
-    representations revisited, section 3). 0 where one side is constant."""
-    x, y = (side.double() - side.double().mean(0) for side in (x, y))
+    """Compute linear centered kernel alignment, 0 to 1; 0 where one side is constant.
+
+    This is ||Y'X||^2 / (||X'X|| ||Y'Y||) in Frobenius norms of centered features (Kornblith et al.
+    2019, Similarity of neural network representations revisited, section 3).
+
+    Args:
+        x: [n, dx].
+        y: [n, dy].
+    """
+    # In float64: centering features with a large mean cancels digits.
+    x = x.double() - x.double().mean(0)
+    y = y.double() - y.double().mean(0)
     scale = (x.T @ x).norm() * (y.T @ y).norm()
-    return float((y.T @ x).norm() ** 2 / scale) if scale > 0 else 0.0
+    if not scale > 0:
+        return 0.0
+    return float((y.T @ x).norm() ** 2 / scale)
 
 
 def mutual_knn(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
-    """Mean share of a pair's k nearest others by cosine that both sides agree on, 0 to 1 (Huh et
-    al. 2024, The Platonic representation hypothesis, appendix A). By chance k / (n - 1)."""
+    """Compute the mean share of a pair's k nearest pairs that both sides agree on, 0 to 1.
+
+    Pairs are compared by cosine. By chance the share is k / (n - 1). Source: Huh et al. 2024, The
+    Platonic representation hypothesis, appendix A.
+
+    Args:
+        x: [n, dx].
+        y: [n, dy].
+        k: neighbors of each pair, at most n - 1.
+    """
     k = min(k, len(x) - 1)
-    near = torch.zeros(2, len(x), len(x), dtype=torch.bool, device=x.device)
-    for mask, side in zip(near, (x, y), strict=True):
+    is_neighbor = torch.zeros(2, len(x), len(x), dtype=torch.bool, device=x.device)
+    for mask, side in zip(is_neighbor, (x, y), strict=True):
         directions = normalize(side, dim=1)
+        # A pair is not its own neighbor.
         cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
         mask.scatter_(1, cosines.topk(k, dim=1).indices, True)
-    return float((near[0] & near[1]).sum() / (k * len(x)))
+    n_shared = (is_neighbor[0] & is_neighbor[1]).sum()
+    return float(n_shared / (k * len(x)))
 
 
 def ridge_recalls(
@@ -76,21 +106,34 @@ def ridge_recalls(
     ridge: float = RIDGE,
     relevance: Relevance | None = None,
 ) -> tuple[float, float]:
-    """R@1 in per cent, image to text and back, of texts mapped to images by least squares. Both
-    sides are centred by the pairs of the fit; measured on the others, where `relevance` says which
-    equal captions are right too."""
+    """Compute R@1 of texts that are mapped to images by ridge regression.
+
+    Both sides are centered by the mean of the fitted pairs. Recall is measured on the other pairs.
+
+    Args:
+        image: [n, dx].
+        text: [n, dy].
+        fit: bool [n], pairs that the regression is fitted on.
+        ridge: penalty, see `RIDGE`.
+        relevance: right answers among the other pairs, where captions are equal.
+
+    Returns:
+        Image to text and text to image, in per cent.
+    """
     moments = PairMoments()
     owner = torch.arange(int(fit.sum()))
     moments.add(image[fit], text[fit], owner)
     covariances = moments.covariances()
     mapping = ridge_map(covariances, ridge)
     mapped = text[~fit].double() @ mapping.weight.T + mapping.bias
-    pictures = normalize(image[~fit].double() - covariances.image_mean, dim=1).float()
-    words = normalize(mapped - covariances.image_mean, dim=1).float()
+    centered_image = image[~fit].double() - covariances.image_mean
+    centered_text = mapped - covariances.image_mean
+    image_directions = normalize(centered_image, dim=1).float()
+    text_directions = normalize(centered_text, dim=1).float()
     report = retrieval_report(
-        pictures,
-        text=words,
-        image_of_text=torch.arange(len(pictures)),
+        image_directions,
+        text=text_directions,
+        image_of_text=torch.arange(len(image_directions)),
         ks=(1,),
         relevance=relevance,
     )

@@ -1,5 +1,4 @@
-"""Ways to read ranks: intervals over images, folds of 1,000 images as published, language by
-language."""
+"""Report ranks as intervals over images, over published folds of 1,000 images, or by language."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +21,21 @@ from apecache.metrics.retrieval import (
 from apecache.metrics.statistics import WAYS, Ends, RetrievalHits, Term, estimate_recall
 
 Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int], Relevance | None], RetrievalReport]
+"""A function with the arguments of `retrieval_report`, by position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """For each K the lower and upper end of a 95 % interval of the recall, in per cent, both ways,
-    that of the mean of all recalls, and the medians of the ranks (1 is best)."""
+    """Hold 95 % intervals of recalls, in per cent, and the medians of the ranks."""
 
     image_to_text: dict[int, Ends]
+    """The interval of the recall at each K."""
     text_to_image: dict[int, Ends]
+    """The same in the other direction."""
     mean_recall: Ends
+    """The interval of the mean of all recalls."""
     median_rank_image_to_text: float
+    """1 is best."""
     median_rank_text_to_image: float
 
 
@@ -43,17 +46,15 @@ def retrieval_hits(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> RetrievalHits:
-    """Collect the hits of each image and of its captions. Arguments as `retrieval_report` takes
-    them."""
-    to_text = (
-        image_to_text_ranks(image, text=text, image_of_text=image_of_text, relevance=relevance)
-        .cpu()
-        .numpy()
-    )
-    to_image = (
-        text_to_image_ranks(image, text=text, image_of_text=image_of_text, relevance=relevance)
-        .cpu()
-        .numpy()
+    """Collect the hits of each image and of its captions.
+
+    The arguments are those of `retrieval_report`.
+    """
+    to_text, to_image = _ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
     )
     return _hits_of_ranks(to_text, to_image=to_image, owner=image_of_text.cpu().numpy(), ks=ks)
 
@@ -65,20 +66,16 @@ def retrieval_intervals(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> Intervals:
-    """Compute the intervals of one run over images, each with its captions (captions of one image
-    are not independent).
+    """Compute the intervals of one run over images, each with its captions.
 
-    The method is that of `apecache.metrics.statistics`. Arguments as `retrieval_report` takes them.
+    Captions of one image are not independent, so the images are the sample. The method is that of
+    `apecache.metrics.statistics`. The arguments are those of `retrieval_report`.
     """
-    to_text = (
-        image_to_text_ranks(image, text=text, image_of_text=image_of_text, relevance=relevance)
-        .cpu()
-        .numpy()
-    )
-    to_image = (
-        text_to_image_ranks(image, text=text, image_of_text=image_of_text, relevance=relevance)
-        .cpu()
-        .numpy()
+    to_text, to_image = _ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
     )
     hits = _hits_of_ranks(to_text, to_image=to_image, owner=image_of_text.cpu().numpy(), ks=ks)
 
@@ -90,9 +87,32 @@ def retrieval_intervals(
         image_to_text={k: ends(("image_to_text", k)) for k in ks},
         text_to_image={k: ends(("text_to_image", k)) for k in ks},
         mean_recall=ends(*product(WAYS, ks)),
+        # Ranks count from 0, reported medians from 1.
         median_rank_image_to_text=1 + float(np.median(to_text)),
         median_rank_text_to_image=1 + float(np.median(to_image)),
     )
+
+
+def _ranks(
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    relevance: Relevance | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ranks of images [n_images] and of texts [n_texts] as queries; 0 is best."""
+    to_text = image_to_text_ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    to_image = text_to_image_ranks(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    return to_text.cpu().numpy(), to_image.cpu().numpy()
 
 
 def _hits_of_ranks(
@@ -102,12 +122,16 @@ def _hits_of_ranks(
     ks: Sequence[int],
 ) -> RetrievalHits:
     n_images = len(to_text)
+    image_hits = {}
+    caption_hits = {}
+    for k in ks:
+        image_hits[k] = (to_text < k).astype(np.float64)
+        # Hits of captions are summed by image: the image is the unit of the sample.
+        hits_of_image = np.bincount(owner, weights=to_image < k, minlength=n_images)
+        caption_hits[k] = hits_of_image.astype(np.float64)
     return RetrievalHits(
-        image_to_text={k: (to_text < k).astype(np.float64) for k in ks},
-        text_to_image={
-            k: np.bincount(owner, weights=to_image < k, minlength=n_images).astype(np.float64)
-            for k in ks
-        },
+        image_to_text=image_hits,
+        text_to_image=caption_hits,
         captions=np.bincount(owner, minlength=n_images).astype(np.float64),
     )
 
@@ -121,10 +145,16 @@ def folded_report(
     measure: Measure = retrieval_report,
     relevance: Relevance | None = None,
 ) -> RetrievalReport:
-    """Means over folds of so many images in their order, each with its own captions as candidates:
-    the "1k" figures of COCO, five folds of its 5,000 test images (Karpathy & Fei-Fei 2015, section
-    4.1). A rest of fewer is left out. `measure`: what each fold is measured by. `relevance`: as
-    `retrieval_report` takes it; within each fold.
+    """Average reports over folds of images, each with its own captions as candidates.
+
+    The "1k" figures of COCO are those of five folds of its 5,000 test images (Karpathy & Fei-Fei
+    2015, section 4.1).
+
+    Args:
+        image: as `retrieval_report` takes it; so are `text`, `image_of_text` and `ks`.
+        fold_images: images of a fold, in their order. A last fold of fewer images is left out.
+        measure: computes the report of one fold.
+        relevance: as `retrieval_report` takes it; it is restricted to each fold.
 
     Raises:
         DataError: fewer images than one fold.
@@ -137,9 +167,9 @@ def folded_report(
     reports = []
     for fold in range(n_folds):
         first = fold * fold_images
-        texts = torch.nonzero(
-            (image_of_text >= first) & (image_of_text < first + fold_images)
-        ).squeeze(1)
+        in_fold = (image_of_text >= first) & (image_of_text < first + fold_images)
+        texts = torch.nonzero(in_fold).squeeze(1)
+        # Rows of images are counted from the begin of the fold.
         owners = image_of_text[texts] - first
         images = slice(first, first + fold_images)
         right = None if relevance is None else relevance.select(owners, images, texts)
@@ -155,23 +185,23 @@ def language_reports(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> Mapping[str, RetrievalReport]:
-    """Report each language by itself: its captions alone, and the images that have one, as queries
-    and candidates.
+    """Report each language by itself.
+
+    Queries and candidates are its captions, and the images that have one.
 
     Args:
+        image: as `retrieval_report` takes it; so are `text`, `image_of_text` and `ks`.
         languages: of each caption. The reports are sorted by name.
         relevance: as `retrieval_report` takes it; captions of other languages make no answer right.
     """
-    return {
-        language: retrieval_report(*vectors, ks, right)
-        for language, vectors, right in _by_language(
-            image,
-            text=text,
-            image_of_text=image_of_text,
-            languages=languages,
-            relevance=relevance,
-        )
-    }
+    subsets = _by_language(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        languages=languages,
+        relevance=relevance,
+    )
+    return {language: retrieval_report(*vectors, ks, right) for language, vectors, right in subsets}
 
 
 def language_intervals(
@@ -183,15 +213,15 @@ def language_intervals(
     relevance: Relevance | None = None,
 ) -> Mapping[str, Intervals]:
     """Compute the intervals of `language_reports`, of the same arguments."""
+    subsets = _by_language(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        languages=languages,
+        relevance=relevance,
+    )
     return {
-        language: retrieval_intervals(*vectors, ks, right)
-        for language, vectors, right in _by_language(
-            image,
-            text=text,
-            image_of_text=image_of_text,
-            languages=languages,
-            relevance=relevance,
-        )
+        language: retrieval_intervals(*vectors, ks, right) for language, vectors, right in subsets
     }
 
 
@@ -202,23 +232,34 @@ def _by_language(
     languages: Sequence[str],
     relevance: Relevance | None,
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor], Relevance | None]]:
+    """Yield each language with its images, texts and image of each text, and right answers."""
     for language in sorted(set(languages)):
         mask = torch.tensor([other == language for other in languages], device=text.device)
+        # `owners` counts among the images that have a caption in the language.
         images, owners = torch.unique(image_of_text[mask], return_inverse=True)
         right = None if relevance is None else relevance.select(owners, images, mask)
-        yield language, (image[images], text[mask], owners), right
+        vectors = (image[images], text[mask], owners)
+        yield language, vectors, right
 
 
 def _mean(reports: Sequence[RetrievalReport]) -> RetrievalReport:
+    """Average reports of folds, which have equally many images."""
+
     def mean(name: str) -> dict[int, float]:
         tables = [getattr(report, name) for report in reports]
-        return {k: sum(table[k] for table in tables) / len(tables) for k in tables[0]}
+        means = {}
+        for k in tables[0]:
+            means[k] = sum(table[k] for table in tables) / len(tables)
+        return means
+
+    # Folds differ in their captions, so their number is a rounded mean.
+    n_texts = round(sum(report.n_texts for report in reports) / len(reports))
 
     return RetrievalReport(
         image_to_text=mean("image_to_text"),
         text_to_image=mean("text_to_image"),
         n_images=reports[0].n_images,
-        n_texts=round(sum(report.n_texts for report in reports) / len(reports)),
+        n_texts=n_texts,
         chance_image_to_text=mean("chance_image_to_text"),
         chance_text_to_image=mean("chance_text_to_image"),
     )

@@ -1,9 +1,9 @@
-"""Image-text retrieval, exact and in tiles, with several captions per image.
+"""Measure image-text retrieval, exactly and in tiles, with several captions per image.
 
-An image's query is a hit at K if *any* of its right captions is among the top K texts; every
-caption is a query of its own for images. Right are an image's own captions, and with a `Relevance`
-all that equal them. A wrong candidate that scores as high as the right one counts as ranked before
-it, so embeddings that have collapsed to one point score zero and not one hundred.
+An image's query is a hit at K if *any* of its right captions is among the top K texts. Every
+caption is a query of its own for images. An image's own captions are right, and with a `Relevance`
+also all that equal them. A wrong candidate that scores as high as the right one counts as ranked
+before it, so embeddings that have collapsed to one point score zero and not one hundred.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,46 +21,50 @@ from apecache.metrics.relevance import Relevance
 
 KS = (1, 5, 10)
 TILE = 1024
+"""Queries that are compared with all candidates at a time."""
 TIE = 2.0**-20
-"""Cosines closer than this are ties: some times the rounding error of a product of unit vectors in
-float32 (2^-24 and more, by how the processor's kernel orders its sums), far below any difference
-that means something."""
+"""Cosines closer than this are ties. It is several times the rounding error of a product of unit
+vectors in float32 (2^-24 or more, depending on the order in which a processor sums), and far below
+any difference that means something."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalReport:
-    """Recall at K in per cent, both ways. `n_images` and `n_texts` are queries and candidates
-    alike; chance is the expected recall of a random order: equal captions and images raise it."""
+    """Hold the recall at each K, in per cent, in both directions."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
     n_images: int
+    """Images, as queries and as candidates."""
     n_texts: int
+    """Captions, as queries and as candidates."""
     chance_image_to_text: dict[int, float]
+    """Expected recall of a random order. Equal captions and images raise it."""
     chance_text_to_image: dict[int, float]
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "RetrievalReport":
-        """What `asdict` made of it, after JSON, whose keys are strings. Raises KeyError, TypeError
-        or ValueError."""
-        tables = {
-            name: {int(k): float(recall) for k, recall in value[name].items()}
-            for name in (
-                "image_to_text",
-                "text_to_image",
-                "chance_image_to_text",
-                "chance_text_to_image",
-            )
-        }
+        """Restore a report from the JSON of its `asdict`, whose keys are strings.
+
+        Raises:
+            KeyError, TypeError, ValueError: `value` is not such a report.
+        """
+        image_to_text = _recalls_from_json(value["image_to_text"])
+        text_to_image = _recalls_from_json(value["text_to_image"])
+        chance_image_to_text = _recalls_from_json(value["chance_image_to_text"])
+        chance_text_to_image = _recalls_from_json(value["chance_text_to_image"])
         return RetrievalReport(
+            image_to_text=image_to_text,
+            text_to_image=text_to_image,
             n_images=int(value["n_images"]),
             n_texts=int(value["n_texts"]),
-            **tables,
+            chance_image_to_text=chance_image_to_text,
+            chance_text_to_image=chance_text_to_image,
         )
 
     @property
     def mean_recall(self) -> float:
-        """Mean of all recalls, both ways: what epochs and recipes are chosen by."""
+        """Return the mean of all recalls, which epochs and recipes are chosen by."""
         values = [*self.image_to_text.values(), *self.text_to_image.values()]
         return sum(values) / len(values)
 
@@ -72,8 +76,12 @@ class RetrievalReport:
 
     @property
     def mean_recall_at_1(self) -> float:
-        """DataComp's retrieval score: the mean of the two R@1."""
+        """Return DataComp's retrieval score: the mean of the two R@1."""
         return (self.image_to_text[1] + self.text_to_image[1]) / 2
+
+
+def _recalls_from_json(recalls: Mapping[str, Any]) -> dict[int, float]:
+    return {int(k): float(recall) for k, recall in recalls.items()}
 
 
 def retrieval_report(
@@ -83,12 +91,14 @@ def retrieval_report(
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
 ) -> RetrievalReport:
-    """Recall at each K.
+    """Compute the recall at each K in both directions.
 
     Args:
-        image: [n_images, dim]; text: [n_texts, dim], both L2-normalised, on one device.
+        image: [n_images, dim], L2-normalized.
+        text: [n_texts, dim], L2-normalized, on the same device.
         image_of_text: int64 [n_texts], the row in `image` of each caption's image. Every image
             needs a caption.
+        ks: values of K.
         relevance: the right answers where captions or images are equal. None: only an image's own
             captions are right.
 
@@ -142,6 +152,7 @@ def chance_recalls(
     n_texts = len(image_of_text)
     if relevance is None:
         right_texts = torch.bincount(image_of_text, minlength=n_images)
+        # Every caption has one right image, so one entry has the mean of all.
         right_images = torch.ones(1, dtype=torch.int64)
     else:
         right_texts = relevance.n_right_texts()
@@ -152,7 +163,7 @@ def chance_recalls(
 
 
 def recall_at(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    """Share of ranks (0 is first) below each K, in per cent."""
+    """Compute the share of ranks (0 is best) below each K, in per cent."""
     return {k: 100 * float((ranks < k).double().mean()) for k in ks}
 
 
@@ -162,16 +173,20 @@ def image_to_text_ranks(
     image_of_text: Tensor,
     relevance: Relevance | None = None,
 ) -> Tensor:
-    """int64 [n_images]: how many wrong texts score at least as high as the image's best right
-    one."""
-    parts = []
+    """Rank the best right text of each image; arguments as `retrieval_report` takes them.
+
+    Returns:
+        int64 [n_images], the wrong texts that score at least as high as the best right text.
+    """
+    tile_ranks = []
     for rows in _tiles(len(image), image.device):
         scores = similarities(image[rows], text)
-        right = (
-            _own_texts(image_of_text, rows) if relevance is None else relevance.right_texts(rows)
-        )
-        parts.append(_wrong_before(scores, right))
-    return torch.cat(parts)
+        if relevance is None:
+            right = _own_texts(image_of_text, rows)
+        else:
+            right = relevance.right_texts(rows)
+        tile_ranks.append(_wrong_before(scores, right))
+    return torch.cat(tile_ranks)
 
 
 def text_to_image_ranks(
@@ -180,54 +195,69 @@ def text_to_image_ranks(
     image_of_text: Tensor,
     relevance: Relevance | None = None,
 ) -> Tensor:
-    """int64 [n_texts]: how many wrong images score at least as high as the caption's best right
-    one."""
-    parts = []
+    """Rank the best right image of each text; arguments as `retrieval_report` takes them.
+
+    Returns:
+        int64 [n_texts], the wrong images that score at least as high as the best right image.
+    """
+    tile_ranks = []
     for rows in _tiles(len(text), image.device):
         scores = similarities(text[rows], image)
         if relevance is None:
-            own = scores.gather(1, image_of_text[rows].unsqueeze(1))
-            parts.append((scores >= own - TIE).sum(1) - 1)
+            own_score = scores.gather(1, image_of_text[rows].unsqueeze(1))
+            # Less 1: the own image is at least as high as itself.
+            tile_ranks.append((scores >= own_score - TIE).sum(1) - 1)
         else:
-            parts.append(_wrong_before(scores, relevance.right_images(rows)))
-    return torch.cat(parts)
+            tile_ranks.append(_wrong_before(scores, relevance.right_images(rows)))
+    return torch.cat(tile_ranks)
 
 
 def _own_texts(image_of_text: Tensor, images: Tensor) -> Tensor:
-    """bool [len(images), n_texts]: the captions of each of these images (rows)."""
+    """Return bool [len(images), n_texts]: the captions of each of these images (rows)."""
     return image_of_text.unsqueeze(0) == images.unsqueeze(1)
 
 
 def _wrong_before(scores: Tensor, right: Tensor) -> Tensor:
-    """int64 [rows]: wrong candidates of each row that score at least as high as its best right
-    one."""
+    """Return int64 [rows]: the wrong candidates that score as high as the row's best right one."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    return ((scores >= best - TIE) & ~right).sum(1)
+    is_before = scores >= best - TIE
+    return (is_before & ~right).sum(1)
 
 
 def _tiles(count: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows in tiles of about equal size."""
-    yield from torch.arange(count, device=device).tensor_split(-(-count // TILE))
+    """Yield rows in tiles of nearly equal size."""
+    n_tiles = -(-count // TILE)
+    yield from torch.arange(count, device=device).tensor_split(n_tiles)
 
 
 def mean_chance(n_candidates: int, n_right: Tensor, k: int) -> float:
-    """Mean over queries with so many right candidates each, int64 [queries], in per cent."""
-    counts = n_right.tolist()
-    chances = {count: _chance(n_candidates, count, k) for count in set(counts)}
-    return 100 * sum(chances[count] for count in counts) / len(counts)
+    """Compute the expected recall at K of a random order, in per cent.
+
+    Args:
+        n_candidates: candidates of each query.
+        n_right: int64 [queries], the right candidates of each query.
+        k: the K.
+    """
+    right_counts = n_right.tolist()
+    # Few numbers differ, and a binomial coefficient of large numbers is slow.
+    chances = {count: _chance(n_candidates, count, k) for count in set(right_counts)}
+    return 100 * sum(chances[count] for count in right_counts) / len(right_counts)
 
 
 def _chance(n_candidates: int, n_right: int, k: int) -> float:
-    """Probability that a random top K holds one of the right ones: 1 - C(n - r, k) / C(n, k)."""
+    """Return the probability that a random top K has a right one: 1 - C(n - r, k) / C(n, k)."""
+    # Fewer candidates than K: all of them are among the top K.
     if k >= n_candidates:
         return 1.0
     return 1 - comb(n_candidates - n_right, k) / comb(n_candidates, k)
 
 
 def _require_rankable(image: Tensor, text: Tensor, image_of_text: Tensor) -> None:
+    """Refuse embeddings that cannot be ranked, as `retrieval_report` says."""
     if not len(image) or not len(text):
         raise DataError(f"nothing to rank: {len(image)} images and {len(text)} texts")
     if int(torch.bincount(image_of_text, minlength=len(image)).min()) == 0:
         raise DataError("an image without a caption cannot be a query: leave it out")
+    # No comparison with NaN is true, so NaN would rank as if nothing scored higher.
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
         raise DataError("embeddings that are not finite cannot be ranked")

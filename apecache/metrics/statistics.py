@@ -1,5 +1,4 @@
-"""Compute the intervals and p-values of printed figures: the one implementation for every command
-and page.
+"""Compute the intervals and p-values of printed figures, for all commands and pages.
 
 A recall that S seeds of a recipe reach on n images is uncertain for two reasons, and their
 variances are added:
@@ -14,7 +13,7 @@ sum(c) and u_i = (h_i - p c_i) / sum(c),
     v = n / (n - 1) * sum(u_i ** 2)
 
 which is the limit of a bootstrap over images (Cochran 1977, Sampling Techniques, section 6.8),
-without its noise. Candidates stay as they are. The part of s2 that comes from the draw of images is
+without its noise. The candidates stay fixed. The share of s2 that comes from the draw of images is
 counted in v too, so the interval is slightly too wide, never too narrow.
 
 The quantile is Student's with Satterthwaite's degrees of freedom: (a + b)^2 / (a^2 / (S - 1) + b^2
@@ -39,7 +38,9 @@ from scipy.special import stdtr, stdtrit
 from scipy.stats import binomtest
 
 LEVEL = 0.95
+"""Confidence of all intervals."""
 Way = Literal["image_to_text", "text_to_image"]
+"""The direction of a recall."""
 WAYS: tuple[Way, Way] = ("image_to_text", "text_to_image")
 Ends = tuple[float, float]
 """Lower and upper end of a 95 % interval, in per cent."""
@@ -49,60 +50,65 @@ Term = tuple[Way, int]
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalHits:
-    """Hold the answers of one run, image by image.
-
-    `image_to_text`: for each K float64 [n_images], 1 where the image is a hit. `text_to_image`: for
-    each K float64 [n_images], how many captions of the image are hits. `captions`: float64
-    [n_images], captions of each image.
-    """
+    """Hold the answers of one run, image by image."""
 
     image_to_text: Mapping[int, NDArray[np.float64]]
+    """For each K float64 [n_images], 1 where the image is a hit."""
     text_to_image: Mapping[int, NDArray[np.float64]]
+    """For each K float64 [n_images], how many captions of the image are hits."""
     captions: NDArray[np.float64]
+    """float64 [n_images], the captions of each image."""
 
     @property
     def n_images(self) -> int:
+        """Return the number of images."""
         return len(self.captions)
 
     def value(self, terms: Sequence[Term]) -> float:
         """Return the mean recall of the terms, in per cent."""
-        return fmean(
-            100 * float(hits.sum() / counts.sum()) for hits, counts in map(self._answers, terms)
-        )
+        recalls = []
+        for term in terms:
+            hits, n_queries = self._answers(term)
+            recalls.append(100 * float(hits.sum() / n_queries.sum()))
+        return fmean(recalls)
 
     def influence(self, terms: Sequence[Term]) -> NDArray[np.float64]:
         """Return float64 [n_images]: how far each image moves `value`, in points; the sum is 0."""
         moved = np.zeros(self.n_images)
-        for hits, counts in map(self._answers, terms):
-            share = hits.sum() / counts.sum()
-            moved += 100 * (hits - share * counts) / counts.sum()
+        for hits, n_queries in map(self._answers, terms):
+            share = hits.sum() / n_queries.sum()
+            moved += 100 * (hits - share * n_queries) / n_queries.sum()
         return moved / len(terms)
 
     def shares(self, terms: Sequence[Term]) -> NDArray[np.float64]:
         """Return float64 [n_images]: what each image adds to `value`, in points; the sum is
         `value`."""
         added = np.zeros(self.n_images)
-        for hits, counts in map(self._answers, terms):
-            added += 100 * hits / counts.sum()
+        for hits, n_queries in map(self._answers, terms):
+            added += 100 * hits / n_queries.sum()
         return added / len(terms)
 
     def _answers(self, term: Term) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        way, k = term
-        if way == "image_to_text":
+        """Return the hits and the queries of each image."""
+        direction, k = term
+        # An image is one query of its own; its captions are one query each.
+        if direction == "image_to_text":
             return self.image_to_text[k], np.ones(self.n_images)
         return self.text_to_image[k], self.captions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Hold a recall in per cent, its 95 % interval, and where its variance comes from (points
-    squared)."""
+    """Hold a recall, its 95 % interval, and where its variance comes from."""
 
     value: float
+    """In per cent."""
     low: float
     high: float
     seed_variance: float
+    """Variance over seeds, in points squared."""
     image_variance: float
+    """Variance over images, in points squared."""
     n_seeds: int
     n_images: int
 
@@ -115,11 +121,12 @@ def estimate_recall(runs: Sequence[RetrievalHits], terms: Sequence[Term]) -> Est
         terms: the recalls whose mean is the metric.
     """
     values = [run.value(terms) for run in runs]
+    # Averaged over seeds first: all seeds answer the same draw of images.
     influence = np.mean([run.influence(terms) for run in runs], axis=0)
     n_images = runs[0].n_images
-    n_queries = (
-        n_images if all(way == "image_to_text" for way, _ in terms) else int(runs[0].captions.sum())
-    )
+    n_captions = int(runs[0].captions.sum())
+    asks_images_only = all(direction == "image_to_text" for direction, _ in terms)
+    n_queries = n_images if asks_images_only else n_captions
     return _estimate(
         values,
         image_variance=variance_over_images(influence),
@@ -129,12 +136,11 @@ def estimate_recall(runs: Sequence[RetrievalHits], terms: Sequence[Term]) -> Est
 
 
 def estimate_from_recalls(values: Sequence[float], n_images: int) -> Estimate:
-    """Estimate the mean over seeds of a recall, or of a mean of recalls, when the single answers
-    are not kept.
+    """Estimate the mean over seeds of a recall, or of a mean of recalls, without single answers.
 
-    The variance over images is then an upper bound, v (100 - v) / n: all captions of an image count
-    as one query, and the recalls of a mean, as well as the seeds, are taken to rise and fall
-    together. Images have about the same number of captions.
+    The variance over images is then an upper bound, v (100 - v) / n. It counts all captions of an
+    image as one query, and assumes that the recalls of a mean, and the seeds, rise and fall
+    together. Images must have nearly the same number of captions.
 
     Args:
         values: the recall of each seed, in per cent.
@@ -193,13 +199,18 @@ def share_interval(
     """
     p = share / 100
     spread = p * (1 - p)
-    relative = squared_error / 1e4
-    effective = min(spread / relative, n_queries) if spread > 0 and relative > 0 else n_images
+    # From points squared to shares squared.
+    variance_of_p = squared_error / 1e4
+    has_variance = spread > 0 and variance_of_p > 0
+    effective = min(spread / variance_of_p, n_queries) if has_variance else n_images
     quantile = student_quantile(degrees)
     shrink = 1 + quantile**2 / effective
     center = (p + quantile**2 / (2 * effective)) / shrink
     half = quantile / shrink * math.sqrt(spread / effective + quantile**2 / (4 * effective**2))
-    return 100 * min(p, max(0.0, center - half)), 100 * max(p, min(1.0, center + half))
+    # Rounding must not leave the share itself outside its interval.
+    low = min(p, max(0.0, center - half))
+    high = max(p, min(1.0, center + half))
+    return 100 * low, 100 * high
 
 
 def count_interval(n_hits: int, n_trials: int) -> Ends:
@@ -214,18 +225,22 @@ def accuracy_interval(accuracy: float, n_trials: int) -> Ends:
 
 
 def variance_over_images(influence: NDArray[np.float64]) -> float:
-    """Return n / (n - 1) times the sum of squares of influences that add up to 0; 0 for one
-    image."""
+    """Return n / (n - 1) times the sum of squares of influences that add up to 0.
+
+    It is 0 for one image.
+    """
     n_images = len(influence)
-    return float(n_images / (n_images - 1) * np.square(influence).sum()) if n_images > 1 else 0.0
+    if n_images <= 1:
+        return 0.0
+    return float(n_images / (n_images - 1) * np.square(influence).sum())
 
 
 def smallest_variance(n_images: int) -> float:
-    """Return the least variance of a paired difference on n images, in points squared.
+    """Return the smallest variance of a paired difference on n images, in points squared.
 
-    It is that of about one image answered otherwise: no such image among n does not prove that
-    there are none (Agresti and Min 2005, Simple improved confidence intervals for comparing matched
-    proportions: half a count is added to each cell of the table).
+    It is roughly that of one image answered otherwise. No such image among n does not prove that
+    there are none: half a count is added to each cell of the table (Agresti and Min 2005, Simple
+    improved confidence intervals for comparing matched proportions).
     """
     return (100 / (n_images + 2)) ** 2
 
@@ -234,14 +249,15 @@ def satterthwaite(parts: Iterable[tuple[float, float]]) -> float:
     """Return the degrees of freedom of a sum of variances of means.
 
     Args:
-        parts: each variance with its own degrees of freedom; without any it is left out.
+        parts: each variance with its own degrees of freedom. A variance without degrees of freedom
+            (one seed, one image) is left out.
     """
-    known = [(part, degrees) for part, degrees in parts if degrees > 0]
-    total = sum(part for part, _ in known)
-    spread = sum(part**2 / degrees for part, degrees in known)
+    terms = [term for term in parts if term[1] > 0]
+    total = sum(variance_of_mean for variance_of_mean, _ in terms)
+    spread = sum(variance_of_mean**2 / degrees for variance_of_mean, degrees in terms)
     if spread > 0:
         return total**2 / spread
-    return max((degrees for _, degrees in known), default=1.0)
+    return max((degrees for _, degrees in terms), default=1.0)
 
 
 def student_quantile(degrees: float) -> float:
@@ -250,12 +266,19 @@ def student_quantile(degrees: float) -> float:
 
 
 def student_p_value(difference: float, squared_error: float, degrees: float) -> float:
-    """Return the two-sided p-value of a difference; 1 for no difference."""
+    """Return the two-sided p-value of a difference; 1 for no difference.
+
+    Args:
+        difference: in points.
+        squared_error: variance of `difference`, in points squared.
+        degrees: of freedom of that variance.
+    """
     if difference == 0:
         return 1.0
     if squared_error <= 0:
         return 0.0
-    return float(2 * stdtr(max(degrees, 1.0), -abs(difference) / math.sqrt(squared_error)))
+    t = -abs(difference) / math.sqrt(squared_error)
+    return float(2 * stdtr(max(degrees, 1.0), t))
 
 
 def sign_flip_p_value(
@@ -272,19 +295,22 @@ def sign_flip_p_value(
     Args:
         differences: float64 [n], the difference on each image.
     """
+    # A difference of 0 stays 0 under any sign.
     moved = differences[differences != 0]
     if not len(moved):
         return 1.0
     observed = abs(float(moved.sum()))
-    least = observed - 1e-9 * float(
-        np.abs(moved).sum()
-    )  # sums of the same numbers round differently
+    # A tolerance, because sums of the same numbers round differently.
+    threshold = observed - 1e-9 * float(np.abs(moved).sum())
     if 2 ** len(moved) <= n_flips:
         bits = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
-        return float((np.abs((1 - 2.0 * bits) @ moved) >= least).mean())
+        all_signs = 1 - 2.0 * bits
+        return float((np.abs(all_signs @ moved) >= threshold).mean())
     generator = np.random.default_rng(seed)
     n_larger = 0
-    for begin in range(0, n_flips, 500):  # in blocks: memory stays small on large splits
-        signs = 1 - 2.0 * generator.integers(0, 2, size=(min(500, n_flips - begin), len(moved)))
-        n_larger += int((np.abs(signs @ moved) >= least).sum())
+    # In blocks, so that memory stays small on large splits.
+    for begin in range(0, n_flips, 500):
+        n_block = min(500, n_flips - begin)
+        signs = 1 - 2.0 * generator.integers(0, 2, size=(n_block, len(moved)))
+        n_larger += int((np.abs(signs @ moved) >= threshold).sum())
     return (n_larger + 1) / (n_flips + 1)

@@ -1,1 +1,1 @@
-"""What trains within encoders: freezing rules, adapters, dual and shared encoders."""
+"""Train within encoders: freezing rules, adapters, dual and shared encoders."""

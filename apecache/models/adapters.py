@@ -1,7 +1,7 @@
-"""Adapters: small trainable modules within a loaded tower, put in by hooks, so that the library's
-model stays as it is.
+"""Put adapters, small trainable modules, into a loaded tower.
 
-They live in `Tower.adapters`, are saved apart from the tower and can be taken out again.
+They are called by hooks, so that the library's model is not changed. They live in `Tower.adapters`,
+are saved apart from the tower and can be taken out again.
 """
 
 import copy
@@ -26,26 +26,32 @@ STD = 0.02
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))), [..., dim] -> [..., dim]. Weights N(0, 0.02), truncated at two
-    deviations in vision transformers, biases 0: not the identity at the start (LilT, section 2.2,
-    and its published code)."""
+    """Compute x + up(gelu(down(x))), [..., dim] -> [..., dim].
+
+    Weights are N(0, 0.02), truncated at two deviations in vision transformers, and biases 0. It is
+    not the identity at the start (LilT, section 2.2, and its published code).
+    """
 
     def __init__(self, dim: int, reduction: int, truncated: bool) -> None:
         super().__init__()
-        self.down = nn.Linear(dim, max(1, dim // reduction))
-        self.up = nn.Linear(max(1, dim // reduction), dim)
+        inner_dim = max(1, dim // reduction)
+        self.down = nn.Linear(dim, inner_dim)
+        self.up = nn.Linear(inner_dim, dim)
         for layer in (self.down, self.up):
             _draw(layer.weight, truncated)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        grown: Tensor = x + self.up(nn.functional.gelu(self.down(x)))
-        return grown
+        inner = nn.functional.gelu(self.down(x))
+        adapted: Tensor = x + self.up(inner)
+        return adapted
 
 
 class LowRank(nn.Module):
-    """What is added to a linear layer's output: alpha / rank * B A x, B zero at the start (LoRA,
-    section 4.1)."""
+    """Compute what is added to a linear layer's output: alpha / rank * B A x (LoRA, section 4.1).
+
+    B is zero at the start, so that training begins with the layer's own output.
+    """
 
     def __init__(self, layer: nn.Linear, spec: AdapterSpec) -> None:
         super().__init__()
@@ -59,46 +65,47 @@ class LowRank(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         self.a = nn.Parameter(torch.empty(spec.rank, layer.in_features, device=device))
         self.b = nn.Parameter(torch.zeros(layer.out_features, spec.rank, device=device))
+        # The same initialization as nn.Linear's weight, as in LoRA's published code.
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            nn.functional.linear(nn.functional.linear(self.dropout(x), self.a), self.b) * self.scale
-        )
+        """[..., in_features] -> [..., out_features]."""
+        low_rank = nn.functional.linear(self.dropout(x), self.a)
+        return nn.functional.linear(low_rank, self.b) * self.scale
 
     def update(self) -> Tensor:
-        """[out, in]: what the layer's weight would be changed by."""
+        """Return the change of the layer's weight, [out_features, in_features]."""
         return self.b @ self.a * self.scale
 
 
 def insert_adapters(tower: Tower, spec: AdapterSpec) -> None:
-    """Put new adapters into a tower that has none, on its device; draws from torch's generator.
+    """Put new adapters into a tower that has none, on its device.
 
-    `layerwise`: within blocks that begin with a norm (ViT, T5) in each branch before the norm, x +
-    attn(norm(adapter(x))); in BERT's after the dense layer and dropout that end a branch,
-    norm(adapter(dropout(dense(h))) + residual) (LilT, section 2.2). T5 is our own reading: the
-    paper has none.
+    Weights are drawn from torch's generator. `layerwise` follows LilT, section 2.2. In blocks that
+    begin with a norm (ViT, T5) an adapter stands in each branch before the norm:
+    x + attn(norm(adapter(x))). In BERT's it stands after the dense layer and dropout that end a
+    branch: norm(adapter(dropout(dense(h))) + residual). T5 is our own reading: the paper has none.
 
     Raises:
-        RecipeError: there are adapters already; LoRA does not fit the tower.
+        RecipeError: the tower has adapters already, or LoRA does not fit it.
     """
     if len(tower.adapters):
         raise RecipeError("the tower has adapters already; remove_adapters first")
-    where = next(tower.module.parameters()).device
+    device = next(tower.module.parameters()).device
     match spec.kind:
         case "layerwise":
-            made: nn.Module = _layerwise(tower, spec)
+            adapters: nn.Module = _layerwise(tower, spec)
         case "deep":
-            made = _deep(tower)
+            adapters = _deep(tower)
         case "lora":
-            made = nn.ModuleList(_low_rank(tower, block, spec) for block in tower.blocks)
-    tower.adapters[spec.kind] = made.to(where).train(tower.training)
+            adapters = nn.ModuleList(_low_rank(tower, block, spec) for block in tower.blocks)
+    tower.adapters[spec.kind] = adapters.to(device).train(tower.training)
     tower.adapter_spec = spec
     tower.adapter_hooks = _hooks(tower, spec)
 
 
 def remove_adapters(tower: Tower) -> None:
-    """Take the adapters out: the tower computes what the library's model does."""
+    """Take the adapters out: the tower then computes what the library's model computes."""
     for hook in tower.adapter_hooks:
         hook.remove()
     tower.adapters.clear()
@@ -108,25 +115,30 @@ def remove_adapters(tower: Tower) -> None:
 
 @torch.no_grad()
 def merge_lora(tower: Tower) -> None:
-    """Add the low-rank updates to the weights and take the adapters out: the same outputs without
-    extra work.
+    """Add the low-rank updates to the weights and take the adapters out.
+
+    The outputs stay the same, without extra work.
 
     Raises:
-        RecipeError: the tower has no LoRA; the other adapters are no linear maps and cannot be
-            merged.
+        RecipeError: the tower has no LoRA; the other adapters are not linear and cannot be merged.
     """
     if "lora" not in tower.adapters:
-        found = ", ".join(tower.adapters) or "no"
-        raise RecipeError(f"only LoRA can be merged into weights; the tower has {found} adapters")
+        adapter_kinds = ", ".join(tower.adapters) or "no"
+        raise RecipeError(
+            f"only LoRA can be merged into weights; the tower has {adapter_kinds} adapters"
+        )
     for block, updates in zip(tower.blocks, _blocks_of(tower, "lora"), strict=True):
-        for name, update in updates.items():
-            block.get_parameter(f"{_layer_name(name)}.weight").add_(update.update())
+        for key, low_rank in updates.items():
+            weight = block.get_parameter(f"{_layer_name(key)}.weight")
+            weight.add_(low_rank.update())
     remove_adapters(tower)
 
 
 def save_adapters(tower: Tower, path: Path) -> None:
-    """Write the adapters alone: safetensors, their spec in the header. Raises RecipeError if there
-    are none."""
+    """Write the adapters alone, as safetensors with their spec in the header.
+
+    Raises RecipeError if there are none.
+    """
     if tower.adapter_spec is None:
         raise RecipeError("the tower has no adapters to save; insert_adapters first")
     header = {"format": str(FORMAT_VERSION), "spec": tower.adapter_spec.model_dump_json()}
@@ -137,26 +149,29 @@ def load_adapters(tower: Tower, path: Path) -> None:
     """Put saved adapters into a tower that has none.
 
     Raises:
-        RunError: not readable, of a newer format, or not for a tower of this shape; the tower has
-            none then.
+        RunError: not readable, of a newer format, or not for a tower of this shape; the tower then
+            has no adapters.
     """
     spec, tensors = _read(path)
+    # The drawn weights are replaced below, so the caller's generator must not advance.
     with torch.random.fork_rng(devices=[]):
         insert_adapters(tower, spec)
-    wanted = tower.adapters.state_dict()
-    wrong = sorted(
-        n for n in wanted.keys() | tensors.keys() if _shape(wanted.get(n)) != _shape(tensors.get(n))
-    )
-    if wrong:
+    expected = tower.adapters.state_dict()
+    mismatched: list[str] = []
+    for name in sorted(expected.keys() | tensors.keys()):
+        if _shape(expected.get(name)) != _shape(tensors.get(name)):
+            mismatched.append(name)
+    if mismatched:
         remove_adapters(tower)
         raise RunError(
-            f"{path} does not fit this tower: {', '.join(wrong[:3])}; it was saved from "
+            f"{path} does not fit this tower: {', '.join(mismatched[:3])}; it was saved from "
             "another architecture"
         )
     tower.adapters.load_state_dict(tensors)
 
 
 def _read(path: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """Read saved adapters. Raises RunError as `load_adapters` does."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -182,19 +197,23 @@ def _shape(tensor: Tensor | None) -> torch.Size | None:
 
 
 def _layerwise(tower: Tower, spec: AdapterSpec) -> nn.ModuleList:
+    """Build a pair of adapters for each block, one for each of its branches."""
     truncated = tower.modality == "image"
+    pairs = nn.ModuleList()
     with torch.device(next(tower.module.parameters()).device):
-        pairs = (
-            nn.ModuleList(Adapter(tower.dim, spec.reduction, truncated) for _ in range(2))
-            for _ in range(tower.n_blocks)
-        )
-        return nn.ModuleList(pairs)
+        for _ in range(tower.n_blocks):
+            first = Adapter(tower.dim, spec.reduction, truncated)
+            second = Adapter(tower.dim, spec.reduction, truncated)
+            pairs.append(nn.ModuleList((first, second)))
+    return pairs
 
 
 def _deep(tower: Tower) -> nn.Module:
-    """A copy of the last block with new weights: matrices N(0, 0.02) as LilT draws them, norms and
-    layer scales 1, biases 0. It follows the last block, before the final norm where there is
-    one."""
+    """Build a copy of the last block with new weights, to follow that block before the final norm.
+
+    Matrices are N(0, 0.02) as LilT draws them, norms and layer scales 1, biases 0.
+    """
+    # float32: what trains is not kept in the tower's smaller dtype.
     block = copy.deepcopy(tower.blocks[-1]).float()
     for name, parameter in block.named_parameters():
         with torch.no_grad():
@@ -206,29 +225,31 @@ def _deep(tower: Tower) -> nn.Module:
 
 
 def _low_rank(tower: Tower, block: nn.Module, spec: AdapterSpec) -> nn.ModuleDict:
-    layers = [
-        (name, layer) for name, layer in block.named_modules() if isinstance(layer, nn.Linear)
-    ]
-    chosen = [(name, layer) for name, layer in layers if _target(name) in spec.targets]
-    if any(
-        getattr(block.get_submodule(name.rpartition(".")[0]), "q_bias", None) is not None
-        for name, _ in chosen
-    ):
-        raise RecipeError(
-            "timm's BEiT calls its query, key and value weights past their layer; use targets "
-            "= ['mlp']"
-        )
-    return nn.ModuleDict({name.replace(".", "/"): LowRank(layer, spec) for name, layer in chosen})
+    """Build a low-rank update for each targeted linear layer of a block, by its name."""
+    targeted: dict[str, nn.Linear] = {}
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Linear) and _target(name) in spec.targets:
+            targeted[name] = layer
+    for name in targeted:
+        owner = block.get_submodule(name.rpartition(".")[0])
+        if getattr(owner, "q_bias", None) is not None:
+            raise RecipeError(
+                "timm's BEiT calls its query, key and value weights past their layer; use targets "
+                "= ['mlp']"
+            )
+    updates = {name.replace(".", "/"): LowRank(layer, spec) for name, layer in targeted.items()}
+    return nn.ModuleDict(updates)
 
 
 def _target(name: str) -> str:
-    """`attention` or `mlp`: where a linear layer of a block belongs, by the libraries' names."""
-    attention = name.startswith(("attn.", "attention.")) or ".SelfAttention." in f".{name}."
-    return "attention" if attention else "mlp"
+    """Return `attention` or `mlp`: where a linear layer belongs, by the libraries' names."""
+    is_attention = name.startswith(("attn.", "attention.")) or ".SelfAttention." in f".{name}."
+    return "attention" if is_attention else "mlp"
 
 
 def _layer_name(key: str) -> str:
-    """Keys of module dictionaries cannot hold dots."""
+    """Return the name of the layer that a low-rank update belongs to."""
+    # Keys of an nn.ModuleDict cannot hold dots.
     return key.replace("/", ".")
 
 
@@ -243,33 +264,39 @@ def _draw(weight: Tensor, truncated: bool) -> None:
 
 
 def _hooks(tower: Tower, spec: AdapterSpec) -> list[RemovableHandle]:
-    match spec.kind:
-        case "deep":
-            return []
-        case "layerwise":
-            pairs = zip(tower.blocks, _blocks_of(tower, "layerwise"), strict=True)
-            return [hook for block, adapters in pairs for hook in _adapt(tower, block, adapters)]
-        case "lora":
-            pairs = zip(tower.blocks, _blocks_of(tower, "lora"), strict=True)
-            return [
-                block.get_submodule(_layer_name(name)).register_forward_hook(_added(update))
-                for block, updates in pairs
-                for name, update in updates.items()
-            ]
+    """Register the hooks that call the tower's adapters."""
+    if spec.kind == "deep":
+        return []  # the tower itself calls it
+    hooks: list[RemovableHandle] = []
+    for block, adapters in zip(tower.blocks, _blocks_of(tower, spec.kind), strict=True):
+        if spec.kind == "layerwise":
+            hooks += _adapt(tower, block, adapters)
+        else:
+            hooks += _add_updates(block, adapters)
+    return hooks
 
 
 def _adapt(tower: Tower, block: nn.Module, adapters: Any) -> list[RemovableHandle]:
+    """Call one adapter in each branch of a block: after the branch's end, or before its norm."""
+    hooks: list[RemovableHandle] = []
     if tower.anatomy.ends is not None:
-        ends = (block.get_submodule(name) for name in tower.anatomy.ends)
-        return [
-            end.register_forward_hook(_after(adapter))
-            for end, adapter in zip(ends, adapters, strict=True)
-        ]
-    norms = (block.get_submodule(name) for name in tower.anatomy.norms)
-    return [
-        norm.register_forward_pre_hook(_before(adapter))
-        for norm, adapter in zip(norms, adapters, strict=True)
-    ]
+        for name, adapter in zip(tower.anatomy.ends, adapters, strict=True):
+            end = block.get_submodule(name)
+            hooks.append(end.register_forward_hook(_after(adapter)))
+        return hooks
+    for name, adapter in zip(tower.anatomy.norms, adapters, strict=True):
+        norm = block.get_submodule(name)
+        hooks.append(norm.register_forward_pre_hook(_before(adapter)))
+    return hooks
+
+
+def _add_updates(block: nn.Module, updates: Any) -> list[RemovableHandle]:
+    """Add each low-rank update to the output of its linear layer."""
+    hooks: list[RemovableHandle] = []
+    for key, update in updates.items():
+        layer = block.get_submodule(_layer_name(key))
+        hooks.append(layer.register_forward_hook(_added(update)))
+    return hooks
 
 
 def _before(adapter: nn.Module) -> Any:
@@ -284,5 +311,6 @@ def _added(update: nn.Module) -> Any:
     return lambda _module, inputs, output: output + update(inputs[0]).to(output.dtype)
 
 
-def _blocks_of(tower: Tower, kind: str) -> Any:
-    return tower.adapters[kind]
+def _blocks_of(tower: Tower, adapter_kind: str) -> Any:
+    """Return the adapters of one kind, one entry for each block."""
+    return tower.adapters[adapter_kind]

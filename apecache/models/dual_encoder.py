@@ -1,5 +1,7 @@
-"""The model of the encoder trainer: two sides, each a tower (unless it is cached) and a head, and a
-temperature."""
+"""Build the model of the encoder trainer.
+
+It has two sides, each a tower (unless its output is cached) and a head, and a temperature.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +25,13 @@ from apecache.recipes.recipe import Recipe
 
 
 class Side(nn.Module):
-    """A tower, unless its output comes from the cache, and a head: -> [n, dim], L2-normalised,
-    float32. `cut`: inputs are the tokens after so many blocks; None: pixels or token ids. `still`:
-    so many blocks, and the embeddings, train nothing and run without dropout, cached or not;
-    `pooled`: the whole tower. `structured`: the loss compares what the head gives with what it is
-    given."""
+    """Embed images or texts by a tower and a head -> [n, dim], L2-normalized, float32.
+
+    Args:
+        tower: None where its output comes from the cache.
+        cut: the inputs are the tokens after this many blocks; None: pixels or token ids.
+        structured: the loss compares the head's outputs with its inputs.
+    """
 
     def __init__(
         self,
@@ -42,14 +46,15 @@ class Side(nn.Module):
         self.cut = cut
         self.structured = structured
         self.still: Cut | None = None
+        """Below this cut nothing trains, and everything runs without dropout, cached or not."""
 
     def train(self, mode: bool = True) -> "Side":
         super().train(mode)
         if mode and self.tower is not None and self.still is not None:
+            # The blocks that could be cached give the same output whether or not they are.
             self.tower.module.eval()
-            for block in self.tower.blocks[
-                self.tower.n_blocks if self.still == "pooled" else self.still :
-            ]:
+            n_still = self.tower.n_blocks if self.still == "pooled" else self.still
+            for block in self.tower.blocks[n_still:]:
                 block.train()
         return self
 
@@ -62,15 +67,18 @@ class Side(nn.Module):
         return embedded
 
     def outputs(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the loss takes: [n, dim], or with `structured` [n, dim + in_dim], the pooled
-        features behind."""
+        """Return what the loss takes.
+
+        Returns:
+            [n, dim]; if `structured` [n, dim + in_dim], with the pooled features last.
+        """
         pooled = self._pooled(inputs, mask)
         embedded: Tensor = self.head(pooled)
-        return (
-            torch.cat([embedded, pooled.detach().to(embedded.dtype)], dim=-1)
-            if self.structured
-            else embedded
-        )
+        if not self.structured:
+            return embedded
+        # Detached: the structure to keep is a target, not something to train.
+        targets = pooled.detach().to(embedded.dtype)
+        return torch.cat([embedded, targets], dim=-1)
 
     def _pooled(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         if self.tower is None:
@@ -81,7 +89,7 @@ class Side(nn.Module):
 
 
 class EncoderModel(nn.Module):
-    """Two sides, a temperature, and for a shared encoder a loss of its own."""
+    """Hold two sides, a temperature, and for a shared encoder its own loss."""
 
     def __init__(
         self,
@@ -101,7 +109,7 @@ class EncoderModel(nn.Module):
         self._rates = list(rates)
 
     def rates(self) -> list[tuple[nn.Parameter, float]]:
-        """What trains, each with its factor of the learning rate."""
+        """Return (parameter, factor of the learning rate) for all that trains."""
         return self._rates
 
     def loss(
@@ -112,20 +120,42 @@ class EncoderModel(nn.Module):
         groups: Groups | None = None,
         step: int = 0,
     ) -> Tensor:
-        """From the sides' `outputs`, float32, at the 0-based `step`. `rows`: of the images, which a
-        teacher needs; `groups` as for the losses."""
+        """Compute the loss of one batch.
+
+        Args:
+            image: the image side's `outputs`, float32.
+            text: the text side's `outputs`, float32.
+            rows: of the images in the store, which a teacher needs.
+            groups: as for the losses.
+            step: counted from 0.
+        """
         if self.shared is not None:
-            return self.shared(image, text, rows, self.temperature, groups)  # type: ignore[no-any-return]
+            shared_loss: Tensor = self.shared(
+                image,
+                text=text,
+                rows=rows,
+                outer=self.temperature,
+                groups=groups,
+            )
+            return shared_loss
         spec = self.objective
         dim = self.image.dim
-        ends = image[:, :dim], text[:, :dim]
-        total = contrast(*ends, self.temperature, groups, spec, self._widths())
+        # Behind the embeddings stand the pooled features, where the loss takes them.
+        image_embedded = image[:, :dim]
+        text_embedded = text[:, :dim]
+        total = contrast(
+            image_embedded,
+            text=text_embedded,
+            temperature=self.temperature,
+            groups=groups,
+            spec=spec,
+            widths=self._widths(),
+        )
         if spec.structure:
-            terms = [
-                structure_term(side[:, dim:], end, spec)
-                for side, end in zip((image, text), ends, strict=True)
-            ]
-            total = total + structure_weight(step, spec) * torch.stack(terms).mean()
+            image_term = structure_term(image[:, dim:], image_embedded, spec)
+            text_term = structure_term(text[:, dim:], text_embedded, spec)
+            structure = torch.stack([image_term, text_term]).mean()
+            total = total + structure_weight(step, spec) * structure
         return total
 
     def _widths(self) -> Sequence[int]:
@@ -134,35 +164,44 @@ class EncoderModel(nn.Module):
 
     def clamp(self) -> None:
         """Bring the temperatures back into their bounds."""
-        for temperature in (self.temperature, *((self.shared.inner,) if self.shared else ())):
-            temperature.clamp()
+        self.temperature.clamp()
+        if self.shared:
+            self.shared.inner.clamp()
 
     @property
     def n_trained(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def kept_state(self) -> dict[str, Tensor]:
-        """What training can change: trained parameters, and all of heads and temperature."""
+        """Return what training can change: trained parameters, and all of heads and temperature."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        ours = ("image.head.", "text.head.", "temperature.", "shared.")
-        kept = {n: t for n, t in self.state_dict().items() if n in trained or n.startswith(ours)}
-        return {
-            name: tensor for name, tensor in kept.items() if not name.startswith("text.layers.")
-        }  # the image's
+        prefixes = ("image.head.", "text.head.", "temperature.", "shared.")
+        saved: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            # Both sides of a shared encoder have the same layers: the image's are enough.
+            is_duplicate = name.startswith("text.layers.")
+            if not is_duplicate and (name in trained or name.startswith(prefixes)):
+                saved[name] = tensor
+        return saved
 
     def final_state(self) -> dict[str, Tensor]:
-        """The same without what is of use in training only."""
+        """Return `kept_state` without the teacher's bank, which only training uses."""
         return {name: tensor for name, tensor in self.kept_state().items() if ".bank." not in name}
 
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises RunError unless these are what `kept_state` gives."""
-        wanted = self.kept_state()
-        wrong = sorted(
-            n for n in wanted.keys() | tensors.keys() if _shape(wanted, n) != _shape(tensors, n)
-        )
-        if wrong:
+        """Load what `kept_state` gave.
+
+        Raises:
+            RunError: the names or shapes are not those of `kept_state`.
+        """
+        expected = self.kept_state()
+        mismatched: list[str] = []
+        for name in sorted(expected.keys() | tensors.keys()):
+            if _shape(expected, name) != _shape(tensors, name):
+                mismatched.append(name)
+        if mismatched:
             raise RunError(
-                f"saved weights do not fit the model of their recipe: {', '.join(wrong[:3])}; "
+                f"saved weights do not fit the model of their recipe: {', '.join(mismatched[:3])}; "
                 "train again"
             )
         self.load_state_dict(dict(tensors), strict=False)
@@ -174,11 +213,12 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Width of what is taught, and of every image of a store [n_images, dim]; None where nothing
-    trains any more."""
+    """Hold the features that a shared encoder learns from."""
 
     dim: int
+    """Width of the features, or number of classes."""
     features: Tensor | None = None
+    """Of every image of a store, [n_images, dim]; None where nothing trains any more."""
 
 
 def build_model(
@@ -189,7 +229,7 @@ def build_model(
     cuts: Sequence[int | None] = (None, None),
     teacher: Teacher | None = None,
 ) -> EncoderModel:
-    """`build_around` the towers of loaded encoders."""
+    """Build the recipe's model around loaded encoders; see `build_around`."""
     towers = [None if encoder is None else tower_of(encoder) for encoder in encoders]
     return build_around(towers, recipe=recipe, dims=dims, device=device, cuts=cuts, teacher=teacher)
 
@@ -202,26 +242,29 @@ def build_around(
     cuts: Sequence[int | None] = (None, None),
     teacher: Teacher | None = None,
 ) -> EncoderModel:
-    """The recipe's model around towers, image before text (None: that side is cached). `dims`: what
-    the heads take; `cuts`: as of `Side`. Draws from torch's generator. Raises RecipeError as
-    `fit_encoder` does."""
+    """Build the recipe's model around towers. Weights are drawn from torch's generator.
+
+    Args:
+        towers: image before text; None: that side is cached.
+        dims: widths of what the heads take.
+        cuts: as of `Side`.
+        teacher: for a shared encoder with distillation.
+
+    Raises:
+        RecipeError: as `fit_encoder` does.
+    """
     if recipe.shared is not None:
-        return build_shared(
-            [tower for tower in towers if tower],
-            recipe=recipe,
-            device=device,
-            teacher=teacher,
-        )
+        live_towers = [tower for tower in towers if tower]
+        return build_shared(live_towers, recipe=recipe, device=device, teacher=teacher)
     try:
         heads = build_heads(recipe.image, text=recipe.text, image_dim=dims[0], text_dim=dims[1])
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: {error}") from None
     structured = recipe.loss.structure > 0
-    parts = zip(towers, heads, cuts, strict=True)
-    sides = [
-        Side(tower, head=head.to(device), cut=cut, structured=structured)
-        for tower, head, cut in parts
-    ]
+    sides: list[Side] = []
+    for tower, head, cut in zip(towers, heads, cuts, strict=True):
+        sides.append(Side(tower, head=head.to(device), cut=cut, structured=structured))
+    # All adapters are in before the rules are applied: rules name adapters too.
     for side in sides:
         _prepare(side, recipe)
     live = [(side.tower, side.head) for side in sides if side.tower is not None]
@@ -230,18 +273,19 @@ def build_around(
         _require_frozen_below(side, matches, recipe)
         side.still = None if side.tower is None else find_cut(matches, side.tower).cut
     temperature = build_temperature(recipe.loss).to(device)
-    pairs = [pair for tower, head in live for pair in trained_parameters(tower, head, matches)]
-    names: tuple[Modality, ...] = ("image", "text")
-    cached = [
-        (name, side.head) for name, side in zip(names, sides, strict=True) if side.tower is None
-    ]
-    pairs += [pair for name, head in cached for pair in freeze_head(name, head, recipe.towers)]
-    pairs += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
+    rates: list[tuple[nn.Parameter, float]] = []
+    for live_tower, live_head in live:
+        rates += trained_parameters(live_tower, live_head, matches)
+    modalities: tuple[Modality, ...] = ("image", "text")
+    for modality, side in zip(modalities, sides, strict=True):
+        if side.tower is None:
+            rates += freeze_head(modality, side.head, recipe.towers)
+    rates += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
     return EncoderModel(
         sides[0],
         text=sides[1],
         temperature=temperature,
-        rates=pairs,
+        rates=rates,
         objective=recipe.loss,
     )
 
@@ -252,11 +296,14 @@ def build_shared(
     device: torch.device,
     teacher: Teacher | None,
 ) -> EncoderModel:
-    """A shared encoder around two towers, image before text. Raises RecipeError as `build_sides`
-    does."""
+    """Build a shared encoder around two towers, image before text.
+
+    Raises RecipeError as `build_sides` does.
+    """
     assert recipe.shared is not None
-    image, text, pairs = build_sides(recipe, spec=recipe.shared, towers=towers, device=device)
-    outer, inner = (build_temperature(recipe.loss).to(device) for _ in range(2))
+    image, text, rates = build_sides(recipe, spec=recipe.shared, towers=towers, device=device)
+    outer = build_temperature(recipe.loss).to(device)
+    inner = build_temperature(recipe.loss).to(device)
     distillation = None
     if recipe.distillation is not None:
         assert teacher is not None
@@ -267,18 +314,21 @@ def build_shared(
             teacher=teacher.features,
         ).to(device)
     loss = SharedLoss(image.dim, inner=inner, spec=recipe.loss, distillation=distillation)
-    pairs += [(p, 1.0) for module in (outer, loss) for p in module.parameters() if p.requires_grad]
+    # The loss holds the inner temperature and the distillation's projection.
+    loss_parameters = [*outer.parameters(), *loss.parameters()]
+    rates += [(p, 1.0) for p in loss_parameters if p.requires_grad]
     return EncoderModel(
         image,
         text=text,
         temperature=outer,
-        rates=pairs,
+        rates=rates,
         objective=recipe.loss,
         shared=loss,
     )
 
 
 def _prepare(side: Side, recipe: Recipe) -> None:
+    """Put the recipe's adapters into a side's tower, and set its checkpointing."""
     if side.tower is None:
         return
     if side.head.spec.standardise:
@@ -294,13 +344,14 @@ def _prepare(side: Side, recipe: Recipe) -> None:
 
 
 def _require_frozen_below(side: Side, matches: Sequence[Match], recipe: Recipe) -> None:
-    """Raises RecipeError if something below the cached tokens would train."""
+    """Raise RecipeError if something below the cached tokens would train."""
     if side.tower is None or side.cut is None:
         return
-    found = find_cut(matches, side.tower)
-    if found.cut is None or (isinstance(found.cut, int) and found.cut < side.cut):
+    tower_cut = find_cut(matches, side.tower)
+    is_lower = isinstance(tower_cut.cut, int) and tower_cut.cut < side.cut
+    if tower_cut.cut is None or is_lower:
         raise RecipeError(
             f"recipe {recipe.name}: the {side.tower.modality} features are tokens after "
             f"{side.cut} blocks, but "
-            f"{found.reason}; choose features of a lower layer, or of none"
+            f"{tower_cut.reason}; choose features of a lower layer, or of none"
         )

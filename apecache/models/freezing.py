@@ -1,14 +1,15 @@
-"""Freezing: rules over the named parts of a tower, the first match wins, each match is returned.
+"""Freeze the parameters of towers by rules over their named parts; the first match wins.
 
-The names: `embeddings` is everything before the first block (with its norm), of which
-`patch_embedding`, `token_embedding`, `position`, `cls`, `registers` and `token_types` are parts;
-`blocks` goes with the final norm, `norms` are all normalisations, `biases` every parameter named
-bias. A slice counts blocks; where its end is open, the final norm goes along, and for norms and
-biases, where its beginning is open, the embeddings. Adapters answer only to `adapters` (and `all`),
-whatever lies in them.
+- `embeddings`: everything before the first block, with its norm. `patch_embedding`,
+  `token_embedding`, `position`, `cls`, `registers` and `token_types` are parts of it.
+- `blocks`: all blocks and the final norm.
+- `norms`: all normalizations. `biases`: every parameter named bias.
+- `adapters`: adapters, which match no other name but `all`.
+
+A slice counts blocks. One with an open end includes the final norm. Of norms and biases, one with
+an open beginning includes those of the embeddings.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,42 +24,54 @@ from apecache.recipes.sections import PART_NAMES, Rule, Selector, TowersSpec, pa
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """One parameter, and the rule that decided over it (empty: none did). `lr` multiplies the
-    learning rate."""
+    """Hold what was decided about one parameter."""
 
     side: Modality
     part: Part
     rule: str
+    """The rule that decided; empty if none matched."""
     train: bool
     lr: float
+    """Factor of the learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCut:
-    """The last activation below which nothing trains, None for the inputs themselves, and why it
-    lies there."""
+    """Hold the highest cut below which nothing trains."""
 
     cut: Cut | None
+    """None: the inputs themselves."""
     reason: str
 
 
 def freeze_towers(sides: Sequence[tuple[Tower, nn.Module]], spec: TowersSpec) -> tuple[Match, ...]:
-    """Switch every parameter of towers and heads on or off as the rules say; one match for each.
+    """Switch every parameter of towers and heads on or off as the rules say.
 
-    Where the CLS row of a token table is treated otherwise than the table, it is laid apart
-    (`Tower.split_cls`).
+    Where the rules treat the CLS row of a token table differently from the table, the row is split
+    off (`Tower.split_cls`).
+
+    Args:
+        sides: towers with their heads.
+
+    Returns:
+        One match for each parameter, side after side.
 
     Raises:
-        RecipeError: a rule that fits no part of these towers, with the parts that they have.
+        RecipeError: a rule matches no part of these towers; the message names the parts they have.
     """
+    # An earlier call may have split a row off that the rules now treat like its table.
     for tower, _ in sides:
         tower.join_cls()
-    parts = [
-        (tower, part) for tower, head in sides for part in (*tower.parts(), *_head_parts(head))
-    ]
-    _require_matches(spec.all_rules, parts)
-    decided = [_decide(tower, part, spec) for tower, part in parts]
-    return tuple(match for tower, head in sides for match in _apply(tower, head, decided))
+    tower_parts: list[tuple[Tower, Part]] = []
+    for tower, head in sides:
+        tower_parts += [(tower, tower_part) for tower_part in tower.parts()]
+        tower_parts += [(tower, head_part) for head_part in _head_parts(head)]
+    _require_matches(spec.all_rules, tower_parts)
+    decided = [_decide(tower, tower_part, spec) for tower, tower_part in tower_parts]
+    matches: list[Match] = []
+    for tower, head in sides:
+        matches += _apply(tower, head, decided)
+    return tuple(matches)
 
 
 def trained_parameters(
@@ -66,13 +79,16 @@ def trained_parameters(
     head: nn.Module,
     matches: Sequence[Match],
 ) -> list[tuple[nn.Parameter, float]]:
-    """(parameter, factor of the learning rate) of one side, everything that trains once."""
-    chosen = {
-        _parameter(tower, head, m.part): m.lr
-        for m in matches
-        if m.train and m.side == tower.modality
-    }
-    return list(chosen.items())
+    """Return (parameter, factor of the learning rate) for all that trains in one side.
+
+    Each parameter is listed once.
+    """
+    trained: dict[nn.Parameter, float] = {}
+    for match in matches:
+        if match.train and match.side == tower.modality:
+            # A table and its CLS row may be two matches of one parameter.
+            trained[_parameter(tower, head, match.part)] = match.lr
+    return list(trained.items())
 
 
 def freeze_head(
@@ -80,42 +96,48 @@ def freeze_head(
     head: nn.Module,
     spec: TowersSpec,
 ) -> list[tuple[nn.Parameter, float]]:
-    """The same for a side whose tower is not at hand, its output being cached: only the rules for
-    heads count."""
-    named = ((rule, parse_selector(rule.part)) for rule in spec.all_rules)
-    found = next(
-        (
-            rule
-            for rule, where in named
-            if where.name in ("head", "all") and where.side in (None, side)
-        ),
-        None,
-    )
-    head.requires_grad_(found is None or found.train)
-    return [
-        (parameter, found.lr if found else 1.0)
-        for parameter in head.parameters()
-        if parameter.requires_grad
-    ]
+    """Freeze or train the head of a side whose tower's output is cached.
+
+    Only the rules for heads count.
+
+    Returns:
+        (parameter, factor of the learning rate) for all that trains.
+    """
+    head_rule = _find_head_rule(side, spec.all_rules)
+    head.requires_grad_(head_rule is None or head_rule.train)
+    lr = head_rule.lr if head_rule else 1.0
+    return [(parameter, lr) for parameter in head.parameters() if parameter.requires_grad]
+
+
+def _find_head_rule(side: Modality, rules: Sequence[Rule]) -> Rule | None:
+    for rule in rules:
+        selector = parse_selector(rule.part)
+        if selector.name in ("head", "all") and selector.side in (None, side):
+            return rule
+    return None
 
 
 def count_trained(matches: Sequence[Match]) -> int:
+    """Count the numbers that train."""
     return sum(match.part.count for match in matches if match.train)
 
 
 def find_cut(matches: Sequence[Match], tower: Tower) -> TowerCut:
-    """Where one side can be cut, from its matches."""
-    mine = [
-        m.part for m in matches if m.train and m.side == tower.modality and m.part.place != "head"
-    ]
-    if not mine:
+    """Find where one side can be cut, from its matches."""
+    trained_parts: list[Part] = []
+    for match in matches:
+        # The head lies above every cut.
+        is_in_tower = match.side == tower.modality and match.part.place != "head"
+        if match.train and is_in_tower:
+            trained_parts.append(match.part)
+    if not trained_parts:
         return TowerCut(
             cut="pooled",
             reason="nothing within the tower trains: its pooled output is computed once",
         )
-    depth = min(part.depth for part in mine)
+    depth = min(trained_part.depth for trained_part in trained_parts)
     if depth == -1:
-        return TowerCut(cut=None, reason=_why_none(mine, tower))
+        return TowerCut(cut=None, reason=_why_none(trained_parts, tower))
     if depth == 0:
         return TowerCut(
             cut=None,
@@ -136,8 +158,11 @@ def find_cut(matches: Sequence[Match], tower: Tower) -> TowerCut:
 
 
 def _why_none(trained: Sequence[Part], tower: Tower) -> str:
-    names = ", ".join(sorted({part.place for part in trained if part.depth == -1}))
-    if all(part.depth == -1 for part in trained):
+    """Say why nothing can be cached if an embedding trains."""
+    names = ", ".join(
+        sorted({trained_part.place for trained_part in trained if trained_part.depth == -1})
+    )
+    if all(trained_part.depth == -1 for trained_part in trained):
         return (
             f"{names} at the very bottom trains, so nothing can be cached: the {tower.n_blocks} "
             "frozen blocks above "
@@ -149,113 +174,124 @@ def _why_none(trained: Sequence[Part], tower: Tower) -> str:
     )
 
 
-def _decide(tower: Tower, part: Part, spec: TowersSpec) -> Match:
-    height = 0 if part.place == "head" else tower.n_blocks - part.depth
+def _decide(tower: Tower, tower_part: Part, spec: TowersSpec) -> Match:
+    """Apply the first rule that matches a part; without one the towers are frozen, heads train."""
     for rule in spec.all_rules:
-        if _fits(parse_selector(rule.part), part, tower):
+        if _fits(parse_selector(rule.part), tower_part, tower):
+            # Layer-wise decay: the lower a part lies, the smaller its learning rate.
+            height = 0 if tower_part.place == "head" else tower.n_blocks - tower_part.depth
             return Match(
                 side=tower.modality,
-                part=part,
+                part=tower_part,
                 rule=rule.part,
                 train=rule.train,
                 lr=rule.lr * spec.lr_decay**height,
             )
-    return Match(side=tower.modality, part=part, rule="", train=part.place == "head", lr=1.0)
-
-
-def _apply(tower: Tower, head: nn.Module, decided: Sequence[Match]) -> list[Match]:
-    mine = [match for match in decided if match.side == tower.modality]
-    table = next((m for m in mine if m.part.place == "token_embedding"), None)
-    row = next((m for m in mine if m.part.name.endswith("[cls]")), None)
-    if table and row and (table.train, table.lr) != (row.train, row.lr):
-        tower.split_cls()
-        moved = replace(row, part=replace(row.part, name=f"embeddings.{TABLE_ROW}"))
-        mine = [moved if match is row else match for match in mine]
-    tower.requires_grad_(False)
-    head.requires_grad_(False)
-    for match in mine:
-        if match.train:
-            _parameter(tower, head, match.part).requires_grad_(True)
-    return mine
-
-
-def _parameter(tower: Tower, head: nn.Module, part: Part) -> nn.Parameter:
-    return (
-        head.get_parameter(part.name.removeprefix("head."))
-        if part.place == "head"
-        else tower.parameter(part)
+    return Match(
+        side=tower.modality,
+        part=tower_part,
+        rule="",
+        train=tower_part.place == "head",
+        lr=1.0,
     )
 
 
+def _apply(tower: Tower, head: nn.Module, decided: Sequence[Match]) -> list[Match]:
+    """Switch the parameters of one side as decided, and return the matches of that side."""
+    side_matches = [match for match in decided if match.side == tower.modality]
+    table = next((m for m in side_matches if m.part.place == "token_embedding"), None)
+    row = next((m for m in side_matches if m.part.name.endswith("[cls]")), None)
+    if table and row and (table.train, table.lr) != (row.train, row.lr):
+        tower.split_cls()
+        row_part = replace(row.part, name=f"embeddings.{TABLE_ROW}")
+        split_row = replace(row, part=row_part)
+        side_matches = [split_row if match is row else match for match in side_matches]
+    # Everything off first: parameters that are no part (poolers) have no match and stay off.
+    tower.requires_grad_(False)
+    head.requires_grad_(False)
+    for match in side_matches:
+        if match.train:
+            _parameter(tower, head, match.part).requires_grad_(True)
+    return side_matches
+
+
+def _parameter(tower: Tower, head: nn.Module, side_part: Part) -> nn.Parameter:
+    """Return the parameter of a part of a tower or of its head."""
+    if side_part.place == "head":
+        return head.get_parameter(side_part.name.removeprefix("head."))
+    return tower.parameter(side_part)
+
+
 def _head_parts(head: nn.Module) -> list[Part]:
-    return [
-        Part(name=f"head.{name}", place="head", depth=-1, count=p.numel(), norm=False, bias=False)
-        for name, p in head.named_parameters()
-    ]
+    head_parts: list[Part] = []
+    for name, parameter in head.named_parameters():
+        head_part = Part(
+            name=f"head.{name}",
+            place="head",
+            depth=-1,
+            count=parameter.numel(),
+            norm=False,
+            bias=False,
+        )
+        head_parts.append(head_part)
+    return head_parts
 
 
-def _fits(selector: Selector, part: Part, tower: Tower) -> bool:
+def _fits(selector: Selector, side_part: Part, tower: Tower) -> bool:
+    """Tell whether a selector matches a part of a tower or of its head."""
     if selector.side not in (None, tower.modality):
         return False
-    below = part.depth == -1
-    above = part.place == "final_norm"
+    part_place = side_part.place
+    is_within = _within(selector, side_part.depth, tower.n_blocks)
     match selector.name:
         case "all":
             return True
-        case "head" | "adapters":
-            wanted = "adapter" if selector.name == "adapters" else "head"
-            return part.place == wanted and (
-                wanted == "head" or _within(selector, part.depth, tower.n_blocks)
-            )
+        case "head":
+            return part_place == "head"
+        case "adapters":
+            return part_place == "adapter" and is_within
         case "embeddings":
-            return part.place in EMBEDDING_PLACES
+            return part_place in EMBEDDING_PLACES
         case "blocks":
-            return (part.place == "block" or above) and _within(
-                selector,
-                part.depth,
-                tower.n_blocks,
-            )
+            return part_place in ("block", "final_norm") and is_within
         case "norms" | "biases":
-            kind = part.norm if selector.name == "norms" else part.bias
-            inside = (below and selector.start is None) or _within(
-                selector,
-                part.depth,
-                tower.n_blocks,
-            )
-            return kind and part.place not in ("adapter", "head") and inside
+            is_selected = side_part.norm if selector.name == "norms" else side_part.bias
+            is_below = side_part.depth == -1 and selector.start is None
+            is_library_part = part_place not in ("adapter", "head")
+            return is_selected and is_library_part and (is_below or is_within)
         case _:
-            return part.place == selector.name
+            return part_place == selector.name
 
 
 def _within(selector: Selector, depth: int, n_blocks: int) -> bool:
-    """Whether the slice holds that depth; the final norm (depth n_blocks) belongs to slices with an
-    open end."""
+    """Tell whether the selector's slice holds that depth."""
     if depth == n_blocks:
+        # The final norm belongs to slices with an open end.
         return selector.stop is None and not selector.single
     return depth in range(n_blocks)[selector.start : selector.stop]
 
 
-def _require_matches(rules: Sequence[Rule], parts: Sequence[tuple[Tower, Part]]) -> None:
-    sides = {tower.modality for tower, _ in parts}
+def _require_matches(rules: Sequence[Rule], tower_parts: Sequence[tuple[Tower, Part]]) -> None:
+    """Refuse a rule that matches nothing; rules for a side that is not given are left alone."""
+    sides = {tower.modality for tower, _ in tower_parts}
     for rule in rules:
         selector = parse_selector(rule.part)
-        if selector.side in (None, *sides) and not any(
-            _fits(selector, part, tower) for tower, part in parts
-        ):
-            raise RecipeError(f"rule {rule.part!r} fits nothing; {_existing(parts)}")
+        if selector.side not in (None, *sides):
+            continue
+        if not any(_fits(selector, tower_part, tower) for tower, tower_part in tower_parts):
+            raise RecipeError(f"rule {rule.part!r} fits nothing; {_existing(tower_parts)}")
 
 
-def _existing(parts: Sequence[tuple[Tower, Part]]) -> str:
-    """The names that would fit something, for each side."""
-    towers = {tower.modality: tower for tower, _ in parts}
-    names = Counter(
-        (tower.modality, name)
-        for tower, part in parts
-        for name in PART_NAMES
-        if _fits(Selector(side=tower.modality, name=name), part, tower)
-    )
-    found = ((side, [name for name in PART_NAMES if names[side, name]]) for side in towers)
-    return "; ".join(
-        f"the {side} tower has {towers[side].n_blocks} blocks and {', '.join(n)}"
-        for side, n in found
-    )
+def _existing(tower_parts: Sequence[tuple[Tower, Part]]) -> str:
+    """Name what a rule could match, for each side."""
+    towers = {tower.modality: tower for tower, _ in tower_parts}
+    matching: set[tuple[Modality, str]] = set()
+    for tower, tower_part in tower_parts:
+        for name in PART_NAMES:
+            if _fits(Selector(side=tower.modality, name=name), tower_part, tower):
+                matching.add((tower.modality, name))
+    descriptions: list[str] = []
+    for side, tower in towers.items():
+        names = ", ".join(name for name in PART_NAMES if (side, name) in matching)
+        descriptions.append(f"the {side} tower has {tower.n_blocks} blocks and {names}")
+    return "; ".join(descriptions)

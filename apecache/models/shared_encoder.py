@@ -1,8 +1,7 @@
-"""The shared encoder: lower halves of an image and a text tower below one block for both
-modalities, with a teacher.
+"""Build the shared encoder: one block for both modalities above the lower halves of two towers.
 
-Leveraging pretrained unimodal models for efficient image-text retrieval, sections 3.2 and 3.3, and
-its published code.
+A teacher may guide it. Source: "Leveraging pretrained unimodal models for efficient image-text
+retrieval", sections 3.2 and 3.3, and its published code.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from apecache.recipes.sections import DistillationSpec, SharedSpec
 
 
 class SharedBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each branch times a learned scale per feature
+    """Apply pre-norm attention and feed-forward, each with a learned scale per feature
     (LayerScale)."""
 
     def __init__(self, dim: int, spec: SharedSpec) -> None:
@@ -42,48 +41,64 @@ class SharedBlock(nn.Module):
         self.project = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, spec.expansion * dim)
         self.down = nn.Linear(spec.expansion * dim, dim)
+        # Initialized as the blocks of vision transformers are.
         for layer in (self.qkv, self.project, self.up, self.down):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.scale1, self.scale2 = (
-            nn.Parameter(torch.full((dim,), spec.layer_scale)) for _ in range(2)
-        )
+        self.scale1 = nn.Parameter(torch.full((dim,), spec.layer_scale))
+        self.scale2 = nn.Parameter(torch.full((dim,), spec.layer_scale))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [n, length, dim], mask int64 [n, length] -> (the feed-forward's first layer before
-        its GELU, the output), `expansion` times as wide and as wide."""
+        """Run the block.
+
+        Args:
+            x: tokens [n, length, dim].
+            mask: int64 [n, length], 0 for padding.
+
+        Returns:
+            The feed-forward's first layer before its GELU, [n, length, expansion x dim], and the
+            output, [n, length, dim].
+        """
         x = x + self.scale1 * self._attend(self.norm1(x), mask)
         inner = self.up(self.norm2(x))
         return inner, x + self.scale2 * self.down(F.gelu(inner))
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        added = None if mask is None else (mask[:, None, None, :] == 0).to(query.dtype) * MASKED
-        attended = F.scaled_dot_product_attention(query, key, value, added)
-        projected: Tensor = self.project(attended.transpose(1, 2).flatten(2))
+        # [n, length, 3 dim] -> three of [n, n_heads, length, head_dim].
+        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        score_mask = None
+        if mask is not None:
+            is_padding = mask[:, None, None, :] == 0
+            score_mask = is_padding.to(query.dtype) * MASKED
+        attended = F.scaled_dot_product_attention(query, key, value, score_mask)
+        joined_heads = attended.transpose(1, 2).flatten(2)
+        projected: Tensor = self.project(joined_heads)
         return projected
 
 
 class SharedLayers(nn.Module):
-    """What both modalities go through: the embedding of the modality (image before text), and the
-    block."""
+    """Apply what both modalities share: the embedding of the modality, and the block."""
 
     def __init__(self, dim: int, spec: SharedSpec) -> None:
         super().__init__()
+        # Image before text.
         self.types = nn.Parameter(torch.randn(2, dim) * 0.02)
         self.type_scale = nn.Parameter(torch.full((dim,), spec.type_scale))
         self.block = SharedBlock(dim, spec)
 
     def forward(self, x: Tensor, mask: Tensor | None, modality: Modality) -> tuple[Tensor, Tensor]:
-        """The two outputs of the first token: [n, expansion x dim], [n, dim]."""
-        own = self.types[0 if modality == "image" else 1]
-        inner, output = self.block(x + own * self.type_scale, mask)
+        """Return the two outputs of the first token: [n, expansion x dim], [n, dim]."""
+        modality_embedding = self.types[0 if modality == "image" else 1]
+        inner, output = self.block(x + modality_embedding * self.type_scale, mask)
         return inner[:, 0], output[:, 0]
 
 
 class SharedSide(nn.Module):
-    """A tower cut off after its first blocks, and the layers of both sides -> [n, dim],
-    L2-normalised, float32."""
+    """Embed one modality by a shortened tower and the shared layers.
+
+    Outputs are [n, dim], L2-normalized, float32.
+    """
 
     cut = None
 
@@ -100,15 +115,22 @@ class SharedSide(nn.Module):
         return normalize(self.outputs(inputs, mask)[:, -self.dim :])
 
     def outputs(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Both contrastive points side by side, raw: [n, expansion x dim + dim]."""
+        """Return both outputs of the shared layers side by side, [n, expansion x dim + dim].
+
+        They are not normalized.
+        """
         hidden = self.tower.run_to(self.tower.n_blocks, inputs, mask)
-        return torch.cat(self.layers(hidden, mask, self.tower.modality), dim=-1)
+        layer_outputs = self.layers(hidden, mask, self.tower.modality)
+        return torch.cat(layer_outputs, dim=-1)
 
 
 class Distillation(nn.Module):
-    """From the first token's output to the teacher's features (or classes). `teacher` [n_images,
-    teacher_dim]: of every image of the store, by row; it is neither trained nor saved. Without one
-    the loss cannot be had."""
+    """Compare the first token's output with the teacher's features (or classes).
+
+    Args:
+        teacher: of every image of the store by row, [n_images, teacher_dim]; neither trained nor
+            saved. None: the loss cannot be computed.
+    """
 
     def __init__(
         self,
@@ -126,57 +148,63 @@ class Distillation(nn.Module):
         self.bank = TeacherBank(spec.bank, teacher_dim) if banked else None
 
     def forward(self, outputs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Mean over both modalities' outputs [k n, dim], k of them for each image; `rows`: of the n
-        images. The teacher's features enter the bank afterwards."""
+        """Return the mean loss over both modalities.
+
+        The teacher's features enter the bank afterwards.
+
+        Args:
+            outputs: for each modality [k n, dim], with k of them for each of the n images.
+            rows: of the n images in the store.
+        """
         assert self.teacher is not None
         teacher = self.teacher[torch.tensor(rows, device=self.teacher.device)].float()
         students = [self.project(self.norm(output)) for output in outputs]
-        own = [
-            torch.arange(len(teacher), device=teacher.device).repeat_interleave(
-                len(x) // len(teacher)
-            )
-            for x in students
-        ]
+        # For each student the index of its image within this batch.
+        image_indices: list[Tensor] = []
+        for student in students:
+            n_per_image = len(student) // len(teacher)
+            indices = torch.arange(len(teacher), device=teacher.device)
+            image_indices.append(indices.repeat_interleave(n_per_image))
+        losses: list[Tensor] = []
         match self.spec.kind:
             case "mse":
-                losses = [
-                    distil_mse(student, teacher[rows])
-                    for student, rows in zip(students, own, strict=True)
-                ]
+                for student, indices in zip(students, image_indices, strict=True):
+                    losses.append(distil_mse(student, teacher[indices]))
             case "classes":
-                losses = [
-                    distil_classes(student, teacher[rows])
-                    for student, rows in zip(students, own, strict=True)
-                ]
+                for student, indices in zip(students, image_indices, strict=True):
+                    losses.append(distil_classes(student, teacher[indices]))
             case "contrastive":
-                losses = self._contrast(
-                    [normalize(student, dim=-1) for student in students],
-                    teacher,
-                    own,
-                )
+                unit_students = [normalize(student, dim=-1) for student in students]
+                losses = self._contrast(unit_students, teacher, image_indices)
         return torch.stack(losses).mean()
 
     def _contrast(
         self,
         students: Sequence[Tensor],
         teacher: Tensor,
-        own: Sequence[Tensor],
+        image_indices: Sequence[Tensor],
     ) -> list[Tensor]:
+        """Return one contrastive loss for each modality, and put the teacher into the bank."""
         assert self.bank is not None
-        unit = normalize(teacher, dim=-1)
+        unit_teacher = normalize(teacher, dim=-1)
         scale = 1 / self.spec.temperature
-        pairs = zip(students, own, strict=True)
-        losses = [
-            distil_contrastive(student, teacher=unit, bank=self.bank.entries, scale=scale, own=rows)
-            for student, rows in pairs
-        ]
-        self.bank.push(unit)
+        losses: list[Tensor] = []
+        for student, indices in zip(students, image_indices, strict=True):
+            loss = distil_contrastive(
+                student,
+                teacher=unit_teacher,
+                bank=self.bank.entries,
+                scale=scale,
+                own=indices,
+            )
+            losses.append(loss)
+        # Last: a batch must not find its own features among the bank's negatives.
+        self.bank.push(unit_teacher)
         return losses
 
 
 class SharedLoss(nn.Module):
-    """Mean of two contrastive losses, each with a scale of its own, plus the distillation, if there
-    is one."""
+    """Compute the mean of two contrastive losses, each with its own scale, and any distillation."""
 
     def __init__(
         self,
@@ -199,23 +227,40 @@ class SharedLoss(nn.Module):
         outer: Temperature,
         groups: Groups | None = None,
     ) -> Tensor:
-        """`image`, `text`: as `SharedSide.outputs` gives them, float32; of each image the same
-        number of texts, one after another, in the order of `rows`."""
-        inner = [normalize(side[:, : -self.dim], dim=-1) for side in (image, text)]
-        outputs = [side[:, -self.dim :] for side in (image, text)]
-        unit = [normalize(output, dim=-1) for output in outputs]
-        first = contrast(
-            inner[0],
-            text=inner[1],
+        """Compute the loss of one batch.
+
+        Args:
+            image: as `SharedSide.outputs` gives it, float32.
+            text: likewise; every image has the same number of texts, one after another.
+            rows: of the images in the store, in the order of the batch.
+            outer: temperature of the loss on the block's output.
+            groups: as for the losses.
+        """
+        inner_image = normalize(image[:, : -self.dim], dim=-1)
+        inner_text = normalize(text[:, : -self.dim], dim=-1)
+        image_output = image[:, -self.dim :]
+        text_output = text[:, -self.dim :]
+        unit_image = normalize(image_output, dim=-1)
+        unit_text = normalize(text_output, dim=-1)
+        inner_loss = contrast(
+            inner_image,
+            text=inner_text,
             temperature=self.inner,
             groups=groups,
             spec=self.spec,
         )
-        both = (
-            first
-            + contrast(unit[0], text=unit[1], temperature=outer, groups=groups, spec=self.spec)
-        ) / 2
-        return both if self.distillation is None else both + self.distillation(outputs, rows)
+        outer_loss = contrast(
+            unit_image,
+            text=unit_text,
+            temperature=outer,
+            groups=groups,
+            spec=self.spec,
+        )
+        contrastive = (inner_loss + outer_loss) / 2
+        if self.distillation is None:
+            return contrastive
+        distilled: Tensor = self.distillation([image_output, text_output], rows)
+        return contrastive + distilled
 
 
 def build_sides(
@@ -224,15 +269,22 @@ def build_sides(
     towers: Sequence[Tower],
     device: Any,
 ) -> tuple[SharedSide, SharedSide, list[tuple[nn.Parameter, float]]]:
-    """Both sides, and (parameter, factor of the learning rate) of all that trains in them; the
-    towers lose the blocks that do not count. Draws from torch's generator.
+    """Build both sides; the towers lose their upper blocks. Weights are drawn from torch's
+    generator.
+
+    Args:
+        towers: image before text.
+
+    Returns:
+        The image side, the text side, and (parameter, factor of the learning rate) for all that
+        trains in them.
 
     Raises:
-        RecipeError: towers of different widths, without a first token that sees all, or with too
-            few blocks.
+        RecipeError: towers of different widths, without a CLS token, or with too few blocks.
     """
-    for tower, count in zip(towers, (spec.image_blocks, spec.text_blocks), strict=True):
-        _cut_off(tower, count, recipe)
+    block_counts = (spec.image_blocks, spec.text_blocks)
+    for tower, n_blocks in zip(towers, block_counts, strict=True):
+        _cut_off(tower, n_blocks, recipe)
     if towers[0].dim != towers[1].dim:
         raise RecipeError(
             f"recipe {recipe.name}: the towers are {towers[0].dim} and {towers[1].dim} wide; one "
@@ -240,25 +292,22 @@ def build_sides(
             "only if they are as wide as one another"
         )
     layers = SharedLayers(towers[0].dim, spec).to(device)
+    # The shared layers stand in for both heads, and always train.
     matches = freeze_towers([(tower, nn.Identity()) for tower in towers], recipe.towers)
-    pairs = [
-        pair
-        for tower in towers
-        for pair in trained_parameters(tower, nn.Identity(), _below_end(matches, tower))
-    ]
-    reached = {id(parameter) for parameter, _ in pairs}
+    rates: list[tuple[nn.Parameter, float]] = []
+    for tower in towers:
+        tower_matches = _below_end(matches, tower)
+        rates += trained_parameters(tower, nn.Identity(), tower_matches)
+    trained_ids = {id(parameter) for parameter, _ in rates}
     for tower in towers:
         for parameter in tower.parameters():
-            parameter.requires_grad_(id(parameter) in reached)
-    return (
-        SharedSide(towers[0], layers),
-        SharedSide(towers[1], layers),
-        [*pairs, *((p, 1.0) for p in layers.parameters())],
-    )
+            parameter.requires_grad_(id(parameter) in trained_ids)
+    rates += [(parameter, 1.0) for parameter in layers.parameters()]
+    return SharedSide(towers[0], layers), SharedSide(towers[1], layers), rates
 
 
 def _below_end(matches: Any, tower: Tower) -> list[Any]:
-    """What lies before the end of the last block: the final norm is not run."""
+    """Return the matches before the end of the tower's last block: the final norm is not run."""
     return [
         match
         for match in matches
@@ -266,8 +315,9 @@ def _below_end(matches: Any, tower: Tower) -> list[Any]:
     ]
 
 
-def _cut_off(tower: Tower, count: int, recipe: Recipe) -> None:
-    if tower.n_blocks < count:
+def _cut_off(tower: Tower, n_blocks: int, recipe: Recipe) -> None:
+    """Remove the tower's upper blocks, and refuse a tower that cannot be shared."""
+    if tower.n_blocks < n_blocks:
         raise RecipeError(
             f"recipe {recipe.name}: the {tower.modality} tower has {tower.n_blocks} blocks; set "
             f"shared.{tower.modality}_blocks to that or less"
@@ -280,5 +330,5 @@ def _cut_off(tower: Tower, count: int, recipe: Recipe) -> None:
     if recipe.towers.adapter(tower.modality):
         raise RecipeError(f"recipe {recipe.name}: a shared encoder has no adapters; leave them out")
     blocks: Any = tower.blocks
-    del blocks[count:]
+    del blocks[n_blocks:]
     tower.checkpointing = recipe.towers.checkpointing

@@ -1,8 +1,7 @@
-"""A plan at the size of a cluster: hours, money, bytes, objects and requests, and every assumption
-behind them.
+"""Plan extraction and training on a cluster: hours, money, bytes, objects, requests, assumptions.
 
-Computed from a `Plan`, whose operations, bytes and steps are counted, and from rates that were
-measured or are a device's operations per second. Nothing here has been run on a cluster.
+All is computed from a `Plan`, whose operations, bytes and steps are counted, and from rates: those
+that a user measured, or a device's operations a second. Nothing here has been run on a cluster.
 """
 
 import math
@@ -24,76 +23,78 @@ from apecache.store.layout import (
 from apecache.train.batches import RESIDENT_SHARE
 
 HASH_BYTES = 65
-"""Of each row in a commit record: 64 hexadecimal digits and a space. The rest of a record is below
-1 kB."""
+"""Bytes of each row in a commit record: 64 hexadecimal digits and a space. All else in a record is
+below 1 kB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """`nodes` with `devices` devices each.
-
-    `efficiency`: of training on several devices, the share of their rates together that is reached.
-    `image_rate`, `text_rate`: rows a second that one device was measured to encode; None: by the
-    clock of the plan, or operations over the device's rate. `views`: augmentations of each image
-    that are cached in its place. `shard_rows`: of a shard, at most. `image_bytes`: of an image file
-    on average; None: reading them is not counted. `decode_rate`: images a second that one node was
-    measured to read and decode, beside its devices; None: as many as they encode.
-    """
+    """Describe a cluster and the rates that were measured on it."""
 
     nodes: int
     devices: int = 1
+    """Of each node."""
     efficiency: float = 1.0
+    """Of training on several devices: the share of their summed rates that is reached."""
     image_rate: float | None = None
+    """Images a second that one device encodes, as measured; None: by the clock of the plan, or
+    operations over the device's rate."""
     text_rate: float | None = None
+    """The same for texts."""
     views: int = 1
+    """Augmentations of each image that are cached in place of the image."""
     shard_rows: int = MAX_SHARD_ROWS
+    """Rows of a shard, at most."""
     image_bytes: int | None = None
+    """Mean size of an image file; None: reading the files is not counted."""
     decode_rate: float | None = None
+    """Images a second that one node reads and decodes beside its devices, as measured; None: as
+    many as its devices encode."""
 
     @property
     def n_devices(self) -> int:
+        """Return the number of devices of all nodes."""
         return self.nodes * self.devices
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedArray:
-    """Features of `image`, `text` or `teacher`. `n_bytes`: of data; `record_bytes`: of commit
-    records, which hold a hash of every row's input. `n_objects`: data and records.
-    `device_seconds`: of encoding all rows on one device."""
+    """Hold the size of one cached array and the time to fill it."""
 
     name: str
+    """`image`, `text` or `teacher`."""
     rows: int
     row_bytes: int
     n_bytes: int
+    """Of the data of all shards."""
     record_bytes: int
+    """Of all commit records, which hold a hash of every row's input."""
     shard_rows: int
     n_shards: int
     n_objects: int
+    """Data and commit records."""
     pooled: bool
     device_seconds: float
+    """Of encoding all rows on one device."""
     rate: str
+    """How the seconds come about, for the list of assumptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`hours` on `n_devices` devices; `money` for these device hours, None without a price."""
+    """Hold how long a stage runs on the cluster and what it costs."""
 
     n_devices: int
     device_hours: float
     hours: float
+    """From begin to end, on all devices at once."""
     money: float | None
+    """For the device hours; None without a price."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterPlan:
-    """Extraction of the cache and one training from it, one after the other.
-
-    `write_bytes`, `n_writes`: of extraction, the pair table's columns counted among the objects but
-    not in the bytes; what is written is read back once. `source_bytes`: of image files that are
-    read (None: not told). `read_bytes`, `n_reads`: of one training; every process of it reads the
-    whole cache once. `fits`: whether the features are resident on a device (None: its memory is not
-    known); `devices_to_hold`: how many would hold them; `residence`: what follows.
-    """
+    """Hold the plan of an extraction and one training from its cache, one after the other."""
 
     recipe: str
     path: str
@@ -108,17 +109,26 @@ class ClusterPlan:
     extraction: Stage
     training: Stage
     write_bytes: int
+    """Of extraction, without the pair table. All that is written is also read back once."""
     n_writes: int
+    """Of extraction: objects, those of the pair table included."""
     source_bytes: int | None
+    """Of the image files that are read; None: their mean size is not given."""
     read_bytes: int
+    """Of one training: each of its processes reads the whole cache once."""
     n_reads: int
+    """Objects read in one training."""
     fits: bool | None
+    """Whether the features are resident on one device; None: its memory is not known."""
     devices_to_hold: int | None
+    """Devices whose memory would hold the features; None: not known, or no number of them."""
     residence: str
+    """What follows from `fits`, in words."""
     assumptions: tuple[str, ...]
 
     @property
     def cache_bytes(self) -> int:
+        """Return the bytes of all cached features, without commit records."""
         return sum(array.n_bytes for array in self.arrays)
 
 
@@ -128,7 +138,11 @@ def plan_cluster(
     cluster: ClusterSpec,
     clock: Clock | None = None,
 ) -> ClusterPlan:
-    """`plan` and `clock` as `recipes.plan.plan` made and took them from `spec`.
+    """Plan the extraction and training of a `Plan` on a cluster.
+
+    Args:
+        plan: made by `apecache.plan.plan.plan` with the same `spec`.
+        clock: the one that `plan` was made with, if any.
 
     Raises:
         OptionError: counts, rates or an efficiency that make no sense; views of images that are not
@@ -136,13 +150,21 @@ def plan_cluster(
     """
     _check(plan, cluster)
     arrays = tuple(_arrays(plan, spec=spec, cluster=cluster, clock=clock))
+    # fit-head is one process: the other devices stay idle while it trains.
     fit_devices = 1 if plan.path == "fit-head" else cluster.n_devices
     efficiency = 1.0 if fit_devices == 1 else cluster.efficiency
-    encoding = sum(array.device_seconds for array in arrays)
-    training = plan.n_steps * plan.planned.step_seconds / efficiency
+    encode_seconds = sum(array.device_seconds for array in arrays)
+    train_seconds = plan.n_steps * plan.planned.step_seconds / efficiency
     n_objects = sum(array.n_objects for array in arrays)
-    whole = sum(array.n_bytes + array.record_bytes for array in arrays)
+    stored_bytes = sum(array.n_bytes + array.record_bytes for array in arrays)
     fits, n_hold, residence = _residence(plan, arrays)
+    assumptions = _assumptions(
+        plan,
+        spec=spec,
+        cluster=cluster,
+        arrays=arrays,
+        timed=clock is not None,
+    )
     return ClusterPlan(
         recipe=plan.recipe,
         path=plan.path,
@@ -154,30 +176,25 @@ def plan_cluster(
         n_steps=plan.n_steps,
         batch_size=plan.batch_size,
         arrays=arrays,
-        extraction=_stage(encoding, cluster.n_devices if arrays else 0, spec.price),
-        training=_stage(training, fit_devices, spec.price),
-        write_bytes=whole,
+        extraction=_stage(encode_seconds, cluster.n_devices if arrays else 0, spec.price),
+        training=_stage(train_seconds, fit_devices, spec.price),
+        write_bytes=stored_bytes,
         n_writes=n_objects + (_table_objects(spec) if arrays else 0),
         source_bytes=None if cluster.image_bytes is None else cluster.image_bytes * spec.rows,
-        read_bytes=fit_devices * whole,
+        read_bytes=fit_devices * stored_bytes,
         n_reads=fit_devices * n_objects,
         fits=fits,
         devices_to_hold=n_hold,
         residence=residence,
-        assumptions=tuple(
-            _assumptions(plan, spec=spec, cluster=cluster, arrays=arrays, timed=clock is not None)
-        ),
+        assumptions=tuple(assumptions),
     )
 
 
 def _check(plan: Plan, cluster: ClusterSpec) -> None:
     positive = (cluster.nodes, cluster.devices, cluster.views, cluster.shard_rows)
     rates = (cluster.image_rate, cluster.text_rate, cluster.image_bytes, cluster.decode_rate)
-    if (
-        min(positive) < 1
-        or not all(rate > 0 for rate in rates if rate is not None)
-        or not 0 < cluster.efficiency <= 1
-    ):
+    rates_are_valid = all(rate > 0 for rate in rates if rate is not None)
+    if min(positive) < 1 or not rates_are_valid or not 0 < cluster.efficiency <= 1:
         raise OptionError(
             f"{cluster}: counts are at least 1, rates and sizes above 0, the efficiency lies "
             "in (0, 1]"
@@ -214,35 +231,35 @@ def _arrays(
     clock: Clock | None,
 ) -> Iterator[CachedArray]:
     for side in (plan.image, plan.text):
-        if side.cut is not None:
-            rows = _rows(side, spec)
-            views = cluster.views if side.side == "image" else 1
-            seconds, why = _encoding(side, plan=plan, spec=spec, cluster=cluster, clock=clock)
-            if side.side == "image":
-                seconds, why = _decoded(views * seconds, why, cluster)
-            pooled = side.tokens == 0
-            ragged = side.side == "text" and not pooled
-            yield _array(
-                side.side,
-                row_bytes=side.cache_bytes // rows,
-                rows=rows,
-                cluster=cluster,
-                views=views,
-                pooled=pooled,
-                ragged=ragged,
-                seconds=seconds,
-                why=why,
-            )
-    if plan.teacher_bytes:
-        below = sum(side.below_flops * _rows(side, spec) for side in (plan.image, plan.text))
-        seconds, why = _decoded(
-            *_computed((plan.planned.once_flops - below) // spec.rows, plan, spec),
-            cluster,
+        if side.cut is None:
+            continue
+        rows = _rows(side, spec)
+        views = cluster.views if side.side == "image" else 1
+        seconds, why = _encoding(side, plan=plan, spec=spec, cluster=cluster, clock=clock)
+        if side.side == "image":
+            seconds, why = _decoded(views * seconds, why, cluster)
+        pooled = side.tokens == 0
+        yield _array(
+            side.side,
+            row_bytes=side.cache_bytes // rows,
+            rows=rows,
+            cluster=cluster,
+            views=views,
+            pooled=pooled,
+            # Texts differ in their number of tokens, which one more array holds.
+            ragged=side.side == "text" and not pooled,
+            seconds=seconds,
+            why=why,
         )
-        row_bytes = plan.teacher_bytes // spec.rows
+    if plan.teacher_bytes:
+        # The plan has only the sum of what is computed once; all but the two towers is the teacher.
+        towers_flops = sum(side.below_flops * _rows(side, spec) for side in (plan.image, plan.text))
+        teacher_flops = (plan.planned.once_flops - towers_flops) // spec.rows
+        seconds, why = _computed(teacher_flops, plan, spec)
+        seconds, why = _decoded(seconds, why, cluster)
         yield _array(
             "teacher",
-            row_bytes=row_bytes,
+            row_bytes=plan.teacher_bytes // spec.rows,
             rows=spec.rows,
             cluster=cluster,
             views=1,
@@ -260,26 +277,31 @@ def _encoding(
     cluster: ClusterSpec,
     clock: Clock | None,
 ) -> tuple[float, str]:
-    """Seconds of one row (of one view) on one device, and how they come about."""
+    """Return the seconds of one row (of one view) on one device, and how they come about."""
     rate = cluster.image_rate if side.side == "image" else cluster.text_rate
     if rate is not None:
         return 1 / rate, f"{rate:,.6g} rows a second on each device, as given"
     if clock is None:
         return _computed(side.below_flops, plan, spec)
     cuts: Cuts = (side.cut, None) if side.side == "image" else (None, side.cut)
+    # The clock gives seconds of an image with all its captions; a row is one of the captions.
     seconds = clock.once(cuts) * spec.rows / _rows(side, spec) / spec.utilisation
     return seconds, f"{1 / seconds:,.4g} rows a second, timed on this machine with random weights"
 
 
 def _decoded(seconds: float, why: str, cluster: ClusterSpec) -> tuple[float, str]:
-    """Of one image, no less than its node takes to read and decode it beside the devices."""
-    if cluster.decode_rate is None or cluster.devices / cluster.decode_rate <= seconds:
+    """Return the seconds of one image on one device, limited by how fast its node decodes."""
+    if cluster.decode_rate is None:
         return seconds, why
-    why = (
+    # All devices of a node share its decoding.
+    decode_seconds = cluster.devices / cluster.decode_rate
+    if decode_seconds <= seconds:
+        return seconds, why
+    held_up = (
         f"held up by {cluster.decode_rate:,.6g} images a second that each node decodes, as given; "
         f"else {why}"
     )
-    return cluster.devices / cluster.decode_rate, why
+    return decode_seconds, held_up
 
 
 def _rows(side: SidePlan, spec: PlanSpec) -> int:
@@ -287,10 +309,12 @@ def _rows(side: SidePlan, spec: PlanSpec) -> int:
 
 
 def _computed(flops: int, plan: Plan, spec: PlanSpec) -> tuple[float, str]:
+    """Return the seconds of one row at the device's rate, and how they come about."""
     device = plan.device
     share = spec.utilisation
     why = f"{flops / 1e9:,.4g} GFLOP a row at {share:.4g} of {device.flops / 1e12:,.4g} TFLOP/s"
-    return flops / device.flops / share, why
+    seconds = flops / device.flops / share
+    return seconds, why
 
 
 def _array(
@@ -304,9 +328,16 @@ def _array(
     seconds: float,
     why: str,
 ) -> CachedArray:
-    """`seconds`: of one row. Sizes are those of files; every shard has a chunk of each part, and a
-    record."""
-    shard_rows = max(1, min(cluster.shard_rows, rows, MAX_SHARD_BYTES // (views * row_bytes)))
+    """Compute the files of one array: every shard has one chunk for each of its parts and a record.
+
+    Args:
+        row_bytes: of one view.
+        seconds: of one row.
+    """
+    rows_within_size = MAX_SHARD_BYTES // (views * row_bytes)
+    # One row may be larger than a shard should be, but a shard has at least one.
+    shard_rows = max(1, min(cluster.shard_rows, rows, rows_within_size))
+    # Batch size and threads do not change the files; the layout only needs some.
     layout = ArrayLayout(
         rows=rows,
         dim=views * row_bytes // STORED_BYTES,
@@ -317,27 +348,16 @@ def _array(
         ragged=ragged,
     )
     n_shards = layout.n_shards
-    parts = chunk_bytes(layout)
-    n_bytes = n_shards * sum(parts.values())
-    n_objects = n_shards * (len(parts) + 1)
-    sizes = (layout.row_bytes, n_bytes, rows * HASH_BYTES, shard_rows, n_shards, n_objects)
-    (
-        row_bytes_value,
-        n_bytes_value,
-        record_bytes,
-        shard_rows_value,
-        n_shards_value,
-        n_objects_value,
-    ) = sizes
+    chunks = chunk_bytes(layout)
     return CachedArray(
         name=name,
         rows=rows,
-        row_bytes=row_bytes_value,
-        n_bytes=n_bytes_value,
-        record_bytes=record_bytes,
-        shard_rows=shard_rows_value,
-        n_shards=n_shards_value,
-        n_objects=n_objects_value,
+        row_bytes=layout.row_bytes,
+        n_bytes=n_shards * sum(chunks.values()),
+        record_bytes=rows * HASH_BYTES,
+        shard_rows=shard_rows,
+        n_shards=n_shards,
+        n_objects=n_shards * (len(chunks) + 1),
         pooled=pooled,
         device_seconds=rows * seconds,
         rate=why,
@@ -345,60 +365,67 @@ def _array(
 
 
 def _table_objects(spec: PlanSpec) -> int:
-    """Of the pair table: each column's chunks and its description."""
+    """Count the objects of the pair table: each column's chunks and its description."""
     rows = {"image": spec.rows, "text": spec.rows * spec.captions}
-    return sum(1 + math.ceil(rows[dimension] / PAIR_CHUNK_ROWS) for _, dimension in PAIR_COLUMNS)
+    n_objects = 0
+    for _, dimension in PAIR_COLUMNS:
+        n_chunks = math.ceil(rows[dimension] / PAIR_CHUNK_ROWS)
+        n_objects += 1 + n_chunks
+    return n_objects
 
 
 # --- what fits, and what was assumed --------------------------------------------------------------
 
 
 def _residence(plan: Plan, arrays: tuple[CachedArray, ...]) -> tuple[bool | None, int | None, str]:
-    """Whether what must be, or had better be, on a device fits there; on how many it would; what
-    happens otherwise."""
-    head = plan.path == "fit-head"
-    kept = [array for array in arrays if head or array.pooled]
-    needed = sum(array.rows * array.row_bytes for array in kept)
+    """Find whether the features fit on a device.
+
+    Returns:
+        (whether they fit, devices that would hold them, what follows in words); the first two are
+        None where they are not known.
+    """
+    heads_alone = plan.path == "fit-head"
+    # fit-encoder keeps only pooled features on the device; tokens are read for each batch.
+    resident = [array for array in arrays if heads_alone or array.pooled]
+    needed_bytes = sum(array.rows * array.row_bytes for array in resident)
     device = plan.device
-    if not needed:
+    if not needed_bytes:
         return True, 0, "no features have to be on a device"
     if device.memory_bytes is None:
-        return None, None, f"{_gb(needed)} GB of features are held in each process's memory"
-    room = (
-        RESIDENT_SHARE * device.memory_bytes
-        if head
-        else device.memory_bytes - plan.planned.peak_bytes
-    )
-    what = f"{_gb(needed)} GB of features"
-    if needed <= room:
-        return True, 1, f"{what} fit on one {device.name}"
-    n_hold = math.ceil(needed / room) if room > 0 else None
+        return None, None, f"{_gb(needed_bytes)} GB of features are held in each process's memory"
+    free_bytes = device.memory_bytes - plan.planned.peak_bytes
+    room = RESIDENT_SHARE * device.memory_bytes if heads_alone else free_bytes
+    features = f"{_gb(needed_bytes)} GB of features"
+    if needed_bytes <= room:
+        return True, 1, f"{features} fit on one {device.name}"
+    n_hold = math.ceil(needed_bytes / room) if room > 0 else None
     share = f"{_gb(max(0.0, room))} of its {_gb(device.memory_bytes)} GB are for them"
-    much = f"{what} do not fit on one {device.name} ({share})"
+    misfit = f"{features} do not fit on one {device.name} ({share})"
     spread = f"; {n_hold:,} would hold them" if n_hold else ""
-    if head:
-        then = (
-            f"fit-head keeps them in the host's memory, which must have {_gb(needed)} GB, and "
-            "streams batches"
+    if heads_alone:
+        advice = (
+            f"fit-head keeps them in the host's memory, which must have {_gb(needed_bytes)} GB, "
+            "and streams batches"
         )
     else:
-        then = (
+        advice = (
             "fit-encoder does not stream pooled features: take fewer rows, or a recipe of fit-head"
         )
-    return False, n_hold, f"{much}{spread}; {then}"
+    return False, n_hold, f"{misfit}{spread}; {advice}"
 
 
 def _gb(n_bytes: float) -> str:
+    # `.4g` alone would write 10,000 and more with an exponent.
     return f"{n_bytes / GB:,.0f}" if n_bytes >= 1000 * GB else f"{n_bytes / GB:.4g}"
 
 
 def _demand(array: CachedArray, cluster: ClusterSpec) -> str:
-    """What a node must read while it encodes."""
-    images = cluster.devices * array.rows / array.device_seconds
-    size = cluster.image_bytes
-    return f"{images:,.0f} images a second" + (
-        "" if size is None else f" ({images * size / GB:,.3g} GB a second)"
-    )
+    """Say what a node must read while its devices encode."""
+    image_rate = cluster.devices * array.rows / array.device_seconds
+    demand = f"{image_rate:,.0f} images a second"
+    if cluster.image_bytes is None:
+        return demand
+    return f"{demand} ({image_rate * cluster.image_bytes / GB:,.3g} GB a second)"
 
 
 def _assumptions(
@@ -417,6 +444,7 @@ def _assumptions(
             "is not counted"
         )
     for array in arrays:
+        # A clock times decoding with encoding, so nothing is assumed about it then.
         if array.name != "text" and not timed:
             yield f"reading and decoding keep up: {_demand(array, cluster)} on each node"
     if plan.path == "fit-head":
@@ -425,12 +453,10 @@ def _assumptions(
             "settings"
         )
     elif cluster.n_devices > 1:
+        origin = "the most that is possible" if cluster.efficiency == 1 else "as given"
         yield (
-            (
-                f"training: parallel efficiency {cluster.efficiency:.4g} on {cluster.n_devices:,} "
-                "devices, "
-            )
-            + ("the most that is possible" if cluster.efficiency == 1 else "as given")
+            f"training: parallel efficiency {cluster.efficiency:.4g} on {cluster.n_devices:,} "
+            f"devices, {origin}"
         )
     if timed:
         yield "seconds of a step are those of this machine"

@@ -1,4 +1,4 @@
-"""What a device can compute: from vendors' data sheets, or measured on this machine."""
+"""List what devices can compute, from vendors' data sheets, and measure this machine."""
 
 import time
 from dataclasses import dataclass
@@ -11,13 +11,15 @@ from apecache.errors import OptionError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """`flops`: floating-point operations per second. `memory_bytes` None: not known. `source` says
-    whence it is."""
+    """Hold the rate and the memory of a device."""
 
     name: str
     flops: float
+    """Floating-point operations a second."""
     memory_bytes: int | None
+    """None: not known."""
     source: str
+    """Where `flops` comes from: a data sheet, or a measurement."""
 
 
 GB = 10**9
@@ -81,55 +83,76 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """One of the table, or `here`: this machine, measured (about a second).
+    """Return a device of the table, or for `here` measure this machine (about a second).
 
     Raises:
-        OptionError: another name, with those that there are.
+        OptionError: another name; the message lists the names of the table.
     """
     if name == "here":
         return measure_device()
-    known = {device.name.lower(): device for device in DEVICES}
-    if name.lower() not in known:
-        names = ", ".join(device.name for device in DEVICES)
-        raise OptionError(
-            f"no device {name!r}; there are here, {names}{nearest(name, names.split(', '))}"
-        )
-    return known[name.lower()]
+    for device in DEVICES:
+        if device.name.lower() == name.lower():
+            return device
+    names = ", ".join(device.name for device in DEVICES)
+    raise OptionError(
+        f"no device {name!r}; there are here, {names}{nearest(name, names.split(', '))}"
+    )
 
 
 def measure_device(dim: int = 384, length: int = 128, n: int = 4, seconds: float = 1.0) -> Device:
-    """Forward and backward passes of one Transformer block in float32, on CUDA under bfloat16: the
-    rate reached, not a peak. `n` sequences of `length` tokens at a time."""
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    block = nn.TransformerEncoderLayer(dim, dim // 64, 4 * dim, dropout=0.0, batch_first=True).to(
-        where
+    """Measure the rate that one Transformer block reaches on this machine, which is not a peak.
+
+    Forward and backward passes run in float32, on CUDA under bfloat16 autocast.
+
+    Args:
+        dim: width of the block.
+        length: tokens of a sequence.
+        n: sequences in a batch.
+        seconds: how long to run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = device.type == "cuda"
+    block = nn.TransformerEncoderLayer(
+        dim,
+        nhead=dim // 64,
+        dim_feedforward=4 * dim,
+        dropout=0.0,
+        batch_first=True,
     )
-    x = torch.randn(n, length, dim, device=where, requires_grad=True)
-    with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-        _step(block, x)
+    block = block.to(device)
+    tokens = torch.randn(n, length, dim, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
+        # The first step allocates memory and picks kernels: it is not timed.
+        _step(block, tokens)
         begin = time.perf_counter()
-        count = 0
+        n_steps = 0
         while time.perf_counter() - begin < seconds:
-            _step(block, x)
-            count += 1
+            _step(block, tokens)
+            n_steps += 1
     elapsed = time.perf_counter() - begin
-    memory = torch.cuda.get_device_properties(where).total_memory if where.type == "cuda" else None
+    memory = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
+    # A backward pass takes twice the operations of the forward pass.
     return Device(
         name="here",
-        flops=count * 3 * n * block_flops(dim, length) / elapsed,
+        flops=n_steps * 3 * n * block_flops(dim, length) / elapsed,
         memory_bytes=memory,
-        source=f"measured on this {where.type}",
+        source=f"measured on this {device.type}",
     )
 
 
-def _step(block: nn.Module, x: torch.Tensor) -> None:
-    block(x).sum().backward()
-    if x.is_cuda:
+def _step(block: nn.Module, tokens: torch.Tensor) -> None:
+    block(tokens).sum().backward()
+    if tokens.is_cuda:
+        # Kernels run asynchronously: without this only their launch would be timed.
         torch.cuda.synchronize()
 
 
 def block_flops(dim: int, length: int, expansion: int = 4) -> int:
-    """Forward operations of one Transformer block and one sequence, a multiplication and an
-    addition being two: query, key, value and output projections, scores and their weighted sum, and
-    the two layers of the MLP."""
-    return 2 * length * (4 + 2 * expansion) * dim**2 + 4 * length**2 * dim
+    """Count the forward operations of one Transformer block on one sequence.
+
+    A multiplication and an addition are two operations. Counted are the query, key, value and
+    output projections, the scores and their weighted sum, and the two layers of the MLP.
+    """
+    projections_and_mlp = 2 * length * (4 + 2 * expansion) * dim**2
+    attention = 4 * length**2 * dim
+    return projections_and_mlp + attention

@@ -1,4 +1,4 @@
-"""What a recipe needs of the cache and how much it trains, from the planner's own functions."""
+"""Say what a recipe needs from the cache and how much it trains, by the planner's functions."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,13 @@ from apecache.recipes.recipe import Recipe
 
 LIVE = "live tower"
 TRAINS = "tower trains"
-"""Live, or from the tokens after some block: that depends on the encoder's depth."""
+"""Live, or run from the tokens after some block: the encoder's depth decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeNeeds:
+    """Hold the features that a recipe reads from the cache and its number of trained parameters."""
+
     image: str
     """`pooled`, `tokens`, `tokens after K of N blocks`, or `live tower`: nothing of that side can
     be cached."""
@@ -25,18 +27,18 @@ class RecipeNeeds:
 
     @property
     def summary(self) -> str:
-        """One word where both sides are alike, else both named."""
+        """Return one name if both sides read the same features, else name both sides."""
         return self.image if self.image == self.text else f"image: {self.image}; text: {self.text}"
 
 
 def needs_of_sides(recipe: Recipe) -> str:
-    """Say for each side which features are cached, or that its tower trains, which holds for all
-    encoders."""
-    return RecipeNeeds(
+    """Say for each side which features are cached, or that its tower trains, for any encoders."""
+    needs = RecipeNeeds(
         image=_side(recipe, "image"),
         text=_side(recipe, "text"),
         n_trained=None,
-    ).summary
+    )
+    return needs.summary
 
 
 def _side(recipe: Recipe, side: Modality) -> str:
@@ -45,10 +47,11 @@ def _side(recipe: Recipe, side: Modality) -> str:
 
 
 def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
-    """Say what `plan` says of cuts and parameters, without counting operations.
+    """Find the same cuts and parameters as `plan`, without counting operations.
 
     Args:
-        image: fresh, on the meta device, as is `text`; adapters are put into them.
+        image: fresh, on the meta device; the recipe's adapters are put into it.
+        text: the same.
 
     Raises:
         RecipeError: rules, adapters or widths do not fit the towers.
@@ -60,6 +63,7 @@ def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
     cuts = [find_cut(matches, tower).cut for tower in (image, text)]
     described = []
     for cut, tower, spec in zip(cuts, (image, text), (recipe.image, recipe.text), strict=True):
+        # Where nothing within the tower trains, the head decides whether it reads tokens.
         named: dict[Cut | None, str] = {None: LIVE, "pooled": spec.cut}
         described.append(named.get(cut, f"tokens after {cut} of {tower.n_blocks} blocks"))
     return RecipeNeeds(
@@ -70,6 +74,7 @@ def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
 
 
 def _shared_trained(recipe: Recipe, image: Tower, text: Tower) -> int | None:
+    # The distillation layer is as wide as the teacher has classes.
     if recipe.distillation is not None and recipe.distillation.kind == "classes":
         return None
     return count_shared_trained(recipe, (image, text))

@@ -1,5 +1,4 @@
-"""The planner: what a recipe trains, where each tower can be cut, and what that costs, before
-anything runs."""
+"""Plan a recipe before anything runs: what it trains, where each tower is cut, what that costs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,46 +16,57 @@ from apecache.recipes.recipe import Recipe, build_meta_heads
 from apecache.recipes.sections import TowersSpec
 
 Cuts = tuple[Cut | None, Cut | None]
-"""Of image and text."""
+"""Where the image and the text tower are cut; None: not at all."""
 FLOAT_BYTES = 4
-"""Of a parameter, a gradient or an activation."""
+"""Bytes of a parameter, a gradient or an activation (float32)."""
 STATE_BYTES = {"adamw": 8, "adam": 8, "lion": 4, "sgd": 4}
-"""Of what an optimiser keeps for each number that it trains."""
+"""Bytes that an optimizer keeps for each number it trains."""
+# Adam keeps two float32 moments; Lion and SGD keep one momentum.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of a whole training: what is done once, for the cache, and in each step. `seconds` are
-    without loading and without evaluation on dev; `money` None without a price."""
+    """Hold what a whole training costs: once, to fill the cache, and in each step."""
 
     once_flops: int
+    """Operations that fill the cache."""
     step_flops: int
     total_flops: int
     peak_bytes: int
+    """Memory of the device at its fullest moment."""
     once_seconds: float
     step_seconds: float
     seconds: float
+    """Of the whole training, without loading features and without evaluation on dev."""
     money: float | None
+    """None without a price."""
 
 
 class Clock(Protocol):
-    """Times on this machine what a plan would run. Decoding, optimisers, small batches, short
-    texts, and what a step costs whatever is in it do not go by operations; so a rate times
-    operations is no prediction of these."""
+    """Time on this machine what a plan would run.
+
+    Decoding, optimizers, small batches, short texts and the fixed cost of a step do not scale with
+    the operations. A device's rate does not predict them, so they are measured.
+    """
 
     def once(self, cuts: Cuts) -> float:
-        """Seconds of what lies below the cuts (None: nothing does), of one image with its
-        captions."""
+        """Return the seconds that one image with its captions takes below the cuts.
+
+        Args:
+            cuts: None for a tower of which nothing is cached.
+        """
 
     def step(self, cuts: Cuts) -> float:
-        """Seconds of a training step that begins at the cuts (None: at the inputs)."""
+        """Return the seconds of a training step that begins at the cuts.
+
+        Args:
+            cuts: None for a tower that is run from its inputs.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`planned` against the same `without_cache`, and against training everything (`full`: CLIP, of
-    the whole towers). `common`: parts that belong to neither side. `teacher_bytes`: of the cached
-    features of a teacher."""
+    """Compare the cost of a recipe with and without the cache, and with training everything."""
 
     recipe: str
     path: str
@@ -66,34 +76,40 @@ class Plan:
     image: SidePlan
     text: SidePlan
     common: Parts
+    """Parameters that belong to neither side."""
     n_trained: int
     n_parameters: int
     teacher_bytes: int
+    """Of a teacher's cached features."""
     planned: Cost
     without_cache: Cost
     full: Cost
+    """Of CLIP training: both whole towers train from their inputs."""
 
     @property
     def cache_bytes(self) -> int:
+        """Return the bytes of all cached features."""
         return self.image.cache_bytes + self.text.cache_bytes + self.teacher_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A recipe's towers and heads as counted, which costs are computed from. `loss_dim`: width of
-    all that is contrasted; `taught`: of a teacher."""
+    """Hold the counts of a recipe's towers and heads, from which costs are computed."""
 
     sides: tuple[SidePlan, SidePlan]
     counted: tuple[Counted, Counted]
     common: Parts
     loss_dim: int
+    """Width of all embeddings that the loss contrasts, summed."""
     taught: Taught | None = None
+    """What a teacher adds; None without one."""
 
     @property
     def n_trained(self) -> int:
-        return sum(side.n_trained for side in self.sides) + sum(
-            trained for _, trained, _ in self.common
-        )
+        """Return the number of trained parameters, common ones included."""
+        in_sides = sum(side.n_trained for side in self.sides)
+        in_common = sum(trained for _, trained, _ in self.common)
+        return in_sides + in_common
 
 
 def plan(
@@ -105,43 +121,51 @@ def plan(
     teacher: Callable[[], Taught] | None = None,
     clock: Clock | None = None,
 ) -> Plan:
-    """`image`, `text` make fresh towers on the meta device (`encoders.load.shape_tower`);
-    `teacher`: of a recipe that distils (None: it is as wide as the student, and its own cost is
-    left out). Seconds are operations over the device's rate, or with a `clock` what it measures.
+    """Plan a recipe on a device.
+
+    Args:
+        image: makes a fresh image tower on the meta device (`encoders.load.shape_tower`).
+        text: the same for the text tower.
+        teacher: counts the teacher of a recipe that distils. None: the teacher is taken to be as
+            wide as the student, and its own cost is left out.
+        clock: measures seconds. None: seconds are operations over the device's rate.
 
     Raises:
-        RecipeError: rules, adapters or widths do not fit the towers. OptionError: settings that
-            make no sense.
+        RecipeError: rules, adapters or widths do not fit the towers.
+        OptionError: settings that make no sense.
     """
     model = count_model(recipe, image=image, text=text, spec=spec, teacher=teacher)
     everything = TowersSpec(freezing="Vuu-Tuu", checkpointing=recipe.towers.checkpointing)
-    full = _tower_model(everything, recipe=recipe, image=image(), text=text(), spec=spec)
-    n_steps, batch, _ = steps_of(recipe, spec)
+    # Fresh towers once more: counting the recipe froze parameters and put adapters into the others.
+    full_model = _tower_model(everything, recipe=recipe, image=image(), text=text(), spec=spec)
+    n_steps, batch_size, _ = steps_of(recipe, spec)
     costs = (
         cost_of(recipe, model=model, spec=spec, device=device, cached=True),
         cost_of(recipe, model=model, spec=spec, device=device, cached=False),
-        cost_of(recipe, model=full, spec=spec, device=device, cached=False),
+        cost_of(recipe, model=full_model, spec=spec, device=device, cached=False),
     )
     if clock is not None and n_steps:
         costs = _clocked(clock, recipe=recipe, model=model, spec=spec, costs=costs)
-    image_value, text_value = model.sides
-    planned, without_cache, full_value = costs
+    image_side, text_side = model.sides
+    planned, without_cache, full = costs
+    n_parameters = sum(side.n_parameters for side in model.sides)
+    n_parameters += sum(count for _, _, count in model.common)
+    teacher_dim = 0 if model.taught is None else model.taught.dim
     return Plan(
         recipe=recipe.name,
         path=_path(recipe, model.sides),
         device=device,
         n_steps=n_steps,
-        batch_size=batch,
-        image=image_value,
-        text=text_value,
+        batch_size=batch_size,
+        image=image_side,
+        text=text_side,
         common=model.common,
         n_trained=model.n_trained,
-        n_parameters=sum(side.n_parameters for side in model.sides)
-        + sum(count for _, _, count in model.common),
-        teacher_bytes=0 if model.taught is None else model.taught.dim * spec.rows * STORED_BYTES,
+        n_parameters=n_parameters,
+        teacher_bytes=teacher_dim * spec.rows * STORED_BYTES,
         planned=planned,
         without_cache=without_cache,
-        full=full_value,
+        full=full,
     )
 
 
@@ -152,14 +176,17 @@ def count_model(
     spec: PlanSpec,
     teacher: Callable[[], Taught] | None = None,
 ) -> Model:
-    """What `plan` counts of the recipe itself, whatever its schedule. Arguments and errors as
-    there."""
+    """Count the recipe itself, whatever its schedule.
+
+    Arguments and errors are those of `plan`.
+    """
     _check(spec)
     if recipe.shared is None:
         return _tower_model(recipe.towers, recipe=recipe, image=image(), text=text(), spec=spec)
     towers = (image(), text())
     taught = teacher() if teacher else None
-    sides, counted, common, loss_dim, taught_value = count_shared(
+    # The returned teacher also has the student's width and the size of its bank.
+    sides, counted, common, loss_dim, complete_taught = count_shared(
         recipe, towers=towers, spec=spec, teacher=taught
     )
     return Model(
@@ -167,7 +194,7 @@ def count_model(
         counted=counted,
         common=common,
         loss_dim=loss_dim,
-        taught=taught_value,
+        taught=complete_taught,
     )
 
 
@@ -185,12 +212,14 @@ def _path(recipe: Recipe, sides: Sequence[SidePlan]) -> str:
 
 
 def steps_of(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
-    """(steps, images in a batch, batches in a step): as both trainers go through the images."""
+    """Return (steps, images in a batch, batches in a step), as both trainers run them."""
     schedule = recipe.schedule
-    batch = min(schedule.batch_size, spec.rows)
-    count = max(1, spec.rows // batch)
-    accumulate = min(schedule.accumulate, count)
-    return schedule.steps or schedule.epochs * (count // accumulate), batch, accumulate
+    batch_size = min(schedule.batch_size, spec.rows)
+    # Rounded down: the trainers leave out an epoch's last, incomplete batch and step.
+    n_batches = max(1, spec.rows // batch_size)
+    accumulate = min(schedule.accumulate, n_batches)
+    n_steps = schedule.steps or schedule.epochs * (n_batches // accumulate)
+    return n_steps, batch_size, accumulate
 
 
 def _tower_model(
@@ -201,14 +230,14 @@ def _tower_model(
     spec: PlanSpec,
 ) -> Model:
     pairs, matches = match_towers(towers, recipe=recipe, image=image, text=text)
-    (first, one), (second, two) = (
+    (image_side, image_counted), (text_side, text_counted) = (
         count_side(tower, head=head, matches=matches, spec=spec) for tower, head in pairs
     )
     return Model(
-        sides=(first, second),
-        counted=(one, two),
+        sides=(image_side, text_side),
+        counted=(image_counted, text_counted),
         common=scalars(recipe),
-        loss_dim=one.out_dim,
+        loss_dim=image_counted.out_dim,
     )
 
 
@@ -218,8 +247,7 @@ def match_towers(
     image: Tower,
     text: Tower,
 ) -> tuple[list[tuple[Tower, Head]], tuple[Match, ...]]:
-    """Build the recipe's heads on towers of the meta device and say of every parameter whether it
-    trains.
+    """Build the recipe's heads on towers of the meta device and decide which parameters train.
 
     Raises:
         RecipeError: rules, adapters or widths do not fit the towers.
@@ -234,13 +262,14 @@ def match_towers(
     matches = freeze_towers(pairs, towers)
     if recipe.has_steps:
         return pairs, matches
+    # Heads solved in closed form have no steps, so nothing trains whatever the rules say.
     for head in heads:
         head.requires_grad_(False)
     return pairs, tuple(replace(match, train=False) for match in matches)
 
 
 def scalars(recipe: Recipe) -> Parts:
-    """The temperature, and the sigmoid loss's bias."""
+    """Return the loss's own parameters: the temperature, and the bias of the sigmoid loss."""
     names = ("temperature", "bias") if recipe.loss.kind == "sigmoid" else ("temperature",)
     trains = recipe.loss.learnable and recipe.has_steps
     return tuple((name, int(trains), 1) for name in names)
@@ -250,56 +279,62 @@ def scalars(recipe: Recipe) -> Parts:
 
 
 def cost_of(recipe: Recipe, model: Model, spec: PlanSpec, device: Device, cached: bool) -> Cost:
-    """Of a whole training with the recipe's schedule, with or without the cache; seconds at the
-    device's rate."""
-    n_steps, batch, accumulate = steps_of(recipe, spec)
+    """Compute the cost of a whole training with the recipe's schedule, at the device's rate.
+
+    Args:
+        cached: whether the cache holds what lies below the cuts; False: it is run in every step.
+    """
+    n_steps, batch_size, accumulate = steps_of(recipe, spec)
     captions = recipe.loss.captions
-    once = (
-        sum(_once(side, spec) for side in model.sides) + _teacher_flops(model, spec.rows)
-        if cached
-        else 0
-    )
-    slices = spec.slice_size is not None and spec.slice_size < batch
-    parts = zip(model.sides, model.counted, (1, captions), strict=True)
-    pairs = batch * sum(
-        _item(side, count=count, cached=cached, slices=slices) * each for side, count, each in parts
-    )
-    loss = 3 * 2 * batch * batch * captions * model.loss_dim
+    once_flops = 0
+    if cached:
+        once_flops = sum(_once(side, spec) for side in model.sides)
+        once_flops += _teacher_flops(model, spec.rows)
+    slices = spec.slice_size is not None and spec.slice_size < batch_size
+    pair_flops = 0
+    for side, counted, n_items in zip(model.sides, model.counted, (1, captions), strict=True):
+        pair_flops += n_items * _item(side, count=counted, cached=cached, slices=slices)
+    # One product of image and text embeddings forward, and one for each gradient.
+    loss_flops = 3 * 2 * batch_size * batch_size * captions * model.loss_dim
     if model.taught is not None:
-        loss += model.taught.loss_flops(batch, 1 + captions)
-    step = accumulate * (pairs + loss + (0 if cached else _teacher_flops(model, batch)))
-    total = once + n_steps * step
-    peak = _peak(
+        loss_flops += model.taught.loss_flops(batch_size, 1 + captions)
+    batch_flops = batch_size * pair_flops + loss_flops
+    if not cached:
+        batch_flops += _teacher_flops(model, batch_size)
+    step_flops = accumulate * batch_flops
+    peak_bytes = _peak(
         recipe,
         model=model,
-        n_live=min(batch, spec.slice_size or batch),
-        batch=batch,
+        n_live=min(batch_size, spec.slice_size or batch_size),
+        batch=batch_size,
         cached=cached,
     )
-    rate = device.flops
-    return _priced(
-        Cost(
-            once_flops=once,
-            step_flops=step,
-            total_flops=total,
-            peak_bytes=peak,
-            once_seconds=once / rate,
-            step_seconds=step / rate,
-            seconds=0.0,
-            money=None,
-        ),
-        n_steps,
-        spec,
+    unpriced = Cost(
+        once_flops=once_flops,
+        step_flops=step_flops,
+        total_flops=once_flops + n_steps * step_flops,
+        peak_bytes=peak_bytes,
+        once_seconds=once_flops / device.flops,
+        step_seconds=step_flops / device.flops,
+        seconds=0.0,
+        money=None,
     )
+    return _priced(unpriced, n_steps, spec)
 
 
 def _priced(cost: Cost, n_steps: int, spec: PlanSpec) -> Cost:
-    """With the sum of its seconds, at the utilisation, and what they cost."""
-    once = cost.once_seconds / spec.utilisation
-    step = cost.step_seconds / spec.utilisation
-    seconds = once + n_steps * step
+    """Divide the seconds by the utilization, and fill in their sum and its price."""
+    once_seconds = cost.once_seconds / spec.utilisation
+    step_seconds = cost.step_seconds / spec.utilisation
+    seconds = once_seconds + n_steps * step_seconds
     money = None if spec.price is None else seconds / 3600 * spec.price
-    return replace(cost, once_seconds=once, step_seconds=step, seconds=seconds, money=money)
+    return replace(
+        cost,
+        once_seconds=once_seconds,
+        step_seconds=step_seconds,
+        seconds=seconds,
+        money=money,
+    )
 
 
 def _clocked(
@@ -309,30 +344,35 @@ def _clocked(
     spec: PlanSpec,
     costs: tuple[Cost, Cost, Cost],
 ) -> tuple[Cost, Cost, Cost]:
-    """The same with measured seconds. A teacher, and training everything, which may not fit here,
-    are taken at the rate that the step without the cache has reached."""
-    n_steps, batch, accumulate = steps_of(recipe, spec)
-    planned, whole, full = costs
+    """Replace the seconds of (planned, without cache, full) by measured ones.
+
+    A teacher is not timed, and neither is training everything, which may not fit on this machine.
+    Both are computed at the rate that the step without the cache reaches.
+    """
+    n_steps, batch_size, accumulate = steps_of(recipe, spec)
+    planned, without_cache, full = costs
     cuts = model.sides[0].cut, model.sides[1].cut
-    step = clock.step((None, None))
-    teacher = _teacher_flops(model, accumulate * batch)
-    rate = (whole.step_flops - teacher) / step
-    cut_step = step if cuts == (None, None) else clock.step(cuts)
-    once = spec.rows * clock.once(cuts) + _teacher_flops(model, spec.rows) / rate
-    seconds = (
-        (planned, once, cut_step),
-        (whole, 0.0, step + teacher / rate),
-        (full, 0.0, full.step_flops / rate),
+    step_seconds = clock.step((None, None))
+    teacher_flops = _teacher_flops(model, accumulate * batch_size)
+    # The clock's step takes the teacher's outputs as given, so its operations do not count here.
+    rate = (without_cache.step_flops - teacher_flops) / step_seconds
+    cut_step_seconds = step_seconds if cuts == (None, None) else clock.step(cuts)
+    once_seconds = spec.rows * clock.once(cuts) + _teacher_flops(model, spec.rows) / rate
+
+    def timed(cost: Cost, below: float, above: float) -> Cost:
+        measured = replace(cost, once_seconds=below, step_seconds=above)
+        return _priced(measured, n_steps, spec)
+
+    return (
+        timed(planned, once_seconds, cut_step_seconds),
+        timed(without_cache, 0.0, step_seconds + teacher_flops / rate),
+        timed(full, 0.0, full.step_flops / rate),
     )
-    first, second, third = (
-        _priced(replace(cost, once_seconds=below, step_seconds=each), n_steps, spec)
-        for cost, below, each in seconds
-    )
-    return first, second, third
 
 
 def _once(side: SidePlan, spec: PlanSpec) -> int:
-    return side.below_flops * spec.rows * (1 if side.side == "image" else spec.captions)
+    n_items = spec.rows * (1 if side.side == "image" else spec.captions)
+    return side.below_flops * n_items
 
 
 def _teacher_flops(model: Model, images: int) -> int:
@@ -340,32 +380,46 @@ def _teacher_flops(model: Model, images: int) -> int:
 
 
 def _item(side: SidePlan, count: Counted, cached: bool, slices: bool) -> int:
-    """Of one image or text in a step. Slices are run forward twice: once for the embeddings of the
-    whole batch, once for their gradients (heads, which are small beside towers, are left out)."""
-    once = (side.live_flops if cached else count.uncached_flops) + count.head_flops
+    """Count the operations of one image or text in a step.
+
+    Slices are run forward twice: for the embeddings of the whole batch, then for their gradients.
+    The second run of a head is left out, as heads are small beside towers.
+    """
+    tower_flops = side.live_flops if cached else count.uncached_flops
+    item_flops = tower_flops + count.head_flops
     if not slices or side.cut == "pooled":
-        return once
-    return once + count.whole_flops - (side.below_flops if cached else 0)
+        return item_flops
+    skipped_flops = side.below_flops if cached else 0
+    return item_flops + count.whole_flops - skipped_flops
 
 
 def _peak(recipe: Recipe, model: Model, n_live: int, batch: int, cached: bool) -> int:
-    """Parameters that are loaded; gradients, the optimiser's state, the best weights so far and
-    their average of what trains; activations of `n_live` images with their captions; three matrices
-    of logits; and a teacher's bank. float32, without the allocator's fragmentation and the
-    library's work space."""
+    """Estimate the bytes in memory at the fullest moment of a step.
+
+    Counted are the loaded parameters; for what trains its gradients, the optimizer's state, the
+    best weights so far and their EMA; activations of `n_live` images with their captions; three
+    matrices of logits; and a teacher's bank. All are float32. The allocator's fragmentation and
+    the libraries' work space are not counted.
+    """
     captions = recipe.loss.captions
-    each = STATE_BYTES[recipe.optimiser.kind] + FLOAT_BYTES * (2 + (recipe.optimiser.ema > 0))
-    total = 3 * FLOAT_BYTES * batch * batch * captions + each * model.n_trained
+    # Two copies: the gradient and the best weights. The EMA is a third.
+    n_copies = 2 + (recipe.optimiser.ema > 0)
+    trained_bytes = STATE_BYTES[recipe.optimiser.kind] + FLOAT_BYTES * n_copies
+    total = 3 * FLOAT_BYTES * batch * batch * captions + trained_bytes * model.n_trained
     total += FLOAT_BYTES * sum(count for _, _, count in model.common)
     if model.taught is not None:
         total += model.taught.peak_bytes(batch, 1 + captions)
-    for side, count, items in zip(
+    for side, counted, n_items in zip(
         model.sides,
         model.counted,
         (n_live, n_live * captions),
         strict=True,
     ):
-        head = sum(number for part, _, number in side.parts if part == "head")
-        total += FLOAT_BYTES * (head if cached and side.cut == "pooled" else side.n_parameters)
-        total += items * (count.head_saved + (side.saved_bytes if cached else count.uncached_saved))
+        # A tower whose pooled output is cached is not loaded; only its head is.
+        n_loaded = side.n_parameters
+        if cached and side.cut == "pooled":
+            n_loaded = sum(count for name, _, count in side.parts if name == "head")
+        total += FLOAT_BYTES * n_loaded
+        tower_saved = side.saved_bytes if cached else counted.uncached_saved
+        total += n_items * (counted.head_saved + tower_saved)
     return total

@@ -1,5 +1,4 @@
-"""What a step of a plan takes on this machine: the trainers' own step, on random weights and
-made-up inputs."""
+"""Time a plan's step on this machine: the trainers' own step on random weights, made-up inputs."""
 
 import io
 import time
@@ -36,21 +35,20 @@ from apecache.train.ranks import ALONE
 
 FIRST_IMAGES = 16
 ENOUGH_SECONDS = 0.5
-"""A step that takes so long is not run with a larger batch: what is missing is extrapolated."""
+"""After a step that takes so long, larger batches are not run but extrapolated."""
 MOST_STEPS = 9
+"""Timed calls, at most."""
 SAMPLE_SIZE = (500, 375)
 SAMPLE_QUALITY = 90
 N_SAMPLES = 16
-"""Made-up images are JPEGs as data sets of photos keep them."""
+"""Made-up images are JPEGs of the size and quality of common photo data sets."""
 ENCODED_IMAGES = 32
-"""In a batch of what is computed once, for the cache."""
+"""Images in a timed batch of what is computed once, for the cache."""
 
 
 @dataclass(kw_only=True)
 class StepClock:
-    """`apecache.plan.plan.Clock` on the CPU, or on CUDA if there is one. `sample`: a folder of
-    images like those that will be trained on. `clock` may count the process's time instead, on a
-    machine that others use too."""
+    """Time a recipe, as an `apecache.plan.plan.Clock`, on CUDA if there is any, else on the CPU."""
 
     recipe: Recipe
     image: EncoderSpec
@@ -58,45 +56,57 @@ class StepClock:
     spec: PlanSpec
     teacher: Callable[[], Taught] | None = None
     sample: Path | None = None
+    """A folder of images like those that will be trained on; None: made-up images."""
     clock: Callable[[], float] = time.perf_counter
+    """Gives seconds. On a machine with other load, count the time of the process instead."""
     _files: list[bytes] = field(default_factory=list)
 
     def once(self, cuts: Cuts) -> float:
-        """Decoding and preprocessing included, writing to the store not."""
+        """Return the seconds of one image with its captions below the cuts.
+
+        Decoding and preprocessing are included, writing to the store is not.
+        """
         total = 0.0
-        for tower, source, cut, each in zip(
-            self._towers(),
-            self._live(),
-            cuts,
-            (1, self.spec.captions),
-            strict=True,
-        ):
+        items_of_image = (1, self.spec.captions)
+        sides = zip(self._towers(), self._live(), cuts, items_of_image, strict=True)
+        for tower, source, cut, n_items in sides:
             if cut is not None:
-                total += each * self._encoding(tower, source(ENCODED_IMAGES), cut) / ENCODED_IMAGES
+                batch_seconds = self._encoding(tower, source(ENCODED_IMAGES), cut)
+                total += n_items * batch_seconds / ENCODED_IMAGES
         return total
 
     def step(self, cuts: Cuts) -> float:
-        """In batches of the recipe's size, or extrapolated along a line from the two largest that
-        were timed."""
-        _, batch, _ = steps_of(self.recipe, self.spec)
-        found: list[tuple[int, float]] = []
-        for n in _sizes(batch):
+        """Return the seconds of a step with batches of the recipe's size.
+
+        Where the device cannot hold such a batch, or smaller ones are slow already, the seconds are
+        extrapolated along a line from the two largest batches that were timed.
+        """
+        _, batch_size, _ = steps_of(self.recipe, self.spec)
+        timings: list[tuple[int, float]] = []
+        for n_images in _sizes(batch_size):
             try:
-                found.append((n, self._seconds(cuts, n, n < batch)))
+                seconds = self._seconds(cuts, n_images, n_images < batch_size)
             except torch.OutOfMemoryError:
-                if not found:
+                if not timings:
                     raise
                 break
-            if found[-1][1] > ENOUGH_SECONDS and len(found) > 1:
+            timings.append((n_images, seconds))
+            # A line takes two points, however slow the first one is.
+            if seconds > ENOUGH_SECONDS and len(timings) > 1:
                 break
-        return _extrapolated(found, batch)
+        return _extrapolated(timings, batch_size)
 
     @property
     def device(self) -> torch.device:
+        """Return the device on which steps are timed."""
         return parse_device("auto")
 
     def _seconds(self, cuts: Cuts, n_images: int, is_part: bool) -> float:
-        """Of a step of batches of `n_images`, warm: the median."""
+        """Return the median seconds of a warm step with batches of `n_images`.
+
+        Args:
+            is_part: whether the recipe's batches are larger.
+        """
         _, _, accumulate = steps_of(self.recipe, self.spec)
         fit, pairs = self._fit(cuts, n_images, is_part)
         generator = torch.Generator().manual_seed(0)
@@ -105,25 +115,28 @@ class StepClock:
         fit.model.train()
 
         def run() -> None:
-            drawn = (
+            # Drawn lazily: drawing a batch is a piece of a step, and is timed with it.
+            epochs = (
                 batches(pairs, batch_size=n_images, generator=generator, captions=captions)
                 for _ in range(accumulate)
             )
-            float(take_step(fit, chain.from_iterable(drawn), plan))
+            # float() waits for the device, so that the step is over when the clock is read.
+            float(take_step(fit, chain.from_iterable(epochs), plan))
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self._median(run)
 
     def _median(self, run: Callable[[], object]) -> float:
-        """Of two calls after a first one, or of more where they are short."""
+        """Return the median seconds of two calls after a first one, more if they are short."""
+        # The first call allocates memory and chooses kernels.
         run()
-        found: list[float] = []
-        while len(found) < 2 or (len(found) < MOST_STEPS and sum(found) < ENOUGH_SECONDS):
+        seconds: list[float] = []
+        while len(seconds) < 2 or (len(seconds) < MOST_STEPS and sum(seconds) < ENOUGH_SECONDS):
             begin = self.clock()
             run()
-            found.append(self.clock() - begin)
-        return median(found)
+            seconds.append(self.clock() - begin)
+        return median(seconds)
 
     # --- what is run ------------------------------------------------------------------------------
 
@@ -133,64 +146,69 @@ class StepClock:
             return self._head_fit(n_images)
         towers = self._towers()
         dims = [tower.output_dim for tower in towers]
-        cached = [cut == "pooled" for cut in cuts]
-        live = [None if pooled else tower for tower, pooled in zip(towers, cached, strict=True)]
+        live_towers: list[Tower | None] = []
+        inner_cuts: list[int | None] = []
+        for tower, cut in zip(towers, cuts, strict=True):
+            live_towers.append(None if cut == "pooled" else tower)
+            inner_cuts.append(cut if isinstance(cut, int) else None)
         teacher = self._teacher(towers[0], n_images)
+        # Seeded, so that two timings of a recipe train the same model.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            within = [cut if isinstance(cut, int) else None for cut in cuts]
             model = build_around(
-                live,
+                live_towers,
                 recipe=_unstandardised(self.recipe),
                 dims=dims,
                 device=self.device,
-                cuts=within,
+                cuts=inner_cuts,
                 teacher=teacher,
             )
         sources = zip(towers, self._live(), cuts, (1, captions), strict=True)
-        image, text = (
-            self._inputs(tower, source=source, cut=cut, count=n_images * each)
-            for tower, source, cut, each in sources
+        image_inputs, text_inputs = (
+            self._inputs(tower, source=source, cut=cut, count=n_images * n_items)
+            for tower, source, cut, n_items in sources
         )
-        slices = self.spec.slice_size
-        if slices is not None and is_part:
-            slices = max(
-                1,
-                min(slices, n_images // 2),
-            )  # so that slices are run twice, as those of the batch are
-        spec = FitEncoderSpec(slice_size=slices, device=str(self.device))
-        rows = (
-            torch.arange(n_images),
-            torch.arange(n_images * captions),
-            torch.arange(n_images + 1) * captions,
-        )
-        image_value, text_value, first_text = rows
-        return EncoderFit(
+        slice_size = self.spec.slice_size
+        if slice_size is not None and is_part:
+            # Half of a small batch, so that slices are run twice, as those of the full batch are.
+            slice_size = max(1, min(slice_size, n_images // 2))
+        fit = EncoderFit(
             model,
-            inputs=(image, text),
+            inputs=(image_inputs, text_inputs),
             recipe=self.recipe,
-            spec=spec,
+            spec=FitEncoderSpec(slice_size=slice_size, device=str(self.device)),
             ranks=ALONE,
-        ), FeaturePairs(image=image_value, text=text_value, first_text=first_text)
+        )
+        # Live inputs are looked up by row, so the "features" of these pairs are row numbers.
+        pairs = FeaturePairs(
+            image=torch.arange(n_images),
+            text=torch.arange(n_images * captions),
+            first_text=torch.arange(n_images + 1) * captions,
+        )
+        return fit, pairs
 
     def _head_fit(self, n_images: int) -> tuple[Fit[Any], FeaturePairs]:
-        """Of heads on features that are on the device."""
+        """Return a fit of heads on random features that are on the device."""
         captions = self.recipe.loss.captions
-        cuts = zip(self._towers("meta"), (self.recipe.image.cut, self.recipe.text.cut), strict=True)
-        shapes = [
-            self._row_shape(tower) if cut == "tokens" else (tower.output_dim,)
-            for tower, cut in cuts
-        ]
-        image, text = (
-            torch.randn(n_images * each, *shape, device=self.device).half()
-            for each, shape in zip((1, captions), shapes, strict=True)
+        # Only shapes are needed of the towers here, so their weights take no memory.
+        towers = self._towers("meta")
+        head_cuts = (self.recipe.image.cut, self.recipe.text.cut)
+        features = []
+        for tower, cut, n_items in zip(towers, head_cuts, (1, captions), strict=True):
+            shape = self._row_shape(tower) if cut == "tokens" else (tower.output_dim,)
+            n_rows = n_images * n_items
+            features.append(torch.randn(n_rows, *shape, device=self.device).half())
+        pairs = FeaturePairs(
+            image=features[0],
+            text=features[1],
+            first_text=torch.arange(n_images + 1, device=self.device) * captions,
+            device=self.device,
         )
-        first = torch.arange(n_images + 1, device=self.device) * captions
-        pairs = FeaturePairs(image=image, text=text, first_text=first, device=self.device)
-        return Training(build_model(self.recipe, pairs, 0), self.recipe, 0), pairs
+        model = build_model(self.recipe, pairs, 0)
+        return Training(model, self.recipe, 0), pairs
 
     def _row_shape(self, tower: Tower) -> tuple[int, ...]:
-        """(tokens, dim) after the last block, of a tower on the meta device."""
+        """Return (tokens, dim) after the last block of a tower on the meta device."""
         with torch.no_grad():
             return tuple(tower.run_to(tower.n_blocks, *example(tower, self.spec)).shape[1:])
 
@@ -204,7 +222,9 @@ class StepClock:
         if self.recipe.distillation is None:
             return None
         dim = self.teacher().dim if self.teacher else image.dim
-        return Teacher(dim=dim, features=torch.randn(n_images, dim, device=self.device).softmax(-1))
+        # Class probabilities are distributions; features of a teacher may be any numbers.
+        features = torch.randn(n_images, dim, device=self.device).softmax(-1)
+        return Teacher(dim=dim, features=features)
 
     # --- made-up inputs ---------------------------------------------------------------------------
 
@@ -213,10 +233,13 @@ class StepClock:
 
     def _images(self, count: int) -> ImageInputs:
         files = self._sampled()
-        keys = [str(row) for row in range(count)]
-        open_image = lambda key: decode_image(files[int(key) % len(files)], key)  # noqa: E731
+
+        def open_image(key: str) -> Image.Image:
+            # A few files are decoded again and again: decoding an image takes the same each time.
+            return decode_image(files[int(key) % len(files)], key)
+
         return ImageInputs(
-            keys=keys,
+            keys=[str(row) for row in range(count)],
             open_image=open_image,
             preprocess=load_preprocess(self.image),
             device=self.device,
@@ -224,8 +247,11 @@ class StepClock:
 
     def _texts(self, count: int) -> "MadeUpTexts":
         tower = shape_tower(self.text)
-        table = next(part for part in tower.parts() if part.place == "token_embedding")
-        ids, mask = made_up_texts(count, self.spec.tokens, table.count // tower.dim)
+        tables = (
+            tower_part for tower_part in tower.parts() if tower_part.place == "token_embedding"
+        )
+        vocabulary = next(tables).count // tower.dim
+        ids, mask = made_up_texts(count, self.spec.tokens, vocabulary)
         return MadeUpTexts(ids=ids, mask=mask, device=self.device)
 
     def _inputs(
@@ -238,13 +264,14 @@ class StepClock:
         if cut is None:
             return source(count)
         if cut == "pooled":
-            return CachedInputs(
-                features=torch.randn(count, tower.output_dim, device=self.device).half()
-            )
-        image = tower.modality == "image"
-        shape_only = shape_tower(self.image if image else self.text)
+            pooled = torch.randn(count, tower.output_dim, device=self.device)
+            return CachedInputs(features=pooled.half())
+        is_image = tower.modality == "image"
+        shape_only = shape_tower(self.image if is_image else self.text)
         shape = shape_only.run_to(cut, *example(shape_only, self.spec)).shape[1:]
-        lengths = None if image else made_up_lengths(count, self.spec.tokens)
+        # Images all have the same number of tokens.
+        lengths = None if is_image else made_up_lengths(count, self.spec.tokens)
+        # On the CPU, as the trainer has them: moving a batch to the device belongs to a step.
         return TokenInputs(
             features=torch.randn(count, *shape).half(),
             lengths=lengths,
@@ -258,38 +285,53 @@ class StepClock:
 
     @torch.inference_mode()
     def _encoding(self, tower: Tower, source: Inputs, cut: Cut) -> float:
-        """Of a batch, below the cut."""
+        """Return the median seconds of a batch of ENCODED_IMAGES items below the cut."""
         rows = range(ENCODED_IMAGES)
-        return self._median(lambda: float(tower.run_to(cut, *source.take(rows)).sum()))
+
+        def run() -> float:
+            hidden = tower.run_to(cut, *source.take(rows))
+            return float(hidden.sum())
+
+        return self._median(run)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUpTexts:
-    """Token ids and mask [count, tokens]."""
+    """Hold random texts as inputs of a text tower."""
 
     ids: Tensor
+    """Token ids [count, tokens]."""
     mask: Tensor
+    """1 for a token, 0 for padding [count, tokens]."""
     device: torch.device
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return ids and mask of these rows, on the device."""
         index = torch.tensor(rows)
         return self.ids[index].to(self.device), self.mask[index].to(self.device)
 
 
 def made_up_lengths(count: int, tokens: int) -> Tensor:
-    """From half as many up to all, as captions of one batch differ; the longest comes first."""
+    """Return lengths from all tokens down to half of them, as captions of one batch differ.
+
+    The longest comes first, so that a single text has all tokens.
+    """
     return torch.linspace(tokens, max(1, tokens // 2), count).long()
 
 
 def made_up_texts(count: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Return random token ids and their mask, both [count, tokens]."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (count, tokens), generator=generator)
-    mask = (torch.arange(tokens) < made_up_lengths(count, tokens).unsqueeze(1)).long()
+    # The lowest ids are padding and special tokens in common vocabularies.
+    lowest_id = min(3, vocabulary - 1)
+    ids = torch.randint(lowest_id, vocabulary, (count, tokens), generator=generator)
+    lengths = made_up_lengths(count, tokens).unsqueeze(1)
+    mask = (torch.arange(tokens) < lengths).long()
     return ids * mask, mask
 
 
 def made_up_images() -> list[bytes]:
-    """Smooth shades with a little noise, as photos have."""
+    """Return JPEG files of smooth shades with a little noise, as photos have."""
     generator = np.random.default_rng(0)
     width, height = SAMPLE_SIZE
     return [_jpeg(generator, width, height) for _ in range(N_SAMPLES)]
@@ -297,19 +339,25 @@ def made_up_images() -> list[bytes]:
 
 def _jpeg(generator: np.random.Generator, width: int, height: int) -> bytes:
     shades = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    pixels = np.asarray(shades.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
-    noisy = (pixels + generator.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8)
+    smooth = shades.resize((width, height), Image.Resampling.BICUBIC)
+    # int16, as the noise is signed and may leave the range of a byte.
+    pixels = np.asarray(smooth, dtype=np.int16)
+    noisy = pixels + generator.integers(-8, 9, pixels.shape)
+    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=SAMPLE_QUALITY)
+    image.save(file, "JPEG", quality=SAMPLE_QUALITY)
     return file.getvalue()
 
 
 def read_sample(folder: Path) -> list[bytes]:
-    """Raises OptionError for a folder without images."""
+    """Read the first N_SAMPLES image files of a folder, by name.
+
+    Raises:
+        OptionError: the folder has no images.
+    """
     suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)[
-        :N_SAMPLES
-    ]
+    all_paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    paths = all_paths[:N_SAMPLES]
     if not paths:
         raise OptionError(
             f"{folder} has no images (.jpg, .png, .webp) to time with; give another folder to "
@@ -319,28 +367,40 @@ def read_sample(folder: Path) -> list[bytes]:
 
 
 def _unstandardised(recipe: Recipe) -> Recipe:
-    """Statistics are those of cached features, and cost the same whatever they are."""
+    """Return the recipe without standardization.
+
+    Its statistics are those of cached features, which are made up here. A step takes the same time
+    whatever their values are.
+    """
+    update = {"standardise": False}
     sides = {
-        side: getattr(recipe, side).model_copy(update={"standardise": False})
-        for side in ("image", "text")
+        "image": recipe.image.model_copy(update=update),
+        "text": recipe.text.model_copy(update=update),
     }
     return recipe.model_copy(update=sides)
 
 
 def _sizes(batch: int) -> Iterator[int]:
-    """Batches to be timed: twice as many images each time, up to the recipe's."""
-    n = min(batch, FIRST_IMAGES)
-    while n < batch:
-        yield n
-        n = min(batch, 2 * n)
+    """Yield the batch sizes to be timed: each is twice the last one, up to the recipe's."""
+    n_images = min(batch, FIRST_IMAGES)
+    while n_images < batch:
+        yield n_images
+        n_images = min(batch, 2 * n_images)
     yield batch
 
 
-def _extrapolated(found: Sequence[tuple[int, float]], batch: int) -> float:
-    """Along the line of the last two, which rises by no less than half of the last one's share of
-    each image."""
-    n, seconds = found[-1]
-    if n == batch or len(found) == 1:
-        return seconds * batch / n
-    before, earlier = found[-2]
-    return seconds + (batch - n) * max((seconds - earlier) / (n - before), seconds / (2 * n))
+def _extrapolated(timings: Sequence[tuple[int, float]], batch: int) -> float:
+    """Extrapolate the seconds of a batch along the line of the last two timings.
+
+    Args:
+        timings: (images in a batch, seconds), by rising size.
+        batch: images in the batch that was not timed.
+    """
+    n_images, seconds = timings[-1]
+    if n_images == batch or len(timings) == 1:
+        return seconds * batch / n_images
+    fewer_images, fewer_seconds = timings[-2]
+    measured_slope = (seconds - fewer_seconds) / (n_images - fewer_images)
+    # Timings are noisy: a line that is too flat would predict that large batches are free.
+    least_slope = seconds / (2 * n_images)
+    return seconds + (batch - n_images) * max(measured_slope, least_slope)

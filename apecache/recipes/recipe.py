@@ -1,5 +1,4 @@
-"""A recipe: everything that a fit on cached features needs besides the features. One TOML file
-each, in `zoo/`."""
+"""Read and check recipes: all settings of a fit, in one TOML file each in `zoo/`, `tower_zoo/`."""
 
 import os
 import tomllib
@@ -27,106 +26,122 @@ from apecache.recipes.sections import (
 from apecache.settings import Settings
 
 FREEZE = "freeze/"
-"""`freeze/Vuf-Tuu`: the recipe `freeze` with that shorthand."""
+"""Before a shorthand: `freeze/Vuf-Tuu` is the recipe `freeze` with that shorthand."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
-
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserSpec(Settings):
-    """Parameters with fewer than two dimensions are not decayed. `adam`: decay as a part of the
-    gradient; `sgd`: betas[0] is the momentum. `clip`: largest gradient norm, 0 for none. `ema`:
-    decay of an average of the weights, which is what is evaluated and kept; 0 for none."""
+    """Choose the optimizer."""
 
     kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
+    """Of parameters with two dimensions or more. `adam` adds it to the gradient."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """`sgd`: the first is the momentum."""
     eps: float = Field(default=1e-6, gt=0)
     clip: float = Field(default=0.0, ge=0)
+    """Largest gradient norm; 0: none."""
     ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an average of the weights, which is evaluated and kept; 0: no average."""
 
 
 class ScheduleSpec(Settings):
-    """Linear warm-up over a share of all steps, or over `warmup_steps`; then the rate falls along a
-    cosine to `final` times itself, or stays (`constant`). In every epoch each image is seen once,
-    with captions drawn at random.
+    """Set steps, batches and the learning rate over time.
 
-    `epochs` 0: nothing trains, the heads stay as `init` makes them. `steps` above 0 replaces
-    `epochs`. `batch_size`: images in a batch (more than there are: all). `accumulate`: batches per
-    step; they add no negatives. `patience`: evaluations without a better one before it stops, 0:
-    never. Dev is evaluated every `evaluate_every` epochs.
+    In every epoch each image is seen once, with captions drawn at random. The learning rate rises
+    linearly during the warm-up, then decays.
     """
 
     epochs: int = Field(default=30, ge=0)
+    """0 (and `steps` 0): nothing trains, the heads stay as `init` makes them."""
     steps: int = Field(default=0, ge=0)
+    """Above 0 they replace `epochs`."""
     batch_size: int = Field(default=1024, ge=2)
+    """Images in a batch; where there are fewer, all of them."""
     accumulate: int = Field(default=1, ge=1)
+    """Batches in a step; they add no negatives."""
     warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of all steps."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Above 0 they replace `warmup`."""
     decay: Literal["cosine", "constant"] = "cosine"
+    """`constant`: the rate stays."""
     final: float = Field(default=0.0, ge=0, le=1)
+    """Share of the learning rate at the end of the cosine."""
     patience: int = Field(default=0, ge=0)
+    """Evaluations without a better one before the training stops; 0: it never stops early."""
     evaluate_every: int = Field(default=1, ge=1)
+    """Epochs between two evaluations on dev."""
 
 
 class ImageAugmentationSpec(Settings):
-    """Of the images of a live image side, another view in every epoch: a random crop of `scale`
-    (share of the area) and `ratio` (of the sides), mirrored half of the time, then `operations` of
-    RandAugment at `magnitude` (0 to 10)."""
+    """Show another view of each image in every epoch, where the image tower is live."""
 
     scale: tuple[float, float] = (0.9, 1.0)
+    """Range of a random crop's share of the area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the ratio of the crop's sides."""
     flip: bool = False
+    """Mirror the crop half of the time."""
     operations: int = Field(default=0, ge=0)
+    """Of RandAugment, after the crop."""
     magnitude: float = Field(default=7.0, ge=0, le=10)
+    """Of these operations."""
 
     @model_validator(mode="after")
     def _ranges(self) -> "ImageAugmentationSpec":
-        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+        least_scale, most_scale = self.scale
+        least_ratio, most_ratio = self.ratio
+        if not (0 < least_scale <= most_scale <= 1 and 0 < least_ratio <= most_ratio):
             raise ValueError("scale and ratio are ranges with 0 < first <= second, scale up to 1")
         return self
 
 
 class AugmentationSpec(Settings):
-    """In feature space, but for `image`. `noise`: standard deviation of Gaussian noise in units of
-    each feature's own deviation. `mixup`: one half of a batch is mixed with the other, both
-    modalities with one coefficient from Beta(mixup, mixup) (FuseMix; it halves the batch).
-    `token_dropout`: share of tokens hidden, never the first. Of features with several views, each
-    image shows a random one in every epoch."""
+    """Change features, and live images, at random in training.
+
+    Where the store has several views of an image, every epoch takes a random one.
+    """
 
     noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise, in units of each feature's deviation."""
     mixup: float = Field(default=0.0, ge=0)
+    """Mix one half of a batch with the other, both modalities with one coefficient from
+    Beta(mixup, mixup) (FuseMix; it halves the batch); 0: do not mix."""
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of tokens that are hidden, never the first."""
     image: ImageAugmentationSpec | None = None
+    """Of the images themselves, not in feature space."""
 
 
 class ClosedFormSpec(Settings):
-    """Candidates of what a closed form leaves open; the best combination is chosen on dev. `ridge`
-    is in units of the mean eigenvalue; `rank` (of `cca`; a head's own `dim` goes before) and
-    `power` of the canonical correlations."""
+    """List candidates of what a closed form leaves open; dev decides on the best combination."""
 
     ridge: tuple[Positive, ...] = Field(default=(0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
+    """In units of the mean eigenvalue."""
     rank: tuple[Count, ...] = Field(default=(64, 128, 256, 512), min_length=1)
+    """Of `cca`; ignored where a head has a `dim`."""
     power: tuple[NotNegative, ...] = Field(default=(1.0,), min_length=1)
+    """Of the canonical correlations."""
 
 
 class Recipe(Settings):
-    """`source`: where the recipe comes from, and what of it is our choice; `summary`: one line.
-
-    `init`: `random`, or a closed form that the heads begin with: `cca` (both sides linear, or with
-    `skip`), `ridge` and `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both
-    sides a `dictionary` of the training pairs; nothing trains). With `schedule.epochs` 0 that is
-    the whole fit.
-    """
+    """Hold all settings of a fit."""
 
     name: str
     source: str = ""
+    """Where the recipe comes from, and which settings are this project's choice."""
     summary: str = ""
+    """One line."""
     init: Literal["random", "cca", "ridge", "procrustes", "asif"] = "random"
+    """`random`, or a closed form that the heads begin with: `cca` (both sides linear, or with
+    `skip`), `ridge` and `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both
+    sides a `dictionary` of the training pairs; nothing trains). With `schedule.epochs` 0 the closed
+    form is the whole fit."""
     image: HeadSpec = HeadSpec()
     text: HeadSpec = HeadSpec()
     closed_form: ClosedFormSpec = ClosedFormSpec()
@@ -140,30 +155,30 @@ class Recipe(Settings):
 
     @property
     def trains_towers(self) -> bool:
-        """Whether anything within the towers may train."""
+        """Tell whether anything within the towers may train."""
         return self.towers.may_train("image") or self.towers.may_train("text")
 
     @property
     def trains_heads_alone(self) -> bool:
-        """Whether `fit-head` does all that the recipe says: no tower trains, and both heads do."""
+        """Tell whether `fit-head` can run the recipe: no tower trains, and both heads do."""
         return not self.trains_towers and not self.towers.freezes_heads
 
     @property
     def has_steps(self) -> bool:
-        """Whether anything is fitted in steps; else a closed form is all."""
+        """Tell whether anything is fitted in steps; if not, a closed form is the whole fit."""
         return self.schedule.epochs > 0 or self.schedule.steps > 0
 
     @model_validator(mode="after")
     def _works_together(self) -> "Recipe":
-        fixed = not self.has_steps
-        if fixed and self.init == "random":
+        if not self.has_steps and self.init == "random":
             raise ValueError(
                 "schedule.epochs is 0 and init is random: nothing would be fitted; give one of them"
             )
-        kinds = {part.kind for side in (self.image, self.text) for part in (side, *side.parts)}
-        if ("dictionary" in kinds) != (self.init == "asif"):
+        heads = (self.image, *self.image.parts, self.text, *self.text.parts)
+        has_dictionary = any(head.kind == "dictionary" for head in heads)
+        if has_dictionary != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
-        if self.init == "asif" and not fixed:
+        if self.init == "asif" and self.has_steps:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
         if self.distillation and not self.shared:
             raise ValueError("distillation teaches a shared encoder: give a section shared too")
@@ -182,15 +197,18 @@ class Recipe(Settings):
 
     @property
     def cut(self) -> str:
-        """What must be cached: `pooled` or `tokens`, or both named where the sides differ (image
-        before text)."""
-        sides = (self.image.cut, self.text.cut)
-        return sides[0] if sides[0] == sides[1] else f"{sides[0]}, {sides[1]}"
+        """Return what must be cached: `pooled`, `tokens`, or both (image first) if they differ."""
+        image_cut = self.image.cut
+        text_cut = self.text.cut
+        return image_cut if image_cut == text_cut else f"{image_cut}, {text_cut}"
 
 
 def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
-    """Trained parameters of both heads and the loss, for features of these widths; nothing is
-    allocated.
+    """Count the trained parameters of both heads and the loss without allocating them.
+
+    Args:
+        image_dim: width of the image features.
+        text_dim: width of the text features.
 
     Raises:
         RecipeError: the widths do not work.
@@ -198,23 +216,30 @@ def count_parameters(recipe: Recipe, image_dim: int, text_dim: int) -> int:
     heads = build_meta_heads(recipe, image_dim, text_dim)
     if not recipe.has_steps:
         return 0
-    scalars = recipe.loss.learnable * (2 if recipe.loss.kind == "sigmoid" else 1)
-    return sum(p.numel() for head in heads for p in head.parameters()) + scalars
+    # The temperature, and the bias that only the sigmoid loss has.
+    n_scalars = 2 if recipe.loss.kind == "sigmoid" else 1
+    in_heads = sum(parameter.numel() for head in heads for parameter in head.parameters())
+    return in_heads + recipe.loss.learnable * n_scalars
 
 
 def build_meta_heads(recipe: Recipe, image_dim: int, text_dim: int) -> tuple[Head, Head]:
-    """Build both heads on the meta device; a closed form that leaves its width open takes its
-    largest rank.
+    """Build both heads on the meta device.
+
+    A closed form that leaves its width open takes its largest rank.
 
     Raises:
         RecipeError: the widths do not work.
     """
+    # A dictionary is as wide as there are training pairs, which a recipe does not know.
     image, text = (
         _with_dim(side, 1) if side.kind == "dictionary" else side
         for side in (recipe.image, recipe.text)
     )
+    # Setting one side is enough: the other takes the same width.
     if recipe.init == "cca" and image.dim is None and text.dim is None:
-        image = _with_dim(image, min(image_dim, text_dim, max(recipe.closed_form.rank)))
+        # No rank exceeds the width of the features it is found in.
+        rank = min(image_dim, text_dim, max(recipe.closed_form.rank))
+        image = _with_dim(image, rank)
     try:
         with torch.device("meta"):
             return build_heads(image, text=text, image_dim=image_dim, text_dim=text_dim)
@@ -227,18 +252,20 @@ def _with_dim(spec: HeadSpec, dim: int) -> HeadSpec:
 
 
 def zoo_names() -> list[str]:
-    """Names of the recipes on pooled features that come with apecache, sorted."""
+    """Return the names of the recipes in `zoo/`, which train no towers, sorted."""
     return _names("zoo")
 
 
 def tower_zoo_names() -> list[str]:
-    """Names of the recipes that name parts of the towers, sorted; `freeze/` stands before any
-    shorthand."""
+    """Return the names of the recipes in `tower_zoo/`, which may train towers, sorted.
+
+    The recipe `freeze` stands for those of `freeze_names`.
+    """
     return _names("tower_zoo")
 
 
 def freeze_names() -> list[str]:
-    """Names of the 36 recipes that are made of `freeze` and a shorthand, sorted."""
+    """Return the names of the 36 recipes that are made of `freeze` and a shorthand, sorted."""
     return sorted(f"{FREEZE}{shorthand}" for shorthand in shorthand_names())
 
 
@@ -248,28 +275,32 @@ def _names(folder: str) -> list[str]:
 
 
 def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
-    """A recipe of the zoo by name, or a TOML file; `settings` are `section.key=value` overrides.
+    """Load a recipe.
+
+    Args:
+        name: of a recipe that comes with apecache, or the path of a TOML file, which ends in .toml.
+        settings: overrides of the form `section.key=value`, applied in their order.
 
     Raises:
+        OptionError: arguments of another type.
         RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the
-            wrong kind.
+            wrong type.
     """
     if not isinstance(name, str | os.PathLike):
         raise wrong_type(name, "the name of a recipe or a path of a .toml file", "name")
     name = os.fspath(name)
     settings = as_texts(settings, "settings")
-    source = (
-        Path(name)
-        if name.endswith(".toml")
-        else _packaged("freeze" if name.startswith(FREEZE) else name)
-    )
+    # The ending decides, not a look at the disk: a recipe's name never means a file.
+    is_file = name.endswith(".toml")
+    is_freeze = name.startswith(FREEZE) and not is_file
+    source = Path(name) if is_file else _packaged("freeze" if is_freeze else name)
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{name}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{name}: not TOML: {error}") from None
-    if name.startswith(FREEZE) and not name.endswith(".toml"):
+    if is_freeze:
         values = _freeze(values, name.removeprefix(FREEZE))
     for setting in settings:
         values = _override(values, setting)
@@ -277,8 +308,12 @@ def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
 
 
 def as_recipe(recipe: object) -> Recipe:
-    """An argument that is a recipe: itself, or loaded by its name or file. Raises OptionError for
-    another type, else as `load_recipe` does."""
+    """Return a recipe that is given itself, by its name, or as a file.
+
+    Raises:
+        OptionError: an argument of another type.
+        RecipeError: as `load_recipe`.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str | os.PathLike):
@@ -287,17 +322,28 @@ def as_recipe(recipe: object) -> Recipe:
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """Raises RecipeError as `load_recipe` does."""
+    """Check the values of a recipe.
+
+    Args:
+        where: the name or path that an error begins with.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(
-            f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}"
-        ) from None
+        # Three at most: a file that is no recipe may make dozens.
+        problems = "; ".join(_explain(item) for item in error.errors()[:3])
+        raise RecipeError(f"{where}: {problems}") from None
 
 
 def _packaged(name: str) -> Any:
-    """A file of one of the zoos. Raises RecipeError for an unknown name."""
+    """Return a file of one of the zoos.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
     for folder in ("zoo", "tower_zoo"):
         if name in _names(folder):
             return files("apecache.recipes") / folder / f"{name}.toml"
@@ -312,12 +358,18 @@ def _packaged(name: str) -> Any:
 
 
 def _freeze(values: dict[str, Any], shorthand: str) -> dict[str, Any]:
-    plain = require_shorthand(shorthand)
-    return {**values, "name": f"{FREEZE}{plain}", "towers": {**values["towers"], "freezing": plain}}
+    """Return the values of the recipe `freeze` with a shorthand, which may be in either form."""
+    ascii_shorthand = require_shorthand(shorthand)
+    towers = {**values["towers"], "freezing": ascii_shorthand}
+    return {**values, "name": f"{FREEZE}{ascii_shorthand}", "towers": towers}
 
 
 def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
-    """A copy with `section.key=value` set; the value is read as TOML, or as a bare string."""
+    """Return a copy with `section.key=value` set.
+
+    Raises:
+        RecipeError: the setting is not of that form, or goes into a value that is no section.
+    """
     path, equals, text = setting.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -327,6 +379,7 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(f"x = {text.strip()}")["x"]
     except (tomllib.TOMLDecodeError, RecursionError):
+        # A bare string: quotes would have to be escaped in a shell.
         value = text.strip()
     return _with(values, keys=keys, value=value, setting=setting)
 
@@ -334,40 +387,49 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
 def _with(values: Any, keys: list[str], value: Any, setting: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"--set {setting!r}: {keys[0]} is inside a plain value, not a section")
-    inner = (
-        value
-        if len(keys) == 1
-        else _with(values.get(keys[0], {}), keys=keys[1:], value=value, setting=setting)
-    )
-    return {**values, keys[0]: inner}
+    first_key, *inner_keys = keys
+    if not inner_keys:
+        return {**values, first_key: value}
+    # A section that is not there is made: whether the recipe knows it is checked afterwards.
+    section = values.get(first_key, {})
+    changed = _with(section, keys=inner_keys, value=value, setting=setting)
+    return {**values, first_key: changed}
 
 
 def _explain(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    """Say one of pydantic's errors in a line, with the nearest key or value."""
+    key_path = ".".join(str(key) for key in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = _keys_at(item["loc"][:-1])
-        return (
-            f"unknown key {place!r}; there are "
-            f"{', '.join(known)}{nearest(str(item['loc'][-1]), known)}"
-        )
-    known = [
-        part.strip("'")
-        for part in item.get("ctx", {}).get("expected", "").replace(" or ", ", ").split(", ")
-    ]
-    hint = nearest(str(item["input"]), known) if item["type"] == "literal_error" else ""
+        *section_path, unknown_key = item["loc"]
+        keys = _keys_at(section_path)
+        hint = nearest(str(unknown_key), keys)
+        return f"unknown key {key_path!r}; there are {', '.join(keys)}{hint}"
+    hint = ""
+    if item["type"] == "literal_error":
+        # pydantic has the values of a Literal only in words: 'a', 'b' or 'c'.
+        expected = item.get("ctx", {}).get("expected", "").replace(" or ", ", ")
+        choices = [choice.strip("'") for choice in expected.split(", ")]
+        hint = nearest(str(item["input"]), choices)
+    # pydantic puts this before the messages of the validators above.
     message: str = item["msg"].removeprefix("Value error, ")
-    if not place:
+    if not key_path:
         return message
-    return f"{place}: {message} (found {str(item['input'])[:40]!r}){hint}"
+    return f"{key_path}: {message} (found {str(item['input'])[:40]!r}){hint}"
 
 
 def _keys_at(path: Sequence[Any]) -> list[str]:
-    """Keys of the section at `path` of a recipe."""
+    """Return the keys of the section at `path` of a recipe."""
     model: Any = Recipe
-    for part in path:
-        if isinstance(part, str):  # a number stands for one of several heads or sections
-            annotation = model.model_fields[part].annotation
-            models = (annotation, *get_args(annotation))
-            found = (one for one in models if isinstance(one, type) and issubclass(one, BaseModel))
-            model = HeadSpec if part == "parts" else next(found)
+    for key in path:
+        if not isinstance(key, str):
+            continue  # a number stands for one of several heads or sections
+        annotation = model.model_fields[key].annotation
+        # A section may be `Spec` alone, or one of a union or tuple as in `Spec | None`.
+        candidates = (annotation, *get_args(annotation))
+        sections = (
+            candidate
+            for candidate in candidates
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel)
+        )
+        model = HeadSpec if key == "parts" else next(sections)
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages that show the result of a training or an evaluation."""
+"""Write self-contained HTML pages that show the result of a training or an evaluation."""
 
 from apecache.report.gallery import Gallery, Hit, Result, thumbnail
 from apecache.report.page import Chart, Curve, Page, Table, render_page, write_page

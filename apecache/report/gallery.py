@@ -1,4 +1,4 @@
-"""Retrieval galleries: queries, what was retrieved for them, and small pictures of both."""
+"""Hold retrieval galleries: queries, the items retrieved for them, and small pictures of both."""
 
 import base64
 import io
@@ -14,12 +14,12 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One retrieved item.
+    """Hold one retrieved item.
 
     Attributes:
         image: the item's picture as a `data:image/jpeg;base64,` URI (see `thumbnail`), None for a
             text item.
-        text: the item's caption or class name; shown as it is, never as markup.
+        text: the item's caption or class name; shown unchanged, never as markup.
         score: similarity to the query, larger is closer; the cosine in -1…1 for unit-length
             embeddings.
         correct: whether the item is a ground-truth match of the query.
@@ -39,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One query with its best results, whether or not a correct one is among them.
+    """Hold one query with its best results, whether or not a correct one is among them.
 
     Attributes:
         query_text: the query's text, None for a query by image alone.
@@ -68,13 +68,13 @@ class Hit:
 
     @property
     def found(self) -> bool:
-        """Whether at least one of the shown results is correct."""
+        """Tell whether at least one of the shown results is correct."""
         return any(result.correct for result in self.results)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """A titled list of queries; `note` says how they were chosen."""
+    """Hold a titled list of queries; `note` says how they were chosen."""
 
     title: str
     note: str
@@ -85,8 +85,8 @@ def thumbnail(image: Image.Image, side: int = 160) -> str:
     """Return a small JPEG copy of `image` as a `data:image/jpeg;base64,` URI.
 
     The pixels are always encoded anew, so neither the original bytes nor Exif, XMP, comments or
-    colour profiles reach the page. Exif orientation is applied and transparency is laid on white;
-    colours are taken as sRGB. `image` itself is left as it is.
+    color profiles reach the page. Exif orientation is applied and transparency is laid on white;
+    colors are taken as sRGB. `image` itself does not change.
 
     Args:
         image: a picture in any Pillow mode.
@@ -95,11 +95,12 @@ def thumbnail(image: Image.Image, side: int = 160) -> str:
     Raises:
         ValueError: `side` is below 1.
     """
-    return IMAGE_PREFIX + base64.b64encode(small_jpeg(image, side)).decode("ascii")
+    encoded = base64.b64encode(small_jpeg(image, side))
+    return IMAGE_PREFIX + encoded.decode("ascii")
 
 
 def small_jpeg(image: Image.Image, side: int = 160) -> bytes:
-    """The bytes that `thumbnail` wraps."""
+    """Return the JPEG bytes that `thumbnail` wraps. Arguments and errors are the same."""
     if side < 1:
         raise ValueError(f"side must be at least 1 pixel, got {side}")
     small = _on_white(ImageOps.exif_transpose(image))

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of tables, learning curves and retrieval galleries.
+"""Render self-contained HTML pages of tables, learning curves and retrieval galleries.
 
-The page holds no script and loads nothing: styles are inline, pictures are data URIs and charts are
+A page holds no script and loads nothing: styles are inline, pictures are data URIs and charts are
 inline SVG. Every text given here is data; markup in it is shown, not interpreted.
 """
 
@@ -27,7 +27,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of results.
+    """Hold a table of results.
 
     Attributes:
         title: the heading above the table.
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One named line; `points` are (x, y) in drawing order, and a non-finite one leaves a gap."""
+    """Hold a named line: points (x, y) in drawing order, of which non-finite ones leave a gap."""
 
     name: str
     points: tuple[Point, ...]
@@ -68,13 +68,13 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Curves on common linear axes.
+    """Hold curves on common linear axes.
 
     Attributes:
         title: the heading above the chart.
         x_label: quantity (and unit) along the horizontal axis.
         y_label: quantity (and unit) along the vertical axis.
-        curves: the lines, drawn in this order and told apart by colour and by dash pattern.
+        curves: the lines, drawn in this order and distinguished by color and dash pattern.
         marker: x at which a vertical dashed line is drawn, None for no line.
         marker_label: what the dashed line stands for; the legend appends its x.
     """
@@ -89,7 +89,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Everything one page shows, in this order.
+    """Hold everything that one page shows, in this order.
 
     Attributes:
         title: the main heading and the document's title.
@@ -127,18 +127,20 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     data = render_page(page).encode("utf-8")
+    # In the same folder: a file can be replaced in one step only within one file system.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, target)
     finally:
+        # After the replacement it is gone already, hence missing_ok.
         temporary.unlink(missing_ok=True)
     return target
 
 
 @cache
 def environment() -> Environment:
-    """The templates, with autoescape; whatever is shown goes through here."""
+    """Return the templates, with autoescape; whatever is shown is rendered by them."""
     templates = Environment(
         loader=PackageLoader("apecache.report"),
         autoescape=True,
@@ -184,12 +186,13 @@ def _cell(value: Cell, decimals: int) -> str:
 
 
 def _numeric_columns(table: Table) -> tuple[bool, ...]:
-    filled = (
-        [row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns))
-    )
-    return tuple(
-        bool(cells) and not any(isinstance(cell, str) for cell in cells) for cells in filled
-    )
+    """Tell of each column whether it has numbers, and no texts."""
+    are_numeric = []
+    for index in range(len(table.columns)):
+        cells = [row[index] for row in table.rows if row[index] is not None]
+        has_text = any(isinstance(cell, str) for cell in cells)
+        are_numeric.append(bool(cells) and not has_text)
+    return tuple(are_numeric)
 
 
 _WIDTH = 480
@@ -205,7 +208,7 @@ _SMALLEST = 1e-300
 
 @dataclass(frozen=True, kw_only=True)
 class _Scale:
-    """A linear map from data (low…high) to SVG user units (start…end)."""
+    """Map data (low…high) linearly to SVG user units (start…end)."""
 
     low: float
     high: float
@@ -219,13 +222,15 @@ class _Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class _Line:
+    """Hold a curve as data of an SVG path and as dots (x, y)."""
+
     path: str
     dots: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plot:
-    """What the chart template draws: positions in SVG user units, each tick with its label."""
+    """Hold what the chart template draws: positions in SVG user units, each tick with its label."""
 
     width: int
     height: int
@@ -242,13 +247,21 @@ class _Plot:
 
 def _plot(chart: Chart) -> _Plot:
     marker = chart.marker if chart.marker is not None and _drawable(chart.marker) else None
-    points = [point for curve in chart.curves for point in curve.points if _drawable(*point)]
-    xs = [x for x, _ in points] + ([marker] if marker is not None and points else [])
+    xs: list[float] = []
+    ys: list[float] = []
+    for curve in chart.curves:
+        for x, y in curve.points:
+            if _drawable(x, y):
+                xs.append(x)
+                ys.append(y)
+    has_points = bool(ys)
+    if marker is not None and has_points:
+        xs.append(marker)
     x_low, x_high = _extent(xs)
-    x_ticks = [
-        x for x in ticks(x_low, x_high, whole=all(map(_is_whole, xs))) if x_low <= x <= x_high
-    ]
-    y_ticks = ticks(*_extent([y for _, y in points]))
+    enclosing_ticks = ticks(x_low, x_high, whole=all(map(_is_whole, xs)))
+    x_ticks = [x for x in enclosing_ticks if x_low <= x <= x_high]
+    y_low, y_high = _extent(ys)
+    y_ticks = ticks(y_low, y_high)
     y_labels = _labels(y_ticks)
     # Sized for the larger type of the narrow layout, about 9 units a character.
     left = 14 + 9 * max(map(len, y_labels))
@@ -256,6 +269,12 @@ def _plot(chart: Chart) -> _Plot:
     bottom = _HEIGHT - _BOTTOM
     x_scale = _Scale(low=x_low, high=x_high, start=left + _INSET, end=right - _INSET)
     y_scale = _Scale(low=y_ticks[0], high=y_ticks[-1], start=bottom, end=_TOP)
+    # Without points the axes have no meaning: the template says so instead of drawing ticks.
+    labeled_x: tuple[tuple[str, str], ...] = ()
+    labeled_y: tuple[tuple[str, str], ...] = ()
+    if has_points:
+        labeled_x = tuple(zip(map(x_scale.at, x_ticks), _labels(x_ticks), strict=True))
+        labeled_y = tuple(zip(map(y_scale.at, y_ticks), y_labels, strict=True))
     return _Plot(
         width=_WIDTH,
         height=_HEIGHT,
@@ -263,31 +282,30 @@ def _plot(chart: Chart) -> _Plot:
         right=right,
         top=_TOP,
         bottom=bottom,
-        x_ticks=tuple(zip(map(x_scale.at, x_ticks), _labels(x_ticks), strict=True))
-        if points
-        else (),
-        y_ticks=tuple(zip(map(y_scale.at, y_ticks), y_labels, strict=True)) if points else (),
+        x_ticks=labeled_x,
+        y_ticks=labeled_y,
         lines=tuple(_line(curve, x_scale, y_scale) for curve in chart.curves),
-        marker=x_scale.at(marker) if points and marker is not None else None,
+        marker=x_scale.at(marker) if has_points and marker is not None else None,
         marker_value="" if marker is None else f"{marker:g}",
     )
 
 
 def _line(curve: Curve, x_scale: _Scale, y_scale: _Scale) -> _Line:
-    """Draw each run of drawable points as a line of its own, and as dots where they are few or
-    alone."""
-    runs = [
-        list(run)
-        for drawable, run in groupby(curve.points, lambda point: _drawable(*point))
-        if drawable
-    ]
-    placed = [[(x_scale.at(x), y_scale.at(y)) for x, y in run] for run in runs]
-    path = " ".join("M" + " L".join(f"{x} {y}" for x, y in run) for run in placed if len(run) > 1)
-    few = sum(map(len, placed)) <= _DOTS_UP_TO
-    return _Line(
-        path=path,
-        dots=tuple(dot for run in placed if few or len(run) == 1 for dot in run),
-    )
+    """Draw each run of drawable points as a separate line, and as dots if they are few or alone."""
+    runs: list[list[tuple[str, str]]] = []
+    for drawable, points in groupby(curve.points, lambda point: _drawable(*point)):
+        if drawable:
+            runs.append([(x_scale.at(x), y_scale.at(y)) for x, y in points])
+    are_few = sum(map(len, runs)) <= _DOTS_UP_TO
+    lines = []
+    dots = []
+    for run in runs:
+        if len(run) > 1:
+            lines.append("M" + " L".join(f"{x} {y}" for x, y in run))
+        # A line through one point would not be seen.
+        if are_few or len(run) == 1:
+            dots += run
+    return _Line(path=" ".join(lines), dots=tuple(dots))
 
 
 def _drawable(*values: float) -> bool:
@@ -300,7 +318,7 @@ def _is_whole(value: float) -> bool:
 
 
 def _extent(values: Sequence[float]) -> Point:
-    """Return the lowest and highest value, set apart where they are too close for an axis."""
+    """Return the lowest and highest value, moved apart if they are too close for an axis."""
     low = min(values, default=0.0)
     high = max(values, default=0.0)
     size = max(abs(low), abs(high))
@@ -311,11 +329,14 @@ def _extent(values: Sequence[float]) -> Point:
 
 
 def _labels(values: Iterable[float]) -> list[str]:
-    """Format ticks with as many digits as tell neighbours apart, in scientific notation at the
-    extremes."""
+    """Format ticks with as many digits as neighbors need to differ.
+
+    Very large and very small ticks are in scientific notation.
+    """
     numbers = list(values)
     largest = max(map(abs, numbers))
     step = min((b - a for a, b in pairwise(numbers)), default=1.0)
+    # Rounding may leave a step just below 0.1, which would need a second digit.
     power = math.floor(math.log10(step) + 1e-6)
     if largest == 0 or 1e-3 <= largest < 1e6:
         return [f"{number:,.{max(0, -power)}f}" for number in numbers]

@@ -1,8 +1,7 @@
-"""What run folders say of themselves, side by side: what trained, figures, settings that differ,
-seeds."""
+"""Read run folders and compare them in tables: what trained, figures, settings, seeds."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,64 +31,77 @@ from apecache.train.batches import SplitSpec
 
 MEAN = "mean of all"
 FREE = ("recipe.name", "recipe.summary", "recipe.source")
-"""Words about a recipe; they change nothing."""
+"""Texts that describe a recipe; they change no result."""
 NUMBERS = ("seed", "best_epoch", "n_trained_parameters", "n_train_images", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """`name` is unique among the runs of a page. `dev`: as training measured its best epoch; None
-    for a combination, which says nothing of a training. `settings`: of recipe, encoders, splits and
-    data by dotted name, without the seed. `encoders`: the digests of both fingerprints, image
-    before text; names alone do not tell encoders apart.
-    """
+    """Hold what a run folder records of its training."""
 
     name: str
+    """Unique among the runs of a page."""
     path: Path
     trains: str
+    """`towers` or `heads`."""
     recipe: str
     settings: Mapping[str, str]
+    """Of recipe, encoders, splits and data by dotted name, without the seed."""
     data: str
+    """Digest of the table; empty for a combination."""
     splits: SplitSpec
     encoders: tuple[str, str]
+    """Digests of the fingerprints of image and text; names alone do not tell encoders apart."""
     seed: int | None = None
     best_epoch: int | None = None
     n_trained_parameters: int | None = None
     n_train_images: int | None = None
     seconds: float | None = None
     dev: RetrievalReport | None = None
+    """As training measured the best epoch; None for a combination, which was not trained."""
 
 
 def read_records(runs: Sequence[Path]) -> tuple[RunRecord, ...]:
-    """Raises RunError for what is no finished run, OptionError for a run that is given twice."""
+    """Read the records of finished runs.
+
+    Raises:
+        RunError: a folder is no finished run.
+        OptionError: a run is given twice.
+    """
     return tuple(_read(name, path) for name, path in named_paths(runs).items())
 
 
 def named_paths(runs: Sequence[Path]) -> dict[str, Path]:
-    """Each run by the shortest end of its path that no other one has. Raises OptionError if one is
-    given twice."""
-    whole = [path.resolve().parts for path in runs]
-    twice = [path for path, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1]
-    if twice:
-        raise OptionError(f"{twice[0]} is given twice; give every run once")
-    names = []
-    for parts in whole:
-        ends = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        names.append(
-            next(
-                end
-                for end in ends
-                if Counter("/".join(p[-end.count("/") - 1 :]) for p in whole)[end] == 1
-            )
-        )
+    """Name each run by the shortest end of its path that no other run has.
+
+    Raises:
+        OptionError: a run is given twice.
+    """
+    all_steps = [path.resolve().parts for path in runs]
+    for path, steps in zip(runs, all_steps, strict=True):
+        if all_steps.count(steps) > 1:
+            raise OptionError(f"{path} is given twice; give every run once")
+    names = [_shortest_name(steps, all_steps) for steps in all_steps]
     return dict(zip(names, runs, strict=True))
 
 
+def _shortest_name(steps: tuple[str, ...], all_steps: Sequence[tuple[str, ...]]) -> str:
+    """Return the shortest end of one of the paths that is the end of no other one."""
+    for length in range(1, len(steps)):
+        ends_of_length = [other[-length:] for other in all_steps]
+        if ends_of_length.count(steps[-length:]) == 1:
+            return "/".join(steps[-length:])
+    return "/".join(steps)
+
+
 def _read(name: str, path: Path) -> RunRecord:
-    told = recorded_training(path)
+    training = recorded_training(path)
     try:
-        recipe: Any = told.get("recipe") or {}
-        encoders = {side: recorded_encoder(path, side) for side in ("image", "text")}
+        recipe: Any = training.get("recipe") or {}
+        encoders = {
+            "image": recorded_encoder(path, "image"),
+            "text": recorded_encoder(path, "text"),
+        }
         digests = (
             recorded_fingerprint(path, "image").digest,
             recorded_fingerprint(path, "text").digest,
@@ -99,12 +111,12 @@ def _read(name: str, path: Path) -> RunRecord:
             path=path,
             trains="towers" if is_encoder_run(path) else "heads",
             recipe=str(recipe.get("name", "combination")),
-            settings=dict(_settings(told, recipe=recipe, encoders=encoders, digests=digests)),
-            data=str(told.get("data", "")),
-            splits=SplitSpec(**(told.get("splits") or {})),
+            settings=dict(_settings(training, recipe=recipe, encoders=encoders, digests=digests)),
+            data=str(training.get("data", "")),
+            splits=SplitSpec(**(training.get("splits") or {})),
             encoders=digests,
-            dev=RetrievalReport.from_json(told["dev"]) if "dev" in told else None,
-            **{name: _number(name, told.get(name)) for name in NUMBERS},
+            dev=RetrievalReport.from_json(training["dev"]) if "dev" in training else None,
+            **{field: _number(field, training.get(field)) for field in NUMBERS},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
@@ -113,13 +125,14 @@ def _read(name: str, path: Path) -> RunRecord:
 
 
 def _number(name: str, value: Any) -> Any:
+    # Not isinstance: true would pass as an integer.
     if value is not None and type(value) not in (int, float):
         raise ValueError(f"{name} is no number")
     return value
 
 
 def _settings(
-    told: Mapping[str, Any],
+    training: Mapping[str, Any],
     recipe: Mapping[str, Any],
     encoders: Mapping[str, EncoderSpec],
     digests: tuple[str, str],
@@ -129,16 +142,15 @@ def _settings(
             yield name.removeprefix("recipe."), value
     for (side, encoder), digest in zip(encoders.items(), digests, strict=True):
         yield f"{side} encoder", encoder_label(encoder, digest)
-    yield from _flat("splits", told.get("splits") or {})
-    yield "data", str(told.get("data", ""))[:16]
+    yield from _flat("splits", training.get("splits") or {})
+    yield "data", str(training.get("data", ""))[:16]
 
 
 def encoder_label(encoder: EncoderSpec, digest: str) -> str:
-    """Name an encoder with the settings that make its features others: pooling, layer, sizes,
-    precision, prefix.
+    """Name an encoder with the settings that change its features: pooling, layer, sizes, prefix, …
 
-    Folders of one name can hold different encoders, so a local one is named with the end of its
-    digest too.
+    Two folders of the same name can hold different encoders, so the label of a local encoder also
+    has the end of its digest.
     """
     usual = EncoderSpec(
         encoder.library,
@@ -147,16 +159,19 @@ def encoder_label(encoder: EncoderSpec, digest: str) -> str:
         revision=encoder.revision,
     )
     names = ("pooling", "layer", "resolution", "max_tokens", "prefix", "resize", "dtype")
-    changed = [
-        f"{name} {getattr(encoder, name)}"
-        for name in names
-        if getattr(encoder, name) != getattr(usual, name)
-    ]
-    changed += [f"digest …{digest[-8:]}"] if looks_local(encoder.name) or encoder.folder else []
-    return public_name(encoder) + (f" ({', '.join(changed)})" if changed else "")
+    remarks = []
+    for name in names:
+        value = getattr(encoder, name)
+        if value != getattr(usual, name):
+            remarks.append(f"{name} {value}")
+    if looks_local(encoder.name) or encoder.folder:
+        remarks.append(f"digest …{digest[-8:]}")
+    label = public_name(encoder)
+    return f"{label} ({', '.join(remarks)})" if remarks else label
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the values of nested dictionaries with their dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(f"{name}.{key}", inner)
@@ -165,7 +180,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
-    """A line for each run: what trained, and how the epoch was chosen."""
+    """Make a table with a line for each run: what trained, and how the epoch was chosen."""
     columns = (
         "run",
         "recipe",
@@ -176,51 +191,55 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
         "train images",
         "dev recall, %",
         "chance, %",
+        "seconds",
     )
-    rows = tuple(
-        (
-            *(
-                r.name,
-                r.recipe,
-                r.trains,
-                r.seed,
-                r.best_epoch,
-                r.n_trained_parameters,
-                r.n_train_images,
-            ),
-            r.dev.mean_recall if r.dev else None,
-            r.dev.mean_chance if r.dev else None,
-            r.seconds,
+    rows: list[tuple[Cell, ...]] = []
+    for record in records:
+        cells: tuple[Cell, ...] = (
+            record.name,
+            record.recipe,
+            record.trains,
+            record.seed,
+            record.best_epoch,
+            record.n_trained_parameters,
+            record.n_train_images,
+            record.dev.mean_recall if record.dev else None,
+            record.dev.mean_chance if record.dev else None,
+            record.seconds,
         )
-        for r in records
-    )
+        rows.append(cells)
     note = "dev recall: mean of R@1, 5 and 10 both ways, of the epoch that was chosen by it."
     return Table(
         title="Runs" if len(records) > 1 else "The run",
-        columns=(*columns, "seconds"),
-        rows=rows,
+        columns=columns,
+        rows=tuple(rows),
         note=note,
     )
 
 
 def retrieval_table(title: str, reports: Mapping[str, RetrievalReport], note: str = "") -> Table:
-    """Recalls of every run, and what a random order would have, once for each set of candidates."""
+    """Make a table of the recalls of every run.
+
+    What a random order would have stands below, once for each set of candidates.
+    """
     rows: list[tuple[Cell, ...]] = []
     for name, report in reports.items():
         rows.append((name, *recalls(report), report.mean_recall, report.n_images, report.n_texts))
-    for report in {(r.n_images, r.n_texts): r for r in reports.values()}.values():
-        rows.append(
-            ("chance", *chances(report), report.mean_chance, report.n_images, report.n_texts)
-        )
+    # Chance depends on the numbers of candidates alone.
+    by_candidates = {(report.n_images, report.n_texts): report for report in reports.values()}
+    for (n_images, n_texts), report in by_candidates.items():
+        rows.append(("chance", *chances(report), report.mean_chance, n_images, n_texts))
+    first_report = next(iter(reports.values()))
     return Table(
         title=title,
-        columns=("", *_columns(next(iter(reports.values()))), MEAN, "images", "captions"),
+        columns=("", *_columns(first_report), MEAN, "images", "captions"),
         rows=tuple(rows),
         note=note,
     )
 
 
 def recalls(report: RetrievalReport) -> tuple[float, ...]:
+    """Return R@k from image to text, then from text to image, by rising k."""
     return (*report.image_to_text.values(), *report.text_to_image.values())
 
 
@@ -230,29 +249,33 @@ def chances(report: RetrievalReport) -> tuple[float, ...]:
 
 
 def _columns(report: RetrievalReport) -> tuple[str, ...]:
-    ks = list(report.image_to_text)
-    return (
-        *(f"image to text R@{k},\u00a0%" for k in ks),
-        *(f"text to image R@{k},\u00a0%" for k in ks),
-    )
+    columns: list[str] = []
+    for direction in ("image to text", "text to image"):
+        columns += [f"{direction} R@{k},\u00a0%" for k in report.image_to_text]
+    return tuple(columns)
 
 
 def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) -> Table:
-    """Ends of the intervals, and medians of the ranks. `report`: of one run, for the columns."""
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (
-            name,
-            *(
-                ends(*each)
-                for way in (found.image_to_text, found.text_to_image)
-                for each in way.values()
-            ),
-            ends(*found.mean_recall),
-            found.median_rank_image_to_text,
-            found.median_rank_text_to_image,
+    """Make a table of the ends of the intervals and the medians of the ranks.
+
+    Args:
+        intervals: of each run, by its name.
+        report: of one run, for the columns.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for name, run_intervals in intervals.items():
+        of_recalls = (
+            *run_intervals.image_to_text.values(),
+            *run_intervals.text_to_image.values(),
+            run_intervals.mean_recall,
         )
-        for name, found in intervals.items()
-    )
+        cells: tuple[Cell, ...] = (
+            name,
+            *(ends(low, high) for low, high in of_recalls),
+            run_intervals.median_rank_image_to_text,
+            run_intervals.median_rank_text_to_image,
+        )
+        rows.append(cells)
     columns = (
         "",
         *_columns(report),
@@ -265,29 +288,32 @@ def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) 
         "queries); one run has no "
         "variance over seeds. Rank 1 is first."
     )
-    return Table(title="How sure that is", columns=columns, rows=rows, note=note)
+    return Table(title="How sure that is", columns=columns, rows=tuple(rows), note=note)
 
 
 def ends(low: float, high: float) -> str:
+    """Return the ends of an interval in one line."""
+    # Spaces that do not break keep an interval together in a narrow column.
     return f"{low:.1f}\u00a0to\u00a0{high:.1f}"
 
 
 def settings_table(records: Sequence[RunRecord]) -> Table | None:
-    """The settings that are not the same in all runs, a column for each run; None if all are."""
-    names = dict.fromkeys(name for record in records for name in record.settings)
+    """Make a table of the settings that differ between runs, a column for each; None: none do."""
+    # A dictionary, not a set, keeps the order of the settings.
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(record.settings))
     rows: list[tuple[Cell, ...]] = []
     for name in names:
         values = [record.settings.get(name) for record in records]
         if len(set(values)) > 1:
             rows.append((name, *values))
-    return (
-        Table(
-            title="Settings that differ",
-            columns=("setting", *(r.name for r in records)),
-            rows=tuple(rows),
-        )
-        if rows
-        else None
+    if not rows:
+        return None
+    return Table(
+        title="Settings that differ",
+        columns=("setting", *(record.name for record in records)),
+        rows=tuple(rows),
     )
 
 
@@ -296,10 +322,14 @@ def seeds_table(
     reports: Mapping[str, RetrievalReport],
     hits: Mapping[str, RetrievalHits] | None = None,
 ) -> Table | None:
-    """Runs that differ in their seed alone, by mean and interval; None if there are none.
+    """Make a table of runs that differ in their seed alone: mean and interval; None: none do.
 
     The interval adds the variance over seeds to that over images (`apecache.metrics.statistics`).
-    `hits`: the answers of each run; without them the variance over images is an upper bound.
+
+    Args:
+        records: of all runs.
+        reports: by run name; runs that are missing here are left out.
+        hits: the answers of each run. Without them the variance over images is an upper bound.
     """
     groups: dict[tuple[object, ...], list[RunRecord]] = defaultdict(list)
     for record in records:
@@ -308,16 +338,21 @@ def seeds_table(
     rows: list[tuple[Cell, ...]] = []
     chance_rows: dict[tuple[int, int], tuple[Cell, ...]] = {}
     for group in groups.values():
-        if len({record.seed for record in group}) > 1:
-            first = reports[group[0].name]
-            answers = [hits[record.name] for record in group] if hits else []
-            estimates = _estimates([reports[record.name] for record in group], answers)
-            rows.append((_group_label(group), len(group), *map(_shown, estimates)))
-            chance_cells = (f"{value:.1f}" for value in (*chances(first), first.mean_chance))
-            chance_rows[first.n_images, first.n_texts] = ("chance", None, *chance_cells)
+        seeds = {record.seed for record in group}
+        if len(seeds) < 2:
+            continue
+        first = reports[group[0].name]
+        group_reports = [reports[record.name] for record in group]
+        answers = [hits[record.name] for record in group] if hits else []
+        estimates = _estimates(group_reports, answers)
+        rows.append((_group_label(group), len(group), *map(_shown, estimates)))
+        # As text, like the estimates above them in the table.
+        chance_cells = (f"{value:.1f}" for value in (*chances(first), first.mean_chance))
+        chance_rows[first.n_images, first.n_texts] = ("chance", None, *chance_cells)
     if not rows:
         return None
-    heads = ("recipe, encoders: runs", "seeds", *_columns(next(iter(reports.values()))), MEAN)
+    first_report = next(iter(reports.values()))
+    headings = ("recipe, encoders: runs", "seeds", *_columns(first_report), MEAN)
     bound = "" if hits else " That over images is an upper bound; give --store for the exact one."
     note = (
         "Mean, and in brackets its 95 % interval: variances over seeds and over images are added "
@@ -325,7 +360,7 @@ def seeds_table(
     )
     return Table(
         title="Seeds of one recipe",
-        columns=heads,
+        columns=headings,
         rows=(*rows, *chance_rows.values()),
         note=note,
     )
@@ -334,22 +369,35 @@ def seeds_table(
 def _group_label(group: Sequence[RunRecord]) -> str:
     settings = group[0].settings
     encoders = f"{settings.get('image encoder', '')} and {settings.get('text encoder', '')}"
-    return f"{group[0].recipe}, {encoders}: {', '.join(record.name for record in group)}"
+    names = ", ".join(record.name for record in group)
+    return f"{group[0].recipe}, {encoders}: {names}"
 
 
 def _estimates(
     reports: Sequence[RetrievalReport],
     answers: Sequence[RetrievalHits],
 ) -> list[Estimate]:
-    """Every recall, in the order of `recalls`, and their mean."""
-    terms: list[Term] = [(way, k) for way in WAYS for k in getattr(reports[0], way)]
+    """Estimate every recall, in the order of `recalls`, and their mean.
+
+    Args:
+        reports: of each seed.
+        answers: of each seed; empty: the estimates come from the recalls alone.
+    """
+    terms: list[Term] = []
+    for direction in WAYS:
+        for k in getattr(reports[0], direction):
+            terms.append((direction, k))
     if answers:
-        return [estimate_recall(answers, metric) for metric in (*([term] for term in terms), terms)]
-    columns = (
+        estimates = [estimate_recall(answers, [term]) for term in terms]
+        # The mean is estimated from all answers, not from the estimates: recalls of the same images
+        # depend on each other.
+        estimates.append(estimate_recall(answers, terms))
+        return estimates
+    by_metric = [
         *zip(*map(recalls, reports), strict=True),
         tuple(report.mean_recall for report in reports),
-    )
-    return [estimate_from_recalls(values, reports[0].n_images) for values in columns]
+    ]
+    return [estimate_from_recalls(values, reports[0].n_images) for values in by_metric]
 
 
 def _shown(estimate: Estimate) -> str:

@@ -1,7 +1,7 @@
-"""`apecache report`: one page for one run or several, of heads or of towers.
+"""Write the page of one run or several, of heads or of towers, for `apecache report`.
 
-Without a store it shows what the runs know: the dev split, on which epochs were chosen. With one it
-measures, by default on that dev split again, and shows pictures.
+Without a store the page shows what the runs record: figures of the dev split, on which epochs were
+chosen. With a store it measures, by default on the same dev split, and shows pictures.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,12 @@ from apecache.report.records import (
     settings_table,
     summary_table,
 )
-from apecache.report.run_page import learning_charts, ledger_table, retrieval_galleries
+from apecache.report.run_page import (
+    learning_charts,
+    ledger_table,
+    retrieval_galleries,
+    with_points,
+)
 from apecache.runs.load import load_run
 from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
@@ -41,22 +46,28 @@ CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """`store`: measure on it. `split`: of the store, in place of each run's own dev images.
-    `media`: where pictures lie; None: where the store remembers them. `command`: shown as what made
-    the page. `n_items`, `top`: queries of each gallery, and results of each query."""
+    """Choose what a page shows and where it is measured."""
 
     store: FeatureStore | None = None
+    """Measure on it; None: show the runs' recorded figures."""
     split: str | None = None
+    """Of the store; None: the dev images of each run."""
     media: Media | None = None
+    """Where pictures lie; None: where the store recorded them."""
     title: str = ""
     command: str = ""
+    """Shown as the command that made the page."""
     n_items: int = 6
+    """Queries of each gallery."""
     top: int = 5
+    """Results of each query."""
     device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
+    """Hold what was measured of a run on the store."""
+
     report: RetrievalReport
     intervals: Intervals
     hits: RetrievalHits
@@ -67,10 +78,10 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     """Write the page of one or several finished runs.
 
     Raises:
-        RunError: no finished run, or a damaged one. OptionError: a run given twice. DataError: runs
-            whose dev split the
-        store does not have, no such split, or nothing to show. MismatchError: a store of other
-            encoders.
+        RunError: a folder is no finished run, or a damaged one.
+        OptionError: a run is given twice.
+        DataError: the store lacks a run's dev split or the given split; or nothing can be shown.
+        MismatchError: the store is of other encoders than a run.
     """
     if not isinstance(runs, list | tuple):
         raise wrong_type(runs, "a list of run folders", "runs")
@@ -81,15 +92,17 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     require_type(spec.store, FeatureStore, "store", optional=True)
     records = read_records(folders)
     measured = _measure_all(records, spec)
-    reports = {name: found.report for name, found in measured.items()}
-    reports = reports or {record.name: record.dev for record in records if record.dev}
+    reports = {name: run.report for name, run in measured.items()}
+    if not reports:
+        reports = {record.name: record.dev for record in records if record.dev}
     if not reports:
         raise DataError(
             f"{records[0].path} says nothing of a dev split (a combination?); give --store to "
             "measure it"
         )
+    default_title = records[0].name if len(records) == 1 else f"{len(records)} runs"
     page = Page(
-        title=spec.title or (records[0].name if len(records) == 1 else f"{len(records)} runs"),
+        title=spec.title or default_title,
         subtitle=_subtitle(records),
         commands=(spec.command,) if spec.command else (),
         tables=tuple(_tables(records, reports=reports, measured=measured, spec=spec)),
@@ -101,30 +114,31 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
 
 
 def _galleries(measured: dict[str, _Measured], spec: ReportSpec) -> tuple[Gallery, ...]:
-    """Of the run with the best mean recall."""
+    """Make the galleries of the run with the best mean recall."""
     if spec.store is None:
         return ()
     best = max(measured, key=lambda name: measured[name].report.mean_recall)
-    found = retrieval_galleries(
+    galleries = retrieval_galleries(
         measured[best].embedded,
         store=spec.store,
         media=_media(spec),
         n_items=spec.n_items,
         top=spec.top,
     )
-    of = f": {best}" if len(measured) > 1 else ""
-    return tuple(replace(gallery, title=gallery.title + of) for gallery in found)
+    suffix = f": {best}" if len(measured) > 1 else ""
+    return tuple(replace(gallery, title=gallery.title + suffix) for gallery in galleries)
 
 
 def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _Measured]:
     store = spec.store
-    return (
-        {} if store is None else {record.name: _measure(record, store, spec) for record in records}
-    )
+    if store is None:
+        return {}
+    return {record.name: _measure(record, store, spec) for record in records}
 
 
 def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measured:
     media = _media(spec)
+    # Before the run is loaded, which takes a while: a missing dev split is an early error.
     among = None if spec.split is not None else dev_images(record, store)
     run = load_run(record.path, spec.device)
     embedded = embed_store(
@@ -145,8 +159,11 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measu
 
 
 def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
-    """[n_images], those that the run's epoch was chosen on. Raises DataError if that cannot be
-    known."""
+    """Return which images the run's epoch was chosen on, as a mask [n_images].
+
+    Raises:
+        DataError: it cannot be known.
+    """
     if not record.data:
         raise DataError(f"{record.path} knows no dev split; say what to measure on with --split")
     if record.data != store.digest:
@@ -154,7 +171,8 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
             f"{record.path} was trained on another table than that of {store.path}; give --split"
         )
     content = next((equal_images(array) for array in store.arrays("image")), None)
-    return choose_splits(store.pairs, record.splits, content)[1]
+    _, dev = choose_splits(store.pairs, record.splits, content)
+    return dev
 
 
 def _media(spec: ReportSpec) -> Media:
@@ -169,51 +187,56 @@ def _tables(
     measured: dict[str, _Measured],
     spec: ReportSpec,
 ) -> list[Table]:
-    where = "dev split" if spec.split is None else f"split {spec.split}"
-    seen = spec.split is None or any(_seen(record, spec) for record in records)
+    split_name = "dev split" if spec.split is None else f"split {spec.split}"
+    was_seen = spec.split is None or any(_seen(record, spec) for record in records)
+    note = CHOSEN_ON if was_seen else ""
     tables = [
         summary_table(records),
-        retrieval_table(f"Retrieval, {where}", reports, CHOSEN_ON if seen else ""),
+        retrieval_table(f"Retrieval, {split_name}", reports, note),
     ]
     if measured:
-        intervals = {name: found.intervals for name, found in measured.items()}
+        intervals = {name: run.intervals for name, run in measured.items()}
         tables.append(interval_table(intervals, next(iter(reports.values()))))
-    hits = {name: found.hits for name, found in measured.items()}
-    several = (
-        (seeds_table(records, reports, hits), settings_table(records)) if len(records) > 1 else ()
-    )
-    tables += [table for table in several if table]
-    costs = ledger_table({record.name: record.path for record in records})
+    if len(records) > 1:
+        hits = {name: run.hits for name, run in measured.items()}
+        for table in (seeds_table(records, reports, hits), settings_table(records)):
+            if table is not None:
+                tables.append(table)
+    costs = ledger_table(_paths(records))
     return [*tables, costs] if costs.rows else tables
 
 
 def _charts(records: Sequence[RunRecord]) -> tuple[Chart, ...]:
-    charts = learning_charts(
-        {record.name: record.path for record in records},
-        records[0].best_epoch if len(records) == 1 else None,
-    )
-    return tuple(chart for chart in charts if any(curve.points for curve in chart.curves))
+    # Several runs have several best epochs, which one marker cannot show.
+    best_epoch = records[0].best_epoch if len(records) == 1 else None
+    return tuple(with_points(learning_charts(_paths(records), best_epoch)))
+
+
+def _paths(records: Sequence[RunRecord]) -> dict[str, Path]:
+    return {record.name: record.path for record in records}
 
 
 def _seen(record: RunRecord, spec: ReportSpec) -> bool:
-    """Whether the reported split was trained or chosen on."""
+    """Tell whether the run was trained, or its epoch chosen, on the reported split."""
     used = (record.splits.train or "train", record.splits.dev)
     return spec.store is not None and record.data == spec.store.digest and spec.split in used
 
 
 def _subtitle(records: Sequence[RunRecord]) -> str:
-    encoders = {
-        (r.settings.get("image encoder", ""), r.settings.get("text encoder", "")) for r in records
-    }
-    (image, text), *more = sorted(encoders)
-    return f"{image} and {text}" + (f", and {len(more)} other pairs of encoders" if more else "")
+    encoder_pairs = set()
+    for record in records:
+        settings = record.settings
+        encoder_pairs.add((settings.get("image encoder", ""), settings.get("text encoder", "")))
+    (image, text), *other_pairs = sorted(encoder_pairs)
+    remark = f", and {len(other_pairs)} other pairs of encoders" if other_pairs else ""
+    return f"{image} and {text}{remark}"
 
 
 def _left_out_notes(measured: dict[str, _Measured]) -> tuple[str, ...]:
-    """What retrieval could not use, once where it is the same for all runs."""
+    """Say what retrieval could not use, once if it is the same for all runs."""
     names_of: dict[str, list[str]] = {}
-    for name, one in measured.items():
-        names_of.setdefault(str(one.embedded.left_out), []).append(name)
+    for name, run in measured.items():
+        names_of.setdefault(str(run.embedded.left_out), []).append(name)
     if len(names_of) == 1:
         (text,) = names_of
         return (f"{text[:1].upper()}{text[1:]}.",) if text else ()

@@ -1,11 +1,12 @@
-"""The search page without the web: what was asked, what is found, and how it is shown. No script,
-no file names."""
+"""Answer queries of the search page, without HTTP: read them, search, and render the results.
+
+The page has no script, and no request names a file.
+"""
 
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 from PIL import Image
 
@@ -17,20 +18,21 @@ from apecache.report.page import environment
 from apecache.search.query import Hit, Query, SearchIndex, Target
 
 USUAL = 24
+"""Results if a query gives no number."""
 MOST = 200
-"""Results unless it is said, and at most."""
+"""Results at most."""
 LONGEST = 2000
-"""Characters of words."""
+"""Characters of words, at most."""
 SIDE = 320
 """Pixels of a picture's longer side."""
 DECODERS = 2
 """Pictures that are decoded at once; each may take 150 MB."""
 TERMS = 8
-"""Images of the index in one query."""
+"""Images of the index in one query, at most."""
 
 
 class PageError(Exception):
-    """Cannot be answered: an HTTP status, and a sentence for people."""
+    """Report a request that cannot be answered, by an HTTP status and a sentence for people."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -40,49 +42,63 @@ class PageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """`words`, `without`: what results are like, and unlike; `like`: rows of images of the index;
-    `picture`: one that was sent. `k` None: as many as are usual, or there are. `target` empty:
-    captions for pictures alone, images for words."""
+    """Hold what a request asks for."""
 
     words: str = ""
+    """What results are like."""
     without: str = ""
+    """What results are unlike."""
     like: tuple[int, ...] = ()
+    """Rows of images of the index that results are like."""
     k: int | None = None
+    """Number of results; None: the usual number, or all if there are fewer."""
     target: str = ""
+    """`images` or `captions`; empty: captions for pictures alone, images for words."""
     picture: Image.Image | None = field(default=None, repr=False)
+    """An image that was sent, which results are like."""
 
     @property
     def empty(self) -> bool:
+        """Tell whether there is nothing to search for."""
         return not (self.words.strip() or self.like or self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One result, with the row of its image in the index."""
+    """Hold one result, with the row of its image in the index."""
 
     hit: Hit
     row: int
 
 
 def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
-    """What a request asks for. Raises PageError for what makes no sense."""
+    """Read what a request asks for.
 
-    def one(name: str) -> str:
+    Args:
+        fields: of the form or the address; each may be given several times.
+        picture: the bytes of an image that was sent; empty: none was.
+
+    Raises:
+        PageError: the request makes no sense, or the image cannot be read.
+    """
+
+    def last_value(name: str) -> str:
         return (fields.get(name) or [""])[-1]
 
-    words = one("q")
-    without = one("not")
-    target = one("target")
+    words = last_value("q")
+    without = last_value("not")
+    target = last_value("target")
     if max(len(words), len(without)) > LONGEST:
         raise PageError(400, f"The words are too long: {LONGEST:,} characters at most.")
     if target not in ("", "images", "captions"):
         raise PageError(400, "What to find is either images or captions.")
-    likes = list(
-        dict.fromkeys(_number(text, "An image's number", 0) for text in fields.get("like", ()))
-    )
+    like_rows = [_number(text, "An image's number", 0) for text in fields.get("like", ())]
+    # Each row once, in the order in which they were given.
+    likes = list(dict.fromkeys(like_rows))
     if len(likes) > TERMS:
         raise PageError(400, f"At most {TERMS} images of the index in one query.")
-    k = _number(one("k"), "The number of results", 1) if one("k") else None
+    k_text = last_value("k")
+    k = _number(k_text, "The number of results", 1) if k_text else None
     return Asked(
         words=words,
         without=without,
@@ -93,9 +109,11 @@ def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
     )
 
 
-def _number(text: str, what: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
-        raise PageError(400, f"{what} is a whole number from {least} on.")
+def _number(text: str, label: str, minimum: int) -> int:
+    # Limited to nine digits before it is converted: int() of a very long text fails, and is slow.
+    is_number = text.isascii() and text.isdigit() and len(text) < 10
+    if not (is_number and int(text) >= minimum):
+        raise PageError(400, f"{label} is a whole number from {minimum} on.")
     return int(text)
 
 
@@ -107,8 +125,11 @@ def _decoded(data: bytes) -> Image.Image:
 
 
 class SearchPage:
-    """Encoders are loaded once; one query at a time uses them. Pictures are read by row of the
-    index, never by a name that a request gives, and are encoded anew."""
+    """Answer queries on one index.
+
+    Encoders are loaded once; one query at a time uses them. A request names pictures by their row
+    in the index, never by a file's name, and they are encoded anew.
+    """
 
     def __init__(self, index: SearchIndex, media: Media) -> None:
         self.index = index
@@ -116,33 +137,40 @@ class SearchPage:
         self.rows = index.image_rows
         self.lock = threading.Lock()
         self.decoding = threading.BoundedSemaphore(DECODERS)
+        # A cache of this page alone: one of the class would keep pages alive.
         self.jpeg = lru_cache(maxsize=512)(self._jpeg)
-        about: dict[str, Any] = index.description
-        self.counts = {"images": len(self.rows), "captions": int(about.get("n_texts", 0))}
+        n_captions = int(index.description.get("n_texts", 0))
+        self.counts = {"images": len(self.rows), "captions": n_captions}
 
     def warm(self) -> None:
-        """Load both encoders now. Raises what opening them raises."""
+        """Load both encoders now, so that the first query does not wait for them.
+
+        Errors are those of opening the encoders.
+        """
+        blank = Image.new("RGB", (64, 64), "white")
+        query = Query(("words",), images=(blank,), files=False)
         with self.lock:
-            self.index.embed(
-                Query(("words",), images=(Image.new("RGB", (64, 64), "white"),), files=False)
-            )
+            self.index.embed(query)
 
     def find(self, asked: Asked) -> list[Found]:
-        """Raises PageError."""
+        """Search for what is asked.
+
+        Raises:
+            PageError: the query makes no sense, or the search failed.
+        """
         if asked.empty:
             raise PageError(
                 400,
                 "The query is empty: type words, choose an image, or take “like this” of a result.",
             )
         query = self._query(asked)
-        target: Target = (
-            "captions" if (asked.target or self.index.target_of(query)) == "captions" else "images"
-        )
+        target_name = asked.target or self.index.target_of(query)
+        target: Target = "captions" if target_name == "captions" else "images"
         if not self.counts[target]:
             raise PageError(400, f"The index holds no {target}.")
-        most = min(self.counts[target], MOST)
-        k = asked.k or min(USUAL, most)
-        if k > most:
+        limit = min(self.counts[target], MOST)
+        k = asked.k or min(USUAL, limit)
+        if k > limit:
             held = f"the index has {self.counts[target]:,} {target}"
             raise PageError(
                 400,
@@ -162,12 +190,17 @@ class SearchPage:
     def _query(self, asked: Asked) -> Query:
         keys = tuple(self.key(row) for row in asked.like)
         images = () if asked.picture is None else (asked.picture,)
-        words, without = (
-            tuple(text for text in (side,) if text.strip()) for side in (asked.words, asked.without)
-        )
+        words = (asked.words,) if asked.words.strip() else ()
+        without = (asked.without,) if asked.without.strip() else ()
+        # Without files: a word that is also the path of an image stays a word.
         return Query(words, unlike=without, keys=keys, images=images, files=False)
 
     def key(self, row: int) -> str:
+        """Return the key of an image of the index.
+
+        Raises:
+            PageError: there is no such row.
+        """
         if row >= len(self.rows):
             raise PageError(
                 404,
@@ -176,7 +209,11 @@ class SearchPage:
         return self.rows[row]["key"]
 
     def _jpeg(self, row: int) -> bytes:
-        """Raises PageError where the image is gone or cannot be read."""
+        """Return a small picture of an image of the index.
+
+        Raises:
+            PageError: the image is gone or cannot be read.
+        """
         key = self.key(row)
         try:
             with self.decoding:
@@ -185,29 +222,34 @@ class SearchPage:
             raise PageError(404, f"The picture cannot be read: {error.reason}.") from None
 
     def render(self, asked: Asked, found: Sequence[Found] | None = None, problem: str = "") -> str:
-        """The whole page. `found` None: nothing was asked yet."""
-        about = {
-            "asked": asked,
-            "found": found,
-            "problem": problem,
-            "counts": self.counts,
-            "most": MOST,
-        }
+        """Return the whole page.
+
+        Args:
+            found: None: nothing was asked yet, or the query failed.
+            problem: what went wrong, for people.
+        """
         k = asked.k or min(USUAL, *(count for count in self.counts.values() if count))
+        # A row that does not exist is the problem that this page may have to report.
         likes = [(row, self.rows[row]) for row in asked.like if row < len(self.rows)]
-        sent = None if asked.picture is None else thumbnail(asked.picture)
-        pictures = not isinstance(self.media, NoMedia)
-        return (
-            environment()
-            .get_template("search.html")
-            .render(**about, k=k, likes=likes, sent=sent, pictures=pictures)
+        template = environment().get_template("search.html")
+        return template.render(
+            asked=asked,
+            found=found,
+            problem=problem,
+            counts=self.counts,
+            most=MOST,
+            k=k,
+            likes=likes,
+            sent=None if asked.picture is None else thumbnail(asked.picture),
+            pictures=not isinstance(self.media, NoMedia),
         )
 
     def answer(self, asked: Asked) -> tuple[int, str]:
-        """Status and page."""
+        """Search, and return the HTTP status and the page."""
         try:
             return 200, self.render(asked, self.find(asked))
         except PageError as error:
+            # Without the picture, which may be what cannot be used.
             return error.status, self.render(replace(asked, picture=None), None, error.message)
 
 

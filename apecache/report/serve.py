@@ -1,4 +1,4 @@
-"""`apecache serve`: the search page of an index, on this machine."""
+"""Serve the search page of an index on this machine, for `apecache serve`."""
 
 import contextlib
 import ipaddress
@@ -20,30 +20,37 @@ from apecache.search.query import SearchIndex
 
 @dataclass(frozen=True)
 class ServeSpec:
-    """`run`: the index must be of its heads. `media`: where pictures lie; None: where the index
-    remembers them. `expose`: others may reach it, which an address other than this machine's own
-    needs. `port` 0: any that is free. `image`, `text`: encoders that have moved."""
+    """Choose an index and the address to serve it at."""
 
     index: AnyPath
     run: AnyPath | None = None
+    """The index must be of this run's heads; None: it is not checked."""
     media: Media | None = None
+    """Where pictures lie; None: where the index recorded them."""
     host: str = "127.0.0.1"
     port: int = 8080
+    """0: any free one."""
     expose: bool = False
+    """Whether others may reach the page; a host other than this machine needs it."""
     image: EncoderSpec | None = None
+    """The image encoder, if it has moved."""
     text: EncoderSpec | None = None
+    """The text encoder, if it has moved."""
     device: str = "auto"
 
 
 def serve(spec: ServeSpec, ready: Callable[[str], None] = lambda _: None) -> None:
-    """Serve until it is interrupted (Ctrl-C), which is a clean end. `ready` is told the address.
+    """Serve until it is interrupted (Ctrl-C), which is a clean end.
+
+    Args:
+        ready: called with the address once the server listens.
 
     Raises:
-        MissingExtraError: the web framework is not installed. OptionError: an address that is not
-            this machine's own
-        without `expose`, or one that cannot be had. RunError: no index. MismatchError: an index of
-            other heads than the
-        run's, or an encoder that is not the one they were trained on.
+        MissingExtraError: the web framework is not installed.
+        OptionError: an address that others reach, without `expose`; or one that is not available.
+        RunError: no index.
+        MismatchError: an index of other heads than the run's, or an encoder that is not the one
+            they were trained on.
     """
     require_type(spec, ServeSpec, "spec")
     server, sockets, url = make_server(spec)
@@ -53,12 +60,16 @@ def serve(spec: ServeSpec, ready: Callable[[str], None] = lambda _: None) -> Non
 
 
 def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
-    """The server, its open socket, and the address for people. Raises as `serve` does."""
+    """Return the server, its open socket, and the address for people.
+
+    Errors are those of `serve`.
+    """
     _require_extra()
     if not (spec.expose or is_loopback(spec.host)):
         raise OptionError(
             f"--host {spec.host} lets others reach this machine; add --expose if that is wanted"
         )
+    # Before the encoders load, which takes a while: a port in use is an early error.
     bound = _bind(spec.host, spec.port)
     try:
         app = _app(spec)
@@ -67,15 +78,21 @@ def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
         raise
     import uvicorn
 
-    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-    limits: dict[str, Any] = {
-        "limit_concurrency": 64,
-        "timeout_graceful_shutdown": 3,
-        "proxy_headers": False,
-    }
-    config = uvicorn.Config(app, lifespan="off", ws="none", **quiet, **limits)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=3,
+        # Any visitor could send the headers of a proxy.
+        proxy_headers=False,
+    )
     name = f"[{spec.host}]" if ":" in spec.host else spec.host
-    return uvicorn.Server(config), [bound], f"http://{name}:{bound.getsockname()[1]}/"
+    port = bound.getsockname()[1]
+    return uvicorn.Server(config), [bound], f"http://{name}:{port}/"
 
 
 def _app(spec: ServeSpec) -> Any:
@@ -91,13 +108,14 @@ def _app(spec: ServeSpec) -> Any:
             out=folder,
             run=run,
         )
-    page = SearchPage(index, spec.media or media_at(str(index.description.get("place", ""))))
+    media = spec.media or media_at(str(index.description.get("place", "")))
+    page = SearchPage(index, media)
     page.warm()
     return search_app(page, [spec.host], spec.expose)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Tell whether only this machine reaches an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -108,6 +126,7 @@ def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
+        # Without it the port of a server that has just ended stays taken for a minute.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         bound.listen()  # so that whoever is told the address finds it open

@@ -1,5 +1,4 @@
-"""The page of a sweep: its trials by their dev score, how settings and scores go together, what the
-best one is."""
+"""Write the page of a sweep: trials by their dev score, settings and scores, the best trial."""
 
 import json
 from collections import Counter
@@ -15,7 +14,7 @@ from apecache.report.charts.importance import FEWEST, importances
 from apecache.report.charts.parallel import Parallel, axis_of, worded
 from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
 from apecache.report.records import ends
-from apecache.report.run_page import learning_charts, ledger_table
+from apecache.report.run_page import learning_charts, ledger_table, with_points
 from apecache.runs.heads import DESCRIPTION
 from apecache.sweeps.run import COMMAND, DESCRIBED, Trial, read_trials
 from apecache.sweeps.space import Dimension
@@ -31,25 +30,36 @@ CHOSEN_ON = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Sweep:
-    """`space`: how each setting was to be chosen. `trials`: the best first. `command`: makes the
-    best run again."""
+    """Hold what the folder of a sweep records."""
 
     folder: Path
     about: Mapping[str, Any]
+    """The sweep's own description."""
     space: Mapping[str, Dimension]
+    """How each setting was to be chosen."""
     trials: Sequence[Trial]
+    """The best first."""
     command: str
+    """Makes the best run again; empty: not recorded yet."""
 
     @property
     def scored(self) -> list[Trial]:
+        """Return the trials that have a score."""
         return [trial for trial in self.trials if trial.mean is not None]
 
     @property
+    def state_counts(self) -> Counter[str]:
+        """Return the number of trials in each state."""
+        return Counter(trial.state for trial in self.trials)
+
+    @property
     def best(self) -> Path:
+        """Return the folder of the best run."""
         return self.folder / "best"
 
 
 def is_sweep(folder: Path) -> bool:
+    """Tell whether a folder is that of a sweep."""
     return (folder / DESCRIBED).is_file()
 
 
@@ -62,31 +72,28 @@ def sweep_page(folder: AnyPath, out: AnyPath | None = None, title: str = "") -> 
     folder = as_path(folder, "folder")
     page_path = folder / PAGE if out is None else as_path(out, "out")
     sweep = _read(folder)
-    fitted = (sweep.best / DESCRIPTION).is_file()
+    # Written last: a sweep that was interrupted has no best run yet.
+    is_fitted = (sweep.best / DESCRIPTION).is_file()
     shares, remark = _importance(sweep)
-    costs = (
-        replace(ledger_table({"the best run": sweep.best}), title="What the best run has cost")
-        if fitted
-        else None
-    )
-    tables = [
-        _trials_table(sweep),
-        shares,
-        _cost_table(sweep),
-        costs if costs and costs.rows else None,
-    ]
-    curves = learning_charts({f"trial {sweep.trials[0].number}": sweep.best}) if fitted else ()
+    tables = [_trials_table(sweep)]
+    if shares:
+        tables.append(shares)
+    tables.append(_cost_table(sweep))
+    charts = list(_progress(sweep))
+    if is_fitted:
+        costs = ledger_table({"the best run": sweep.best})
+        if costs.rows:
+            tables.append(replace(costs, title="What the best run has cost"))
+        best_trial = f"trial {sweep.trials[0].number}"
+        charts += with_points(learning_charts({best_trial: sweep.best}))
     page = Page(
         title=title or f"Sweep: {folder.resolve().name}",
         subtitle=_subtitle(sweep),
         commands=(sweep.command,) if sweep.command else (),
-        tables=tuple(table for table in tables if table),
+        tables=tuple(tables),
         parallels=_parallels(sweep),
-        charts=(
-            *_progress(sweep),
-            *(chart for chart in curves if any(c.points for c in chart.curves)),
-        ),
-        notes=(CHOSEN_ON, *((remark,) if remark else ())),
+        charts=tuple(charts),
+        notes=(CHOSEN_ON, remark) if remark else (CHOSEN_ON,),
     )
     return write_page(page, page_path)
 
@@ -97,69 +104,72 @@ def _read(folder: Path) -> _Sweep:
             f"{folder} is no sweep: it has no {DESCRIBED} (make one with: apecache sweep)"
         )
     try:
-        about = json.loads((folder / DESCRIBED).read_text(encoding="utf-8"))
+        description = json.loads((folder / DESCRIBED).read_text(encoding="utf-8"))
+        # Whole trials before stopped ones, whose scores come from fewer epochs.
         trials = sorted(
             read_trials(folder).values(),
-            key=lambda t: (STATES.index(t.state), -(t.mean or 0.0), t.number),
+            key=lambda trial: (STATES.index(trial.state), -(trial.mean or 0.0), trial.number),
         )
-        command = folder / COMMAND
-        told = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
-        space = {
-            name: Dimension.model_validate(dimension) for name, dimension in about["space"].items()
-        }
+        command_path = folder / COMMAND
+        command = ""
+        if command_path.is_file():
+            command = command_path.read_text(encoding="utf-8").strip()
+        space = {}
+        for name, dimension in description["space"].items():
+            space[name] = Dimension.model_validate(dimension)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(
             f"{folder} is damaged ({one_line(error)}); sweep again into another --out"
         ) from None
     if not trials:
         raise RunError(f"{folder} has no finished trial yet; go on with the same apecache sweep")
-    return _Sweep(folder=folder, about=about, space=space, trials=trials, command=told)
+    return _Sweep(folder=folder, about=description, space=space, trials=trials, command=command)
 
 
 def _subtitle(sweep: _Sweep) -> str:
     recipes = ", ".join(sweep.about.get("recipes", {}))
-    states = Counter(trial.state for trial in sweep.trials)
-    counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+    counts_of = sweep.state_counts
+    listed = ", ".join(f"{counts_of[state]} {state}" for state in STATES if counts_of[state])
     halving = " with successive halving" if sweep.about.get("halving") else ""
-    return f"{sweep.about.get('sampler', '')} search{halving} over {recipes}: {counts}"
+    return f"{sweep.about.get('sampler', '')} search{halving} over {recipes}: {listed}"
 
 
 def _trials_table(sweep: _Sweep) -> Table:
-    several = any(len(trial.recalls) > 1 for trial in sweep.trials)
-    seeds = ("each seed",) if several else ()
-    failed = any(trial.error for trial in sweep.trials)
+    # Columns of seeds and errors stand only in tables that have some.
+    several_seeds = any(len(trial.recalls) > 1 for trial in sweep.trials)
+    seed_columns = ("each seed",) if several_seeds else ()
+    any_failed = any(trial.error for trial in sweep.trials)
+    error_columns = ("error",) if any_failed else ()
     columns = (
         "trial",
         "state",
         SCORE,
         "95 % interval",
         "chance, %",
-        *seeds,
+        *seed_columns,
         "epochs",
         *sweep.space,
-        *(("error",) if failed else ()),
+        *error_columns,
     )
     rows: list[tuple[Cell, ...]] = []
     for trial in sweep.trials:
         interval = None if trial.low is None or trial.high is None else ends(trial.low, trial.high)
-        each_seed = (", ".join(f"{recall:.1f}" for recall in trial.recalls),) if several else ()
+        of_seeds = ", ".join(f"{recall:.1f}" for recall in trial.recalls)
         settings = (
             worded(trial.values[name]) if name in trial.values else None for name in sweep.space
         )
-        end = (trial.error or None,) if failed else ()
-        rows.append(
-            (
-                trial.number,
-                trial.state,
-                trial.mean,
-                interval,
-                trial.chance,
-                *each_seed,
-                trial.epochs,
-                *settings,
-                *end,
-            )
+        cells: tuple[Cell, ...] = (
+            trial.number,
+            trial.state,
+            trial.mean,
+            interval,
+            trial.chance,
+            *((of_seeds,) if several_seeds else ()),
+            trial.epochs,
+            *settings,
+            *((trial.error or None,) if any_failed else ()),
         )
+        rows.append(cells)
     note = (
         "The best first: whole trials, then those that were stopped early, then those that "
         "failed. Intervals add the "
@@ -170,12 +180,11 @@ def _trials_table(sweep: _Sweep) -> Table:
 
 def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
     trials = sweep.scored
-    chosen = {name: [trial.values.get(name) for trial in trials] for name in sweep.space}
-    axes = [
-        axis_of(n, sweep.space[n], values)
-        for n, values in chosen.items()
-        if any(v != values[0] for v in values)
-    ]
+    axes = []
+    for name, dimension in sweep.space.items():
+        values = [trial.values.get(name) for trial in trials]
+        if any(value != values[0] for value in values):
+            axes.append(axis_of(name, dimension, values))
     if not axes:
         return ()
     scores = tuple(trial.mean or 0.0 for trial in trials)
@@ -184,72 +193,81 @@ def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
         "stands out. "
         "Stopped trials had fewer epochs."
     )
-    return (
-        Parallel(
-            title="Settings and scores",
-            note=note,
-            axes=(*axes, axis_of(SCORE, None, scores)),
-            scores=scores,
-        ),
+    score_axis = axis_of(SCORE, None, scores)
+    parallel = Parallel(
+        title="Settings and scores",
+        note=note,
+        axes=(*axes, score_axis),
+        scores=scores,
     )
+    return (parallel,)
 
 
 def _importance(sweep: _Sweep) -> tuple[Table | None, str]:
-    """The table, or a remark why there is none."""
-    whole = [trial for trial in sweep.trials if trial.state == "done" and trial.mean is not None]
+    """Return the table of importances, or None and a remark why there is none."""
+    # Stopped trials had fewer epochs: their scores cannot be compared with those of whole ones.
+    points = []
+    scores = []
+    for trial in sweep.scored:
+        if trial.state == "done":
+            points.append(trial.values)
+            scores.append(trial.mean or 0.0)
+    n_done = len(points)
     try:
-        found = importances(
-            sweep.space,
-            [trial.values for trial in whole],
-            [trial.mean or 0.0 for trial in whole],
-        )
+        shares = importances(sweep.space, points, scores)
     except MissingExtraError as error:
         return None, f"How much each setting mattered is not told: {error}"
-    if not found:
-        few = (
-            f"How much each setting mattered is not told: {len(whole)} whole trials, at least "
+    if not shares:
+        too_few = (
+            f"How much each setting mattered is not told: {n_done} whole trials, at least "
             f"{FEWEST} are needed."
         )
-        return None, few if len(whole) < FEWEST else ""
-    rows = tuple((name, 100 * share) for name, share in found.items())
+        return None, too_few if n_done < FEWEST else ""
     note = (
-        f"By PED-ANOVA (Optuna) over the {len(whole)} trials that ran to the end; shares add up "
-        "to 100."
+        f"By PED-ANOVA (Optuna) over the {n_done} trials that ran to the end; shares add up to 100."
     )
-    return Table(
+    table = Table(
         title="What mattered",
         columns=("setting", "importance, %"),
-        rows=rows,
+        rows=tuple((name, 100 * share) for name, share in shares.items()),
         note=note,
-    ), ""
+    )
+    return table, ""
 
 
 def _cost_table(sweep: _Sweep) -> Table:
-    states = Counter(trial.state for trial in sweep.trials)
-    fits = sum(len(trial.recalls) for trial in sweep.trials)
-    rows: list[tuple[Cell, ...]] = [
-        (f"trials {state}", states[state]) for state in STATES if states[state]
-    ]
-    rows += [
-        ("fits", fits),
-        ("epochs of all fits", sum(trial.epochs * len(trial.recalls) for trial in sweep.trials)),
-    ]
-    seconds = [told for trial in sweep.trials if (told := vars(trial).get("seconds")) is not None]
-    rows += [("seconds of all trials", float(sum(seconds)))] if seconds else []
+    n_fits = 0
+    n_epochs = 0
+    recorded_seconds = []
+    for trial in sweep.trials:
+        # A trial has one fit, and one recall, for every seed.
+        n_fits += len(trial.recalls)
+        n_epochs += trial.epochs * len(trial.recalls)
+        seconds = vars(trial).get("seconds")
+        if seconds is not None:
+            recorded_seconds.append(seconds)
+    rows: list[tuple[Cell, ...]] = []
+    for state in STATES:
+        n_trials = sweep.state_counts[state]
+        if n_trials:
+            rows.append((f"trials {state}", n_trials))
+    rows.append(("fits", n_fits))
+    rows.append(("epochs of all fits", n_epochs))
+    if recorded_seconds:
+        rows.append(("seconds of all trials", float(sum(recorded_seconds))))
     return Table(title="What the sweep has cost", columns=("", "so far"), rows=tuple(rows))
 
 
 def _progress(sweep: _Sweep) -> tuple[Chart, ...]:
-    """Scores in the order of the trials, and the best so far."""
+    """Draw the scores in the order of the trials, and the best so far."""
     trials = sorted(sweep.scored, key=lambda trial: trial.number)
-    points = [(trial.number, trial.mean or 0.0) for trial in trials]
-    best = accumulate((score for _, score in points), max)
-    lines = (
-        Curve(name="best so far", points=tuple(zip((x for x, _ in points), best, strict=True))),
-        Curve(name="trial", points=tuple(points)),
+    if len(trials) < 2:
+        return ()
+    numbers = [trial.number for trial in trials]
+    scores = [trial.mean or 0.0 for trial in trials]
+    best_so_far = accumulate(scores, max)
+    curves = (
+        Curve(name="best so far", points=tuple(zip(numbers, best_so_far, strict=True))),
+        Curve(name="trial", points=tuple(zip(numbers, scores, strict=True))),
     )
-    return (
-        (Chart(title="The search", x_label="trial", y_label=SCORE, curves=lines),)
-        if len(points) > 1
-        else ()
-    )
+    return (Chart(title="The search", x_label="trial", y_label=SCORE, curves=curves),)

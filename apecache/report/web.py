@@ -1,8 +1,8 @@
-"""The search page over HTTP. The only module that knows Starlette.
+"""Serve the search page over HTTP. This is the only module that imports Starlette.
 
 Every answer forbids scripts, foreign contents, framing and guessing of types. A request must name a
-host that is ours: a page of another site whose name suddenly leads to this machine (DNS rebinding)
-is refused.
+host of this server: a page of another site whose name suddenly leads to this machine (DNS
+rebinding) is refused.
 """
 
 import ipaddress
@@ -22,8 +22,9 @@ from apecache.report.page import environment
 from apecache.report.search_page import Asked, PageError, SearchPage, parse
 
 MOST_BYTES = 32 * 2**20
-"""Of a request: an image and a few fields."""
+"""Of a request at most: an image and a few fields."""
 FIELDS = 32
+"""Of a form, at most."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; "
     "form-action 'self'; "
@@ -38,8 +39,13 @@ HEADERS = {
 
 
 def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False) -> ASGIApp:
-    """The application. `names`: hosts, beside addresses of this machine, by which it may be called;
-    `remote`: any address, for a server that others reach."""
+    """Return the application.
+
+    Args:
+        page: answers the queries.
+        names: hosts by which the server may be called, beside addresses of this machine.
+        remote: whether it may be called by any address, as others reach it.
+    """
 
     async def home(request: Request) -> Response:
         fields = {name: request.query_params.getlist(name) for name in request.query_params}
@@ -51,15 +57,12 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
         async with request.form(max_files=1, max_fields=FIELDS) as form:
             sent = form.get("image")
             picture = await sent.read() if isinstance(sent, UploadFile) else b""
-            fields = {name: [v for v in form.getlist(name) if isinstance(v, str)] for name in form}
-        if not picture:  # an address that can be kept and gone back to
-            kept = [
-                (name, value)
-                for name, values in fields.items()
-                for value in values
-                if value or name == "q"
-            ]
-            return RedirectResponse(f"/?{urlencode(kept)}", 303)
+            fields: dict[str, list[str]] = {}
+            for name in form:
+                fields[name] = [text for text in form.getlist(name) if isinstance(text, str)]
+        if not picture:
+            # Redirected, so that the query has an address that can be kept and gone back to.
+            return RedirectResponse(f"/?{urlencode(_filled(fields))}", 303)
         return await _answered(page, fields, picture)
 
     async def picture(request: Request) -> Response:
@@ -91,17 +94,29 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
 
 
 async def _answered(page: SearchPage, fields: dict[str, list[str]], picture: bytes) -> Response:
+    # In a thread: encoders would block every other request meanwhile.
     status, text = await run_in_threadpool(lambda: page.answer(parse(fields, picture)))
     return HTMLResponse(text, status)
 
 
+def _filled(fields: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Return the fields that are not empty."""
+    filled = []
+    for name, values in fields.items():
+        for value in values:
+            # Empty words stay: without any field the address would be that of the first page.
+            if value or name == "q":
+                filled.append((name, value))
+    return filled
+
+
 def stylesheet() -> str:
+    """Return the style sheet of the search page."""
     return environment().get_template("search.css").render()
 
 
 class Guard:
-    """Before everything else: whose request it is, and how large; after everything else: the
-    headers."""
+    """Refuse foreign and large requests before the application sees them, and add the headers."""
 
     def __init__(self, app: ASGIApp, names: Iterable[str], remote: bool) -> None:
         self.app = app
@@ -121,21 +136,21 @@ class Guard:
         if problem is None:
             await self.app(scope, receive, with_headers)
             return
-        if problem[0] == 413:
+        status, message = problem
+        if status == 413:
             await _drain(receive)
-        headers = {"Connection": "close"}
-        await Response(problem[1], problem[0], headers, "text/plain")(scope, receive, with_headers)
+        response = Response(message, status, {"Connection": "close"}, "text/plain")
+        await response(scope, receive, with_headers)
 
     def _problem(self, method: str, headers: Headers) -> tuple[int, str] | None:
+        """Return the status and the message for a request that is refused, None for others."""
         host = headers.get("host", "")
         if not self.allows(host):
-            return (
-                421,
-                (
-                    "This address does not belong to this server; use the one that apecache serve "
-                    "has printed."
-                ),
+            message = (
+                "This address does not belong to this server; use the one that apecache serve "
+                "has printed."
             )
+            return 421, message
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None and origin != f"http://{host}":
             return 403, "The form was sent from another site."
@@ -145,11 +160,16 @@ class Guard:
         return None
 
     def allows(self, host: str) -> bool:
-        """Whether a Host header names this machine: an address (those of this machine, or any where
-        the server is for others too), or a name that is ours."""
-        name = (
-            host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-        )
+        """Tell whether a Host header names this server.
+
+        Allowed are the server's names, addresses of this machine, and any address if others may
+        reach the server.
+        """
+        # An IPv6 address stands in brackets, as it has colons itself; a port may follow.
+        if host.startswith("["):
+            name = host.rpartition("]")[0].lstrip("[")
+        else:
+            name = host.partition(":")[0]
         if name.lower() in self.names:
             return True
         try:
@@ -160,11 +180,11 @@ class Guard:
 
 
 async def _drain(receive: Receive) -> None:
-    """Take what is still sent, within bounds: a browser that cannot finish sending shows no
-    answer."""
-    taken = 0
-    while taken < 4 * MOST_BYTES:
+    """Read and drop the rest of a request, within bounds."""
+    # A browser that cannot finish sending shows no answer.
+    n_bytes = 0
+    while n_bytes < 4 * MOST_BYTES:
         message = await receive()
-        taken += len(message.get("body", b""))
+        n_bytes += len(message.get("body", b""))
         if message["type"] != "http.request" or not message.get("more_body"):
             return

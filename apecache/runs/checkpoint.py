@@ -1,5 +1,7 @@
-"""The state of an unfinished fit on disk: one safetensors file whose header holds the rest as JSON.
-No pickle."""
+"""Save and load the state of an unfinished fit.
+
+One safetensors file holds the tensors, its header the rest as JSON. No pickle.
+"""
 
 import json
 from collections.abc import Mapping
@@ -18,17 +20,21 @@ FORMAT_VERSION = 1
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
-    """Replace the folder's checkpoint at once: after a kill or a power cut either the old or the
-    new one is there."""
+    """Replace the folder's checkpoint atomically.
+
+    After a kill or a power cut either the old or the new checkpoint is on disk.
+    """
+    # One file for both: tensors and state can never be of different steps.
     text = json.dumps({"format": FORMAT_VERSION, **state}, ensure_ascii=False, allow_nan=False)
+    # A safetensors header maps strings to strings, so the state is one string.
     replace_tensors(folder / CHECKPOINT, tensors, {"state": text})
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
-    """Tensors on the CPU, and the state.
+    """Read the tensors, on the CPU, and the state.
 
     Raises:
-        RunError: the file is damaged, or of a newer format.
+        RunError: The file is damaged, or of a newer format.
     """
     path = folder / CHECKPOINT
     try:
@@ -41,6 +47,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
                 f"{FORMAT_VERSION}: upgrade"
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        # The RunError of a newer format is itself a ValueError: do not report it as damage.
         if isinstance(error, RunError):
             raise
         why = str(error).splitlines()[0]
@@ -49,21 +56,23 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Its state by `number of the parameter/name`; settings are the recipe's and not repeated."""
-    state = optimiser.state_dict()["state"]
-    return {
-        f"{i}/{name}": value
-        for i, entry in state.items()
-        for name, value in entry.items()
-        if value is not None
-    }
+    """Return the optimizer's state by `parameter number/name`.
+
+    Settings, such as learning rates, are left out: the recipe has them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, entry in optimiser.state_dict()["state"].items():
+        for name, value in entry.items():
+            if value is not None:
+                tensors[f"{number}/{name}"] = value
+    return tensors
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `flatten_optimiser` returned into an optimizer of the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition("/")
         state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict(
-        {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
-    )
+    param_groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": param_groups})

@@ -1,4 +1,4 @@
-"""A finished run of the encoder trainer, ready to embed images and texts."""
+"""Save and load a finished run of the encoder trainer, ready to embed images and texts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,23 +29,35 @@ DESCRIPTION = "encoder.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTower:
-    """One modality whose tower trained: the counterpart of `TrainedSide`, from images or texts
-    instead of features.
+    """Embed images or texts of one modality whose tower trained.
 
-    `encoder`, `fingerprint`: of the encoder as it was before training.
+    The counterpart of `TrainedSide`, which starts from features.
     """
 
     side: Side | SharedSide
+    """Trained tower with its head."""
     loaded: ImageEncoder | TextEncoder
+    """Encoder that preprocesses or tokenizes the inputs."""
     encoder: Mapping[str, Json]
+    """Spec of the encoder before training, as JSON."""
     fingerprint: Fingerprint
+    """Fingerprint of the encoder before training."""
 
     @property
     def dim(self) -> int:
+        """Width of the embeddings."""
         return self.side.dim
 
     def require_encoder(self, found: Fingerprint, where: str) -> None:
-        """Raises MismatchError unless `found` is the encoder that training began with."""
+        """Check that `found` is the encoder that training began with.
+
+        Args:
+            found: Fingerprint to check.
+            where: What the fingerprint belongs to, for the message.
+
+        Raises:
+            MismatchError: The fingerprints differ.
+        """
         differences = found.difference(self.fingerprint)
         if differences:
             raise MismatchError(
@@ -58,16 +70,27 @@ class TrainedTower:
 
     @torch.inference_mode()
     def embed(self, inputs: Sequence[Picture] | Sequence[str], batch: int = 64) -> Tensor:
-        """Pictures, in any form that `open_picture` takes, or texts -> float32 [n, dim],
-        L2-normalised, on the encoder's device."""
-        parts = [self._embed(inputs[i : i + batch]) for i in range(0, len(inputs), batch)]
-        return (
-            torch.cat(parts) if parts else torch.empty(0, self.side.dim, device=self.loaded.device)
-        )
+        """Embed pictures or texts in batches, in their order.
+
+        Args:
+            inputs: Pictures, in any form that `open_picture` takes, or texts.
+            batch: Number of inputs in a batch.
+
+        Returns:
+            float32 [n, dim], L2-normalized, on the encoder's device.
+        """
+        embedded_batches = [
+            self._embed(inputs[i : i + batch]) for i in range(0, len(inputs), batch)
+        ]
+        if not embedded_batches:
+            return torch.empty(0, self.side.dim, device=self.loaded.device)
+        return torch.cat(embedded_batches)
 
     def _embed(self, inputs: Sequence[Any]) -> Tensor:
         if isinstance(self.loaded, TextEncoder):
-            return self.side(*self.loaded.pad(self.loaded.tokenise(inputs).ids)).float()  # type: ignore[no-any-return]
+            token_ids = self.loaded.tokenise(inputs).ids
+            padded = self.loaded.pad(token_ids)
+            return self.side(*padded).float()  # type: ignore[no-any-return]
         images = [open_readable(image, f"inputs[{number}]") for number, image in enumerate(inputs)]
         pixels = torch.stack([self.loaded.preprocess(image) for image in images])
         return self.side(pixels.to(self.loaded.device)).float()  # type: ignore[no-any-return]
@@ -75,16 +98,20 @@ class TrainedTower:
 
 @dataclass(frozen=True)
 class TrainedEncoders:
-    """Both sides (a `TrainedSide` where the tower was frozen, so that features serve it), the scale
-    of the logits (1 / temperature), what is known about the training, and the identity of all
-    that."""
+    """Hold both sides of a finished run and what is recorded of its training."""
 
     model: EncoderModel
+    """Model with the trained weights, in evaluation mode."""
     image: TrainedSide | TrainedTower
+    """Image side. A `TrainedSide`, which takes features, where the tower was frozen."""
     text: TrainedSide | TrainedTower
+    """Text side, as `image`."""
     scale: float
+    """Scale of the logits: 1 / temperature."""
     training: Mapping[str, Json]
+    """Description that the run wrote of itself."""
     digest: str
+    """Identity of the encoders, the recipe and the trained weights."""
 
 
 def load_encoders(
@@ -93,42 +120,55 @@ def load_encoders(
     image: EncoderSpec | None = None,
     text: EncoderSpec | None = None,
 ) -> TrainedEncoders:
-    """What a run trained, in the encoders that it names; `image`, `text`: these, where they have
-    moved.
+    """Load what a run trained into the encoders that it names.
+
+    Args:
+        run: Folder of the run.
+        device: Device of the model.
+        image: Image encoder at its new place, if it has moved.
+        text: Text encoder at its new place, if it has moved.
 
     Raises:
-        RunError: not a finished run of the encoder trainer, or a damaged one. EncoderError: an
-            encoder cannot be had.
-        MismatchError: an encoder is no longer the one that was trained.
+        RunError: `run` is not a finished run of the encoder trainer, or it is damaged.
+        EncoderError: An encoder cannot be loaded.
+        MismatchError: An encoder is no longer the one that was trained.
     """
     run = as_path(run, "run")
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
-    value = read_description(run)
-    where = parse_device(device)
-    recipe = parse_recipe(value["recipe"], str(run / DESCRIPTION))
-    live = [
-        None
-        if value[side]["cached"]
-        else _load(value[side], moved=moved, run=run, device=str(where))
-        for side, moved in (("image", image), ("text", text))
-    ]
-    dims = [value[side]["dim"] for side in ("image", "text")]
+    description = read_description(run)
+    torch_device = parse_device(device)
+    recipe = parse_recipe(description["recipe"], str(run / DESCRIPTION))
+    live_encoders: list[ImageEncoder | TextEncoder | None] = []
+    for side, moved in (("image", image), ("text", text)):
+        if description[side]["cached"]:
+            live_encoders.append(None)
+        else:
+            encoder = _load(description[side], moved=moved, run=run, device=str(torch_device))
+            live_encoders.append(encoder)
+    dims = [description["image"]["dim"], description["text"]["dim"]]
+    # Building draws initial weights, which are replaced below: keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        teacher = Teacher(dim=value["teacher"]["dim"]) if recipe.distillation else None
-        model = build_model(recipe, encoders=live, dims=dims, device=where, teacher=teacher)
+        teacher = Teacher(dim=description["teacher"]["dim"]) if recipe.distillation else None
+        model = build_model(
+            recipe,
+            encoders=live_encoders,
+            dims=dims,
+            device=torch_device,
+            teacher=teacher,
+        )
     tensors, _ = read_tensors(run / WEIGHTS)
     model.load_kept(tensors)
     model.eval().requires_grad_(False)
-    parts = ((model.image, live[0], value["image"]), (model.text, live[1], value["text"]))
-    first, second = (_side(module, encoder, about) for module, encoder, about in parts)
+    image_side = _side(model.image, live_encoders[0], description["image"])
+    text_side = _side(model.text, live_encoders[1], description["text"])
     return TrainedEncoders(
         model,
-        image=first,
-        text=second,
+        image=image_side,
+        text=text_side,
         scale=model.temperature.scale().item(),
-        training=value,
-        digest=_digest(value, tensors),
+        training=description,
+        digest=_digest(description, tensors),
     )
 
 
@@ -139,15 +179,19 @@ def save_encoders(
 ) -> None:
     """Write the weights, then the description, whose presence makes the folder a finished run.
 
-    `tensors`: what training can change; frozen parameters are those of the encoder that the
-    description names.
+    Args:
+        run: Folder of the run.
+        tensors: Weights that training can change. Frozen weights come from the encoder that the
+            description names.
+        description: What the run says of itself.
     """
+    # `read_tensors` refuses a file without this header.
     replace_tensors(run / WEIGHTS, tensors, {"apecache": "{}"})
     replace_text(run / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False))
 
 
 def read_description(run: Path) -> dict[str, Any]:
-    """What the run says of itself. Raises RunError as `load_encoders` does."""
+    """Read what the run says of itself. Raises RunError as `load_encoders` does."""
     try:
         value = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))
         if not {"recipe", "image", "text"} <= value.keys():
@@ -162,7 +206,11 @@ def read_description(run: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the header that the encoder trainer wrote. Raises RunError for anything else."""
+    """Read the tensors and the header that the encoder trainer wrote.
+
+    Raises:
+        RunError: The file is missing, damaged, or written by something else.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["apecache"])
@@ -176,29 +224,42 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _side(
     module: Side | SharedSide,
     encoder: ImageEncoder | TextEncoder | None,
-    about: dict[str, Any],
+    description: dict[str, Any],
 ) -> TrainedSide | TrainedTower:
-    fingerprint = Fingerprint(fields=about["fingerprint"])
+    """Return one side of a loaded run, for features if its tower was frozen."""
+    fingerprint = Fingerprint(fields=description["fingerprint"])
     if encoder is None and isinstance(module, Side):
-        return TrainedSide(head=module.head, encoder=about["encoder"], fingerprint=fingerprint)
+        return TrainedSide(
+            head=module.head,
+            encoder=description["encoder"],
+            fingerprint=fingerprint,
+        )
     assert encoder is not None
     return TrainedTower(
         side=module,
         loaded=encoder,
-        encoder=about["encoder"],
+        encoder=description["encoder"],
         fingerprint=fingerprint,
     )
 
 
-def _digest(value: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    arrays = ((name, t.contiguous()) for name, t in sorted(tensors.items()))
+def _digest(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Identify what the run computes: encoders before training, recipe and trained weights."""
+    # Generators: one contiguous copy at a time is in memory.
+    contiguous = ((name, tensor.contiguous()) for name, tensor in sorted(tensors.items()))
     weights = digest_tensors(
-        (name, str(t.dtype), tuple(t.shape), t.numpy().data) for name, t in arrays
+        (name, str(tensor.dtype), tuple(tensor.shape), tensor.numpy().data)
+        for name, tensor in contiguous
     )
-    fields = {side: value[side]["fingerprint"] for side in ("image", "text")}
-    return Fingerprint(
-        fields={"sides": fields, "recipe": value["recipe"], "weights": weights}
-    ).digest
+    identity = {
+        "sides": {
+            "image": description["image"]["fingerprint"],
+            "text": description["text"]["fingerprint"],
+        },
+        "recipe": description["recipe"],
+        "weights": weights,
+    }
+    return Fingerprint(fields=identity).digest
 
 
 def _load(
@@ -207,6 +268,7 @@ def _load(
     run: Path,
     device: str,
 ) -> ImageEncoder | TextEncoder:
+    """Load the encoder of a side. Raises MismatchError if it is not the one that was trained."""
     spec = moved or spec_from_json(side["encoder"])
     encoder = (
         load_image_encoder(spec, device)

@@ -1,20 +1,23 @@
-"""Heads that were trained one by one, put side by side as one."""
+"""Combine heads that were trained one by one into one pair of heads."""
 
 from collections.abc import Sequence
 from statistics import fmean
 
 from apecache.arguments import require_type, wrong_type
 from apecache.errors import OptionError
+from apecache.fingerprint import Json
 from apecache.heads.head import Head, HeadSpec, SeveralHeads
 from apecache.runs.heads import TrainedHeads, TrainedSide
 
 
 def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
-    """One pair of heads whose cosines are the mean of the runs' cosines; its scale is the mean of
-    theirs.
+    """Return one pair of heads whose cosines are the mean of the runs' cosines.
+
+    Its scale is the mean of their scales.
 
     Raises:
-        OptionError: fewer than two runs. MismatchError: they are of different encoders.
+        OptionError: There are fewer than two runs.
+        MismatchError: The runs are of different encoders.
     """
     if not isinstance(runs, Sequence):
         raise wrong_type(runs, "a list of TrainedHeads", "runs")
@@ -25,19 +28,29 @@ def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
     for number, run in enumerate(runs[1:], 2):
         runs[0].image.require_encoder(run.image.fingerprint, f"run {number}: its image head")
         runs[0].text.require_encoder(run.text.fingerprint, f"run {number}: its text head")
-    sides = (_combine([run.image for run in runs]), _combine([run.text for run in runs]))
-    training = [dict(run.training) for run in runs]
-    first = training[0]
-    shared = {
-        key: first.get(key)
-        for key in ("data", "splits")
-        if all(t.get(key) == first.get(key) for t in training)
-    }
-    return TrainedHeads(*sides, fmean(run.scale for run in runs), {**shared, "combined": training})
+    image = _combine([run.image for run in runs])
+    text = _combine([run.text for run in runs])
+    trainings = [dict(run.training) for run in runs]
+    first = trainings[0]
+    combined: dict[str, Json] = {}
+    # A reader takes these for the data of the whole combination, so all runs must agree on them.
+    for key in ("data", "splits"):
+        if all(training.get(key) == first.get(key) for training in trainings):
+            combined[key] = first.get(key)
+    combined["combined"] = trainings
+    return TrainedHeads(
+        image=image,
+        text=text,
+        scale=fmean(run.scale for run in runs),
+        training=combined,
+    )
 
 
 def _combine(sides: Sequence[TrainedSide]) -> TrainedSide:
-    heads = [head for side in sides for head in _single(side.head)]
+    """Put the heads of one modality side by side."""
+    heads: list[Head] = []
+    for side in sides:
+        heads.extend(_single(side.head))
     spec = HeadSpec(kind="several", parts=tuple(head.spec for head in heads))
     return TrainedSide(
         head=SeveralHeads(spec, heads).eval(),
@@ -47,7 +60,7 @@ def _combine(sides: Sequence[TrainedSide]) -> TrainedSide:
 
 
 def _single(head: Head) -> list[Head]:
-    """A combination of combinations is one of single heads, each of the same weight."""
+    """Return the single heads of a combination, so that each has the same weight in a new one."""
     if not isinstance(head, SeveralHeads):
         return [head]
-    return [part for part in head.parts if isinstance(part, Head)]
+    return [single_head for single_head in head.parts if isinstance(single_head, Head)]

@@ -1,4 +1,4 @@
-"""What stands in a run folder: recipe, history, checkpoint while it runs, head when it is done."""
+"""Keep a run folder: recipe, history, checkpoint during a fit, head at its end."""
 
 import fcntl
 import json
@@ -27,20 +27,30 @@ HEAD_FILES = (WEIGHTS, DESCRIPTION)
 
 
 def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FILES) -> None:
-    """A finished run is begun anew only with `overwrite`, a foreign folder never; an unfinished one
-    goes on. `files`: weights and description, whose presence makes a run of this kind a finished
-    one.
+    """Check that a fit may write into `out`.
+
+    A fit may resume an unfinished run, and may replace a finished one with `overwrite`. A folder
+    with other files is never touched.
+
+    Args:
+        out: Run folder.
+        overwrite: Whether a finished run may be replaced.
+        files: Names of weights and description. A run with the description is finished.
 
     Raises:
         RunError: `out` holds a finished run, or something else.
     """
     require_local(out, "run folder")
+    description = files[1]
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    done = files[1] in names and RECIPE in names  # an index has a head, but no recipe
-    known = OURS | set(files)
-    ours = out.is_dir() and names <= known | {scratch_of(out / name).name for name in known}
-    unfinished = ours and (CHECKPOINT in names or files[1] not in names)
-    if not unfinished and not (overwrite and done):
+    is_finished = description in names and RECIPE in names  # an index has a head, but no recipe
+    run_files = OURS | set(files)
+    # A write that was killed leaves its scratch file behind.
+    scratch_files = {scratch_of(out / name).name for name in run_files}
+    is_run_folder = out.is_dir() and names <= run_files | scratch_files
+    # A checkpoint beside a description: the fit was killed before it removed the checkpoint.
+    is_unfinished = is_run_folder and (CHECKPOINT in names or description not in names)
+    if not is_unfinished and not (overwrite and is_finished):
         require_new(out, "run folder", overwrite)
 
 
@@ -48,10 +58,18 @@ def find_checkpoint(
     out: Path,
     identity: Fingerprint,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Tensors and state of the same fit, broken off; None if there is none.
+    """Read the checkpoint of an interrupted fit.
+
+    Args:
+        out: Run folder.
+        identity: What the fit is: its recipe, data, seed, splits and encoders.
+
+    Returns:
+        Tensors and state of the checkpoint; None if there is no checkpoint.
 
     Raises:
-        MismatchError: it is of another recipe, data, seed or split. RunError: it is damaged.
+        MismatchError: The checkpoint is of a fit with another identity.
+        RunError: The checkpoint is damaged.
     """
     if not (out / CHECKPOINT).is_file():
         return None
@@ -59,13 +77,13 @@ def find_checkpoint(
     differences = identity.difference(Fingerprint(fields=state.get("identity", {})))
     if differences:
         shown = "; ".join(
-            f"{path} is {shorten(here)}, there {shorten(there)}"
-            for path, here, there in differences[:3]
+            f"{path} is {shorten(current_value)}, there {shorten(stored_value)}"
+            for path, current_value, stored_value in differences[:3]
         )
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        extra = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise MismatchError(
             (
-                f"{out} holds another fit, broken off ({shown}{more}); choose another --out, or "
+                f"{out} holds another fit, broken off ({shown}{extra}); choose another --out, or "
                 "add --overwrite"
             ),
             differences,
@@ -75,14 +93,14 @@ def find_checkpoint(
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """The folder, made if it is not there, for one fit at a time. The lock goes with the process,
-    also by a kill.
+    """Lock the folder for one fit at a time. The folder is made if it is missing.
 
     Raises:
-        RunError: another process fits into it.
+        RunError: Another process fits into it.
     """
     require_local(out, "folder")
     out.mkdir(parents=True, exist_ok=True)
+    # A lock on the folder itself: the kernel releases it when the process ends, also by a kill.
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,26 +114,30 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def clear_folder(out: Path, recipe: Recipe) -> None:
+    """Empty the folder and write the recipe into it."""
     for path in out.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (out / RECIPE).write_text(
-        json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False),
-        encoding="utf-8",
-    )
+    text = json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False)
+    (out / RECIPE).write_text(text, encoding="utf-8")
 
 
 def write_history(run: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Replace a run's history: JSON lines, one for each evaluation."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     (run / HISTORY).write_text(text, encoding="utf-8")
 
 
 def add_to_history(run: Path, line: dict[str, Any]) -> None:
+    """Append one evaluation to a run's history."""
     with (run / HISTORY).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def read_history(run: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a run's history, epoch 0 (untrained) first; `loss` is None there."""
+    """Read the lines of a run's history.
+
+    Epoch 0, the model before training, comes first; its `loss` is None.
+    """
     for text in (run / HISTORY).read_text(encoding="utf-8").splitlines():
         yield json.loads(text)
 
@@ -129,9 +151,21 @@ def history_line(
     dev: RetrievalReport,
     seconds: float,
 ) -> dict[str, Any]:
+    """Return one line of a history, ready for JSON.
+
+    Args:
+        epoch: Epochs done.
+        step: Steps done.
+        loss: Mean loss of the epoch; not finite before training.
+        lr: Learning rate of the last step.
+        temperature: Temperature of the evaluated model.
+        dev: Retrieval on the dev split, in percent.
+        seconds: Time of the epoch.
+    """
     return {
         "epoch": epoch,
         "step": step,
+        # JSON has no NaN.
         "loss": loss if math.isfinite(loss) else None,
         "lr": lr,
         "temperature": temperature,

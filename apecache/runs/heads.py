@@ -1,7 +1,7 @@
-"""A trained pair of heads on disk: `head.safetensors` and `head.json`. No pickle.
+"""Save and load a trained pair of heads: `head.safetensors` and `head.json`, without pickle.
 
-`head.json` says which heads, for which encoders (spec and fingerprint), trained how; the tensors
-must be exactly those that the heads have.
+`head.json` names the heads, their encoders (spec and fingerprint) and the training. The tensors
+must be exactly those of the heads.
 """
 
 import json
@@ -35,19 +35,30 @@ DESCRIPTION = "head.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedSide:
-    """One modality: its head, and the encoder that it belongs to (`encoder` is the spec as
-    JSON)."""
+    """Hold the head of one modality and name the encoder that it belongs to."""
 
     head: Head
+    """Trained head, which takes features of the encoder."""
     encoder: Mapping[str, Json]
+    """Spec of the encoder, as JSON."""
     fingerprint: Fingerprint
+    """Fingerprint of the encoder."""
 
     @property
     def dim(self) -> int:
+        """Width of the embeddings."""
         return self.head.out_dim
 
     def require_encoder(self, found: Fingerprint, where: str) -> None:
-        """Raises MismatchError unless `found` is the encoder that the head was trained on."""
+        """Check that `found` is the encoder that the head was trained on.
+
+        Args:
+            found: Fingerprint to check.
+            where: What the fingerprint belongs to, for the message.
+
+        Raises:
+            MismatchError: The fingerprints differ.
+        """
         if found.digest != self.fingerprint.digest:
             differences = found.difference(self.fingerprint)
             raise MismatchError(
@@ -59,32 +70,38 @@ class TrainedSide:
             )
 
     def embed(self, features: Tensor, lengths: Tensor | None = None, batch: int = 8192) -> Tensor:
-        """Features of n rows -> float32 [n, out_dim], L2-normalised; see
-        `apecache.heads.head.embed`."""
+        """Embed features of n rows as float32 [n, out_dim], L2-normalized.
+
+        See `apecache.heads.head.embed`.
+        """
         return embed(self.head, features, lengths, batch)
 
 
 @dataclass(frozen=True)
 class TrainedHeads:
-    """Both sides, the scale of the logits (1 / temperature), and what is known about the
-    training."""
+    """Hold the heads of both sides and what is recorded of their training."""
 
     image: TrainedSide
     text: TrainedSide
     scale: float
+    """Scale of the logits: 1 / temperature."""
     training: Mapping[str, Json] = field(default_factory=dict)
+    """Recipe, seed, splits, data and dev recalls of the training."""
 
     @property
     def digest(self) -> str:
-        """Identity of what the heads compute: names the head that an index was made with."""
-        fields = {side: _describe(getattr(self, side)) for side in ("image", "text")}
-        tensors = (
+        """Identify what the heads compute. An index records the digest of its heads."""
+        descriptions = {side: _describe(getattr(self, side)) for side in ("image", "text")}
+        # Generators: one copy on the CPU at a time is in memory.
+        on_cpu = (
             (name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(self).items()
         )
         weights = digest_tensors(
-            (n, str(t.dtype), tuple(t.shape), t.numpy().data) for n, t in tensors
+            (name, str(tensor.dtype), tuple(tensor.shape), tensor.numpy().data)
+            for name, tensor in on_cpu
         )
-        return Fingerprint(fields={"sides": fields, "weights": weights, "scale": self.scale}).digest
+        identity = {"sides": descriptions, "weights": weights, "scale": self.scale}
+        return Fingerprint(fields=identity).digest
 
 
 def save_heads(heads: TrainedHeads, folder: AnyPath) -> None:
@@ -107,15 +124,17 @@ def save_heads(heads: TrainedHeads, folder: AnyPath) -> None:
 
 
 def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHeads:
-    """Read a run or index folder's heads.
+    """Read the heads of a run or index folder.
 
     Raises:
-        RunError: no finished run there, a newer format, or files that do not fit each other.
+        RunError: The folder holds no finished run, a newer format, or files that do not fit each
+            other.
     """
     folder = as_path(folder, "folder")
     path = folder / DESCRIPTION
     if not path.is_file():
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        parent = folder.parent
+        siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
         hint = "" if folder.exists() else nearest(folder.name, siblings)
         raise RunError(
             f"{folder} is no finished run: it has no {DESCRIPTION}{hint} (make one with: "
@@ -146,6 +165,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             training=value["training"],
         )
     except (KeyError, TypeError, ValueError, ValidationError, RuntimeError, OverflowError) as error:
+        # The RunError of a newer format is itself a ValueError: do not report it as damage.
         if isinstance(error, RunError):
             raise
         raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}; train again") from None
@@ -156,6 +176,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
 
 
 def _side(head: Head, value: Mapping[str, Json]) -> TrainedSide:
+    """Read what `_describe` returned."""
     return TrainedSide(
         head=head,
         encoder=dict(value["encoder"]),
@@ -164,6 +185,7 @@ def _side(head: Head, value: Mapping[str, Json]) -> TrainedSide:
 
 
 def _describe(side: TrainedSide) -> dict[str, Json]:
+    """Return the description of one side, as JSON."""
     return {
         "head": side.head.spec.model_dump(),
         "dim": side.head.in_dim,
@@ -173,37 +195,40 @@ def _describe(side: TrainedSide) -> dict[str, Json]:
 
 
 def _tensors(heads: TrainedHeads) -> dict[str, Tensor]:
-    sides = (("image", heads.image.head), ("text", heads.text.head))
-    return {
-        f"{side}.{name}": tensor
-        for side, head in sides
-        for name, tensor in head.state_dict().items()
-    }
+    """Return the tensors of both heads by `side.name`."""
+    tensors: dict[str, Tensor] = {}
+    for side, head in (("image", heads.image.head), ("text", heads.text.head)):
+        for name, tensor in head.state_dict().items():
+            tensors[f"{side}.{name}"] = tensor
+    return tensors
 
 
 def _load_weights(heads: TrainedHeads, path: Path) -> None:
-    """Raises RunError unless the file holds exactly the heads' tensors, all finite."""
+    """Load the weights. Raises RunError unless the file holds exactly the heads' tensors, all
+    finite."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}; train again") from None
-    wanted = _tensors(heads)
-    wrong = sorted(
-        name
-        for name in wanted.keys() | tensors.keys()
-        if name not in wanted or name not in tensors or _kind(wanted[name]) != _kind(tensors[name])
-    )
-    wrong = wrong or [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if wrong:
+    expected = _tensors(heads)
+    wrong_names: list[str] = []
+    for name in sorted(expected.keys() | tensors.keys()):
+        in_both = name in expected and name in tensors
+        if not in_both or _kind(expected[name]) != _kind(tensors[name]):
+            wrong_names.append(name)
+    if not wrong_names:
+        wrong_names = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong_names:
         raise RunError(
-            f"{path} does not hold the heads of {DESCRIPTION}: {', '.join(wrong[:3])}; train again"
+            f"{path} does not hold the heads of {DESCRIPTION}: {', '.join(wrong_names[:3])}; "
+            "train again"
         )
     for side, head in (("image", heads.image.head), ("text", heads.text.head)):
-        head.load_state_dict(
-            {name: tensors[f"{side}.{name}"] for name in head.state_dict()},
-            assign=True,
-        )
+        head_tensors = {name: tensors[f"{side}.{name}"] for name in head.state_dict()}
+        # The heads were built on the meta device, so there is no memory to copy into.
+        head.load_state_dict(head_tensors, assign=True)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Return what a stored tensor and a head's tensor must share."""
     return tensor.shape, tensor.dtype

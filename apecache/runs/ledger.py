@@ -1,5 +1,7 @@
-"""What a fit has cost: time, operations, memory, bytes, and energy and money where they are known.
-Nothing is guessed: what no reading or report tells is None."""
+"""Record what a fit cost: time, operations, memory, bytes, and, where known, energy and money.
+
+Nothing is guessed: a value without a reading or report is None.
+"""
 
 import json
 import math
@@ -17,102 +19,113 @@ LEDGER = "ledger.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """`loading_seconds`: store to device; `training_seconds`: all that is neither loading nor
-    evaluation on dev.
-
-    `step_flops`: matrix products of one step, forward and backward, as torch's counter counts them
-    (a multiplication and an addition are two); `flops`: of all steps, evaluation left out.
-    `n_samples`: pairs of image and caption that were seen. `n_negatives`: wrong candidates of each
-    query in a batch, their mean over one batch where captions or images are equal and hence right;
-    `nominal_batch`: images in a step. `peak_bytes`: most that torch's allocator held on the GPU
-    since the fit began; None on a CPU, where torch counts nothing. `store_bytes`: what loading
-    reads. `energy_joules`: the whole GPU's, by NVML; None without it, and for a fit that was broken
-    off. `money`: of loading, training and evaluation at a price per hour. `extraction_seconds`:
-    from the report of `apecache extract`, for both sides; `runs_until_paid`: fits like this one
-    after which the cache has cost less time than the encoders in every epoch would have.
-    `warnings`: of `apecache lint`.
-    """
+    """List the costs of one fit."""
 
     training_seconds: float
+    """Time that is neither loading nor evaluation on dev."""
     evaluation_seconds: float
+    """Time of evaluation on dev."""
     loading_seconds: float
+    """Time from the store to the device."""
     n_steps: int
+    """Optimizer steps."""
     step_flops: int
+    """Operations in the matrix products of one step, forward and backward, by torch's counter.
+
+    A multiplication and an addition are two operations.
+    """
     flops: int
+    """Operations of all steps, without evaluation."""
     n_samples: int
+    """Pairs of image and caption that training read, with repetitions."""
     n_negatives: int
+    """Wrong candidates of each query in a batch.
+
+    The mean over one batch if equal captions or images make some candidates right.
+    """
     nominal_batch: int
+    """Images in a step."""
     store_bytes: int
+    """Bytes of the files that loading reads."""
     peak_bytes: int | None = None
+    """Most bytes that torch's allocator held on the GPU during the fit; None on a CPU."""
     energy_joules: float | None = None
+    """Energy of the whole GPU by NVML; None without NVML, and for a fit that was resumed."""
     money: float | None = None
+    """Price of loading, training and evaluation, in the currency of the price per hour."""
     extraction_seconds: float | None = None
+    """Time of extraction for both sides, from the report of `apecache extract`."""
     runs_until_paid: int | None = None
+    """Fits like this one after which the cache has saved more time than it cost."""
     warnings: tuple[str, ...] = ()
+    """Warnings of `apecache lint`."""
 
     @property
     def seconds(self) -> float:
+        """Time of loading, training and evaluation."""
         return self.loading_seconds + self.training_seconds + self.evaluation_seconds
 
     def rows(self) -> tuple[tuple[str, str | int | float], ...]:
-        """Return (what, value) for tables; what is not known is left out."""
-        known = {
-            name: value
-            for name, value in asdict(self).items()
-            if value is not None and name != "warnings"
-        }
-        return tuple((name.replace("_", " "), value) for name, value in known.items())
+        """Return (label, value) for tables, without unknown values."""
+        rows: list[tuple[str, str | int | float]] = []
+        for name, value in asdict(self).items():
+            if value is not None and name != "warnings":
+                rows.append((name.replace("_", " "), value))
+        return tuple(rows)
 
 
 def save_ledger(ledger: Ledger, run: Path) -> None:
-    (run / LEDGER).write_text(
-        json.dumps(asdict(ledger), indent=1, allow_nan=False) + "\n",
-        encoding="utf-8",
-    )
+    """Write the ledger into a run folder."""
+    text = json.dumps(asdict(ledger), indent=1, allow_nan=False)
+    (run / LEDGER).write_text(text + "\n", encoding="utf-8")
 
 
 def load_ledger(run: Path) -> Ledger | None:
-    """Read the ledger of a run; None where it has none: of an older version, or a combination.
+    """Read the ledger of a run.
 
-    Older ledgers say in `peak_of` what `peak_bytes` was read from. The growth of the process's
-    resident size is dropped: it depends on what the process did before.
+    Returns:
+        The ledger; None for runs of older versions and for combinations, which have none.
 
     Raises:
-        RunError: it is damaged.
+        RunError: The file is damaged.
     """
     path = run / LEDGER
     if not path.is_file():
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        # Older ledgers name the source of `peak_bytes`. Growth of the process's resident size is
+        # dropped: it depends on what the process did before the fit.
         if value.pop("peak_of", "cuda") != "cuda":
             value["peak_bytes"] = None
-        return Ledger(**{**value, "warnings": tuple(value["warnings"])})
+        warnings = tuple(value["warnings"])
+        return Ledger(**{**value, "warnings": warnings})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}); train again") from None
 
 
 class Meter:
-    """Readings from when it is made: peak memory, and energy where NVML is there."""
+    """Read peak memory, and energy where NVML is available, since its construction."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._joules = _joules(device)
+        # The peak of an earlier fit in this process must not count.
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def peak_bytes(self) -> int | None:
-        """Return the most that torch's allocator held since this was made; None where torch counts
-        nothing."""
+        """Return the most bytes that torch's allocator held; None where torch does not count."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def joules(self) -> float | None:
+        """Return the energy that the GPU used; None if it is not known."""
         now = _joules(self.device)
         return None if now is None or self._joules is None else now - self._joules
 
 
 def _joules(device: torch.device) -> float | None:
-    """The GPU's counter of energy; None without a GPU, NVML's bindings, or a counter."""
+    """Read the GPU's energy counter; None without a GPU, NVML's bindings, or a counter."""
     if device.type != "cuda":
         return None
     try:
@@ -121,64 +134,72 @@ def _joules(device: torch.device) -> float | None:
         return None
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        )
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        return float(millijoules) / 1000
     except pynvml.NVMLError:
         return None
 
 
 def stored_bytes(array: FeatureArray) -> int:
-    """Bytes of files that reading the whole array reads."""
-    own = sum(
-        commit.objects[chunk_name(array.record, part, commit.shard)].bytes
-        for commit in array.commits.values()
-        for part in array.record.layout.parts
-    )
-    return own + sum(stored_bytes(part) for part in array.appended)
+    """Add up the bytes of the files that hold a whole array."""
+    n_bytes = 0
+    for commit in array.commits.values():
+        for layout_part in array.record.layout.parts:
+            chunk = chunk_name(array.record, layout_part, commit.shard)
+            n_bytes += commit.objects[chunk].bytes
+    return n_bytes + sum(stored_bytes(appended) for appended in array.appended)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """Seconds per row that the encoders of both sides took, and of all rows."""
+    """Hold how long the encoders of both sides took."""
 
     image_seconds: float
+    """Time per image."""
     text_seconds: float
+    """Time per caption."""
     seconds: float
+    """Time of all rows of both sides."""
 
 
 def read_extraction(path: Path, arrays: tuple[FeatureArray, FeatureArray]) -> Extraction | None:
-    """From what `apecache extract --json` printed; None unless that run encoded every row of both
-    arrays.
+    """Read the times of extraction from what `apecache extract --json` printed.
+
+    Returns:
+        The times; None unless that run encoded every row of both arrays.
 
     Raises:
-        RunError: the file is no such report.
+        RunError: The file is not such a report.
     """
     try:
-        found = {
-            (a["modality"], a["name"]): a
-            for a in json.loads(path.read_text(encoding="utf-8"))["arrays"]
-        }
-        sides = [found.get((array.record.modality, array.name)) for array in arrays]
-        whole = [
-            side for side in sides if side is not None and side["n_encoded"] == side["rows"] > 0
+        report = json.loads(path.read_text(encoding="utf-8"))
+        entries = {(entry["modality"], entry["name"]): entry for entry in report["arrays"]}
+        complete_entries = []
+        for array in arrays:
+            entry = entries.get((array.record.modality, array.name))
+            # A resumed extraction timed only some of the rows, so its time is not used.
+            if entry is not None and entry["n_encoded"] == entry["rows"] > 0:
+                complete_entries.append(entry)
+        seconds_and_rows = [
+            (float(entry["seconds"]), int(entry["rows"])) for entry in complete_entries
         ]
-        counts = [(float(side["seconds"]), int(side["rows"])) for side in whole]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = str(error).splitlines()[0]
         raise RunError(
             f"{path} is no report of extract ({why}); write one with: apecache extract --json"
         ) from None
-    if len(counts) < 2 or any(
-        rows != array.rows for (_, rows), array in zip(counts, arrays, strict=True)
-    ):
+    if len(seconds_and_rows) < 2:
         return None
-    (image, n_images), (text, n_texts) = counts
+    (image_seconds, n_images), (text_seconds, n_texts) = seconds_and_rows
+    if n_images != arrays[0].rows or n_texts != arrays[1].rows:
+        return None
     return Extraction(
-        image_seconds=image / n_images,
-        text_seconds=text / n_texts,
-        seconds=image + text,
+        image_seconds=image_seconds / n_images,
+        text_seconds=text_seconds / n_texts,
+        seconds=image_seconds + text_seconds,
     )
 
 
@@ -188,13 +209,26 @@ def runs_until_paid(
     n_samples: int,
     loading_seconds: float,
 ) -> int | None:
-    """Fits after which extracting once and loading every time has taken less time than encoding all
-    `n_images` and `n_samples` captions that a fit sees; None where it never does."""
-    saved = (
-        n_images * extraction.image_seconds + n_samples * extraction.text_seconds - loading_seconds
-    )
-    return max(1, math.ceil(extraction.seconds / saved)) if saved > 0 else None
+    """Count the fits after which the cache has saved more time than extraction took.
+
+    A fit with the cache loads features; without it a fit encodes all its images and captions.
+
+    Args:
+        extraction: Times of the encoders.
+        n_images: Images that a fit reads, with repetitions.
+        n_samples: Captions that a fit reads, with repetitions.
+        loading_seconds: Time to load the features for a fit.
+
+    Returns:
+        Number of fits, at least 1; None if loading takes longer than encoding.
+    """
+    encoding_seconds = n_images * extraction.image_seconds + n_samples * extraction.text_seconds
+    saved_seconds = encoding_seconds - loading_seconds
+    if saved_seconds > 0:
+        return max(1, math.ceil(extraction.seconds / saved_seconds))
+    return None
 
 
 def money(seconds: float, price_per_hour: float | None) -> float | None:
+    """Return the price of a time; None without a price per hour."""
     return None if price_per_hour is None else seconds / 3600 * price_per_hour

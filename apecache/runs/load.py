@@ -1,5 +1,4 @@
-"""A finished run of either trainer: what evaluation, index and report take, without asking which it
-is."""
+"""Load a finished run of either trainer, for evaluation, index and report."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads
 Run = TrainedHeads | TrainedEncoders
 RunSide = TrainedSide | TrainedTower
 Embed = Callable[[Sequence[Any]], Tensor]
-"""RGB images, or texts -> float32 [n, dim], L2-normalised."""
+"""Embed RGB images or texts as float32 [n, dim], L2-normalized."""
 BATCH = 64
 
 
@@ -34,11 +33,16 @@ def load_run(
     image: EncoderSpec | None = None,
     text: EncoderSpec | None = None,
 ) -> Run:
-    """Read a run or index folder. `image`, `text`: encoders that have moved; opened only where
-    their towers trained.
+    """Read a run or index folder.
+
+    Args:
+        folder: Folder of the run.
+        device: Device of the heads and encoders.
+        image: Image encoder at its new place, if it has moved. Opened only if its tower trained.
+        text: Text encoder, as `image`.
 
     Raises:
-        RunError, EncoderError, MismatchError: as `load_heads` and `load_encoders` do.
+        RunError, EncoderError, MismatchError: As `load_heads` and `load_encoders` do.
     """
     folder = as_path(folder, "folder")
     require_type(image, EncoderSpec, "image", optional=True)
@@ -49,81 +53,116 @@ def load_run(
 
 
 def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:
-    """The encoder that a run names, which is not opened. Raises RunError if there is no run."""
+    """Read the spec of the encoder that a run names. The encoder is not opened.
+
+    Raises:
+        RunError: There is no finished run.
+    """
     if not is_encoder_run(folder):
-        return spec_from_json(getattr(load_heads(folder), side).encoder)
-    return spec_from_json(trained_encoders.read_description(folder)[side]["encoder"])
+        head_side: TrainedSide = getattr(load_heads(folder), side)
+        return spec_from_json(head_side.encoder)
+    description = trained_encoders.read_description(folder)
+    return spec_from_json(description[side]["encoder"])
 
 
 def recorded_fingerprint(folder: Path, side: Modality) -> Fingerprint:
-    """Read the fingerprint of an encoder as it was before training; the encoder is not opened.
+    """Read the fingerprint of an encoder before training. The encoder is not opened.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: There is no finished run.
     """
     if not is_encoder_run(folder):
-        fingerprint: Fingerprint = getattr(load_heads(folder), side).fingerprint
-        return fingerprint
-    return Fingerprint(fields=trained_encoders.read_description(folder)[side]["fingerprint"])
+        head_side: TrainedSide = getattr(load_heads(folder), side)
+        return head_side.fingerprint
+    description = trained_encoders.read_description(folder)
+    return Fingerprint(fields=description[side]["fingerprint"])
 
 
 def recorded_training(folder: Path) -> Mapping[str, Any]:
-    """What a run says of its own training: recipe, seed, splits, data, dev, counts; a combination
-    says nothing. Encoders are not opened. Raises RunError if there is no finished run."""
+    """Read what a run records of its training: recipe, seed, splits, data, dev recalls, counts.
+
+    A combination records none of these at the top level. Encoders are not opened.
+
+    Raises:
+        RunError: There is no finished run.
+    """
     if is_encoder_run(folder):
         return trained_encoders.read_description(folder)
     return load_heads(folder).training
 
 
 def is_encoder_run(folder: Path) -> bool:
-    """Whether towers trained: a finished run of fit-encoder. Raises RunError for a URL."""
+    """Check whether a folder holds a finished run of fit-encoder. Raises RunError for a URL."""
     require_local(folder, "run folder")
     return (folder / trained_encoders.DESCRIPTION).is_file()
 
 
 def require_head_run(folder: Path, what: str) -> None:
-    """Raises RunError for a run whose towers trained; `what` cannot serve one."""
+    """Refuse a run of fit-encoder.
+
+    Args:
+        folder: Folder of the run.
+        what: The option or command that takes heads only, for the message.
+
+    Raises:
+        RunError: The towers of the run trained.
+    """
     if is_encoder_run(folder):
         raise RunError(f"{folder} is a run of fit-encoder; {what} takes runs of fit-head only")
 
 
 def copy_run(folder: Path, out: Path) -> None:
-    """Weights and description of a finished run into another folder, in that order."""
+    """Copy the weights and the description of a finished run into another folder."""
+    # The description comes last: its presence makes the copy a finished run.
     module = trained_encoders if is_encoder_run(folder) else checkpoint
     for name in (module.WEIGHTS, module.DESCRIPTION):
         shutil.copyfile(folder / name, out / name)
 
 
 def image_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:
-    """Opens the side's encoder, or `moved`. Raises MismatchError if it is not the one that the run
-    was trained on."""
+    """Open the encoder of an image side.
+
+    Args:
+        side: Image side of a run.
+        device: Device of the encoder; a trained tower has its own.
+        moved: The encoder at its new place, if it has moved.
+
+    Returns:
+        A function from RGB images to their embeddings.
+
+    Raises:
+        MismatchError: The encoder is not the one that the run was trained on.
+    """
     if isinstance(side, TrainedTower):
         return side.embed
     encoder = load_image_encoder(moved or spec_from_json(side.encoder), device)
     side.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
 
     def embed(images: Sequence[Image.Image]) -> Tensor:
-        return side.embed(
-            encoder.encode(torch.stack([encoder.preprocess(image) for image in images]))
-        )
+        pixels = torch.stack([encoder.preprocess(image) for image in images])
+        features = encoder.encode(pixels)
+        return side.embed(features)
 
     return embed
 
 
 def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None = None) -> Embed:
-    """As `image_embedder`."""
+    """Open the encoder of a text side, as `image_embedder` does."""
     if isinstance(side, TrainedTower):
         return side.embed
     encoder = load_text_encoder(moved or spec_from_json(side.encoder), device)
     side.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
 
     def embed(texts: Sequence[str]) -> Tensor:
-        parts = [embed_batch(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
-        return torch.cat(parts) if parts else torch.empty(0, side.dim)
+        embedded_batches = [embed_batch(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        if not embedded_batches:
+            return torch.empty(0, side.dim)
+        return torch.cat(embedded_batches)
 
     def embed_batch(texts: Sequence[str]) -> Tensor:
         ids = encoder.tokenise(texts).ids
         features = encoder.encode_ids(ids)
+        # Features of tokens are padded to the longest text: the head needs to know where each ends.
         lengths = torch.tensor([len(row) for row in ids]) if features.ndim == 3 else None
         return side.embed(features, lengths)
 

@@ -1,5 +1,4 @@
-"""A finished run in use, of either trainer: images and texts in, embeddings out, by the run's own
-encoders."""
+"""Use a finished run of either trainer: embed images and texts with the run's own encoders."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,61 +26,72 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextModel:
-    """Embeddings are float32 [n, dim], L2-normalised, in the order given. Encoders of frozen sides
-    are loaded when they are first needed. `image`, `text`: those that have moved, in place of the
-    ones that the run names."""
+    """Embed images and texts as float32 [n, dim], L2-normalized, in the order given.
+
+    Encoders of frozen sides are loaded when they are first needed.
+    """
 
     run: Run
+    """Finished run."""
     image: EncoderSpec | None = None
+    """Image encoder at its new place; None: the one that the run names."""
     text: EncoderSpec | None = None
+    """Text encoder at its new place; None: the one that the run names."""
     device: str = "auto"
+    """Device of the encoders that are loaded later."""
 
     @property
     def dim(self) -> int:
+        """Width of the embeddings."""
         return self.run.image.dim
 
     @property
     def scale(self) -> float:
-        """What cosines are multiplied with before a softmax: 1 / the learned temperature."""
+        """Factor of the cosines before a softmax: 1 / the learned temperature."""
         return self.run.scale
 
     def encode_image(self, images: Iterable[Picture]) -> Embeddings:
         """Embed pictures, in the order given.
 
         Args:
-            images: paths, bytes, binary file objects, PIL images, arrays uint8 [height, width, 3],
+            images: Paths, bytes, binary file objects, PIL images, arrays uint8 [height, width, 3],
                 or any mix of them. One picture has the same vector in every form; see
                 `apecache.data.images.open_picture`.
 
         Raises:
-            OptionError: an item that is no picture, before any is encoded. DataError: an image that
-                cannot be read.
-            EncoderError: the encoder cannot be had. MismatchError: it is not the one that the run
-                was trained on.
+            OptionError: An item is not a picture. The items of a list are checked before any is
+                encoded.
+            DataError: An image cannot be read.
+            EncoderError: The encoder cannot be loaded.
+            MismatchError: The encoder is not the one that the run was trained on.
         """
+        # A generator: only the pictures of one batch are open at a time.
         pictures = (
             open_readable(image, f"images[{number}]")
             for number, image in enumerate(_listed(images))
         )
-        parts = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
-        return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
+        embedded_batches = [_array(self._embed_images(batch)) for batch in _batches(pictures)]
+        # The empty array gives the result its width where there is no picture.
+        return np.concatenate([np.empty((0, self.dim), np.float32), *embedded_batches])
 
     def encode_text(self, texts: Iterable[str]) -> Embeddings:
         """Embed texts, in the order given. A text is never taken for the name of a file.
 
         Raises:
-            OptionError: an item that is no text. DataError: a text that is empty or no Unicode.
-                Else as `encode_image`.
+            OptionError: An item is not a text.
+            DataError: A text is empty or not Unicode.
+            EncoderError: The encoder cannot be loaded.
+            MismatchError: The encoder is not the one that the run was trained on.
         """
         checked = as_texts(texts, "texts")
         for number, text in enumerate(checked):
             if error := caption_error(text):
                 raise DataError(f"text {number}: {error.detail}; give every text at least one word")
-        parts = [_array(self._embed_texts(batch)) for batch in _batches(iter(checked))]
-        return np.concatenate([np.empty((0, self.dim), np.float32), *parts])
+        embedded_batches = [_array(self._embed_texts(batch)) for batch in _batches(iter(checked))]
+        return np.concatenate([np.empty((0, self.dim), np.float32), *embedded_batches])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
-        """float32 [n_images, n_texts]: cosines times `scale`, the logits of the training."""
+        """Return the logits of training, float32 [n_images, n_texts]: cosines times `scale`."""
         scores: Embeddings = (self.scale * (image @ text.T)).astype(np.float32)
         return scores
 
@@ -100,17 +110,24 @@ def load(
     text: EncoderSpec | None = None,
     device: str = "auto",
 ) -> ImageTextModel:
-    """A run of `fit_head` or `fit_encoder`, or heads that were combined, ready for images and
-    texts. `run`: its folder, or a URL of object storage.
+    """Load a run of `fit_head` or `fit_encoder`, or combined heads, for images and texts.
+
+    Encoders whose towers were trained are loaded here, others when they are first needed.
+
+    Args:
+        run: Folder of the run, or its URL on object storage.
+        image: Image encoder at its new place, if it has moved.
+        text: Text encoder at its new place, if it has moved.
+        device: Device of the encoders and heads.
 
     Raises:
-        RunError: no finished run there. EncoderError: the device cannot be used. Of towers that
-            were trained, which are
-        loaded here, also EncoderError: the encoder cannot be had. MismatchError: it is not the one
-            that was trained.
+        RunError: `run` is not a finished run.
+        EncoderError: The device cannot be used, or a trained encoder cannot be loaded.
+        MismatchError: A trained encoder is not the one that was trained.
     """
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
+    # All weights are read here: a copy that was fetched is removed at the end of the block.
     with fetched_run(as_place(run, "run")) as folder:
         return ImageTextModel(
             run=load_run(folder, device=device, image=image, text=text),
@@ -121,12 +138,18 @@ def load(
 
 
 def _listed(images: Iterable[Picture]) -> Iterable[Picture]:
-    """The pictures, all checked by type where they are a list. Raises OptionError, also for a
-    single picture."""
+    """Return the pictures, with the types of a list's items checked.
+
+    Raises:
+        OptionError: `images` is a single picture or not iterable, or an item is not a picture.
+    """
+    # Strings, bytes and one image's array are iterable too: their items are not pictures.
     single = isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read")
     if single or (isinstance(images, np.ndarray) and images.ndim == 3):
-        found = type(images).__name__
-        raise OptionError(f"images: a list is expected, found a single {found}; put it in brackets")
+        type_name = type(images).__name__
+        raise OptionError(
+            f"images: a list is expected, found a single {type_name}; put it in brackets"
+        )
     if not isinstance(images, Iterable) or isinstance(images, Mapping | set):
         raise wrong_type(images, f"a list of pictures, each {PICTURES}", "images")
     if isinstance(images, list | tuple | np.ndarray):
@@ -136,6 +159,7 @@ def _listed(images: Iterable[Picture]) -> Iterable[Picture]:
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Yield the items in lists of at most `BATCH`."""
     while batch := list(islice(items, BATCH)):
         yield batch
 

@@ -1,8 +1,8 @@
-"""The model card of a run: `README.md` in its folder, filled from what was recorded. What is not
-known says so.
+"""Write the model card of a run: `README.md` in its folder, filled from what was recorded.
 
-The settings are those that were used: after overrides, with the widths of the finished heads, the
-batch that fitted the data, what was chosen of a closed form, and the temperature at the end.
+Unknown values are marked as such. Settings are shown as used: after overrides, with the widths of
+the finished heads, the batch size that the data allowed, the chosen settings of a closed form, and
+the temperature at the end.
 """
 
 import html
@@ -30,22 +30,38 @@ SHOWN_AS_USED = (
     "schedule.batch_size",
     "schedule.accumulate",
 )
-"""Settings of a recipe in whose place the card shows what was used."""
+"""Settings that the card replaces by the values that were used."""
+USE = (
+    "## Use",
+    "",
+    "```python",
+    "import apecache",
+    "",
+    'model = apecache.load("this folder")',
+    'scores = model.similarity(model.encode_image(["photo.jpg"]), model.encode_text(["a dog"]))',
+    "```",
+    "",
+)
+"""Lines at the end of a card: how to load the run."""
 Row = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A run of either trainer: a sentence on what it is, what it says of its training, both
-    encoders (image first). `heads`: the specs of the finished heads, or those of the recipe;
-    `encoders`: those that the run names."""
+    """Describe a run of either trainer."""
 
     what: str
+    """Sentence that says what the run is."""
     about: Mapping[str, Json]
+    """What the run recorded of its training."""
     image: Sequence[Row]
+    """Rows on the image encoder."""
     text: Sequence[Row]
+    """Rows on the text encoder."""
     heads: tuple[HeadSpec, HeadSpec]
+    """Specs of the finished heads, or those of the recipe, image before text."""
     encoders: tuple[EncoderSpec, ...]
+    """Encoders that the run names."""
 
 
 def save_card(
@@ -56,12 +72,19 @@ def save_card(
     origin: str,
     run: Path,
 ) -> None:
-    """`origin`: where the pairs came from; of a path the last part only, since cards are
-    published."""
-    (run / CARD).write_text(
-        model_card(heads, recipe=recipe, dev=dev, ledger=ledger, origin=origin),
-        encoding="utf-8",
-    )
+    """Write the card of a run of fit-head into its folder.
+
+    Args:
+        heads: Finished heads.
+        recipe: Recipe after overrides.
+        dev: Retrieval on the dev split.
+        ledger: Costs of the fit.
+        origin: Where the pairs came from. Of a path only the last part is shown, since cards are
+            published.
+        run: Run folder.
+    """
+    card = model_card(heads, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
+    (run / CARD).write_text(card, encoding="utf-8")
 
 
 def save_encoder_card(
@@ -72,11 +95,9 @@ def save_encoder_card(
     origin: str,
     run: Path,
 ) -> None:
-    """The same for a run of fit-encoder; `about`: its description."""
-    (run / CARD).write_text(
-        encoder_card(about, recipe=recipe, dev=dev, ledger=ledger, origin=origin),
-        encoding="utf-8",
-    )
+    """Write the card of a run of fit-encoder, as `save_card` does. `about` is its description."""
+    card = encoder_card(about, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
+    (run / CARD).write_text(card, encoding="utf-8")
 
 
 def model_card(
@@ -86,15 +107,17 @@ def model_card(
     ledger: Ledger,
     origin: str,
 ) -> str:
-    """Markdown. Every text that comes from outside is shown literally: no markup, no HTML, one
-    line."""
-    what = (
+    """Return the card of a run of fit-head as Markdown.
+
+    Every text that comes from outside is shown literally: no markup, no HTML, one line.
+    """
+    sentence = (
         f"Alignment heads for two frozen encoders, {heads.image.head.out_dim} dimensions, fitted "
         "by apecache."
     )
     sides = (heads.image, heads.text)
     subject = Subject(
-        what=what,
+        what=sentence,
         about=heads.training,
         image=_head_side(heads.image),
         text=_head_side(heads.text),
@@ -111,8 +134,8 @@ def encoder_card(
     ledger: Ledger,
     origin: str,
 ) -> str:
-    """The same for a run of fit-encoder, from its description."""
-    what = (
+    """Return the card of a run of fit-encoder as Markdown, from its description `about`."""
+    sentence = (
         "Two encoders and what aligns them, trained by apecache. The files hold only what "
         "training changed."
     )
@@ -121,7 +144,7 @@ def encoder_card(
         _tower_side(about["text"], recipe.text.kind, recipe),
     )
     subject = Subject(
-        what=what,
+        what=sentence,
         about=about,
         image=sides[0],
         text=sides[1],
@@ -141,117 +164,109 @@ def _card(
     ledger: Ledger,
     origin: str,
 ) -> str:
-    about = subject.about
-    splits = about.get("splits") or {}
+    """Return the card of a run of either trainer."""
+    training = subject.about
+    splits = training.get("splits") or {}
     facts = [
         ("recipe", recipe.name),
         ("what it is", recipe.summary or UNKNOWN),
         ("source", recipe.source or UNKNOWN),
-        ("trained parameters", f"{about.get('n_trained_parameters', 0):,}"),
-        ("best epoch, chosen on dev", str(about.get("best_epoch", UNKNOWN))),
-        ("seed", str(about.get("seed", UNKNOWN))),
+        ("trained parameters", f"{training.get('n_trained_parameters', 0):,}"),
+        ("best epoch, chosen on dev", str(training.get("best_epoch", UNKNOWN))),
+        ("seed", str(training.get("seed", UNKNOWN))),
     ]
-    if about.get("init_from"):
-        facts.append(("begins with the heads of fingerprint", str(about["init_from"])))
+    if training.get("init_from"):
+        facts.append(("begins with the heads of fingerprint", str(training["init_from"])))
     data = [
         ("data", Path(origin).name or UNKNOWN),
         ("licence of the data", UNKNOWN),
         ("licence of these weights", UNKNOWN),
-        ("fingerprint of the pairs", str(about.get("data", UNKNOWN))),
+        ("fingerprint of the pairs", str(training.get("data", UNKNOWN))),
         ("training split", splits.get("train") or "train, or the only one"),
         (
             "dev split",
             splits.get("dev")
             or f"a share of the training images, seed {splits.get('seed', UNKNOWN)}",
         ),
-        ("training images", f"{about.get('n_train_images', 0):,}"),
-        ("dev images", f"{about.get('n_dev_images', 0):,}"),
+        ("training images", f"{training.get('n_train_images', 0):,}"),
+        ("dev images", f"{training.get('n_dev_images', 0):,}"),
     ]
-    return front_matter(recipe.name, encoders=subject.encoders, dev=dev, origin=origin) + "\n".join(
-        (
-            f"# {literal(recipe.name)}",
-            "",
-            subject.what,
-            "",
-            *_table(("training", ""), [*facts, *_used_rows(about, recipe)]),
-            *_table(("setting", "value used"), _setting_rows(subject, recipe)),
-            "Settings of heads that are not listed have their defaults.",
-            "",
-            *_table(("image encoder", ""), subject.image),
-            *_table(("text encoder", ""), subject.text),
-            *_table(("data", ""), data),
-            *_measured(dev),
-            *_table(("cost", ""), [(what, _number(value)) for what, value in ledger.rows()]),
-            *_warnings(ledger),
-            "## Use",
-            "",
-            "```python",
-            "import apecache",
-            "",
-            'model = apecache.load("this folder")',
-            (
-                'scores = model.similarity(model.encode_image(["photo.jpg"]), '
-                'model.encode_text(["a dog"]))'
-            ),
-            "```",
-            "",
-        )
-    )
+    metadata = front_matter(recipe.name, encoders=subject.encoders, dev=dev, origin=origin)
+    costs = [(label, _number(value)) for label, value in ledger.rows()]
+    lines = [
+        f"# {literal(recipe.name)}",
+        "",
+        subject.what,
+        "",
+        *_table(("training", ""), [*facts, *_used_rows(training, recipe)]),
+        *_table(("setting", "value used"), _setting_rows(subject, recipe)),
+        "Settings of heads that are not listed have their defaults.",
+        "",
+        *_table(("image encoder", ""), subject.image),
+        *_table(("text encoder", ""), subject.text),
+        *_table(("data", ""), data),
+        *_measured(dev),
+        *_table(("cost", ""), costs),
+        *_warnings(ledger),
+        *USE,
+    ]
+    return metadata + "\n".join(lines)
 
 
 def literal(text: str) -> str:
-    """Text as itself in Markdown and HTML, on one line."""
-    return re.sub(
-        r"([\\`*_{}\[\]()#+!|~$:@-])",
-        r"\\\1",
-        html.escape(one_printable_line(text), quote=False),
-    )
+    """Escape a text for Markdown and HTML, on one line."""
+    # HTML first: without quotes its entities hold no character that Markdown escapes.
+    escaped = html.escape(one_printable_line(text), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@-])", r"\\\1", escaped)
 
 
-def _used_rows(about: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
-    """What the fit used where the recipe only says what was asked for; nothing for runs that do not
-    record it."""
-    used = about.get("used") or {}
+def _used_rows(training: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
+    """Yield the values that the fit used, if the run recorded them."""
+    used = training.get("used") or {}
     if used:
         yield "epochs run", f"{used['n_epochs']:,} of {used['planned_epochs']:,}"
         yield "steps", f"{used['n_steps']:,}"
         yield "temperature at the start", f"{used['first_temperature']:.4g}"
         yield "temperature at the end", f"{used['temperature']:.4g}"
     if "batch_size" in used:
-        asked = recipe.schedule.batch_size
-        more = (
+        recipe_batch_size = recipe.schedule.batch_size
+        remark = (
             ""
-            if used["batch_size"] == asked
-            else f" (the recipe says {asked:,}; there are no more images)"
+            if used["batch_size"] == recipe_batch_size
+            else f" (the recipe says {recipe_batch_size:,}; there are no more images)"
         )
-        yield "images in a batch", f"{used['batch_size']:,}{more}"
+        yield "images in a batch", f"{used['batch_size']:,}{remark}"
         yield "batches in a step", f"{used['accumulate']:,}"
     if used.get("slice_size"):
         yield "pairs in memory at once", f"{used['slice_size']:,}"
-    if about.get("autocast"):
-        yield "computation of the towers", str(about["autocast"])
-    for name, value in (about.get("closed_form") or {}).items():
+    if training.get("autocast"):
+        yield "computation of the towers", str(training["autocast"])
+    for name, value in (training.get("closed_form") or {}).items():
         yield f"closed form, {name}, chosen on dev", _number(value)
 
 
 def _setting_rows(subject: Subject, recipe: Recipe) -> Iterator[Row]:
-    """The recipe after overrides, without what played no role: candidates of a closed form, and the
-    optimizer, loss and schedule where nothing trained."""
+    """Yield the settings of the recipe after overrides, without those that played no role.
+
+    Left out are the candidates of a closed form, and the optimizer, loss and schedule of a recipe
+    that trains nothing.
+    """
     fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
     idle = {"name", "summary", "source", "image", "text", "closed_form"}
     idle |= {"loss", "optimiser", "schedule", "augmentation"} if fixed else set()
     idle |= set() if recipe.trains_towers else {"towers"}
     values = recipe.model_dump(mode="json", exclude=idle, exclude_none=True)
     for side, spec in zip(("image", "text"), subject.heads, strict=True):
-        values[side] = {
-            "kind": spec.kind,
-            "dim": spec.dim,
-            **spec.model_dump(mode="json", exclude_defaults=True),
-        }
-    yield from (row for row in _flat("", values) if row[0] not in SHOWN_AS_USED)
+        # Kind and width are shown even where they are defaults.
+        changed = spec.model_dump(mode="json", exclude_defaults=True)
+        values[side] = {"kind": spec.kind, "dim": spec.dim, **changed}
+    for name, value in _flat("", values):
+        if name not in SHOWN_AS_USED:
+            yield name, value
 
 
 def _flat(name: str, value: Json) -> Iterator[Row]:
+    """Yield the leaves of nested settings by dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(f"{name}.{key}" if name else key, inner)
@@ -260,6 +275,7 @@ def _flat(name: str, value: Json) -> Iterator[Row]:
 
 
 def _head_side(side: TrainedSide) -> list[Row]:
+    """Return the rows on a frozen encoder and its head."""
     return [
         ("encoder", public_name(spec_from_json(side.encoder)) if side.encoder else UNKNOWN),
         ("fingerprint", side.fingerprint.digest),
@@ -269,7 +285,8 @@ def _head_side(side: TrainedSide) -> list[Row]:
 
 
 def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row]:
-    """Fingerprint and width are those of the encoder before training."""
+    """Return the rows on an encoder of a run of fit-encoder, with its fingerprint before
+    training."""
     return [
         ("encoder", public_name(spec_from_json(side["encoder"]))),
         ("fingerprint", Fingerprint(fields=side["fingerprint"]).digest),
@@ -281,6 +298,7 @@ def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row
 
 
 def _ran(side: Mapping[str, Json]) -> str:
+    """Say from which inputs an encoder ran in training."""
     if side["cached"]:
         return "not at all: its features were read from the cache"
     return (
@@ -291,21 +309,22 @@ def _ran(side: Mapping[str, Json]) -> str:
 
 
 def public_name(spec: EncoderSpec) -> str:
-    """A local folder by its last part."""
-    return str(replace(spec, name=spec.folder.resolve().name) if spec.folder else spec)
+    """Return an encoder's name for publication: of a local folder only the last part."""
+    if spec.folder:
+        spec = replace(spec, name=spec.folder.resolve().name)
+    return str(spec)
 
 
 def _measured(dev: RetrievalReport) -> list[str]:
-    """Recalls on dev, beside chance."""
-    ways = (
+    """Return a table of the recalls on dev, beside chance, in percent."""
+    directions = (
         ("image to text", dev.image_to_text, dev.chance_image_to_text),
         ("text to image", dev.text_to_image, dev.chance_text_to_image),
     )
-    rows = [
-        (f"{way} R@{k}", f"{found[k]:.1f} (chance {chance[k]:.1f})")
-        for way, found, chance in ways
-        for k in found
-    ]
+    rows: list[Row] = []
+    for direction, recalls, chance in directions:
+        for k, recall in recalls.items():
+            rows.append((f"{direction} R@{k}", f"{recall:.1f} (chance {chance[k]:.1f})"))
     title = f"dev, {dev.n_images:,} images, {dev.n_texts:,} captions"
     return [
         *_table((title, "recall, %"), rows),
@@ -315,6 +334,7 @@ def _measured(dev: RetrievalReport) -> list[str]:
 
 
 def _warnings(ledger: Ledger) -> list[str]:
+    """Return the lines on the warnings of `apecache lint`; none without warnings."""
     if not ledger.warnings:
         return []
     return [
@@ -326,11 +346,13 @@ def _warnings(ledger: Ledger) -> list[str]:
 
 
 def _table(columns: Row, rows: Iterable[Row]) -> list[str]:
+    """Return the lines of a Markdown table, with an empty line at the end."""
     lines = [f"| {literal(columns[0])} | {literal(columns[1])} |", "|---|---|"]
-    return [*lines, *(f"| {literal(what)} | {literal(value)} |" for what, value in rows), ""]
+    return [*lines, *(f"| {literal(label)} | {literal(value)} |" for label, value in rows), ""]
 
 
 def _number(value: str | int | float) -> str:
+    """Write a number with thousands separators, or with four digits."""
     match value:
         case int():
             return f"{value:,}"

@@ -1,5 +1,7 @@
-"""Run folders on object storage: fetched whole to be read or continued, and put back whole, what
-ends a run last."""
+"""Fetch run folders from object storage, and put them back.
+
+A folder is fetched and put back as a whole. The file that ends a run is written last.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,59 +14,71 @@ from apecache.runs.heads import DESCRIPTION
 from apecache.storage.bucket import Bucket, is_object_url, open_bucket
 
 FINAL = (DESCRIPTION, trained_encoders.DESCRIPTION)
-"""Whose presence makes a run a finished one."""
+"""Files whose presence makes a run a finished one."""
 
 
 @contextmanager
 def fetched_run(place: str | Path) -> Iterator[Path]:
-    """A run folder to read: of one on object storage a copy, which is gone afterwards.
+    """Open a run folder for reading.
 
-    Raises StoreError where the storage does not answer, or refuses.
+    Of a folder on object storage a local copy is made, which is removed at the end.
+
+    Raises:
+        StoreError: The storage does not answer, or refuses.
     """
     if not is_object_url(place):
         yield Path(place)
         return
     bucket, key = open_bucket(str(place))
     with TemporaryDirectory() as folder:
-        _fetch(bucket, key, here := Path(folder) / "run")
-        with naming(place, here):
-            yield here
+        local_folder = Path(folder) / "run"
+        _fetch(bucket, key, local_folder)
+        # Errors about the copy must name the URL that the user gave.
+        with naming(place, local_folder):
+            yield local_folder
 
 
 @contextmanager
 def kept_run(place: str | Path) -> Iterator[Path]:
-    """A run folder to write. On object storage: a copy of what is there, put back at the end and
-    after an error or interrupt, but not by a process that is killed; until all of a finished run is
-    there, none is.
+    """Open a run folder for writing.
 
-    Raises as `fetched_run` does.
+    Of a folder on object storage a local copy is made. It is put back at the end, also after an
+    error or interrupt, but not if the process is killed. The run counts as finished only once
+    all its files are in the bucket.
+
+    Raises:
+        StoreError: The storage does not answer, or refuses.
     """
-    with fetched_run(place) as here:
+    with fetched_run(place) as local_folder:
         try:
-            yield here
+            yield local_folder
         finally:
+            # Also after an error: the checkpoint of an interrupted fit must not be lost.
             if is_object_url(place):
                 bucket, key = open_bucket(str(place))
-                _put_back(bucket, key, here)
+                _put_back(bucket, key, local_folder)
 
 
-def _fetch(bucket: Bucket, key: str, here: Path) -> None:
-    """Nothing is made where nothing is."""
+def _fetch(bucket: Bucket, key: str, local_folder: Path) -> None:
+    """Copy all objects under `key`. Without objects no folder is made."""
     keys = [entry.key for entry in bucket.walk(key)]
-    for found, data in zip(keys, bucket.read_all(keys), strict=True):
-        path = here / found[len(key) + 1 :]
+    for object_key, data in zip(keys, bucket.read_all(keys), strict=True):
+        path = local_folder / object_key[len(key) + 1 :]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def _put_back(bucket: Bucket, key: str, here: Path) -> None:
-    files = {
-        path.relative_to(here).as_posix(): path
-        for path in sorted(here.rglob("*"))
-        if path.is_file()
-    }
-    there = {entry.key[len(key) + 1 :] for entry in bucket.walk(key)}
+def _put_back(bucket: Bucket, key: str, local_folder: Path) -> None:
+    """Make the bucket's folder equal to the local one."""
+    files: dict[str, Path] = {}
+    for path in sorted(local_folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(local_folder).as_posix()] = path
+    stored_names = {entry.key[len(key) + 1 :] for entry in bucket.walk(key)}
+    # Final files go first and come back last: a run that is half put back is not a finished one.
+    outdated = [f"{key}/{name}" for name in stored_names if name not in files or name in FINAL]
+    bucket.remove(outdated)
+    ordinary = [name for name in files if name not in FINAL]
     final = [name for name in FINAL if name in files]
-    bucket.remove([f"{key}/{name}" for name in there if name not in files or name in FINAL])
-    for name in (*(name for name in files if name not in FINAL), *final):
+    for name in (*ordinary, *final):
         bucket.write(f"{key}/{name}", files[name].read_bytes())

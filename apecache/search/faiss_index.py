@@ -1,12 +1,11 @@
-"""FAISS indexes of one set of L2-normalised vectors by inner product: their kinds, how well they
-find, their files.
+"""Build, measure, search and store FAISS indexes of L2-normalized vectors by inner product.
 
 A kind is `flat` (exact), `ivf` (inverted lists), `hnsw` (a graph), or a FAISS factory string:
-`IVF256,PQ32`, `SQ8`, …. Sizes by the number of vectors n:
-- `ivf`: the largest power of two up to 2 sqrt(n) lists, each of 39 vectors at least (what FAISS
-  asks for), so 512 lists at 100,000; 1 list in 16 is looked through, but never fewer than 8;
-- `hnsw`: 32 links, 64 candidates in the search, 128 from a million vectors on.
-Training takes FAISS's own samples of the vectors with a fixed seed.
+`IVF256,PQ32`, `SQ8`, …. Sizes depend on the number of vectors n:
+- `ivf`: the largest power of two up to 2 sqrt(n) lists, with at least 39 vectors each, as FAISS
+  requires. At 100,000 vectors that is 512 lists. A search reads 1 list in 16, but at least 8.
+- `hnsw`: 32 links, and 64 candidates in a search, or 128 from a million vectors on.
+FAISS samples the vectors for training, with a fixed seed.
 """
 
 import math
@@ -23,51 +22,71 @@ from numpy.typing import NDArray
 from apecache.errors import DataError, MissingExtraError, OptionError, RunError
 
 PER_CENTROID = 39
+"""Vectors per centroid that FAISS requires for training."""
 SEED = 0
 QUERIES = 1000
+"""Queries of a measurement, at most."""
 TOP = 10
+"""Neighbors of a measurement."""
 TILE = 16384
+"""Vectors that are compared with all queries at a time."""
 MMAP_BYTES = 1 << 28
-"""Files from this size on are mapped into memory in place of read."""
+"""Files of this size or larger are mapped into memory instead of being read."""
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindReport:
-    """How an index was built, and how well it finds. `trained_on`: so many vectors (0: nothing to
-    train).
-
-    Of approximate kinds, over `n_queries` of the other modality: share of the ten nearest that are
-    found, and milliseconds for each query in one batch, here and by comparing with everything.
-    """
+    """Say how an index was built, and for approximate kinds how well it finds."""
 
     factory: str
+    """FAISS's factory string."""
     trained_on: int
+    """Vectors that it was trained on; 0 if the kind needs no training."""
     build_seconds: float
     n_queries: int = 0
+    """Queries of the measurement, of the other modality."""
     recall_at_10: float | None = None
+    """Share of the ten nearest vectors that are found, 0 to 1."""
     ms_per_query: float | None = None
+    """Milliseconds for each query of one batch."""
     exact_ms_per_query: float | None = None
+    """The same of an exact search."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorIndex:
-    """`index` is FAISS's; `on_gpu` the same on a GPU, for searching."""
+    """Search, extend and store one FAISS index."""
 
     factory: str
+    """FAISS's factory string."""
     index: Any
+    """The FAISS index."""
     on_gpu: Any = None
+    """The same index on a GPU, for searches only."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return the number of vectors and their width."""
         return self.index.ntotal, self.index.d
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
-        """[n, k] inner products and rows, best first; row -1 where an approximate index found
-        fewer."""
+        """Find the k nearest vectors of each query.
+
+        Args:
+            queries: [n, dim], L2-normalized.
+            k: results of each query; at most the number of vectors.
+
+        Returns:
+            Inner products and rows, [n, k] each, best first. The row is -1 where an approximate
+            index found fewer.
+        """
         k = min(k, self.index.ntotal)
         if k == 0:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+            no_scores = np.empty((len(queries), 0), np.float32)
+            no_rows = np.empty((len(queries), 0), np.int64)
+            return no_scores, no_rows
+        # Torch's product is faster than FAISS's exact search on some processors.
         if self.factory == "Flat" and self.on_gpu is None:
             return exact_search(self._flat, queries, k)
         searched = self.index if self.on_gpu is None else self.on_gpu
@@ -76,16 +95,17 @@ class VectorIndex:
 
     @property
     def _flat(self) -> Floats:
-        """The vectors of an exact index where they lie: in memory, or in the mapped file."""
-        found: Floats = load_faiss().rev_swig_ptr(
+        """Return the vectors of an exact index without a copy, from memory or the mapped file."""
+        stored: Floats = load_faiss().rev_swig_ptr(
             self.index.get_xb(),
             self.index.ntotal * self.index.d,
         )
-        return found.reshape(self.index.ntotal, self.index.d)
+        return stored.reshape(self.index.ntotal, self.index.d)
 
     def vectors(self, rows: NDArray[np.int64]) -> Floats:
-        """[n, dim] as they are kept: quantised kinds give what their codes stand for, normalised
-        again.
+        """Return the stored vectors of some rows, [n, dim].
+
+        Quantized kinds return what their codes stand for, L2-normalized again.
 
         Raises:
             OptionError: a kind that cannot give its vectors back.
@@ -93,54 +113,65 @@ class VectorIndex:
         lists = _lists(self.index)
         try:
             if lists is not None:
+                # Inverted lists find a vector by its row only with this map.
                 lists.make_direct_map()
-            found: Floats = self.index.reconstruct_batch(np.ascontiguousarray(rows))
+            stored: Floats = self.index.reconstruct_batch(np.ascontiguousarray(rows))
         except RuntimeError as error:
             raise OptionError(
                 f"an index of kind {self.factory} keeps no vectors ({_why(error)})"
             ) from None
-        normalised: Floats = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-        return normalised
+        norms = np.linalg.norm(stored, axis=1, keepdims=True)
+        normalized: Floats = stored / np.maximum(norms, 1e-12)
+        return normalized
 
     def add(self, vectors: Floats) -> None:
+        """Append vectors [n, dim]."""
         self.index.add(np.ascontiguousarray(vectors))
 
     def refill(self, vectors: Floats) -> None:
-        """Other vectors in place of these; what was trained stays."""
+        """Replace all vectors; the trained state stays."""
         self.index.reset()
         self.add(vectors)
 
     def tune(self, nprobe: int | None, ef_search: int | None) -> None:
-        """Look through so many lists; keep so many candidates on the way through a graph.
+        """Set how much of the index a search reads.
+
+        Args:
+            nprobe: inverted lists that are read. None: unchanged.
+            ef_search: candidates in the search of a graph. None: unchanged.
 
         Raises:
             OptionError: the kind has no lists, or no graph, or the number is below 1.
         """
         lists = _lists(self.index)
         graph = _graph(self.index)
-        for option, value, part in (("--nprobe", nprobe, lists), ("--ef-search", ef_search, graph)):
-            if value is not None and (part is None or value < 1):
-                why = (
-                    f"an index of kind {self.factory} has no use for it"
-                    if part is None
-                    else "at least 1"
-                )
+        for option, value, structure in (
+            ("--nprobe", nprobe, lists),
+            ("--ef-search", ef_search, graph),
+        ):
+            if value is not None and (structure is None or value < 1):
+                if structure is None:
+                    why = f"an index of kind {self.factory} has no use for it"
+                else:
+                    why = "at least 1"
                 raise OptionError(f"{option} {value}: {why}")
         if nprobe is not None:
             lists.nprobe = nprobe
             coarse = _graph(lists.quantizer)
+            # Where the lists are found by a graph, it must offer more candidates than lists read.
             if coarse is not None:
                 coarse.efSearch = max(coarse.efSearch, 2 * nprobe)
         if ef_search is not None:
             graph.efSearch = ef_search
 
     def to_gpu(self, device: torch.device) -> "VectorIndex":
-        """Search on a GPU; for exact indexes and inverted lists. Written by FAISS's documentation;
-        not measured.
+        """Return this index with searches on a GPU, for exact indexes and inverted lists.
+
+        This follows FAISS's documentation. It was not measured.
 
         Raises:
-            DataError: this FAISS has no GPU code, or sees no GPU. OptionError: a kind that FAISS
-                has on no GPU.
+            DataError: this FAISS has no GPU code, or sees no GPU.
+            OptionError: a kind that FAISS does not support on a GPU.
         """
         faiss = load_faiss()
         if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
@@ -161,19 +192,23 @@ class VectorIndex:
         return replace(self, on_gpu=moved)
 
     def save(self, path: Path) -> None:
-        """Write through Python's file: FAISS's own writer drops the error when a full disk refuses
-        the last block."""
+        """Write the index to a file."""
         faiss = load_faiss()
+        # Through Python's file: FAISS's own writer drops the error when the last block finds the
+        # disk full.
         with path.open("wb") as file:
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
 
 def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
-    """Train on and fill with [n, dim]. An index of no vectors is exact, whatever its kind.
+    """Build an index: train it on vectors [n, dim], L2-normalized, and fill it with them.
+
+    An index without vectors is exact, whatever its kind.
 
     Raises:
-        DataError: too few vectors to train the kind. OptionError: no such kind. MissingExtraError:
-            no FAISS.
+        DataError: too few vectors to train the kind.
+        OptionError: no such kind.
+        MissingExtraError: FAISS is not installed.
     """
     faiss = load_faiss()
     factory = factory_of(kind, len(vectors)) if len(vectors) else "Flat"
@@ -183,17 +218,19 @@ def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
         to_train = not index.is_trained
         _require_enough(index, factory, len(vectors))
         lists = _lists(index)
+        # With a fixed seed the same vectors make the same index.
         if lists is not None:
             lists.cp.seed = SEED
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
-        known = "flat, ivf, hnsw or a FAISS factory string like IVF256,PQ32"
+        expected = "flat, ivf, hnsw or a FAISS factory string like IVF256,PQ32"
         raise OptionError(
-            f"--kind {kind}: FAISS refuses {factory} ({_why(error)}); expected {known}"
+            f"--kind {kind}: FAISS refuses {factory} ({_why(error)}); expected {expected}"
         ) from None
     built = VectorIndex(factory=factory, index=index)
-    built.tune(*_defaults(index, len(vectors)))
+    nprobe, ef_search = _defaults(index, len(vectors))
+    built.tune(nprobe, ef_search)
     return built, KindReport(
         factory=factory,
         trained_on=len(vectors) if to_train else 0,
@@ -207,62 +244,88 @@ def measured(
     vectors: Floats,
     queries: Floats,
 ) -> KindReport:
-    """The report with recall and times on up to 1,000 of the queries, drawn with a fixed seed;
-    unchanged for an exact index, and where there are no queries.
+    """Measure recall and times of an index, and add them to its report.
 
-    A vector that scores as high as the tenth counts as found: equal captions do.
+    The report stays unchanged for an exact index, and without queries. A vector that scores as high
+    as the tenth nearest counts as found, because equal captions score alike.
+
+    Args:
+        report: how the index was built.
+        built: the index.
+        vectors: [n, dim], the vectors in it.
+        queries: [m, dim]; up to 1,000 of them are drawn, with a fixed seed.
     """
     if built.factory == "Flat" or not len(queries):
         return report
-    chosen = np.sort(np.random.default_rng(SEED).permutation(len(queries))[:QUERIES])
-    queries = np.ascontiguousarray(queries[chosen])
+    sample = np.sort(np.random.default_rng(SEED).permutation(len(queries))[:QUERIES])
+    queries = np.ascontiguousarray(queries[sample])
     k = min(TOP, len(vectors))
+    # The first search pays for start-up, so it is not timed.
     built.search(queries[:1], k)
     begin = time.perf_counter()
-    _, found = built.search(queries, k)
+    _, found_rows = built.search(queries, k)
     middle = time.perf_counter()
     best, _ = exact_search(vectors, queries, k)
     end = time.perf_counter()
     return replace(
         report,
         n_queries=len(queries),
-        recall_at_10=recall(queries, vectors=vectors, found=found, best=best),
+        recall_at_10=recall(queries, vectors=vectors, found=found_rows, best=best),
         ms_per_query=1000 * (middle - begin) / len(queries),
         exact_ms_per_query=1000 * (end - middle) / len(queries),
     )
 
 
 def exact_search(vectors: Floats, queries: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
-    """The k best of [n, dim] for each query: scores and rows [n_queries, k], best first.
+    """Find the k nearest vectors of each query by inner product, exactly.
 
-    Torch's matrix product by tiles of vectors, faster than FAISS's own on some processors; memory
-    is that of a tile.
+    This is Torch's matrix product by tiles of vectors. Memory is that of a tile.
+
+    Args:
+        vectors: [n, dim].
+        queries: [n_queries, dim].
+        k: results of each query; at most n.
+
+    Returns:
+        Scores and rows, [n_queries, k] each, best first.
     """
-    asked = torch.from_numpy(np.ascontiguousarray(queries))
-    best = torch.empty(len(asked), 0)
-    rows = torch.empty(len(asked), 0, dtype=torch.long)
-    buffer = torch.empty(len(asked) * min(TILE, len(vectors)))
+    query_vectors = torch.from_numpy(np.ascontiguousarray(queries))
+    n_queries = len(query_vectors)
+    best = torch.empty(n_queries, 0)
+    rows = torch.empty(n_queries, 0, dtype=torch.long)
+    # One buffer for the scores of all tiles: a new one for each would cost page faults.
+    buffer = torch.empty(n_queries * min(TILE, len(vectors)))
     for begin in range(0, len(vectors), TILE):
         tile = torch.from_numpy(vectors[begin : begin + TILE])
-        scores = buffer[: len(asked) * len(tile)].view(len(asked), len(tile))
-        torch.mm(asked, tile.T, out=scores)
-        found = scores.topk(min(k, scores.shape[1]), dim=1)
-        candidates = torch.cat((best, found.values), 1)
-        places = torch.cat((rows, found.indices + begin), 1)
+        scores = buffer[: n_queries * len(tile)].view(n_queries, len(tile))
+        torch.mm(query_vectors, tile.T, out=scores)
+        tile_best = scores.topk(min(k, scores.shape[1]), dim=1)
+        candidates = torch.cat((best, tile_best.values), 1)
+        candidate_rows = torch.cat((rows, tile_best.indices + begin), 1)
         best, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        rows = places.gather(1, order)
+        rows = candidate_rows.gather(1, order)
     return best.numpy(), rows.numpy()
 
 
 def recall(queries: Floats, vectors: Floats, found: NDArray[np.int64], best: Floats) -> float:
-    """Share of `found` rows [n, k] that score as high as the k-th of the `best` scores [n, k]."""
+    """Compute the share of found rows that score as high as the k-th best.
+
+    Args:
+        queries: [n, dim].
+        vectors: [m, dim].
+        found: [n, k], rows of `vectors`; -1 for none.
+        best: [n, k], the exact best scores, best first.
+    """
     scores = np.einsum("qd,qkd->qk", queries, vectors[found])
-    return float(((found >= 0) & (scores >= best[:, -1:] - 1e-6)).mean())
+    # A tolerance, because `best` was summed in another order.
+    is_best = scores >= best[:, -1:] - 1e-6
+    return float(((found >= 0) & is_best).mean())
 
 
 def open_vectors(path: Path, factory: str, mmap: bool = True) -> VectorIndex:
-    """Large files are mapped: their vectors (inverted lists, with those) are read when they are
-    compared.
+    """Open the file of an index.
+
+    Large files are mapped if `mmap` is set: vectors are then read when they are compared.
 
     Raises:
         RunError: a file that is missing or damaged.
@@ -282,48 +345,59 @@ def open_vectors(path: Path, factory: str, mmap: bool = True) -> VectorIndex:
 
 
 def factory_of(kind: str, n: int) -> str:
-    """FAISS's name of a kind for n vectors. Raises DataError if they are too few for `ivf`."""
+    """Return FAISS's factory string of a kind for n vectors."""
     match kind:
         case "flat":
             return "Flat"
         case "hnsw":
             return "HNSW32"
         case "ivf":
-            most = min(2 * math.sqrt(n), n / PER_CENTROID)
-            return f"IVF{2 ** int(math.log2(max(most, 16)))},Flat"
+            max_lists = min(2 * math.sqrt(n), n / PER_CENTROID)
+            return f"IVF{2 ** int(math.log2(max(max_lists, 16)))},Flat"
         case _:
             return kind
 
 
 def load_faiss() -> Any:
-    """Raises MissingExtraError if it is not installed."""
+    """Import FAISS.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
     try:
         import faiss
     except ImportError:
         raise MissingExtraError("faiss", "cpu") from None
+    # FAISS counts cores by itself; the user sets threads for Torch.
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 
 
 def _defaults(index: Any, n: int) -> tuple[int | None, int | None]:
+    """Return nprobe and ef_search for n vectors; None where the index has no such setting."""
     lists = _lists(index)
     nprobe = None if lists is None else max(8, lists.nlist // 16)
-    return nprobe, None if _graph(index) is None else 64 if n < 1_000_000 else 128
+    if _graph(index) is None:
+        return nprobe, None
+    ef_search = 64 if n < 1_000_000 else 128
+    return nprobe, ef_search
 
 
 def _require_enough(index: Any, factory: str, n: int) -> None:
+    """Refuse to train on too few vectors, which FAISS would only warn of."""
     core = _core(index)
-    coded = getattr(core, "pq", None)
-    centroids = max(getattr(core, "nlist", 0), 0 if coded is None else coded.ksub)
-    if n < PER_CENTROID * centroids:
-        needed = PER_CENTROID * centroids
+    n_lists = getattr(core, "nlist", 0)
+    quantizer = getattr(core, "pq", None)
+    n_codes = 0 if quantizer is None else quantizer.ksub
+    needed = PER_CENTROID * max(n_lists, n_codes)
+    if n < needed:
         raise DataError(
             f"{n:,} vectors are too few to train {factory}, which needs {needed:,}; use --kind flat"
         )
 
 
 def _core(index: Any) -> Any:
-    """Inside transformations and refinements, what holds the vectors."""
+    """Return the index that holds the vectors, inside transformations and refinements."""
     faiss = load_faiss()
     core = faiss.downcast_index(index)
     for inner in ("index", "base_index"):
@@ -333,14 +407,18 @@ def _core(index: Any) -> Any:
 
 
 def _lists(index: Any) -> Any:
+    """Return the inverted lists of an index, or None."""
     core = _core(index)
     return core if hasattr(core, "nprobe") else None
 
 
 def _graph(index: Any) -> Any:
+    """Return the graph of an index, or None."""
     return getattr(_core(index), "hnsw", None)
 
 
 def _why(error: RuntimeError) -> str:
-    """FAISS's message without its place in FAISS."""
-    return re.split(r"\.(?:cpp|h):\d+: ", str(error).splitlines()[0])[-1].strip()[:100]
+    """Return FAISS's message without its source file and line."""
+    first_line = str(error).splitlines()[0]
+    message = re.split(r"\.(?:cpp|h):\d+: ", first_line)[-1]
+    return message.strip()[:100]

@@ -1,9 +1,10 @@
-"""A searchable index of embeddings, with the run that made it, so that it can encode queries by
-itself.
+"""Build and update a searchable index of embeddings.
+
+The index holds the run that made it, so it can encode queries by itself.
 
 INDEX/index.json                  what is in it, of which run, and how each set was built
 INDEX/head.json, head.safetensors (or encoder.…, of a run of fit-encoder)
-INDEX/images.faiss, texts.faiss   inner product of L2-normalised vectors: cosine
+INDEX/images.faiss, texts.faiss   inner product of L2-normalized vectors: cosine
 INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors; with the
                                   hash of each image's file
 """
@@ -44,13 +45,12 @@ Part = Literal["images", "texts"]
 PARTS: tuple[Part, ...] = ("images", "texts")
 Row = Mapping[str, str]
 Fill = Callable[[Part, Floats, Sequence[Row]], tuple[VectorIndex, KindReport]]
-"""Makes the index of one part out of its vectors and their rows."""
+"""Builds the index of one modality from its vectors and their rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """`images` and `texts` say how they were built. `n_added`, `n_removed`: images and captions
-    together."""
+    """Say what is in an index, and how it was built."""
 
     index: Path
     n_images: int
@@ -58,9 +58,13 @@ class IndexReport:
     dim: int
     kind: str
     images: KindReport
+    """How the index of the images was built."""
     texts: KindReport
+    """How the index of the captions was built."""
     n_added: int
+    """Images and captions that were added."""
     n_removed: int = 0
+    """Images and captions that were removed."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """What of the split or store is not in the index."""
 
@@ -74,21 +78,31 @@ def build_index(
     kind: str = "flat",
     open_image: OpenImage | None = None,
 ) -> IndexReport:
-    """Embed a store's images and captions (of one split, or all) and write an index folder, whole
-    or not at all. Images without a caption are in it too, and the store needs no features of texts.
+    """Embed a store's images and captions, and write an index folder, completely or not at all.
 
-    `kind`: as in `apecache.search.faiss_index`. `open_image`: as of `embed_store`.
+    Images without a caption are in the index too. The store needs no features of texts.
+
+    Args:
+        run: folder of a finished run.
+        store: its features and captions.
+        out: folder of the index.
+        split: only this one. None: all.
+        overwrite: replace an index at `out`.
+        kind: as in `apecache.search.faiss_index`.
+        open_image: as `embed_store` takes it.
 
     Raises:
-        RunError: no finished run, or `out` exists. MismatchError: the store is not of the run's
-            encoders.
-        MissingExtraError: FAISS is not installed. OptionError: no such kind. DataError: too little
-            to train it on.
+        RunError: no finished run, or `out` exists.
+        MismatchError: the store is not of the run's encoders.
+        MissingExtraError: FAISS is not installed.
+        OptionError: no such kind.
+        DataError: too few vectors to train the kind.
     """
     run = as_path(run, "run")
     out = as_path(out, "out")
     require_type(store, FeatureStore, "store")
     require_type(kind, str, "kind")
+    # Checked before the embedding, which can take long.
     load_faiss()
     if not ((out / "index.json").is_file() and overwrite):
         require_new(out, "index", overwrite)
@@ -100,14 +114,14 @@ def build_index(
         open_image=open_image,
         uncaptioned=True,
     )
-    made = (split, kind)
+    settings = (split, kind)
     report = _write(
         out,
         run=run,
         loaded=loaded,
         store=store,
         embedded=embedded,
-        settings=made,
+        settings=settings,
         fill=lambda _, vectors, rows: build_vectors(kind, vectors),
     )
     return replace(report, n_added=report.n_images + report.n_texts)
@@ -119,17 +133,24 @@ def update_index(
     out: AnyPath,
     open_image: OpenImage | None = None,
 ) -> IndexReport:
-    """Bring an index up to date with its store: rows that are new are added, rows that are gone
-    removed, by key. No encoder runs that the run has left frozen; the kind and the split stay.
+    """Update an index to its store: add new rows and remove missing ones, by key.
 
-    An image is the same if key and file are, a caption if key and words are. Rows that follow those
-    of the index are added to it. After any other change it is filled anew, in the order of the
-    store, for FAISS's graphs can forget nothing; what it was trained on is kept unless there are
-    now twice or half as many vectors.
+    Kind and split stay. No frozen encoder runs. An image is the same if its key and file are the
+    same, a caption if its key and words are the same.
+
+    Rows that follow those of the index are appended. After any other change the index is filled
+    again in the order of the store, because FAISS's graphs cannot remove vectors. The trained state
+    is kept, unless the vectors are now more than twice or less than half as many.
+
+    Args:
+        run: folder of the run that the index was built with.
+        store: its features and captions.
+        out: folder of the index.
+        open_image: as `embed_store` takes it.
 
     Raises:
-        MismatchError: the index is of another head than the run. RunError: no index, or one that is
-            damaged.
+        MismatchError: the index is of another head than the run.
+        RunError: no index, or one that is damaged.
     """
     run = as_path(run, "run")
     out = as_path(out, "out")
@@ -147,20 +168,27 @@ def update_index(
     added = Counter[tuple[str, str]]()
     removed = Counter[tuple[str, str]]()
 
-    def fill(part: Part, vectors: Floats, rows: Sequence[Row]) -> tuple[VectorIndex, KindReport]:
-        old = [_identity(row) for row in read_rows(out, part)]
+    def fill(
+        modality: Part,
+        vectors: Floats,
+        rows: Sequence[Row],
+    ) -> tuple[VectorIndex, KindReport]:
+        old = [_identity(row) for row in read_rows(out, modality)]
         new = [_identity(row) for row in rows]
         added.update(Counter(new) - Counter(old))
         removed.update(Counter(old) - Counter(new))
-        report = read_report(description, part)
-        if not old or not new:  # an index of no vectors is of no kind yet
+        report = read_report(description, modality)
+        # An index without vectors is exact, so its kind is still to be built.
+        if not old or not new:
             return build_vectors(kind_of(description), vectors)
         if report.trained_on and not report.trained_on / 2 <= len(new) <= 2 * report.trained_on:
             return build_vectors(kind_of(description), vectors)
-        index = open_vectors(out / f"{part}.faiss", report.factory, mmap=False)
+        # Read and not mapped: the vectors will change, and the old file is deleted.
+        index = open_vectors(out / f"{modality}.faiss", report.factory, mmap=False)
         if index.shape != (len(old), vectors.shape[1]):
             raise RunError(
-                f"{out}: {part}.faiss does not fit {part}.jsonl and the head; build the index again"
+                f"{out}: {modality}.faiss does not fit {modality}.jsonl and the head; build the "
+                "index again"
             )
         if new[: len(old)] == old:
             index.add(vectors[len(old) :])
@@ -189,26 +217,29 @@ def _write(
     settings: tuple[str | None, str],
     fill: Fill,
 ) -> IndexReport:
-    split, kind = settings
-    vectors = {
-        part: np.ascontiguousarray(v.cpu())
-        for part, v in zip(PARTS, (embedded.image, embedded.text), strict=True)
+    """Write the folder of an index; `settings` are its split and kind."""
+    split, kind_name = settings
+    vectors: dict[Part, Floats] = {
+        "images": np.ascontiguousarray(embedded.image.cpu()),
+        "texts": np.ascontiguousarray(embedded.text.cpu()),
     }
-    rows = dict(zip(PARTS, _rows(store, loaded, embedded), strict=True))
+    image_rows, text_rows = _rows(store, loaded, embedded)
+    rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}
     with _replacing(out) as folder:
         copy_run(run, folder)
-        for part, other in zip(PARTS, reversed(PARTS), strict=True):
-            index, report = fill(part, vectors[part], rows[part])
-            reports[part] = measured(
+        for modality, other in zip(PARTS, reversed(PARTS), strict=True):
+            index, report = fill(modality, vectors[modality], rows[modality])
+            # Images are mostly searched by texts and texts by images, so recall is measured so.
+            reports[modality] = measured(
                 report,
                 built=index,
-                vectors=vectors[part],
+                vectors=vectors[modality],
                 queries=vectors[other],
             )
-            index.save(folder / f"{part}.faiss")
-            _write_rows(folder / f"{part}.jsonl", rows[part])
-        counts = {
+            index.save(folder / f"{modality}.faiss")
+            _write_rows(folder / f"{modality}.jsonl", rows[modality])
+        dimensions = {
             "n_images": len(rows["images"]),
             "n_texts": len(rows["texts"]),
             "dim": embedded.image.shape[1],
@@ -218,16 +249,16 @@ def _write(
             "head": loaded.digest,
             "split": split,
             "data": store.digest,
-            "kind": kind,
+            "kind": kind_name,
             "place": store.source.get("root", ""),
-            **counts,
-            "built": {part: asdict(report) for part, report in reports.items()},
+            **dimensions,
+            "built": {modality: asdict(report) for modality, report in reports.items()},
         }
         (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
     return IndexReport(
         index=out,
-        **counts,
-        kind=kind,
+        **dimensions,
+        kind=kind_name,
         images=reports["images"],
         texts=reports["texts"],
         n_added=0,
@@ -237,12 +268,13 @@ def _write(
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` when all went well, and is gone when it did
-    not."""
+    """Yield a new folder that replaces `out` on success, and is removed on an error."""
+    # Beside `out`, so that the last rename stays on one file system.
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # A folder cannot be renamed onto one that is not empty.
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -251,20 +283,25 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
-    """For each image its key, its first usable caption (empty without one) and the hash of its
-    file; for each caption key and words."""
+    """Return the rows of images and captions.
+
+    An image has its key, its first usable caption (empty without one) and the hash of its file. A
+    caption has the key of its image and its words.
+    """
     pairs = store.pairs
     content = _content(store, run)
     owners = pairs.image_rows[embedded.text_rows]
-    first = {int(i): t for t, i in reversed(list(zip(embedded.text_rows, owners, strict=True)))}
-    images: list[Row] = [
-        {"key": pairs.keys[i], "caption": _caption(pairs, first.get(int(i))), "content": content[i]}
-        for i in embedded.image_rows
-    ]
-    texts: list[Row] = [
-        {"key": pairs.keys[i], "caption": pairs.captions[t]}
-        for t, i in zip(embedded.text_rows, owners, strict=True)
-    ]
+    first_text: dict[int, int] = {}
+    texts: list[Row] = []
+    for text_row, image_row in zip(embedded.text_rows, owners, strict=True):
+        first_text.setdefault(int(image_row), text_row)
+        texts.append({"key": pairs.keys[image_row], "caption": pairs.captions[text_row]})
+    images: list[Row] = []
+    for image_row in embedded.image_rows:
+        caption = _caption(pairs, first_text.get(int(image_row)))
+        images.append(
+            {"key": pairs.keys[image_row], "caption": caption, "content": content[image_row]}
+        )
     return images, texts
 
 
@@ -273,8 +310,10 @@ def _caption(pairs: PairTable, row: int | None) -> str:
 
 
 def _content(store: FeatureStore, run: Run) -> list[str]:
-    """Hash of each image's file, as it was when the store's features were made; empty where the
-    store has none."""
+    """Return the hash of each image's file when the store's features were made.
+
+    The hashes are empty where the store has none.
+    """
     if isinstance(run.image, TrainedSide):
         return find_features(run.image, store, "image").content()
     arrays = store.arrays("image")
@@ -287,39 +326,49 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _identity(row: Row) -> tuple[str, str]:
+    """Return what makes a row the same: key and file of an image, key and words of a caption."""
     return row["key"], row.get("content", row["caption"])
 
 
 def require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
-    """Raises MismatchError unless the index at `out` was made with the heads of `run`."""
-    found = str(description.get("head"))
-    there = loaded.digest
-    if found != there:
-        raise MismatchError(
-            (
-                f"{out} is of the head {found[:16]}, {run} has {there[:16]}: build the index "
-                "again with --overwrite"
-            ),
-            [("head", there, found)],
+    """Require that the index at `out` was made with the heads of `run`.
+
+    Raises:
+        MismatchError: it was made with others.
+    """
+    index_head = str(description.get("head"))
+    run_head = loaded.digest
+    if index_head != run_head:
+        message = (
+            f"{out} is of the head {index_head[:16]}, {run} has {run_head[:16]}: build the index "
+            "again with --overwrite"
         )
+        raise MismatchError(message, [("head", run_head, index_head)])
 
 
 def require_same(description: Mapping[str, Any], split: str | None, kind: str | None) -> None:
-    """Raises OptionError if an update asks for another split or kind than the index has."""
-    for option, wanted, there in (
+    """Require that an update keeps the split and kind of the index.
+
+    Raises:
+        OptionError: it asks for others.
+    """
+    for option, requested, recorded in (
         ("--split", split, description.get("split")),
         ("--kind", kind, kind_of(description)),
     ):
-        if wanted is not None and wanted != there:
+        if requested is not None and requested != recorded:
             raise OptionError(
-                f"{option} {wanted}: the index has {there}, and --update keeps it; leave "
+                f"{option} {requested}: the index has {recorded}, and --update keeps it; leave "
                 f"{option} out"
             )
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What `index.json` says. Raises RunError if there is no index, or one that is damaged or
-    newer."""
+    """Read `index.json`.
+
+    Raises:
+        RunError: no index, or one that is damaged or newer.
+    """
     file = path / "index.json"
     if not file.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -342,12 +391,17 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def kind_of(description: Mapping[str, Any]) -> str:
+    """Return the kind of an index."""
+    # A description without a kind is that of an exact index.
     return str(description.get("kind", "flat"))
 
 
 def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
-    """How a part was built; of an index that does not say so, as an exact one. Raises RunError if
-    it is damaged."""
+    """Return how the index of a modality was built; exact if the description does not say.
+
+    Raises:
+        RunError: the description is damaged.
+    """
     exact = {"factory": "Flat", "trained_on": 0, "build_seconds": 0.0}
     try:
         report = KindReport(**description.get("built", {}).get(part, exact))
@@ -361,12 +415,18 @@ def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
 
 
 def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
-    """Rows in the order of the vectors. Raises RunError if they cannot be read."""
+    """Read the rows of a modality, in the order of the vectors.
+
+    Raises:
+        RunError: they cannot be read.
+    """
     try:
+        # Only \n ends a line: captions may hold other characters that Python splits at.
         with (path / f"{part}.jsonl").open(encoding="utf-8", newline="\n") as file:
             rows = [json.loads(line) for line in file]
-        if not all(isinstance(row["key"], str) and isinstance(row["caption"], str) for row in rows):
-            raise ValueError("a row without key and caption")
+        for row in rows:
+            if not (isinstance(row["key"], str) and isinstance(row["caption"], str)):
+                raise ValueError("a row without key and caption")
         return rows
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Searching an index by words, pictures, keys, and sums and differences of them."""
+"""Search an index by words, pictures, keys, and sums and differences of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,39 +23,51 @@ from apecache.search.index import Part, read_description, read_report, read_rows
 
 Target = Literal["images", "captions"]
 CSLS_NEIGHBOURS = 10
+"""Neighbors that a mean cosine of CSLS is taken over."""
 CSLS_CANDIDATES = 1000
+"""Results by cosine that CSLS ranks again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One result. `score` is a cosine, or the CSLS score where that was asked for. For an image,
-    `caption` is its first caption."""
+    """Hold one result."""
 
     rank: int
+    """1 is best."""
     key: str
+    """The key of the image."""
     caption: str
+    """The words of the caption; of an image, its first caption."""
     score: float
+    """A cosine, or with `csls` the CSLS score."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What to find. Results are near to the sum of `like`, `keys` and `images` less `unlike`, each
-    L2-normalised before and the sum again.
+    """Say what to find.
 
-    `like`, `unlike`: words. `keys`: images of the index. `images`: pictures, as
-    `ImageTextModel.encode_image` takes them. `files`: a text of `like` or `unlike` that names an
-    image file stands for that image. Set it only where the texts are the user's own: the file is
-    opened.
+    Results are near to the sum of `like`, `keys` and `images` less `unlike`. Each term is
+    L2-normalized, and so is the sum.
     """
 
     like: Sequence[str] = ()
+    """Words to add."""
     unlike: Sequence[str] = ()
+    """Words to subtract."""
     keys: Sequence[str] = ()
+    """Keys of images of the index, to add."""
     images: Sequence[Picture] = ()
+    """Pictures to add, as `ImageTextModel.encode_image` takes them."""
     files: bool = False
+    """Whether a text that names an image file stands for that image. Set it only for texts of the
+    user's own, because the file is opened."""
 
     def require_types(self) -> None:
-        """Raises OptionError for what is no list of texts or of pictures. Nothing is opened."""
+        """Check the types of all fields, without opening a file.
+
+        Raises:
+            OptionError: a field is not a list of texts or of pictures.
+        """
         for name in ("like", "unlike", "keys"):
             as_texts(getattr(self, name), name)
         if not isinstance(self.images, list | tuple):
@@ -65,38 +77,43 @@ class Query:
 
     @property
     def modality(self) -> Part:
-        """Of pictures alone images; of words, or both, texts."""
-        return (
-            "images" if all(self.path_of(text) for text in (*self.like, *self.unlike)) else "texts"
-        )
+        """Return `images` for pictures alone, and `texts` for words, or words and pictures."""
+        terms = (*self.like, *self.unlike)
+        return "images" if all(self.path_of(text) for text in terms) else "texts"
 
     def path_of(self, text: str) -> Path | None:
-        """The image file that a term names; None for words."""
+        """Return the image file that a term names; None for words."""
         return image_path(text) if self.files else None
 
     @property
     def target(self) -> Target:
-        """What is found unless it is said: by pictures captions, by words images."""
+        """Return what is found by default: captions by pictures, images by words."""
         return "captions" if self.modality == "images" else "images"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchIndex:
-    """An index that exists. Encoders and vectors are loaded at the first query that needs them.
+    """Search an index folder.
 
-    `image`, `text`: encoders that have moved, in place of those that the index names. `device`: a
-    CUDA device that is named (not `auto`) also holds the vectors, if FAISS can. `nprobe`,
-    `ef_search`: see `apecache.search.faiss_index`; None: as the index was built.
+    Encoders and vectors are loaded by the first query that needs them.
     """
 
     path: Path
     run: Run
+    """The run in the index, which encodes queries."""
     description: dict[str, Any]
+    """The content of `index.json`."""
     image: EncoderSpec | None = None
+    """The image encoder, if it has moved."""
     text: EncoderSpec | None = None
+    """The text encoder, if it has moved."""
     device: str = "auto"
+    """Where queries are encoded. A named CUDA device also holds the vectors, if FAISS supports
+    it."""
     nprobe: int | None = None
+    """See `VectorIndex.tune`. None: as the index was built."""
     ef_search: int | None = None
+    """See `VectorIndex.tune`. None: as the index was built."""
 
     @staticmethod
     def open(
@@ -107,8 +124,11 @@ class SearchIndex:
         nprobe: int | None = None,
         ef_search: int | None = None,
     ) -> "SearchIndex":
-        """Raises RunError if there is no index, or one that is damaged or of another head than its
-        own."""
+        """Open an index folder; the fields of this class explain the arguments.
+
+        Raises:
+            RunError: no index, or one that is damaged or has another head than its own.
+        """
         require_type(image, EncoderSpec, "image", optional=True)
         require_type(text, EncoderSpec, "text", optional=True)
         folder = as_path(path, "path")
@@ -137,11 +157,17 @@ class SearchIndex:
         csls: bool = False,
         files: bool = False,
     ) -> list[Hit]:
-        """Find by words: images, unless `target` says captions. Raises as `find` does.
+        """Find by words: images, unless `target` says captions.
 
-        `files`: a `query` that names an image file stands for that image, which finds captions.
-        Without it no file is opened, whatever the text. For a picture in the first place see
-        `Query.images`.
+        It raises the errors of `find`. To search by a picture, see `Query.images`.
+
+        Args:
+            query: the words.
+            k: number of results.
+            target: what to find.
+            csls: rank by CSLS, see `find`.
+            files: a `query` that names an image file stands for that image, which finds captions.
+                Without it no file is opened, whatever the text.
         """
         require_type(query, str, "query")
         return self.find(Query((query,), files=files), k, target, csls)
@@ -153,63 +179,70 @@ class SearchIndex:
         target: Target | None = None,
         csls: bool = False,
     ) -> list[Hit]:
-        """The k nearest, best first; fewer if there are fewer, or if an approximate index finds
-        fewer.
+        """Find the k nearest, best first.
 
-        `csls`: ranked by 2 cos(x, y) - r(x) - r(y), r(x) the mean cosine of the query to its ten
-        nearest, r(y) that of a result to its ten nearest of the query's modality in the index:
-        hubs, which are near to everything, come later (Conneau et al. 2018, Word translation
-        without parallel data, section 2.3). Among the 1,000 nearest by cosine.
+        There are fewer results if the index holds fewer, or if an approximate index finds fewer.
 
         Args:
-            target: None for captions by pictures alone, and for images by words or where the index
-                has no captions.
+            query: what to find.
+            k: number of results.
+            target: images or captions. None: captions by pictures alone; images by words, and
+                where the index has no captions.
+            csls: rank the 1,000 nearest by 2 cos(x, y) - r(x) - r(y). r(x) is the mean cosine of
+                the query to its ten nearest. r(y) is that of a result to its ten nearest of the
+                query's modality in the index. Hubs, which are near to all vectors, then rank lower
+                (Conneau et al. 2018, Word translation without parallel data, section 2.3).
 
         Raises:
-            OptionError: an empty query, terms that cancel out, a `k` that makes no sense, a wrong
-                type, or captions of
-            an index that has none. DataError: an image that cannot be read, or a key that the index
-                does not have.
+            OptionError: an empty query, terms that cancel out, a `k` below 1, a wrong type, or
+                captions of an index that has none.
+            DataError: an image that cannot be read, or a key that the index does not have.
         """
         require_type(query, Query, "query")
         require_type(k, (int, np.integer), "k")
         if k < 1:
             raise OptionError(f"-k {k}: at least 1 result")
-        part = self._part(target or self.target_of(query))
+        modality = self._part(target or self.target_of(query))
         if csls:
             self._require_neighbours(query)
         vector = self.embed(query).cpu().numpy()
-        vectors, rows = self._opened(part)
-        scores, found = (
-            side[0] for side in vectors.search(vector, max(k, CSLS_CANDIDATES) if csls else k)
-        )
-        scores = scores[found >= 0]
-        found = found[found >= 0]
+        vectors, rows = self._opened(modality)
+        n_candidates = max(k, CSLS_CANDIDATES) if csls else k
+        all_scores, all_rows = vectors.search(vector, n_candidates)
+        # One query, so one row of results. An approximate index fills it up with -1.
+        is_found = all_rows[0] >= 0
+        scores = all_scores[0][is_found]
+        found_rows = all_rows[0][is_found]
         if csls:
-            scores, found = self._csls(
+            scores, found_rows = self._csls(
                 vectors,
-                others=self._opened(query.modality)[0],
+                neighbor_index=self._opened(query.modality)[0],
                 cosines=scores,
-                rows=found,
+                rows=found_rows,
             )
-        ranked = enumerate(zip(found[:k].tolist(), scores[:k].tolist(), strict=True), 1)
-        return [
-            Hit(rank=rank, key=rows[i]["key"], caption=rows[i]["caption"], score=score)
-            for rank, (i, score) in ranked
-        ]
+        hits = []
+        results = zip(found_rows[:k].tolist(), scores[:k].tolist(), strict=True)
+        for rank, (row_number, score) in enumerate(results, 1):
+            row = rows[row_number]
+            hits.append(Hit(rank=rank, key=row["key"], caption=row["caption"], score=score))
+        return hits
 
     def target_of(self, query: Query) -> Target:
-        """What the query finds by default. An index without captions gives images for a picture
-        too."""
+        """Return what the query finds by default.
+
+        In an index without captions a picture finds images too.
+        """
         require_type(query, Query, "query")
         query.require_types()
         return query.target if self.has_captions else "images"
 
     @property
     def has_captions(self) -> bool:
+        """Return whether the index holds captions."""
         return self.description.get("n_texts") != 0
 
     def _part(self, target: Target) -> Part:
+        """Return the modality of the target, as the files of the index name it."""
         if target not in ("images", "captions"):
             raise OptionError(f"--target {target}: expected images or captions")
         if target == "captions" and not self.has_captions:
@@ -217,7 +250,7 @@ class SearchIndex:
         return "images" if target == "images" else "texts"
 
     def _require_neighbours(self, query: Query) -> None:
-        """CSLS compares results with what the index holds of the query's modality."""
+        """Require vectors of the query's modality, which CSLS compares results with."""
         query.require_types()
         if query.modality == "texts" and not self.has_captions:
             raise OptionError(
@@ -225,7 +258,10 @@ class SearchIndex:
             )
 
     def embed(self, query: Query) -> Tensor:
-        """float32 [1, dim], L2-normalised, on the CPU. Raises as `find` does."""
+        """Embed a query -> float32 [1, dim], L2-normalized, on the CPU.
+
+        It raises the errors of `find`.
+        """
         require_type(query, Query, "query")
         query.require_types()
         if not (query.like or query.keys or query.images):
@@ -238,6 +274,7 @@ class SearchIndex:
         ]
         terms += [-self._embed(text, query.path_of(text)) for text in query.unlike]
         total = torch.cat(terms).sum(0, keepdim=True)
+        # Rounding errors have a direction too, so a sum near zero is not normalized.
         if float(total.norm()) < 1e-4:
             raise OptionError(
                 "the terms of the query cancel out: what is like and what is unlike are the same"
@@ -245,7 +282,7 @@ class SearchIndex:
         return normalize(total, dim=1)
 
     def _embed(self, text: str, path: Path | None) -> Tensor:
-        """Words, or an image file. As they come from the head: normalised."""
+        """Embed words or an image file, [1, dim], L2-normalized."""
         if path is not None:
             return self._embed_picture(path, str(path))
         if not text.strip():
@@ -259,24 +296,41 @@ class SearchIndex:
         row = self.row_of_key.get(key)
         if row is None:
             raise DataError(f"{self.path} has no image {key!r}{nearest(key, self.row_of_key)}")
-        return torch.from_numpy(self._opened("images")[0].vectors(np.array([row])))
+        vectors, _ = self._opened("images")
+        return torch.from_numpy(vectors.vectors(np.array([row])))
 
     def _csls(
         self,
         vectors: VectorIndex,
-        others: VectorIndex,
+        neighbor_index: VectorIndex,
         cosines: Floats,
         rows: NDArray[np.int64],
     ) -> tuple[Floats, NDArray[np.int64]]:
-        near, found = others.search(vectors.vectors(rows), CSLS_NEIGHBOURS)
-        near_rows = np.where(found >= 0, near, 0).sum(1) / np.maximum((found >= 0).sum(1), 1)
+        """Rank results of one query again.
+
+        Args:
+            vectors: the index that was searched.
+            neighbor_index: the index of the query's modality.
+            cosines: [n], of the results with the query, best first.
+            rows: [n], of the results.
+
+        Returns:
+            CSLS scores and rows, [n] each, best first.
+        """
+        result_vectors = vectors.vectors(rows)
+        neighbor_cosines, neighbor_rows = neighbor_index.search(result_vectors, CSLS_NEIGHBOURS)
+        near_rows = np.where(neighbor_rows >= 0, neighbor_cosines, 0).sum(1) / np.maximum(
+            (neighbor_rows >= 0).sum(1), 1
+        )
         scores = 2 * cosines - cosines[:CSLS_NEIGHBOURS].mean() - near_rows
         order = np.argsort(-scores, kind="stable")
         return scores[order], rows[order]
 
-    def _opened(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
+    def _opened(self, modality: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
+        """Return the vectors and rows of a modality, loaded once."""
+        # Even when they are loaded: it sets FAISS's threads to Torch's.
         load_faiss()
-        return self._images if part == "images" else self._texts
+        return self._images if modality == "images" else self._texts
 
     @cached_property
     def _images(self) -> tuple[VectorIndex, list[dict[str, str]]]:
@@ -286,30 +340,32 @@ class SearchIndex:
     def _texts(self) -> tuple[VectorIndex, list[dict[str, str]]]:
         return self._open("texts")
 
-    def _open(self, part: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
-        vectors = open_vectors(
-            self.path / f"{part}.faiss",
-            read_report(self.description, part).factory,
-        )
-        rows = read_rows(self.path, part)
+    def _open(self, modality: Part) -> tuple[VectorIndex, list[dict[str, str]]]:
+        report = read_report(self.description, modality)
+        vectors = open_vectors(self.path / f"{modality}.faiss", report.factory)
+        rows = read_rows(self.path, modality)
         if vectors.shape != (len(rows), self.description.get("dim")):
             raise RunError(
-                f"{self.path}: {part}.faiss does not fit {part}.jsonl and the head; build the "
-                "index again"
+                f"{self.path}: {modality}.faiss does not fit {modality}.jsonl and the head; build "
+                "the index again"
             )
         vectors.tune(self.nprobe, self.ef_search)
-        return (
-            vectors.to_gpu(parse_device(self.device)) if self.device.startswith("cuda") else vectors
-        ), rows
+        # Only on request: not every FAISS has GPU code, and not every kind can be moved.
+        if self.device.startswith("cuda"):
+            vectors = vectors.to_gpu(parse_device(self.device))
+        return vectors, rows
 
     @property
     def image_rows(self) -> Sequence[Mapping[str, str]]:
-        """Key and first caption of every image, in the order of the vectors."""
-        return self._opened("images")[1]
+        """Return key and first caption of every image, in the order of the vectors."""
+        _, rows = self._opened("images")
+        return rows
 
     @cached_property
     def row_of_key(self) -> dict[str, int]:
-        return {row["key"]: i for i, row in enumerate(self._images[1])}
+        """Map the key of each image to its row."""
+        _, rows = self._images
+        return {row["key"]: row_number for row_number, row in enumerate(rows)}
 
     @cached_property
     def _embed_texts(self) -> Embed:
@@ -321,11 +377,15 @@ class SearchIndex:
 
 
 def image_path(query: str) -> Path | None:
-    """The query as an image file: one that exists, or a name that ends like one (then it must
-    exist)."""
+    """Return the path if the query names an image file; None for words.
+
+    A file that exists counts, and a name that ends like one, even if it does not exist.
+    """
+    # Words can be too long for a path, or hold a null character: then the system refuses them.
     try:
         path = Path(query)
-        named = path.suffix.lower() in SUFFIXES and not any(c.isspace() for c in query.strip())
-        return path if path.is_file() or named else None
+        has_space = any(character.isspace() for character in query.strip())
+        is_named = path.suffix.lower() in SUFFIXES and not has_space
+        return path if path.is_file() or is_named else None
     except (OSError, ValueError):
         return None

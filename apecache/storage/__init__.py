@@ -1,1 +1,1 @@
-"""Where bytes live: files on a disk and objects in a bucket."""
+"""Store bytes: files on a disk and objects in a bucket."""

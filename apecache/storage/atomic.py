@@ -1,5 +1,8 @@
-"""Small files that are replaced whole: after a kill or a power cut the old or the new one is there,
-and the one scratch name beside it at most. What a store keeps goes through `store.files`."""
+"""Replace small files whole.
+
+After a kill or a power cut the old or the new file is there, and at most one scratch file beside
+it. The objects of a store are written by `apecache.storage.files` instead.
+"""
 
 import os
 import shutil
@@ -14,22 +17,28 @@ if TYPE_CHECKING:
 
 
 def scratch_of(path: Path) -> Path:
-    """Where `path` is written before it takes its name: a file for text, a folder for tensors. A
-    kill leaves it; the next write of `path` takes it away."""
+    """Return where `path` is written before it gets its name.
+
+    It is a file for text and a folder for tensors. A kill leaves it; the next write of `path`
+    removes it.
+    """
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, durably, in place of the old one."""
     scratch = scratch_of(path)
     try:
         with scratch.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # Before the rename: else a power cut could leave the new name with an empty file.
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+    # The folder holds the name, so the rename is durable only after it is synced.
     _make_durable(path.parent)
 
 
@@ -38,30 +47,38 @@ def replace_tensors(
     tensors: Mapping[str, "Tensor"],
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """One safetensors file; tensors may lie on any device. safetensors writes under a name of its
-    own choosing beside the file it is asked for, which a kill would leave in the folder: hence a
-    folder for it."""
+    """Write a safetensors file, durably, in place of the old one.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name, on any device.
+        header: Strings by name for the file's metadata.
+    """
     from safetensors.torch import save_file
 
+    # safetensors first writes a file of a random name beside its target. A kill would leave it in
+    # the user's folder, so it gets a scratch folder.
     scratch = scratch_of(path)
     _clear(scratch)
     scratch.mkdir()
     try:
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, scratch / path.name, dict(header) if header else None)
+        cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        scratch_file = scratch / path.name
+        save_file(cpu_tensors, scratch_file, dict(header) if header else None)
         apply_umask(scratch)
-        _make_durable(scratch / path.name)
-        os.replace(scratch / path.name, path)
+        _make_durable(scratch_file)
+        os.replace(scratch_file, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _make_durable(path.parent)
 
 
 def apply_umask(folder: Path) -> None:
-    """Give every file below a folder the mode that the umask leaves to a new file.
+    """Give every file below a folder the mode that a new file has under the umask.
 
     safetensors creates its files for their owner alone, whatever the umask says.
     """
+    # Reading the umask would need to set it, for all threads: a new file shows it instead.
     probe = folder / ".mode.tmp"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -73,8 +90,7 @@ def apply_umask(folder: Path) -> None:
 
 @contextmanager
 def undone_on_error(folder: Path) -> Iterator[None]:
-    """Make a new or empty folder, and empty it on an error, so that the same command can run
-    again."""
+    """Make a new or empty folder, and empty it on an error, so that the command can run again."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,14 +104,13 @@ def undone_on_error(folder: Path) -> Iterator[None]:
 
 
 def remove_tensors(path: Path) -> None:
-    """The file, and what a killed write of it left."""
+    """Remove the file, and what a killed write of it left."""
     path.unlink(missing_ok=True)
     _clear(scratch_of(path))
 
 
 def _clear(scratch: Path) -> None:
-    """Whatever a killed writer left there; it may have been one that wrote tensors into a file of
-    this name."""
+    """Remove a scratch file or folder that a killed writer left."""
     if scratch.is_dir():
         shutil.rmtree(scratch)
     else:

@@ -1,13 +1,12 @@
-"""Object storage: whole objects of a bucket, named by `s3://BUCKET/…`, `gs://BUCKET/…` or
-`az://CONTAINER/…`.
+"""Read and write whole objects of a bucket: `s3://BUCKET/…`, `gs://BUCKET/…`, `az://CONTAINER/…`.
 
-The only module that knows obstore. Credentials, region and endpoint are read by it from the
-environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) and from nowhere else; a message never repeats what a
-server or a library says, only its code.
+This is the only module that imports obstore. obstore reads credentials, region and endpoint from
+the environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`) and from nowhere else. An error message repeats
+only the code of a server's answer, because its text may hold secrets.
 
-Every operation may be repeated without harm, and is: for some seconds by obstore (5xx, connections,
-time-outs of reads), and what it must not repeat by itself, or gives up on, here for as long as an
-outage may last.
+Every operation may be repeated without harm. obstore repeats it for some seconds after 5xx answers,
+broken connections and read time-outs. `Bucket._repeated` repeats what obstore must not repeat or
+gives up on, for as long as an outage may last.
 """
 
 import os
@@ -31,34 +30,39 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 RETRY_VARIABLE = "APECACHE_RETRY_SECONDS"
 REQUEST_VARIABLE = "APECACHE_REQUEST_SECONDS"
 RETRY_SECONDS = 120.0
+"""How long faults are retried after the storage has answered once."""
 REQUEST_SECONDS = 120.0
-"""How long faults are waited out once the storage has answered, and how long one request may
-take."""
+"""How long one request may take."""
 FIRST_SECONDS = 3.0
-"""How long they are before it has."""
+"""How long faults are retried before the first answer, which a wrong setting may prevent."""
 QUICK_SECONDS = 10.0
 QUICK_RETRIES = 6
+"""Limits of the retries by obstore itself."""
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 5.0
+"""Seconds between two retries, doubled from the first to the longest."""
 READERS = 16
 BULK = 1000
+"""Objects of one request to remove; S3 allows no more."""
 NO_BUCKET = "NoSuchBucket"
 TRANSIENT = {"408", "409", "429", "OperationAborted", "RequestTimeout", "SlowDown"}
-"""Answers below 500 that may be others the next time."""
+"""Statuses below 500 and error codes that may not come again when a request is repeated."""
 CREDENTIALS = re.compile(
     r"169\.254\.169\.254|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity/"
 )
-"""Where a machine in a cloud asks who it is."""
+"""Addresses where a cloud machine asks for its credentials."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """`endpoints`: variables of the environment that may name another endpoint than the provider's
-    own."""
+    """Describe one provider of object storage."""
 
     store: str
+    """Class of obstore."""
     endpoints: tuple[str, ...]
+    """Environment variables that may name another endpoint than the provider's."""
     credentials: str
+    """Environment variables of the credentials, for error messages."""
 
 
 SCHEMES = {
@@ -78,7 +82,7 @@ SCHEMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One object of a listing."""
+    """Describe one object of a listing."""
 
     key: str
     size: int
@@ -86,33 +90,34 @@ class Entry:
 
 
 def is_object_url(place: str | Path) -> bool:
-    """Whether a place is named by a URL of object storage."""
-    return (
-        isinstance(place, str) and place.partition("://")[0].lower() in SCHEMES and "://" in place
-    )
+    """Return whether a place is a URL of object storage."""
+    if not isinstance(place, str):
+        return False
+    scheme, separator, _ = place.partition("://")
+    return bool(separator) and scheme.lower() in SCHEMES
 
 
 def require_known_scheme(place: str | Path) -> None:
-    """Refuse URLs of anything else, which would become folders of strange names.
+    """Refuse URLs of unknown schemes, which would become folders of strange names.
 
     Raises:
-        StoreError: one such.
+        StoreError: The place is such a URL.
     """
     if isinstance(place, str) and URL.match(place) and not is_object_url(place):
-        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise StoreError(
             f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one "
-            f"of {known}"
+            f"of {schemes}"
         )
 
 
 def open_bucket(url: str) -> tuple["Bucket", str]:
-    """The bucket that a URL names, and the key in it; nothing is asked of the storage yet.
+    """Return the bucket that a URL names, and the key in it; no request is sent yet.
 
     Raises:
-        StoreError: a URL with credentials or without a bucket, an endpoint that is not encrypted.
-        OptionError: a variable of ours in the environment that is no number. MissingExtraError: no
-            obstore.
+        StoreError: The URL has credentials or no bucket, or the endpoint is not encrypted.
+        OptionError: APECACHE_RETRY_SECONDS or APECACHE_REQUEST_SECONDS is not a number.
+        MissingExtraError: obstore is not installed.
     """
     scheme, name, key = split_url(url)
     try:
@@ -132,10 +137,10 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
         "retry_timeout": timedelta(seconds=quick),
         "backoff": backoff,
     }
-    options: dict[str, Any] = {
-        "timeout": timedelta(seconds=_seconds(REQUEST_VARIABLE, REQUEST_SECONDS))
-    }
-    options |= {"allow_http": True} if endpoint and urlsplit(endpoint).scheme == "http" else {}
+    request_seconds = _seconds(REQUEST_VARIABLE, REQUEST_SECONDS)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=request_seconds)}
+    if endpoint and urlsplit(endpoint).scheme == "http":
+        options["allow_http"] = True
     try:
         client = make(name, client_options=options, retry_config=retries)
     except (obstore.exceptions.BaseError, ValueError, OSError):
@@ -147,46 +152,46 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and key.
+    """Split a URL into scheme, bucket and key.
 
     Raises:
-        StoreError: what follows the scheme is not BUCKET/KEY.
+        StoreError: What follows the scheme is not BUCKET/KEY.
     """
-    scheme, _, rest = url.partition("://")
+    scheme, _, bucket_and_key = url.partition("://")
     scheme = scheme.lower()
-    name, _, key = rest.partition("/")
+    name, _, key = bucket_and_key.partition("/")
     if "@" in name or ":" in name:
         raise StoreError(
             f"a {scheme}:// URL with credentials or a port (it is not repeated here); expected "
-            f"{scheme}://BUCKET/NAME; "
-            f"give credentials in the environment ({SCHEMES[scheme].credentials})"
+            f"{scheme}://BUCKET/NAME; give credentials in the environment "
+            f"({SCHEMES[scheme].credentials})"
         )
-    parts = [part for part in key.split("/") if part]
-    if not name or ".." in parts or "." in parts or "\0" in url:
+    segments = [segment for segment in key.split("/") if segment]
+    if not name or ".." in segments or "." in segments or "\0" in url:
         raise StoreError(
             f"{scheme}:// URL without a bucket, or that leads out of it; expected "
             f"{scheme}://BUCKET/NAME"
         )
-    return scheme, name, "/".join(parts)
+    return scheme, name, "/".join(segments)
 
 
 def _endpoint(scheme: Scheme) -> str:
-    """Of the environment, if it names one.
+    """Return the endpoint that the environment names; empty if there is none.
 
     Raises:
-        StoreError: one that has credentials in it, or one elsewhere that is not encrypted.
+        StoreError: It has credentials in it, or is on another machine and not encrypted.
     """
     for variable in scheme.endpoints:
         if endpoint := os.environ.get(variable, ""):
             break
     else:
         return ""
-    found = urlsplit(endpoint)
+    parsed_url = urlsplit(endpoint)
     if "@" in endpoint:
         raise StoreError(f"{variable} has credentials in it; give them as {scheme.credentials}")
     allow = f"{variable.partition('_')[0]}_ALLOW_HTTP"
     allowed = os.environ.get(allow, "").lower() in ("1", "true", "yes")
-    if found.scheme == "http" and not allowed and not _is_loopback(found.hostname or ""):
+    if parsed_url.scheme == "http" and not allowed and not _is_loopback(parsed_url.hostname or ""):
         raise StoreError(
             f"{variable} is not encrypted ({_host(endpoint)}); use https://, or set {allow}=true"
         )
@@ -198,25 +203,29 @@ def _is_loopback(host: str) -> bool:
 
 
 def _host(endpoint: str) -> str:
-    found = urlsplit(endpoint)
-    return f"{found.scheme}://{found.hostname}" + (f":{found.port}" if found.port else "")
+    parsed_url = urlsplit(endpoint)
+    port = f":{parsed_url.port}" if parsed_url.port else ""
+    return f"{parsed_url.scheme}://{parsed_url.hostname}{port}"
 
 
 def _seconds(variable: str, otherwise: float) -> float:
-    told = os.environ.get(variable)
+    """Return the seconds that an environment variable sets."""
+    setting = os.environ.get(variable)
     try:
-        seconds = otherwise if told is None else float(told)
+        seconds = otherwise if setting is None else float(setting)
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise OptionError(f"{variable}={told}: expected a number of seconds above 0")
+        raise OptionError(f"{variable}={setting}: expected a number of seconds above 0")
     return seconds
 
 
 class Bucket:
-    """The objects of one bucket. Methods raise StoreError where the storage does not answer or
-    refuses; `name` is how people name the bucket. Safe to share between threads, but not with
-    forked processes."""
+    """Read and write the objects of one bucket.
+
+    Methods raise StoreError where the storage does not answer or refuses. Threads may share a
+    bucket, forked processes may not.
+    """
 
     def __init__(self, client: Any, scheme: str, name: str) -> None:
         self.client = client
@@ -227,69 +236,77 @@ class Bucket:
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
-        """Threads that read for whoever asks."""
+        """Return the threads that read in parallel."""
         return ThreadPoolExecutor(READERS, thread_name_prefix="objects")
 
     def read(self, key: str) -> bytes:
-        """Raises FileNotFoundError if there is no such object."""
+        """Return the bytes of an object; raises FileNotFoundError if there is none."""
         import obstore
 
         return self._repeated(key, lambda: bytes(obstore.get(self.client, key).bytes()))
 
     def read_range(self, key: str, start: int, stop: int) -> tuple[memoryview, int]:
-        """Bytes from `start` to before `stop`, or to the end, and the size of the whole object.
+        """Return the bytes from `start` to before `stop`, and the size of the whole object.
 
-        Raises FileNotFoundError if there is no such object.
+        There are fewer bytes if the object ends before `stop`.
+
+        Raises:
+            FileNotFoundError: There is no such object.
         """
         import obstore
 
         def read() -> tuple[memoryview, int]:
             try:
-                found = obstore.get(self.client, key, options={"range": (start, stop)})
+                response = obstore.get(self.client, key, options={"range": (start, stop)})
             except obstore.exceptions.BaseError as error:
-                if _answer(str(error))[0] != 416:
+                status, _ = _answer(str(error))
+                if status != 416:
                     raise
-                return memoryview(b""), int(
-                    obstore.head(self.client, key)["size"]
-                )  # the range is beyond the end
-            return memoryview(found.bytes()), found.meta["size"]
+                # The range is beyond the end of the object.
+                head = obstore.head(self.client, key)
+                return memoryview(b""), int(head["size"])
+            return memoryview(response.bytes()), response.meta["size"]
 
         return self._repeated(key, read)
 
     def read_all(self, keys: Iterable[str]) -> Iterator[bytes]:
-        """Objects in this order, some of them read ahead. Raises as `read` does."""
+        """Yield objects in this order, some of them read ahead; raises as `read` does."""
         waiting = list[Future[bytes]]()
-        rest = iter(keys)
-        waiting.extend(self.pool.submit(self.read, key) for key in islice(rest, READERS))
+        remaining_keys = iter(keys)
+        waiting.extend(self.pool.submit(self.read, key) for key in islice(remaining_keys, READERS))
         try:
             while waiting:
                 data = waiting.pop(0).result()
-                waiting.extend(self.pool.submit(self.read, key) for key in islice(rest, 1))
+                waiting.extend(
+                    self.pool.submit(self.read, key) for key in islice(remaining_keys, 1)
+                )
                 yield data
         finally:
+            # The consumer may stop early: objects that nobody waits for are not read.
             for future in waiting:
                 future.cancel()
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object; None if there is none."""
+        """Return the bytes of an object; None if there is none."""
         import obstore
 
         try:
-            return int(self._repeated(key, lambda: obstore.head(self.client, key))["size"])
+            head = self._repeated(key, lambda: obstore.head(self.client, key))
+            return int(head["size"])
         except FileNotFoundError:
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Put an object by one request, never in parts: nothing unfinished can be left behind."""
+        """Write an object by one request, never in parts, so that nothing unfinished is left."""
         import obstore
 
         self._put(key, lambda: obstore.put(self.client, key, data, use_multipart=False))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put an object if there is none; False if there is one of other bytes.
+        """Write an object if there is none; return False if there is one of other bytes.
 
-        The same bytes are taken for our own: a reply may have been lost, and the request been
-        repeated.
+        The same bytes count as written by this call, because its first answer may have been lost
+        and the request repeated.
         """
         import obstore
 
@@ -301,14 +318,16 @@ class Bucket:
                 try:
                     return bytes(obstore.get(self.client, key).bytes()) == data
                 except FileNotFoundError:
-                    # S3 answers alike where a removal of the object is under way
+                    # S3 gives the same answer while a removal of the object is under way.
                     raise _UnsettledError from None
 
         return self._put(key, create)
 
     def decides_creation(self, key: str) -> bool:
-        """Whether the storage refuses to create what is there; tried once, on `key`, which is
-        removed again."""
+        """Return whether the storage refuses to create an object that exists.
+
+        It is tried once, on the object `key`, which is removed again.
+        """
         if self._decides is None:
             try:
                 self._decides = self.create(key, b"first") and not self.create(key, b"second")
@@ -318,128 +337,147 @@ class Bucket:
         return self._decides
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Remove objects; those that are not there are none the less gone."""
+        """Remove objects; objects that do not exist are no error."""
         import obstore
 
         for start in range(0, len(keys), BULK):
-            part = keys[start : start + BULK]
+            batch = keys[start : start + BULK]
             try:
-                self._repeated(part[0], partial(obstore.delete, self.client, part))
-            except FileNotFoundError:  # some storage minds that one of them is gone
-                for key in part:
+                self._repeated(batch[0], partial(obstore.delete, self.client, batch))
+            except FileNotFoundError:
+                # Some storage answers with an error if one of the objects does not exist.
+                for key in batch:
                     with suppress(FileNotFoundError):
                         self._repeated(key, partial(obstore.delete, self.client, key))
 
     def walk(self, folder: str) -> list[Entry]:
-        """Every object anywhere below a folder."""
+        """Return every object anywhere below a folder."""
         import obstore
 
-        return _entries(
-            self._put(folder, lambda: obstore.list(self.client, folder or None).collect()),
-            folder,
-        )
+        listed = self._put(folder, lambda: obstore.list(self.client, folder or None).collect())
+        return _entries(listed, folder)
 
     def list(self, folder: str) -> tuple[list[str], list[Entry]]:
-        """Names of the folders in a folder, and the objects in it."""
+        """Return the names of the folders in a folder, and the objects in it."""
         import obstore
 
-        found = self._put(folder, lambda: obstore.list_with_delimiter(self.client, folder or None))
-        folders = [prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"]]
-        return folders, _entries(found["objects"], folder)
+        listing = self._put(
+            folder, lambda: obstore.list_with_delimiter(self.client, folder or None)
+        )
+        folders = [prefix.rstrip("/").rpartition("/")[2] for prefix in listing["common_prefixes"]]
+        return folders, _entries(listing["objects"], folder)
 
     def _missing(self, key: str, code: str) -> Exception:
+        """Return the error for a missing object, or a missing bucket if the code says so."""
         if code == NO_BUCKET:
             return StoreError(f"{self.name}: no such bucket; make it, or give another")
         return FileNotFoundError(f"{self.name}/{key}")
 
     def _put(self, key: str, work: Callable[[], T]) -> T:
-        """What needs no object to be there: where something is missing, it is the bucket."""
+        """Repeat a request that needs no object: if something is missing, it is the bucket."""
         try:
             return self._repeated(key, work)
         except FileNotFoundError:
             raise self._missing(key, NO_BUCKET) from None
 
     def _repeated(self, key: str, work: Callable[[], T]) -> T:
-        """Raises FileNotFoundError, or StoreError."""
+        """Do a request, and repeat it while the storage does not answer.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StoreError: There is no such bucket, or the storage refuses or does not answer.
+        """
         from obstore.exceptions import BaseError
 
         patience = _seconds(RETRY_VARIABLE, RETRY_SECONDS)
-        end = time.monotonic() + (patience if self._answered else min(patience, FIRST_SECONDS))
+        # Before the first answer a wrong setting is likelier than an outage.
+        patience = patience if self._answered else min(patience, FIRST_SECONDS)
+        end = time.monotonic() + patience
         pause = FIRST_PAUSE
         while True:
             try:
                 result = work()
                 self._answered = True
                 return result
-            except (
-                FileNotFoundError,
-                ValueError,
-            ) as error:  # ValueError: no object can have such a name
+            except (FileNotFoundError, ValueError) as error:
+                # obstore raises ValueError for names that no object can have.
                 self._answered = True
-                raise self._missing(key, _answer(str(error))[1]) from None
+                _, code = _answer(str(error))
+                raise self._missing(key, code) from None
             except (BaseError, _UnsettledError) as error:
-                if _answer(str(error))[1] == NO_BUCKET:
+                _, code = _answer(str(error))
+                if code == NO_BUCKET:
                     raise self._missing(key, NO_BUCKET) from None
                 refusal = _refusal(f"{self.name}/{key}", self.scheme, error)
                 if not isinstance(refusal, _SilentError) or time.monotonic() >= end:
                     raise refusal from None
-            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            seconds_left = max(0.0, end - time.monotonic())
+            time.sleep(min(pause, seconds_left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class _UnsettledError(Exception):
-    """The storage is between two states."""
+    """Report that the storage is between two states, so that the request is repeated."""
 
 
 class _SilentError(StoreError):
-    """No answer, or one that may be another the next time."""
+    """Report no answer, or one that may be different when the request is repeated."""
 
 
 class _UnknownError(StoreError):
-    """The storage does not know such a request."""
+    """Report that the storage does not know such a request."""
 
 
-def _refusal(where: str, scheme: Scheme, error: Exception) -> StoreError:
-    """What an error of obstore means, in our words: theirs may hold what nobody should read."""
+def _refusal(object_name: str, scheme: Scheme, error: Exception) -> StoreError:
+    """Return an error of obstore in our own words, because its text may hold secrets."""
     text = str(error)
-    kind = type(error).__name__
+    error_name = type(error).__name__
     status, code = _answer(text)
-    if status == 501 or kind in ("NotSupportedError", "NotImplementedError"):
-        return _UnknownError(f"{where}: the storage does not know this request; use other storage")
+    if status == 501 or error_name in ("NotSupportedError", "NotImplementedError"):
+        return _UnknownError(
+            f"{object_name}: the storage does not know this request; use other storage"
+        )
     if 400 <= status < 500 and not {code, str(status)} & TRANSIENT:
-        what = "expired credentials" if "expired" in code.lower() else f"refused ({code or status})"
+        reason = (
+            "expired credentials" if "expired" in code.lower() else f"refused ({code or status})"
+        )
         return StoreError(
-            f"{where}: {what}; check {scheme.credentials} in the environment, and the name of "
-            "the bucket"
+            f"{object_name}: {reason}; check {scheme.credentials} in the environment, and the "
+            "name of the bucket"
         )
     if CREDENTIALS.search(text):
         return _SilentError(
-            f"{where}: no credentials; give {scheme.credentials} in the environment"
+            f"{object_name}: no credentials; give {scheme.credentials} in the environment"
         )
     if "redirect without LOCATION" in text:
         return StoreError(
-            f"{where}: the bucket is in another region; check {scheme.credentials} in the "
+            f"{object_name}: the bucket is in another region; check {scheme.credentials} in the "
             "environment"
         )
-    told = [name for name in scheme.endpoints if os.environ.get(name)]
-    at = f" at {_host(os.environ[told[0]])}" if told else ""
-    check = " and ".join(["the network", *(told or scheme.endpoints)[:1]])
+    configured = [name for name in scheme.endpoints if os.environ.get(name)]
+    at = f" at {_host(os.environ[configured[0]])}" if configured else ""
+    variables = configured or scheme.endpoints
+    check = " and ".join(["the network", *variables[:1]])
     return _SilentError(
-        f"{where}: the object storage{at} does not answer; check {check}, then run the same again"
+        f"{object_name}: the object storage{at} does not answer; check {check}, then run the same "
+        "again"
     )
 
 
 def _answer(text: str) -> tuple[int, str]:
-    """Status of the storage's answer, 0 if there was none, and its own word for what is wrong."""
-    status = re.search(r"status code: (\d{3})\b", text)
-    word = re.search(r"<Code>(\w{1,60})</Code>", text)
-    return int(status.group(1)) if status else 0, word.group(1) if word else ""
+    """Return the status of the storage's answer, 0 if there was none, and its error code."""
+    status_match = re.search(r"status code: (\d{3})\b", text)
+    code_match = re.search(r"<Code>(\w{1,60})</Code>", text)
+    status = int(status_match.group(1)) if status_match else 0
+    code = code_match.group(1) if code_match else ""
+    return status, code
 
 
-def _entries(found: Iterable[Any], folder: str) -> list[Entry]:
-    """Without the empty object of the folder's own name that consoles put to show it."""
-    entries = (
-        Entry(key=meta["path"], size=int(meta["size"]), modified=meta["last_modified"])
-        for meta in found
-    )
-    return [entry for entry in entries if entry.key != folder]
+def _entries(listed: Iterable[Any], folder: str) -> list[Entry]:
+    """Return the objects of a listing, without the empty one by which consoles show a folder."""
+    entries = []
+    for meta in listed:
+        if meta["path"] != folder:
+            size = int(meta["size"])
+            entries.append(Entry(key=meta["path"], size=size, modified=meta["last_modified"]))
+    return entries

@@ -1,7 +1,7 @@
-"""The few operations that a store is made of. `storage.local` has them on the files of a folder,
-`storage.object_files` on object storage.
+"""Define the few operations on files that a store needs.
 
-Everything a store keeps goes through here: whole objects, written durably or not at all, and the
+`storage.local` implements them on the files of a folder, `storage.object_files` on object storage.
+Everything a store holds goes through them: whole objects, written durably or not at all, and the
 put-if-absent that commits them. A name is a path relative to the store's root and uses `/`.
 """
 
@@ -15,63 +15,69 @@ TEMPORARY = ".tmp-"
 
 
 class Files(Protocol):
-    """A place that keeps objects. What is written or created stands, whole, whatever happens after
-    the return.
+    """Read and write whole objects in one place.
 
-    All methods but the first six raise StoreError where the place refuses, with what mends it.
+    An object that is written or created is durable when the method returns. All methods but the
+    first six raise StoreError where the place refuses, with what repairs it.
     """
 
     @property
     def place(self) -> str | Path:
-        """The root: a folder or a URL."""
+        """Return the root: a folder or a URL."""
 
     def where(self, name: str) -> str:
-        """An object as people name it."""
+        """Return the full path or URL of an object, for messages."""
 
     def child(self, folder: str) -> "Files":
-        """A folder below as a place of its own."""
+        """Return a folder below the root as a place of its own."""
 
     def hint(self) -> str:
-        """`; did you mean …?` for what lies beside a root that is not there, else nothing."""
+        """Return `; did you mean …?` if the root is missing and a neighbor has a similar name."""
 
     def free_bytes(self) -> int | None:
-        """Room that is left; None where there is no telling."""
+        """Return the free bytes of the place; None if that is unknown."""
 
     @property
     def readers(self) -> int:
-        """How many reads side by side pay."""
+        """Return the number of parallel reads that are worth it."""
 
     def settle(self, folder: str) -> None:
-        """Make durable what is in a folder, also what killed writers put there."""
+        """Make the objects of a folder durable, also those of killed writers."""
 
     def exclusive(self, folder: str) -> AbstractContextManager[None]:
-        """Keep other writers out of a folder while one that holds it works, where the place can do
-        that. It is not what makes commits safe: put-if-absent decides who was first."""
+        """Lock a folder against other writers, if the place has locks.
+
+        Commits are safe without the lock, because put-if-absent decides who was first.
+        """
 
     def prepare(self) -> None:
-        """Called before a run writes anything: raises where no store can be kept."""
+        """Check, before a run writes anything, that the place can hold a store."""
 
     def write(self, name: str, *buffers: Buffer) -> None:
-        """Put one object, replacing what is there."""
+        """Write one object in place of the old one."""
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """Put one object only if there is none: True if it was put, also where another writer put
-        the same bytes and nobody can tell."""
+        """Write one object only if there is none.
+
+        Returns:
+            Whether the object was written. It may also be True if another writer wrote the same
+            bytes.
+        """
 
     def remove(self, name: str) -> None:
-        """Remove one object, if it is there; gone for good after return."""
+        """Remove one object, durably, if it is there."""
 
     def remove_folder(self, folder: str) -> None:
         """Remove everything below a folder."""
 
     def remove_temporary(self, *folders: str) -> None:
-        """Remove what killed writers left in the root and anywhere below `folders`."""
+        """Remove the temporary files of killed writers in the root and anywhere below `folders`."""
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if there is no such object."""
+        """Return the bytes of an object; raises FileNotFoundError if there is none."""
 
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
-        """Objects in this order, read ahead where that pays. Raises as `read` does."""
+        """Yield objects in this order, read ahead where that is faster; raises as `read` does."""
 
     def read_into(
         self,
@@ -79,18 +85,24 @@ class Files(Protocol):
         views: Sequence[memoryview],
         seen: Callable[[memoryview], None],
     ) -> int:
-        """Fill `views` one after another; returns the number of bytes read, plus one if the object
-        is longer.
+        """Read an object into buffers; raises as `read` does.
 
-        `seen` is called with every block as it is read, in order, no block reaching over two views.
-        Raises as `read`.
+        Args:
+            name: The object.
+            views: Buffers to fill one after another.
+            seen: Called with every block in order, as it is read. No block extends over two views.
+
+        Returns:
+            Number of bytes read, plus one if the object is longer than the views.
         """
 
     def exists(self, name: str) -> bool: ...
 
     def list(self, folder: str) -> list[str]:
-        """Names of the objects and folders in a folder, sorted, temporary ones left out; none if
-        there is no such."""
+        """Return the sorted names of the objects and folders in a folder, without temporary ones.
+
+        The list is empty if there is no such folder.
+        """
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every object anywhere below a folder, temporary ones too, by name and sorted."""
+        """Return the bytes of every object below a folder, also temporary ones, sorted by name."""

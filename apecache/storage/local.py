@@ -1,4 +1,4 @@
-"""Durable objects in a local folder."""
+"""Write and read durable objects in a local folder."""
 
 import contextlib
 import errno
@@ -17,8 +17,10 @@ UNWRITABLE = (errno.EROFS, errno.EACCES)
 
 
 class LocalFiles:
-    """Durable objects in a local folder: temporary file, fsync, rename or link, fsync of the
-    folder. See `Files`."""
+    """Implement `Files` in a local folder.
+
+    An object is written as a temporary file, synced, renamed or linked, and its folder is synced.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,19 +40,16 @@ class LocalFiles:
         return LocalFiles(self.path(folder))
 
     def hint(self) -> str:
-        siblings = (
-            [path.name for path in self.root.parent.iterdir()] if self.root.parent.is_dir() else []
-        )
+        siblings: list[str] = []
+        if self.root.parent.is_dir():
+            siblings = [path.name for path in self.root.parent.iterdir()]
         return "" if self.root.exists() else nearest(self.root.name, siblings)
 
     def free_bytes(self) -> int:
-        """On the disk where the root is, or would be."""
-        there = next(
-            folder
-            for folder in (self.root.absolute(), *self.root.absolute().parents)
-            if folder.exists()
-        )
-        return shutil.disk_usage(there).free
+        """Return the free bytes of the disk that the root is on, or will be on."""
+        root = self.root.absolute()
+        existing_folder = next(folder for folder in (root, *root.parents) if folder.exists())
+        return shutil.disk_usage(existing_folder).free
 
     @property
     def readers(self) -> int:
@@ -61,14 +60,20 @@ class LocalFiles:
             raise StoreError(f"{self.root} is a file; give a folder as --store")
 
     def write(self, name: str, *buffers: Buffer) -> None:
-        """After return it survives a power cut. Where the system refuses (disk full, no permission,
-        …) there is the old object or the new one, whole."""
+        """Write one object in place of the old one; it survives a power cut after the return.
+
+        Where the system refuses (disk full, no permission, …), the old object or the new one is
+        there, whole.
+        """
         with self._explained(name), self._temporary(name, buffers) as temporary:
             os.replace(temporary, self.path(name))
             self._sync_folder(self.path(name).parent)
 
     def create(self, name: str, *buffers: Buffer) -> bool:
-        """After return it survives a power cut, also where another writer put it."""
+        """Write one object only if there is none.
+
+        The object survives a power cut after the return, also where another writer put it.
+        """
         with self._explained(name):
             try:
                 return self._put_if_absent(name, buffers)
@@ -81,11 +86,12 @@ class LocalFiles:
     def _put_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
         with self._temporary(name, buffers) as temporary:
             put = True
+            # `link`, and not `rename`, fails if another writer was first. That writer may have been
+            # killed before its entry was durable, so the folder is synced in either case.
             try:
                 os.link(temporary, self.path(name))
             except FileExistsError:
                 put = False
-                # Its writer was perhaps killed before the entry was durable: sync all the same.
             os.unlink(temporary)
             self._sync_folder(self.path(name).parent)
             return put
@@ -96,8 +102,10 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
-        """The system ends it when a writer dies. A file system without locks (some network ones) is
-        used without."""
+        """Lock a folder against other writers; the system unlocks it when a writer dies.
+
+        A file system without locks (some network ones) is used without.
+        """
         with self._explained(folder):
             self._make_folder(self.path(folder))
             descriptor = os.open(self.path(folder), os.O_RDONLY | os.O_DIRECTORY)
@@ -105,19 +113,18 @@ class LocalFiles:
             yield
 
     def remove_temporary(self, *folders: str) -> None:
-        """Unless somebody is writing at this moment. A store that lies elsewhere in the root has
-        writers of its own."""
+        """Remove the temporary files of killed writers, unless somebody is writing now.
+
+        Only the root and `folders` are searched: another store below the root has its own writers.
+        """
         patterns = (f"{TEMPORARY}*", *(f"{folder}/**/{TEMPORARY}*" for folder in folders))
         with self._explained("."):
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             with self._locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
-                for path in (
-                    (path for pattern in patterns for path in self.root.glob(pattern))
-                    if alone
-                    else ()
-                ):
-                    if path.is_file():
-                        path.unlink()
+                for pattern in patterns if alone else ():
+                    for path in self.root.glob(pattern):
+                        if path.is_file():
+                            path.unlink()
 
     def read(self, name: str) -> bytes:
         with self._readable(name):
@@ -132,16 +139,19 @@ class LocalFiles:
         views: Sequence[memoryview],
         seen: Callable[[memoryview], None],
     ) -> int:
-        """`seen` gets blocks that are still in the processor's cache: summing them there costs half
-        of what a second pass over memory would."""
+        """Read an object into buffers, see `Files.read_into`."""
+        # `seen` gets blocks that are still in the processor's cache: a checksum over them costs
+        # half of what a second pass over memory costs.
         with self._readable(name), self.path(name).open("rb", buffering=0) as file:
-            total = sum(_read_full(file.fileno(), view, seen) for view in views)
-            return total + len(os.read(file.fileno(), 1))
+            n_read = sum(_read_full(file.fileno(), view, seen) for view in views)
+            n_beyond = len(os.read(file.fileno(), 1))
+            return n_read + n_beyond
 
     def remove(self, name: str) -> None:
         with self._explained(name):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(name))
+            # Also if the object was gone: the removal may not have been durable.
             if self.path(name).parent.is_dir():
                 self._sync_folder(self.path(name).parent)
 
@@ -152,13 +162,14 @@ class LocalFiles:
         return self.path(name).is_file()
 
     def sizes(self, folder: str) -> dict[str, int]:
-        found = {}
-        for where, _, names in os.walk(self.path(folder)):
-            below = Path(where).relative_to(self.root)
+        size_by_name = {}
+        for directory, _, names in os.walk(self.path(folder)):
+            below = Path(directory).relative_to(self.root)
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    found[(below / name).as_posix()] = _size(os.path.join(where, name))
-        return dict(sorted(found.items()))
+                # Another process may remove a file while the folder is listed.
+                with contextlib.suppress(FileNotFoundError):
+                    size_by_name[(below / name).as_posix()] = _size(os.path.join(directory, name))
+        return dict(sorted(size_by_name.items()))
 
     def list(self, folder: str) -> list[str]:
         try:
@@ -170,12 +181,12 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _temporary(self, name: str, buffers: Sequence[Buffer]) -> Iterator[Path]:
-        """A durable file beside the object's place; an error of any kind removes it."""
+        """Write a durable file beside the object's path; an error of any kind removes it."""
         folder = self.path(name).parent
         self._make_folder(folder)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-        # Shared by all that write: who gets it exclusively knows that every temporary file is a
-        # dead writer's.
+        # All writers share this lock. So whoever holds it exclusively knows that every temporary
+        # file belongs to a dead writer.
         with self._locked(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH):
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
@@ -193,7 +204,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _locked(self, descriptor: int, how: int) -> Iterator[bool]:
-        """Lock an open folder and close it after use; False if it was not to be had."""
+        """Lock an open folder and close it after use; yields whether the lock was granted."""
         held = True
         try:
             try:
@@ -202,22 +213,21 @@ class LocalFiles:
                 held = False
             yield held
         finally:
+            # close() alone keeps the lock while a process that was forked meanwhile lives.
             with contextlib.suppress(OSError):
-                fcntl.flock(
-                    descriptor,
-                    fcntl.LOCK_UN,
-                )  # close() would not do while a process forked meanwhile lives
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _make_folder(self, folder: Path) -> None:
         """Create a folder and its parents, each entry made durable in its own parent.
 
-        A folder that is there may come from a writer that was killed before the entry was durable,
-        so every process makes sure once, from the store's own folder downwards.
+        A folder that exists may come from a writer that was killed before the entry was durable.
+        So every process syncs each folder once, from the store's own folder downwards.
         """
         inside = folder == self.root or self.root in folder.parents
         if (folder in self._durable or not inside) and folder.is_dir():
             return
+        # The root may be relative, such as ".", whose `parent` is not the folder above.
         parent = folder.parent if folder != self.root else Path(os.path.abspath(folder)).parent
         self._make_folder(parent)
         existed = folder.is_dir()
@@ -226,9 +236,8 @@ class LocalFiles:
         try:
             self._sync_folder(parent)
         except PermissionError:
-            if (
-                not existed
-            ):  # else somebody else's: a mount point or a home, in a folder that we may not read
+            # A folder that existed may be a mount point or a home, whose parent cannot be read.
+            if not existed:
                 raise
         self._durable.add(folder)
 
@@ -246,9 +255,9 @@ class LocalFiles:
         except FileNotFoundError:
             raise
         except OSError as error:
-            where = self.path(name)
+            path = self.path(name)
             raise StoreError(
-                f"{where}: {error.strerror or error}; permit reading, or check the disk"
+                f"{path}: {error.strerror or error}; permit reading, or check the disk"
             ) from error
 
     @contextlib.contextmanager
@@ -256,16 +265,16 @@ class LocalFiles:
         try:
             yield
         except OSError as error:
-            where = self.path(name)
+            path = self.path(name)
             remedy = (
                 "make room or permit writing, then run the same command again; committed shards "
                 "stand"
             )
-            raise StoreError(f"{where}: {error.strerror or error}; {remedy}") from error
+            raise StoreError(f"{path}: {error.strerror or error}; {remedy}") from error
 
 
 def _size(path: str) -> int:
-    """Of what a link leads to, or of a link that leads nowhere."""
+    """Return the bytes of a file, following links; a broken link has its own size."""
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
@@ -273,17 +282,18 @@ def _size(path: str) -> int:
 
 
 def _write_full(descriptor: int, view: memoryview) -> None:
+    # A write may be partial, for instance of more than 2 GiB.
     while view.nbytes:
         view = view[os.write(descriptor, view) :]
 
 
-def _read_full(descriptor: int, view: memoryview, seen: Callable[[memoryview], None]) -> int:
-    done = 0
-    while done < view.nbytes:
-        block = view[done : done + BLOCK_BYTES]
-        count = os.readv(descriptor, [block])
-        if not count:
+def _read_full(descriptor: int, view: memoryview, on_block: Callable[[memoryview], None]) -> int:
+    n_read = 0
+    while n_read < view.nbytes:
+        block = view[n_read : n_read + BLOCK_BYTES]
+        n_block = os.readv(descriptor, [block])
+        if not n_block:
             break
-        seen(block[:count])
-        done += count
-    return done
+        on_block(block[:n_block])
+        n_read += n_block
+    return n_read

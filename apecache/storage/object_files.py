@@ -1,10 +1,9 @@
-"""The operations that a store is made of, on object storage. See `Files` for what each of them
-promises.
+"""Implement `Files`, the operations of a store, on object storage.
 
-One object is one PUT: shards have at most 64 MB, so none is sent in parts, and nothing unfinished
-is ever left. There are no locks: `If-None-Match: *` decides who committed a shard, and that the
-storage heeds it is tried before anything is written. Storage that does not may have one writer, who
-has to say that there is no other.
+One object is one PUT: shards have at most 64 MB, so none is sent in parts, and no unfinished object
+is ever left. There are no locks. `If-None-Match: *` decides who committed a shard, and a trial
+before the first write checks that the storage follows it. Storage that does not may have only one
+writer, who has to say that there is no other.
 """
 
 import contextlib
@@ -18,17 +17,23 @@ from apecache.storage.files import TEMPORARY, Buffer
 
 RANGE_BYTES = 8 << 20
 LEFT_AFTER = timedelta(hours=1)
-"""A trial of put-if-absent that is older was left by a killed writer."""
+"""Age from which a trial of put-if-absent was left by a killed writer."""
 
 
 def open_objects(url: str, alone: bool) -> "ObjectFiles":
-    """Raises as `open_bucket` does."""
+    """Return the objects below a URL; raises as `open_bucket` does."""
     bucket, root = open_bucket(url)
     return ObjectFiles(bucket, root, alone)
 
 
 class ObjectFiles:
-    """Objects of `bucket` whose keys begin with `root`. `alone`: nobody else writes there."""
+    """Implement `Files` on the objects of a bucket.
+
+    Args:
+        bucket: The bucket.
+        root: What all keys begin with.
+        alone: Whether nobody else writes there.
+    """
 
     def __init__(self, bucket: Bucket, root: str, alone: bool = False) -> None:
         self.bucket = bucket
@@ -40,7 +45,8 @@ class ObjectFiles:
         return self.where("")
 
     def where(self, name: str) -> str:
-        return "/".join(part for part in (self.bucket.name, self._key(name)) if part)
+        key = self._key(name)
+        return f"{self.bucket.name}/{key}" if key else self.bucket.name
 
     def child(self, folder: str) -> "ObjectFiles":
         return ObjectFiles(self.bucket, self._key(folder), self.alone)
@@ -56,11 +62,11 @@ class ObjectFiles:
         return READERS
 
     def settle(self, folder: str) -> None:
-        """What the storage has acknowledged is durable."""
+        """Do nothing: an object is durable once the storage has acknowledged it."""
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
-        """There is nothing to lock: several writers may be here at once."""
+        """Lock nothing: several writers may be in the block at once."""
         yield
 
     def prepare(self) -> None:
@@ -68,10 +74,8 @@ class ObjectFiles:
         if not self.alone and not self.bucket.decides_creation(trial):
             raise StoreError(
                 f"{self.place}: this storage overwrites an object that is to be created only if "
-                "there is none "
-                "(If-None-Match), so two writers could undo each other; use other storage, or, if "
-                "nobody else writes "
-                "there, add --single-writer"
+                "there is none (If-None-Match), so two writers could undo each other; use other "
+                "storage, or, if nobody else writes there, add --single-writer"
             )
 
     def write(self, name: str, *buffers: Buffer) -> None:
@@ -81,6 +85,7 @@ class ObjectFiles:
         data = b"".join(buffers)
         if not self.alone:
             return self.bucket.create(self._key(name), data)
+        # Storage without put-if-absent: a look before the write is enough for a single writer.
         with contextlib.suppress(FileNotFoundError):
             return self.read(name) == data
         self.bucket.write(self._key(name), data)
@@ -93,13 +98,15 @@ class ObjectFiles:
         self.bucket.remove([entry.key for entry in self.bucket.walk(self._key(folder))])
 
     def remove_temporary(self, *folders: str) -> None:
-        """Trials of put-if-absent, which lie in the root; nothing else is ever there in part."""
+        """Remove trials of put-if-absent in the root; nothing else is ever unfinished."""
         _, objects = self.bucket.list(self.root)
+        # A younger trial may belong to a writer that is just starting.
         before = datetime.now(UTC) - LEFT_AFTER
-        left = [
-            entry.key for entry in objects if _is_temporary(entry.key) and entry.modified < before
-        ]
-        self.bucket.remove(left)
+        stale_keys = []
+        for entry in objects:
+            if _is_temporary(entry.key) and entry.modified < before:
+                stale_keys.append(entry.key)
+        self.bucket.remove(stale_keys)
 
     def read(self, name: str) -> bytes:
         return self.bucket.read(self._key(name))
@@ -113,29 +120,31 @@ class ObjectFiles:
         views: Sequence[memoryview],
         seen: Callable[[memoryview], None],
     ) -> int:
-        """Ranges of an object are fetched side by side."""
+        """Fetch ranges of an object in parallel, see `Files.read_into`."""
         key = self._key(name)
-        wanted = sum(view.nbytes for view in views)
-        first, size = self.bucket.read_range(key, 0, min(RANGE_BYTES, wanted + 1))
-        starts = range(RANGE_BYTES, min(size, wanted), RANGE_BYTES)
-        later = [
-            self.bucket.pool.submit(self.bucket.read_range, key, start, start + RANGE_BYTES)
-            for start in starts
-        ]
+        expected_bytes = sum(view.nbytes for view in views)
+        # One byte more than expected, so that the answer shows whether the object is longer.
+        first, size = self.bucket.read_range(key, 0, min(RANGE_BYTES, expected_bytes + 1))
+        # The first answer has the size, so the other ranges can be asked for at once.
+        later = []
+        for start in range(RANGE_BYTES, min(size, expected_bytes), RANGE_BYTES):
+            stop = start + RANGE_BYTES
+            later.append(self.bucket.pool.submit(self.bucket.read_range, key, start, stop))
         target = _Target(views, seen)
         target.fill(first)
         for future in later:
-            target.fill(future.result()[0])
-        return target.filled + (size > wanted)
+            data, _ = future.result()
+            target.fill(data)
+        return target.filled + (size > expected_bytes)
 
     def exists(self, name: str) -> bool:
         return self.bucket.size(self._key(name)) is not None
 
     def sizes(self, folder: str) -> dict[str, int]:
         below = len(self.root) + 1 if self.root else 0
-        return dict(
-            sorted((entry.key[below:], entry.size) for entry in self.bucket.walk(self._key(folder)))
-        )
+        entries = self.bucket.walk(self._key(folder))
+        # Keys of the bucket begin with the root, names do not.
+        return dict(sorted((entry.key[below:], entry.size) for entry in entries))
 
     def list(self, folder: str) -> list[str]:
         folders, objects = self.bucket.list(self._key(folder))
@@ -143,7 +152,7 @@ class ObjectFiles:
         return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def _key(self, name: str) -> str:
-        return "/".join(part for part in (self.root, name) if part)
+        return "/".join(filter(None, (self.root, name)))
 
 
 def _is_temporary(key: str) -> bool:
@@ -151,15 +160,15 @@ def _is_temporary(key: str) -> bool:
 
 
 class _Target:
-    """Buffers that are filled one after another from blocks that come in order."""
+    """Fill buffers one after another from blocks that come in order."""
 
-    def __init__(self, views: Sequence[memoryview], seen: Callable[[memoryview], None]) -> None:
+    def __init__(self, views: Sequence[memoryview], on_block: Callable[[memoryview], None]) -> None:
         self.views = [view for view in views if view.nbytes]
-        self.seen = seen
+        self.seen = on_block
         self.filled = 0
 
     def fill(self, data: memoryview) -> None:
-        """What no buffer has room for is left out."""
+        """Copy a block into the buffers; bytes that no buffer has room for are dropped."""
         while data.nbytes and self.views:
             view = self.views[0]
             count = min(view.nbytes, data.nbytes)

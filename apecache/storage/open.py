@@ -1,4 +1,4 @@
-"""From a folder or a URL to the operations on it."""
+"""Open a folder or a URL as `Files`."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from apecache.storage.local import LocalFiles
 
 
 def open_files(place: str | Path, alone: bool = False) -> Files:
-    """The files of a folder, or the objects below `s3://BUCKET/…`, `gs://BUCKET/…` or
-    `az://CONTAINER/…`.
+    """Return the files of a folder, or the objects below a URL.
 
     Args:
-        alone: nobody else writes there, so that object storage without put-if-absent will do.
+        place: A folder, `s3://BUCKET/…`, `gs://BUCKET/…` or `az://CONTAINER/…`.
+        alone: Whether nobody else writes there. Object storage then needs no put-if-absent.
 
     Raises:
-        StoreError: a URL that names no place. MissingExtraError: object storage without the extra
-            `remote`.
+        StoreError: The URL names no bucket.
+        MissingExtraError: Object storage needs the extra `remote`.
     """
     require_known_scheme(place)
     if is_object_url(place):

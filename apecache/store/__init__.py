@@ -1,1 +1,1 @@
-"""The feature store: plain Zarr v3 plus one immutable record per committed shard."""
+"""Store features: plain Zarr v3 plus one immutable record per committed shard."""

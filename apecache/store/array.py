@@ -1,4 +1,4 @@
-"""One encoder's features in a store: how complete they are, and whole into memory, checked."""
+"""Read one encoder's features of a store: how complete they are, and all of them, checked."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -29,21 +29,25 @@ from apecache.store.quantize import restore
 from apecache.store.records import CommitRecord, digest_commits, read_commits, read_record
 from apecache.store.writer import ArrayWriter
 
+QUARANTINE_TYPES = {"row": int, "key": str, "reason": str, "detail": str}
+"""Fields of a line in a quarantine list."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureArray:
-    """One encoder's features of one modality. `rows` of `row_shape` ([views,] [tokens,] dim), not
-    normalised; `dtype` float16 or float32 when they are read (float16 also where the store keeps
-    int8 and scales).
+    """Read one encoder's features of one modality.
 
-    `files`, `record` and `commits` are those of the first segment; `appended` are the later ones.
-    `rows_to_come`: rows of segments that have nothing of this encoder yet.
+    They are `rows` rows of `row_shape` ([views,] [tokens,] dim), not normalized. Their `dtype` when
+    read is float16 or float32; a store of int8 and scales is read as float16.
     """
 
     files: Files
     record: ArrayRecord
+    """Record of the first segment, which `files` and `commits` belong to as well."""
     appended: tuple["FeatureArray", ...] = ()
+    """Features of the later segments."""
     rows_to_come: int = 0
+    """Number of rows in segments that have no features of this encoder yet."""
 
     @property
     def name(self) -> str:
@@ -51,9 +55,8 @@ class FeatureArray:
 
     @property
     def rows(self) -> int:
-        return (
-            self.record.layout.rows + sum(array.rows for array in self.appended) + self.rows_to_come
-        )
+        n_appended = sum(array.rows for array in self.appended)
+        return self.record.layout.rows + n_appended + self.rows_to_come
 
     @property
     def dim(self) -> int:
@@ -61,14 +64,20 @@ class FeatureArray:
 
     @property
     def tokens(self) -> int | None:
-        """Positions of each row, padding included (of the widest segment, if ragged); None for
-        pooled features."""
-        own = self.record.layout.tokens
-        return None if own is None else max(own, *(array.tokens or 0 for array in self.appended), 0)
+        """Return the number of positions of each row, with padding; None for pooled features.
+
+        In a ragged array it is that of the widest segment.
+        """
+        first_tokens = self.record.layout.tokens
+        return (
+            None
+            if first_tokens is None
+            else max(first_tokens, *(array.tokens or 0 for array in self.appended), 0)
+        )
 
     @property
     def views(self) -> int | None:
-        """Augmentations of each image; None for the image as it is."""
+        """Return the number of augmented views of each image; None for the image itself."""
         return self.record.layout.views
 
     @property
@@ -81,12 +90,12 @@ class FeatureArray:
 
     @property
     def row_bytes(self) -> int:
-        """Of features as they are stored, padding included."""
+        """Return the bytes of a row's features as they are stored, with padding."""
         return replace(self.record.layout, tokens=self.tokens).row_bytes
 
     @cached_property
     def commits(self) -> Mapping[int, CommitRecord]:
-        """Records by shard, without their `content`."""
+        """Return the records of the first segment by shard, without their `content`."""
         return ArrayWriter(self.files, self.record).committed()
 
     @property
@@ -103,140 +112,153 @@ class FeatureArray:
 
     @property
     def n_quarantined(self) -> int:
-        own = sum(record.n_quarantined for record in self._known.values())
-        return own + sum(array.n_quarantined for array in self.appended)
+        n_first = sum(record.n_quarantined for record in self._known.values())
+        return n_first + sum(array.n_quarantined for array in self.appended)
 
     def quarantined(self) -> list[dict[str, Any]]:
-        """{row, key, reason, detail} of every row that could not be encoded, by row."""
-        commits = self._known.values()
-        names = [
-            quarantine_name(self.record.modality, self.name, commit.shard) for commit in commits
-        ]
-        rows = [
-            row
-            for commit, name in zip(commits, names, strict=True)
-            if name in commit.objects
-            for row in self._quarantine(commit, name)
-        ]
-        later = (
-            ({**row, "row": row["row"] + first})
-            for array, first in self._later
-            for row in array.quarantined()
-        )
-        return [*rows, *later]
+        """Return {row, key, reason, detail} of every row that could not be encoded, by row."""
+        rows: list[dict[str, Any]] = []
+        for commit in self._known.values():
+            name = quarantine_name(self.record.modality, self.name, commit.shard)
+            if name in commit.objects:
+                rows += self._quarantine(commit, name)
+        for array, first in self._later:
+            rows += [{**row, "row": row["row"] + first} for row in array.quarantined()]
+        return rows
 
     def content(self) -> list[str]:
-        """Hash of every row's input, as it was read; empty where it could not be, or has not been
-        yet."""
+        """Return the hash of each row's input; empty if it was unreadable or is not read yet."""
         hashes = [""] * self.record.layout.rows
         for commit in self._known_records():
-            hashes[commit.rows[0] : commit.rows[1]] = commit.content
+            first, stop = commit.rows
+            hashes[first:stop] = commit.content
         for array in self.appended:
             hashes += array.content()
         return hashes + [""] * self.rows_to_come
 
     def load(self, out: NDArray[Any] | None = None, threads: int | None = None) -> NDArray[Any]:
-        """All rows [rows, *row_shape], read in parallel into one buffer; quarantined rows are NaN.
+        """Read all rows in parallel into one buffer.
 
         Args:
-            out: a buffer of that shape and of the array's dtype to fill (pinned memory, for
-                instance).
-            threads: that read side by side; None for as many as pay where the store is.
+            out: A buffer of the result's shape and dtype to fill, for instance pinned memory.
+            threads: Number of parallel reads; None for as many as are worth it where the store is.
+
+        Returns:
+            [rows, *row_shape], not normalized; quarantined rows are NaN.
 
         Raises:
-            IncompleteError: extraction has not finished; DamagedError: a shard is not what was
-                committed.
+            IncompleteError: Extraction has not finished.
+            DamagedError: A shard is not what was committed.
         """
         commits = self._sealed
         shape = (self.rows, *self.row_shape)
+        # A wrong size shows here, before the buffer is allocated.
         self._require_sizes(commits)
         target = np.empty(shape, self.dtype) if out is None else out
         if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
-        shape = self.record.layout.row_shape
-        with _as_wide(target[: self.record.layout.rows], shape) as own:
-            self._load_shards(commits, read=self._read_features, target=own, threads=threads)
+        layout = self.record.layout
+        with _as_wide(target[: layout.rows], layout.row_shape) as buffer:
+            self._load_shards(commits, read=self._read_features, target=buffer, threads=threads)
         for array, first in self._later:
-            with _as_wide(target[first : first + array.rows], array.row_shape) as own:
-                array.load(own, threads)
+            segment_rows = target[first : first + array.rows]
+            with _as_wide(segment_rows, array.row_shape) as buffer:
+                array.load(buffer, threads)
         return target
 
     def load_ok(self) -> NDArray[np.bool_]:
-        """[rows], True where the row has features. Raises as `load` does."""
+        """Return bool [rows], True where the row has features; raises as `load` does."""
         commits = self._sealed
         self._require_sizes(commits)
         status = np.zeros(self.rows, np.uint8)
-        self._load_shards(commits, partial(self._read_chunk, part="status"), status)
+        self._load_shards(commits, partial(self._read_chunk, part_name="status"), status)
         for array, first in self._later:
             status[first : first + array.rows] = np.where(array.load_ok(), OK, QUARANTINED)
         ok: NDArray[np.bool_] = status == OK
         return ok
 
     def load_lengths(self) -> NDArray[np.uint16] | None:
-        """[rows], tokens of each row (0 where quarantined); None if all rows have the same. Raises
-        as `load` does."""
+        """Return the tokens of each row, uint16 [rows], 0 where quarantined.
+
+        None means that all rows have the same number. Raises as `load` does.
+        """
         if not self.record.layout.ragged:
             return None
         commits = self._sealed
         self._require_sizes(commits)
         lengths = np.zeros(self.rows, np.uint16)
-        self._load_shards(commits, partial(self._read_chunk, part="length"), lengths)
+        self._load_shards(commits, partial(self._read_chunk, part_name="length"), lengths)
         for array, first in self._later:
-            lengths[first : first + array.rows] = array.load_lengths()  # type: ignore[assignment]  # ragged, as we are
+            # Segments are ragged like the first one, so this is not None.
+            lengths[first : first + array.rows] = array.load_lengths()  # type: ignore[assignment]
         return lengths
 
     def load_shard(self, shard: int) -> NDArray[Any]:
-        """Rows of one committed shard, complete or not. Raises DamagedError as `load` does,
-        IncompleteError if it is not committed."""
-        target = np.empty(
-            (len(self.record.layout.shard(shard)), *self.record.layout.row_shape),
-            self.dtype,
-        )
+        """Read the rows of one committed shard, even if the array is not complete.
+
+        Raises:
+            DamagedError: The shard is not what was committed.
+            IncompleteError: The shard is not committed.
+        """
+        layout = self.record.layout
+        n_rows = len(layout.shard(shard))
+        target = np.empty((n_rows, *layout.row_shape), self.dtype)
         self._read_features(self._commit(shard), target)
         return target
 
     def rows_ok(self, shard: int) -> list[int]:
-        """Rows of one committed shard that have features, counted from the start of the array."""
+        """Return which rows of one committed shard have features, counted in the whole array."""
         rows = self.record.layout.shard(shard)
         status = np.zeros(len(rows), np.uint8)
         self._read_chunk(self._commit(shard), status, "status")
         return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
 
     def require_complete(self) -> None:
-        """Raises IncompleteError, or DamagedError if the records are not all of those that were
-        sealed."""
+        """Check that the array is complete.
+
+        Raises:
+            IncompleteError: It is not.
+            DamagedError: Its records are not those that were sealed.
+        """
         _ = self._sealed
 
     @cached_property
     def _sealed(self) -> Mapping[int, CommitRecord]:
-        """All records of the first segment. Raises IncompleteError unless all segments are
-        complete."""
+        """Return all records of the first segment.
+
+        Raises:
+            IncompleteError: A segment is not complete.
+        """
         if not self.complete:
-            what = f"{self.record.modality}/{self.name}"
+            array_name = f"{self.record.modality}/{self.name}"
             raise IncompleteError(
-                f"{what} is {self.share_done:.0%} done; resume with the same apecache extract"
+                f"{array_name} is {self.share_done:.0%} done; resume with the same apecache extract"
             )
         return self._own_sealed
 
     @cached_property
     def _own_sealed(self) -> Mapping[int, CommitRecord]:
-        """Read anew: `commits` may be older than the seal."""
+        """Return the sealed records of the first segment by shard, without their `content`."""
+        # Not from `commits`, which may have been read before the seal was written.
         return {record.shard: record.without_content() for record in self._sealed_records()}
 
     def _sealed_records(self) -> Iterator[CommitRecord]:
-        """One by one; raises DamagedError, after the last, unless they are those that were
-        sealed."""
-        what = f"{self.record.modality}/{self.name}"
+        """Yield the records one by one.
+
+        Raises:
+            DamagedError: After the last record, if they are not those that were sealed.
+        """
+        array_name = f"{self.record.modality}/{self.name}"
         name = f"{records_folder(self.record.modality, self.name)}/seal.json"
         wanted = read_record(self.files, name).get("digest")
         found = []
-        for record, of in read_commits(self.files, self.record):
-            found.append(of)
+        for record, record_hash in read_commits(self.files, self.record):
+            found.append(record_hash)
             yield record
         if len(found) != self.record.layout.n_shards or digest_commits(found) != wanted:
             have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
             raise DamagedError(
-                f"{what} is not what was sealed ({have}); restore "
+                f"{array_name} is not what was sealed ({have}); restore "
                 f"{self.files.where(name.rpartition('/')[0])}"
             )
 
@@ -246,7 +268,7 @@ class FeatureArray:
 
     @property
     def _later(self) -> list[tuple["FeatureArray", int]]:
-        """Appended segments, each with its first row."""
+        """Return the appended segments, each with its first row."""
         starts = accumulate(
             (array.rows for array in self.appended),
             initial=self.record.layout.rows,
@@ -255,21 +277,19 @@ class FeatureArray:
 
     @property
     def _rows_done(self) -> int:
-        own = sum(commit.rows[1] - commit.rows[0] for commit in self._known.values())
-        return own + sum(array._rows_done for array in self.appended)
+        n_first = sum(commit.rows[1] - commit.rows[0] for commit in self._known.values())
+        return n_first + sum(array._rows_done for array in self.appended)
 
     @property
     def _known(self) -> Mapping[int, CommitRecord]:
-        """What can be relied on: all records of a complete array, else those that are there."""
+        """Return all records of a complete array, else those that exist by now."""
         return self._own_sealed if self._is_sealed else self.commits
 
     def _known_records(self) -> Iterator[CommitRecord]:
-        """The same, read anew and with their `content`."""
-        return (
-            self._sealed_records()
-            if self._is_sealed
-            else (r for r, _ in read_commits(self.files, self.record))
-        )
+        """Return the same records, read again with their `content`."""
+        if self._is_sealed:
+            return self._sealed_records()
+        return (record for record, _ in read_commits(self.files, self.record))
 
     def _commit(self, shard: int) -> CommitRecord:
         if shard not in self.commits:
@@ -279,14 +299,16 @@ class FeatureArray:
         return self.commits[shard]
 
     def _require_sizes(self, commits: Mapping[int, CommitRecord]) -> None:
-        """Files as long as their records say, before memory is allocated for what is in them."""
-        sizes = self.files.sizes(array_folder(self.record.modality, self.name))
+        """Check that files are as long as their records say, before memory is allocated."""
+        size_by_name = self.files.sizes(array_folder(self.record.modality, self.name))
         for commit in commits.values():
-            for part in self.record.layout.parts:
-                name = chunk_name(self.record, part, commit.shard)
-                if sizes.get(name) != commit.objects[name].bytes:
-                    what = "differs from its commit record" if name in sizes else "is missing"
-                    raise self._damaged(commit.shard, name, what)
+            for part_name in self.record.layout.parts:
+                name = chunk_name(self.record, part_name, commit.shard)
+                if size_by_name.get(name) != commit.objects[name].bytes:
+                    problem = (
+                        "differs from its commit record" if name in size_by_name else "is missing"
+                    )
+                    raise self._damaged(commit.shard, name, problem)
 
     def _load_shards(
         self,
@@ -295,11 +317,15 @@ class FeatureArray:
         target: NDArray[Any],
         threads: int | None = None,
     ) -> None:
-        """Every shard, side by side, to where its rows are in `target`."""
+        """Read every shard, in parallel, to where its rows are in `target`."""
+
+        def read_shard(commit: CommitRecord) -> None:
+            first, stop = commit.rows
+            read(commit, target[first:stop])
+
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
-            list(
-                pool.map(lambda commit: read(commit, target[slice(*commit.rows)]), commits.values())
-            )
+            # The list asks for every result, which raises what a read raised.
+            list(pool.map(read_shard, commits.values()))
 
     def _read_features(self, commit: CommitRecord, target: NDArray[Any]) -> None:
         if not self.record.layout.scaled:
@@ -311,12 +337,13 @@ class FeatureArray:
         self._read_chunk(commit, scales, "scale")
         restore(values, scales, target)
 
-    def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part: str) -> None:
-        """Read one chunk file into `target`; the padding of the last shard goes to a scratch
-        buffer."""
-        name = chunk_name(self.record, part, commit.shard)
+    def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part_name: str) -> None:
+        """Read one chunk file into `target`, and check it."""
+        name = chunk_name(self.record, part_name, commit.shard)
         expected = commit.objects[name]
         view = target.data.cast("B")
+        # The chunk of the last shard is padded; the padding goes to a buffer of its own.
+        # The last 4 bytes of a chunk are its crc32c.
         padding = memoryview(bytearray(expected.bytes - view.nbytes - 4))
         ending = memoryview(bytearray(4))
         check = 0
@@ -324,7 +351,8 @@ class FeatureArray:
 
         def add(block: memoryview) -> None:
             nonlocal check, summed
-            if summed < expected.bytes - 4:  # blocks never reach from the data into its checksum
+            # No block extends over two buffers, so none has both data and its checksum.
+            if summed < expected.bytes - 4:
                 check = crc32c_extend(check, np.frombuffer(block, np.uint8))
             summed += block.nbytes
 
@@ -339,8 +367,7 @@ class FeatureArray:
     def _quarantine(self, commit: CommitRecord, name: str) -> list[dict[str, Any]]:
         try:
             rows = [json.loads(line) for line in self._read_checked(commit, name).splitlines()]
-            kinds = {"row": int, "key": str, "reason": str, "detail": str}
-            if all({key: type(value) for key, value in row.items()} == kinds for row in rows):
+            if all(_field_types(row) == QUARANTINE_TYPES for row in rows):
                 return rows
         except (ValueError, AttributeError, RecursionError):
             pass
@@ -355,20 +382,29 @@ class FeatureArray:
             raise self._damaged(commit.shard, name, "differs from its commit record")
         return data
 
-    def _damaged(self, shard: int, name: str, what: str) -> DamagedError:
+    def _damaged(self, shard: int, name: str, problem: str) -> DamagedError:
         return DamagedError(
-            f"{self.files.where(name)} (shard {shard}) {what}; repair with: apecache repair STORE"
+            f"{self.files.where(name)} (shard {shard}) {problem}; "
+            "repair with: apecache repair STORE"
         )
+
+
+def _field_types(row: Mapping[str, Any]) -> dict[str, type]:
+    return {key: type(value) for key, value in row.items()}
 
 
 @contextmanager
 def _as_wide(target: NDArray[Any], row_shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
-    """A buffer for rows of `row_shape`: the target itself, or one whose rows are then laid into its
-    first tokens."""
+    """Give a buffer for rows of `row_shape`, which may have fewer tokens than the target.
+
+    If they have, the rows are copied into the target's first tokens afterwards, and the others
+    become 0.
+    """
     if target.shape[1:] == row_shape:
         yield target
         return
     narrow = np.empty((len(target), *row_shape), target.dtype)
     yield narrow
+    # Segments of a ragged array differ in their number of tokens; the others are padding.
     target[:] = 0
     target[:, : row_shape[0]] = narrow

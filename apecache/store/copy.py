@@ -1,5 +1,4 @@
-"""Copies of a store: from object storage to a disk for many runs, or the other way, verified at the
-end."""
+"""Copy a store between object storage and a disk, and verify the copy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +13,38 @@ from apecache.store.verify import VerifyReport, verify_files
 
 
 def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> VerifyReport:
-    """Copy every object of a store, and verify the copy. What an earlier copy has brought is not
-    fetched again.
+    """Copy every object of a store, and verify the copy.
 
-    A new copy cannot be opened before all of it is there. `alone`: nobody else writes to `to`, see
-    `open_files`.
+    Objects that an interrupted copy has written are not fetched again. A new copy cannot be opened
+    before it is complete.
+
+    Args:
+        store: The store to copy.
+        to: Folder or URL of the copy.
+        alone: Whether nobody else writes to `to`, see `open_files`.
 
     Raises:
-        StoreError: no store, or `to` holds something else. DamagedError: the copy does not verify.
+        StoreError: There is no store, or `to` holds something else.
+        DamagedError: The copy does not verify.
     """
     opened = FeatureStore.open(store)
     target = open_files(to, alone)
     names = [name for name in opened.files.sizes("") if not _is_temporary(name)]
-    there = {name for name in target.sizes("") if not _is_temporary(name)}
-    if strange := sorted(there - set(names)):
+    target_names = {name for name in target.sizes("") if not _is_temporary(name)}
+    if strange := sorted(target_names - set(names)):
         raise StoreError(
             f"{target.place} holds {strange[0]}, which {store} does not; give another place "
             "for the copy"
         )
     target.prepare()
-    if (there and SOURCE not in there) or not _claim(opened.files, target):
+    if (target_names and SOURCE not in target_names) or not _claim(opened.files, target):
         raise StoreError(f"{target.place} holds another store; give another place for the copy")
     hashes = dict(_recorded_hashes(opened))
+    # The record of pairs makes a store exist: those of segments come last, the store's own after
+    # them.
     for name in sorted(names, key=lambda name: (name.endswith(PAIRS), name == PAIRS, name)):
-        if name not in there or hashes.get(name) != content_hash(target.read(name)):
+        # Only objects of shards have a hash here; the others are copied again.
+        if name not in target_names or hashes.get(name) != content_hash(target.read(name)):
             target.write(name, opened.files.read(name))
     target.remove_temporary("records", ZARR, SEGMENTS)
     report = verify_files(target)
@@ -50,7 +57,7 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
 
 
 def _claim(source: Files, target: Files) -> bool:
-    """Whether the target is nobody else's."""
+    """Claim the target for this store; return False if it belongs to another one."""
     claim = source.read(SOURCE)
     return target.create(SOURCE, claim) or target.read(SOURCE) == claim
 
@@ -60,9 +67,10 @@ def _is_temporary(name: str) -> bool:
 
 
 def _recorded_hashes(store: FeatureStore, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """BLAKE3 of the objects of all shards, by name from the store's root."""
+    """Yield (name from the store's root, BLAKE3) of the objects of all shards."""
     for array in store.arrays():
         for commit in array.commits.values():
-            yield from ((f"{prefix}{name}", entry.blake3) for name, entry in commit.objects.items())
+            for name, entry in commit.objects.items():
+                yield f"{prefix}{name}", entry.blake3
     for segment, name in zip(store.segments, segment_names(store.files), strict=True):
         yield from _recorded_hashes(segment, f"{SEGMENTS}/{name}/")

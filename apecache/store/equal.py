@@ -1,4 +1,4 @@
-"""Which captions are equal word for word, and which images have equal content.
+"""Find captions that are equal word for word, and images of equal content.
 
 Captions are compared after Unicode normalization (NFC), case folding and whitespace folding. Images
 are compared by the hash of their files.
@@ -14,11 +14,12 @@ from apecache.store.array import FeatureArray
 
 
 def fold_caption(caption: str) -> str:
-    """Fold away what does not count as a difference: composition of characters, case, and amounts
-    of whitespace."""
+    """Remove differences that do not count: composition of characters, case, and whitespace."""
     if caption.isascii():
         return " ".join(caption.lower().split())
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", caption).casefold())
+    composed = unicodedata.normalize("NFC", caption)
+    # Case folding can decompose characters, so the result is composed again.
+    folded = unicodedata.normalize("NFC", composed.casefold())
     return " ".join(folded.split())
 
 
@@ -31,36 +32,45 @@ def equal_captions(captions: NDArray[Any]) -> NDArray[np.int64]:
     Returns:
         int64 [n_texts]: the row of the first caption that equals each one.
     """
-    hashes = np.fromiter(
-        (hash(fold_caption(str(caption))) for caption in captions),
-        np.int64,
-        len(captions),
-    )
-    _, first, inverse, counts = np.unique(
+    caption_hashes = (hash(fold_caption(str(caption))) for caption in captions)
+    hashes = np.fromiter(caption_hashes, np.int64, len(captions))
+    _, first, inverse, n_equal = np.unique(
         hashes,
         return_index=True,
         return_inverse=True,
         return_counts=True,
     )
     numbers = first[inverse].astype(np.int64)
-    known: dict[str, int] = {}
-    for row in np.flatnonzero(counts[inverse] > 1).tolist():
-        numbers[row] = known.setdefault(fold_caption(str(captions[row])), row)
+    first_rows: dict[str, int] = {}
+    for row in np.flatnonzero(n_equal[inverse] > 1).tolist():
+        numbers[row] = first_rows.setdefault(fold_caption(str(captions[row])), row)
     return numbers
 
 
 def equal_images(array: FeatureArray) -> NDArray[np.int64] | None:
-    """int64 [rows]: equal numbers for images of equal content; None where all differ."""
+    """Number the images so that those of equal content have equal numbers.
+
+    Returns:
+        int64 [rows]: the row of the first image with the same content; None where all differ.
+    """
     hashes = array.content()
-    known: dict[str, int] = {}
-    numbers = [
-        row if not digest else known.setdefault(digest, row) for row, digest in enumerate(hashes)
-    ]
-    return None if len(known) == sum(map(bool, hashes)) else np.array(numbers, np.int64)
+    first_rows: dict[str, int] = {}
+    numbers = []
+    for row, digest in enumerate(hashes):
+        # An image that could not be read has no hash, and equals no other.
+        numbers.append(first_rows.setdefault(digest, row) if digest else row)
+    n_readable = sum(map(bool, hashes))
+    return None if len(first_rows) == n_readable else np.array(numbers, np.int64)
 
 
 def is_shared(caption_ids: NDArray[np.int64], image_rows: NDArray[np.int64]) -> bool:
-    """Whether captions of two different images are equal; both int64 [n_texts]."""
+    """Return whether captions of two different images are equal.
+
+    Args:
+        caption_ids: int64 [n_texts], equal for equal captions.
+        image_rows: int64 [n_texts], the row of each caption's image.
+    """
+    # Sorted by caption, then by image: equal captions are neighbors.
     order = np.lexsort((image_rows, caption_ids))
     same_caption = np.diff(caption_ids[order]) == 0
     other_image = np.diff(image_rows[order]) != 0

@@ -1,4 +1,4 @@
-"""Plain files for people who want no store: one .npz, or Parquet. Nothing in them needs pickle."""
+"""Export a store as plain files: one .npz, or Parquet. Reading them needs no pickle."""
 
 import os
 import shutil
@@ -19,16 +19,19 @@ MAX_TEXT_BYTES = 4 << 30
 
 
 def export_npz(store: FeatureStore, out: Path) -> list[str]:
-    """Write one file with every array of the store, one array in memory at a time; returns their
-    names.
+    """Write one file with every array of the store, one array in memory at a time.
 
     `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
-    strings, `text_image_row` the image of each caption; `image.NAME` and `text.NAME` are features
-    [rows, dim] (NaN where `….ok` is False).
+    strings; `text_image_row` is the image of each caption; `image.NAME` and `text.NAME` are
+    features [rows, dim], not normalized (NaN where `….ok` is False).
+
+    Returns:
+        Names of the arrays.
 
     Raises:
-        IncompleteError, DamagedError: the store. DataError: captions too long for fixed-width
-            strings.
+        IncompleteError: Extraction has not finished.
+        DamagedError: The store is damaged.
+        DataError: Captions are too long for fixed-width strings.
     """
     temporary = _beside(out)
     names = []
@@ -38,6 +41,7 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
                 names.append(name)
+        # Under its name only when it is complete.
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,6 +54,7 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
     columns |= {"text_caption": pairs.captions, "text_language": pairs.languages}
     for name, values in columns.items():
         longest = max(map(len, values), default=0)
+        # Every string takes 4 bytes for each character of the longest one.
         if longest * len(values) * 4 > MAX_TEXT_BYTES:
             raise DataError(
                 f"{name}: strings of up to {longest:,} characters are too long for .npz; use "
@@ -63,13 +68,17 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def export_parquet(store: FeatureStore, out: Path) -> list[str]:
-    """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption;
-    returns the file names.
+    """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption.
 
     Features are columns of fixed-size lists, named as the arrays; null where a row has none.
 
+    Returns:
+        Names of the files.
+
     Raises:
-        MissingExtraError: pyarrow is not installed. IncompleteError, DamagedError: the store.
+        MissingExtraError: pyarrow is not installed.
+        IncompleteError: Extraction has not finished.
+        DamagedError: The store is damaged.
     """
     try:
         import pyarrow as pa
@@ -88,13 +97,14 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
         ("images", "image", images),
         ("texts", "text", texts),
     )
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed export
+    # A killed export may have left it.
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         for file, modality, columns in tables:
-            plain = {name: pa.array(values.tolist()) for name, values in columns.items()}
+            pair_columns = {name: pa.array(values.tolist()) for name, values in columns.items()}
             features = {array.name: _list_column(pa, array) for array in store.arrays(modality)}
-            pq.write_table(pa.table({**plain, **features}), temporary / f"{file}.parquet")
+            pq.write_table(pa.table({**pair_columns, **features}), temporary / f"{file}.parquet")
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,11 +112,12 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
 
 
 def _beside(out: Path) -> Path:
-    """Where an export is written before it is whole."""
+    """Return where an export is written before it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     return out.with_name(f".{out.name}.tmp")
 
 
 def _list_column(pa: Any, array: FeatureArray) -> Any:
     values = pa.array(array.load().reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(values, array.dim, mask=pa.array(~array.load_ok()))
+    missing = pa.array(~array.load_ok())
+    return pa.FixedSizeListArray.from_arrays(values, array.dim, mask=missing)

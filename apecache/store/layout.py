@@ -1,4 +1,4 @@
-"""What lies where in a store, and the Zarr metadata of its arrays.
+"""Define the files of a store, and the Zarr metadata of its arrays.
 
     STORE/README.md
     STORE/features.zarr/                      nothing but Zarr v3
@@ -50,9 +50,9 @@ OK = 1
 QUARANTINED = 2
 DTYPES = ("float16", "float32", "int8")
 MAX_SHARD_BYTES = 64 << 20
+"""Largest shard that is written, unless one row is larger."""
 MAX_CHUNK_BYTES = 1 << 31
-"""What we make of an array at most (unless one row is longer), and what we believe a record that we
-read."""
+"""Largest shard that a record may describe."""
 PAIR_CHUNK_ROWS = 65_536
 PAIR_COLUMNS = (
     ("image_key", "image"),
@@ -62,83 +62,92 @@ PAIR_COLUMNS = (
     ("text_language", "text"),
     ("text_image_row", "text"),
 )
-"""Columns of the pair table, each with what its rows are."""
+"""Columns of the pair table, each with its dimension."""
 PAIR_CODECS = (["vlen-utf8", "zstd", "crc32c"], ["bytes", "zstd", "crc32c"])
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayLayout:
-    """Shape of one array and how its rows were batched; fixed when the array is created, and used
-    by every resume.
+    """Describe the shape of one array and how its rows are batched.
 
-    `views`: augmentations of each image; `tokens`: positions of each row (of the longest, if the
-    array is `ragged`). `compiled`: by a model that TorchInductor has compiled.
+    It is fixed when the array is created, and every resume uses it.
     """
 
     rows: int
     dim: int
     dtype: str
+    """Of the features as they are stored: float16, float32 or int8."""
     shard_rows: int
+    """Rows of one shard; the last shard may have fewer."""
     batch_size: int
     threads: int
     views: int | None = None
+    """Augmented views of each image; None for the image itself."""
     tokens: int | None = None
+    """Positions of each row, of the longest one if ragged; None for pooled features."""
     ragged: bool = False
+    """Whether rows differ in their number of tokens."""
     compiled: bool = False
+    """Whether TorchInductor had compiled the model."""
 
     def to_json(self) -> Json:
         fields = asdict(self)
-        return (
-            fields
-            if self.compiled
-            else {name: value for name, value in fields.items() if name != "compiled"}
-        )
+        # Left out where it is False: other records are the same as without the field.
+        if not self.compiled:
+            del fields["compiled"]
+        return fields
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: (dim,), (tokens, dim), (views, dim) or (views, tokens, dim)."""
+        """Return a row's shape: (dim,), (tokens, dim), (views, dim) or (views, tokens, dim)."""
         return tuple(count for count in (self.views, self.tokens, self.dim) if count is not None)
 
     @property
     def row_bytes(self) -> int:
-        """Of features, with their scales."""
-        wanted = (self.parts[part] for part in ("features", "scale") if part in self.parts)
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in wanted)
+        """Return the bytes of a row's features, with their scales."""
+        n_bytes = 0
+        for part_name, (dtype, shape) in self.parts.items():
+            if part_name in ("features", "scale"):
+                n_bytes += math.prod(shape) * np.dtype(dtype).itemsize
+        return n_bytes
 
     @property
     def scaled(self) -> bool:
-        """Whether features are integers, with a scale for each vector (see `store.quantise`)."""
+        """Return whether features are integers with a scale for each vector (see `quantize`)."""
         return self.dtype == "int8"
 
     @property
     def read_dtype(self) -> str:
-        """What features are before they are written, and when they have been read."""
+        """Return the dtype of features before they are written and after they are read."""
         return "float16" if self.scaled else self.dtype
 
     @property
     def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Zarr arrays beside each other: name -> (dtype, shape of a row)."""
-        parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        """Return the Zarr arrays of this array: name -> (dtype, shape of a row)."""
+        zarr_arrays: dict[str, tuple[str, tuple[int, ...]]] = {
             "features": (self.dtype, self.row_shape),
             "status": ("uint8", ()),
         }
-        parts |= {"scale": ("float32", self.row_shape[:-1])} if self.scaled else {}
-        return {**parts, "length": ("uint16", ())} if self.ragged else parts
+        if self.scaled:
+            zarr_arrays["scale"] = ("float32", self.row_shape[:-1])
+        if self.ragged:
+            zarr_arrays["length"] = ("uint16", ())
+        return zarr_arrays
 
     @property
     def n_shards(self) -> int:
         return -(-self.rows // self.shard_rows)
 
     def shard(self, index: int) -> range:
-        """Rows of one shard; the last may be shorter."""
-        return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
+        """Return the rows of one shard; the last may be shorter."""
+        first = index * self.shard_rows
+        return range(first, min(first + self.shard_rows, self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecord:
-    """`fingerprint.json`: everything about an array that is fixed when it is created. `table`:
-    digest of the pair table that its rows are those of."""
+    """Hold `fingerprint.json`: everything about an array that is fixed when it is created."""
 
     modality: Modality
     name: str
@@ -146,13 +155,14 @@ class ArrayRecord:
     fingerprint: Fingerprint
     layout: ArrayLayout
     metadata: Mapping[str, str]
+    """Zarr's metadata files, by path below the array's group."""
     environment: Mapping[str, Json]
     table: str
+    """Digest of the pair table that has the array's rows."""
 
     @property
     def encoder(self) -> Fingerprint:
-        """Identity of the encoder alone: what a head trained on these features must be used
-        with."""
+        """Return the identity of the encoder that a head trained on these features needs."""
         return Fingerprint(fields=self.fingerprint.fields["encoder"])
 
     def to_json(self) -> Json:
@@ -169,17 +179,14 @@ class ArrayRecord:
 
     @staticmethod
     def from_json(modality: Modality, name: str, value: Any) -> "ArrayRecord":
-        """Raises StoreError for another format or a damaged record."""
+        """Parse a record; raises StoreError for another format or a damaged record."""
         require_format(value, f"{records_folder(modality, name)}/fingerprint.json")
         try:
             fingerprint = Fingerprint(fields=value["fields"])
             spec = spec_from_json(value["spec"])
             layout = layout_from_json(value["layout"])
-            about = (
-                {str(k): str(v) for k, v in value["metadata"].items()},
-                dict(value["environment"]),
-            )
-            metadata, environment = about
+            metadata = {str(path): str(text) for path, text in value["metadata"].items()}
+            environment = dict(value["environment"])
             record = ArrayRecord(
                 modality=modality,
                 name=name,
@@ -190,15 +197,12 @@ class ArrayRecord:
                 environment=environment,
                 table=str(value["table"]),
             )
-            if fingerprint.digest != value["digest"] or not isinstance(
-                fingerprint.fields.get("encoder"),
-                dict,
-            ):
+            fits = fingerprint.digest == value["digest"]
+            if not fits or not isinstance(fingerprint.fields.get("encoder"), dict):
                 raise ValueError("its digest does not fit its fields")
-            if not set(record.metadata) <= {
-                "zarr.json",
-                *(f"{part}/zarr.json" for part in layout.parts),
-            }:
+            # The names are paths to write below the group, so nothing else is accepted.
+            group_files = {f"{part_name}/zarr.json" for part_name in layout.parts}
+            if not set(record.metadata) <= {"zarr.json", *group_files}:
                 raise ValueError("its metadata files are not those of an array")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreError(
@@ -208,9 +212,14 @@ class ArrayRecord:
 
 
 def layout_from_json(value: Any) -> ArrayLayout:
-    """Raises ValueError for a layout that no array can have, TypeError for strange fields."""
+    """Parse a layout.
+
+    Raises:
+        ValueError: No array can have this layout.
+        TypeError: It has unknown fields, or lacks some.
+    """
     layout = ArrayLayout(**value)
-    counts = (
+    positive_fields = (
         layout.dim,
         layout.shard_rows,
         layout.batch_size,
@@ -218,9 +227,11 @@ def layout_from_json(value: Any) -> ArrayLayout:
         layout.views,
         layout.tokens,
     )
-    whole = all(type(count) is int and count >= 1 for count in counts if count is not None)
+    all_positive = all(
+        type(count) is int and count >= 1 for count in positive_fields if count is not None
+    )
     if (
-        not whole
+        not all_positive
         or type(layout.rows) is not int
         or layout.rows < 0
         or not _are_bools(layout.ragged, layout.compiled)
@@ -238,13 +249,14 @@ def _are_bools(*values: object) -> bool:
 
 
 def require_format(value: Any, where: str) -> None:
-    found = value.get("format") if isinstance(value, dict) else None
-    if not isinstance(found, int):
+    """Raise StoreError unless a record has a format that this version reads."""
+    format_version = value.get("format") if isinstance(value, dict) else None
+    if not isinstance(format_version, int):
         raise StoreError(f"{where} is not an apecache record")
-    if found > FORMAT_VERSION:
+    if format_version > FORMAT_VERSION:
         raise StoreError(
-            f"{where} has format {found}; this apecache reads up to {FORMAT_VERSION}: upgrade "
-            "apecache"
+            f"{where} has format {format_version}; this apecache reads up to {FORMAT_VERSION}: "
+            "upgrade apecache"
         )
 
 
@@ -266,14 +278,16 @@ def quarantine_name(modality: str, name: str, shard: int) -> str:
 
 def chunk_name(array: ArrayRecord, part: str, shard: int) -> str:
     _, row_shape = array.layout.parts[part]
-    return f"{array_folder(array.modality, array.name)}/{part}/c.{shard}{'.0' * len(row_shape)}"
+    folder = array_folder(array.modality, array.name)
+    # Only rows are chunked: the chunk has the index 0 in every dimension of a row.
+    return f"{folder}/{part}/c.{shard}{'.0' * len(row_shape)}"
 
 
 def chunk_bytes(layout: ArrayLayout) -> dict[str, int]:
-    """Size of one chunk file of each part, its crc32c included."""
+    """Return the bytes of one chunk file of each part, with its crc32c."""
     return {
-        part: layout.shard_rows * math.prod(shape) * np.dtype(dtype).itemsize + 4
-        for part, (dtype, shape) in layout.parts.items()
+        part_name: layout.shard_rows * math.prod(shape) * np.dtype(dtype).itemsize + 4
+        for part_name, (dtype, shape) in layout.parts.items()
     }
 
 
@@ -282,43 +296,44 @@ def segment_record_name(segment: str) -> str:
 
 
 def with_metadata(record: ArrayRecord) -> ArrayRecord:
-    """The record with Zarr's own metadata files of its array group, by path below the group.
+    """Return the record with Zarr's metadata files of its array group.
 
     The group's attributes repeat the rest of the record: for people who open the store with plain
-    Zarr, and so that a lost `fingerprint.json` can be made again.
+    Zarr, and so that a lost `fingerprint.json` can be written again.
     """
+    # Zarr writes the metadata itself, into memory: it stays what Zarr expects.
     memory = MemoryStore()
     described = {key: value for key, value in record.to_json().items() if key != "metadata"}
     layout = record.layout
     modality = record.modality
     group = zarr.create_group(memory, zarr_format=3, attributes={"apecache": described})
-    axes = [
-        axis
-        for axis, count in (("view", layout.views), ("token", layout.tokens))
-        if count is not None
-    ]
-    for part, (dtype, row_shape) in layout.parts.items():
-        whose = (
-            "features" if part == "scale" else part
-        )  # the same dimensions, so that their product is one
-        dimensions = (modality, *(f"{whose}_{axis}" for axis in (*axes, "feature")))[
-            : 1 + len(row_shape)
-        ]
+    axes = ["feature"]
+    if layout.tokens is not None:
+        axes.insert(0, "token")
+    if layout.views is not None:
+        axes.insert(0, "view")
+    for part_name, (dtype, row_shape) in layout.parts.items():
+        # Scales name their dimensions as features do, so that xarray multiplies the two.
+        prefix = "features" if part_name == "scale" else part_name
+        row_dimensions = [f"{prefix}_{axis}" for axis in axes[: len(row_shape)]]
         _create(
             group,
-            part=part,
+            part_name=part_name,
             shape=(layout.rows, *row_shape),
             chunks=(layout.shard_rows, *row_shape),
             dtype=dtype,
-            dimensions=dimensions,
+            dimensions=(modality, *row_dimensions),
         )
     metadata = {key: _bytes(value).decode() for key, value in memory._store_dict.items()}
     return replace(record, metadata=metadata)
 
 
 def described_record(modality: Modality, name: str, attributes: Mapping[str, Any]) -> ArrayRecord:
-    """The record that a Zarr group's attributes repeat. Raises StoreError if they are not those of
-    an array."""
+    """Return the record that a Zarr group's attributes repeat.
+
+    Raises:
+        StoreError: The attributes are not those of an array.
+    """
     described = attributes.get("apecache")
     if not isinstance(described, dict):
         raise StoreError(f"{array_folder(modality, name)} has no attributes of apecache")
@@ -327,7 +342,7 @@ def described_record(modality: Modality, name: str, attributes: Mapping[str, Any
 
 def _create(
     group: Any,
-    part: str,
+    part_name: str,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
     dtype: str,
@@ -335,10 +350,11 @@ def _create(
 ) -> None:
     floating = np.dtype(dtype).kind == "f"
     group.create_array(
-        part,
+        part_name,
         shape=shape,
         chunks=chunks,
         dtype=dtype,
+        # A missing chunk reads as this value: NaN cannot be taken for features.
         fill_value=float("nan") if floating else 0,
         serializer=BytesCodec(endian="little") if np.dtype(dtype).itemsize > 1 else "auto",
         compressors=[Crc32cCodec()],
@@ -349,7 +365,7 @@ def _create(
 
 
 def root_objects(version: str) -> dict[str, bytes]:
-    """Metadata of the root and of the two modalities' groups, by path below the store."""
+    """Return the metadata of the root and of both modalities' groups, by path below the store."""
     memory = MemoryStore()
     root = zarr.create_group(
         memory,
@@ -362,8 +378,11 @@ def root_objects(version: str) -> dict[str, bytes]:
 
 
 def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> dict[str, bytes]:
-    """Objects of the group `pairs`: column name -> (dimension, values), zstd and crc32c, by path
-    below the store."""
+    """Return the objects of the group `pairs`, by path below the store.
+
+    Args:
+        columns: (dimension, values) by column name. They are stored with zstd and crc32c.
+    """
     memory = MemoryStore()
     group = zarr.create_group(memory, path="pairs", zarr_format=3)
     for name, (dimension, values) in columns.items():
@@ -375,11 +394,13 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
             dtype="string" if strings else "int64",
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
             dimension_names=(dimension,),
+            # Every chunk is written, also one of empty texts, so that a missing one is damage.
             config={"write_empty_chunks": True},
         )
-        array[:] = (
-            np.array([storable(v) for v in values], dtype=object) if strings else np.array(values)
-        )
+        if strings:
+            array[:] = np.array([storable(text) for text in values], dtype=object)
+        else:
+            array[:] = np.array(values)
     return {
         f"{ZARR}/{key}": _bytes(value)
         for key, value in memory._store_dict.items()
@@ -388,7 +409,10 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
 
 
 def storable(text: str | int) -> str:
-    """UTF-8 cannot hold lone surrogates; they become U+FFFD (their rows are quarantined)."""
+    """Return a text with U+FFFD for lone surrogates, which UTF-8 cannot encode.
+
+    Rows of such texts are quarantined.
+    """
     return SURROGATES.sub("\ufffd", str(text))
 
 

@@ -1,4 +1,4 @@
-"""Taking things out of a store, in an order that leaves it right whenever it is interrupted."""
+"""Remove and restore objects of a store, in an order that may be interrupted at any time."""
 
 import contextlib
 import json
@@ -25,39 +25,41 @@ from apecache.store.writer import PairColumns, source_bytes
 
 
 def require_store(files: Files) -> None:
-    """Raises StoreError unless something is there that only a store has."""
+    """Raise StoreError unless there is something that only a store has."""
     if not (files.exists(SOURCE) or files.exists(PAIRS) or has_arrays(files)):
         raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
 
 
 def uncommit(files: Files, modality: Modality, name: str, shards: Iterable[int]) -> None:
-    """Make shards pending again: the seal goes first, then each record; the chunks stay until they
-    are rewritten."""
+    """Make shards pending again; their chunks stay until they are rewritten."""
+    # The seal first: a sealed array without a record would count as damaged.
     files.remove(f"{records_folder(modality, name)}/seal.json")
     for shard in shards:
         files.remove(commit_name(modality, name, shard))
 
 
 def rewrite_metadata(files: Files, record: ArrayRecord) -> None:
-    """Write Zarr's metadata files of an array as they were when it was created."""
+    """Write Zarr's metadata files of an array again, as they were when it was created."""
     for path, text in record.metadata.items():
         files.write(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
 
 
 def restore_source(files: Files, pairs: PairColumns, root: str) -> None:
-    """Write a lost source record again, for the table that the rest of the store is of.
+    """Write a lost source record again, after a check that the store belongs to the table.
 
     Raises:
-        MismatchError: the store's other records are of another table.
+        MismatchError: The store's other records are of another table.
     """
-    records = [
-        PAIRS,
-        *(f"{records_folder(*array)}/fingerprint.json" for array in recorded_arrays(files)),
-    ]
+    records = [PAIRS]
+    for modality, array_name in recorded_arrays(files):
+        records.append(f"{records_folder(modality, array_name)}/fingerprint.json")
     for name in records:
+        # A damaged record tells nothing about the table: the others decide.
         with contextlib.suppress(DamagedError):
             record = read_record(files, name)
-            if record.get("table", record.get("digest") if name == PAIRS else None) != pairs.digest:
+            # The record of pairs is of the table itself, an array's record names its table.
+            pairs_digest = record.get("digest") if name == PAIRS else None
+            if record.get("table", pairs_digest) != pairs.digest:
                 raise MismatchError(
                     f"{files.place} was made from another table than {pairs.origin} ({name})"
                 )
@@ -65,97 +67,104 @@ def restore_source(files: Files, pairs: PairColumns, root: str) -> None:
 
 
 def recorded_arrays(files: Files) -> list[tuple[Modality, str]]:
-    kinds: tuple[Modality, ...] = ("image", "text")
-    return [(kind, name) for kind in kinds for name in files.list(f"records/{kind}")]
+    """Return (modality, name) of every array that has records, images first."""
+    modalities: tuple[Modality, ...] = ("image", "text")
+    arrays: list[tuple[Modality, str]] = []
+    for modality in modalities:
+        arrays += [(modality, name) for name in files.list(f"records/{modality}")]
+    return arrays
 
 
 def restore_segment_records(files: Files, segments: Iterable[str]) -> list[str]:
-    """Write lost records of appended segments again, from the segments' own; returns the names of
-    the records."""
-    mended = []
+    """Write lost records of appended segments again, from the segments' own records.
+
+    Returns:
+        Names of the records.
+    """
+    restored = []
     for segment in segments:
         name = segment_record_name(segment)
         try:
             read_record(files, name)
         except DamagedError:
             source = read_record(files.child(f"{SEGMENTS}/{segment}"), SOURCE)
-            files.write(
-                name,
-                seal_record(name, {key: source[key] for key in ("digest", "n_images", "n_texts")}),
-            )
-            mended.append(name)
-    return mended
+            identity = {key: source[key] for key in ("digest", "n_images", "n_texts")}
+            files.write(name, seal_record(name, identity))
+            restored.append(name)
+    return restored
 
 
 def restore_fingerprint(files: Files, modality: Modality, name: str) -> None:
-    """Write a lost `fingerprint.json` again, from what the attributes of the Zarr group repeat of
-    it.
+    """Write a lost `fingerprint.json` again, from its copy in the attributes of the Zarr group.
 
     Raises:
-        StoreError: they are lost too, so that nobody knows what the features are.
+        StoreError: The copy is lost too, so that nobody knows what the features are.
     """
-    where = f"{records_folder(modality, name)}/fingerprint.json"
+    record_name = f"{records_folder(modality, name)}/fingerprint.json"
     try:
         group = json.loads(files.read(f"{array_folder(modality, name)}/zarr.json"))
         record = described_record(modality, name, group["attributes"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StoreError(
-            f"{files.where(where)} and its copy in Zarr's attributes are lost, so nobody knows "
-            "what these features "
+            f"{files.where(record_name)} and its copy in Zarr's attributes are lost, so nobody "
+            "knows what these features "
             f"are; apecache remove STORE {modality}/{name}, and extract again"
         ) from None
-    files.write(where, seal_record(where, record.to_json()))
+    files.write(record_name, seal_record(record_name, record.to_json()))
 
 
 def unmake_table(files: Files) -> None:
-    """Make the pair table pending again: the next extraction writes it and Zarr's root metadata
-    anew."""
+    """Make the pair table pending: the next extraction writes it and Zarr's root metadata again."""
     files.remove(PAIRS)
 
 
 def remove_array(files: Files, modality: Modality, name: str) -> Mapping[str, int]:
-    """Remove an array, data and records; returns {"objects", "bytes"} that went.
+    """Remove an array, data and records.
 
-    Seal and commits go first and the fingerprint last: interrupted, it is an array without shards,
-    and removing it again finishes the work.
+    Returns:
+        Number of removed "objects" and "bytes".
     """
-    folders = [array_folder(modality, name), records_folder(modality, name)]
-    sizes = [size for folder in folders for size in files.sizes(folder).values()]
-    last = f"{folders[1]}/fingerprint.json"
-    files.remove(f"{folders[1]}/seal.json")
-    for file in files.list(f"{folders[1]}/commits"):
-        files.remove(f"{folders[1]}/commits/{file}")
-    for folder in (folders[0], f"{folders[1]}/quarantine", f"{folders[1]}/commits"):
+    data = array_folder(modality, name)
+    records = records_folder(modality, name)
+    object_bytes = [*files.sizes(data).values(), *files.sizes(records).values()]
+    # Seal and commits go first and the fingerprint last. If this is interrupted, the array has no
+    # shards, and removing it again finishes the work.
+    files.remove(f"{records}/seal.json")
+    for file in files.list(f"{records}/commits"):
+        files.remove(f"{records}/commits/{file}")
+    for folder in (data, f"{records}/quarantine", f"{records}/commits"):
         files.remove_folder(folder)
-    files.remove(last)
-    files.remove_folder(folders[1])
-    return {"objects": len(sizes), "bytes": sum(sizes)}
+    files.remove(f"{records}/fingerprint.json")
+    files.remove_folder(records)
+    return {"objects": len(object_bytes), "bytes": sum(object_bytes)}
 
 
 def find_array(files: Files, name: str) -> tuple[Modality, str]:
-    """`NAME`, `image/NAME` or `text/NAME` of an array that is there, whole or not.
+    """Find an array by `NAME`, `image/NAME` or `text/NAME`, complete or not.
 
     Raises:
-        StoreError: no store, one of a newer format, no such array, or one of each modality.
+        StoreError: There is no store, it has a newer format, or there is no such array or one of
+            each modality.
     """
     require_store(files)
     for record in (SOURCE, PAIRS):
-        with contextlib.suppress(DamagedError):  # an array can be removed from a damaged store
+        # An array can be removed from a damaged store, but not from one of a newer format.
+        with contextlib.suppress(DamagedError):
             read_record(files, record)
-    kinds: tuple[Modality, ...] = ("image", "text")
-    there = [
-        (kind, array)
-        for kind in kinds
-        for array in sorted(
-            {*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"}
-        )
-    ]
-    found = [(kind, array) for kind, array in there if name in (array, f"{kind}/{array}")]
-    if len(found) != 1:
-        names = [f"{kind}/{array}" for kind, array in there]
-        what = "several arrays are called" if found else "no features"
+    modalities: tuple[Modality, ...] = ("image", "text")
+    names = []
+    matches: list[tuple[Modality, str]] = []
+    for modality in modalities:
+        # Either of the two may be lost.
+        arrays = {*files.list(f"records/{modality}"), *files.list(f"{ZARR}/{modality}")}
+        for array in sorted(arrays - {"zarr.json"}):
+            names.append(f"{modality}/{array}")
+            if name in (array, f"{modality}/{array}"):
+                matches.append((modality, array))
+    if len(matches) != 1:
+        problem = "several arrays are called" if matches else "no features"
         raise StoreError(
-            f"{files.place}: {what} {name!r}; there are "
+            f"{files.place}: {problem} {name!r}; there are "
             f"{', '.join(names) or 'none'}{nearest(name, names)}"
         )
-    return found[0]
+    return matches[0]

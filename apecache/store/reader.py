@@ -1,13 +1,10 @@
-"""Reading a store: what is in it, also what was appended."""
+"""Open a store and read what is in it, with its appended segments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError, nearest
@@ -25,15 +22,15 @@ from apecache.store.layout import (
     segment_record_name,
 )
 from apecache.store.records import read_record
-from apecache.store.table import PairTable, read_table
+from apecache.store.table import PairTable, join_tables, read_table
 
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A store that exists. `open` reads only records; features are read by `FeatureArray.load`.
+    """Read an existing store. `open` reads only records; `FeatureArray.load` reads features.
 
-    Rows that were appended lie in segments, each a store of its own in `segments/0001`, …; here
-    they follow the rows of the first, in pairs and arrays alike.
+    Appended rows are in segments, each a store of its own in `segments/0001`, … In pairs and in
+    arrays they follow the rows of the store itself, the first segment.
     """
 
     files: Files
@@ -41,141 +38,136 @@ class FeatureStore:
 
     @staticmethod
     def open(path: AnyPath) -> "FeatureStore":
-        """A store in a folder, or on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
-        `az://CONTAINER/…`).
+        """Open a store.
+
+        Args:
+            path: A folder, or a URL of object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
+                `az://CONTAINER/…`).
 
         Raises:
-            StoreError: there is no store at `path`, or one that was not finished being made.
+            StoreError: There is no store at `path`, or it was not finished being made.
         """
         return FeatureStore.at(open_files(as_place(path, "path")))
 
     @staticmethod
     def at(files: Files) -> "FeatureStore":
-        """Raises as `open` does."""
+        """Open a store at files that are opened already; raises as `open` does."""
         if not files.exists(PAIRS):
             if has_arrays(files):
                 raise DamagedError(
                     f"{files.where(PAIRS)} is missing; write it again with: apecache repair"
                 )
-            begun = files.exists(SOURCE)
-            what = "was not finished being made; run the same apecache extract again"
-            what = what if begun else f"is no store{files.hint()} (make one with: apecache extract)"
-            raise StoreError(f"{files.place} {what}")
+            if files.exists(SOURCE):
+                problem = "was not finished being made; run the same apecache extract again"
+            else:
+                problem = f"is no store{files.hint()} (make one with: apecache extract)"
+            raise StoreError(f"{files.place} {problem}")
         read_record(files, PAIRS)
-        return FeatureStore(
-            files,
-            tuple(_open_segment(files, name) for name in segment_names(files)),
-        )
+        segments = tuple(_open_segment(files, name) for name in segment_names(files))
+        return FeatureStore(files, segments)
 
     @property
     def path(self) -> str | Path:
-        """Where the store is: a folder or a URL."""
+        """Return where the store is: a folder or a URL."""
         return self.files.place
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """digest, n_images, n_texts, origin and root of the table that the first segment was made
-        from."""
+        """Return digest, n_images, n_texts, origin and root of the first segment's table."""
         return read_record(self.files, SOURCE)
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the whole pair table."""
+        """Return the identity of the whole pair table."""
         digests = [self.source["digest"], *(segment.digest for segment in self.segments)]
         return str(digests[0]) if len(digests) == 1 else digest_strings(digests)
 
     @cached_property
     def pairs(self) -> PairTable:
-        """The whole pair table. Raises DamagedError if an object of it is not what was written."""
-        tables = [read_table(self.files), *(segment.pairs for segment in self.segments)]
-        if len(tables) == 1:
-            return tables[0]
-        names = ("keys", "splits", "labels", "captions", "languages")
-        keys, splits, labels, captions, languages = (
-            np.concatenate([getattr(t, n) for t in tables]) for n in names
-        )
-        starts = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
-        image_rows = np.concatenate(
-            [t.image_rows + first for t, first in zip(tables, starts, strict=True)]
-        )
-        return PairTable(
-            keys=keys,
-            splits=splits,
-            labels=labels,
-            captions=captions,
-            languages=languages,
-            image_rows=image_rows,
-            digest=self.digest,
-        )
-
-    def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
-        """Every array, images first, by name."""
-        modalities: Sequence[Modality] = (modality,) if modality else ("image", "text")
-        return [self._open_array(kind, name) for kind in modalities for name in self._names(kind)]
-
-    def array(self, modality: Modality, name: str | None = None) -> FeatureArray:
-        """One array; without a name the only one of its modality.
+        """Return the whole pair table.
 
         Raises:
-            StoreError: there is none, none of that name, or several to choose from.
+            DamagedError: An object of the table is not what was written.
+        """
+        tables = [read_table(self.files), *(segment.pairs for segment in self.segments)]
+        return tables[0] if len(tables) == 1 else join_tables(tables, self.digest)
+
+    def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
+        """Return every array, images first, sorted by name."""
+        modalities: Sequence[Modality] = (modality,) if modality else ("image", "text")
+        arrays = []
+        for array_modality in modalities:
+            for name in self._names(array_modality):
+                arrays.append(self._open_array(array_modality, name))
+        return arrays
+
+    def array(self, modality: Modality, name: str | None = None) -> FeatureArray:
+        """Return one array; without a name, the only one of its modality.
+
+        Raises:
+            StoreError: There is no array, none of that name, or several to choose from.
         """
         names = self._names(modality)
         if name is None and len(names) == 1:
             return self._open_array(modality, names[0])
         if name is not None and name in names:
             return self._open_array(modality, name)
-        found = ", ".join(names) or "none"
-        wanted = (
-            f"no {modality} features {name!r}"
-            if name
-            else f"{len(names)} arrays of {modality} features"
-        )
         if name:
+            problem = f"no {modality} features {name!r}"
             hint = nearest(name, names)
-        elif names:
-            hint = f"; choose one with --{modality}-features"
         else:
-            hint = ""
-        raise StoreError(f"{self.path} has {wanted}; found: {found}{hint}")
+            problem = f"{len(names)} arrays of {modality} features"
+            hint = f"; choose one with --{modality}-features" if names else ""
+        available = ", ".join(names) or "none"
+        raise StoreError(f"{self.path} has {problem}; found: {available}{hint}")
 
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
         value = read_record(self.files, f"{records_folder(modality, name)}/fingerprint.json")
         record = ArrayRecord.from_json(modality, name, value)
+        # Rows of another table would be given to the wrong images.
         if record.table != self.source["digest"]:
             raise DamagedError(
                 f"{modality}/{name} is of another table than {self.path}; apecache remove "
                 f"{self.path} {modality}/{name}"
             )
-        there = [segment for segment in self.segments if name in segment._names(modality)]
+        segments_with_array = [
+            segment for segment in self.segments if name in segment._names(modality)
+        ]
         count = "n_images" if modality == "image" else "n_texts"
-        to_come = sum(segment.source[count] for segment in self.segments if segment not in there)
-        appended = tuple(segment._open_array(modality, name) for segment in there)
+        rows_to_come = 0
+        for segment in self.segments:
+            if segment not in segments_with_array:
+                rows_to_come += segment.source[count]
+        appended = tuple(segment._open_array(modality, name) for segment in segments_with_array)
         return FeatureArray(
             files=self.files,
             record=record,
             appended=appended,
-            rows_to_come=to_come,
+            rows_to_come=rows_to_come,
         )
 
     def _names(self, modality: Modality) -> list[str]:
-        """Arrays that are there. An empty folder is one that a killed writer has just begun."""
-        return [
-            name
-            for name in self.files.list(f"records/{modality}")
-            if self.files.list(records_folder(modality, name))
-        ]
+        """Return the names of the arrays of one modality."""
+        names = []
+        for name in self.files.list(f"records/{modality}"):
+            # An empty folder is an array that a killed writer had only begun.
+            if self.files.list(records_folder(modality, name)):
+                names.append(name)
+        return names
 
 
 def segment_names(files: Files) -> list[str]:
-    """Names of the appended segments, in order; one that was only just begun is none yet.
+    """Return the names of the appended segments, in order, without one that was only begun.
 
     Raises:
-        DamagedError: a segment without its record in the store, or the other way round.
+        DamagedError: A segment has no record in the store.
     """
-    # Arrays first: what has some by now was recorded before it had them.
-    begun = {name for name in files.list(SEGMENTS) if has_arrays(files.child(f"{SEGMENTS}/{name}"))}
+    # Arrays are listed before records: a segment that has some by now was recorded before.
+    begun_names = {
+        name for name in files.list(SEGMENTS) if has_arrays(files.child(f"{SEGMENTS}/{name}"))
+    }
     recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
-    for name in sorted(begun - recorded):
+    for name in sorted(begun_names - recorded):
         raise DamagedError(
             f"{files.where(segment_record_name(name))} is missing; write it again with: "
             "apecache repair"
@@ -184,25 +176,26 @@ def segment_names(files: Files) -> list[str]:
 
 
 def _open_segment(files: Files, name: str) -> FeatureStore:
-    own = files.child(f"{SEGMENTS}/{name}")
+    """Open an appended segment, and check that it is the one that the store has recorded."""
+    segment_files = files.child(f"{SEGMENTS}/{name}")
     record = read_record(files, segment_record_name(name))
-    if not own.list(""):
+    if not segment_files.list(""):
         raise DamagedError(
-            f"{own.place} is missing ({record['n_images']} images); restore it, or: apecache repair"
+            f"{segment_files.place} is missing ({record['n_images']} images); restore it, or: "
+            "apecache repair"
         )
-    segment = FeatureStore.at(own)
+    segment = FeatureStore.at(segment_files)
     if segment.source["digest"] != record["digest"]:
         raise DamagedError(
-            f"{own.place} is not the segment that was appended in its place; restore it"
+            f"{segment_files.place} is not the segment that was appended in its place; restore it"
         )
     return segment
 
 
 def has_arrays(files: Files) -> bool:
-    """Arrays are begun after the pair table is written, so where there is one, the table was
-    there."""
-    return any(
-        files.exists(f"{records_folder(kind, name)}/fingerprint.json")
-        for kind in ("image", "text")
-        for name in files.list(f"records/{kind}")
-    )
+    """Return whether a store has arrays, which are begun only after the pair table is written."""
+    for modality in ("image", "text"):
+        for name in files.list(f"records/{modality}"):
+            if files.exists(f"{records_folder(modality, name)}/fingerprint.json"):
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""The commit record: the one thing that makes a shard exist."""
+"""Read and write records, among them the commit record: a shard exists when its record does."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,39 +25,45 @@ from apecache.store.layout import (
 
 CHECKSUM = b'{"checksum":"'
 UNREAD = "-"
-"""Stands for the content hash of a row whose input could not be read."""
+"""Stands for the missing content hash of a row whose input could not be read."""
+OBJECT_TYPES = {(int, str, int), (int, str, type(None))}
+"""Types of bytes, blake3 and crc32c of an object's record."""
 
 
 @dataclass(frozen=True)
 class ObjectRecord:
-    """Size in bytes, BLAKE3, and for chunk files the crc32c that ends them."""
+    """Hold the size and the hashes of one object."""
 
     bytes: int
     blake3: str
     crc32c: int | None = None
+    """The crc32c that ends a chunk file; None for other objects."""
 
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """`rows` is (first, past the last). `content` has the hash of each row's input, empty where it
-    was unreadable; it is most of a record, and `without_content` is what can be kept of very
-    many."""
+    """Hold what was committed of one shard."""
 
     shard: int
     rows: tuple[int, int]
+    """First row, and the row after the last one."""
     n_ok: int
     n_quarantined: int
     objects: Mapping[str, ObjectRecord]
+    """Every object of the shard, by name."""
     content: Sequence[str]
+    """Hash of each row's input; empty where it was unreadable."""
     fingerprint: str
+    """Digest of the array's fingerprint."""
 
     def without_content(self) -> "CommitRecord":
+        """Return the record without `content`, its largest field, to hold many in memory."""
         return CommitRecord(**{**vars(self), "content": ()})
 
     def to_bytes(self) -> bytes:
-        """JSON. The hashes stand in one string: thousands of short ones cost a hundred times as
-        much to read."""
+        """Return the record as JSON with a checksum."""
         objects = {name: asdict(entry) for name, entry in self.objects.items()}
+        # One string: thousands of short ones cost a hundred times as much to read.
         content = " ".join(digest or UNREAD for digest in self.content)
         return with_checksum(
             {"format": FORMAT_VERSION, **vars(self), "objects": objects, "content": content}
@@ -65,27 +71,37 @@ class CommitRecord:
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> "CommitRecord":
-        """Raises DamagedError if the record is not exactly what was committed, StoreError for a
-        newer format."""
+        """Parse a record.
+
+        Args:
+            data: The record's bytes.
+            where: The record, for error messages.
+
+        Raises:
+            DamagedError: The record is not exactly what was committed.
+            StoreError: It has a newer format.
+        """
         value = parse_record(data, where)
         try:
             objects = {name: ObjectRecord(**entry) for name, entry in value["objects"].items()}
-            kinds = {
+            object_types = {
                 (type(entry.bytes), type(entry.blake3), type(entry.crc32c))
                 for entry in objects.values()
             }
-            if not kinds <= {(int, str, int), (int, str, type(None))}:
+            if not object_types <= OBJECT_TYPES:
                 raise ValueError("objects of other kinds than expected")
             rows = (int(value["rows"][0]), int(value["rows"][1]))
-            counts = (int(value["n_ok"]), int(value["n_quarantined"]))
+            n_ok = int(value["n_ok"])
+            n_quarantined = int(value["n_quarantined"])
             content = ["" if digest == UNREAD else digest for digest in value["content"].split()]
             return CommitRecord(
-                int(value["shard"]),
-                rows,
-                *counts,
-                objects,
-                content,
-                str(value["fingerprint"]),
+                shard=int(value["shard"]),
+                rows=rows,
+                n_ok=n_ok,
+                n_quarantined=n_quarantined,
+                objects=objects,
+                content=content,
+                fingerprint=str(value["fingerprint"]),
             )
         except (
             KeyError,
@@ -102,12 +118,13 @@ class CommitRecord:
 
 
 def read_commits(files: Files, array: ArrayRecord) -> Iterator[tuple[CommitRecord, str]]:
-    """Records of an array in order of shards, each with the hash of its bytes; one at a time, for
-    `content` is long.
+    """Yield the records of an array in order of shards, each with the hash of its bytes.
+
+    They come one at a time, because `content` is long.
 
     Raises:
-        DamagedError: a record is not what was committed, or not in its place.
-        MismatchError: a record of other features.
+        DamagedError: A record is not what was committed, or not in its place.
+        MismatchError: A record is of other features.
     """
     folder = f"{records_folder(array.modality, array.name)}/commits"
     names = [f"{folder}/{name}" for name in files.list(folder) if is_commit(name)]
@@ -116,40 +133,49 @@ def read_commits(files: Files, array: ArrayRecord) -> Iterator[tuple[CommitRecor
 
 
 def is_commit(file: str) -> bool:
-    """Whether a file in `commits/` has the name of a record; any other one is not ours."""
+    """Return whether a file in `commits/` has the name of a record; others are foreign."""
     shard, _, ending = file.partition(".")
     return ending == "json" and shard.isdecimal() and file == f"{int(shard):08d}.json"
 
 
 def read_commit(files: Files, array: ArrayRecord, shard: int) -> tuple[CommitRecord, str]:
-    """One record and the hash of its bytes. Raises FileNotFoundError if there is none, else as
-    `read_commits` does."""
+    """Return one record and the hash of its bytes.
+
+    Raises:
+        FileNotFoundError: There is no such record.
+        DamagedError: It is not what was committed, or not in its place.
+        MismatchError: It is of other features.
+    """
     name = commit_name(array.modality, array.name, shard)
     return _read_commit(files.read(name), array, name)
 
 
 def _read_commit(data: bytes, array: ArrayRecord, name: str) -> tuple[CommitRecord, str]:
-    return _fitting(CommitRecord.from_bytes(data, name), array, name), content_hash(data)
+    record = CommitRecord.from_bytes(data, name)
+    return _fitting(record, array, name), content_hash(data)
 
 
 def digest_commits(hashes: Iterable[str]) -> str:
-    """What the seal keeps: one hash over those of all records, in order of shards."""
+    """Return the digest of a seal: one hash over those of all records, in order of shards."""
     return content_hash("".join(hashes))
 
 
 def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecord:
-    """A record is good for one shard of one array; a valid one of another shard must not take its
-    place."""
+    """Return the record if it is of this array and of the shard that its file name says.
+
+    A valid record of another shard must not take its place.
+    """
     if record.fingerprint != array.fingerprint.digest:
         raise MismatchError(
             f"{name}: shard {record.shard} of {array.name} was made by another encoder"
         )
     rows = array.layout.shard(record.shard)
-    sizes = {part: entry.bytes for part, entry in record.objects.items()}
+    sizes = {object_name: entry.bytes for object_name, entry in record.objects.items()}
     wanted = {
-        chunk_name(array, part, record.shard): size
-        for part, size in chunk_bytes(array.layout).items()
+        chunk_name(array, part_name, record.shard): size
+        for part_name, size in chunk_bytes(array.layout).items()
     }
+    # Every chunk with its size, and nothing else but a quarantine list.
     if (
         name != commit_name(array.modality, array.name, record.shard)
         or record.rows != (rows.start, rows.stop)
@@ -166,71 +192,92 @@ def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecor
 
 
 def read_record(files: Files, name: str) -> dict[str, Any]:
-    """Raises DamagedError if a record is missing, damaged or not in its place, StoreError for a
-    newer format."""
+    """Read a record that `seal_record` wrote.
+
+    Raises:
+        DamagedError: The record is missing, damaged or not in its place.
+        StoreError: It has a newer format.
+    """
     try:
         value = parse_record(files.read(name), name)
     except FileNotFoundError:
         raise DamagedError(f"{files.where(name)} is missing; restore the file") from None
     if value.get("object") != name:
-        place = one_line(value.get("object"))
-        raise DamagedError(f"{files.where(name)} is in the wrong place ({place}); restore the file")
+        recorded_name = one_line(value.get("object"))
+        raise DamagedError(
+            f"{files.where(name)} is in the wrong place ({recorded_name}); restore the file"
+        )
     if not _has_fields(value, name):
         raise DamagedError(f"{files.where(name)} lacks what such a record says; restore the file")
     return value
 
 
 def _has_fields(value: Mapping[str, Any], name: str) -> bool:
-    """Whether a record says what one of its place must say. Fingerprints are looked at by
-    `ArrayRecord.from_json`."""
-    counts: tuple[str, ...] = ()
+    """Return whether a record has the fields that its name requires.
+
+    `ArrayRecord.from_json` checks the fields of fingerprints.
+    """
+    count_fields: tuple[str, ...] = ()
     if name == SOURCE or name.startswith(f"{SEGMENT_RECORDS}/"):
-        counts = ("n_images", "n_texts")
+        count_fields = ("n_images", "n_texts")
     if name.endswith("/fingerprint.json"):
         return True
     if name == PAIRS and not _are_objects(value.get("objects")):
         return False
     return isinstance(value.get("digest"), str) and all(
-        type(value.get(count)) is int and value[count] >= 0 for count in counts
+        type(value.get(count)) is int and value[count] >= 0 for count in count_fields
     )
 
 
 def _are_objects(value: Any) -> bool:
-    """Whether these are Zarr's objects of a pair table, each with its hash; nothing outside is ever
-    read."""
+    """Return whether these are Zarr's objects of a pair table, each with its hash."""
     return isinstance(value, dict) and all(
-        name.startswith(f"{ZARR}/")
-        and ".." not in name.split("/")
-        and "\0" not in name
-        and isinstance(entry, dict)
-        and isinstance(entry.get("blake3"), str)
+        _is_below_zarr(name) and isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         for name, entry in value.items()
     )
 
 
+def _is_below_zarr(name: str) -> bool:
+    # Objects are read by these names, so a record must not name a file outside.
+    return name.startswith(f"{ZARR}/") and ".." not in name.split("/") and "\0" not in name
+
+
 def seal_record(name: str, body: Mapping[str, Json]) -> bytes:
-    """A JSON record with its own name, lest it is taken for another, and a checksum of itself."""
+    """Return a JSON record with a checksum, and its own name so that no other can replace it."""
     return with_checksum({"format": FORMAT_VERSION, **body, "object": name})
 
 
 def with_checksum(body: Mapping[str, Json]) -> bytes:
-    """Canonical JSON whose first key is a checksum of all the rest: it is checked without being
-    written anew."""
-    rest = canonical_json(body)
-    return CHECKSUM + content_hash(rest).encode() + b'",' + rest[1:]
+    """Return canonical JSON whose first key is a checksum of all that follows.
+
+    So the bytes of a record can be checked without parsing them.
+    """
+    body_json = canonical_json(body)
+    return CHECKSUM + content_hash(body_json).encode() + b'",' + body_json[1:]
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
-    """Raises DamagedError if the checksum does not fit, StoreError for a newer format."""
+    """Parse a record.
+
+    Args:
+        data: The record's bytes.
+        where: The record, for error messages.
+
+    Raises:
+        DamagedError: The checksum does not fit.
+        StoreError: The record has a newer format.
+    """
+    # A BLAKE3 hash has 64 hexadecimal digits.
     start = len(CHECKSUM)
     stop = len(CHECKSUM) + 64
-    whole = data.startswith(CHECKSUM) and data[stop : stop + 2] == b'",'
-    if not whole or content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]:
+    has_checksum = data.startswith(CHECKSUM) and data[stop : stop + 2] == b'",'
+    if not has_checksum or content_hash(b"{" + data[stop + 2 :]).encode() != data[start:stop]:
         raise DamagedError(f"{where}: the record is damaged (its checksum does not fit)")
     try:
         value: dict[str, Any] = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where}: the record is damaged ({error})") from None
+    # The checksum is checked above; what is left is what `with_checksum` got.
     value.pop("checksum", None)
     require_format(value, where)
     return value

@@ -1,17 +1,17 @@
-"""The pair table of a store: keys, splits, labels, captions and languages, checked before they are
-believed."""
+"""Read the pair table of a store (keys, splits, labels, captions, languages), and check it."""
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import cpu
+from zarr.core.buffer import Buffer, cpu
 from zarr.storage import MemoryStore
 
 from apecache.errors import DamagedError, one_line
@@ -24,8 +24,11 @@ from apecache.store.records import read_record
 
 @dataclass(frozen=True, kw_only=True)
 class PairTable:
-    """Columns of the pair table. Images [n_images]: keys, splits, labels; texts [n_texts]:
-    captions, languages, image_rows (the row of each caption's image)."""
+    """Hold the columns of the pair table.
+
+    Columns of images (keys, splits, labels) are [n_images]; columns of texts (captions, languages,
+    image_rows) are [n_texts].
+    """
 
     keys: NDArray[np.object_]
     splits: NDArray[np.object_]
@@ -33,6 +36,7 @@ class PairTable:
     captions: NDArray[np.object_]
     languages: NDArray[np.object_]
     image_rows: NDArray[np.int64]
+    """Row of each caption's image."""
     digest: str
 
     @cached_property
@@ -41,18 +45,23 @@ class PairTable:
 
     @cached_property
     def caption_ids(self) -> NDArray[np.int64]:
-        """int64 [n_texts]: equal numbers for captions that are equal word for word."""
+        """Return int64 [n_texts]: equal numbers for captions that are equal word for word."""
         return equal_captions(self.captions)
 
     def split_counts(self) -> dict[str, int]:
-        """Images per split, in the order of first appearance; the empty name means no split was
-        given."""
+        """Return the images per split, in the order of first appearance.
+
+        The empty name stands for images without a split.
+        """
         return dict(Counter(self.splits.tolist()))
 
 
 def read_table(files: Files) -> PairTable:
-    """Raises DamagedError if an object of the table is not what was written, or not what a table is
-    made of."""
+    """Read the pair table of one segment.
+
+    Raises:
+        DamagedError: An object of the table is missing, or is not what was written.
+    """
     record = read_record(files, PAIRS)
     source = read_record(files, SOURCE)
     if record["digest"] != source["digest"]:
@@ -85,8 +94,35 @@ def read_table(files: Files) -> PairTable:
     )
 
 
+def join_tables(tables: Sequence[PairTable], digest: str) -> PairTable:
+    """Return one table with the rows of all segments, in order.
+
+    Args:
+        tables: The table of each segment.
+        digest: Identity of the joined table.
+    """
+    # Each segment counts image rows from its own first image.
+    first_rows = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
+    image_rows = [
+        table.image_rows + first_row for table, first_row in zip(tables, first_rows, strict=True)
+    ]
+    return PairTable(
+        keys=_joined(tables, "keys"),
+        splits=_joined(tables, "splits"),
+        labels=_joined(tables, "labels"),
+        captions=_joined(tables, "captions"),
+        languages=_joined(tables, "languages"),
+        image_rows=np.concatenate(image_rows),
+        digest=digest,
+    )
+
+
+def _joined(tables: Sequence[PairTable], column: str) -> NDArray[np.object_]:
+    return np.concatenate([getattr(table, column) for table in tables])
+
+
 def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]:
-    """By name. Raises DamagedError unless they are what was recorded."""
+    """Read the recorded objects; raises DamagedError unless they are what was recorded."""
     objects = dict[str, bytes]()
     reading = files.read_all(recorded)
     for name, entry in recorded.items():
@@ -102,32 +138,34 @@ def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]
 
 
 def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
-    """One column, after a look at its description: what Zarr would allocate and run must be what we
-    write."""
+    """Read one column, if its Zarr metadata is what apecache writes.
+
+    Args:
+        files: The store, for error messages.
+        name: The column.
+        rows: Number of rows that it must have.
+        objects: Objects of the pair table by name.
+    """
+    # Checked before Zarr reads it: metadata decides what Zarr allocates and which codecs it runs.
     folder = f"{ZARR}/pairs/{name}"
     try:
         described = json.loads(objects[f"{folder}/zarr.json"])
         (chunk,) = described["chunk_grid"]["configuration"]["chunk_shape"]
         codecs = [codec["name"] for codec in described["codecs"]]
         n_chunks = -(-rows // chunk)
-        whole = all(f"{folder}/c/{index}" in objects for index in range(n_chunks))
-        if described["shape"] != [rows] or not 1 <= chunk <= PAIR_CHUNK_ROWS or not whole:
+        has_all_chunks = all(f"{folder}/c/{index}" in objects for index in range(n_chunks))
+        if described["shape"] != [rows] or not 1 <= chunk <= PAIR_CHUNK_ROWS or not has_all_chunks:
             raise ValueError(f"it is not a column of {rows} rows")
         if codecs not in PAIR_CODECS:
             raise ValueError(f"codecs {codecs} are not those that apecache writes")
-        own = {
-            name[len(folder) + 1 :]: data
-            for name, data in objects.items()
-            if name.startswith(f"{folder}/")
-        }
-        array: Any = zarr.open_array(
-            MemoryStore({key: cpu.Buffer.from_bytes(own[key]) for key in own}),
-            mode="r",
-        )
+        buffers: dict[str, Buffer] = {}
+        for object_name, data in objects.items():
+            if object_name.startswith(f"{folder}/"):
+                buffers[object_name[len(folder) + 1 :]] = cpu.Buffer.from_bytes(data)
+        array: Any = zarr.open_array(MemoryStore(buffers), mode="r")
         values = array[:]
-    except (
-        Exception
-    ) as error:  # what zarr, numpy and the codecs raise over strange metadata shares no base class
+    except Exception as error:
+        # The errors of Zarr, numpy and the codecs share no other base class.
         raise DamagedError(
             f"{files.where(folder)} cannot be read: {one_line(error)}; restore the files"
         ) from None

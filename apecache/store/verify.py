@@ -1,4 +1,4 @@
-"""Verification: every object of a store against its record, and everything that no record knows."""
+"""Verify a store: check every object against its record, and report objects without a record."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +28,13 @@ from apecache.store.layout import (
 from apecache.store.records import CommitRecord, digest_commits, is_commit, read_commit, read_record
 
 Kind = Literal["damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign"]
+"""What is wrong with an object.
+
+damaged, missing: what a record promises is not there. unsealed: all shards are committed, but the
+seal is missing (a run was killed just before its end), so the array cannot be loaded yet.
+uncommitted: chunks of a shard without a record (of a killed run; the next run writes them again).
+temporary: left by a killed writer. foreign: not of apecache.
+"""
 HARMFUL: tuple[Kind, ...] = ("damaged", "missing")
 Progress = Callable[[int], None]
 """Called with the number of bytes of every object that was hashed."""
@@ -35,20 +42,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """`object` is a path below the store. `array` (modality, name) and `shard` say what it is part
-    of, if anything.
-
-    damaged, missing: what a record promises is not there. unsealed: all shards are committed, but
-    the seal is not there (a run was killed just before its end): nothing is served until it is.
-    uncommitted: chunks of a shard without a record (a killed run's; the next run writes them
-    again). temporary: left by a killed writer. foreign: not ours.
-    """
+    """Describe what is wrong with one object."""
 
     kind: Kind
     object: str
+    """Path of the object below the store."""
     detail: str
     array: tuple[Modality, str] | None = None
+    """Modality and name of the array that the object belongs to."""
     shard: int | None = None
+    """Shard that the object belongs to."""
 
     @property
     def harmful(self) -> bool:
@@ -57,11 +60,13 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """`n_objects` objects of `n_bytes` were read and hashed."""
+    """Report the result of a verification."""
 
     store: str | Path
     n_objects: int
+    """Number of objects that were read and hashed."""
     n_bytes: int
+    """Number of bytes of these objects."""
     problems: tuple[Problem, ...]
 
     @property
@@ -74,10 +79,15 @@ def verify_store(
     progress: Progress = lambda _: None,
     threads: int | None = None,
 ) -> VerifyReport:
-    """Read and hash everything, appended segments too.
+    """Read and hash every object, also those of appended segments.
+
+    Args:
+        path: Folder or URL of the store.
+        progress: Called with the bytes of every object that was hashed.
+        threads: Number of parallel reads; None for as many as are worth it where the store is.
 
     Raises:
-        StoreError: there is no store at `path`, or one of a newer format.
+        StoreError: There is no store at `path`, or it has a newer format.
     """
     return verify_files(open_files(path), progress, threads)
 
@@ -87,14 +97,13 @@ def verify_files(
     progress: Progress = lambda _: None,
     threads: int | None = None,
 ) -> VerifyReport:
-    """As `verify_store`."""
-    own = verify_segment(files, progress, threads)
-    own = replace(own, problems=(*own.problems, *_segment_problems(files)))
-    segments = begun_segments(files)
-    return _with_segments(
-        own,
-        {name: verify_segment(files.child(name), progress, threads) for name in segments},
-    )
+    """Verify a store that is opened already, as `verify_store` does."""
+    first = verify_segment(files, progress, threads)
+    first = replace(first, problems=(*first.problems, *_segment_problems(files)))
+    reports: dict[str, VerifyReport] = {}
+    for folder in begun_segments(files):
+        reports[folder] = verify_segment(files.child(folder), progress, threads)
+    return _with_segments(first, reports)
 
 
 def verify_segment(
@@ -102,7 +111,7 @@ def verify_segment(
     progress: Progress = lambda _: None,
     threads: int | None = None,
 ) -> VerifyReport:
-    """One segment alone (the store itself is the first). Raises as `verify_store` does."""
+    """Verify one segment alone; the store itself is the first. Raises as `verify_store` does."""
     if not files.exists(SOURCE) and not files.exists(PAIRS):
         raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
     check = _Check(files, progress, threads)
@@ -119,14 +128,13 @@ def verify_segment(
 
 
 def _segment_problems(files: Files) -> Iterator[Problem]:
-    """Segments against their records in the store: lost ones, swapped ones, and those that no
-    record knows."""
-    there = {folder.rpartition("/")[2] for folder in begun_segments(files)}
+    """Yield segments that are lost or swapped, or have no record in the store."""
+    begun_names = {folder.rpartition("/")[2] for folder in begun_segments(files)}
     recorded = {name.removesuffix(".json") for name in files.list(SEGMENT_RECORDS)}
-    for segment in sorted(there | recorded):
+    for segment in sorted(begun_names | recorded):
         name = segment_record_name(segment)
-        own = files.child(f"{SEGMENTS}/{segment}")
-        if segment not in there:
+        segment_files = files.child(f"{SEGMENTS}/{segment}")
+        if segment not in begun_names:
             yield Problem(
                 kind="missing",
                 object=f"{SEGMENTS}/{segment}",
@@ -134,8 +142,10 @@ def _segment_problems(files: Files) -> Iterator[Problem]:
             )
             continue
         if segment not in recorded:
+            # Without an array's record (records/MODALITY/NAME/FILE.json) it was only begun.
             if any(
-                name.count("/") == 3 and name.endswith(".json") for name in own.sizes("records")
+                name.count("/") == 3 and name.endswith(".json")
+                for name in segment_files.sizes("records")
             ):
                 yield Problem(
                     kind="missing",
@@ -144,13 +154,14 @@ def _segment_problems(files: Files) -> Iterator[Problem]:
                 )
             continue
         try:
-            wanted = read_record(files, name)
-            found = read_record(own, SOURCE)
+            recorded_source = read_record(files, name)
+            source = read_record(segment_files, SOURCE)
         except DamagedError as error:
+            # A damaged source of the segment is reported when the segment itself is verified.
             if not files.exists(name) or name in str(error):
                 yield Problem(kind="damaged", object=name, detail=str(error))
             continue
-        if wanted["digest"] != found["digest"]:
+        if recorded_source["digest"] != source["digest"]:
             yield Problem(
                 kind="damaged",
                 object=f"{SEGMENTS}/{segment}",
@@ -158,17 +169,18 @@ def _segment_problems(files: Files) -> Iterator[Problem]:
             )
 
 
-def _with_segments(own: VerifyReport, segments: Mapping[str, VerifyReport]) -> VerifyReport:
-    """One report; the objects of a segment are named from the store's root."""
-    problems = list(own.problems)
+def _with_segments(first: VerifyReport, segments: Mapping[str, VerifyReport]) -> VerifyReport:
+    """Join reports; the objects of a segment are named from the store's root."""
+    n_objects = first.n_objects
+    n_bytes = first.n_bytes
+    problems = list(first.problems)
     for folder, report in segments.items():
-        problems += [
-            replace(problem, object=f"{folder}/{problem.object}") for problem in report.problems
-        ]
-    n_objects = own.n_objects + sum(report.n_objects for report in segments.values())
-    n_bytes = own.n_bytes + sum(report.n_bytes for report in segments.values())
+        n_objects += report.n_objects
+        n_bytes += report.n_bytes
+        for problem in report.problems:
+            problems.append(replace(problem, object=f"{folder}/{problem.object}"))
     return VerifyReport(
-        store=own.store,
+        store=first.store,
         n_objects=n_objects,
         n_bytes=n_bytes,
         problems=tuple(problems),
@@ -176,32 +188,33 @@ def _with_segments(own: VerifyReport, segments: Mapping[str, VerifyReport]) -> V
 
 
 def begun_segments(files: Files) -> list[str]:
-    """Folders of the appended segments that anything is left of, in order."""
-    folders = [f"{SEGMENTS}/{name}" for name in files.list(SEGMENTS)]
-    return [
-        folder
-        for folder in folders
-        if any(name.endswith(".json") for name in files.list(f"{folder}/records"))
-    ]
+    """Return the folders of the appended segments that have any record, in order."""
+    folders = []
+    for name in files.list(SEGMENTS):
+        folder = f"{SEGMENTS}/{name}"
+        if any(record.endswith(".json") for record in files.list(f"{folder}/records")):
+            folders.append(folder)
+    return folders
 
 
 def array_names(files: Files) -> list[tuple[Modality, str]]:
-    """Every array that has records, or data, images first; not one that a killed writer had only
-    made a folder for."""
-    kinds: tuple[Modality, ...] = ("image", "text")
-    return [
-        (kind, name)
-        for kind in kinds
-        for name in sorted(
-            {*files.list(f"records/{kind}"), *files.list(f"{ZARR}/{kind}")} - {"zarr.json"}
-        )
-        if any(_objects(files, records_folder(kind, name)))
-        or any(_objects(files, array_folder(kind, name)))
-    ]
+    """Return (modality, name) of every array that has records or data, images first.
+
+    A folder alone, which a killed writer had only begun, is not an array.
+    """
+    modalities: tuple[Modality, ...] = ("image", "text")
+    arrays: list[tuple[Modality, str]] = []
+    for modality in modalities:
+        names = {*files.list(f"records/{modality}"), *files.list(f"{ZARR}/{modality}")}
+        for name in sorted(names - {"zarr.json"}):
+            folders = (records_folder(modality, name), array_folder(modality, name))
+            if any(any(_objects(files, folder)) for folder in folders):
+                arrays.append((modality, name))
+    return arrays
 
 
 def _objects(files: Files, folder: str) -> Iterator[str]:
-    """Every file below a folder that is not a temporary one."""
+    """Return the names of all objects below a folder, without temporary ones."""
     return (name for name in files.sizes(folder) if not _is_temporary(name))
 
 
@@ -210,8 +223,12 @@ def _is_temporary(name: str) -> bool:
 
 
 class _Check:
-    """One pass over a store: collects problems, and the names of all objects that something
-    accounts for."""
+    """Check one segment, and collect its problems.
+
+    Attributes:
+        problems: What is wrong.
+        known: Names of all objects that a record or a rule accounts for.
+    """
 
     def __init__(self, files: Files, progress: Progress, threads: int | None) -> None:
         self.files = files
@@ -220,50 +237,53 @@ class _Check:
         self.problems: list[Problem] = []
         self.known: set[str] = {SOURCE, PAIRS, "README.md"}
         self.known.update(f"{SEGMENT_RECORDS}/{name}" for name in files.list(SEGMENT_RECORDS))
-        self.n_objects = self.n_bytes = 0
+        self.n_objects = 0
+        self.n_bytes = 0
 
     def table(self) -> None:
-        """The pair table, Zarr's metadata of the root, and the README."""
+        """Check the pair table, Zarr's metadata of the root, and the README."""
         source = self._record(SOURCE)
         pairs = self._record(PAIRS)
         if source and pairs and source.get("digest") != pairs.get("digest"):
             self._add("damaged", PAIRS, f"belongs to another table than {SOURCE}")
-        hashes = {
-            name: entry["blake3"] for name, entry in (pairs or {"objects": {}})["objects"].items()
-        }
-        hashes["README.md"] = content_hash(README)
-        self._hash_all([(name, wanted, None) for name, wanted in hashes.items()])
-        if pairs is None:  # what it named is no stranger
+        entries = pairs["objects"] if pairs else {}
+        objects: list[tuple[str, str, int | None]] = []
+        for name, entry in entries.items():
+            objects.append((name, entry["blake3"], None))
+        objects.append(("README.md", content_hash(README), None))
+        self._hash_all(objects)
+        # The objects of a lost record are not foreign.
+        if pairs is None:
             self.known.update(_objects(self.files, f"{ZARR}/pairs"))
             self.known.update(f"{ZARR}/{group}zarr.json" for group in ("", "image/", "text/"))
 
     def array(self, modality: Modality, name: str) -> None:
+        """Check an array: its fingerprint, Zarr's metadata, its shards and its seal."""
         array = (modality, name)
-        where = f"{records_folder(modality, name)}/fingerprint.json"
-        value = self._record(where, array)
+        record_name = f"{records_folder(modality, name)}/fingerprint.json"
+        value = self._record(record_name, array)
         try:
             record = ArrayRecord.from_json(modality, name, value) if value else None
         except StoreError as error:
-            self._add("damaged", name=where, detail=str(error), array=array)
+            self._add("damaged", name=record_name, detail=str(error), array=array)
             record = None
         source = self._record(SOURCE)
         if record and source and record.table != source["digest"]:
-            self._add("damaged", name=where, detail="an array of another table", array=array)
+            self._add("damaged", name=record_name, detail="an array of another table", array=array)
+        # Without a layout nothing is known about the array's other objects.
         if record is None:
             self._disown(modality, name)
             return
-        folder = array_folder(modality, name)
-        self._hash_all(
-            [(f"{folder}/{path}", content_hash(t), None) for path, t in record.metadata.items()],
-            array,
-        )
+        metadata: list[tuple[str, str, int | None]] = []
+        for path, text in record.metadata.items():
+            metadata.append((f"{array_folder(modality, name)}/{path}", content_hash(text), None))
+        self._hash_all(metadata, array)
         commits, hashes = self._commits(record)
         self._seal(record, commits, hashes)
         self._uncommitted(record, commits)
 
     def strangers(self) -> None:
-        """Whatever lies below the store and is not accounted for; segments account for
-        themselves."""
+        """Report objects below the store that nothing accounts for, except those of segments."""
         segments = begun_segments(self.files)
         for name in self.files.sizes(""):
             if name in self.known or any(name.startswith(f"{folder}/") for folder in segments):
@@ -274,19 +294,22 @@ class _Check:
                 self._add("foreign", name, "not ours")
 
     def _commits(self, record: ArrayRecord) -> tuple[dict[int, CommitRecord], list[str]]:
-        """Valid records by shard, and the hash of each, after hashing everything that they name."""
-        found: dict[int, CommitRecord] = {}
+        """Check the committed shards.
+
+        Returns:
+            Valid records by shard, and the hash of each record.
+        """
+        commits: dict[int, CommitRecord] = {}
         hashes = []
-        files = filter(
-            is_commit,
-            self.files.list(f"{records_folder(record.modality, record.name)}/commits"),
-        )
-        shards = [int(file.removesuffix(".json")) for file in files]
+        folder = records_folder(record.modality, record.name)
+        files = self.files.list(f"{folder}/commits")
+        shards = [int(file.removesuffix(".json")) for file in files if is_commit(file)]
         with ThreadPoolExecutor(self.threads) as pool:
             read = pool.map(lambda shard: self._commit(record, shard), shards)
             for shard, commit in zip(shards, read, strict=True):
                 name = commit_name(record.modality, record.name, shard)
                 self.known.add(name)
+                # An error here is a result, so that one damaged record does not end the pass.
                 if isinstance(commit, ApecacheError):
                     self._add(
                         "damaged",
@@ -297,22 +320,21 @@ class _Check:
                     )
                     self._disown_shard(record, shard)
                 else:
-                    found[shard], of = commit
-                    hashes.append(of)
-        entries = (
-            (shard, entry) for shard, commit in found.items() for entry in commit.objects.items()
-        )
-        objects = [(name, entry.blake3, shard) for shard, (name, entry) in entries]
+                    commits[shard], record_hash = commit
+                    hashes.append(record_hash)
+        objects: list[tuple[str, str, int | None]] = []
+        for shard, valid in commits.items():
+            objects += [(name, entry.blake3, shard) for name, entry in valid.objects.items()]
         self._hash_all(objects, (record.modality, record.name))
-        return found, hashes
+        return commits, hashes
 
     def _commit(self, record: ArrayRecord, shard: int) -> tuple[CommitRecord, str] | ApecacheError:
-        """A record without what is long in it, and its hash; or what is wrong with it."""
+        """Return a record without its `content`, and its hash; or what is wrong with it."""
         try:
-            commit, of = read_commit(self.files, record, shard)
+            commit, record_hash = read_commit(self.files, record, shard)
         except ApecacheError as error:
             return error
-        return commit.without_content(), of
+        return commit.without_content(), record_hash
 
     def _seal(
         self,
@@ -320,7 +342,7 @@ class _Check:
         commits: Mapping[int, CommitRecord],
         hashes: Sequence[str],
     ) -> None:
-        """A sealed array must have exactly the records that were sealed."""
+        """Check that a sealed array has exactly the records that were sealed."""
         array = (record.modality, record.name)
         name = f"{records_folder(*array)}/seal.json"
         if not self.files.exists(name):
@@ -334,6 +356,7 @@ class _Check:
             return
         seal = self._record(name, array)
         missing = [shard for shard in range(record.layout.n_shards) if shard not in commits]
+        # A damaged record is reported already, and is not missing as well.
         reported = {problem.shard for problem in self.problems if problem.array == array}
         for shard in missing:
             if shard not in reported:
@@ -354,7 +377,7 @@ class _Check:
             )
 
     def _uncommitted(self, record: ArrayRecord, commits: Mapping[int, CommitRecord]) -> None:
-        """Chunks that a killed run wrote before it could commit them."""
+        """Report chunks that a killed run wrote before it could commit them."""
         for shard in range(record.layout.n_shards):
             if shard in commits:
                 continue
@@ -374,10 +397,12 @@ class _Check:
         name: str,
         array: tuple[Modality, str] | None = None,
     ) -> dict[str, Any] | None:
+        """Read a record; report it and return None if it is damaged or missing."""
         self.known.add(name)
         try:
             return read_record(self.files, name)
         except DamagedError as error:
+            # `read_record` raises the same error for a missing record.
             self._add(
                 "damaged" if self.files.exists(name) else "missing",
                 name=name,
@@ -391,30 +416,38 @@ class _Check:
         objects: Sequence[tuple[str, str, int | None]],
         array: tuple[Modality, str] | None = None,
     ) -> None:
-        """`objects`: (name, the hash it should have, the shard it is of)."""
-        self.known.update(name for name, *_ in objects)
+        """Hash objects in parallel, and report those that differ from their records.
+
+        Args:
+            objects: (name, the hash it should have, the shard it belongs to).
+            array: The array that they belong to.
+        """
+        names = [name for name, _, _ in objects]
+        hashes = [blake3 for _, blake3, _ in objects]
+        self.known.update(names)
         with ThreadPoolExecutor(self.threads) as pool:
-            found = pool.map(lambda item: self._hash(*item[:2]), objects)
-            for (*_, shard), (size, problem) in zip(objects, found, strict=True):
+            outcomes = pool.map(self._hash, names, hashes)
+            for (*_, shard), (size, problem) in zip(objects, outcomes, strict=True):
                 self.n_objects += 1
                 self.n_bytes += size
                 self.progress(size)
                 if problem:
                     self._add(*problem, array=array, shard=shard)
 
-    def _hash(self, name: str, wanted: str) -> tuple[int, tuple[Kind, str, str] | None]:
-        """Size of an object, and what is wrong with it."""
+    def _hash(self, name: str, blake3: str) -> tuple[int, tuple[Kind, str, str] | None]:
+        """Return the size of an object, and what is wrong with it."""
         try:
             data = self.files.read(name)
         except FileNotFoundError:
             return 0, ("missing", name, "the file is missing")
         except StoreError as error:
             return 0, ("damaged", name, str(error))
-        same = content_hash(data) == wanted
-        return len(data), None if same else ("damaged", name, "its hash differs from its record")
+        if content_hash(data) != blake3:
+            return len(data), ("damaged", name, "its hash differs from its record")
+        return len(data), None
 
     def _disown(self, modality: Modality, name: str) -> None:
-        """An array whose fingerprint is lost: its other objects are not strangers."""
+        """Account for the objects of an array whose fingerprint is lost: they are not foreign."""
         for folder in (array_folder(modality, name), records_folder(modality, name)):
             self.known.update(_objects(self.files, folder))
 
@@ -423,19 +456,19 @@ class _Check:
 
     def _add(
         self,
-        kind: Kind,
+        problem_kind: Kind,
         name: str,
         detail: str,
         array: tuple[Modality, str] | None = None,
         shard: int | None = None,
     ) -> None:
         self.problems.append(
-            Problem(kind=kind, object=name, detail=detail, array=array, shard=shard)
+            Problem(kind=problem_kind, object=name, detail=detail, array=array, shard=shard)
         )
 
 
 def shard_objects(record: ArrayRecord, shard: int) -> Iterator[str]:
-    """Every object that a shard may have."""
-    for part in record.layout.parts:
-        yield chunk_name(record, part, shard)
+    """Yield the name of every object that a shard may have."""
+    for part_name in record.layout.parts:
+        yield chunk_name(record, part_name, shard)
     yield quarantine_name(record.modality, record.name, shard)

@@ -1,8 +1,8 @@
-"""Writing features: whole shards, committed one by one, by as many processes as like to.
+"""Write features: whole shards, committed one by one, by any number of processes.
 
-Order of a commit (each step durable before the next): chunk files, quarantine list, read-back,
-record put if absent. A shard exists when its record does. There is no cursor: resuming is listing
-the records.
+Order of a commit, each step durable before the next: chunk files, quarantine list, read-back, then
+the record, put if absent. A shard exists when its record does. There is no cursor: a resumed run
+lists the records.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,11 @@ from apecache.store.records import (
 
 @dataclass(frozen=True, kw_only=True)
 class PairColumns:
-    """The pair table as columns. Images: keys, splits, labels. Texts: captions, languages,
-    image_rows."""
+    """Hold the pair table as columns.
+
+    Columns of images are keys, splits and labels; columns of texts are captions, languages and
+    image_rows.
+    """
 
     keys: list[str]
     splits: list[str]
@@ -58,31 +61,41 @@ class PairColumns:
     captions: list[str]
     languages: list[str]
     image_rows: list[int]
+    """Row of each caption's image."""
     digest: str
     origin: str
+    """How the user named the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuarantinedRow:
-    """`row` counts from the start of the array."""
+    """Describe one row that could not be encoded."""
 
     row: int
+    """Row of the whole array."""
     key: str
     reason: str
     detail: str
 
 
 def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> None:
-    """Make the store for a table, or finish making it, or find that it is there.
+    """Make the store for a table, or finish making it, or find that it exists.
+
+    Args:
+        files: Where the store is.
+        pairs: The table.
+        root: Where the images are, for `apecache repair` and for people.
+        version: Version of apecache, for Zarr's attributes.
 
     Raises:
-        MismatchError: the store belongs to another table.
-        StoreError: the folder holds something else.
+        MismatchError: The store belongs to another table.
+        StoreError: The folder holds something else.
     """
     files.prepare()
     _refuse_foreign(files)
     files.create(SOURCE, source_bytes(pairs, root))
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
+    # Before Zarr sees the store, which stumbles over temporary files in it.
     files.remove_temporary("records", ZARR)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
@@ -90,9 +103,11 @@ def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> N
 
 
 def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, version: str) -> None:
-    """Make `segments/<segment>`, a store of its own, and record in the first that it is there.
+    """Make `segments/<segment>`, a store of its own, and record it in the first segment.
 
-    Raises as `create_store` does; MismatchError also if another table has that place.
+    Raises:
+        MismatchError: The store or the segment belongs to another table.
+        StoreError: The folder holds something else.
     """
     create_store(files.child(f"{SEGMENTS}/{segment}"), pairs=pairs, root=root, version=version)
     name = segment_record_name(segment)
@@ -101,8 +116,10 @@ def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, versi
 
 
 def source_bytes(pairs: PairColumns, root: str) -> bytes:
-    """The record that claims a store for a table; origin and root are where it lay, for people and
-    for repair."""
+    """Return the record that claims a store for a table.
+
+    Origin and root say where the table and its images were, for people and for `apecache repair`.
+    """
     return seal_record(SOURCE, {**_identity(pairs), "origin": pairs.origin, "root": root})
 
 
@@ -111,7 +128,7 @@ def _identity(pairs: PairColumns) -> dict[str, Json]:
 
 
 def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[int]]]:
-    """Columns of the pair table as they are stored: name -> (dimension, values)."""
+    """Return the columns of the pair table as they are stored: name -> (dimension, values)."""
     return {
         "image_key": ("image", pairs.keys),
         "image_split": ("image", pairs.splits),
@@ -130,16 +147,17 @@ def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
     hashes: Json = {
         name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()
     }
+    # Last: this record makes the store exist.
     files.create(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
 
 
 def _refuse_foreign(files: Files) -> None:
-    # Looked for last: another writer may be making the store at this moment, and the source is what
-    # it puts first.
-    made = files.exists(PAIRS)
+    # The source is looked for last. Another writer may be making the store at this moment, and the
+    # source is what it writes first.
+    is_made = files.exists(PAIRS)
     strange = files.list("") not in ([], ["records"]) or files.list("records")
     if strange and not files.exists(SOURCE):
-        if made:
+        if is_made:
             raise DamagedError(
                 f"{files.where(SOURCE)} is missing; write it again with: apecache repair"
             )
@@ -147,17 +165,16 @@ def _refuse_foreign(files: Files) -> None:
 
 
 def _require_same_source(
-    found: Mapping[str, Json],
-    wanted: Mapping[str, Json],
+    recorded: Mapping[str, Json],
+    expected: Mapping[str, Json],
     files: Files,
 ) -> None:
-    differences = [
-        (key, wanted[key], found.get(key))
-        for key in sorted(wanted)
-        if wanted[key] != found.get(key)
-    ]
+    differences = []
+    for key in sorted(expected):
+        if expected[key] != recorded.get(key):
+            differences.append((key, expected[key], recorded.get(key)))
     if differences:
-        origin = one_line(found.get("origin"))
+        origin = one_line(recorded.get("origin"))
         raise MismatchError(
             f"{files.place} was made from another table ({origin}): "
             f"{describe_difference(differences)}; "
@@ -167,11 +184,12 @@ def _require_same_source(
 
 
 def create_array(files: Files, record: ArrayRecord) -> None:
-    """Make an array, or finish making it. The caller has compared `record` with what is there (see
-    FeatureStore).
+    """Make an array, or finish making it.
+
+    The caller has compared `record` with the record that exists, if any (see FeatureStore).
 
     Raises:
-        MismatchError: another writer made it first, of other features.
+        MismatchError: Another writer made it first, with other features.
     """
     name = f"{records_folder(record.modality, record.name)}/fingerprint.json"
     data = seal_record(name, record.to_json())
@@ -184,7 +202,7 @@ def create_array(files: Files, record: ArrayRecord) -> None:
 
 
 class ArrayWriter:
-    """Commits the shards of one array."""
+    """Commit the shards of one array."""
 
     def __init__(self, files: Files, record: ArrayRecord) -> None:
         self.files = files
@@ -192,21 +210,21 @@ class ArrayWriter:
         self.layout: ArrayLayout = record.layout
 
     def committed(self) -> dict[int, CommitRecord]:
-        """Valid records by shard, without their `content`.
+        """Return the valid records by shard, without their `content`.
 
         Raises:
-            DamagedError: a record is not what was committed.
-            MismatchError: a record of other features.
+            DamagedError: A record is not what was committed.
+            MismatchError: A record is of other features.
         """
-        return {
-            record.shard: record.without_content()
-            for record, _ in read_commits(self.files, self.record)
-        }
+        records = {}
+        for record, _ in read_commits(self.files, self.record):
+            records[record.shard] = record.without_content()
+        return records
 
     def pending(self) -> list[int]:
-        """Shards without a record, in order."""
-        done = {record.shard for record, _ in read_commits(self.files, self.record)}
-        return [shard for shard in range(self.layout.n_shards) if shard not in done]
+        """Return the shards without a record, in order."""
+        committed_shards = {record.shard for record, _ in read_commits(self.files, self.record)}
+        return [shard for shard in range(self.layout.n_shards) if shard not in committed_shards]
 
     def commit(
         self,
@@ -219,14 +237,17 @@ class ArrayWriter:
         """Write one whole shard and its record.
 
         Args:
-            features: [rows of the shard, *row_shape], float16 or float32, which are written in the
-                array's dtype; rows that are quarantined may hold anything.
-            content: hash of each row's input, empty where it could not be read.
+            shard: Number of the shard.
+            features: [rows of the shard, *row_shape], float16 or float32, not normalized. They are
+                written in the array's dtype. Quarantined rows may hold anything.
+            content: Hash of each row's input; empty where it could not be read.
+            quarantined: Rows that could not be encoded.
             lengths: [rows of the shard], tokens of each row, if the array is ragged.
 
         Raises:
-            StoreError: the operating system refused; DamagedError: what was read back differs;
-            MismatchError: the shard is committed already, with other bytes, which stay.
+            StoreError: The operating system or the storage refused.
+            DamagedError: What was read back differs from what was written.
+            MismatchError: The shard is committed already with other bytes, which stay.
         """
         rows = self.layout.shard(shard)
         bad = {row.row for row in quarantined}
@@ -234,31 +255,28 @@ class ArrayWriter:
             raise ValueError(
                 f"shard {shard}: content and quarantined rows must be those of rows {rows}"
             )
-        payloads = self._payloads(
-            shard,
-            self._chunks(shard, features=features, quarantined=quarantined, lengths=lengths),
-            quarantined,
-        )
+        chunks = self._chunks(shard, features=features, quarantined=quarantined, lengths=lengths)
+        payloads = self._payloads(shard, chunks, quarantined)
         objects = {name: _describe(payload) for name, payload in payloads.items()}
-        counts = (len(rows) - len(bad), len(bad))
-        digest = self.record.fingerprint.digest
         record = CommitRecord(
-            shard,
-            (rows.start, rows.stop),
-            *counts,
-            objects,
-            list(content),
-            digest,
+            shard=shard,
+            rows=(rows.start, rows.stop),
+            n_ok=len(rows) - len(bad),
+            n_quarantined=len(bad),
+            objects=objects,
+            content=list(content),
+            fingerprint=self.record.fingerprint.digest,
         )
         with self.files.exclusive(f"{self._folder}/commits"):
+            # Before any write: a shard that is committed with other bytes must stay as it is.
             committed = self._committed_alike(record)
             for name, payload in payloads.items():
                 if not committed or not self._stands(name, objects[name].blake3):
                     self._put(name, payload, objects[name].blake3)
-            if not self.files.create(
-                commit_name(self.record.modality, self.record.name, shard),
-                record.to_bytes(),
-            ):
+            name = commit_name(self.record.modality, self.record.name, shard)
+            # Chunks are durable by now, so a record never names what a power cut could lose.
+            # Another writer may have been first. With the same bytes that is as good.
+            if not self.files.create(name, record.to_bytes()):
                 self._committed_alike(record)
         return record
 
@@ -266,27 +284,30 @@ class ArrayWriter:
         """Mark the array as complete: a digest over all records, hence over all data.
 
         Raises:
-            StoreError: shards are missing. DamagedError: it was sealed with other records.
+            StoreError: Shards are missing.
+            DamagedError: It was sealed with other records.
         """
-        sealed = [
-            (record.n_ok, record.n_quarantined, of)
-            for record, of in read_commits(self.files, self.record)
-        ]
-        if len(sealed) != self.layout.n_shards:
-            missing = self.layout.n_shards - len(sealed)
+        n_ok = 0
+        n_quarantined = 0
+        hashes = []
+        for record, record_hash in read_commits(self.files, self.record):
+            n_ok += record.n_ok
+            n_quarantined += record.n_quarantined
+            hashes.append(record_hash)
+        if len(hashes) != self.layout.n_shards:
+            missing = self.layout.n_shards - len(hashes)
             raise StoreError(f"{self.record.modality}/{self.record.name}: {missing} shards missing")
-        digest = digest_commits(of for *_, of in sealed)
-        totals = {
-            "n_ok": sum(ok for ok, *_ in sealed),
-            "n_quarantined": sum(bad for _, bad, _ in sealed),
+        digest = digest_commits(hashes)
+        body: dict[str, Json] = {
+            "digest": digest,
+            "rows": self.layout.rows,
+            "n_ok": n_ok,
+            "n_quarantined": n_quarantined,
         }
         name = f"{self._folder}/seal.json"
-        # The last record may be that of a writer that was killed before it made the entry durable.
+        # The last record may be that of a writer that was killed before the entry was durable.
         self.files.settle(f"{self._folder}/commits")
-        put = self.files.create(
-            name,
-            seal_record(name, {"digest": digest, "rows": self.layout.rows, **totals}),
-        )
+        put = self.files.create(name, seal_record(name, body))
         if not put and read_record(self.files, name).get("digest") != digest:
             raise DamagedError(
                 f"{self.files.where(name)}: sealed with other records; restore the file"
@@ -302,18 +323,17 @@ class ArrayWriter:
         chunks: Mapping[str, NDArray[Any]],
         quarantined: Sequence[QuarantinedRow],
     ) -> dict[str, tuple[Buffer, ...]]:
-        """Every object of a shard. Chunks are data and crc32c, exactly as Zarr's codecs write
-        them."""
+        """Return every object of a shard; chunks are data and crc32c, as Zarr writes them."""
         payloads: dict[str, tuple[Buffer, ...]] = {}
-        for part, array in chunks.items():
+        for part_name, array in chunks.items():
+            name = chunk_name(self.record, part_name, shard)
             data = array.data.cast("B")
-            payloads[chunk_name(self.record, part, shard)] = (
-                data,
-                checksum(data).to_bytes(4, "little"),
-            )
+            check = checksum(data).to_bytes(4, "little")
+            payloads[name] = (data, check)
         if quarantined:
+            name = quarantine_name(self.record.modality, self.record.name, shard)
             lines = b"".join(canonical_json(vars(row)) + b"\n" for row in quarantined)
-            payloads[quarantine_name(self.record.modality, self.record.name, shard)] = (lines,)
+            payloads[name] = (lines,)
         return payloads
 
     def _chunks(
@@ -323,22 +343,25 @@ class ArrayWriter:
         quarantined: Sequence[QuarantinedRow],
         lengths: NDArray[np.integer] | None,
     ) -> dict[str, NDArray[Any]]:
-        """Full chunks as Zarr wants them: the last shard is padded, quarantined rows are NaN,
-        padding tokens are 0."""
+        """Return full chunks as Zarr expects them.
+
+        The last shard is padded, quarantined rows are NaN, and padding tokens are 0.
+        """
         rows = self.layout.shard(shard)
         layout = self.layout
-        wanted = (len(rows), *layout.row_shape)
-        if features.shape != wanted or (lengths is not None) != layout.ragged:
+        expected_shape = (len(rows), *layout.row_shape)
+        if features.shape != expected_shape or (lengths is not None) != layout.ragged:
             raise ValueError(
-                f"shard {shard}: expected {wanted}, found {features.shape}, lengths "
+                f"shard {shard}: expected {expected_shape}, found {features.shape}, lengths "
                 f"{lengths is not None}"
             )
-        chunks: dict[str, NDArray[Any]] = {
-            part: np.zeros((layout.shard_rows, *shape), dtype=np.dtype(dtype).newbyteorder("<"))
-            for part, (dtype, shape) in layout.parts.items()
-        }
+        chunks: dict[str, NDArray[Any]] = {}
+        for part_name, (dtype, shape) in layout.parts.items():
+            stored_dtype = np.dtype(dtype).newbyteorder("<")
+            chunks[part_name] = np.zeros((layout.shard_rows, *shape), dtype=stored_dtype)
         chunk = chunks["features"]
         status = chunks["status"]
+        # int8 has no NaN: a missing vector has the scale NaN instead.
         gaps = chunks["scale" if layout.scaled else "features"]
         if layout.scaled:
             chunk[: len(rows)], gaps[: len(rows)] = quantise(features)
@@ -350,8 +373,10 @@ class ArrayWriter:
         if lengths is not None:
             chunks["length"][: len(rows)] = lengths
             chunks["length"][bad] = 0
+            # Tokens behind a row's own are padding, whatever the encoder left there.
             beyond = np.arange(layout.tokens or 0) >= chunks["length"][: len(rows), None]
-            chunk[: len(rows)][beyond], gaps[: len(rows)][beyond] = 0, 0
+            chunk[: len(rows)][beyond] = 0
+            gaps[: len(rows)][beyond] = 0
         if layout.scaled:
             chunk[bad] = 0
         gaps[bad] = np.nan
@@ -367,18 +392,24 @@ class ArrayWriter:
                 "the disk"
             )
 
-    def _stands(self, name: str, wanted: str) -> bool:
+    def _stands(self, name: str, blake3: str) -> bool:
+        """Return whether an object exists and has this hash."""
         try:
-            return content_hash(self.files.read(name)) == wanted
+            return content_hash(self.files.read(name)) == blake3
         except FileNotFoundError:
             return False
 
     def _committed_alike(self, record: CommitRecord) -> bool:
-        """False if the shard is not committed. Raises MismatchError if it is, with other bytes."""
+        """Return whether the shard is committed already.
+
+        Raises:
+            MismatchError: It is committed with other bytes.
+        """
         name = commit_name(self.record.modality, self.record.name, record.shard)
         if not self.files.exists(name):
             return False
-        if read_commit(self.files, self.record, record.shard)[0].objects != record.objects:
+        committed, _ = read_commit(self.files, self.record, record.shard)
+        if committed.objects != record.objects:
             raise MismatchError(
                 f"{name}: another writer committed this shard with other bytes; run apecache verify"
             )
@@ -387,10 +418,12 @@ class ArrayWriter:
 
 def _describe(payload: tuple[Buffer, ...]) -> ObjectRecord:
     data = b"".join(payload)
+    # Chunks have two buffers: the data, and their crc32c.
     check = int.from_bytes(payload[-1], "little") if len(payload) == 2 else None
-    return ObjectRecord(len(data), content_hash(data), check)
+    return ObjectRecord(len(data), blake3=content_hash(data), crc32c=check)
 
 
 def checksum(data: memoryview) -> int:
-    """crc32c of a buffer, without copying it (google_crc32c takes arrays, but no memoryview)."""
+    """Return the crc32c of a buffer, without copying it."""
+    # google_crc32c takes arrays, but no memoryview.
     return int(crc32c(np.frombuffer(data, np.uint8)))

@@ -39,64 +39,75 @@ WAVE = 64
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """`seeds`: fits of each trial, with seeds from `fit.seed` on. `seed`: of the sampler.
-    `halving`: trials run to a share of their epochs, the best third of them to three times that,
-    and so on to the end (successive halving, Jamieson and Talwalkar 2016, algorithm 1), in `rungs`
-    (3: a ninth, a third, all) and in groups of up to `WAVE`. `keep_going`: a trial that fails is a
-    line with its error, not the end of the sweep. `population`: heads that train together at most,
-    within `memory_bytes`. Without halving `n_trials` may grow when a sweep goes on."""
+    """Hold the settings of a sweep. Without `halving`, a later call may raise `n_trials`."""
 
     n_trials: int = 20
+    """Points of the space to try; of a grid, at most this many."""
     sampler: Literal["random", "grid", "tpe"] = "random"
     seeds: int = 1
+    """Fits of each trial, with the seeds `fit.seed`, `fit.seed` + 1, …."""
     seed: int = 0
+    """Seed of the sampler."""
     halving: bool = False
+    """Stop trials early by successive halving (Jamieson and Talwalkar 2016, algorithm 1): all
+    trials run to a share of their epochs, the best third of them to three times that share, and so
+    on to the last epoch. Trials are compared in groups of up to `WAVE`."""
     keep_going: bool = False
+    """Record a failed trial with its error, and continue with the others."""
     population: int = 16
+    """The largest number of heads that train together."""
     memory_bytes: int = 2 * 2**30
+    """The memory that heads which train together may take."""
     rungs: int = 3
+    """Shares of the epochs at which `halving` compares; 3: a ninth, a third, all."""
     fit: FitSpec = field(default_factory=FitSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepData:
+    """Hold the features of a sweep's splits, in memory."""
+
     train: FeaturePairs
     dev: FeaturePairs
     require_kinds: Callable[[Recipe], None]
+    """Raises RecipeError if a head of the recipe does not take the kind of these features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
+    """Name a trial before it is fitted: its number, its point of the space and its recipe."""
+
     number: int
     values: Values
     recipe: Recipe
 
 
 Name = tuple[int, int]
-"""A trial's number, and which of its seeds."""
+"""The trial's number, and the position of the seed among the trial's seeds."""
 Results = dict[Name, tuple[float, int, str]]
-"""Best recall, epochs, and why it failed, if it did."""
+"""For each fit: best mean recall on dev, epochs trained, and the error ("" without one)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Fits that train together up to a share of their epochs. `values`: JSON of each one's
-    point."""
+    """Name the fits that train together up to a share of their epochs."""
 
     names: tuple[Name, ...]
     values: tuple[str, ...]
+    """The point of each fit's trial, as JSON."""
     rung: int
     share: int
+    """The fits train to one `share`-th of their epochs."""
 
     @staticmethod
     def of(fits: Sequence[tuple[Planned, int]], rung: int, share: int) -> "Group":
-        values = tuple(json.dumps(one.values) for one, _ in fits)
-        return Group(
-            names=tuple((one.number, seed) for one, seed in fits),
-            values=values,
-            rung=rung,
-            share=share,
-        )
+        """Build the group of these (trial, seed) fits."""
+        names = []
+        values = []
+        for trial, seed in fits:
+            names.append((trial.number, seed))
+            values.append(json.dumps(trial.values))
+        return Group(names=tuple(names), values=tuple(values), rung=rung, share=share)
 
     def __str__(self) -> str:
         return (
@@ -106,7 +117,13 @@ class Group:
 
 
 class Wave:
-    """Trials that are planned at once. `results`: those of each (trial, seed) so far."""
+    """Run trials that were planned at once, and write their lines.
+
+    Args:
+        out: The folder of the sweep.
+        trials: The finished trials of the sweep by number; the wave adds its own.
+        progress: Called with each trial that ends.
+    """
 
     def __init__(
         self,
@@ -126,111 +143,129 @@ class Wave:
         self.results: Results = {}
 
     def run(self, planned: Sequence[Planned]) -> None:
+        """Train the trials rung after rung, and drop the worse ones after each rung but the last.
+
+        Raises:
+            RecipeError: A trial failed, and the spec has no `keep_going`.
+        """
         (self.out / WORK).mkdir(exist_ok=True)
-        rungs = (
-            [ETA**power for power in reversed(range(self.spec.rungs))] if self.spec.halving else [1]
-        )
+        shares = [1]
+        if self.spec.halving:
+            shares = [ETA**power for power in reversed(range(self.spec.rungs))]
         present = list(planned)
-        for rung, share in enumerate(rungs):
+        for rung, share in enumerate(shares):
             last = share == 1
             self._climb(present, rung=rung, share=share, last=last)
             if not last:
                 present = self._promoted(present)
+        # Checkpoints and results of rungs are read again after an interruption: keep them until
+        # every trial has its line.
         shutil.rmtree(self.out / WORK)
 
     def _climb(self, planned: Sequence[Planned], rung: int, share: int, last: bool) -> None:
-        """Train everyone up to a share of their epochs; what a killed process had done is read."""
-        keys = [(one, seed) for one in planned for seed in range(self.spec.seeds)]
-        ready = [(key, member) for key in keys if (member := self._member(*key, rung)) is not None]
-        members = [m for _, m in ready]
-        plans = [Plan.of(m.recipe, self.data.train) for _, m in ready]
-        parts = split_members(
+        """Train all trials up to a share of their epochs; read what an earlier process trained."""
+        fits = []
+        members = []
+        plans = []
+        for trial in planned:
+            for seed in range(self.spec.seeds):
+                member = self._member(trial, seed, rung)
+                if member is not None:
+                    fits.append((trial, seed))
+                    members.append(member)
+        for member in members:
+            plans.append(Plan.of(member.recipe, self.data.train))
+        positions_of_groups = split_members(
             members,
             plans=plans,
             most=self.spec.population,
             max_bytes=self.spec.memory_bytes,
         )
-        groups = [Group.of([ready[i][0] for i in part], rung, share) for part in parts]
+        groups = []
+        for positions in positions_of_groups:
+            group_fits = [fits[i] for i in positions]
+            groups.append(Group.of(group_fits, rung, share))
         missing = [group for group in groups if not self._file(group).is_file()]
-        done = [(group, self._read(group)) for group in groups if group not in missing]
-        by_name = {(one.number, seed): member for (one, seed), member in ready}
-        for group, results in chain(done, self.train_groups(missing, by_name)):
+        finished = [(group, self._read(group)) for group in groups if group not in missing]
+        by_name = {}
+        for (trial, seed), member in zip(fits, members, strict=True):
+            by_name[trial.number, seed] = member
+        for group, results in chain(finished, self.train_groups(missing, by_name)):
             self.results |= results
-            replace_text(
-                self._file(group),
-                json.dumps([(name, results[name]) for name in group.names]),
-            )
+            rows = [(name, results[name]) for name in group.names]
+            # The results first: a process that is interrupted before has the checkpoint.
+            replace_text(self._file(group), json.dumps(rows))
             shutil.rmtree(self._under_way(group), ignore_errors=True)
-            for one in planned if last else ():
-                self.finish(one, "done")
-        for one in planned:
-            if any(
-                self.results.get((one.number, seed), (0, 0, ""))[2]
-                for seed in range(self.spec.seeds)
-            ):
-                self.finish(one, "failed")
+            for trial in planned if last else ():
+                self.finish(trial, "done")
+        for trial in planned:
+            if self._failures(trial):
+                self.finish(trial, "failed")
 
     def train_groups(
         self,
         groups: Sequence[Group],
         members: Mapping[Name, Training],
     ) -> Iterator[tuple[Group, Results]]:
-        """Each group with its results; `members` as they stand at the beginning of the rung."""
+        """Train groups one after the other.
+
+        Args:
+            groups: The groups that have no results yet.
+            members: The fits of all groups, as they stand at the beginning of the rung.
+
+        Yields:
+            Each group with its results, as soon as it is trained.
+        """
         for group in groups:
-            yield group, self._train(group, [members[name] for name in group.names])
+            group_members = [members[name] for name in group.names]
+            yield group, self._train(group, group_members)
 
     def train_group(self, group: Group) -> Results:
-        """One group by itself, in a process that has not planned it."""
-        members = [
-            self._member(
-                Planned(number=number, values=values, recipe=self.space.recipe(values)),
-                seed,
-                group.rung,
-            )
-            for (number, seed), values in zip(
-                group.names,
-                map(json.loads, group.values),
-                strict=True,
-            )
-        ]
-        return self._train(group, [member for member in members if member is not None])
+        """Train one group in a process that has not planned it."""
+        members = []
+        points = map(json.loads, group.values)
+        for (number, seed), values in zip(group.names, points, strict=True):
+            recipe = self.space.recipe(values)
+            trial = Planned(number=number, values=values, recipe=recipe)
+            member = self._member(trial, seed, group.rung)
+            if member is not None:
+                members.append(member)
+        return self._train(group, members)
 
     def _file(self, group: Group) -> Path:
-        return self.out / WORK / f"{group.rung}-{group.names[0][0]}-{group.names[0][1]}.json"
+        number, seed = group.names[0]
+        return self.out / WORK / f"{group.rung}-{number}-{seed}.json"
 
     def _read(self, group: Group) -> Results:
-        return {
-            tuple(name): tuple(result)
-            for name, result in json.loads(self._file(group).read_text("utf-8"))
-        }
+        rows = json.loads(self._file(group).read_text("utf-8"))
+        return {tuple(name): tuple(result) for name, result in rows}
 
-    def _member(self, one: Planned, seed: int, rung: int) -> Training | None:
-        """As it stands at the beginning of a rung; None for one that failed."""
-        key = (one.number, seed)
-        number = self.spec.fit.seed + seed
+    def _member(self, trial: Planned, seed: int, rung: int) -> Training | None:
+        """Build a fit as it stands at the beginning of a rung; None for one that failed."""
+        key = (trial.number, seed)
+        fit_seed = self.spec.fit.seed + seed
         if self.results.get(key, (0, 0, ""))[2]:
             return None
         try:
-            self.data.require_kinds(one.recipe)
+            self.data.require_kinds(trial.recipe)
             model, _ = initial_model(
-                one.recipe,
+                trial.recipe,
                 train=self.data.train,
                 dev=self.data.dev,
-                seed=number,
+                seed=fit_seed,
             )
-            member = Training(model, one.recipe, number)
-            if member.optimiser is None and Plan.of(one.recipe, self.data.train).n_steps:
-                raise RecipeError(f"recipe {one.recipe.name}: nothing would be trained")
+            member = Training(model, trial.recipe, fit_seed)
+            if member.optimiser is None and Plan.of(trial.recipe, self.data.train).n_steps:
+                raise RecipeError(f"recipe {trial.recipe.name}: nothing would be trained")
         except RecipeError as error:
             self.results[key] = (-math.inf, 0, str(error))
             return None
         return member
 
     def _train(self, group: Group, members: Sequence[Training]) -> Results:
-        streams = Streams.seeded(
-            [self.spec.fit.seed + seed + 1 for _, seed in group.names],
-            self.data.train.place,
-        )
+        # `fit_head` seeds torch's generators with one more than the seed of the weights.
+        seeds = [self.spec.fit.seed + seed + 1 for _, seed in group.names]
+        streams = Streams.seeded(seeds, self.data.train.place)
         under_way = self._under_way(group)
         plan = Plan.of(members[0].recipe, self.data.train)
         if (under_way / CHECKPOINT).is_file():
@@ -238,15 +273,18 @@ class Wave:
         elif group.rung:
             for i, member in enumerate(members):
                 with streams.alone(i):
-                    member.restore(*load_checkpoint(self._folder(group.names[i], group.rung - 1)))
-        until = -(-plan.n_epochs // group.share)
+                    folder = self._folder(group.names[i], group.rung - 1)
+                    member.restore(*load_checkpoint(folder))
+        # Rounded up: the first rung trains at least one epoch.
+        n_epochs = -(-plan.n_epochs // group.share)
         saved = time.monotonic()
 
         def save() -> None:
             nonlocal saved
             if time.monotonic() - saved >= self.spec.fit.save_seconds:
                 under_way.mkdir(exist_ok=True)
-                save_checkpoint(under_way, *members_state(members, streams))
+                tensors, state = members_state(members, streams)
+                save_checkpoint(under_way, tensors, state)
                 saved = time.monotonic()
 
         failures = train_together(
@@ -255,52 +293,72 @@ class Wave:
             self.data.train,
             self.data.dev,
             plan,
-            until,
+            n_epochs,
             save,
         )
         results: Results = {}
         for i, (name, member) in enumerate(zip(group.names, members, strict=True)):
+            # Not -inf, which `write_trials` refuses: a fit without a finite recall ranks last.
             recall = member.best.recall if math.isfinite(member.best.recall) else -1.0
             results[name] = (recall, member.epoch, failures.get(i, ""))
             if group.share > 1 and i not in failures:
-                self._folder(name, group.rung).mkdir(exist_ok=True)
+                folder = self._folder(name, group.rung)
+                folder.mkdir(exist_ok=True)
                 with streams.alone(i):
-                    save_checkpoint(
-                        self._folder(name, group.rung),
-                        member.tensors(),
-                        member.state(),
-                    )
+                    save_checkpoint(folder, member.tensors(), member.state())
         return results
 
     def _folder(self, name: Name, rung: int) -> Path:
-        return self.out / WORK / f"{rung}-member-{name[0]}-{name[1]}"
+        """Return where a fit's checkpoint at the end of a rung is."""
+        number, seed = name
+        return self.out / WORK / f"{rung}-member-{number}-{seed}"
 
     def _under_way(self, group: Group) -> Path:
-        """Where the checkpoint of a population stands while it trains."""
-        return self.out / WORK / f"{group.rung}-population-{group.names[0][0]}-{group.names[0][1]}"
+        """Return where the checkpoint of a population is while it trains."""
+        number, seed = group.names[0]
+        return self.out / WORK / f"{group.rung}-population-{number}-{seed}"
 
     def _promoted(self, planned: Sequence[Planned]) -> list[Planned]:
-        """The best third of those that did not fail; the others end here."""
-        alive = [one for one in planned if not self._failures(one)]
-        order = sorted(alive, key=lambda one: (-fmean(self._recalls(one)), one.number))
-        count = -(-len(alive) // ETA)
-        for one in order[count:]:
-            self.finish(one, "stopped")
-        return sorted(order[:count], key=lambda one: one.number)
+        """Return the best third of the trials that did not fail; end the others."""
+        alive = [trial for trial in planned if not self._failures(trial)]
+        # By number where recalls are equal, so that an interrupted sweep chooses the same trials.
+        order = sorted(alive, key=lambda trial: (-fmean(self._recalls(trial)), trial.number))
+        # Rounded up: at least one trial gets to the next rung.
+        n_promoted = -(-len(alive) // ETA)
+        for trial in order[n_promoted:]:
+            self.finish(trial, "stopped")
+        return sorted(order[:n_promoted], key=lambda trial: trial.number)
 
-    def _recalls(self, one: Planned) -> list[float]:
-        return [self.results[one.number, seed][0] for seed in range(self.spec.seeds)]
+    def _recalls(self, trial: Planned) -> list[float]:
+        return [self.results[trial.number, seed][0] for seed in range(self.spec.seeds)]
 
-    def _failures(self, one: Planned) -> list[str]:
-        found = (self.results.get((one.number, seed)) for seed in range(self.spec.seeds))
-        return [result[2] for result in found if result and result[2]]
+    def _failures(self, trial: Planned) -> list[str]:
+        """Return the errors of a trial's fits, in the order of their seeds."""
+        errors = []
+        for seed in range(self.spec.seeds):
+            result = self.results.get((trial.number, seed))
+            if result and result[2]:
+                errors.append(result[2])
+        return errors
+
+    def _is_done(self, trial: Planned) -> bool:
+        """Return whether all fits of a trial have results, and none failed."""
+        keys = {(trial.number, seed) for seed in range(self.spec.seeds)}
+        return not self._failures(trial) and keys <= set(self.results)
 
     def finish(self, one: Planned, state: str) -> None:
-        """Write a trial's line, once the results of all its seeds are there."""
-        keys = [(one.number, seed) for seed in range(self.spec.seeds)]
-        if one.number in self.trials or (
-            state == "done" and (self._failures(one) or not set(keys) <= set(self.results))
-        ):
+        """Write a trial's line, unless it has one, or is to be `done` and lacks results.
+
+        Args:
+            one: The trial as it was planned.
+            state: `done`, `stopped` or `failed`.
+
+        Raises:
+            RecipeError: The trial failed, and the spec has no `keep_going`.
+        """
+        if one.number in self.trials:
+            return
+        if state == "done" and not self._is_done(one):
             return
         trial = Trial(
             number=one.number,
@@ -317,52 +375,66 @@ class Wave:
                     "--keep-going"
                 )
         else:
-            recalls = self._recalls(one)
-            epochs = max(self.results[key][1] for key in keys)
-            dev = self.data.dev
-            to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
-            chance = fmean([*to_text.values(), *to_image.values()])
-            trial = replace(
-                trial,
-                epochs=epochs,
-                recalls=tuple(recalls),
-                chance=chance,
-                **interval(recalls, len(dev)),
-            )
+            trial = self._measured(trial, one)
         self.trials[one.number] = trial
         write_trials(self.out, self.trials)
         self.progress(trial)
 
+    def _measured(self, trial: Trial, planned: Planned) -> Trial:
+        """Add the epochs, recalls, interval and chance of a trial's fits."""
+        recalls = self._recalls(planned)
+        keys = [(planned.number, seed) for seed in range(self.spec.seeds)]
+        epochs = max(self.results[key][1] for key in keys)
+        dev = self.data.dev
+        to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
+        chance = fmean([*to_text.values(), *to_image.values()])
+        return replace(
+            trial,
+            epochs=epochs,
+            recalls=tuple(recalls),
+            chance=chance,
+            **interval(recalls, len(dev)),
+        )
+
 
 def plan_trials(wave: Wave, numbers: range, points: list[Values] | None) -> list[Planned]:
-    """Points of these trials; those that make no recipe fail at once."""
+    """Choose the points of trials and make their recipes.
+
+    Args:
+        wave: The wave that will run them. A point that makes no recipe fails here at once.
+        numbers: The numbers of the trials.
+        points: All points of a grid; None for the other samplers.
+
+    Returns:
+        The trials to train, in the order of their numbers.
+    """
+    spec = wave.spec
+    planned = []
+    for number, values in zip(numbers, _choose_points(wave, numbers, points), strict=True):
+        try:
+            recipe = wave.space.recipe(values)
+            if not recipe.trains_heads_alone:
+                raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
+            planned.append(Planned(number=number, values=values, recipe=recipe))
+        except RecipeError as error:
+            for seed in range(spec.seeds):
+                wave.results[number, seed] = (-math.inf, 0, str(error))
+            no_recipe = Recipe.model_construct(name="")
+            wave.finish(Planned(number=number, values=values, recipe=no_recipe), "failed")
+    return planned
+
+
+def _choose_points(wave: Wave, numbers: range, points: list[Values] | None) -> list[Values]:
     space = wave.space
     spec = wave.spec
     if points is not None:
-        chosen = [points[number] for number in numbers]
-    elif spec.sampler == "tpe":
-        chosen = ask_optuna(
+        return [points[number] for number in numbers]
+    if spec.sampler == "tpe":
+        return ask_optuna(
             wave.out,
             space=space,
             seed=spec.seed,
             trials=wave.trials,
             numbers=numbers,
         )
-    else:
-        chosen = [space.draw(spec.seed, number) for number in numbers]
-    planned = []
-    for number, values in zip(numbers, chosen, strict=True):
-        try:
-            recipe = space.recipe(values)
-            if not recipe.trains_heads_alone:
-                raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
-            planned.append(Planned(number=number, values=values, recipe=recipe))
-        except RecipeError as error:
-            wave.results.update(
-                {(number, seed): (-math.inf, 0, str(error)) for seed in range(spec.seeds)}
-            )
-            wave.finish(
-                Planned(number=number, values=values, recipe=Recipe.model_construct(name="")),
-                "failed",
-            )
-    return planned
+    return [space.draw(spec.seed, number) for number in numbers]

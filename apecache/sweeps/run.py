@@ -1,9 +1,10 @@
 """Sweeps: many settings of recipes on one store, small heads of one structure trained together.
 
-Everything is chosen on the dev split. A trial is one point of the space, with several seeds if
-asked for; its value is the mean over seeds of the best mean recall on dev. A sweep that was broken
-off goes on: finished trials stand in `trials.jsonl`, and the population that was under way goes on
-from its last checkpoint.
+Everything is chosen on the dev split. A trial is one point of the space, with one or more seeds.
+Its value is the mean over seeds of the best mean recall on dev.
+
+An interrupted sweep resumes: finished trials are in `trials.jsonl`, and the population that was
+training has a checkpoint.
 """
 
 import json
@@ -34,14 +35,16 @@ COMMAND = "command.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """`trials`: the best on dev first. `command` makes `run`, the best trial with the first seed,
-    again."""
+    """Report a finished sweep."""
 
     folder: Path
     run: Path
+    """The run of the best trial, with the first seed."""
     best: Trial
     command: str
+    """The command that makes `run` again."""
     trials: tuple[Trial, ...]
+    """All trials, the best on dev first."""
 
 
 def sweep(
@@ -52,14 +55,22 @@ def sweep(
     progress: Callable[[Trial], None] = lambda _: None,
     make_wave: Callable[..., Wave] = Wave,
 ) -> SweepReport:
-    """Run, or go on with, a sweep; then fit the best trial into `out`/best. `make_wave` says where
-    populations train: called as `Wave` is.
+    """Run or resume a sweep, then fit the best trial into `out`/best.
+
+    Args:
+        store: A complete feature store.
+        space: The points to choose from.
+        out: The folder of the sweep.
+        spec: The settings; default: those of `SweepSpec`.
+        progress: Called with each trial that ends.
+        make_wave: Called as `Wave` is; another wave trains populations elsewhere.
 
     Raises:
-        OptionError: settings that make no sense. MismatchError: `out` holds another sweep.
-            RunError: `out` holds
-        something else, or no trial succeeded. RecipeError: a trial failed, without `keep_going`.
-            Others as `fit_head`.
+        OptionError: A count in the settings is below 1.
+        MismatchError: `out` holds another sweep.
+        RunError: `out` holds something else, or no trial succeeded.
+        RecipeError: A trial failed, and `spec` has no `keep_going`.
+        ApecacheError: Any other error of `fit_head`.
     """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
@@ -74,12 +85,15 @@ def sweep(
         trials = read_trials(out)
         points = list(space.grid())[: spec.n_trials] if spec.sampler == "grid" else None
         total = len(points) if points is not None else spec.n_trials
+        # Optuna learns from finished trials: its waves are as small as the populations allow.
         size = WAVE if spec.sampler != "tpe" else max(1, spec.population // spec.seeds)
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
             if not set(numbers) <= set(trials):
+                # Positional: `make_wave` may be a partial that passes its arguments through.
                 wave = make_wave(out, spec, space, data, trials, progress)
-                wave.run(plan_trials(wave, numbers, points))
+                planned = plan_trials(wave, numbers, points)
+                wave.run(planned)
         order = ranked(trials)
     best = order[0]
     if best.mean is None:
@@ -89,6 +103,7 @@ def sweep(
     run = out / "best"
     recipe = space.recipe(best.values)
     if not _is_run_of(run, recipe):
+        # A finished run is of an earlier best trial, and is replaced; an unfinished one resumes.
         fit_head(
             store,
             recipe=recipe,
@@ -101,45 +116,55 @@ def sweep(
 
 
 def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
-    """Features of the train and dev splits, in memory. Raises as `fit_head` does."""
-    arrays = store.array("image", fit.image_features), store.array("text", fit.text_features)
-    train, dev = load_splits(store, *arrays, fit.splits, choose_device(fit.device))
+    """Load the features of the train and dev splits. Raises as `fit_head` does."""
+    image = store.array("image", fit.image_features)
+    text = store.array("text", fit.text_features)
+    train, dev = load_splits(
+        store,
+        image=image,
+        text=text,
+        spec=fit.splits,
+        device=choose_device(fit.device),
+    )
 
     def require_kinds(recipe: Recipe) -> None:
-        for array, head in zip(arrays, (recipe.image, recipe.text), strict=True):
-            require_kind(array, head, recipe.name)
+        require_kind(image, recipe.image, recipe.name)
+        require_kind(text, recipe.text, recipe.name)
 
     return SweepData(train=train, dev=dev, require_kinds=require_kinds)
 
 
 def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint:
-    """What must not change when a sweep goes on."""
+    """Return what must be the same when a sweep resumes."""
     settings = asdict(spec)
-    for name in ("keep_going",) if spec.halving else ("keep_going", "n_trials"):
-        del settings[name]
+    del settings["keep_going"]
+    # Halving ranks all trials of a wave: with more trials it would have stopped others.
+    if not spec.halving:
+        del settings["n_trials"]
     for name in ("device", "overwrite", "save_seconds"):
         del settings["fit"][name]
-    dimensions = {
-        name: d.model_dump(mode="json", by_alias=True, exclude_none=True)
-        for name, d in space.dimensions.items()
-    }
-    recipes = {
-        name: space.recipe({"recipe": name}).model_dump(mode="json") for name in space.recipes
-    }
+    dimensions = {}
+    for name, dimension in space.dimensions.items():
+        dimensions[name] = dimension.model_dump(mode="json", by_alias=True, exclude_none=True)
+    recipes = {}
+    for name in space.recipes:
+        recipes[name] = space.recipe({"recipe": name}).model_dump(mode="json")
     described = {"data": store.digest, "space": dimensions, "recipes": recipes, **settings}
+    # Through JSON, so that tuples equal the lists of an identity that was read.
     return Fingerprint(fields=json.loads(json.dumps(described)))
 
 
 def _require_same(out: Path, identity: Fingerprint) -> None:
+    """Write the identity of a new sweep, or compare it with that of the sweep in the folder."""
     path = out / DESCRIBED
     if not path.is_file():
         if any(entry != scratch_of(path) for entry in out.iterdir()):
             raise RunError(f"{out} exists and is no sweep; choose another --out")
         replace_text(path, json.dumps(dict(identity.fields), indent=1))
         return
-    differences = identity.difference(
-        Fingerprint(fields=json.loads(path.read_text(encoding="utf-8")))
-    )
+    text = path.read_text(encoding="utf-8")
+    recorded = Fingerprint(fields=json.loads(text))
+    differences = identity.difference(recorded)
     if differences:
         raise MismatchError(
             f"{out} holds another sweep ({differences[0][0]} differs); choose another --out",
@@ -148,13 +173,15 @@ def _require_same(out: Path, identity: Fingerprint) -> None:
 
 
 def _is_run_of(run: Path, recipe: Recipe) -> bool:
+    """Return whether a folder holds a finished run of a recipe."""
     if not (run / DESCRIPTION).is_file():
         return False
-    return Recipe.model_validate_json((run / RECIPE).read_text(encoding="utf-8")) == recipe
+    text = (run / RECIPE).read_text(encoding="utf-8")
+    return Recipe.model_validate_json(text) == recipe
 
 
 def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
-    """`apecache fit-head` with everything that differs from its defaults."""
+    """Return the `apecache fit-head` command, with every option that differs from its default."""
     words = [
         "apecache",
         "fit-head",
@@ -164,7 +191,8 @@ def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
         "--out",
         f"{run}-again",
     ]
-    words += [word for setting in best.settings for word in ("--set", setting)]
+    for setting in best.settings:
+        words += ["--set", setting]
     usual = FitSpec()
     splits = fit.splits
     options = {
@@ -176,10 +204,7 @@ def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
         "--image-features": (fit.image_features, None),
         "--text-features": (fit.text_features, None),
     }
-    given = [
-        word
-        for name, (value, default) in options.items()
-        if value != default
-        for word in (name, str(value))
-    ]
-    return shlex.join([*words, *given])
+    for name, (value, default) in options.items():
+        if value != default:
+            words += [name, str(value)]
+    return shlex.join(words)

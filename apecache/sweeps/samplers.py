@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,24 @@ def ask_optuna(
     trials: Mapping[int, Trial],
     numbers: range,
 ) -> list[Values]:
-    """Points by Optuna's tree-structured Parzen estimator, from the trials of earlier waves. The
-    journal is made anew from them, and each point has a seed of its own, so that a sweep that goes
-    on chooses what it would have chosen."""
+    """Choose points by Optuna's tree-structured Parzen estimator.
+
+    A sweep that was interrupted chooses the points that it would have chosen: the journal is made
+    anew from the trials of earlier waves, and each point has its own seed.
+
+    Args:
+        out: The folder of the sweep; the journal is written there.
+        space: The space to choose from.
+        seed: The seed of the sampler.
+        trials: The finished trials by number; only those of earlier waves count.
+        numbers: The numbers of the trials to choose points for.
+
+    Returns:
+        A point for each number.
+
+    Raises:
+        MissingExtraError: Optuna is not installed.
+    """
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -34,29 +49,32 @@ def ask_optuna(
     (out / JOURNAL).unlink(missing_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / JOURNAL)))
     study = optuna.create_study(storage=storage, study_name="apecache", direction="maximize")
-    earlier = [
-        trials[number]
-        for number in sorted(trials)
-        if number < numbers.start and trials[number].mean is not None
-    ]
-    study.add_trials(
-        [
-            frozen_trial(optuna, dimensions=space.dimensions, values=trial.values, score=trial.mean)
-            for trial in earlier
-        ]
-    )
-    chosen = []
+    earlier = []
+    for number in sorted(trials):
+        trial = trials[number]
+        if number < numbers.start and trial.mean is not None:
+            earlier.append(
+                frozen_trial(
+                    optuna,
+                    dimensions=space.dimensions,
+                    values=trial.values,
+                    score=trial.mean,
+                )
+            )
+    study.add_trials(earlier)
+    points = []
     for number in numbers:
         with warnings.catch_warnings():
+            # `constant_liar` keeps points of one wave apart; Optuna calls it experimental.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.sampler = optuna.samplers.TPESampler(
                 seed=seed * 1_000_003 + number,
                 constant_liar=True,
             )
-        asked = study.ask()
-        suggest = partial(_suggest, asked)
-        chosen.append(space.choose(suggest))
-    return chosen
+        optuna_trial = study.ask()
+        suggest = partial(_suggest, optuna_trial)
+        points.append(space.choose(suggest))
+    return points
 
 
 def frozen_trial(
@@ -65,29 +83,47 @@ def frozen_trial(
     values: Mapping[str, Json],
     score: float | None,
 ) -> Any:
-    """A finished trial as Optuna keeps it; choices are told apart by their JSON."""
-    named = {name: dimensions[name] for name in values}
-    params = {n: json.dumps(v) if named[n].choice is not None else v for n, v in values.items()}
-    distributions = {name: _distribution(optuna, dimension) for name, dimension in named.items()}
+    """Build a finished trial as Optuna keeps it.
+
+    Args:
+        optuna: The imported module.
+        dimensions: The dimensions of the space, by name.
+        values: The point of the trial.
+        score: Its mean recall on dev, to be maximized.
+    """
+    params = {}
+    distributions = {}
+    for name, value in values.items():
+        dimension = dimensions[name]
+        # As JSON: Optuna takes no lists as choices.
+        params[name] = value if dimension.choice is None else json.dumps(value)
+        distributions[name] = _distribution(optuna, dimension)
     return optuna.trial.create_trial(params=params, distributions=distributions, value=score)
 
 
 def _distribution(optuna: Any, dimension: Dimension) -> Any:
-    kinds = optuna.distributions
+    """Return Optuna's distribution of a dimension."""
+    distributions = optuna.distributions
     if dimension.choice is not None:
-        return kinds.CategoricalDistribution([json.dumps(value) for value in dimension.choice])
+        return distributions.CategoricalDistribution(_choices(dimension.choice))
     if dimension.int_ is not None:
-        return kinds.IntDistribution(*dimension.int_)
+        low_int, high_int = dimension.int_
+        return distributions.IntDistribution(low_int, high_int)
     low, high = dimension.log or dimension.float_ or (0.0, 0.0)
-    return kinds.FloatDistribution(low, high, log=dimension.log is not None)
+    return distributions.FloatDistribution(low, high, log=dimension.log is not None)
 
 
-def _suggest(asked: Any, name: str, dimension: Dimension) -> Value:
+def _suggest(optuna_trial: Any, name: str, dimension: Dimension) -> Value:
+    """Let Optuna choose the value of a dimension."""
     if dimension.choice is not None:
-        return json.loads(
-            asked.suggest_categorical(name, [json.dumps(value) for value in dimension.choice])
-        )
+        text = optuna_trial.suggest_categorical(name, _choices(dimension.choice))
+        return json.loads(text)
     if dimension.int_ is not None:
-        return asked.suggest_int(name, *dimension.int_)
+        low_int, high_int = dimension.int_
+        return optuna_trial.suggest_int(name, low_int, high_int)
     low, high = dimension.log or dimension.float_ or (0.0, 0.0)
-    return asked.suggest_float(name, low, high, log=dimension.log is not None)
+    return optuna_trial.suggest_float(name, low, high, log=dimension.log is not None)
+
+
+def _choices(values: Sequence[Value]) -> list[str]:
+    return [json.dumps(value) for value in values]

@@ -1,4 +1,4 @@
-"""What a sweep found: its trials, one line each in `trials.jsonl`, and how they are ranked."""
+"""The trials of a sweep: one line each in `trials.jsonl`, and their ranking."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,37 +15,50 @@ TRIALS = "trials.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """`recalls`: best mean recall on dev of each seed; `low`, `high`: 95 % interval of their mean
-    over seeds and dev images. `chance`: what a random order would have; None in trials of older
-    versions. `state`: `done`, `stopped` by halving, or `failed` with its `error`."""
+    """Record one trial: its point of the space and its result. Recalls are in per cent."""
 
     number: int
     recipe: str
     settings: tuple[str, ...]
+    """`section.key=value`, as `--set` takes them."""
     values: dict[str, Json]
+    """The point of the space, by the names of its dimensions."""
     state: str
+    """`done`, `stopped` by halving, or `failed` with its `error`."""
     epochs: int = 0
     recalls: tuple[float, ...] = ()
+    """The best mean recall on dev of each seed."""
     mean: float | None = None
     low: float | None = None
+    """Lower end of the 95 % interval of the mean, over seeds and dev images."""
     high: float | None = None
     error: str = ""
     chance: float | None = None
+    """The mean recall of a random order; None in trials of older versions."""
 
 
 def read_trials(out: Path) -> dict[int, Trial]:
-    """The finished trials of a sweep's folder, by number."""
+    """Return the finished trials of a sweep's folder, by number."""
     path = out / TRIALS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [Trial(**json.loads(line)) for line in lines]
-    return {
-        t.number: replace(t, settings=tuple(t.settings), recalls=tuple(t.recalls)) for t in found
-    }
+    trials = {}
+    for line in lines:
+        trial = Trial(**json.loads(line))
+        # JSON has lists alone; a trial that is read equals the one that was written.
+        settings = tuple(trial.settings)
+        recalls = tuple(trial.recalls)
+        trials[trial.number] = replace(trial, settings=settings, recalls=recalls)
+    return trials
 
 
 def write_trials(out: Path, trials: Mapping[int, Trial]) -> None:
-    lines = (json.dumps(asdict(trials[number]), allow_nan=False) for number in sorted(trials))
-    replace_text(out / TRIALS, "".join(f"{line}\n" for line in lines))
+    """Write all trials into a sweep's folder, in the order of their numbers."""
+    text = ""
+    for number in sorted(trials):
+        line = json.dumps(asdict(trials[number]), allow_nan=False)
+        text += f"{line}\n"
+    # The whole file at once: an interruption leaves the old file or the new one.
+    replace_text(out / TRIALS, text)
 
 
 def interval(recalls: Sequence[float], n_dev_images: int) -> dict[str, Any]:
@@ -55,9 +68,10 @@ def interval(recalls: Sequence[float], n_dev_images: int) -> dict[str, Any]:
 
 
 def ranked(trials: dict[int, Trial]) -> list[Trial]:
-    """Whole trials before stopped ones before failed ones; then by their mean on dev."""
+    """Rank trials: done before stopped before failed ones, and within these by the mean on dev."""
     states = ("done", "stopped", "failed")
-    return sorted(
-        trials.values(),
-        key=lambda t: (states.index(t.state), -(t.mean or 0.0), t.number),
-    )
+
+    def rank(trial: Trial) -> tuple[int, float, int]:
+        return states.index(trial.state), -(trial.mean or 0.0), trial.number
+
+    return sorted(trials.values(), key=rank)

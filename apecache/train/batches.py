@@ -1,4 +1,4 @@
-"""Cached features, on the device where they fit, and batches of them by index."""
+"""Hold cached features, on the device where they fit, and draw batches of them by index."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,20 +20,21 @@ from apecache.store.equal import is_shared
 from apecache.store.table import PairTable
 
 RESIDENT_SHARE = 0.6
-"""Features that need more than this share of a device's free memory stay on the host and are
-streamed."""
+"""Share of a device's free memory above which features stay on the host and are streamed."""
 BLOCK = 8
-"""Batches that are gathered on the host and sent at once when features are streamed."""
+"""Number of batches that are gathered on the host and sent at once when features are streamed."""
 
 
 class Features(NamedTuple):
-    """`values`: [n, dim], [n, tokens, dim] or [n, views, dim]; `lengths`: int64 [n], tokens that
-    are there (None: all of them, or no tokens)."""
+    """Hold the features of one side."""
 
     values: Tensor
+    """[n, dim], [n, tokens, dim] or [n, views, dim]."""
     lengths: Tensor | None = None
+    """int64 [n], number of valid tokens; None: all tokens are valid, or there are none."""
 
     def select(self, rows: NDArray[np.int64]) -> "Features":
+        """Return the features of these rows."""
         index = torch.from_numpy(rows).to(self.values.device)
         lengths = None if self.lengths is None else self.lengths.index_select(0, index)
         return Features(self.values.index_select(0, index), lengths)
@@ -41,69 +42,82 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePairs:
-    """Images and texts in the stored dtype: [n, dim], or [n, tokens, dim] with lengths, or [n,
-    views, dim]; or for towers, int64 [n], rows of the store's table.
-
-    `first_text` int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i. Every
-    image has one. `content` int64 [n]: equal numbers are images of equal content (None: all
-    differ). `image_views`, `text_views`: the second axis holds views, of which a batch takes a
-    random one. `device`: where batches go (None: where the images are); features on another device
-    are streamed to it. `caption_ids` int64 [m]: equal numbers are captions that are equal word for
-    word (None: captions of different images differ). Both kinds of numbers are on the CPU, where
-    batches are drawn.
-    """
+    """Hold n images and their m texts."""
 
     image: Tensor
+    """[n, dim], [n, tokens, dim] or [n, views, dim] in the stored dtype.
+
+    For towers: int64 [n], rows of the store's table.
+    """
     text: Tensor
+    """As `image`, for m texts."""
     first_text: Tensor
+    """int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i.
+
+    Every image has at least one text.
+    """
     image_lengths: Tensor | None = None
+    """int64 [n], number of valid tokens; None: all tokens are valid, or there are none."""
     text_lengths: Tensor | None = None
+    """int64 [m], as `image_lengths`."""
     content: Tensor | None = None
+    """int64 [n], on the CPU: equal numbers for images of equal content; None: all differ."""
     image_views: bool = False
+    """Whether the second axis of `image` holds views, of which a batch takes a random one."""
     text_views: bool = False
+    """As `image_views`, for `text`."""
     device: torch.device | None = None
+    """Device of the batches; None: that of `image`. Features elsewhere are streamed to it."""
     caption_ids: Tensor | None = None
+    """int64 [m], on the CPU: equal numbers for captions that are equal word for word.
+
+    None: captions of different images differ.
+    """
 
     def __len__(self) -> int:
         return len(self.image)
 
     @property
     def place(self) -> torch.device:
+        """Device of the batches."""
         return self.device or self.image.device
 
     @property
     def image_of_text(self) -> Tensor:
-        """int64 [m]: the row of each text's image."""
-        return torch.repeat_interleave(
-            torch.arange(len(self), device=self.first_text.device),
-            self.first_text.diff(),
-        )
+        """Row of each text's image, int64 [m]."""
+        image_rows = torch.arange(len(self), device=self.first_text.device)
+        return torch.repeat_interleave(image_rows, self.first_text.diff())
 
     @cached_property
     def relevance(self) -> Relevance | None:
-        """The right answers where captions or images are equal, on the device of the batches."""
-        return Relevance.of(self.image_of_text.to(self.place), self.caption_ids, self.content)
+        """Right answers where captions or images are equal, on the device of the batches."""
+        owners = self.image_of_text.to(self.place)
+        return Relevance.of(owners, self.caption_ids, self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """n images and k captions of each, those of one image one after another; masks of tokens, where
-    there are tokens; `groups`: which image belongs with which text (None: row with row)."""
+    """Hold n images and k captions of each."""
 
     image: Tensor
+    """[n, ...], as in `FeaturePairs`, without the axis of views."""
     text: Tensor
+    """[n * k, ...]: the captions of one image stand one after another."""
     image_mask: Tensor | None = None
+    """bool [n, tokens]: valid tokens; None without tokens or lengths."""
     text_mask: Tensor | None = None
+    """bool [n * k, tokens], as `image_mask`."""
     groups: Groups | None = None
+    """Which images belong with which texts; None: row with row."""
 
 
 def load_on(array: FeatureArray, device: torch.device) -> Features:
-    """A whole array, read straight into one (pinned, for CUDA) buffer; on `device` if it fits
-    there, else on the host.
+    """Read a whole array into one buffer, on `device` if it fits there, else on the host.
 
-    Raises as FeatureArray.load does.
+    Raises as `FeatureArray.load` does.
     """
     dtype = torch.float16 if array.dtype == np.float16 else torch.float32
+    # Pinned memory makes the copy to the GPU asynchronous.
     buffer = torch.empty(
         array.rows,
         *array.row_shape,
@@ -113,13 +127,17 @@ def load_on(array: FeatureArray, device: torch.device) -> Features:
     array.load(buffer.numpy())
     values = buffer.to(device, non_blocking=True) if _fits(buffer, device) else buffer
     lengths = load_lengths(array)
-    return Features(values, None if lengths is None else lengths.to(values.device))
+    if lengths is not None:
+        lengths = lengths.to(values.device)
+    return Features(values, lengths)
 
 
 def _fits(buffer: Tensor, device: torch.device) -> bool:
+    """Check whether features can stay on the device."""
     if device.type != "cuda":
         return True
-    return buffer.nbytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return buffer.nbytes <= RESIDENT_SHARE * free_bytes
 
 
 def select_pairs(
@@ -131,42 +149,53 @@ def select_pairs(
     content: NDArray[np.int64] | None = None,
     caption_ids: NDArray[np.int64] | None = None,
 ) -> FeaturePairs:
-    """The kept images that have a usable caption, and those captions; order is that of the table.
-    `content`, `caption_ids`: of all images and captions, as in `FeaturePairs`."""
+    """Select the kept images that have a usable caption, and those captions, in table order.
+
+    Args:
+        image: Features of all n images.
+        text: Features of all m captions.
+        image_rows: int64 [m], row of each caption's image.
+        keep_images: bool [n], images to keep.
+        ok_texts: bool [m], usable captions.
+        content: int64 [n], as in `FeaturePairs`.
+        caption_ids: int64 [m], as in `FeaturePairs`.
+    """
     texts = np.flatnonzero(ok_texts & keep_images[image_rows])
     images, owner = np.unique(image_rows[texts], return_inverse=True)
-    first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(images)))]).astype(
-        np.int64
-    )
+    n_texts = np.bincount(owner, minlength=len(images))
+    first_text = np.concatenate([[0], np.cumsum(n_texts)]).astype(np.int64)
+    # A stable sort groups captions by image and keeps the table's order within each image.
     texts = texts[np.argsort(owner, kind="stable")]
-    chosen = image.select(images)
-    captions = text.select(texts)
-    chosen_ids = None if caption_ids is None else caption_ids[texts]
-    shared = chosen_ids is not None and is_shared(chosen_ids, image_rows[texts])
+    selected_images = image.select(images)
+    selected_texts = text.select(texts)
+    selected_ids = None if caption_ids is None else caption_ids[texts]
+    # Ids that no two images share make no positives: without them batches need no groups.
+    shared = selected_ids is not None and is_shared(selected_ids, image_rows[texts])
     return FeaturePairs(
-        image=chosen.values,
-        text=captions.values,
-        first_text=torch.from_numpy(first).to(chosen.values.device),
-        image_lengths=chosen.lengths,
-        text_lengths=captions.lengths,
+        image=selected_images.values,
+        text=selected_texts.values,
+        first_text=torch.from_numpy(first_text).to(selected_images.values.device),
+        image_lengths=selected_images.lengths,
+        text_lengths=selected_texts.lengths,
         content=None if content is None else torch.from_numpy(content[images]),
-        caption_ids=torch.from_numpy(chosen_ids) if shared else None,
+        caption_ids=torch.from_numpy(selected_ids) if shared else None,
     )
 
 
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
-    """Raises RecipeError for a split that is too small for a contrastive loss."""
-    for what, chosen in (("training", train), ("dev", dev)):
-        if len(chosen) < 2:
+    """Check that both splits are large enough. Raises RecipeError for fewer than two images."""
+    for name, pairs in (("training", train), ("dev", dev)):
+        if len(pairs) < 2:
             raise RecipeError(
-                f"only {len(chosen)} {what} images with a caption; a contrastive loss needs "
+                f"only {len(pairs)} {name} images with a caption; a contrastive loss needs "
                 "at least 2"
             )
 
 
 def n_batches(pairs: FeaturePairs, batch_size: int) -> int:
-    """Whole batches in an epoch; at least one, of all images."""
-    return max(1, len(pairs) // min(batch_size, len(pairs)))
+    """Count the whole batches of an epoch. A batch of more images than there are holds them all."""
+    size = min(batch_size, len(pairs))
+    return max(1, len(pairs) // size)
 
 
 def batches(
@@ -176,50 +205,59 @@ def batches(
     captions: int = 1,
     skip: int = 0,
 ) -> Iterator[Batch]:
-    """One epoch: every image at most once, with `captions` different ones of its captions (one that
-    has fewer gives them again) drawn at random; the short rest is left out, and so are the first
-    `skip` batches.
+    """Draw the batches of one epoch: every image at most once, in random order.
 
-    Indices are drawn on the CPU, so that a seed gives the same batches on every device. With one
-    caption per image and no equal images or captions, nothing in a batch is wrongly another's
-    negative, and there are no groups.
+    Args:
+        pairs: Images and texts.
+        batch_size: Images in a batch. An incomplete batch at the end is left out.
+        generator: CPU generator of the random numbers.
+        captions: Captions of each image in a batch, different ones drawn at random. An image with
+            fewer captions repeats them.
+        skip: Batches at the beginning that are left out, for an epoch that is resumed.
+
+    Yields:
+        Batches on the device of the pairs. `groups` is None if all positives are row with row.
     """
     size = min(batch_size, len(pairs))
+    # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
+    # and with every `skip`.
     order = torch.randperm(len(pairs), generator=generator)
-    chosen = _draw_captions(pairs, order=order, captions=captions, generator=generator)
+    caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
     images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
-    texts = _draw_views(chosen, features=pairs.text, views=pairs.text_views, generator=generator)
-    whole = slice(skip * size, len(pairs) - len(pairs) % size)
-    image_parts = _gather(
+    texts = _draw_views(
+        caption_rows, features=pairs.text, views=pairs.text_views, generator=generator
+    )
+    batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
+    image_batches = _gather(
         pairs.image,
-        rows=images[whole],
+        rows=images[batch_span],
         size=size,
         device=pairs.place,
         views=pairs.image_views,
     )
-    text_parts = _gather(
+    text_batches = _gather(
         pairs.text,
-        rows=texts[whole].flatten(),
+        rows=texts[batch_span].flatten(),
         size=size * captions,
         device=pairs.place,
         views=pairs.text_views,
     )
     for begin, image, text in zip(
-        range(whole.start, whole.stop, size),
-        image_parts,
-        text_parts,
+        range(batch_span.start, batch_span.stop, size),
+        image_batches,
+        text_batches,
         strict=True,
     ):
         rows = order[begin : begin + size]
         image_mask = _mask(pairs.image_lengths, rows, image)
-        drawn = chosen[begin : begin + size]
-        text_mask = _mask(pairs.text_lengths, drawn.flatten(), text)
+        batch_captions = caption_rows[begin : begin + size]
+        text_mask = _mask(pairs.text_lengths, batch_captions.flatten(), text)
         yield Batch(
             image=image,
             text=text,
             image_mask=image_mask,
             text_mask=text_mask,
-            groups=_groups(pairs, rows, drawn),
+            groups=_groups(pairs, rows, batch_captions),
         )
 
 
@@ -229,26 +267,29 @@ def _draw_captions(
     captions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """int64 [n, captions]: rows of texts."""
+    """Draw text rows, int64 [n, captions], for the images in `order`."""
     first = pairs.first_text[:-1].cpu()[order]
     count = pairs.first_text.diff().cpu()[order]
     if captions == 1:
-        return (first + (torch.rand(len(order), generator=generator) * count).long()).unsqueeze(1)
+        offset = (torch.rand(len(order), generator=generator) * count).long()
+        return (first + offset).unsqueeze(1)
+    # Sorting random keys shuffles the captions of each image. Keys of captions that an image does
+    # not have are above all others, so they come last.
     keys = torch.rand(len(order), int(count.max()), generator=generator)
-    keys.masked_fill_(torch.arange(keys.shape[1]) >= count.unsqueeze(1), 2.0)
-    places = torch.arange(captions) % count.unsqueeze(1)
-    return first.unsqueeze(1) + keys.argsort(1).gather(1, places)
+    is_missing = torch.arange(keys.shape[1]) >= count.unsqueeze(1)
+    keys.masked_fill_(is_missing, 2.0)
+    caption_ranks = torch.arange(captions) % count.unsqueeze(1)
+    offsets = keys.argsort(1).gather(1, caption_ranks)
+    return first.unsqueeze(1) + offsets
 
 
 def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Generator) -> Tensor:
-    """Rows in the features with the first two axes made one."""
+    """Draw a view of each row, as rows of the features with the first two axes flattened."""
     if not views:
         return rows
-    return rows * features.shape[1] + torch.randint(
-        features.shape[1],
-        rows.shape,
-        generator=generator,
-    )
+    n_views = features.shape[1]
+    drawn_views = torch.randint(n_views, rows.shape, generator=generator)
+    return rows * n_views + drawn_views
 
 
 def _gather(
@@ -258,13 +299,13 @@ def _gather(
     device: torch.device,
     views: bool,
 ) -> Iterator[Tensor]:
-    """features[rows] in batches of `size` on `device`. From another device they come in blocks of
-    several batches."""
+    """Yield features[rows] in batches of `size` on `device`."""
     source = features.flatten(0, 1) if views else features
     if _same_place(source, device):
-        for part in rows.to(device).split(size):
-            yield source.index_select(0, part)
+        for batch_rows in rows.to(device).split(size):
+            yield source.index_select(0, batch_rows)
         return
+    # One copy for several batches: small copies to a GPU are slow.
     for block in rows.split(size * BLOCK):
         staged = torch.empty(
             (len(block), *source.shape[1:]),
@@ -280,39 +321,50 @@ def _same_place(features: Tensor, device: torch.device) -> bool:
 
 
 def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | None:
+    """Return the mask of valid tokens of these rows; None without lengths."""
     if lengths is None:
         return None
-    return mask_of(lengths[rows.to(lengths.device)].to(features.device), features)
+    batch_lengths = lengths[rows.to(lengths.device)].to(features.device)
+    return mask_of(batch_lengths, features)
 
 
-def _groups(pairs: FeaturePairs, rows: Tensor, drawn: Tensor) -> Groups | None:
-    """Groups of images `rows` [n] and their `drawn` captions [n, k], on the device of the batches;
-    None where row belongs to row and no other.
+def _groups(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Groups | None:
+    """Group the images of a batch with their captions.
 
-    Images of equal content are of one group, and images with equal drawn captions. So are all that
-    are connected in this way: groups cannot say that one caption belongs to both of two images and
-    another one to the first alone.
+    Images of equal content are in one group, and images with equal captions. So are all images
+    that are connected in this way: groups cannot express that one caption belongs to both of two
+    images and another caption to the first alone.
+
+    Args:
+        pairs: Images and texts.
+        rows: int64 [n], images of the batch.
+        caption_rows: int64 [n, k], their captions.
+
+    Returns:
+        Groups on the device of the batches; None if row belongs to row and to no other.
     """
-    n_captions = drawn.shape[1]
-    plain = pairs.content is None and pairs.caption_ids is None
-    if plain and n_captions == 1:
+    n_captions = caption_rows.shape[1]
+    all_differ = pairs.content is None and pairs.caption_ids is None
+    if all_differ and n_captions == 1:
         return None
-    own = torch.arange(len(rows))
+    image_groups = torch.arange(len(rows))
     if pairs.content is not None:
-        own = pairs.content[rows].unique(return_inverse=True)[1]
+        image_groups = pairs.content[rows].unique(return_inverse=True)[1]
     if pairs.caption_ids is not None:
-        own = join_groups(own, pairs.caption_ids[drawn])
-    if n_captions == 1 and int(own.max()) + 1 == len(rows):
+        image_groups = join_groups(image_groups, pairs.caption_ids[caption_rows])
+    # As many groups as images: no two images of this batch are equal.
+    if n_captions == 1 and int(image_groups.max()) + 1 == len(rows):
         return None
-    own = own.to(pairs.place)
-    return Groups(image=own, text=own.repeat_interleave(n_captions))
+    image_groups = image_groups.to(pairs.place)
+    return Groups(image=image_groups, text=image_groups.repeat_interleave(n_captions))
 
 
 def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
     """Join groups that share an id, until none do.
 
     Args:
-        groups: int64 [n], numbers from 0 without gaps. ids: int64 [n, k], any numbers.
+        groups: int64 [n], numbers from 0 without gaps.
+        ids: int64 [n, k], any numbers.
 
     Returns:
         int64 [n], numbers from 0 without gaps, one for each set of connected groups.
@@ -323,16 +375,16 @@ def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
     joined = torch.arange(n_groups)
     while True:
         labels = joined[groups].unsqueeze(1).expand_as(shared)
-        of_id = torch.full((n_ids,), n_groups).scatter_reduce_(
+        # The smallest label of each id, then the smallest of each group over its ids.
+        id_labels = torch.full((n_ids,), n_groups).scatter_reduce_(
             0,
             shared.flatten(),
             labels.flatten(),
             "amin",
         )
-        smaller = joined.scatter_reduce(0, groups, of_id[shared].amin(1), "amin")
-        smaller = smaller[
-            smaller
-        ]  # a label is a group too: its own label is smaller yet, so that chains are halved
+        smaller = joined.scatter_reduce(0, groups, id_labels[shared].amin(1), "amin")
+        # A label is itself a group with a label: following it halves the length of chains.
+        smaller = smaller[smaller]
         if torch.equal(smaller, joined):
             compact: Tensor = torch.unique(joined[groups], return_inverse=True)[1]
             return compact
@@ -341,13 +393,16 @@ def join_groups(groups: Tensor, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSpec:
-    """Which images train and which choose. `dev` None: `dev_images` (at most a tenth) of train's
-    images, by seed."""
+    """Name the split that trains, and the dev split that epochs and settings are chosen on."""
 
     train: str | None = None
+    """Training split; None: `train`, or the only split of the store."""
     dev: str | None = None
+    """Dev split; None: images that are drawn from the training split."""
     dev_images: int = 500
+    """Number of drawn dev images, at most a tenth of the training split."""
     seed: int = 0
+    """Seed of the drawn dev images."""
 
 
 def choose_splits(
@@ -355,16 +410,17 @@ def choose_splits(
     spec: SplitSpec,
     content: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks [n_images] of training and dev images, which never overlap.
+    """Return the masks, bool [n_images], of training and dev images. They never overlap.
 
     Args:
-        pairs: the table of the store.
-        spec: the names of the splits, or how many images to draw for dev.
+        pairs: The table of the store.
+        spec: The names of the splits, or how many images to draw for dev.
         content: int64 [n_images], equal numbers for images of equal content (None: all differ). A
             drawn dev split takes all copies of an image or none.
 
     Raises:
-        RecipeError: no such split, the same one twice, or too few images for a dev split.
+        RecipeError: A split does not exist, both are the same, or there are too few images for a
+            dev split.
     """
     train = pairs.splits == _resolve_split(pairs, spec.train, "train")
     if spec.dev is not None:
@@ -385,24 +441,23 @@ def choose_splits(
     # One row stands for all copies of an image; where no two are equal, every row for itself.
     numbers = np.arange(len(train)) if content is None else content
     _, first = np.unique(numbers[rows], return_index=True)
-    drawn = np.random.default_rng(spec.seed).choice(
+    dev_rows = np.random.default_rng(spec.seed).choice(
         rows[np.sort(first)], min(count, len(first)), replace=False
     )
-    dev = train & np.isin(numbers, numbers[drawn])
+    dev = train & np.isin(numbers, numbers[dev_rows])
     return train & ~dev, dev
 
 
 def _resolve_split(pairs: PairTable, name: str | None, usual: str) -> str:
-    """The name if it is there; without one the usual name, or the only split that there is."""
-    counts = pairs.split_counts()
-    if name is None and len(counts) == 1:
-        return next(iter(counts))
-    wanted = usual if name is None else name
-    if wanted not in counts:
-        found = ", ".join(
-            f"{split or '(none)'} ({count} images)" for split, count in counts.items()
+    """Return the name of a split of the store: `name`, else the only split, else `usual`."""
+    images_per_split = pairs.split_counts()
+    if name is None and len(images_per_split) == 1:
+        return next(iter(images_per_split))
+    split_name = usual if name is None else name
+    if split_name not in images_per_split:
+        available = ", ".join(
+            f"{split or '(none)'} ({count} images)" for split, count in images_per_split.items()
         )
-        raise RecipeError(
-            f"no split {wanted!r} in the store; found: {found}{nearest(wanted, counts)}"
-        )
-    return wanted
+        hint = nearest(split_name, images_per_split)
+        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{hint}")
+    return split_name

@@ -1,5 +1,7 @@
-"""What the encoder trainer works on: of each side the store's features, an encoder, or cached
-tokens and an encoder."""
+"""Open what the encoder trainer reads.
+
+Of each side that is the store's features, an encoder, or cached tokens and an encoder.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,49 +44,75 @@ from apecache.train.live import (
 
 @dataclass(frozen=True)
 class FitEncoderSpec:
-    """`image`, `text`: encoders of live sides; None: those of the store's features. `slice_size`:
-    images, with their captions, that are in memory at once; gradients stay those of the whole
-    batch. `autocast`: of the towers; parameters stay float32. `cache` False: frozen sides run from
-    their inputs too, to the same result: only to measure what the cache saves. `init_from`: a
-    finished run of fit-head, whose heads and temperature the fit begins with (see
-    `apecache.train.warm_start`). `save_seconds`, `report_split`, `price_per_hour`: as of
-    `FitSpec`."""
+    """Say what a fit within the towers reads, and how it runs."""
 
     image: EncoderSpec | None = None
+    """Image encoder, if its tower runs; None: the encoder of the store's features."""
     text: EncoderSpec | None = None
+    """Text encoder, as `image`."""
     image_features: str | None = None
+    """Name of the image features; needed if the store has several."""
     text_features: str | None = None
+    """Name of the text features, as `image_features`."""
     splits: SplitSpec = field(default_factory=SplitSpec)
+    """Training and dev split."""
     seed: int = 0
+    """Seed of weights, batches, dropout and image views."""
     slice_size: int | None = None
+    """Images, with their captions, that are in memory at once; None: the whole batch.
+
+    Gradients stay those of the whole batch.
+    """
     autocast: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which the towers compute. Parameters stay float32."""
     device: str = "auto"
+    """Device of the fit."""
     overwrite: bool = False
+    """Whether a finished run in the folder may be replaced."""
     cache: bool = True
+    """Whether frozen sides are read from the store.
+
+    False only to measure what the cache saves: they run from their inputs, to the same result.
+    """
     save_seconds: float = 30.0
+    """Least time between two checkpoints."""
     report_split: str = "test"
+    """Split that results will be reported on. A fit that trains or chooses on it is refused."""
     price_per_hour: float | None = None
+    """Price of this machine in any currency, for the ledger."""
     init_from: AnyPath | None = None
+    """Finished run of fit-head with whose heads and temperature the fit begins.
+
+    See `apecache.train.warm_start`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One side: its cached features, its encoder, or both, features being the tokens after `cut`
-    blocks then. `array`: whence the features were read."""
+    """Hold what one side is read from: cached features, an encoder, or cached tokens and both."""
 
     side: Modality
+    """Modality of the side."""
     features: Tensor | None
+    """Features [rows, dim] on the device, or tokens [rows, tokens, dim] on the host."""
     encoder: ImageEncoder | TextEncoder | None
+    """Encoder whose tower runs; None: the side is read from `features`."""
     encoder_spec: EncoderSpec
+    """Spec of the encoder, also where it is not opened."""
     fingerprint: Fingerprint
+    """Fingerprint of the encoder, also where it is not opened."""
     ok: NDArray[np.bool_] | None
+    """Rows with usable features; None: no features were looked at."""
     cut: int | None = None
+    """Number of blocks after which `features` are the tokens; None: no cached tokens."""
     lengths: Tensor | None = None
+    """int64 [rows], number of valid tokens; None: all are valid."""
     array: FeatureArray | None = None
+    """Array that `features` were read from."""
 
     @property
     def dim(self) -> int:
-        """Width of what the head takes."""
+        """Width of the head's input."""
         if self.encoder is not None:
             return tower_of(self.encoder).output_dim
         assert self.features is not None
@@ -98,10 +126,24 @@ def open_source(
     spec: FitEncoderSpec,
     device: torch.device,
 ) -> Source:
-    named, name = (
-        (spec.image, spec.image_features) if side == "image" else (spec.text, spec.text_features)
-    )
+    """Open one side of a fit.
+
+    Args:
+        store: Store of the pairs.
+        recipe: Recipe, which says whether the tower may train.
+        side: Modality of the side.
+        spec: Settings of the fit.
+        device: Device of the encoder and of pooled features.
+
+    Raises:
+        RecipeError: The features are not of the kind that the side needs.
+        EncoderError: The encoder cannot be loaded.
+        MismatchError: Cached tokens are of other weights than the encoder's.
+    """
+    named = spec.image if side == "image" else spec.text
+    name = spec.image_features if side == "image" else spec.text_features
     live = recipe.towers.may_train(side) or not spec.cache
+    # A live side whose encoder is named does not need features in the store.
     array = None if live and named else store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
@@ -120,37 +162,37 @@ def open_source(
             ok=ok,
             array=array,
         )
-    chosen = named or (array.record.spec if array else None)
-    assert chosen is not None
+    base_spec = named or (array.record.spec if array else None)
+    assert base_spec is not None
     pooling = recipe.towers.image_pooling if side == "image" else recipe.towers.text_pooling
     tokens = (
         array is not None
         and named is None
-        and chosen.pooling == "tokens"
-        and chosen.layer is not None
+        and base_spec.pooling == "tokens"
+        and base_spec.layer is not None
     )
-    own: Pooling = "default" if tokens else chosen.pooling
-    wanted = replace(
-        chosen,
+    # The tower runs to its end in float32, also where the store's features are of an inner layer
+    # or of half precision.
+    array_pooling: Pooling = "default" if tokens else base_spec.pooling
+    encoder_spec = replace(
+        base_spec,
         dtype="float32",
         layer=None,
-        pooling=own if pooling == "default" else pooling,
+        pooling=array_pooling if pooling == "default" else pooling,
     )
     load: Any = load_image_encoder if side == "image" else load_text_encoder
-    encoder = load(wanted, str(device))
+    encoder = load(encoder_spec, str(device))
     source = Source(
         side=side,
         features=None,
         encoder=encoder,
-        encoder_spec=wanted,
+        encoder_spec=encoder_spec,
         fingerprint=encoder.fingerprint,
         ok=ok,
     )
-    return (
-        _with_tokens(source, array, encoder)
-        if tokens and array is not None and spec.cache
-        else source
-    )
+    if tokens and array is not None and spec.cache:
+        return _with_tokens(source, array, encoder)
+    return source
 
 
 def _with_tokens(
@@ -158,12 +200,16 @@ def _with_tokens(
     array: FeatureArray,
     encoder: ImageEncoder | TextEncoder,
 ) -> Source:
-    """Raises MismatchError if the tokens are of other weights than the encoder's."""
-    weights = [
-        Fingerprint(fields={"weights": of.fields["weights"]})
-        for of in (encoder.fingerprint, array.record.encoder)
-    ]
-    if weights[0] != weights[1]:
+    """Add cached tokens to a source, so that the tower starts behind them.
+
+    Raises:
+        MismatchError: The tokens are of other weights than the encoder's.
+        RecipeError: They are not the tokens of one layer and one view.
+    """
+    # Only the weights are compared: pooling and dtype of the encoder differ on purpose.
+    encoder_weights = Fingerprint(fields={"weights": encoder.fingerprint.fields["weights"]})
+    array_weights = Fingerprint(fields={"weights": array.record.encoder.fields["weights"]})
+    if encoder_weights != array_weights:
         raise MismatchError(
             f"{encoder.spec} is not what {source.side} features {array.name} were made with; "
             "extract again"
@@ -175,53 +221,54 @@ def _with_tokens(
             "choose others"
         )
     lengths = array.load_lengths()
-    counts = None if lengths is None else torch.from_numpy(lengths.astype(np.int64))
+    token_counts = None if lengths is None else torch.from_numpy(lengths.astype(np.int64))
     return replace(
         source,
         features=torch.from_numpy(array.load()),
         cut=cut,
-        lengths=counts,
+        lengths=token_counts,
         array=array,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSource:
-    """Cached features of the teacher, or the class distributions that they mean: `taught`
-    [n_images, dim]."""
+    """Hold the cached outputs of a teacher."""
 
     array: FeatureArray
+    """Features of the teacher."""
     taught: Tensor
+    """Features [n_images, dim], or class distributions [n_images, n_classes] made of them."""
     ok: NDArray[np.bool_]
+    """bool [n_images]: usable features."""
 
     @property
     def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the teacher's encoder."""
         return self.array.record.encoder
 
 
 def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> TeacherSource | None:
-    """None for a recipe that has none.
+    """Open the features of the recipe's teacher; None for a recipe without a teacher.
 
     Raises:
-        RecipeError: the store has no such features, or they are not pooled ones of one view.
-            EncoderError: the
-        teacher's classifier cannot be had.
+        RecipeError: The store has no such features, or they are not pooled features of one view.
+        EncoderError: The teacher's classifier cannot be loaded.
     """
     spec = recipe.distillation
     if spec is None:
         return None
-    there = [array.record.name for array in store.arrays("image")]
-    if (spec.teacher or len(there) != 1) and spec.teacher not in there:
-        found = f"{store.path} has the image features {', '.join(there) or 'none'}"
-        wanted = (
+    feature_names = [array.record.name for array in store.arrays("image")]
+    if (spec.teacher or len(feature_names) != 1) and spec.teacher not in feature_names:
+        available = f"{store.path} has the image features {', '.join(feature_names) or 'none'}"
+        requested = (
             f"but not the teacher {spec.teacher!r}"
             if spec.teacher
             else "and distillation.teacher names none"
         )
         raise RecipeError(
-            f"recipe {recipe.name}: {found}, {wanted}; set distillation.teacher, or add it with: "
-            "apecache extract "
-            "--add --image ENCODER --image-cut cls@-1"
+            f"recipe {recipe.name}: {available}, {requested}; set distillation.teacher, or add it "
+            "with: apecache extract --add --image ENCODER --image-cut cls@-1"
         )
     array = store.array("image", spec.teacher or None)
     if array.tokens is not None or array.views is not None:
@@ -236,9 +283,11 @@ def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> T
 
 @torch.no_grad()
 def _distributions(features: Tensor, spec: EncoderSpec) -> Tensor:
-    """Of the teacher's classes [n, n_classes], rows of sum 1."""
+    """Return the teacher's class distributions, [n, n_classes]; each row sums to 1."""
     classifier = load_classifier(spec).to(features.device)
-    return torch.cat([classifier(part.float()).softmax(-1) for part in features.split(8192)])
+    # In blocks: logits of all images at once can exceed the device's memory.
+    blocks = features.split(8192)
+    return torch.cat([classifier(block.float()).softmax(-1) for block in blocks])
 
 
 def split_rows(
@@ -247,20 +296,37 @@ def split_rows(
     spec: FitEncoderSpec,
     teacher: TeacherSource | None = None,
 ) -> tuple[FeaturePairs, FeaturePairs]:
-    """Training and dev pairs whose features are rows of the store's table, int64 [n] and [m], on
-    the CPU."""
+    """Return training and dev pairs that hold rows of the store's table instead of features.
+
+    Rows are int64 [n] and [m], on the CPU. Pairs without usable inputs are left out.
+    """
     pairs = store.pairs
-    captions = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
-    images = np.ones(len(pairs.keys), dtype=bool) if sources[0].ok is None else sources[0].ok
-    images = images if teacher is None else images & teacher.ok
-    texts = captions if sources[1].ok is None else captions & sources[1].ok
-    rows = Features(torch.arange(len(pairs.keys))), Features(torch.arange(len(pairs.captions)))
+    image_source, text_source = sources
+    ok_images = np.ones(len(pairs.keys), dtype=bool)
+    if image_source.ok is not None:
+        ok_images = image_source.ok
+    if teacher is not None:
+        ok_images = ok_images & teacher.ok
+    ok_texts = np.array([bool(caption.strip()) for caption in pairs.captions], dtype=bool)
+    if text_source.ok is not None:
+        ok_texts = ok_texts & text_source.ok
+    # Any image features will do: equal content is recorded by file, not by encoder.
     content = next((equal_images(array) for array in store.arrays("image")), None)
-    masks = choose_splits(pairs, spec.splits, content)
-    equal = content, pairs.caption_ids
-    train, dev = (
-        select_pairs(*rows, pairs.image_rows, mask & images, texts, *equal) for mask in masks
-    )
+
+    def pairs_of(mask: NDArray[np.bool_]) -> FeaturePairs:
+        return select_pairs(
+            Features(torch.arange(len(pairs.keys))),
+            text=Features(torch.arange(len(pairs.captions))),
+            image_rows=pairs.image_rows,
+            keep_images=mask & ok_images,
+            ok_texts=ok_texts,
+            content=content,
+            caption_ids=pairs.caption_ids,
+        )
+
+    train_mask, dev_mask = choose_splits(pairs, spec.splits, content)
+    train = pairs_of(train_mask)
+    dev = pairs_of(dev_mask)
     require_images(train, dev)
     return train, dev
 
@@ -271,10 +337,16 @@ def open_inputs(
     open_image: OpenImage | None,
     device: torch.device,
 ) -> Inputs:
+    """Open the inputs of a side: cached features, cached tokens, texts or images.
+
+    Raises:
+        OptionError: The side runs from pixels, and `open_image` is None.
+    """
     encoder = source.encoder
     if source.features is not None:
-        cached = CachedInputs(features=source.features) if encoder is None else None
-        return cached or TokenInputs(
+        if encoder is None:
+            return CachedInputs(features=source.features)
+        return TokenInputs(
             features=source.features,
             lengths=source.lengths,
             device=device,

@@ -1,5 +1,4 @@
-"""What the loop of a fit asks of towers: gradients of a batch from its rows, and retrieval on
-dev."""
+"""Give the loop of a fit what it needs of towers: gradients of a batch, and retrieval on dev."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,13 +24,14 @@ from apecache.train.loop import Fit
 from apecache.train.ranks import Ranks
 
 EVALUATION_BATCH = 64
+"""Number of images or texts that are embedded at once on dev."""
 
 
 class EncoderFit(Fit[EncoderModel]):
-    """A fit within towers; batches hold rows of the store's table, which `inputs` make pixels,
-    tokens or features of.
+    """Fit towers and heads.
 
-    With several `ranks` each works on its share of every batch, and of dev.
+    Batches hold rows of the store's table. `inputs` turn rows into pixels, tokens or features.
+    With several `ranks` each process works on its share of every batch, and of dev.
     """
 
     def __init__(
@@ -49,16 +49,21 @@ class EncoderFit(Fit[EncoderModel]):
         self.views = image_views(recipe, spec, inputs)
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
+        """Add the gradients of a batch, slice by slice. See `Fit.add_gradients`."""
         images = batch.image.tolist()
         texts = batch.text.tolist()
-        each = len(texts) // len(images)
+        texts_per_image = len(texts) // len(images)
         groups = _on(batch.groups, self.device)
+        # `epoch` counts the epochs that are done; the views are those of the present one.
         inputs = self._as_seen(self.epoch + 1)
 
-        def encode(part: range) -> tuple[Tensor, Tensor]:
-            rows = (images[part.start : part.stop], texts[part.start * each : part.stop * each])
-            sides = zip((self.model.image, self.model.text), inputs, rows, strict=True)
-            image, text = (self._run(side, source, chosen) for side, source, chosen in sides)
+        def encode(positions: range) -> tuple[Tensor, Tensor]:
+            first_text = positions.start * texts_per_image
+            end_text = positions.stop * texts_per_image
+            image_rows = images[positions.start : positions.stop]
+            text_rows = texts[first_text:end_text]
+            image = self._run(self.model.image, inputs[0], image_rows)
+            text = self._run(self.model.text, inputs[1], text_rows)
             return image, text
 
         def loss(image: Tensor, text: Tensor) -> Tensor:
@@ -74,15 +79,19 @@ class EncoderFit(Fit[EncoderModel]):
             )
 
     def join_gradients(self) -> None:
-        self.ranks.add_up([p.grad for p, _ in self.model.rates() if p.grad is not None])
+        """Add up the gradients of all processes."""
+        parameters = [parameter for parameter, _ in self.model.rates()]
+        self.ranks.add_up([p.grad for p in parameters if p.grad is not None])
 
     @torch.no_grad()
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
-        """Retrieval among all images and captions of dev, which are seen as they are."""
+        """Measure retrieval among all images and captions of dev, without augmentation."""
         self.model.eval()
-        rows = dev.image.tolist(), dev.text.tolist()
-        sides = zip((self.model.image, self.model.text), self.inputs, rows, strict=True)
-        image, text = (self._embed(side, source, chosen) for side, source, chosen in sides)
+        image_inputs, text_inputs = self.inputs
+        image_rows = dev.image.tolist()
+        text_rows = dev.text.tolist()
+        image = self._embed(self.model.image, image_inputs, image_rows)
+        text = self._embed(self.model.text, text_inputs, text_rows)
         relevance = None if dev.relevance is None else dev.relevance.to(image.device)
         return retrieval_report(
             image,
@@ -92,18 +101,24 @@ class EncoderFit(Fit[EncoderModel]):
         )
 
     def _run(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
+        """Return the training outputs of a side for these rows, float32."""
         with self._autocast():
+            # The loss is computed in float32, also where the tower computes in bfloat16.
             return side.outputs(*source.take(rows)).float()
 
     def _embed(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
-        own = self.ranks.shares(len(rows))[self.ranks.rank]
-        batches = [rows[i : min(i + EVALUATION_BATCH, own.stop)] for i in own[::EVALUATION_BATCH]]
+        """Return the embeddings of these rows, [n, dim], each process encoding its share."""
+        rank_share = self.ranks.shares(len(rows))[self.ranks.rank]
+        batches = []
+        for begin in rank_share[::EVALUATION_BATCH]:
+            end = min(begin + EVALUATION_BATCH, rank_share.stop)
+            batches.append(rows[begin:end])
         with self._autocast():
-            parts = [side(*source.take(batch)).float() for batch in batches]
-        return self.ranks.gathered(torch.cat(parts), own.start, len(rows))
+            embedded_batches = [side(*source.take(batch)).float() for batch in batches]
+        return self.ranks.gathered(torch.cat(embedded_batches), rank_share.start, len(rows))
 
     def _as_seen(self, epoch: int) -> tuple[Inputs, Inputs]:
-        """By training in this epoch."""
+        """Return the inputs as training sees them in this epoch, with image views."""
         if self.views is None:
             return self.inputs
         image, text = self.inputs
@@ -111,16 +126,17 @@ class EncoderFit(Fit[EncoderModel]):
         return image.augmented(self.views, epoch), text
 
     def _autocast(self) -> Any:
+        """Return the context in which the towers compute."""
         if self.spec.autocast == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _attention(self) -> Any:
-        """On the CPU torch's fused attention in bfloat16 is slow backwards (2.14: ten times its
-        time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long): there the
-        products are made one by one."""
-        slow = self.device.type == "cpu" and self.spec.autocast == "bfloat16"
-        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+        """Return the context in which attention computes."""
+        # On the CPU the backward pass of torch's fused attention in bfloat16 is slow (torch 2.14:
+        # ten times its time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long).
+        is_slow = self.device.type == "cpu" and self.spec.autocast == "bfloat16"
+        return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 
 def image_views(
@@ -128,13 +144,13 @@ def image_views(
     spec: FitEncoderSpec,
     inputs: tuple[Inputs, Inputs],
 ) -> Views | None:
-    """How training sees live images; None: as they are.
+    """Return the views in which training sees images; None: without augmentation.
 
     Raises:
-        RecipeError: the image side runs from cached tokens, which cannot be distorted.
+        RecipeError: The image side runs from cached features, which cannot be distorted.
     """
-    wanted = recipe.augmentation.image
-    if wanted is None:
+    augmentation = recipe.augmentation.image
+    if augmentation is None:
         return None
     if not isinstance(inputs[0], ImageInputs):
         raise RecipeError(
@@ -145,17 +161,16 @@ def image_views(
     return Views(
         1,
         seed=spec.seed,
-        scale=wanted.scale,
-        ratio=wanted.ratio,
-        flip=wanted.flip,
-        operations=wanted.operations,
-        magnitude=wanted.magnitude,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        flip=augmentation.flip,
+        operations=augmentation.operations,
+        magnitude=augmentation.magnitude,
     )
 
 
 def _on(groups: Groups | None, device: torch.device) -> Groups | None:
-    return (
-        None
-        if groups is None
-        else replace(groups, image=groups.image.to(device), text=groups.text.to(device))
-    )
+    """Return the groups on a device."""
+    if groups is None:
+        return None
+    return replace(groups, image=groups.image.to(device), text=groups.text.to(device))

@@ -1,4 +1,4 @@
-"""A fit within towers, ready to begin: what it reads, what it trains, and its identity."""
+"""Set up a fit within towers: what it reads, what it trains, and its identity."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,24 +33,26 @@ from apecache.train.warm_start import begin_from, open_start
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What a fit reads: each side (image before text), a teacher, heads to begin with."""
+    """Hold what a fit reads."""
 
     store: FeatureStore
     recipe: Recipe
     spec: FitEncoderSpec
     sources: tuple[Source, Source]
+    """Both sides, image before text."""
     teacher: TeacherSource | None
+    """Teacher of the recipe's distillation."""
     start: TrainedHeads | None
+    """Trained heads that the fit begins with."""
 
     @property
     def arrays(self) -> list[FeatureArray]:
-        """What is read of the store."""
+        """Arrays of the store that are read."""
         sides = [source.array for source in self.sources if source.array is not None]
         return sides if self.teacher is None else [*sides, self.teacher.array]
 
     def settings(self) -> dict[str, Json]:
-        """What makes a fit another one, beside the encoders; `init_from`: digest of heads to begin
-        with."""
+        """Return what identifies the fit, besides the encoders."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "seed": self.spec.seed,
@@ -61,15 +63,22 @@ class Opened:
         }
 
     def identity(self) -> Fingerprint:
-        """What a checkpoint belongs to."""
-        sides: dict[str, Json] = {
-            s.side: {"encoder": dict(s.fingerprint.fields), "cut": s.cut} for s in self.sources
-        }
-        taught: Json = None if self.teacher is None else dict(self.teacher.fingerprint.fields)
-        return Fingerprint(fields={**self.settings(), **sides, "teacher": taught})
+        """Return the identity of the fit, which its checkpoints carry."""
+        fields = self.settings()
+        for source in self.sources:
+            encoder = dict(source.fingerprint.fields)
+            fields[source.side] = {"encoder": encoder, "cut": source.cut}
+        fields["teacher"] = None
+        if self.teacher is not None:
+            fields["teacher"] = dict(self.teacher.fingerprint.fields)
+        return Fingerprint(fields=fields)
 
     def describe(self, trained: Mapping[str, int]) -> dict[str, Json]:
-        """The same for a finished run's description; `trained`: parameters of each side."""
+        """Return the identity for the description of a finished run.
+
+        Args:
+            trained: Number of trained parameters of each side.
+        """
         sides: dict[str, Json] = {
             source.side: {
                 "encoder": asdict(source.encoder_spec),
@@ -82,24 +91,24 @@ class Opened:
             }
             for source in self.sources
         }
-        teacher = self.teacher
-        taught: Json = (
-            None
-            if teacher is None
-            else {"name": teacher.array.name, "dim": teacher.taught.shape[1]}
-        )
+        taught: Json = None
+        if self.teacher is not None:
+            taught = {"name": self.teacher.array.name, "dim": self.teacher.taught.shape[1]}
         return {**sides, "teacher": taught, **self.settings()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """`train`, `dev` hold rows of the store's table, which `inputs` (image before text) read."""
+    """Hold a fit that is ready to begin."""
 
     opened: Opened
     model: EncoderModel
     inputs: tuple[Inputs, Inputs]
+    """Inputs of both sides, image before text."""
     train: FeaturePairs
+    """Training pairs: rows of the store's table, which `inputs` read."""
     dev: FeaturePairs
+    """Dev pairs, as `train`."""
 
 
 def set_up(
@@ -109,17 +118,16 @@ def set_up(
     open_image: OpenImage | None,
     device: torch.device,
 ) -> Setup:
-    """Raises as `fit_encoder` does before it trains."""
-    image, text = (
-        open_source(store, recipe=recipe, side=side, spec=spec, device=device)
-        for side in ("image", "text")
-    )
+    """Open everything that a fit reads and build its model.
+
+    Raises as `fit_encoder` does before it trains.
+    """
+    image = open_source(store, recipe=recipe, side="image", spec=spec, device=device)
+    text = open_source(store, recipe=recipe, side="text", spec=spec, device=device)
     teacher = open_teacher(store, recipe, device)
-    start = (
-        None
-        if spec.init_from is None
-        else open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
-    )
+    start = None
+    if spec.init_from is not None:
+        start = open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
     opened = Opened(
         store=store,
         recipe=recipe,
@@ -129,45 +137,40 @@ def set_up(
         start=start,
     )
     train, dev = split_rows(store, sources=opened.sources, spec=spec, teacher=teacher)
-    first, second = (
-        open_inputs(source, store=store, open_image=open_image, device=device)
-        for source in opened.sources
-    )
-    image_views(recipe, spec, (first, second))
+    image_inputs = open_inputs(image, store=store, open_image=open_image, device=device)
+    text_inputs = open_inputs(text, store=store, open_image=open_image, device=device)
+    # Called for its error alone, before the model is built.
+    image_views(recipe, spec, (image_inputs, text_inputs))
     return Setup(
         opened=opened,
         model=_model(opened, train, device),
-        inputs=(first, second),
+        inputs=(image_inputs, text_inputs),
         train=train,
         dev=dev,
     )
 
 
 def _model(opened: Opened, train: FeaturePairs, device: torch.device) -> EncoderModel:
+    """Build the model of a fit: weights by seed, statistics of cached features, trained heads."""
     sources = opened.sources
     spec = opened.spec
-    taught = None if opened.teacher is None else opened.teacher.taught
-    teacher = None if taught is None else Teacher(dim=taught.shape[1], features=taught)
+    teacher = None
+    if opened.teacher is not None:
+        taught = opened.teacher.taught
+        teacher = Teacher(dim=taught.shape[1], features=taught)
+    encoders = [source.encoder for source in sources]
+    dims = [source.dim for source in sources]
+    cuts = [source.cut for source in sources]
+    # New weights depend on the seed alone, and the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        encoders = [source.encoder for source in sources]
-        cuts = [source.cut for source in sources]
-        model = build_model(
-            opened.recipe,
-            encoders,
-            [source.dim for source in sources],
-            device,
-            cuts,
-            teacher,
-        )
-    for side, source, used in zip(
-        (model.image, model.text),
-        sources,
-        (train.image, train.text),
-        strict=True,
-    ):
+        model = build_model(opened.recipe, encoders, dims, device, cuts, teacher)
+    sides = (model.image, model.text)
+    train_rows = (train.image, train.text)
+    for side, source, rows in zip(sides, sources, train_rows, strict=True):
+        # Features of a tower that trains change, so only frozen sides have statistics.
         if isinstance(side, Side) and side.tower is None and source.features is not None:
-            side.head.fit_statistics(source.features[used.to(device)])
+            side.head.fit_statistics(source.features[rows.to(device)])
     if opened.start is not None and spec.init_from is not None:
         begin_from(opened.start, model, Path(spec.init_from))
     return model
@@ -177,13 +180,19 @@ def _model(opened: Opened, train: FeaturePairs, device: torch.device) -> Encoder
 
 
 def require_sensible(recipe: Recipe, spec: FitEncoderSpec, ranks: Ranks) -> None:
-    """Raises RecipeError for what the encoder trainer cannot do, OptionError for settings that make
-    no sense."""
+    """Check that the encoder trainer can do what the recipe and the settings say.
+
+    Raises:
+        RecipeError: The encoder trainer cannot train this recipe.
+        OptionError: The settings contradict each other.
+    """
     if spec.slice_size is not None and spec.slice_size < 1:
         raise OptionError(f"slices of {spec.slice_size} pairs; expected at least 1")
     if recipe.trains_heads_alone:
         raise RecipeError(f"recipe {recipe.name} trains heads alone; use fit-head, which is faster")
     _require_known(recipe)
+    # The statistics of batch norm are those of a slice or share, so the gradients would not be
+    # those of the whole batch.
     sliced = spec.slice_size is not None and spec.slice_size < recipe.schedule.batch_size
     if (sliced or ranks.size > 1) and "batch" in (recipe.image.norm, recipe.text.norm):
         raise RecipeError(
@@ -197,24 +206,24 @@ ONLY: dict[str, tuple[object, str]] = {
     "augmentation.mixup": (0.0, "mixup is for cached features"),
     "augmentation.token_dropout": (0.0, "it is for heads on cached tokens"),
 }
-"""What a recipe may say of these here, and why nothing else."""
+"""Settings with only one possible value in this trainer: the value, and why."""
 
 
 def _require_known(recipe: Recipe) -> None:
-    """Refuse what this trainer would pass over in silence."""
+    """Refuse settings that this trainer would ignore silently."""
     values = recipe.model_dump()
     for path, (only, why) in ONLY.items():
-        found: Any = values
+        value: Any = values
         for key in path.split("."):
-            found = found[key]
-        if found != only:
+            value = value[key]
+        if value != only:
             raise RecipeError(
-                f"recipe {recipe.name}: {path} is {found}; fit-encoder takes {only} only: {why}"
+                f"recipe {recipe.name}: {path} is {value}; fit-encoder takes {only} only: {why}"
             )
     if recipe.shared is not None and recipe.loss.structure:
         raise RecipeError(
             f"recipe {recipe.name}: loss.structure compares heads, which a shared encoder has not"
         )
     if not (recipe.schedule.epochs or recipe.schedule.steps) or "tokens" in recipe.cut:
-        what = "heads on pooled outputs" if "tokens" in recipe.cut else "at least one epoch"
-        raise RecipeError(f"recipe {recipe.name}: fit-encoder needs {what}")
+        requirement = "heads on pooled outputs" if "tokens" in recipe.cut else "at least one epoch"
+        raise RecipeError(f"recipe {recipe.name}: fit-encoder needs {requirement}")

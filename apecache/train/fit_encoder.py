@@ -1,11 +1,10 @@
-"""The encoder trainer: what a recipe unlocks within the towers trains, a side that is frozen comes
-from the cache.
+"""Train within the towers: what a recipe unlocks trains, and a frozen side is read from the cache.
 
-A side of which nothing but the head can train is read as the store's pooled features, and its
-encoder is never opened. A side whose features are the tokens of a layer (`tokens@8`) runs from
-there; any other side from pixels or token ids. Epochs are chosen on the dev split only. A fit that
-was broken off goes on where its last checkpoint is, to the same result bit by bit on the same
-machine. Under torchrun all its processes train one model (`apecache.train.ranks`).
+A side whose tower is frozen is read as the store's pooled features, and its encoder is never
+opened. A side whose features are the tokens of a layer (`tokens@8`) runs from there, any other side
+from pixels or token ids. Epochs are chosen on the dev split only. An interrupted fit resumes at its
+last checkpoint, with the same result bit by bit on the same machine. Under torchrun all processes
+train one model (`apecache.train.ranks`).
 """
 
 import time
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.encoders.encoder import parse_device
@@ -47,24 +47,36 @@ FILES = (WEIGHTS, DESCRIPTION)
 
 @dataclass(frozen=True, kw_only=True)
 class FitEncoderReport:
-    """`dev` and `untrained`: on the dev split, of the best epoch and of what training began with.
-    `cached`: sides whose encoder was not opened. `n_negatives`, `resumed_step`: as of `FitReport`.
-    `rank`: number of this process, where torchrun started several."""
+    """Report a finished fit within the towers."""
 
     run: Path
+    """Run folder."""
     best_epoch: int
+    """Epoch with the best recall on dev; its weights are kept."""
     n_epochs: int
+    """Epochs of the plan."""
     dev: RetrievalReport
+    """Retrieval on the dev split with the best weights."""
     untrained: RetrievalReport
+    """Retrieval on the dev split before training."""
     n_trained_parameters: int
+    """Number of parameters that trained."""
     n_train_images: int
+    """Number of training images."""
     n_dev_images: int
+    """Number of dev images."""
     cached: tuple[Modality, ...]
+    """Sides whose encoder was not opened."""
     n_negatives: int
+    """Wrong candidates of each query in a batch, as in `Ledger`."""
     resumed_step: int
+    """Steps that were done before this call."""
     seconds: float
+    """Time of training, with evaluation."""
     ledger: Ledger
+    """Costs of the fit."""
     rank: int = 0
+    """Number of this process, if torchrun started several."""
 
 
 def fit_encoder(
@@ -75,23 +87,30 @@ def fit_encoder(
     open_image: OpenImage | None = None,
     progress: Progress = lambda _: None,
 ) -> FitEncoderReport:
-    """Train the recipe's towers and heads on a store's pairs and write a run folder. The same call
-    again goes on with a fit that was broken off.
+    """Train the recipe's towers and heads on a store's pairs and write a run folder.
 
-    `recipe`: a Recipe, or the name of one. `open_image`: reads the image of a key; needed where the
-    image side is live. Under torchrun every process makes this call, with the same arguments; the
-    first one writes, and is told of the progress.
+    The same call resumes an interrupted fit. Under torchrun every process makes this call with the
+    same arguments. Only the first process writes and reports progress.
+
+    Args:
+        store: Store of the pairs.
+        recipe: A Recipe, or the name of one.
+        out: Run folder.
+        spec: Settings of the fit.
+        open_image: Reads the image of a key. Needed if the image side runs from pixels.
+        progress: Called with every line of the history.
 
     Raises:
-        RunError: `out` holds a finished run, another process fits into it, or `init_from` is no run
-            of fit-head.
-        MismatchError: it holds another fit, broken off, or the heads to begin with are of other
+        RunError: `out` holds a finished run, another process fits into it, or `init_from` is not a
+            run of fit-head.
+        MismatchError: `out` holds another interrupted fit, or the heads to begin with are of other
             encoders or shapes.
-        IncompleteError, DamagedError: the store. EncoderError: a live encoder. RecipeError: rules,
-            splits or widths do
-        not work. OptionError: settings that make no sense. DataError: an unreadable image, a loss
-            that is not finite, a
-        check of `apecache lint` that fails.
+        IncompleteError, DamagedError: The store is incomplete or damaged.
+        EncoderError: An encoder cannot be loaded.
+        RecipeError: The rules, splits or widths do not work.
+        OptionError: The settings contradict each other.
+        DataError: An image is unreadable, a loss is not finite, or a check of `apecache lint`
+            fails.
     """
     require_type(store, FeatureStore, "store")
     require_type(spec, FitEncoderSpec, "spec", optional=True)
@@ -124,13 +143,15 @@ def _fit(
     device: torch.device,
     ranks: Ranks,
 ) -> FitEncoderReport:
+    """Run one process of a fit."""
+    # The meter starts before the encoders are opened: their memory counts for the peak.
     meter = Meter(device)
     begin = time.perf_counter()
     setup = set_up(store, recipe=recipe, spec=spec, open_image=open_image, device=device)
     train = setup.train
     dev = setup.dev
     identity = setup.opened.identity()
-    found = None if spec.overwrite else find_checkpoint(out, identity)
+    checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     training = EncoderFit(setup.model, inputs=setup.inputs, recipe=recipe, spec=spec, ranks=ranks)
     plan = Plan.of(recipe, train)
     findings = _lint(setup, training)
@@ -142,7 +163,7 @@ def _fit(
         writes=ranks.first,
     )
     loading_seconds = time.perf_counter() - begin
-    ranks.wait()  # all have read the folder before the first one writes to it
+    ranks.wait()  # All processes have read the folder before the first one writes to it.
     with locked(out) if ranks.first else nullcontext(), seeded(spec.seed + 1, device):
         resumed_step = run_in_folder(
             training,
@@ -150,7 +171,7 @@ def _fit(
             dev=dev,
             plan=plan,
             folder=folder,
-            found=found,
+            found=checkpoint,
             loading_seconds=loading_seconds,
         )
         arrays = setup.opened.arrays
@@ -179,37 +200,40 @@ def _fit(
 
 
 def _lint(setup: Setup, training: EncoderFit) -> list[Finding]:
-    """What of `apecache lint` needs no step. Raises DataError for an error among it."""
+    """Run the checks that need no training step. Raises DataError if one of them fails."""
     opened = setup.opened
-    data = lint_encoder_data(
+    data_findings = lint_encoder_data(
         opened.store,
         recipe=opened.recipe,
         splits=opened.spec.splits,
         report_split=opened.spec.report_split,
         train=setup.train,
     )
-    found = [*data, *lint_groups(setup.model, training.optimiser, opened.recipe)]
-    require_sound(found)
-    return found
+    findings = [*data_findings, *lint_groups(setup.model, training.optimiser, opened.recipe)]
+    require_sound(findings)
+    return findings
 
 
 # --- what is written down -------------------------------------------------------------------------
 
 
 def _write(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> None:
+    """Write ledger, card, weights and description, and remove the checkpoint."""
     out = report.run
     opened = setup.opened
-    about = _describe(setup, report, used)
+    description = _describe(setup, report, used)
     save_ledger(report.ledger, out)
     save_encoder_card(
-        about,
+        description,
         recipe=opened.recipe,
         dev=report.dev,
         ledger=report.ledger,
         origin=str(opened.store.source["origin"]),
         run=out,
     )
-    save_encoders(out, setup.model.final_state(), about)
+    # The description makes the run a finished one, so ledger and card are written before it and
+    # the checkpoint is removed after it.
+    save_encoders(out, setup.model.final_state(), description)
     remove_tensors(out / CHECKPOINT)
 
 
@@ -221,13 +245,13 @@ def _report(
     resumed_step: int,
     ledger: Ledger,
 ) -> FitEncoderReport:
-    """Of the best weights, which are put into the model."""
-    found, untrained = best_and_untrained(training, setup.dev)
+    """Load the best weights into the model and report on them."""
+    dev_report, untrained = best_and_untrained(training, setup.dev)
     return FitEncoderReport(
         run=out,
         best_epoch=training.best.epoch,
         n_epochs=plan.n_epochs,
-        dev=found,
+        dev=dev_report,
         untrained=untrained,
         n_trained_parameters=training.model.n_trained,
         n_train_images=len(setup.train),
@@ -242,11 +266,10 @@ def _report(
 
 
 def _describe(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> dict[str, Json]:
-    model = setup.model
-    sides = {"image": model.image, "text": model.text}
+    """Return the description of the finished run, as JSON."""
     trained = {
-        name: sum(p.numel() for p in side.parameters() if p.requires_grad)
-        for name, side in sides.items()
+        "image": _n_trainable(setup.model.image),
+        "text": _n_trainable(setup.model.text),
     }
     return {
         **setup.opened.describe(trained),
@@ -259,3 +282,9 @@ def _describe(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> 
         "n_negatives": report.n_negatives,
         "seconds": report.seconds,
     }
+
+
+def _n_trainable(module: nn.Module) -> int:
+    """Count the parameters that train."""
+    parameters = module.parameters()
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -1,8 +1,8 @@
-"""The head trainer: features stay on the device, the encoders are never opened.
+"""Train heads on cached features. The encoders are never opened.
 
-Epochs and the settings of closed forms are chosen on the dev split only (mean of R@1, 5, 10 both
-ways); the split that will be reported is never read. A fit that was broken off goes on where its
-last checkpoint is, and on the CPU ends with the same weights, bit by bit.
+Epochs and the settings of closed forms are chosen on the dev split only, by the mean of R@1, 5 and
+10 in both directions. The split that will be reported is never read. An interrupted fit resumes at
+its last checkpoint. On the CPU it ends with the same weights, bit by bit.
 """
 
 import time
@@ -25,9 +25,7 @@ from apecache.runs.model_card import save_card
 from apecache.storage.atomic import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import (
-    FeaturePairs,
-)
+from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit, require_sound
@@ -45,25 +43,32 @@ from apecache.train.session import (
 
 @dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """`dev` and `untrained` are reports on the dev split: of the best epoch, and of the head before
-    training.
-
-    `n_negatives`: wrong candidates of each query in a batch, see `Ledger`; accumulation adds none.
-    `resumed_step`: steps that were done before this call.
-    """
+    """Report a finished fit of heads."""
 
     run: Path
+    """Run folder."""
     best_epoch: int
+    """Epoch with the best recall on dev; its weights are kept."""
     n_epochs: int
+    """Epochs of the plan."""
     dev: RetrievalReport
+    """Retrieval on the dev split with the best weights."""
     untrained: RetrievalReport
+    """Retrieval on the dev split before training."""
     n_trained_parameters: int
+    """Number of parameters that trained."""
     n_train_images: int
+    """Number of training images."""
     n_dev_images: int
+    """Number of dev images."""
     n_negatives: int
+    """Wrong candidates of each query in a batch, as in `Ledger`. Accumulation adds none."""
     resumed_step: int
+    """Steps that were done before this call."""
     seconds: float
+    """Time of training, with evaluation."""
     ledger: Ledger
+    """Costs of the fit."""
 
 
 def fit_head(
@@ -73,16 +78,23 @@ def fit_head(
     spec: FitSpec | None = None,
     progress: Progress = lambda _: None,
 ) -> FitReport:
-    """Fit the recipe's heads on a store's features and write a run folder: head, history, recipe.
-    The same call again goes on with a fit that was broken off. `recipe`: a Recipe, or the name of
-    one.
+    """Fit the recipe's heads on a store's features and write a run folder.
+
+    The same call resumes an interrupted fit.
+
+    Args:
+        store: Store of the features.
+        recipe: A Recipe, or the name of one.
+        out: Run folder.
+        spec: Settings of the fit.
+        progress: Called with every line of the history.
 
     Raises:
-        RunError: `out` holds a finished run, or another process fits into it. MismatchError: it
-            holds another fit,
-        broken off. IncompleteError, DamagedError: the store. RecipeError: the splits or widths do
-            not work. DataError:
-        a check of `apecache lint` fails, or a loss is not finite.
+        RunError: `out` holds a finished run, or another process fits into it.
+        MismatchError: `out` holds another interrupted fit.
+        IncompleteError, DamagedError: The store is incomplete or damaged.
+        RecipeError: The splits or widths do not work.
+        DataError: A check of `apecache lint` fails, or a loss is not finite.
     """
     require_type(store, FeatureStore, "store")
     require_type(spec, FitSpec, "spec", optional=True)
@@ -94,17 +106,26 @@ def fit_head(
         raise RecipeError(
             f"recipe {recipe.name} trains within the towers, or freezes a head; use fit-encoder"
         )
+    # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
-    found = None if spec.overwrite else find_checkpoint(out, identity)
+    checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
     device = choose_device(spec.device)
+    # The meter starts before loading: resident features count for the peak of memory.
     meter = Meter(device)
     begin = time.perf_counter()
-    train, dev = load_splits(store, *arrays, spec.splits, device, recipe)
+    train, dev = load_splits(
+        store,
+        image=arrays[0],
+        text=arrays[1],
+        spec=spec.splits,
+        device=device,
+        recipe=recipe,
+    )
     loading_seconds = time.perf_counter() - begin
-    model, chosen = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
+    model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     training = Training(model, recipe, spec.seed)
     plan = Plan.of(recipe, train)
     if plan.n_steps and training.optimiser is None:
@@ -128,6 +149,7 @@ def fit_head(
         save_seconds=spec.save_seconds,
         progress=progress,
     )
+    # Dropout and noise draw by another seed than the initial weights.
     with locked(out), seeded(spec.seed + 1, device):
         resumed_step = run_in_folder(
             training,
@@ -135,7 +157,7 @@ def fit_head(
             dev=dev,
             plan=plan,
             folder=folder,
-            found=found,
+            found=checkpoint,
             loading_seconds=loading_seconds,
         )
         ledger = build_ledger(
@@ -149,7 +171,7 @@ def fit_head(
         )
         ledger = replace(
             with_extraction(ledger, extraction, recipe.loss.captions),
-            warnings=tuple(str(found) for found in findings),
+            warnings=tuple(str(finding) for finding in findings),
         )
         report = _report(
             training,
@@ -169,7 +191,7 @@ def fit_head(
             spec=spec,
             store=store,
             report=report,
-            chosen=chosen,
+            chosen=closed_form,
             used=used,
         )
         save_card(
@@ -180,6 +202,8 @@ def fit_head(
             origin=str(store.source["origin"]),
             run=out,
         )
+        # The heads make the run a finished one, so ledger and card are written before them and the
+        # checkpoint is removed after them.
         save_heads(heads, out)
         remove_tensors(out / CHECKPOINT)
     return report
@@ -190,14 +214,26 @@ def untrained_heads(
     recipe: Recipe,
     spec: FitSpec | None = None,
 ) -> TrainedHeads:
-    """The recipe's heads as they are before training, standardisation fitted: the baseline of a
-    result table."""
+    """Return the recipe's heads before training: the baseline of a result table.
+
+    Standardization is fitted on the training features.
+    """
     spec = spec or FitSpec()
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
-    train, dev = load_splits(store, *arrays, spec.splits, choose_device(spec.device), recipe)
+    train, dev = load_splits(
+        store,
+        image=arrays[0],
+        text=arrays[1],
+        spec=spec.splits,
+        device=choose_device(spec.device),
+        recipe=recipe,
+    )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    sides = (_side(model.image, arrays[0]), _side(model.text, arrays[1]))
-    return TrainedHeads(*sides, float(model.temperature.scale().detach()))
+    return TrainedHeads(
+        image=_side(model.image, arrays[0]),
+        text=_side(model.text, arrays[1]),
+        scale=float(model.temperature.scale().detach()),
+    )
 
 
 def _identity(
@@ -206,15 +242,17 @@ def _identity(
     store: FeatureStore,
     arrays: tuple[FeatureArray, FeatureArray],
 ) -> Fingerprint:
-    """What a checkpoint belongs to."""
-    image, text = (array.record.encoder.digest for array in arrays)
-    data = {
+    """Return the identity of a fit, which its checkpoints carry."""
+    image, text = arrays
+    fields = {
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": spec.seed,
         "data": store.digest,
-        "image_features": image,
-        "text_features": text,
+        "image_features": image.record.encoder.digest,
+        "text_features": text.record.encoder.digest,
         "splits": asdict(spec.splits),
     }
-    return Fingerprint(fields={"recipe": recipe.model_dump(mode="json"), "seed": spec.seed, **data})
+    return Fingerprint(fields=fields)
 
 
 def _report(
@@ -226,17 +264,19 @@ def _report(
     resumed_step: int,
     ledger: Ledger,
 ) -> FitReport:
-    """Of the best weights, which are put into the model."""
-    found, untrained = best_and_untrained(training, dev)
+    """Load the best weights into the model and report on them."""
+    dev_report, untrained = best_and_untrained(training, dev)
+    n_trained_parameters = 0
+    if plan.n_steps:
+        trained = [p for p in training.model.parameters() if p.requires_grad]
+        n_trained_parameters = sum(parameter.numel() for parameter in trained)
     return FitReport(
         run=out,
         best_epoch=training.best.epoch,
         n_epochs=plan.n_epochs,
-        dev=found,
+        dev=dev_report,
         untrained=untrained,
-        n_trained_parameters=sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-        if plan.n_steps
-        else 0,
+        n_trained_parameters=n_trained_parameters,
         n_train_images=len(train),
         n_dev_images=len(dev),
         n_negatives=ledger.n_negatives,
@@ -247,10 +287,16 @@ def _report(
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is the GPU if there is one.
+
+    Raises:
+        RecipeError: The device cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device  # with its index, as tensors on it have it
+        # A tensor's device has an index: `cuda` alone would not equal it.
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
             f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu"
@@ -258,6 +304,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _side(head: Head, array: FeatureArray) -> TrainedSide:
+    """Return a head with the encoder of the features that it was trained on."""
     return TrainedSide(
         head=head,
         encoder=asdict(array.record.spec),
@@ -275,6 +322,7 @@ def _trained(
     chosen: Json,
     used: Json,
 ) -> TrainedHeads:
+    """Return the finished heads with what is recorded of their training."""
     training: dict[str, Json] = {
         "recipe": recipe.model_dump(mode="json"),
         "seed": spec.seed,
@@ -290,5 +338,9 @@ def _trained(
         "n_negatives": report.n_negatives,
         "seconds": report.seconds,
     }
-    sides = (_side(model.image, arrays[0]), _side(model.text, arrays[1]))
-    return TrainedHeads(*sides, float(model.temperature.scale().detach()), training)
+    return TrainedHeads(
+        image=_side(model.image, arrays[0]),
+        text=_side(model.text, arrays[1]),
+        scale=float(model.temperature.scale().detach()),
+        training=training,
+    )

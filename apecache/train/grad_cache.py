@@ -1,5 +1,7 @@
-"""Large contrastive batches in little memory: gradients of the whole batch, computed slice by slice
-(GradCache), by one process or by several."""
+"""Compute the gradients of a large contrastive batch slice by slice (GradCache).
+
+Slices need little memory. One process or several compute them.
+"""
 
 from collections.abc import Callable
 
@@ -11,9 +13,9 @@ from apecache.errors import OptionError
 from apecache.train.ranks import ALONE, Ranks
 
 Encode = Callable[[range], tuple[Tensor, Tensor]]
-"""Positions in the batch -> embeddings [n, dim] of these images, and [k n, dim] of the k texts of
-each."""
+"""Embed positions of the batch: [n, dim] for the images, [n * k, dim] for the k texts of each."""
 Loss = Callable[[Tensor, Tensor], Tensor]
+"""Compute the scalar loss of the embeddings of a whole batch."""
 
 
 def backward_in_slices(
@@ -23,45 +25,63 @@ def backward_in_slices(
     slice_size: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Add the gradients of loss(encode(all n)) to every parameter; returns the loss, detached.
+    """Add the gradients of loss(encode(all n)) to every parameter.
 
-    The embeddings of the whole batch are leaves of the loss; their gradients then go back through
-    the towers, slice by slice, each of which is encoded once more (Gao et al. 2021, section 3.2),
-    unless it is the only one. It is exact: no batch statistics may be used, and dropout draws by
-    sample (`apecache.encoders.sample_draws`) from one seed for every batch. Masks depend neither on
+    The embeddings of the whole batch are leaves of the loss. Their gradients then go back through
+    the towers, slice by slice. Each slice is encoded a second time for that (Gao et al. 2021,
+    section 3.2), unless it is the only one.
+
+    The result is exact if no layer uses batch statistics. Dropout draws by sample
+    (`apecache.encoders.sample_draws`) from one seed for every batch, so masks depend neither on
     the pass nor on slices and processes.
 
-    With several `ranks` each encodes its share, and what it adds to a parameter is its part of the
-    gradient: their sum is the whole one, that of the loss's own parameters included.
+    With several `ranks` each process encodes its share and adds its summand of the gradient. The
+    sum over processes is the gradient of the batch, also for the loss's own parameters.
+
+    Args:
+        encode: Embeds positions of the batch.
+        loss: Computes the loss of the batch's embeddings.
+        n: Images in the batch.
+        slice_size: Images in a slice; None: the share of this process.
+        ranks: Processes that work on the batch.
+
+    Returns:
+        The loss, detached.
 
     Raises:
-        OptionError: there are several slices or processes, and a layer draws otherwise than by
-            sample.
+        OptionError: There are several slices or processes, and a layer draws random numbers
+            otherwise than by sample.
     """
-    mine = _slices(ranks.shares(n)[ranks.rank], slice_size)
+    own_slices = _slices(ranks.shares(n)[ranks.rank], slice_size)
     seed = int(torch.randint(2**62, ()))
-    whole_batch = len(mine[0]) == n
-    with torch.set_grad_enabled(len(mine) == 1):
-        found = [_seeded(encode, part=part, seed=seed, whole_batch=whole_batch) for part in mine]
-    begin = mine[0].start
-    share = mine[-1].stop - mine[0].start
-    whole = [
+    whole_batch = len(own_slices[0]) == n
+    # Several slices are encoded without a graph here, and with one in the second pass below.
+    with torch.set_grad_enabled(len(own_slices) == 1):
+        slice_embeddings = [
+            _seeded(encode, part=positions, seed=seed, whole_batch=whole_batch)
+            for positions in own_slices
+        ]
+    begin = own_slices[0].start
+    share = own_slices[-1].stop - own_slices[0].start
+    leaves = [
         _whole(side, begin=begin, share=share, n=n, ranks=ranks)
-        for side in zip(*found, strict=True)
+        for side in zip(*slice_embeddings, strict=True)
     ]
-    value = loss(whole[0], whole[1])
+    value = loss(leaves[0], leaves[1])
+    # Every process computes the whole loss, and gradients are added up over processes. Dividing
+    # here keeps the loss's own parameters right; `_go_back` multiplies again for the towers.
     (value / ranks.size).backward()
-    for part in mine:
-        embedded = (
-            found[0]
-            if len(mine) == 1
-            else _seeded(encode, part=part, seed=seed, whole_batch=whole_batch)
-        )
-        _go_back(embedded, whole=whole, part=part, ranks=ranks)
+    for positions in own_slices:
+        if len(own_slices) == 1:
+            embedded = slice_embeddings[0]
+        else:
+            embedded = _seeded(encode, part=positions, seed=seed, whole_batch=whole_batch)
+        _go_back(embedded, whole=leaves, part=positions, ranks=ranks)
     return value.detach()
 
 
 def _slices(share: range, size: int | None) -> list[range]:
+    """Cut a share into slices of at most `size` positions."""
     step = size or len(share)
     return [
         range(begin, min(begin + step, share.stop))
@@ -70,10 +90,11 @@ def _slices(share: range, size: int | None) -> list[range]:
 
 
 def _whole(side: tuple[Tensor, ...], begin: int, share: int, n: int, ranks: Ranks) -> Tensor:
-    """Leaf [k n, dim] of all embeddings of a side."""
-    own = torch.cat([part.detach() for part in side])
-    each = len(own) // share
-    return ranks.gathered(own, begin * each, n * each).detach().requires_grad_()
+    """Gather all embeddings of a side, [n * k, dim], as one leaf of the loss."""
+    own_rows = torch.cat([embedded.detach() for embedded in side])
+    rows_per_image = len(own_rows) // share
+    gathered = ranks.gathered(own_rows, begin * rows_per_image, n * rows_per_image)
+    return gathered.detach().requires_grad_()
 
 
 def _go_back(
@@ -82,35 +103,54 @@ def _go_back(
     part: range,
     ranks: Ranks,
 ) -> None:
+    """Send the gradients of a slice's embeddings back through the towers.
+
+    Args:
+        embedded: Embeddings of the slice with their graphs, image before text.
+        whole: Leaves of both sides, with gradients.
+        part: Positions of the slice.
+        ranks: Processes that work on the batch.
+    """
     ends = []
     gradients = []
     for end, leaf in zip(embedded, whole, strict=True):
-        each = len(end) // len(part)
+        rows_per_image = len(end) // len(part)
+        first_row = part.start * rows_per_image
+        end_row = part.stop * rows_per_image
+        # A frozen side has no graph.
         if end.requires_grad and leaf.grad is not None:
             ends.append(end)
-            gradients.append(leaf.grad[part.start * each : part.stop * each] * ranks.size)
+            gradients.append(leaf.grad[first_row:end_row] * ranks.size)
+    # One call for both sides: they may share parts of a graph.
     if ends:
         torch.autograd.backward(ends, gradients)
 
 
 def _seeded(encode: Encode, part: range, seed: int, whole_batch: bool) -> tuple[Tensor, Tensor]:
-    """Encode with draws by sample. Torch's generators, which layers that draw otherwise use, are
-    left as they were."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    """Encode with draws by sample, and restore torch's generators.
+
+    Raises:
+        OptionError: A layer draws from torch's generators, and this is not the whole batch.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         before = _generator_states()
         with SampleDraws(seed, part):
             embedded = encode(part)
+        # Changed states show that a layer drew otherwise than by sample.
         if not whole_batch and not all(map(torch.equal, before, _generator_states())):
             raise OptionError(
                 "a layer of the towers draws random numbers that cannot be drawn by sample, so "
-                "slices and processes "
-                "would train another model; train without --slice and in one process"
+                "slices and processes would train another model; train without --slice and in one "
+                "process"
             )
     return embedded
 
 
 def _generator_states() -> list[Tensor]:
-    """Of the CPU's generator, and of the GPU's in use."""
+    """Return the states of the CPU's generator and of the current GPU's."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    return states

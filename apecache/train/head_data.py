@@ -1,8 +1,10 @@
-"""What the head trainer works on: its settings, and the training and dev pairs of a store."""
+"""Load what the head trainer reads: the training and dev pairs of a store."""
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath
 from apecache.errors import RecipeError
@@ -23,26 +25,31 @@ from apecache.train.batches import (
 
 @dataclass(frozen=True)
 class FitSpec:
-    """Which features, which splits, where. Names of features are needed only if the store has
-    several.
+    """Say what a fit of heads reads, and how it runs.
 
-    `report_split` will be reported: a fit that trains or chooses on it is refused
-    (`apecache.train.lint.checks`). A checkpoint is written at most every `save_seconds`. For the
-    ledger: `price_per_hour` of this machine in any currency, and `extract_report`, what `apecache
-    extract --json` printed. Features, splits and seed are part of what a fit is: with another value
-    a fit that was broken off does not go on.
+    Features, splits and seed identify a fit: with another value an interrupted fit is not resumed.
     """
 
     image_features: str | None = None
+    """Name of the image features; needed if the store has several."""
     text_features: str | None = None
+    """Name of the text features, as `image_features`."""
     splits: SplitSpec = field(default_factory=SplitSpec)
+    """Training and dev split."""
     seed: int = 0
+    """Seed of weights, batches and dropout."""
     device: str = "auto"
+    """Device of the fit."""
     overwrite: bool = False
+    """Whether a finished run in the folder may be replaced."""
     save_seconds: float = 30.0
+    """Least time between two checkpoints."""
     report_split: str = "test"
+    """Split that results will be reported on. A fit that trains or chooses on it is refused."""
     price_per_hour: float | None = None
+    """Price of this machine in any currency, for the ledger."""
     extract_report: AnyPath | None = None
+    """File with the output of `apecache extract --json`, for the ledger."""
 
 
 def load_splits(
@@ -53,35 +60,61 @@ def load_splits(
     device: torch.device,
     recipe: Recipe | None = None,
 ) -> tuple[FeaturePairs, FeaturePairs]:
-    """Training and dev pairs, on the device where they fit. Raises as `fit_head` does."""
-    for array, head in ((image, recipe.image), (text, recipe.text)) if recipe else ():
-        require_kind(array, head, recipe.name if recipe else "")
+    """Load training and dev pairs, on the device where they fit. Raises as `fit_head` does.
+
+    Args:
+        store: Store of the features.
+        image: Image features.
+        text: Text features.
+        spec: Training and dev split.
+        device: Device of the batches.
+        recipe: Recipe whose heads must take these features; None: not checked.
+    """
+    if recipe is not None:
+        require_kind(image, recipe.image, recipe.name)
+        require_kind(text, recipe.text, recipe.name)
     pairs = store.pairs
+    # Splits first: a wrong name is reported before gigabytes are read.
     content = equal_images(image)
-    masks = choose_splits(pairs, spec, content)
-    features = load_on(image, device), load_on(text, device)
+    train_mask, dev_mask = choose_splits(pairs, spec, content)
+    image_features = load_on(image, device)
+    text_features = load_on(text, device)
     ok_images = image.load_ok()
     ok_texts = text.load_ok()
-    equal = content, pairs.caption_ids
-    found = [
-        select_pairs(*features, pairs.image_rows, mask & ok_images, ok_texts, *equal)
-        for mask in masks
-    ]
-    require_images(found[0], found[1])
-    views = image.views is not None, text.views is not None
-    train, dev = (
-        replace(x, image_views=views[0], text_views=views[1], device=device) for x in found
-    )
+
+    def pairs_of(mask: NDArray[np.bool_]) -> FeaturePairs:
+        return select_pairs(
+            image_features,
+            text=text_features,
+            image_rows=pairs.image_rows,
+            keep_images=mask & ok_images,
+            ok_texts=ok_texts,
+            content=content,
+            caption_ids=pairs.caption_ids,
+        )
+
+    train = pairs_of(train_mask)
+    dev = pairs_of(dev_mask)
+    require_images(train, dev)
+    image_views = image.views is not None
+    text_views = text.views is not None
+    train = replace(train, image_views=image_views, text_views=text_views, device=device)
+    dev = replace(dev, image_views=image_views, text_views=text_views, device=device)
     return train, dev
 
 
 def require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:
-    """Raises RecipeError for a head of pooled features on tokens, and for what no head takes."""
+    """Check that a head can take these features.
+
+    Raises:
+        RecipeError: The features are tokens and the head takes pooled features, or they are views
+            of tokens, which no head takes.
+    """
     side = array.record.modality
     if array.tokens is not None and (head.cut == "pooled" or array.views is not None):
-        what = "views of tokens" if array.views is not None else "tokens"
+        held_values = "views of tokens" if array.views is not None else "tokens"
         raise RecipeError(
             f"recipe {recipe}: {side}.kind {head.kind} takes one vector for each {side}, but "
-            f"{array.name} holds {what};"
+            f"{array.name} holds {held_values};"
             f" choose other features with --{side}-features"
         )

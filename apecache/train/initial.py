@@ -1,5 +1,7 @@
-"""The model that a fit begins with: random weights, or a closed form whose settings are chosen on
-dev."""
+"""Make the model that a fit begins with: random weights, or a closed form.
+
+The settings of a closed form are chosen on dev.
+"""
 
 from collections.abc import Iterator
 from itertools import product
@@ -26,8 +28,9 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.model import AlignmentModel, build_model, evaluate_model
 
 BLOCK_IMAGES = 4096
+"""Images, with their texts, whose moments are added at once."""
 Candidate = tuple[dict[str, Json], AffineMap | None, AffineMap]
-"""What was chosen, and the maps of image (None: identity) and text."""
+"""Settings of a closed form, and its maps of image (None: identity) and text."""
 
 
 def initial_model(
@@ -36,11 +39,12 @@ def initial_model(
     dev: FeaturePairs,
     seed: int,
 ) -> tuple[AlignmentModel, Json]:
-    """The model before training, and what of `closed_form` was chosen (empty where there is no
-    choice).
+    """Return the model before training, and the chosen settings of a closed form.
+
+    The settings are empty where the recipe leaves no choice.
 
     Raises:
-        RecipeError: the heads cannot begin with this closed form, or do not suit the features.
+        RecipeError: The heads cannot begin with this closed form, or do not suit the features.
     """
     match recipe.init:
         case "random":
@@ -51,15 +55,23 @@ def initial_model(
     model = build_model(_with_widths(recipe, train), train, seed)
     candidates = list(_candidates(recipe, _covariances(model, train)))
     if len(candidates) == 1:
-        return _filled(model, candidates[0]), candidates[0][0]
-    recalls = [
-        evaluate_model(_filled(model, candidate), dev).mean_recall for candidate in candidates
-    ]
+        only = candidates[0]
+        return _filled(model, only), only[0]
+    recalls: list[float] = []
+    for candidate in candidates:
+        report = evaluate_model(_filled(model, candidate), dev)
+        recalls.append(report.mean_recall)
+    # Of equal recalls the first candidate wins, in the order of the settings.
     best = candidates[recalls.index(max(recalls))]
     return _filled(model, best), best[0]
 
 
 def _candidates(recipe: Recipe, c: Covariances) -> Iterator[Candidate]:
+    """Yield the closed form with every combination of its settings.
+
+    Raises:
+        RecipeError: CCA gives fewer dimensions than a head has.
+    """
     spec = recipe.closed_form
     match recipe.init:
         case "procrustes":
@@ -69,68 +81,82 @@ def _candidates(recipe: Recipe, c: Covariances) -> Iterator[Candidate]:
                 yield {"ridge": ridge}, None, ridge_map(c, ridge)
         case _:
             widths = {d for d in (recipe.image.dim, recipe.text.dim) if d is not None}
-            most = min(len(c.image), len(c.text))
-            if any(width > most for width in widths):
+            max_rank = min(len(c.image), len(c.text))
+            if any(width > max_rank for width in widths):
                 raise RecipeError(
-                    f"recipe {recipe.name}: cca gives at most {most} dimensions; dim is "
+                    f"recipe {recipe.name}: cca gives at most {max_rank} dimensions; dim is "
                     f"{max(widths)}"
                 )
-            ranks = sorted(widths or {min(rank, most) for rank in spec.rank})
+            ranks = sorted(widths or {min(rank, max_rank) for rank in spec.rank})
             for ridge in spec.ridge:
                 maps = canonical_maps(c, ridge)
                 for rank, power in product(ranks, spec.power):
-                    yield (
-                        {"ridge": ridge, "rank": rank, "power": power},
-                        *maps.weighted(rank, power),
-                    )
+                    settings = {"ridge": ridge, "rank": rank, "power": power}
+                    image_map, text_map = maps.weighted(rank, power)
+                    yield settings, image_map, text_map
 
 
 def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
-    """Of the features as the heads' bodies see them; one pass."""
+    """Compute the covariances of the features as the heads' bodies see them, in one pass."""
     moments = PairMoments()
     owners = train.image_of_text
     model.eval()
     for begin in range(0, len(train), BLOCK_IMAGES):
         end = min(begin + BLOCK_IMAGES, len(train))
+        # The texts of a block of images stand one after another.
         texts = slice(int(train.first_text[begin]), int(train.first_text[end]))
         image = _standardised(model.image, train.image[begin:end], train.place)
         text = _standardised(model.text, train.text[texts], train.place)
-        moments.add(image, text, owners[texts].to(train.place) - begin)
+        # Rows of images within the block.
+        block_owners = owners[texts].to(train.place) - begin
+        moments.add(image, text, block_owners)
     return moments.covariances()
 
 
 @torch.no_grad()
 def _standardised(head: Head, features: Tensor, device: torch.device) -> Tensor:
-    """float32 [n, in_dim]; several views by their mean."""
-    x = head.standardised(features.to(device))
-    return x.mean(1) if x.ndim == 3 else x
+    """Return standardized features, float32 [n, in_dim]; of several views their mean."""
+    standardized = head.standardised(features.to(device))
+    return standardized.mean(1) if standardized.ndim == 3 else standardized
 
 
 @torch.no_grad()
 def _filled(model: AlignmentModel, candidate: Candidate) -> AlignmentModel:
-    """A model with the maps in its heads, as wide as they are."""
-    _, *maps = candidate
-    heads = [
-        head if affine is None else _fill(_resized(head, len(affine.weight)), affine)
-        for head, affine in zip((model.image, model.text), maps, strict=True)
-    ]
-    return AlignmentModel(heads[0], text=heads[1], temperature=model.temperature, loss=model.loss)
+    """Return a model with the maps of a candidate in its heads, resized to the maps."""
+    _, image_map, text_map = candidate
+    return AlignmentModel(
+        _with_map(model.image, image_map),
+        text=_with_map(model.text, text_map),
+        temperature=model.temperature,
+        loss=model.loss,
+    )
+
+
+def _with_map(head: Head, affine: AffineMap | None) -> Head:
+    """Return the head with a map in it; the head itself without a map."""
+    if affine is None:
+        return head
+    return _fill(_resized(head, len(affine.weight)), affine)
 
 
 def _resized(head: Head, dim: int) -> Head:
+    """Return a head of width `dim` with the same standardization."""
     if head.spec.dim == dim or head.spec.dim is None:
         return head
+    spec = head.spec.model_copy(update={"dim": dim})
     with torch.random.fork_rng(devices=[]):
-        made = build_head(head.spec.model_copy(update={"dim": dim}), head.in_dim, dim).to(
-            head.mean.device
-        )
-    made.load_state_dict({"mean": head.mean, "deviation": head.deviation}, strict=False)
-    return made
+        resized_head = build_head(spec, head.in_dim, dim).to(head.mean.device)
+    # Statistics alone: the body is filled with a map next.
+    resized_head.load_state_dict({"mean": head.mean, "deviation": head.deviation}, strict=False)
+    return resized_head
 
 
 def _fill(head: Head, affine: AffineMap) -> Head:
-    """The map as the linear body, or as the direct way beside a body that is silent at first (and
-    can still learn: only its last layer is zero)."""
+    """Copy a map into a head: into its linear body, or into the skip connection beside a body.
+
+    A body beside a skip connection gives the map's bias alone at first: its last layer is zero. It
+    can still learn.
+    """
     assert isinstance(head, PooledHead)
     if head.direct is None:
         assert isinstance(head.body, nn.Linear)
@@ -145,6 +171,8 @@ def _fill(head: Head, affine: AffineMap) -> Head:
 
 
 def _asif(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentModel:
+    """Return a model whose heads compare features with all training pairs (ASIF)."""
+    # Each dimension is the similarity to one training image, or to its captions.
     size = {"dim": len(train)}
     sides = {
         "image": recipe.image.model_copy(update=size),
@@ -161,7 +189,7 @@ def _asif(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentModel:
 
 
 def _with_widths(recipe: Recipe, train: FeaturePairs) -> Recipe:
-    """A width for heads that get theirs from the choice of a rank."""
+    """Set a preliminary width for heads whose width is the rank that CCA chooses."""
     if recipe.init != "cca" or recipe.image.dim or recipe.text.dim:
         return recipe
     dim = min(train.image.shape[-1], train.text.shape[-1], max(recipe.closed_form.rank))
@@ -172,6 +200,7 @@ def _with_widths(recipe: Recipe, train: FeaturePairs) -> Recipe:
 
 
 def _require_linear(recipe: Recipe) -> None:
+    """Raise RecipeError unless the heads can hold the maps of the recipe's closed form."""
     linear = {
         side: getattr(recipe, side).kind == "linear" or getattr(recipe, side).skip
         for side in ("image", "text")

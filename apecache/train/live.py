@@ -1,5 +1,7 @@
-"""What a training step reads: cached features of a frozen tower, or pixels and token ids for a live
-one."""
+"""Read the inputs of a training step.
+
+For a frozen tower these are cached features, for a live one pixels, token ids or cached tokens.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,87 +18,115 @@ from apecache.encoders.preprocess import Preprocess
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Picture]
-"""Key of the pair table -> picture, in any form that `open_picture` takes; raises RowError."""
+"""Open the picture of a key, in any form that `open_picture` takes. Raises RowError."""
 
 
 class Inputs(Protocol):
-    """Inputs of one side, by row of the store's table."""
+    """Read the inputs of one side by row of the store's table."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Features [n, dim], pixels [n, 3, height, width], token ids with their mask [n, length],
-        or tokens [n, length, dim] with theirs; on the device."""
+        """Return the inputs of these rows and a mask, on the device.
+
+        Returns:
+            Features [n, dim], pixels [n, 3, height, width], token ids [n, length], or tokens
+            [n, length, dim]; and the mask of valid tokens [n, length], or None.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedInputs:
+    """Read cached features of a frozen tower."""
+
     features: Tensor
+    """[rows, dim], on the device."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        return self.features[torch.tensor(rows, device=self.features.device)].float(), None
+        """Return features [n, dim], float32, without a mask."""
+        index = torch.tensor(rows, device=self.features.device)
+        return self.features[index].float(), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs:
-    """Cached tokens [rows, tokens, dim] after some blocks, on the host. `lengths` [rows]: tokens of
-    each row, where they differ; batches are cut to the longest."""
+    """Read cached tokens after some blocks of a tower."""
 
     features: Tensor
+    """[rows, tokens, dim], on the host."""
     lengths: Tensor | None
+    """int64 [rows], number of valid tokens; None: all are valid."""
     device: torch.device
+    """Device of the tower."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return tokens [n, length, dim], float32, cut to the longest row, and their mask."""
         index = torch.tensor(rows)
         if self.lengths is None:
             return self.features[index].to(self.device).float(), None
         lengths = self.lengths[index]
         longest = int(lengths.max())
         mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
-        return self.features[index, :longest].to(self.device).float(), mask.to(self.device)
+        # Cast on the device: tokens that are stored in float16 are half the bytes to send.
+        tokens = self.features[index, :longest].to(self.device).float()
+        return tokens, mask.to(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextInputs:
+    """Read texts as token ids."""
+
     ids: list[list[int]]
+    """Token ids of all captions."""
     encoder: TextEncoder
+    """Encoder that tokenized them."""
 
     @staticmethod
     def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
-        """All captions tokenised once."""
+        """Tokenize all captions once."""
         return TextInputs(ids=encoder.tokenise(captions).ids, encoder=encoder)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and their mask, both [n, length], padded to the longest row."""
         return self.encoder.pad([self.ids[row] for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """Images are read and preprocessed as for extraction, by `workers` threads, and sent to
-    `device`; with `views` a view of them, which depends on its seed, the epoch and the key
-    alone."""
+    """Read images as pixels, preprocessed as for extraction."""
 
     keys: Sequence[str]
+    """Keys of all images."""
     open_image: OpenImage
+    """Opens the picture of a key."""
     preprocess: Preprocess
+    """Preprocessing of the encoder."""
     device: torch.device
+    """Device of the tower."""
     workers: int = 4
+    """Threads that read."""
     views: Views | None = None
+    """Views that training sees; None: the images themselves."""
     epoch: int = 0
+    """Epoch of the views. A view depends on its seed, the epoch and the key alone."""
 
     def augmented(self, views: Views, epoch: int) -> "ImageInputs":
+        """Return the inputs with views of an epoch."""
         return replace(self, views=views, epoch=epoch)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return pixels [n, 3, height, width], without a mask."""
         with ThreadPoolExecutor(self.workers) as pool:
             pixels = list(pool.map(self._read, rows))
         return torch.stack(pixels).to(self.device), None
 
     def _read(self, row: int) -> Tensor:
+        """Read one image. Raises DataError if it is unreadable."""
+        key = self.keys[row]
         try:
-            image = open_picture(self.open_image(self.keys[row]), self.keys[row])
+            image = open_picture(self.open_image(key), key)
         except RowError as error:
             raise DataError(
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
             ) from None
         if self.views is not None:
-            image = self.views.of(image, f"epoch {self.epoch} {self.keys[row]}")[0]
+            image = self.views.of(image, f"epoch {self.epoch} {key}")[0]
         return self.preprocess(image)

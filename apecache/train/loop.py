@@ -1,5 +1,7 @@
-"""The loop of a fit, and all of its state: what a checkpoint holds, so that a fit goes on as if
-never broken off."""
+"""Run the loop of a fit and hold all of its state.
+
+A checkpoint holds that state, so that an interrupted fit resumes as if it had never stopped.
+"""
 
 import math
 import time
@@ -26,24 +28,31 @@ from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimiser, learning_rate_factor
 
 SCALE = "temperature.log_scale"
+"""Name of the temperature's parameter in the state of a model."""
 Progress = Callable[[dict[str, Any]], None]
-"""Called with one line of the history after every evaluation; epoch 0 is the untrained head."""
+"""Take one line of the history after every evaluation; epoch 0 is the model before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Steps of a fit: `accumulate` batches each, `per_epoch` of them in an epoch."""
+    """Count the steps of a fit."""
 
     n_steps: int
+    """Steps of the fit."""
     per_epoch: int
+    """Steps of an epoch."""
     accumulate: int
+    """Batches of a step."""
 
     @property
     def n_epochs(self) -> int:
+        """Epochs of the fit, the last of which can be incomplete."""
         return -(-self.n_steps // self.per_epoch)
 
     @staticmethod
     def of(recipe: Recipe, train: FeaturePairs) -> "Plan":
+        """Plan the steps of a recipe on these pairs."""
+        # An epoch with fewer batches than `accumulate` is one step.
         count = n_batches(train, recipe.schedule.batch_size)
         accumulate = min(recipe.schedule.accumulate, count)
         per_epoch = count // accumulate
@@ -56,18 +65,24 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Best:
-    """The evaluation that is best on dev so far; `stale` ones came after it."""
+    """Hold the evaluation that is best on dev so far."""
 
     epoch: int = 0
+    """Epoch of the evaluation."""
     recall: float = -math.inf
+    """Mean recall on dev, in percent."""
     stale: int = 0
+    """Evaluations since then."""
     weights: dict[str, Tensor] = field(default_factory=dict)
+    """Copy of the evaluated weights; empty before the first evaluation that counts."""
 
 
 class Trainable(Protocol):
-    """What a fit, and its checks, need of a model. `rates`: what trains, with factors of the
-    learning rate; `kept_state`: all that a fit can change, by the names of `named_parameters` and
-    buffers, the temperature's among them."""
+    """Describe what a fit and its checks need of a model.
+
+    `rates` returns what trains, with factors of the learning rate. `kept_state` returns all that a
+    fit can change, the temperature included, by the names of `named_parameters` and buffers.
+    """
 
     @property
     def temperature(self) -> Any: ...
@@ -84,10 +99,18 @@ Model = TypeVar("Model", bound=Trainable)
 
 
 class Fit(ABC, Generic[Model]):
-    """Everything that a fit changes. `step`: steps done; `in_epoch`: those of the present epoch,
-    whose batches were drawn from `epoch_draws`; `saved_step`: that of the last checkpoint;
-    `step_flops`: operations of one step, once one was counted; `average`: of the weights, where the
-    recipe wants one. `seconds` holds those of evaluation, not those of loading."""
+    """Hold everything that a fit changes.
+
+    Attributes:
+        average: Exponential moving average (EMA) of the weights, if the recipe has one.
+        epoch_draws: State of `generator` at the beginning of the present epoch.
+        step: Steps done.
+        in_epoch: Steps done in the present epoch.
+        losses: Losses of these steps, on the device.
+        seconds: Time of training and evaluation, without loading.
+        saved_step: Step of the last checkpoint.
+        step_flops: Operations of one step; None before the first step.
+    """
 
     def __init__(self, model: Model, recipe: Recipe, seed: int) -> None:
         self.model = model
@@ -114,97 +137,115 @@ class Fit(ABC, Generic[Model]):
 
     @abstractmethod
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
-        """Retrieval on dev with the weights that the model has, dropout off."""
+        """Measure retrieval on dev with the model's present weights, without dropout."""
 
     @abstractmethod
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
-        """Add the gradients of a batch's loss over `accumulate`; returns it, on the device, without
-        a graph."""
+        """Add the gradients of a batch's loss divided by `accumulate`.
+
+        Returns:
+            The divided loss, on the device, detached.
+        """
 
     def join_gradients(self) -> None:
-        """Called once before the optimiser's step: where several processes have a part of the
-        gradients each."""
+        """Add up gradients over processes, once before the optimizer's step."""
 
     @property
     def outcome(self) -> dict[str, Tensor]:
-        """What is evaluated and kept: the average, or the weights."""
+        """Weights that are evaluated and kept: the average if there is one."""
         return self.model.kept_state() if self.average is None else self.average
 
     @contextmanager
     def with_outcome(self) -> Iterator[None]:
-        """The average in the place of the model's weights for a while, where there is one."""
+        """Put the average, if there is one, in place of the model's weights for a while."""
         if self.average is None:
             yield
             return
-        own = _cloned(self.model.kept_state())
+        # A copy: loading the average overwrites the weights in place.
+        weights = _cloned(self.model.kept_state())
         self.model.load_kept(self.average)
         try:
             yield
         finally:
-            self.model.load_kept(own)
+            self.model.load_kept(weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, averages, best weights, the optimiser's state, random states, losses of this
-        epoch."""
-        parts: dict[str, Mapping[str, Tensor]] = {
+        """Return all tensors of the fit's state, by `group/name`.
+
+        Groups are the weights, their average, the best weights, the optimizer's state, random
+        states, and the losses of the present epoch.
+        """
+        tensor_groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.kept_state(),
             "best": self.best.weights,
         }
         if self.average is not None:
-            parts["average"] = self.average
+            tensor_groups["average"] = self.average
         if self.optimiser is not None:
-            parts["optimiser"] = flatten_optimiser(self.optimiser)
-        parts["random"] = {
+            tensor_groups["optimiser"] = flatten_optimiser(self.optimiser)
+        random_states = {
             "draws": self.generator.get_state(),
             "epoch": self.epoch_draws,
             "cpu": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
-            parts["random"] = {**parts["random"], "cuda": torch.cuda.get_rng_state(self.device)}
-        parts["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
-        return {
-            f"{part}/{name}": tensor
-            for part, found in parts.items()
-            for name, tensor in found.items()
-        }
+            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensor_groups["random"] = random_states
+        tensor_groups["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
+        tensors: dict[str, Tensor] = {}
+        for group_name, group_tensors in tensor_groups.items():
+            for name, tensor in group_tensors.items():
+                tensors[f"{group_name}/{name}"] = tensor
+        return tensors
 
     def state(self) -> dict[str, Json]:
+        """Return the rest of the fit's state, as JSON."""
+        # Before the first evaluation the best recall is minus infinity, which JSON does not have.
         recall = self.best.recall if self.best.weights else None
-        best = {"epoch": self.best.epoch, "recall": recall, "stale": self.best.stale}
-        counts = {"epoch": self.epoch, "step": self.step, "in_epoch": self.in_epoch}
-        seconds = {
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "in_epoch": self.in_epoch,
+            "history": self.history,
+            "best": {"epoch": self.best.epoch, "recall": recall, "stale": self.best.stale},
+            "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "loading_seconds": self.loading_seconds,
+            "step_flops": self.step_flops,
         }
-        costs = {"seconds": self.seconds, **seconds, "step_flops": self.step_flops}
-        return {**counts, "history": self.history, "best": best, **costs}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
-        """Raises RunError unless these are the tensors of such a fit."""
-        parts: dict[str, dict[str, Tensor]] = {}
+        """Load what `tensors` and `state` returned.
+
+        Raises:
+            RunError: The tensors or the state are not those of such a fit.
+        """
+        # Groups that had no tensor are missing, such as the optimizer's before its first step.
+        tensor_groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            part, _, name = key.partition("/")
-            parts.setdefault(part, {})[name] = tensor
+            group_name, _, name = key.partition("/")
+            tensor_groups.setdefault(group_name, {})[name] = tensor
         try:
-            self.model.load_kept(parts["model"])
+            self.model.load_kept(tensor_groups["model"])
             if self.average is not None:
                 for name, tensor in self.average.items():
-                    tensor.copy_(parts["average"][name])
+                    tensor.copy_(tensor_groups["average"][name])
             if self.optimiser is not None:
-                restore_optimiser(self.optimiser, parts.get("optimiser", {}))
-            self._restore_random(parts["random"])
-            losses = parts.get("losses", {}).get("epoch", torch.empty(0))
+                restore_optimiser(self.optimiser, tensor_groups.get("optimiser", {}))
+            self._restore_random(tensor_groups["random"])
+            losses = tensor_groups.get("losses", {}).get("epoch", torch.empty(0))
             self.losses = [loss.to(self.device) for loss in losses.unbind()]
-            self.epoch, self.step, self.in_epoch = (
-                int(state[name]) for name in ("epoch", "step", "in_epoch")
-            )
+            self.epoch = int(state["epoch"])
+            self.step = int(state["step"])
+            self.in_epoch = int(state["in_epoch"])
             self.history = list(state["history"])
             self.seconds = float(state["seconds"])
             self.evaluation_seconds = float(state["evaluation_seconds"])
             self.loading_seconds = float(state["loading_seconds"])
             self.step_flops = state["step_flops"]
             best = state["best"]
-            weights = {n: t.to(self.device) for n, t in parts.get("best", {}).items()}
+            best_tensors = tensor_groups.get("best", {})
+            weights = {name: tensor.to(self.device) for name, tensor in best_tensors.items()}
             recall = -math.inf if best["recall"] is None else float(best["recall"])
             self.best = Best(
                 epoch=int(best["epoch"]),
@@ -219,6 +260,7 @@ class Fit(ABC, Generic[Model]):
             ) from None
 
     def _restore_random(self, states: Mapping[str, Tensor]) -> None:
+        """Restore the fit's own generator and torch's."""
         self.generator.set_state(states["draws"])
         self.epoch_draws = states["epoch"]
         torch.set_rng_state(states["cpu"])
@@ -227,23 +269,26 @@ class Fit(ABC, Generic[Model]):
 
 
 class Training(Fit[AlignmentModel]):
-    """A fit of heads on cached features."""
+    """Fit heads on cached features."""
 
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
+        """Measure retrieval on dev. See `Fit.evaluate`."""
         return evaluate_model(self.model, dev)
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
+        """Add the gradients of an augmented batch. See `Fit.add_gradients`."""
         model = self.model
-        drawn = augment(batch, spec=self.recipe.augmentation, image=model.image, text=model.text)
-        loss: Tensor = model(drawn, self.step) / accumulate
+        augmented = augment(
+            batch, spec=self.recipe.augmentation, image=model.image, text=model.text
+        )
+        loss: Tensor = model(augmented, self.step) / accumulate
         loss.backward()
         return loss.detach()
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's own generators by seed, for dropout and noise; the program's numbers are left
-    alone."""
+    """Seed torch's global generators, for dropout and noise, and restore them at the end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -257,14 +302,21 @@ def run_training(
     log: Progress,
     save: Callable[[bool], None],
 ) -> None:
-    """From wherever `training` stands to the end. Afterwards `training.best` holds what is to be
-    kept.
+    """Run a fit from its present state to the end. Then `training.best` holds what to keep.
 
-    `save(False)` is called after every step and may do nothing. The untrained head is no candidate,
-    unless nothing trains.
+    The model before training is evaluated, but is kept only if nothing trains.
+
+    Args:
+        training: State of the fit.
+        train: Training pairs.
+        dev: Dev pairs.
+        plan: Steps of the fit.
+        log: Called with every line of the history.
+        save: Called after every step with False, when it may write a checkpoint, and with True
+            when it must.
 
     Raises:
-        DataError: a loss is not finite.
+        DataError: A loss is not finite.
     """
     if not training.history:
         evaluate_untrained(training, dev=dev, plan=plan, log=log)
@@ -281,7 +333,7 @@ def train_epoch(
     log: Progress,
     save: Callable[[bool], None],
 ) -> None:
-    """One round of `run_training`."""
+    """Run one epoch, or what is left of an interrupted one. See `run_training`."""
     begin = time.perf_counter()
     take_steps(training, drawn=draw_epoch(training, train, plan), plan=plan, save=save)
     end_epoch(training, dev=dev, plan=plan, log=log, begin=begin)
@@ -289,11 +341,13 @@ def train_epoch(
 
 
 def is_done(training: Fit[Any], plan: Plan) -> bool:
+    """Check whether all steps are done, or dev recall has not improved for too long."""
     patience = training.recipe.schedule.patience
     return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
 
 
 def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
+    """Measure retrieval on dev with the weights that would be kept."""
     begin = time.perf_counter()
     with training.with_outcome():
         report = training.evaluate(dev)
@@ -302,7 +356,7 @@ def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
 
 
 def evaluate_untrained(training: Fit[Any], dev: FeaturePairs, plan: Plan, log: Progress) -> None:
-    """Epoch 0 of the history."""
+    """Write epoch 0 of the history: the model before training."""
     _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
         _keep(training, training.history[-1]["dev"]["mean_recall"])
@@ -315,25 +369,36 @@ def end_epoch(
     log: Progress,
     begin: float,
 ) -> None:
-    """Evaluate if it is time. `begin`: the clock at the epoch's beginning. Raises as `run_training`
-    does."""
+    """End an epoch, and evaluate if it is time.
+
+    Args:
+        training: State of the fit.
+        dev: Dev pairs.
+        plan: Steps of the fit.
+        log: Called with the line of the history.
+        begin: Reading of `time.perf_counter` at the beginning of the epoch.
+
+    Raises:
+        DataError: A loss is not finite.
+    """
+    # Once an epoch: looking at every loss would wait for the GPU in every step.
     require_finite(training)
     loss = _mean_loss(training)
     training.epoch = training.epoch + 1
     training.in_epoch = 0
     training.losses = []
-    if (
-        training.epoch % training.recipe.schedule.evaluate_every == 0
-        or training.step >= plan.n_steps
-    ):
+    is_due = training.epoch % training.recipe.schedule.evaluate_every == 0
+    if is_due or training.step >= plan.n_steps:
         report = _evaluate(training, dev)
-        _record(training, report=report, loss=loss, seconds=time.perf_counter() - begin, log=log)
+        seconds = time.perf_counter() - begin
+        _record(training, report=report, loss=loss, seconds=seconds, log=log)
         _keep(training, report.mean_recall)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: Plan) -> Iterator[Batch]:
-    """Batches of an epoch, or of the rest of one that was broken off."""
+    """Draw the batches of an epoch, or those that an interrupted epoch still needs."""
     recipe = training.recipe
+    # An interrupted epoch draws the same batches again and skips those that were used.
     if training.in_epoch:
         training.generator.set_state(training.epoch_draws)
     else:
@@ -354,33 +419,34 @@ def take_steps(
     plan: Plan,
     save: Callable[[bool], None] = lambda _: None,
 ) -> None:
-    """Steps on these batches up to the end of the epoch."""
+    """Take steps on these batches up to the end of the epoch."""
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
-        training.losses.append(_counted_step(training, islice(drawn, plan.accumulate), plan))
+        step_batches = islice(drawn, plan.accumulate)
+        training.losses.append(_counted_step(training, step_batches, plan))
         training.step = training.step + 1
         training.in_epoch = training.in_epoch + 1
-        if (
-            training.in_epoch < plan.per_epoch and training.step < plan.n_steps
-        ):  # an end is saved once it is evaluated
+        # The end of an epoch is saved once it is evaluated.
+        if training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
             save(False)
 
 
-def _counted_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
-    """A step; the operations of the first are counted. All have the same shapes, so they are those
-    of every step."""
+def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: Plan) -> Tensor:
+    """Take a step, and count the operations of the first one."""
     if training.step_flops is not None:
-        return take_step(training, drawn, plan)
+        return take_step(training, step_batches, plan)
+    # All steps have the same shapes, so the count is that of every step.
     with FlopCounterMode(display=False) as counter:
-        loss = take_step(training, drawn, plan)
+        loss = take_step(training, step_batches, plan)
     training.step_flops = int(counter.get_total_flops())
     return loss
 
 
 def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
-    """One step of the optimiser; returns its loss, still on the device."""
+    """Take one step of the optimizer. Returns its loss, on the device."""
     assert training.optimiser is not None
     training.optimiser.zero_grad(set_to_none=True)
+    # The loss stays on the device: reading it would wait for the GPU in every step.
     total = torch.zeros((), device=training.device)
     for batch in drawn:
         total += training.add_gradients(batch, plan.accumulate)
@@ -391,7 +457,7 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
 
 
 def set_rates(training: Fit[Any], plan: Plan) -> None:
-    """The learning rates of the step that is to be taken."""
+    """Set the learning rates of the next step."""
     optimiser = training.optimiser
     recipe = training.recipe
     assert optimiser is not None
@@ -401,11 +467,15 @@ def set_rates(training: Fit[Any], plan: Plan) -> None:
 
 
 def apply_update(training: Fit[Any], update: Callable[[], object] | None = None) -> None:
-    """The optimiser's part of a step, from gradients that are there. `update`: in place of the
-    optimiser's own step.
+    """Update the weights from the present gradients.
 
-    Reads nothing from the device, so that it can be recorded with an `update` whose rates are
-    tensors."""
+    Nothing is read from the device, so that a CUDA graph can record the update if its rates are
+    tensors.
+
+    Args:
+        training: State of the fit.
+        update: Replaces the optimizer's own step.
+    """
     model = training.model
     optimiser = training.optimiser
     recipe = training.recipe
@@ -420,34 +490,42 @@ def apply_update(training: Fit[Any], update: Callable[[], object] | None = None)
 
 @torch.no_grad()
 def _follow(average: dict[str, Tensor], model: Trainable, decay: float) -> None:
-    """Move the average of the weights; buffers, and what is no fraction, are taken as they are."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for name, theirs in model.kept_state().items():
-        if name in parameters:
-            average[name].lerp_(theirs, 1 - decay)
+    """Move the average toward the weights. Buffers are copied."""
+    parameter_names = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.kept_state().items():
+        # Buffers can be integers, which have no average.
+        if name in parameter_names:
+            average[name].lerp_(tensor, 1 - decay)
         else:
-            average[name].copy_(theirs)
+            average[name].copy_(tensor)
 
 
 def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the tensors, without graphs."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def require_finite(training: Fit[Any]) -> None:
-    """Raises DataError that names the first step of this epoch whose loss is not finite."""
+    """Check the losses of the present epoch.
+
+    Raises:
+        DataError: A loss is not finite. The message names the first such step.
+    """
     if not training.losses:
         return
-    bad = (~torch.isfinite(torch.stack(training.losses))).nonzero()
-    if len(bad):
-        step = training.step - len(training.losses) + int(bad[0]) + 1
+    losses = torch.stack(training.losses)
+    bad_positions = (~torch.isfinite(losses)).nonzero()
+    if len(bad_positions):
+        first_step = training.step - len(training.losses) + 1
+        step = first_step + int(bad_positions[0])
         raise DataError(
             f"the loss is not finite at step {step}; the last good checkpoint is that of step "
-            f"{training.saved_step}; "
-            "lower optimiser.lr, and add --overwrite"
+            f"{training.saved_step}; lower optimiser.lr, and add --overwrite"
         )
 
 
 def _mean_loss(training: Fit[Any]) -> float:
+    """Return the mean loss of the present epoch."""
     return float(torch.stack(training.losses).mean())
 
 
@@ -458,11 +536,10 @@ def _record(
     seconds: float,
     log: Progress,
 ) -> None:
-    lr = (
-        training.optimiser.param_groups[0]["lr"]
-        if training.optimiser is not None and training.step
-        else 0.0
-    )
+    """Add an evaluation to the history."""
+    lr = 0.0
+    if training.optimiser is not None and training.step:
+        lr = training.optimiser.param_groups[0]["lr"]
     temperature = 1 / float(training.outcome[SCALE].exp())
     line = history_line(
         training.epoch,
@@ -478,6 +555,7 @@ def _record(
 
 
 def _keep(training: Fit[Any], recall: float) -> None:
+    """Copy the evaluated weights if they are the best so far."""
     if recall > training.best.recall:
         training.best = Best(
             epoch=training.epoch,
@@ -490,4 +568,5 @@ def _keep(training: Fit[Any], recall: float) -> None:
 
 
 def _has_steps(recipe: Recipe) -> bool:
+    """Check whether the recipe trains at all: a closed form alone does not."""
     return recipe.schedule.epochs > 0 or recipe.schedule.steps > 0

@@ -1,4 +1,4 @@
-"""Two heads, a temperature, and the loss of a batch of pairs."""
+"""Define the model of a fit of heads: two heads, a temperature, and the loss of a batch."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ from apecache.train.batches import Batch, FeaturePairs
 
 
 class AlignmentModel(nn.Module):
-    """Two heads and a temperature."""
+    """Embed both sides by a head each, and compute the loss with a temperature."""
 
     def __init__(
         self,
@@ -34,14 +34,20 @@ class AlignmentModel(nn.Module):
         self.loss = loss or LossSpec()
 
     def forward(self, batch: Batch, step: int = 0) -> Tensor:
-        """Loss of a batch (a scalar) at the 0-based `step`. Several heads side by side have a loss
-        each; this is the mean of theirs."""
+        """Compute the loss of a batch, a scalar.
+
+        Several heads side by side have a loss each. The result is their mean.
+
+        Args:
+            batch: Features of images and texts.
+            step: Step of the fit, from 0.
+        """
         image = self.image(batch.image, batch.image_mask)
         text = self.text(batch.text, batch.text_mask)
         return self.loss_of(batch, image=image, text=text, step=step)
 
     def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
-        """The same, of a batch's embeddings."""
+        """Compute the loss of a batch from its embeddings. See `forward`."""
         widths = self.image.widths if isinstance(self.image, SeveralHeads) else ()
         total = contrast(
             image,
@@ -52,24 +58,24 @@ class AlignmentModel(nn.Module):
             widths=widths,
         )
         if self.loss.structure:
-            total = total + structure_weight(step, self.loss) * self._structure(batch, image, text)
+            weight = structure_weight(step, self.loss)
+            total = total + weight * self._structure(batch, image, text)
         return total
 
     def _structure(self, batch: Batch, image: Tensor, text: Tensor) -> Tensor:
-        """Mean over both sides; tokens are taken by their mean."""
+        """Compute the structure term, the mean over both sides."""
         sides = ((batch.image, batch.image_mask, image), (batch.text, batch.text_mask, text))
-        terms = [
-            structure_term(
-                before.float() if before.ndim == 2 else masked_mean(before.float(), mask),
-                after,
-                self.loss,
-            )
-            for before, mask, after in sides
-        ]
+        terms: list[Tensor] = []
+        for features, mask, embeddings in sides:
+            pooled = features.float()
+            # The term compares one vector of each row: tokens are pooled by their mean.
+            if features.ndim != 2:
+                pooled = masked_mean(pooled, mask)
+            terms.append(structure_term(pooled, embeddings, self.loss))
         return torch.stack(terms).mean()
 
     def rates(self) -> list[tuple[nn.Parameter, float]]:
-        """What trains, each with its factor of the learning rate."""
+        """Return what trains, each parameter with its factor of the learning rate."""
         return [(p, 1.0) for p in self.parameters() if p.requires_grad]
 
     def clamp(self) -> None:
@@ -77,30 +83,37 @@ class AlignmentModel(nn.Module):
         self.temperature.clamp()
 
     def kept_state(self) -> dict[str, Tensor]:
-        """All that a fit keeps."""
+        """Return all tensors that a fit keeps."""
         return self.state_dict()
 
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `kept_state` returned."""
         self.load_state_dict(dict(tensors))
 
 
 def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentModel:
-    """The recipe's model for these features, weights by seed, standardisation fitted.
+    """Build the recipe's model for these features, with standardization fitted.
+
+    Args:
+        recipe: Recipe of heads and loss.
+        train: Training pairs, which give widths and standardization.
+        seed: Seed of the weights.
 
     Raises:
-        RecipeError: the widths do not work, or the features are not of the kind that the heads
+        RecipeError: The widths do not work, or the features are not of the kind that the heads
             need.
     """
-    for what, spec, features in (
+    for side, spec, features in (
         ("image", recipe.image, train.image),
         ("text", recipe.text, train.text),
     ):
         if spec.cut == "tokens" and features.ndim != 3:
             raise RecipeError(
-                f"recipe {recipe.name}: {what}.kind {spec.kind} needs tokens, but the {what} "
-                "features are pooled; "
-                "extract tokens, or choose a recipe on pooled features (apecache recipes)"
+                f"recipe {recipe.name}: {side}.kind {spec.kind} needs tokens, but the {side} "
+                "features are pooled; extract tokens, or choose a recipe on pooled features "
+                "(apecache recipes)"
             )
+    # Built on the CPU: a seed gives the same weights on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -125,11 +138,12 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
 
 
 def _whole_mask(features: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Return the mask of valid tokens of all rows; None without lengths."""
     return None if lengths is None else mask_of(lengths, features)
 
 
 def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalReport:
-    """Retrieval among `pairs`, dropout off."""
+    """Measure retrieval among `pairs`, without dropout."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
     return retrieval_report(

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedule."""
+"""Build optimizers and compute the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +11,10 @@ from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
 
 
 class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum, decoupled weight decay (Chen et al. 2023, algorithm 2)."""
+    """Update by the sign of an interpolated momentum (Lion, Chen et al. 2023, algorithm 2).
+
+    Weight decay is decoupled.
+    """
 
     def __init__(
         self,
@@ -24,6 +27,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients. `closure` is ignored."""
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             if not trained:
@@ -34,6 +38,7 @@ class Lion(torch.optim.Optimizer):
             gradients = [p.grad for p in trained]
             momenta = [self.state[p]["momentum"] for p in trained]
             first, second = group["betas"]
+            # One kernel for all tensors: heads have many small ones.
             updates = torch._foreach_sign(torch._foreach_lerp(gradients, momenta, first))
             torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(trained, updates, alpha=-group["lr"])
@@ -44,26 +49,38 @@ def parameter_groups(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimiserSpec,
 ) -> list[dict[str, Any]]:
-    """By factor of the learning rate (kept as `factor`), and with or without weight decay: biases,
-    norms and the temperature (fewer than two dimensions) are not decayed."""
-    rates = list(rates)
-    keys = sorted({(factor, parameter.ndim >= 2) for parameter, factor in rates}, reverse=True)
-    return [
-        {
-            "params": [p for p, f in rates if (f, p.ndim >= 2) == (factor, decayed)],
+    """Group parameters by their factor of the learning rate and by weight decay.
+
+    Biases, norms and the temperature (fewer than two dimensions) are not decayed. Each group keeps
+    its factor as `factor`.
+    """
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter, factor in rates:
+        is_decayed = parameter.ndim >= 2
+        members.setdefault((factor, is_decayed), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    # A fixed order of groups: checkpoints number parameters by it.
+    for factor, is_decayed in sorted(members, reverse=True):
+        group = {
+            "params": members[factor, is_decayed],
             "lr": spec.lr * factor,
-            "weight_decay": spec.weight_decay if decayed else 0.0,
+            "weight_decay": spec.weight_decay if is_decayed else 0.0,
             "factor": factor,
         }
-        for factor, decayed in keys
-    ]
+        groups.append(group)
+    return groups
 
 
 def build_optimiser(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimiserSpec,
 ) -> torch.optim.Optimizer:
-    """Over parameters and their factors of the learning rate; fused where torch has it."""
+    """Build the recipe's optimizer, fused where torch has a fused one.
+
+    Args:
+        rates: Parameters, each with its factor of the learning rate.
+        spec: Optimizer section of the recipe.
+    """
     groups = parameter_groups(rates, spec)
     match spec.kind:
         case "adamw":
@@ -77,7 +94,7 @@ def build_optimiser(
 
 
 def is_direct(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether `direct_update` calls a kernel of it."""
+    """Check whether `direct_update` calls a kernel of this optimizer."""
     return isinstance(optimiser, torch.optim.Adam) and all(
         group["fused"] for group in optimiser.param_groups
     )
@@ -87,17 +104,28 @@ def direct_update(
     optimiser: torch.optim.Optimizer,
     rates: torch.Tensor | None = None,
 ) -> Callable[[], object]:
-    """`optimiser.step` for parameters, gradients and states that are there and stay where they are:
-    a fused Adam or AdamW calls its kernel, without looking through all of them each time, which
-    costs a small head more than the kernel does. Rates and decay may still change. `rates` float32
-    [groups], on the parameters' device: the learning rates instead of those of the groups."""
+    """Return a fast `optimiser.step` for a small head.
+
+    A fused Adam or AdamW calls its kernel on tensors that are collected once. Collecting them in
+    every step takes longer than the kernel of a small head. Parameters, gradients and states must
+    exist and keep their memory. Rates and decay of the groups may change.
+
+    Args:
+        optimiser: Optimizer that has made at least one step.
+        rates: float32 [groups], on the parameters' device: learning rates that replace those of
+            the groups.
+
+    Returns:
+        The update; `optimiser.step` itself for other optimizers.
+    """
     if not is_direct(optimiser):
         return optimiser.step
     groups = [(group, _tensors(optimiser, group["params"])) for group in optimiser.param_groups]
 
     @torch.no_grad()
     def update() -> None:
-        for place, (group, (parameters, gradients, first, second, steps)) in enumerate(groups):
+        for group_index, (group, tensors) in enumerate(groups):
+            parameters, gradients, first, second, steps = tensors
             torch._foreach_add_(steps, 1)
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
             kernel(
@@ -105,9 +133,9 @@ def direct_update(
                 gradients,
                 first,
                 second,
-                [],
+                [],  # largest second moments, which only AMSGrad has
                 steps,
-                lr=group["lr"] if rates is None else rates[place],
+                lr=group["lr"] if rates is None else rates[group_index],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 weight_decay=group["weight_decay"],
@@ -123,21 +151,41 @@ def _tensors(
     optimiser: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
 ) -> list[list[torch.Tensor]]:
-    """Values, gradients, both moments and step counts of the parameters that have gradients."""
-    trained = [p for p in parameters if p.grad is not None]
-    states = [
-        [optimiser.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")
-    ]
-    return [[p.data for p in trained], [p.grad for p in trained if p.grad is not None], *states]
+    """Return values, gradients, both moments and step counts of parameters with gradients."""
+    values: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    first_moments: list[torch.Tensor] = []
+    second_moments: list[torch.Tensor] = []
+    steps: list[torch.Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        state = optimiser.state[parameter]
+        values.append(parameter.data)
+        gradients.append(parameter.grad)
+        first_moments.append(state["exp_avg"])
+        second_moments.append(state["exp_avg_sq"])
+        steps.append(state["step"])
+    return [values, gradients, first_moments, second_moments, steps]
 
 
 def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:
-    """Factor for the 0-based `step`: linear warm-up from 1/w to 1 over w steps, then cosine to
-    `final`, or constant."""
-    warmup = spec.warmup_steps or (max(1, round(spec.warmup * n_steps)) if spec.warmup else 0)
+    """Return the factor of the learning rate.
+
+    A linear warm-up from 1/w to 1 over w steps, then a cosine to `final`, or constant.
+
+    Args:
+        step: Step, from 0.
+        n_steps: Steps of the fit.
+        spec: Schedule section of the recipe.
+    """
+    warmup = spec.warmup_steps
+    if not warmup and spec.warmup:
+        warmup = max(1, round(spec.warmup * n_steps))
     if step < warmup:
         return (step + 1) / warmup
     if spec.decay == "constant":
         return 1.0
     progress = (step - warmup) / max(1, n_steps - warmup)
-    return spec.final + (1 - spec.final) * (1 + math.cos(math.pi * progress)) / 2
+    cosine = 1 + math.cos(math.pi * progress)
+    return spec.final + (1 - spec.final) * cosine / 2

@@ -1,8 +1,10 @@
-"""A fit in its run folder, of either trainer: it begins or goes on, writes history and checkpoints,
-adds up costs."""
+"""Run a fit of either trainer in its run folder.
+
+A fit begins or resumes, writes its history and checkpoints, and adds up its costs.
+"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,24 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.lint.checks import n_negatives
 from apecache.train.loop import SCALE, Fit, Plan, Progress, require_finite, run_training
 
-WAYS = ("image_to_text", "text_to_image")
 SAVE_SHARE = 0.05
-"""Share of the time that writing checkpoints may take."""
+"""Share of the time that may be spent on writing checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """`identity`: what a checkpoint belongs to. `progress` is told every line of the history.
-    `writes` False: another process writes this folder, and this one only reads the checkpoint."""
+    """Say where and how a fit writes."""
 
     out: Path
+    """Run folder."""
     identity: Fingerprint
+    """Identity of the fit, which its checkpoints carry."""
     save_seconds: float
+    """Least time between two checkpoints."""
     progress: Progress
+    """Called with every line of the history."""
     writes: bool = True
+    """Whether this process writes; if not, it only reads the checkpoint."""
 
 
 def run_in_folder(
@@ -43,19 +48,34 @@ def run_in_folder(
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
 ) -> int:
-    """The whole training, or what is left of it after the checkpoint `found`; returns the steps
-    done before.
+    """Run the training, or what is left of it after a checkpoint.
+
+    Args:
+        training: State of the fit.
+        train: Training pairs.
+        dev: Dev pairs.
+        plan: Steps of the fit.
+        folder: Where the fit writes.
+        found: Tensors and state of a checkpoint; None: begin anew.
+        loading_seconds: Time that loading took in this call.
+
+    Returns:
+        Steps that were done before.
 
     Raises:
-        RunError: the checkpoint does not fit. DataError: a loss is not finite.
+        RunError: The checkpoint does not fit the model.
+        DataError: A loss is not finite.
     """
     if found is not None:
-        training.restore(*found)
+        tensors, state = found
+        training.restore(tensors, state)
     if folder.writes:
         if found is None:
             clear_folder(folder.out, training.recipe)
         else:
+            # The file can have lines that are newer than the checkpoint.
             write_history(folder.out, training.history)
+    # The checkpoint restored the loading time of earlier calls.
     training.loading_seconds += loading_seconds
     resumed_step = training.step
     run_training(
@@ -70,6 +90,8 @@ def run_in_folder(
 
 
 def _logger(folder: RunFolder) -> Progress:
+    """Return a function that writes a line of the history and reports it."""
+
     def log(line: dict[str, Json]) -> None:
         if folder.writes:
             add_to_history(folder.out, line)
@@ -79,7 +101,7 @@ def _logger(folder: RunFolder) -> Progress:
 
 
 def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
-    """Writes a checkpoint when it is time, or when told to; keeps the count of seconds."""
+    """Return a function that writes a checkpoint when it is time, and counts the seconds."""
     begin = time.perf_counter()
     before = training.seconds
     every = folder.save_seconds
@@ -89,12 +111,15 @@ def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
         clock = time.perf_counter()
         training.seconds = before + clock - begin
         if folder.writes and (now or clock >= due[0]):
+            # A checkpoint must not keep weights that have become NaN.
             require_finite(training)
             state = {"identity": dict(folder.identity.fields), **training.state()}
             save_checkpoint(folder.out, training.tensors(), state)
             training.saved_step = training.step
-            took = time.perf_counter() - clock
-            due[0] = time.perf_counter() + max(every, took / SAVE_SHARE if every else 0)
+            saving_seconds = time.perf_counter() - clock
+            # Large checkpoints are written less often; with `every` 0 after each step.
+            pause_seconds = saving_seconds / SAVE_SHARE if every else 0
+            due[0] = time.perf_counter() + max(every, pause_seconds)
 
     return save
 
@@ -103,21 +128,29 @@ def best_and_untrained(
     training: Fit[Any],
     dev: FeaturePairs,
 ) -> tuple[RetrievalReport, RetrievalReport]:
-    """Reports on dev of the best weights, which are put into the model, and of what training began
-    with."""
+    """Load the best weights and report on dev, with them and before training."""
     training.model.load_kept(training.best.weights)
-    found = training.evaluate(dev)
+    best_report = training.evaluate(dev)
     first = training.history[0]["dev"]
-    to_text, to_image = ({int(k): float(v) for k, v in first[way].items()} for way in WAYS)
-    return found, replace(found, image_to_text=to_text, text_to_image=to_image)
+    untrained = replace(
+        best_report,
+        image_to_text=_recalls(first["image_to_text"]),
+        text_to_image=_recalls(first["text_to_image"]),
+    )
+    return best_report, untrained
+
+
+def _recalls(recorded: Mapping[str, Json]) -> dict[int, float]:
+    """Read recalls by k from a line of the history, where JSON made k a string."""
+    return {int(k): float(recall) for k, recall in recorded.items()}
 
 
 def used_values(training: Fit[Any], plan: Plan, n_train: int) -> dict[str, Json]:
-    """Collect what a finished fit really used, where the recipe only says what was asked for.
+    """Collect the settings that a finished fit used, which can differ from the recipe's.
 
-    Call it with the best weights in the model. `n_epochs` and `n_steps` are those that ran
-    (patience can stop earlier than `planned_epochs`). `temperature` divides the cosines of the kept
-    model; `first_temperature` is that of epoch 0, of a warm start or of the recipe.
+    The best weights must be in the model. `n_epochs` and `n_steps` are those that ran: patience can
+    stop earlier than `planned_epochs`. `temperature` divides the cosines of the kept model.
+    `first_temperature` is that of epoch 0, from a warm start or from the recipe.
     """
     schedule = training.recipe.schedule
     used: dict[str, Json] = {
@@ -142,14 +175,27 @@ def build_ledger(
     resumed_step: int,
     n_processes: int = 1,
 ) -> Ledger:
-    """`arrays`: what was read of the store. With several processes operations and money are those
-    of all of them, memory and energy those of this one."""
+    """Add up the costs of a finished fit.
+
+    Operations and money are those of all processes, memory and energy those of this one.
+
+    Args:
+        training: State of the fit.
+        train: Training pairs.
+        plan: Steps of the fit.
+        arrays: Arrays of the store that were read.
+        meter: Readings since the fit began.
+        price_per_hour: Price of one process; None: not known.
+        resumed_step: Steps that were done before this call.
+        n_processes: Processes that trained.
+    """
     schedule = training.recipe.schedule
     loss = training.recipe.loss
     size = min(schedule.batch_size, len(train))
     step_flops = (training.step_flops or 0) * n_processes
     loading = training.loading_seconds
     evaluation = training.evaluation_seconds
+    paid_seconds = (loading + training.seconds) * n_processes
     return Ledger(
         training_seconds=training.seconds - evaluation,
         evaluation_seconds=evaluation,
@@ -162,13 +208,20 @@ def build_ledger(
         nominal_batch=size * plan.accumulate if plan.n_steps else 0,
         store_bytes=sum(stored_bytes(array) for array in arrays),
         peak_bytes=meter.peak_bytes(),
+        # The meter has not seen the energy of the steps before.
         energy_joules=None if resumed_step else meter.joules(),
-        money=money((loading + training.seconds) * n_processes, price_per_hour),
+        money=money(paid_seconds, price_per_hour),
     )
 
 
 def with_extraction(ledger: Ledger, extraction: Extraction | None, captions: int = 1) -> Ledger:
-    """With what the extraction took, and after how many such fits it has paid for itself."""
+    """Add the time of extraction, and the fits after which it has paid for itself.
+
+    Args:
+        ledger: Costs of a fit.
+        extraction: Times of extraction; None: the ledger stays as it is.
+        captions: Captions of each image in a batch.
+    """
     if extraction is None:
         return ledger
     n_images = ledger.n_samples // captions

@@ -1,4 +1,4 @@
-"""The history of a fit for TensorBoard, besides the run folder's own."""
+"""Write the history of a fit for TensorBoard, besides the run folder's own."""
 
 import os
 import time
@@ -15,17 +15,19 @@ from apecache.train.loop import Progress
 
 @contextmanager
 def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
-    """A `progress` for `fit_head` and `fit_encoder` that writes every line of the history as
-    events: `loss`, `lr`, `temperature`, `dev/mean_recall` and `dev/image_to_text/R@k`,
-    `dev/text_to_image/R@k` (per cent), by training step.
+    """Return a `progress` for `fit_head` and `fit_encoder` that writes events by training step.
 
-    Each line is on disk when the next epoch begins. Where a fit goes on, or is begun anew in the
-    same folder, what was written of later steps is shown no more. Nothing is written, and no folder
-    made, without a line.
+    The events are `loss`, `lr`, `temperature`, `dev/mean_recall`, `dev/image_to_text/R@k` and
+    `dev/text_to_image/R@k`, recalls in percent. Each line is on disk before the next epoch begins.
+    When a fit is resumed or begun anew in the same folder, TensorBoard no longer shows the events
+    of later steps. The folder is made with the first line.
+
+    Args:
+        folder: Folder of events.
 
     Raises:
-        MissingExtraError: TensorBoard is not installed. RunError: `folder` is a file, or on object
-            storage.
+        MissingExtraError: TensorBoard is not installed.
+        RunError: `folder` is a file, or on object storage.
     """
     folder = as_path(folder, "folder")
     require_local(folder, "folder of events")
@@ -39,6 +41,7 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
         opened: list[_EventFile] = []
 
         def log(line: dict[str, Any]) -> None:
+            # The file needs the first step, which is known with the first line.
             if not opened:
                 opened.append(stack.enter_context(closing(_EventFile(folder, line["step"]))))
             opened[0].add(line["step"], _scalars(line))
@@ -47,19 +50,20 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
 
 
 class _EventFile:
-    """One file of events. TensorBoard's own writer has a thread, which prints a traceback when the
-    disk is full."""
+    """Write one file of events.
+
+    TensorBoard's own writer has a thread, which prints a traceback when the disk is full.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """`first_step`: what earlier files of the folder say of later steps is shown no more."""
+        """Create the file. TensorBoard hides events of earlier files from `first_step` on."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.time()
-        path = (
-            folder / f"events.out.tfevents.{begin:.6f}.{os.getpid()}"
-        )  # readers take files in the order of names
+        # Readers take files in the order of their names.
+        path = folder / f"events.out.tfevents.{begin:.6f}.{os.getpid()}"
         self.file = path.open("xb")
         self.records = RecordWriter(self.file)
         self._write(Event(wall_time=begin, file_version="brain.Event:2"))
@@ -67,24 +71,30 @@ class _EventFile:
         self._write(Event(wall_time=begin, step=first_step, session_log=start))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the scalars of a step to the disk."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        summary = Summary(value=values)
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        # The record writer writes through to the file, but the file has a buffer.
         self.file.flush()
 
     def _write(self, event: Any) -> None:
         self.records.write(event.SerializeToString())
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """Return the scalars of a line of the history by tag. Epoch 0 has no loss."""
     dev = line["dev"]
-    found = {name: line[name] for name in ("loss", "lr", "temperature") if line[name] is not None}
-    found["dev/mean_recall"] = dev["mean_recall"]
-    for way in ("image_to_text", "text_to_image"):
-        found |= {f"dev/{way}/R@{k}": recall for k, recall in dev[way].items()}
-    return found
+    scalars = {name: line[name] for name in ("loss", "lr", "temperature") if line[name] is not None}
+    scalars["dev/mean_recall"] = dev["mean_recall"]
+    for direction in ("image_to_text", "text_to_image"):
+        for k, recall in dev[direction].items():
+            scalars[f"dev/{direction}/R@{k}"] = recall
+    return scalars

@@ -1,4 +1,4 @@
-"""Heads that a run of `fit-head` has found, as the beginning of a fit within the towers."""
+"""Begin a fit within the towers with the heads of a run of `fit-head`."""
 
 import copy
 import math
@@ -18,17 +18,23 @@ from apecache.runs.load import require_head_run
 from apecache.train.encoder_data import Source
 
 ROUNDING = ("compute_dtype", "compile")
-"""Fields of a fingerprint in which encoders differ by rounding alone."""
+"""Fields of a fingerprint that change an encoder's outputs by rounding alone."""
 Differences = list[tuple[str, Json, Json]]
+"""Names, each with the value of the fit and that of the run."""
 
 
 def open_start(run: Path, recipe: Recipe, sources: Sequence[Source]) -> TrainedHeads:
-    """The heads of a finished run on the encoders of these sides.
+    """Load the heads of a finished run on the encoders of these sides.
+
+    Args:
+        run: Folder of the run.
+        recipe: Recipe of the fit.
+        sources: Both sides of the fit, image before text.
 
     Raises:
-        RunError: no finished run of fit-head. RecipeError: the recipe has no projection heads.
-            MismatchError: the run
-        is of other encoders.
+        RunError: `run` is not a finished run of fit-head.
+        RecipeError: The recipe has no projection heads.
+        MismatchError: The run is of other encoders.
     """
     if recipe.shared is not None:
         raise RecipeError(
@@ -38,12 +44,12 @@ def open_start(run: Path, recipe: Recipe, sources: Sequence[Source]) -> TrainedH
     require_head_run(run, "--init-from")
     start = load_heads(run)
     for source, side in zip(sources, (start.image, start.text), strict=True):
-        found = _encoder_differences(source.fingerprint, side.fingerprint)
-        if found:
+        differences = _encoder_differences(source.fingerprint, side.fingerprint)
+        if differences:
             _refuse(
                 run,
                 what=f"the {source.side} encoder",
-                found=found,
+                found=differences,
                 remedy="give a run on the same encoder and pooling",
             )
     return start
@@ -51,78 +57,93 @@ def open_start(run: Path, recipe: Recipe, sources: Sequence[Source]) -> TrainedH
 
 @torch.no_grad()
 def begin_from(start: TrainedHeads, model: EncoderModel, run: Path) -> None:
-    """Weights of both heads, and the temperature if it learns (a sigmoid loss's bias, which runs do
-    not keep, begins as the recipe says). A head that standardised is folded into one that does not,
-    where the recipe's does not.
+    """Copy the weights of both heads into a model, and the temperature if it is trainable.
 
-    Towers whose adapters begin as the identity, or that have none, then give on dev what the run
-    gave.
+    A head that standardizes is folded into one that does not, if the recipe's head does not. The
+    bias of a sigmoid loss, which runs do not keep, begins as the recipe says. If the towers have no
+    adapters, or adapters that begin as the identity, the model gives on dev what the run gave.
 
     Raises:
-        MismatchError: heads of another kind or shape, or one that cannot be folded.
+        MismatchError: The heads are of another kind or shape, or one cannot be folded.
     """
     for name, side, trained in (
         ("image", model.image, start.image),
         ("text", model.text, start.text),
     ):
         assert isinstance(side, Side)
-        found = list(_head_differences(side.head, trained.head))
-        if found:
+        differences = list(_head_differences(side.head, trained.head))
+        if differences:
             _refuse(
                 run,
                 what=f"the {name} head",
-                found=found,
+                found=differences,
                 remedy="fit heads like the recipe's, or change the recipe's",
             )
-        side.head.load_state_dict(
-            _as_wanted(trained.head, wanted=side.head, side=name, run=run).state_dict()
-        )
+        head = _as_wanted(trained.head, wanted=side.head, side=name, run=run)
+        side.head.load_state_dict(head.state_dict())
     if model.temperature.log_scale.requires_grad:
+        # The run's scale can lie outside the bounds of this recipe.
         model.temperature.log_scale.fill_(math.log(start.scale))
         model.temperature.clamp()
 
 
-def _encoder_differences(here: Fingerprint, there: Fingerprint) -> Differences:
-    return [found for found in here.difference(there) if found[0] not in ROUNDING]
+def _encoder_differences(fit_encoder: Fingerprint, run_encoder: Fingerprint) -> Differences:
+    """Return the differences of two encoders, without those of rounding."""
+    differences = fit_encoder.difference(run_encoder)
+    return [difference for difference in differences if difference[0] not in ROUNDING]
 
 
-def _head_differences(here: Head, there: Head) -> Iterator[tuple[str, Json, Json]]:
-    """Kinds, activations, and shapes of what is learned, part by part."""
-    specs = [[head.spec, *head.spec.parts] for head in (here, there)]
-    for one, other in zip(*specs, strict=False):
-        if one.kind != other.kind:
-            yield "kind", one.kind, other.kind
-        elif one.kind == "mlp" and one.activation != other.activation:
-            yield "activation", one.activation, other.activation
-    shapes = [
-        {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
-        for head in (here, there)
-    ]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        one, other = (found.get(name, MISSING) for found in shapes)
-        if one != other:
-            yield name, one, other
+def _head_differences(fit_head: Head, run_head: Head) -> Iterator[tuple[str, Json, Json]]:
+    """Yield the differences of two heads in kinds, activations and shapes of tensors."""
+    fit_specs = [fit_head.spec, *fit_head.spec.parts]
+    run_specs = [run_head.spec, *run_head.spec.parts]
+    # Different numbers of parts show in the shapes below.
+    for fit_spec, run_spec in zip(fit_specs, run_specs, strict=False):
+        if fit_spec.kind != run_spec.kind:
+            yield "kind", fit_spec.kind, run_spec.kind
+        elif fit_spec.kind == "mlp" and fit_spec.activation != run_spec.activation:
+            yield "activation", fit_spec.activation, run_spec.activation
+    fit_shapes = _shapes(fit_head)
+    run_shapes = _shapes(run_head)
+    for name in sorted(fit_shapes.keys() | run_shapes.keys()):
+        fit_shape = fit_shapes.get(name, MISSING)
+        run_shape = run_shapes.get(name, MISSING)
+        if fit_shape != run_shape:
+            yield name, fit_shape, run_shape
+
+
+def _shapes(head: Head) -> dict[str, Json]:
+    """Return the shapes of a head's tensors by name."""
+    return {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
 
 
 def _as_wanted(trained: Head, wanted: Head, side: str, run: Path) -> Head:
-    kept = wanted.spec.standardise or any(part.standardise for part in wanted.spec.parts)
+    """Return a trained head in the form of the fit's head, folded if that has no statistics.
+
+    Raises:
+        MismatchError: The head cannot be folded.
+    """
+    keeps_standardization = wanted.spec.standardise or any(
+        part_spec.standardise for part_spec in wanted.spec.parts
+    )
     try:
-        return copy.deepcopy(trained) if kept else folded(trained)
+        return copy.deepcopy(trained) if keeps_standardization else folded(trained)
     except ValueError as error:
         raise MismatchError(
             f"{run} cannot begin this fit: its {side} head standardises its features, the "
-            "recipe's does not, and "
-            f"{error}; fit it again with {side}.standardise=false",
+            f"recipe's does not, and {error}; fit it again with {side}.standardise=false",
             [(f"{side}.standardise", False, True)],
         ) from None
 
 
 def _refuse(run: Path, what: str, found: Differences, remedy: str) -> None:
+    """Raise a MismatchError that shows the first three differences."""
     shown = "; ".join(
-        f"{path} is {shorten(here)}, there {shorten(there)}" for path, here, there in found[:3]
+        f"{path} is {shorten(fit_value)}, there {shorten(run_value)}"
+        for path, fit_value, run_value in found[:3]
     )
-    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    remainder = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     raise MismatchError(
-        f"{run} cannot begin this fit: {what} differs ({shown}{more}); {remedy}",
+        f"{run} cannot begin this fit: {what} differs ({shown}{remainder}); {remedy}",
         found,
     )

@@ -1,5 +1,7 @@
-"""How much each setting of a sweep mattered, by Optuna's PED-ANOVA (Watanabe et al. 2023,
-arXiv:2304.10255)."""
+"""Compute how much each setting of a sweep mattered, by Optuna's PED-ANOVA.
+
+Source: Watanabe et al. 2023, arXiv:2304.10255.
+"""
 
 import json
 import warnings
@@ -11,7 +13,7 @@ from apecache.sweeps.samplers import frozen_trial
 from apecache.sweeps.space import Dimension
 
 FEWEST = 8
-"""Trials below which nothing is said."""
+"""With fewer trials nothing is computed."""
 
 
 def importances(
@@ -19,8 +21,15 @@ def importances(
     points: Sequence[Mapping[str, Any]],
     scores: Sequence[float],
 ) -> dict[str, float]:
-    """Shares that add up to 1, the largest first, of the settings that vary; empty for fewer than
-    `FEWEST` trials or scores that are all the same.
+    """Return each varying setting's share of the importance, the largest first.
+
+    Args:
+        dimensions: how each setting was to be chosen, by name.
+        points: the settings of each trial.
+        scores: of the same trials, larger is better.
+
+    Returns:
+        Shares that add up to 1; nothing for fewer than `FEWEST` trials, or if all scores are equal.
 
     Raises:
         MissingExtraError: Optuna is not installed.
@@ -32,15 +41,19 @@ def importances(
     if len(points) < FEWEST or len(set(scores)) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    varied = {
-        name for name in dimensions if len({json.dumps(point.get(name)) for point in points}) > 1
-    }
+    varied_names = set()
+    for name in dimensions:
+        # As JSON, in which 1, 1.0 and true differ, and lists can be members of a set.
+        values = {json.dumps(point.get(name)) for point in points}
+        if len(values) > 1:
+            varied_names.add(name)
     study = optuna.create_study(direction="maximize")
     for point, score in zip(points, scores, strict=True):
-        there = {name: value for name, value in point.items() if name in varied}
-        study.add_trial(frozen_trial(optuna, dimensions=dimensions, values=there, score=score))
+        varied = {name: value for name, value in point.items() if name in varied_names}
+        trial = frozen_trial(optuna, dimensions=dimensions, values=varied, score=score)
+        study.add_trial(trial)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions call the evaluator experimental
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {name: float(share) for name, share in found.items()}
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(share) for name, share in shares.items()}

@@ -1,4 +1,4 @@
-"""Published and measured differences side by side, one row for each comparison. Inline SVG."""
+"""Draw published and measured differences as inline SVG, a row for each comparison."""
 
 import math
 from collections.abc import Callable
@@ -13,41 +13,44 @@ ROW = 38
 TOP = 10
 BOTTOM = 34
 LABEL = 86
-"""Characters of a row's name at most; the whole one stands in the table."""
+"""Characters of a row's name at most; the table has the whole name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison: its published difference, and the measured one with its interval; None where
-    there is none. `verdict` is drawn as a colour and said as a word."""
+    """Hold the published and the measured difference of one comparison; None for a missing one."""
 
     name: str
     published: float | None
     measured: float | None
     low: float | None
+    """Lower end of the measured difference's interval."""
     high: float | None
     verdict: str
+    """A word, which also chooses the color."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """`unit` of all differences; `note`: a remark below the picture."""
+    """Hold the rows of a picture."""
 
     title: str
     unit: str
+    """Of all differences."""
     rows: tuple[Row, ...]
     note: str = ""
+    """A remark below the picture."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawnRow:
-    """Places in SVG user units; None where nothing is drawn. `shade` is a class of the style
-    sheet."""
+    """Hold the positions of a row in SVG user units; None where nothing is drawn."""
 
     y: float
     name: str
     verdict: str
     shade: str
+    """A class of the style sheet."""
     published: float | None
     measured: float | None
     low: float | None
@@ -56,11 +59,15 @@ class DrawnRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
+    """Hold what the template draws, in SVG user units."""
+
     width: int
     height: int
     bottom: float
     zero: float
+    """x of the line of no difference."""
     marks: tuple[tuple[float, str], ...]
+    """(x, label) of the axis."""
     rows: tuple[DrawnRow, ...]
 
 
@@ -68,35 +75,49 @@ SHADES = {"held": "colour-2", "broken": "colour-1"}
 
 
 def draw_intervals(picture: Intervals) -> Drawn:
-    values = [v for row in picture.rows for v in (row.published, row.measured, row.low, row.high)]
-    known = [0.0, *(value for value in values if value is not None and math.isfinite(value))]
-    low = min(known)
-    high = max(known)
+    """Place the rows below each other along one axis."""
+    # The axis always has 0, where the line of no difference stands.
+    drawable = [0.0]
+    for row in picture.rows:
+        for value in (row.published, row.measured, row.low, row.high):
+            if value is not None and math.isfinite(value):
+                drawable.append(value)
+    low = min(drawable)
+    high = max(drawable)
     marks = ticks(low, high if high > low else low + 1)
     first = marks[0]
     last = marks[-1]
 
-    def place(value: float | None) -> float | None:
+    def x_of(value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
             return None
-        return round(LEFT + (value - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
+        share = (value - first) / (last - first)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     bottom = TOP + ROW * len(picture.rows)
-    rows = tuple(
-        _drawn(row, TOP + ROW * (number + 0.5), place) for number, row in enumerate(picture.rows)
-    )
-    labels = tuple((place(mark) or 0.0, f"{mark:g}") for mark in marks)
+    rows = []
+    for number, row in enumerate(picture.rows):
+        y = TOP + ROW * (number + 0.5)
+        rows.append(_draw_row(row, y, x_of))
     return Drawn(
         width=WIDTH,
         height=bottom + BOTTOM,
         bottom=bottom,
-        zero=place(0.0) or 0.0,
-        marks=labels,
-        rows=rows,
+        zero=x_of(0.0) or 0.0,
+        marks=tuple((x_of(mark) or 0.0, f"{mark:g}") for mark in marks),
+        rows=tuple(rows),
     )
 
 
-def _drawn(row: Row, y: float, place: Callable[[float | None], float | None]) -> DrawnRow:
-    placed = [place(value) for value in (row.published, row.measured, row.low, row.high)]
+def _draw_row(row: Row, y: float, x_of: Callable[[float | None], float | None]) -> DrawnRow:
     name = row.name if len(row.name) <= LABEL else row.name[: LABEL - 1] + "…"
-    return DrawnRow(y, name, row.verdict, SHADES.get(row.verdict, "colour-3"), *placed)
+    return DrawnRow(
+        y=y,
+        name=name,
+        verdict=row.verdict,
+        shade=SHADES.get(row.verdict, "colour-3"),
+        published=x_of(row.published),
+        measured=x_of(row.measured),
+        low=x_of(row.low),
+        high=x_of(row.high),
+    )

@@ -1,11 +1,12 @@
-"""Many small heads trained together: every member ends where a fit of its own would, up to
-rounding.
+"""Many small heads trained together: every member ends where a fit alone would, up to rounding.
 
-Members of one structure, batch size and number of steps share batched products; all else is a
-member's own and goes through the code of the ordinary trainer: optimiser, schedule, temperature,
+Members of one structure, batch size and number of steps share batched products. Everything else is
+done member by member with the code of the ordinary trainer: optimizer, schedule, temperature,
 augmentation, batches, evaluation. A member that is done, dropped or no longer finite leaves the
-stack, and the stack shrinks. (The bias of a layer before a batch norm changes nothing and has no
-gradient but rounding, which Adam amplifies: it alone may end elsewhere.)
+stack, and the stack shrinks.
+
+One exception: the bias of a layer before a batch norm changes no output, and its gradient is
+rounding alone, which Adam amplifies. This bias may end elsewhere.
 """
 
 import time
@@ -36,13 +37,13 @@ from apecache.train.loop import (
 
 FLOAT_BYTES = 4
 STATES = 5
-"""Numbers kept for each weight: itself, its gradient, two moments, the best one so far."""
+"""Numbers kept for each weight: itself, its gradient, two moments, the best value so far."""
 PASSES = 3
-"""Numbers kept for each input and output of a layer: forward, backward, and what lies between."""
+"""Numbers kept for each input and output of a layer: forward, backward, and intermediate ones."""
 SLAB_BYTES = 2**20
-"""Of activations that stay in the caches of a processor."""
+"""Bytes of activations that stay in the caches of a processor."""
 STANDARDISED_BYTES = 2**29
-"""Features that need more than this are standardised batch by batch."""
+"""Features that need more bytes than this are standardized batch by batch."""
 
 
 def split_members(
@@ -51,31 +52,43 @@ def split_members(
     most: int,
     max_bytes: int,
 ) -> list[list[int]]:
-    """Members that can train together, at most `most` of them and within `max_bytes`, by their
-    places; those that cannot be stacked stand alone. A single member may need more than
-    `max_bytes`."""
+    """Split members into lists that can train together.
+
+    Args:
+        members: The members; those that cannot be stacked get a list each.
+        plans: The plan of each member.
+        most: The largest number of members that train together.
+        max_bytes: The memory of members that train together. A single member may need more.
+
+    Returns:
+        Positions of members, each list in ascending order.
+    """
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
-    for place, (member, plan) in enumerate(zip(members, plans, strict=True)):
-        groups[stack_key(member, plan) or place].append(place)
-    parts: list[list[int]] = []
-    for places in groups.values():
-        logits, each = member_bytes(members[places[0]])
-        count = max(1, min(most, (max_bytes - logits) // each))
-        parts.extend(_in_parts(places, count))
-    return sorted(parts)
+    for position, (member, plan) in enumerate(zip(members, plans, strict=True)):
+        groups[stack_key(member, plan) or position].append(position)
+    slices: list[list[int]] = []
+    for positions in groups.values():
+        logit_bytes, bytes_per_member = member_bytes(members[positions[0]])
+        n_fitting = (max_bytes - logit_bytes) // bytes_per_member
+        # At least one: a member that exceeds the memory trains alone.
+        n_members = max(1, min(most, n_fitting))
+        slices.extend(_in_slices(positions, n_members))
+    return sorted(slices)
 
 
-def _in_parts(places: list[int], size: int) -> Iterator[list[int]]:
-    return (places[begin : begin + size] for begin in range(0, len(places), size))
+def _in_slices(positions: list[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(positions), size):
+        yield positions[begin : begin + size]
 
 
 def stack_key(member: Training, plan: Plan) -> Hashable | None:
-    """Equal for members that can train together; None for one that trains alone."""
+    """Return a key that is equal for members that can train together; None for one that cannot."""
     recipe = member.recipe
     structures = (structure_of(member.model.image), structure_of(member.model.text))
     if member.optimiser is None or None in structures:
         return None
     mixes = recipe.augmentation.mixup > 0
+    # Epoch and step are part of the key: a stack takes one step for all of its members.
     return (
         structures,
         plan,
@@ -88,22 +101,27 @@ def stack_key(member: Training, plan: Plan) -> Hashable | None:
 
 
 def member_bytes(member: Training) -> tuple[int, int]:
-    """Bytes of the logits of a batch, which one member needs at a time, and of everything else of
-    each member."""
+    """Estimate memory: of the logits of a batch, and of everything else of each member.
+
+    One member at a time needs logits, so that they count once for a population.
+    """
     weights = sum(parameter.numel() for parameter in member.model.parameters())
     logits, activations = activation_counts(member)
-    return PASSES * min(logits, TILED_FROM) * FLOAT_BYTES, (
-        STATES * weights + PASSES * activations
-    ) * FLOAT_BYTES
+    # Larger logits are computed in tiles.
+    n_logits = PASSES * min(logits, TILED_FROM)
+    n_others = STATES * weights + PASSES * activations
+    return n_logits * FLOAT_BYTES, n_others * FLOAT_BYTES
 
 
 def activation_counts(member: Training) -> tuple[int, int]:
-    """Numbers in the logits of a batch, and in the inputs and outputs of all layers."""
+    """Count the numbers in the logits of a batch, and in the inputs and outputs of all layers."""
     batch = member.recipe.schedule.batch_size
     captions = member.recipe.loss.captions
     image = _width(member.model.image)
     text = _width(member.model.text)
-    return batch * batch * captions, batch * (image + captions * text)
+    n_logits = batch * batch * captions
+    n_activations = batch * (image + captions * text)
+    return n_logits, n_activations
 
 
 def _width(head: nn.Module) -> int:
@@ -111,118 +129,145 @@ def _width(head: nn.Module) -> int:
 
 
 class Population:
-    """Members (at least two, of one `stack_key`) at the same step. `streams`: their random states,
-    in the same order; `failures`: why a member is no longer among the `present` ones.
+    """Train members together, at the same step.
 
-    On a CPU members take turns in slabs whose activations stay in its caches, an epoch each; on
-    other devices all of them make one slab."""
+    On a CPU members take turns, an epoch each, in slabs whose activations stay in its caches. On
+    other devices all of them make one slab.
+
+    Args:
+        members: At least two, of one `stack_key`.
+        streams: The random states of the members, in the same order.
+        plan: The plan of every member.
+
+    Attributes:
+        failures: Why a member is no longer among the `present` ones, by its position.
+    """
 
     def __init__(self, members: Sequence[Training], streams: Streams, plan: Plan) -> None:
         self.members = list(members)
         self.streams = streams
         self.plan = plan
         self.failures: dict[int, str] = {}
-        places = list(range(len(members)))
+        positions = list(range(len(members)))
         size = len(members) if streams.device.type != "cpu" else slab_size(members[0])
-        self.slabs = [self._slab(part) for part in _in_parts(places, size)]
+        self.slabs = [
+            self._slab(positions_of_slab) for positions_of_slab in _in_slices(positions, size)
+        ]
         self._fed: tuple[FeaturePairs, FeaturePairs] | None = None
 
-    def _slab(self, places: list[int]) -> Slab:
+    def _slab(self, positions: list[int]) -> Slab:
         return Slab(
-            places,
-            members=[self.members[i] for i in places],
-            streams=self.streams.of(places),
+            positions,
+            members=[self.members[i] for i in positions],
+            streams=self.streams.of(positions),
             plan=self.plan,
         )
 
     @property
     def present(self) -> list[int]:
-        return [place for slab in self.slabs for place in slab.places]
+        """Positions of the members that still train."""
+        return [position for slab in self.slabs for position in slab.places]
 
     def drop(self, places: Sequence[int]) -> None:
-        """Take members out; their weights stay as they are."""
+        """Take members out by their positions; their weights stay unchanged."""
         slabs = []
         for slab in self.slabs:
-            left = [place for place in slab.places if place not in places]
-            if len(left) < len(slab.places):
-                slab.release()
-            if left:
-                slabs.append(slab if len(left) == len(slab.places) else self._slab(left))
+            remaining = [position for position in slab.places if position not in places]
+            if len(remaining) == len(slab.places):
+                if remaining:
+                    slabs.append(slab)
+                continue
+            # Members get weights outside the old stack before those that stay are stacked anew.
+            slab.release()
+            if remaining:
+                slabs.append(self._slab(remaining))
         self.slabs = slabs
 
     def release(self) -> None:
-        """Members own their weights again; the population is of no use afterwards."""
+        """Give members weights outside the stacks. Call it last."""
         self.drop(self.present)
 
     def epoch(self, train: FeaturePairs, dev: FeaturePairs) -> None:
-        """One epoch, or what is left of the steps, of all that are present; then they are
-        evaluated."""
+        """Take the rest of an epoch's steps with all present members, then evaluate them."""
         begin = time.perf_counter()
-        done = []
+        ended = []
         self.take_steps(train)
         for i in self.present:
+            member = self.members[i]
             try:
-                end_epoch(self.members[i], dev=dev, plan=self.plan, log=_silent, begin=begin)
+                end_epoch(member, dev=dev, plan=self.plan, log=_silent, begin=begin)
             except DataError as error:
                 self.failures[i] = str(error)
-            if i in self.failures or is_done(self.members[i], self.plan):
-                done.append(i)
-        self.drop(done)
+            if i in self.failures or is_done(member, self.plan):
+                ended.append(i)
+        self.drop(ended)
 
     def take_steps(self, train: FeaturePairs) -> None:
-        """The steps of an epoch of all that are present."""
+        """Take the steps of an epoch with all present members."""
         fed = self._standardised(train)
         for slab in self.slabs:
             slab.take_steps(fed, fed is not train)
 
     def _standardised(self, train: FeaturePairs) -> FeaturePairs:
-        """The features as all heads see them, made once; or as they are, if heads or augmentation
-        need that."""
+        """Return the features as all heads see them, made once.
+
+        Returns `train` itself where heads see them differently, augmentation needs raw features, or
+        memory is short.
+        """
         if self._fed is None or self._fed[0] is not train:
-            alike = _see_alike(self.members) and _fits(train)
-            self._fed = train, _standardise(train, self.members[0]) if alike else train
+            is_shared = _see_alike(self.members) and _fits(train)
+            fed = _standardise(train, self.members[0]) if is_shared else train
+            self._fed = (train, fed)
         return self._fed[1]
 
 
 def slab_size(member: Training) -> int:
-    _, each = activation_counts(member)
-    return max(1, SLAB_BYTES // (FLOAT_BYTES * each))
+    """Return how many such members have activations that stay in a processor's caches."""
+    _, n_activations = activation_counts(member)
+    return max(1, SLAB_BYTES // (FLOAT_BYTES * n_activations))
 
 
 def _see_alike(members: Sequence[Training]) -> bool:
-    """Whether all heads see features in the same way, and nothing else looks at them."""
-    for member in members:
-        spec = member.recipe.augmentation
-        if (
-            spec.noise
-            or spec.mixup
-            or member.recipe.loss.structure
-            or isinstance(member.model.image, SeveralHeads)
-        ):
-            return False
-    models = [member.model for member in members]
-    first = members[0].model
-    sides = [
-        (getattr(model, side), getattr(first, side))
-        for model in models
-        for side in ("image", "text")
-    ]
-    return all(
-        torch.equal(a.mean, b.mean) and torch.equal(a.deviation, b.deviation) for a, b in sides
+    """Return whether all heads standardize features alike, and nothing else looks at them."""
+    return not any(_needs_raw_features(member) for member in members) and all(
+        _same_statistics(member, members[0]) for member in members
     )
 
 
+def _needs_raw_features(member: Training) -> bool:
+    spec = member.recipe.augmentation
+    return bool(
+        spec.noise
+        or spec.mixup
+        or member.recipe.loss.structure
+        or isinstance(member.model.image, SeveralHeads)
+    )
+
+
+def _same_statistics(member: Training, other: Training) -> bool:
+    for side in ("image", "text"):
+        head = getattr(member.model, side)
+        other_head = getattr(other.model, side)
+        if not torch.equal(head.mean, other_head.mean):
+            return False
+        if not torch.equal(head.deviation, other_head.deviation):
+            return False
+    return True
+
+
 def _fits(train: FeaturePairs) -> bool:
-    there = train.image.device == train.text.device == train.place
-    return there and FLOAT_BYTES * (train.image.numel() + train.text.numel()) <= STANDARDISED_BYTES
+    """Return whether the features lie on the training device and a float32 copy is small."""
+    is_resident = train.image.device == train.text.device == train.place
+    n_numbers = train.image.numel() + train.text.numel()
+    return is_resident and FLOAT_BYTES * n_numbers <= STANDARDISED_BYTES
 
 
 @torch.no_grad()
 def _standardise(train: FeaturePairs, member: Training) -> FeaturePairs:
-    image, text = (
-        features.float().sub(head.mean).div_(head.deviation)
-        for features, head in ((train.image, member.model.image), (train.text, member.model.text))
-    )
+    image_head = member.model.image
+    text_head = member.model.text
+    image = train.image.float().sub(image_head.mean).div_(image_head.deviation)
+    text = train.text.float().sub(text_head.mean).div_(text_head.deviation)
     return replace(train, image=image, text=text)
 
 
@@ -235,11 +280,25 @@ def train_together(
     n_epochs: int,
     save: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
-    """Train members of one `stack_key` up to epoch `n_epochs`; a single one in the ordinary way.
-    `save` is called after every epoch. Returns why some could not go on, by their places: their
-    losses are not finite (those of an earlier call, too, that were restored)."""
+    """Train members up to an epoch; a single one with the ordinary trainer.
+
+    Args:
+        members: Fits of one `stack_key`.
+        streams: The random states of the members, in the same order.
+        train: The features to train on.
+        dev: The features to evaluate on after every epoch.
+        plan: The plan of every member.
+        n_epochs: The epoch to stop at.
+        save: Called after every epoch.
+
+    Returns:
+        The errors of members whose losses are not finite, by their positions. Members that were
+        restored from an earlier call count too.
+    """
+    # Members draw from torch's own generators: the caller finds them as they were.
     with torch.random.fork_rng(devices=[train.place] if train.place.type == "cuda" else []):
         for member in members:
+            # Members that were restored have been evaluated untrained.
             if not member.history:
                 evaluate_untrained(member, dev=dev, plan=plan, log=_silent)
         if len(members) == 1:
@@ -254,9 +313,11 @@ def train_together(
             )
         population = Population(members, streams, plan)
         population.failures.update(_failed(members))
-        population.drop(
-            [i for i, m in enumerate(members) if is_done(m, plan) or i in population.failures]
-        )
+        ended = []
+        for i, member in enumerate(members):
+            if is_done(member, plan) or i in population.failures:
+                ended.append(i)
+        population.drop(ended)
         while population.present and members[population.present[0]].epoch < n_epochs:
             population.epoch(train, dev)
             save()
@@ -265,28 +326,31 @@ def train_together(
 
 
 def _failed(members: Sequence[Training]) -> dict[int, str]:
-    found = {}
+    errors = {}
     for i, member in enumerate(members):
         try:
             require_finite(member)
         except DataError as error:
-            found[i] = str(error)
-    return found
+            errors[i] = str(error)
+    return errors
 
 
 def members_state(
     members: Sequence[Training],
     streams: Streams,
 ) -> tuple[dict[str, Tensor], dict[str, Json]]:
-    """Tensors and state of all members, as one checkpoint holds them; also in the midst of
-    `train_together`."""
+    """Return the tensors and state of all members for one checkpoint.
+
+    It may be called between two epochs of `train_together`. Tensors are named
+    `position/name of the member's tensor`.
+    """
     tensors = {}
     states = []
     for i, member in enumerate(members):
         with streams.alone(i):
-            tensors.update(
-                {f"{i}/{name}": tensor.clone() for name, tensor in member.tensors().items()}
-            )
+            for name, tensor in member.tensors().items():
+                # A copy: weights may be views of a stack, whose memory all members share.
+                tensors[f"{i}/{name}"] = tensor.clone()
         states.append(member.state())
     return tensors, {"members": states}
 
@@ -297,18 +361,22 @@ def restore_members(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Json],
 ) -> None:
-    """Raises RunError unless these are the tensors of such members."""
-    parts: list[dict[str, Tensor]] = [{} for _ in members]
+    """Restore members from what `members_state` returned.
+
+    Raises:
+        RunError: The tensors or the state are not of such members.
+    """
+    tensors_of_members: list[dict[str, Tensor]] = [{} for _ in members]
     try:
         for key, tensor in tensors.items():
-            place, _, name = key.partition("/")
-            parts[int(place)][name] = tensor
+            position, _, name = key.partition("/")
+            tensors_of_members[int(position)][name] = tensor
         states = [state["members"][i] for i in range(len(members))]
     except (LookupError, TypeError, ValueError):
         raise RunError("the checkpoint is not one of these members; choose another --out") from None
     for i, member in enumerate(members):
         with streams.alone(i):
-            member.restore(parts[i], states[i])
+            member.restore(tensors_of_members[i], states[i])
 
 
 def _train_alone(
@@ -320,6 +388,7 @@ def _train_alone(
     n_epochs: int,
     save: Callable[[], None],
 ) -> dict[int, str]:
+    """Train a single member as `fit_head` does, with its own random states."""
     while member.epoch < n_epochs and not is_done(member, plan):
         try:
             with streams.use(0):

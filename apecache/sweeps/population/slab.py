@@ -1,11 +1,10 @@
 """Members of a population that take their steps together, from one batched product to the next.
 
-Where launches cost more than the products, on CUDA, the second step is recorded and all others
-replay it.
+On CUDA, where launches of small products cost more than the products, the second step is recorded
+and all later steps replay it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,14 @@ from apecache.train.optim import direct_update, is_direct
 
 
 class Slab:
-    """Members that take their steps together; `places` are theirs in the population."""
+    """Train members that take their steps together.
+
+    Args:
+        places: Positions of the members in the population.
+        members: The members, in the order of `places`.
+        streams: The random states of these members.
+        plan: The plan of every member.
+    """
 
     def __init__(
         self,
@@ -38,79 +44,103 @@ class Slab:
         self.plan = plan
         models = [member.model for member in members]
         self.heads = (
-            StackedHeads([m.image for m in models], streams),
-            StackedHeads([m.text for m in models], streams),
+            StackedHeads([model.image for model in models], streams),
+            StackedHeads([model.text for model in models], streams),
         )
-        self.temperatures = [
-            [p for p in m.temperature.parameters() if p.requires_grad] for m in models
-        ]
-        for parameter in (p for parameters in self.temperatures for p in parameters):
-            parameter.grad = torch.zeros_like(parameter)
+        self.temperatures = [_trained_parameters(model.temperature) for model in models]
+        for parameters in self.temperatures:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self.updates: list[Callable[[], object]] = []
         self.recorder = recorder_of(streams.device) if all(map(_can_be_recorded, members)) else None
         self.graphs: dict[bool, StepGraph] = {}
         n_groups = len(_optimiser(members[0]).param_groups)
+        # A recorded step reads the rates from this tensor: numbers of the host would be frozen.
         self.rates = torch.zeros(len(members), n_groups, device=streams.device)
 
     def release(self) -> None:
+        """Give members weights outside the stacks."""
         for heads in self.heads:
             heads.release()
 
     def take_steps(self, train: FeaturePairs, standardised: bool) -> None:
+        """Take the rest of an epoch's steps.
+
+        Args:
+            train: The features to train on.
+            standardised: Whether the features are standardized already.
+        """
         members = self.members
         plan = self.plan
-        drawn = [draw_epoch(member, train, plan) for member in members]
+        batches_of_members = [draw_epoch(member, train, plan) for member in members]
         while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
-            for member, loss in zip(members, self._step(drawn, standardised).unbind(), strict=True):
+            losses = self._step(batches_of_members, standardised)
+            for member, loss in zip(members, losses.unbind(), strict=True):
                 member.losses.append(loss)
                 member.step = member.step + 1
                 member.in_epoch = member.in_epoch + 1
 
     @torch.no_grad()
-    def _step(self, drawn: Sequence[Iterator[Batch]], standardised: bool) -> Tensor:
-        """float [k]: losses of one step."""
+    def _step(
+        self,
+        batches_of_members: Sequence[Iterator[Batch]],
+        standardised: bool,
+    ) -> Tensor:
+        """Take one step and return its losses, float [k]."""
         self._set_rates()
-        parts = ([next(part) for part in drawn] for _ in range(self.plan.accumulate))
+        micro_batches = self._draw(batches_of_members)
+        # The first step runs torch's own way: it makes the optimizer states that a record needs.
         if self.recorder is None or not self.updates:
-            return self._whole_step(parts, standardised)
-        known = list(parts)
-        if all(self._are_plain(batches) for batches in known) and (
-            graph := self._graph(known, standardised)
-        ):
-            return graph(_inputs(known))
-        return self._whole_step(known, standardised)
+            return self._whole_step(micro_batches, standardised)
+        drawn_batches = list(micro_batches)
+        if all(self._are_plain(batches) for batches in drawn_batches):
+            graph = self._graph(drawn_batches, standardised)
+            if graph:
+                return graph(_inputs(drawn_batches))
+        return self._whole_step(drawn_batches, standardised)
 
-    def _whole_step(self, parts: Iterable[list[Batch]], standardised: bool) -> Tensor:
+    def _draw(self, batches_of_members: Sequence[Iterator[Batch]]) -> Iterator[list[Batch]]:
+        """Yield one batch of every member for each accumulation of a step.
+
+        Lazily, so that one accumulation's batches are in memory at a time.
+        """
+        for _ in range(self.plan.accumulate):
+            yield [next(batches) for batches in batches_of_members]
+
+    def _whole_step(self, micro_batches: Iterable[list[Batch]], standardised: bool) -> Tensor:
         self._clear()
-        losses = [self._add_gradients(batches, standardised) for batches in parts]
+        losses = [self._add_gradients(batches, standardised) for batches in micro_batches]
         self._update()
         return torch.stack(losses).sum(0)
 
-    def _graph(self, parts: Sequence[list[Batch]], standardised: bool) -> StepGraph | None:
-        """Recorded at the first of such steps; None where the device refuses."""
+    def _graph(
+        self,
+        micro_batches: Sequence[list[Batch]],
+        standardised: bool,
+    ) -> StepGraph | None:
+        """Return the recorded step, recorded now if need be; None where the device refuses."""
         if standardised not in self.graphs:
             assert self.recorder is not None
-            if (
-                graph := try_to_record(
-                    self._recorded_step(standardised),
-                    _inputs(parts),
-                    self.recorder,
-                )
-            ) is None:
+            step = self._recorded_step(standardised)
+            graph = try_to_record(step, _inputs(micro_batches), self.recorder)
+            if graph is None:
                 self.recorder = None
+                # These updates read rates from a tensor that is no longer written.
                 self.updates = []
                 return None
             self.graphs[standardised] = graph
         return self.graphs[standardised]
 
     def _recorded_step(self, standardised: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-        """`_whole_step` of plain batches, without anything that only the host could do."""
+        """Return `_whole_step` of plain batches, without anything that only the host can do."""
 
         def step(inputs: Sequence[Tensor]) -> Tensor:
             self._clear()
-            pairs = zip(inputs[::2], inputs[1::2], strict=True)
-            embedded = (self._forward(image, text, standardised) for image, text in pairs)
-            losses = [self._backward(*self._contrast(*pair)) for pair in embedded]
+            losses = []
+            for image, text in zip(inputs[::2], inputs[1::2], strict=True):
+                image_embedding, text_embedding = self._forward(image, text, standardised)
+                contrast = self._contrast(image_embedding, text_embedding)
+                losses.append(self._backward(*contrast))
             for member, update in zip(self.members, self.updates, strict=True):
                 apply_update(member, update)
             return torch.stack(losses).sum(0)
@@ -128,46 +158,57 @@ class Slab:
     def _set_rates(self) -> None:
         for member in self.members:
             set_rates(member, self.plan)
-        if self.recorder is not None:
-            rates = [
-                [group["lr"] for group in _optimiser(member).param_groups]
-                for member in self.members
-            ]
-            self.rates.copy_(torch.tensor(rates))
+        if self.recorder is None:
+            return
+        rates_of_members = []
+        for member in self.members:
+            param_groups = _optimiser(member).param_groups
+            rates_of_members.append([group["lr"] for group in param_groups])
+        self.rates.copy_(torch.tensor(rates_of_members))
 
     def _update(self) -> None:
-        """The first time torch's way, which makes the state of an optimiser where there is none."""
+        """Update all members.
+
+        The first time by `Optimizer.step`, which makes the state of an optimizer where it has none.
+        """
         updates = self.updates or [_optimiser(member).step for member in self.members]
         for member, update in zip(self.members, updates, strict=True):
             apply_update(member, update)
+        if self.updates:
+            return
         rates = [None] * len(self.members) if self.recorder is None else self.rates.unbind()
-        pairs = zip(self.members, rates, strict=True)
-        self.updates = self.updates or [
-            direct_update(_optimiser(member), own) for member, own in pairs
-        ]
+        direct_updates = []
+        for member, member_rates in zip(self.members, rates, strict=True):
+            direct_updates.append(direct_update(_optimiser(member), member_rates))
+        self.updates = direct_updates
 
-    def _add_gradients(self, drawn: Sequence[Batch], standardised: bool) -> Tensor:
-        batches = [self._seen(i, batch) for i, batch in enumerate(drawn)]
+    def _add_gradients(self, member_batches: Sequence[Batch], standardised: bool) -> Tensor:
+        batches = [self._seen(i, batch) for i, batch in enumerate(member_batches)]
         image, text = self._forward(*_stacked(batches), standardised)
-        contrast = (
-            self._contrast if self._are_plain(batches) else partial(self._one_by_one, batches)
-        )
-        return self._backward(*contrast(image, text))
+        if self._are_plain(batches):
+            contrast = self._contrast(image, text)
+        else:
+            contrast = self._one_by_one(batches, image, text)
+        return self._backward(*contrast)
 
     def _are_plain(self, batches: Sequence[Batch]) -> bool:
-        return all(
-            _is_plain(member, batch) for member, batch in zip(self.members, batches, strict=True)
-        )
+        pairs = zip(self.members, batches, strict=True)
+        return all(_is_plain(member, batch) for member, batch in pairs)
 
     def _forward(self, image: Tensor, text: Tensor, standardised: bool) -> tuple[Tensor, Tensor]:
-        return self.heads[0].forward(image, standardised), self.heads[1].forward(text, standardised)
+        image_heads, text_heads = self.heads
+        image_embedding = image_heads.forward(image, standardised)
+        text_embedding = text_heads.forward(text, standardised)
+        return image_embedding, text_embedding
 
-    def _backward(self, losses: Tensor, *gradients: Tensor) -> Tensor:
-        for heads, gradient in zip(self.heads, gradients, strict=True):
-            heads.backward(gradient)
+    def _backward(self, losses: Tensor, by_image: Tensor, by_text: Tensor) -> Tensor:
+        image_heads, text_heads = self.heads
+        image_heads.backward(by_image)
+        text_heads.backward(by_text)
         return losses
 
     def _seen(self, i: int, batch: Batch) -> Batch:
+        """Return the batch of member `i` after its augmentation."""
         training = self.members[i]
         if training.recipe.augmentation == AugmentationSpec():
             return batch
@@ -180,18 +221,23 @@ class Slab:
             )
 
     def _contrast(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, and their gradients by the embeddings; those by the temperatures are added where
-        they belong."""
+        """Compute InfoNCE of every member, and add the gradients of the temperatures.
+
+        Args:
+            image: Embeddings, float [k, n, dim].
+            text: Embeddings, float [k, n, dim].
+
+        Returns:
+            Losses, float [k], and their gradients by image and by text, float [k, n, dim].
+        """
         scale = _stack([member.model.temperature.scale() for member in self.members])
         losses, (by_image, by_text, by_scale) = stacked_info_nce(image, text, scale)
         if self.plan.accumulate > 1:
-            for part in (losses, by_image, by_text, by_scale):
-                part.div_(self.plan.accumulate)
-        for parameters, gradient in zip(
-            self.temperatures,
-            by_scale.mul_(scale).unbind(),
-            strict=True,
-        ):
+            for tensor in (losses, by_image, by_text, by_scale):
+                tensor.div_(self.plan.accumulate)
+        # The parameter is the logarithm of the scale, so that its gradient has a factor of scale.
+        by_temperature = by_scale.mul_(scale).unbind()
+        for parameters, gradient in zip(self.temperatures, by_temperature, strict=True):
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad.add_(gradient)
@@ -203,20 +249,26 @@ class Slab:
         image: Tensor,
         text: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for any loss, a member after the other, so that the logits of one are in memory
-        at a time."""
+        """Do what `_contrast` does for any loss, by autograd.
+
+        Member by member, so that the logits of one are in memory at a time.
+        """
         losses = []
-        gradients = (torch.empty_like(image), torch.empty_like(text))
+        by_image = torch.empty_like(image)
+        by_text = torch.empty_like(text)
         for i, (member, batch) in enumerate(zip(self.members, batches, strict=True)):
-            pair = image[i].detach().requires_grad_(), text[i].detach().requires_grad_()
+            image_row = image[i].detach().requires_grad_()
+            text_row = text[i].detach().requires_grad_()
             with torch.enable_grad():
-                loss = member.model.loss_of(batch, *pair, member.step) / self.plan.accumulate
+                loss = member.model.loss_of(batch, image_row, text_row, member.step)
+                loss = loss / self.plan.accumulate
                 loss.backward()
             losses.append(loss.detach())
-            for gradient, row in zip(gradients, pair, strict=True):
-                assert row.grad is not None
-                gradient[i] = row.grad
-        return torch.stack(losses), *gradients
+            assert image_row.grad is not None
+            assert text_row.grad is not None
+            by_image[i] = image_row.grad
+            by_text[i] = text_row.grad
+        return torch.stack(losses), by_image, by_text
 
 
 def _optimiser(member: Training) -> torch.optim.Optimizer:
@@ -224,38 +276,49 @@ def _optimiser(member: Training) -> torch.optim.Optimizer:
     return member.optimiser
 
 
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+def _trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _inputs(parts: Sequence[Sequence[Batch]]) -> list[Tensor]:
-    """Of each part the images of all members and their texts, one after the other."""
-    return [tensor for batches in parts for tensor in _stacked(batches)]
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    # A view of a single tensor: `torch.stack` would copy it.
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _inputs(micro_batches: Sequence[Sequence[Batch]]) -> list[Tensor]:
+    """List the stacked images and texts of each accumulation in turn."""
+    tensors: list[Tensor] = []
+    for batches in micro_batches:
+        tensors.extend(_stacked(batches))
+    return tensors
 
 
 def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    return _stack([batch.image for batch in batches]), _stack([batch.text for batch in batches])
+    image = _stack([batch.image for batch in batches])
+    text = _stack([batch.text for batch in batches])
+    return image, text
 
 
 def _can_be_recorded(member: Training) -> bool:
-    """Whether steps draw no random numbers, and the optimiser takes its rate from a tensor."""
-    random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in member.model.modules())
+    """Return whether steps draw no random numbers and the optimizer takes a tensor of rates."""
+    modules = member.model.modules()
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     return (
-        not random
+        not draws
         and member.recipe.augmentation == AugmentationSpec()
         and is_direct(_optimiser(member))
     )
 
 
 def _is_plain(member: Training, batch: Batch) -> bool:
-    """Whether the stacked loss is this member's."""
+    """Return whether the stacked loss is this member's loss on this batch."""
     loss = member.recipe.loss
-    several = isinstance(member.model.image, SeveralHeads)
-    small = len(batch.image) * len(batch.text) <= TILED_FROM
+    is_several = isinstance(member.model.image, SeveralHeads)
+    is_small = len(batch.image) * len(batch.text) <= TILED_FROM
     return (
         loss.kind == "infonce"
         and not loss.structure
         and batch.groups is None
-        and small
-        and not several
+        and is_small
+        and not is_several
     )

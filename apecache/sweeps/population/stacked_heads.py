@@ -1,9 +1,8 @@
-"""Heads of one structure trained side by side: their weights stacked [k, …], their products one
-batched product.
+"""Heads of one structure trained side by side: weights stacked [k, …], products batched.
 
-The members' own parameters and running statistics become views of the stacks, and so do their
-gradients: whatever moves the one moves the other. Forward and backward passes are written out, for
-a small head spends as long in autograd and in fresh memory as in its products.
+The parameters of the members become views of the stacks, and so do their gradients: an update of
+one is an update of the other. Forward and backward passes are written out, because a small head
+spends as long in autograd and in fresh memory as in its products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,12 @@ _ATEN = torch.ops.aten
 
 
 class Streams:
-    """Random states of torch's own generators, one for each member; `of` some of them are the same
-    ones."""
+    """Hold random states of torch's own generators, one for each member.
+
+    Args:
+        states: For each member the state of the CPU's generator, and on CUDA that of the device's.
+        device: The device that members train on.
+    """
 
     def __init__(self, states: list[list[Tensor]], device: torch.device) -> None:
         self.states = states
@@ -39,6 +42,7 @@ class Streams:
 
     @staticmethod
     def seeded(seeds: Sequence[int], device: torch.device) -> "Streams":
+        """Make a state from each seed; the generators of the caller stay unchanged."""
         streams = Streams([], device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for seed in seeds:
@@ -47,21 +51,24 @@ class Streams:
         return streams
 
     def of(self, members: Sequence[int]) -> "Streams":
-        return Streams([self.states[i] for i in members], self.device)
+        """Return the states of some members. They are shared with these streams, not copied."""
+        states = [self.states[i] for i in members]
+        return Streams(states, self.device)
 
     @contextmanager
     def use(self, member: int) -> Iterator[None]:
-        """Within, torch draws this member's numbers. What drew before is not kept."""
+        """Let torch draw this member's numbers; the state that torch had before is lost."""
         state = self.states[member]
         torch.set_rng_state(state[0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state[1], self.device)
         yield
+        # In place: streams made by `of` share this list.
         state[:] = self._present()
 
     @contextmanager
     def alone(self, member: int) -> Iterator[None]:
-        """As `use`, and what drew before is kept."""
+        """Do what `use` does, and restore the state that torch had before."""
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             self.use(member),
@@ -69,24 +76,30 @@ class Streams:
             yield
 
     def _present(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
 
 
 def structure_of(head: Head) -> tuple[object, ...] | None:
-    """Equal for heads that can be stacked with one another; None for a head that cannot be stacked
-    at all."""
-    if not all(isinstance(module, (*_LAYERS, *_SHELLS)) for module in head.modules()):
-        return None
-    modules = tuple((name, type(module).__name__) for name, module in head.named_modules())
-    return modules, tuple(
-        (name, tuple(p.shape), p.requires_grad) for name, p in head.named_parameters()
-    )
+    """Return a value that is equal for heads that stack with one another; None for any other."""
+    modules = []
+    for name, module in head.named_modules():
+        if not isinstance(module, (*_LAYERS, *_SHELLS)):
+            return None
+        modules.append((name, type(module).__name__))
+    parameters = []
+    for name, parameter in head.named_parameters():
+        parameters.append((name, tuple(parameter.shape), parameter.requires_grad))
+    return tuple(modules), tuple(parameters)
 
 
 class Stack:
-    """A parameter of all members [k, …] and its gradient, of which the members' own are views. The
-    first gradient after `forget` replaces what was there, later ones are added."""
+    """Hold a parameter of all members [k, …] and its gradient; the members have views of both.
+
+    The first gradient after `StackedHeads.forget` replaces the old one; later ones are added.
+    """
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = members
@@ -94,106 +107,118 @@ class Stack:
         self.trained = members[0].requires_grad
         self.fresh = True
         self.gradient = torch.zeros_like(self.value) if self.trained else None
-        for place, member in enumerate(members):
-            member.data = self.value[place]
-            member.grad = None if self.gradient is None else self.gradient[place]
+        for i, member in enumerate(members):
+            member.data = self.value[i]
+            member.grad = None if self.gradient is None else self.gradient[i]
 
     def add(self, gradient: Tensor) -> None:
-        if self.gradient is not None:
-            self.gradient.copy_(gradient) if self.fresh else self.gradient.add_(gradient)
-            self.fresh = False
+        """Add a gradient [k, …]."""
+        if self.gradient is None:
+            return
+        if self.fresh:
+            self.gradient.copy_(gradient)
+        else:
+            self.gradient.add_(gradient)
+        self.fresh = False
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        if self.gradient is not None:
-            torch.baddbmm(
-                self.gradient,
-                left,
-                right,
-                beta=0 if self.fresh else 1,
-                out=self.gradient,
-            )
-            self.fresh = False
+        """Add the gradient `left @ right`, member by member, without a tensor for the product."""
+        if self.gradient is None:
+            return
+        # With beta 0 the old gradient is not read, so that nothing has to be set to zero.
+        beta = 0 if self.fresh else 1
+        torch.baddbmm(self.gradient, left, right, beta=beta, out=self.gradient)
+        self.fresh = False
 
     def release(self) -> None:
+        """Give members memory of their own."""
         for member in self.members:
             member.data = member.data.clone()
             member.grad = None
 
 
 class _Layer(Protocol):
-    """[k, n, …] -> [k, n, …]; `backward` is called once after a `forward`, with the gradient of its
-    output, and gives that of its input unless it is not `wanted`."""
+    """Map [k, n, …] to [k, n, …], with the gradients written out."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor: ...
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
+        """Add the gradients of the parameters, and return the gradient of the input.
+
+        Called once after a `forward`. Without `by_input` the returned tensor has no meaning.
+        """
 
 
 class StackedHeads:
-    """float [k, n, in_dim] -> float32 [k, n, out_dim], L2-normalised: member i sees features[i]."""
+    """Embed features [k, n, in_dim] as float32 [k, n, out_dim], L2-normalized.
+
+    Member i sees features[i].
+    """
 
     def __init__(self, heads: Sequence[Head], streams: Streams) -> None:
         self.joined: list[Stack] = []
         self._head = _head(heads, streams, self.joined)
 
     def forward(self, features: Tensor, standardised: bool = False) -> Tensor:
-        """`standardised`: the features are so already."""
+        """Embed features; `standardised` says that they are standardized already."""
         return self._head.forward(features, standardised)
 
     def backward(self, gradient: Tensor) -> None:
-        """Gradient [k, n, out_dim] of the last output -> gradients of the members' parameters."""
+        """Add to the gradients of the parameters, from that of the last output [k, n, out_dim]."""
         self._head.backward(gradient)
 
     def forget(self) -> None:
-        """A new step begins: its first gradients replace the old ones."""
+        """Begin a step: its first gradients replace the old ones."""
         for stack in self.joined:
             stack.fresh = True
 
     def release(self) -> None:
-        """Give every member weights of its own again; the stacks may go."""
+        """Give every member memory of its own. Call it last."""
         for stack in self.joined:
             stack.release()
 
 
 def _head(heads: Sequence[Any], streams: Streams, joined: list[Stack]) -> "_Pooled | _Several":
-    if isinstance(heads[0], SeveralHeads):
-        return _Several(
-            [
-                _head(parts, streams, joined)
-                for parts in zip(*(h.parts for h in heads), strict=True)
-            ],
-            heads,
-        )
-    return _Pooled(heads, streams, joined)
+    if not isinstance(heads[0], SeveralHeads):
+        return _Pooled(heads, streams, joined)
+    stacked_parts = []
+    for same_part in zip(*(head.parts for head in heads), strict=True):
+        stacked_parts.append(_head(same_part, streams, joined))
+    return _Several(stacked_parts, heads)
 
 
 class _Pooled:
     def __init__(self, heads: Sequence[Any], streams: Streams, joined: list[Stack]) -> None:
-        self.mean, self.deviation = (
-            torch.stack([getattr(h, n) for h in heads]).unsqueeze(1) for n in ("mean", "deviation")
-        )
+        self.mean = torch.stack([head.mean for head in heads]).unsqueeze(1)
+        self.deviation = torch.stack([head.deviation for head in heads]).unsqueeze(1)
 
         def stacked(get: Callable[[Any], nn.Module]) -> _Layer:
-            return _layer([get(head) for head in heads], streams, joined)
+            modules = [get(head) for head in heads]
+            return _layer(modules, streams, joined)
 
-        self.dropout = stacked(lambda h: h.input_dropout)
-        self.body = stacked(lambda h: h.body)
-        self.direct = None if heads[0].direct is None else stacked(lambda h: h.direct)
+        self.dropout = stacked(lambda head: head.input_dropout)
+        self.body = stacked(lambda head: head.body)
+        self.direct = None if heads[0].direct is None else stacked(lambda head: head.direct)
 
     def forward(self, features: Tensor, standardised: bool) -> Tensor:
-        known = features if standardised else features.float().sub(self.mean).div_(self.deviation)
-        x = self.dropout.forward(known)
+        if not standardised:
+            features = features.float().sub(self.mean).div_(self.deviation)
+        x = self.dropout.forward(features)
         y = self.body.forward(x)
         if self.direct is not None:
             y = y + self.direct.forward(x)
-        self.length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        # The bound of torch's `normalize`, for a vector of zeros.
+        self.length = norm.clamp_min_(1e-12)
         embedded: Tensor = y / self.length
         self.embedded = embedded
         return embedded
 
     def backward(self, gradient: Tensor) -> None:
+        # Of the gradient only what is perpendicular to the embedding changes a normalized vector.
         along = (gradient * self.embedded).sum(-1, keepdim=True)
-        before = torch.addcmul(gradient, self.embedded, along, value=-1).div_(self.length)
+        across = torch.addcmul(gradient, self.embedded, along, value=-1)
+        before = across.div_(self.length)
         self.body.backward(before, False)
         if self.direct is not None:
             self.direct.backward(before, False)
@@ -206,47 +231,57 @@ class _Several:
         self.widths = heads[0].widths
 
     def forward(self, features: Tensor, standardised: bool) -> Tensor:
-        embedded = torch.cat([part.forward(features, standardised) for part in self.parts], -1)
-        return embedded.div_(len(self.parts) ** 0.5)
+        embeddings = [head.forward(features, standardised) for head in self.parts]
+        # Each has length 1: together they have the square root of their number.
+        return torch.cat(embeddings, -1).div_(len(self.parts) ** 0.5)
 
     def backward(self, gradient: Tensor) -> None:
-        for part, own in zip(
-            self.parts,
-            (gradient / len(self.parts) ** 0.5).split(self.widths, -1),
-            strict=True,
-        ):
-            part.backward(own)
+        scaled = gradient / len(self.parts) ** 0.5
+        gradients = scaled.split(self.widths, -1)
+        for head, head_gradient in zip(self.parts, gradients, strict=True):
+            head.backward(head_gradient)
 
 
-def _layer(parts: Sequence[Any], streams: Streams, joined: list[Stack]) -> _Layer:
+def _layer(modules: Sequence[Any], streams: Streams, joined: list[Stack]) -> _Layer:
+    """Stack the same module of every member; its parameters are added to `joined`."""
+
     def inner(get: Callable[[Any], nn.Module]) -> _Layer:
-        return _layer([get(part) for part in parts], streams, joined)
+        inner_modules = [get(module) for module in modules]
+        return _layer(inner_modules, streams, joined)
 
-    match parts[0]:
+    match modules[0]:
         case nn.Linear():
-            return _Linear(parts, joined)
+            return _Linear(modules, joined)
         case nn.LayerNorm():
-            return _LayerNorm(parts, joined)
+            return _LayerNorm(modules, joined)
         case nn.BatchNorm1d():
-            return _BatchNorm(parts, joined)
+            return _BatchNorm(modules, joined)
         case nn.Dropout():
-            return _Dropout(parts, streams)
+            return _Dropout(modules, streams)
         case nn.ReLU():
             return _Relu()
         case nn.GELU():
             return _Gelu()
         case nn.Sequential():
-            return _Chain([_layer(same, streams, joined) for same in zip(*parts, strict=True)])
+            layers = []
+            for same_layer in zip(*modules, strict=True):
+                layers.append(_layer(same_layer, streams, joined))
+            return _Chain(layers)
         case ResidualBlock() | FuseMixBlock():
             return _Residual(inner(lambda block: block.branch))
         case GatedUnit():
-            names = ("norm", "gate", "value", "dropout", "last")
-            return _Gated(*(inner(lambda unit, name=name: getattr(unit, name)) for name in names))  # type: ignore[misc]
+            return _Gated(
+                norm=inner(lambda unit: unit.norm),
+                gate=inner(lambda unit: unit.gate),
+                value=inner(lambda unit: unit.value),
+                dropout=inner(lambda unit: unit.dropout),
+                last=inner(lambda unit: unit.last),
+            )
     return _Chain([])
 
 
-def _join(parts: Sequence[Any], name: str, joined: list[Stack]) -> Stack:
-    stack = Stack([getattr(part, name) for part in parts])
+def _join(modules: Sequence[Any], name: str, joined: list[Stack]) -> Stack:
+    stack = Stack([getattr(module, name) for module in modules])
     joined.append(stack)
     return stack
 
@@ -260,9 +295,9 @@ class _Chain:
             x = layer.forward(x)
         return x
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
-        for place in reversed(range(len(self.layers))):
-            gradient = self.layers[place].backward(gradient, wanted or place > 0)
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
+        for i in reversed(range(len(self.layers))):
+            gradient = self.layers[i].backward(gradient, by_input or i > 0)
         return gradient
 
 
@@ -273,9 +308,9 @@ class _Residual:
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch.forward(x)
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
-        before = self.branch.backward(gradient, wanted)
-        return before.add_(gradient) if wanted else gradient
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
+        before = self.branch.backward(gradient, by_input)
+        return before.add_(gradient) if by_input else gradient
 
 
 class _Gated:
@@ -294,59 +329,70 @@ class _Gated:
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm.forward(x)
-        self.opened, self.valued = self.gate.forward(x), self.value.forward(x)
-        return self.rest.forward(self.opened.clamp(0, 6) * self.valued)
+        self.opened = self.gate.forward(x)
+        self.valued = self.value.forward(x)
+        gated = self.opened.clamp(0, 6) * self.valued
+        return self.rest.forward(gated)
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         gradient = self.rest.backward(gradient, True)
-        opened = (gradient * self.valued).mul_((self.opened > 0) & (self.opened < 6))
-        before = self.gate.backward(opened, True)
+        by_gate = gradient * self.valued
+        # The clamp of the forward pass lets no gradient through outside of 0 to 6.
+        by_gate.mul_((self.opened > 0) & (self.opened < 6))
+        before = self.gate.backward(by_gate, True)
         before = before + self.value.backward(gradient * self.opened.clamp_(0, 6), True)
-        return self.norm.backward(before, wanted)
+        return self.norm.backward(before, by_input)
 
 
 class _Linear:
-    def __init__(self, parts: Sequence[Any], joined: list[Stack]) -> None:
-        self.weight = _join(parts, "weight", joined)
-        self.bias = None if parts[0].bias is None else _join(parts, "bias", joined)
+    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+        self.weight = _join(modules, "weight", joined)
+        self.bias = None if modules[0].bias is None else _join(modules, "bias", joined)
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x
         weight = self.weight.value.mT
-        return (
-            torch.bmm(x, weight)
-            if self.bias is None
-            else torch.baddbmm(self.bias.value.unsqueeze(1), x, weight)
-        )
+        if self.bias is None:
+            return torch.bmm(x, weight)
+        bias = self.bias.value.unsqueeze(1)
+        return torch.baddbmm(bias, x, weight)
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         self.weight.add_product(gradient.mT, self.x)
         if self.bias is not None:
             self.bias.add(gradient.sum(1))
-        return torch.bmm(gradient, self.weight.value) if wanted else gradient
+        return torch.bmm(gradient, self.weight.value) if by_input else gradient
 
 
 class _LayerNorm:
-    def __init__(self, parts: Sequence[Any], joined: list[Stack]) -> None:
-        self.weight = _join(parts, "weight", joined)
-        self.bias = _join(parts, "bias", joined)
-        self.shape = parts[0].normalized_shape
-        self.eps = parts[0].eps
+    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+        self.weight = _join(modules, "weight", joined)
+        self.bias = _join(modules, "bias", joined)
+        self.shape = modules[0].normalized_shape
+        self.eps = modules[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed, *statistics = torch.native_layer_norm(x, self.shape, None, None, self.eps)
+        # Without weight and bias, which differ between members.
+        normed, *statistics = torch.native_layer_norm(
+            x,
+            normalized_shape=self.shape,
+            weight=None,
+            bias=None,
+            eps=self.eps,
+        )
         self.x = x
         self.normed = normed
         self.statistics = statistics
-        return torch.addcmul(self.bias.value.unsqueeze(1), normed, self.weight.value.unsqueeze(1))
+        weight = self.weight.value.unsqueeze(1)
+        bias = self.bias.value.unsqueeze(1)
+        return torch.addcmul(bias, normed, weight)
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         self.weight.add((gradient * self.normed).sum(1))
         self.bias.add(gradient.sum(1))
-        if not wanted:
+        if not by_input:
             return gradient
         scaled = gradient * self.weight.value.unsqueeze(1)
-        mask = [True, False, False]
         before: Tensor = _ATEN.native_layer_norm_backward(
             scaled,
             self.x,
@@ -354,59 +400,54 @@ class _LayerNorm:
             *self.statistics,
             None,
             None,
-            mask,
+            [True, False, False],
         )[0]
         return before
 
 
 class _BatchNorm:
-    """Features of all members side by side; running statistics are those of the members, in
-    training."""
+    """Normalize the features of all members side by side, and keep their running statistics."""
 
-    def __init__(self, parts: Sequence[Any], joined: list[Stack]) -> None:
-        self.weight = _join(parts, "weight", joined)
-        self.bias = _join(parts, "bias", joined)
-        self.parts = list(parts)
-        self.eps = parts[0].eps
-        self.momentum = parts[0].momentum
+    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+        self.weight = _join(modules, "weight", joined)
+        self.bias = _join(modules, "bias", joined)
+        self.parts = list(modules)
+        self.eps = modules[0].eps
+        self.momentum = modules[0].momentum
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.transpose(0, 1).flatten(1)
-        running = [
-            torch.cat([getattr(p, n) for p in self.parts]) for n in ("running_mean", "running_var")
-        ]
-        weight = self.weight.value.flatten()
-        bias = self.bias.value.flatten()
+        running_mean = torch.cat([module.running_mean for module in self.parts])
+        running_variance = torch.cat([module.running_var for module in self.parts])
         y, *self.batch = torch.native_batch_norm(
             self.x,
-            weight,
-            bias,
-            running[0],
-            running[1],
-            True,
-            self.momentum,
-            self.eps,
+            weight=self.weight.value.flatten(),
+            bias=self.bias.value.flatten(),
+            running_mean=running_mean,
+            running_var=running_variance,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
         )
-        for part, own_mean, own_variance in zip(
-            self.parts,
-            *(s.chunk(len(x)) for s in running),
-            strict=True,
-        ):
-            part.running_mean.copy_(own_mean)
-            part.running_var.copy_(own_variance)
-            part.num_batches_tracked.add_(1)
+        means = running_mean.chunk(len(x))
+        variances = running_variance.chunk(len(x))
+        # `cat` made copies, which native_batch_norm has updated.
+        for module, mean, variance in zip(self.parts, means, variances, strict=True):
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+            module.num_batches_tracked.add_(1)
         stacked: Tensor = y.unflatten(1, (len(x), -1)).transpose(0, 1)
         return stacked
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         k = len(self.parts)
-        mask = [wanted, True, True]
+        mask = [by_input, True, True]
         beside = gradient.transpose(0, 1).flatten(1)
-        known = beside, self.x, self.weight.value.flatten(), None, None, *self.batch
-        before, weight, bias = _ATEN.native_batch_norm_backward(*known, True, self.eps, mask)
+        saved = (beside, self.x, self.weight.value.flatten(), None, None, *self.batch)
+        before, weight, bias = _ATEN.native_batch_norm_backward(*saved, True, self.eps, mask)
         self.weight.add(weight.unflatten(0, (k, -1)))
         self.bias.add(bias.unflatten(0, (k, -1)))
-        return before.unflatten(1, (k, -1)).transpose(0, 1) if wanted else gradient
+        return before.unflatten(1, (k, -1)).transpose(0, 1) if by_input else gradient
 
 
 class _Relu:
@@ -414,7 +455,7 @@ class _Relu:
         self.y = x.relu()
         return self.y
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         before: Tensor = _ATEN.threshold_backward(gradient, self.y, 0)
         return before
 
@@ -424,16 +465,16 @@ class _Gelu:
         self.x = x
         return torch.nn.functional.gelu(x)
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         before: Tensor = _ATEN.gelu_backward(gradient, self.x)
         return before
 
 
 class _Dropout:
-    """Each member's mask comes from its own numbers, drawn as `nn.Dropout` draws it."""
+    """Draw each member's mask from its own numbers, as `nn.Dropout` draws it."""
 
-    def __init__(self, parts: Sequence[Any], streams: Streams) -> None:
-        self.rates = [part.p for part in parts]
+    def __init__(self, modules: Sequence[Any], streams: Streams) -> None:
+        self.rates = [module.p for module in modules]
         self.streams = streams
 
     def forward(self, x: Tensor) -> Tensor:
@@ -443,8 +484,8 @@ class _Dropout:
         self.masks = torch.stack([self._mask(i, ones) for i in range(len(self.rates))])
         return x * self.masks
 
-    def backward(self, gradient: Tensor, wanted: bool) -> Tensor:
-        return gradient * self.masks if wanted and any(self.rates) else gradient
+    def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
+        return gradient * self.masks if by_input and any(self.rates) else gradient
 
     def _mask(self, member: int, ones: Tensor) -> Tensor:
         if not self.rates[member]:

@@ -1,54 +1,74 @@
-"""InfoNCE of several models at once, each with a batch of its own, and its gradients in closed
-form."""
+"""InfoNCE of several models at once, each with its own batch, and gradients in closed form."""
 
 import torch
 from torch import Tensor
 
 SAFE_SCALE = 40.0
-"""Cosines times up to this have exponentials and sums of them within float32, so that one
+"""Up to this scale the exponentials of the logits, and their sums, stay within float32, so that one
 exponential serves both softmaxes."""
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
 def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
-    """Losses float [k], `info_nce` of image[i], text[i] ([k, n, dim], normalised) and scale[i], and
-    their gradients by image, text and scale.
+    """Compute `info_nce` of each model and its gradients.
 
-    Model by model, so that one model's logits [n, n] are in memory at a time, and in the caches of
-    a processor. The gradient of a logit is (softmax of its row + softmax of its column - 2 on the
-    diagonal) / 2n.
+    The gradient of a logit is (softmax of its row + softmax of its column - 2 on the diagonal),
+    divided by 2n.
+
+    Args:
+        image: Embeddings, float [k, n, dim], L2-normalized.
+        text: Embeddings, float [k, n, dim], L2-normalized.
+        scale: The factor of the cosines, float [k].
+
+    Returns:
+        Losses, float [k], and their gradients by image, text and scale.
     """
-    gradients = torch.empty_like(image), torch.empty_like(text), torch.empty_like(scale)
+    by_images = torch.empty_like(image)
+    by_texts = torch.empty_like(text)
+    by_scales = torch.empty_like(scale)
     losses = torch.empty_like(scale)
+    # Model by model: one model's logits [n, n] are in memory at a time, and stay in the caches.
     for i in range(len(scale)):
-        scaled = image[i] * scale[i]
-        diagonal = (scaled * text[i]).sum()
-        sums, pull = _softmaxes(scaled @ text[i].T, scale[i])
-        losses[i] = (sums / 2 - diagonal) / len(pull)
-        by_image = gradients[0][i]
-        by_text = gradients[1][i]
-        half = scale[i] / (2 * len(pull))
-        torch.addmm(text[i], pull, text[i], beta=-2, out=by_image).mul_(half)
-        torch.addmm(image[i], pull.T, image[i], beta=-2, out=by_text).mul_(half)
-        gradients[2][i] = torch.dot(by_image.flatten(), image[i].flatten()) / scale[i]
-    return losses, gradients
+        model_image = image[i]
+        model_text = text[i]
+        scaled = model_image * scale[i]
+        diagonal = (scaled * model_text).sum()
+        log_sums, softmaxes = _softmaxes(scaled @ model_text.T, scale[i])
+        n_rows = len(softmaxes)
+        losses[i] = (log_sums / 2 - diagonal) / n_rows
+        factor = scale[i] / (2 * n_rows)
+        by_image = by_images[i]
+        by_text = by_texts[i]
+        # beta=-2 takes the 2 of the diagonal off without a change of the softmaxes.
+        torch.addmm(model_text, softmaxes, model_text, beta=-2, out=by_image).mul_(factor)
+        torch.addmm(model_image, softmaxes.T, model_image, beta=-2, out=by_text).mul_(factor)
+        product = torch.dot(by_image.flatten(), model_image.flatten())
+        by_scales[i] = product / scale[i]
+    return losses, (by_images, by_texts, by_scales)
 
 
 def _softmaxes(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the logarithms of the sums over rows and over columns, and softmax by rows + softmax
-    by columns. Uses up the logits."""
+    """Return what the loss and its gradient take from logits [n, n], which are overwritten.
+
+    Returns:
+        The sum of the log-sum-exps of all rows and columns; the softmax by rows plus that by
+        columns, float [n, n].
+    """
     if logits.device.type == "cpu" and float(scale) <= SAFE_SCALE:
         rows = logits.exp_().sum(1)
         columns = logits.sum(0)
         logs = rows.log().sum() + columns.log().sum()
-        return logs, logits.mul_(rows.reciprocal_().unsqueeze(1) + columns.reciprocal_())
+        reciprocals = rows.reciprocal_().unsqueeze(1) + columns.reciprocal_()
+        return logs, logits.mul_(reciprocals)
     return _softmaxes_of_any_scale(logits)
 
 
 def _softmaxes_of_any_scale(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without asking for the scale, for which a device would have to be waited for."""
+    """Do the same without the value of the scale, for which the host would wait for the device."""
     rows = logits.logsumexp(1)
     columns = logits.logsumexp(0)
     by_rows = (logits - rows.unsqueeze(1)).exp_()
-    return rows.sum() + columns.sum(), by_rows.add_(logits.sub_(columns).exp_())
+    by_columns = logits.sub_(columns).exp_()
+    logs = rows.sum() + columns.sum()
+    return logs, by_rows.add_(by_columns)

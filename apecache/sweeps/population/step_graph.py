@@ -1,13 +1,12 @@
-"""A step of training recorded once and replayed as one launch: for small heads the host is slower
-than the device.
+"""A step of training recorded once and replayed as one launch.
 
-Recording bakes in every shape, every place in memory and every number of the host. So what changes
-from step to step, batches and learning rates, lies in tensors that stay where they are and are
-written before each replay; random numbers, which come from states that the host sets, and losses
-that depend on what is in a batch cannot be recorded.
+For small heads the host is slower than the device. A record fixes every shape, every address and
+every number of the host. What changes from step to step, batches and learning rates, is in tensors
+that keep their addresses and are written before each replay. Two things cannot be recorded: random
+numbers, whose states the host sets, and losses that depend on the content of a batch.
 
-Not measured on a GPU: the tests replay a record of the same operations on the CPU, which has the
-same rules.
+Not measured on a GPU: the tests replay a record of the same operations on the CPU, under the same
+rules.
 """
 
 import warnings
@@ -17,17 +16,19 @@ import torch
 from torch import Tensor
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes what is to be recorded, without letting it take effect; gives what replays it and returns
-what it returned."""
+"""Records a function without effect on its tensors. Returns a function that replays it and returns
+the recorded tensor."""
 
 
 def recorder_of(device: torch.device) -> Recorder | None:
-    """None where steps run one operation at a time."""
+    """Return the recorder of a device; None where steps run one operation at a time."""
     return record_cuda_graph if device.type == "cuda" else None
 
 
 def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record a function as a CUDA graph: a `Recorder`."""
     graph = torch.cuda.CUDAGraph()
+    # By default an unsafe call to CUDA by any other thread would break the record.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = run()
 
@@ -39,8 +40,14 @@ def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 class StepGraph:
-    """`run` of `inputs`, which are copied to places of its own before each replay. Shapes stay the
-    same."""
+    """Replay `run` for other inputs of the same shapes.
+
+    Args:
+        run: The function to record. Whatever changes between calls must be in tensors that keep
+            their addresses.
+        inputs: The inputs to record with; they are copied.
+        record: The recorder of the device.
+    """
 
     def __init__(
         self,
@@ -52,9 +59,10 @@ class StepGraph:
         self._replay = record(lambda: run(self.inputs))
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """What `run` returns, in memory that the next call leaves alone."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        """Return what `run` returns for these inputs."""
+        for recorded, current in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(current)
+        # A copy: the next replay writes its result to the same memory.
         return self._replay().clone()
 
 
@@ -63,7 +71,10 @@ def try_to_record(
     inputs: Sequence[Tensor],
     record: Recorder,
 ) -> StepGraph | None:
-    """None, with a warning, where the device refuses: nothing has taken effect then."""
+    """Record a step; return None, with a warning, where the device refuses.
+
+    A step that could not be recorded has had no effect.
+    """
     try:
         return StepGraph(run, inputs, record)
     except RuntimeError as error:

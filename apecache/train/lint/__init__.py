@@ -1,1 +1,1 @@
-"""Checks for the traps of published training code."""
+"""Check fits for the traps of published training code."""

@@ -1,7 +1,7 @@
-"""Checks for the traps of published training code: what is wrong with a fit although it runs.
+"""Check a fit for the traps of published training code: faults that do not stop it from running.
 
-An error stops a fit. A warning stands in its ledger. Models are checked on real features: two steps
-of the recipe's own optimiser, on a copy of the model and a part of one batch.
+An error stops a fit. A warning is recorded in its ledger. Models are checked on real features: two
+steps of the recipe's own optimizer, on a copy of the model and a few images.
 """
 
 import copy
@@ -27,29 +27,37 @@ from apecache.train.loop import Fit, Trainable, Training, seeded
 from apecache.train.model import AlignmentModel
 
 PROBE_IMAGES = 256
+"""Images in a batch that heads are checked on."""
 PROBE_PAIRS = 16
-"""Images that are run through towers, twice."""
+"""Images in a batch that towers are checked on, which are slower."""
 LEAST_DEV_IMAGES = 100
-"""A recall of 50 % among so many has a standard error of 5 points: more than recipes differ by."""
+"""Dev images below which lint warns.
+
+A recall of 50 % among 100 has a standard error of 5 points, more than recipes differ by.
+"""
 EQUAL_SHARE = 0.1
-"""Share of the negatives that equal captions and images may take away before lint says so."""
+"""Share of the negatives that equal captions and images may remove before lint warns."""
 BLOCK_ROWS = 8192
+"""Rows of features that are converted to float64 at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """`check` is a short fixed word; `message` says what was found and what mends it."""
+    """Report what a check found."""
 
     check: str
+    """Short name of the check."""
     level: Literal["error", "warning"]
+    """An error stops a fit."""
     message: str
+    """What was found, and how to fix it."""
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message}"
 
 
 def require_sound(findings: Sequence[Finding]) -> None:
-    """Raises DataError that names every error among the findings."""
+    """Check that no finding is an error. Raises DataError that names every error."""
     errors = [str(finding) for finding in findings if finding.level == "error"]
     if errors:
         failed = "1 check fails" if len(errors) == 1 else f"{len(errors)} checks fail"
@@ -66,22 +74,29 @@ def lint_fit(
     model: AlignmentModel,
     optimiser: torch.optim.Optimizer | None,
 ) -> list[Finding]:
-    """Every check on what a fit is about to do. `report_split`: where results will be reported, if
-    the store has it.
+    """Run every check on a fit of heads before it begins.
+
+    Args:
+        store: Store of the features.
+        arrays: Image and text features.
+        recipe: Recipe of the fit.
+        splits: Training and dev split.
+        report_split: Split that results will be reported on, if the store has it.
+        train: Training pairs.
+        model: Model before training.
+        optimiser: Optimizer of the fit; None: nothing trains.
 
     Raises:
-        RecipeError: the splits do not work.
+        RecipeError: The splits do not work.
     """
-    return [
+    findings = [
         *lint_recipe(recipe, len(train), train),
         *lint_splits(store, arrays=arrays, spec=splits, report_split=report_split),
         *lint_positives(train, recipe),
-        *(
-            lint_model(model, optimiser=optimiser, recipe=recipe, train=train)
-            if optimiser is not None
-            else ()
-        ),
     ]
+    if optimiser is not None:
+        findings += lint_model(model, optimiser=optimiser, recipe=recipe, train=train)
+    return findings
 
 
 def lint_encoder_data(
@@ -91,34 +106,46 @@ def lint_encoder_data(
     report_split: str,
     train: FeaturePairs,
 ) -> list[Finding]:
-    """The same of a fit within towers, as far as no step is needed: recipe, splits, positives.
-    `train`: rows of the store's table. Splits are compared by any features that the store has of
-    both sides."""
-    found = [*lint_recipe(recipe, len(train), train), *lint_groups_of_captions(train, recipe)]
+    """Check recipe, splits and positives of a fit within towers. See `lint_fit`.
+
+    `train` holds rows of the store's table.
+    """
+    findings = [*lint_recipe(recipe, len(train), train), *lint_groups_of_captions(train, recipe)]
     images = store.arrays("image")
     texts = store.arrays("text")
+    # Any features will do: splits are compared by the content that they were made of.
     if images and texts:
-        found += lint_splits(
+        findings += lint_splits(
             store,
             arrays=(images[0], texts[0]),
             spec=splits,
             report_split=report_split,
         )
-    return found
+    return findings
 
 
 # --- the recipe -----------------------------------------------------------------------------------
 
 
 def n_negatives(recipe: Recipe, n_images: int, train: FeaturePairs | None = None) -> int:
-    """Wrong candidates of each query in a batch: accumulation adds none, mixing halves them, and
-    where nothing trains there are none. Of `train` with equal captions or images: their mean over
-    one batch, rounded."""
+    """Count the wrong candidates of each query in a batch.
+
+    Accumulation adds none, and mixing halves them. A recipe that trains nothing has none.
+
+    Args:
+        recipe: Recipe of the fit.
+        n_images: Training images.
+        train: Training pairs. If captions or images among them are equal, the result is the mean
+            over one batch, rounded.
+    """
     if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
         return 0
-    most = min(recipe.schedule.batch_size, n_images) // (2 if recipe.augmentation.mixup else 1) - 1
+    n_candidates = min(recipe.schedule.batch_size, n_images)
+    if recipe.augmentation.mixup:
+        n_candidates //= 2
+    max_negatives = n_candidates - 1
     if train is None or (train.content is None and train.caption_ids is None):
-        return most
+        return max_negatives
     generator = torch.Generator().manual_seed(0)
     groups = next(
         batches(
@@ -129,16 +156,19 @@ def n_negatives(recipe: Recipe, n_images: int, train: FeaturePairs | None = None
         )
     ).groups
     if groups is None:
-        return most
-    own = groups.image.cpu()
+        return max_negatives
+    group_of_image = groups.image.cpu()
     if recipe.augmentation.mixup:
-        own = mixed_groups(own)
-    _, sizes = own.unique(return_counts=True)
-    return round(float((sizes * (len(own) - sizes)).sum()) / len(own))
+        group_of_image = mixed_groups(group_of_image)
+    # Each image of a group has all images outside the group for negatives.
+    n_rows = len(group_of_image)
+    _, group_sizes = group_of_image.unique(return_counts=True)
+    n_all_negatives = float((group_sizes * (n_rows - group_sizes)).sum())
+    return round(n_all_negatives / n_rows)
 
 
 def _rows_alone(train: FeaturePairs) -> FeaturePairs:
-    """The same pairs with numbers of rows for features, which cost nothing to draw."""
+    """Return the same pairs with row numbers instead of features, which are fast to draw."""
     return FeaturePairs(
         image=torch.arange(len(train.image)),
         text=torch.arange(len(train.text)),
@@ -153,21 +183,30 @@ def lint_recipe(
     n_images: int | None = None,
     train: FeaturePairs | None = None,
 ) -> Iterator[Finding]:
-    """What the recipe alone shows; `n_images`, `train`: training images and pairs, where they are
-    known."""
+    """Check what the recipe alone shows: whether batches have as many negatives as they seem to.
+
+    Args:
+        recipe: Recipe of the fit.
+        n_images: Training images, if known.
+        train: Training pairs, if known.
+    """
     schedule = recipe.schedule
     size = schedule.batch_size if n_images is None else min(schedule.batch_size, n_images)
-    found = n_negatives(recipe, size, train)
+    negatives = n_negatives(recipe, size, train)
     nominal = size * schedule.accumulate
-    plain = n_negatives(recipe, size)
-    equal = found < (1 - EQUAL_SHARE) * plain
-    if equal or 0 < plain < nominal - 1:
-        why = [f"accumulate {schedule.accumulate} adds none"] if schedule.accumulate > 1 else []
-        why += ["mixup halves them"] if recipe.augmentation.mixup else []
-        why += ["equal captions and images are none"] if equal else []
+    max_negatives = n_negatives(recipe, size)
+    has_equal_pairs = negatives < (1 - EQUAL_SHARE) * max_negatives
+    if has_equal_pairs or 0 < max_negatives < nominal - 1:
+        reasons: list[str] = []
+        if schedule.accumulate > 1:
+            reasons.append(f"accumulate {schedule.accumulate} adds none")
+        if recipe.augmentation.mixup:
+            reasons.append("mixup halves them")
+        if has_equal_pairs:
+            reasons.append("equal captions and images are none")
         text = (
-            f"the nominal batch is {nominal}, but each query has {found} negatives "
-            f"({', '.join(why)})"
+            f"the nominal batch is {nominal}, but each query has {negatives} negatives "
+            f"({', '.join(reasons)})"
         )
         yield Finding(
             check="negatives",
@@ -185,7 +224,14 @@ def lint_splits(
     spec: SplitSpec,
     report_split: str,
 ) -> Iterator[Finding]:
-    """What is chosen on must not be reported, what is trained on must be in no other split."""
+    """Check that the splits for training, choosing and reporting are separate.
+
+    Args:
+        store: Store of the features.
+        arrays: Image and text features, whose content is compared.
+        spec: Training and dev split.
+        report_split: Split that results will be reported on.
+    """
     pairs = store.pairs
     train, dev = choose_splits(pairs, spec, equal_images(arrays[0]))
     if (pairs.splits[dev] == report_split).any():
@@ -205,12 +251,11 @@ def lint_splits(
             level="error",
             message=f"{text}; give another --train-split, or another --report-split",
         )
-    if dev.sum() < LEAST_DEV_IMAGES:
-        error = 50 / max(1, int(dev.sum())) ** 0.5
-        text = (
-            f"the dev split has {int(dev.sum())} images: a recall of 50 % is known to {error:.0f} "
-            "points"
-        )
+    n_dev = int(dev.sum())
+    if n_dev < LEAST_DEV_IMAGES:
+        # Standard error of a share of one half, in points.
+        error = 50 / max(1, n_dev) ** 0.5
+        text = f"the dev split has {n_dev} images: a recall of 50 % is known to {error:.0f} points"
         yield Finding(
             check="dev-size",
             level="warning",
@@ -221,8 +266,10 @@ def lint_splits(
 
 
 def _few_captions(pairs: PairTable, dev: NDArray[np.bool_]) -> Iterator[Finding]:
-    """A dev split with fewer different captions than images, and fewer than `LEAST_DEV_IMAGES` of
-    them."""
+    """Check that the dev split has enough different captions.
+
+    It needs as many as images, or at least `LEAST_DEV_IMAGES`.
+    """
     texts = np.flatnonzero(dev[pairs.image_rows])
     usable = [row for row in texts.tolist() if str(pairs.captions[row]).strip()]
     n_captions = len(np.unique(pairs.caption_ids[usable]))
@@ -237,11 +284,11 @@ def _few_captions(pairs: PairTable, dev: NDArray[np.bool_]) -> Iterator[Finding]
 
 
 def lint_named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding]:
-    """What names and counts of a run show without its data."""
-    found = []
+    """Check what names and counts of a run show without its data."""
+    findings: list[Finding] = []
     if report_split in (splits.dev, splits.train):
         text = f"trained or chosen on {report_split!r}, which is to be reported"
-        found.append(
+        findings.append(
             Finding(
                 check="selection",
                 level="error",
@@ -250,14 +297,14 @@ def lint_named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding
         )
     if n_dev < LEAST_DEV_IMAGES:
         text = f"the dev split had {n_dev} images"
-        found.append(
+        findings.append(
             Finding(
                 check="dev-size",
                 level="warning",
                 message=f"{text}; choose on at least {LEAST_DEV_IMAGES}",
             )
         )
-    return found
+    return findings
 
 
 def _overlaps(
@@ -266,13 +313,15 @@ def _overlaps(
     train: NDArray[np.bool_],
     dev: NDArray[np.bool_],
 ) -> Iterator[Finding]:
-    """By hashes of files and captions. Equal captions of different images are common, so they are
-    no error."""
+    """Check that no training image or caption is in another split, by hashes."""
     pairs = store.pairs
-    rest = {name: (pairs.splits == name) & ~train & ~dev for name in pairs.split_counts()}
-    others = {"dev": dev, **{name or "(none)": mask for name, mask in rest.items() if mask.any()}}
+    compared_masks = {"dev": dev}
+    for name in pairs.split_counts():
+        mask = (pairs.splits == name) & ~train & ~dev
+        if mask.any():
+            compared_masks[name or "(none)"] = mask
     contents = [np.array(array.content(), object) for array in arrays]
-    for name, mask in others.items():
+    for name, mask in compared_masks.items():
         images = _in_both(contents[0], train, mask)
         if images:
             text = f"{images} images of {name} have the content of a training image"
@@ -283,6 +332,7 @@ def _overlaps(
                 message=f"{text}; take one of each out of the table",
             )
         texts = _in_both(contents[1], train[pairs.image_rows], mask[pairs.image_rows])
+        # Equal captions of different images are common, so they are never an error.
         if texts:
             yield Finding(
                 check="overlap",
@@ -296,16 +346,19 @@ def _in_both(
     first: NDArray[np.bool_],
     second: NDArray[np.bool_],
 ) -> int:
-    known = set(content[first].tolist()) - {""}
-    return sum(digest in known for digest in content[second].tolist())
+    """Count the rows of `second` whose content is in `first`. Unknown content is empty."""
+    first_digests = set(content[first].tolist()) - {""}
+    return sum(digest in first_digests for digest in content[second].tolist())
 
 
 # --- the batches ----------------------------------------------------------------------------------
 
 
 def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
-    """Captions of one image as each other's negatives: in a batch, or because the image stands in
-    several rows."""
+    """Check that captions of one image are not each other's negatives.
+
+    They can be in a batch, or because the image is in several rows.
+    """
     yield from lint_groups_of_captions(train, recipe)
     count = _rows_of_equal_features(train)
     if count:
@@ -321,7 +374,7 @@ def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
 
 
 def lint_groups_of_captions(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
-    """Captions of one image as each other's negatives in a batch."""
+    """Check that captions of one image are not each other's negatives in a batch."""
     batch = next(
         batches(
             train,
@@ -339,7 +392,7 @@ def lint_groups_of_captions(train: FeaturePairs, recipe: Recipe) -> Iterator[Fin
 
 
 def wrong_negatives(batch: Batch) -> bool:
-    """Whether captions of one image, which stand one after another, are not all its positives."""
+    """Check whether some captions of an image, which stand in a row, are not its positives."""
     captions = len(batch.text) // len(batch.image)
     if captions == 1:
         return False
@@ -349,22 +402,25 @@ def wrong_negatives(batch: Batch) -> bool:
 
 
 def _rows_of_equal_features(train: FeaturePairs) -> int:
-    """Images whose features are those of an earlier one, though their content is not known to be
-    equal. Found by a random projection in double precision, of tokens and views that of the
-    first."""
+    """Count the images that have the features of another one, but not its known content.
+
+    Of tokens and views the first one is compared.
+    """
+    # Rows are compared by one random projection in float64: equal rows have equal projections, and
+    # different rows practically never do.
+    device = train.image.device
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(train.image.shape[-1], generator=generator, dtype=torch.float64).to(
-        train.image.device
-    )
+    dim = train.image.shape[-1]
+    direction = torch.randn(dim, generator=generator, dtype=torch.float64).to(device)
     first = train.image if train.image.ndim == 2 else train.image[:, 0]
-    parts = (part.double().nan_to_num() @ direction for part in first.split(BLOCK_ROWS))
-    _, same = torch.cat(list(parts)).unique(return_inverse=True)
-    kinds = (
-        torch.arange(len(train), device=same.device)
-        if train.content is None
-        else train.content.to(same.device)
-    )
-    return len(torch.stack((same, kinds)).unique(dim=1).T) - len(same.unique())
+    projections = [block.double().nan_to_num() @ direction for block in first.split(BLOCK_ROWS)]
+    _, feature_ids = torch.cat(projections).unique(return_inverse=True)
+    if train.content is None:
+        content_ids = torch.arange(len(train), device=feature_ids.device)
+    else:
+        content_ids = train.content.to(feature_ids.device)
+    n_different = len(torch.stack((feature_ids, content_ids)).unique(dim=1).T)
+    return n_different - len(feature_ids.unique())
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -376,11 +432,13 @@ def lint_model(
     recipe: Recipe,
     train: FeaturePairs,
 ) -> Iterator[Finding]:
-    """Whether everything that should learn can."""
+    """Check that everything that should learn can."""
     yield from lint_groups(model, optimiser, recipe)
+    # A copy: the probe takes steps.
     probe = Training(copy.deepcopy(model), recipe, 0)
     tested = [name for name, _ in model.named_parameters()]
-    yield from _found_by_probe(*_probe(probe, train=train, n_images=PROBE_IMAGES, tested=tested))
+    silent, shut = _probe(probe, train=train, n_images=PROBE_IMAGES, tested=tested)
+    yield from _found_by_probe(silent, shut)
 
 
 def lint_groups(
@@ -388,10 +446,11 @@ def lint_groups(
     optimiser: torch.optim.Optimizer | None,
     recipe: Recipe,
 ) -> Iterator[Finding]:
-    """Whether the optimiser holds everything that should learn (None: it holds nothing)."""
-    held = (
-        {id(p) for group in optimiser.param_groups for p in group["params"]} if optimiser else set()
-    )
+    """Check that the optimizer holds everything that should learn. None holds nothing."""
+    held: set[int] = set()
+    if optimiser:
+        for group in optimiser.param_groups:
+            held.update(id(parameter) for parameter in group["params"])
     if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
         text = "the temperature is learnable, but in no group of the optimiser"
         yield Finding(
@@ -399,28 +458,33 @@ def lint_groups(
             level="error",
             message=f"{text}; give the optimiser every parameter of the model",
         )
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    left = [name for name in left if not name.startswith("temperature.")]
-    if left:
+    missing_names: list[str] = []
+    for name, parameter in model.named_parameters():
+        is_missing = parameter.requires_grad and id(parameter) not in held
+        if is_missing and not name.startswith("temperature."):
+            missing_names.append(name)
+    if missing_names:
         yield Finding(
             check="optimiser",
             level="error",
-            message=f"{_some(left)} in no group of the optimiser; give it every parameter",
+            message=f"{_some(missing_names)} in no group of the optimiser; give it every parameter",
         )
 
 
 def lint_encoder_model(training: Fit[Any], train: FeaturePairs) -> Iterator[Finding]:
-    """`lint_model` of a fit within towers, whose trainable parts are looked at. The model is not
-    copied, since towers are large: afterwards it has other weights."""
+    """Check that everything that should learn in a fit within towers can.
+
+    The model is not copied, since towers are large. Afterwards it has other weights.
+    """
     yield from lint_groups(training.model, training.optimiser, training.recipe)
     tested = [name for name, p in training.model.named_parameters() if p.requires_grad]
     if training.optimiser is not None:
-        yield from _found_by_probe(
-            *_probe(training, train=train, n_images=PROBE_PAIRS, tested=tested)
-        )
+        silent, shut = _probe(training, train=train, n_images=PROBE_PAIRS, tested=tested)
+        yield from _found_by_probe(silent, shut)
 
 
 def _found_by_probe(silent: Sequence[str], shut: Sequence[str]) -> Iterator[Finding]:
+    """Report parameters without gradient and gates that never open."""
     if shut:
         yield Finding(
             check="gate",
@@ -428,23 +492,25 @@ def _found_by_probe(silent: Sequence[str], shut: Sequence[str]) -> Iterator[Find
             message=f"{_some(shut)} shut for every training image or text; "
             "begin with other weights",
         )
-    behind = tuple(
-        prefix
-        for gate in shut
-        for prefix in (gate.rpartition(".")[0], f"{gate.split('.')[0]}.tower.")
-    )
-    silent = [name for name in silent if not name.startswith(behind)]
-    if silent:
+    # Nothing around a shut gate, nor in the tower before it, has a gradient: the gate explains it.
+    explained: list[str] = []
+    for gate in shut:
+        side = gate.split(".")[0]
+        explained += [gate.rpartition(".")[0], f"{side}.tower."]
+    untrained = [name for name in silent if not name.startswith(tuple(explained))]
+    if untrained:
         yield Finding(
             check="gradient",
             level="error",
-            message=f"{_some(silent)} without gradient in the first two steps; freeze or use it",
+            message=f"{_some(untrained)} without gradient in the first two steps; freeze or use it",
         )
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more} {'are' if len(names) > 1 else 'is'}"
+def _some(names: Sequence[str], max_shown: int = 4) -> str:
+    """List the first names, with the verb of a sentence."""
+    suffix = f" and {len(names) - max_shown} more" if len(names) > max_shown else ""
+    verb = "are" if len(names) > 1 else "is"
+    return f"{', '.join(names[:max_shown])}{suffix} {verb}"
 
 
 def _probe(
@@ -453,9 +519,17 @@ def _probe(
     n_images: int,
     tested: Sequence[str],
 ) -> tuple[list[str], list[str]]:
-    """(tested parameters without gradient, gates that never open) in two steps on at most
-    `n_images`. Two, because behind a last layer of zeros, with which a body beside a closed form
-    begins, gradients come with the second."""
+    """Take two steps, and look for parameters without gradient and gates that never open.
+
+    Args:
+        fit: Fit whose model is changed.
+        train: Training pairs.
+        n_images: Most images in a batch.
+        tested: Names of the parameters that should learn.
+
+    Returns:
+        Tested parameters without gradient, and gates that never open.
+    """
     assert fit.optimiser is not None
     model = fit.model
     recipe = fit.recipe
@@ -465,40 +539,46 @@ def _probe(
     generator = torch.Generator().manual_seed(0)
     size = min(n_images, recipe.schedule.batch_size)
     with seeded(0, fit.device):
-        drawn = [
-            next(
-                batches(train, batch_size=size, generator=generator, captions=recipe.loss.captions)
-            )
-            for _ in range(2)
-        ]
+        captions = recipe.loss.captions
+        # Two steps: a body beside a closed form begins with a last layer of zeros, behind which
+        # gradients come with the second step only.
+        probe_batches: list[Batch] = []
+        for _ in range(2):
+            batch = next(batches(train, batch_size=size, generator=generator, captions=captions))
+            probe_batches.append(batch)
         model.train()
-        for fit.step, batch in enumerate(drawn):
+        for fit.step, batch in enumerate(probe_batches):
             outputs = _gate_outputs(model)
             fit.optimiser.zero_grad(set_to_none=True)
             fit.add_gradients(batch, 1)
             silent -= {name for name in silent if _has_gradient(parameters[name])}
-            now = {
-                name
-                for name, values in outputs.items()
-                if not any(bool((x > 0).any()) for x in values)
-            }
-            shut = now if fit.step == 0 else shut & now
+            shut_now = {name for name, values in outputs.items() if not _opens(values)}
+            shut = shut_now if fit.step == 0 else shut & shut_now
             fit.optimiser.step()
     return sorted(silent), sorted(shut)
 
 
+def _opens(gate_values: Sequence[Tensor]) -> bool:
+    """Check whether a gate is open for some input: above zero before its activation."""
+    return any(bool((values > 0).any()) for values in gate_values)
+
+
 def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Check whether a gradient is not all zero."""
     return parameter.grad is not None and bool((parameter.grad != 0).any())
 
 
 def _gate_outputs(model: nn.Module) -> dict[str, list[Tensor]]:
-    """What the gates give from now on, by name, before the activation that shuts them below
-    zero."""
+    """Record what the gates give from now on, by name, before their activation.
+
+    The lists fill when the model runs.
+    """
     outputs: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, GatedUnit):
-            kept = outputs.setdefault(f"{name}.gate", [])
+            gate_values = outputs.setdefault(f"{name}.gate", [])
+            # A default argument binds the list of this gate, not that of the last one.
             module.gate.register_forward_hook(
-                lambda _, __, out, kept=kept: kept.append(out.detach())
+                lambda _, __, out, gate_values=gate_values: gate_values.append(out.detach())
             )
     return outputs

@@ -1,14 +1,12 @@
-"""The checks of `apecache.train.lint.checks` on a fit within towers: one that is to be done, and a
-run that exists."""
+"""Check a fit within towers by `apecache.train.lint.checks`: one to come, or a finished run."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from apecache.encoders.encoder import parse_device
-from apecache.encoders.spec import spec_from_json
+from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Json, Modality
 from apecache.recipes.recipe import Recipe, parse_recipe
@@ -35,17 +33,19 @@ def lint_encoder_plan(
     spec: FitEncoderSpec,
     open_image: OpenImage | None = None,
 ) -> list[Finding]:
-    """Of the fit that `fit_encoder` would begin. Raises as it does before it trains."""
+    """Check the fit that `fit_encoder` would begin.
+
+    Raises as `fit_encoder` does before it trains.
+    """
     require_sensible(recipe, spec, ALONE)
-    return _lint(
-        set_up(
-            store,
-            recipe=recipe,
-            spec=spec,
-            open_image=open_image,
-            device=parse_device(spec.device),
-        )
+    setup = set_up(
+        store,
+        recipe=recipe,
+        spec=spec,
+        open_image=open_image,
+        device=parse_device(spec.device),
     )
+    return _lint(setup)
 
 
 def lint_encoder_run(
@@ -54,22 +54,28 @@ def lint_encoder_run(
     report_split: str,
     open_image: OpenImage | None = None,
 ) -> list[Finding]:
-    """Of a finished run of `fit_encoder`: its recipe and splits; with its store, also its weights
-    and data. A tower that ran from its inputs does so here, so an image tower needs its images.
+    """Check a finished run of `fit_encoder`.
+
+    Args:
+        run: Folder of the run.
+        store: Store of the run; None: only recipe and splits are checked, not weights and data.
+        report_split: Split that results will be reported on.
+        open_image: Reads the image of a key. Needed if the image tower ran from pixels.
 
     Raises:
-        RunError: a damaged run. MismatchError: the store or an encoder is not what it was trained
-            on. And what
-        `fit_encoder` raises before it trains.
+        RunError: The run is damaged.
+        MismatchError: The store or an encoder is not what the run was trained on.
+
+    Also raises what `fit_encoder` raises before it trains.
     """
-    about = read_description(run)
+    description = read_description(run)
     try:
-        recipe = parse_recipe(about["recipe"], str(run / DESCRIPTION))
-        splits = SplitSpec(**about["splits"])
-        n_images = int(about["n_train_images"])
-        n_dev = int(about["n_dev_images"])
-        data = about["data"]
-        spec = _spec_of(about, recipe=recipe, splits=splits, report_split=report_split)
+        recipe = parse_recipe(description["recipe"], str(run / DESCRIPTION))
+        splits = SplitSpec(**description["splits"])
+        n_images = int(description["n_train_images"])
+        n_dev = int(description["n_dev_images"])
+        data = description["data"]
+        spec = _spec_of(description, recipe=recipe, splits=splits, report_split=report_split)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{run / DESCRIPTION} is damaged ({error}); train again") from None
     if store is None:
@@ -85,12 +91,14 @@ def lint_encoder_run(
         open_image=open_image,
         device=parse_device(spec.device),
     )
-    _require_encoders(run, about, setup)
-    setup.model.load_kept(_with_bank(read_tensors(run / WEIGHTS)[0], setup.model.kept_state()))
+    _require_encoders(run, description, setup)
+    tensors, _ = read_tensors(run / WEIGHTS)
+    setup.model.load_kept(_with_bank(tensors, setup.model.kept_state()))
     return _lint(setup)
 
 
 def _lint(setup: Setup) -> list[Finding]:
+    """Run the checks on a fit that is ready to begin."""
     opened = setup.opened
     training = EncoderFit(
         setup.model,
@@ -112,37 +120,48 @@ def _lint(setup: Setup) -> list[Finding]:
 
 
 def _spec_of(
-    about: Mapping[str, Json],
+    description: Mapping[str, Json],
     recipe: Recipe,
     splits: SplitSpec,
     report_split: str,
 ) -> FitEncoderSpec:
-    """What the run was made with, on the CPU."""
-    names = {side: about[side].get("features") for side in ("image", "text")}
-    spec = FitEncoderSpec(
+    """Return the settings that the run was made with, on the CPU."""
+    image_features = description["image"].get("features")
+    text_features = description["text"].get("features")
+    seed = description["seed"]
+    return FitEncoderSpec(
+        image=_live_encoder(description["image"], side="image", recipe=recipe),
+        text=_live_encoder(description["text"], side="text", recipe=recipe),
+        image_features=image_features,
+        text_features=text_features,
         splits=splits,
-        seed=about["seed"],
+        seed=seed,
         device="cpu",
         report_split=report_split,
     )
-    spec = replace(spec, image_features=names["image"], text_features=names["text"])
-    sides: tuple[Modality, ...] = ("image", "text")
-    for side in sides:
-        if names[side] is None and recipe.towers.may_train(side):
-            encoder = spec_from_json(about[side]["encoder"])
-            spec = replace(spec, image=encoder) if side == "image" else replace(spec, text=encoder)
-    return spec
 
 
-def _require_encoders(run: Path, about: Mapping[str, Json], setup: Setup) -> None:
+def _live_encoder(
+    side_description: Mapping[str, Json],
+    side: Modality,
+    recipe: Recipe,
+) -> EncoderSpec | None:
+    """Return the encoder of a side that ran without features of the store; None otherwise."""
+    if side_description.get("features") is not None or not recipe.towers.may_train(side):
+        return None
+    return spec_from_json(side_description["encoder"])
+
+
+def _require_encoders(run: Path, description: Mapping[str, Json], setup: Setup) -> None:
+    """Check that the encoders are those of the run. Raises MismatchError if one has changed."""
     for source in setup.opened.sources:
-        if source.fingerprint.fields != about[source.side]["fingerprint"]:
+        if source.fingerprint.fields != description[source.side]["fingerprint"]:
             raise MismatchError(
                 f"the {source.side} encoder of {run} has changed; give the store of its fit"
             )
 
 
-def _with_bank(kept: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the bank of teacher features, which a finished run does not keep, as it is at the
-    beginning."""
-    return {**{name: tensor for name, tensor in fresh.items() if ".bank." in name}, **kept}
+def _with_bank(run_tensors: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the initial bank of teacher features, which a finished run does not keep."""
+    bank = {name: tensor for name, tensor in fresh.items() if ".bank." in name}
+    return {**bank, **run_tensors}

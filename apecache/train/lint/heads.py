@@ -1,5 +1,4 @@
-"""The checks of `apecache.train.lint.checks` on heads that are to be fitted, and on a run of theirs
-that exists."""
+"""Check a fit of heads by `apecache.train.lint.checks`: one to come, or a finished run."""
 
 import copy
 from pathlib import Path
@@ -25,21 +24,34 @@ def lint_plan(
     store: FeatureStore | None = None,
     spec: FitSpec | None = None,
 ) -> list[Finding]:
-    """Of a recipe; with a store, of the fit that `fit_head` would begin there on the CPU.
+    """Check a recipe, or the fit that `fit_head` would begin with it on the CPU.
+
+    Args:
+        recipe: Recipe of the fit.
+        store: Store of the features; None: only the recipe is checked.
+        spec: Settings of the fit.
 
     Raises:
-        RecipeError, IncompleteError, DamagedError: as `fit_head` does.
+        RecipeError, IncompleteError, DamagedError: As `fit_head` does.
     """
     if store is None:
         return list(lint_recipe(recipe))
     spec = spec or FitSpec()
-    arrays = store.array("image", spec.image_features), store.array("text", spec.text_features)
-    train, dev = load_splits(store, *arrays, spec.splits, torch.device("cpu"), recipe)
+    image = store.array("image", spec.image_features)
+    text = store.array("text", spec.text_features)
+    train, dev = load_splits(
+        store,
+        image=image,
+        text=text,
+        spec=spec.splits,
+        device=torch.device("cpu"),
+        recipe=recipe,
+    )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     optimiser = Training(model, recipe, spec.seed).optimiser
     return lint_fit(
         store,
-        arrays=arrays,
+        arrays=(image, text),
         recipe=recipe,
         splits=spec.splits,
         report_split=spec.report_split,
@@ -54,11 +66,16 @@ def lint_run(
     store: FeatureStore | None = None,
     report_split: str = "test",
 ) -> list[Finding]:
-    """Of a finished run of `fit_head`: its recipe and splits; with its store, also its weights and
-    data.
+    """Check a finished run of `fit_head`.
+
+    Args:
+        run: Folder of the run.
+        store: Store of the run; None: only recipe and splits are checked, not weights and data.
+        report_split: Split that results will be reported on.
 
     Raises:
-        RunError: no such run. MismatchError: the store is not the one that it was trained on.
+        RunError: There is no such run.
+        MismatchError: The store is not the one that the run was trained on.
     """
     heads = load_heads(run)
     try:
@@ -76,12 +93,20 @@ def lint_run(
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
         )
-    arrays = find_features(heads.image, store, "image"), find_features(heads.text, store, "text")
-    train, _ = load_splits(store, *arrays, splits, torch.device("cpu"), recipe)
+    image = find_features(heads.image, store, "image")
+    text = find_features(heads.text, store, "text")
+    train, _ = load_splits(
+        store,
+        image=image,
+        text=text,
+        spec=splits,
+        device=torch.device("cpu"),
+        recipe=recipe,
+    )
     model = _model(heads, recipe)
     return lint_fit(
         store,
-        arrays=arrays,
+        arrays=(image, text),
         recipe=recipe,
         splits=splits,
         report_split=report_split,
@@ -92,8 +117,10 @@ def lint_run(
 
 
 def _model(heads: TrainedHeads, recipe: Recipe) -> AlignmentModel:
-    """As it was trained, ready to go on."""
-    image, text = (copy.deepcopy(side.head).requires_grad_() for side in (heads.image, heads.text))
+    """Return the trained heads as a model that can train."""
+    # Loaded heads are frozen, and the caller keeps them.
+    image = copy.deepcopy(heads.image.head).requires_grad_()
+    text = copy.deepcopy(heads.text.head).requires_grad_()
     return AlignmentModel(
         image,
         text=text,
