@@ -35,6 +35,7 @@ from apecache.encoders.encoder import (
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
 from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.tower import count_positions
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
 
@@ -433,12 +434,9 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     saved_limit = None
     if path and path.is_file():
         saved_limit = json.loads(path.read_text()).get("max_seq_length")
-    n_positions = getattr(config, "max_position_embeddings", None)
-    # RoBERTa-like models count positions from 2: the first two rows of the table are not used.
-    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     limits = [
         int(tokenizer.model_max_length),
-        (int(n_positions) - offset) if n_positions else None,
+        count_positions(config),
         512,
         spec.max_tokens or saved_limit,
     ]

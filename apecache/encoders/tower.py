@@ -459,6 +459,16 @@ def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return is_padding.to(hidden.dtype) * MASKED
 
 
+def count_positions(config: Any) -> int | None:
+    """Return how many tokens a text model has positions for; None where there is no limit."""
+    n_positions = getattr(config, "max_position_embeddings", None)
+    if not n_positions:
+        return None
+    # RoBERTa-like models count positions from 2: the first two rows of the table are not used.
+    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return int(n_positions) - offset
+
+
 def build_tower(
     module: Any,
     modality: Modality,

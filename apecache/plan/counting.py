@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apecache.encoders.tower import Cut, Tower
+from apecache.encoders.tower import Cut, Tower, count_positions
+from apecache.errors import OptionError
 from apecache.fingerprint import Modality
 from apecache.heads.head import Head
 from apecache.models.freezing import Match, find_cut
@@ -187,9 +188,19 @@ def _below(cut: Cut | None, tower: Tower, head: Head) -> Cut:
 
 
 def example(tower: Tower, spec: PlanSpec) -> tuple[Tensor, Tensor | None]:
-    """Return the inputs of one item, on the meta device, and their mask (None for an image)."""
+    """Return the inputs of one item, on the meta device, and their mask (None for an image).
+
+    Raises:
+        OptionError: More tokens than the text model has positions for.
+    """
     if tower.modality == "image":
         return torch.zeros(1, 3, *tower.image_size, device="meta"), None
+    n_positions = count_positions(getattr(tower.module, "config", None))
+    if n_positions is not None and spec.tokens > n_positions:
+        raise OptionError(
+            f"--tokens {spec.tokens}: the text encoder has positions for {n_positions} tokens; "
+            f"give --tokens {n_positions} or fewer"
+        )
     ids = torch.zeros(1, spec.tokens, dtype=torch.long, device="meta")
     return ids, torch.ones_like(ids)
 

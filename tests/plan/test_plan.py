@@ -23,7 +23,7 @@ from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError, OptionError, RecipeError
 from apecache.models.adapters import insert_adapters
 from apecache.models.dual_encoder import Teacher, build_shared
-from apecache.plan.counting import PlanSpec, SidePlan, measure
+from apecache.plan.counting import PlanSpec, SidePlan, example, measure
 from apecache.plan.counting_shared import Taught, count_teacher
 from apecache.plan.devices import DEVICES, Device, block_flops, find_device
 from apecache.plan.plan import Plan, plan
@@ -540,3 +540,11 @@ def test_a_side_says_its_sums() -> None:
     )
     assert (side.n_trained, side.n_parameters) == (4, 6)
     assert isinstance(build_tower(on_meta(small_t5).module, "text"), Tower)
+
+
+def test_more_tokens_than_the_text_encoder_has_positions_for_are_refused() -> None:
+    tower = small_bert()
+    limit = tower.module.config.max_position_embeddings
+    assert example(tower, PlanSpec(rows=2, tokens=limit))[0].shape == (1, limit)
+    with pytest.raises(OptionError, match=rf"positions for {limit} tokens; give --tokens {limit}"):
+        example(tower, PlanSpec(rows=2, tokens=limit + 1))
