@@ -30,25 +30,10 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.speed.startup --quick
-	$(BIN)/python -m benchmarks.speed.store --quick
-	$(BIN)/python -m benchmarks.speed.commits --quick
-	$(BIN)/python -m benchmarks.speed.search --quick
-	$(BIN)/python -m benchmarks.speed.extract --quick
-	$(BIN)/python -m benchmarks.speed.losses --quick
-	$(BIN)/python -m benchmarks.speed.fit --quick
-	$(BIN)/python -m benchmarks.speed.sweep --quick
-	$(BIN)/python -m benchmarks.quality.flickr8k --quick
-	$(BIN)/python -m benchmarks.quality.heads --quick
-	$(BIN)/python -m benchmarks.quality.scout --quick
-	$(BIN)/python -m benchmarks.quality.recipes --quick
-	$(BIN)/python -m benchmarks.quality.storage --quick
-	$(BIN)/python -m benchmarks.quality.sweep --quick
-	$(BIN)/python -m benchmarks.speed.engines --quick
+	$(BIN)/python -m benchmarks speed --quick
+	$(BIN)/python -m benchmarks quality --quick
+	$(BIN)/python -m benchmarks reliability --quick
 	$(BIN)/python -m benchmarks.laws.render
-	$(BIN)/python -m benchmarks.reliability.faults --quick
-	$(BIN)/python -m benchmarks.reliability.cluster --quick
-	$(BIN)/python -m benchmarks.reliability.engines --quick
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.reliability.faults
