@@ -123,6 +123,7 @@ def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() ->
 
 def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_settle", lambda parent: os._exit(3))
+    others = children_of(os.getpid())  # of other tests in this process
     with (
         pytest.raises(
             ApecacheError,
@@ -138,10 +139,11 @@ def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.Mon
         ) as results,
     ):
         next(results)
-    assert children_of(os.getpid()) == []
+    assert set(children_of(os.getpid())) <= set(others)
 
 
 def test_no_more_workers_are_forked_than_there_is_work() -> None:
+    others = children_of(os.getpid())  # of other tests in this process
     with open_processes(
         lambda position: ([torch.zeros(1)], "", None),
         count=2,
@@ -151,7 +153,7 @@ def test_no_more_workers_are_forked_than_there_is_work() -> None:
         hang_seconds=5.0,
     ) as results:
         next(results)
-        assert len(children_of(os.getpid())) == 2
+        assert len(set(children_of(os.getpid())) - set(others)) == 2
 
 
 def test_a_worker_computes_with_one_thread() -> None:
