@@ -139,8 +139,9 @@ CALLS: Wrongs = {
     "load, text": ("text", lambda s, h: apecache.load("run", text="hf:x")),  # type: ignore[arg-type]
     "load_benchmark": ("name", lambda s, h: apecache.load_benchmark(WRONG)),
     "load_encoders": ("run", lambda s, h: apecache.load_encoders(WRONG)),
+    "compare_runs, run": ("run_a", lambda s, h: apecache.compare_runs(WRONG, "b", s)),
+    "compare_runs, store": ("store", lambda s, h: apecache.compare_runs("a", "b", WRONG)),
     "load_heads": ("folder", lambda s, h: apecache.load_heads(WRONG)),
-    "load_law": ("name", lambda s, h: apecache.load_law(WRONG)),
     "load_recipe": ("name", lambda s, h: apecache.load_recipe(WRONG)),
     "load_recipe, settings": (
         "settings",
@@ -164,7 +165,6 @@ CALLS: Wrongs = {
         "image",
         lambda s, h: apecache.retrieval_report(np.eye(2), torch.eye(2), torch.arange(2)),
     ),  # type: ignore[arg-type]
-    "run_laws": ("setting", lambda s, h: apecache.run_laws(WRONG)),
     "save_heads, heads": ("heads", lambda s, h: apecache.save_heads(WRONG, "out")),
     "save_heads, folder": ("folder", lambda s, h: apecache.save_heads(h, WRONG)),
     "scout": ("source", lambda s, h: apecache.scout(WRONG, WRONG)),

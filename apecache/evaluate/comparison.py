@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.metrics.protocols import retrieval_hits
@@ -78,8 +79,8 @@ class RunComparison:
 
 
 def compare_runs(
-    run_a: Path | Sequence[Path],
-    run_b: Path | Sequence[Path],
+    run_a: AnyPath | Sequence[AnyPath],
+    run_b: AnyPath | Sequence[AnyPath],
     store: FeatureStore,
     split: str = "val",
     *,
@@ -110,8 +111,9 @@ def compare_runs(
         RunError, DataError, IncompleteError, DamagedError: as `load_run` and `embed_store` raise
             them.
     """
-    paths_a = _as_paths(run_a)
-    paths_b = _as_paths(run_b)
+    require_type(store, FeatureStore, "store")
+    paths_a = _as_paths(run_a, "run_a")
+    paths_b = _as_paths(run_b, "run_b")
     trainings = {path: recorded_training(path) for path in (*paths_a, *paths_b)}
     # All checks come before the first embedding, which can take minutes.
     _require_seeds_of_one_recipe(paths_a, trainings)
@@ -231,8 +233,9 @@ def _chance(report: RetrievalReport, terms: Sequence[Term]) -> float:
     return fmean(getattr(report, f"chance_{direction}")[k] for direction, k in terms)
 
 
-def _as_paths(runs: Path | Sequence[Path]) -> list[Path]:
-    paths = [runs] if isinstance(runs, Path) else list(runs)
+def _as_paths(runs: AnyPath | Sequence[AnyPath], name: str) -> list[Path]:
+    several = runs if isinstance(runs, list | tuple) else [runs]
+    paths = [as_path(run, name) for run in several]
     if not paths:
         raise OptionError(
             "a side of the comparison has no run; give one run or several seeds for each side"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from apecache.errors import OptionError
 from apecache.report.charts.axes import ticks
 from apecache.report.charts.intervals import Intervals, draw_intervals
 from apecache.report.charts.parallel import Parallel, draw
@@ -126,6 +127,8 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     error leaves the earlier file untouched.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise OptionError(f"{target} is not a regular file; choose another --out")
     data = render_page(page).encode("utf-8")
     # In the same folder: a file can be replaced in one step only within one file system.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -68,6 +68,7 @@ class Query:
         Raises:
             OptionError: a field is not a list of texts or of pictures.
         """
+        require_type(self.files, bool, "files")
         for name in ("like", "unlike", "keys"):
             as_texts(getattr(self, name), name)
         if not isinstance(self.images, list | tuple):

@@ -440,10 +440,13 @@ def choose_splits(
         )
     # One row stands for all copies of an image; where no two are equal, every row for itself.
     numbers = np.arange(len(train)) if content is None else content
-    _, first = np.unique(numbers[rows], return_index=True)
-    dev_rows = np.random.default_rng(spec.seed).choice(
-        rows[np.sort(first)], min(count, len(first)), replace=False
-    )
+    _, first, n_copies = np.unique(numbers[rows], return_index=True, return_counts=True)
+    order = np.argsort(first)
+    generator = np.random.default_rng(spec.seed)
+    drawn = generator.choice(len(first), min(count, len(first)), replace=False)
+    # Copies come with their image: stop before there are more dev images than asked for.
+    n_taken = max(1, int((n_copies[order][drawn].cumsum() <= count).sum()))
+    dev_rows = rows[first[order][drawn[:n_taken]]]
     dev = train & np.isin(numbers, numbers[dev_rows])
     return train & ~dev, dev
 
