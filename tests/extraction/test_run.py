@@ -417,8 +417,8 @@ def test_an_appended_store_equals_one_made_in_one_go(
     tmp_path: Path, long_table: Path, in_one_go: FeatureStore, again: Callable[..., ExtractReport], load_once: None,
     first: int, bit_equal: bool,
 ) -> None:  # fmt: skip
-    """Images bit by bit in any case (one shape of batch); captions where the same ones share a
-    batch."""
+    """Bit by bit where the same rows share a batch, at the same place in it. Elsewhere a kernel may
+    round otherwise, by the processor."""
     store = tmp_path / "store"
     again(table_of(long_table, first), store)
     before = tree(store)
@@ -437,7 +437,7 @@ def test_an_appended_store_equals_one_made_in_one_go(
         whole = in_one_go.array(modality)
         assert (array.rows, array.complete, array.share_done) == (whole.rows, True, 1.0)
         assert array.content() == whole.content()
-        if modality == "image" or bit_equal:
+        if bit_equal:
             assert array.load().tobytes() == whole.load().tobytes()
         assert cosine(array.load(), whole.load()) >= 0.99999
     assert again(long_table, store).nothing_to_do
