@@ -6,7 +6,9 @@ bit-equality between two batch sizes fails on every machine:
 
     python -m pytest -p other_kernels
 
-Equal shapes still give equal bits, which is all that apecache promises.
+Equal shapes still give equal bits, which is all that apecache promises. `torch.export` and
+`torch.compile` do not run under the plugin, and Ray's actors do not load it: tests of ONNX graphs,
+of compiled encoders and of actors against the local engine fail with it for that reason alone.
 """
 
 from collections.abc import Callable, Mapping
