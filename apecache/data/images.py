@@ -175,12 +175,6 @@ def _read_open_file(file: BinaryIO, name: str) -> bytes:
             file.seek(0)
         # One byte more than allowed shows that a file is too large without reading all of it.
         data = file.read(MAX_IMAGE_BYTES + 1)
-        # An unbuffered file gives what is there: a pipe or a socket has to be read to its end.
-        while isinstance(data, bytes) and 0 < len(data) <= MAX_IMAGE_BYTES:
-            block = file.read(MAX_IMAGE_BYTES + 1 - len(data))
-            if not block:
-                break
-            data += block
     except (OSError, ValueError) as error:
         # A closed file raises ValueError.
         raise RowError("missing", f"{name}: {error}") from None
