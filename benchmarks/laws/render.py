@@ -1,7 +1,7 @@
 """RESULTS.md, made of the JSON files in results/ and of nothing else.
 
     python -m benchmarks.laws.render                    # write RESULTS.md again
-    python -m benchmarks.laws.render --from WORK        # take the results of `apecache laws --work WORK` first
+    python -m benchmarks.laws.render --from WORK        # take the results in a work folder first
     python -m benchmarks.laws.render --page laws.html   # and the same as a page with pictures
 
 A result that is taken replaces that of the same law, and gets the commit, the machine and the
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "--from",
         dest="work",
         type=Path,
-        help="work folder of apecache laws, whose results are taken",
+        help="work folder of benchmarks.laws whose results are taken",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, default=TABLE)
