@@ -19,7 +19,7 @@ from .evaluate.comparison import MetricDifference as MetricDifference
 from .evaluate.comparison import RunComparison as RunComparison
 from .evaluate.comparison import compare_runs as compare_runs
 from .evaluate.embeddings import embed_store as embed_store
-from .evaluate.labelled import LabelledSpec as LabelledSpec
+from .evaluate.labeled import LabeledSpec as LabeledSpec
 from .evaluate.probe import ProbeReport as ProbeReport
 from .evaluate.probe import probe as probe
 from .evaluate.prompts import find_templates as find_templates
@@ -91,7 +91,7 @@ __all__ = [
     "FitReport",
     "FitSpec",
     "ImageTextModel",
-    "LabelledSpec",
+    "LabeledSpec",
     "MetricDifference",
     "OpenSpec",
     "Pair",

@@ -11,7 +11,7 @@ MADE_BY: Mapping[str, str] = {
     "EncoderSpec": "parse_encoder(text, modality)",
     "ExtractSpec": "ExtractSpec(image=…, text=…)",
     "FeatureStore": "FeatureStore.open(path)",
-    "LabelledSpec": "LabelledSpec(source=open_pairs(path), caches=folder)",
+    "LabeledSpec": "LabeledSpec(source=open_pairs(path), caches=folder)",
     "PairSource": "open_pairs(path)",
     "Query": "Query(like=[text])",
     "ScoutSpec": "ScoutSpec(image=…, text=…)",

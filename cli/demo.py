@@ -140,7 +140,7 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
     """
     from apecache.data.sources import open_pairs
     from apecache.evaluate.embeddings import embed_store
-    from apecache.evaluate.labelled import LabelledSpec
+    from apecache.evaluate.labeled import LabeledSpec
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
     from apecache.metrics.retrieval import retrieval_report
     from apecache.recipes.recipe import load_recipe
@@ -154,7 +154,7 @@ def measure(name: str, run: Path, store: Path, folder: Path) -> list[dict[str, A
         ("before training", untrained_heads(opened, load_recipe(name))),
         ("trained", load_heads(run)),
     )
-    images = LabelledSpec(open_pairs(folder / "pairs.tsv"), run / "caches", ("val",))
+    images = LabeledSpec(open_pairs(folder / "pairs.tsv"), run / "caches", ("val",))
     spec = ZeroShotSpec(images, TEMPLATES)
     for stage, heads in stages:
         embedded = embed_store(heads, opened, "val")

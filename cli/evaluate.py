@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .inputs import Opening, takes_source
-from .labelled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
+from .labeled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, choice, ending, show_json, show_table, warn
 
@@ -90,8 +90,8 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a run: retrieval on a split of a store; on labelled images zero-shot classification,
-    or probes of their features before and after the head; on labelled texts such probes too.
+    """Measure a run: retrieval on a split of a store; on labeled images zero-shot classification,
+    or probes of their features before and after the head; on labeled texts such probes too.
 
     Example: apecache evaluate run --store store --split val
 
@@ -221,7 +221,7 @@ def retrieval(
     if was_seen:
         warn(
             f"split {split!r} was used in training or to choose the epoch: this is no measure "
-            "of generalisation"
+            "of generalization"
         )
     return {
         "task": "retrieval",

@@ -75,7 +75,7 @@ def fit_head(
 
     A fit that was killed or interrupted goes on when the same command is given again.
 
-    Example: apecache fit-head store --recipe ape --out run --set optimiser.lr=3e-4
+    Example: apecache fit-head store --recipe ape --out run --set optimizer.lr=3e-4
     """
     with ending():
         from apecache.errors import RecipeError

@@ -56,7 +56,7 @@ def plan(
     device: Annotated[
         str, typer.Option(help="here (steps are run and timed), or of the table: H100, A100, …")
     ] = "here",
-    utilisation: Annotated[
+    utilization: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the device's rate that is reached.")
     ] = 1.0,
     price: Annotated[
@@ -141,7 +141,7 @@ def plan(
     hf:bert-base-uncased --rows 100000 --device H100
 
     Example: apecache plan --recipe projection --image timm:vit_base_patch16_224 --text
-    hf:bert-base-uncased --rows 400M --device H100 --utilisation 0.4 --nodes 8 --devices-per-node 8
+    hf:bert-base-uncased --rows 400M --device H100 --utilization 0.4 --nodes 8 --devices-per-node 8
     --price-per-hour 2.5
     """
     with ending():
@@ -156,7 +156,7 @@ def plan(
             captions=captions,
             tokens=tokens,
             slice_size=slice_size,
-            utilisation=utilisation,
+            utilization=utilization,
             price=price,
         )
         loaded = [load_recipe(name, set_ or ()) for name in recipe]

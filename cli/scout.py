@@ -45,7 +45,7 @@ def scout(
 ) -> None:
     """Compare encoders, layers and poolings on a small sample, before anything is extracted.
 
-    Linear CKA and agreement of nearest neighbours need no training; R@1 is that of a ridge
+    Linear CKA and agreement of nearest neighbors need no training; R@1 is that of a ridge
     regression fitted on one half of the sample and measured on the other.
 
     Example: apecache scout pairs.tsv --image timm:vit_small_patch14_dinov2.lvd142m --image-cut

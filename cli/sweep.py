@@ -22,7 +22,7 @@ def sweep(
         typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several."),
     ],
     space: Annotated[
-        Path, typer.Option(help='TOML lines such as "optimiser.lr" = {log = [1e-4, 1e-2]}.')
+        Path, typer.Option(help='TOML lines such as "optimizer.lr" = {log = [1e-4, 1e-2]}.')
     ],
     out: Annotated[
         Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")

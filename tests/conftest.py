@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny import COLOURS, SHAPES, Grown, extract_tiny, loaded_once, make_shapes
+from tiny import COLORS, SHAPES, Grown, extract_tiny, loaded_once, make_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a hub
 
@@ -29,7 +29,7 @@ WORDS = (
     "in",
     "on",
     "white",
-    *COLOURS,
+    *COLORS,
     *SHAPES,
 )
 

@@ -240,7 +240,7 @@ BY_TEXT: dict[str, Callable[[Given, FeatureStore], object]] = {
         apecache.load_recipe(Path("own.toml")).name,
     ),
     "load_space": lambda g, s: (
-        Path("space.toml").write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n'),
+        Path("space.toml").write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n'),
         apecache.load_space("space.toml", ["projection"]).recipes,
     ),
     "read_class_names": lambda g, s: (

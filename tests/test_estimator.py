@@ -21,7 +21,7 @@ from apecache.recipes.recipe import load_recipe
 SHORT = (
     "schedule.epochs=8",
     "schedule.batch_size=64",
-    "optimiser.lr=0.01",
+    "optimizer.lr=0.01",
     "image.dim=16",
     "text.dim=16",
 )

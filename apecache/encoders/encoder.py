@@ -104,7 +104,7 @@ class TextEncoder:
 
     spec: EncoderSpec
     module: nn.Module
-    tokenise: Callable[[Sequence[str]], Tokens]
+    tokenize: Callable[[Sequence[str]], Tokens]
     forward: Callable[[Tensor, Tensor], Tensor]
     """(ids, mask), int64 [n, length] on `device` -> [n, dim] or, for `tokens`, [n, length, dim],
     not normalized."""
@@ -151,7 +151,7 @@ class TextEncoder:
             raise EncoderError(
                 f"encoder {self.spec}: one vector for each text is needed, not its tokens"
             )
-        ids = self.tokenise(texts).ids
+        ids = self.tokenize(texts).ids
         batches = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
         return torch.cat(batches) if batches else torch.empty(0, self.dim)
 

@@ -109,9 +109,9 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     )
     frozen: Any = freeze(tower, spec, device)
 
-    def tokenise(texts: Sequence[str]) -> Tokens:
+    def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts]
-        return _tokenise(tokenizer, texts=prefixed, context=context, trimmed=trimmed)
+        return _tokenize(tokenizer, texts=prefixed, context=context, trimmed=trimmed)
 
     states = _trimmed_states(frozen) if trimmed else _states(frozen)
     tap = Tap(states=states, state="own", pool=lambda state, _: state)
@@ -122,7 +122,7 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     encoder = TextEncoder(
         spec=spec,
         module=frozen,
-        tokenise=tokenise,
+        tokenize=tokenize,
         forward=tap,
         pad_id=0,
         max_tokens=context,
@@ -220,7 +220,7 @@ def _trimmed_states(tower: Any) -> States:
     return states
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
+def _tokenize(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
     """Return the ids of each text, without padding if `trimmed`, and count the truncated texts."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)

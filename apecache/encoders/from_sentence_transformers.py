@@ -16,7 +16,7 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
-from apecache.encoders.from_transformers import digest_tokenizer, tokenise_with
+from apecache.encoders.from_transformers import digest_tokenizer, tokenize_with
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import Json
@@ -68,9 +68,9 @@ def load_sentence_transformers(
         output = frozen({"input_ids": inputs[0], "attention_mask": inputs[1]})
         return {"own": output["sentence_embedding"]}
 
-    def tokenise(texts: Sequence[str]) -> Tokens:
+    def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts]
-        return tokenise_with(tokenizer, prefixed, max_tokens)
+        return tokenize_with(tokenizer, prefixed, max_tokens)
 
     tap = Tap(states=states, state="own", pool=lambda state, _: state)
     dim = int(model.get_embedding_dimension())
@@ -78,7 +78,7 @@ def load_sentence_transformers(
     encoder = TextEncoder(
         spec=spec,
         module=frozen,
-        tokenise=tokenise,
+        tokenize=tokenize,
         forward=tap,
         pad_id=pad_id,
         max_tokens=max_tokens,

@@ -127,9 +127,9 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
         )
         return {**tokens_by_state, "end": output.last_hidden_state}
 
-    def tokenise(texts: Sequence[str]) -> Tokens:
+    def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts] if prefix else texts
-        return tokenise_with(tokenizer, prefixed, max_tokens)
+        return tokenize_with(tokenizer, prefixed, max_tokens)
 
     def encoder(cut: EncoderSpec, layer: State) -> TextEncoder:
         pooling = _text_pooling(cut)
@@ -156,7 +156,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
         return TextEncoder(
             spec=cut,
             module=frozen,
-            tokenise=tokenise,
+            tokenize=tokenize,
             forward=tap,
             pad_id=pad_id,
             max_tokens=max_tokens,
@@ -450,7 +450,7 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     return max_tokens
 
 
-def tokenise_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
+def tokenize_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     """Tokenize texts, cut to `max_tokens`, and count those that were cut."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)

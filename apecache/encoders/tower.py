@@ -191,7 +191,7 @@ class Tower(nn.Module):
         if "deep" in self.adapters:
             context = self._context(hidden, mask)
             hidden = self._call(self.adapters["deep"], hidden, context)
-        return self.pool(self.normalise(hidden), mask)
+        return self.pool(self.normalize(hidden), mask)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
@@ -219,7 +219,7 @@ class Tower(nn.Module):
             case "t5":
                 return module.encoder.dropout(module.shared(inputs))  # type: ignore[no-any-return]
 
-    def normalise(self, hidden: Tensor) -> Tensor:
+    def normalize(self, hidden: Tensor) -> Tensor:
         """Apply the final norm, where there is one."""
         if self.anatomy.final_norm is None:
             return hidden
@@ -524,7 +524,7 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         return build_tower(encoder.module, "image", encoder.spec.pooling)
     inputs: Any = encoder.fingerprint.fields["inputs"]
     # An empty text has special tokens only, and the first of them is the CLS token.
-    cls_id = encoder.tokenise([""]).ids[0][0]
+    cls_id = encoder.tokenize([""]).ids[0][0]
     return build_tower(
         encoder.module,
         modality="text",

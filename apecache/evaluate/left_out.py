@@ -36,7 +36,7 @@ class LeftOut:
     """Captions of a store that has no features of texts."""
     captions_of_unreadable_images: int = 0
     unreadable_texts: int = 0
-    """Labelled texts that could not be encoded."""
+    """Labeled texts that could not be encoded."""
 
     @property
     def total(self) -> int:

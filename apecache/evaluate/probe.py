@@ -14,11 +14,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from apecache.errors import DataError
-from apecache.evaluate.labelled import LabelledFeatures
+from apecache.evaluate.labeled import LabeledFeatures
 
-REGULARISATIONS = tuple(float(10**power) for power in np.arange(-4, 3.1, 0.5))
+REGULARIZATIONS = tuple(float(10**power) for power in np.arange(-4, 3.1, 0.5))
 """Values of scikit-learn's C to choose from."""
-NEIGHBOURS = (1, 5, 10, 20, 50)
+NEIGHBORS = (1, 5, 10, 20, 50)
 """Values of k to choose from."""
 VALIDATION_SHARE = 0.2
 """Share of the training rows that C and k are chosen on."""
@@ -31,10 +31,10 @@ class ProbeReport:
     linear: float
     linear_per_class: float
     """The mean over classes of the accuracy on each."""
-    regularisation: float
+    regularization: float
     """The chosen value of scikit-learn's C."""
     knn: float
-    neighbours: int
+    neighbors: int
     """The chosen k."""
     chance: float
     """Share of the most frequent training class in the test."""
@@ -44,7 +44,7 @@ class ProbeReport:
 
 
 def probe_features(
-    found: LabelledFeatures,
+    found: LabeledFeatures,
     train_split: str,
     split: str,
     seed: int = 0,
@@ -52,7 +52,7 @@ def probe_features(
     """Probe the encoder's features and the run's embeddings.
 
     Args:
-        found: features and embeddings of labelled images or texts.
+        found: features and embeddings of labeled images or texts.
         train_split: the split to learn on.
         split: the split to measure.
         seed: of the split into training and validation rows.
@@ -115,7 +115,7 @@ def probe(
         raise DataError(
             f"{len(train_labels)} training rows of {len(classes)} classes are too few to choose on"
         )
-    x, z = _standardised(train, test)
+    x, z = _standardized(train, test)
     y = np.asarray(train_labels)
     # Stratified, so that small classes are among the rows that C and k are chosen on.
     split = StratifiedShuffleSplit(1, test_size=VALIDATION_SHARE, random_state=seed)
@@ -128,8 +128,8 @@ def probe(
         return float(_knn(k, train[fit], y[fit]).score(train[choose], y[choose]))
 
     # Of equal scores the simplest classifier: the strongest regularization, the most neighbors.
-    c = max(REGULARISATIONS, key=lambda value: (linear_score(value), -value))
-    ks = [k for k in NEIGHBOURS if k <= len(fit)]
+    c = max(REGULARIZATIONS, key=lambda value: (linear_score(value), -value))
+    ks = [k for k in NEIGHBORS if k <= len(fit)]
     k = max(ks, key=lambda value: (knn_score(value), value))
     test_targets = np.asarray(test_labels)
     linear = _linear(c, x, y).predict(z)
@@ -140,9 +140,9 @@ def probe(
     return ProbeReport(
         linear=100 * float((linear == test_targets).mean()),
         linear_per_class=100 * float(np.mean(per_class)),
-        regularisation=c,
+        regularization=c,
         knn=100 * float(_knn(k, train, y).score(test, test_targets)),
-        neighbours=k,
+        neighbors=k,
         chance=100 * float((test_targets == frequent).mean()),
         n_train=len(train),
         n_test=len(test),
@@ -150,7 +150,7 @@ def probe(
     )
 
 
-def _standardised(
+def _standardized(
     train: NDArray[np.floating],
     test: NDArray[np.floating],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -224,7 +224,7 @@ def _encode_all_texts(
     features = dict[EncoderSpec, Tensor]()
     for cuts in by_encoder(spec.text):
         encoders: list[TextEncoder] = load_text_encoders(cuts, spec.device)
-        ids = encoders[0].tokenise(captions).ids
+        ids = encoders[0].tokenize(captions).ids
         # Texts of similar length share a batch, so little of it is padding.
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         outputs = [torch.empty(len(ids), encoder.dim) for encoder in encoders]

@@ -10,7 +10,7 @@ from torch import Tensor
 from apecache.arguments import as_texts, require_type
 from apecache.encoders.spec import EncoderSpec
 from apecache.evaluate.class_names import ClassNames, match_labels
-from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
+from apecache.evaluate.labeled import LabeledSpec, labeled_images, wanted_labels
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
 from apecache.extraction.run import Progress
@@ -28,7 +28,7 @@ N_CONFUSIONS = 10
 class ZeroShotSpec:
     """Say what is classified, and with which class names and prompts."""
 
-    images: LabelledSpec
+    images: LabeledSpec
     """The images to classify."""
     templates: tuple[str, ...] = TEMPLATES
     text: EncoderSpec | None = None
@@ -65,7 +65,7 @@ class ZeroShotReport:
 
 
 def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
-    """Classify labelled images by their nearest class name.
+    """Classify labeled images by their nearest class name.
 
     Raises:
         ManifestError: no such split, or an image without a label.
@@ -75,21 +75,21 @@ def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None
     """
     require_type(run, (TrainedHeads, TrainedEncoders), "run")
     require_type(spec, ZeroShotSpec, "spec")
-    require_type(spec.images, LabelledSpec, "images")
+    require_type(spec.images, LabeledSpec, "images")
     templates = tuple(map(check_template, as_texts(spec.templates, "templates")))
     classes = match_labels(wanted_labels(spec.images), spec.names)
     embed_texts = text_embedder(run.text, spec.images.device, spec.text)
     # The images come last: a wrong text encoder must fail before hours of encoding.
-    labelled = labelled_images(run, spec.images, progress)
-    weights = class_embeddings(embed_texts, classes.names, templates).to(labelled.embedded.device)
-    targets = [classes.place[label] for label in labelled.labels]
+    labeled = labeled_images(run, spec.images, progress)
+    weights = class_embeddings(embed_texts, classes.names, templates).to(labeled.embedded.device)
+    targets = [classes.place[label] for label in labeled.labels]
     report = classification_report(
-        labelled.embedded @ weights.T,
+        labeled.embedded @ weights.T,
         targets=targets,
         classes=classes.names,
         templates=templates,
     )
-    return replace(report, matched=classes.matched, left_out=labelled.left_out)
+    return replace(report, matched=classes.matched, left_out=labeled.left_out)
 
 
 def class_embeddings(

@@ -38,7 +38,7 @@ def write_description(heads: TrainedHeads, out: Path, **more: Json) -> str:
         more: entries to add.
     """
     sides = {side: _describe(getattr(heads, side)) for side in SIDES}
-    value = {**sides, "scale": heads.scale, "normalised": True, **more}
+    value = {**sides, "scale": heads.scale, "normalized": True, **more}
     # Strict JSON: other programs refuse NaN.
     (out / "heads.json").write_text(
         json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False),

@@ -440,7 +440,7 @@ def _layout(
     if n_tokens is not None and isinstance(encoder, TextEncoder):
         ragged = True
         # As wide as the longest caption: the encoder's own limit would waste space.
-        caption_ids = encoder.tokenise(captions).ids
+        caption_ids = encoder.tokenize(captions).ids
         n_tokens = max((len(ids) for ids in caption_ids), default=1)
     n_views = spec.views.count if spec.views and isinstance(encoder, ImageEncoder) else None
     return ArrayLayout(
@@ -475,7 +475,7 @@ def _calibrated_rows(
                 encoder.encode(torch.zeros(batch, *encoder.input_shape))
             else:
                 texts = list(captions[:batch]) or ["a"]
-                encoder.encode_ids(encoder.tokenise(texts).ids)
+                encoder.encode_ids(encoder.tokenize(texts).ids)
         return time.perf_counter() - begin
 
     # The first batch warms up: allocations and the choice of kernels are not to be counted.

@@ -290,7 +290,7 @@ class TextJob:
             else:
                 good_rows.append(row)
         encoders = [target.encoder for target in self.targets]
-        tokens = encoders[0].tokenise([texts[row] for row in good_rows])
+        tokens = encoders[0].tokenize([texts[row] for row in good_rows])
         # Captions of like length share a batch, so that little is padded.
         order = sorted(range(len(good_rows)), key=lambda i: (len(tokens.ids[i]), i))
         features: list[NDArray[np.float32]] = []

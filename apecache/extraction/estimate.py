@@ -305,7 +305,7 @@ def _time_texts(job: TextJob) -> float:
     if not good_captions:
         return 0.0
     # Sorted as TextJob does, so that batches have captions of like length.
-    ids = sorted(encoders[0].tokenise(good_captions).ids, key=len)
+    ids = sorted(encoders[0].tokenize(good_captions).ids, key=len)
     batches = [ids[begin : begin + batch_size] for begin in range(0, len(ids), batch_size)]
 
     def encode() -> None:

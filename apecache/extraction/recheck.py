@@ -17,7 +17,7 @@ from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
 from apecache.store.layout import ArrayLayout, records_folder
-from apecache.store.quantize import quantise, restore
+from apecache.store.quantize import quantize, restore
 from apecache.store.reader import FeatureStore
 from apecache.store.records import CommitRecord, is_commit, read_commit
 
@@ -87,7 +87,7 @@ def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.fl
     if not layout.scaled:
         return fresh
     rounded = np.empty_like(fresh)
-    restore(*quantise(fresh.astype(layout.read_dtype)), rounded)
+    restore(*quantize(fresh.astype(layout.read_dtype)), rounded)
     return rounded
 
 
@@ -126,7 +126,7 @@ def _encode_texts(target: Target[TextEncoder], texts: list[str]) -> NDArray[np.f
         return encoded
     # One after another: the texts differ in their number of tokens.
     features = np.zeros((len(texts), *target.record.layout.row_shape), np.float32)
-    for row, ids in enumerate(target.encoder.tokenise(texts).ids):
+    for row, ids in enumerate(target.encoder.tokenize(texts).ids):
         features[row, : len(ids)] = target.encoder.encode_ids([ids])[0].numpy()
     return features
 

@@ -20,19 +20,19 @@ def folded(head: Head) -> Head:
         ValueError: the head standardizes, and its first layer is not linear.
     """
     copied = copy.deepcopy(head)
-    part_specs = [spec.model_copy(update={"standardise": False}) for spec in head.spec.parts]
-    copied.spec = head.spec.model_copy(update={"standardise": False, "parts": tuple(part_specs)})
+    part_specs = [spec.model_copy(update={"standardize": False}) for spec in head.spec.parts]
+    copied.spec = head.spec.model_copy(update={"standardize": False, "parts": tuple(part_specs)})
     if isinstance(copied, SeveralHeads):
         part_heads = [module for module in copied.parts if isinstance(module, Head)]
         copied.parts = nn.ModuleList([folded(part_head) for part_head in part_heads])
-    elif standardises(head):
+    elif standardizes(head):
         _fold(copied)
     copied.mean.zero_()
     copied.deviation.fill_(1.0)
     return copied
 
 
-def standardises(head: Head) -> bool:
+def standardizes(head: Head) -> bool:
     """Return whether the mean or deviation of a head changes its input."""
     return bool(head.mean.any() or (head.deviation != 1).any())
 
@@ -53,7 +53,7 @@ def fold_linear(layer: nn.Linear, mean: Tensor, deviation: Tensor) -> tuple[Tens
 def _fold(head: Head) -> None:
     """Fold the standardization of a linear or MLP head, in place."""
     if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "mlp"):
-        raise ValueError(f"a head of kind {head.spec.kind} cannot take up its standardisation")
+        raise ValueError(f"a head of kind {head.spec.kind} cannot take up its standardization")
     layers = [head.body] if isinstance(head.body, nn.Linear) else [head.body[0], head.body[-1]]  # type: ignore[index]
     weight, bias = fold_linear(layers[0], head.mean, head.deviation)
     _set(layers[0], weight, bias)

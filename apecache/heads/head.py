@@ -52,7 +52,7 @@ class HeadSpec(Settings):
     pooled; with `refine`, then x + dropout(MLP(x)) and a norm (freeze-align). `pooling`: the mean
     of the tokens, the first one (`cls`), or the first plus the mean of the others (`cls-and-mean`).
 
-    `dim` None: the other side's width. `standardise`: subtract the training mean and divide by the
+    `dim` None: the other side's width. `standardize`: subtract the training mean and divide by the
     training deviation of each feature first (kept in the head). `skip`: add a direct linear map
     from input to output. `input_dropout` comes before everything else.
 
@@ -71,7 +71,7 @@ class HeadSpec(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     input_dropout: float = Field(default=0.0, ge=0, lt=1)
     activation: Literal["relu", "gelu"] = "gelu"
-    standardise: bool = True
+    standardize: bool = True
     skip: bool = False
     n_heads: int = Field(default=0, ge=0)
     pooling: Literal["mean", "cls", "cls-and-mean"] = "mean"
@@ -131,7 +131,7 @@ class Head(nn.Module):
             mask: bool [n, tokens], the valid tokens. None: all are valid.
             rows: rows of features that are converted at a time.
         """
-        if not (self.spec.standardise or any(spec.standardise for spec in self.spec.parts)):
+        if not (self.spec.standardize or any(spec.standardize for spec in self.spec.parts)):
             return
         count = 0
         total = torch.zeros(self.in_dim, dtype=torch.float64, device=features.device)
@@ -149,7 +149,7 @@ class Head(nn.Module):
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(varies, deviation, 1.0))
 
-    def standardised(self, features: Tensor) -> Tensor:
+    def standardized(self, features: Tensor) -> Tensor:
         """Standardize features; in training, apply input dropout."""
         centered = features.float() - self.mean
         dropped: Tensor = self.input_dropout(centered / self.deviation)
@@ -190,7 +190,7 @@ class SeveralHeads(Head):
         super().fit_statistics(features, mask, rows)
         statistics = {"mean": self.mean, "deviation": self.deviation}
         for head, spec in zip(self.parts, self.spec.parts, strict=True):
-            if spec.standardise:
+            if spec.standardize:
                 head.load_state_dict(statistics, strict=False)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:

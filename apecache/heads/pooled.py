@@ -171,6 +171,6 @@ class PooledHead(Head):
         raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.standardised(features)
+        x = self.standardized(features)
         y = self.body(x)
         return normalize(y if self.direct is None else y + self.direct(x), dim=-1)

@@ -203,7 +203,7 @@ class TokenHead(Head):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None:  # padding may hold anything, NaN too
             features = features.masked_fill(~mask.unsqueeze(-1), 0)
-        x = self.standardised(features)
+        x = self.standardized(features)
         y = self.body(x, mask)
         if self.direct is not None:
             y = y + self.direct(masked_mean(x, mask))

@@ -1,1 +1,1 @@
-"""What a fit minimises, on batches of embeddings."""
+"""What a fit minimizes, on batches of embeddings."""

@@ -16,7 +16,7 @@ from apecache.metrics.protocols import Intervals, retrieval_intervals
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import KS, TILE, RetrievalReport, retrieval_report
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 
 
 def csls_report(
@@ -55,7 +55,7 @@ def csls_intervals(
     )
 
 
-def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBORS) -> tuple[Tensor, Tensor]:
     """Extend vectors so that their inner products are the CSLS scores.
 
     Args:
@@ -76,7 +76,7 @@ def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBOURS) -> tuple[Tens
     return image_vectors, text_vectors
 
 
-def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBORS) -> Tensor:
     """Return [n, 1]: the mean inner product with the k nearest rows of `others` (at most all)."""
     n_neighbors = min(k, len(others))
     n_tiles = -(-len(vectors) // TILE) or 1

@@ -331,11 +331,11 @@ def _prepare(side: Side, recipe: Recipe) -> None:
     """Put the recipe's adapters into a side's tower, and set its checkpointing."""
     if side.tower is None:
         return
-    if side.head.spec.standardise:
+    if side.head.spec.standardize:
         raise RecipeError(
-            f"recipe {recipe.name}: {side.tower.modality}.standardise takes the statistics of "
+            f"recipe {recipe.name}: {side.tower.modality}.standardize takes the statistics of "
             "cached features, but "
-            f"that tower trains; set {side.tower.modality}.standardise=false"
+            f"that tower trains; set {side.tower.modality}.standardize=false"
         )
     adapter = recipe.towers.adapter(side.tower.modality)
     if adapter:

@@ -285,7 +285,7 @@ def _encoding(
         return _computed(side.below_flops, plan, spec)
     cuts: Cuts = (side.cut, None) if side.side == "image" else (None, side.cut)
     # The clock gives seconds of an image with all its captions; a row is one of the captions.
-    seconds = clock.once(cuts) * spec.rows / _rows(side, spec) / spec.utilisation
+    seconds = clock.once(cuts) * spec.rows / _rows(side, spec) / spec.utilization
     return seconds, f"{1 / seconds:,.4g} rows a second, timed on this machine with random weights"
 
 
@@ -311,7 +311,7 @@ def _rows(side: SidePlan, spec: PlanSpec) -> int:
 def _computed(flops: int, plan: Plan, spec: PlanSpec) -> tuple[float, str]:
     """Return the seconds of one row at the device's rate, and how they come about."""
     device = plan.device
-    share = spec.utilisation
+    share = spec.utilization
     why = f"{flops / 1e9:,.4g} GFLOP a row at {share:.4g} of {device.flops / 1e12:,.4g} TFLOP/s"
     seconds = flops / device.flops / share
     return seconds, why
@@ -461,11 +461,11 @@ def _assumptions(
     if timed:
         yield "seconds of a step are those of this machine"
     else:
-        yield f"seconds of a step: operations at {spec.utilisation:.4g} of {plan.device.source}"
-        if spec.utilisation == 1:
+        yield f"seconds of a step: operations at {spec.utilization:.4g} of {plan.device.source}"
+        if spec.utilization == 1:
             yield (
                 "that is a peak, which nothing reaches: seconds and money are lower bounds "
-                "(see --utilisation)"
+                "(see --utilization)"
             )
     yield "loading features, evaluation on dev and restarts are not counted"
     if cluster.image_bytes is None:

@@ -36,7 +36,7 @@ class PlanSpec:
     """Tokens of each caption, special tokens and padding included."""
     slice_size: int | None = None
     """Pairs that are in memory at once; None: the whole batch."""
-    utilisation: float = 1.0
+    utilization: float = 1.0
     """Share of the device's rate that is reached."""
     price: float | None = None
     """Of one hour of the device, in any currency; None: no money is computed."""

@@ -199,10 +199,10 @@ def count_model(
 
 
 def _check(spec: PlanSpec) -> None:
-    positive = (spec.rows, spec.captions, spec.tokens, spec.utilisation, spec.slice_size or 1)
-    if min(positive) <= 0 or spec.utilisation > 1 or (spec.price or 0) < 0:
+    positive = (spec.rows, spec.captions, spec.tokens, spec.utilization, spec.slice_size or 1)
+    if min(positive) <= 0 or spec.utilization > 1 or (spec.price or 0) < 0:
         raise OptionError(
-            f"{spec}: rows, captions, tokens and slices are at least 1, utilisation lies in (0, 1]"
+            f"{spec}: rows, captions, tokens and slices are at least 1, utilization lies in (0, 1]"
         )
 
 
@@ -324,8 +324,8 @@ def cost_of(recipe: Recipe, model: Model, spec: PlanSpec, device: Device, cached
 
 def _priced(cost: Cost, n_steps: int, spec: PlanSpec) -> Cost:
     """Divide the seconds by the utilization, and fill in their sum and its price."""
-    once_seconds = cost.once_seconds / spec.utilisation
-    step_seconds = cost.step_seconds / spec.utilisation
+    once_seconds = cost.once_seconds / spec.utilization
+    step_seconds = cost.step_seconds / spec.utilization
     seconds = once_seconds + n_steps * step_seconds
     money = None if spec.price is None else seconds / 3600 * spec.price
     return replace(
@@ -403,8 +403,8 @@ def _peak(recipe: Recipe, model: Model, n_live: int, batch: int, cached: bool) -
     """
     captions = recipe.loss.captions
     # Two copies: the gradient and the best weights. The EMA is a third.
-    n_copies = 2 + (recipe.optimiser.ema > 0)
-    trained_bytes = STATE_BYTES[recipe.optimiser.kind] + FLOAT_BYTES * n_copies
+    n_copies = 2 + (recipe.optimizer.ema > 0)
+    trained_bytes = STATE_BYTES[recipe.optimizer.kind] + FLOAT_BYTES * n_copies
     total = 3 * FLOAT_BYTES * batch * batch * captions + trained_bytes * model.n_trained
     total += FLOAT_BYTES * sum(count for _, _, count in model.common)
     if model.taught is not None:

@@ -157,7 +157,7 @@ class StepClock:
             torch.manual_seed(0)
             model = build_around(
                 live_towers,
-                recipe=_unstandardised(self.recipe),
+                recipe=_unstandardized(self.recipe),
                 dims=dims,
                 device=self.device,
                 cuts=inner_cuts,
@@ -366,13 +366,13 @@ def read_sample(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def _unstandardised(recipe: Recipe) -> Recipe:
+def _unstandardized(recipe: Recipe) -> Recipe:
     """Return the recipe without standardization.
 
     Its statistics are those of cached features, which are made up here. A step takes the same time
     whatever their values are.
     """
-    update = {"standardise": False}
+    update = {"standardize": False}
     sides = {
         "image": recipe.image.model_copy(update=update),
         "text": recipe.text.model_copy(update=update),

@@ -15,6 +15,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.losses.spec import LossSpec
+from apecache.recipes.former_keys import NEW_KEYS
 from apecache.recipes.sections import (
     DistillationSpec,
     SharedSpec,
@@ -33,7 +34,7 @@ Count = Annotated[int, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimiserSpec(Settings):
+class OptimizerSpec(Settings):
     """Choose the optimizer."""
 
     kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
@@ -146,7 +147,7 @@ class Recipe(Settings):
     text: HeadSpec = HeadSpec()
     closed_form: ClosedFormSpec = ClosedFormSpec()
     loss: LossSpec = LossSpec()
-    optimiser: OptimiserSpec = OptimiserSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     augmentation: AugmentationSpec = AugmentationSpec()
     towers: TowersSpec = TowersSpec()
@@ -374,7 +375,7 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(
-            f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4"
+            f"--set {setting!r}: expected section.key=value, for example optimizer.lr=3e-4"
         )
     try:
         value = tomllib.loads(f"x = {text.strip()}")["x"]
@@ -401,6 +402,8 @@ def _explain(item: Any) -> str:
     key_path = ".".join(str(key) for key in item["loc"])
     if item["type"] == "extra_forbidden":
         *section_path, unknown_key = item["loc"]
+        if unknown_key in NEW_KEYS:
+            return f"{key_path!r} is called {NEW_KEYS[unknown_key]!r} now"
         keys = _keys_at(section_path)
         hint = nearest(str(unknown_key), keys)
         return f"unknown key {key_path!r}; there are {', '.join(keys)}{hint}"

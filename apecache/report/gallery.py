@@ -122,7 +122,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    # Pillow clips 16-bit greys at 255 on conversion, which turns nearly every such picture white.
+    # Pillow clips 16-bit grays at 255 on conversion, which turns nearly every such picture white.
     if not image.mode.startswith("I;16"):
         return image
     return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")

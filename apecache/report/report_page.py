@@ -41,7 +41,7 @@ from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import choose_splits
 
-CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of generalisation."
+CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of generalization."
 
 
 @dataclass(frozen=True)

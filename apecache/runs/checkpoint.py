@@ -13,6 +13,7 @@ from torch import Tensor
 
 from apecache.errors import RunError
 from apecache.fingerprint import Json
+from apecache.recipes.former_keys import NEW_KEYS, with_new_keys
 from apecache.storage.atomic import replace_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -37,10 +38,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
         RunError: The file is damaged, or of a newer format.
     """
     path = folder / CHECKPOINT
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = with_new_keys(json.loads(file.metadata()["state"]))
+            for name in file.keys():  # noqa: SIM118
+                group_name, separator, inner_name = name.partition("/")
+                new_name = NEW_KEYS.get(group_name, group_name)
+                tensors[f"{new_name}{separator}{inner_name}"] = file.get_tensor(name)
         if state["format"] > FORMAT_VERSION:
             raise RunError(
                 f"{path} has format {state['format']}; this apecache reads up to "
@@ -55,24 +60,24 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
     return tensors, state
 
 
-def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by `parameter number/name`.
 
     Settings, such as learning rates, are left out: the recipe has them.
     """
     tensors: dict[str, Tensor] = {}
-    for number, entry in optimiser.state_dict()["state"].items():
+    for number, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             if value is not None:
                 tensors[f"{number}/{name}"] = value
     return tensors
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `flatten_optimiser` returned into an optimizer of the same parameters."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `flatten_optimizer` returned into an optimizer of the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition("/")
         state.setdefault(int(number), {})[name] = value
-    param_groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": param_groups})
+    param_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})

@@ -19,6 +19,7 @@ from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Fingerprint, Json, describe_difference, digest_tensors
 from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
 from apecache.models.shared_encoder import SharedSide
+from apecache.recipes.former_keys import with_former_keys, with_new_keys
 from apecache.recipes.recipe import parse_recipe
 from apecache.runs.heads import TrainedSide
 from apecache.storage.atomic import replace_tensors, replace_text
@@ -88,7 +89,7 @@ class TrainedTower:
 
     def _embed(self, inputs: Sequence[Any]) -> Tensor:
         if isinstance(self.loaded, TextEncoder):
-            token_ids = self.loaded.tokenise(inputs).ids
+            token_ids = self.loaded.tokenize(inputs).ids
             padded = self.loaded.pad(token_ids)
             return self.side(*padded).float()  # type: ignore[no-any-return]
         images = [open_readable(image, f"inputs[{number}]") for number, image in enumerate(inputs)]
@@ -193,7 +194,8 @@ def save_encoders(
 def read_description(run: Path) -> dict[str, Any]:
     """Read what the run says of itself. Raises RunError as `load_encoders` does."""
     try:
-        value = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))
+        text = (run / DESCRIPTION).read_text(encoding="utf-8")
+        value = with_new_keys(json.loads(text))
         if not {"recipe", "image", "text"} <= value.keys():
             raise ValueError("parts are missing")
     except FileNotFoundError:
@@ -256,7 +258,7 @@ def _digest(description: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
             "image": description["image"]["fingerprint"],
             "text": description["text"]["fingerprint"],
         },
-        "recipe": description["recipe"],
+        "recipe": with_former_keys(description["recipe"]),
         "weights": weights,
     }
     return Fingerprint(fields=identity).digest

@@ -26,6 +26,7 @@ from apecache.fingerprint import (
 )
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec, embed
+from apecache.recipes.former_keys import with_former_keys, with_new_keys
 from apecache.storage.atomic import replace_tensors, replace_text
 
 FORMAT_VERSION = 1
@@ -101,7 +102,7 @@ class TrainedHeads:
             for name, tensor in on_cpu
         )
         identity = {"sides": descriptions, "weights": weights, "scale": self.scale}
-        return Fingerprint(fields=identity).digest
+        return Fingerprint(fields=with_former_keys(identity)).digest
 
 
 def save_heads(heads: TrainedHeads, folder: AnyPath) -> None:
@@ -141,7 +142,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             "apecache fit-head)"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = with_new_keys(json.loads(path.read_text(encoding="utf-8")))
         canonical_json(value)  # refuses NaN and infinities, which Python's JSON lets in
         if value["format"] > FORMAT_VERSION:
             raise RunError(

@@ -160,7 +160,7 @@ def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None
         return torch.cat(embedded_batches)
 
     def embed_batch(texts: Sequence[str]) -> Tensor:
-        ids = encoder.tokenise(texts).ids
+        ids = encoder.tokenize(texts).ids
         features = encoder.encode_ids(ids)
         # Features of tokens are padded to the longest text: the head needs to know where each ends.
         lengths = torch.tensor([len(row) for row in ids]) if features.ndim == 3 else None

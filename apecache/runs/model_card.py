@@ -179,8 +179,8 @@ def _card(
         facts.append(("begins with the heads of fingerprint", str(training["init_from"])))
     data = [
         ("data", Path(origin).name or UNKNOWN),
-        ("licence of the data", UNKNOWN),
-        ("licence of these weights", UNKNOWN),
+        ("license of the data", UNKNOWN),
+        ("license of these weights", UNKNOWN),
         ("fingerprint of the pairs", str(training.get("data", UNKNOWN))),
         ("training split", splits.get("train") or "train, or the only one"),
         (
@@ -253,7 +253,7 @@ def _setting_rows(subject: Subject, recipe: Recipe) -> Iterator[Row]:
     """
     fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
     idle = {"name", "summary", "source", "image", "text", "closed_form"}
-    idle |= {"loss", "optimiser", "schedule", "augmentation"} if fixed else set()
+    idle |= {"loss", "optimizer", "schedule", "augmentation"} if fixed else set()
     idle |= set() if recipe.trains_towers else {"towers"}
     values = recipe.model_dump(mode="json", exclude=idle, exclude_none=True)
     for side, spec in zip(("image", "text"), subject.heads, strict=True):
@@ -328,7 +328,7 @@ def _measured(dev: RetrievalReport) -> list[str]:
     title = f"dev, {dev.n_images:,} images, {dev.n_texts:,} captions"
     return [
         *_table((title, "recall, %"), rows),
-        "The epoch was chosen on these images: they are no measure of generalisation.",
+        "The epoch was chosen on these images: they are no measure of generalization.",
         "",
     ]
 

@@ -22,7 +22,7 @@ from apecache.search.faiss_index import Floats, VectorIndex, load_faiss, open_ve
 from apecache.search.index import Part, read_description, read_report, read_rows
 
 Target = Literal["images", "captions"]
-CSLS_NEIGHBOURS = 10
+CSLS_NEIGHBORS = 10
 """Neighbors that a mean cosine of CSLS is taken over."""
 CSLS_CANDIDATES = 1000
 """Results by cosine that CSLS ranks again."""
@@ -205,7 +205,7 @@ class SearchIndex:
             raise OptionError(f"-k {k}: at least 1 result")
         modality = self._part(target or self.target_of(query))
         if csls:
-            self._require_neighbours(query)
+            self._require_neighbors(query)
         vector = self.embed(query).cpu().numpy()
         vectors, rows = self._opened(modality)
         n_candidates = max(k, CSLS_CANDIDATES) if csls else k
@@ -250,7 +250,7 @@ class SearchIndex:
             raise OptionError(f"{self.path} holds no captions; find images: --target images")
         return "images" if target == "images" else "texts"
 
-    def _require_neighbours(self, query: Query) -> None:
+    def _require_neighbors(self, query: Query) -> None:
         """Require vectors of the query's modality, which CSLS compares results with."""
         query.require_types()
         if query.modality == "texts" and not self.has_captions:
@@ -319,11 +319,11 @@ class SearchIndex:
             CSLS scores and rows, [n] each, best first.
         """
         result_vectors = vectors.vectors(rows)
-        neighbor_cosines, neighbor_rows = neighbor_index.search(result_vectors, CSLS_NEIGHBOURS)
+        neighbor_cosines, neighbor_rows = neighbor_index.search(result_vectors, CSLS_NEIGHBORS)
         near_rows = np.where(neighbor_rows >= 0, neighbor_cosines, 0).sum(1) / np.maximum(
             (neighbor_rows >= 0).sum(1), 1
         )
-        scores = 2 * cosines - cosines[:CSLS_NEIGHBOURS].mean() - near_rows
+        scores = 2 * cosines - cosines[:CSLS_NEIGHBORS].mean() - near_rows
         order = np.argsort(-scores, kind="stable")
         return scores[order], rows[order]
 

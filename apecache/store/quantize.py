@@ -16,7 +16,7 @@ UNSPREAD_NUMBERS = 1 << 15
 """Numbers up to which torch works on one thread."""
 
 
-def quantise(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize(features: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantize features, which may have numbers that are not finite.
 
     Args:

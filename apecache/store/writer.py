@@ -35,7 +35,7 @@ from apecache.store.layout import (
     root_objects,
     segment_record_name,
 )
-from apecache.store.quantize import quantise
+from apecache.store.quantize import quantize
 from apecache.store.records import (
     CommitRecord,
     ObjectRecord,
@@ -364,7 +364,7 @@ class ArrayWriter:
         # int8 has no NaN: a missing vector has the scale NaN instead.
         gaps = chunks["scale" if layout.scaled else "features"]
         if layout.scaled:
-            chunk[: len(rows)], gaps[: len(rows)] = quantise(features)
+            chunk[: len(rows)], gaps[: len(rows)] = quantize(features)
         else:
             chunk[: len(rows)] = features
         gaps[len(rows) :] = np.nan

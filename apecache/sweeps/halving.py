@@ -255,7 +255,7 @@ class Wave:
                 seed=fit_seed,
             )
             member = Training(model, trial.recipe, fit_seed)
-            if member.optimiser is None and Plan.of(trial.recipe, self.data.train).n_steps:
+            if member.optimizer is None and Plan.of(trial.recipe, self.data.train).n_steps:
                 raise RecipeError(f"recipe {trial.recipe.name}: nothing would be trained")
         except RecipeError as error:
             self.results[key] = (-math.inf, 0, str(error))

@@ -1,6 +1,6 @@
 """What a sweep may choose: a TOML file with one line for each setting of a recipe.
 
-"optimiser.lr" = {log = [1e-4, 1e-2]}
+"optimizer.lr" = {log = [1e-4, 1e-2]}
 "image.depth" = {int = [1, 6], if = {"image.kind" = "mlp"}}
 "image.dropout" = {float = [0.0, 0.5]}
 "image.kind" = {choice = ["linear", "mlp"]}
@@ -210,7 +210,7 @@ def load_space(path: AnyPath, recipes: Sequence[str]) -> Space:
             )
     if not dimensions and len(recipes) < 2:
         raise RecipeError(
-            f'{path}: nothing to choose; expected lines such as "optimiser.lr" = {{log = '
+            f'{path}: nothing to choose; expected lines such as "optimizer.lr" = {{log = '
             f"[1e-4, 1e-2]}}"
         )
     return Space(dimensions, recipes)

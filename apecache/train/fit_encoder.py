@@ -209,7 +209,7 @@ def _lint(setup: Setup, training: EncoderFit) -> list[Finding]:
         report_split=opened.spec.report_split,
         train=setup.train,
     )
-    findings = [*data_findings, *lint_groups(setup.model, training.optimiser, opened.recipe)]
+    findings = [*data_findings, *lint_groups(setup.model, training.optimizer, opened.recipe)]
     require_sound(findings)
     return findings
 

@@ -128,7 +128,7 @@ def fit_head(
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     training = Training(model, recipe, spec.seed)
     plan = Plan.of(recipe, train)
-    if plan.n_steps and training.optimiser is None:
+    if plan.n_steps and training.optimizer is None:
         raise RecipeError(
             f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn"
         )
@@ -140,7 +140,7 @@ def fit_head(
         report_split=spec.report_split,
         train=train,
         model=model,
-        optimiser=training.optimiser,
+        optimizer=training.optimizer,
     )
     require_sound(findings)
     folder = RunFolder(

@@ -105,8 +105,8 @@ def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
         end = min(begin + BLOCK_IMAGES, len(train))
         # The texts of a block of images stand one after another.
         texts = slice(int(train.first_text[begin]), int(train.first_text[end]))
-        image = _standardised(model.image, train.image[begin:end], train.place)
-        text = _standardised(model.text, train.text[texts], train.place)
+        image = _standardized(model.image, train.image[begin:end], train.place)
+        text = _standardized(model.text, train.text[texts], train.place)
         # Rows of images within the block.
         block_owners = owners[texts].to(train.place) - begin
         moments.add(image, text, block_owners)
@@ -114,9 +114,9 @@ def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
 
 
 @torch.no_grad()
-def _standardised(head: Head, features: Tensor, device: torch.device) -> Tensor:
+def _standardized(head: Head, features: Tensor, device: torch.device) -> Tensor:
     """Return standardized features, float32 [n, in_dim]; of several views their mean."""
-    standardized = head.standardised(features.to(device))
+    standardized = head.standardized(features.to(device))
     return standardized.mean(1) if standardized.ndim == 3 else standardized
 
 
@@ -179,8 +179,8 @@ def _asif(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentModel:
         "text": recipe.text.model_copy(update=size),
     }
     model = build_model(recipe.model_copy(update=sides), train, seed)
-    image = _standardised(model.image, train.image, train.place)
-    text = _standardised(model.text, train.text, train.place)
+    image = _standardized(model.image, train.image, train.place)
+    text = _standardized(model.text, train.text, train.place)
     entries = dictionary_entries(image, text, train.image_of_text.to(train.place))
     for head, values in zip((model.image, model.text), entries, strict=True):
         assert isinstance(head.body, Dictionary)

@@ -82,7 +82,7 @@ class TextInputs:
     @staticmethod
     def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
         """Tokenize all captions once."""
-        return TextInputs(ids=encoder.tokenise(captions).ids, encoder=encoder)
+        return TextInputs(ids=encoder.tokenize(captions).ids, encoder=encoder)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return token ids and their mask, both [n, length], padded to the longest row."""

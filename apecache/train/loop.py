@@ -20,12 +20,12 @@ from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe
-from apecache.runs.checkpoint import flatten_optimiser, restore_optimiser
+from apecache.runs.checkpoint import flatten_optimizer, restore_optimizer
 from apecache.runs.folder import history_line
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs, batches, n_batches
 from apecache.train.model import AlignmentModel, evaluate_model
-from apecache.train.optim import build_optimiser, learning_rate_factor
+from apecache.train.optim import build_optimizer, learning_rate_factor
 
 SCALE = "temperature.log_scale"
 """Name of the temperature's parameter in the state of a model."""
@@ -116,11 +116,11 @@ class Fit(ABC, Generic[Model]):
         self.model = model
         self.recipe = recipe
         rates = model.rates()
-        self.optimiser = (
-            build_optimiser(rates, recipe.optimiser) if rates and _has_steps(recipe) else None
+        self.optimizer = (
+            build_optimizer(rates, recipe.optimizer) if rates and _has_steps(recipe) else None
         )
         self.device = model.kept_state()[SCALE].device
-        self.average = _cloned(model.kept_state()) if recipe.optimiser.ema else None
+        self.average = _cloned(model.kept_state()) if recipe.optimizer.ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_draws = self.generator.get_state()
         self.epoch = 0
@@ -181,8 +181,8 @@ class Fit(ABC, Generic[Model]):
         }
         if self.average is not None:
             tensor_groups["average"] = self.average
-        if self.optimiser is not None:
-            tensor_groups["optimiser"] = flatten_optimiser(self.optimiser)
+        if self.optimizer is not None:
+            tensor_groups["optimizer"] = flatten_optimizer(self.optimizer)
         random_states = {
             "draws": self.generator.get_state(),
             "epoch": self.epoch_draws,
@@ -230,8 +230,8 @@ class Fit(ABC, Generic[Model]):
             if self.average is not None:
                 for name, tensor in self.average.items():
                     tensor.copy_(tensor_groups["average"][name])
-            if self.optimiser is not None:
-                restore_optimiser(self.optimiser, tensor_groups.get("optimiser", {}))
+            if self.optimizer is not None:
+                restore_optimizer(self.optimizer, tensor_groups.get("optimizer", {}))
             self._restore_random(tensor_groups["random"])
             losses = tensor_groups.get("losses", {}).get("epoch", torch.empty(0))
             self.losses = [loss.to(self.device) for loss in losses.unbind()]
@@ -444,8 +444,8 @@ def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: Plan)
 
 def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     """Take one step of the optimizer. Returns its loss, on the device."""
-    assert training.optimiser is not None
-    training.optimiser.zero_grad(set_to_none=True)
+    assert training.optimizer is not None
+    training.optimizer.zero_grad(set_to_none=True)
     # The loss stays on the device: reading it would wait for the GPU in every step.
     total = torch.zeros((), device=training.device)
     for batch in drawn:
@@ -458,12 +458,12 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
 
 def set_rates(training: Fit[Any], plan: Plan) -> None:
     """Set the learning rates of the next step."""
-    optimiser = training.optimiser
+    optimizer = training.optimizer
     recipe = training.recipe
-    assert optimiser is not None
+    assert optimizer is not None
     factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
-    for group in optimiser.param_groups:
-        group["lr"] = recipe.optimiser.lr * factor * group["factor"]
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.optimizer.lr * factor * group["factor"]
 
 
 def apply_update(training: Fit[Any], update: Callable[[], object] | None = None) -> None:
@@ -477,15 +477,15 @@ def apply_update(training: Fit[Any], update: Callable[[], object] | None = None)
         update: Replaces the optimizer's own step.
     """
     model = training.model
-    optimiser = training.optimiser
+    optimizer = training.optimizer
     recipe = training.recipe
-    assert optimiser is not None
-    if recipe.optimiser.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimiser.clip)
-    (update or optimiser.step)()
+    assert optimizer is not None
+    if recipe.optimizer.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip)
+    (update or optimizer.step)()
     model.clamp()
     if training.average is not None:
-        _follow(training.average, model, recipe.optimiser.ema)
+        _follow(training.average, model, recipe.optimizer.ema)
 
 
 @torch.no_grad()
@@ -520,7 +520,7 @@ def require_finite(training: Fit[Any]) -> None:
         step = first_step + int(bad_positions[0])
         raise DataError(
             f"the loss is not finite at step {step}; the last good checkpoint is that of step "
-            f"{training.saved_step}; lower optimiser.lr, and add --overwrite"
+            f"{training.saved_step}; lower optimizer.lr, and add --overwrite"
         )
 
 
@@ -538,8 +538,8 @@ def _record(
 ) -> None:
     """Add an evaluation to the history."""
     lr = 0.0
-    if training.optimiser is not None and training.step:
-        lr = training.optimiser.param_groups[0]["lr"]
+    if training.optimizer is not None and training.step:
+        lr = training.optimizer.param_groups[0]["lr"]
     temperature = 1 / float(training.outcome[SCALE].exp())
     line = history_line(
         training.epoch,

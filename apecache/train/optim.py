@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
+from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
 
 
 class Lion(torch.optim.Optimizer):
@@ -47,7 +47,7 @@ class Lion(torch.optim.Optimizer):
 
 def parameter_groups(
     rates: Iterable[tuple[nn.Parameter, float]],
-    spec: OptimiserSpec,
+    spec: OptimizerSpec,
 ) -> list[dict[str, Any]]:
     """Group parameters by their factor of the learning rate and by weight decay.
 
@@ -71,9 +71,9 @@ def parameter_groups(
     return groups
 
 
-def build_optimiser(
+def build_optimizer(
     rates: Iterable[tuple[nn.Parameter, float]],
-    spec: OptimiserSpec,
+    spec: OptimizerSpec,
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer, fused where torch has a fused one.
 
@@ -93,34 +93,34 @@ def build_optimiser(
             return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.betas[0], fused=True)
 
 
-def is_direct(optimiser: torch.optim.Optimizer) -> bool:
+def is_direct(optimizer: torch.optim.Optimizer) -> bool:
     """Check whether `direct_update` calls a kernel of this optimizer."""
-    return isinstance(optimiser, torch.optim.Adam) and all(
-        group["fused"] for group in optimiser.param_groups
+    return isinstance(optimizer, torch.optim.Adam) and all(
+        group["fused"] for group in optimizer.param_groups
     )
 
 
 def direct_update(
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     rates: torch.Tensor | None = None,
 ) -> Callable[[], object]:
-    """Return a fast `optimiser.step` for a small head.
+    """Return a fast `optimizer.step` for a small head.
 
     A fused Adam or AdamW calls its kernel on tensors that are collected once. Collecting them in
     every step takes longer than the kernel of a small head. Parameters, gradients and states must
     exist and keep their memory. Rates and decay of the groups may change.
 
     Args:
-        optimiser: Optimizer that has made at least one step.
+        optimizer: Optimizer that has made at least one step.
         rates: float32 [groups], on the parameters' device: learning rates that replace those of
             the groups.
 
     Returns:
-        The update; `optimiser.step` itself for other optimizers.
+        The update; `optimizer.step` itself for other optimizers.
     """
-    if not is_direct(optimiser):
-        return optimiser.step
-    groups = [(group, _tensors(optimiser, group["params"])) for group in optimiser.param_groups]
+    if not is_direct(optimizer):
+        return optimizer.step
+    groups = [(group, _tensors(optimizer, group["params"])) for group in optimizer.param_groups]
 
     @torch.no_grad()
     def update() -> None:
@@ -148,7 +148,7 @@ def direct_update(
 
 
 def _tensors(
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
 ) -> list[list[torch.Tensor]]:
     """Return values, gradients, both moments and step counts of parameters with gradients."""
@@ -160,7 +160,7 @@ def _tensors(
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        state = optimiser.state[parameter]
+        state = optimizer.state[parameter]
         values.append(parameter.data)
         gradients.append(parameter.grad)
         first_moments.append(state["exp_avg"])

@@ -123,16 +123,16 @@ def _as_wanted(trained: Head, wanted: Head, side: str, run: Path) -> Head:
     Raises:
         MismatchError: The head cannot be folded.
     """
-    keeps_standardization = wanted.spec.standardise or any(
-        part_spec.standardise for part_spec in wanted.spec.parts
+    keeps_standardization = wanted.spec.standardize or any(
+        part_spec.standardize for part_spec in wanted.spec.parts
     )
     try:
         return copy.deepcopy(trained) if keeps_standardization else folded(trained)
     except ValueError as error:
         raise MismatchError(
-            f"{run} cannot begin this fit: its {side} head standardises its features, the "
-            f"recipe's does not, and {error}; fit it again with {side}.standardise=false",
-            [(f"{side}.standardise", False, True)],
+            f"{run} cannot begin this fit: its {side} head standardizes its features, the "
+            f"recipe's does not, and {error}; fit it again with {side}.standardize=false",
+            [(f"{side}.standardize", False, True)],
         ) from None
 
 

@@ -15,7 +15,7 @@ from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import Taught, count_teacher
 from apecache.plan.devices import Device
 from apecache.plan.plan import Model, cost_of, count_model
-from apecache.recipes.recipe import OptimiserSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
+from apecache.recipes.recipe import OptimizerSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
 from benchmarks.laws.setting import LawsSetting, Size
 
@@ -110,7 +110,7 @@ def count(job: Job) -> Model:
     schedule, share it.
     """
     recipe = job.recipe.model_copy(
-        update={"schedule": ScheduleSpec(), "optimiser": OptimiserSpec()}
+        update={"schedule": ScheduleSpec(), "optimizer": OptimizerSpec()}
     )
     same: Any = {
         "images": None,
@@ -278,7 +278,7 @@ def recipe_of(arm: Arm, setting: LawsSetting, images: int, towers: bool) -> Reci
 
 def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> dict[str, Any]:
     schedule = recipe.schedule
-    optimiser = recipe.optimiser
+    optimizer = recipe.optimizer
     if not (schedule.epochs or schedule.steps):
         return {}
     batch = (
@@ -286,7 +286,7 @@ def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> d
         if towers
         else schedule.batch_size
     )
-    rate = optimiser.lr * math.sqrt(batch / schedule.batch_size)
+    rate = optimizer.lr * math.sqrt(batch / schedule.batch_size)
     if size.lr is not None and not recipe.trains_heads_alone:
         rate = size.lr
     steps = size.steps if towers else size.head_steps
@@ -303,7 +303,7 @@ def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> d
     schedule = schedule.model_copy(update={"batch_size": batch, **changed})
     return {
         "schedule": schedule.model_dump(mode="json"),
-        "optimiser": {**optimiser.model_dump(mode="json"), "lr": rate},
+        "optimizer": {**optimizer.model_dump(mode="json"), "lr": rate},
     }
 
 

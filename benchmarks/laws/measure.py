@@ -19,7 +19,7 @@ from apecache.errors import ApecacheError
 from apecache.evaluate.analysis import layernorm_shift
 from apecache.evaluate.class_names import match_labels
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.labelled import LabelledSpec, labelled_images, wanted_labels
+from apecache.evaluate.labeled import LabeledSpec, labeled_images, wanted_labels
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.zeroshot import class_embeddings
 from apecache.extraction.run import ExtractSpec, extract
@@ -279,13 +279,13 @@ def _ranks(
 
 def _with_labels(outcome: Outcome, run: Run, bench: Bench) -> Outcome:
     assert bench.setting.labels is not None
-    spec = LabelledSpec(
+    spec = LabeledSpec(
         bench.setting.labels,
-        bench.setting.work / "labelled",
+        bench.setting.work / "labeled",
         device=bench.setting.device,
     )
     classes = match_labels(wanted_labels(spec))
-    found = labelled_images(run, spec)
+    found = labeled_images(run, spec)
     weights = class_embeddings(text_embedder(run.text, spec.device), classes.names, TEMPLATES)
     scores = found.embedded @ weights.to(found.embedded.device).T
     target = torch.tensor([classes.place[label] for label in found.labels], device=scores.device)

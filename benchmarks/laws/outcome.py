@@ -21,7 +21,7 @@ FOLDER = "outcomes"
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """Of one set of queries, 0 is first. `keys` [n]: of the images; `image`: ranks of their best
-    own caption (of a labelled image: of its class); `text` [m]: ranks of the captions' images, and
+    own caption (of a labeled image: of its class); `text` [m]: ranks of the captions' images, and
     `owners` their places in `keys`."""
 
     keys: tuple[str, ...]

@@ -9,7 +9,7 @@ Four tables of one recipe. Train images fit, a seeded 500 of them choose the epo
 reported. Intervals are of 95 %: over images for each run, and over seeds and images for their mean.
 The heads of the second table learn English captions alone, by a text encoder of many languages:
 each language has one caption of each of the same images; how they were translated stands beside
-them. The labelled images are classified zero-shot with one prompt and with CLIP's ensembles, and
+them. The labeled images are classified zero-shot with one prompt and with CLIP's ensembles, and
 probed before and after the head; probes learn on `--probe-train-split`. All stays in `--work`, and
 what is finished there is not done again; `--store` and `--runs` take the place of what would be
 made of `--pairs`. Reference: one untuned loop on the same two encoders (linear to 512 on both
@@ -32,7 +32,7 @@ from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.evaluate.labelled import LabelledSpec, labelled_features
+from apecache.evaluate.labeled import LabeledSpec, labeled_features
 from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--labels",
         type=Path,
-        help="labelled images for zero-shot classification and probes",
+        help="labeled images for zero-shot classification and probes",
     )
     parser.add_argument("--labels-split", default="test")
     parser.add_argument("--probe-train-split", default="train")
@@ -334,19 +334,19 @@ def caption_kinds(table: Path) -> dict[str, str]:
         return {row["lang"]: row["kind"] for row in csv.DictReader(file, delimiter="\t")}
 
 
-def labels_of(options: argparse.Namespace, image: EncoderSpec) -> LabelledSpec:
-    """The labelled images; their features are the encoder's, so all runs share one cache."""
+def labels_of(options: argparse.Namespace, image: EncoderSpec) -> LabeledSpec:
+    """The labeled images; their features are the encoder's, so all runs share one cache."""
     source = open_pairs(options.labels, OpenSpec(require=("image", "label")))
-    return LabelledSpec(
+    return LabeledSpec(
         source,
-        caches=options.work / "labelled",
+        caches=options.work / "labeled",
         splits=(),
         encoder=image,
         device="cpu",
     )
 
 
-def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str) -> list[Row]:
+def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabeledSpec, split: str) -> list[Row]:
     rows = []
     for name in ("single", "clip-7", "clip-80"):
         templates = find_templates(name)
@@ -365,14 +365,14 @@ def zeroshot_rows(runs: Sequence[TrainedHeads], found: LabelledSpec, split: str)
 
 def probe_rows(
     runs: Sequence[TrainedHeads],
-    found: LabelledSpec,
+    found: LabeledSpec,
     options: argparse.Namespace,
 ) -> list[Row]:
     """Of the encoder's features, and of the embeddings after each run's head."""
     reports: dict[str, list[Any]] = {"encoder's features": [], "after the head": []}
     for run in runs:
         both = probe_features(
-            labelled_features(run, found),
+            labeled_features(run, found),
             options.probe_train_split,
             options.labels_split,
         )

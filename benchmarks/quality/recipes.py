@@ -4,7 +4,7 @@ cache saves.
     python -m benchmarks.quality.recipes --pairs captions.tsv --image timm:/folder --text hf:/folder --images 1000
     python -m benchmarks.quality.recipes --quick       # eight recipes, the drawings of the demo, tiny random encoders
 
-First part: each recipe trains with its own optimiser, warm-up scaled to the smaller of 1,000 steps
+First part: each recipe trains with its own optimizer, warm-up scaled to the smaller of 1,000 steps
 and a tenth; its loss must fall, and its R@10 text to image on held-out pairs be above chance with
 the whole of its 95 % interval. With --lr all train at that rate instead of their own, which are for
 many thousands of steps. Second part: LiT, the last two blocks, and deep adapters with and without
@@ -290,7 +290,7 @@ def row_of(kept: dict[str, Any]) -> dict[str, Any]:
     return {
         **kept["row"],
         "text": name,
-        "lr": recipe["optimiser"]["lr"],
+        "lr": recipe["optimizer"]["lr"],
         "epochs": setting["epochs"],
     }
 
@@ -428,7 +428,7 @@ def job_of(setting: Setting, name: str, *settings: str) -> Job:
         "schedule.warmup=0",
     ]
     short += [f"schedule.warmup_steps={warmup}", *settings]
-    short += [f"optimiser.lr={setting.lr}"] if setting.lr else []
+    short += [f"optimizer.lr={setting.lr}"] if setting.lr else []
     if name in ("shared-encoder", "see-hear-read"):
         own = replace(setting.image, pooling="cls", layer=-1)
         teacher = setting.teacher if name == "see-hear-read" else own

@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def quick_space(work: Path) -> Path:
     path = work / "space.toml"
-    path.write_text('"schedule.epochs" = {choice = [1]}\n"optimiser.lr" = {log = [5e-4, 8e-3]}\n')
+    path.write_text('"schedule.epochs" = {choice = [1]}\n"optimizer.lr" = {log = [5e-4, 8e-3]}\n')
     return path
 
 

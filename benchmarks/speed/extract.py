@@ -298,12 +298,12 @@ class Bench:
         texts = list(captions(self.scale.texts))
         encoder = encoders.text[0]
         source = text_source(texts)
-        ids = sorted(encoder.tokenise(texts).ids, key=len)
+        ids = sorted(encoder.tokenize(texts).ids, key=len)
         cases: dict[str, Callable[[], object]] = {
             "bare model": lambda: [
                 encoder.encode_ids(ids[i : i + TEXT_BATCH]) for i in range(0, len(ids), TEXT_BATCH)
             ],
-            "tokenising": lambda: encoder.tokenise(texts),
+            "tokenizing": lambda: encoder.tokenize(texts),
         }
         loops = {
             "padded to 77": transformers_loop(self.minilm, 77),
@@ -314,8 +314,8 @@ class Bench:
         cases |= {"apecache": lambda: self.run(source, encoders, spec)}
         costs = interleaved(cases, len(texts), self.scale.repeats)
         own = costs["apecache"].cpu
-        goals = [Goal(name="captions: bare model and tokenising / apecache, CPU",
-                      value=(costs["bare model"].cpu + costs["tokenising"].cpu) / own, target=0.95, better="higher")]  # fmt: skip
+        goals = [Goal(name="captions: bare model and tokenizing / apecache, CPU",
+                      value=(costs["bare model"].cpu + costs["tokenizing"].cpu) / own, target=0.95, better="higher")]  # fmt: skip
         least = {
             "padded to 77": 5.5,
             "transformers with a DataLoader": 1.0,
@@ -520,7 +520,7 @@ def changed_values(
     faster: ImageEncoder,
 ) -> tuple[float, float]:
     """Share of the values that differ, and the largest difference, both of 255 before
-    normalisation."""
+    normalization."""
     quick: Any = faster.preprocess
     assert isinstance(quick, TensorPreprocess)
     scale = 255 * torch.tensor(quick.std)[:, None, None]

@@ -3,7 +3,7 @@ ten nearest.
 
     python -m benchmarks.speed.search [--quick] [--json FILE]
 
-Vectors are drawn around 1,000 centres, queries like them, all normalised. Cases are interleaved in
+Vectors are drawn around 1,000 centers, queries like them, all normalized. Cases are interleaved in
 one process; figures are medians of milliseconds per query in one batch. Memory is the peak while
 searching, beyond what is there before, at a quarter of the vectors and at all of them.
 """
@@ -54,10 +54,10 @@ def main() -> None:
         write_result("speed-search", goals=goals, rows=table, path=options.json)
 
 
-def clustered(n: int, n_centres: int = 1000) -> tuple[Floats, Floats]:
+def clustered(n: int, n_centers: int = 1000) -> tuple[Floats, Floats]:
     chance = np.random.default_rng(0)
-    centres = chance.standard_normal((n_centres, DIM), dtype=np.float32)
-    vectors = centres[chance.integers(n_centres, size=n)]
+    centers = chance.standard_normal((n_centers, DIM), dtype=np.float32)
+    vectors = centers[chance.integers(n_centers, size=n)]
     vectors += chance.standard_normal((n, DIM), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors[:-N_QUERIES], vectors[-N_QUERIES:].copy()

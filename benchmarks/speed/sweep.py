@@ -4,7 +4,7 @@
     python -m benchmarks.speed.sweep --quick       # one member and four, one batch size, fewer repeats
 
 Heads 384 -> 512 -> 256 on both sides, a rate and a decay of each member's own. `steps`:
-milliseconds of a member's step (batches drawn and gathered, standardised, the step, AdamW), one
+milliseconds of a member's step (batches drawn and gathered, standardized, the step, AdamW), one
 after another through the trainer of fit-head, as a population, by torch.func.vmap with AdamW
 written over stacked weights, and the matrix products alone, which bound what any way can gain.
 `whole`: the whole sweep, a process for each trial that loads the features and runs a plain loop, a
@@ -180,13 +180,13 @@ def whole_row(count: int, batch: int, repeats: int) -> dict[str, Any]:
 
 def training(seed: int, batch: int, train: FeaturePairs) -> Training:
     side = {"kind": "mlp", "width": WIDTH, "dim": DIM, "depth": 1, "residual": False}
-    optimiser = {"lr": 1e-3 * (1 + seed / 8), "weight_decay": 0.01 * seed}
+    optimizer = {"lr": 1e-3 * (1 + seed / 8), "weight_decay": 0.01 * seed}
     schedule = {"batch_size": batch, "epochs": EPOCHS, "evaluate_every": EPOCHS}
     described = {
         "name": "mlp",
         "image": side,
         "text": side,
-        "optimiser": optimiser,
+        "optimizer": optimizer,
         "schedule": schedule,
     }
     recipe = Recipe.model_validate(described)
@@ -235,8 +235,8 @@ class Vmapped:
         self.weights = {name: value.detach() for name, value in self.weights.items()}
         self.first = {name: torch.zeros_like(value) for name, value in self.weights.items()}
         self.second = {name: torch.zeros_like(value) for name, value in self.weights.items()}
-        self.rates = torch.tensor([member.recipe.optimiser.lr for member in members])
-        self.decays = torch.tensor([member.recipe.optimiser.weight_decay for member in members])
+        self.rates = torch.tensor([member.recipe.optimizer.lr for member in members])
+        self.decays = torch.tensor([member.recipe.optimizer.weight_decay for member in members])
         self.generator = torch.Generator().manual_seed(0)
         self.step = 0
         self.gradients = torch.func.vmap(torch.func.grad(self._loss))
@@ -341,7 +341,7 @@ def process(path: Path, seed: int, batch: int) -> float:
 
 
 def plain_loop(seed: int, batch: int, path: Path) -> None:
-    """What a script of a page does: load, standardise, loop, AdamW."""
+    """What a script of a page does: load, standardize, loop, AdamW."""
     torch.manual_seed(seed)
     stored = np.load(path)
     sides = [torch.from_numpy(stored[name]).float() for name in ("image", "text")]
@@ -357,7 +357,7 @@ def plain_loop(seed: int, batch: int, path: Path) -> None:
     ]
     log_scale = nn.Parameter(torch.tensor(2.66))
     parameters = [log_scale, *heads[0].parameters(), *heads[1].parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     own = torch.arange(batch)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(image)).split(batch):
@@ -367,9 +367,9 @@ def plain_loop(seed: int, batch: int, path: Path) -> None:
             ]
             logits = log_scale.exp() * pair[0] @ pair[1].T
             loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
 
 
 def goals(rows: list[dict[str, Any]]) -> list[Goal]:

@@ -113,7 +113,7 @@ def test_a_cost_is_compared_by_what_is_saved() -> None:
             "one figure for each arm",
         ),
         ('order = ["a", "b", "c"]', 'order = ["a"]', "compared with `above`"),
-        ('title = "t"', 'title = "t"\ncolour = "red"', "colour"),
+        ('title = "t"', 'title = "t"\ncolor = "red"', "color"),
         ('title = "t"', "title = ", "not TOML"),
     ],
 )

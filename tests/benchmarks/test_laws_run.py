@@ -260,7 +260,7 @@ def test_rate_and_autocast_are_of_towers_that_train_and_make_other_runs(
         jobs_in_turn([one for law in plan_laws(each, ["L6"]) for one in law])
         for each in (setting, other)
     )
-    assert {job.recipe.optimiser.lr for job in changed if job.recipe.name == "lit"} == {3e-4}
+    assert {job.recipe.optimizer.lr for job in changed if job.recipe.name == "lit"} == {3e-4}
     heads = [job for job in changed if job.recipe.trains_heads_alone]
     assert {job.recipe.name for job in heads} == {"ape"}
     assert {job.digest for job in heads} == {
@@ -342,7 +342,7 @@ def test_parts_are_nested_and_noise_gives_captions_of_others(table: Path) -> Non
     assert [pair.split for pair in small].count("val") == 8
     noisy = part_of(source, split="val", images=30, test_images=8, noise=0.5)
     changed = [a.key for a, b in zip(large, noisy, strict=True) if a.captions != b.captions]
-    assert 10 <= len(changed) <= 15  # neighbours may have the same captions
+    assert 10 <= len(changed) <= 15  # neighbors may have the same captions
     assert sorted(noisy.captions) == sorted(large.captions)
     assert all(pair.split == "train" for pair in noisy if pair.key in changed)
     assert {pair.split for pair in translated(large, source, "val")} == {"val"}

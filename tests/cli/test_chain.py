@@ -94,10 +94,10 @@ def test_evaluate_reports_recall_counts_and_chance(chain: dict[str, Path]) -> No
 def test_evaluate_warns_when_the_split_was_seen(chain: dict[str, Path]) -> None:
     result = call("evaluate", chain["run"], "--store", chain["store"], "--split", "train", "--json")
     assert json.loads(result.stdout)["seen_in_training"] is True
-    assert "no measure of generalisation" in result.stderr
+    assert "no measure of generalization" in result.stderr
 
 
-def test_zeroshot_classifies_labelled_images(chain: dict[str, Path]) -> None:
+def test_zeroshot_classifies_labeled_images(chain: dict[str, Path]) -> None:
     told = call_json(
         "evaluate",
         chain["run"],
@@ -274,7 +274,7 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
         (
             ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizer.lr=1"],
             3,
-            "optimiser",
+            "optimizer",
         ),
         (
             ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--device", "cuda:99"],

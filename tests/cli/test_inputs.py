@@ -35,8 +35,8 @@ def classes(tmp_path: Path) -> Path:
     """classes/circle/red.png and so on: eight images of two classes."""
     for shape in ("circle", "square"):
         (tmp_path / "classes" / shape).mkdir(parents=True)
-        for colour in ("red", "green", "blue", "yellow"):
-            draw_shape(colour, shape).save(tmp_path / "classes" / shape / f"{colour}.png")
+        for color in ("red", "green", "blue", "yellow"):
+            draw_shape(color, shape).save(tmp_path / "classes" / shape / f"{color}.png")
     return tmp_path / "classes"
 
 

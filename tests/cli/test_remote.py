@@ -105,7 +105,7 @@ def test_the_way_of_the_data_begins_and_ends_on_object_storage(
         == call_json("evaluate", run, "--store", tiny_store)["text_to_image"]
     )
     space = tmp_path / "space.toml"
-    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
+    space.write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
     sweep = (
         "--recipe",
         "projection",

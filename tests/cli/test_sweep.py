@@ -24,7 +24,7 @@ def test_a_sweep_prints_json_a_table_and_a_command_that_makes_its_best_again(
     tmp_path: Path,
 ) -> None:
     space = tmp_path / "space.toml"
-    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
+    space.write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
     options = [
         "--recipe",
         "projection",
@@ -52,7 +52,7 @@ def test_a_sweep_prints_json_a_table_and_a_command_that_makes_its_best_again(
 
 def test_wrong_settings_end_with_their_exit_codes(tiny_store: Path, tmp_path: Path) -> None:
     space = tmp_path / "space.toml"
-    space.write_text('"optimiser.lrr" = {log = [1e-4, 1e-2]}\n')
+    space.write_text('"optimizer.lrr" = {log = [1e-4, 1e-2]}\n')
     options = [
         "sweep",
         str(tiny_store),
@@ -74,7 +74,7 @@ def test_an_interrupted_or_killed_sweep_goes_on_with_the_same_command(
     tmp_path: Path,
 ) -> None:
     space = tmp_path / "space.toml"
-    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [40]}\n')
+    space.write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [40]}\n')
 
     def command(out: str) -> list[str]:
         options = [
@@ -145,7 +145,7 @@ def test_a_sweep_that_is_killed_ten_times_ends_with_the_same_table(
     """At random moments, within populations as well: every epoch is saved. One process imports and
     forks the others."""
     space = tmp_path / "space.toml"
-    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [27]}\n')
+    space.write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [27]}\n')
 
     def command(out: str) -> list[str]:
         options = [

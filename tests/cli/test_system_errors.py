@@ -250,7 +250,7 @@ def paths(
     """What the names in braces stand for, but `out` and `elsewhere`."""
     folder = tmp_path_factory.mktemp("inputs")
     space = folder / "space.toml"
-    space.write_text('"optimiser.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
+    space.write_text('"optimizer.lr" = {log = [1e-4, 1e-2]}\n"schedule.epochs" = {choice = [2]}\n')
     many = make_shapes(folder / "shapes", copies=5)
     index = folder / "index"
     encoder_run = folder / "encoder-run"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
 SETTINGS = (
-    '"optimiser.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'
+    '"optimizer.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'
     '"image.kind" = {choice = ["linear", "mlp"]}\n"image.width" = {int = [8, 9]}\n'
 )
 

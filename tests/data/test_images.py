@@ -50,11 +50,11 @@ def png_header(
     width: int,
     height: int,
     depth: int = 8,
-    colour: int = 2,
+    color: int = 2,
     data: bytes = b"\0" * 10,
 ) -> bytes:
     """A PNG that declares a size; `data` are its filtered scan lines, by default far too few."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return (
         b"\x89PNG\r\n\x1a\n"
         + header
@@ -64,7 +64,7 @@ def png_header(
 
 
 def big_endian_tiff(samples: NDArray[np.uint16]) -> bytes:
-    """A 16-bit grey TIFF in Motorola byte order, as scanners write it; Pillow writes none."""
+    """A 16-bit gray TIFF in Motorola byte order, as scanners write it; Pillow writes none."""
     height, width = samples.shape
     data = samples.astype(">u2").tobytes()
     short = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 277: 1, 278: height}
@@ -84,8 +84,8 @@ def big_endian_tiff(samples: NDArray[np.uint16]) -> bytes:
     )
 
 
-def one_pixel(mode: str, colour: object, form: str = "PNG", **options: Any) -> bytes:
-    return encoded(Image.new(mode, (3, 2), colour), form, **options)  # type: ignore[arg-type]
+def one_pixel(mode: str, color: object, form: str = "PNG", **options: Any) -> bytes:
+    return encoded(Image.new(mode, (3, 2), color), form, **options)  # type: ignore[arg-type]
 
 
 def palette(alpha: bytes | int) -> bytes:
@@ -113,7 +113,7 @@ def palette(alpha: bytes | int) -> bytes:
         (
             one_pixel("RGBA", (255, 0, 100, 51)),
             (255, 204, 224),
-        ),  # 51 / 255 = 0.2 of the colour, 0.8 of white
+        ),  # 51 / 255 = 0.2 of the color, 0.8 of white
         (one_pixel("RGBA", (10, 20, 30, 0), "WEBP", lossless=True, exact=True), (255, 255, 255)),
         (one_pixel("LA", (0, 0)), (255, 255, 255)),
         (one_pixel("LA", (100, 51)), (224, 224, 224)),
@@ -129,7 +129,7 @@ def palette(alpha: bytes | int) -> bytes:
                 1,
                 height=1,
                 depth=16,
-                colour=2,
+                color=2,
                 data=b"\0" + struct.pack(">HHH", 0, 128 * 257, 65535),
             ),
             (0, 128, 255),
@@ -139,20 +139,20 @@ def palette(alpha: bytes | int) -> bytes:
                 1,
                 height=1,
                 depth=16,
-                colour=4,
+                color=4,
                 data=b"\0" + struct.pack(">HH", 100 * 257, 65535),
             ),
             (100, 100, 100),
         ),
     ],
 )
-def test_every_colour_mode_ends_as_these_rgb_values(data: bytes, pixels: Any) -> None:
+def test_every_color_mode_ends_as_these_rgb_values(data: bytes, pixels: Any) -> None:
     image = decoded(data)
     assert (image == np.broadcast_to(np.array(pixels, np.uint8), image.shape)).all()
 
 
 @pytest.mark.parametrize("container", ["PNG", "TIFF", "big-endian TIFF"])
-def test_16_bit_grey_is_divided_by_257(container: str) -> None:
+def test_16_bit_gray_is_divided_by_257(container: str) -> None:
     samples = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     data = (
         encoded(Image.fromarray(samples), container)
@@ -194,7 +194,7 @@ def test_a_jpeg_decodes_as_pillow_decodes_it(options: dict[str, Any]) -> None:
     assert np.array_equal(decoded(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_a_cmyk_jpeg_keeps_its_colours() -> None:
+def test_a_cmyk_jpeg_keeps_its_colors() -> None:
     data = encoded(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"), "JPEG", quality=95)
     assert np.abs(decoded(data).astype(int) - (200, 40, 90)).max() <= 3
 
@@ -210,12 +210,12 @@ def test_a_cmyk_jpeg_keeps_its_colours() -> None:
     ],
 )
 def test_the_first_frame_of_an_animation_is_taken(form: str, options: dict[str, Any]) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
     image = decoded(encoded(frames[0], form, save_all=True, append_images=frames[1:], **options))
     assert np.abs(image.astype(int) - RED).max() <= (2 if form == "MPO" else 0)
 
 
-def test_a_gif_with_a_transparent_colour_lies_on_white() -> None:
+def test_a_gif_with_a_transparent_color_lies_on_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
@@ -237,7 +237,7 @@ def test_a_gif_with_a_transparent_colour_lies_on_white() -> None:
         ("TIFF", {"compression": "tiff_lzw"}),
     ],
 )
-def test_a_truncated_file_is_refused_and_never_filled_with_grey(
+def test_a_truncated_file_is_refused_and_never_filled_with_gray(
     form: str,
     options: dict[str, Any],
 ) -> None:
@@ -287,7 +287,7 @@ def test_a_file_over_the_pixel_limit_is_refused_by_its_header_alone(side: int) -
 
 def test_the_pixel_limit_itself_is_allowed() -> None:
     for extra, reason in ((0, "truncated"), (1, "too-large")):
-        error = decode_or_refuse(png_header(MAX_PIXELS // 5_000 + extra, 5_000, depth=1, colour=0))
+        error = decode_or_refuse(png_header(MAX_PIXELS // 5_000 + extra, 5_000, depth=1, color=0))
         assert isinstance(error, RowError)
         assert error.reason == reason
 

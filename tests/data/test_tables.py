@@ -351,7 +351,7 @@ def test_what_is_written_with_proper_quoting_is_read_back(
     assert read.digest == source.digest
 
 
-def test_labelled_texts_need_no_images_unless_they_are_asked_for(tmp_path: Path) -> None:
+def test_labeled_texts_need_no_images_unless_they_are_asked_for(tmp_path: Path) -> None:
     table = tmp_path / "texts.tsv"
     table.write_text("text\tlabel\na red fox\tanimal\n\na red fox\tanimal\n", encoding="utf-8")
     source = open_pairs(table, OpenSpec(require=("caption", "label")))

@@ -60,7 +60,7 @@ def text_spec(folder: Path) -> EncoderSpec:
 def pixels(tiny_image_encoder: Path) -> torch.Tensor:
     encoder = load_image_encoder(image_spec(tiny_image_encoder), "cpu")
     return torch.stack(
-        [encoder.preprocess(draw_shape(colour, "circle")) for colour in ("red", "green", "blue")]
+        [encoder.preprocess(draw_shape(color, "circle")) for color in ("red", "green", "blue")]
     )
 
 
@@ -113,7 +113,7 @@ def test_image_cuts_are_what_timm_gives(tiny_image_encoder: Path, pixels: torch.
 def test_text_cuts_leave_padding_out_and_are_one_pass(tiny_text_encoder: Path) -> None:
     specs = [cut(text_spec(tiny_text_encoder), text) for text in CUTS]
     encoders = load_text_encoders(specs, "cpu")
-    ids = encoders[0].tokenise(["a red circle", "the blue square on white", "circle"]).ids
+    ids = encoders[0].tokenize(["a red circle", "the blue square on white", "circle"]).ids
     together = encode_texts(encoders, ids)
     for spec, found in zip(specs, together, strict=True):
         alone = load_text_encoder(spec, "cpu")
@@ -134,7 +134,7 @@ def test_text_layers_are_the_librarys_hidden_states(tiny_text_encoder: Path) -> 
         load_text_encoder(cut(text_spec(tiny_text_encoder), f"tokens@{layer}"), "cpu")
         for layer in (0, 1, 2)
     ]
-    ids = torch.tensor(encoders[0].tokenise(["the blue square"]).ids)
+    ids = torch.tensor(encoders[0].tokenize(["the blue square"]).ids)
     with torch.inference_mode():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for encoder, state in zip(encoders, states, strict=True):
@@ -200,7 +200,7 @@ def test_t5_is_its_encoder_alone(tmp_path: Path, tiny_text_encoder: Path) -> Non
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     transformers.AutoTokenizer.from_pretrained(tiny_text_encoder).save_pretrained(tmp_path / "t5")
     encoder = load_text_encoder(text_spec(tmp_path / "t5"), "cpu")
-    ids = encoder.tokenise(["a red circle"]).ids
+    ids = encoder.tokenize(["a red circle"]).ids
     with torch.inference_mode():
         reference = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5").eval()
         wanted = reference(input_ids=torch.tensor(ids)).last_hidden_state.mean(1)
@@ -256,7 +256,7 @@ def test_e5_gets_the_prefix_it_was_trained_with(
     spec = replace(text_spec(place), prefix=asked)
     plain = load_text_encoder(replace(text_spec(place), prefix=""), "cpu")
     encoder: TextEncoder = load_text_encoder(spec, "cpu")
-    assert encoder.tokenise(["a red circle"]).ids == plain.tokenise([f"{prefix}a red circle"]).ids
+    assert encoder.tokenize(["a red circle"]).ids == plain.tokenize([f"{prefix}a red circle"]).ids
     assert (encoder.fingerprint == plain.fingerprint) == (prefix == "")
 
 

@@ -88,7 +88,7 @@ def test_texts_are_what_open_clip_makes_of_them(folders: dict[str, Path], kind: 
     encoder = load_text_encoder(parse_encoder(f"open_clip:{folders[kind]}", "text"), "cpu")
     with torch.inference_mode():
         wanted = model.encode_text(tokenizer(TEXTS))
-    tokens = encoder.tokenise(TEXTS)
+    tokens = encoder.tokenize(TEXTS)
     assert torch.allclose(encoder.encode(TEXTS), wanted, atol=1e-5)
     lengths = [len(ids) for ids in tokens.ids]
     assert lengths == ([5, 5, 3, 12] if kind == "clip" else [12] * 4)

@@ -75,7 +75,7 @@ def test_cls_pooling_is_the_first_hidden_state(tiny_text_encoder: Path) -> None:
     assert torch.equal(load(tiny_text_encoder, pooling="cls").encode(TEXTS), hidden[:, 0])
 
 
-def test_padding_to_a_longer_neighbour_changes_nothing(bert: TextEncoder) -> None:
+def test_padding_to_a_longer_neighbor_changes_nothing(bert: TextEncoder) -> None:
     alone = bert.encode(["the"])
     beside = bert.encode(["the", LONG])[:1]
     assert torch.cosine_similarity(alone, beside).item() > 0.99999
@@ -84,20 +84,20 @@ def test_padding_to_a_longer_neighbour_changes_nothing(bert: TextEncoder) -> Non
 def test_over_long_texts_are_truncated_and_counted(bert: TextEncoder) -> None:
     assert bert.max_tokens == 16
     exactly = " ".join(["the"] * 14)  # and two special tokens
-    tokens = bert.tokenise([exactly, f"{exactly} photo", "the", LONG])
+    tokens = bert.tokenize([exactly, f"{exactly} photo", "the", LONG])
     assert [len(ids) for ids in tokens.ids] == [16, 16, 3, 16]
     assert tokens.n_truncated == 2
     assert tokens.ids[0] == tokens.ids[1]
     assert tokens.ids[0][0] == 2
     assert tokens.ids[0][-1] == 3  # [SEP] is kept
-    assert bert.tokenise([]).ids == []
+    assert bert.tokenize([]).ids == []
 
 
 def test_tokens_are_the_librarys_own(bert: TextEncoder, tiny_text_encoder: Path) -> None:
     expected = AutoTokenizer.from_pretrained(tiny_text_encoder)([*TEXTS, "shapes unknown"])[
         "input_ids"
     ]
-    assert bert.tokenise([*TEXTS, "shapes unknown"]).ids == expected
+    assert bert.tokenize([*TEXTS, "shapes unknown"]).ids == expected
     assert bert.pad_id == 0
 
 
@@ -107,7 +107,7 @@ def test_the_limit_of_tokens_is_the_smallest_of_the_spec_the_files_and_the_model
     edits: Any,
 ) -> None:
     assert load(tiny_text_encoder, max_tokens=5).max_tokens == 5
-    assert [len(ids) for ids in load(tiny_text_encoder, max_tokens=5).tokenise([LONG]).ids] == [5]
+    assert [len(ids) for ids in load(tiny_text_encoder, max_tokens=5).tokenize([LONG]).ids] == [5]
     assert load(tiny_text_encoder, max_tokens=500).max_tokens == 16
     saved = variant(
         tiny_text_encoder,

@@ -56,8 +56,8 @@ HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def randomise(module: Any) -> Any:
-    """Large random weights, norms and zero-initialised tables too: what is left out shows."""
+def randomize(module: Any) -> Any:
+    """Large random weights, norms and zero-initialized tables too: what is left out shows."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -69,12 +69,12 @@ def randomise(module: Any) -> Any:
 
 def hf_model(entry: tuple[Any, Any, dict[str, Any]]) -> Any:
     model, config, settings = entry
-    return randomise(model(config(**settings)))
+    return randomize(model(config(**settings)))
 
 
 def timm_model(name: str, **settings: Any) -> Any:
     sizes = {"img_size": 16, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "depth": 3}
-    return randomise(timm.create_model(name, pretrained=False, num_classes=0, **sizes | settings))
+    return randomize(timm.create_model(name, pretrained=False, num_classes=0, **sizes | settings))
 
 
 def bert_tower(cls_id: int | None = 2, pooling: Any = "cls") -> Tower:
@@ -278,7 +278,7 @@ def test_loaded_encoders_keep_their_pooling(
     with torch.no_grad():
         same(tower_of(image)(pixels), image.encode(pixels))
     text = load_text_encoder(parse_encoder(f"hf:{tiny_text_encoder}", "text"), "cpu")
-    ids = torch.tensor(text.tokenise(["a red circle"]).ids)
+    ids = torch.tensor(text.tokenize(["a red circle"]).ids)
     tower = tower_of(text)
     assert (tower.cls_id, tower.pooling) == (2, "mean")
     with torch.no_grad():

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path, shapes_once:
     out = tmp_path_factory.mktemp("norms") / "run"
     recipe = load_recipe(
         "lilt-d",
-        ["schedule.epochs=1", "schedule.batch_size=4", "optimiser.lr=1e-2"],
+        ["schedule.epochs=1", "schedule.batch_size=4", "optimizer.lr=1e-2"],
     )
     spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
     fit_encoder(

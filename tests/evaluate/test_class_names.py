@@ -100,13 +100,13 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_file_holds_names_in_their_order(tmp_path: Path) -> None:
-    found = read_class_names(write(tmp_path, "\ufeffred fox\n\n  great grey owl \r\n"))
-    assert (found.names, found.labels) == (("red fox", "great grey owl"), None)
+    found = read_class_names(write(tmp_path, "\ufeffred fox\n\n  great gray owl \r\n"))
+    assert (found.names, found.labels) == (("red fox", "great gray owl"), None)
 
 
 def test_a_file_with_tabs_holds_labels_and_names(tmp_path: Path) -> None:
-    found = read_class_names(write(tmp_path, "n01\tred fox\nn02\tgrey owl\n"))
-    assert (found.names, found.labels) == (("red fox", "grey owl"), ("n01", "n02"))
+    found = read_class_names(write(tmp_path, "n01\tred fox\nn02\tgray owl\n"))
+    assert (found.names, found.labels) == (("red fox", "gray owl"), ("n01", "n02"))
     assert match_labels(["n02"], found).place == {"n02": 1}
 
 

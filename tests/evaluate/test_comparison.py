@@ -23,7 +23,7 @@ from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 
 SPLITS = ["train"] * 96 + ["dev"] * 16 + ["val"] * 60
-RECIPES = {"long": ["schedule.epochs=20", "optimiser.lr=0.01"], "short": ["schedule.epochs=1"]}
+RECIPES = {"long": ["schedule.epochs=20", "optimizer.lr=0.01"], "short": ["schedule.epochs=1"]}
 DEV = SplitSpec(dev="dev")
 
 

@@ -31,12 +31,12 @@ def test_real_digits_are_found_by_both_probes_and_the_settings_are_those_that_ar
     mean = train.mean(0)
     deviation = train.std(0)
     scale = np.where(deviation > 1e-6, deviation, 1)
-    model = LogisticRegression(C=report.regularisation, max_iter=1000, tol=1e-3).fit(
+    model = LogisticRegression(C=report.regularization, max_iter=1000, tol=1e-3).fit(
         (train - mean) / scale,
         labels,
     )
     assert report.linear == pytest.approx(100 * model.score((test - mean) / scale, wanted))
-    nearest = KNeighborsClassifier(report.neighbours, metric="cosine", algorithm="brute")
+    nearest = KNeighborsClassifier(report.neighbors, metric="cosine", algorithm="brute")
     assert report.knn == pytest.approx(
         100 * nearest.fit(train.astype(np.float32), labels).score(test, wanted)
     )
@@ -47,7 +47,7 @@ def test_the_settings_do_not_depend_on_the_test() -> None:
     shuffled = list(np.random.default_rng(0).permutation(wanted))
     first = probe(train, train_labels=labels, test=test, test_labels=wanted)
     second = probe(train, train_labels=labels, test=test, test_labels=shuffled)
-    assert (first.regularisation, first.neighbours) == (second.regularisation, second.neighbours)
+    assert (first.regularization, first.neighbors) == (second.regularization, second.neighbors)
     assert second.linear < 20
 
 
@@ -125,7 +125,7 @@ def test_the_command_probes_before_and_after_the_head(tmp_path: Path, tiny_run: 
     assert "did you mean train" in refused.output
 
 
-def labelled_texts(folder: Path) -> Path:
+def labeled_texts(folder: Path) -> Path:
     """42 texts without images: what they are about can be read off their words."""
     words = {"shape": ("circle", "square", "triangle"), "thing": ("photo", "drawing", "shape")}
     before = ("a", "the", "of", "in", "on", "red", "white")
@@ -148,7 +148,7 @@ def test_texts_are_probed_as_images_are(tmp_path: Path, tiny_run: Path) -> None:
     from apecache.encoders.spec import EncoderSpec
     from apecache.runs.heads import load_heads
 
-    table = labelled_texts(tmp_path)
+    table = labeled_texts(tmp_path)
     run = load_heads(tiny_run)
     command = ["evaluate", str(tiny_run), "--task", "text-probe", "--labels", str(table)]
     result = CliRunner().invoke(app, [*command, "--json"])

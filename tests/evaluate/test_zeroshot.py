@@ -24,7 +24,7 @@ from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, ManifestError, MismatchError, OptionError
 from apecache.evaluate.class_names import ClassNames
-from apecache.evaluate.labelled import LabelledSpec
+from apecache.evaluate.labeled import LabeledSpec
 from apecache.evaluate.prompts import TEMPLATES
 from apecache.evaluate.zeroshot import (
     ZeroShotSpec,
@@ -56,7 +56,7 @@ def spec_for(
     source = open_pairs(labels, OpenSpec(root=root, require=("image", "label")))
     splits = () if split is None else (split,)
     return ZeroShotSpec(
-        LabelledSpec(
+        LabeledSpec(
             source,
             caches=caches,
             splits=splits,
@@ -87,7 +87,7 @@ def embed_texts(heads: TrainedHeads, encoder: TextEncoder, *texts: str) -> Tenso
     return torch.cat([heads.text.embed(encoder.encode([text])) for text in texts])
 
 
-def test_a_class_is_the_mean_of_its_prompts_each_normalised_first(
+def test_a_class_is_the_mean_of_its_prompts_each_normalized_first(
     heads: TrainedHeads,
     text_encoder: TextEncoder,
 ) -> None:
@@ -125,7 +125,7 @@ def test_underscores_in_class_names_are_spaces(
 
 
 def test_lilts_prompt_is_the_default(tmp_path: Path) -> None:
-    spec = ZeroShotSpec(LabelledSpec(PairSource(()), tmp_path))
+    spec = ZeroShotSpec(LabeledSpec(PairSource(()), tmp_path))
     assert spec.templates == TEMPLATES == ("a photo of {}",)
 
 
@@ -136,7 +136,7 @@ def test_a_template_without_a_place_for_the_class_is_refused_before_anything_is_
     tmp_path: Path,
 ) -> None:
     with pytest.raises(OptionError, match=r"has no \{\} for the class name") as caught:
-        zero_shot(heads, ZeroShotSpec(LabelledSpec(PairSource(()), tmp_path / "caches"), templates))
+        zero_shot(heads, ZeroShotSpec(LabeledSpec(PairSource(()), tmp_path / "caches"), templates))
     assert caught.value.exit_code == 2
 
 

@@ -114,7 +114,7 @@ def test_ragged_tokens_are_each_captions_own(
     store = run(shapes_once, tmp_path / "store", options(text=(spec, text)))
     array = store.array("text", spec.slug)
     encoder = load_text_encoder(spec, "cpu")
-    ids = encoder.tokenise(list(store.pairs.captions)).ids
+    ids = encoder.tokenize(list(store.pairs.captions)).ids
     lengths = array.load_lengths()
     assert lengths is not None
     assert lengths.tolist() == [len(one) for one in ids]

@@ -221,7 +221,7 @@ def broken(shapes_once: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_bad_images_leave_their_neighbours_bits_unchanged(
+def test_bad_images_leave_their_neighbors_bits_unchanged(
     shapes_once: Path,
     broken: Path,
     vit: ImageEncoder,
@@ -416,7 +416,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(limit: int, asked: li
 
 
 def test_a_batch_of_token_ids_is_halved_too(bert: TextEncoder) -> None:
-    ids = bert.tokenise(CAPTIONS).ids
+    ids = bert.tokenize(CAPTIONS).ids
     small = Small(bert.encode_ids, 4)
     (found,) = encode_or_halve(small, ids)
     assert torch.cosine_similarity(found, bert.encode_ids(ids)).min() > 0.99999

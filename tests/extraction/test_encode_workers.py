@@ -85,7 +85,7 @@ def test_processes_give_the_bits_of_threads(
     ],
     ids=["exit", "segmentation fault", "hang"],
 )
-def test_a_lost_decoder_costs_one_row_and_leaves_its_neighbours_bits(
+def test_a_lost_decoder_costs_one_row_and_leaves_its_neighbors_bits(
     shapes_once: Path,
     tiny_image_encoder: Path,
     death: Callable[[], None],

@@ -680,7 +680,7 @@ def test_a_committed_image_that_is_gone_stops_a_resume(
     [(float("inf"), "not-finite", "NaN or infinity"), (float("nan"), "not-finite", "NaN or infinity"),
      (7e4, "overflow", "--storage float32")],
 )  # fmt: skip
-def test_an_output_that_cannot_be_stored_is_quarantined_and_its_neighbours_are_untouched(
+def test_an_output_that_cannot_be_stored_is_quarantined_and_its_neighbors_are_untouched(
     tmp_path: Path, shapes_once: Path, tiny_store: Path, again: Callable[..., ExtractReport],
     monkeypatch: pytest.MonkeyPatch, value: float, reason: str, said: str,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""A head that has taken up its standardisation embeds as it did."""
+"""A head that has taken up its standardization embeds as it did."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apecache.heads.build import build_heads
-from apecache.heads.fold import folded, standardises
+from apecache.heads.fold import folded, standardizes
 from apecache.heads.head import Head, HeadSpec
 
 SPECS = {
@@ -41,16 +41,16 @@ def test_the_same_embeddings_without_statistics(name: str) -> None:
     before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
     made = folded(head)
     torch.testing.assert_close(made(features), head(features), rtol=0, atol=1e-5)
-    assert not any(standardises(part) for part in (made, *getattr(made, "parts", ())))
-    assert not made.spec.standardise
+    assert not any(standardizes(part) for part in (made, *getattr(made, "parts", ())))
+    assert not made.spec.standardize
     assert all(torch.equal(before[key], tensor) for key, tensor in head.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["gated", "fusemix", "identity"])
-def test_what_begins_with_no_linear_layer_is_refused_if_it_standardises(kind: Any) -> None:
+def test_what_begins_with_no_linear_layer_is_refused_if_it_standardizes(kind: Any) -> None:
     spec = HeadSpec(kind=kind, dim=None if kind == "identity" else 5)
     head, features = fitted(spec)
-    with pytest.raises(ValueError, match=f"of kind {spec.kind} cannot take up its standardisation"):
+    with pytest.raises(ValueError, match=f"of kind {spec.kind} cannot take up its standardization"):
         folded(head)
-    still, _ = fitted(spec.model_copy(update={"standardise": False}))
+    still, _ = fitted(spec.model_copy(update={"standardize": False}))
     assert torch.equal(folded(still)(features), still(features))

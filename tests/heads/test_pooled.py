@@ -57,8 +57,8 @@ def test_every_head_gives_float32_unit_vectors_of_the_asked_width(
     torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(9))
 
 
-def test_an_identity_head_only_normalises() -> None:
-    head = make(HeadSpec(kind="identity", standardise=False), 4, 4)
+def test_an_identity_head_only_normalizes() -> None:
+    head = make(HeadSpec(kind="identity", standardize=False), 4, 4)
     x = features(3, 4) * 50 + 7
     head.fit_statistics(x)
     torch.testing.assert_close(head(x), F.normalize(x, dim=-1), rtol=0, atol=0)
@@ -79,7 +79,7 @@ def test_the_two_projections_of_lilt_have_393728_parameters() -> None:
     assert n_trained(*build_heads(spec, text=spec, image_dim=768, text_dim=768)) == 393_728
 
 
-def test_a_linear_head_is_one_affine_map_of_the_standardised_features() -> None:
+def test_a_linear_head_is_one_affine_map_of_the_standardized_features() -> None:
     head = make(HeadSpec(kind="linear"), 6, 4)
     x = features(20, 6) * 3 + 1
     head.fit_statistics(x)
@@ -118,10 +118,10 @@ def by_definition(head: PooledHead, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["gated", "fusemix"])
 def test_gated_and_fusemix_heads_compute_what_their_papers_say(kind: str) -> None:
     spec = HeadSpec.model_validate(
-        {"kind": kind, "depth": 3, "expansion": 1.5, "standardise": False}
+        {"kind": kind, "depth": 3, "expansion": 1.5, "standardize": False}
     )
     head = make(spec, 5, 4)
-    randomise_norms(head)
+    randomize_norms(head)
     x = features(9, 5) * 4
     torch.testing.assert_close(head(x).double(), by_definition(head, x), rtol=1e-4, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_parameters_of_the_later_kinds_are_counted_as_their_layers_have_them(
 
 
 def test_a_dictionary_keeps_the_largest_similarities_to_its_entries() -> None:
-    head = make(HeadSpec(kind="dictionary", top=2, power=3, standardise=False), 3, 4)
+    head = make(HeadSpec(kind="dictionary", top=2, power=3, standardize=False), 3, 4)
     entries = F.normalize(torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [-1, 0, 0]]), dim=-1)
     head.load_state_dict({"body.entries": entries}, strict=False)
     x = torch.tensor([[3.0, 1, 0], [-2, 0, 0]])
@@ -164,7 +164,7 @@ def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -
     torch.manual_seed(0)
     image = HeadSpec(
         kind="several",
-        parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardise=False)),
+        parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardize=False)),
     )
     text = HeadSpec(
         kind="several",
@@ -235,11 +235,11 @@ def test_an_mlp_computes_what_its_description_says(
     skip: bool,
 ) -> None:
     spec = HeadSpec.model_validate(
-        {"kind": "mlp", "depth": 2, "width": 6, "expansion": 1.5, "standardise": False}
+        {"kind": "mlp", "depth": 2, "width": 6, "expansion": 1.5, "standardize": False}
         | {"residual": residual, "norm": norm, "activation": activation, "skip": skip}
     )
     head = make(spec, 5, 4)
-    randomise_norms(head)
+    randomize_norms(head)
     state = iter(
         tensor.double() for name, tensor in head.state_dict().items() if name.startswith("body")
     )
@@ -250,7 +250,7 @@ def test_an_mlp_computes_what_its_description_says(
         bias = next(state)
         return value @ weight.T + bias
 
-    def normalise(value: Tensor) -> Tensor:
+    def normalize(value: Tensor) -> Tensor:
         if norm == "none":
             return value
         weight = next(state)
@@ -268,10 +268,10 @@ def test_an_mlp_computes_what_its_description_says(
     if residual:
         y = linear(x)
         for _ in range(2):
-            y = y + linear(act(linear(normalise(y))))
-        y = linear(normalise(y))
+            y = y + linear(act(linear(normalize(y))))
+        y = linear(normalize(y))
     else:
-        y = linear(act(normalise(linear(act(normalise(linear(x)))))))
+        y = linear(act(normalize(linear(act(normalize(linear(x)))))))
     if skip:
         assert head.direct is not None
         y = y + x @ head.direct.weight.detach().double().T
@@ -284,7 +284,7 @@ def test_an_mlp_computes_what_its_description_says(
     )
 
 
-def randomise_norms(head: nn.Module) -> None:
+def randomize_norms(head: nn.Module) -> None:
     """Weights, biases and running statistics as a training would leave them: positive, none of them
     0 or 1."""
     for module in head.modules():
@@ -369,7 +369,7 @@ def test_dropout_acts_in_training_only(name: str, which: str) -> None:
     assert not torch.equal(head(x), head(x))
 
 
-def test_statistics_standardise_each_training_feature() -> None:
+def test_statistics_standardize_each_training_feature() -> None:
     head = make(HeadSpec(kind="identity"), 3, 3)
     x = features(50, 3) * torch.tensor([0.01, 1.0, 300.0]) + torch.tensor([5.0, 0.0, -900.0])
     head.fit_statistics(x)
@@ -398,8 +398,8 @@ def test_statistics_of_half_precision_features_do_not_overflow() -> None:
     torch.testing.assert_close(head.deviation, x.half().float().std(0, correction=0))
 
 
-def test_without_standardise_features_are_taken_as_they_are() -> None:
-    head = make(HeadSpec(kind="linear", standardise=False), 3, 2)
+def test_without_standardize_features_are_taken_as_they_are() -> None:
+    head = make(HeadSpec(kind="linear", standardize=False), 3, 2)
     head.fit_statistics(features(9, 3) * 4 + 2)
     assert head.mean.tolist() == [0, 0, 0]
     assert head.deviation.tolist() == [1, 1, 1]

@@ -16,7 +16,7 @@ SPECS = {
     "anchors": HeadSpec(kind="anchors", dropout=0.2),
     "projector of images": HeadSpec(kind="projector", pooling="cls-and-mean", dropout=0.2),
     "projector of texts": HeadSpec(kind="projector", refine=True, dropout=0.2),
-    "with a skip": HeadSpec(kind="attention", n_heads=2, skip=True, standardise=False, dropout=0.2),
+    "with a skip": HeadSpec(kind="attention", n_heads=2, skip=True, standardize=False, dropout=0.2),
 }
 
 

@@ -117,7 +117,7 @@ def test_clamping_brings_the_temperature_into_its_bounds(log_scale: float, expec
     assert 1 / float(temperature.scale().detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_clamping_leaves_the_parameter_in_place_for_the_optimiser() -> None:
+def test_clamping_leaves_the_parameter_in_place_for_the_optimizer() -> None:
     temperature = Temperature()
     before = temperature.log_scale
     temperature.clamp()

@@ -1,4 +1,4 @@
-"""The STRUCTURE regulariser against its definition."""
+"""The STRUCTURE regularizer against its definition."""
 
 import math
 from typing import get_args

@@ -1,4 +1,4 @@
-"""CKA, mutual neighbours and the regression, each against its definition written out."""
+"""CKA, mutual neighbors and the regression, each against its definition written out."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ Y = torch.randn(60, 5, generator=CHANCE)
 def hsic_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """By way of the [n, n] kernels: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))."""
     n = len(x)
-    centre = np.eye(n) - 1 / n
-    kernel, other = (centre @ (side.double() @ side.double().T).numpy() @ centre for side in (x, y))
+    center = np.eye(n) - 1 / n
+    kernel, other = (center @ (side.double() @ side.double().T).numpy() @ center for side in (x, y))
     return float((kernel * other).sum() / np.sqrt((kernel**2).sum() * (other**2).sum()))
 
 
@@ -31,7 +31,7 @@ def test_cka_is_one_under_rotation_scale_and_shift_and_zero_for_a_constant() -> 
     assert linear_cka(X, torch.full((60, 3), 2.0)) == 0.0
 
 
-def neighbours(x: torch.Tensor, row: int, k: int) -> set[int]:
+def neighbors(x: torch.Tensor, row: int, k: int) -> set[int]:
     scores = {
         other: float(x[row] @ x[other] / (x[row].norm() * x[other].norm()))
         for other in range(len(x))
@@ -41,11 +41,11 @@ def neighbours(x: torch.Tensor, row: int, k: int) -> set[int]:
 
 
 @pytest.mark.parametrize("k", [1, 10, 59, 100])
-def test_mutual_neighbours_are_counted_one_by_one(k: int) -> None:
+def test_mutual_neighbors_are_counted_one_by_one(k: int) -> None:
     y = X[:, :5] + 0.5 * Y
     most = min(k, 59)
     wanted = np.mean(
-        [len(neighbours(X, row, most) & neighbours(y, row, most)) / most for row in range(60)]
+        [len(neighbors(X, row, most) & neighbors(y, row, most)) / most for row in range(60)]
     )
     assert mutual_knn(X, y, k) == pytest.approx(wanted)
     assert mutual_knn(X, X, k) == 1.0

@@ -278,14 +278,14 @@ def test_training_cls_alone_moves_the_cls_row_and_nothing_else() -> None:
     ids, mask = sentences()
     before = {name: p.detach().clone() for name, p in tower.module.named_parameters()}
     matches = freeze(tower, TowersSpec(freezing="Vff-Tcf"))
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [p for p, _ in trained_parameters(tower, nn.Identity(), matches)],
         lr=0.1,
     )
     tower(ids, mask).square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert (
-        sum(value.numel() for state in optimiser.state.values() for value in state.values())
+        sum(value.numel() for state in optimizer.state.values() for value in state.values())
         == 2 * 16 + 1
     )
     assert tower.module.embeddings.word_embeddings.weight.grad is None

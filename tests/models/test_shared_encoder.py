@@ -257,7 +257,7 @@ SHORT = (
     "distillation.bank=16",
     "schedule.batch_size=8",
     "schedule.warmup=0",
-    "optimiser.lr=2e-3",
+    "optimizer.lr=2e-3",
 )
 
 

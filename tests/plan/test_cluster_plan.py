@@ -141,7 +141,7 @@ def test_tokens_of_captions_have_lengths_too_and_are_streamed() -> None:
 
 
 def test_hours_are_operations_over_rates_and_extraction_is_shared_by_all_devices() -> None:
-    spec = PlanSpec(rows=1000, captions=5, utilisation=0.5, price=3.0)
+    spec = PlanSpec(rows=1000, captions=5, utilization=0.5, price=3.0)
     one = planned("projection", spec)
     found = plan_cluster(one, spec, ClusterSpec(nodes=4, devices=2, efficiency=0.5))
     hours = (1000 * one.image.below_flops + 5000 * one.text.below_flops) / 1e6 / 0.5 / 3600
@@ -200,7 +200,7 @@ def test_a_clock_is_asked_for_each_side_alone() -> None:
         def step(self, cuts: Cuts) -> float:
             return 1.0
 
-    spec = PlanSpec(rows=100, captions=5, utilisation=0.5)
+    spec = PlanSpec(rows=100, captions=5, utilization=0.5)
     found = plan_cluster(
         planned("projection", spec),
         spec=spec,
@@ -302,7 +302,7 @@ def test_every_number_that_was_not_counted_is_an_assumption() -> None:
     assert any("reading the image files is not counted" in line for line in said)
     told = sheet(
         "projection",
-        PlanSpec(rows=10, utilisation=0.4),
+        PlanSpec(rows=10, utilization=0.4),
         ClusterSpec(nodes=1, image_bytes=1000),
     )
     assert told.source_bytes == 10_000

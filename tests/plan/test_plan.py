@@ -228,7 +228,7 @@ def test_costs_are_once_and_steps_over_the_rate() -> None:
         "schedule.epochs=3",
         "schedule.batch_size=30",
         price=36.0,
-        utilisation=0.5,
+        utilization=0.5,
     )
     assert (found.n_steps, found.batch_size) == (9, 30)
     for cost in (found.planned, found.without_cache, found.full):

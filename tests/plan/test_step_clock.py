@@ -87,10 +87,10 @@ def test_seconds_are_what_the_clock_says_and_the_rest_is_counted(specs: Any) -> 
     found = plan_of(
         recipe_of("lit"),
         specs=specs,
-        spec=replace(SPEC, price=3600.0, utilisation=0.5),
+        spec=replace(SPEC, price=3600.0, utilization=0.5),
         clock=clock,
     )
-    counted = plan_of(recipe_of("lit"), specs, replace(SPEC, price=3600.0, utilisation=0.5))
+    counted = plan_of(recipe_of("lit"), specs, replace(SPEC, price=3600.0, utilization=0.5))
     assert clock.asked == [
         ("step", (None, None)),
         ("step", ("pooled", None)),

@@ -14,7 +14,7 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.spec import LossSpec
 from apecache.recipes.recipe import (
-    OptimiserSpec,
+    OptimizerSpec,
     Recipe,
     ScheduleSpec,
     count_parameters,
@@ -116,7 +116,7 @@ def test_parts_that_do_not_work_together_are_refused(settings: list[str], messag
 
 def test_a_value_of_a_list_is_refused_with_the_nearest_one() -> None:
     assert "did you mean fusemix?" in refused("ape", "text.kind=fusmix")
-    assert "did you mean adam, adamw" in refused("ape", "optimiser.kind=adamW")
+    assert "did you mean adam, adamw" in refused("ape", "optimizer.kind=adamW")
 
 
 def test_counting_parameters_of_widths_that_do_not_work_is_refused() -> None:
@@ -145,7 +145,7 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
     recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe.source) > 50
-    assert (recipe.image.standardise, recipe.text.standardise) == (False, False)
+    assert (recipe.image.standardize, recipe.text.standardize) == (False, False)
     image, text = build_heads(
         recipe.image,
         text=recipe.text,
@@ -174,7 +174,7 @@ def test_every_shorthand_is_a_recipe() -> None:
     for name in shorthand_names():
         recipe = load_recipe(f"freeze/{name}")
         assert (recipe.name, recipe.towers.freezing) == (f"freeze/{name}", name)
-        assert recipe.optimiser == load_recipe("freeze").optimiser
+        assert recipe.optimizer == load_recipe("freeze").optimizer
     assert load_recipe("freeze/V_u^f T_u^u") == load_recipe("freeze/Vuf-Tuu")
     assert not load_recipe("freeze/Vff-Tff").trains_towers
     assert load_recipe("freeze/Vff-Tff", ["towers.freezing=Vcf-Tff"]).trains_towers
@@ -227,12 +227,12 @@ def test_the_recipe_in_the_readme_is_one() -> None:
 
 def test_a_file_is_read_and_what_it_leaves_out_has_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(
-        write(tmp_path, 'name = "mine"\n[text]\nkind = "mlp"\n[optimiser]\nbetas = [0.8, 0.9]\n')
+        write(tmp_path, 'name = "mine"\n[text]\nkind = "mlp"\n[optimizer]\nbetas = [0.8, 0.9]\n')
     )
     assert recipe == Recipe(
         name="mine",
         text=HeadSpec(kind="mlp"),
-        optimiser=OptimiserSpec(betas=(0.8, 0.9)),
+        optimizer=OptimizerSpec(betas=(0.8, 0.9)),
     )
 
 
@@ -280,13 +280,13 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("setting", "place", "hint"),
     [
-        ("optimizer.lr=1", "'optimizer'", "optimiser"),
-        ("optimiser.learnin_rate=1", "'optimiser.learnin_rate'", ""),
-        ("optimiser.weight_decy=1", "'optimiser.weight_decy'", "weight_decay"),
+        ("optimizr.lr=1", "'optimizr'", "optimizer"),
+        ("optimizer.learnin_rate=1", "'optimizer.learnin_rate'", ""),
+        ("optimizer.weight_decy=1", "'optimizer.weight_decy'", "weight_decay"),
         ("loss.temprature=0.1", "'loss.temprature'", "temperature"),
         ("schedule.epoch=3", "'schedule.epoch'", "epochs"),
         ("image.dims=3", "'image.dims'", "dim"),
-        ("text.standardize=true", "'text.standardize'", "standardise"),
+        ("text.standardze=true", "'text.standardze'", "standardize"),
         ("augmentation.nois=1", "'augmentation.nois'", "noise"),
     ],
 )
@@ -301,6 +301,17 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(
 
 
 @pytest.mark.parametrize(
+    ("setting", "new"),
+    [
+        ("optimiser.lr=1", "'optimiser' is called 'optimizer' now"),
+        ("text.standardise=true", "'text.standardise' is called 'standardize' now"),
+    ],
+)
+def test_the_former_spelling_of_a_key_names_the_new_one(setting: str, new: str) -> None:
+    assert new in refused("ape", setting)
+
+
+@pytest.mark.parametrize(
     ("setting", "found"),
     [
         ("schedule.epochs=many", "many"),
@@ -312,21 +323,21 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(
         ("schedule.warmup=1.1", "1.1"),
         ("schedule.warmup=-0.1", "-0.1"),
         ("schedule.final=2", "2"),
-        ("optimiser.lr=0", "0"),
-        ("optimiser.lr=-1e-3", "-0.001"),
-        ("optimiser.lr=nan", "nan"),
-        ("optimiser.lr=inf", "inf"),
-        ("optimiser.lr=fast", "fast"),
-        ("optimiser.weight_decay=-0.1", "-0.1"),
-        ("optimiser.eps=0", "0"),
-        ("optimiser.clip=-1", "-1"),
-        ("optimiser.clip=inf", "inf"),
-        ("optimiser.betas=0.9", "0.9"),
-        ("optimiser.betas=[0.9]", "[0.9]"),
-        ("optimiser.betas=[0.9, 0.9, 0.9]", "[0.9, 0.9, 0.9]"),
-        ("optimiser.betas=[0.9, 1.0]", "1.0"),
-        ("optimiser.betas=[-0.1, 0.9]", "-0.1"),
-        ("optimiser.betas=[nan, 0.9]", "nan"),
+        ("optimizer.lr=0", "0"),
+        ("optimizer.lr=-1e-3", "-0.001"),
+        ("optimizer.lr=nan", "nan"),
+        ("optimizer.lr=inf", "inf"),
+        ("optimizer.lr=fast", "fast"),
+        ("optimizer.weight_decay=-0.1", "-0.1"),
+        ("optimizer.eps=0", "0"),
+        ("optimizer.clip=-1", "-1"),
+        ("optimizer.clip=inf", "inf"),
+        ("optimizer.betas=0.9", "0.9"),
+        ("optimizer.betas=[0.9]", "[0.9]"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "[0.9, 0.9, 0.9]"),
+        ("optimizer.betas=[0.9, 1.0]", "1.0"),
+        ("optimizer.betas=[-0.1, 0.9]", "-0.1"),
+        ("optimizer.betas=[nan, 0.9]", "nan"),
         ("loss.temperature=0", "0"),
         ("loss.temperature=-0.07", "-0.07"),
         ("loss.temperature=nan", "nan"),
@@ -378,10 +389,10 @@ def test_lilts_temperature_bounds_can_be_set(temperature: float) -> None:
 
 
 def test_the_first_faults_of_a_recipe_are_named_together() -> None:
-    message = refused("ape", "optimiser.lr=-1", "schedule.epochs=-1", "colour=red")
-    assert "optimiser.lr" in message
+    message = refused("ape", "optimizer.lr=-1", "schedule.epochs=-1", "color=red")
+    assert "optimizer.lr" in message
     assert "schedule.epochs" in message
-    assert "'colour'" in message
+    assert "'color'" in message
 
 
 # --- overrides ------------------------------------------------------------------------------------
@@ -390,9 +401,9 @@ def test_the_first_faults_of_a_recipe_are_named_together() -> None:
 @pytest.mark.parametrize(
     ("setting", "section", "key", "value"),
     [
-        ("optimiser.lr=3e-4", "optimiser", "lr", 3e-4),
-        (" optimiser.lr = 3e-4 ", "optimiser", "lr", 3e-4),
-        ("optimiser.betas=[0.5, 0.75]", "optimiser", "betas", (0.5, 0.75)),
+        ("optimizer.lr=3e-4", "optimizer", "lr", 3e-4),
+        (" optimizer.lr = 3e-4 ", "optimizer", "lr", 3e-4),
+        ("optimizer.betas=[0.5, 0.75]", "optimizer", "betas", (0.5, 0.75)),
         ("loss.learnable=false", "loss", "learnable", False),
         ("image.kind=linear", "image", "kind", "linear"),
         ('image.kind="linear"', "image", "kind", "linear"),
@@ -434,11 +445,11 @@ def test_settings_of_one_call_do_not_stay_for_the_next() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["lr", "", "=3", "optimiser..lr=3", ".lr=3", "optimiser.=3", "optimiser.lr"],
+    ["lr", "", "=3", "optimizer..lr=3", ".lr=3", "optimizer.=3", "optimizer.lr"],
 )
 def test_a_setting_that_is_no_assignment_is_refused_with_an_example(setting: str) -> None:
     assert (
-        f"--set {setting!r}: expected section.key=value, for example optimiser.lr=3e-4"
+        f"--set {setting!r}: expected section.key=value, for example optimizer.lr=3e-4"
         in refused("ape", setting)
     )
 
@@ -448,7 +459,7 @@ def test_a_setting_inside_a_plain_value_is_refused() -> None:
 
 
 def test_a_setting_nested_without_end_is_refused_and_not_a_crash() -> None:
-    assert "optimiser.lr" in refused("ape", "optimiser.lr=" + "[" * 100_000)
+    assert "optimizer.lr" in refused("ape", "optimizer.lr=" + "[" * 100_000)
 
 
 # --- round trip -----------------------------------------------------------------------------------
@@ -470,8 +481,8 @@ RECIPES = st.builds(
     image=HEADS,
     text=HEADS,
     loss=st.builds(LossSpec, temperature=st.floats(0.01, 0.5), learnable=st.booleans()),
-    optimiser=st.builds(
-        OptimiserSpec,
+    optimizer=st.builds(
+        OptimizerSpec,
         lr=POSITIVE,
         betas=st.tuples(*[st.floats(0, 0.999)] * 2),
         clip=POSITIVE,

@@ -56,7 +56,7 @@ class TestThumbnail:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (20, 10))
 
     @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-    def test_sixteen_bit_greys_keep_their_range(self, mode):
+    def test_sixteen_bit_grays_keep_their_range(self, mode):
         image = opened(thumbnail(Image.new(mode, (16, 16), 0x8000)))
         assert np.abs(np.asarray(image).astype(int) - 128).max() <= 2
 
@@ -182,7 +182,7 @@ def gallery_page(*items):
 
 
 class TestGallery:
-    def test_right_and_wrong_differ_without_colour(self, parse):
+    def test_right_and_wrong_differ_without_color(self, parse):
         shown = (
             parse(
                 gallery_page(

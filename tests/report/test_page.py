@@ -330,7 +330,7 @@ class TestChart:
             ((-0.2, 0.2), ["-0.2", "-0.1", "0.0", "0.1", "0.2"]),
         ],
     )
-    def test_labels_tell_neighbours_apart(self, parse, values, expected):
+    def test_labels_tell_neighbors_apart(self, parse, values, expected):
         assert (
             labels(parse(chart_page(Curve(name="a", points=tuple(enumerate(values))))), "y-tick")
             == expected
@@ -401,7 +401,7 @@ class TestChart:
     def test_no_marker_no_line(self, parse):
         assert not parse(chart_page(Curve(name="a", points=EPOCHS))).all("path", "marker")
 
-    def test_legend_key_and_line_agree_and_curves_differ_without_colour(self, parse):
+    def test_legend_key_and_line_agree_and_curves_differ_without_color(self, parse):
         curves = [Curve(name=f"curve {i}", points=EPOCHS) for i in range(12)]
         document = parse(chart_page(*curves))
         legend = document.all("ul", "legend")[0]
@@ -420,8 +420,8 @@ class TestChart:
 
 
 def contrast(first, second):
-    def luminance(colour):
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color):
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -429,16 +429,16 @@ def contrast(first, second):
     return (high + 0.05) / (low + 0.05)
 
 
-class TestColours:
+class TestColors:
     @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
     def test_texts_and_lines_stand_out_from_the_paper(self, parse, scheme):
         style = parse(Page(title="Title")).all("style")[0].text
         block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
-        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
         for name in ("ink", "quiet", "right", "wrong"):
-            assert contrast(colours[name], colours["paper"]) >= 4.5
+            assert contrast(colors[name], colors["paper"]) >= 4.5
         for index in range(6):
-            assert contrast(colours[f"c{index}"], colours["paper"]) >= 3
+            assert contrast(colors[f"c{index}"], colors["paper"]) >= 3
 
 
 class TestWrite:

@@ -54,7 +54,7 @@ def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for name, more, seed in (
         ("first", [], 0),
         ("second", [], 1),
-        ("faster", ["optimiser.lr=0.01"], 0),
+        ("faster", ["optimizer.lr=0.01"], 0),
     ):
         recipe = load_recipe("projection", [*SMALL, *more])
         spec = FitSpec(splits=SplitSpec(dev="val"), seed=seed)
@@ -166,14 +166,14 @@ def test_another_split_is_measured_only_when_asked_for(
         ReportSpec(store, "train", device="cpu"),
     )
     assert Cells(page).tables["Retrieval, split train"][1][-2:] == ["8", "16"]
-    assert "no measure of generalisation" in page.read_text(encoding="utf-8")
+    assert "no measure of generalization" in page.read_text(encoding="utf-8")
 
 
 def test_several_runs_are_compared(runs: dict[str, Path], tmp_path: Path) -> None:
     tables = Cells(report_page(list(runs.values()), tmp_path / "page.html")).tables
     assert [row[0] for row in tables["Runs"][1:]] == list(runs)
     assert tables["Settings that differ"][0] == ["setting", *runs]
-    assert [row[0] for row in tables["Settings that differ"][1:]] == ["optimiser.lr"]
+    assert [row[0] for row in tables["Settings that differ"][1:]] == ["optimizer.lr"]
     assert tables["Settings that differ"][1][1:] == ["0.002", "0.002", "0.01"]
     (_, seeds, _) = tables["Seeds of one recipe"]
     assert seeds[0].startswith("projection, ")

@@ -28,7 +28,7 @@ from apecache.runs.folder import read_history
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
 
-COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
 
 @pytest.fixture(scope="module")

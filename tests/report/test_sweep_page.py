@@ -27,7 +27,7 @@ from apecache.train.head_data import FitSpec
 
 SPLITS = ["train"] * 60 + ["dev"] * 20
 SPACE = """
-"optimiser.lr" = {log = [1e-5, 3e-2]}
+"optimizer.lr" = {log = [1e-5, 3e-2]}
 "image.kind" = {choice = ["linear", "mlp"]}
 "image.dropout" = {float = [0.0, 0.5], if = {"image.kind" = "mlp"}}
 "schedule.epochs" = {choice = [3]}
@@ -73,7 +73,7 @@ def test_trials_stand_by_their_dev_score_with_intervals_and_the_command_of_the_b
     assert rows[0][3].replace("\u00a0", " ") == f"{best[0]['low']:.1f} to {best[0]['high']:.1f}"
     assert rows[0][4] == f"{best[0]['chance']:.1f}"
     assert "apecache fit-head" in source
-    assert f"--set optimiser.lr={best[0]['values']['optimiser.lr']}" in source
+    assert f"--set optimizer.lr={best[0]['values']['optimizer.lr']}" in source
     for words in (
         "Settings and scores",
         "What mattered",
@@ -182,7 +182,7 @@ def test_values_are_placed_on_their_axes() -> None:
     )
 
 
-def test_the_best_trial_is_drawn_last_and_alone_in_its_colour() -> None:
+def test_the_best_trial_is_drawn_last_and_alone_in_its_color() -> None:
     axes = (
         Axis(name="x", kind="linear", values=(0.0, 1.0, 0.5, None)),
         Axis(name="score", kind="linear", values=(3.0, 9.0, 1.0, 2.0)),

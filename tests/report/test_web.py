@@ -120,9 +120,9 @@ def served(index: Path, shapes_once: Path) -> Iterator[Served]:
     sockets[0].close()
 
 
-def png(colour: str = "red", side: int = 48) -> bytes:
+def png(color: str = "red", side: int = 48) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    Image.new("RGB", (side, side), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -15,7 +15,7 @@ from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads, save_head
 PAIRS = (
     (HeadSpec(dim=4), HeadSpec()),
     (HeadSpec(kind="identity"), HeadSpec(kind="mlp", width=7)),
-    (HeadSpec(kind="gated", dim=3, expansion=2), HeadSpec(standardise=False)),
+    (HeadSpec(kind="gated", dim=3, expansion=2), HeadSpec(standardize=False)),
 )
 
 

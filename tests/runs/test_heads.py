@@ -29,7 +29,7 @@ PAIRS = {
     ),
     "tokens": (
         HeadSpec(kind="transformer", dim=4, depth=1, n_heads=2, skip=True),
-        HeadSpec(kind="projector", refine=True, standardise=False),
+        HeadSpec(kind="projector", refine=True, standardize=False),
     ),
     "anchors": (HeadSpec(kind="anchors", dim=4), HeadSpec(kind="attention")),
     "several": (

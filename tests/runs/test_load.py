@@ -10,7 +10,7 @@ import pytest
 import torch
 from apecache_cli.app import app
 from close_reports import assert_close_reports
-from tiny import COLOURS, SHAPES
+from tiny import COLORS, SHAPES
 from typer.testing import CliRunner, Result
 
 import apecache
@@ -18,9 +18,9 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.data.sources import open_pairs
 from apecache.errors import BadRowsError
-from apecache.evaluate import labelled
+from apecache.evaluate import labeled
 from apecache.evaluate.embeddings import OpenImage, embed_store
-from apecache.evaluate.labelled import LabelledSpec, labelled_features, labelled_images
+from apecache.evaluate.labeled import LabeledSpec, labeled_features, labeled_images
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.load import image_embedder, load_run, recorded_encoder, text_embedder
@@ -96,7 +96,7 @@ def test_a_store_is_embedded_as_training_measured_it(
     )
     assert_close_reports(served, dev)
     again = image_embedder(load_run(run).image, "cpu")(
-        [open_image(f"images/{c}-{s}-0.png") for c in COLOURS for s in SHAPES]
+        [open_image(f"images/{c}-{s}-0.png") for c in COLORS for s in SHAPES]
     )
     assert again.shape == (12, found.image.shape[1])
 
@@ -127,9 +127,9 @@ def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_
     """Before: the encoder as it was; after: the tower as trained, not the head on the old
     features."""
     run = load_run(runs["clip"][0])
-    found = labelled_features(
+    found = labeled_features(
         run,
-        LabelledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"),
+        LabeledSpec(open_pairs(shapes_once), tiny_store.parent / "caches", device="cpu"),
     )
     media = FolderMedia(root=shapes_once.parent)
     keys = [pair.key for pair in open_pairs(shapes_once)]
@@ -139,7 +139,7 @@ def test_a_probe_sees_what_training_changed(runs: Any, tiny_store: Path, shapes_
     assert (old - after).abs().max() > 1e-3
 
 
-def test_a_trained_image_tower_encodes_labelled_images_once(
+def test_a_trained_image_tower_encodes_labeled_images_once(
     runs: Any,
     shapes_once: Path,
     tmp_path: Path,
@@ -153,16 +153,16 @@ def test_a_trained_image_tower_encodes_labelled_images_once(
         "embed",
         lambda self, x: (seen.append(len(x)), embed(self, x))[1],
     )
-    monkeypatch.setattr(labelled, "extract", None)
+    monkeypatch.setattr(labeled, "extract", None)
     table = shutil.copytree(shapes_once.parent, tmp_path / "shapes") / shapes_once.name
-    found = labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
+    found = labeled_images(run, LabeledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
     assert (seen, len(found.labels), (tmp_path / "caches").exists()) == ([12], 12, False)
     (table.parent / open_pairs(table).pairs[3].key).write_bytes(b"<html>")
     with pytest.raises(BadRowsError, match="1 of 12 images cannot be read"):
-        labelled_images(run, LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
-    less = labelled_images(
+        labeled_images(run, LabeledSpec(open_pairs(table), tmp_path / "caches", device="cpu"))
+    less = labeled_images(
         run,
-        LabelledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2),
+        LabeledSpec(open_pairs(table), tmp_path / "caches", device="cpu", max_bad=0.2),
     )
     assert less.labels == found.labels[:3] + found.labels[4:]
     torch.testing.assert_close(less.embedded, torch.cat([found.embedded[:3], found.embedded[4:]]))

@@ -55,8 +55,8 @@ def test_paths_strings_and_pictures_are_the_same_images(
 
 
 def test_more_than_a_batch_keeps_its_order(model: ImageTextModel) -> None:
-    colours = ["red", "green", "blue"]
-    texts = [f"a {colours[i % 3]} circle" for i in range(2 * BATCH + 5)]
+    colors = ["red", "green", "blue"]
+    texts = [f"a {colors[i % 3]} circle" for i in range(2 * BATCH + 5)]
     found = model.encode_text(texts)
     assert len(found) == len(texts)
     assert np.abs(found - model.encode_text(texts[:3])[np.arange(len(texts)) % 3]).max() < 1e-5

@@ -45,8 +45,8 @@ def test_the_card_tells_what_was_recorded(tiny_store: Path, tmp_path: Path) -> N
         for k in (1, 5, 10):
             assert rf"| {way} R\@{k} | {found[k]:.1f} \(chance {chance[k]:.1f}\) |" in card
     assert f"| flops | {report.ledger.flops:,} |" in card
-    assert "| licence of the data | not stated |" in card
-    assert "| licence of these weights | not stated |" in card
+    assert "| license of the data | not stated |" in card
+    assert "| license of these weights | not stated |" in card
     assert "| peak bytes" not in card
     assert r"dev\-size\: the dev split has 4 images" in card
     assert "/tmp" not in card.replace("\\", "")
@@ -117,7 +117,7 @@ def test_the_card_shows_the_values_that_were_used(tiny_store: Path, tmp_path: Pa
         "text.dim=16",
         "schedule.epochs=40",
         "schedule.patience=1",
-        "optimiser.lr=0.0123",
+        "optimizer.lr=0.0123",
     ]
     run = tmp_path / "run"
     spec = FitSpec(splits=SplitSpec(dev="val"), device="cpu")
@@ -138,7 +138,7 @@ def test_the_card_shows_the_values_that_were_used(tiny_store: Path, tmp_path: Pa
         rf"| images in a batch | 8 \(the recipe says {asked:,}; there are no more images\) |"
         in card
     )
-    assert "| optimiser.lr | 0.0123 |" in card
+    assert "| optimizer.lr | 0.0123 |" in card
     assert "| image.dim | 16 |" in card
     best = history[load_heads(run).training["best_epoch"]]
     assert (
@@ -161,7 +161,7 @@ def test_a_closed_form_shows_what_was_chosen_and_nothing_that_did_not_train(
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "| closed form, ridge, chosen on dev | 0.25 |" in card
     assert "| image.dim | 3 |" in card
-    assert "optimiser.lr" not in card
+    assert "optimizer.lr" not in card
     assert "images in a batch" not in card
 
 

@@ -12,10 +12,10 @@ from apecache.search.faiss_index import Floats, build_vectors, factory_of, measu
 
 
 def clustered(n: int, seed: int = 0, dim: int = 16) -> Floats:
-    """Normalised vectors around 20 centres."""
-    centres = np.random.default_rng(7).standard_normal((20, dim))
+    """Normalized vectors around 20 centers."""
+    centers = np.random.default_rng(7).standard_normal((20, dim))
     chance = np.random.default_rng(seed)
-    vectors = centres[chance.integers(20, size=n)] + 0.4 * chance.standard_normal((n, dim))
+    vectors = centers[chance.integers(20, size=n)] + 0.4 * chance.standard_normal((n, dim))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 

@@ -249,7 +249,7 @@ def test_an_index_of_one_split_finds_only_its_images(
     assert (report.n_images, report.n_texts, report.dim) == (4, 8, 16)
     keys = {hit.key for hit in open_index(tmp_path / "index").search(TEXT_QUERY, 100)}
     assert keys == {
-        f"images/{colour}-triangle-0.png" for colour in ("red", "green", "blue", "yellow")
+        f"images/{color}-triangle-0.png" for color in ("red", "green", "blue", "yellow")
     }
 
 

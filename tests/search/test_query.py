@@ -327,7 +327,7 @@ def test_a_key_finds_what_its_own_file_finds(opened: SearchIndex, shapes_once: P
     assert opened.find(Query(keys=(key,)), 1, "images")[0].key == key
 
 
-def test_a_sum_is_of_normalised_embeddings_and_normalised_again(
+def test_a_sum_is_of_normalized_embeddings_and_normalized_again(
     opened: SearchIndex,
     shapes_once: Path,
 ) -> None:

@@ -18,7 +18,7 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import DataError, MismatchError, OptionError
 from apecache.evaluate.embeddings import embed_store
-from apecache.evaluate.labelled import LabelledSpec
+from apecache.evaluate.labeled import LabeledSpec
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 from apecache.extraction.run import ExtractSpec, extract
@@ -414,7 +414,7 @@ def test_zero_shot_classifies_images_without_captions_and_counts_what_it_cannot_
         split="",
         label=names[0].split("-")[1],
     )
-    images = LabelledSpec(source, str(tmp_path / "caches"), device="cpu", max_bad=0.5)
+    images = LabeledSpec(source, str(tmp_path / "caches"), device="cpu", max_bad=0.5)
     report = zero_shot(load_heads(tiny_run), ZeroShotSpec(images))
     assert (report.n_images, report.left_out) == (11, LeftOut(unreadable_images=1))
     run = tmp_path / "run"

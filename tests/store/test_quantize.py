@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from apecache.errors import DamagedError
-from apecache.store.quantize import BLOCK_NUMBERS, quantise, restore
+from apecache.store.quantize import BLOCK_NUMBERS, quantize, restore
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
 
@@ -30,13 +30,13 @@ usual = arrays.arrays(
 
 def restored(features: NDArray[np.floating]) -> NDArray[np.float32]:
     out = np.empty(features.shape, np.float32)
-    restore(*quantise(features), out)
+    restore(*quantize(features), out)
     return out
 
 
 @given(usual)
 def test_no_number_is_off_by_more_than_half_a_scale(features: NDArray[np.float16]) -> None:
-    values, scales = quantise(features)
+    values, scales = quantize(features)
     assert (values.dtype, values.shape, scales.dtype) == (np.int8, features.shape, np.float32)
     assert scales.shape == features.shape[:-1]
     off = np.abs(restored(features) - features.astype(np.float32))
@@ -52,7 +52,7 @@ def test_what_was_restored_is_kept_as_it_is(features: NDArray[np.float16]) -> No
 
 def test_vectors_of_zeros_stay_and_what_is_not_finite_is_marked_by_its_scale() -> None:
     rows = np.array([[0, 0], [np.nan, 1], [np.inf, 1], [-np.inf, 1], [-3, 1.5]], np.float32)
-    values, scales = quantise(rows)
+    values, scales = quantize(rows)
     assert values.tolist() == [[0, 0], [0, 0], [0, 0], [0, 0], [-127, 64]]
     assert (scales[0], np.isfinite(scales).tolist()) == (0, [True, False, False, False, True])
 
@@ -60,16 +60,16 @@ def test_vectors_of_zeros_stay_and_what_is_not_finite_is_marked_by_its_scale() -
 def test_a_target_that_cannot_be_written_in_place_is_refused() -> None:
     out = np.empty((4, 6), np.float16)[:, ::2]
     with pytest.raises(ValueError, match="contiguous"):
-        restore(*quantise(np.ones((4, 3), np.float16)), out)
+        restore(*quantize(np.ones((4, 3), np.float16)), out)
 
 
 def test_blocks_do_not_show() -> None:
     features = (
         np.random.default_rng(0).normal(size=(2 * BLOCK_NUMBERS // 7 + 3, 7)).astype(np.float16)
     )
-    values, scales = quantise(features)
+    values, scales = quantize(features)
     for row in (0, BLOCK_NUMBERS // 7 - 1, BLOCK_NUMBERS // 7, len(features) - 1):
-        alone, scale = quantise(features[row : row + 1])
+        alone, scale = quantize(features[row : row + 1])
         assert np.array_equal(values[row : row + 1], alone)
         assert scales[row] == scale[0]
         assert np.array_equal(restored(features)[row], restored(features[row : row + 1])[0])

@@ -71,7 +71,7 @@ def test_chunk_files_equal_those_that_zarr_writes_byte_for_byte(tmp_path: Path, 
                 assert (ours / part / chunk.name).read_bytes() == chunk.read_bytes()
 
 
-def test_a_quarantined_row_is_nan_with_status_2_and_its_neighbours_are_untouched(
+def test_a_quarantined_row_is_nan_with_status_2_and_its_neighbors_are_untouched(
     tmp_path: Path,
 ) -> None:
     writer = begin(tmp_path / "store")

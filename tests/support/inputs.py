@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny import COLOURS, draw_shape
+from tiny import COLORS, draw_shape
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "e.png")
-CAPTIONS = tuple(f"a {colour} circle" for colour in (*COLOURS, "white"))
+CAPTIONS = tuple(f"a {color} circle" for color in (*COLORS, "white"))
 SPLITS = ("train", "train", "train", "val", "test")
 LABELS = ("warm", "cold", "cold", "warm", "cold")
 
 
 def image_bytes(number: int) -> bytes:
     buffer = io.BytesIO()
-    draw_shape([*COLOURS, "red"][number], "circle", 40 + number).save(buffer, "PNG")
+    draw_shape([*COLORS, "red"][number], "circle", 40 + number).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -60,11 +60,11 @@ def oriented(form: str, orientation: int, **options: Any) -> bytes:
 def picture_kinds() -> dict[str, Kind]:
     """By name."""
     pixels = blocks()
-    grey = pixels[..., 0]
+    gray = pixels[..., 0]
     clear = pixels[..., 1] > 127
     on_white = np.where(clear[..., None], np.uint8(255), pixels)
     rgba = np.dstack([pixels, np.where(clear, 0, 255).astype(np.uint8)])
-    deep = grey.astype(np.uint16) * 257 + 100
+    deep = gray.astype(np.uint16) * 257 + 100
     palette = Image.fromarray(pixels).quantize(48)
     shown = np.asarray(palette.convert("RGB"))
     index = int(np.asarray(palette)[0, 0])
@@ -82,7 +82,7 @@ def picture_kinds() -> dict[str, Kind]:
         "PNG, EXIF 6": Kind(oriented("PNG", 6), ".png", TURNS[6](pixels)),
         "WebP, EXIF 7": Kind(oriented("WEBP", 7, lossless=True), ".webp", TURNS[7](pixels)),
         "TIFF, EXIF 8": Kind(oriented("TIFF", 8), ".tiff", TURNS[8](pixels)),
-        "L": Kind(file_of(Image.fromarray(grey), "PNG"), ".png", np.dstack([grey] * 3)),
+        "L": Kind(file_of(Image.fromarray(gray), "PNG"), ".png", np.dstack([gray] * 3)),
         "P": Kind(file_of(palette, "PNG"), ".png", shown),
         "P, one color clear": Kind(
             file_of(palette, "PNG", transparency=index),
@@ -99,14 +99,14 @@ def picture_kinds() -> dict[str, Kind]:
         "LA": Kind(
             file_of(Image.fromarray(rgba[..., [0, 3]]), "PNG"),
             suffix=".png",
-            pixels=np.where(clear[..., None], np.uint8(255), np.dstack([grey] * 3)),
+            pixels=np.where(clear[..., None], np.uint8(255), np.dstack([gray] * 3)),
             survives_convert=False,
         ),
         "CMYK": Kind(cmyk, ".jpg", decoded(cmyk)),
         "16-bit": Kind(
             file_of(Image.fromarray(deep), "PNG"),
             suffix=".png",
-            pixels=np.dstack([grey] * 3),
+            pixels=np.dstack([gray] * 3),
             survives_convert=False,
         ),
         "animated GIF": Kind(gif, ".gif", decoded(gif)),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-COLOURS = {
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 180, 60),
     "blue": (40, 60, 220),
@@ -18,7 +18,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 
 
-def draw_shape(colour: str, shape: str, side: int = 48):  # type: ignore[no-untyped-def]
+def draw_shape(color: str, shape: str, side: int = 48):  # type: ignore[no-untyped-def]
     """An RGB picture of one shape on white."""
     from PIL import Image, ImageDraw
 
@@ -27,13 +27,13 @@ def draw_shape(colour: str, shape: str, side: int = 48):  # type: ignore[no-unty
     box = (side // 8, side // 8, side - side // 8, side - side // 8)
     match shape:
         case "circle":
-            pen.ellipse(box, fill=COLOURS[colour])
+            pen.ellipse(box, fill=COLORS[color])
         case "square":
-            pen.rectangle(box, fill=COLOURS[colour])
+            pen.rectangle(box, fill=COLORS[color])
         case _:
             pen.polygon(
                 [(box[0], box[3]), (box[2], box[3]), (side // 2, box[1])],
-                fill=COLOURS[colour],
+                fill=COLORS[color],
             )
     return image
 
@@ -43,11 +43,11 @@ def make_shapes(folder: Path, copies: int = 1) -> Path:
     (folder / "images").mkdir(parents=True)
     lines = ["image\tcaption\tsplit\tlabel\tlang"]
     for copy in range(copies):
-        for number, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
-            key = f"images/{colour}-{shape}-{copy}.png"
-            draw_shape(colour, shape, 48 + 2 * copy).save(folder / key)
+        for number, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES):
+            key = f"images/{color}-{shape}-{copy}.png"
+            draw_shape(color, shape, 48 + 2 * copy).save(folder / key)
             split = "val" if number % 3 == 2 else "train"
-            for caption in (f"a {colour} {shape}", f"the {shape} in {colour} on white"):
+            for caption in (f"a {color} {shape}", f"the {shape} in {color} on white"):
                 lines.append(f"{key}\t{caption}\t{split}\t{shape}\ten")
     table = folder / "pairs.tsv"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from apecache.train.head_data import FitSpec
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
-RATES = '"optimiser.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'
+RATES = '"optimizer.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'
 KINDS = '"image.kind" = {choice = ["linear", "mlp"]}\n"image.width" = {int = [8, 9]}\n'
 
 
@@ -79,7 +79,7 @@ def test_the_best_trial_is_an_ordinary_run_that_a_solo_fit_makes_again(
         "trials.jsonl",
     ]
     assert (tmp_path / "out/command.txt").read_text() == f"{report.command}\n"
-    assert f"--set optimiser.lr={report.best.values['optimiser.lr']}" in report.command
+    assert f"--set optimizer.lr={report.best.values['optimizer.lr']}" in report.command
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "grid"])
@@ -234,7 +234,7 @@ def test_tpe_looks_where_trials_were_good(store: FeatureStore, tmp_path: Path) -
         out=tmp_path / "out",
         spec=SweepSpec(28, "tpe", population=7, fit=CPU),
     )
-    rates = [float(t.values["optimiser.lr"]) for t in plain(report.trials)]
+    rates = [float(t.values["optimizer.lr"]) for t in plain(report.trials)]
     assert np.mean(np.log(rates[14:])) > np.mean(np.log(rates[:14]))
 
 
@@ -242,7 +242,7 @@ def test_failing_trials_end_the_sweep_unless_it_keeps_going(
     store: FeatureStore,
     tmp_path: Path,
 ) -> None:
-    text = '"optimiser.lr" = {choice = [0.02, 3e38]}\n"schedule.warmup" = {choice = [0.0]}\n'
+    text = '"optimizer.lr" = {choice = [0.02, 3e38]}\n"schedule.warmup" = {choice = [0.0]}\n'
     text += '"text.dim" = {choice = [8, 9]}\n'
     space = make_space(tmp_path, text)
     spec = SweepSpec(sampler="grid", fit=CPU)

@@ -71,7 +71,7 @@ def make_recipe(*settings: str) -> Recipe:
     short = [
         "schedule.epochs=6",
         "schedule.batch_size=40",
-        "optimiser.lr=0.02",
+        "optimizer.lr=0.02",
         "schedule.warmup=0",
     ]
     return load_recipe(SMALL, [*short, *settings])
@@ -183,7 +183,7 @@ def test_lint_says_what_equal_captions_do(store: FeatureStore) -> None:
 
 def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> None:
     train, dev = loaded(store)
-    recipes = [make_recipe("schedule.epochs=3", f"optimiser.lr={lr}") for lr in (0.01, 0.02)]
+    recipes = [make_recipe("schedule.epochs=3", f"optimizer.lr={lr}") for lr in (0.01, 0.02)]
 
     def made(recipe: Recipe) -> Training:
         return Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)

@@ -23,7 +23,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel
-from apecache.recipes.recipe import OptimiserSpec, Recipe, load_recipe
+from apecache.recipes.recipe import OptimizerSpec, Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.runs.encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
 from apecache.runs.folder import HISTORY
@@ -66,7 +66,7 @@ def data(
 
 
 def recipe_of(name: str, *settings: str) -> Recipe:
-    short = ["schedule.epochs=3", "schedule.batch_size=8", "schedule.warmup=0", "optimiser.lr=1e-3"]
+    short = ["schedule.epochs=3", "schedule.batch_size=8", "schedule.warmup=0", "optimizer.lr=1e-3"]
     return load_recipe(name, [*short, *settings])
 
 
@@ -136,7 +136,7 @@ def test_lit_reads_images_from_the_cache_and_learns(
     watch = Watch(monkeypatch)
     report = fit_encoder(
         data[0],
-        recipe=recipe_of("lit", "schedule.epochs=16", "optimiser.lr=5e-3"),
+        recipe=recipe_of("lit", "schedule.epochs=16", "optimizer.lr=5e-3"),
         out=tmp_path / "run",
         spec=FitEncoderSpec(**SPEC),
     )
@@ -216,7 +216,7 @@ def test_frozen_parameters_are_the_same_bits_after_training(
     watch = Watch(monkeypatch)
     report = fit(
         data,
-        recipe_of(name, "optimiser.lr=1e-2", "optimiser.weight_decay=0.5"),
+        recipe_of(name, "optimizer.lr=1e-2", "optimizer.weight_decay=0.5"),
         tmp_path / "run",
     )
     assert some in watch.changed() <= watch.trained()
@@ -254,7 +254,7 @@ def test_the_temperature_alone(data: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_frozen_text_tower_is_read_from_the_cache(data: Any, tmp_path: Path) -> None:
-    report = fit(data, recipe_of("freeze/Vuf-Tff", "text.standardise=true"), tmp_path / "run")
+    report = fit(data, recipe_of("freeze/Vuf-Tff", "text.standardize=true"), tmp_path / "run")
     assert report.cached == ("text",)
 
 
@@ -280,7 +280,7 @@ def test_slices_train_like_the_whole_batch(data: Any, tmp_path: Path) -> None:
     """A first step of the same size and no dropout: the tiny text encoder has some, so it is
     switched off here."""
     still = 'towers.rules=[{part = "image.all"}]'
-    recipe = recipe_of("lilt-c", still, "schedule.epochs=1", "optimiser.eps=1e-3")
+    recipe = recipe_of("lilt-c", still, "schedule.epochs=1", "optimizer.eps=1e-3")
     for name, size in (("whole", None), ("slices", 3)):
         fit(data, recipe, tmp_path / name, slice_size=size)
     whole, sliced = (read_tensors(tmp_path / name / WEIGHTS)[0] for name in ("whole", "slices"))
@@ -355,7 +355,7 @@ def test_learning_rates_by_rule_and_decay_by_shape() -> None:
     matrix, vector, slow = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 3)))
     groups = parameter_groups(
         [(matrix, 1.0), (vector, 1.0), (slow, 0.1)],
-        OptimiserSpec(weight_decay=0.3),
+        OptimizerSpec(weight_decay=0.3),
     )
     found = {(group["factor"], group["weight_decay"]): group["params"] for group in groups}
     assert found == {(1.0, 0.3): [matrix], (1.0, 0.0): [vector], (0.1, 0.3): [slow]}
@@ -619,7 +619,7 @@ def test_a_smaller_factor_moves_less(
     rules = 'towers.rules=[{part = "text.blocks[0]", lr = 0.01}, {part = "text.blocks[1]"}]'
     fit(
         data,
-        recipe_of("lilt-c", rules, "schedule.epochs=1", "optimiser.weight_decay=0"),
+        recipe_of("lilt-c", rules, "schedule.epochs=1", "optimizer.weight_decay=0"),
         tmp_path / "run",
     )
     assert watch.model is not None
@@ -658,14 +658,14 @@ def stopped_after(n_saves: int) -> Iterator[None]:
 
 EVERYTHING = {
     "plain": ["schedule.epochs=4"],
-    "average": ["optimiser.ema=0.8", "schedule.evaluate_every=2", "schedule.epochs=4"],
+    "average": ["optimizer.ema=0.8", "schedule.evaluate_every=2", "schedule.epochs=4"],
     "lion, sigmoid": [
-        "optimiser.kind=lion",
+        "optimizer.kind=lion",
         "loss.kind=sigmoid",
         "loss.temperature=0.1",
-        "optimiser.ema=0.5",
+        "optimizer.ema=0.5",
     ],
-    "sgd, captions": ["optimiser.kind=sgd", "loss.captions=2", "schedule.steps=7"],
+    "sgd, captions": ["optimizer.kind=sgd", "loss.captions=2", "schedule.steps=7"],
     "accumulation, structure": [
         "schedule.accumulate=2",
         "schedule.batch_size=4",
@@ -708,7 +708,7 @@ def test_the_average_is_what_is_evaluated_and_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watch = Watch(monkeypatch)
-    still = ["optimiser.ema=0.999999", "schedule.epochs=2"]
+    still = ["optimizer.ema=0.999999", "schedule.epochs=2"]
     report = fit(data, recipe_of("lit", *still), tmp_path / "run")
     assert report.dev == report.untrained
     kept, _ = read_tensors(tmp_path / "run" / WEIGHTS)
@@ -825,7 +825,7 @@ def test_a_run_whose_encoder_has_changed_is_refused(
     ("name", "settings", "spec", "error", "message"),
     [
         ("projection", [], {}, RecipeError, "use fit-head"),
-        ("lit", ["text.standardise=true"], {}, RecipeError, "set text.standardise=false"),
+        ("lit", ["text.standardize=true"], {}, RecipeError, "set text.standardize=false"),
         (
             "lit",
             ["text.kind=mlp", "text.norm=batch"],

@@ -63,7 +63,7 @@ def planted_features(seed: int = 0, aligned: bool = True) -> Features:
 
 def make_recipe(*settings: str, name: str = SMALL) -> Recipe:
     """The small recipe of these tests, or one of the zoo made short."""
-    short = ["schedule.epochs=6", "schedule.batch_size=32", "optimiser.lr=0.02"]
+    short = ["schedule.epochs=6", "schedule.batch_size=32", "optimizer.lr=0.02"]
     return load_recipe(name, [*short, *settings])
 
 
@@ -213,7 +213,7 @@ def test_recipes_on_tokens_fit_tokens_of_different_lengths(
 
     monkeypatch.setattr("apecache.train.head_data.load_on", load_tokens)
     settings = [
-        "optimiser.lr=0.01",
+        "optimizer.lr=0.01",
         "augmentation.token_dropout=0.1",
         "image.n_heads=2",
         "text.n_heads=2",
@@ -299,7 +299,7 @@ def test_a_fit_can_begin_with_a_closed_form(
 ) -> None:
     report = fit_head(
         store,
-        recipe=make_recipe(*settings, "optimiser.lr=1e-3"),
+        recipe=make_recipe(*settings, "optimizer.lr=1e-3"),
         out=tmp_path / "run",
         spec=CPU,
     )
@@ -466,7 +466,7 @@ def test_the_best_epoch_on_dev_is_kept_even_if_later_ones_are_worse(
 def test_the_untrained_head_is_reported_and_never_kept(store: FeatureStore, tmp_path: Path) -> None:
     report = fit_head(
         store,
-        recipe=make_recipe("optimiser.lr=1e-30", "schedule.epochs=2"),
+        recipe=make_recipe("optimizer.lr=1e-30", "schedule.epochs=2"),
         out=tmp_path / "run",
         spec=CPU,
     )
@@ -564,7 +564,7 @@ def test_a_fixed_temperature_stays(store: FeatureStore, tmp_path: Path) -> None:
 
 def test_the_temperature_never_leaves_its_bounds(store: FeatureStore, tmp_path: Path) -> None:
     bounds = ["loss.temperature=0.07", "loss.min_temperature=0.065", "loss.max_temperature=0.075"]
-    fit_head(store, recipe=make_recipe("optimiser.lr=0.5", *bounds), out=tmp_path / "run", spec=CPU)
+    fit_head(store, recipe=make_recipe("optimizer.lr=0.5", *bounds), out=tmp_path / "run", spec=CPU)
     found = temperatures(tmp_path / "run")
     assert all(0.065 - 1e-6 <= value <= 0.075 + 1e-6 for value in found)
     assert any(
@@ -590,12 +590,12 @@ def test_the_last_rate_of_each_epoch_follows_the_schedule(
 
 def test_clipping_holds_the_gradient_back(store: FeatureStore, tmp_path: Path) -> None:
     """With an eps far above the clipped gradient, Adam's steps are as small as the gradient is."""
-    settings = ["optimiser.eps=1e-3", "schedule.epochs=1", "optimiser.weight_decay=0"]
+    settings = ["optimizer.eps=1e-3", "schedule.epochs=1", "optimizer.weight_decay=0"]
     losses = []
     for name, clip in (("free", 0.0), ("held", 1e-9)):
         fit_head(
             store,
-            recipe=make_recipe(*settings, f"optimiser.clip={clip}"),
+            recipe=make_recipe(*settings, f"optimizer.clip={clip}"),
             out=tmp_path / name,
             spec=CPU,
         )
@@ -678,21 +678,21 @@ def test_an_epoch_has_as_many_steps_as_whole_batches(
 
 
 LEARNS = {
-    "adam": ["optimiser.kind=adam", "optimiser.weight_decay=1e-4"],
+    "adam": ["optimizer.kind=adam", "optimizer.weight_decay=1e-4"],
     "lion": [
-        "optimiser.kind=lion",
-        "optimiser.lr=0.01",
-        "optimiser.betas=[0.9, 0.99]",
+        "optimizer.kind=lion",
+        "optimizer.lr=0.01",
+        "optimizer.betas=[0.9, 0.99]",
         "schedule.epochs=12",
     ],
     "sgd": [
-        "optimiser.kind=sgd",
-        "optimiser.lr=100.0",
-        "optimiser.weight_decay=0",
-        "optimiser.clip=0.05",
+        "optimizer.kind=sgd",
+        "optimizer.lr=100.0",
+        "optimizer.weight_decay=0",
+        "optimizer.clip=0.05",
         "schedule.epochs=30",
     ],
-    "average": ["optimiser.ema=0.8", "schedule.decay=constant"],
+    "average": ["optimizer.ema=0.8", "schedule.decay=constant"],
     "sigmoid": ["loss.kind=sigmoid", "loss.temperature=0.05"],
     "several captions": ["loss.captions=3"],
     "mixup": ["augmentation.mixup=1.0", "schedule.epochs=12"],
@@ -752,10 +752,10 @@ def test_accumulated_gradients_are_those_of_the_mean_of_the_batches(
     weights."""
     store = write_store(tmp_path / "s", *planted_features(), IMAGE_ROWS, SPLITS)
     settings = [
-        "optimiser.kind=sgd",
-        "optimiser.betas=[0, 0]",
-        "optimiser.lr=1e-6",
-        "optimiser.weight_decay=0",
+        "optimizer.kind=sgd",
+        "optimizer.betas=[0, 0]",
+        "optimizer.lr=1e-6",
+        "optimizer.weight_decay=0",
     ]
     once = [*settings, "schedule.epochs=1", "schedule.warmup=0", "schedule.decay=constant"]
     moved = {}
@@ -785,11 +785,11 @@ def test_a_fit_that_gets_no_better_stops_early(shuffled: FeatureStore, tmp_path:
 
 
 def test_an_average_of_the_weights_is_what_is_kept(store: FeatureStore, tmp_path: Path) -> None:
-    settings = ["schedule.epochs=1", "optimiser.lr=0.1", "schedule.steps=1"]
+    settings = ["schedule.epochs=1", "optimizer.lr=0.1", "schedule.steps=1"]
     fit_head(store, recipe=make_recipe(*settings), out=tmp_path / "last", spec=CPU)
     fit_head(
         store,
-        recipe=make_recipe(*settings, "optimiser.ema=0.75"),
+        recipe=make_recipe(*settings, "optimizer.ema=0.75"),
         out=tmp_path / "mean",
         spec=CPU,
     )
@@ -1011,10 +1011,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_head(
     store: FeatureStore,
     tmp_path: Path,
 ) -> None:
-    recipe = make_recipe("optimiser.lr=3e38", "schedule.warmup=0", "schedule.epochs=20")
+    recipe = make_recipe("optimizer.lr=3e38", "schedule.warmup=0", "schedule.epochs=20")
     with pytest.raises(
         DataError,
-        match=r"not finite at step 2; the last good .* of step 0; lower optimiser\.lr",
+        match=r"not finite at step 2; the last good .* of step 0; lower optimizer\.lr",
     ):
         fit_head(store, recipe=recipe, out=tmp_path / "run", spec=CPU)
     assert not (tmp_path / "run" / "head.json").exists()

@@ -15,7 +15,7 @@ from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import parse_encoder
 from apecache.train.live import ImageInputs
 
-KEYS = [f"images/{colour}-circle-0.png" for colour in ("red", "green", "blue")]
+KEYS = [f"images/{color}-circle-0.png" for color in ("red", "green", "blue")]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The optimiser's groups and the learning-rate schedule."""
+"""The optimizer's groups and the learning-rate schedule."""
 
 import math
 
@@ -11,9 +11,9 @@ from torch import nn
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.contrastive import Temperature
-from apecache.recipes.recipe import OptimiserSpec, ScheduleSpec
+from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
 from apecache.train.model import AlignmentModel
-from apecache.train.optim import build_optimiser, learning_rate_factor
+from apecache.train.optim import build_optimizer, learning_rate_factor
 
 
 def schedule(warmup: float, final: float = 0.0) -> ScheduleSpec:
@@ -92,20 +92,20 @@ def test_every_trained_parameter_the_temperature_included_is_in_exactly_one_grou
     learnable: bool,
 ) -> None:
     model = make_model(learnable)
-    optimiser = build_optimiser(model.rates(), OptimiserSpec())
-    grouped = [id(parameter) for group in optimiser.param_groups for parameter in group["params"]]
+    optimizer = build_optimizer(model.rates(), OptimizerSpec())
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert (id(model.temperature.log_scale) in grouped) is learnable
 
 
 def test_only_matrices_are_decayed() -> None:
     model = make_model()
-    spec = OptimiserSpec(lr=0.1, weight_decay=0.5)
-    optimiser = build_optimiser(model.rates(), spec)
+    spec = OptimizerSpec(lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(model.rates(), spec)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
+    optimizer.step()
     for name, parameter in model.named_parameters():
         kept = 1 - 0.1 * 0.5 if parameter.ndim >= 2 else 1.0
         torch.testing.assert_close(parameter.detach(), kept * before[name], msg=name)
@@ -113,9 +113,9 @@ def test_only_matrices_are_decayed() -> None:
 
 
 def test_lion_moves_by_the_sign_of_its_momentum() -> None:
-    spec = OptimiserSpec(kind="lion", lr=0.01, betas=(0.6, 0.9), weight_decay=0.5)
+    spec = OptimizerSpec(kind="lion", lr=0.01, betas=(0.6, 0.9), weight_decay=0.5)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0, -3.0]]))
-    optimiser = build_optimiser([(parameter, 1.0)], spec)
+    optimizer = build_optimizer([(parameter, 1.0)], spec)
     momentum = torch.zeros(3)
     expected = parameter.detach()[0].clone()
     for gradient in (
@@ -124,30 +124,30 @@ def test_lion_moves_by_the_sign_of_its_momentum() -> None:
         torch.tensor([-0.9, 0.3, 1.0]),
     ):
         parameter.grad = gradient[None].clone()
-        optimiser.step()
+        optimizer.step()
         update = (0.6 * momentum + 0.4 * gradient).sign()
         expected = expected * (1 - 0.01 * 0.5) - 0.01 * update
         momentum = 0.9 * momentum + 0.1 * gradient
     torch.testing.assert_close(parameter.detach()[0], expected)
-    torch.testing.assert_close(optimiser.state[parameter]["momentum"][0], momentum)
+    torch.testing.assert_close(optimizer.state[parameter]["momentum"][0], momentum)
 
 
 @pytest.mark.parametrize(
     ("spec", "kind"),
     [
-        (OptimiserSpec(kind="adam"), torch.optim.Adam),
-        (OptimiserSpec(kind="sgd"), torch.optim.SGD),
-        (OptimiserSpec(), torch.optim.AdamW),
+        (OptimizerSpec(kind="adam"), torch.optim.Adam),
+        (OptimizerSpec(kind="sgd"), torch.optim.SGD),
+        (OptimizerSpec(), torch.optim.AdamW),
     ],
 )
-def test_torchs_optimisers_are_fused_and_decay_only_matrices(
-    spec: OptimiserSpec,
+def test_torchs_optimizers_are_fused_and_decay_only_matrices(
+    spec: OptimizerSpec,
     kind: type,
 ) -> None:
-    optimiser = build_optimiser(make_model().rates(), spec)
-    assert type(optimiser) is kind
-    assert all(group["fused"] for group in optimiser.param_groups)
-    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.1, 0.0]
+    optimizer = build_optimizer(make_model().rates(), spec)
+    assert type(optimizer) is kind
+    assert all(group["fused"] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
 def test_warm_up_can_be_told_in_steps_and_the_rate_can_stay() -> None:
@@ -162,14 +162,14 @@ def test_warm_up_can_be_told_in_steps_and_the_rate_can_stay() -> None:
 
 
 def test_the_first_step_is_adams_with_the_settings_given() -> None:
-    spec = OptimiserSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
+    spec = OptimizerSpec(lr=0.01, betas=(0.7, 0.8), eps=0.5, weight_decay=0.0)
     parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
-    optimiser = build_optimiser([(parameter, 1.0)], spec)
+    optimizer = build_optimizer([(parameter, 1.0)], spec)
     moments = torch.zeros(2, 2)
     expected = torch.tensor([1.0, 2.0])
     for step, gradient in enumerate((torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 0.1])), 1):
         parameter.grad = gradient[None]
-        optimiser.step()
+        optimizer.step()
         moments[0] = 0.7 * moments[0] + 0.3 * gradient
         moments[1] = 0.8 * moments[1] + 0.2 * gradient.square()
         first = moments[0] / (1 - 0.7**step)

@@ -32,7 +32,7 @@ SETTINGS = [
         "schedule.batch_size=7",
         "schedule.warmup=0",
     ),
-    *("optimiser.lr=1e-3", "optimiser.eps=1e-3", "optimiser.ema=0.5"),
+    *("optimizer.lr=1e-3", "optimizer.eps=1e-3", "optimizer.ema=0.5"),
 ]
 
 

@@ -39,12 +39,12 @@ EVERYTHING = {
     ],
     "mixtures and captions": ["augmentation.mixup=1", "loss.captions=2", "image.input_dropout=0.1"],
     "average, accumulation": [
-        "optimiser.ema=0.9",
+        "optimizer.ema=0.9",
         "schedule.accumulate=2",
         "schedule.batch_size=16",
     ],
-    "lion": ["optimiser.kind=lion", "loss.kind=sigmoid", "loss.temperature=0.05"],
-    "sgd": ["optimiser.kind=sgd", "schedule.steps=13"],
+    "lion": ["optimizer.kind=lion", "loss.kind=sigmoid", "loss.temperature=0.05"],
+    "sgd": ["optimizer.kind=sgd", "schedule.steps=13"],
     "batch norm": [
         "text={kind='mlp', residual=false, norm='batch', width=16, dim=8}",
         "schedule.patience=3",
@@ -80,7 +80,7 @@ def store(write_store: Any, tmp_path_factory: pytest.TempPathFactory) -> Feature
 
 
 def make_recipe(*settings: str) -> Recipe:
-    short = ["schedule.epochs=5", "schedule.batch_size=32", "optimiser.lr=0.01"]
+    short = ["schedule.epochs=5", "schedule.batch_size=32", "optimizer.lr=0.01"]
     return load_recipe(SMALL, [*short, *settings])
 
 
@@ -167,7 +167,7 @@ def test_how_often_checkpoints_are_written_changes_nothing(
 @pytest.mark.parametrize(
     ("recipe", "spec", "field"),
     [
-        (("optimiser.lr=0.02",), ALWAYS, "recipe.optimiser.lr is 0.02, there 0.01"),
+        (("optimizer.lr=0.02",), ALWAYS, "recipe.optimizer.lr is 0.02, there 0.01"),
         ((), replace(ALWAYS, seed=3), "seed is 3, there 0"),
         (
             (),
@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     store: FeatureStore,
     tmp_path: Path,
 ) -> None:
-    recipe = make_recipe("optimiser.lr=3e38", "schedule.warmup=0")
+    recipe = make_recipe("optimizer.lr=3e38", "schedule.warmup=0")
     with pytest.raises(
         DataError,
         match=r"not finite at step 2; the last good checkpoint is that of step 1;",
@@ -344,7 +344,7 @@ def test_a_fit_killed_ten_times_ends_with_the_same_bytes(
     ]
     recipe = make_recipe(
         *settings,
-        "optimiser.ema=0.9",
+        "optimizer.ema=0.9",
         "schedule.batch_size=24",
         "schedule.evaluate_every=4",
     )

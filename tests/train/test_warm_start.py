@@ -34,7 +34,7 @@ SHORT = ["schedule.epochs=1", "schedule.batch_size=8", "schedule.warmup=0"]
 DEV = SplitSpec(dev="val")
 LINEAR = ["image.dim=16", "text.dim=16", "towers.image_pooling=cls", "towers.text_pooling=cls"]
 MLP = [
-    "image={kind='mlp', dim=16, width=24, standardise=false}",
+    "image={kind='mlp', dim=16, width=24, standardize=false}",
     "text={kind='mlp', dim=16, width=24, skip=true}",
 ]
 
@@ -86,7 +86,7 @@ def head_run(data: Any, out: Path, *settings: str, name: str = "projection") -> 
 
 @pytest.fixture(scope="module")
 def linear(data: Any, tmp_path_factory: pytest.TempPathFactory) -> FitReport:
-    """Standardised linear heads."""
+    """Standardized linear heads."""
     return head_run(data, tmp_path_factory.mktemp("warm") / "linear", "image.dim=16", "text.dim=16")
 
 
@@ -109,14 +109,14 @@ def fit(
         ("lilt-c", ['towers.rules=[{part = "blocks[-1:]"}]', "augmentation={}"], POOLED),
         ("lilt-c", ['towers.rules=[{part = "blocks[-1:]"}]'], TOKENS),
         ("lilt-l", [], POOLED),
-        ("lilt-l", ["image.standardise=true"], POOLED),
+        ("lilt-l", ["image.standardize=true"], POOLED),
         ("lilt-m", [], POOLED),
     ],
     ids=[
         "from the inputs",
         "from tokens",
         "image cached",
-        "image cached and standardised",
+        "image cached and standardized",
         "heads frozen",
     ],
 )
@@ -145,7 +145,7 @@ def test_it_begins_where_the_heads_ended(
     assert warm.untrained == linear.dev
     assert cold.untrained != linear.dev
     tensors, _ = read_tensors(tmp_path / "warm" / WEIGHTS)
-    assert bool(tensors["image.head.mean"].any()) == ("image.standardise=true" in settings)
+    assert bool(tensors["image.head.mean"].any()) == ("image.standardize=true" in settings)
     assert not tensors["text.head.mean"].any()
     begun = next(iter(read_history(tmp_path / "warm")))
     assert 1 / begun["temperature"] == pytest.approx(load_heads(linear.run).scale)
@@ -156,14 +156,14 @@ def test_other_kinds_of_heads_and_a_run_put_together(
     linear: FitReport,
     tmp_path: Path,
 ) -> None:
-    """The text's mlp with a direct way standardises in the head run alone."""
+    """The text's mlp with a direct way standardizes in the head run alone."""
     heads = head_run(
         data,
         tmp_path / "heads",
         MLP[0],
         "text={kind='mlp', dim=16, width=24, skip=true}",
     )
-    within = ["text.standardise=false", 'towers.rules=[{part = "blocks[-1:]"}]', "augmentation={}"]
+    within = ["text.standardize=false", 'towers.rules=[{part = "blocks[-1:]"}]', "augmentation={}"]
     warm = fit(
         data,
         recipe=load_recipe("lilt-c", [*SHORT, *LINEAR[2:], *MLP, *within]),
@@ -248,7 +248,7 @@ def test_other_weights_of_the_encoder_are_refused(
         )
 
 
-def test_a_head_that_cannot_take_up_its_standardisation_is_refused(
+def test_a_head_that_cannot_take_up_its_standardization_is_refused(
     data: Any,
     tmp_path: Path,
 ) -> None:
@@ -256,11 +256,11 @@ def test_a_head_that_cannot_take_up_its_standardisation_is_refused(
     heads = head_run(data, tmp_path / "heads", *gated)
     recipe = load_recipe(
         "lilt-l",
-        [*SHORT, *LINEAR[2:], *gated, "image.standardise=false", "text.standardise=false"],
+        [*SHORT, *LINEAR[2:], *gated, "image.standardize=false", "text.standardize=false"],
     )
     with pytest.raises(
         MismatchError,
-        match=r"of kind gated cannot .*fit it again with image.standardise=false",
+        match=r"of kind gated cannot .*fit it again with image.standardize=false",
     ):
         fit(data, recipe=recipe, out=tmp_path / "run", start=heads.run)
 

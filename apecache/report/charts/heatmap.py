@@ -42,7 +42,7 @@ def scout_maps(report: ScoutReport) -> list[HeatMap]:
     measures = (
         (recall_title, "recall_at_1", 1),
         ("Linear CKA", "cka", 3),
-        ("Mutual nearest neighbours, k = 10", "mutual_knn", 3),
+        ("Mutual nearest neighbors, k = 10", "mutual_knn", 3),
     )
     maps = []
     for title, field, digits in measures:

@@ -71,7 +71,7 @@ class Drawn:
     rows: tuple[DrawnRow, ...]
 
 
-SHADES = {"held": "colour-2", "broken": "colour-1"}
+SHADES = {"held": "color-2", "broken": "color-1"}
 
 
 def draw_intervals(picture: Intervals) -> Drawn:
@@ -115,7 +115,7 @@ def _draw_row(row: Row, y: float, x_of: Callable[[float | None], float | None]) 
         y=y,
         name=name,
         verdict=row.verdict,
-        shade=SHADES.get(row.verdict, "colour-3"),
+        shade=SHADES.get(row.verdict, "color-3"),
         published=x_of(row.published),
         measured=x_of(row.measured),
         low=x_of(row.low),

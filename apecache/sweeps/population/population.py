@@ -42,7 +42,7 @@ PASSES = 3
 """Numbers kept for each input and output of a layer: forward, backward, and intermediate ones."""
 SLAB_BYTES = 2**20
 """Bytes of activations that stay in the caches of a processor."""
-STANDARDISED_BYTES = 2**29
+STANDARDIZED_BYTES = 2**29
 """Features that need more bytes than this are standardized batch by batch."""
 
 
@@ -85,7 +85,7 @@ def stack_key(member: Training, plan: Plan) -> Hashable | None:
     """Return a key that is equal for members that can train together; None for one that cannot."""
     recipe = member.recipe
     structures = (structure_of(member.model.image), structure_of(member.model.text))
-    if member.optimiser is None or None in structures:
+    if member.optimizer is None or None in structures:
         return None
     mixes = recipe.augmentation.mixup > 0
     # Epoch and step are part of the key: a stack takes one step for all of its members.
@@ -204,11 +204,11 @@ class Population:
 
     def take_steps(self, train: FeaturePairs) -> None:
         """Take the steps of an epoch with all present members."""
-        fed = self._standardised(train)
+        fed = self._standardized(train)
         for slab in self.slabs:
             slab.take_steps(fed, fed is not train)
 
-    def _standardised(self, train: FeaturePairs) -> FeaturePairs:
+    def _standardized(self, train: FeaturePairs) -> FeaturePairs:
         """Return the features as all heads see them, made once.
 
         Returns `train` itself where heads see them differently, augmentation needs raw features, or
@@ -216,7 +216,7 @@ class Population:
         """
         if self._fed is None or self._fed[0] is not train:
             is_shared = _see_alike(self.members) and _fits(train)
-            fed = _standardise(train, self.members[0]) if is_shared else train
+            fed = _standardize(train, self.members[0]) if is_shared else train
             self._fed = (train, fed)
         return self._fed[1]
 
@@ -259,11 +259,11 @@ def _fits(train: FeaturePairs) -> bool:
     """Return whether the features lie on the training device and a float32 copy is small."""
     is_resident = train.image.device == train.text.device == train.place
     n_numbers = train.image.numel() + train.text.numel()
-    return is_resident and FLOAT_BYTES * n_numbers <= STANDARDISED_BYTES
+    return is_resident and FLOAT_BYTES * n_numbers <= STANDARDIZED_BYTES
 
 
 @torch.no_grad()
-def _standardise(train: FeaturePairs, member: Training) -> FeaturePairs:
+def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
     image_head = member.model.image
     text_head = member.model.text
     image = train.image.float().sub(image_head.mean).div_(image_head.deviation)

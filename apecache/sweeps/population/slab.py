@@ -54,7 +54,7 @@ class Slab:
         self.updates: list[Callable[[], object]] = []
         self.recorder = recorder_of(streams.device) if all(map(_can_be_recorded, members)) else None
         self.graphs: dict[bool, StepGraph] = {}
-        n_groups = len(_optimiser(members[0]).param_groups)
+        n_groups = len(_optimizer(members[0]).param_groups)
         # A recorded step reads the rates from this tensor: numbers of the host would be frozen.
         self.rates = torch.zeros(len(members), n_groups, device=streams.device)
 
@@ -63,18 +63,18 @@ class Slab:
         for heads in self.heads:
             heads.release()
 
-    def take_steps(self, train: FeaturePairs, standardised: bool) -> None:
+    def take_steps(self, train: FeaturePairs, standardized: bool) -> None:
         """Take the rest of an epoch's steps.
 
         Args:
             train: The features to train on.
-            standardised: Whether the features are standardized already.
+            standardized: Whether the features are standardized already.
         """
         members = self.members
         plan = self.plan
         batches_of_members = [draw_epoch(member, train, plan) for member in members]
         while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
-            losses = self._step(batches_of_members, standardised)
+            losses = self._step(batches_of_members, standardized)
             for member, loss in zip(members, losses.unbind(), strict=True):
                 member.losses.append(loss)
                 member.step = member.step + 1
@@ -84,20 +84,20 @@ class Slab:
     def _step(
         self,
         batches_of_members: Sequence[Iterator[Batch]],
-        standardised: bool,
+        standardized: bool,
     ) -> Tensor:
         """Take one step and return its losses, float [k]."""
         self._set_rates()
         micro_batches = self._draw(batches_of_members)
         # The first step runs torch's own way: it makes the optimizer states that a record needs.
         if self.recorder is None or not self.updates:
-            return self._whole_step(micro_batches, standardised)
+            return self._whole_step(micro_batches, standardized)
         drawn_batches = list(micro_batches)
         if all(self._are_plain(batches) for batches in drawn_batches):
-            graph = self._graph(drawn_batches, standardised)
+            graph = self._graph(drawn_batches, standardized)
             if graph:
                 return graph(_inputs(drawn_batches))
-        return self._whole_step(drawn_batches, standardised)
+        return self._whole_step(drawn_batches, standardized)
 
     def _draw(self, batches_of_members: Sequence[Iterator[Batch]]) -> Iterator[list[Batch]]:
         """Yield one batch of every member for each accumulation of a step.
@@ -107,38 +107,38 @@ class Slab:
         for _ in range(self.plan.accumulate):
             yield [next(batches) for batches in batches_of_members]
 
-    def _whole_step(self, micro_batches: Iterable[list[Batch]], standardised: bool) -> Tensor:
+    def _whole_step(self, micro_batches: Iterable[list[Batch]], standardized: bool) -> Tensor:
         self._clear()
-        losses = [self._add_gradients(batches, standardised) for batches in micro_batches]
+        losses = [self._add_gradients(batches, standardized) for batches in micro_batches]
         self._update()
         return torch.stack(losses).sum(0)
 
     def _graph(
         self,
         micro_batches: Sequence[list[Batch]],
-        standardised: bool,
+        standardized: bool,
     ) -> StepGraph | None:
         """Return the recorded step, recorded now if need be; None where the device refuses."""
-        if standardised not in self.graphs:
+        if standardized not in self.graphs:
             assert self.recorder is not None
-            step = self._recorded_step(standardised)
+            step = self._recorded_step(standardized)
             graph = try_to_record(step, _inputs(micro_batches), self.recorder)
             if graph is None:
                 self.recorder = None
                 # These updates read rates from a tensor that is no longer written.
                 self.updates = []
                 return None
-            self.graphs[standardised] = graph
-        return self.graphs[standardised]
+            self.graphs[standardized] = graph
+        return self.graphs[standardized]
 
-    def _recorded_step(self, standardised: bool) -> Callable[[Sequence[Tensor]], Tensor]:
+    def _recorded_step(self, standardized: bool) -> Callable[[Sequence[Tensor]], Tensor]:
         """Return `_whole_step` of plain batches, without anything that only the host can do."""
 
         def step(inputs: Sequence[Tensor]) -> Tensor:
             self._clear()
             losses = []
             for image, text in zip(inputs[::2], inputs[1::2], strict=True):
-                image_embedding, text_embedding = self._forward(image, text, standardised)
+                image_embedding, text_embedding = self._forward(image, text, standardized)
                 contrast = self._contrast(image_embedding, text_embedding)
                 losses.append(self._backward(*contrast))
             for member, update in zip(self.members, self.updates, strict=True):
@@ -162,7 +162,7 @@ class Slab:
             return
         rates_of_members = []
         for member in self.members:
-            param_groups = _optimiser(member).param_groups
+            param_groups = _optimizer(member).param_groups
             rates_of_members.append([group["lr"] for group in param_groups])
         self.rates.copy_(torch.tensor(rates_of_members))
 
@@ -171,7 +171,7 @@ class Slab:
 
         The first time by `Optimizer.step`, which makes the state of an optimizer where it has none.
         """
-        updates = self.updates or [_optimiser(member).step for member in self.members]
+        updates = self.updates or [_optimizer(member).step for member in self.members]
         for member, update in zip(self.members, updates, strict=True):
             apply_update(member, update)
         if self.updates:
@@ -179,12 +179,12 @@ class Slab:
         rates = [None] * len(self.members) if self.recorder is None else self.rates.unbind()
         direct_updates = []
         for member, member_rates in zip(self.members, rates, strict=True):
-            direct_updates.append(direct_update(_optimiser(member), member_rates))
+            direct_updates.append(direct_update(_optimizer(member), member_rates))
         self.updates = direct_updates
 
-    def _add_gradients(self, member_batches: Sequence[Batch], standardised: bool) -> Tensor:
+    def _add_gradients(self, member_batches: Sequence[Batch], standardized: bool) -> Tensor:
         batches = [self._seen(i, batch) for i, batch in enumerate(member_batches)]
-        image, text = self._forward(*_stacked(batches), standardised)
+        image, text = self._forward(*_stacked(batches), standardized)
         if self._are_plain(batches):
             contrast = self._contrast(image, text)
         else:
@@ -195,10 +195,10 @@ class Slab:
         pairs = zip(self.members, batches, strict=True)
         return all(_is_plain(member, batch) for member, batch in pairs)
 
-    def _forward(self, image: Tensor, text: Tensor, standardised: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
-        image_embedding = image_heads.forward(image, standardised)
-        text_embedding = text_heads.forward(text, standardised)
+        image_embedding = image_heads.forward(image, standardized)
+        text_embedding = text_heads.forward(text, standardized)
         return image_embedding, text_embedding
 
     def _backward(self, losses: Tensor, by_image: Tensor, by_text: Tensor) -> Tensor:
@@ -271,9 +271,9 @@ class Slab:
         return torch.stack(losses), by_image, by_text
 
 
-def _optimiser(member: Training) -> torch.optim.Optimizer:
-    assert member.optimiser is not None
-    return member.optimiser
+def _optimizer(member: Training) -> torch.optim.Optimizer:
+    assert member.optimizer is not None
+    return member.optimizer
 
 
 def _trained_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -306,7 +306,7 @@ def _can_be_recorded(member: Training) -> bool:
     return (
         not draws
         and member.recipe.augmentation == AugmentationSpec()
-        and is_direct(_optimiser(member))
+        and is_direct(_optimizer(member))
     )
 
 

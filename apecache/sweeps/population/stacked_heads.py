@@ -159,9 +159,9 @@ class StackedHeads:
         self.joined: list[Stack] = []
         self._head = _head(heads, streams, self.joined)
 
-    def forward(self, features: Tensor, standardised: bool = False) -> Tensor:
-        """Embed features; `standardised` says that they are standardized already."""
-        return self._head.forward(features, standardised)
+    def forward(self, features: Tensor, standardized: bool = False) -> Tensor:
+        """Embed features; `standardized` says that they are standardized already."""
+        return self._head.forward(features, standardized)
 
     def backward(self, gradient: Tensor) -> None:
         """Add to the gradients of the parameters, from that of the last output [k, n, out_dim]."""
@@ -200,8 +200,8 @@ class _Pooled:
         self.body = stacked(lambda head: head.body)
         self.direct = None if heads[0].direct is None else stacked(lambda head: head.direct)
 
-    def forward(self, features: Tensor, standardised: bool) -> Tensor:
-        if not standardised:
+    def forward(self, features: Tensor, standardized: bool) -> Tensor:
+        if not standardized:
             features = features.float().sub(self.mean).div_(self.deviation)
         x = self.dropout.forward(features)
         y = self.body.forward(x)
@@ -230,8 +230,8 @@ class _Several:
         self.parts = parts
         self.widths = heads[0].widths
 
-    def forward(self, features: Tensor, standardised: bool) -> Tensor:
-        embeddings = [head.forward(features, standardised) for head in self.parts]
+    def forward(self, features: Tensor, standardized: bool) -> Tensor:
+        embeddings = [head.forward(features, standardized) for head in self.parts]
         # Each has length 1: together they have the square root of their number.
         return torch.cat(embeddings, -1).div_(len(self.parts) ** 0.5)
 

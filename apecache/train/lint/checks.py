@@ -72,7 +72,7 @@ def lint_fit(
     report_split: str,
     train: FeaturePairs,
     model: AlignmentModel,
-    optimiser: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | None,
 ) -> list[Finding]:
     """Run every check on a fit of heads before it begins.
 
@@ -84,7 +84,7 @@ def lint_fit(
         report_split: Split that results will be reported on, if the store has it.
         train: Training pairs.
         model: Model before training.
-        optimiser: Optimizer of the fit; None: nothing trains.
+        optimizer: Optimizer of the fit; None: nothing trains.
 
     Raises:
         RecipeError: The splits do not work.
@@ -94,8 +94,8 @@ def lint_fit(
         *lint_splits(store, arrays=arrays, spec=splits, report_split=report_split),
         *lint_positives(train, recipe),
     ]
-    if optimiser is not None:
-        findings += lint_model(model, optimiser=optimiser, recipe=recipe, train=train)
+    if optimizer is not None:
+        findings += lint_model(model, optimizer=optimizer, recipe=recipe, train=train)
     return findings
 
 
@@ -428,12 +428,12 @@ def _rows_of_equal_features(train: FeaturePairs) -> int:
 
 def lint_model(
     model: AlignmentModel,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     train: FeaturePairs,
 ) -> Iterator[Finding]:
     """Check that everything that should learn can."""
-    yield from lint_groups(model, optimiser, recipe)
+    yield from lint_groups(model, optimizer, recipe)
     # A copy: the probe takes steps.
     probe = Training(copy.deepcopy(model), recipe, 0)
     tested = [name for name, _ in model.named_parameters()]
@@ -443,20 +443,20 @@ def lint_model(
 
 def lint_groups(
     model: Trainable,
-    optimiser: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | None,
     recipe: Recipe,
 ) -> Iterator[Finding]:
     """Check that the optimizer holds everything that should learn. None holds nothing."""
     held: set[int] = set()
-    if optimiser:
-        for group in optimiser.param_groups:
+    if optimizer:
+        for group in optimizer.param_groups:
             held.update(id(parameter) for parameter in group["params"])
     if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
-        text = "the temperature is learnable, but in no group of the optimiser"
+        text = "the temperature is learnable, but in no group of the optimizer"
         yield Finding(
             check="temperature",
             level="error",
-            message=f"{text}; give the optimiser every parameter of the model",
+            message=f"{text}; give the optimizer every parameter of the model",
         )
     missing_names: list[str] = []
     for name, parameter in model.named_parameters():
@@ -465,9 +465,9 @@ def lint_groups(
             missing_names.append(name)
     if missing_names:
         yield Finding(
-            check="optimiser",
+            check="optimizer",
             level="error",
-            message=f"{_some(missing_names)} in no group of the optimiser; give it every parameter",
+            message=f"{_some(missing_names)} in no group of the optimizer; give it every parameter",
         )
 
 
@@ -476,9 +476,9 @@ def lint_encoder_model(training: Fit[Any], train: FeaturePairs) -> Iterator[Find
 
     The model is not copied, since towers are large. Afterwards it has other weights.
     """
-    yield from lint_groups(training.model, training.optimiser, training.recipe)
+    yield from lint_groups(training.model, training.optimizer, training.recipe)
     tested = [name for name, p in training.model.named_parameters() if p.requires_grad]
-    if training.optimiser is not None:
+    if training.optimizer is not None:
         silent, shut = _probe(training, train=train, n_images=PROBE_PAIRS, tested=tested)
         yield from _found_by_probe(silent, shut)
 
@@ -530,7 +530,7 @@ def _probe(
     Returns:
         Tested parameters without gradient, and gates that never open.
     """
-    assert fit.optimiser is not None
+    assert fit.optimizer is not None
     model = fit.model
     recipe = fit.recipe
     parameters = dict(model.named_parameters())
@@ -549,12 +549,12 @@ def _probe(
         model.train()
         for fit.step, batch in enumerate(probe_batches):
             outputs = _gate_outputs(model)
-            fit.optimiser.zero_grad(set_to_none=True)
+            fit.optimizer.zero_grad(set_to_none=True)
             fit.add_gradients(batch, 1)
             silent -= {name for name in silent if _has_gradient(parameters[name])}
             shut_now = {name for name, values in outputs.items() if not _opens(values)}
             shut = shut_now if fit.step == 0 else shut & shut_now
-            fit.optimiser.step()
+            fit.optimizer.step()
     return sorted(silent), sorted(shut)
 
 

@@ -48,7 +48,7 @@ def lint_plan(
         recipe=recipe,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    optimiser = Training(model, recipe, spec.seed).optimiser
+    optimizer = Training(model, recipe, spec.seed).optimizer
     return lint_fit(
         store,
         arrays=(image, text),
@@ -57,7 +57,7 @@ def lint_plan(
         report_split=spec.report_split,
         train=train,
         model=model,
-        optimiser=optimiser,
+        optimizer=optimizer,
     )
 
 
@@ -112,7 +112,7 @@ def lint_run(
         report_split=report_split,
         train=train,
         model=model,
-        optimiser=Training(model, recipe, 0).optimiser,
+        optimizer=Training(model, recipe, 0).optimizer,
     )
 
 

@@ -62,14 +62,14 @@ def together(
 def settings_of(i: int) -> list[str]:
     """Sixteen members that differ in all that may differ."""
     return [
-        f"optimiser.lr={1e-4 * 1.4**i}",
-        f"optimiser.weight_decay={0.05 * (i % 4)}",
-        f"optimiser.betas=[{0.8 + 0.01 * i}, {0.95 + 0.003 * i}]",
+        f"optimizer.lr={1e-4 * 1.4**i}",
+        f"optimizer.weight_decay={0.05 * (i % 4)}",
+        f"optimizer.betas=[{0.8 + 0.01 * i}, {0.95 + 0.003 * i}]",
         f"loss.temperature={0.03 + 0.01 * i}",
         f"image.dropout={0.1 * (i % 3)}",
         f"text.input_dropout={0.05 * (i % 5)}",
         f"augmentation.noise={0.1 * (i % 2)}",
-        f"optimiser.clip={float(i % 3 == 2)}",
+        f"optimizer.clip={float(i % 3 == 2)}",
         f"schedule.warmup={0.05 * (i % 4)}",
     ]
 
@@ -111,7 +111,7 @@ STRUCTURES = {
         "image.residual=false",
         "image.norm=batch",
         "image.width=16",
-        "optimiser.kind=sgd",
+        "optimizer.kind=sgd",
     ],
     "gated": ["text.kind=gated", "text.dropout=0.2", "text.skip=true"],
     "fusemix": ["image.kind=fusemix", "image.dropout=0.1", "image.expansion=2.0"],
@@ -122,9 +122,9 @@ STRUCTURES = {
     "structure": ["loss.structure=1.0", "loss.structure_warmup=3"],
     "mixup": ["augmentation.mixup=0.5"],
     "accumulated": ["schedule.accumulate=2"],
-    "averaged": ["optimiser.ema=0.9"],
-    "lion": ["optimiser.kind=lion", "optimiser.lr=0.001"],
-    "sgd": ["optimiser.kind=sgd"],
+    "averaged": ["optimizer.ema=0.9"],
+    "lion": ["optimizer.kind=lion", "optimizer.lr=0.001"],
+    "sgd": ["optimizer.kind=sgd"],
     "fixed temperature": ["loss.learnable=false"],
 }
 
@@ -132,7 +132,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_structure_and_loss_equals_its_solo_runs(name: str) -> None:
     cases = [
-        ["schedule.epochs=3", *STRUCTURES[name], f"optimiser.weight_decay={0.1 * i}"]
+        ["schedule.epochs=3", *STRUCTURES[name], f"optimizer.weight_decay={0.1 * i}"]
         for i in range(3)
     ]
     for seed, member in enumerate(together(cases)):
@@ -150,7 +150,7 @@ def test_several_heads_side_by_side_are_stacked_too() -> None:
         for side in ("image", "text")
         for text in (f"{side}.kind=several", f"{side}.parts={part}")
     ]
-    cases = [["schedule.epochs=3", *sides, f"optimiser.lr={lr}"] for lr in (1e-2, 1e-3)]
+    cases = [["schedule.epochs=3", *sides, f"optimizer.lr={lr}"] for lr in (1e-2, 1e-3)]
     for seed, member in enumerate(together(cases)):
         assert distance(member, solo(cases[seed], seed)) < 1e-5
 
@@ -165,9 +165,9 @@ def test_images_of_equal_content_are_grouped_as_in_a_solo_run() -> None:
 def test_a_member_that_stops_early_leaves_the_stack_and_equals_its_solo_run() -> None:
     patience = ["schedule.epochs=12", "schedule.patience=1"]
     cases = [
-        [*patience, "optimiser.lr=0.3"],
-        [*patience, "optimiser.lr=0.3"],
-        [*patience[:1], "optimiser.lr=0.02"],
+        [*patience, "optimizer.lr=0.3"],
+        [*patience, "optimizer.lr=0.3"],
+        [*patience[:1], "optimizer.lr=0.02"],
     ]
     members = together(cases)
     alone = [solo(case, seed) for seed, case in enumerate(cases)]
@@ -201,7 +201,7 @@ def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
 
 
 def test_a_member_whose_loss_is_not_finite_leaves_and_disturbs_no_other() -> None:
-    cases = [["optimiser.lr=3e38", "schedule.warmup=0"], ["optimiser.lr=0.02", "schedule.warmup=0"]]
+    cases = [["optimizer.lr=3e38", "schedule.warmup=0"], ["optimizer.lr=0.02", "schedule.warmup=0"]]
     made = [make(settings, seed) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
     failures = train_together(
@@ -249,23 +249,23 @@ def test_the_size_of_slabs_changes_no_member(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("apecache.sweeps.population.population.SLAB_BYTES", slab_bytes)
-    cases = [[*MLP, *settings_of(i), "schedule.epochs=6", "optimiser.lr=0.01"] for i in range(3)]
+    cases = [[*MLP, *settings_of(i), "schedule.epochs=6", "optimizer.lr=0.01"] for i in range(3)]
     for seed, member in enumerate(together(cases)):
         assert distance(member, solo(cases[seed], seed)) < 1e-5
 
 
-def test_features_are_standardised_once_only_where_all_heads_see_them_alike() -> None:
+def test_features_are_standardized_once_only_where_all_heads_see_them_alike() -> None:
     members = [make([], seed)[0] for seed in range(3)]
     plan = make([], 0)[1]
     population = Population(members, Streams.seeded([1, 2, 3], CPU), plan)
-    assert population._standardised(TRAIN) is population._standardised(TRAIN) is not TRAIN
+    assert population._standardized(TRAIN) is population._standardized(TRAIN) is not TRAIN
     for settings in (
-        ["image.standardise=false"],
+        ["image.standardize=false"],
         ["augmentation.noise=0.1"],
         ["loss.structure=1.0"],
     ):
         other = [*members[:2], make(settings, 2)[0]]
-        assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardised(TRAIN) is TRAIN
+        assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardized(TRAIN) is TRAIN
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -274,7 +274,7 @@ def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included
     tmp_path: Path,
 ) -> None:
     cases = [
-        ["schedule.warmup=0", "schedule.epochs=6", f"optimiser.lr={lr}"]
+        ["schedule.warmup=0", "schedule.epochs=6", f"optimizer.lr={lr}"]
         for lr in (0.02, 3e38, 0.01)
     ][:count]
 
@@ -328,7 +328,7 @@ def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:
         ["image.kind=mlp"],
         ["schedule.batch_size=16"],
         ["schedule.epochs=7"],
-        ["optimiser.lr=0.5"],
+        ["optimizer.lr=0.5"],
     ]
     made = [make(settings, 0) for settings in different]
     members = [m for m, _ in made]

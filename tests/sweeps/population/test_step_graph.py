@@ -146,10 +146,10 @@ def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
             "image.width=16",
             "schedule.epochs=4",
             "schedule.warmup=0.3",
-            f"optimiser.lr={1e-3 * 1.5**i}",
-            f"optimiser.weight_decay={0.05 * i}",
+            f"optimizer.lr={1e-3 * 1.5**i}",
+            f"optimizer.weight_decay={0.05 * i}",
             f"loss.temperature={0.05 + 0.01 * i}",
-            f"optimiser.clip={float(i % 2)}",
+            f"optimizer.clip={float(i % 2)}",
             *settings,
         ]
         for i in range(count)
@@ -161,10 +161,10 @@ def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
     [
         (),
         ("schedule.accumulate=2",),
-        ("optimiser.ema=0.9",),
-        ("optimiser.kind=adam", "loss.learnable=false"),
+        ("optimizer.ema=0.9",),
+        ("optimizer.kind=adam", "loss.learnable=false"),
         ("image.kind=gated", "image.depth=1"),
-        ("image.norm=batch", "image.residual=false", "optimiser.eps=1e-1"),
+        ("image.norm=batch", "image.residual=false", "optimizer.eps=1e-1"),
     ],
     ids=["plain", "accumulated", "averaged", "adam", "gated", "batch norm"],
 )
@@ -188,8 +188,8 @@ def test_members_whose_steps_are_replayed_equal_their_solo_runs(
     [
         ("image.dropout=0.2",),
         ("augmentation.noise=0.1",),
-        ("optimiser.kind=lion",),
-        ("optimiser.kind=sgd",),
+        ("optimizer.kind=lion",),
+        ("optimizer.kind=sgd",),
         ("loss.kind=sigmoid",),
     ],
 )

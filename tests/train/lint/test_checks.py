@@ -31,7 +31,7 @@ from apecache.train.lint.checks import (
 )
 from apecache.train.lint.heads import lint_plan, lint_run
 from apecache.train.model import AlignmentModel
-from apecache.train.optim import build_optimiser
+from apecache.train.optim import build_optimizer
 
 SPLITS = ["train"] * 120 + ["dev"] * 110 + ["test"] * 20
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(2)]
@@ -122,7 +122,7 @@ def test_a_parameter_that_nothing_uses_is_found(store: FeatureStore) -> None:
     model.image.forgotten = torch.nn.Linear(3, 3)
     (found,) = lint_model(
         model,
-        optimiser=build_optimiser(model.rates(), recipe.optimiser),
+        optimizer=build_optimizer(model.rates(), recipe.optimizer),
         recipe=recipe,
         train=train,
     )
@@ -136,7 +136,7 @@ def test_a_frozen_parameter_of_a_head_is_found(store: FeatureStore) -> None:
     model.text.body.weight.requires_grad_(False)  # type: ignore[union-attr]
     (found,) = lint_model(
         model,
-        optimiser=build_optimiser(model.rates(), recipe.optimiser),
+        optimizer=build_optimizer(model.rates(), recipe.optimizer),
         recipe=recipe,
         train=train,
     )
@@ -149,7 +149,7 @@ def test_a_temperature_in_no_group_is_found(store: FeatureStore) -> None:
     heads = [*model.image.parameters(), *model.text.parameters()]
     (found,) = lint_model(
         model,
-        optimiser=build_optimiser([(p, 1.0) for p in heads], recipe.optimiser),
+        optimizer=build_optimizer([(p, 1.0) for p in heads], recipe.optimizer),
         recipe=recipe,
         train=train,
     )
@@ -161,7 +161,7 @@ def test_a_temperature_in_no_group_is_found(store: FeatureStore) -> None:
         list(
             lint_model(
                 model,
-                optimiser=build_optimiser([(p, 1.0) for p in heads], fixed.optimiser),
+                optimizer=build_optimizer([(p, 1.0) for p in heads], fixed.optimizer),
                 recipe=fixed,
                 train=train,
             )
@@ -176,11 +176,11 @@ def test_a_head_in_no_group_is_found(store: FeatureStore) -> None:
     some = [*model.image.parameters(), *model.temperature.parameters()]
     (found,) = lint_model(
         model,
-        optimiser=build_optimiser([(p, 1.0) for p in some], recipe.optimiser),
+        optimizer=build_optimizer([(p, 1.0) for p in some], recipe.optimizer),
         recipe=recipe,
         train=train,
     )
-    assert str(found).startswith("optimiser: text.body.weight, text.body.bias are in no group")
+    assert str(found).startswith("optimizer: text.body.weight, text.body.bias are in no group")
 
 
 def test_a_gate_that_can_never_open_is_found(store: FeatureStore) -> None:
@@ -190,7 +190,7 @@ def test_a_gate_that_can_never_open_is_found(store: FeatureStore) -> None:
         model.text.body.gate.bias.fill_(-100.0)  # type: ignore[union-attr]
     (found,) = lint_model(
         model,
-        optimiser=build_optimiser(model.rates(), recipe.optimiser),
+        optimizer=build_optimizer(model.rates(), recipe.optimizer),
         recipe=recipe,
         train=train,
     )
@@ -205,7 +205,7 @@ def test_looking_changes_neither_the_model_nor_the_random_numbers(store: Feature
     list(
         lint_model(
             model,
-            optimiser=build_optimiser(model.rates(), recipe.optimiser),
+            optimizer=build_optimizer(model.rates(), recipe.optimizer),
             recipe=recipe,
             train=train,
         )
@@ -375,9 +375,9 @@ def test_every_error_is_named_at_once() -> None:
     errors = [
         Finding(check="gate", level="error", message="one"),
         Finding(check="x", level="warning", message="no"),
-        Finding(check="optimiser", level="error", message="two"),
+        Finding(check="optimizer", level="error", message="two"),
     ]
-    with pytest.raises(DataError, match=r"^2 checks fail: gate: one; optimiser: two$"):
+    with pytest.raises(DataError, match=r"^2 checks fail: gate: one; optimizer: two$"):
         require_sound(errors)
     require_sound(errors[1:2])
 

@@ -182,7 +182,7 @@ def test_a_block_cut_off_from_the_loss_is_found(data: Any) -> None:
 
 
 def test_a_gate_that_can_never_open_is_found(data: Any) -> None:
-    setup = set_up(data, recipe_of("lit", "text={kind='gated', standardise=false}"))
+    setup = set_up(data, recipe_of("lit", "text={kind='gated', standardize=false}"))
     with torch.no_grad():
         setup.model.text.head.body.gate.bias.fill_(-100.0)  # type: ignore[union-attr]
     (found,) = found_in(setup)
@@ -193,9 +193,9 @@ def test_a_gate_that_can_never_open_is_found(data: Any) -> None:
     ("name", "settings", "lost", "check"),
     [
         ("lit", [], "temperature.log_scale", "temperature"),
-        ("lit", [], "text.head.body.weight", "optimiser"),
-        ("lit", [], "text.tower.module.embeddings.LayerNorm.bias", "optimiser"),
-        ("shared-encoder", SHARED, "shared.inner.log_scale", "optimiser"),
+        ("lit", [], "text.head.body.weight", "optimizer"),
+        ("lit", [], "text.tower.module.embeddings.LayerNorm.bias", "optimizer"),
+        ("shared-encoder", SHARED, "shared.inner.log_scale", "optimizer"),
     ],
 )
 def test_what_is_in_no_group_stops_a_fit(
@@ -227,14 +227,14 @@ def test_what_is_in_no_group_stops_a_fit(
 
 def test_a_fixed_temperature_needs_no_group(data: Any) -> None:
     setup = set_up(data, recipe_of("lit", "loss.learnable=false"))
-    optimiser = EncoderFit(
+    optimizer = EncoderFit(
         setup.model,
         inputs=setup.inputs,
         recipe=setup.opened.recipe,
         spec=SPEC,
         ranks=ALONE,
-    ).optimiser
-    assert list(lint_groups(setup.model, optimiser, setup.opened.recipe)) == []
+    ).optimizer
+    assert list(lint_groups(setup.model, optimizer, setup.opened.recipe)) == []
 
 
 @pytest.mark.parametrize("make", [small_vit, small_bert, small_t5])
@@ -341,7 +341,7 @@ def test_trained_weights_are_what_is_looked_at(data: Any, tmp_path: Path) -> Non
     out = tmp_path / "run"
     fit_encoder(
         data[0],
-        recipe=recipe_of("lit", "text={kind='gated', standardise=false}"),
+        recipe=recipe_of("lit", "text={kind='gated', standardize=false}"),
         out=out,
         spec=SPEC,
     )

@@ -36,7 +36,7 @@ READERS = 4
 
 
 @dataclass(frozen=True)
-class LabelledSpec:
+class LabeledSpec:
     """Say which images or texts are embedded, and how."""
 
     labels: PairSource
@@ -54,7 +54,7 @@ class LabelledSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledEmbeddings:
+class LabeledEmbeddings:
     """Hold the embeddings of the n images or texts that could be read."""
 
     embedded: Tensor
@@ -68,38 +68,38 @@ class LabelledEmbeddings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledFeatures(LabelledEmbeddings):
+class LabeledFeatures(LabeledEmbeddings):
     """Hold the embeddings, and the features before any training."""
 
     features: Tensor
     """[n, dim], of the pretrained encoder; of token features their mean."""
 
 
-def labelled_images(
+def labeled_images(
     run: Run,
-    spec: LabelledSpec,
+    spec: LabeledSpec,
     progress: Progress = lambda *_: None,
-) -> LabelledEmbeddings:
-    """Embed labelled images; every image is encoded once.
+) -> LabeledEmbeddings:
+    """Embed labeled images; every image is encoded once.
 
     A trained image tower embeds them directly. Otherwise the features of the frozen encoder are
     stored in the cache.
 
     Raises:
         BadRowsError: more than `max_bad` of the images cannot be read.
-        ManifestError, MismatchError, DataError: as `labelled_features`.
+        ManifestError, MismatchError, DataError: as `labeled_features`.
     """
     if isinstance(run.image, TrainedTower):
-        return _by_tower(run.image, source=_labelled(spec), max_bad=spec.max_bad, progress=progress)
-    return labelled_features(run, spec, progress)
+        return _by_tower(run.image, source=_labeled(spec), max_bad=spec.max_bad, progress=progress)
+    return labeled_features(run, spec, progress)
 
 
-def labelled_features(
+def labeled_features(
     run: Run,
-    spec: LabelledSpec,
+    spec: LabeledSpec,
     progress: Progress = lambda *_: None,
-) -> LabelledFeatures:
-    """Embed labelled images or texts, and return their features too.
+) -> LabeledFeatures:
+    """Embed labeled images or texts, and return their features too.
 
     With a trained tower they are encoded twice, as the features are those before training.
 
@@ -108,7 +108,7 @@ def labelled_features(
         MismatchError: an encoder that is not the run's.
         DataError: no image or text that can be read.
     """
-    source = _labelled(spec)
+    source = _labeled(spec)
     side = getattr(run, spec.modality)
     named = spec.encoder or spec_from_json(side.encoder)
     load = load_image_encoder if spec.modality == "image" else load_text_encoder
@@ -152,10 +152,10 @@ def is_writable(folder: Path) -> bool:
 
 def _embedded(
     run: Run,
-    spec: LabelledSpec,
+    spec: LabeledSpec,
     source: PairSource,
     store: FeatureStore,
-) -> LabelledFeatures:
+) -> LabeledFeatures:
     side = getattr(run, spec.modality)
     array = find_features(side, store, spec.modality)
     rows = np.flatnonzero(array.load_ok())
@@ -179,7 +179,7 @@ def _embedded(
         unreadable_images=n_unreadable if is_image else 0,
         unreadable_texts=0 if is_image else n_unreadable,
     )
-    return LabelledFeatures(
+    return LabeledFeatures(
         embedded=embedded,
         labels=labels,
         splits=splits,
@@ -193,7 +193,7 @@ def _by_tower(
     source: PairSource,
     max_bad: float,
     progress: Progress,
-) -> LabelledEmbeddings:
+) -> LabeledEmbeddings:
     """Embed images with a trained tower, batch by batch; unreadable ones are skipped."""
     embedded_batches = list[Tensor]()
     good = list[Pair]()
@@ -222,7 +222,7 @@ def _by_tower(
         raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
     labels = [pair.label for pair in good]
     splits = [pair.split for pair in good]
-    return LabelledEmbeddings(
+    return LabeledEmbeddings(
         embedded=torch.cat(embedded_batches),
         labels=labels,
         splits=splits,
@@ -238,13 +238,13 @@ def _read(key: str, source: PairSource) -> Image.Image | RowError:
         return error
 
 
-def wanted_labels(spec: LabelledSpec) -> list[str]:
+def wanted_labels(spec: LabeledSpec) -> list[str]:
     """Return the label of every image or text of the splits, readable or not.
 
     Raises:
-        ManifestError: as `labelled_features`.
+        ManifestError: as `labeled_features`.
     """
-    return [pair.label for pair in _labelled(spec)]
+    return [pair.label for pair in _labeled(spec)]
 
 
 def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
@@ -257,7 +257,7 @@ def _pooled(array: FeatureArray, rows: NDArray[np.int64]) -> Tensor:
     return masked_mean(features.float(), mask)
 
 
-def _labelled(spec: LabelledSpec) -> PairSource:
+def _labeled(spec: LabeledSpec) -> PairSource:
     """Select the images of the splits, without their captions, or the texts of the splits."""
     require_type(spec.labels, PairSource, "labels")
     source = spec.labels
@@ -270,10 +270,10 @@ def _labelled(spec: LabelledSpec) -> PairSource:
                 f"{source.origin}: no split {split!r}; found: {listed_splits}{hint}"
             )
     pairs = [pair for pair in source if not spec.splits or pair.split in spec.splits]
-    unlabelled = next((pair.key for pair in pairs if not pair.label.strip()), None)
-    if unlabelled is not None:
+    unlabeled = next((pair.key for pair in pairs if not pair.label.strip()), None)
+    if unlabeled is not None:
         row_word = "image" if spec.modality == "image" else "row"
-        raise ManifestError(f"{source.origin}: {row_word} {unlabelled} has no label")
+        raise ManifestError(f"{source.origin}: {row_word} {unlabeled} has no label")
     if spec.modality == "text":
         return replace(source, pairs=tuple(pairs))
     # Without captions the features are found again whatever the captions are.

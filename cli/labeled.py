@@ -10,7 +10,7 @@ from .inputs import Opening
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
-    from apecache.evaluate.labelled import LabelledSpec
+    from apecache.evaluate.labeled import LabeledSpec
     from apecache.fingerprint import Modality
 
 SHOWN = 5
@@ -32,7 +32,7 @@ class Asked:
     moved: tuple[Any, Any]
     """The image and the text encoder under new names; None for one that has not moved."""
 
-    def spec(self, modality: "Modality", splits: tuple[str, ...]) -> "LabelledSpec":
+    def spec(self, modality: "Modality", splits: tuple[str, ...]) -> "LabeledSpec":
         """Open the source.
 
         Raises:
@@ -50,7 +50,7 @@ class Asked:
             self.labels,
             self.opening("image" if modality == "image" else "caption", "label"),
         )
-        from apecache.evaluate.labelled import LabelledSpec, is_writable
+        from apecache.evaluate.labeled import LabeledSpec, is_writable
 
         caches = self.run / "caches"
         if not caches.exists() and not is_writable(caches):
@@ -59,7 +59,7 @@ class Asked:
                 "next time"
             )
         moved = self.moved[0 if modality == "image" else 1]
-        return LabelledSpec(
+        return LabeledSpec(
             source,
             caches=caches,
             splits=splits,
@@ -159,11 +159,11 @@ def probes(asked: Asked, modality: "Modality", train_split: str) -> dict[str, An
     """
     split = asked.split or "test"
     spec = asked.spec(modality, (train_split, split))
-    from apecache.evaluate.labelled import labelled_features
+    from apecache.evaluate.labeled import labeled_features
     from apecache.evaluate.probe import probe_features
 
     with progress() as update:
-        features = labelled_features(asked.load(), spec, update)
+        features = labeled_features(asked.load(), spec, update)
     before, after = probe_features(features, train_split, split)
     header = {
         "task": "probe" if modality == "image" else "text-probe",
@@ -230,8 +230,8 @@ def show_probes(run: str, result: dict[str, Any]) -> None:
     for stage, name in (("before", "encoder's features"), ("after", "after the head")):
         report = result[stage]
         ends = result["intervals"][stage]
-        linear = (report["linear"], report["linear_per_class"], f"C {report['regularisation']:g}")
-        rows.append((name, *linear, report["knn"], f"k {report['neighbours']}"))
+        linear = (report["linear"], report["linear_per_class"], f"C {report['regularization']:g}")
+        rows.append((name, *linear, report["knn"], f"k {report['neighbors']}"))
         rows.append(("95 % interval", span(ends["linear"]), "", "", span(ends["knn"]), ""))
     rows.append(
         (
@@ -243,7 +243,7 @@ def show_probes(run: str, result: dict[str, Any]) -> None:
             "",
         )
     )
-    columns = ("", "linear", "linear per class", "chosen", "nearest neighbours", "chosen ")
+    columns = ("", "linear", "linear per class", "chosen", "nearest neighbors", "chosen ")
     show_table(title + str(result["split"]), columns, rows)
     show_left_out(result["left_out"])
 

@@ -1,0 +1,29 @@
+"""Read recipes and heads whose keys were recorded in the British spelling of earlier versions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NEW_KEYS = {"optimiser": "optimizer", "standardise": "standardize"}
+"""New name of a key by its former name."""
+FORMER_KEYS = {new: former for former, new in NEW_KEYS.items()}
+
+
+def with_new_keys(value: Any) -> Any:
+    """Return JSON that an earlier version recorded, with the names of today."""
+    return _renamed(value, NEW_KEYS)
+
+
+def with_former_keys(value: Any) -> Any:
+    """Return JSON as earlier versions recorded it.
+
+    Digests are computed from these names: the indexes and runs that hold such a digest stay valid.
+    """
+    return _renamed(value, FORMER_KEYS)
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(item, names) for item in value]
+    return value
