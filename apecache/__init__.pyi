@@ -34,7 +34,7 @@ from .extraction.estimate import plan_extraction as plan_extraction
 from .extraction.run import ExtractReport as ExtractReport
 from .extraction.run import ExtractSpec as ExtractSpec
 from .extraction.run import extract as extract
-from .extraction.shard_range import Part as Part
+from .extraction.shard_range import ShardRange as ShardRange
 from .metrics.retrieval import RetrievalReport as RetrievalReport
 from .metrics.retrieval import retrieval_report as retrieval_report
 from .plan.counting import PlanSpec as PlanSpec
@@ -48,7 +48,7 @@ from .report.serve import serve as serve
 from .report.sweep_page import sweep_page as sweep_page
 from .runs.encoders import TrainedEncoders as TrainedEncoders
 from .runs.encoders import load_encoders as load_encoders
-from .runs.ensemble import combine_heads as combine_heads
+from .runs.ensemble import ensemble_heads as ensemble_heads
 from .runs.heads import TrainedHeads as TrainedHeads
 from .runs.heads import load_heads as load_heads
 from .runs.heads import save_heads as save_heads
@@ -96,7 +96,7 @@ __all__ = [
     "OpenSpec",
     "Pair",
     "PairSource",
-    "Part",
+    "ShardRange",
     "Plan",
     "PlanSpec",
     "ProbeReport",
@@ -121,7 +121,7 @@ __all__ = [
     "ZeroShotSpec",
     "build_index",
     "build_tower",
-    "combine_heads",
+    "ensemble_heads",
     "compare_runs",
     "embed_store",
     "extract",

@@ -19,7 +19,7 @@ from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
-from apecache.train.loop import Plan, Training, run_training, seeded
+from apecache.train.loop import StepCount, Training, run_training, seeded
 from apecache.train.model import AlignmentModel
 
 LEAST_ROWS = 4
@@ -100,7 +100,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
                 training,
                 train=train,
                 dev=dev,
-                plan=Plan.of(recipe, train),
+                plan=StepCount.of(recipe, train),
                 log=lambda _: None,
                 save=lambda _: None,
             )

@@ -1,7 +1,7 @@
 """Run benchmarks: `python -m benchmarks [AREA[.NAME]] [--quick] [--json FILE]`.
 
-Without an area the benchmarks are listed. `speed` runs all of that area one after another, `speed.fit` that one alone.
-Further options go to the benchmark as they are.
+Without an area the benchmarks are listed. `speed` runs all of that area one after another,
+`speed.fit` that one alone. Further options go to the benchmark as they are.
 """
 
 import subprocess
@@ -22,7 +22,8 @@ def main() -> int:
     chosen = [name for name in benchmark_names() if is_named(name, arguments[0])]
     if not chosen:
         print(
-            f"no benchmark {arguments[0]!r}; list them with: python -m benchmarks", file=sys.stderr
+            f"no benchmark {arguments[0]!r}; list them with: python -m benchmarks",
+            file=sys.stderr,
         )
         return 2
     for name in chosen:

@@ -69,7 +69,10 @@ def write_encoders(out: Path) -> tuple[Path, Path]:
 
 
 def run_commands(
-    apecache: Any, out: Path, folder: Path, encoders: tuple[Path, Path]
+    apecache: Any,
+    out: Path,
+    folder: Path,
+    encoders: tuple[Path, Path],
 ) -> list[dict[str, Any]]:
     """Run every step as the command that a user would type.
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import Opening, takes_source
-from .labeled import Asked, probes, show_left_out, show_probes, show_zeroshot, zeroshot
+from .inputs import SourceOptions, takes_source
+from .labeled import LabeledOptions, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
-    from apecache.metrics.protocols import Intervals
+    from apecache.metrics.protocols import RecallIntervals
     from apecache.metrics.retrieval import RetrievalReport
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
@@ -20,7 +20,7 @@ TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 
 @takes_source
 def evaluate(
-    opening: Opening,
+    opening: SourceOptions,
     run: Annotated[str, typer.Argument(help="A finished run folder; s3://… and the like too.")],
     store: Annotated[
         str | None, typer.Option(help="The feature store with the split (retrieval).")
@@ -106,7 +106,7 @@ def evaluate(
         # A run on object storage is a local copy until the end of the block.
         with fetched_run(run) as run_folder:
             moved = moved_encoders(run_folder, image, text)
-            request = Asked(
+            request = LabeledOptions(
                 run=run_folder,
                 labels=labels,
                 opening=opening,
@@ -216,7 +216,7 @@ def retrieval(
         reports = language_reports(*tensors, text_languages, **equal)
         intervals_of = language_intervals(*tensors, text_languages, **equal)
         for language, language_report in reports.items():
-            languages[language] = told(language_report, intervals_of[language])
+            languages[language] = report_json(language_report, intervals_of[language])
     was_seen = was_split_seen(loaded.training, opened.digest, split)
     if was_seen:
         warn(
@@ -237,14 +237,14 @@ def retrieval(
         "seen_in_training": was_seen,
         "mean_recall_at_1": round(report.mean_recall_at_1, 4),
         "folds_of": folds,
-        "csls": None if corrected is None else told(corrected, corrected_intervals),
+        "csls": None if corrected is None else report_json(corrected, corrected_intervals),
         "intervals": None if intervals is None else vars(intervals),
         "languages": languages,
         "left_out": asdict(embedded.left_out),
     }
 
 
-def told(report: "RetrievalReport", intervals: "Intervals | None") -> dict[str, Any]:
+def report_json(report: "RetrievalReport", intervals: "RecallIntervals | None") -> dict[str, Any]:
     """Return the JSON form of a report, with chance and with intervals (None for folds)."""
     return {
         "image_to_text": keyed(report.image_to_text),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
-from .inputs import SOURCE, Opening, SingleWriter, takes_source
+from .inputs import SOURCE, SingleWriter, SourceOptions, takes_source
 from .memory import keep_freed_memory
 from .terminal import Device, Json, choice, ending, printable, progress, show_json, show_table, warn
 
@@ -28,7 +28,7 @@ CUT = (
 
 @takes_source
 def extract(
-    opening: Opening,
+    opening: SourceOptions,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     store: Annotated[
         str,

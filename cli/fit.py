@@ -329,7 +329,7 @@ def fit_encoder(
         )
 
 
-def combine(
+def ensemble(
     runs: Annotated[
         list[Path], typer.Argument(help="Two or more finished runs on the same features.")
     ],
@@ -339,19 +339,19 @@ def combine(
     """Put the heads of several runs side by side: cosines of the new heads are the mean of theirs.
     Nothing trains.
 
-    Example: apecache combine run-linear run-mlp --out both
+    Example: apecache ensemble run-linear run-mlp --out both
     """
     with ending():
         from apecache.errors import require_new
-        from apecache.runs.ensemble import combine_heads
+        from apecache.runs.ensemble import ensemble_heads
         from apecache.runs.heads import load_heads, save_heads
         from apecache.runs.load import require_head_run
         from apecache.storage.atomic import undone_on_error
 
         require_new(out, "run folder")
         for run in runs:
-            require_head_run(run, "combine")
-        combined = combine_heads([load_heads(run) for run in runs])
+            require_head_run(run, "ensemble")
+        combined = ensemble_heads([load_heads(run) for run in runs])
         # Half a folder would be refused as an existing run by the next call.
         with undone_on_error(out):
             save_heads(combined, out)

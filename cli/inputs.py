@@ -109,7 +109,7 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
         source_options = {name: arguments.pop(name) for name in OPENING}
-        command(opening=Opening(source_options), **arguments)
+        command(opening=SourceOptions(source_options), **arguments)
 
     signature = inspect.signature(command)
     options = dict(OPENING)
@@ -135,7 +135,7 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-class Opening:
+class SourceOptions:
     """Hold the options of a source that were given on the command line."""
 
     def __init__(self, given: dict[str, Any]) -> None:

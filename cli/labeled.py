@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .inputs import Opening
+from .inputs import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class LabeledOptions:
     """Hold the options that zero-shot classification and probes share."""
 
     run: Path
     labels: str | None
     """The source with labels."""
-    opening: Opening
+    opening: SourceOptions
     split: str | None
     device: str
     max_bad: float
@@ -77,7 +77,7 @@ class Asked:
 
 
 def zeroshot(
-    asked: Asked,
+    asked: LabeledOptions,
     dataset: str | None,
     class_names: Path | None,
     templates: str | None,
@@ -151,7 +151,7 @@ def zeroshot(
     }
 
 
-def probes(asked: Asked, modality: "Modality", train_split: str) -> dict[str, Any]:
+def probes(asked: LabeledOptions, modality: "Modality", train_split: str) -> dict[str, Any]:
     """Probe the encoder's features, and the embeddings by the run.
 
     Returns:

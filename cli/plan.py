@@ -14,9 +14,9 @@ from .terminal import Json, ending, show_json, show_table
 if TYPE_CHECKING:
     from apecache.plan.cluster_plan import ClusterPlan
     from apecache.plan.counting import PlanSpec, SidePlan
-    from apecache.plan.counting_shared import Taught
+    from apecache.plan.counting_shared import TeacherSizes
     from apecache.plan.devices import Device
-    from apecache.plan.plan import Clock, Cost, Plan
+    from apecache.plan.plan import Cost, Plan, PlanTimer
     from apecache.recipes.recipe import Recipe
     from apecache.recipes.sections import DistillationSpec
 
@@ -216,7 +216,7 @@ def _plan(
     settings: "PlanSpec",
     device: "Device",
     sample: Path | None,
-) -> "tuple[Plan, Clock | None]":
+) -> "tuple[Plan, PlanTimer | None]":
     """Return the plan of a recipe, and the clock that timed it; None if nothing was timed."""
     from apecache.encoders.load import shape_tower
     from apecache.plan.plan import plan as run
@@ -246,9 +246,9 @@ def _plan(
     clock = None
     # Only this machine can time steps; a device of the table has a rate alone.
     if device.name == "here":
-        from apecache.plan.step_clock import StepClock
+        from apecache.plan.step_timer import StepTimer
 
-        clock = StepClock(
+        clock = StepTimer(
             recipe=recipe,
             image=specs[0],
             text=specs[1],
@@ -268,7 +268,7 @@ def _plan(
     return recipe_plan, clock
 
 
-def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec") -> "Taught":
+def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec") -> "TeacherSizes":
     """Count what a teacher adds to a recipe."""
     from apecache.encoders.load import count_classes, shape_tower
     from apecache.plan.counting_shared import count_teacher

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .extract import CUT, encoder_specs
-from .inputs import SOURCE, Opening, takes_source
+from .inputs import SOURCE, SourceOptions, takes_source
 from .terminal import Device, Json, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @takes_source
 def scout(
-    opening: Opening,
+    opening: SourceOptions,
     pairs: Annotated[str, typer.Argument(help=SOURCE)],
     image: Annotated[
         list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")

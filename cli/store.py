@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import Opening, SingleWriter, takes_source
+from .inputs import SingleWriter, SourceOptions, takes_source
 from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
 
@@ -165,7 +165,7 @@ def show_problems(report: "VerifyReport") -> None:
 
 @takes_source
 def repair(
-    opening: Opening,
+    opening: SourceOptions,
     store: Store,
     pairs: Annotated[
         str | None, typer.Option(help="The source. Default: where it was when extracted.")

@@ -17,7 +17,7 @@ from .system_errors import explain
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from apecache.extraction.report import Standing
+    from apecache.extraction.report import ExtractionState
 
 FAILURE = 1
 INTERRUPTED = 130
@@ -173,16 +173,16 @@ def printable(text: str) -> str:
 class _Rate:
     """Say of one stage: rows a second since it began, bytes written, rows that are unreadable."""
 
-    def __init__(self, first: "Standing") -> None:
+    def __init__(self, first: "ExtractionState") -> None:
         self.began = time.monotonic()
         self.first = first.done
 
-    def per_second(self, standing: "Standing") -> float:
+    def per_second(self, standing: "ExtractionState") -> float:
         """Return rows a second of this run; rows of an earlier run do not count."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         return float((standing.done - self.first) / seconds)
 
-    def text(self, standing: "Standing") -> str:
+    def text(self, standing: "ExtractionState") -> str:
         size = f", {standing.n_bytes / 1e9:.3f} GB" if standing.n_bytes else ""
         bad = f", {standing.n_bad:,} unreadable" if standing.n_bad else ""
         return f"{self.per_second(standing):.1f}/s{size}{bad}"
@@ -194,9 +194,9 @@ class _Lines:
     def __init__(self) -> None:
         self.rates: dict[str, _Rate] = {}
         self.shown = 0.0
-        self.last: Standing | None = None
+        self.last: ExtractionState | None = None
 
-    def __call__(self, standing: "Standing") -> None:
+    def __call__(self, standing: "ExtractionState") -> None:
         if standing.modality not in self.rates:
             self.end()
             self.rates[standing.modality] = _Rate(standing)
@@ -211,7 +211,7 @@ class _Lines:
         if self.last is not None:
             self._show(self.last)
 
-    def _show(self, standing: "Standing") -> None:
+    def _show(self, standing: "ExtractionState") -> None:
         self.shown = time.monotonic()
         self.last = None
         rate = self.rates[standing.modality]
@@ -225,11 +225,11 @@ class _Lines:
 
 
 @contextmanager
-def progress() -> "Iterator[Callable[[Standing], None]]":
+def progress() -> "Iterator[Callable[[ExtractionState], None]]":
     """Show progress with rate and time left on standard error: a bar on a terminal, else lines.
 
     Yields:
-        A function to call with every `Standing` of an extraction.
+        A function to call with every `ExtractionState` of an extraction.
     """
     if not sys.stderr.isatty():
         lines = _Lines()
@@ -249,7 +249,7 @@ def progress() -> "Iterator[Callable[[Standing], None]]":
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, tuple[TaskID, _Rate]] = {}
 
-        def update(standing: "Standing") -> None:
+        def update(standing: "ExtractionState") -> None:
             if standing.modality not in tasks:
                 task = bar.add_task(
                     standing.modality,

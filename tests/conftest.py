@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for a hub
 
 # A loaded machine is slow, not wrong: no example has a deadline, and none is too slow to draw.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any machine",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("any machine")
 

@@ -102,8 +102,8 @@ CALLS: Wrongs = {
     "build_index, run": ("run", lambda s, h: apecache.build_index(WRONG, s, "out")),
     "build_index, store": ("store", lambda s, h: apecache.build_index("run", "store", "out")),  # type: ignore[arg-type]
     "build_index, out": ("out", lambda s, h: apecache.build_index("run", s, WRONG)),
-    "combine_heads": ("runs", lambda s, h: apecache.combine_heads(WRONG)),
-    "combine_heads, paths": (r"runs\[0\]", lambda s, h: apecache.combine_heads(["a", "b"])),  # type: ignore[list-item]
+    "ensemble_heads": ("runs", lambda s, h: apecache.ensemble_heads(WRONG)),
+    "ensemble_heads, paths": (r"runs\[0\]", lambda s, h: apecache.ensemble_heads(["a", "b"])),  # type: ignore[list-item]
     "embed_store, run": ("run", lambda s, h: apecache.embed_store("run", s)),  # type: ignore[arg-type]
     "embed_store, store": ("store", lambda s, h: apecache.embed_store(h, "store")),  # type: ignore[arg-type]
     "extract, source": (

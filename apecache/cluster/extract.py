@@ -18,19 +18,25 @@ from pathlib import Path
 import torch
 
 from apecache.arguments import AnyPath, as_place, require_type
-from apecache.cluster.filling import Filling, ShardDone, ShardPiece, Task, fill
-from apecache.cluster.pool import Pool, RaySpec, node_name, open_pool
+from apecache.cluster.pool import ActorPool, RaySpec, node_name, open_pool
+from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
 from apecache.extraction.arrays import default_workers
 from apecache.extraction.encode import ImageJob, TextJob
 from apecache.extraction.recheck import require_same_content, spot_check
-from apecache.extraction.report import ExtractReport, Progress, Tally, Total, judge
+from apecache.extraction.report import (
+    ArrayCounts,
+    ExtractionProgress,
+    ExtractReport,
+    ModalityCounts,
+    judge,
+)
 from apecache.extraction.run import (
     ExtractSpec,
     commit_shard,
-    load_encoders,
     new_totals,
+    open_encoders,
     prepare_jobs,
     require_inputs,
 )
@@ -48,7 +54,7 @@ def extract_on_ray(
     source: PairSource,
     store: AnyPath,
     spec: ExtractSpec,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
     cluster: RaySpec | None = None,
 ) -> ExtractReport:
     """Extract as `extract` does, by the actors of a Ray cluster.
@@ -91,7 +97,7 @@ def extract_on_ray(
         tasks: list[Task] = pool.first(PREPARE)
         totals = _fill(
             pool,
-            fillings=[Filling(task) for task in tasks],
+            task_states=[TaskState(task) for task in tasks],
             source=source,
             progress=progress,
         )
@@ -102,24 +108,29 @@ def extract_on_ray(
 
 
 def _fill(
-    pool: Pool,
-    fillings: Sequence[Filling],
+    pool: ActorPool,
+    task_states: Sequence[TaskState],
     source: PairSource,
-    progress: Progress,
-) -> dict[Modality, Total]:
-    totals = _totals(fillings, source)
+    progress: ExtractionProgress,
+) -> dict[Modality, ModalityCounts]:
+    totals = _totals(task_states, source)
     last_time = time.perf_counter()
     for total in totals.values():
         progress(total.standing)
 
-    def add_shard(filling: Filling, shard: int, names: tuple[str, ...], report: ShardDone) -> None:
+    def add_shard(
+        task_state: TaskState,
+        shard: int,
+        names: tuple[str, ...],
+        report: ShardReport,
+    ) -> None:
         nonlocal last_time
         # Actors work side by side: the time between two commits, not that of one shard, adds up.
         now = time.perf_counter()
         seconds = now - last_time
         last_time = now
-        total = totals[filling.task.modality]
-        rows = len(filling.layout.shard(shard))
+        total = totals[task_state.task.modality]
+        rows = len(task_state.layout.shard(shard))
         total.done += rows
         total.n_bad += report.n_bad
         for name in names:
@@ -130,22 +141,22 @@ def _fill(
             tally.seconds += seconds
         progress(total.standing)
 
-    fill(pool, fillings, add_shard)
+    fill(pool, task_states, add_shard)
     return totals
 
 
-def _totals(fillings: Sequence[Filling], source: PairSource) -> dict[Modality, Total]:
+def _totals(task_states: Sequence[TaskState], source: PairSource) -> dict[Modality, ModalityCounts]:
     """Sum up what is committed already, for each modality."""
-    totals: dict[Modality, Total] = {}
-    for filling in fillings:
-        modality = filling.task.modality
+    totals: dict[Modality, ModalityCounts] = {}
+    for task_state in task_states:
+        modality = task_state.task.modality
         rows = len(source) if modality == "image" else len(source.captions)
-        total = totals.setdefault(modality, Total(modality=modality, rows=rows))
+        total = totals.setdefault(modality, ModalityCounts(modality=modality, rows=rows))
         # Jobs are numbered from 0, and each is one pass over the rows.
-        total.passes = max(total.passes, filling.task.job + 1)
-        total.done += filling.rows_done
-        for writer in filling.writers:
-            total.tallies.setdefault(writer.record.name, Tally(layout=writer.layout))
+        total.passes = max(total.passes, task_state.task.job + 1)
+        total.done += task_state.rows_done
+        for writer in task_state.writers:
+            total.tallies.setdefault(writer.record.name, ArrayCounts(layout=writer.layout))
     return totals
 
 
@@ -182,14 +193,14 @@ class _Encoding:
         torch.set_num_threads(cpus)  # what a new array records
         self.parts = part_of_folder
         self.spec = _on_a_node(spec, cpus)
-        self.encoders = load_encoders(self.spec)
+        self.encoders = open_encoders(self.spec)
         self.totals = new_totals(next(iter(part_of_folder.values())), self.encoders)
         self.opened: dict[str | Path, _Segment] = {}
         self.checked: set[tuple[str | Path, Modality, int]] = set()
 
-    def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone | None:
+    def do(self, piece: str | ShardRequest) -> list[Task] | ShardReport | None:
         """Load (nothing is left to do then), prepare the arrays, or encode one shard."""
-        if isinstance(piece, ShardPiece):
+        if isinstance(piece, ShardRequest):
             return self._encode(piece)
         if piece == PREPARE:
             tasks: list[Task] = []
@@ -232,7 +243,7 @@ class _Encoding:
             self.opened[folder] = _Segment(files=store.files, jobs=dict(_numbered(jobs)))
         return self.opened[folder]
 
-    def _encode(self, piece: ShardPiece) -> ShardDone:
+    def _encode(self, piece: ShardRequest) -> ShardReport:
         """Encode a shard and commit it to the arrays that lack it."""
         task = piece.task
         segment = self._segment(task.folder)
@@ -244,13 +255,13 @@ class _Encoding:
             for name in task.names
         ]
         if not any(lacking):
-            return ShardDone()
+            return ShardReport()
         (encoded,) = job.shards([piece.shard], lambda _: None)
         writers = [ArrayWriter(segment.files, target.record) for target in job.targets]
         for writer, features, lacks in zip(writers, encoded.features, lacking, strict=True):
             if lacks:
                 commit_shard(writer, piece.shard, features, encoded, job)
-        return ShardDone(n_bad=len(encoded.bad), n_truncated=encoded.n_truncated)
+        return ShardReport(n_bad=len(encoded.bad), n_truncated=encoded.n_truncated)
 
     def _check(self, task: Task, files: Files, job: ImageJob | TextJob) -> None:
         """Check, once for each job, that this node encodes what is committed already.

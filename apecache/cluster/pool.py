@@ -53,7 +53,7 @@ class RaySpec:
         return replace(self, gpus=0.0) if device == "cpu" and self.gpus is None else self
 
 
-class Worker(Protocol):
+class ActorWorker(Protocol):
     """Do pieces of work in an actor, with what is loaded once."""
 
     def do(self, piece: Any) -> Any:
@@ -64,12 +64,12 @@ class Worker(Protocol):
         """
 
 
-Make = Callable[[int], Worker]
+Make = Callable[[int], ActorWorker]
 """Called in each actor with its number of CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Refused:
+class _RemoteError:
     """Carry one of apecache's errors from an actor to the driver."""
 
     kind: str
@@ -78,9 +78,9 @@ class _Refused:
     """Those of a MismatchError; empty for other errors."""
 
     @staticmethod
-    def of(error: ApecacheError) -> "_Refused":
+    def of(error: ApecacheError) -> "_RemoteError":
         """Take an error apart."""
-        return _Refused(
+        return _RemoteError(
             kind=type(error).__name__,
             message=str(error),
             differences=getattr(error, "differences", ()),
@@ -101,7 +101,7 @@ class _LostError(Exception):
     """Say in Ray's words what happened to an actor and its piece."""
 
 
-class _Restarted:
+class _ActorRestarted:
     """Answer for an actor that died while it was idle, and came back without its worker."""
 
 
@@ -113,28 +113,28 @@ class _Actor:
     """
 
     def __init__(self, folder: str) -> None:
-        self.worker: Worker | None = None
+        self.worker: ActorWorker | None = None
         with suppress(OSError):
             os.chdir(folder)  # relative paths mean what they mean to the driver
 
-    def begin(self, make: Make, cpus: int) -> _Refused | None:
+    def begin(self, make: Make, cpus: int) -> _RemoteError | None:
         """Make the worker, unless an earlier call has made it."""
         try:
             self.worker = self.worker or make(cpus)
         except ApecacheError as error:
-            return _Refused.of(error)
+            return _RemoteError.of(error)
         return None
 
     def do(self, piece: Any) -> Any:
         if self.worker is None:
-            return _Restarted()
+            return _ActorRestarted()
         try:
             return self.worker.do(piece)
         except ApecacheError as error:
-            return _Refused.of(error)
+            return _RemoteError.of(error)
 
 
-class Pool:
+class ActorPool:
     """Keep actors that are loading, free or at work. Made by `open_pool`."""
 
     def __init__(self, ray: Any, make: Make, spec: RaySpec) -> None:
@@ -236,9 +236,9 @@ class Pool:
         except self.ray.exceptions.RayError as error:
             raise _LostError(one_line(error)) from None
         match result:
-            case _Restarted():
+            case _ActorRestarted():
                 raise _LostError("the actor was restarted")
-            case _Refused():
+            case _RemoteError():
                 raise result.error()
         return result
 
@@ -253,7 +253,7 @@ class Pool:
 
 
 @contextmanager
-def open_pool(make: Make, spec: RaySpec) -> Iterator[Pool]:
+def open_pool(make: Make, spec: RaySpec) -> Iterator[ActorPool]:
     """Start actors on the cluster of `spec`, and stop them at the end, also after an error.
 
     Args:
@@ -266,7 +266,7 @@ def open_pool(make: Make, spec: RaySpec) -> Iterator[Pool]:
     """
     _require_sense(spec)
     with _connected(spec) as ray:
-        pool = Pool(ray, make, spec)
+        pool = ActorPool(ray, make, spec)
         try:
             yield pool
         finally:

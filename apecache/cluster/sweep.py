@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.cluster.pool import Pool, RaySpec, open_pool
+from apecache.cluster.pool import ActorPool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import Group, Name, Results, SweepData, SweepSpec, Wave
+from apecache.sweeps.halving import FitGroup, Name, Results, SweepData, SweepSpec, TrialBatch
 from apecache.sweeps.run import SweepReport, load_data, sweep
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial
@@ -59,16 +59,16 @@ def sweep_on_ray(
             out=out,
             spec=spec,
             progress=progress,
-            make_wave=partial(_ClusterWave, pool),
+            make_trial_batch=partial(_ClusterTrialBatch, pool),
         )
 
 
-class _ClusterWave(Wave):
-    """Hand the groups of a wave to a pool."""
+class _ClusterTrialBatch(TrialBatch):
+    """Hand the groups of a batch of trials to a pool."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: ActorPool,
         out: Path,
         spec: SweepSpec,
         space: Space,
@@ -88,9 +88,9 @@ class _ClusterWave(Wave):
 
     def train_groups(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[FitGroup],
         members: Mapping[Name, Training],
-    ) -> Iterator[tuple[Group, Results]]:
+    ) -> Iterator[tuple[FitGroup, Results]]:
         return self.pool.run(groups)
 
 
@@ -107,9 +107,16 @@ class _Populations:
     ) -> None:
         torch.set_num_threads(cpus)
         data = load_data(FeatureStore.open(store), spec.fit)
-        # Trials and progress are the driver's: this wave only trains groups.
-        self.wave = Wave(out, spec=spec, space=space, data=data, trials={}, progress=lambda _: None)
+        # Trials and progress are the driver's: this batch only trains groups.
+        self.trial_batch = TrialBatch(
+            out,
+            spec=spec,
+            space=space,
+            data=data,
+            trials={},
+            progress=lambda _: None,
+        )
 
-    def do(self, group: Group) -> Results:
+    def do(self, group: FitGroup) -> Results:
         """Train one group."""
-        return self.wave.train_group(group)
+        return self.trial_batch.train_group(group)

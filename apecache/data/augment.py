@@ -113,14 +113,16 @@ class Views:
                 left_edge = int(chance.integers(width - crop_width + 1))
                 top_edge = int(chance.integers(height - crop_height + 1))
                 return _squared(
-                    image, (left_edge, top_edge, left_edge + crop_width, top_edge + crop_height)
+                    image,
+                    (left_edge, top_edge, left_edge + crop_width, top_edge + crop_height),
                 )
         crop_width = min(width, round(height * self.ratio[1]))
         crop_height = min(height, round(width / self.ratio[0]))
         left_edge = (width - crop_width) // 2
         top_edge = (height - crop_height) // 2
         return _squared(
-            image, (left_edge, top_edge, left_edge + crop_width, top_edge + crop_height)
+            image,
+            (left_edge, top_edge, left_edge + crop_width, top_edge + crop_height),
         )
 
 

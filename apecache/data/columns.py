@@ -1,4 +1,4 @@
-"""Choose the columns of a table, and turn its records into `Row`s.
+"""Choose the columns of a table, and turn its records into `TableRow`s.
 
 Text tables, Parquet and Hugging Face data sets share these rules.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apecache.data.pairs import Row, SourceFields
+from apecache.data.pairs import SourceFields, TableRow
 from apecache.data.spec import OpenSpec, Role, refuse_url
 from apecache.errors import ManifestError, nearest
 
@@ -129,8 +129,8 @@ def _no_column(name: str, names: Sequence[str], location: object) -> str:
     )
 
 
-def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object) -> Row:
-    """Convert one record to a `Row`; its caption may be a list of captions.
+def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object) -> TableRow:
+    """Convert one record to a `TableRow`; its caption may be a list of captions.
 
     Args:
         line: 1-based number of the record.
@@ -149,7 +149,7 @@ def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object
         )
     refuse_url(image, location)
     captions = to_captions(record.get(columns.caption) if columns.caption else None, location)
-    return Row(
+    return TableRow(
         line=line,
         image=image,
         captions=captions,

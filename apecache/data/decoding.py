@@ -32,7 +32,7 @@ class Preprocessed(Generic[T]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ahead:
+class PrefetchSpec:
     """Configure how decoding runs ahead of the model.
 
     A file that crashes its decoder costs one row in a process, and the whole run in a thread.
@@ -48,13 +48,18 @@ class Ahead:
     """Number of threads; None for one per core."""
 
 
-def reading_ahead(media: Media, workers: int, images: int, hang_seconds: float = 30.0) -> Ahead:
+def reading_ahead(
+    media: Media,
+    workers: int,
+    images: int,
+    hang_seconds: float = 30.0,
+) -> PrefetchSpec:
     """Return how to decode the images of a medium ahead."""
     # Many requests in flight hide the latency of object storage, and forked processes cannot share
     # its client: hence threads.
     if isinstance(media, ObjectMedia):
-        return Ahead(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
-    return Ahead(workers=workers, images=images, hang_seconds=hang_seconds)
+        return PrefetchSpec(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
+    return PrefetchSpec(workers=workers, images=images, hang_seconds=hang_seconds)
 
 
 def preprocess_ahead(
@@ -62,7 +67,7 @@ def preprocess_ahead(
     load: Callable[[str], LoadedImage[Any]],
     preprocess: Callable[[LoadedImage[Any]], list[Tensor]],
     shapes: Sequence[tuple[int, ...]],
-    ahead: Ahead,
+    ahead: PrefetchSpec,
 ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
     """Preprocess images in the order of `keys`; each is valid until the next one is asked for.
 
@@ -88,7 +93,7 @@ def _in_processes(
     load: Callable[[str], LoadedImage[Any]],
     preprocess: Callable[[LoadedImage[Any]], list[Tensor]],
     shapes: Sequence[tuple[int, ...]],
-    ahead: Ahead,
+    ahead: PrefetchSpec,
 ) -> Iterator[Iterator[Preprocessed[list[Tensor]]]]:
     def work(position: int) -> tuple[list[Tensor] | None, str, RowError | None]:
         attempt = _attempt(keys[position], load, preprocess)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from apecache.data.images import SUFFIXES
 from apecache.data.media import FolderMedia
-from apecache.data.pairs import Pair, PairSource, Row, SourceFields, join_rows
+from apecache.data.pairs import Pair, PairSource, SourceFields, TableRow, join_rows
 from apecache.data.parquet import parquet_rows
 from apecache.data.shards import open_shards
 from apecache.data.spec import SPLITS, OpenSpec, require_only
@@ -71,7 +71,7 @@ def _metadata(folder: Path, names: list[str]) -> list[Path]:
 
 def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSource:
     require_only(spec, folder, "image_column", "caption_column", "split_column")
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     fields = SourceFields()
     for table in tables:
         below = table.parent.relative_to(folder).as_posix()
@@ -88,7 +88,7 @@ def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSour
     )
 
 
-def _placed(row: Row, below: str) -> Row:
+def _placed(row: TableRow, below: str) -> TableRow:
     """Return the row with its image as a path below the folder.
 
     Without a split column, the split is the first folder of that path.

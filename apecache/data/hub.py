@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
 from apecache.data.media import FolderMedia, check_bytes, media_below
-from apecache.data.pairs import PairSource, Row, join_rows
+from apecache.data.pairs import PairSource, TableRow, join_rows
 from apecache.data.parquet import one_line
 from apecache.data.spec import SPLITS, OpenSpec, require_only
 from apecache.errors import ManifestError, MissingExtraError, RowError
@@ -23,7 +23,7 @@ PREFIX = "hf-datasets:"
 NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?")
 
 
-class Place(NamedTuple):
+class HubRow(NamedTuple):
     """Locate one row: the number of its split, and its number inside the split."""
 
     part: int
@@ -36,7 +36,7 @@ class HubMedia:
 
     parts: tuple[Any, ...]
     """Tables of one column, in Arrow's format: structs of bytes and path."""
-    places: Mapping[str, Place]
+    places: Mapping[str, HubRow]
     """The row of each key."""
     files: FolderMedia
     """Reads rows that have only a path, below its root and nowhere else."""
@@ -75,7 +75,7 @@ class HubMedia:
         return self.files.sizes([path])[0] if path else None
 
 
-class _Part(NamedTuple):
+class _HubSplit(NamedTuple):
     """Hold one split: its name, normalized by `SPLITS`, and its data."""
 
     name: str
@@ -100,7 +100,7 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
     """
     loaded, folder = _load(uri)
     named = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    splits = [_Part(SPLITS.get(name, name), data) for name, data in named]
+    splits = [_HubSplit(SPLITS.get(name, name), data) for name, data in named]
     if not sum(len(split.data) for split in splits):
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
     features = splits[0].data.features
@@ -145,7 +145,9 @@ def _load(uri: str) -> tuple[Any, Path]:
             return datasets.load_from_disk(str(folder)), folder
         name_parts = match.groupdict() if match else {}
         loaded = datasets.load_dataset(
-            name_parts["name"], name_parts["config"], revision=name_parts["revision"]
+            name_parts["name"],
+            name_parts["config"],
+            revision=name_parts["revision"],
         )
         return loaded, Path(datasets.config.HF_CACHE_HOME)
     except Exception as error:
@@ -189,10 +191,10 @@ def _renamed(columns: Columns, image: str) -> Columns:
 
 
 def _records(
-    splits: list[_Part],
+    splits: list[_HubSplit],
     extra: list[str],
     columns: Columns,
-) -> Iterator[tuple[_Part, int, dict[str, Any]]]:
+) -> Iterator[tuple[_HubSplit, int, dict[str, Any]]]:
     """Yield (split, 1-based row in it, values) without images, and with class labels as names."""
     from datasets import ClassLabel
 
@@ -212,13 +214,19 @@ def _records(
             yield split, row + 1, record
 
 
-def _row(split: _Part, line: int, record: Mapping[str, Any], columns: Columns, uri: str) -> Row:
+def _row(
+    split: _HubSplit,
+    line: int,
+    record: Mapping[str, Any],
+    columns: Columns,
+    uri: str,
+) -> TableRow:
     location = f"{uri}, {split.name}" if split.name else uri
     row = to_row(line, record=record, columns=columns, where=location)
     return row if columns.split else replace(row, split=split.name)
 
 
-def _with_images(splits: list[_Part], columns: Columns, uri: str, folder: Path) -> PairSource:
+def _with_images(splits: list[_HubSplit], columns: Columns, uri: str, folder: Path) -> PairSource:
     """Open a data set that holds its images; bytes are read only where a path is repeated."""
     from datasets import Image
 
@@ -231,7 +239,7 @@ def _with_images(splits: list[_Part], columns: Columns, uri: str, folder: Path) 
     numbers = []
     for split_index, split in enumerate(splits):
         for row in range(len(split.data)):
-            row_places.append(Place(split_index, row))
+            row_places.append(HubRow(split_index, row))
             numbers.append(f"{split.name}/{row}" if split.name else str(row))
     present, paths = _present(tuple(images))
     location = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
@@ -249,7 +257,7 @@ def _with_images(splits: list[_Part], columns: Columns, uri: str, folder: Path) 
             return ""
 
     keys = image_keys(paths, numbers, digest)
-    first: dict[str, Place] = {}
+    first: dict[str, HubRow] = {}
     for key, row_place, has_image in zip(keys, row_places, present, strict=True):
         # Rows of one path share a key, and the first of them with an image gives it.
         if has_image:

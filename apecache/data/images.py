@@ -235,7 +235,7 @@ def _is_plain(image: Image.Image) -> bool:
     return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
 
 
-class _Quiet:
+class _HideWarnings:
     """Hide warnings about odd metadata (Pillow) and about a successor package (torchvision).
 
     Filters belong to the whole process, so `catch_warnings` in each of several threads would leave
@@ -265,7 +265,7 @@ class _Quiet:
                 self._saved.close()
 
 
-_QUIET = _Quiet()
+_QUIET = _HideWarnings()
 
 
 def _check_size(image: Image.Image, key: str) -> None:

@@ -113,7 +113,7 @@ def _identity(pair: Pair) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """Hold one row of a table, before the rows of one image are joined."""
 
     line: int
@@ -125,19 +125,19 @@ class Row:
     label: str
 
 
-def join_rows(rows: Sequence[Row], where: str) -> tuple[Pair, ...]:
+def join_rows(rows: Sequence[TableRow], where: str) -> tuple[Pair, ...]:
     """Group rows by image, keeping the order of first appearance.
 
     Raises:
         ManifestError: One image is in two splits or has two labels.
     """
-    grouped: dict[str, list[Row]] = {}
+    grouped: dict[str, list[TableRow]] = {}
     for row in rows:
         grouped.setdefault(row.image, []).append(row)
     return tuple(_pair(key, group, where) for key, group in grouped.items())
 
 
-def _pair(key: str, rows: list[Row], location: str) -> Pair:
+def _pair(key: str, rows: list[TableRow], location: str) -> Pair:
     """Join the rows of one image."""
     # Captions may differ from row to row, but an image has one split and one label.
     first = rows[0]

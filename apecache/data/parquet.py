@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
 from apecache.data.media import check_bytes, media_below
-from apecache.data.pairs import PairSource, Row, SourceFields, join_rows
+from apecache.data.pairs import PairSource, SourceFields, TableRow, join_rows
 from apecache.data.spec import OpenSpec, require_only
 from apecache.errors import ApecacheError, ManifestError, MissingExtraError, RowError
 from apecache.fingerprint import content_hash
@@ -32,7 +32,7 @@ time span at most two."""
 T = TypeVar("T")
 
 
-class Place(NamedTuple):
+class ParquetRow(NamedTuple):
     """Locate a row of a Parquet file: its row group, and its number inside the group."""
 
     group: int
@@ -44,7 +44,7 @@ class TableMedia:
     """Read images from a column of a Parquet file."""
 
     groups: "RowGroups"
-    places: Mapping[str, Place]
+    places: Mapping[str, ParquetRow]
     """The row of each key."""
 
     @property
@@ -94,7 +94,7 @@ class RowGroups:
     def __reduce__(self) -> tuple[Any, ...]:
         return RowGroups, (self.path, self.column)
 
-    def read(self, place: Place, key: str) -> bytes:
+    def read(self, place: ParquetRow, key: str) -> bytes:
         """Return the bytes of one image; raises as `Media.read` does."""
         import pyarrow as pa
 
@@ -166,7 +166,7 @@ def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
     return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
 
 
-def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
+def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[TableRow], SourceFields]:
     """Return the rows of a table whose images are files, and which columns have which role.
 
     Raises:
@@ -182,7 +182,10 @@ def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
                 "give the table"
             )
         return _rows_with_paths(
-            file, columns=columns, column_kind=column_kind, path=path
+            file,
+            columns=columns,
+            column_kind=column_kind,
+            path=path,
         ), source_fields(
             columns,
             file.schema_arrow.names,
@@ -292,7 +295,7 @@ def _class_names(schema: Any, label: str | None) -> dict[int, str]:
         return {}
 
 
-def _rows_with_paths(file: Any, columns: Columns, column_kind: str, path: Path) -> list[Row]:
+def _rows_with_paths(file: Any, columns: Columns, column_kind: str, path: Path) -> list[TableRow]:
     image_column = columns.image if column_kind == "path" else f"{columns.image}.path"
     names = [image_column, *columns.names]
     rows = []
@@ -305,7 +308,7 @@ def _rows_with_paths(file: Any, columns: Columns, column_kind: str, path: Path) 
     return _require_rows(rows, path)
 
 
-def _require_rows(rows: list[Row], path: Path) -> list[Row]:
+def _require_rows(rows: list[TableRow], path: Path) -> list[TableRow]:
     if not rows:
         raise ManifestError(
             f"{path}: the table has columns but no rows; expected a row for every image"
@@ -326,7 +329,7 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSour
 
     numbers = list(map(str, range(len(row_places))))
     keys = image_keys(_paths(file, columns.image), numbers, digest)
-    first: dict[str, Place] = {}
+    first: dict[str, ParquetRow] = {}
     for key, row_place in zip(keys, row_places, strict=True):
         first.setdefault(key, row_place)
     numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
@@ -365,7 +368,7 @@ def _paths(file: Any, column: str) -> list[str | None]:
     return [image and image["path"] for image in _all(file, images)]
 
 
-def _places(file: Any, path: Path) -> list[Place]:
+def _places(file: Any, path: Path) -> list[ParquetRow]:
     """Return the place of every row.
 
     Raises:
@@ -373,7 +376,7 @@ def _places(file: Any, path: Path) -> list[Place]:
     """
     # The footer also describes single columns, but pyarrow aborts the process on a damaged
     # description: only the row group's own size is read.
-    row_places: list[Place] = []
+    row_places: list[ParquetRow] = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
@@ -382,5 +385,5 @@ def _places(file: Any, path: Path) -> list[Place]:
                 f"the table with smaller ones (row_group_size=100), at most "
                 f"{MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        row_places += map(partial(Place, group), range(described.num_rows))
+        row_places += map(partial(ParquetRow, group), range(described.num_rows))
     return row_places

@@ -78,7 +78,7 @@ def open_processes(
     """
     n_workers = max(1, min(workers, count))
     ring = _Ring(ahead, n_workers, shapes)
-    pool = _Pool(work, count=count, ring=ring, hang_seconds=hang_seconds)
+    pool = _WorkerPool(work, count=count, ring=ring, hang_seconds=hang_seconds)
     try:
         pool.start()
         yield pool.results()
@@ -183,7 +183,7 @@ class _Ring:
         return [tensor[position % self.ahead] for tensor in self.tensors]
 
 
-class _Worker:
+class _WorkerProcess:
     """Watch one worker process.
 
     Attributes:
@@ -221,7 +221,7 @@ class _Worker:
             return 0
 
 
-class _Pool:
+class _WorkerPool:
     """Run the workers of one ring, and replace those that die."""
 
     def __init__(
@@ -236,7 +236,7 @@ class _Pool:
         self.ring = ring
         self.hang_seconds = hang_seconds
         self.tick = min(TICK_SECONDS, hang_seconds / 4)
-        self.workers: dict[int, _Worker] = {}
+        self.workers: dict[int, _WorkerProcess] = {}
         self.idle_deaths = 0
 
     def start(self) -> None:
@@ -309,7 +309,7 @@ class _Pool:
         # harm.
         os.eventfd_write(self.ring.tokens, 1)
 
-    def _fork(self, number: int) -> _Worker:
+    def _fork(self, number: int) -> _WorkerProcess:
         # The worker alone holds the write end, which closes when it ends, however it ends.
         life, write_end = os.pipe()
         parent = os.getpid()
@@ -329,7 +329,7 @@ class _Pool:
         finally:
             os.close(write_end)
             signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-        return _Worker(pid, life)
+        return _WorkerProcess(pid, life)
 
     def _serve(self, number: int, parent: int) -> NoReturn:
         """Work as a worker until the process ends."""

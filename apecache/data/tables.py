@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from apecache.data.columns import IMAGE_COLUMNS, choose_columns, source_fields, to_row
 from apecache.data.media import media_below
-from apecache.data.pairs import PairSource, Row, SourceFields, join_rows
+from apecache.data.pairs import PairSource, SourceFields, TableRow, join_rows
 from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError
 
@@ -34,7 +34,7 @@ def open_table(path: Path, spec: OpenSpec) -> PairSource:
     return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
 
 
-def table_rows(path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
+def table_rows(path: Path, spec: OpenSpec) -> tuple[list[TableRow], SourceFields]:
     """Return the rows, and which columns have which role; raises as `open_table` does."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -56,7 +56,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     return f"{path}: not UTF-8 ({_place(path, error)}); save the file as UTF-8"
 
 
-def _rows(file: TextIO, path: Path, spec: OpenSpec) -> tuple[list[Row], SourceFields]:
+def _rows(file: TextIO, path: Path, spec: OpenSpec) -> tuple[list[TableRow], SourceFields]:
     read_records = _json_records if path.suffix.lower() == ".jsonl" else _csv_records
     records = read_records(file, path)
     first = next(records, None)

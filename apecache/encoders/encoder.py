@@ -29,7 +29,7 @@ States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tap:
+class FeatureTap:
     """Name the state of the forward pass that features are taken from, and how it is pooled.
 
     Encoders with the same `states` are cuts of one model: one pass serves all of them.
@@ -209,9 +209,9 @@ def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) 
 def _tapped(forwards: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Return float32 features for each forward pass; taps of one model share one pass."""
     first = forwards[0]
-    if len(forwards) == 1 or not isinstance(first, Tap):
+    if len(forwards) == 1 or not isinstance(first, FeatureTap):
         return [forward(*inputs).float() for forward in forwards]
-    taps = [forward for forward in forwards if isinstance(forward, Tap)]
+    taps = [forward for forward in forwards if isinstance(forward, FeatureTap)]
     states_by_name = first.states(inputs, {tap.state for tap in taps})
     mask = inputs[1] if len(inputs) > 1 else None
     return [tap.pool(states_by_name[tap.state], mask).float() for tap in taps]

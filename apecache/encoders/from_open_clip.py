@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from apecache.encoders.encoder import (
+    FeatureTap,
     ImageEncoder,
     State,
     States,
-    Tap,
     TextEncoder,
     Tokens,
     build_fingerprint,
@@ -64,7 +64,7 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     visual: Any = freeze(model.visual, spec, device)
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    tap = Tap(states=_states(visual), state="own", pool=lambda state, _: state)
+    tap = FeatureTap(states=_states(visual), state="own", pool=lambda state, _: state)
     input_shape = (3, height, width)
     row_shape = probe(tap, shape=input_shape, spec=spec, device=device)
     encoder = ImageEncoder(
@@ -114,7 +114,7 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
         return _tokenize(tokenizer, texts=prefixed, context=context, trimmed=trimmed)
 
     states = _trimmed_states(frozen) if trimmed else _states(frozen)
-    tap = Tap(states=states, state="own", pool=lambda state, _: state)
+    tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
     length = None if trimmed else context
     with torch.inference_mode():
         probe_ids = torch.zeros(1, context, dtype=torch.long, device=device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from apecache.encoders.encoder import (
+    FeatureTap,
     State,
-    Tap,
     TextEncoder,
     Tokens,
     build_fingerprint,
@@ -72,7 +72,7 @@ def load_sentence_transformers(
         prefixed = [prefix + text for text in texts]
         return tokenize_with(tokenizer, prefixed, max_tokens)
 
-    tap = Tap(states=states, state="own", pool=lambda state, _: state)
+    tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
     dim = int(model.get_embedding_dimension())
     pad_id = int(tokenizer.pad_token_id or 0)
     encoder = TextEncoder(

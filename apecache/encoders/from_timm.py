@@ -12,10 +12,10 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from apecache.encoders.encoder import (
+    FeatureTap,
     ImageEncoder,
     State,
     States,
-    Tap,
     build_fingerprint,
     digest_module,
     freeze,
@@ -78,7 +78,7 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
             architecture=architecture,
             inputs=inputs,
         )
-        tap = Tap(
+        tap = FeatureTap(
             states=states,
             state="own" if cut.pooling == "default" else layer,
             pool=_pool(frozen, cut),

@@ -22,9 +22,9 @@ from transformers import (
 from transformers.utils import logging
 
 from apecache.encoders.encoder import (
+    FeatureTap,
     ImageEncoder,
     State,
-    Tap,
     TextEncoder,
     Tokens,
     build_fingerprint,
@@ -144,7 +144,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             architecture=architecture,
             inputs=inputs,
         )
-        tap = Tap(
+        tap = FeatureTap(
             states=states,
             state=layer,
             pool=lambda state, mask: pool_tokens(state, mask, pooling),
@@ -257,7 +257,7 @@ def load_transformers_image(
                 return state
             return pool_tokens(state, mask=None, pooling=pooling, n_prefix=n_prefix)
 
-        tap = Tap(states=states, state="own" if has_own_pooling else layer, pool=pool)
+        tap = FeatureTap(states=states, state="own" if has_own_pooling else layer, pool=pool)
         row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,

@@ -46,7 +46,7 @@ SUPPORTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class ModuleMap:
     """Name the parts of one family of towers."""
 
     family: Literal["timm", "timm-beit", "hf-vit", "hf-beit", "bert", "t5"]
@@ -98,7 +98,7 @@ embedding."""
 T5_NORMS = ("layer.0.layer_norm", "layer.1.layer_norm")
 
 
-def read_anatomy(module: Any) -> Anatomy:
+def read_anatomy(module: Any) -> ModuleMap:
     """Return the anatomy of a loaded model.
 
     Raises:
@@ -116,7 +116,7 @@ def read_anatomy(module: Any) -> Anatomy:
             beit_places: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
             # timm replaces the final norm by an identity where its head has a norm after pooling.
             final_norm = "norm" if not isinstance(module.norm, nn.Identity) else None
-            return Anatomy(
+            return ModuleMap(
                 family="timm-beit",
                 blocks="blocks",
                 places=beit_places,
@@ -126,7 +126,7 @@ def read_anatomy(module: Any) -> Anatomy:
         case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit":
             return _hf_vision_anatomy(module, model_type)
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
-            return Anatomy(
+            return ModuleMap(
                 family="bert",
                 blocks="encoder.layer",
                 places=BERT_PLACES,
@@ -135,7 +135,7 @@ def read_anatomy(module: Any) -> Anatomy:
                 ends=("attention.output.dropout", "output.dropout"),
             )
         case "t5" | "mt5" if not hasattr(module, "decoder"):
-            return Anatomy(
+            return ModuleMap(
                 family="t5",
                 blocks="encoder.block",
                 places=T5_PLACES,
@@ -149,7 +149,7 @@ def read_anatomy(module: Any) -> Anatomy:
             )
 
 
-def _timm_anatomy(module: Any) -> Anatomy:
+def _timm_anatomy(module: Any) -> ModuleMap:
     # Blocks of other designs (parallel branches) have no single norm before the attention.
     if not all(hasattr(block, "norm1") and hasattr(block, "attn") for block in module.blocks):
         name = type(module.blocks[0]).__name__
@@ -157,7 +157,7 @@ def _timm_anatomy(module: Any) -> Anatomy:
             f"timm blocks of the kind {name} cannot be seen as a tower's; supported are {SUPPORTED}"
         )
     final_norm = "norm" if not isinstance(module.norm, nn.Identity) else None
-    return Anatomy(
+    return ModuleMap(
         family="timm",
         blocks="blocks",
         places=TIMM_PLACES,
@@ -166,14 +166,14 @@ def _timm_anatomy(module: Any) -> Anatomy:
     )
 
 
-def _hf_vision_anatomy(module: Any, model_type: str) -> Anatomy:
+def _hf_vision_anatomy(module: Any, model_type: str) -> ModuleMap:
     # ViT, DeiT and BEiT hold their blocks themselves, DINOv2 has an encoder that holds them.
     blocks = "layers" if hasattr(module, "layers") else "encoder.layer"
     norms = ("layernorm_before", "layernorm_after")
     if model_type.startswith("dinov2"):
         norms = ("norm1", "norm2")
     final_norm = "layernorm" if not isinstance(module.layernorm, nn.Identity) else None
-    return Anatomy(
+    return ModuleMap(
         family="hf-beit" if model_type == "beit" else "hf-vit",
         blocks=blocks,
         places=HF_VISION_PLACES,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
-from apecache.encoders.module_map import SUPPORTED, Anatomy, Place, read_anatomy
+from apecache.encoders.module_map import SUPPORTED, ModuleMap, Place, read_anatomy
 from apecache.encoders.sample_draws import checkpoint_contexts
 from apecache.encoders.spec import Pooling
 from apecache.errors import EncoderError
@@ -30,7 +30,7 @@ MASKED = -65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class TowerParameter:
     """Describe one parameter of a tower or a head.
 
     A BERT-like token table is two of them: all rows but the CLS row, and that row alone.
@@ -97,7 +97,7 @@ class Tower(nn.Module):
         self,
         module: Any,
         modality: Modality,
-        anatomy: Anatomy,
+        anatomy: ModuleMap,
         pooling: Pooling,
         cls_id: int | None,
     ) -> None:
@@ -305,20 +305,20 @@ class Tower(nn.Module):
 
     # --- parts ------------------------------------------------------------------------------------
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[TowerParameter]:
         """List every parameter between input and output.
 
         Returns:
             The library's parameters in its order, then those of the adapters.
         """
-        tower_parts: list[Part] = []
+        tower_parts: list[TowerParameter] = []
         for name, parameter in self.module.named_parameters():
             tower_parts += self._parts_of(name, parameter)
         for name, parameter in self.adapters.named_parameters():
             tower_parts.append(self._adapter_part(name, parameter.numel()))
         return tower_parts
 
-    def parameter(self, part: Part) -> nn.Parameter:
+    def parameter(self, part: TowerParameter) -> nn.Parameter:
         """Return the parameter that holds a part; for the CLS row of a whole token table, the
         table."""
         if part.place == "adapter":
@@ -327,14 +327,14 @@ class Tower(nn.Module):
         parameter: nn.Parameter = self.module.get_parameter(part.name.removesuffix("[cls]"))
         return parameter
 
-    def _adapter_part(self, name: str, count: int) -> Part:
+    def _adapter_part(self, name: str, count: int) -> TowerParameter:
         """Describe an adapter's parameter, named `KIND.k.…` within block k.
 
         The deep adapter lies above all blocks.
         """
         adapter_kind, depth, *_ = name.split(".")
         bias = name.endswith(".bias")
-        return Part(
+        return TowerParameter(
             name=f"adapters.{name}",
             place="adapter",
             depth=self.n_blocks if adapter_kind == "deep" else int(depth),
@@ -343,7 +343,7 @@ class Tower(nn.Module):
             bias=bias,
         )
 
-    def _parts_of(self, name: str, parameter: nn.Parameter) -> list[Part]:
+    def _parts_of(self, name: str, parameter: nn.Parameter) -> list[TowerParameter]:
         """Describe one parameter of the library: as no part, one part, or a table and its CLS
         row."""
         tower_place, depth = self._place(name)
@@ -351,12 +351,19 @@ class Tower(nn.Module):
             return []
         n_numbers = parameter.numel()
         if name.endswith(TABLE_ROW):
-            row = Part(name=name, place="cls", depth=-1, count=n_numbers, norm=False, bias=False)
+            row = TowerParameter(
+                name=name,
+                place="cls",
+                depth=-1,
+                count=n_numbers,
+                norm=False,
+                bias=False,
+            )
             return [row]
         is_norm = self._is_norm(name)
         is_bias = name.rpartition(".")[2] in ("bias", "q_bias", "k_bias", "v_bias")
         if tower_place != "token_embedding" or self.cls_id is None:
-            whole_parameter = Part(
+            whole_parameter = TowerParameter(
                 name=name,
                 place=tower_place,
                 depth=depth,
@@ -367,7 +374,7 @@ class Tower(nn.Module):
             return [whole_parameter]
         width = parameter.shape[-1] if parameter.ndim else 1
         # Where the row is split off, the table still holds its old values, which nothing reads.
-        table = Part(
+        table = TowerParameter(
             name=name,
             place=tower_place,
             depth=depth,
@@ -377,7 +384,7 @@ class Tower(nn.Module):
         )
         if self.has_split_cls:
             return [table]
-        cls_row = Part(
+        cls_row = TowerParameter(
             name=f"{name}[cls]",
             place="cls",
             depth=-1,
@@ -388,7 +395,8 @@ class Tower(nn.Module):
         return [table, cls_row]
 
     def _place(self, name: str) -> tuple[Place | None, int]:
-        """Return what a parameter belongs to, and its depth as in `Part`; (None, -1) if neither."""
+        """Return what a parameter belongs to, and its depth as in `TowerParameter`; (None, -1) if
+        neither."""
         if name.startswith("fc_norm.") and self.pooling != "default":
             return None, -1  # belongs to timm's own head
         for beginning, tower_place in self.anatomy.places.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.encoders.tower import Part, Tower, tower_of
+from apecache.encoders.tower import Tower, TowerParameter, tower_of
 from apecache.errors import RunError
 from apecache.fingerprint import Modality
 from apecache.runs.encoders import TrainedTower
@@ -123,7 +123,7 @@ def norm_shifts(before: Tower, after: Tower) -> tuple[NormShift, ...]:
 
 
 @torch.no_grad()
-def _l1(parameter: Part, before: Tower, after: Tower) -> float:
+def _l1(parameter: TowerParameter, before: Tower, after: Tower) -> float:
     # In float64, on the CPU: the towers may be on different devices.
     value_before: Tensor = before.parameter(parameter).cpu().double()
     value_after: Tensor = after.parameter(parameter).cpu().double()

@@ -43,7 +43,7 @@ class LiveSide(Protocol):
         """Embed inputs -> float32 [n, dim], L2-normalized."""
 
 
-class Run(Protocol):
+class RunSides(Protocol):
     """Hold both sides of a run of either trainer."""
 
     @property
@@ -74,7 +74,7 @@ class Embeddings:
 
 
 def embed_store(
-    run: Run,
+    run: RunSides,
     store: FeatureStore,
     split: str | None = None,
     open_image: OpenImage | None = None,

@@ -22,7 +22,7 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
-from apecache.extraction.run import ExtractSpec, Progress, Standing, extract
+from apecache.extraction.run import ExtractionProgress, ExtractionState, ExtractSpec, extract
 from apecache.fingerprint import Modality, digest_strings
 from apecache.heads.head import mask_of
 from apecache.heads.tokens import masked_mean
@@ -78,7 +78,7 @@ class LabeledFeatures(LabeledEmbeddings):
 def labeled_images(
     run: Run,
     spec: LabeledSpec,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
 ) -> LabeledEmbeddings:
     """Embed labeled images; every image is encoded once.
 
@@ -97,7 +97,7 @@ def labeled_images(
 def labeled_features(
     run: Run,
     spec: LabeledSpec,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
 ) -> LabeledFeatures:
     """Embed labeled images or texts, and return their features too.
 
@@ -192,7 +192,7 @@ def _by_tower(
     tower: TrainedTower,
     source: PairSource,
     max_bad: float,
-    progress: Progress,
+    progress: ExtractionProgress,
 ) -> LabeledEmbeddings:
     """Embed images with a trained tower, batch by batch; unreadable ones are skipped."""
     embedded_batches = list[Tensor]()
@@ -211,7 +211,7 @@ def _by_tower(
                 good.append(pair)
         embedded_batches.append(tower.embed(images))
         n_done = begin + len(pairs)
-        progress(Standing(modality="image", done=n_done, rows=len(source), n_bad=len(bad)))
+        progress(ExtractionState(modality="image", done=n_done, rows=len(source), n_bad=len(bad)))
     if len(bad) > max_bad * len(source):
         raise BadRowsError(
             f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, "

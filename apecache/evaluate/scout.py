@@ -18,14 +18,14 @@ from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, nearest
 from apecache.extraction.encode import caption_error, encode_or_halve
-from apecache.metrics.geometry import Likeness, likeness
+from apecache.metrics.geometry import FeatureSimilarity, likeness
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import mean_chance
 from apecache.store.equal import equal_captions
 
 SMALLEST = 24
 """Least number of images that a scout measures."""
-Progress = Callable[[str, int, int], None]
+ScoutProgress = Callable[[str, int, int], None]
 """Called with the name of an encoder, the rows done and all rows."""
 
 
@@ -54,7 +54,7 @@ class ScoutRow:
     """The name that its features get in a store."""
     text: str
     """The name that its features get in a store."""
-    likeness: Likeness
+    likeness: FeatureSimilarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,11 @@ class ScoutReport:
     """Expected `mutual_knn` of unrelated features, 0 to 1."""
 
 
-def scout(source: PairSource, spec: ScoutSpec, progress: Progress = lambda *_: None) -> ScoutReport:
+def scout(
+    source: PairSource,
+    spec: ScoutSpec,
+    progress: ScoutProgress = lambda *_: None,
+) -> ScoutReport:
     """Compare every image cut with every text cut, on one sample of images with one caption each.
 
     Raises:
@@ -156,7 +160,7 @@ def _encode_all_images(
     source: PairSource,
     keys: list[str],
     spec: ScoutSpec,
-    progress: Progress,
+    progress: ScoutProgress,
 ) -> tuple[dict[EncoderSpec, Tensor], Tensor]:
     """Encode images by every cut, with one encoder in memory at a time.
 
@@ -219,7 +223,7 @@ def _pixel_batches(
 def _encode_all_texts(
     captions: list[str],
     spec: ScoutSpec,
-    progress: Progress,
+    progress: ScoutProgress,
 ) -> dict[EncoderSpec, Tensor]:
     features = dict[EncoderSpec, Tensor]()
     for cuts in by_encoder(spec.text):

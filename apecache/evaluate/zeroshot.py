@@ -13,7 +13,7 @@ from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labeled import LabeledSpec, labeled_images, wanted_labels
 from apecache.evaluate.left_out import LeftOut
 from apecache.evaluate.prompts import TEMPLATES, check_template
-from apecache.extraction.run import Progress
+from apecache.extraction.run import ExtractionProgress
 from apecache.heads.normalization import normalize
 from apecache.metrics.retrieval import TIE
 from apecache.runs.encoders import TrainedEncoders
@@ -64,7 +64,11 @@ class ZeroShotReport:
     """Counts of images that could not be read."""
 
 
-def zero_shot(run: Run, spec: ZeroShotSpec, progress: Progress = lambda *_: None) -> ZeroShotReport:
+def zero_shot(
+    run: Run,
+    spec: ZeroShotSpec,
+    progress: ExtractionProgress = lambda *_: None,
+) -> ZeroShotReport:
     """Classify labeled images by their nearest class name.
 
     Raises:

@@ -20,7 +20,7 @@ from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
-from apecache.extraction.shard_range import WHOLE, Part
+from apecache.extraction.shard_range import WHOLE, ShardRange
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.array import FeatureArray
 from apecache.store.layout import (
@@ -94,7 +94,7 @@ class ExtractSpec:
     """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
     and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
     time."""
-    part: Part = WHOLE
+    part: ShardRange = WHOLE
     """The shards to encode; other jobs may encode the rest at the same time."""
 
     @property
@@ -176,7 +176,7 @@ def prepare_arrays(
             new_encoders,
             rows=layouts[0].rows,
             batch=layouts[0].batch_size,
-            told=spec.compiled,
+            requested=spec.compiled,
         )
         if compile_new:
             layouts = [replace(layout, compiled=True) for layout in layouts]
@@ -489,12 +489,12 @@ def _decide_compiled(
     encoders: Sequence[ImageEncoder | TextEncoder],
     rows: int,
     batch: int,
-    told: bool | None,
+    requested: bool | None,
 ) -> bool:
     """Decide whether compiled models fill new arrays; see `ExtractSpec.compiled`.
 
     Args:
-        told: what the user asked for, or None.
+        requested: what the user asked for, or None.
 
     Raises:
         OptionError: compilation is asked for, but a cut is after a block.
@@ -502,13 +502,13 @@ def _decide_compiled(
     # Only images: batches of texts differ in shape, and each shape would be compiled.
     images = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
     can_compile = bool(images) and all(encoder.spec.layer is None for encoder in images)
-    if told and images and not can_compile:
+    if requested and images and not can_compile:
         raise OptionError(
             "--compile: a cut after a block (@LAYER) is caught by hooks and not compiled; "
             "leave it out"
         )
-    if told is not None or not can_compile or rows < COMPILE_FROM_ROWS:
-        return bool(told) and can_compile
+    if requested is not None or not can_compile or rows < COMPILE_FROM_ROWS:
+        return bool(requested) and can_compile
     models = list({id(encoder.module): encoder for encoder in images}.values())
     eager_seconds = 0.0
     for encoder in models:

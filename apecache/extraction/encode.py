@@ -39,7 +39,7 @@ Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target(Generic[Encoder]):
+class ArrayTarget(Generic[Encoder]):
     """Pair one array with the encoder that fills it."""
 
     encoder: Encoder
@@ -67,7 +67,7 @@ class ImageJob:
     """Encode the images of one source into arrays with the same shards, batches and resizing."""
 
     source: PairSource
-    targets: tuple[Target[ImageEncoder], ...]
+    targets: tuple[ArrayTarget[ImageEncoder], ...]
     workers: int
     """As in `Ahead`."""
     views: Views | None = None
@@ -141,7 +141,7 @@ class ImageJob:
         return self.views.count if self.views else 1
 
     @property
-    def models(self) -> list[list[Target[ImageEncoder]]]:
+    def models(self) -> list[list[ArrayTarget[ImageEncoder]]]:
         """Return the targets, grouped by model."""
         return _by_model(self.targets)
 
@@ -171,7 +171,7 @@ class ImageJob:
         content = [""] * len(rows)
         bad = dict[int, RowError]()
         buffers = [_PixelBuffers(targets, batch_size, self.n_views) for targets in self.models]
-        running: list[_Late] = []
+        running: list[_PendingBatch] = []
         for begin in range(0, len(rows), batch_size):
             count = min(batch_size, len(rows) - begin)
             batches = [buffer.next() for buffer in buffers]
@@ -183,9 +183,9 @@ class ImageJob:
                     batch[slot] = pixels
                 if row.error is not None:
                     bad[begin + slot] = row.error
-            started: list[_Late] = []
+            started: list[_PendingBatch] = []
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
-                late_batch = _Late(
+                late_batch = _PendingBatch(
                     targets,
                     encode=encode,
                     begin=begin,
@@ -208,7 +208,7 @@ class ImageJob:
 class _PixelBuffers:
     """Hold the batches of pixels of one model: one on the CPU, two for CUDA."""
 
-    def __init__(self, targets: Sequence[Target[ImageEncoder]], size: int, views: int) -> None:
+    def __init__(self, targets: Sequence[ArrayTarget[ImageEncoder]], size: int, views: int) -> None:
         encoder = targets[0].encoder
         # With CUDA one pinned batch is filled while the other is copied and encoded.
         pinned = encoder.device.type == "cuda"
@@ -223,12 +223,12 @@ class _PixelBuffers:
         return self.buffers[self.turn % len(self.buffers)].zero_()
 
 
-class _Late:
+class _PendingBatch:
     """Start a batch on a model; its results are fetched once the next batch has been started."""
 
     def __init__(
         self,
-        targets: Sequence[Target[ImageEncoder]],
+        targets: Sequence[ArrayTarget[ImageEncoder]],
         encode: Callable[[Tensor], list[Tensor]],
         begin: int,
         count: int,
@@ -253,7 +253,7 @@ class _Late:
                     shard_rows[:] = rows
 
 
-def _finish(running: Sequence[_Late], features: dict[int, NDArray[np.float32]]) -> None:
+def _finish(running: Sequence[_PendingBatch], features: dict[int, NDArray[np.float32]]) -> None:
     for batch in running:
         batch.store(features)
 
@@ -263,7 +263,7 @@ class TextJob:
     """Encode the captions of one source into arrays of cuts of one model, laid out alike."""
 
     source: PairSource
-    targets: tuple[Target[TextEncoder], ...]
+    targets: tuple[ArrayTarget[TextEncoder], ...]
 
     @property
     def layout(self) -> ArrayLayout:
@@ -325,7 +325,7 @@ class TextJob:
 
 def image_jobs(
     source: PairSource,
-    targets: Sequence[Target[ImageEncoder]],
+    targets: Sequence[ArrayTarget[ImageEncoder]],
     workers: int,
     views: Views | None,
     hang_seconds: float,
@@ -344,7 +344,7 @@ def image_jobs(
     return jobs
 
 
-def text_jobs(source: PairSource, targets: Sequence[Target[TextEncoder]]) -> list[TextJob]:
+def text_jobs(source: PairSource, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
     """Return one job for all cuts of one model."""
     groups = _alike(targets, lambda target: id(target.encoder.module))
     return [TextJob(source=source, targets=tuple(group)) for group in groups]
@@ -356,11 +356,11 @@ def use_threads(layout: ArrayLayout) -> None:
 
 
 def _alike(
-    targets: Sequence[Target[Encoder]],
-    key_of: Callable[[Target[Encoder]], object],
-) -> list[list[Target[Encoder]]]:
+    targets: Sequence[ArrayTarget[Encoder]],
+    key_of: Callable[[ArrayTarget[Encoder]], object],
+) -> list[list[ArrayTarget[Encoder]]]:
     """Group targets with the same key whose arrays have the same batches and shards."""
-    groups: dict[object, list[Target[Encoder]]] = {}
+    groups: dict[object, list[ArrayTarget[Encoder]]] = {}
     for target in targets:
         layout = target.record.layout
         group_key = (
@@ -374,9 +374,9 @@ def _alike(
     return list(groups.values())
 
 
-def _by_model(targets: Sequence[Target[Encoder]]) -> list[list[Target[Encoder]]]:
+def _by_model(targets: Sequence[ArrayTarget[Encoder]]) -> list[list[ArrayTarget[Encoder]]]:
     """Group targets whose encoders are cuts of one model."""
-    groups: dict[int, list[Target[Encoder]]] = {}
+    groups: dict[int, list[ArrayTarget[Encoder]]] = {}
     for target in targets:
         groups.setdefault(id(target.encoder.module), []).append(target)
     return list(groups.values())

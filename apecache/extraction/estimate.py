@@ -15,14 +15,14 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, 
 from apecache.errors import OptionError
 from apecache.extraction.arrays import array_name, arrays_and_layouts, room_bytes
 from apecache.extraction.encode import (
+    ArrayTarget,
     ImageJob,
-    Target,
     TextJob,
     caption_error,
     image_jobs,
     text_jobs,
 )
-from apecache.extraction.run import ExtractSpec, count_rows, load_encoders, require_inputs
+from apecache.extraction.run import ExtractSpec, count_rows, open_encoders, require_inputs
 from apecache.extraction.segments import split_source
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.storage.open import open_files
@@ -82,10 +82,10 @@ class ExtractPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part(Generic[Encoder]):
+class _PendingArray(Generic[Encoder]):
     """Hold an array of one segment, and the shards that are pending in it."""
 
-    target: Target[Encoder]
+    target: ArrayTarget[Encoder]
     source: PairSource
     pending: frozenset[int]
 
@@ -117,9 +117,9 @@ def plan_extraction(
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")
     require_inputs(source, spec)
-    encoders = load_encoders(spec)
-    images = list[_Part[ImageEncoder]]()
-    texts = list[_Part[TextEncoder]]()
+    encoders = open_encoders(spec)
+    images = list[_PendingArray[ImageEncoder]]()
+    texts = list[_PendingArray[TextEncoder]]()
     image_seconds = _Stopwatch()
     text_seconds = _Stopwatch()
     files = open_files(store_path)
@@ -164,8 +164,8 @@ def _parts(
     encoders: Sequence[Encoder],
     source: PairSource,
     spec: ExtractSpec,
-    before: Sequence[_Part[Encoder]],
-) -> Iterator[_Part[Encoder]]:
+    before: Sequence[_PendingArray[Encoder]],
+) -> Iterator[_PendingArray[Encoder]]:
     """Describe the arrays of one segment, one for each encoder.
 
     Args:
@@ -190,8 +190,8 @@ def _parts(
         record = array.record if array else _record(encoder, layout, spec)
         committed_shards = frozenset(array.commits) if array else frozenset[int]()
         planned_shards = frozenset(shard for shard in range(layout.n_shards) if shard in spec.part)
-        yield _Part(
-            target=Target(encoder=encoder, record=record),
+        yield _PendingArray(
+            target=ArrayTarget(encoder=encoder, record=record),
             source=source,
             pending=planned_shards - committed_shards,
         )
@@ -215,9 +215,9 @@ def _record(
     )
 
 
-def _array_plans(segment_arrays: Sequence[_Part[Encoder]]) -> Iterator[ArrayPlan]:
+def _array_plans(segment_arrays: Sequence[_PendingArray[Encoder]]) -> Iterator[ArrayPlan]:
     """Sum up the segments of each array."""
-    by_name: dict[str, list[_Part[Encoder]]] = {}
+    by_name: dict[str, list[_PendingArray[Encoder]]] = {}
     for segment_array in segment_arrays:
         by_name.setdefault(segment_array.target.record.name, []).append(segment_array)
     for name, segments in by_name.items():
@@ -233,7 +233,7 @@ def _array_plans(segment_arrays: Sequence[_Part[Encoder]]) -> Iterator[ArrayPlan
         )
 
 
-def _pending_rows(job: ImageJob | TextJob, segment_arrays: Sequence[_Part[Encoder]]) -> int:
+def _pending_rows(job: ImageJob | TextJob, segment_arrays: Sequence[_PendingArray[Encoder]]) -> int:
     """Count the rows of the shards that are pending for any of the job's arrays."""
     # All arrays of a job are encoded together, so a shard counts once.
     names = {target.record.name for target in job.targets}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
-from apecache.extraction.encode import ImageJob, Target, TextJob
+from apecache.extraction.encode import ArrayTarget, ImageJob, TextJob
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
@@ -119,7 +119,7 @@ def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArra
     return encoded
 
 
-def _encode_texts(target: Target[TextEncoder], texts: list[str]) -> NDArray[np.float32]:
+def _encode_texts(target: ArrayTarget[TextEncoder], texts: list[str]) -> NDArray[np.float32]:
     """Encode texts -> float32 [n, *row_shape of the array]."""
     if target.record.layout.tokens is None:
         encoded: NDArray[np.float32] = target.encoder.encode(texts).numpy()

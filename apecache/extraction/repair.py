@@ -17,7 +17,13 @@ from apecache.data.augment import views_from_json
 from apecache.data.pairs import PairSource
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DamagedError, MismatchError
-from apecache.extraction.run import Encoders, ExtractSpec, Progress, extract_pending, load_encoders
+from apecache.extraction.run import (
+    ExtractionProgress,
+    ExtractSpec,
+    OpenEncoders,
+    extract_pending,
+    open_encoders,
+)
 from apecache.extraction.segments import Segment, pair_columns, split_source
 from apecache.fingerprint import Modality, describe_difference
 from apecache.storage.files import Files
@@ -72,7 +78,7 @@ def repair(
     store: str | Path,
     source: PairSource,
     spec: ExtractSpec | None = None,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
 ) -> RepairReport:
     """Verify a store, make what is damaged again, and verify it once more.
 
@@ -179,7 +185,7 @@ def _n_images(store: Files, folder: str, otherwise: int) -> int:
 def _repair_segment(
     segment: Segment,
     spec: ExtractSpec,
-    progress: Progress,
+    progress: ExtractionProgress,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Repair one segment.
 
@@ -196,7 +202,7 @@ def _repair_segment(
     objects = _mend_table(files, harmful, segment.part) + _mend_metadata(files, harmful)
     shards = _damaged_shards(harmful)
     # All encoders are loaded and compared before the first shard is un-committed.
-    ready: list[tuple[ExtractSpec, Encoders]] = []
+    ready: list[tuple[ExtractSpec, OpenEncoders]] = []
     for modality, name in shards:
         record = FeatureStore.at(files).array(modality, name).record
         ready.append(_ready(record, spec))
@@ -253,7 +259,7 @@ def _damaged_shards(problems: Iterable[Problem]) -> dict[tuple[Modality, str], l
     return {array: sorted(damaged) for array, damaged in shards.items()}
 
 
-def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoders]:
+def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, OpenEncoders]:
     """Return the recorded settings of an array, and load its encoder.
 
     Raises:
@@ -273,7 +279,7 @@ def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, Encoder
         storage_dtype=storage_dtype,
         views=None if views is None else views_from_json(views),
     )
-    encoders = load_encoders(array_spec)
+    encoders = open_encoders(array_spec)
     encoder = encoders.image[0] if record.modality == "image" else encoders.text[0]
     differences = encoder.fingerprint.difference(record.encoder)
     if differences:

@@ -9,7 +9,7 @@ from pathlib import Path
 from apecache.errors import BadRowsError, DataError
 from apecache.extraction.arrays import ExtractSpec
 from apecache.extraction.encode import EncodedShard
-from apecache.extraction.shard_range import WHOLE, Part
+from apecache.extraction.shard_range import WHOLE, ShardRange
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.store.layout import ArrayLayout
@@ -17,7 +17,7 @@ from apecache.store.reader import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class ExtractionState:
     """Say how far a run is with one modality."""
 
     modality: Modality
@@ -31,7 +31,7 @@ class Standing:
     """Bytes of features that this run has committed."""
 
 
-Progress = Callable[[Standing], None]
+ExtractionProgress = Callable[[ExtractionState], None]
 """Called after every batch and every commit."""
 
 
@@ -69,7 +69,7 @@ class ExtractReport:
     """Images whose files have the same bytes as an earlier one's; each is encoded all the same."""
     seconds: float = 0.0
     """Of the whole run, without loading the encoders."""
-    part: Part = WHOLE
+    part: ShardRange = WHOLE
     share_done: float = 1.0
     """Share of the rows of all arrays that are in the store."""
     complete: bool = True
@@ -81,7 +81,7 @@ class ExtractReport:
 
 
 @dataclass(kw_only=True)
-class Tally:
+class ArrayCounts:
     """Count what a run did for one array, over all segments."""
 
     layout: ArrayLayout
@@ -93,7 +93,7 @@ class Tally:
 
 
 @dataclass(kw_only=True)
-class Total:
+class ModalityCounts:
     """Count what a run did with one modality."""
 
     modality: Modality
@@ -105,14 +105,14 @@ class Total:
     """Rows of all passes that belong to other parts."""
     done: int = 0
     n_bad: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, ArrayCounts] = field(default_factory=dict)
     """By the name of the array."""
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> ExtractionState:
         """Return how far the run is."""
         n_bytes = sum(tally.n_bytes for tally in self.tallies.values())
-        return Standing(
+        return ExtractionState(
             modality=self.modality,
             done=self.done,
             rows=self.rows * self.passes - self.elsewhere,
@@ -121,7 +121,7 @@ class Total:
         )
 
 
-def count_shard(tally: Tally, encoded: EncodedShard) -> None:
+def count_shard(tally: ArrayCounts, encoded: EncodedShard) -> None:
     """Add a committed shard to the tally of its array."""
     tally.n_encoded += len(encoded.content)
     tally.n_truncated += encoded.n_truncated
@@ -130,7 +130,7 @@ def count_shard(tally: Tally, encoded: EncodedShard) -> None:
 
 def judge(
     files: Files,
-    totals: Mapping[Modality, Total],
+    totals: Mapping[Modality, ModalityCounts],
     spec: ExtractSpec,
     begin: float,
 ) -> ExtractReport:
@@ -165,7 +165,7 @@ def judge(
     )
 
 
-def _report(store: FeatureStore, total: Total, name: str) -> ArrayReport:
+def _report(store: FeatureStore, total: ModalityCounts, name: str) -> ArrayReport:
     array = store.array(total.modality, name)
     tally = total.tallies[name]
     # Quarantine files are read only where there is something in them.

@@ -19,26 +19,26 @@ from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.errors import BadRowsError, ManifestError, OptionError, RowError
 from apecache.extraction.arrays import ExtractSpec, prepare_arrays
 from apecache.extraction.encode import (
+    ArrayTarget,
     EncodedShard,
     ImageJob,
-    Target,
     TextJob,
     image_jobs,
     text_jobs,
 )
 from apecache.extraction.recheck import require_same_content, spot_check
 from apecache.extraction.report import (
+    ArrayCounts,
     ArrayReport,
+    ExtractionProgress,
+    ExtractionState,
     ExtractReport,
-    Progress,
-    Standing,
-    Tally,
-    Total,
+    ModalityCounts,
     count_shard,
     judge,
 )
 from apecache.extraction.segments import Segment, make_segment, split_source
-from apecache.extraction.shard_range import Part
+from apecache.extraction.shard_range import ShardRange
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
@@ -50,11 +50,11 @@ __all__ = [
     "ArrayReport",
     "ExtractReport",
     "ExtractSpec",
-    "Progress",
-    "Standing",
+    "ExtractionProgress",
+    "ExtractionState",
     "extract",
     "extract_pending",
-    "load_encoders",
+    "open_encoders",
 ]
 
 
@@ -66,7 +66,7 @@ def extract(
     source: PairSource,
     store: AnyPath,
     spec: ExtractSpec,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
 ) -> ExtractReport:
     """Encode every image and caption of `source` once into `store`.
 
@@ -86,7 +86,7 @@ def extract(
     """
     store_path = as_place(store, "store")
     require_inputs(source, spec)
-    encoders = load_encoders(spec)
+    encoders = open_encoders(spec)
     begin = time.perf_counter()
     files = open_files(store_path, spec.single_writer)
     segments = split_source(source, files, spec.append)
@@ -98,9 +98,9 @@ def extract(
 
 def extract_pending(
     segment: Segment,
-    encoders: "Encoders",
+    encoders: "OpenEncoders",
     spec: ExtractSpec,
-    progress: Progress = lambda *_: None,
+    progress: ExtractionProgress = lambda *_: None,
 ) -> None:
     """Encode and commit what is pending in one segment.
 
@@ -119,28 +119,28 @@ def extract_pending(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoders:
+class OpenEncoders:
     """Hold the loaded encoders of an extraction."""
 
     image: tuple[ImageEncoder, ...]
     text: tuple[TextEncoder, ...]
 
 
-def load_encoders(spec: ExtractSpec) -> Encoders:
+def open_encoders(spec: ExtractSpec) -> OpenEncoders:
     """Load the encoders of a spec. Raises OptionError if it names none."""
     if not spec.images and not spec.texts:
         raise OptionError("nothing to encode: give --image, --text, or both")
     images = load_image_encoders(spec.images, spec.device) if spec.images else ()
     texts = load_text_encoders(spec.texts, spec.device) if spec.texts else ()
-    return Encoders(image=tuple(images), text=tuple(texts))
+    return OpenEncoders(image=tuple(images), text=tuple(texts))
 
 
 def _extract_segment(
     segment: Segment,
-    encoders: Encoders,
+    encoders: OpenEncoders,
     spec: ExtractSpec,
-    totals: "dict[Modality, Total]",
-    progress: Progress,
+    totals: "dict[Modality, ModalityCounts]",
+    progress: ExtractionProgress,
 ) -> None:
     """Prepare all arrays of one segment, then encode what is pending in them."""
     make_segment(segment)
@@ -163,9 +163,9 @@ def _extract_segment(
 def prepare_jobs(
     opened: FeatureStore,
     part: PairSource,
-    encoders: Encoders,
+    encoders: OpenEncoders,
     spec: ExtractSpec,
-    totals: "dict[Modality, Total]",
+    totals: "dict[Modality, ModalityCounts]",
 ) -> list[ImageJob | TextJob]:
     """Return the passes over one segment, and make the arrays that do not exist.
 
@@ -196,7 +196,7 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
         _require_findable(source, spec.part)
 
 
-def _require_findable(source: PairSource, part: Part) -> None:
+def _require_findable(source: PairSource, part: ShardRange) -> None:
     """Refuse a wrong --root; single missing images are quarantined later."""
     # Parts run side by side, so each looks for its share of the rows only.
     keys = source.keys[part.number - 1 :: part.count]
@@ -221,13 +221,13 @@ def _require_findable(source: PairSource, part: Part) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def new_totals(source: PairSource, encoders: Encoders) -> dict[Modality, Total]:
+def new_totals(source: PairSource, encoders: OpenEncoders) -> dict[Modality, ModalityCounts]:
     """Return empty totals for each modality that has encoders."""
-    totals: dict[Modality, Total] = {}
+    totals: dict[Modality, ModalityCounts] = {}
     if encoders.image:
-        totals["image"] = Total(modality="image", rows=len(source))
+        totals["image"] = ModalityCounts(modality="image", rows=len(source))
     if encoders.text:
-        totals["text"] = Total(modality="text", rows=len(source.captions))
+        totals["text"] = ModalityCounts(modality="text", rows=len(source.captions))
     return totals
 
 
@@ -236,7 +236,7 @@ def _image_jobs(
     encoders: tuple[ImageEncoder, ...],
     part: PairSource,
     spec: ExtractSpec,
-    totals: dict[Modality, Total],
+    totals: dict[Modality, ModalityCounts],
 ) -> Iterator[ImageJob]:
     if encoders:
         records = _prepared(
@@ -248,7 +248,7 @@ def _image_jobs(
             captions=(),
         )
         targets = [
-            Target(encoder=encoder, record=record)
+            ArrayTarget(encoder=encoder, record=record)
             for encoder, record in zip(encoders, records, strict=True)
         ]
         jobs = image_jobs(
@@ -267,7 +267,7 @@ def _text_jobs(
     encoders: tuple[TextEncoder, ...],
     part: PairSource,
     spec: ExtractSpec,
-    totals: dict[Modality, Total],
+    totals: dict[Modality, ModalityCounts],
 ) -> Iterator[TextJob]:
     if encoders:
         records = _prepared(
@@ -279,7 +279,7 @@ def _text_jobs(
             captions=part.captions,
         )
         targets = [
-            Target(encoder=encoder, record=record)
+            ArrayTarget(encoder=encoder, record=record)
             for encoder, record in zip(encoders, records, strict=True)
         ]
         jobs = text_jobs(part, targets)
@@ -292,7 +292,7 @@ def _prepared(
     encoders: Sequence[ImageEncoder | TextEncoder],
     rows: int,
     spec: ExtractSpec,
-    total: Total,
+    total: ModalityCounts,
     captions: Sequence[str],
 ) -> list[ArrayRecord]:
     """Prepare the arrays of one modality, and begin a tally for each new one."""
@@ -307,16 +307,16 @@ def _prepared(
         captions=captions,
     )
     for record in records:
-        total.tallies.setdefault(record.name, Tally(layout=record.layout))
+        total.tallies.setdefault(record.name, ArrayCounts(layout=record.layout))
     return records
 
 
 def _run(
     files: Files,
     job: ImageJob | TextJob,
-    part: Part,
-    total: Total,
-    progress: Progress,
+    part: ShardRange,
+    total: ModalityCounts,
+    progress: ExtractionProgress,
 ) -> None:
     """Encode and commit every pending shard of the part in one segment, then seal its arrays if
     they are complete."""

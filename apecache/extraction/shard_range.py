@@ -6,7 +6,7 @@ from apecache.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ShardRange:
     """Name one part of the shards: number `number` of `count`, counted from 1.
 
     A shard belongs to the part given by its index modulo `count`, in every array and segment, so
@@ -28,10 +28,10 @@ class Part:
         return self.count == 1
 
 
-WHOLE = Part()
+WHOLE = ShardRange()
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> ShardRange:
     """Parse `2/5`, the second of five parts.
 
     Raises:
@@ -40,7 +40,7 @@ def parse_part(text: str) -> Part:
     number, slash, count = text.partition("/")
     if not (slash and _is_number(number) and _is_number(count) and 1 <= int(number) <= int(count)):
         raise OptionError(f"--part {text}: expected i/n with i from 1 to n, such as 2/5")
-    return Part(number=int(number), count=int(count))
+    return ShardRange(number=int(number), count=int(count))
 
 
 def _is_number(text: str) -> bool:

@@ -1,6 +1,6 @@
 """Build heads from their descriptions."""
 
-from apecache.heads.head import Head, HeadSpec, SeveralHeads
+from apecache.heads.head import EnsembleHead, Head, HeadSpec
 from apecache.heads.pooled import PooledHead
 from apecache.heads.tokens import TokenHead
 
@@ -23,7 +23,7 @@ def build_heads(
         ValueError: the widths cannot be made equal, or a width does not suit its kind.
     """
     if image.parts or text.parts:
-        return _build_several(image, text=text, image_dim=image_dim, text_dim=text_dim)
+        return _build_ensemble(image, text=text, image_dim=image_dim, text_dim=text_dim)
     image_width = _fixed_dim(image, image_dim)
     text_width = _fixed_dim(text, text_dim)
     fixed_widths = {image_width, text_width} - {None}
@@ -52,7 +52,7 @@ def build_head(spec: HeadSpec, in_dim: int, out_dim: int) -> Head:
     return PooledHead(spec, in_dim, out_dim)
 
 
-def _build_several(
+def _build_ensemble(
     image: HeadSpec,
     text: HeadSpec,
     image_dim: int,
@@ -74,7 +74,7 @@ def _build_several(
         )
         image_heads.append(image_head)
         text_heads.append(text_head)
-    return SeveralHeads(image, image_heads), SeveralHeads(text, text_heads)
+    return EnsembleHead(image, image_heads), EnsembleHead(text, text_heads)
 
 
 def _fixed_dim(spec: HeadSpec, in_dim: int) -> int | None:

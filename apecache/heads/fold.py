@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from apecache.heads.head import Head, SeveralHeads
+from apecache.heads.head import EnsembleHead, Head
 from apecache.heads.pooled import PooledHead
 
 
@@ -22,7 +22,7 @@ def folded(head: Head) -> Head:
     copied = copy.deepcopy(head)
     part_specs = [spec.model_copy(update={"standardize": False}) for spec in head.spec.parts]
     copied.spec = head.spec.model_copy(update={"standardize": False, "parts": tuple(part_specs)})
-    if isinstance(copied, SeveralHeads):
+    if isinstance(copied, EnsembleHead):
         part_heads = [module for module in copied.parts if isinstance(module, Head)]
         copied.parts = nn.ModuleList([folded(part_head) for part_head in part_heads])
     elif standardizes(head):

@@ -25,7 +25,7 @@ Kind = Literal[
     "attention",
     "anchors",
     "projector",
-    "several",
+    "ensemble",
 ]
 TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector"})
 """Kinds that need token features; all others take pooled features."""
@@ -82,7 +82,7 @@ class HeadSpec(Settings):
 
     @model_validator(mode="after")
     def _whole(self) -> "HeadSpec":
-        if (self.kind == "several") != bool(self.parts):
+        if (self.kind == "ensemble") != bool(self.parts):
             raise ValueError("kind several and parts go together: give both or none")
         is_nested = any(spec.parts for spec in self.parts)
         if is_nested or len({spec.cut for spec in self.parts}) > 1:
@@ -172,7 +172,7 @@ def _blocks(features: Tensor, mask: Tensor | None, rows: int) -> Iterator[Tensor
         yield valid.double()
 
 
-class SeveralHeads(Head):
+class EnsembleHead(Head):
     """Hold heads side by side; their embeddings are concatenated. See `HeadSpec`."""
 
     def __init__(self, spec: HeadSpec, heads: list[Head]) -> None:

@@ -183,7 +183,11 @@ class _Sigmoid(torch.autograd.Function):
         grad_image = torch.empty_like(image)
         grad_text = torch.zeros_like(text)
         for tile_rows, logits, same in _tiles(
-            image, text=text, scale=scale, groups=groups, tile=tile
+            image,
+            text=text,
+            scale=scale,
+            groups=groups,
+            tile=tile,
         ):
             logits += bias
             # softplus(-inf) and sigmoid(-inf) are 0, so the sums are over negatives alone.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apecache.heads.normalization import similarities
-from apecache.metrics.protocols import Intervals, retrieval_intervals
+from apecache.metrics.protocols import RecallIntervals, retrieval_intervals
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import KS, TILE, RetrievalReport, retrieval_report
 
@@ -43,7 +43,7 @@ def csls_intervals(
     image_of_text: Tensor,
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
-) -> Intervals:
+) -> RecallIntervals:
     """Compute `retrieval_intervals` by CSLS; the neighborhoods stay fixed over the intervals."""
     image_vectors, text_vectors = csls_vectors(image, text)
     return retrieval_intervals(

@@ -17,7 +17,7 @@ because samples are small."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Likeness:
+class FeatureSimilarity:
     """Say how alike the features of two encoders are."""
 
     cka: float
@@ -40,7 +40,7 @@ def likeness(
     text: Tensor,
     fit: Tensor,
     relevance: Relevance | None = None,
-) -> Likeness:
+) -> FeatureSimilarity:
     """Measure the likeness of the features of n pairs.
 
     Args:
@@ -50,7 +50,7 @@ def likeness(
         relevance: right answers among the other pairs, where captions are equal.
     """
     image_to_text, text_to_image = ridge_recalls(image, text, fit, relevance=relevance)
-    return Likeness(
+    return FeatureSimilarity(
         cka=linear_cka(image, text),
         mutual_knn=mutual_knn(image, text),
         image_to_text=image_to_text,

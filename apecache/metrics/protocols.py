@@ -25,7 +25,7 @@ Measure = Callable[[Tensor, Tensor, Tensor, Sequence[int], Relevance | None], Re
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervals:
+class RecallIntervals:
     """Hold 95 % intervals of recalls, in per cent, and the medians of the ranks."""
 
     image_to_text: dict[int, Ends]
@@ -65,7 +65,7 @@ def retrieval_intervals(
     image_of_text: Tensor,
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
-) -> Intervals:
+) -> RecallIntervals:
     """Compute the intervals of one run over images, each with its captions.
 
     Captions of one image are not independent, so the images are the sample. The method is that of
@@ -83,7 +83,7 @@ def retrieval_intervals(
         estimate = estimate_recall([hits], terms)
         return estimate.low, estimate.high
 
-    return Intervals(
+    return RecallIntervals(
         image_to_text={k: ends(("image_to_text", k)) for k in ks},
         text_to_image={k: ends(("text_to_image", k)) for k in ks},
         mean_recall=ends(*product(WAYS, ks)),
@@ -211,7 +211,7 @@ def language_intervals(
     languages: Sequence[str],
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
-) -> Mapping[str, Intervals]:
+) -> Mapping[str, RecallIntervals]:
     """Compute the intervals of `language_reports`, of the same arguments."""
     subsets = _by_language(
         image,

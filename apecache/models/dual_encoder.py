@@ -14,12 +14,18 @@ from apecache.encoders.tower import Cut, Tower, tower_of
 from apecache.errors import RecipeError, RunError
 from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
-from apecache.heads.head import Head, SeveralHeads
+from apecache.heads.head import EnsembleHead, Head
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
 from apecache.models.adapters import insert_adapters
-from apecache.models.freezing import Match, find_cut, freeze_head, freeze_towers, trained_parameters
+from apecache.models.freezing import (
+    FreezeDecision,
+    find_cut,
+    freeze_head,
+    freeze_towers,
+    trained_parameters,
+)
 from apecache.models.shared_encoder import Distillation, SharedLoss, SharedSide, build_sides
 from apecache.recipes.recipe import Recipe
 
@@ -45,16 +51,18 @@ class Side(nn.Module):
         self.head = head
         self.cut = cut
         self.structured = structured
-        self.still: Cut | None = None
+        self.n_frozen_blocks: Cut | None = None
         """Below this cut nothing trains, and everything runs without dropout, cached or not."""
 
     def train(self, mode: bool = True) -> "Side":
         super().train(mode)
-        if mode and self.tower is not None and self.still is not None:
+        if mode and self.tower is not None and self.n_frozen_blocks is not None:
             # The blocks that could be cached give the same output whether or not they are.
             self.tower.module.eval()
-            n_still = self.tower.n_blocks if self.still == "pooled" else self.still
-            for block in self.tower.blocks[n_still:]:
+            first_live = (
+                self.tower.n_blocks if self.n_frozen_blocks == "pooled" else self.n_frozen_blocks
+            )
+            for block in self.tower.blocks[first_live:]:
                 block.train()
         return self
 
@@ -160,7 +168,7 @@ class EncoderModel(nn.Module):
 
     def _widths(self) -> Sequence[int]:
         head = getattr(self.image, "head", None)
-        return head.widths if isinstance(head, SeveralHeads) else ()
+        return head.widths if isinstance(head, EnsembleHead) else ()
 
     def clamp(self) -> None:
         """Bring the temperatures back into their bounds."""
@@ -271,7 +279,7 @@ def build_around(
     matches = freeze_towers(live, recipe.towers) if live else ()
     for side in sides:
         _require_frozen_below(side, matches, recipe)
-        side.still = None if side.tower is None else find_cut(matches, side.tower).cut
+        side.n_frozen_blocks = None if side.tower is None else find_cut(matches, side.tower).cut
     temperature = build_temperature(recipe.loss).to(device)
     rates: list[tuple[nn.Parameter, float]] = []
     for live_tower, live_head in live:
@@ -343,7 +351,7 @@ def _prepare(side: Side, recipe: Recipe) -> None:
     side.tower.checkpointing = recipe.towers.checkpointing
 
 
-def _require_frozen_below(side: Side, matches: Sequence[Match], recipe: Recipe) -> None:
+def _require_frozen_below(side: Side, matches: Sequence[FreezeDecision], recipe: Recipe) -> None:
     """Raise RecipeError if something below the cached tokens would train."""
     if side.tower is None or side.cut is None:
         return

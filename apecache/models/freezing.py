@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from apecache.encoders.module_map import EMBEDDING_PLACES
-from apecache.encoders.tower import TABLE_ROW, Cut, Part, Tower
+from apecache.encoders.tower import TABLE_ROW, Cut, Tower, TowerParameter
 from apecache.errors import RecipeError
 from apecache.fingerprint import Modality
 from apecache.recipes.sections import PART_NAMES, Rule, Selector, TowersSpec, parse_selector
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match:
+class FreezeDecision:
     """Hold what was decided about one parameter."""
 
     side: Modality
-    part: Part
+    part: TowerParameter
     rule: str
     """The rule that decided; empty if none matched."""
     train: bool
@@ -44,7 +44,10 @@ class TowerCut:
     reason: str
 
 
-def freeze_towers(sides: Sequence[tuple[Tower, nn.Module]], spec: TowersSpec) -> tuple[Match, ...]:
+def freeze_towers(
+    sides: Sequence[tuple[Tower, nn.Module]],
+    spec: TowersSpec,
+) -> tuple[FreezeDecision, ...]:
     """Switch every parameter of towers and heads on or off as the rules say.
 
     Where the rules treat the CLS row of a token table differently from the table, the row is split
@@ -62,13 +65,13 @@ def freeze_towers(sides: Sequence[tuple[Tower, nn.Module]], spec: TowersSpec) ->
     # An earlier call may have split a row off that the rules now treat like its table.
     for tower, _ in sides:
         tower.join_cls()
-    tower_parts: list[tuple[Tower, Part]] = []
+    tower_parts: list[tuple[Tower, TowerParameter]] = []
     for tower, head in sides:
         tower_parts += [(tower, tower_part) for tower_part in tower.parts()]
         tower_parts += [(tower, head_part) for head_part in _head_parts(head)]
     _require_matches(spec.all_rules, tower_parts)
     decided = [_decide(tower, tower_part, spec) for tower, tower_part in tower_parts]
-    matches: list[Match] = []
+    matches: list[FreezeDecision] = []
     for tower, head in sides:
         matches += _apply(tower, head, decided)
     return tuple(matches)
@@ -77,7 +80,7 @@ def freeze_towers(sides: Sequence[tuple[Tower, nn.Module]], spec: TowersSpec) ->
 def trained_parameters(
     tower: Tower,
     head: nn.Module,
-    matches: Sequence[Match],
+    matches: Sequence[FreezeDecision],
 ) -> list[tuple[nn.Parameter, float]]:
     """Return (parameter, factor of the learning rate) for all that trains in one side.
 
@@ -117,14 +120,14 @@ def _find_head_rule(side: Modality, rules: Sequence[Rule]) -> Rule | None:
     return None
 
 
-def count_trained(matches: Sequence[Match]) -> int:
+def count_trained(matches: Sequence[FreezeDecision]) -> int:
     """Count the numbers that train."""
     return sum(match.part.count for match in matches if match.train)
 
 
-def find_cut(matches: Sequence[Match], tower: Tower) -> TowerCut:
+def find_cut(matches: Sequence[FreezeDecision], tower: Tower) -> TowerCut:
     """Find where one side can be cut, from its matches."""
-    trained_parts: list[Part] = []
+    trained_parts: list[TowerParameter] = []
     for match in matches:
         # The head lies above every cut.
         is_in_tower = match.side == tower.modality and match.part.place != "head"
@@ -157,7 +160,7 @@ def find_cut(matches: Sequence[Match], tower: Tower) -> TowerCut:
     )
 
 
-def _why_none(trained: Sequence[Part], tower: Tower) -> str:
+def _why_none(trained: Sequence[TowerParameter], tower: Tower) -> str:
     """Say why nothing can be cached if an embedding trains."""
     names = ", ".join(
         sorted({trained_part.place for trained_part in trained if trained_part.depth == -1})
@@ -174,20 +177,20 @@ def _why_none(trained: Sequence[Part], tower: Tower) -> str:
     )
 
 
-def _decide(tower: Tower, tower_part: Part, spec: TowersSpec) -> Match:
+def _decide(tower: Tower, tower_part: TowerParameter, spec: TowersSpec) -> FreezeDecision:
     """Apply the first rule that matches a part; without one the towers are frozen, heads train."""
     for rule in spec.all_rules:
         if _fits(parse_selector(rule.part), tower_part, tower):
             # Layer-wise decay: the lower a part lies, the smaller its learning rate.
             height = 0 if tower_part.place == "head" else tower.n_blocks - tower_part.depth
-            return Match(
+            return FreezeDecision(
                 side=tower.modality,
                 part=tower_part,
                 rule=rule.part,
                 train=rule.train,
                 lr=rule.lr * spec.lr_decay**height,
             )
-    return Match(
+    return FreezeDecision(
         side=tower.modality,
         part=tower_part,
         rule="",
@@ -196,7 +199,11 @@ def _decide(tower: Tower, tower_part: Part, spec: TowersSpec) -> Match:
     )
 
 
-def _apply(tower: Tower, head: nn.Module, decided: Sequence[Match]) -> list[Match]:
+def _apply(
+    tower: Tower,
+    head: nn.Module,
+    decided: Sequence[FreezeDecision],
+) -> list[FreezeDecision]:
     """Switch the parameters of one side as decided, and return the matches of that side."""
     side_matches = [match for match in decided if match.side == tower.modality]
     table = next((m for m in side_matches if m.part.place == "token_embedding"), None)
@@ -215,17 +222,17 @@ def _apply(tower: Tower, head: nn.Module, decided: Sequence[Match]) -> list[Matc
     return side_matches
 
 
-def _parameter(tower: Tower, head: nn.Module, side_part: Part) -> nn.Parameter:
+def _parameter(tower: Tower, head: nn.Module, side_part: TowerParameter) -> nn.Parameter:
     """Return the parameter of a part of a tower or of its head."""
     if side_part.place == "head":
         return head.get_parameter(side_part.name.removeprefix("head."))
     return tower.parameter(side_part)
 
 
-def _head_parts(head: nn.Module) -> list[Part]:
-    head_parts: list[Part] = []
+def _head_parts(head: nn.Module) -> list[TowerParameter]:
+    head_parts: list[TowerParameter] = []
     for name, parameter in head.named_parameters():
-        head_part = Part(
+        head_part = TowerParameter(
             name=f"head.{name}",
             place="head",
             depth=-1,
@@ -237,7 +244,7 @@ def _head_parts(head: nn.Module) -> list[Part]:
     return head_parts
 
 
-def _fits(selector: Selector, side_part: Part, tower: Tower) -> bool:
+def _fits(selector: Selector, side_part: TowerParameter, tower: Tower) -> bool:
     """Tell whether a selector matches a part of a tower or of its head."""
     if selector.side not in (None, tower.modality):
         return False
@@ -271,7 +278,10 @@ def _within(selector: Selector, depth: int, n_blocks: int) -> bool:
     return depth in range(n_blocks)[selector.start : selector.stop]
 
 
-def _require_matches(rules: Sequence[Rule], tower_parts: Sequence[tuple[Tower, Part]]) -> None:
+def _require_matches(
+    rules: Sequence[Rule],
+    tower_parts: Sequence[tuple[Tower, TowerParameter]],
+) -> None:
     """Refuse a rule that matches nothing; rules for a side that is not given are left alone."""
     sides = {tower.modality for tower, _ in tower_parts}
     for rule in rules:
@@ -282,7 +292,7 @@ def _require_matches(rules: Sequence[Rule], tower_parts: Sequence[tuple[Tower, P
             raise RecipeError(f"rule {rule.part!r} fits nothing; {_existing(tower_parts)}")
 
 
-def _existing(tower_parts: Sequence[tuple[Tower, Part]]) -> str:
+def _existing(tower_parts: Sequence[tuple[Tower, TowerParameter]]) -> str:
     """Name what a rule could match, for each side."""
     towers = {tower.modality: tower for tower, _ in tower_parts}
     matching: set[tuple[Modality, str]] = set()

@@ -12,7 +12,7 @@ from apecache.errors import OptionError
 from apecache.extraction.arrays import MAX_SHARD_ROWS
 from apecache.plan.counting import STORED_BYTES, PlanSpec, SidePlan
 from apecache.plan.devices import GB
-from apecache.plan.plan import Clock, Cuts, Plan
+from apecache.plan.plan import Cuts, Plan, PlanTimer
 from apecache.store.layout import (
     MAX_SHARD_BYTES,
     PAIR_CHUNK_ROWS,
@@ -136,7 +136,7 @@ def plan_cluster(
     plan: Plan,
     spec: PlanSpec,
     cluster: ClusterSpec,
-    clock: Clock | None = None,
+    clock: PlanTimer | None = None,
 ) -> ClusterPlan:
     """Plan the extraction and training of a `Plan` on a cluster.
 
@@ -228,7 +228,7 @@ def _arrays(
     plan: Plan,
     spec: PlanSpec,
     cluster: ClusterSpec,
-    clock: Clock | None,
+    clock: PlanTimer | None,
 ) -> Iterator[CachedArray]:
     for side in (plan.image, plan.text):
         if side.cut is None:
@@ -275,7 +275,7 @@ def _encoding(
     plan: Plan,
     spec: PlanSpec,
     cluster: ClusterSpec,
-    clock: Clock | None,
+    clock: PlanTimer | None,
 ) -> tuple[float, str]:
     """Return the seconds of one row (of one view) on one device, and how they come about."""
     rate = cluster.image_rate if side.side == "image" else cluster.text_rate

@@ -16,7 +16,7 @@ from apecache.encoders.tower import Cut, Tower, count_positions
 from apecache.errors import OptionError
 from apecache.fingerprint import Modality
 from apecache.heads.head import Head
-from apecache.models.freezing import Match, find_cut
+from apecache.models.freezing import FreezeDecision, find_cut
 
 STORED_BYTES = 2
 """Bytes of one number in the store (float16)."""
@@ -73,7 +73,7 @@ class SidePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class ItemCosts:
     """Hold what one item costs in a tower without a cache, and in its head."""
 
     whole_flops: int
@@ -92,9 +92,9 @@ class Counted:
 def count_side(
     tower: Tower,
     head: Head,
-    matches: Sequence[Match],
+    matches: Sequence[FreezeDecision],
     spec: PlanSpec,
-) -> tuple[SidePlan, Counted]:
+) -> tuple[SidePlan, ItemCosts]:
     """Count one tower with its head.
 
     Args:
@@ -138,7 +138,7 @@ def count_side(
         saved_bytes=saved_bytes,
         tokens=n_tokens,
     )
-    return side, Counted(
+    return side, ItemCosts(
         whole_flops=whole_flops,
         uncached_flops=uncached_flops,
         uncached_saved=uncached_saved,
@@ -236,7 +236,7 @@ def measure(run: Callable[[], Tensor], backward: bool = False) -> tuple[int, int
     return total_flops, forward_flops, saved_bytes
 
 
-def _by_part(matches: Sequence[Match], side: Modality) -> Parts:
+def _by_part(matches: Sequence[FreezeDecision], side: Modality) -> Parts:
     """Return (part, trained, all) of one side, in the order in which the parts come."""
     n_trained: Counter[str] = Counter()
     n_parameters: Counter[str] = Counter()

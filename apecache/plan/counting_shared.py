@@ -11,7 +11,7 @@ from apecache.encoders.tower import Tower
 from apecache.errors import RecipeError
 from apecache.models.dual_encoder import EncoderModel, Teacher, build_shared
 from apecache.models.shared_encoder import SharedSide
-from apecache.plan.counting import Counted, Parts, PlanSpec, SidePlan, example, measure
+from apecache.plan.counting import ItemCosts, Parts, PlanSpec, SidePlan, example, measure
 from apecache.recipes.recipe import Recipe
 
 FLOAT_BYTES = 4
@@ -23,7 +23,7 @@ WHOLE = "a shared encoder runs its towers from the inputs, whatever of them is f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taught:
+class TeacherSizes:
     """Hold the sizes of a teacher that an image-text model distils from."""
 
     dim: int
@@ -60,7 +60,7 @@ class Taught:
         return FLOAT_BYTES * (bank_size + 3 * logits_size)
 
 
-def count_teacher(tower: Tower, spec: PlanSpec, n_classes: int | None = None) -> Taught:
+def count_teacher(tower: Tower, spec: PlanSpec, n_classes: int | None = None) -> TeacherSizes:
     """Count a teacher that is run forward once for each image.
 
     Args:
@@ -70,15 +70,15 @@ def count_teacher(tower: Tower, spec: PlanSpec, n_classes: int | None = None) ->
     inputs, mask = example(tower, spec)
     with torch.no_grad():
         flops, _, _ = measure(lambda: tower(inputs, mask))
-    return Taught(dim=n_classes or tower.dim, flops=flops)
+    return TeacherSizes(dim=n_classes or tower.dim, flops=flops)
 
 
 def count_shared(
     recipe: Recipe,
     towers: Sequence[Tower],
     spec: PlanSpec,
-    teacher: Taught | None,
-) -> tuple[tuple[SidePlan, SidePlan], tuple[Counted, Counted], Parts, int, Taught | None]:
+    teacher: TeacherSizes | None,
+) -> tuple[tuple[SidePlan, SidePlan], tuple[ItemCosts, ItemCosts], Parts, int, TeacherSizes | None]:
     """Count a recipe with a shared encoder.
 
     Args:
@@ -120,7 +120,7 @@ def count_shared_trained(recipe: Recipe, towers: Sequence[Tower]) -> int:
 def build_meta_shared(
     recipe: Recipe,
     towers: Sequence[Tower],
-    taught: Taught | None,
+    taught: TeacherSizes | None,
 ) -> EncoderModel:
     """Build a shared encoder around towers on the meta device.
 
@@ -149,7 +149,7 @@ def _common_parts(model: EncoderModel) -> Parts:
     return tuple(common_parts)
 
 
-def _taught(recipe: Recipe, dim: int, teacher: Taught | None) -> Taught | None:
+def _taught(recipe: Recipe, dim: int, teacher: TeacherSizes | None) -> TeacherSizes | None:
     spec = recipe.distillation
     if spec is None:
         return None
@@ -158,12 +158,12 @@ def _taught(recipe: Recipe, dim: int, teacher: Taught | None) -> Taught | None:
             f"recipe {recipe.name}: how many classes it learns of depends on the teacher; "
             "give --teacher"
         )
-    sized_teacher = teacher or Taught(dim=dim)
+    sized_teacher = teacher or TeacherSizes(dim=dim)
     bank = spec.bank if spec.kind == "contrastive" else None
     return replace(sized_teacher, student_dim=dim, bank=bank)
 
 
-def _count(side: SharedSide, spec: PlanSpec) -> tuple[SidePlan, Counted]:
+def _count(side: SharedSide, spec: PlanSpec) -> tuple[SidePlan, ItemCosts]:
     tower = side.tower
     inputs, mask = example(tower, spec)
     live_flops, whole_flops, saved_bytes = measure(
@@ -183,7 +183,7 @@ def _count(side: SharedSide, spec: PlanSpec) -> tuple[SidePlan, Counted]:
         live_flops=live_flops,
         saved_bytes=saved_bytes,
     )
-    return plan, Counted(
+    return plan, ItemCosts(
         whole_flops=whole_flops,
         uncached_flops=live_flops,
         uncached_saved=saved_bytes,

@@ -8,9 +8,9 @@ from apecache.encoders.tower import Cut, Tower
 from apecache.errors import OptionError
 from apecache.heads.head import Head
 from apecache.models.adapters import insert_adapters
-from apecache.models.freezing import Match, freeze_towers
-from apecache.plan.counting import STORED_BYTES, Counted, Parts, PlanSpec, SidePlan, count_side
-from apecache.plan.counting_shared import Taught, count_shared
+from apecache.models.freezing import FreezeDecision, freeze_towers
+from apecache.plan.counting import STORED_BYTES, ItemCosts, Parts, PlanSpec, SidePlan, count_side
+from apecache.plan.counting_shared import TeacherSizes, count_shared
 from apecache.plan.devices import Device
 from apecache.recipes.recipe import Recipe, build_meta_heads
 from apecache.recipes.sections import TowersSpec
@@ -42,7 +42,7 @@ class Cost:
     """None without a price."""
 
 
-class Clock(Protocol):
+class PlanTimer(Protocol):
     """Time on this machine what a plan would run.
 
     Decoding, optimizers, small batches, short texts and the fixed cost of a step do not scale with
@@ -93,15 +93,15 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelCosts:
     """Hold the counts of a recipe's towers and heads, from which costs are computed."""
 
     sides: tuple[SidePlan, SidePlan]
-    counted: tuple[Counted, Counted]
+    counted: tuple[ItemCosts, ItemCosts]
     common: Parts
     loss_dim: int
     """Width of all embeddings that the loss contrasts, summed."""
-    taught: Taught | None = None
+    taught: TeacherSizes | None = None
     """What a teacher adds; None without one."""
 
     @property
@@ -118,8 +118,8 @@ def plan(
     text: Callable[[], Tower],
     spec: PlanSpec,
     device: Device,
-    teacher: Callable[[], Taught] | None = None,
-    clock: Clock | None = None,
+    teacher: Callable[[], TeacherSizes] | None = None,
+    clock: PlanTimer | None = None,
 ) -> Plan:
     """Plan a recipe on a device.
 
@@ -174,8 +174,8 @@ def count_model(
     image: Callable[[], Tower],
     text: Callable[[], Tower],
     spec: PlanSpec,
-    teacher: Callable[[], Taught] | None = None,
-) -> Model:
+    teacher: Callable[[], TeacherSizes] | None = None,
+) -> ModelCosts:
     """Count the recipe itself, whatever its schedule.
 
     Arguments and errors are those of `plan`.
@@ -187,9 +187,12 @@ def count_model(
     taught = teacher() if teacher else None
     # The returned teacher also has the student's width and the size of its bank.
     sides, counted, common, loss_dim, complete_taught = count_shared(
-        recipe, towers=towers, spec=spec, teacher=taught
+        recipe,
+        towers=towers,
+        spec=spec,
+        teacher=taught,
     )
-    return Model(
+    return ModelCosts(
         sides=sides,
         counted=counted,
         common=common,
@@ -228,12 +231,12 @@ def _tower_model(
     image: Tower,
     text: Tower,
     spec: PlanSpec,
-) -> Model:
+) -> ModelCosts:
     pairs, matches = match_towers(towers, recipe=recipe, image=image, text=text)
     (image_side, image_counted), (text_side, text_counted) = (
         count_side(tower, head=head, matches=matches, spec=spec) for tower, head in pairs
     )
-    return Model(
+    return ModelCosts(
         sides=(image_side, text_side),
         counted=(image_counted, text_counted),
         common=scalars(recipe),
@@ -246,7 +249,7 @@ def match_towers(
     recipe: Recipe,
     image: Tower,
     text: Tower,
-) -> tuple[list[tuple[Tower, Head]], tuple[Match, ...]]:
+) -> tuple[list[tuple[Tower, Head]], tuple[FreezeDecision, ...]]:
     """Build the recipe's heads on towers of the meta device and decide which parameters train.
 
     Raises:
@@ -278,7 +281,13 @@ def scalars(recipe: Recipe) -> Parts:
 # --- costs ----------------------------------------------------------------------------------------
 
 
-def cost_of(recipe: Recipe, model: Model, spec: PlanSpec, device: Device, cached: bool) -> Cost:
+def cost_of(
+    recipe: Recipe,
+    model: ModelCosts,
+    spec: PlanSpec,
+    device: Device,
+    cached: bool,
+) -> Cost:
     """Compute the cost of a whole training with the recipe's schedule, at the device's rate.
 
     Args:
@@ -338,9 +347,9 @@ def _priced(cost: Cost, n_steps: int, spec: PlanSpec) -> Cost:
 
 
 def _clocked(
-    clock: Clock,
+    clock: PlanTimer,
     recipe: Recipe,
-    model: Model,
+    model: ModelCosts,
     spec: PlanSpec,
     costs: tuple[Cost, Cost, Cost],
 ) -> tuple[Cost, Cost, Cost]:
@@ -375,11 +384,11 @@ def _once(side: SidePlan, spec: PlanSpec) -> int:
     return side.below_flops * n_items
 
 
-def _teacher_flops(model: Model, images: int) -> int:
+def _teacher_flops(model: ModelCosts, images: int) -> int:
     return 0 if model.taught is None else model.taught.flops * images
 
 
-def _item(side: SidePlan, count: Counted, cached: bool, slices: bool) -> int:
+def _item(side: SidePlan, count: ItemCosts, cached: bool, slices: bool) -> int:
     """Count the operations of one image or text in a step.
 
     Slices are run forward twice: for the embeddings of the whole batch, then for their gradients.
@@ -393,7 +402,7 @@ def _item(side: SidePlan, count: Counted, cached: bool, slices: bool) -> int:
     return item_flops + count.whole_flops - skipped_flops
 
 
-def _peak(recipe: Recipe, model: Model, n_live: int, batch: int, cached: bool) -> int:
+def _peak(recipe: Recipe, model: ModelCosts, n_live: int, batch: int, cached: bool) -> int:
     """Estimate the bytes in memory at the fullest moment of a step.
 
     Counted are the loaded parameters; for what trains its gradients, the optimizer's state, the

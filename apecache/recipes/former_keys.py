@@ -5,12 +5,15 @@ from typing import Any
 
 NEW_KEYS = {"optimiser": "optimizer", "standardise": "standardize"}
 """New name of a key by its former name."""
+NEW_KINDS = {"several": "ensemble"}
+"""New kind of a head by its former name."""
 FORMER_KEYS = {new: former for former, new in NEW_KEYS.items()}
+FORMER_KINDS = {new: former for former, new in NEW_KINDS.items()}
 
 
 def with_new_keys(value: Any) -> Any:
     """Return JSON that an earlier version recorded, with the names of today."""
-    return _renamed(value, NEW_KEYS)
+    return _renamed(value, NEW_KEYS, NEW_KINDS)
 
 
 def with_former_keys(value: Any) -> Any:
@@ -18,12 +21,15 @@ def with_former_keys(value: Any) -> Any:
 
     Digests are computed from these names: the indexes and runs that hold such a digest stay valid.
     """
-    return _renamed(value, FORMER_KEYS)
+    return _renamed(value, FORMER_KEYS, FORMER_KINDS)
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+def _renamed(value: Any, keys: Mapping[str, str], kinds: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
-        return {names.get(key, key): _renamed(item, names) for key, item in value.items()}
+        renamed = {keys.get(key, key): _renamed(item, keys, kinds) for key, item in value.items()}
+        if renamed.get("kind") in kinds:
+            renamed["kind"] = kinds[renamed["kind"]]
+        return renamed
     if isinstance(value, list | tuple):
-        return [_renamed(item, names) for item in value]
+        return [_renamed(item, keys, kinds) for item in value]
     return value

@@ -15,7 +15,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.losses.spec import LossSpec
-from apecache.recipes.former_keys import NEW_KEYS
+from apecache.recipes.former_keys import NEW_KEYS, NEW_KINDS
 from apecache.recipes.sections import (
     DistillationSpec,
     SharedSpec,
@@ -408,7 +408,9 @@ def _explain(item: Any) -> str:
         hint = nearest(str(unknown_key), keys)
         return f"unknown key {key_path!r}; there are {', '.join(keys)}{hint}"
     hint = ""
-    if item["type"] == "literal_error":
+    if item["type"] == "literal_error" and str(item["input"]) in NEW_KINDS:
+        hint = f"; it is called {NEW_KINDS[item['input']]!r} now"
+    elif item["type"] == "literal_error":
         # pydantic has the values of a Literal only in words: 'a', 'b' or 'c'.
         expected = item.get("ctx", {}).get("expected", "").replace(" or ", ", ")
         choices = [choice.strip("'") for choice in expected.split(", ")]

@@ -38,7 +38,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hit:
+class QueryExample:
     """Hold one query with its best results, whether or not a correct one is among them.
 
     Attributes:
@@ -78,7 +78,7 @@ class Gallery:
 
     title: str
     note: str
-    items: tuple[Hit, ...]
+    items: tuple[QueryExample, ...]
 
 
 def thumbnail(image: Image.Image, side: int = 160) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from apecache.encoders.spec import EncoderSpec, looks_local
 from apecache.errors import OptionError, RunError, one_line
-from apecache.metrics.protocols import Intervals
+from apecache.metrics.protocols import RecallIntervals
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import (
     WAYS,
@@ -255,7 +255,7 @@ def _columns(report: RetrievalReport) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def interval_table(intervals: Mapping[str, Intervals], report: RetrievalReport) -> Table:
+def interval_table(intervals: Mapping[str, RecallIntervals], report: RetrievalReport) -> Table:
     """Make a table of the ends of the intervals and the medians of the ranks.
 
     Args:

@@ -16,7 +16,7 @@ from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.metrics.protocols import Intervals, retrieval_hits, retrieval_intervals
+from apecache.metrics.protocols import RecallIntervals, retrieval_hits, retrieval_intervals
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.metrics.statistics import RetrievalHits
 from apecache.report.gallery import Gallery
@@ -65,11 +65,11 @@ class ReportSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measured:
+class _RunMeasurements:
     """Hold what was measured of a run on the store."""
 
     report: RetrievalReport
-    intervals: Intervals
+    intervals: RecallIntervals
     hits: RetrievalHits
     embedded: Embeddings
 
@@ -113,7 +113,7 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     return write_page(page, out)
 
 
-def _galleries(measured: dict[str, _Measured], spec: ReportSpec) -> tuple[Gallery, ...]:
+def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple[Gallery, ...]:
     """Make the galleries of the run with the best mean recall."""
     if spec.store is None:
         return ()
@@ -129,14 +129,14 @@ def _galleries(measured: dict[str, _Measured], spec: ReportSpec) -> tuple[Galler
     return tuple(replace(gallery, title=gallery.title + suffix) for gallery in galleries)
 
 
-def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _Measured]:
+def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _RunMeasurements]:
     store = spec.store
     if store is None:
         return {}
     return {record.name: _measure(record, store, spec) for record in records}
 
 
-def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measured:
+def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _RunMeasurements:
     media = _media(spec)
     # Before the run is loaded, which takes a while: a missing dev split is an early error.
     among = None if spec.split is not None else dev_images(record, store)
@@ -150,7 +150,7 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _Measu
     )
     vectors = (embedded.image, embedded.text, embedded.image_of_text)
     relevance = embedded.relevance
-    return _Measured(
+    return _RunMeasurements(
         report=retrieval_report(*vectors, relevance=relevance),
         intervals=retrieval_intervals(*vectors, relevance=relevance),
         hits=retrieval_hits(*vectors, relevance=relevance),
@@ -184,7 +184,7 @@ def _media(spec: ReportSpec) -> Media:
 def _tables(
     records: Sequence[RunRecord],
     reports: dict[str, RetrievalReport],
-    measured: dict[str, _Measured],
+    measured: dict[str, _RunMeasurements],
     spec: ReportSpec,
 ) -> list[Table]:
     split_name = "dev split" if spec.split is None else f"split {spec.split}"
@@ -232,7 +232,7 @@ def _subtitle(records: Sequence[RunRecord]) -> str:
     return f"{image} and {text}{remark}"
 
 
-def _left_out_notes(measured: dict[str, _Measured]) -> tuple[str, ...]:
+def _left_out_notes(measured: dict[str, _RunMeasurements]) -> tuple[str, ...]:
     """Say what retrieval could not use, once if it is the same for all runs."""
     names_of: dict[str, list[str]] = {}
     for name, run in measured.items():

@@ -12,7 +12,7 @@ from apecache.data.media import Media
 from apecache.errors import RowError, RunError, one_line
 from apecache.evaluate.embeddings import Embeddings
 from apecache.metrics.retrieval import text_to_image_ranks
-from apecache.report.gallery import Gallery, Hit, Result, thumbnail
+from apecache.report.gallery import Gallery, QueryExample, Result, thumbnail
 from apecache.report.page import Cell, Chart, Curve, Table
 from apecache.runs.folder import HISTORY, read_history
 from apecache.runs.ledger import load_ledger
@@ -186,7 +186,7 @@ class _ItemMaker:
         self.captions = {int(self.pairs.image_rows[text]): int(text) for text in texts}
         self.pictures: dict[int, str | None] = {}
 
-    def item(self, text: int) -> Hit:
+    def item(self, text: int) -> QueryExample:
         """Make the item of one caption, given by its row among the embedded ones."""
         scores = self.embedded.image @ self.embedded.text[text]
         best = scores.topk(min(self.top, len(scores)))
@@ -195,7 +195,7 @@ class _ItemMaker:
         for image, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             results.append(self._result(image, score, image in correct))
         caption = str(self.pairs.captions[self.embedded.text_rows[text]])
-        return Hit(
+        return QueryExample(
             query_text=caption,
             query_image=None,
             results=tuple(results),

@@ -41,7 +41,7 @@ class PageError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class SearchRequest:
     """Hold what a request asks for."""
 
     words: str = ""
@@ -64,14 +64,14 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """Hold one result, with the row of its image in the index."""
 
     hit: Hit
     row: int
 
 
-def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
+def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> SearchRequest:
     """Read what a request asks for.
 
     Args:
@@ -99,7 +99,7 @@ def parse(fields: Mapping[str, Sequence[str]], picture: bytes = b"") -> Asked:
         raise PageError(400, f"At most {TERMS} images of the index in one query.")
     k_text = last_value("k")
     k = _number(k_text, "The number of results", 1) if k_text else None
-    return Asked(
+    return SearchRequest(
         words=words,
         without=without,
         like=tuple(likes),
@@ -152,7 +152,7 @@ class SearchPage:
         with self.lock:
             self.index.embed(query)
 
-    def find(self, asked: Asked) -> list[Found]:
+    def find(self, asked: SearchRequest) -> list[SearchResult]:
         """Search for what is asked.
 
         Raises:
@@ -185,9 +185,9 @@ class SearchPage:
             raise PageError(422, _sentence(error)) from None
         except ApecacheError as error:
             raise PageError(500, _sentence(error)) from None
-        return [Found(hit=hit, row=self.index.row_of_key[hit.key]) for hit in hits]
+        return [SearchResult(hit=hit, row=self.index.row_of_key[hit.key]) for hit in hits]
 
-    def _query(self, asked: Asked) -> Query:
+    def _query(self, asked: SearchRequest) -> Query:
         keys = tuple(self.key(row) for row in asked.like)
         images = () if asked.picture is None else (asked.picture,)
         words = (asked.words,) if asked.words.strip() else ()
@@ -221,7 +221,12 @@ class SearchPage:
         except RowError as error:
             raise PageError(404, f"The picture cannot be read: {error.reason}.") from None
 
-    def render(self, asked: Asked, found: Sequence[Found] | None = None, problem: str = "") -> str:
+    def render(
+        self,
+        asked: SearchRequest,
+        found: Sequence[SearchResult] | None = None,
+        problem: str = "",
+    ) -> str:
         """Return the whole page.
 
         Args:
@@ -244,7 +249,7 @@ class SearchPage:
             pictures=not isinstance(self.media, NoMedia),
         )
 
-    def answer(self, asked: Asked) -> tuple[int, str]:
+    def answer(self, asked: SearchRequest) -> tuple[int, str]:
         """Search, and return the HTTP status and the page."""
         try:
             return 200, self.render(asked, self.find(asked))

@@ -29,7 +29,7 @@ CHOSEN_ON = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sweep:
+class _SweepRecord:
     """Hold what the folder of a sweep records."""
 
     folder: Path
@@ -98,7 +98,7 @@ def sweep_page(folder: AnyPath, out: AnyPath | None = None, title: str = "") -> 
     return write_page(page, page_path)
 
 
-def _read(folder: Path) -> _Sweep:
+def _read(folder: Path) -> _SweepRecord:
     if not is_sweep(folder):
         raise RunError(
             f"{folder} is no sweep: it has no {DESCRIBED} (make one with: apecache sweep)"
@@ -123,10 +123,16 @@ def _read(folder: Path) -> _Sweep:
         ) from None
     if not trials:
         raise RunError(f"{folder} has no finished trial yet; go on with the same apecache sweep")
-    return _Sweep(folder=folder, about=description, space=space, trials=trials, command=command)
+    return _SweepRecord(
+        folder=folder,
+        about=description,
+        space=space,
+        trials=trials,
+        command=command,
+    )
 
 
-def _subtitle(sweep: _Sweep) -> str:
+def _subtitle(sweep: _SweepRecord) -> str:
     recipes = ", ".join(sweep.about.get("recipes", {}))
     counts_of = sweep.state_counts
     listed = ", ".join(f"{counts_of[state]} {state}" for state in STATES if counts_of[state])
@@ -134,7 +140,7 @@ def _subtitle(sweep: _Sweep) -> str:
     return f"{sweep.about.get('sampler', '')} search{halving} over {recipes}: {listed}"
 
 
-def _trials_table(sweep: _Sweep) -> Table:
+def _trials_table(sweep: _SweepRecord) -> Table:
     # Columns of seeds and errors stand only in tables that have some.
     several_seeds = any(len(trial.recalls) > 1 for trial in sweep.trials)
     seed_columns = ("each seed",) if several_seeds else ()
@@ -178,7 +184,7 @@ def _trials_table(sweep: _Sweep) -> Table:
     return Table(title="Trials", columns=columns, rows=tuple(rows), note=note)
 
 
-def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
+def _parallels(sweep: _SweepRecord) -> tuple[Parallel, ...]:
     trials = sweep.scored
     axes = []
     for name, dimension in sweep.space.items():
@@ -203,7 +209,7 @@ def _parallels(sweep: _Sweep) -> tuple[Parallel, ...]:
     return (parallel,)
 
 
-def _importance(sweep: _Sweep) -> tuple[Table | None, str]:
+def _importance(sweep: _SweepRecord) -> tuple[Table | None, str]:
     """Return the table of importances, or None and a remark why there is none."""
     # Stopped trials had fewer epochs: their scores cannot be compared with those of whole ones.
     points = []
@@ -235,7 +241,7 @@ def _importance(sweep: _Sweep) -> tuple[Table | None, str]:
     return table, ""
 
 
-def _cost_table(sweep: _Sweep) -> Table:
+def _cost_table(sweep: _SweepRecord) -> Table:
     n_fits = 0
     n_epochs = 0
     recorded_seconds = []
@@ -258,7 +264,7 @@ def _cost_table(sweep: _Sweep) -> Table:
     return Table(title="What the sweep has cost", columns=("", "so far"), rows=tuple(rows))
 
 
-def _progress(sweep: _Sweep) -> tuple[Chart, ...]:
+def _progress(sweep: _SweepRecord) -> tuple[Chart, ...]:
     """Draw the scores in the order of the trials, and the best so far."""
     trials = sorted(sweep.scored, key=lambda trial: trial.number)
     if len(trials) < 2:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apecache.report.page import environment
-from apecache.report.search_page import Asked, PageError, SearchPage, parse
+from apecache.report.search_page import PageError, SearchPage, SearchRequest, parse
 
 MOST_BYTES = 32 * 2**20
 """Of a request at most: an image and a few fields."""
@@ -50,7 +50,7 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
     async def home(request: Request) -> Response:
         fields = {name: request.query_params.getlist(name) for name in request.query_params}
         if not fields:
-            return HTMLResponse(page.render(Asked()))
+            return HTMLResponse(page.render(SearchRequest()))
         return await _answered(page, fields, b"")
 
     async def search(request: Request) -> Response:
@@ -81,7 +81,7 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
         elif isinstance(error, HTTPException):
             status = error.status_code
             message = f"{error.detail}."
-        return HTMLResponse(page.render(Asked(), None, message), status)
+        return HTMLResponse(page.render(SearchRequest(), None, message), status)
 
     routes = [
         Route("/", home, methods=["GET"]),

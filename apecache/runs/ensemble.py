@@ -6,11 +6,11 @@ from statistics import fmean
 from apecache.arguments import require_type, wrong_type
 from apecache.errors import OptionError
 from apecache.fingerprint import Json
-from apecache.heads.head import Head, HeadSpec, SeveralHeads
+from apecache.heads.head import EnsembleHead, Head, HeadSpec
 from apecache.runs.heads import TrainedHeads, TrainedSide
 
 
-def combine_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
+def ensemble_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
     """Return one pair of heads whose cosines are the mean of the runs' cosines.
 
     Its scale is the mean of their scales.
@@ -51,9 +51,9 @@ def _combine(sides: Sequence[TrainedSide]) -> TrainedSide:
     heads: list[Head] = []
     for side in sides:
         heads.extend(_single(side.head))
-    spec = HeadSpec(kind="several", parts=tuple(head.spec for head in heads))
+    spec = HeadSpec(kind="ensemble", parts=tuple(head.spec for head in heads))
     return TrainedSide(
-        head=SeveralHeads(spec, heads).eval(),
+        head=EnsembleHead(spec, heads).eval(),
         encoder=sides[0].encoder,
         fingerprint=sides[0].fingerprint,
     )
@@ -61,6 +61,6 @@ def _combine(sides: Sequence[TrainedSide]) -> TrainedSide:
 
 def _single(head: Head) -> list[Head]:
     """Return the single heads of a combination, so that each has the same weight in a new one."""
-    if not isinstance(head, SeveralHeads):
+    if not isinstance(head, EnsembleHead):
         return [head]
     return [single_head for single_head in head.parts if isinstance(single_head, Head)]

@@ -104,7 +104,7 @@ def load_ledger(run: Path) -> Ledger | None:
         raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}); train again") from None
 
 
-class Meter:
+class ResourceMeter:
     """Read peak memory, and energy where NVML is available, since its construction."""
 
     def __init__(self, device: torch.device) -> None:
@@ -154,7 +154,7 @@ def stored_bytes(array: FeatureArray) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction:
+class ExtractionSeconds:
     """Hold how long the encoders of both sides took."""
 
     image_seconds: float
@@ -165,7 +165,10 @@ class Extraction:
     """Time of all rows of both sides."""
 
 
-def read_extraction(path: Path, arrays: tuple[FeatureArray, FeatureArray]) -> Extraction | None:
+def read_extraction(
+    path: Path,
+    arrays: tuple[FeatureArray, FeatureArray],
+) -> ExtractionSeconds | None:
     """Read the times of extraction from what `apecache extract --json` printed.
 
     Returns:
@@ -196,7 +199,7 @@ def read_extraction(path: Path, arrays: tuple[FeatureArray, FeatureArray]) -> Ex
     (image_seconds, n_images), (text_seconds, n_texts) = seconds_and_rows
     if n_images != arrays[0].rows or n_texts != arrays[1].rows:
         return None
-    return Extraction(
+    return ExtractionSeconds(
         image_seconds=image_seconds / n_images,
         text_seconds=text_seconds / n_texts,
         seconds=image_seconds + text_seconds,
@@ -204,7 +207,7 @@ def read_extraction(path: Path, arrays: tuple[FeatureArray, FeatureArray]) -> Ex
 
 
 def runs_until_paid(
-    extraction: Extraction,
+    extraction: ExtractionSeconds,
     n_images: int,
     n_samples: int,
     loading_seconds: float,

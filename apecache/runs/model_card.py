@@ -47,7 +47,7 @@ Row = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class CardSubject:
     """Describe a run of either trainer."""
 
     what: str
@@ -116,7 +116,7 @@ def model_card(
         "by apecache."
     )
     sides = (heads.image, heads.text)
-    subject = Subject(
+    subject = CardSubject(
         what=sentence,
         about=heads.training,
         image=_head_side(heads.image),
@@ -143,7 +143,7 @@ def encoder_card(
         _tower_side(about["image"], recipe.image.kind, recipe),
         _tower_side(about["text"], recipe.text.kind, recipe),
     )
-    subject = Subject(
+    subject = CardSubject(
         what=sentence,
         about=about,
         image=sides[0],
@@ -158,7 +158,7 @@ def encoder_card(
 
 
 def _card(
-    subject: Subject,
+    subject: CardSubject,
     recipe: Recipe,
     dev: RetrievalReport,
     ledger: Ledger,
@@ -245,7 +245,7 @@ def _used_rows(training: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
         yield f"closed form, {name}, chosen on dev", _number(value)
 
 
-def _setting_rows(subject: Subject, recipe: Recipe) -> Iterator[Row]:
+def _setting_rows(subject: CardSubject, recipe: Recipe) -> Iterator[Row]:
     """Yield the settings of the recipe after overrides, without those that played no role.
 
     Left out are the candidates of a closed form, and the optimizer, loss and schedule of a recipe

@@ -321,7 +321,8 @@ class SearchIndex:
         result_vectors = vectors.vectors(rows)
         neighbor_cosines, neighbor_rows = neighbor_index.search(result_vectors, CSLS_NEIGHBORS)
         near_rows = np.where(neighbor_rows >= 0, neighbor_cosines, 0).sum(1) / np.maximum(
-            (neighbor_rows >= 0).sum(1), 1
+            (neighbor_rows >= 0).sum(1),
+            1,
         )
         scores = 2 * cosines - cosines[:CSLS_NEIGHBORS].mean() - near_rows
         order = np.argsort(-scores, kind="stable")

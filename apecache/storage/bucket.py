@@ -362,7 +362,8 @@ class Bucket:
         import obstore
 
         listing = self._put(
-            folder, lambda: obstore.list_with_delimiter(self.client, folder or None)
+            folder,
+            lambda: obstore.list_with_delimiter(self.client, folder or None),
         )
         folders = [prefix.rstrip("/").rpartition("/")[2] for prefix in listing["common_prefixes"]]
         return folders, _entries(listing["objects"], folder)

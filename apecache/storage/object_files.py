@@ -130,7 +130,7 @@ class ObjectFiles:
         for start in range(RANGE_BYTES, min(size, expected_bytes), RANGE_BYTES):
             stop = start + RANGE_BYTES
             later.append(self.bucket.pool.submit(self.bucket.read_range, key, start, stop))
-        target = _Target(views, seen)
+        target = _BufferFiller(views, seen)
         target.fill(first)
         for future in later:
             data, _ = future.result()
@@ -159,7 +159,7 @@ def _is_temporary(key: str) -> bool:
     return key.rpartition("/")[2].startswith(TEMPORARY)
 
 
-class _Target:
+class _BufferFiller:
     """Fill buffers one after another from blocks that come in order."""
 
     def __init__(self, views: Sequence[memoryview], on_block: Callable[[memoryview], None]) -> None:

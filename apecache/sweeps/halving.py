@@ -22,14 +22,14 @@ from apecache.sweeps.population.population import (
     split_members,
     train_together,
 )
-from apecache.sweeps.population.stacked_heads import Streams
+from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, interval, write_trials
 from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec
 from apecache.train.initial import initial_model
-from apecache.train.loop import Plan, Training
+from apecache.train.loop import StepCount, Training
 
 WORK = "work"
 ETA = 3
@@ -74,7 +74,7 @@ class SweepData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class TrialPlan:
     """Name a trial before it is fitted: its number, its point of the space and its recipe."""
 
     number: int
@@ -89,7 +89,7 @@ Results = dict[Name, tuple[float, int, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class FitGroup:
     """Name the fits that train together up to a share of their epochs."""
 
     names: tuple[Name, ...]
@@ -100,14 +100,14 @@ class Group:
     """The fits train to one `share`-th of their epochs."""
 
     @staticmethod
-    def of(fits: Sequence[tuple[Planned, int]], rung: int, share: int) -> "Group":
+    def of(fits: Sequence[tuple[TrialPlan, int]], rung: int, share: int) -> "FitGroup":
         """Build the group of these (trial, seed) fits."""
         names = []
         values = []
         for trial, seed in fits:
             names.append((trial.number, seed))
             values.append(json.dumps(trial.values))
-        return Group(names=tuple(names), values=tuple(values), rung=rung, share=share)
+        return FitGroup(names=tuple(names), values=tuple(values), rung=rung, share=share)
 
     def __str__(self) -> str:
         return (
@@ -116,12 +116,12 @@ class Group:
         )
 
 
-class Wave:
+class TrialBatch:
     """Run trials that were planned at once, and write their lines.
 
     Args:
         out: The folder of the sweep.
-        trials: The finished trials of the sweep by number; the wave adds its own.
+        trials: The finished trials of the sweep by number; the batch of trials adds its own.
         progress: Called with each trial that ends.
     """
 
@@ -142,7 +142,7 @@ class Wave:
         self.progress = progress
         self.results: Results = {}
 
-    def run(self, planned: Sequence[Planned]) -> None:
+    def run(self, planned: Sequence[TrialPlan]) -> None:
         """Train the trials rung after rung, and drop the worse ones after each rung but the last.
 
         Raises:
@@ -162,7 +162,7 @@ class Wave:
         # every trial has its line.
         shutil.rmtree(self.out / WORK)
 
-    def _climb(self, planned: Sequence[Planned], rung: int, share: int, last: bool) -> None:
+    def _climb(self, planned: Sequence[TrialPlan], rung: int, share: int, last: bool) -> None:
         """Train all trials up to a share of their epochs; read what an earlier process trained."""
         fits = []
         members = []
@@ -174,7 +174,7 @@ class Wave:
                     fits.append((trial, seed))
                     members.append(member)
         for member in members:
-            plans.append(Plan.of(member.recipe, self.data.train))
+            plans.append(StepCount.of(member.recipe, self.data.train))
         positions_of_groups = split_members(
             members,
             plans=plans,
@@ -184,7 +184,7 @@ class Wave:
         groups = []
         for positions in positions_of_groups:
             group_fits = [fits[i] for i in positions]
-            groups.append(Group.of(group_fits, rung, share))
+            groups.append(FitGroup.of(group_fits, rung, share))
         missing = [group for group in groups if not self._file(group).is_file()]
         finished = [(group, self._read(group)) for group in groups if group not in missing]
         by_name = {}
@@ -204,9 +204,9 @@ class Wave:
 
     def train_groups(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[FitGroup],
         members: Mapping[Name, Training],
-    ) -> Iterator[tuple[Group, Results]]:
+    ) -> Iterator[tuple[FitGroup, Results]]:
         """Train groups one after the other.
 
         Args:
@@ -220,27 +220,27 @@ class Wave:
             group_members = [members[name] for name in group.names]
             yield group, self._train(group, group_members)
 
-    def train_group(self, group: Group) -> Results:
+    def train_group(self, group: FitGroup) -> Results:
         """Train one group in a process that has not planned it."""
         members = []
         points = map(json.loads, group.values)
         for (number, seed), values in zip(group.names, points, strict=True):
             recipe = self.space.recipe(values)
-            trial = Planned(number=number, values=values, recipe=recipe)
+            trial = TrialPlan(number=number, values=values, recipe=recipe)
             member = self._member(trial, seed, group.rung)
             if member is not None:
                 members.append(member)
         return self._train(group, members)
 
-    def _file(self, group: Group) -> Path:
+    def _file(self, group: FitGroup) -> Path:
         number, seed = group.names[0]
         return self.out / WORK / f"{group.rung}-{number}-{seed}.json"
 
-    def _read(self, group: Group) -> Results:
+    def _read(self, group: FitGroup) -> Results:
         rows = json.loads(self._file(group).read_text("utf-8"))
         return {tuple(name): tuple(result) for name, result in rows}
 
-    def _member(self, trial: Planned, seed: int, rung: int) -> Training | None:
+    def _member(self, trial: TrialPlan, seed: int, rung: int) -> Training | None:
         """Build a fit as it stands at the beginning of a rung; None for one that failed."""
         key = (trial.number, seed)
         fit_seed = self.spec.fit.seed + seed
@@ -255,19 +255,19 @@ class Wave:
                 seed=fit_seed,
             )
             member = Training(model, trial.recipe, fit_seed)
-            if member.optimizer is None and Plan.of(trial.recipe, self.data.train).n_steps:
+            if member.optimizer is None and StepCount.of(trial.recipe, self.data.train).n_steps:
                 raise RecipeError(f"recipe {trial.recipe.name}: nothing would be trained")
         except RecipeError as error:
             self.results[key] = (-math.inf, 0, str(error))
             return None
         return member
 
-    def _train(self, group: Group, members: Sequence[Training]) -> Results:
+    def _train(self, group: FitGroup, members: Sequence[Training]) -> Results:
         # `fit_head` seeds torch's generators with one more than the seed of the weights.
         seeds = [self.spec.fit.seed + seed + 1 for _, seed in group.names]
-        streams = Streams.seeded(seeds, self.data.train.place)
+        streams = MemberGenerators.seeded(seeds, self.data.train.place)
         under_way = self._under_way(group)
-        plan = Plan.of(members[0].recipe, self.data.train)
+        plan = StepCount.of(members[0].recipe, self.data.train)
         if (under_way / CHECKPOINT).is_file():
             restore_members(members, streams, *load_checkpoint(under_way))
         elif group.rung:
@@ -313,12 +313,12 @@ class Wave:
         number, seed = name
         return self.out / WORK / f"{rung}-member-{number}-{seed}"
 
-    def _under_way(self, group: Group) -> Path:
+    def _under_way(self, group: FitGroup) -> Path:
         """Return where the checkpoint of a population is while it trains."""
         number, seed = group.names[0]
         return self.out / WORK / f"{group.rung}-population-{number}-{seed}"
 
-    def _promoted(self, planned: Sequence[Planned]) -> list[Planned]:
+    def _promoted(self, planned: Sequence[TrialPlan]) -> list[TrialPlan]:
         """Return the best third of the trials that did not fail; end the others."""
         alive = [trial for trial in planned if not self._failures(trial)]
         # By number where recalls are equal, so that an interrupted sweep chooses the same trials.
@@ -329,10 +329,10 @@ class Wave:
             self.finish(trial, "stopped")
         return sorted(order[:n_promoted], key=lambda trial: trial.number)
 
-    def _recalls(self, trial: Planned) -> list[float]:
+    def _recalls(self, trial: TrialPlan) -> list[float]:
         return [self.results[trial.number, seed][0] for seed in range(self.spec.seeds)]
 
-    def _failures(self, trial: Planned) -> list[str]:
+    def _failures(self, trial: TrialPlan) -> list[str]:
         """Return the errors of a trial's fits, in the order of their seeds."""
         errors = []
         for seed in range(self.spec.seeds):
@@ -341,12 +341,12 @@ class Wave:
                 errors.append(result[2])
         return errors
 
-    def _is_done(self, trial: Planned) -> bool:
+    def _is_done(self, trial: TrialPlan) -> bool:
         """Return whether all fits of a trial have results, and none failed."""
         keys = {(trial.number, seed) for seed in range(self.spec.seeds)}
         return not self._failures(trial) and keys <= set(self.results)
 
-    def finish(self, one: Planned, state: str) -> None:
+    def finish(self, one: TrialPlan, state: str) -> None:
         """Write a trial's line, unless it has one, or is to be `done` and lacks results.
 
         Args:
@@ -380,7 +380,7 @@ class Wave:
         write_trials(self.out, self.trials)
         self.progress(trial)
 
-    def _measured(self, trial: Trial, planned: Planned) -> Trial:
+    def _measured(self, trial: Trial, planned: TrialPlan) -> Trial:
         """Add the epochs, recalls, interval and chance of a trial's fits."""
         recalls = self._recalls(planned)
         keys = [(planned.number, seed) for seed in range(self.spec.seeds)]
@@ -397,44 +397,52 @@ class Wave:
         )
 
 
-def plan_trials(wave: Wave, numbers: range, points: list[Values] | None) -> list[Planned]:
+def plan_trials(
+    trial_batch: TrialBatch,
+    numbers: range,
+    points: list[Values] | None,
+) -> list[TrialPlan]:
     """Choose the points of trials and make their recipes.
 
     Args:
-        wave: The wave that will run them. A point that makes no recipe fails here at once.
+        trial_batch: Batch that will run them. A point that makes no recipe fails here at once.
         numbers: The numbers of the trials.
         points: All points of a grid; None for the other samplers.
 
     Returns:
         The trials to train, in the order of their numbers.
     """
-    spec = wave.spec
+    spec = trial_batch.spec
     planned = []
-    for number, values in zip(numbers, _choose_points(wave, numbers, points), strict=True):
+    for number, values in zip(numbers, _choose_points(trial_batch, numbers, points), strict=True):
         try:
-            recipe = wave.space.recipe(values)
+            recipe = trial_batch.space.recipe(values)
             if not recipe.trains_heads_alone:
                 raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
-            planned.append(Planned(number=number, values=values, recipe=recipe))
+            planned.append(TrialPlan(number=number, values=values, recipe=recipe))
         except RecipeError as error:
             for seed in range(spec.seeds):
-                wave.results[number, seed] = (-math.inf, 0, str(error))
+                trial_batch.results[number, seed] = (-math.inf, 0, str(error))
             no_recipe = Recipe.model_construct(name="")
-            wave.finish(Planned(number=number, values=values, recipe=no_recipe), "failed")
+            trial_batch.finish(TrialPlan(number=number, values=values, recipe=no_recipe), "failed")
     return planned
 
 
-def _choose_points(wave: Wave, numbers: range, points: list[Values] | None) -> list[Values]:
-    space = wave.space
-    spec = wave.spec
+def _choose_points(
+    trial_batch: TrialBatch,
+    numbers: range,
+    points: list[Values] | None,
+) -> list[Values]:
+    space = trial_batch.space
+    spec = trial_batch.spec
     if points is not None:
         return [points[number] for number in numbers]
     if spec.sampler == "tpe":
         return ask_optuna(
-            wave.out,
+            trial_batch.out,
             space=space,
             seed=spec.seed,
-            trials=wave.trials,
+            trials=trial_batch.trials,
             numbers=numbers,
         )
     return [space.draw(spec.seed, number) for number in numbers]

@@ -21,7 +21,7 @@ from apecache.runs.folder import RECIPE, locked
 from apecache.runs.heads import DESCRIPTION
 from apecache.storage.atomic import replace_text, scratch_of
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, Wave, plan_trials
+from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, TrialBatch, plan_trials
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import choose_device, fit_head
@@ -53,7 +53,7 @@ def sweep(
     out: AnyPath,
     spec: SweepSpec | None = None,
     progress: Callable[[Trial], None] = lambda _: None,
-    make_wave: Callable[..., Wave] = Wave,
+    make_trial_batch: Callable[..., TrialBatch] = TrialBatch,
 ) -> SweepReport:
     """Run or resume a sweep, then fit the best trial into `out`/best.
 
@@ -63,7 +63,7 @@ def sweep(
         out: The folder of the sweep.
         spec: The settings; default: those of `SweepSpec`.
         progress: Called with each trial that ends.
-        make_wave: Called as `Wave` is; another wave trains populations elsewhere.
+        make_trial_batch: Called as `TrialBatch` is; another class trains elsewhere.
 
     Raises:
         OptionError: A count in the settings is below 1.
@@ -85,15 +85,15 @@ def sweep(
         trials = read_trials(out)
         points = list(space.grid())[: spec.n_trials] if spec.sampler == "grid" else None
         total = len(points) if points is not None else spec.n_trials
-        # Optuna learns from finished trials: its waves are as small as the populations allow.
+        # Optuna learns from finished trials: its batches are as small as the populations allow.
         size = WAVE if spec.sampler != "tpe" else max(1, spec.population // spec.seeds)
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
             if not set(numbers) <= set(trials):
-                # Positional: `make_wave` may be a partial that passes its arguments through.
-                wave = make_wave(out, spec, space, data, trials, progress)
-                planned = plan_trials(wave, numbers, points)
-                wave.run(planned)
+                # Positional: `make_trial_batch` may be a partial that passes its arguments through.
+                trial_batch = make_trial_batch(out, spec, space, data, trials, progress)
+                planned = plan_trials(trial_batch, numbers, points)
+                trial_batch.run(planned)
         order = ranked(trials)
     best = order[0]
     if best.mean is None:
@@ -138,7 +138,7 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
     """Return what must be the same when a sweep resumes."""
     settings = asdict(spec)
     del settings["keep_going"]
-    # Halving ranks all trials of a wave: with more trials it would have stopped others.
+    # Halving ranks all trials of a batch: with more trials it would have stopped others.
     if not spec.halving:
         del settings["n_trials"]
     for name in ("device", "overwrite", "save_seconds"):

@@ -25,13 +25,13 @@ def ask_optuna(
     """Choose points by Optuna's tree-structured Parzen estimator.
 
     A sweep that was interrupted chooses the points that it would have chosen: the journal is made
-    anew from the trials of earlier waves, and each point has its own seed.
+    anew from the trials of earlier batches of trials, and each point has its own seed.
 
     Args:
         out: The folder of the sweep; the journal is written there.
         space: The space to choose from.
         seed: The seed of the sampler.
-        trials: The finished trials by number; only those of earlier waves count.
+        trials: The finished trials by number; only those of earlier batches of trials count.
         numbers: The numbers of the trials to choose points for.
 
     Returns:
@@ -65,7 +65,7 @@ def ask_optuna(
     points = []
     for number in numbers:
         with warnings.catch_warnings():
-            # `constant_liar` keeps points of one wave apart; Optuna calls it experimental.
+            # `constant_liar` keeps points of one batch apart; Optuna calls it experimental.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.sampler = optuna.samplers.TPESampler(
                 seed=seed * 1_000_003 + number,

@@ -54,7 +54,9 @@ def mix(batch: Batch, alpha: float) -> Batch:
     if batch.groups is not None:
         image_groups = mixed_groups(batch.groups.image)
         groups = replace(
-            batch.groups, image=image_groups, text=image_groups.repeat_interleave(captions)
+            batch.groups,
+            image=image_groups,
+            text=image_groups.repeat_interleave(captions),
         )
     return Batch(image=image, text=text, image_mask=None, text_mask=None, groups=groups)
 

@@ -225,7 +225,10 @@ def batches(
     caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
     images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
     texts = _draw_views(
-        caption_rows, features=pairs.text, views=pairs.text_views, generator=generator
+        caption_rows,
+        features=pairs.text,
+        views=pairs.text_views,
+        generator=generator,
     )
     batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
     image_batches = _gather(

@@ -88,7 +88,7 @@ class FitEncoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SideSource:
     """Hold what one side is read from: cached features, an encoder, or cached tokens and both."""
 
     side: Modality
@@ -125,7 +125,7 @@ def open_source(
     side: Modality,
     spec: FitEncoderSpec,
     device: torch.device,
-) -> Source:
+) -> SideSource:
     """Open one side of a fit.
 
     Args:
@@ -153,7 +153,7 @@ def open_source(
                 f"{side} features {array.name} are no pooled features of one view; choose others"
             )
         features = torch.from_numpy(array.load()).to(device)
-        return Source(
+        return SideSource(
             side=side,
             features=features,
             encoder=None,
@@ -182,7 +182,7 @@ def open_source(
     )
     load: Any = load_image_encoder if side == "image" else load_text_encoder
     encoder = load(encoder_spec, str(device))
-    source = Source(
+    source = SideSource(
         side=side,
         features=None,
         encoder=encoder,
@@ -196,10 +196,10 @@ def open_source(
 
 
 def _with_tokens(
-    source: Source,
+    source: SideSource,
     array: FeatureArray,
     encoder: ImageEncoder | TextEncoder,
-) -> Source:
+) -> SideSource:
     """Add cached tokens to a source, so that the tower starts behind them.
 
     Raises:
@@ -292,7 +292,7 @@ def _distributions(features: Tensor, spec: EncoderSpec) -> Tensor:
 
 def split_rows(
     store: FeatureStore,
-    sources: Sequence[Source],
+    sources: Sequence[SideSource],
     spec: FitEncoderSpec,
     teacher: TeacherSource | None = None,
 ) -> tuple[FeaturePairs, FeaturePairs]:
@@ -332,7 +332,7 @@ def split_rows(
 
 
 def open_inputs(
-    source: Source,
+    source: SideSource,
     store: FeatureStore,
     open_image: OpenImage | None,
     device: torch.device,

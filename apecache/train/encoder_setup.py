@@ -18,7 +18,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
 from apecache.train.encoder_data import (
     FitEncoderSpec,
-    Source,
+    SideSource,
     TeacherSource,
     open_inputs,
     open_source,
@@ -32,13 +32,13 @@ from apecache.train.warm_start import begin_from, open_start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class FitInputs:
     """Hold what a fit reads."""
 
     store: FeatureStore
     recipe: Recipe
     spec: FitEncoderSpec
-    sources: tuple[Source, Source]
+    sources: tuple[SideSource, SideSource]
     """Both sides, image before text."""
     teacher: TeacherSource | None
     """Teacher of the recipe's distillation."""
@@ -98,10 +98,10 @@ class Opened:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class PreparedFit:
     """Hold a fit that is ready to begin."""
 
-    opened: Opened
+    opened: FitInputs
     model: EncoderModel
     inputs: tuple[Inputs, Inputs]
     """Inputs of both sides, image before text."""
@@ -117,7 +117,7 @@ def set_up(
     spec: FitEncoderSpec,
     open_image: OpenImage | None,
     device: torch.device,
-) -> Setup:
+) -> PreparedFit:
     """Open everything that a fit reads and build its model.
 
     Raises as `fit_encoder` does before it trains.
@@ -128,7 +128,7 @@ def set_up(
     start = None
     if spec.init_from is not None:
         start = open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
-    opened = Opened(
+    opened = FitInputs(
         store=store,
         recipe=recipe,
         spec=spec,
@@ -141,7 +141,7 @@ def set_up(
     text_inputs = open_inputs(text, store=store, open_image=open_image, device=device)
     # Called for its error alone, before the model is built.
     image_views(recipe, spec, (image_inputs, text_inputs))
-    return Setup(
+    return PreparedFit(
         opened=opened,
         model=_model(opened, train, device),
         inputs=(image_inputs, text_inputs),
@@ -150,7 +150,7 @@ def set_up(
     )
 
 
-def _model(opened: Opened, train: FeaturePairs, device: torch.device) -> EncoderModel:
+def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> EncoderModel:
     """Build the model of a fit: weights by seed, statistics of cached features, trained heads."""
     sources = opened.sources
     spec = opened.spec

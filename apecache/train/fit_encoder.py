@@ -23,16 +23,16 @@ from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.encoders import DESCRIPTION, WEIGHTS, save_encoders
 from apecache.runs.folder import find_checkpoint, locked, require_usable
-from apecache.runs.ledger import Ledger, Meter, save_ledger
+from apecache.runs.ledger import Ledger, ResourceMeter, save_ledger
 from apecache.runs.model_card import save_encoder_card
 from apecache.storage.atomic import remove_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
-from apecache.train.encoder_setup import Setup, require_sensible, set_up
+from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.lint.checks import Finding, lint_encoder_data, lint_groups, require_sound
 from apecache.train.live import OpenImage
-from apecache.train.loop import Plan, Progress, seeded
+from apecache.train.loop import FitProgress, StepCount, seeded
 from apecache.train.ranks import Ranks, joined, own_device
 from apecache.train.session import (
     RunFolder,
@@ -85,7 +85,7 @@ def fit_encoder(
     out: AnyPath,
     spec: FitEncoderSpec | None = None,
     open_image: OpenImage | None = None,
-    progress: Progress = lambda _: None,
+    progress: FitProgress = lambda _: None,
 ) -> FitEncoderReport:
     """Train the recipe's towers and heads on a store's pairs and write a run folder.
 
@@ -139,13 +139,13 @@ def _fit(
     out: Path,
     spec: FitEncoderSpec,
     open_image: OpenImage | None,
-    progress: Progress,
+    progress: FitProgress,
     device: torch.device,
     ranks: Ranks,
 ) -> FitEncoderReport:
     """Run one process of a fit."""
     # The meter starts before the encoders are opened: their memory counts for the peak.
-    meter = Meter(device)
+    meter = ResourceMeter(device)
     begin = time.perf_counter()
     setup = set_up(store, recipe=recipe, spec=spec, open_image=open_image, device=device)
     train = setup.train
@@ -153,7 +153,7 @@ def _fit(
     identity = setup.opened.identity()
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     training = EncoderFit(setup.model, inputs=setup.inputs, recipe=recipe, spec=spec, ranks=ranks)
-    plan = Plan.of(recipe, train)
+    plan = StepCount.of(recipe, train)
     findings = _lint(setup, training)
     folder = RunFolder(
         out=out,
@@ -199,7 +199,7 @@ def _fit(
     return report
 
 
-def _lint(setup: Setup, training: EncoderFit) -> list[Finding]:
+def _lint(setup: PreparedFit, training: EncoderFit) -> list[Finding]:
     """Run the checks that need no training step. Raises DataError if one of them fails."""
     opened = setup.opened
     data_findings = lint_encoder_data(
@@ -217,7 +217,7 @@ def _lint(setup: Setup, training: EncoderFit) -> list[Finding]:
 # --- what is written down -------------------------------------------------------------------------
 
 
-def _write(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> None:
+def _write(setup: PreparedFit, report: FitEncoderReport, used: dict[str, Json]) -> None:
     """Write ledger, card, weights and description, and remove the checkpoint."""
     out = report.run
     opened = setup.opened
@@ -239,9 +239,9 @@ def _write(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> Non
 
 def _report(
     training: EncoderFit,
-    setup: Setup,
+    setup: PreparedFit,
     out: Path,
-    plan: Plan,
+    plan: StepCount,
     resumed_step: int,
     ledger: Ledger,
 ) -> FitEncoderReport:
@@ -265,7 +265,11 @@ def _report(
     )
 
 
-def _describe(setup: Setup, report: FitEncoderReport, used: dict[str, Json]) -> dict[str, Json]:
+def _describe(
+    setup: PreparedFit,
+    report: FitEncoderReport,
+    used: dict[str, Json],
+) -> dict[str, Json]:
     """Return the description of the finished run, as JSON."""
     trained = {
         "image": _n_trainable(setup.model.image),

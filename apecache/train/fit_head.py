@@ -20,7 +20,7 @@ from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.folder import find_checkpoint, locked, require_usable
 from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
-from apecache.runs.ledger import Ledger, Meter, read_extraction, save_ledger
+from apecache.runs.ledger import Ledger, ResourceMeter, read_extraction, save_ledger
 from apecache.runs.model_card import save_card
 from apecache.storage.atomic import remove_tensors
 from apecache.store.array import FeatureArray
@@ -29,7 +29,7 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit, require_sound
-from apecache.train.loop import Plan, Progress, Training, seeded
+from apecache.train.loop import FitProgress, StepCount, Training, seeded
 from apecache.train.model import AlignmentModel
 from apecache.train.session import (
     RunFolder,
@@ -76,7 +76,7 @@ def fit_head(
     recipe: Recipe | AnyPath,
     out: AnyPath,
     spec: FitSpec | None = None,
-    progress: Progress = lambda _: None,
+    progress: FitProgress = lambda _: None,
 ) -> FitReport:
     """Fit the recipe's heads on a store's features and write a run folder.
 
@@ -114,7 +114,7 @@ def fit_head(
     extraction = read_extraction(report_path, arrays) if report_path else None
     device = choose_device(spec.device)
     # The meter starts before loading: resident features count for the peak of memory.
-    meter = Meter(device)
+    meter = ResourceMeter(device)
     begin = time.perf_counter()
     train, dev = load_splits(
         store,
@@ -127,7 +127,7 @@ def fit_head(
     loading_seconds = time.perf_counter() - begin
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     training = Training(model, recipe, spec.seed)
-    plan = Plan.of(recipe, train)
+    plan = StepCount.of(recipe, train)
     if plan.n_steps and training.optimizer is None:
         raise RecipeError(
             f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn"
@@ -260,7 +260,7 @@ def _report(
     train: FeaturePairs,
     dev: FeaturePairs,
     out: Path,
-    plan: Plan,
+    plan: StepCount,
     resumed_step: int,
     ledger: Ledger,
 ) -> FitReport:

@@ -29,12 +29,12 @@ from apecache.train.optim import build_optimizer, learning_rate_factor
 
 SCALE = "temperature.log_scale"
 """Name of the temperature's parameter in the state of a model."""
-Progress = Callable[[dict[str, Any]], None]
+FitProgress = Callable[[dict[str, Any]], None]
 """Take one line of the history after every evaluation; epoch 0 is the model before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StepCount:
     """Count the steps of a fit."""
 
     n_steps: int
@@ -50,13 +50,13 @@ class Plan:
         return -(-self.n_steps // self.per_epoch)
 
     @staticmethod
-    def of(recipe: Recipe, train: FeaturePairs) -> "Plan":
+    def of(recipe: Recipe, train: FeaturePairs) -> "StepCount":
         """Plan the steps of a recipe on these pairs."""
         # An epoch with fewer batches than `accumulate` is one step.
         count = n_batches(train, recipe.schedule.batch_size)
         accumulate = min(recipe.schedule.accumulate, count)
         per_epoch = count // accumulate
-        return Plan(
+        return StepCount(
             n_steps=recipe.schedule.steps or per_epoch * recipe.schedule.epochs,
             per_epoch=per_epoch,
             accumulate=accumulate,
@@ -64,7 +64,7 @@ class Plan:
 
 
 @dataclass(kw_only=True)
-class Best:
+class BestEvaluation:
     """Hold the evaluation that is best on dev so far."""
 
     epoch: int = 0
@@ -128,7 +128,7 @@ class Fit(ABC, Generic[Model]):
         self.in_epoch = 0
         self.losses: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
-        self.best = Best()
+        self.best = BestEvaluation()
         self.seconds = 0.0
         self.saved_step = 0
         self.evaluation_seconds = 0.0
@@ -247,7 +247,7 @@ class Fit(ABC, Generic[Model]):
             best_tensors = tensor_groups.get("best", {})
             weights = {name: tensor.to(self.device) for name, tensor in best_tensors.items()}
             recall = -math.inf if best["recall"] is None else float(best["recall"])
-            self.best = Best(
+            self.best = BestEvaluation(
                 epoch=int(best["epoch"]),
                 recall=recall,
                 stale=int(best["stale"]),
@@ -279,7 +279,10 @@ class Training(Fit[AlignmentModel]):
         """Add the gradients of an augmented batch. See `Fit.add_gradients`."""
         model = self.model
         augmented = augment(
-            batch, spec=self.recipe.augmentation, image=model.image, text=model.text
+            batch,
+            spec=self.recipe.augmentation,
+            image=model.image,
+            text=model.text,
         )
         loss: Tensor = model(augmented, self.step) / accumulate
         loss.backward()
@@ -298,8 +301,8 @@ def run_training(
     training: Fit[Any],
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
-    log: Progress,
+    plan: StepCount,
+    log: FitProgress,
     save: Callable[[bool], None],
 ) -> None:
     """Run a fit from its present state to the end. Then `training.best` holds what to keep.
@@ -329,8 +332,8 @@ def train_epoch(
     training: Fit[Any],
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
-    log: Progress,
+    plan: StepCount,
+    log: FitProgress,
     save: Callable[[bool], None],
 ) -> None:
     """Run one epoch, or what is left of an interrupted one. See `run_training`."""
@@ -340,7 +343,7 @@ def train_epoch(
     save(False)
 
 
-def is_done(training: Fit[Any], plan: Plan) -> bool:
+def is_done(training: Fit[Any], plan: StepCount) -> bool:
     """Check whether all steps are done, or dev recall has not improved for too long."""
     patience = training.recipe.schedule.patience
     return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
@@ -355,7 +358,12 @@ def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
     return report
 
 
-def evaluate_untrained(training: Fit[Any], dev: FeaturePairs, plan: Plan, log: Progress) -> None:
+def evaluate_untrained(
+    training: Fit[Any],
+    dev: FeaturePairs,
+    plan: StepCount,
+    log: FitProgress,
+) -> None:
     """Write epoch 0 of the history: the model before training."""
     _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
@@ -365,8 +373,8 @@ def evaluate_untrained(training: Fit[Any], dev: FeaturePairs, plan: Plan, log: P
 def end_epoch(
     training: Fit[Any],
     dev: FeaturePairs,
-    plan: Plan,
-    log: Progress,
+    plan: StepCount,
+    log: FitProgress,
     begin: float,
 ) -> None:
     """End an epoch, and evaluate if it is time.
@@ -395,7 +403,7 @@ def end_epoch(
         _keep(training, report.mean_recall)
 
 
-def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: Plan) -> Iterator[Batch]:
+def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:
     """Draw the batches of an epoch, or those that an interrupted epoch still needs."""
     recipe = training.recipe
     # An interrupted epoch draws the same batches again and skips those that were used.
@@ -416,7 +424,7 @@ def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: Plan) -> Iterator[
 def take_steps(
     training: Fit[Any],
     drawn: Iterator[Batch],
-    plan: Plan,
+    plan: StepCount,
     save: Callable[[bool], None] = lambda _: None,
 ) -> None:
     """Take steps on these batches up to the end of the epoch."""
@@ -431,7 +439,7 @@ def take_steps(
             save(False)
 
 
-def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: Plan) -> Tensor:
+def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: StepCount) -> Tensor:
     """Take a step, and count the operations of the first one."""
     if training.step_flops is not None:
         return take_step(training, step_batches, plan)
@@ -442,7 +450,7 @@ def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: Plan)
     return loss
 
 
-def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
+def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: StepCount) -> Tensor:
     """Take one step of the optimizer. Returns its loss, on the device."""
     assert training.optimizer is not None
     training.optimizer.zero_grad(set_to_none=True)
@@ -456,7 +464,7 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: Plan) -> Tensor:
     return total
 
 
-def set_rates(training: Fit[Any], plan: Plan) -> None:
+def set_rates(training: Fit[Any], plan: StepCount) -> None:
     """Set the learning rates of the next step."""
     optimizer = training.optimizer
     recipe = training.recipe
@@ -534,7 +542,7 @@ def _record(
     report: RetrievalReport,
     loss: float,
     seconds: float,
-    log: Progress,
+    log: FitProgress,
 ) -> None:
     """Add an evaluation to the history."""
     lr = 0.0
@@ -557,7 +565,7 @@ def _record(
 def _keep(training: Fit[Any], recall: float) -> None:
     """Copy the evaluated weights if they are the best so far."""
     if recall > training.best.recall:
-        training.best = Best(
+        training.best = BestEvaluation(
             epoch=training.epoch,
             recall=recall,
             stale=0,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apecache.errors import RecipeError
 from apecache.heads.build import build_heads
-from apecache.heads.head import Head, SeveralHeads, embed, mask_of
+from apecache.heads.head import EnsembleHead, Head, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
 from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
@@ -48,7 +48,7 @@ class AlignmentModel(nn.Module):
 
     def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
         """Compute the loss of a batch from its embeddings. See `forward`."""
-        widths = self.image.widths if isinstance(self.image, SeveralHeads) else ()
+        widths = self.image.widths if isinstance(self.image, EnsembleHead) else ()
         total = contrast(
             image,
             text=text,

@@ -13,11 +13,18 @@ from apecache.fingerprint import Fingerprint, Json
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.checkpoint import save_checkpoint
 from apecache.runs.folder import add_to_history, clear_folder, write_history
-from apecache.runs.ledger import Extraction, Ledger, Meter, money, runs_until_paid, stored_bytes
+from apecache.runs.ledger import (
+    ExtractionSeconds,
+    Ledger,
+    ResourceMeter,
+    money,
+    runs_until_paid,
+    stored_bytes,
+)
 from apecache.store.array import FeatureArray
 from apecache.train.batches import FeaturePairs
 from apecache.train.lint.checks import n_negatives
-from apecache.train.loop import SCALE, Fit, Plan, Progress, require_finite, run_training
+from apecache.train.loop import SCALE, Fit, FitProgress, StepCount, require_finite, run_training
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""
@@ -33,7 +40,7 @@ class RunFolder:
     """Identity of the fit, which its checkpoints carry."""
     save_seconds: float
     """Least time between two checkpoints."""
-    progress: Progress
+    progress: FitProgress
     """Called with every line of the history."""
     writes: bool = True
     """Whether this process writes; if not, it only reads the checkpoint."""
@@ -43,7 +50,7 @@ def run_in_folder(
     training: Fit[Any],
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
+    plan: StepCount,
     folder: RunFolder,
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
@@ -89,7 +96,7 @@ def run_in_folder(
     return resumed_step
 
 
-def _logger(folder: RunFolder) -> Progress:
+def _logger(folder: RunFolder) -> FitProgress:
     """Return a function that writes a line of the history and reports it."""
 
     def log(line: dict[str, Json]) -> None:
@@ -145,7 +152,7 @@ def _recalls(recorded: Mapping[str, Json]) -> dict[int, float]:
     return {int(k): float(recall) for k, recall in recorded.items()}
 
 
-def used_values(training: Fit[Any], plan: Plan, n_train: int) -> dict[str, Json]:
+def used_values(training: Fit[Any], plan: StepCount, n_train: int) -> dict[str, Json]:
     """Collect the settings that a finished fit used, which can differ from the recipe's.
 
     The best weights must be in the model. `n_epochs` and `n_steps` are those that ran: patience can
@@ -168,9 +175,9 @@ def used_values(training: Fit[Any], plan: Plan, n_train: int) -> dict[str, Json]
 def build_ledger(
     training: Fit[Any],
     train: FeaturePairs,
-    plan: Plan,
+    plan: StepCount,
     arrays: Sequence[FeatureArray],
-    meter: Meter,
+    meter: ResourceMeter,
     price_per_hour: float | None,
     resumed_step: int,
     n_processes: int = 1,
@@ -214,7 +221,11 @@ def build_ledger(
     )
 
 
-def with_extraction(ledger: Ledger, extraction: Extraction | None, captions: int = 1) -> Ledger:
+def with_extraction(
+    ledger: Ledger,
+    extraction: ExtractionSeconds | None,
+    captions: int = 1,
+) -> Ledger:
     """Add the time of extraction, and the fits after which it has paid for itself.
 
     Args:

@@ -10,11 +10,11 @@ from typing import Any
 
 from apecache.arguments import AnyPath, as_path
 from apecache.errors import MissingExtraError, RunError, require_local
-from apecache.train.loop import Progress
+from apecache.train.loop import FitProgress
 
 
 @contextmanager
-def log_to_tensorboard(folder: AnyPath) -> Iterator[Progress]:
+def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
     """Return a `progress` for `fit_head` and `fit_encoder` that writes events by training step.
 
     The events are `loss`, `lr`, `temperature`, `dev/mean_recall`, `dev/image_to_text/R@k` and

@@ -15,7 +15,7 @@ from apecache.models.dual_encoder import EncoderModel, Side
 from apecache.recipes.recipe import Recipe
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.runs.load import require_head_run
-from apecache.train.encoder_data import Source
+from apecache.train.encoder_data import SideSource
 
 ROUNDING = ("compute_dtype", "compile")
 """Fields of a fingerprint that change an encoder's outputs by rounding alone."""
@@ -23,7 +23,7 @@ Differences = list[tuple[str, Json, Json]]
 """Names, each with the value of the fit and that of the run."""
 
 
-def open_start(run: Path, recipe: Recipe, sources: Sequence[Source]) -> TrainedHeads:
+def open_start(run: Path, recipe: Recipe, sources: Sequence[SideSource]) -> TrainedHeads:
     """Load the heads of a finished run on the encoders of these sides.
 
     Args:

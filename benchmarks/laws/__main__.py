@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from apecache_cli.inputs import SOURCE, Opening, takes_source
+from apecache_cli.inputs import SOURCE, SourceOptions, takes_source
 from apecache_cli.terminal import Device, Json, choice, command_line, ending, show_json, show_table
 
 SIZES = ("smoke", "small", "full")
@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 @takes_source
 def laws(
-    opening: Opening,
+    opening: SourceOptions,
     pairs: Annotated[
         str | None, typer.Option(help=f"{SOURCE} Without it the laws are listed.")
     ] = None,

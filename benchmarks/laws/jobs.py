@@ -12,9 +12,9 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, RecipeError
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.plan.counting import PlanSpec
-from apecache.plan.counting_shared import Taught, count_teacher
+from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import Device
-from apecache.plan.plan import Model, cost_of, count_model
+from apecache.plan.plan import ModelCosts, cost_of, count_model
 from apecache.recipes.recipe import OptimizerSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
 from benchmarks.laws.setting import LawsSetting, Size
@@ -103,7 +103,7 @@ def _plain(spec: EncoderSpec) -> dict[str, Json]:
     return {**asdict(spec), "name": spec.slug if spec.folder else spec.name}
 
 
-def count(job: Job) -> Model:
+def count(job: Job) -> ModelCosts:
     """The recipe on these encoders, nothing loaded. Raises EncoderError where they are no towers.
 
     Counting takes seconds, so jobs that differ in what does not matter to it, such as their
@@ -124,7 +124,7 @@ def count(job: Job) -> Model:
 
 
 @cache
-def _count(job: Job) -> Model:
+def _count(job: Job) -> ModelCosts:
     spec = _plan_spec(job)
     shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
     teacher = partial(_taught, job, spec) if job.recipe.distillation else None
@@ -136,11 +136,11 @@ def _plan_spec(job: Job) -> PlanSpec:
     return PlanSpec(rows=max(2, images - min(DEV_IMAGES, images // DEV_SHARE)), tokens=TOKENS)
 
 
-def _taught(job: Job, spec: PlanSpec) -> Taught:
+def _taught(job: Job, spec: PlanSpec) -> TeacherSizes:
     assert job.teacher is not None
     assert job.recipe.distillation is not None
     if job.recipe.distillation.kind == "classes":
-        return Taught(dim=count_classes(job.teacher))
+        return TeacherSizes(dim=count_classes(job.teacher))
     return count_teacher(shape_tower(job.teacher), spec)
 
 

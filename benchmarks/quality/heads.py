@@ -24,7 +24,7 @@ import torch
 from apecache.evaluate.embeddings import embed_store
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_names
-from apecache.runs.ensemble import combine_heads
+from apecache.runs.ensemble import ensemble_heads
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
@@ -33,7 +33,7 @@ from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 COMBINATION = ("mixed", "gated", "projection", "projection")
-"""Runs put side by side by `apecache combine`, the second projection of another seed; chosen on
+"""Runs put side by side by `apecache ensemble`, the second projection of another seed; chosen on
 dev."""
 TARGET = 28.0
 REFERENCE = {"i2t R@1": 31.3, "t2i R@1": 22.0, "mean R@1": 25.9}
@@ -176,7 +176,7 @@ def combined(store: FeatureStore, work: Path, rows: list[dict[str, Any]]) -> lis
         runs = [
             load_heads(work / f"{name}-{number % found[name]['seeds']}") for name, number in places
         ]
-        reports.append(report(combine_heads(runs), store))
+        reports.append(report(ensemble_heads(runs), store))
     totals = {
         key: round(sum(found[name][key] for name in COMBINATION), 1)
         for key in ("seconds", "parameters")

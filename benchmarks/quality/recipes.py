@@ -40,10 +40,10 @@ from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.protocols import retrieval_intervals
 from apecache.metrics.retrieval import retrieval_report
 from apecache.plan.counting import PlanSpec
-from apecache.plan.counting_shared import Taught, count_teacher
+from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import measure_device
 from apecache.plan.plan import plan
-from apecache.plan.step_clock import StepClock
+from apecache.plan.step_timer import StepTimer
 from apecache.recipes.recipe import Recipe, load_recipe, tower_zoo_names
 from apecache.recipes.sections import shorthand_names
 from apecache.runs.checkpoint import CHECKPOINT
@@ -557,7 +557,7 @@ def planned(job: Job, timed: bool = False) -> Any:
     spec = PlanSpec(rows=job.setting.images, tokens=batch_tokens(job.setting))
     taught = partial(teacher, job, spec)
     clock = (
-        StepClock(recipe=job.recipe, image=image, text=text, spec=spec, teacher=taught)
+        StepTimer(recipe=job.recipe, image=image, text=text, spec=spec, teacher=taught)
         if timed
         else None
     )
@@ -586,10 +586,10 @@ def clocked(job: Job) -> tuple[float, float]:
     return said.planned.step_seconds, said.without_cache.step_seconds
 
 
-def teacher(job: Job, spec: PlanSpec) -> Taught:
+def teacher(job: Job, spec: PlanSpec) -> TeacherSizes:
     """The image encoder itself, or what is taught by a classifier, without its cost."""
     if job.recipe.distillation is not None and job.recipe.distillation.kind == "classes":
-        return Taught(dim=count_classes(job.setting.teacher))
+        return TeacherSizes(dim=count_classes(job.setting.teacher))
     return count_teacher(shape_tower(job.setting.image), spec)
 
 

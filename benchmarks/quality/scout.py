@@ -34,7 +34,7 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.evaluate.scout import ScoutReport, ScoutRow, ScoutSpec, of_split, scout
 from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Modality
-from apecache.metrics.geometry import Likeness
+from apecache.metrics.geometry import FeatureSimilarity
 from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.report.charts.heatmap import render_heat_maps, scout_maps
@@ -167,7 +167,7 @@ def scouted(source: PairSource, spec: ScoutSpec, work: Path) -> ScoutReport:
                 f"{path} is of other pairs, cuts or another sample; choose another --work"
             )
         rows = [
-            ScoutRow(image=r["image"], text=r["text"], likeness=Likeness(**r["likeness"]))
+            ScoutRow(image=r["image"], text=r["text"], likeness=FeatureSimilarity(**r["likeness"]))
             for r in kept["report"].pop("rows")
         ]
         return ScoutReport(rows=tuple(rows), **kept["report"])

@@ -35,7 +35,7 @@ from apecache.train.batches import FeaturePairs, SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.loop import Plan, Training, draw_epoch, take_step
+from apecache.train.loop import StepCount, Training, draw_epoch, take_step
 from benchmarks.quality.heads import made_up
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
@@ -233,14 +233,14 @@ def whole_seconds(store: FeatureStore, space: Space, found: SweepReport, fit: Fi
     train, dev = load_splits(store, *arrays, fit.splits, torch.device("cpu"))
     recipes = [space.recipe(trial.values) for trial in found.trials if trial.state != "failed"]
     return sum(
-        step_seconds(recipe, train, dev) * Plan.of(recipe, train).n_steps for recipe in recipes
+        step_seconds(recipe, train, dev) * StepCount.of(recipe, train).n_steps for recipe in recipes
     )
 
 
 def step_seconds(recipe: Recipe, train: FeaturePairs, dev: FeaturePairs) -> float:
     """Median of a few steps after the first."""
     training = Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
-    plan = Plan.of(recipe, train)
+    plan = StepCount.of(recipe, train)
     training.model.train()
     times = []
     for _ in range(TIMED_STEPS + 1):

@@ -38,12 +38,12 @@ from apecache.encoders.preprocess import TensorPreprocess
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.arrays import CPU_BATCH
 from apecache.extraction.run import (
-    Encoders,
+    ExtractionState,
     ExtractSpec,
-    Standing,
+    OpenEncoders,
     extract,
     extract_pending,
-    load_encoders,
+    open_encoders,
 )
 from apecache.extraction.segments import Segment, make_segment
 from apecache.storage.local import LocalFiles
@@ -185,7 +185,7 @@ class Bench:
     def run(
         self,
         source: PairSource,
-        encoders: Encoders,
+        encoders: OpenEncoders,
         spec: ExtractSpec,
         progress: Any = lambda _: None,
     ) -> Path:
@@ -214,7 +214,7 @@ class Bench:
 
     def _image_cases(self, folder: Path, size: int, count: int) -> dict[str, Callable[[], object]]:
         spec = self.spec(image=parse_encoder(f"timm:{folder}", "image"))
-        encoders = load_encoders(spec)
+        encoders = open_encoders(spec)
         root = self.folder / str(size)
         names = self.photos[size][:count]
         encoder = encoders.image[0]
@@ -225,7 +225,7 @@ class Bench:
         paths = [root / name for name in names]
 
         quick = replace(spec, image=replace(spec.images[0], resize="torchvision"))
-        quick_encoders = load_encoders(quick)
+        quick_encoders = open_encoders(quick)
         compiled = compile_images([encoder])
         return {
             "bare model": lambda: [encoder.encode(batch) for batch in padded_batches(pixels)],
@@ -250,8 +250,8 @@ class Bench:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         spec = parse_encoder(f"timm:{self.lite}", "image")
-        reference = load_encoders(self.spec(image=spec)).image[0]
-        faster = load_encoders(self.spec(image=replace(spec, resize="torchvision"))).image[0]
+        reference = open_encoders(self.spec(image=spec)).image[0]
+        faster = open_encoders(self.spec(image=replace(spec, resize="torchvision"))).image[0]
         rows = list[Row]()
         goals = list[Goal]()
         for size in SIZES:
@@ -294,7 +294,7 @@ class Bench:
 
     def texts(self) -> tuple[list[Row], list[Goal]]:
         spec = self.spec(text=parse_encoder(f"hf:{self.minilm}", "text"))
-        encoders = load_encoders(spec)
+        encoders = open_encoders(spec)
         texts = list(captions(self.scale.texts))
         encoder = encoders.text[0]
         source = text_source(texts)
@@ -334,7 +334,7 @@ class Bench:
             self.spec(image=parse_encoder(f"timm:{self.lite}", "image")),
             shard_rows=BATCH,
         )
-        encoders = load_encoders(spec)
+        encoders = open_encoders(spec)
         names = self.photos[500][: self.scale.photos]
         resident: dict[int, list[float]] = {times: [] for times in (1, 2, 4)}
 
@@ -342,7 +342,7 @@ class Bench:
             keys = [f"{'./' * turn}{name}" for turn in range(times) for name in names]
             most = [0.0]
 
-            def watch(_: Standing) -> None:
+            def watch(_: ExtractionState) -> None:
                 most[0] = max(most[0], resident_mb())
 
             self.run(
@@ -555,7 +555,7 @@ def extract_as_child(encoder: Path, root: Path, keys: Path, store: Path) -> None
     )
     spec = replace(spec, shard_rows=len(names) // (2 * KILL_SHARDS))
     source = image_source(root, names)
-    encoders = load_encoders(spec)
+    encoders = open_encoders(spec)
     encoders.image[0].encode(torch.zeros(4, *encoders.image[0].input_shape))
     print(cpu_seconds(), flush=True)
     segment = Segment(store=LocalFiles(store), folder="", part=source)

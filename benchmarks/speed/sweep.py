@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from apecache.recipes.recipe import Recipe
 from apecache.sweeps.population.population import Population, train_together
-from apecache.sweeps.population.stacked_heads import Streams
+from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
-from apecache.train.loop import Plan, Training, draw_epoch, run_training, seeded, take_steps
+from apecache.train.loop import StepCount, Training, draw_epoch, run_training, seeded, take_steps
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 IN_DIM = 384
@@ -107,9 +107,9 @@ def timed(action: Callable[[], object]) -> Case:
 
 def step_row(count: int, batch: int, repeats: int) -> dict[str, Any]:
     train = features(batch * STEPS)
-    plan = Plan(n_steps=STEPS * (repeats + 1), per_epoch=STEPS, accumulate=1)
+    plan = StepCount(n_steps=STEPS * (repeats + 1), per_epoch=STEPS, accumulate=1)
     solo, stacked = [[training(seed, batch, train) for seed in range(count)] for _ in range(2)]
-    population = Population(stacked, Streams.seeded(list(range(count)), CPU), plan)
+    population = Population(stacked, MemberGenerators.seeded(list(range(count)), CPU), plan)
 
     def one_after_another() -> None:
         for member in solo:
@@ -147,7 +147,7 @@ def step_row(count: int, batch: int, repeats: int) -> dict[str, Any]:
 def whole_row(count: int, batch: int, repeats: int) -> dict[str, Any]:
     train = features(batch * STEPS)
     dev = features(256)
-    plan = Plan(n_steps=STEPS * EPOCHS, per_epoch=STEPS, accumulate=1)
+    plan = StepCount(n_steps=STEPS * EPOCHS, per_epoch=STEPS, accumulate=1)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "features.npz"
         np.savez(path, image=train.image.numpy(), text=train.text.numpy())
@@ -283,7 +283,7 @@ class Vmapped:
             weight.sub_(rate * (self.first[name] / (1 - 0.9**self.step)).div_(scale))
 
 
-def fit(seed: int, batch: int, train: FeaturePairs, dev: FeaturePairs, plan: Plan) -> float:
+def fit(seed: int, batch: int, train: FeaturePairs, dev: FeaturePairs, plan: StepCount) -> float:
     """CPU seconds of a fit, in whichever process."""
     torch.set_num_threads(1)
 
@@ -306,12 +306,12 @@ def fit_together(
     batch: int,
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
+    plan: StepCount,
 ) -> None:
     members = [training(seed, batch, train) for seed in range(count)]
     train_together(
         members,
-        streams=Streams.seeded(list(range(1, count + 1)), CPU),
+        streams=MemberGenerators.seeded(list(range(1, count + 1)), CPU),
         train=train,
         dev=dev,
         plan=plan,
@@ -319,7 +319,13 @@ def fit_together(
     )
 
 
-def pooled(count: int, batch: int, train: FeaturePairs, dev: FeaturePairs, plan: Plan) -> float:
+def pooled(
+    count: int,
+    batch: int,
+    train: FeaturePairs,
+    dev: FeaturePairs,
+    plan: StepCount,
+) -> float:
     from joblib import Parallel, delayed
 
     jobs = (delayed(fit)(seed, batch, train, dev, plan) for seed in range(count))

@@ -9,7 +9,7 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner, Result
 
-from apecache.extraction.run import Standing
+from apecache.extraction.run import ExtractionState
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
 
@@ -87,7 +87,7 @@ def test_lines_come_at_the_start_every_ten_seconds_and_at_the_end(
         for second in range(26):
             now[0] = 100.0 + second
             update(
-                Standing(
+                ExtractionState(
                     modality="image",
                     done=40 * second,
                     rows=1000,
@@ -95,9 +95,11 @@ def test_lines_come_at_the_start_every_ten_seconds_and_at_the_end(
                     n_bytes=2_000_000_000 * (second // 10),
                 )
             )
-        update(Standing(modality="image", done=1000, rows=1000, n_bad=3, n_bytes=6_000_000_000))
-        update(Standing(modality="text", done=0, rows=7))
-        update(Standing(modality="text", done=7, rows=7))
+        update(
+            ExtractionState(modality="image", done=1000, rows=1000, n_bad=3, n_bytes=6_000_000_000)
+        )
+        update(ExtractionState(modality="text", done=0, rows=7))
+        update(ExtractionState(modality="text", done=7, rows=7))
     assert capsys.readouterr().err.splitlines() == [
         "image: 0/1,000, 0.0/s",
         "image: 400/1,000, 40.0/s, 2.000 GB, 1 unreadable, 15 s left",

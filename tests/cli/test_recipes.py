@@ -91,7 +91,7 @@ def test_runs_are_combined_and_the_combination_is_evaluated(
     both = tmp_path / "both"
     result = runner.invoke(
         app,
-        ["combine", str(tiny_run), str(tiny_run), "--out", str(both), "--json"],
+        ["ensemble", str(tiny_run), str(tiny_run), "--out", str(both), "--json"],
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["dim"] == 32
@@ -105,5 +105,5 @@ def test_runs_are_combined_and_the_combination_is_evaluated(
         found.append(json.loads(result.stdout))
     assert found[0] == found[1]
     assert found[0]["seen_in_training"]
-    result = runner.invoke(app, ["combine", str(tiny_run), str(tiny_run), "--out", str(both)])
+    result = runner.invoke(app, ["ensemble", str(tiny_run), str(tiny_run), "--out", str(both)])
     assert result.exit_code == 3

@@ -105,7 +105,7 @@ WRITING = (
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--safetensors")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--onnx")),
     Case(command="export-run", arguments=("{run}", "{out}/heads", "--sentence-transformers")),
-    Case(command="combine", arguments=("{run}", "{run}", "--out", "{out}/both")),
+    Case(command="ensemble", arguments=("{run}", "{run}", "--out", "{out}/both")),
     Case(
         command="analyze",
         arguments=("{encoder_run}", "--layernorm-shift", "--out", "{out}/charts"),
@@ -188,7 +188,7 @@ READING = (
         copies=RUN,
     ),
     Case(
-        command="combine",
+        command="ensemble",
         arguments=("{out}/run", "{out}/run", "--out", "{elsewhere}/both"),
         copies=RUN,
     ),

@@ -82,7 +82,7 @@ def test_files_have_the_mode_that_the_umask_leaves(
         ("export-run", run, out / "tensors", "--safetensors"),
         ("export-run", run, out / "onnx", "--onnx"),
         ("export-run", run, out / "sentences", "--sentence-transformers"),
-        ("combine", run, run, "--out", out / "both"),
+        ("ensemble", run, run, "--out", out / "both"),
         ("evaluate", run, "--task", "zeroshot", "--labels", shapes_once),
         ("report", run, "--store", store, "--out", out / "page.html"),
         ("copy", store, out / "copy"),

@@ -15,16 +15,16 @@ from tiny import extract_tiny, loaded_once, make_shapes, tree
 from typer.testing import CliRunner
 
 import apecache.cluster.extract as engine
-import apecache.cluster.filling as filling
 import apecache.extraction.run as extraction
+from apecache.cluster import task_state
 from apecache.cluster.extract import extract_on_ray
 from apecache.cluster.pool import Make, RaySpec
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, EngineError, MismatchError, OptionError
-from apecache.extraction.run import ExtractReport, ExtractSpec, Standing, extract
+from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
 from apecache.extraction.segments import make_segment, split_source
-from apecache.extraction.shard_range import Part
+from apecache.extraction.shard_range import ShardRange
 from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
@@ -119,7 +119,7 @@ def test_actors_make_the_store_of_a_local_run(
     local: Callable[..., ExtractReport],
 ) -> None:
     (shapes.parent / "images" / "red-circle-0.png").write_bytes(b"<html>")
-    seen: list[Standing] = []
+    seen: list[ExtractionState] = []
     there = spread(shapes, tmp_path / "there", seen.append, max_bad=0.1)
     here = local(shapes, tmp_path / "here", max_bad=0.1)
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
@@ -142,8 +142,8 @@ def test_what_is_committed_is_not_done_again_and_counted_as_done(
     local: Callable[..., ExtractReport],
 ) -> None:
     local(shapes_once, tmp_path / "once")
-    local(shapes_once, tmp_path / "store", part=Part(number=2, count=3))
-    seen: list[Standing] = []
+    local(shapes_once, tmp_path / "store", part=ShardRange(number=2, count=3))
+    seen: list[ExtractionState] = []
     report = spread(shapes_once, tmp_path / "store", seen.append)
     assert [array.n_encoded for array in report.arrays] == [7, 15]
     assert [(s.modality, s.done) for s in seen[:2]] == [("image", 5), ("text", 9)]
@@ -179,7 +179,7 @@ def test_several_passes_of_one_modality_are_told_apart(
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     both = (encoder, replace(encoder, pooling="cls"), replace(encoder, resize="torchvision"))
     spec = ExtractSpec(both, image_batch=4, shard_rows=5, device="cpu")
-    seen = list[Standing]()
+    seen = list[ExtractionState]()
     extract_on_ray(
         open_pairs(shapes_once),
         store=tmp_path / "there",
@@ -212,7 +212,7 @@ def test_a_part_of_a_cluster_run_is_refused(
     spread: Callable[..., ExtractReport],
 ) -> None:
     with pytest.raises(OptionError, match="part 1/2 of an extraction is for machines without Ray"):
-        spread(shapes_once, tmp_path / "store", part=Part(number=1, count=2))
+        spread(shapes_once, tmp_path / "store", part=ShardRange(number=1, count=2))
     assert not (tmp_path / "store").exists()
 
 
@@ -241,7 +241,7 @@ def test_shards_that_do_not_appear_here_are_named(
     spread: Callable[..., ExtractReport],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(filling, "SEEN_SECONDS", 0)
+    monkeypatch.setattr(task_state, "SEEN_SECONDS", 0)
     monkeypatch.setattr(engine, "commit_shard", lambda *_: None)
     with pytest.raises(
         EngineError,
@@ -266,14 +266,14 @@ def test_every_node_is_asked_whether_it_gives_what_is_committed(
     parts = {segment.files.place: segment.part}
     first = engine._Encoding(parts, spec, 1)
     (task,) = first.do(engine.PREPARE)  # type: ignore[misc, union-attr]
-    first.do(filling.ShardPiece(task=task, shard=0))
+    first.do(task_state.ShardRequest(task=task, shard=0))
     noisy = replace(
         encoder,
         forward=lambda pixels: encoder.forward(pixels) + torch.randn(len(pixels), 64),
     )
     monkeypatch.setattr(extraction, "load_image_encoders", lambda *_: [noisy])
     with pytest.raises(MismatchError, match="come out otherwise now"):
-        engine._Encoding(parts, spec, 1).do(filling.ShardPiece(task=task, shard=1))
+        engine._Encoding(parts, spec, 1).do(task_state.ShardRequest(task=task, shard=1))
 
 
 def test_decoding_processes_are_those_of_an_actor_unless_told(tiny_image_encoder: Path) -> None:

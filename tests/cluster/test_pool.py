@@ -17,7 +17,7 @@ import pytest
 from pieces import Pieces, refusing
 
 import apecache.cluster.pool as engine
-from apecache.cluster.pool import Pool, RaySpec, import_ray, open_pool
+from apecache.cluster.pool import ActorPool, RaySpec, import_ray, open_pool
 from apecache.errors import (
     BadRowsError,
     EncoderError,
@@ -34,7 +34,7 @@ SUPPORT = str(Path(__file__).parents[1] / "support")
 
 
 @pytest.fixture
-def pool(nodes: "Nodes", tmp_path: Path) -> Iterator[Pool]:
+def pool(nodes: "Nodes", tmp_path: Path) -> Iterator[ActorPool]:
     with open_pool(
         partial(Pieces, tmp_path),
         RaySpec(address=nodes.address, actors=2, losses=1),
@@ -62,7 +62,7 @@ def gone(log: Path, seconds: float = 20) -> bool:
     return not alive(log)
 
 
-def test_every_piece_is_done_once_and_lost_ones_again(pool: Pool, tmp_path: Path) -> None:
+def test_every_piece_is_done_once_and_lost_ones_again(pool: ActorPool, tmp_path: Path) -> None:
     """One test for what needs living actors: it is their start that takes time."""
     pieces = [f"sleep 0.0{i}" for i in range(7)]
     assert sorted(pool.run(pieces)) == [(piece, f"done {piece}") for piece in pieces]
@@ -144,7 +144,7 @@ with open_pool(partial(Pieces, Path({str(tmp_path)!r})), RaySpec(address={nodes.
 
 def test_an_actor_that_came_back_without_its_worker_has_lost_its_piece() -> None:
     actor = engine._Actor(".")
-    pool = object.__new__(Pool)
+    pool = object.__new__(ActorPool)
     pool.ray = SimpleNamespace(
         get=lambda ref: ref,
         exceptions=SimpleNamespace(RayTaskError=(), RayError=()),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apecache.data.decoding import Ahead, Preprocessed, in_threads, preprocess_ahead
+from apecache.data.decoding import PrefetchSpec, Preprocessed, in_threads, preprocess_ahead
 from apecache.data.images import LoadedImage, load_image
 from apecache.data.media import FolderMedia
 from apecache.errors import RowError
@@ -56,7 +56,7 @@ def small(loaded: LoadedImage[Image.Image]) -> list[Tensor]:
 
 def rows_of(
     folder: tuple[Path, list[str]],
-    ahead: Ahead,
+    ahead: PrefetchSpec,
     preprocess: Any = small,
 ) -> list[tuple[Any, ...]]:
     """Everything that came, copied while it was valid."""
@@ -84,7 +84,7 @@ def test_images_come_in_the_order_of_their_keys_with_bad_ones_between(
     images: int,
 ) -> None:
     root, keys = folder
-    rows = rows_of(folder, Ahead(workers=workers, images=images))
+    rows = rows_of(folder, PrefetchSpec(workers=workers, images=images))
     reasons = {i + 1: row[2][0] for i, row in enumerate(rows) if row[2]}
     expected = {width: "truncated" if width % 2 else "empty" for width in range(5, 49, 5)} | {
         10: "missing"
@@ -136,8 +136,8 @@ def test_what_brings_a_worker_down_costs_its_own_row_and_no_other(
     workers: int,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    whole = rows_of(good, Ahead(workers=0, images=7))
-    rows = rows_of(good, Ahead(workers=workers, images=7, hang_seconds=1.0), deadly)
+    whole = rows_of(good, PrefetchSpec(workers=0, images=7))
+    rows = rows_of(good, PrefetchSpec(workers=workers, images=7, hang_seconds=1.0), deadly)
     lost = {i + 1: row[2] for i, row in enumerate(rows) if row[2]}
     assert lost == {
         3: ("decoder-crash", "3.png: the decoder ended with exit status 7"),
@@ -161,7 +161,7 @@ def test_slow_is_not_hung_while_images_keep_coming(good: tuple[Path, list[str]])
         row
         for row in rows_of(
             (good[0], good[1][:10]),
-            Ahead(workers=2, images=4, hang_seconds=0.5),
+            PrefetchSpec(workers=2, images=4, hang_seconds=0.5),
             slow,
         )
         if row[2]
@@ -174,7 +174,7 @@ def test_a_consumer_that_takes_its_time_makes_nobody_hang(good: tuple[Path, list
         load=loader(good[0]),
         preprocess=small,
         shapes=[SHAPE, (1,)],
-        ahead=Ahead(workers=2, images=3, hang_seconds=0.1),
+        ahead=PrefetchSpec(workers=2, images=3, hang_seconds=0.1),
     ) as decoded:
         for row in decoded:
             time.sleep(0.15)
@@ -201,7 +201,7 @@ def test_leaving_early_stops_the_work(
         load=loader(good[0]),
         preprocess=logged,
         shapes=[SHAPE, (1,)],
-        ahead=Ahead(workers=workers, images=len(keys)),
+        ahead=PrefetchSpec(workers=workers, images=len(keys)),
     ) as decoded:
         next(decoded)
     at_exit = log.stat().st_size
@@ -224,7 +224,7 @@ def test_leaving_by_an_error_stops_the_work_too(
             load=loader(good[0]),
             preprocess=small,
             shapes=[SHAPE, (1,)],
-            ahead=Ahead(workers=workers, images=4),
+            ahead=PrefetchSpec(workers=workers, images=4),
         ) as decoded,
     ):
         next(decoded)
@@ -239,7 +239,7 @@ def test_an_image_that_the_encoder_cannot_take_is_a_bad_row(
     def refuse(loaded: LoadedImage[Image.Image]) -> list[Tensor]:
         raise ValueError("too narrow")
 
-    (row,) = rows_of((good[0], good[1][:1]), Ahead(workers=workers, images=1), refuse)
+    (row,) = rows_of((good[0], good[1][:1]), PrefetchSpec(workers=workers, images=1), refuse)
     assert row[1:] == ("", ("unusable", "1.png: too narrow"))
 
 
@@ -253,14 +253,14 @@ def test_a_defect_is_not_a_bad_row(
         raise TypeError("a defect" + "x" * 10_000)
 
     with pytest.raises(kind, match=r"x{100}"):
-        rows_of(good, Ahead(workers=workers, images=4), defect)
+        rows_of(good, PrefetchSpec(workers=workers, images=4), defect)
 
 
 def test_pixels_of_another_shape_than_announced_are_a_defect(good: tuple[Path, list[str]]) -> None:
     with pytest.raises(RuntimeError, match=r"torch.float32 \(3, 8, 8\) in place of \(1, 3, 8, 8\)"):
         rows_of(
             good,
-            Ahead(workers=2, images=4),
+            PrefetchSpec(workers=2, images=4),
             lambda loaded: [small(loaded)[0][0], small(loaded)[1]],
         )
 
@@ -273,7 +273,7 @@ def test_reasons_of_any_length_and_kind_arrive_cut_to_fit(
     def refuse(loaded: LoadedImage[Image.Image]) -> list[Tensor]:
         raise RowError("unusable", detail)
 
-    (row,) = rows_of((good[0], good[1][:1]), Ahead(workers=1, images=1), refuse)
+    (row,) = rows_of((good[0], good[1][:1]), PrefetchSpec(workers=1, images=1), refuse)
     assert row[2][0] == "unusable"
     assert len(row[2][1]) > 300
     assert detail.startswith(row[2][1])
@@ -298,7 +298,7 @@ def test_decoding_is_never_further_ahead_than_allowed(
         load=loader(good[0]),
         preprocess=logged,
         shapes=[SHAPE, (1,)],
-        ahead=Ahead(workers=workers, images=6),
+        ahead=PrefetchSpec(workers=workers, images=6),
     ) as decoded:
         for consumed, _ in enumerate(decoded, 1):
             time.sleep(0.005)
@@ -308,8 +308,8 @@ def test_decoding_is_never_further_ahead_than_allowed(
 
 def test_no_keys_are_no_rows(good: tuple[Path, list[str]]) -> None:
     assert (
-        rows_of((good[0], []), Ahead(workers=2, images=4))
-        == rows_of((good[0], []), Ahead(workers=0, images=4))
+        rows_of((good[0], []), PrefetchSpec(workers=2, images=4))
+        == rows_of((good[0], []), PrefetchSpec(workers=0, images=4))
         == []
     )
 

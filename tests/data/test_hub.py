@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from inputs import CAPTIONS, NAMES, image_bytes, structs, write_images
 
-from apecache.data.hub import HubMedia, Place
+from apecache.data.hub import HubMedia, HubRow
 from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair
 from apecache.data.sources import open_pairs
@@ -81,7 +81,7 @@ def test_images_that_are_files_are_read_below_the_data_set_only(tmp_path: Path) 
     write_images(tmp_path, ["out.png"])
     rows = [{"bytes": None, "path": path} for path in ("files/in.png", str(tmp_path / "out.png"))]
     table = made({"image": rows}, image=datasets.Image(decode=False))
-    places = {"a": Place(0, 0), "b": Place(0, 1)}
+    places = {"a": HubRow(0, 0), "b": HubRow(0, 1)}
     media = HubMedia(
         parts=(table.with_format("arrow"),),
         places=places,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from apecache.data.pairs import Pair, PairSource, Row, join_rows
+from apecache.data.pairs import Pair, PairSource, TableRow, join_rows
 from apecache.data.sources import open_pairs
 from apecache.errors import ManifestError
 from apecache.fingerprint import content_hash
@@ -71,14 +71,14 @@ def test_the_digest_is_the_same_wherever_the_table_lies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "other"),
     [
-        ("split", Row(line=9, image="a", captions=(), split="val", language="", label="x")),
-        ("label", Row(line=9, image="a", captions=(), split="train", language="", label="y")),
+        ("split", TableRow(line=9, image="a", captions=(), split="val", language="", label="x")),
+        ("label", TableRow(line=9, image="a", captions=(), split="train", language="", label="y")),
     ],
 )
-def test_one_image_has_one_split_and_one_label(what: str, other: Row) -> None:
+def test_one_image_has_one_split_and_one_label(what: str, other: TableRow) -> None:
     rows = [
-        Row(line=2, image="a", captions=(), split="train", language="", label="x"),
-        Row(line=3, image="b", captions=(), split="val", language="", label="y"),
+        TableRow(line=2, image="a", captions=(), split="train", language="", label="x"),
+        TableRow(line=3, image="b", captions=(), split="val", language="", label="y"),
         other,
     ]
     with pytest.raises(

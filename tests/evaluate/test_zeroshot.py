@@ -32,7 +32,7 @@ from apecache.evaluate.zeroshot import (
     classification_report,
     zero_shot,
 )
-from apecache.extraction.run import Standing
+from apecache.extraction.run import ExtractionState
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.runs.load import Embed
 
@@ -377,7 +377,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-def told(now: Standing) -> tuple[str, int, int]:
+def told(now: ExtractionState) -> tuple[str, int, int]:
     return now.modality, now.done, now.rows
 
 

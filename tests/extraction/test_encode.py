@@ -22,9 +22,9 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.encode import (
+    ArrayTarget,
     EncodedShard,
     ImageJob,
-    Target,
     TextJob,
     caption_error,
     encode_or_halve,
@@ -80,7 +80,7 @@ def image_job(
     return ImageJob(
         source=source,
         targets=(
-            Target(
+            ArrayTarget(
                 encoder=encoder,
                 record=record(encoder, rows=len(source), batch_size=batch, shard_rows=shard_rows),
             ),
@@ -105,7 +105,7 @@ def text_job(
     return TextJob(
         source=source,
         targets=(
-            Target(
+            ArrayTarget(
                 encoder=encoder,
                 record=record(encoder, rows=len(captions), batch_size=batch, shard_rows=shard_rows),
             ),
@@ -260,7 +260,9 @@ def test_keys_are_those_of_the_rows(
     assert [image.key(row) for row in range(12)] == source.keys
     text = TextJob(
         source=source,
-        targets=(Target(encoder=bert, record=record(bert, rows=24, batch_size=4, shard_rows=5)),),
+        targets=(
+            ArrayTarget(encoder=bert, record=record(bert, rows=24, batch_size=4, shard_rows=5)),
+        ),
     )
     assert [text.key(row) for row in range(24)] == [key for key in source.keys for _ in range(2)]
 

@@ -17,7 +17,7 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder
 from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import parse_encoder
-from apecache.extraction.encode import EncodedShard, ImageJob, Target
+from apecache.extraction.encode import ArrayTarget, EncodedShard, ImageJob
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
 
@@ -52,7 +52,7 @@ def shards(
     )
     job = ImageJob(
         source=source,
-        targets=(Target(encoder=encoder, record=record),),
+        targets=(ArrayTarget(encoder=encoder, record=record),),
         workers=workers,
         views=None,
         hang_seconds=hang_seconds,

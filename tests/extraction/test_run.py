@@ -23,7 +23,7 @@ import apecache.extraction.segments as segments
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import BadRowsError, DataError, IncompleteError, MismatchError, OptionError
-from apecache.extraction.run import ExtractReport, ExtractSpec, Standing, extract
+from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
 from apecache.fingerprint import Fingerprint, content_hash
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
@@ -850,7 +850,7 @@ def test_progress_counts_every_row_of_both_segments_once(
     tiny_image_encoder: Path,
     load_once: None,
 ) -> None:
-    seen: list[Standing] = []
+    seen: list[ExtractionState] = []
     spec = ExtractSpec(
         parse_encoder(f"timm:{tiny_image_encoder}", "image"),
         device="cpu",

@@ -23,9 +23,9 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, MismatchError, OptionError
 from apecache.extraction.arrays import prepare_arrays
-from apecache.extraction.run import ExtractReport, ExtractSpec, Standing, extract
+from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
 from apecache.extraction.segments import make_segment, split_source
-from apecache.extraction.shard_range import Part, parse_part
+from apecache.extraction.shard_range import ShardRange, parse_part
 from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
@@ -59,7 +59,7 @@ def runs() -> Iterator[PartRuns]:
 @given(st.integers(1, 50).flatmap(lambda count: st.tuples(st.integers(1, count), st.just(count))))
 def test_a_part_is_read_as_it_is_written(both: tuple[int, int]) -> None:
     number, count_value = both
-    part = Part(number=number, count=count_value)
+    part = ShardRange(number=number, count=count_value)
     assert parse_part(str(part)) == part
     assert part.whole == (both[1] == 1)
 
@@ -71,7 +71,7 @@ def test_every_shard_is_in_one_part_and_parts_differ_by_one_shard_at_most(
     n_shards: int,
 ) -> None:
     parts = [
-        [shard for shard in range(n_shards) if shard in Part(number=number, count=count)]
+        [shard for shard in range(n_shards) if shard in ShardRange(number=number, count=count)]
         for number in range(1, count + 1)
     ]
     assert sorted(shard for part in parts for shard in part) == list(range(n_shards))
@@ -167,12 +167,12 @@ def test_progress_is_that_of_the_part(
     parted: Callable[..., ExtractReport],
 ) -> None:
     parted(shapes_once, tmp_path / "store", "1/3")
-    seen: list[Standing] = []
+    seen: list[ExtractionState] = []
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     extract(
         open_pairs(shapes_once),
         store=tmp_path / "store",
-        spec=ExtractSpec(encoder, device="cpu", part=Part(number=2, count=3)),
+        spec=ExtractSpec(encoder, device="cpu", part=ShardRange(number=2, count=3)),
         progress=seen.append,
     )
     assert (seen[0].done, seen[-1].done) == (0, 5)

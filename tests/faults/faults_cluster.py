@@ -24,8 +24,8 @@ from typing import Any
 from faults_kill import check
 from tower import MODALITIES, NAME, TowerSpec, array_record, commit_shard, run, tree
 
-from apecache.cluster.filling import Filling, ShardDone, ShardPiece, Task, fill
 from apecache.cluster.pool import RaySpec, open_pool
+from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.storage.local import LocalFiles
 from apecache.store.layout import commit_name
 from apecache.store.writer import ArrayWriter
@@ -49,8 +49,8 @@ class TowerWorker:
         self.seconds = seconds
         (pids / str(os.getpid())).touch()
 
-    def do(self, piece: str | ShardPiece) -> list[Task] | ShardDone:
-        if not isinstance(piece, ShardPiece):
+    def do(self, piece: str | ShardRequest) -> list[Task] | ShardReport:
+        if not isinstance(piece, ShardRequest):
             run(self.store, self.spec, shards={modality: [] for modality in MODALITIES})
             return [
                 Task(folder=self.store, job=0, modality=modality, names=(NAME,))
@@ -65,7 +65,7 @@ class TowerWorker:
                 self.spec,
                 piece.shard,
             )
-        return ShardDone()
+        return ShardReport()
 
 
 def drive(
@@ -79,12 +79,13 @@ def drive(
     """Fill a store as the engine does; prints what it did, one line for each shard."""
     make = partial(TowerWorker, Path(store), TowerSpec(**spec), Path(pids), seconds)
     with open_pool(make, RaySpec(address=address, actors=actors)) as pool:
-        fillings = [Filling(task) for task in pool.first("prepare")]
+        task_states = [TaskState(task) for task in pool.first("prepare")]
         fill(
             pool,
-            fillings,
-            lambda filling, shard, *_: print(  # noqa: T201
-                f"{filling.task.modality}/{shard}", flush=True
+            task_states,
+            lambda task_state, shard, *_: print(  # noqa: T201
+                f"{task_state.task.modality}/{shard}",
+                flush=True,
             ),
         )
 

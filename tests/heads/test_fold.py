@@ -21,7 +21,7 @@ SPECS = {
         skip=True,
     ),
     "several": HeadSpec(
-        kind="several",
+        kind="ensemble",
         parts=(HeadSpec(dim=5), HeadSpec(kind="mlp", dim=3, width=4, skip=True)),
     ),
 }

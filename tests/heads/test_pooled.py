@@ -163,11 +163,11 @@ def test_a_dictionary_keeps_the_largest_similarities_to_its_entries() -> None:
 def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -> None:
     torch.manual_seed(0)
     image = HeadSpec(
-        kind="several",
+        kind="ensemble",
         parts=(HeadSpec(dim=4), HeadSpec(kind="identity"), HeadSpec(standardize=False)),
     )
     text = HeadSpec(
-        kind="several",
+        kind="ensemble",
         parts=(HeadSpec(), HeadSpec(kind="mlp", width=8), HeadSpec(kind="gated", dim=3)),
     )
     sides = [head.eval() for head in build_heads(image, text=text, image_dim=6, text_dim=5)]
@@ -187,14 +187,14 @@ def test_several_heads_stand_side_by_side_and_a_cosine_is_the_mean_of_theirs() -
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "several"}, "go together"),
+        ({"kind": "ensemble"}, "go together"),
         ({"parts": [{}]}, "go together"),
         (
-            {"kind": "several", "parts": [{"kind": "several", "parts": [{}]}]},
+            {"kind": "ensemble", "parts": [{"kind": "ensemble", "parts": [{}]}]},
             "parts are single heads",
         ),
         (
-            {"kind": "several", "parts": [{}, {"kind": "anchors"}]},
+            {"kind": "ensemble", "parts": [{}, {"kind": "anchors"}]},
             "all on pooled features or all on tokens",
         ),
     ],
@@ -205,13 +205,13 @@ def test_parts_that_make_no_sense_are_refused(spec: dict[str, object], message: 
 
 
 def test_parts_meet_one_by_one() -> None:
-    two = HeadSpec(kind="several", parts=(HeadSpec(dim=4), HeadSpec(dim=4)))
+    two = HeadSpec(kind="ensemble", parts=(HeadSpec(dim=4), HeadSpec(dim=4)))
     with pytest.raises(ValueError, match="as many parts: image 2, text 0"):
         build_heads(two, text=HeadSpec(dim=4), image_dim=6, text_dim=5)
     with pytest.raises(ValueError, match="different widths: image 4, text 3"):
         build_heads(
             two,
-            text=HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(dim=3))),
+            text=HeadSpec(kind="ensemble", parts=(HeadSpec(), HeadSpec(dim=3))),
             image_dim=6,
             text_dim=5,
         )

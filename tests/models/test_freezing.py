@@ -15,7 +15,7 @@ from apecache.errors import RecipeError
 from apecache.heads.build import build_heads
 from apecache.models.adapters import insert_adapters
 from apecache.models.freezing import (
-    Match,
+    FreezeDecision,
     count_trained,
     find_cut,
     freeze_towers,
@@ -44,11 +44,15 @@ def frozen(part: str) -> dict[str, Any]:
     return {"part": part, "train": False}
 
 
-def trained_names(matches: tuple[Match, ...], side: str) -> set[str]:
+def trained_names(matches: tuple[FreezeDecision, ...], side: str) -> set[str]:
     return {m.part.name for m in matches if m.train and m.side == side}
 
 
-def freeze(tower: Tower, how: TowersSpec, head: nn.Module | None = None) -> tuple[Match, ...]:
+def freeze(
+    tower: Tower,
+    how: TowersSpec,
+    head: nn.Module | None = None,
+) -> tuple[FreezeDecision, ...]:
     return freeze_towers([(tower, head or nn.Identity())], how)
 
 

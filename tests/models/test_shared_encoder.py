@@ -306,7 +306,10 @@ def test_it_learns_and_is_served_as_it_was_measured(
     assert report.cached == ()
     found = embed_store(load_run(tmp_path / "run"), store=data[0], split="val", open_image=data[1])
     served = retrieval_report(
-        found.image, found.text, found.image_of_text, relevance=found.relevance
+        found.image,
+        found.text,
+        found.image_of_text,
+        relevance=found.relevance,
     )
     assert_close_reports(served, report.dev)
     assert not any(".bank." in name for name in read_tensors(tmp_path / "run" / WEIGHTS)[0])

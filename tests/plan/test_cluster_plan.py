@@ -26,7 +26,7 @@ from apecache.encoders.tower import Tower
 from apecache.errors import OptionError
 from apecache.plan.cluster_plan import ClusterPlan, ClusterSpec, plan_cluster
 from apecache.plan.counting import PlanSpec
-from apecache.plan.counting_shared import Taught
+from apecache.plan.counting_shared import TeacherSizes
 from apecache.plan.devices import Device
 from apecache.plan.plan import Cuts, Plan, plan
 from apecache.recipes.recipe import load_recipe
@@ -239,7 +239,7 @@ def test_a_teacher_is_one_of_the_arrays() -> None:
         spec,
         ClusterSpec(nodes=2),
         *settings,
-        teacher=lambda: Taught(dim=8, flops=10**6),
+        teacher=lambda: TeacherSizes(dim=8, flops=10**6),
     )
     (teacher,) = found.arrays
     assert (teacher.name, teacher.rows, teacher.row_bytes) == ("teacher", 100, 16)

@@ -24,7 +24,7 @@ from apecache.errors import EncoderError, OptionError, RecipeError
 from apecache.models.adapters import insert_adapters
 from apecache.models.dual_encoder import Teacher, build_shared
 from apecache.plan.counting import PlanSpec, SidePlan, example, measure
-from apecache.plan.counting_shared import Taught, count_teacher
+from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import DEVICES, Device, block_flops, find_device
 from apecache.plan.plan import Plan, plan
 from apecache.recipes.recipe import load_recipe
@@ -352,7 +352,13 @@ def test_activations_and_operations_are_those_of_a_real_step(name: str) -> None:
         model.loss(model.image.outputs(pictures(2)), model.text.outputs(ids, mask), rows).backward()
     towers = (partial(on_meta, small_vit), partial(on_meta, small_bert))
     spec = PlanSpec(rows=2, tokens=ids.shape[1])
-    counted = plan(recipe, *towers, spec, UNIT, lambda: Taught(dim=5)).without_cache.step_flops
+    counted = plan(
+        recipe,
+        *towers,
+        spec,
+        UNIT,
+        lambda: TeacherSizes(dim=5),
+    ).without_cache.step_flops
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

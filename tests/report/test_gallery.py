@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from apecache.report import Gallery, Hit, Page, Result, thumbnail
+from apecache.report import Gallery, Page, QueryExample, Result, thumbnail
 
 PREFIX = "data:image/jpeg;base64,"
 PICTURE = thumbnail(Image.new("RGB", (8, 8), "red"))
@@ -154,20 +154,23 @@ class TestImages:
         with pytest.raises(ValueError, match="an image must be"):
             Result(image=uri, text="caption", score=0.5, correct=True)
         with pytest.raises(ValueError, match="an image must be"):
-            Hit(query_text=None, query_image=uri, results=(), rank=1)
+            QueryExample(query_text=None, query_image=uri, results=(), rank=1)
 
     def test_thumbnails_are_images(self):
         assert Result(image=PICTURE, text="caption", score=0.5, correct=True).image == PICTURE
-        assert Hit(query_text=None, query_image=PICTURE, results=(), rank=1).query_image == PICTURE
+        assert (
+            QueryExample(query_text=None, query_image=PICTURE, results=(), rank=1).query_image
+            == PICTURE
+        )
 
     def test_a_query_needs_a_text_or_an_image(self):
         with pytest.raises(ValueError, match="query text"):
-            Hit(query_text=None, query_image=None, results=(), rank=1)
+            QueryExample(query_text=None, query_image=None, results=(), rank=1)
 
     @pytest.mark.parametrize("rank", [0, -3])
     def test_ranks_start_at_one(self, rank):
         with pytest.raises(ValueError, match="start at 1"):
-            Hit(query_text="a cat", query_image=None, results=(), rank=rank)
+            QueryExample(query_text="a cat", query_image=None, results=(), rank=rank)
 
 
 RIGHT = Result(image=PICTURE, text="a red square", score=0.41239, correct=True)
@@ -186,7 +189,7 @@ class TestGallery:
         shown = (
             parse(
                 gallery_page(
-                    Hit(query_text="red", query_image=None, results=(WRONG, RIGHT), rank=2)
+                    QueryExample(query_text="red", query_image=None, results=(WRONG, RIGHT), rank=2)
                 )
             )
             .all("ol")[0]
@@ -209,7 +212,11 @@ class TestGallery:
     )
     def test_the_query_says_whether_it_was_found(self, parse, results, rank, mark, words):
         text = (
-            parse(gallery_page(Hit(query_text="red", query_image=None, results=results, rank=rank)))
+            parse(
+                gallery_page(
+                    QueryExample(query_text="red", query_image=None, results=results, rank=rank)
+                )
+            )
             .all("div", "query")[0]
             .text
         )
@@ -221,7 +228,7 @@ class TestGallery:
             p.text
             for p in parse(
                 gallery_page(
-                    Hit(query_text="red", query_image=None, results=(RIGHT, WRONG), rank=1)
+                    QueryExample(query_text="red", query_image=None, results=(RIGHT, WRONG), rank=1)
                 )
             ).all("p", "score")
         ]
@@ -230,7 +237,9 @@ class TestGallery:
 
     def test_images_are_inline_and_have_an_alternative_text(self, parse):
         images = parse(
-            gallery_page(Hit(query_text=None, query_image=PICTURE, results=(RIGHT, WRONG), rank=1))
+            gallery_page(
+                QueryExample(query_text=None, query_image=PICTURE, results=(RIGHT, WRONG), rank=1)
+            )
         ).all("img")
         assert [image.attributes["src"] for image in images] == [PICTURE, PICTURE]
         assert all(image.attributes["alt"] for image in images)
@@ -239,7 +248,7 @@ class TestGallery:
         text = (
             parse(
                 gallery_page(
-                    Hit(query_text="red thing", query_image=None, results=(RIGHT,), rank=1)
+                    QueryExample(query_text="red thing", query_image=None, results=(RIGHT,), rank=1)
                 )
             )
             .all("section", "gallery")[0]

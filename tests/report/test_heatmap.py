@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from apecache.evaluate.scout import ScoutReport, ScoutRow
-from apecache.metrics.geometry import Likeness
+from apecache.metrics.geometry import FeatureSimilarity
 from apecache.report.charts.heatmap import HeatMap, render_heat_maps, scout_maps
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -75,7 +75,7 @@ def test_a_scout_is_drawn_once_for_each_measure_with_layers_in_their_order() -> 
     images = ("vit-mean-layer10", "vit-mean-layer2", "vit")
     texts = ("bert-mean-layer1", "bert")
     rows = [
-        ScoutRow(image=image, text=text, likeness=Likeness(cka=i / 10, mutual_knn=t / 10, image_to_text=i, text_to_image=10 * t))
+        ScoutRow(image=image, text=text, likeness=FeatureSimilarity(cka=i / 10, mutual_knn=t / 10, image_to_text=i, text_to_image=10 * t))
         for i, image in enumerate(images) for t, text in enumerate(texts)
     ]  # fmt: skip
     recall, cka, knn = scout_maps(

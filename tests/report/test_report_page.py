@@ -29,7 +29,7 @@ from apecache.report.records import (
     settings_table,
 )
 from apecache.report.report_page import ReportSpec, dev_images, report_page
-from apecache.runs.ensemble import combine_heads
+from apecache.runs.ensemble import ensemble_heads
 from apecache.runs.heads import load_heads, save_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
@@ -270,7 +270,7 @@ def test_a_combination_is_measured_on_a_split(
     tmp_path: Path,
 ) -> None:
     save_heads(
-        combine_heads([load_heads(runs["first"]), load_heads(runs["faster"])]),
+        ensemble_heads([load_heads(runs["first"]), load_heads(runs["faster"])]),
         tmp_path / "both",
     )
     with pytest.raises(DataError, match="says nothing of a dev split"):

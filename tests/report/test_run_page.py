@@ -22,7 +22,7 @@ from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.relevance import Relevance
 from apecache.report import Page
-from apecache.report.gallery import IMAGE_PREFIX, Hit
+from apecache.report.gallery import IMAGE_PREFIX, QueryExample
 from apecache.report.run_page import learning_charts, retrieval_galleries, spread
 from apecache.runs.folder import read_history
 from apecache.runs.heads import TrainedHeads, load_heads
@@ -116,7 +116,7 @@ def rank_by_definition(embedded: Embeddings, text: int) -> int:
     return sum(score >= scores[own] for score in scores)
 
 
-def text_of(hit: Hit, store: FeatureStore, embedded: Embeddings) -> int:
+def text_of(hit: QueryExample, store: FeatureStore, embedded: Embeddings) -> int:
     """The row of a gallery item's caption (captions of this table are all different)."""
     captions = [store.pairs.captions[row] for row in embedded.text_rows]
     assert captions.count(hit.query_text) == 1

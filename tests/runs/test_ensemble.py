@@ -9,7 +9,7 @@ from apecache.errors import MismatchError, OptionError
 from apecache.fingerprint import Fingerprint
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
-from apecache.runs.ensemble import combine_heads
+from apecache.runs.ensemble import ensemble_heads
 from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads, save_heads
 
 PAIRS = (
@@ -45,7 +45,7 @@ def cosines(heads: TrainedHeads) -> torch.Tensor:
 
 def test_cosines_are_the_mean_of_the_runs_also_from_disk(tmp_path: Path) -> None:
     runs = [make(number) for number in range(3)]
-    combined = combine_heads(runs)
+    combined = ensemble_heads(runs)
     wanted = sum(cosines(run) for run in runs) / 3
     torch.testing.assert_close(cosines(combined), wanted)
     save_heads(combined, tmp_path / "run")
@@ -59,12 +59,12 @@ def test_cosines_are_the_mean_of_the_runs_also_from_disk(tmp_path: Path) -> None
 
 def test_a_combination_can_be_combined_again() -> None:
     runs = [make(number) for number in range(3)]
-    again = combine_heads([combine_heads(runs[:2]), runs[2]])
+    again = ensemble_heads([ensemble_heads(runs[:2]), runs[2]])
     torch.testing.assert_close(cosines(again), sum(cosines(run) for run in runs) / 3)
 
 
 def test_runs_of_other_encoders_and_single_runs_are_refused() -> None:
     with pytest.raises(MismatchError, match="run 2: its image head is not of the encoder"):
-        combine_heads([make(0), make(1, encoder="resnet")])
+        ensemble_heads([make(0), make(1, encoder="resnet")])
     with pytest.raises(OptionError, match="give at least two to combine"):
-        combine_heads([make(0)])
+        ensemble_heads([make(0)])

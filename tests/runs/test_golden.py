@@ -1,7 +1,7 @@
 """Golden runs: a run folder of every released form is read and embeds as it did when it was made.
 
-`tests/golden/run-1` was fitted by version 0.1.0 before its modules were moved. It is never made anew: it stands for the
-runs that people have.
+`tests/golden/run-1` was fitted by version 0.1.0 before its modules were moved. It is never made
+anew: it stands for the runs that people have.
 """
 
 import json

@@ -34,10 +34,10 @@ PAIRS = {
     "anchors": (HeadSpec(kind="anchors", dim=4), HeadSpec(kind="attention")),
     "several": (
         HeadSpec(
-            kind="several",
+            kind="ensemble",
             parts=(HeadSpec(kind="gated", dim=4, expansion=2), HeadSpec(kind="identity")),
         ),
-        HeadSpec(kind="several", parts=(HeadSpec(), HeadSpec(kind="mlp", width=3))),
+        HeadSpec(kind="ensemble", parts=(HeadSpec(), HeadSpec(kind="mlp", width=3))),
     ),
     "dictionary": (
         HeadSpec(kind="dictionary", dim=7, top=3),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from apecache.errors import RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.report.run_page import ledger_table
-from apecache.runs.ledger import Extraction, load_ledger, runs_until_paid
+from apecache.runs.ledger import ExtractionSeconds, load_ledger, runs_until_paid
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
@@ -258,7 +258,7 @@ def test_a_cache_that_is_slower_than_the_encoders_never_pays(
 ) -> None:
     assert (
         runs_until_paid(
-            Extraction(image_seconds=1.0, text_seconds=1.0, seconds=100.0),
+            ExtractionSeconds(image_seconds=1.0, text_seconds=1.0, seconds=100.0),
             n_images=50,
             n_samples=50,
             loading_seconds=loading,

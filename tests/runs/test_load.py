@@ -92,7 +92,10 @@ def test_a_store_is_embedded_as_training_measured_it(
         open_image=open_image,
     )
     served = retrieval_report(
-        found.image, found.text, found.image_of_text, relevance=found.relevance
+        found.image,
+        found.text,
+        found.image_of_text,
+        relevance=found.relevance,
     )
     assert_close_reports(served, dev)
     again = image_embedder(load_run(run).image, "cpu")(
@@ -237,8 +240,11 @@ def test_a_trained_image_tower_needs_its_images(
 
 
 def test_combine_refuses_it(runs: Any, tiny_run: Path, tmp_path: Path) -> None:
-    refused = call("combine", tiny_run, runs["lit"][0], "--out", tmp_path / "both")
-    assert (refused.exit_code, "combine takes runs of fit-head only" in refused.output) == (3, True)
+    refused = call("ensemble", tiny_run, runs["lit"][0], "--out", tmp_path / "both")
+    assert (refused.exit_code, "ensemble takes runs of fit-head only" in refused.output) == (
+        3,
+        True,
+    )
 
 
 def test_an_encoder_that_has_moved(

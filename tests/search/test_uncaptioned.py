@@ -322,13 +322,13 @@ def test_the_page_of_an_index_without_captions_finds_images(
     tmp_path: Path,
 ) -> None:
     from apecache.data.media import NoMedia
-    from apecache.report.search_page import Asked, SearchPage
+    from apecache.report.search_page import SearchPage, SearchRequest
 
     build_index(tiny_run, image_only, tmp_path / "index")
     page = SearchPage(SearchIndex.open(tmp_path / "index", device="cpu"), NoMedia())
-    status, text = page.answer(Asked(like=(0,)))
+    status, text = page.answer(SearchRequest(like=(0,)))
     assert (status, "12 images, 0 captions" in text) == (200, True)
-    status, text = page.answer(Asked(like=(0,), target="captions"))
+    status, text = page.answer(SearchRequest(like=(0,), target="captions"))
     assert (status, "The index holds no captions." in text) == (400, True)
 
 

@@ -6,8 +6,9 @@ from apecache.metrics.retrieval import RetrievalReport
 def assert_close_reports(report: RetrievalReport, measured: RetrievalReport) -> None:
     """Check that two reports agree up to the rounding of another batch size.
 
-    Kernels are chosen by the shape of a batch, so two candidates that score almost alike may change places on one
-    processor and not on the next. One query of a few dozen may change; another model would change many.
+    Kernels are chosen by the shape of a batch, so two candidates that score almost alike may change
+    places on one processor and not on the next. One query of a few dozen may change; another model
+    would change many.
     """
     assert (report.n_images, report.n_texts) == (measured.n_images, measured.n_texts)
     assert report.chance_image_to_text == measured.chance_image_to_text

@@ -4,7 +4,7 @@ import re
 
 from PIL import Image
 
-from apecache.report import Chart, Curve, Gallery, Hit, Page, Result, Table, thumbnail
+from apecache.report import Chart, Curve, Gallery, Page, QueryExample, Result, Table, thumbnail
 
 PICTURE = thumbnail(Image.new("RGB", (8, 8), "red"))
 
@@ -69,8 +69,8 @@ def page_of(text):
                 title=text,
                 note=text,
                 items=(
-                    Hit(query_text=text, query_image=PICTURE, results=(result,), rank=1),
-                    Hit(query_text=text, query_image=None, results=(result,), rank=None),
+                    QueryExample(query_text=text, query_image=PICTURE, results=(result,), rank=1),
+                    QueryExample(query_text=text, query_image=None, results=(result,), rank=None),
                 ),
             ),
         ),

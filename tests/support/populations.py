@@ -9,7 +9,7 @@ from torch import Tensor
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
-from apecache.train.loop import Plan, Training, run_training, seeded
+from apecache.train.loop import StepCount, Training, run_training, seeded
 
 CPU = torch.device("cpu")
 
@@ -34,13 +34,17 @@ TRAIN = pairs(160, 0)
 DEV = pairs(32, 1)
 
 
-def make(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> tuple[Training, Plan]:
+def make(
+    settings: Sequence[str],
+    seed: int,
+    train: FeaturePairs = TRAIN,
+) -> tuple[Training, StepCount]:
     recipe = load_recipe(SMALL, settings)
     return Training(
         initial_model(recipe, train=train, dev=DEV, seed=seed)[0],
         recipe,
         seed,
-    ), Plan.of(recipe, train)
+    ), StepCount.of(recipe, train)
 
 
 def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> Training:

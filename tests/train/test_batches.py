@@ -291,7 +291,9 @@ def test_where_no_images_are_equal_the_dev_split_is_drawn_as_without_their_conte
     table = table_of(["train"] * 60)
     spec = SplitSpec(dev_images=6, seed=3)
     for mask, same in zip(
-        choose_splits(table, spec), choose_splits(table, spec, np.arange(60)), strict=True
+        choose_splits(table, spec),
+        choose_splits(table, spec, np.arange(60)),
+        strict=True,
     ):
         assert (mask == same).all()
 

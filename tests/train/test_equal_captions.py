@@ -18,7 +18,7 @@ from apecache.runs.folder import read_history
 from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.population.population import train_together
-from apecache.sweeps.population.stacked_heads import Streams
+from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches
 from apecache.train.fit_head import FitReport, fit_head
@@ -26,7 +26,7 @@ from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import n_negatives
 from apecache.train.lint.heads import lint_plan
-from apecache.train.loop import Plan, Training, run_training, seeded
+from apecache.train.loop import StepCount, Training, run_training, seeded
 
 LABELS = ("shirt", "dress", "shoe", "hat", "coat")
 N_TRAIN = 120
@@ -189,11 +189,11 @@ def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> N
         return Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
 
     members = [made(recipe) for recipe in recipes]
-    plan = Plan.of(recipes[0], train)
+    plan = StepCount.of(recipes[0], train)
     assert (
         train_together(
             members,
-            streams=Streams.seeded([1, 1], torch.device("cpu")),
+            streams=MemberGenerators.seeded([1, 1], torch.device("cpu")),
             train=train,
             dev=dev,
             plan=plan,

@@ -134,7 +134,10 @@ def test_what_was_learned_holds_on_the_split_that_was_never_read(
 ) -> None:
     embedded = embed_store(load_heads(fitted.run), store, "val")
     report = retrieval_report(
-        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
     )
     assert report.n_images == N_VAL
     assert report.text_to_image[1] > 10 * report.chance_text_to_image[1]
@@ -180,7 +183,10 @@ def test_every_recipe_of_the_zoo_fits_real_features(
     embedded = embed_store(heads, store, "val")
     assert (
         retrieval_report(
-            embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+            embedded.image,
+            embedded.text,
+            embedded.image_of_text,
+            relevance=embedded.relevance,
         )
         == report.dev
     )
@@ -241,7 +247,10 @@ def test_closed_forms_find_planted_pairs_without_a_step(
     heads = load_heads(tmp_path / "run")
     embedded = embed_store(heads, store, "val")
     found = retrieval_report(
-        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
     )
     assert found.text_to_image[5] > 3 * found.chance_text_to_image[5]
     if name == "csa":
@@ -457,7 +466,10 @@ def test_the_best_epoch_on_dev_is_kept_even_if_later_ones_are_worse(
     embedded = embed_store(load_heads(tmp_path / "run"), shuffled, "dev")
     assert (
         retrieval_report(
-            embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+            embedded.image,
+            embedded.text,
+            embedded.image_of_text,
+            relevance=embedded.relevance,
         )
         == report.dev
     )
@@ -477,7 +489,10 @@ def test_the_untrained_head_is_reported_and_never_kept(store: FeatureStore, tmp_
 def test_untrained_heads_are_those_of_epoch_zero(store: FeatureStore, fitted: FitReport) -> None:
     embedded = embed_store(untrained_heads(store, make_recipe(), CPU), store, "dev")
     found = retrieval_report(
-        embedded.image, embedded.text, embedded.image_of_text, relevance=embedded.relevance
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
     )
     assert found == fitted.untrained
 
@@ -699,8 +714,8 @@ LEARNS = {
     "structure": ["loss.structure=1.0", "loss.structure_warmup=10"],
     "accumulation": ["schedule.accumulate=2", "schedule.epochs=10"],
     "several": [
-        "image={kind='several', parts=[{dim=8}, {kind='identity'}]}",
-        "text={kind='several', parts=[{}, {kind='mlp', width=16}]}",
+        "image={kind='ensemble', parts=[{dim=8}, {kind='identity'}]}",
+        "text={kind='ensemble', parts=[{}, {kind='mlp', width=16}]}",
     ],
 }
 

@@ -64,7 +64,10 @@ def test_token_recipes_learn_from_a_store_of_tokens_and_are_evaluated_on_it(
     heads = apecache.load_heads(tmp_path / "run")
     found = apecache.embed_store(heads, store, "val")
     again = apecache.retrieval_report(
-        found.image, found.text, found.image_of_text, relevance=found.relevance
+        found.image,
+        found.text,
+        found.image_of_text,
+        relevance=found.relevance,
     )
     assert again.image_to_text == pytest.approx(report.dev.image_to_text)
     assert again.text_to_image == pytest.approx(report.dev.text_to_image)

@@ -67,8 +67,8 @@ def test_a_batch_of_many_logits_is_tiled_and_costs_the_same(
 
 def test_several_heads_have_a_loss_each() -> None:
     model, _ = make(
-        "image={kind='several', parts=[{}, {dim=4}]}",
-        "text={kind='several', parts=[{dim=5}, {kind='mlp'}]}",
+        "image={kind='ensemble', parts=[{}, {dim=4}]}",
+        "text={kind='ensemble', parts=[{dim=5}, {kind='mlp'}]}",
     )
     data = pairs()
     scale = model.temperature.scale()

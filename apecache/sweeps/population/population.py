@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
-from apecache.heads.head import SeveralHeads
+from apecache.heads.head import EnsembleHead
 from apecache.losses.objective import TILED_FROM
-from apecache.sweeps.population.slab import Slab
-from apecache.sweeps.population.stacked_heads import Streams, structure_of
+from apecache.sweeps.population.member_group import MemberGroup
+from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
 from apecache.train.loop import (
-    Plan,
+    StepCount,
     Training,
     end_epoch,
     evaluate_untrained,
@@ -48,7 +48,7 @@ STANDARDIZED_BYTES = 2**29
 
 def split_members(
     members: Sequence[Training],
-    plans: Sequence[Plan],
+    plans: Sequence[StepCount],
     most: int,
     max_bytes: int,
 ) -> list[list[int]]:
@@ -81,7 +81,7 @@ def _in_slices(positions: list[int], size: int) -> Iterator[list[int]]:
         yield positions[begin : begin + size]
 
 
-def stack_key(member: Training, plan: Plan) -> Hashable | None:
+def stack_key(member: Training, plan: StepCount) -> Hashable | None:
     """Return a key that is equal for members that can train together; None for one that cannot."""
     recipe = member.recipe
     structures = (structure_of(member.model.image), structure_of(member.model.text))
@@ -131,8 +131,8 @@ def _width(head: nn.Module) -> int:
 class Population:
     """Train members together, at the same step.
 
-    On a CPU members take turns, an epoch each, in slabs whose activations stay in its caches. On
-    other devices all of them make one slab.
+    On a CPU members take turns, an epoch each, in groups whose activations stay in its caches. On
+    other devices all of them make one group.
 
     Args:
         members: At least two, of one `stack_key`.
@@ -143,20 +143,25 @@ class Population:
         failures: Why a member is no longer among the `present` ones, by its position.
     """
 
-    def __init__(self, members: Sequence[Training], streams: Streams, plan: Plan) -> None:
+    def __init__(
+        self,
+        members: Sequence[Training],
+        streams: MemberGenerators,
+        plan: StepCount,
+    ) -> None:
         self.members = list(members)
         self.streams = streams
         self.plan = plan
         self.failures: dict[int, str] = {}
         positions = list(range(len(members)))
         size = len(members) if streams.device.type != "cpu" else slab_size(members[0])
-        self.slabs = [
-            self._slab(positions_of_slab) for positions_of_slab in _in_slices(positions, size)
+        self.groups = [
+            self._group(group_positions) for group_positions in _in_slices(positions, size)
         ]
         self._fed: tuple[FeaturePairs, FeaturePairs] | None = None
 
-    def _slab(self, positions: list[int]) -> Slab:
-        return Slab(
+    def _group(self, positions: list[int]) -> MemberGroup:
+        return MemberGroup(
             positions,
             members=[self.members[i] for i in positions],
             streams=self.streams.of(positions),
@@ -166,22 +171,22 @@ class Population:
     @property
     def present(self) -> list[int]:
         """Positions of the members that still train."""
-        return [position for slab in self.slabs for position in slab.places]
+        return [position for group in self.groups for position in group.places]
 
     def drop(self, places: Sequence[int]) -> None:
         """Take members out by their positions; their weights stay unchanged."""
-        slabs = []
-        for slab in self.slabs:
-            remaining = [position for position in slab.places if position not in places]
-            if len(remaining) == len(slab.places):
+        groups = []
+        for group in self.groups:
+            remaining = [position for position in group.places if position not in places]
+            if len(remaining) == len(group.places):
                 if remaining:
-                    slabs.append(slab)
+                    groups.append(group)
                 continue
             # Members get weights outside the old stack before those that stay are stacked anew.
-            slab.release()
+            group.release()
             if remaining:
-                slabs.append(self._slab(remaining))
-        self.slabs = slabs
+                groups.append(self._group(remaining))
+        self.groups = groups
 
     def release(self) -> None:
         """Give members weights outside the stacks. Call it last."""
@@ -205,8 +210,8 @@ class Population:
     def take_steps(self, train: FeaturePairs) -> None:
         """Take the steps of an epoch with all present members."""
         fed = self._standardized(train)
-        for slab in self.slabs:
-            slab.take_steps(fed, fed is not train)
+        for group in self.groups:
+            group.take_steps(fed, fed is not train)
 
     def _standardized(self, train: FeaturePairs) -> FeaturePairs:
         """Return the features as all heads see them, made once.
@@ -240,7 +245,7 @@ def _needs_raw_features(member: Training) -> bool:
         spec.noise
         or spec.mixup
         or member.recipe.loss.structure
-        or isinstance(member.model.image, SeveralHeads)
+        or isinstance(member.model.image, EnsembleHead)
     )
 
 
@@ -273,10 +278,10 @@ def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
 
 def train_together(
     members: Sequence[Training],
-    streams: Streams,
+    streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
+    plan: StepCount,
     n_epochs: int,
     save: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
@@ -337,7 +342,7 @@ def _failed(members: Sequence[Training]) -> dict[int, str]:
 
 def members_state(
     members: Sequence[Training],
-    streams: Streams,
+    streams: MemberGenerators,
 ) -> tuple[dict[str, Tensor], dict[str, Json]]:
     """Return the tensors and state of all members for one checkpoint.
 
@@ -357,7 +362,7 @@ def members_state(
 
 def restore_members(
     members: Sequence[Training],
-    streams: Streams,
+    streams: MemberGenerators,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Json],
 ) -> None:
@@ -381,10 +386,10 @@ def restore_members(
 
 def _train_alone(
     member: Training,
-    streams: Streams,
+    streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,
-    plan: Plan,
+    plan: StepCount,
     n_epochs: int,
     save: Callable[[], None],
 ) -> dict[int, str]:

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from apecache.heads.head import Head, SeveralHeads
+from apecache.heads.head import EnsembleHead, Head
 from apecache.heads.pooled import FuseMixBlock, GatedUnit, PooledHead, ResidualBlock
 
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU)
 _SHELLS = (
     PooledHead,
-    SeveralHeads,
+    EnsembleHead,
     ResidualBlock,
     FuseMixBlock,
     GatedUnit,
@@ -28,7 +28,7 @@ _SHELLS = (
 _ATEN = torch.ops.aten
 
 
-class Streams:
+class MemberGenerators:
     """Hold random states of torch's own generators, one for each member.
 
     Args:
@@ -41,19 +41,19 @@ class Streams:
         self.device = device
 
     @staticmethod
-    def seeded(seeds: Sequence[int], device: torch.device) -> "Streams":
+    def seeded(seeds: Sequence[int], device: torch.device) -> "MemberGenerators":
         """Make a state from each seed; the generators of the caller stay unchanged."""
-        streams = Streams([], device)
+        streams = MemberGenerators([], device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for seed in seeds:
                 torch.manual_seed(seed)
                 streams.states.append(streams._present())
         return streams
 
-    def of(self, members: Sequence[int]) -> "Streams":
+    def of(self, members: Sequence[int]) -> "MemberGenerators":
         """Return the states of some members. They are shared with these streams, not copied."""
         states = [self.states[i] for i in members]
-        return Streams(states, self.device)
+        return MemberGenerators(states, self.device)
 
     @contextmanager
     def use(self, member: int) -> Iterator[None]:
@@ -95,7 +95,7 @@ def structure_of(head: Head) -> tuple[object, ...] | None:
     return tuple(modules), tuple(parameters)
 
 
-class Stack:
+class StackedParameter:
     """Hold a parameter of all members [k, …] and its gradient; the members have views of both.
 
     The first gradient after `StackedHeads.forget` replaces the old one; later ones are added.
@@ -155,8 +155,8 @@ class StackedHeads:
     Member i sees features[i].
     """
 
-    def __init__(self, heads: Sequence[Head], streams: Streams) -> None:
-        self.joined: list[Stack] = []
+    def __init__(self, heads: Sequence[Head], streams: MemberGenerators) -> None:
+        self.joined: list[StackedParameter] = []
         self._head = _head(heads, streams, self.joined)
 
     def forward(self, features: Tensor, standardized: bool = False) -> Tensor:
@@ -178,17 +178,26 @@ class StackedHeads:
             stack.release()
 
 
-def _head(heads: Sequence[Any], streams: Streams, joined: list[Stack]) -> "_Pooled | _Several":
-    if not isinstance(heads[0], SeveralHeads):
+def _head(
+    heads: Sequence[Any],
+    streams: MemberGenerators,
+    joined: list[StackedParameter],
+) -> "_Pooled | _Ensemble":
+    if not isinstance(heads[0], EnsembleHead):
         return _Pooled(heads, streams, joined)
     stacked_parts = []
     for same_part in zip(*(head.parts for head in heads), strict=True):
         stacked_parts.append(_head(same_part, streams, joined))
-    return _Several(stacked_parts, heads)
+    return _Ensemble(stacked_parts, heads)
 
 
 class _Pooled:
-    def __init__(self, heads: Sequence[Any], streams: Streams, joined: list[Stack]) -> None:
+    def __init__(
+        self,
+        heads: Sequence[Any],
+        streams: MemberGenerators,
+        joined: list[StackedParameter],
+    ) -> None:
         self.mean = torch.stack([head.mean for head in heads]).unsqueeze(1)
         self.deviation = torch.stack([head.deviation for head in heads]).unsqueeze(1)
 
@@ -225,8 +234,8 @@ class _Pooled:
         del self.embedded
 
 
-class _Several:
-    def __init__(self, parts: list["_Pooled | _Several"], heads: Sequence[SeveralHeads]) -> None:
+class _Ensemble:
+    def __init__(self, parts: list["_Pooled | _Ensemble"], heads: Sequence[EnsembleHead]) -> None:
         self.parts = parts
         self.widths = heads[0].widths
 
@@ -242,7 +251,11 @@ class _Several:
             head.backward(head_gradient)
 
 
-def _layer(modules: Sequence[Any], streams: Streams, joined: list[Stack]) -> _Layer:
+def _layer(
+    modules: Sequence[Any],
+    streams: MemberGenerators,
+    joined: list[StackedParameter],
+) -> _Layer:
     """Stack the same module of every member; its parameters are added to `joined`."""
 
     def inner(get: Callable[[Any], nn.Module]) -> _Layer:
@@ -280,8 +293,8 @@ def _layer(modules: Sequence[Any], streams: Streams, joined: list[Stack]) -> _La
     return _Chain([])
 
 
-def _join(modules: Sequence[Any], name: str, joined: list[Stack]) -> Stack:
-    stack = Stack([getattr(module, name) for module in modules])
+def _join(modules: Sequence[Any], name: str, joined: list[StackedParameter]) -> StackedParameter:
+    stack = StackedParameter([getattr(module, name) for module in modules])
     joined.append(stack)
     return stack
 
@@ -345,7 +358,7 @@ class _Gated:
 
 
 class _Linear:
-    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+    def __init__(self, modules: Sequence[Any], joined: list[StackedParameter]) -> None:
         self.weight = _join(modules, "weight", joined)
         self.bias = None if modules[0].bias is None else _join(modules, "bias", joined)
 
@@ -365,7 +378,7 @@ class _Linear:
 
 
 class _LayerNorm:
-    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+    def __init__(self, modules: Sequence[Any], joined: list[StackedParameter]) -> None:
         self.weight = _join(modules, "weight", joined)
         self.bias = _join(modules, "bias", joined)
         self.shape = modules[0].normalized_shape
@@ -408,7 +421,7 @@ class _LayerNorm:
 class _BatchNorm:
     """Normalize the features of all members side by side, and keep their running statistics."""
 
-    def __init__(self, modules: Sequence[Any], joined: list[Stack]) -> None:
+    def __init__(self, modules: Sequence[Any], joined: list[StackedParameter]) -> None:
         self.weight = _join(modules, "weight", joined)
         self.bias = _join(modules, "bias", joined)
         self.parts = list(modules)
@@ -473,7 +486,7 @@ class _Gelu:
 class _Dropout:
     """Draw each member's mask from its own numbers, as `nn.Dropout` draws it."""
 
-    def __init__(self, modules: Sequence[Any], streams: Streams) -> None:
+    def __init__(self, modules: Sequence[Any], streams: MemberGenerators) -> None:
         self.rates = [module.p for module in modules]
         self.streams = streams
 

@@ -15,7 +15,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
-from apecache.train.encoder_setup import Setup, require_sensible, set_up
+from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.lint.checks import (
     Finding,
     lint_encoder_data,
@@ -97,7 +97,7 @@ def lint_encoder_run(
     return _lint(setup)
 
 
-def _lint(setup: Setup) -> list[Finding]:
+def _lint(setup: PreparedFit) -> list[Finding]:
     """Run the checks on a fit that is ready to begin."""
     opened = setup.opened
     training = EncoderFit(
@@ -152,7 +152,7 @@ def _live_encoder(
     return spec_from_json(side_description["encoder"])
 
 
-def _require_encoders(run: Path, description: Mapping[str, Json], setup: Setup) -> None:
+def _require_encoders(run: Path, description: Mapping[str, Json], setup: PreparedFit) -> None:
     """Check that the encoders are those of the run. Raises MismatchError if one has changed."""
     for source in setup.opened.sources:
         if source.fingerprint.fields != description[source.side]["fingerprint"]:

@@ -21,9 +21,9 @@ from apecache.sweeps.population.population import (
     stack_key,
     train_together,
 )
-from apecache.sweeps.population.stacked_heads import Streams, structure_of
+from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.loop import Plan, Training, seeded
+from apecache.train.loop import StepCount, Training, seeded
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def together(
     assert len({stack_key(*member) for member in made}) == 1
     assert stack_key(*made[0]) is not None
     members = [training for training, _ in made]
-    streams = Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)
     assert (
         train_together(
             members,
@@ -95,7 +95,7 @@ def test_other_draws_of_dropout_are_seen() -> None:
     other, plan = make(case, 0)
     train_together(
         [member, other],
-        streams=Streams.seeded([1, 2], CPU),
+        streams=MemberGenerators.seeded([1, 2], CPU),
         train=TRAIN,
         dev=DEV,
         plan=plan,
@@ -181,12 +181,12 @@ def test_dropped_members_keep_their_weights_and_the_stack_shrinks() -> None:
     members = [training for training, _ in made]
     plan = made[0][1]
     with seeded(0, CPU):
-        population = Population(members, Streams.seeded([1, 2, 3, 4], CPU), plan)
+        population = Population(members, MemberGenerators.seeded([1, 2, 3, 4], CPU), plan)
         for _ in range(2):
             population.epoch(TRAIN, DEV)
         before = {i: weights(members[i]) for i in (0, 2)}
         population.drop([0, 2])
-        sizes = [len(stack.value) for slab in population.slabs for stack in slab.heads[0].joined]
+        sizes = [len(stack.value) for group in population.groups for stack in group.heads[0].joined]
         assert sizes == [2] * len(sizes)
         for _ in range(4):
             population.epoch(TRAIN, DEV)
@@ -206,7 +206,7 @@ def test_a_member_whose_loss_is_not_finite_leaves_and_disturbs_no_other() -> Non
     members = [training for training, _ in made]
     failures = train_together(
         members,
-        streams=Streams.seeded([1, 2], CPU),
+        streams=MemberGenerators.seeded([1, 2], CPU),
         train=TRAIN,
         dev=DEV,
         plan=made[0][1],
@@ -223,7 +223,7 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
     made = [make(settings, seed) for seed, settings in enumerate(cases)]
     members = [m for m, _ in made]
     plan = made[0][1]
-    streams = Streams.seeded([1, 2], CPU)
+    streams = MemberGenerators.seeded([1, 2], CPU)
     train_together(members, streams=streams, train=TRAIN, dev=DEV, plan=plan, n_epochs=2)
     tensors = []
     states = []
@@ -232,7 +232,7 @@ def test_a_population_that_is_cut_in_two_goes_on_as_if_whole() -> None:
             tensors.append({name: t.clone() for name, t in member.tensors().items()})
             states.append(member.state())
     again = [make(settings, 7)[0] for settings in cases]  # another beginning, all of it replaced
-    later = Streams.seeded([8, 9], CPU)
+    later = MemberGenerators.seeded([8, 9], CPU)
     for i, member in enumerate(again):
         with later.use(i):
             member.restore(tensors[i], states[i])
@@ -257,7 +257,7 @@ def test_the_size_of_slabs_changes_no_member(
 def test_features_are_standardized_once_only_where_all_heads_see_them_alike() -> None:
     members = [make([], seed)[0] for seed in range(3)]
     plan = make([], 0)[1]
-    population = Population(members, Streams.seeded([1, 2, 3], CPU), plan)
+    population = Population(members, MemberGenerators.seeded([1, 2, 3], CPU), plan)
     assert population._standardized(TRAIN) is population._standardized(TRAIN) is not TRAIN
     for settings in (
         ["image.standardize=false"],
@@ -265,7 +265,10 @@ def test_features_are_standardized_once_only_where_all_heads_see_them_alike() ->
         ["loss.structure=1.0"],
     ):
         other = [*members[:2], make(settings, 2)[0]]
-        assert Population(other, Streams.seeded([1, 2, 3], CPU), plan)._standardized(TRAIN) is TRAIN
+        assert (
+            Population(other, MemberGenerators.seeded([1, 2, 3], CPU), plan)._standardized(TRAIN)
+            is TRAIN
+        )
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -278,11 +281,11 @@ def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included
         for lr in (0.02, 3e38, 0.01)
     ][:count]
 
-    def fresh(first_seed: int) -> tuple[list[Training], Streams, Plan]:
+    def fresh(first_seed: int) -> tuple[list[Training], MemberGenerators, StepCount]:
         made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
         return (
             [m for m, _ in made],
-            Streams.seeded([first_seed + s + 1 for s in range(count)], CPU),
+            MemberGenerators.seeded([first_seed + s + 1 for s in range(count)], CPU),
             made[0][1],
         )
 

@@ -15,10 +15,10 @@ from populations import DEV, TRAIN, distance, losses, make, pairs, solo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apecache.sweeps.population import slab as module
+from apecache.sweeps.population import member_group as module
 from apecache.sweeps.population import stacked_losses as stacked
 from apecache.sweeps.population.population import train_together
-from apecache.sweeps.population.stacked_heads import Streams
+from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.batches import FeaturePairs
 from apecache.train.loop import Training
@@ -122,7 +122,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
 def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
-    streams = Streams.seeded([s + 1 for s in range(len(made))], CPU)
+    streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)
     assert (
         train_together(
             members,
@@ -280,7 +280,7 @@ def test_on_cuda_the_same_weights_with_and_without_a_graph(monkeypatch: pytest.M
         assert (
             train_together(
                 members,
-                streams=Streams.seeded([1, 2, 3], cuda),
+                streams=MemberGenerators.seeded([1, 2, 3], cuda),
                 train=train,
                 dev=dev,
                 plan=made[0][1],

@@ -71,7 +71,7 @@ def recipe_of(name: str, *settings: str) -> Recipe:
     )
 
 
-def set_up(data: Any, recipe: Recipe) -> encoder_setup.Setup:
+def set_up(data: Any, recipe: Recipe) -> encoder_setup.PreparedFit:
     return encoder_setup.set_up(
         data[0],
         recipe=recipe,
@@ -81,7 +81,7 @@ def set_up(data: Any, recipe: Recipe) -> encoder_setup.Setup:
     )
 
 
-def found_in(setup: encoder_setup.Setup, spoil: Any = None) -> list[Finding]:
+def found_in(setup: encoder_setup.PreparedFit, spoil: Any = None) -> list[Finding]:
     """`spoil` changes the fit before it is looked at."""
     training = EncoderFit(
         setup.model,

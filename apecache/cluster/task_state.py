@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apecache.cluster.pool import Pool
+from apecache.cluster.pool import ActorPool
 from apecache.errors import EngineError
 from apecache.fingerprint import Modality
 from apecache.store.reader import FeatureStore
@@ -35,7 +35,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardPiece:
+class ShardRequest:
     """Ask an actor for one shard of all arrays of a task."""
 
     task: Task
@@ -46,14 +46,14 @@ class ShardPiece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardDone:
+class ShardReport:
     """Report a committed shard to the driver."""
 
     n_bad: int = 0
     n_truncated: int = 0
 
 
-class Filling:
+class TaskState:
     """Follow a task on the driver.
 
     `missing` has, for each shard that is to be encoded, the names of the arrays that lack it.
@@ -89,39 +89,39 @@ class Filling:
             # An actor has answered for each of these shards; its node's files may show up late.
             while unseen := writer.pending():
                 if time.monotonic() > deadline:
-                    piece = ShardPiece(task=self.task, shard=unseen[0])
+                    request = ShardRequest(task=self.task, shard=unseen[0])
                     raise EngineError(
-                        f"{self.files.place} lacks {piece}, which an actor has committed; the "
+                        f"{self.files.place} lacks {request}, which an actor has committed; the "
                         "store must be one and the same place on every node"
                     )
                 time.sleep(0.5)
             writer.seal()
 
 
-Told = Callable[[Filling, int, tuple[str, ...], ShardDone], None]
+ShardCallback = Callable[[TaskState, int, tuple[str, ...], ShardReport], None]
 """Called for every shard that was encoded, with the arrays that lacked it."""
 
 
-def fill(pool: Pool, fillings: Sequence[Filling], told: Told) -> None:
+def fill(pool: ActorPool, task_states: Sequence[TaskState], on_shard: ShardCallback) -> None:
     """Have every missing shard encoded, and seal each array as soon as it is complete.
 
-    Errors are those of `Pool.run` and `Filling.seal`.
+    Errors are those of `ActorPool.run` and `TaskState.seal`.
     """
-    by_task = {filling.task: filling for filling in fillings}
-    for filling in fillings:
+    by_task = {task_state.task: task_state for task_state in task_states}
+    for task_state in task_states:
         # An earlier driver may have ended between the last commit and the seal.
-        if not filling.missing:
-            filling.seal()
-    for piece, report in pool.run(_pieces(fillings)):
-        # A piece carries its task alone: a filling with its open files stays on the driver.
-        filling = by_task[piece.task]
-        told(filling, piece.shard, filling.missing.pop(piece.shard), report)
-        if not filling.missing:
-            filling.seal()
+        if not task_state.missing:
+            task_state.seal()
+    for request, report in pool.run(_requests(task_states)):
+        # A request carries its task alone: the state with its open files stays on the driver.
+        task_state = by_task[request.task]
+        on_shard(task_state, request.shard, task_state.missing.pop(request.shard), report)
+        if not task_state.missing:
+            task_state.seal()
 
 
-def _pieces(fillings: Sequence[Filling]) -> Iterator[ShardPiece]:
-    for filling in fillings:
-        # A list, as `fill` takes shards out of `missing` while pieces are still handed out.
-        for shard in list(filling.missing):
-            yield ShardPiece(task=filling.task, shard=shard)
+def _requests(task_states: Sequence[TaskState]) -> Iterator[ShardRequest]:
+    for task_state in task_states:
+        # A list, as `fill` takes shards out of `missing` while requests are still handed out.
+        for shard in list(task_state.missing):
+            yield ShardRequest(task=task_state.task, shard=shard)

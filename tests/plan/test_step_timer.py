@@ -18,13 +18,13 @@ from apecache.data.images import decode_image
 from apecache.encoders.load import load_image_encoder, load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import OptionError
-from apecache.plan import step_clock
+from apecache.plan import step_timer
 from apecache.plan.counting import PlanSpec
 from apecache.plan.devices import Device
 from apecache.plan.plan import Cuts, Plan, plan
-from apecache.plan.step_clock import (
-    MadeUpTexts,
-    StepClock,
+from apecache.plan.step_timer import (
+    RandomTexts,
+    StepTimer,
     made_up_images,
     made_up_lengths,
     made_up_texts,
@@ -120,11 +120,11 @@ def test_one_step_is_timed_where_nothing_is_cached_and_none_where_nothing_trains
 @pytest.mark.parametrize(
     ("name", "settings", "cuts", "kinds"),
     [
-        ("lit", [], ("pooled", None), (CachedInputs, MadeUpTexts)),
-        ("lit", [], (None, None), (ImageInputs, MadeUpTexts)),
+        ("lit", [], ("pooled", None), (CachedInputs, RandomTexts)),
+        ("lit", [], (None, None), (ImageInputs, RandomTexts)),
         ("lilt-c", LAST, (3, 1), (TokenInputs, TokenInputs)),
         ("lilt-f", [], (4, 2), (TokenInputs, TokenInputs)),
-        ("lilt-h", [], (None, None), (ImageInputs, MadeUpTexts)),
+        ("lilt-h", [], (None, None), (ImageInputs, RandomTexts)),
     ],
 )
 def test_the_step_is_the_fits_own(
@@ -136,7 +136,7 @@ def test_the_step_is_the_fits_own(
 ) -> None:
     recipe = recipe_of(name, *settings)
     image, text = specs
-    clock = StepClock(recipe=recipe, image=image, text=text, spec=SPEC)
+    clock = StepTimer(recipe=recipe, image=image, text=text, spec=SPEC)
     fit, pairs = clock._fit(cuts, 8, False)
     assert isinstance(fit, EncoderFit)
     assert tuple(map(type, fit.inputs)) == kinds
@@ -149,7 +149,7 @@ def test_the_step_is_the_fits_own(
 
 def test_heads_alone_are_timed_as_fit_head_trains_them(specs: Any) -> None:
     image, text = specs
-    clock = StepClock(
+    clock = StepTimer(
         recipe=recipe_of("projection", "loss.captions=2"),
         image=image,
         text=text,
@@ -166,7 +166,7 @@ def test_slices_accumulation_and_a_shared_encoder_are_run(
     tiny_text_encoder: Path,
 ) -> None:
     image, text = specs
-    plain = StepClock(
+    plain = StepTimer(
         recipe=recipe_of("lit"),
         image=image,
         text=text,
@@ -174,7 +174,7 @@ def test_slices_accumulation_and_a_shared_encoder_are_run(
         clock=time.process_time,
     )
     image_value, text_value = specs
-    sliced = StepClock(
+    sliced = StepTimer(
         recipe=recipe_of("lit"),
         image=image_value,
         text=text_value,
@@ -183,7 +183,7 @@ def test_slices_accumulation_and_a_shared_encoder_are_run(
     )
     assert sliced._fit(("pooled", None), 8, False)[0].spec.slice_size == 2  # type: ignore[attr-defined]
     image_4, text_4 = specs
-    often = StepClock(
+    often = StepTimer(
         recipe=recipe_of("lit", "schedule.accumulate=4"),
         image=image_4,
         text=text_4,
@@ -198,20 +198,20 @@ def test_slices_accumulation_and_a_shared_encoder_are_run(
 def test_larger_batches_are_extrapolated(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, bool]] = []
 
-    def seconds(self: StepClock, cuts: Cuts, n: int, is_part: bool) -> float:
+    def seconds(self: StepTimer, cuts: Cuts, n: int, is_part: bool) -> float:
         asked.append((n, is_part))
         return 0.1 + 0.01 * n
 
-    monkeypatch.setattr(StepClock, "_seconds", seconds)
+    monkeypatch.setattr(StepTimer, "_seconds", seconds)
     big = load_recipe("lit", ["schedule.batch_size=1000"])
     image, text = specs
-    assert StepClock(recipe=big, image=image, text=text, spec=PlanSpec(rows=5000)).step(
+    assert StepTimer(recipe=big, image=image, text=text, spec=PlanSpec(rows=5000)).step(
         (None, None)
     ) == pytest.approx(10.1)
     assert asked == [(16, True), (32, True), (64, True)]
     asked.clear()
     image_value, text_value = specs
-    assert StepClock(
+    assert StepTimer(
         recipe=recipe_of("lit"),
         image=image_value,
         text=text_value,
@@ -224,15 +224,15 @@ def test_a_device_that_is_full_ends_the_doubling(
     specs: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def seconds(self: StepClock, cuts: Cuts, n: int, is_part: bool) -> float:
+    def seconds(self: StepTimer, cuts: Cuts, n: int, is_part: bool) -> float:
         if n > 16:
             raise torch.OutOfMemoryError("full")
         return 0.08
 
-    monkeypatch.setattr(StepClock, "_seconds", seconds)
+    monkeypatch.setattr(StepTimer, "_seconds", seconds)
     big = load_recipe("lit", ["schedule.batch_size=64"])
     image, text = specs
-    assert StepClock(recipe=big, image=image, text=text, spec=PlanSpec(rows=100)).step(
+    assert StepTimer(recipe=big, image=image, text=text, spec=PlanSpec(rows=100)).step(
         (None, None)
     ) == pytest.approx(0.32)
 
@@ -264,7 +264,7 @@ def test_a_folder_of_images_is_what_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image, text = specs
-    clock = StepClock(
+    clock = StepTimer(
         recipe=recipe_of("lit"),
         image=image,
         text=text,
@@ -275,14 +275,14 @@ def test_a_folder_of_images_is_what_is_decoded(
     assert clock.step((None, None)) > 0
     image_value, text_value = specs
     with pytest.raises(OptionError, match="has no images"):
-        StepClock(
+        StepTimer(
             recipe=recipe_of("lit"),
             image=image_value,
             text=text_value,
             spec=SPEC,
             sample=tmp_path,
         ).step((None, None))
-    assert step_clock.N_SAMPLES == 16
+    assert step_timer.N_SAMPLES == 16
 
 
 def test_the_command_runs_here(specs: Any, shapes_once: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_command_runs_here(specs: Any, shapes_once: Path) -> None:
 
 def test_heads_on_tokens_are_timed_on_tokens(specs: Any) -> None:
     image, text = specs
-    clock = StepClock(recipe=recipe_of("token-anchors"), image=image, text=text, spec=SPEC)
+    clock = StepTimer(recipe=recipe_of("token-anchors"), image=image, text=text, spec=SPEC)
     fit, pairs = clock._fit(("pooled", "pooled"), 8, False)
     assert (pairs.image.shape[0], pairs.image.ndim, pairs.text.shape[1]) == (8, 3, 12)
     assert clock.step(("pooled", "pooled")) > 0

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from apecache.heads.head import SeveralHeads
+from apecache.heads.head import EnsembleHead
 from apecache.losses.objective import TILED_FROM
 from apecache.recipes.recipe import AugmentationSpec
-from apecache.sweeps.population.stacked_heads import StackedHeads, Streams
+from apecache.sweeps.population.stacked_heads import MemberGenerators, StackedHeads
 from apecache.sweeps.population.stacked_losses import stacked_info_nce
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.loop import Plan, Training, apply_update, draw_epoch, set_rates
+from apecache.train.loop import StepCount, Training, apply_update, draw_epoch, set_rates
 from apecache.train.optim import direct_update, is_direct
 
 
-class Slab:
+class MemberGroup:
     """Train members that take their steps together.
 
     Args:
@@ -35,8 +35,8 @@ class Slab:
         self,
         places: list[int],
         members: list[Training],
-        streams: Streams,
-        plan: Plan,
+        streams: MemberGenerators,
+        plan: StepCount,
     ) -> None:
         self.places = places
         self.members = members
@@ -313,12 +313,12 @@ def _can_be_recorded(member: Training) -> bool:
 def _is_plain(member: Training, batch: Batch) -> bool:
     """Return whether the stacked loss is this member's loss on this batch."""
     loss = member.recipe.loss
-    is_several = isinstance(member.model.image, SeveralHeads)
+    is_ensemble = isinstance(member.model.image, EnsembleHead)
     is_small = len(batch.image) * len(batch.text) <= TILED_FROM
     return (
         loss.kind == "infonce"
         and not loss.structure
         and batch.groups is None
         and is_small
-        and not is_several
+        and not is_ensemble
     )

@@ -22,14 +22,14 @@ from apecache.encoders.tower import Cut, Tower
 from apecache.errors import OptionError
 from apecache.models.dual_encoder import Teacher, build_around
 from apecache.plan.counting import PlanSpec, example
-from apecache.plan.counting_shared import Taught
+from apecache.plan.counting_shared import TeacherSizes
 from apecache.plan.plan import Cuts, steps_of
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs, batches
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
 from apecache.train.live import CachedInputs, ImageInputs, Inputs, TokenInputs
-from apecache.train.loop import Fit, Plan, Training, take_step
+from apecache.train.loop import Fit, StepCount, Training, take_step
 from apecache.train.model import build_model
 from apecache.train.ranks import ALONE
 
@@ -47,14 +47,15 @@ ENCODED_IMAGES = 32
 
 
 @dataclass(kw_only=True)
-class StepClock:
-    """Time a recipe, as an `apecache.plan.plan.Clock`, on CUDA if there is any, else on the CPU."""
+class StepTimer:
+    """Time a recipe, as an `apecache.plan.plan.PlanTimer`, on CUDA if there is any, else on the
+    CPU."""
 
     recipe: Recipe
     image: EncoderSpec
     text: EncoderSpec
     spec: PlanSpec
-    teacher: Callable[[], Taught] | None = None
+    teacher: Callable[[], TeacherSizes] | None = None
     sample: Path | None = None
     """A folder of images like those that will be trained on; None: made-up images."""
     clock: Callable[[], float] = time.perf_counter
@@ -110,7 +111,7 @@ class StepClock:
         _, _, accumulate = steps_of(self.recipe, self.spec)
         fit, pairs = self._fit(cuts, n_images, is_part)
         generator = torch.Generator().manual_seed(0)
-        plan = Plan(n_steps=2 * MOST_STEPS, per_epoch=MOST_STEPS, accumulate=accumulate)
+        plan = StepCount(n_steps=2 * MOST_STEPS, per_epoch=MOST_STEPS, accumulate=accumulate)
         captions = self.recipe.loss.captions
         fit.model.train()
 
@@ -245,14 +246,14 @@ class StepClock:
             device=self.device,
         )
 
-    def _texts(self, count: int) -> "MadeUpTexts":
+    def _texts(self, count: int) -> "RandomTexts":
         tower = shape_tower(self.text)
         tables = (
             tower_part for tower_part in tower.parts() if tower_part.place == "token_embedding"
         )
         vocabulary = next(tables).count // tower.dim
         ids, mask = made_up_texts(count, self.spec.tokens, vocabulary)
-        return MadeUpTexts(ids=ids, mask=mask, device=self.device)
+        return RandomTexts(ids=ids, mask=mask, device=self.device)
 
     def _inputs(
         self,
@@ -296,7 +297,7 @@ class StepClock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeUpTexts:
+class RandomTexts:
     """Hold random texts as inputs of a text tower."""
 
     ids: Tensor
