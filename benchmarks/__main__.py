@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-AREAS = ("speed", "quality", "reliability")
+AREAS = ("speed", "quality", "reliability", "cost")
 HERE = Path(__file__).parent
 
 

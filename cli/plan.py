@@ -1,24 +1,45 @@
 """`apecache plan`."""
 
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cluster_sheet import parse_count, show_cluster
 from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
 
 if TYPE_CHECKING:
-    from apecache.plan.cluster_plan import ClusterPlan
     from apecache.plan.counting import PlanSpec, SidePlan
     from apecache.plan.counting_shared import TeacherSizes
     from apecache.plan.devices import Device
-    from apecache.plan.plan import Cost, Plan, PlanTimer
+    from apecache.plan.plan import Cost, Plan
     from apecache.recipes.recipe import Recipe
     from apecache.recipes.sections import DistillationSpec
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """Parse `400M`, `5B`, `1.5k` or plain digits.
+
+    Raises:
+        BadParameter: Anything else, a fraction, or less than one.
+    """
+    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmMbBgG]?)", str(text))
+    count: float = 0
+    if match:
+        digits = re.sub("[_,]", "", match[1])
+        unit = UNITS[match[2].upper()]
+        # Rounded, because 1.1 * 1000 is not 1100 in floating point.
+        count = round(float(digits) * unit, 6)
+    if count < 1 or count != int(count):
+        raise typer.BadParameter(
+            f"{text!r} is no count; expected a whole number like 20000, 400M or 5B"
+        )
+    return int(count)
 
 
 def plan(
@@ -76,55 +97,6 @@ def plan(
         list[str] | None,
         typer.Option("--set", help="Override: section.key=value. May be repeated."),
     ] = None,
-    nodes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="A sheet for so many nodes: hours, money, bytes, objects, assumptions.",
-        ),
-    ] = None,
-    devices_per_node: Annotated[
-        int | None, typer.Option(min=1, help="With --nodes: devices of each. Default: 1.")
-    ] = None,
-    efficiency: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            max=1,
-            help="With --nodes: share of all devices' rates that training reaches. Default: 1.",
-        ),
-    ] = None,
-    rate_images: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            help="With --nodes: images a second that a device was measured to encode.",
-        ),
-    ] = None,
-    rate_texts: Annotated[
-        float | None, typer.Option(min=0.001, help="With --nodes: captions a second, likewise.")
-    ] = None,
-    views: Annotated[
-        int | None, typer.Option(min=1, help="With --nodes: cached augmentations of each image.")
-    ] = None,
-    shard_rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With --nodes: rows of a shard at most. Default: as extract, 4096.",
-        ),
-    ] = None,
-    image_kb: Annotated[
-        float | None,
-        typer.Option("--image-kb", min=0.001, help="With --nodes: kB of an image file on average."),
-    ] = None,
-    decode_rate: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            help="With --nodes: images a second that a node was measured to read and decode.",
-        ),
-    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a recipe trains, where each tower can be cut and why, and what that costs, before
@@ -134,19 +106,11 @@ def plan(
     take long are extrapolated from smaller ones. Rates of devices in the table are the vendor's
     peaks, so their seconds are the least that is possible.
 
-    With --nodes: what extraction of such a table and training from the cache would take on a
-    cluster, computed from these rates, or from those that you measured, with every assumption.
-
     Example: apecache plan --recipe lit --image timm:vit_base_patch16_224 --text
     hf:bert-base-uncased --rows 100000 --device H100
-
-    Example: apecache plan --recipe projection --image timm:vit_base_patch16_224 --text
-    hf:bert-base-uncased --rows 400M --device H100 --utilization 0.4 --nodes 8 --devices-per-node 8
-    --price-per-hour 2.5
     """
     with ending():
         from apecache.errors import OptionError
-        from apecache.plan.cluster_plan import ClusterSpec, plan_cluster
         from apecache.plan.counting import PlanSpec
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
@@ -162,23 +126,10 @@ def plan(
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
         if sample is not None and device != "here":
             raise OptionError(f"--sample is for --device here, not {device}; leave it out")
-        image_bytes = None if image_kb is None else round(1000 * image_kb)
-        cluster_options = _given(
-            nodes is not None,
-            devices=devices_per_node,
-            efficiency=efficiency,
-            image_rate=rate_images,
-            text_rate=rate_texts,
-            views=views,
-            shard_rows=shard_rows,
-            image_bytes=image_bytes,
-            decode_rate=decode_rate,
-        )
         plan_device = find_device(device)
         plans = []
-        clocks = []
         for loaded_recipe in loaded:
-            recipe_plan, clock = _plan(
+            recipe_plan = _plan(
                 loaded_recipe,
                 image=image,
                 text=text,
@@ -189,15 +140,7 @@ def plan(
                 sample=sample,
             )
             plans.append(recipe_plan)
-            clocks.append(clock)
-        if nodes is not None:
-            cluster = ClusterSpec(nodes=nodes, **cluster_options)
-            sheets = []
-            for recipe_plan, clock in zip(plans, clocks, strict=True):
-                sheet = plan_cluster(recipe_plan, spec=settings, cluster=cluster, clock=clock)
-                sheets.append(sheet)
-            _show_clusters(sheets, json)
-        elif len(plans) > 1 and json:
+        if len(plans) > 1 and json:
             show_json({"plans": [asdict(recipe_plan) for recipe_plan in plans]})
         elif len(plans) > 1:
             _compare(plans, rows)
@@ -216,8 +159,8 @@ def _plan(
     settings: "PlanSpec",
     device: "Device",
     sample: Path | None,
-) -> "tuple[Plan, PlanTimer | None]":
-    """Return the plan of a recipe, and the clock that timed it; None if nothing was timed."""
+) -> "Plan":
+    """Return the plan of a recipe."""
     from apecache.encoders.load import shape_tower
     from apecache.plan.plan import plan as run
 
@@ -256,7 +199,7 @@ def _plan(
             teacher=taught,
             sample=sample,
         )
-    recipe_plan = run(
+    return run(
         recipe,
         image=shapes[0],
         text=shapes[1],
@@ -265,7 +208,6 @@ def _plan(
         teacher=taught,
         clock=clock,
     )
-    return recipe_plan, clock
 
 
 def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec") -> "TeacherSizes":
@@ -276,33 +218,6 @@ def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec"
     (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
     n_classes = count_classes(spec) if distillation.kind == "classes" else None
     return count_teacher(shape_tower(spec), settings, n_classes)
-
-
-def _given(with_nodes: bool, **options: Any) -> dict[str, Any]:
-    """Return the settings of a cluster that were given.
-
-    Raises:
-        OptionError: There are some, but no --nodes.
-    """
-    from apecache.errors import OptionError
-
-    cluster_options = {name: value for name, value in options.items() if value is not None}
-    if cluster_options and not with_nodes:
-        raise OptionError(
-            f"{', '.join(cluster_options)}: settings of a cluster; add --nodes N, or leave them out"
-        )
-    return cluster_options
-
-
-def _show_clusters(sheets: "list[ClusterPlan]", json: bool) -> None:
-    if json and len(sheets) > 1:
-        show_json({"sheets": [asdict(sheet) for sheet in sheets]})
-        return
-    if json:
-        show_json(sheets[0])
-        return
-    for sheet in sheets:
-        show_cluster(sheet)
 
 
 def _compare(plans: "list[Plan]", rows: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
 from apecache.encoders.module_map import SUPPORTED, ModuleMap, Place, read_anatomy
@@ -91,7 +90,6 @@ class Tower(nn.Module):
 
     module: Any
     """The library's model."""
-    adapter_spec: Any  # an AdapterSpec of the recipes, which this stage does not import
 
     def __init__(
         self,
@@ -109,8 +107,6 @@ class Tower(nn.Module):
         self.cls_id = cls_id
         self.adapters = nn.ModuleDict()
         """By kind; `deep` is a block that runs after the library's own."""
-        self.adapter_spec = None
-        self.adapter_hooks: list[RemovableHandle] = []
         self.checkpointing = False
         """Blocks are run again in the backward pass, and their activations are not kept."""
         self.pixels: tuple[int, int] | None = None

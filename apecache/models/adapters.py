@@ -1,27 +1,19 @@
 """Put adapters, small trainable modules, into a loaded tower.
 
-They are called by hooks, so that the library's model is not changed. They live in `Tower.adapters`,
-are saved apart from the tower and can be taken out again.
+They are called by hooks, so that the library's model is not changed. They live in `Tower.adapters`.
 """
 
 import copy
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from apecache.encoders.tower import Tower
-from apecache.errors import RecipeError, RunError
+from apecache.errors import RecipeError
 from apecache.recipes.sections import AdapterSpec
-from apecache.storage.atomic import replace_tensors
 
-FORMAT_VERSION = 1
 STD = 0.02
 
 
@@ -73,10 +65,6 @@ class LowRank(nn.Module):
         low_rank = nn.functional.linear(self.dropout(x), self.a)
         return nn.functional.linear(low_rank, self.b) * self.scale
 
-    def update(self) -> Tensor:
-        """Return the change of the layer's weight, [out_features, in_features]."""
-        return self.b @ self.a * self.scale
-
 
 def insert_adapters(tower: Tower, spec: AdapterSpec) -> None:
     """Put new adapters into a tower that has none, on its device.
@@ -90,7 +78,7 @@ def insert_adapters(tower: Tower, spec: AdapterSpec) -> None:
         RecipeError: the tower has adapters already, or LoRA does not fit it.
     """
     if len(tower.adapters):
-        raise RecipeError("the tower has adapters already; remove_adapters first")
+        raise RecipeError("the tower has adapters already; load the tower again")
     device = next(tower.module.parameters()).device
     match spec.kind:
         case "layerwise":
@@ -100,97 +88,7 @@ def insert_adapters(tower: Tower, spec: AdapterSpec) -> None:
         case "lora":
             adapters = nn.ModuleList(_low_rank(tower, block, spec) for block in tower.blocks)
     tower.adapters[spec.kind] = adapters.to(device).train(tower.training)
-    tower.adapter_spec = spec
-    tower.adapter_hooks = _hooks(tower, spec)
-
-
-def remove_adapters(tower: Tower) -> None:
-    """Take the adapters out: the tower then computes what the library's model computes."""
-    for hook in tower.adapter_hooks:
-        hook.remove()
-    tower.adapters.clear()
-    tower.adapter_hooks = []
-    tower.adapter_spec = None
-
-
-@torch.no_grad()
-def merge_lora(tower: Tower) -> None:
-    """Add the low-rank updates to the weights and take the adapters out.
-
-    The outputs stay the same, without extra work.
-
-    Raises:
-        RecipeError: the tower has no LoRA; the other adapters are not linear and cannot be merged.
-    """
-    if "lora" not in tower.adapters:
-        adapter_kinds = ", ".join(tower.adapters) or "no"
-        raise RecipeError(
-            f"only LoRA can be merged into weights; the tower has {adapter_kinds} adapters"
-        )
-    for block, updates in zip(tower.blocks, _blocks_of(tower, "lora"), strict=True):
-        for key, low_rank in updates.items():
-            weight = block.get_parameter(f"{_layer_name(key)}.weight")
-            weight.add_(low_rank.update())
-    remove_adapters(tower)
-
-
-def save_adapters(tower: Tower, path: Path) -> None:
-    """Write the adapters alone, as safetensors with their spec in the header.
-
-    Raises RecipeError if there are none.
-    """
-    if tower.adapter_spec is None:
-        raise RecipeError("the tower has no adapters to save; insert_adapters first")
-    header = {"format": str(FORMAT_VERSION), "spec": tower.adapter_spec.model_dump_json()}
-    replace_tensors(path, tower.adapters.state_dict(), header)
-
-
-def load_adapters(tower: Tower, path: Path) -> None:
-    """Put saved adapters into a tower that has none.
-
-    Raises:
-        RunError: not readable, of a newer format, or not for a tower of this shape; the tower then
-            has no adapters.
-    """
-    spec, tensors = _read(path)
-    # The drawn weights are replaced below, so the caller's generator must not advance.
-    with torch.random.fork_rng(devices=[]):
-        insert_adapters(tower, spec)
-    expected = tower.adapters.state_dict()
-    mismatched: list[str] = []
-    for name in sorted(expected.keys() | tensors.keys()):
-        if _shape(expected.get(name)) != _shape(tensors.get(name)):
-            mismatched.append(name)
-    if mismatched:
-        remove_adapters(tower)
-        raise RunError(
-            f"{path} does not fit this tower: {', '.join(mismatched[:3])}; it was saved from "
-            "another architecture"
-        )
-    tower.adapters.load_state_dict(tensors)
-
-
-def _read(path: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
-    """Read saved adapters. Raises RunError as `load_adapters` does."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["format"] != str(FORMAT_VERSION):
-            raise RunError(
-                f"{path} has format {header['format']}; this apecache reads {FORMAT_VERSION}: "
-                "upgrade"
-            )
-        return AdapterSpec.model_validate(json.loads(header["spec"])), tensors
-    except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"{path} holds no adapters of apecache ({reason}); give a file of save_adapters"
-        ) from None
-
-
-def _shape(tensor: Tensor | None) -> torch.Size | None:
-    return None if tensor is None else tensor.shape
+    _add_hooks(tower, spec)
 
 
 # --- the kinds ------------------------------------------------------------------------------------
@@ -247,12 +145,6 @@ def _target(name: str) -> str:
     return "attention" if is_attention else "mlp"
 
 
-def _layer_name(key: str) -> str:
-    """Return the name of the layer that a low-rank update belongs to."""
-    # Keys of an nn.ModuleDict cannot hold dots.
-    return key.replace("/", ".")
-
-
 def _draw(weight: Tensor, truncated: bool) -> None:
     if truncated:
         nn.init.trunc_normal_(weight, std=STD, a=-2 * STD, b=2 * STD)
@@ -263,40 +155,34 @@ def _draw(weight: Tensor, truncated: bool) -> None:
 # --- hooks ----------------------------------------------------------------------------------------
 
 
-def _hooks(tower: Tower, spec: AdapterSpec) -> list[RemovableHandle]:
+def _add_hooks(tower: Tower, spec: AdapterSpec) -> None:
     """Register the hooks that call the tower's adapters."""
     if spec.kind == "deep":
-        return []  # the tower itself calls it
-    hooks: list[RemovableHandle] = []
-    for block, adapters in zip(tower.blocks, _blocks_of(tower, spec.kind), strict=True):
+        return  # the tower itself calls it
+    block_adapters: Any = tower.adapters[spec.kind]
+    for block, adapters in zip(tower.blocks, block_adapters, strict=True):
         if spec.kind == "layerwise":
-            hooks += _adapt(tower, block, adapters)
+            _adapt(tower, block, adapters)
         else:
-            hooks += _add_updates(block, adapters)
-    return hooks
+            _add_updates(block, adapters)
 
 
-def _adapt(tower: Tower, block: nn.Module, adapters: Any) -> list[RemovableHandle]:
+def _adapt(tower: Tower, block: nn.Module, adapters: Any) -> None:
     """Call one adapter in each branch of a block: after the branch's end, or before its norm."""
-    hooks: list[RemovableHandle] = []
     if tower.anatomy.ends is not None:
         for name, adapter in zip(tower.anatomy.ends, adapters, strict=True):
-            end = block.get_submodule(name)
-            hooks.append(end.register_forward_hook(_after(adapter)))
-        return hooks
+            block.get_submodule(name).register_forward_hook(_after(adapter))
+        return
     for name, adapter in zip(tower.anatomy.norms, adapters, strict=True):
-        norm = block.get_submodule(name)
-        hooks.append(norm.register_forward_pre_hook(_before(adapter)))
-    return hooks
+        block.get_submodule(name).register_forward_pre_hook(_before(adapter))
 
 
-def _add_updates(block: nn.Module, updates: Any) -> list[RemovableHandle]:
+def _add_updates(block: nn.Module, updates: Any) -> None:
     """Add each low-rank update to the output of its linear layer."""
-    hooks: list[RemovableHandle] = []
     for key, update in updates.items():
-        layer = block.get_submodule(_layer_name(key))
-        hooks.append(layer.register_forward_hook(_added(update)))
-    return hooks
+        # Keys of an nn.ModuleDict cannot hold dots.
+        layer = block.get_submodule(key.replace("/", "."))
+        layer.register_forward_hook(_added(update))
 
 
 def _before(adapter: nn.Module) -> Any:
@@ -309,8 +195,3 @@ def _after(adapter: nn.Module) -> Any:
 
 def _added(update: nn.Module) -> Any:
     return lambda _module, inputs, output: output + update(inputs[0]).to(output.dtype)
-
-
-def _blocks_of(tower: Tower, adapter_kind: str) -> Any:
-    """Return the adapters of one kind, one entry for each block."""
-    return tower.adapters[adapter_kind]

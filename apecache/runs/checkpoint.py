@@ -78,6 +78,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition("/")
-        state.setdefault(int(number), {})[name] = value
+        # Earlier checkpoints have Lion's momentum under this name.
+        state_name = "exp_avg" if name == "momentum" else name
+        state.setdefault(int(number), {})[state_name] = value
     param_groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})

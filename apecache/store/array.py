@@ -213,15 +213,6 @@ class FeatureArray:
         self._read_chunk(self._commit(shard), status, "status")
         return [rows.start + int(i) for i in np.flatnonzero(status == OK)]
 
-    def require_complete(self) -> None:
-        """Check that the array is complete.
-
-        Raises:
-            IncompleteError: It is not.
-            DamagedError: Its records are not those that were sealed.
-        """
-        _ = self._sealed
-
     @cached_property
     def _sealed(self) -> Mapping[int, CommitRecord]:
         """Return all records of the first segment.

@@ -1,4 +1,9 @@
-"""The points of the space that a sweep tries: at random, from a grid, or by Optuna."""
+"""Choose the points of a sweep by Optuna.
+
+Random points and grids are those of `Space`: a random point depends on the seed and its number
+alone, without an extra package, and Optuna's `GridSampler` repeats points where a condition leaves
+settings out.
+"""
 
 import json
 import warnings

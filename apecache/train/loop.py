@@ -498,7 +498,11 @@ def apply_update(training: Fit[Any], update: Callable[[], object] | None = None)
 
 @torch.no_grad()
 def _follow(average: dict[str, Tensor], model: Trainable, decay: float) -> None:
-    """Move the average toward the weights. Buffers are copied."""
+    """Move the average toward the weights. Buffers are copied.
+
+    torch's `AveragedModel` and timm's `ModelEmaV3` would copy the whole model, frozen towers
+    included, where this keeps the tensors of `kept_state` alone.
+    """
     parameter_names = {name for name, _ in model.named_parameters()}
     for name, tensor in model.kept_state().items():
         # Buffers can be integers, which have no average.

@@ -10,41 +10,6 @@ from torch import nn
 from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
 
 
-class Lion(torch.optim.Optimizer):
-    """Update by the sign of an interpolated momentum (Lion, Chen et al. 2023, algorithm 2).
-
-    Weight decay is decoupled.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have gradients. `closure` is ignored."""
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            if not trained:
-                continue
-            for p in trained:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            gradients = [p.grad for p in trained]
-            momenta = [self.state[p]["momentum"] for p in trained]
-            first, second = group["betas"]
-            # One kernel for all tensors: heads have many small ones.
-            updates = torch._foreach_sign(torch._foreach_lerp(gradients, momenta, first))
-            torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(trained, updates, alpha=-group["lr"])
-            torch._foreach_lerp_(momenta, gradients, 1 - second)
-
-
 def parameter_groups(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimizerSpec,
@@ -88,7 +53,11 @@ def build_optimizer(
         case "adam":
             return torch.optim.Adam(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         case "lion":
-            return Lion(groups, spec.lr, spec.betas)
+            # timm takes seconds to import, and only this optimizer needs it.
+            from timm.optim.lion import Lion
+
+            # One kernel for all tensors: heads have many small ones.
+            return Lion(groups, lr=spec.lr, betas=spec.betas, foreach=True)
         case "sgd":
             return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.betas[0], fused=True)
 
@@ -172,7 +141,9 @@ def _tensors(
 def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:
     """Return the factor of the learning rate.
 
-    A linear warm-up from 1/w to 1 over w steps, then a cosine to `final`, or constant.
+    A linear warm-up from 1/w to 1 over w steps, then a cosine to `final`, or constant. The step
+    alone decides: the schedulers of torch and timm are objects with a state, which every checkpoint
+    and every member of a population would have to keep too.
 
     Args:
         step: Step, from 0.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
-from apecache.encoders.random_weights import write_random
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import ApecacheError
 from apecache.evaluate.analysis import layernorm_shift
@@ -43,6 +42,7 @@ from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 from benchmarks.laws.jobs import Job, counted_costs
 from benchmarks.laws.outcome import KS, Outcome, Ranks
+from benchmarks.laws.random_weights import write_random
 from benchmarks.laws.setting import LawsSetting, part_of, translated
 
 Say = Callable[[str], None]

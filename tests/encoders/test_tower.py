@@ -1,6 +1,9 @@
 """Towers: equal to the libraries' own forward, whole and cut; the same parts in every family; the
 CLS row alone."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from apecache.encoders.encoder import pool_tokens
+from apecache.encoders.load import shape_tower
 from apecache.encoders.module_map import EMBEDDING_PLACES
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower, build_tower, tower_of
@@ -321,3 +325,15 @@ def test_what_cannot_be_is_refused() -> None:
         bert_tower(pooling="tokens")
     with pytest.raises(EncoderError, match="no CLS row"):
         bert_tower(cls_id=None).split_cls()
+
+
+def test_shapes_of_half_precision_files_are_float32(
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_text_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    tower = shape_tower(parse_encoder(f"hf:{folder}", "text"))
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}

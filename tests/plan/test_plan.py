@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers as hf
 from apecache_cli.app import app
+from apecache_cli.plan import parse_count
 from small_towers import pictures, sentences, shapes_only, small_bert, small_t5, small_vit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer import BadParameter
 from typer.testing import CliRunner
 
 from apecache.encoders.load import count_classes, shape_tower
@@ -554,3 +556,24 @@ def test_more_tokens_than_the_text_encoder_has_positions_for_are_refused() -> No
     assert example(tower, PlanSpec(rows=2, tokens=limit))[0].shape == (1, limit)
     with pytest.raises(OptionError, match=rf"positions for {limit} tokens; give --tokens {limit}"):
         example(tower, PlanSpec(rows=2, tokens=limit + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("7", 7),
+        ("400M", 400_000_000),
+        ("5B", 5 * 10**9),
+        ("1.5k", 1500),
+        ("2G", 2 * 10**9),
+        ("12_000", 12_000),
+    ],
+)
+def test_counts_as_people_write_them(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-5", "1.5", "4e8", "400 M", "5T", "nan"])
+def test_other_counts_are_refused(text: str) -> None:
+    with pytest.raises(BadParameter, match="400M or 5B"):
+        parse_count(text)

@@ -191,7 +191,7 @@ def test_an_array_that_is_not_complete_is_not_loaded_and_says_how_far_it_is(tmp_
     create_array(files, record)
     commit_shard(ArrayWriter(files, record), SMALL, 1)
     array = FeatureStore.open(tmp_path / "store").array("image")
-    for read in (array.load, array.load_ok, array.require_complete):
+    for read in (array.load, array.load_ok):
         with pytest.raises(IncompleteError, match=f"image/{NAME} is 40% done; resume"):
             read()
     with pytest.raises(IncompleteError, match=f"shard 0 of image/{NAME} is not committed"):

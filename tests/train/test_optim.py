@@ -12,6 +12,7 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.contrastive import Temperature
 from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
+from apecache.runs.checkpoint import restore_optimizer
 from apecache.train.model import AlignmentModel
 from apecache.train.optim import build_optimizer, learning_rate_factor
 
@@ -129,7 +130,18 @@ def test_lion_moves_by_the_sign_of_its_momentum() -> None:
         expected = expected * (1 - 0.01 * 0.5) - 0.01 * update
         momentum = 0.9 * momentum + 0.1 * gradient
     torch.testing.assert_close(parameter.detach()[0], expected)
-    torch.testing.assert_close(optimizer.state[parameter]["momentum"][0], momentum)
+    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"][0], momentum)
+
+
+def test_lion_resumes_from_a_checkpoint_that_calls_its_average_momentum() -> None:
+    spec = OptimizerSpec(kind="lion", lr=0.01, weight_decay=0.0)
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimizer = build_optimizer([(parameter, 1.0)], spec)
+    momentum = torch.tensor([[0.3, -0.2]])
+    restore_optimizer(optimizer, {"0/momentum": momentum})
+    parameter.grad = torch.zeros(1, 2)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([[0.99, 2.01]]))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
-"""Random weights in the place of pretrained ones, and shapes in float32."""
+"""Random weights in the place of pretrained ones."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from apecache.encoders.load import load_text_encoder, shape_tower
-from apecache.encoders.random_weights import write_random
+from apecache.encoders.load import load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError
+from benchmarks.laws.random_weights import write_random
 
 
 def test_random_weights_are_seeded_and_load_as_the_same_model(
@@ -37,15 +35,3 @@ def test_random_weights_are_seeded_and_load_as_the_same_model(
 def test_what_is_no_local_folder_has_no_random_weights(tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="need a local folder"):
         write_random(EncoderSpec("hf", "some/model", "text"), tmp_path / "out", 0)
-
-
-def test_shapes_of_half_precision_files_are_float32(
-    tiny_text_encoder: Path,
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "half"
-    shutil.copytree(tiny_text_encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    tower = shape_tower(parse_encoder(f"hf:{folder}", "text"))
-    assert {parameter.dtype for parameter in tower.parameters()} == {torch.float32}

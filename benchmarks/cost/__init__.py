@@ -1,0 +1,1 @@
+"""Costs that are computed from counts and assumed rates, not measured."""
