@@ -11,6 +11,7 @@
     │   ├── RecipeError                  a recipe or one of its settings
     │   ├── RunError                     a run folder, head or index
     │   └── StoreError                   not a store, or object storage that does not answer
+    │       ├── UnwritableError       1  nothing can be stored at the path
     │       ├── IncompleteError          extraction has not finished
     │       └── DamagedError             bytes differ from their commit record
     └── MismatchError                 4  does not belong to this store or run (also ValueError)
@@ -19,6 +20,7 @@ Messages are one line: what was found, what was expected, what mends it. `exit_c
 code of the command line. `RowError` does not end a run: it says why one row could not be encoded.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -80,6 +82,12 @@ class StoreError(DataError):
     """Report a path that is not a store, or object storage that does not answer."""
 
 
+class UnwritableError(StoreError):
+    """Report a path at which the system lets nothing be stored; nothing is stored there yet."""
+
+    exit_code = 1
+
+
 class IncompleteError(StoreError):
     """Report a store whose extraction has not finished."""
 
@@ -126,6 +134,38 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `; did you mean a, b?` for the known names closest to `name`, or an empty string."""
     close_names = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f"; did you mean {', '.join(close_names)}?" if close_names else ""
+
+
+def nearest_sibling(path: Path, limit: int = 3) -> str:
+    """Return `nearest` for a path that does not exist, among the names beside it.
+
+    It is empty for a path that exists, and where the folder cannot be listed.
+    """
+    # Of `os.path`: the methods of Path raise where a folder above may not be searched.
+    if os.path.exists(path):
+        return ""
+    # A hint is for an error that is being reported: it must not raise another one.
+    try:
+        siblings = os.listdir(path.parent)
+    except OSError:
+        return ""
+    return nearest(path.name, siblings, limit)
+
+
+def raise_if_refused(path: Path) -> None:
+    """Raise the system's own error if it does not let a file be opened.
+
+    Call it before a file that could not be read is reported as missing or damaged: libraries say
+    neither that a permission is missing nor that too many files are open.
+
+    Raises:
+        OSError: The file is there, or may be there, and cannot be opened; it names the path.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return
 
 
 def one_line(text: object, limit: int = 200) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .inputs import Root
+from .labeled import show_left_out
 from .runs import opener
 from .terminal import Device, Json, ending, show_json, show_table, warn
 
@@ -122,7 +123,7 @@ def measure(
 
 
 def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, Any]) -> None:
-    """Show the differences, and what each side is."""
+    """Show the differences, what was left out, and what each side is."""
     rows = []
     for row in result["rows"]:
         rows.append(
@@ -142,6 +143,7 @@ def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, An
         ("", "A, %", "B, %", "chance", "A less B, points", "95 % interval", "p"),
         rows,
     )
+    show_left_out(result["left_out"])
     typer.echo(f"A: {', '.join(names_a)}")
     typer.echo(f"B: {', '.join(names_b)}")
     single = [side for side, names in (("A", names_a), ("B", names_b)) if len(names) == 1]

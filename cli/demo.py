@@ -13,6 +13,10 @@ from .terminal import Json, Overwrite, ending, show_json, show_table
 
 RECIPES = ("ape", "projection")  # the last one is indexed and shown
 TEMPLATES = ("a drawing of {}", "{}")
+ENCODERS = "encoders"
+STORE = "store"
+INDEX = "index"
+REPORT = "report.html"
 QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
 
 
@@ -28,7 +32,7 @@ def demo(
     needed.
 
     577 drawings of single words (CC BY-SA), efficientnet-lite0 and all-MiniLM-L6-v2; about two
-    minutes on two cores.
+    minutes on two cores. Interrupt at any time; run the same command to resume.
 
     Example: apecache demo --out apecache-demo
     """
@@ -36,7 +40,7 @@ def demo(
         begin = time.perf_counter()
         from apecache.errors import require_new
 
-        if not overwrite:
+        if not (overwrite or is_unfinished(out)):
             require_new(out, "folder")
         folder = data_folder()
         encoders = write_encoders(out)
@@ -48,6 +52,18 @@ def demo(
         else:
             show_results(results)
             typer.echo(f"The page with curves and pictures: {page}    ({seconds:.0f} s in all)")
+
+
+def is_unfinished(out: Path) -> bool:
+    """Tell whether a folder holds a demo that was interrupted, and nothing else.
+
+    The same command resumes it. The encoders are written first and the page last.
+    """
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    demo_names = {ENCODERS, STORE, INDEX, *(f"run-{recipe}" for recipe in RECIPES)}
+    # A step that was killed leaves a scratch file, whose name begins with a dot.
+    other_names = {name for name in names - demo_names if not name.startswith(".")}
+    return ENCODERS in names and not other_names
 
 
 def data_folder() -> Path:
@@ -65,7 +81,7 @@ def write_encoders(out: Path) -> tuple[Path, Path]:
     from apecache.encoders.packaged import write_packaged_encoders
 
     typer.echo("Writing the two packaged encoders as local folders", err=True)
-    return write_packaged_encoders(out / "encoders")
+    return write_packaged_encoders(out / ENCODERS)
 
 
 def run_commands(
@@ -80,7 +96,7 @@ def run_commands(
         The rows of the result table, as `measure` makes them.
     """
     table = str(folder / "pairs.tsv")
-    store = str(out / "store")
+    store = str(out / STORE)
     image_folder, text_folder = encoders
     image = f"timm:{local_name(image_folder)}"
     text = f"hf:{local_name(text_folder)}"
@@ -107,7 +123,7 @@ def run_commands(
         )
         rows += measure(recipe, run=out / f"run-{recipe}", store=Path(store), folder=folder)
     best = str(out / f"run-{RECIPES[-1]}")
-    index = str(out / "index")
+    index = str(out / INDEX)
     call(apecache, "index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
     for query in QUERIES:
         call(apecache, "search", index, query)
@@ -238,7 +254,7 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
 
     runs = {recipe: out / f"run-{recipe}" for recipe in RECIPES}
     heads = load_heads(runs[RECIPES[-1]])
-    store = FeatureStore.open(out / "store")
+    store = FeatureStore.open(out / STORE)
     galleries = retrieval_galleries(
         embed_store(heads, store, "val"),
         store,
@@ -259,4 +275,4 @@ def write_report(out: Path, folder: Path, results: list[dict[str, Any]]) -> Path
         galleries=galleries,
         notes=("Drawings: Art4Apps, CC BY-SA 3.0; see examples/drawings/ATTRIBUTION.md.",),
     )
-    return write_page(page, out / "report.html")
+    return write_page(page, out / REPORT)

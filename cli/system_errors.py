@@ -184,8 +184,14 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
     """Write the line for an error number: the path, what happened, the remedy."""
     given_paths = list(_given_paths())
     error_path = path or _likely_path(number, given_paths)
-    flag = None if error_path == STANDARD_OUTPUT else _flag_for(error_path, given_paths)
-    shown = _shown(error_path)
+    given_path = None if error_path == STANDARD_OUTPUT else _given_for(error_path, given_paths)
+    flag = given_path.flag if given_path else None
+    # A scratch file or a folder above is not what the user gave.
+    is_of_output = given_path is not None and given_path.is_output
+    if given_path and is_of_output and not _is_below(error_path, given_path.path):
+        shown = _shown(given_path.path)
+    else:
+        shown = _shown(error_path)
     other = f" or choose another {flag}" if flag else ""
     match number:
         case errno.ENOSPC | errno.EDQUOT:
@@ -206,7 +212,11 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
         case errno.ENOMEM:
             return OUT_OF_MEMORY
         case errno.ENOENT | errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENOTEMPTY:
-            return f"{shown}: {os.strerror(number).lower()}: give another path"
+            file_above = _file_above(given_path.path) if given_path and is_of_output else None
+            if file_above:
+                return f"{shown}: {_shown(file_above)} is a file: give another {flag}"
+            remedy = f"give another {flag}" if is_of_output else "give another path"
+            return f"{shown}: {os.strerror(number).lower()}: {remedy}"
         case None:
             return f"{shown}: {' '.join(text.split())[:200]}: check the disk{other}, {AGAIN}"
         case _:
@@ -235,16 +245,44 @@ def _given_paths() -> Iterator[GivenPath]:
                 yield GivenPath(flag=flags[name], path=Path(item), is_output=name in outputs)
 
 
-def _flag_for(error_path: Path, given_paths: list[GivenPath]) -> str | None:
-    """Return the option that takes another path; None if no given path has to do with the error."""
+def _given_for(error_path: Path, given_paths: list[GivenPath]) -> GivenPath | None:
+    """Return the given path that an error is of; None if none has to do with the error."""
     for given_path in given_paths:
         if _is_below(error_path, given_path.path):
-            return given_path.flag
-    # A scratch file of an output lies beside it.
-    for given_path in given_paths:
-        if given_path.is_output and _is_below(error_path, given_path.path.parent):
-            return given_path.flag
+            return given_path
+    output_paths = [given_path for given_path in given_paths if given_path.is_output]
+    # A scratch file of an output lies beside it; most are named after it.
+    scratch_of = [
+        given_path for given_path in output_paths if _scratch_name(error_path, given_path.path)
+    ]
+    for given_path in scratch_of:
+        name = _scratch_name(error_path, given_path.path)
+        if name.startswith(f".{given_path.path.name}."):
+            return given_path
+    if scratch_of:
+        return scratch_of[0]
+    # A folder above an output could not be made or searched.
+    for given_path in output_paths:
+        if _is_below(given_path.path, error_path):
+            return given_path
     return None
+
+
+def _scratch_name(error_path: Path, output: Path) -> str:
+    """Return the name of the scratch file or folder beside an output that an error is of.
+
+    It is empty if the error is of something else: other files beside an output can be inputs.
+    """
+    folder = output.absolute().parent
+    if not error_path.absolute().is_relative_to(folder):
+        return ""
+    names = error_path.absolute().relative_to(folder).parts
+    return names[0] if names and names[0].startswith(".") else ""
+
+
+def _file_above(path: Path) -> Path | None:
+    """Return the file that stands where a folder above `path` should be; None without one."""
+    return next((folder for folder in path.parents if os.path.isfile(folder)), None)
 
 
 def _flag(parameter: Any) -> str:

@@ -37,6 +37,7 @@ def test_the_docstring_draws_the_tree_that_there_is() -> None:
 
 def test_every_error_ends_the_command_with_the_exit_code_drawn_in_the_docstring() -> None:
     codes = {"MissingExtraError": 1, "EngineError": 1, "OptionError": 2, "MismatchError": 4}
+    codes["UnwritableError"] = 1
     assert {name: error.exit_code for name, error in TREE.items()} == {
         name: codes.get(name, 3) for name in TREE
     }

@@ -18,7 +18,13 @@ from apecache.data.columns import Columns, choose_columns, image_keys, source_fi
 from apecache.data.media import check_bytes, media_below
 from apecache.data.pairs import PairSource, SourceFields, TableRow, join_rows
 from apecache.data.spec import OpenSpec, require_only
-from apecache.errors import ApecacheError, ManifestError, MissingExtraError, RowError
+from apecache.errors import (
+    ApecacheError,
+    ManifestError,
+    MissingExtraError,
+    RowError,
+    raise_if_refused,
+)
 from apecache.fingerprint import content_hash
 
 MAX_GROUP_BYTES = 1 << 30
@@ -206,6 +212,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except ApecacheError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        raise_if_refused(path)
         raise ManifestError(
             f"{path}: no Parquet table that can be read ({one_line(error)}); write or copy it again"
         ) from None

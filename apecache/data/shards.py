@@ -20,7 +20,7 @@ from apecache.data.columns import LANGUAGE_COLUMNS, to_captions, to_text
 from apecache.data.media import Member, TarMedia
 from apecache.data.pairs import Pair, PairSource, SourceFields
 from apecache.data.spec import OpenSpec, require_only
-from apecache.errors import ManifestError, nearest
+from apecache.errors import ManifestError, nearest, nearest_sibling
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "caption", "json", "cls")
@@ -201,8 +201,7 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
             f"{path}: {_why(path, error)}; {readable}: copy it again, or leave it out"
         ) from None
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}") from None
+        raise ManifestError(f"{path}: no such file{nearest_sibling(path)}") from None
 
 
 def _shown(name: str) -> str:

@@ -19,7 +19,7 @@ from apecache.data.spec import OpenSpec, is_url
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table
 from apecache.data.texts import open_texts
-from apecache.errors import ManifestError, OptionError, naming, nearest
+from apecache.errors import ManifestError, OptionError, naming, nearest, nearest_sibling
 from apecache.storage.bucket import is_object_url, open_bucket
 
 REMOTE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet", ".json", ".txt")
@@ -124,8 +124,7 @@ def _require_file(path: Path) -> None:
         expected = f"expected a file that ends in {', '.join(SUFFIXES)}, or a folder"
         raise ManifestError(f"{path}: {expected}{nearest(suffix, SUFFIXES)}")
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ManifestError(f"{path}: no such file{nearest(path.name, siblings)}")
+        raise ManifestError(f"{path}: no such file{nearest_sibling(path)}")
     if not path.is_file():
         raise ManifestError(
             f"{path}: a device or pipe; expected a file that ends in {', '.join(SUFFIXES)}"

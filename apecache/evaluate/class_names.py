@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from apecache.arguments import AnyPath, as_path
-from apecache.errors import OptionError, nearest, one_line
+from apecache.errors import OptionError, nearest, one_line, raise_if_refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def read_class_names(path: AnyPath) -> ClassNames:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_refused(path)
         raise OptionError(
             f"{path}: cannot be read ({one_line(error)}); save the file as UTF-8"
         ) from None

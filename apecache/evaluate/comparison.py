@@ -14,6 +14,7 @@ from PIL import Image
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError
 from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.evaluate.left_out import LeftOut
 from apecache.metrics.protocols import retrieval_hits
 from apecache.metrics.retrieval import KS, RetrievalReport, retrieval_report
 from apecache.metrics.statistics import (
@@ -76,6 +77,8 @@ class RunComparison:
     """How the p-values are computed."""
     seen_in_training: tuple[str, ...]
     """Runs that trained, or chose their epoch, on the split."""
+    left_out: LeftOut
+    """Counts of images and captions of the split that no run embeds, by the first run's reasons."""
 
 
 def compare_runs(
@@ -135,6 +138,7 @@ def compare_runs(
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
         reports.append(retrieval_report(*vectors, relevance=embedded.relevance))
         answers[path] = retrieval_hits(*vectors, relevance=embedded.relevance)
+    left_out = reference.left_out if reference is not None else LeftOut()
     hits_a = [answers[path] for path in paths_a]
     hits_b = [answers[path] for path in paths_b]
     rows = []
@@ -154,6 +158,8 @@ def compare_runs(
             for path, training in trainings.items()
             if was_split_seen(training, store.digest, split)
         ),
+        # All runs embed the same rows, so they leave out the same ones.
+        left_out=left_out,
     )
 
 

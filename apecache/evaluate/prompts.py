@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from apecache.arguments import AnyPath, as_place, require_type
-from apecache.errors import OptionError, nearest, one_line
+from apecache.errors import OptionError, nearest, one_line, raise_if_refused
 from apecache.evaluate.benchmark_names import ENSEMBLES, Benchmark, clip_templates
 
 TEMPLATES = ("a photo of {}",)
@@ -60,6 +60,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
         # `utf-8-sig`: editors on Windows put a byte order mark at the start.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_refused(path)
         raise OptionError(
             f"{path}: cannot be read ({one_line(error)}); save the file as UTF-8"
         ) from None

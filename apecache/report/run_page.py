@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apecache.data.images import load_image
 from apecache.data.media import Media
-from apecache.errors import RowError, RunError, one_line
+from apecache.errors import RowError, RunError, one_line, raise_if_refused
 from apecache.evaluate.embeddings import Embeddings
 from apecache.metrics.retrieval import text_to_image_ranks
 from apecache.report.gallery import Gallery, QueryExample, Result, thumbnail
@@ -88,6 +88,7 @@ def _history(run: Path) -> list[dict[str, Any]]:
     try:
         return list(read_history(run)) if (run / HISTORY).is_file() else []
     except (OSError, ValueError) as error:
+        raise_if_refused(run / HISTORY)
         raise RunError(f"{run / HISTORY} is damaged ({one_line(error)}); train again") from None
 
 

@@ -90,9 +90,13 @@ def make_server(spec: ServeSpec) -> tuple[Any, list[socket.socket], str]:
         # Any visitor could send the headers of a proxy.
         proxy_headers=False,
     )
-    name = f"[{spec.host}]" if ":" in spec.host else spec.host
     port = bound.getsockname()[1]
-    return uvicorn.Server(config), [bound], f"http://{name}:{port}/"
+    return uvicorn.Server(config), [bound], f"http://{_address(spec.host, port)}/"
+
+
+def _address(host: str, port: int) -> str:
+    """Return host and port as a URL has them: an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _app(spec: ServeSpec) -> Any:
@@ -134,7 +138,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.close()
         why = getattr(error, "strerror", None) or error
         raise OptionError(
-            f"{host}:{port} cannot be had ({why}); choose another --port or --host"
+            f"{_address(host, port)} cannot be had ({why}); choose another --port or --host"
         ) from None
     return bound
 

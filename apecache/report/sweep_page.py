@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.arguments import AnyPath, as_path
-from apecache.errors import MissingExtraError, RunError, one_line
+from apecache.errors import MissingExtraError, RunError, one_line, raise_if_refused
 from apecache.report.charts.importance import FEWEST, importances
 from apecache.report.charts.parallel import Parallel, axis_of, worded
 from apecache.report.page import Cell, Chart, Curve, Page, Table, write_page
@@ -18,6 +18,7 @@ from apecache.report.run_page import learning_charts, ledger_table, with_points
 from apecache.runs.heads import DESCRIPTION
 from apecache.sweeps.run import COMMAND, DESCRIBED, Trial, read_trials
 from apecache.sweeps.space import Dimension
+from apecache.sweeps.trials import TRIALS
 
 PAGE = "report.html"
 STATES = ("done", "stopped", "failed")
@@ -118,6 +119,8 @@ def _read(folder: Path) -> _SweepRecord:
         for name, dimension in description["space"].items():
             space[name] = Dimension.model_validate(dimension)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for name in (DESCRIBED, TRIALS, COMMAND):
+            raise_if_refused(folder / name)
         raise RunError(
             f"{folder} is damaged ({one_line(error)}); sweep again into another --out"
         ) from None

@@ -144,7 +144,12 @@ class Guard:
 
     def _problem(self, method: str, headers: Headers) -> tuple[int, str] | None:
         """Return the status and the message for a request that is refused, None for others."""
-        host = headers.get("host", "")
+        hosts = headers.getlist("host")
+        # RFC 9112, section 3.2: 400 for HTTP/1.1 without exactly one Host. HTTP/1.0 may leave it
+        # out, but then the request does not say that it is for this server.
+        if len(hosts) != 1:
+            return 400, "A request needs exactly one Host header, with the address of this server."
+        host = hosts[0]
         if not self.allows(host):
             message = (
                 "This address does not belong to this server; use the one that apecache serve "

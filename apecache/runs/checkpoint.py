@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apecache.errors import RunError
+from apecache.errors import RunError, raise_if_refused
 from apecache.fingerprint import Json
 from apecache.recipes.former_keys import NEW_KEYS, with_new_keys
 from apecache.storage.atomic import replace_tensors
@@ -55,6 +55,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
         # The RunError of a newer format is itself a ValueError: do not report it as damage.
         if isinstance(error, RunError):
             raise
+        raise_if_refused(path)
         why = str(error).splitlines()[0]
         raise RunError(f"{path} is damaged ({why}); begin anew with --overwrite") from None
     return tensors, state

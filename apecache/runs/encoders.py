@@ -15,7 +15,7 @@ from apecache.data.images import Picture, open_readable
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import MismatchError, RunError
+from apecache.errors import MismatchError, RunError, raise_if_refused
 from apecache.fingerprint import Fingerprint, Json, describe_difference, digest_tensors
 from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
 from apecache.models.shared_encoder import SharedSide
@@ -203,6 +203,7 @@ def read_description(run: Path) -> dict[str, Any]:
             f"{run} is no finished run of fit-encoder: it has no {DESCRIPTION}"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
+        raise_if_refused(run / DESCRIPTION)
         raise RunError(f"{run / DESCRIPTION} is damaged ({error}); train again") from None
     return value  # type: ignore[no-any-return]
 
@@ -218,6 +219,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads((file.metadata() or {})["apecache"])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise_if_refused(path)
         raise RunError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); train again"
         ) from None

@@ -103,12 +103,14 @@ def locked(out: Path) -> Iterator[None]:
     # A lock on the folder itself: the kernel releases it when the process ends, also by a kill.
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is fitting into {out}; wait for it, or choose another --out"
+            ) from None
+        # Outside of the handler: the fit can raise the same error of a pipe or of a socket.
         yield
-    except BlockingIOError:
-        raise RunError(
-            f"another process is fitting into {out}; wait for it, or choose another --out"
-        ) from None
     finally:
         os.close(descriptor)
 

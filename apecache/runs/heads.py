@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, RunError, nearest
+from apecache.errors import MismatchError, RunError, nearest_sibling, raise_if_refused
 from apecache.fingerprint import (
     Fingerprint,
     Json,
@@ -134,12 +134,10 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
     folder = as_path(folder, "folder")
     path = folder / DESCRIPTION
     if not path.is_file():
-        parent = folder.parent
-        siblings = [sibling.name for sibling in parent.iterdir()] if parent.is_dir() else []
-        hint = "" if folder.exists() else nearest(folder.name, siblings)
+        raise_if_refused(path)
         raise RunError(
-            f"{folder} is no finished run: it has no {DESCRIPTION}{hint} (make one with: "
-            "apecache fit-head)"
+            f"{folder} is no finished run: it has no {DESCRIPTION}{nearest_sibling(folder)} "
+            "(make one with: apecache fit-head)"
         )
     try:
         value = with_new_keys(json.loads(path.read_text(encoding="utf-8")))
@@ -210,6 +208,7 @@ def _load_weights(heads: TrainedHeads, path: Path) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
+        raise_if_refused(path)
         raise RunError(f"{path} cannot be read: {error}; train again") from None
     expected = _tensors(heads)
     wrong_names: list[str] = []

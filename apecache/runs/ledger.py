@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from apecache.errors import RunError
+from apecache.errors import RunError, raise_if_refused
 from apecache.store.array import FeatureArray
 from apecache.store.layout import chunk_name
 
@@ -101,6 +101,7 @@ def load_ledger(run: Path) -> Ledger | None:
         warnings = tuple(value["warnings"])
         return Ledger(**{**value, "warnings": warnings})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise_if_refused(path)
         raise RunError(f"{path} is damaged ({str(error).splitlines()[0]}); train again") from None
 
 
@@ -190,6 +191,7 @@ def read_extraction(
             (float(entry["seconds"]), int(entry["rows"])) for entry in complete_entries
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise_if_refused(path)
         why = str(error).splitlines()[0]
         raise RunError(
             f"{path} is no report of extract ({why}); write one with: apecache extract --json"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apecache.errors import DataError, MissingExtraError, OptionError, RunError
+from apecache.errors import DataError, MissingExtraError, OptionError, RunError, raise_if_refused
 
 PER_CENTROID = 39
 """Vectors per centroid that FAISS requires for training."""
@@ -339,6 +339,7 @@ def open_vectors(path: Path, factory: str, mmap: bool = True) -> VectorIndex:
             index=faiss.read_index(str(path), mapped if large else 0),
         )
     except RuntimeError as error:
+        raise_if_refused(path)
         raise RunError(
             f"{path} cannot be read ({str(error).splitlines()[0][:80]}); build it again"
         ) from None

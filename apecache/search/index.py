@@ -23,7 +23,14 @@ from typing import Any, Literal
 import numpy as np
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, OptionError, RunError, nearest, require_new
+from apecache.errors import (
+    MismatchError,
+    OptionError,
+    RunError,
+    nearest_sibling,
+    raise_if_refused,
+    require_new,
+)
 from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, find_features
 from apecache.evaluate.left_out import LeftOut
 from apecache.runs.heads import TrainedSide
@@ -371,11 +378,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     file = path / "index.json"
     if not file.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = "" if path.exists() else nearest(path.name, siblings)
+        raise_if_refused(file)
         raise RunError(
-            f"{path} is no index{hint} (make one with: apecache index RUN --store STORE --out "
-            f"{path})"
+            f"{path} is no index{nearest_sibling(path)} "
+            f"(make one with: apecache index RUN --store STORE --out {path})"
         )
     try:
         description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -429,6 +435,7 @@ def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
                 raise ValueError("a row without key and caption")
         return rows
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise_if_refused(path / f"{part}.jsonl")
         raise RunError(
             f"{path / part}.jsonl cannot be read ({error}); build the index again"
         ) from None

@@ -179,16 +179,24 @@ def _endpoint(scheme: Scheme) -> str:
     """Return the endpoint that the environment names; empty if there is none.
 
     Raises:
-        StoreError: It has credentials in it, or is on another machine and not encrypted.
+        StoreError: It has credentials in it, is on another machine and not encrypted, or is not
+            a URL.
     """
     for variable in scheme.endpoints:
         if endpoint := os.environ.get(variable, ""):
             break
     else:
         return ""
-    parsed_url = urlsplit(endpoint)
     if "@" in endpoint:
         raise StoreError(f"{variable} has credentials in it; give them as {scheme.credentials}")
+    try:
+        parsed_url = urlsplit(endpoint)
+        _host(endpoint)
+    except ValueError:
+        raise StoreError(
+            f"{variable} is not a URL with a host and a port; expected https://HOST:PORT, an IPv6 "
+            "address in brackets: https://[ADDRESS]:PORT"
+        ) from None
     allow = f"{variable.partition('_')[0]}_ALLOW_HTTP"
     allowed = os.environ.get(allow, "").lower() in ("1", "true", "yes")
     if parsed_url.scheme == "http" and not allowed and not _is_loopback(parsed_url.hostname or ""):
@@ -203,9 +211,13 @@ def _is_loopback(host: str) -> bool:
 
 
 def _host(endpoint: str) -> str:
+    """Return scheme, host and port of an endpoint; raises ValueError if it is not a URL."""
     parsed_url = urlsplit(endpoint)
+    host = parsed_url.hostname or ""
+    # `hostname` has the address alone; a URL has it in brackets.
+    shown_host = f"[{host}]" if ":" in host else host
     port = f":{parsed_url.port}" if parsed_url.port else ""
-    return f"{parsed_url.scheme}://{parsed_url.hostname}{port}"
+    return f"{parsed_url.scheme}://{shown_host}{port}"
 
 
 def _seconds(variable: str, otherwise: float) -> float:

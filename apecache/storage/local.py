@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from apecache.errors import StoreError, nearest
+from apecache.errors import StoreError, UnwritableError, nearest_sibling
 from apecache.storage.files import TEMPORARY, Buffer
 
 BLOCK_BYTES = 1 << 18
 UNWRITABLE = (errno.EROFS, errno.EACCES)
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors that another path mends, and neither room nor permission."""
 
 
 class LocalFiles:
@@ -40,15 +42,12 @@ class LocalFiles:
         return LocalFiles(self.path(folder))
 
     def hint(self) -> str:
-        siblings: list[str] = []
-        if self.root.parent.is_dir():
-            siblings = [path.name for path in self.root.parent.iterdir()]
-        return "" if self.root.exists() else nearest(self.root.name, siblings)
+        return nearest_sibling(self.root)
 
     def free_bytes(self) -> int:
         """Return the free bytes of the disk that the root is on, or will be on."""
         root = self.root.absolute()
-        existing_folder = next(folder for folder in (root, *root.parents) if folder.exists())
+        existing_folder = next(folder for folder in (root, *root.parents) if os.path.exists(folder))
         return shutil.disk_usage(existing_folder).free
 
     @property
@@ -56,7 +55,7 @@ class LocalFiles:
         return 4
 
     def prepare(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
+        if os.path.exists(self.root) and not os.path.isdir(self.root):
             raise StoreError(f"{self.root} is a file; give a folder as --store")
 
     def write(self, name: str, *buffers: Buffer) -> None:
@@ -265,12 +264,32 @@ class LocalFiles:
         try:
             yield
         except OSError as error:
-            path = self.path(name)
-            remedy = (
-                "make room or permit writing, then run the same command again; committed shards "
-                "stand"
+            raise self._refusal(name, error) from error
+
+    def _refusal(self, name: str, error: OSError) -> StoreError:
+        """Return what to raise for an error of the system, by whether anything is stored yet."""
+        reason = error.strerror or error
+        if self._holds_objects():
+            return StoreError(
+                f"{self.path(name)}: {reason}; make room or permit writing, then run the same "
+                "command again; committed shards stand"
             )
-            raise StoreError(f"{path}: {error.strerror or error}; {remedy}") from error
+        # The root is the path that the user gave; its objects are the store's own affair.
+        if error.errno in WRONG_PATH:
+            return UnwritableError(
+                f"{self.root}: {reason}; no folder can be made there: give another path"
+            )
+        return UnwritableError(
+            f"{self.root}: {reason}; make room or permit writing there, or give another path, "
+            "then run the same command again"
+        )
+
+    def _holds_objects(self) -> bool:
+        """Return whether any object is stored below the root."""
+        for _, _, names in os.walk(self.root):
+            if any(not name.startswith(TEMPORARY) for name in names):
+                return True
+        return False
 
 
 def _size(path: str) -> int:

@@ -4,6 +4,7 @@ process."""
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -19,7 +20,8 @@ from typing import Any, Literal
 import pytest
 import typer
 from apecache_cli.app import app
-from apecache_cli.system_errors import explain
+from apecache_cli.system_errors import GivenPath, _given_for, explain
+from permissions import modes_bind
 from tiny import damaged, make_shapes, put, tree
 from typer.testing import CliRunner
 
@@ -35,9 +37,9 @@ class Case:
     """A command with arguments in which names in braces stand for paths; `{out}` is the folder of
     the refusal.
 
-    `copies`: what lies in that folder before. `code`: the exit code of a refusal: 3 where the store
-    explains it, as what is committed stands. `fills`: whether it needs room, so that a full disk
-    ends it.
+    `copies`: what lies in that folder before. `code`: the exit code of a refusal: 3 where a store
+    that has begun explains it, as what is committed stands. `fills`: whether it needs room, so that
+    a full disk ends it.
     """
 
     command: str
@@ -86,7 +88,6 @@ WRITING = (
     Case(
         command="extract",
         arguments=("{table}", "--store", "{out}/store", *ENCODERS, "--device", "cpu"),
-        code=3,
     ),
     Case(
         command="scout",
@@ -130,10 +131,10 @@ WRITING = (
         code=3,
         fills=False,
     ),
-    Case(command="copy", arguments=("{store}", "{out}/copy"), code=3),
+    Case(command="copy", arguments=("{store}", "{out}/copy")),
     Case(command="export", arguments=("{store}", "{out}/features.npz", "--npz")),
     Case(command="export", arguments=("{store}", "{out}/features", "--parquet")),
-    Case(command="demo", arguments=("--out", "{out}/demo"), repeats=False),
+    Case(command="demo", arguments=("--out", "{out}/demo")),
 )
 """Commands whose output lies in the refusing folder."""
 
@@ -406,6 +407,72 @@ def test_the_same_command_works_once_the_cause_is_gone(
 ) -> None:
     again = outcomes("limited", HERE)[case]["again"]
     assert (again["code"], again["exception"]) == (0, None), again
+
+
+BEGINNING = tuple(case for case in WRITING if not case.copies and case.command != "demo")
+"""Commands that make their output anew."""
+UNUSABLE = ("proc", "below-a-file", "denied")
+
+
+@pytest.mark.parametrize("case", BEGINNING, ids=str)
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_an_output_that_cannot_be_made_is_named_as_it_was_given(
+    reason: str,
+    case: Case,
+    paths: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out = tmp_path / "out"
+    match reason:
+        case "proc":
+            out = Path("/proc")
+        case "below-a-file":
+            out.write_text("")
+        case _:
+            out.mkdir(mode=0o555)
+    named = {**paths, "out": out, "elsewhere": elsewhere}
+    arguments = [word.format(**named) for word in case.arguments]
+    with modes_bind():
+        result = runner.invoke(app, [case.command, *arguments])
+    assert isinstance(result.exception, SystemExit), result.exception
+    line = error_line({"exception": None, "stderr": result.stderr})
+    given = next(word for word in arguments if word.startswith(f"{out}/"))
+    # `report` refuses a page whose folder is none as a usage error.
+    is_usage = case.command == "report" and reason == "below-a-file"
+    assert result.exit_code == (2 if is_usage else 1), line
+    start = f"error: --out {given}: " if is_usage else f"error: {given}: "
+    assert line.startswith(start), line
+    assert "shards stand" not in line
+    # Running the same command again helps only where something can be permitted.
+    assert ("run the same command again" in line) == (reason == "denied")
+    assert re.search(r"(give|choose) another|name a file in a folder", line)
+
+
+@pytest.mark.parametrize(
+    ("error_path", "flag"),
+    [
+        ("/a/index", "--out"),
+        ("/a/index/x/y", "--out"),
+        ("/a/.index.tmp-0123abcd/x", "--out"),
+        ("/a/.page.html.tmp", "--heat-map"),
+        # A scratch file of no given name is of the first output.
+        ("/a/.0123abcd.tmp", "--out"),
+        # The folder of both could not be made.
+        ("/a", "--out"),
+        ("/a/input/head.safetensors", None),
+        ("/a/pairs.tsv", None),
+        ("/b/.index.tmp-0123abcd", None),
+    ],
+)
+def test_an_input_beside_an_output_is_not_taken_for_it(error_path: str, flag: str | None) -> None:
+    outputs = [
+        GivenPath(flag="--out", path=Path("/a/index"), is_output=True),
+        GivenPath(flag="--heat-map", path=Path("/a/page.html"), is_output=True),
+    ]
+    given_path = _given_for(Path(error_path), outputs)
+    assert (given_path.flag if given_path else None) == flag
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The packaged pretrained encoders: written as ordinary folders, and what they know."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,39 @@ def test_writing_twice_writes_once(packaged_encoders: tuple[Path, Path]) -> None
     before = snapshot(folder)
     assert write_packaged_encoders(folder) == packaged_encoders
     assert snapshot(folder) == before
+
+
+def test_an_interrupted_copy_is_not_taken_as_complete(
+    packaged_encoders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, text = packaged_encoders
+    (tmp_path / image.name).mkdir()
+    shutil.copy(image / "config.json", tmp_path / image.name)
+    n_files = len([path for path in text.rglob("*") if path.is_file()])
+    assert n_files > 1
+    copy = shutil.copyfile
+    for n_copied in range(n_files):
+        calls = iter(range(n_copied))
+
+        def interrupted(source: str, target: str, calls: Any = calls) -> object:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return copy(source, target)
+
+        monkeypatch.setattr(shutil, "copyfile", interrupted)
+        # The last file is written, not copied.
+        if n_copied == n_files - 1:
+            monkeypatch.setattr(packaged, "replace_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_packaged_encoders(tmp_path)
+        monkeypatch.undo()
+    write_packaged_encoders(tmp_path)
+    for path in text.rglob("*"):
+        if path.is_file():
+            copied = tmp_path / text.name / path.relative_to(text)
+            assert copied.read_bytes() == path.read_bytes()
 
 
 def test_what_is_written_holds_no_pickle(packaged_encoders: tuple[Path, Path]) -> None:

@@ -14,6 +14,7 @@ import apecache
 from apecache.errors import MismatchError, OptionError
 from apecache.evaluate.comparison import METRICS, SIGN_FLIPS, STUDENT
 from apecache.evaluate.embeddings import embed_store
+from apecache.evaluate.left_out import LeftOut
 from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.heads import load_heads
@@ -177,6 +178,46 @@ def test_the_command_compares_two_runs_or_groups_of_seeds(
     assert done.exit_code == 0, done.output
     assert STUDENT in done.output
     assert "no variance over seeds" not in done.output
+
+
+def test_what_is_left_out_is_said_as_evaluate_says_it(
+    runs: dict[str, Path],
+    store: FeatureStore,
+    write_store: Any,
+    tmp_path: Path,
+) -> None:
+    first_val = SPLITS.index("val")
+    rng = np.random.default_rng(2)
+    features = [
+        rng.normal(size=(n_rows, dim)).astype(np.float32)
+        for n_rows, dim in ((len(SPLITS), 12), (2 * len(SPLITS), 10))
+    ]
+    # One bad image of val, one bad caption of another, and a bad image outside the split.
+    lossy_store = write_store(
+        tmp_path / "lossy",
+        *features,
+        np.repeat(np.arange(len(SPLITS)), 2).tolist(),
+        SPLITS,
+        bad_images=(0, first_val),
+        bad_texts=(2 * first_val + 2,),
+    )
+    left_out = LeftOut(unreadable_images=1, unusable_captions=1, captions_of_unreadable_images=2)
+    comparison = apecache.compare_runs(runs["long-0"], runs["short-0"], lossy_store, device="cpu")
+    assert comparison.left_out == left_out
+    assert (
+        apecache.compare_runs(runs["long-0"], runs["short-0"], store, device="cpu").left_out
+        == LeftOut()
+    )
+    names = [str(runs["long-0"]), str(runs["short-0"])]
+    where = ["--store", str(lossy_store.path), "--split", "val", "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["compare", *names, *where])
+    evaluated = CliRunner().invoke(app, ["evaluate", names[0], *where])
+    assert str(left_out) in shown.output.splitlines()
+    assert str(left_out) in evaluated.output.splitlines()
+    in_json = json.loads(CliRunner().invoke(app, ["compare", *names, *where, "--json"]).stdout)
+    assert in_json["left_out"] == vars(left_out)
+    nothing = ["--store", str(store.path), "--device", "cpu"]
+    assert "left out" not in CliRunner().invoke(app, ["compare", *names, *nothing]).output
 
 
 @pytest.mark.parametrize(

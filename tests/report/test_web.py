@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
+from starlette.datastructures import Headers
+
 from apecache.errors import MismatchError, MissingExtraError, OptionError
 from apecache.report import serve
 from apecache.report.search_page import LONGEST, MOST
@@ -324,6 +326,32 @@ def test_too_large_a_request_is_refused_with_and_without_its_length(served: Serv
 def test_a_host_that_is_not_ours_is_refused(served: Served, host: str) -> None:
     assert served.ask("/", Host=host).status == 421
     assert served.ask("/image/0", Host=host).status == 421
+
+
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        ("GET / HTTP/1.1\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n", 400),
+        ("GET / HTTP/1.0\r\n", 400),
+        # An empty Host is well-formed, but does not name this server.
+        ("GET / HTTP/1.1\r\nHost:\r\n", 421),
+        ("GET / HTTP/1.1\r\nHost: evil.example\r\n", 421),
+        ("GET / HTTP/1.1\r\nHost: localhost\r\n", 200),
+        ("GET / HTTP/1.0\r\nHost: localhost\r\n", 200),
+    ],
+)
+def test_a_request_has_exactly_one_host(served: Served, request_head: str, status: int) -> None:
+    """RFC 9112, section 3.2: 400 without Host or with several; RFC 9110, section 15.5.20: 421."""
+    with socket.create_connection(("127.0.0.1", served.port), 60) as connection:
+        connection.sendall(f"{request_head}Connection: close\r\n\r\n".encode())
+        assert int(connection.recv(100).split(b" ")[1]) == status
+    # Whichever HTTP parser the server has, the guard decides alike.
+    lines = [line.split(":", 1) for line in request_head.split("\r\n")[1:] if line]
+    headers = Headers(raw=[(b"host", value.strip().encode()) for _, value in lines])
+    problem = Guard(None, [], remote=False)._problem("GET", headers)  # type: ignore[arg-type]
+    assert (problem[0] if problem else 200) == status
 
 
 @pytest.mark.parametrize(

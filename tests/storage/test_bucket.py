@@ -2,6 +2,7 @@
 on loopback."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -79,6 +80,10 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
             "http://storage.example",
             "AWS_ENDPOINT_URL is not encrypted .http://storage.example.; use https://",
         ),
+        (
+            "http://[fd00::7]:9000",
+            r"AWS_ENDPOINT_URL is not encrypted .http://\[fd00::7\]:9000.; use https://",
+        ),
         (f"https://user:{SECRET}@storage.example", "AWS_ENDPOINT_URL has credentials in it"),
     ],
 )
@@ -92,6 +97,26 @@ def test_an_endpoint_that_gives_secrets_away_is_refused(
     with pytest.raises(StoreError, match=message) as caught:
         open_bucket(bucket)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://fd00::7:9000",
+        "https://::1:9000",
+        "https://[::1",
+        "https://h:port",
+        "https://h:99999",
+    ],
+)
+def test_an_endpoint_that_is_not_a_url_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: str,
+    endpoint: str,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StoreError, match=r"AWS_ENDPOINT_URL is not a URL .* in brackets"):
+        open_bucket(bucket)
 
 
 def test_http_elsewhere_is_for_those_who_say_so(
@@ -238,18 +263,20 @@ def test_a_fault_at_the_first_contact_is_survived(
         assert open_bucket(bucket)[0].create("a", b"")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 @pytest.mark.parametrize("operation", ALL)
 def test_an_endpoint_that_is_not_there_is_given_up(
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
     operation: str,
+    host: str,
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:9")
     monkeypatch.setenv("APECACHE_RETRY_SECONDS", "0.2")
     opened, _ = open_bucket(bucket)
     with pytest.raises(
         StoreError,
-        match=r"the object storage at http://127\.0\.0\.1:9 does not answer; check the network",
+        match=rf"the object storage at http://{re.escape(host)}:9 does not answer; check the network",
     ):
         ALL[operation](opened)
 

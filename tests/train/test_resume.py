@@ -1,6 +1,7 @@
 """A fit that is broken off, killed or interrupted: the same call goes on, and ends with the same
 bytes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from apecache.runs.folder import read_history
+from apecache.runs.folder import locked, read_history
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
@@ -231,6 +232,14 @@ def test_a_fit_killed_between_its_head_and_the_end_only_finishes(
     assert not (out / CHECKPOINT).exists()
     with pytest.raises(RunError, match="exists already"):
         fit_head(store, recipe=make_recipe(), out=out, spec=ALWAYS)
+
+
+def test_only_the_lock_says_that_another_process_is_fitting(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="a pipe is full"), locked(tmp_path):
+        raise BlockingIOError(errno.EAGAIN, "a pipe is full")
+    # The lock was released.
+    with locked(tmp_path):
+        pass
 
 
 def test_two_processes_never_fit_into_one_folder(store: FeatureStore, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""Which folders `apecache demo` takes for its own unfinished ones, and an interrupt of it."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from apecache_cli.app import app
+from apecache_cli.demo import is_unfinished
+from typer.testing import CliRunner
+
+
+@pytest.mark.parametrize(
+    ("names", "unfinished"),
+    [
+        ((), False),
+        (("encoders",), True),
+        (("encoders", "store", "run-ape", ".index.tmp-0123abcd"), True),
+        # Without the encoders, which come first, these may be folders of the user.
+        (("store", "index"), False),
+        (("encoders", "thesis"), False),
+        (("encoders", "store", "run-ape", "run-projection", "index", "report.html"), False),
+    ],
+)
+def test_only_an_interrupted_demo_is_resumed(
+    names: tuple[str, ...],
+    unfinished: bool,
+    tmp_path: Path,
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert is_unfinished(tmp_path) == unfinished
+    assert not is_unfinished(tmp_path / "missing")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert (refused.exit_code, "exists already" in refused.output) == (3, True), refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("packaged_encoders")
+def test_the_command_that_an_interrupt_prints_resumes_the_demo(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apecache", "demo", "--out", "my demo"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    store = tmp_path / "my demo" / "store"
+    deadline = time.monotonic() + 300
+    while not list(store.glob("records/image/*/commits/*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate()
+    assert process.returncode == 130, shown
+    printed = shlex.split(shown.splitlines()[-1].partition("resume with: ")[2])
+    assert printed[:2] == ["apecache", "demo"]
+    resumed = subprocess.run(
+        [sys.executable, "-m", *printed],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "my demo" / "report.html").is_file()
+    # A finished demo is not replaced.
+    again = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "my demo")])
+    assert "exists already" in again.output
