@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from numbers import Integral
 from pathlib import Path
 
 from apecache.errors import OptionError
@@ -60,6 +62,52 @@ def require_type(
     hint = MADE_BY.get(expected[0].__name__)
     error = wrong_type(value, names, name)
     raise OptionError(f"{error}; make one with: {hint}") if hint else error
+
+
+def require_integer(value: object, name: str, optional: bool = False) -> None:
+    """Refuse an argument that is not an integer; a bool is an integer to Python, but no count.
+
+    Args:
+        value: the argument; NumPy's integers are allowed.
+        name: of the argument.
+        optional: None is allowed as well.
+
+    Raises:
+        OptionError: another type.
+    """
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise wrong_type(value, "int", name)
+
+
+def require_spec(value: object, expected: type, name: str, optional: bool = False) -> None:
+    """Refuse settings of another type, and settings whose integers are none.
+
+    Args:
+        value: a dataclass of settings; dataclasses in its fields are checked as well.
+        expected: the allowed type.
+        name: of the argument.
+        optional: None is allowed as well.
+
+    Raises:
+        OptionError: another type, or a field that should be an integer.
+    """
+    require_type(value, expected, name, optional)
+    if value is not None:
+        _require_integers(value, name)
+
+
+def _require_integers(settings: object, name: str) -> None:
+    if isinstance(settings, type) or not is_dataclass(settings):
+        return
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        field_name = f"{name}.{field.name}"
+        if field.type in (int, int | None):
+            require_integer(value, field_name, optional=field.type is not int)
+        else:
+            _require_integers(value, field_name)
 
 
 def as_path(value: object, name: str) -> Path:

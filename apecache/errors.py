@@ -26,6 +26,9 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+SEPARATORS = str.maketrans("", "", "-_ ./")
+"""Removes the characters that separate the words of a name."""
+
 
 class ApecacheError(Exception):
     """Report a failure that a user can understand and fix."""
@@ -132,7 +135,12 @@ class RowError(Exception):
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `; did you mean a, b?` for the known names closest to `name`, or an empty string."""
-    close_names = get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    names_by_letters: dict[str, list[str]] = {}
+    for known_name in known:
+        names_by_letters.setdefault(_letters(known_name), []).append(known_name)
+    close_letters = get_close_matches(_letters(name), names_by_letters, n=limit, cutoff=0.5)
+    close_names = [close for letters in close_letters for close in names_by_letters[letters]]
+    close_names = close_names[:limit]
     return f"; did you mean {', '.join(close_names)}?" if close_names else ""
 
 
@@ -166,6 +174,18 @@ def raise_if_refused(path: Path) -> None:
             pass
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return
+
+
+def _letters(name: str) -> str:
+    """Return a name without what people mistype most: case and the separators of its words."""
+    letters = name.casefold().translate(SEPARATORS)
+    return letters or name
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, such as `1 image` or `2,000 images`; plurals end in s."""
+    plural = noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {plural}"
 
 
 def one_line(text: object, limit: int = 200) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .inputs import Root
 from .labeled import show_left_out
 from .runs import opener
@@ -78,7 +80,8 @@ def two_sides(runs: list[str], a: list[str], b: list[str]) -> tuple[list[str], l
     if not runs and a and b:
         return a, b
     raise OptionError(
-        f"expected two runs, or --a RUN and --b RUN; found {len(runs)} runs, {len(a)} --a and "
+        f"expected two runs, or --a RUN and --b RUN; found {counted(len(runs), 'run')}, "
+        f"{len(a)} --a and "
         f"{len(b)} --b"
     )
 
@@ -137,7 +140,10 @@ def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, An
                 f"{row['p_value']:.4f}" if row["p_value"] >= 0.0001 else "< 0.0001",
             )
         )
-    title = f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts"
+    title = (
+        f"{result['split']}: {counted(result['n_images'], 'image')}, "
+        f"{counted(result['n_texts'], 'text')}"
+    )
     show_table(
         title,
         ("", "A, %", "B, %", "chance", "A less B, points", "95 % interval", "p"),

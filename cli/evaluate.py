@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .inputs import SourceOptions, takes_source
 from .labeled import LabeledOptions, probes, show_left_out, show_probes, show_zeroshot, zeroshot
 from .runs import MovedImage, MovedText, moved_encoders, opener
@@ -16,6 +18,20 @@ if TYPE_CHECKING:
     from apecache.metrics.retrieval import RetrievalReport
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
+
+
+TASKS_OF_OPTIONS = {
+    "--store": ("retrieval",),
+    "--folds": ("retrieval",),
+    "--by-language": ("retrieval",),
+    "--csls": ("retrieval",),
+    "--labels": ("zeroshot", "probe", "text-probe"),
+    "--dataset": ("zeroshot",),
+    "--class-names": ("zeroshot",),
+    "--templates": ("zeroshot",),
+    "--template": ("zeroshot",),
+}
+"""The tasks that an option has an effect on; options that are not here have one on all."""
 
 
 @takes_source
@@ -101,6 +117,18 @@ def evaluate(
     """
     with ending():
         choice("--task", task, TASKS)
+        given: dict[str, object] = {
+            "--store": store,
+            "--folds": folds,
+            "--by-language": by_language,
+            "--csls": csls,
+            "--labels": labels,
+            "--dataset": dataset,
+            "--class-names": class_names,
+            "--templates": templates,
+            "--template": template,
+        }
+        _require_effect(task, [option for option, value in given.items() if value])
         from apecache.runs.remote import fetched_run
 
         # A run on object storage is a local copy until the end of the block.
@@ -147,6 +175,23 @@ def evaluate(
             return
         shows: dict[str, Any] = {"retrieval": show_retrieval, "zeroshot": show_zeroshot}
         shows.get(task, show_probes)(run, result)
+
+
+def _require_effect(task: str, options: list[str]) -> None:
+    """Refuse options that the task would ignore.
+
+    Raises:
+        OptionError: Such an option was given.
+    """
+    from apecache.errors import OptionError
+
+    for option in options:
+        tasks = TASKS_OF_OPTIONS[option]
+        if task not in tasks:
+            raise OptionError(
+                f"{option} has no effect on --task {task}; it is for {' and '.join(tasks)}: "
+                "leave one of the two out"
+            )
 
 
 def retrieval(
@@ -275,13 +320,14 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
     rows.append(recall_row("chance", result["chance"]))
     for language, report in result["languages"].items():
         name = language or "(no language)"
-        rows.append(recall_row(f"{name}: {report['n_texts']:,} texts", report))
+        rows.append(recall_row(f"{name}: {counted(report['n_texts'], 'text')}", report))
         rows += interval_rows(report["intervals"])
         rows.append(recall_row(f"chance, {name}", report["chance"]))
     columns = ("", *(f"image to text R@{k}" for k in ks), *(f"text to image R@{k}" for k in ks))
     fold = f", folds of {result['folds_of']:,}" if result["folds_of"] else ""
     show_table(
-        f"{result['split']}: {result['n_images']:,} images, {result['n_texts']:,} texts{fold}",
+        f"{result['split']}: {counted(result['n_images'], 'image')}, "
+        f"{counted(result['n_texts'], 'text')}{fold}",
         columns,
         rows,
     )

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
 from .inputs import SOURCE, SingleWriter, SourceOptions, takes_source
 from .memory import keep_freed_memory
@@ -353,13 +355,16 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
             warn(f"{array.modality} {example}")
         if array.n_quarantined > len(array.examples):
             warn(
-                f"{array.n_quarantined} {array.modality} rows are unreadable in all; apecache "
-                "info names the reasons"
+                f"in all, {counted(array.n_quarantined, f'unreadable {array.modality} row')}; "
+                "apecache info names the reasons"
             )
         if array.n_truncated:
-            warn(f"{array.n_truncated} captions were longer than the encoder takes and were cut")
+            warn(
+                f"cut: {counted(array.n_truncated, 'caption')} of more tokens than the encoder "
+                "takes"
+            )
     if report.duplicates:
-        warn(f"{report.duplicates} images are the same file, byte for byte, as an earlier one")
+        warn(f"{counted(report.duplicates, 'image')} with the bytes of an earlier one")
     if json:
         arrays = [vars(array) for array in report.arrays]
         columns_of_roles = {**fields.taken, "unused": list(fields.unused)}
@@ -409,5 +414,6 @@ def summary(report: "ExtractReport") -> str:
     size = sum(a.n_bytes for a in report.arrays)
     bad = sum(a.n_quarantined for a in report.arrays)
     return (
-        f"{rows:,} rows encoded in {report.seconds:.1f} s, {size / 1e6:,.1f} MB; {bad:,} unreadable"
+        f"{counted(rows, 'row')} encoded in {report.seconds:.1f} s, {size / 1e6:,.1f} MB; "
+        f"{bad:,} unreadable"
     )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .inputs import SourceOptions
 from .terminal import progress, show_table, warn
 
@@ -190,7 +192,8 @@ def probes(asked: LabeledOptions, modality: "Modality", train_split: str) -> dic
 def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     """Show what `zeroshot` returns."""
     title = (
-        f"zero-shot: {result['n_images']:,} images, {result['n_classes']} classes, "
+        f"zero-shot: {counted(result['n_images'], 'image')}, "
+        f"{counted(result['n_classes'], 'class')}, "
         f"{len(result['templates'])} prompts"
     )
     intervals = result["intervals"]

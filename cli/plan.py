@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from apecache.errors import counted
+
 from .extract import encoder_specs
 from .terminal import Json, ending, show_json, show_table
 
@@ -40,6 +42,12 @@ def parse_count(text: str) -> int:
             f"{text!r} is no count; expected a whole number like 20000, 400M or 5B"
         )
     return int(count)
+
+
+UNCOUNTED_TEACHER = (
+    "the teacher is not counted: its features are taken to be as wide as the student, and its "
+    "operations are left out; give --teacher"
+)
 
 
 def plan(
@@ -251,7 +259,10 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
                 money,
             )
         )
-    show_table(f"{rows:,} images on {_device(plans[0])}", columns, lines)
+    show_table(f"{counted(rows, 'image')} on {_device(plans[0])}", columns, lines)
+    uncounted = [plan.recipe for plan in plans if not plan.teacher_is_counted]
+    if uncounted:
+        typer.echo(f"{', '.join(uncounted)}: {UNCOUNTED_TEACHER}")
 
 
 def _cuts(plan: "Plan") -> str:
@@ -278,11 +289,11 @@ def _show(plan: "Plan", rows: int) -> None:
         (plan.text.side, plan.text.parts),
         ("both", plan.common),
     )
-    counted = []
+    part_rows = []
     for tower, tower_parts in towers:
         for name, n_trained, n_parameters in tower_parts:
-            counted.append((tower, name, f"{n_trained:,}", f"{n_parameters:,}"))
-    show_table(title, ("tower", "part", "trained", "of"), counted)
+            part_rows.append((tower, name, f"{n_trained:,}", f"{n_parameters:,}"))
+    show_table(title, ("tower", "part", "trained", "of"), part_rows)
     for side in sides:
         typer.echo(f"{side.side}: {_cut_text(side)}: {side.reason}")
     columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
@@ -301,7 +312,11 @@ def _show(plan: "Plan", rows: int) -> None:
             f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once and read from "
             "the cache"
         )
-    steps = f"{rows:,} images, {plan.n_steps:,} steps of {plan.batch_size:,} pairs"
+    if not plan.teacher_is_counted:
+        typer.echo(UNCOUNTED_TEACHER)
+    steps = (
+        f"{counted(rows, 'image')}, {counted(plan.n_steps, 'step')} of {plan.batch_size:,} pairs"
+    )
     show_table(f"{plan.path}: {steps} on {_device(plan)}", columns, lines)
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from apecache.errors import counted
+
 from .extract import CUT, encoder_specs
 from .inputs import SOURCE, SourceOptions, takes_source
 from .terminal import Device, Json, ending, show_json, show_table, warn
@@ -68,7 +70,7 @@ def scout(
             show_progress,
         )
         if report.n_unreadable:
-            warn(f"{report.n_unreadable} images of the sample cannot be read and were left out")
+            warn(f"left out: {counted(report.n_unreadable, 'unreadable image')} of the sample")
         if heat_map:
             from apecache.report.charts.heatmap import render_heat_maps, scout_maps
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .runs import MovedImage, MovedText, moved_encoders, opener
 from .terminal import Device, Json, Overwrite, choice, ending, printable, show_json, show_table
 
@@ -84,7 +86,8 @@ def show_index(report: "IndexReport", update: bool) -> None:
     """Show what an index holds, and how well an approximate one finds."""
     changes = f"; {report.n_added:,} added, {report.n_removed:,} removed" if update else ""
     contents = (
-        f"{report.n_images:,} images and {report.n_texts:,} captions, {report.dim} dimensions"
+        f"{counted(report.n_images, 'image')} and "
+        f"{counted(report.n_texts, 'caption')}, {report.dim} dimensions"
     )
     typer.echo(f"{report.index}: {contents}{changes}")
     if report.left_out.total:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apecache.errors import counted
+
 from .inputs import SingleWriter, SourceOptions, takes_source
 from .runs import MovedImage, MovedText
 from .terminal import Device, Json, complain, ending, progress, show_json, show_table
@@ -48,7 +50,8 @@ def info(store: Store, json: Json = False) -> None:
             f"{name or '(none)'} {count:,}" for name, count in pairs.split_counts().items()
         )
         typer.echo(
-            f"{store}: {totals['n_images']:,} images, {totals['n_texts']:,} captions; images "
+            f"{store}: {counted(len(pairs.keys), 'image')}, "
+            f"{counted(len(pairs.captions), 'caption')}; images "
             f"by split: {splits}"
         )
         columns = (

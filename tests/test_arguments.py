@@ -1,6 +1,7 @@
 """Public functions take paths as text, and name an argument of a wrong type at once."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 import apecache
-from apecache.arguments import as_path, as_place, as_texts, require_type
+from apecache.arguments import (
+    as_path,
+    as_place,
+    as_texts,
+    require_integer,
+    require_spec,
+    require_type,
+)
 from apecache.data.pairs import PairSource
 from apecache.errors import ApecacheError, OptionError
 from apecache.runs.heads import TrainedHeads
@@ -80,6 +88,31 @@ def test_a_single_text_is_no_list_of_texts() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             as_texts(value, "like")
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_, 2.0, "2", None])
+def test_what_is_no_integer_is_named(value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"^k: expected int, found {type(value).__name__}"):
+        require_integer(value, "k")
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    require_integer(3, "k")
+    require_integer(np.int64(3), "k")
+    require_integer(None, "k", optional=True)
+
+
+def test_a_bool_in_a_field_of_integers_is_named_in_nested_settings_too() -> None:
+    wrong: Any = True
+    require_spec(apecache.FitSpec(overwrite=True), apecache.FitSpec, "spec")
+    require_spec(None, apecache.FitSpec, "spec", optional=True)
+    for spec, field in (
+        (apecache.FitSpec(seed=wrong), "seed"),
+        (apecache.FitSpec(splits=apecache.SplitSpec(dev_images=wrong)), r"splits\.dev_images"),
+        (apecache.FitSpec(splits=apecache.SplitSpec(seed=wrong)), r"splits\.seed"),
+    ):
+        with pytest.raises(OptionError, match=rf"^spec\.{field}: expected int, found bool"):
+            require_spec(spec, apecache.FitSpec, "spec")
 
 
 # --- the public functions -------------------------------------------------------------------------
@@ -193,6 +226,105 @@ def test_a_wrong_type_is_named_with_the_expected_and_the_found_one(
     with pytest.raises(OptionError, match=rf"^{argument}: .*expected.*, found ") as caught:
         function(store, heads)
     assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+TRUE: Any = True
+BOOL_CALLS: Wrongs = {
+    "SearchIndex.open, nprobe": (
+        "nprobe",
+        lambda s, h: apecache.SearchIndex.open("i", nprobe=TRUE),
+    ),
+    "SearchIndex.open, ef_search": (
+        "ef_search",
+        lambda s, h: apecache.SearchIndex.open("i", ef_search=TRUE),
+    ),
+    "extract": (
+        "spec.shard_rows",
+        lambda s, h: apecache.extract(pairs(), "out", apecache.ExtractSpec(shard_rows=TRUE)),
+    ),
+    "extract, part": (
+        "spec.part.count",
+        lambda s, h: apecache.extract(
+            pairs(),
+            "out",
+            apecache.ExtractSpec(part=apecache.Part(count=TRUE)),
+        ),
+    ),
+    "plan_extraction": (
+        "spec.workers",
+        lambda s, h: apecache.plan_extraction(pairs(), "out", apecache.ExtractSpec(workers=TRUE)),
+    ),
+    "extract_on_ray": (
+        "spec.text_batch",
+        lambda s, h: apecache.extract_on_ray(
+            pairs(),
+            "out",
+            apecache.ExtractSpec(text_batch=TRUE),
+        ),
+    ),
+    "fit_head": (
+        "spec.seed",
+        lambda s, h: apecache.fit_head(s, "projection", "run", apecache.FitSpec(seed=TRUE)),
+    ),
+    "fit_encoder": (
+        "spec.slice_size",
+        lambda s, h: apecache.fit_encoder(
+            s,
+            "lit",
+            "run",
+            apecache.FitEncoderSpec(slice_size=TRUE),
+        ),
+    ),
+    "probe": (
+        "seed",
+        lambda s, h: apecache.probe(np.eye(2), ["a", "b"], np.eye(2), ["a", "b"], seed=TRUE),
+    ),
+    "report_page": (
+        "spec.top",
+        lambda s, h: apecache.report_page(["run"], "out.html", apecache.ReportSpec(top=TRUE)),
+    ),
+    "scout": (
+        "spec.n_pairs",
+        lambda s, h: apecache.scout(pairs(), apecache.ScoutSpec(image=(), text=(), n_pairs=TRUE)),
+    ),
+    "serve": (
+        "spec.port",
+        lambda s, h: apecache.serve(apecache.ServeSpec(index=Path("index"), port=TRUE)),
+    ),
+    "sweep": (
+        "spec.seeds",
+        lambda s, h: apecache.sweep(s, one_point(), "out", apecache.SweepSpec(seeds=TRUE)),
+    ),
+    "sweep_on_ray": (
+        "spec.fit.seed",
+        lambda s, h: apecache.sweep_on_ray(
+            s,
+            one_point(),
+            "out",
+            apecache.SweepSpec(fit=apecache.FitSpec(seed=TRUE)),
+        ),
+    ),
+}
+"""By what is called: the integer that is a bool, and the call."""
+
+
+def one_point() -> apecache.Space:
+    return apecache.Space({}, ["projection"])
+
+
+@pytest.mark.parametrize("call", BOOL_CALLS)
+def test_a_bool_is_no_integer_of_a_public_function(
+    call: str,
+    store: FeatureStore,
+    heads: TrainedHeads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argument, function = BOOL_CALLS[call]
+    with pytest.raises(OptionError, match=rf"^{re.escape(argument)}: expected int, found bool"):
+        function(store, heads)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from apecache.errors import (
     MissingExtraError,
     RowError,
     RunError,
+    counted,
     nearest,
     require_new,
 )
@@ -93,6 +94,29 @@ def test_at_most_three_of_the_nearest_names_are_suggested_best_first(
     said: str,
 ) -> None:
     assert nearest(name, iter(known)) == said
+
+
+@pytest.mark.parametrize("name", ["LILT-I", "liltI", "lilt_i", "Lilt I"])
+def test_case_and_separators_do_not_count_for_the_nearest_name(name: str) -> None:
+    assert nearest(name, ["projection", "lilt-i"]) == "; did you mean lilt-i?"
+
+
+def test_a_name_of_separators_alone_is_close_to_itself() -> None:
+    assert nearest("--", ["..", "--"]).startswith("; did you mean --")
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "said"),
+    [
+        (0, "image", "0 images"),
+        (1, "image", "1 image"),
+        (2, "class", "2 classes"),
+        (1, "class", "1 class"),
+        (12_345, "dev image", "12,345 dev images"),
+    ],
+)
+def test_a_count_has_its_noun_in_the_right_number(count: int, noun: str, said: str) -> None:
+    assert counted(count, noun) == said
 
 
 def test_only_something_new_or_an_empty_folder_is_written_to(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from apecache.arguments import AnyPath, as_place, require_type
+from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.cluster.pool import ActorPool, RaySpec, node_name, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.data.pairs import PairSource
@@ -70,7 +70,7 @@ def extract_on_ray(
     All errors of `extract` are raised too, whichever node they come from.
     """
     require_type(source, PairSource, "source")
-    require_type(spec, ExtractSpec, "spec")
+    require_spec(spec, ExtractSpec, "spec")
     store = as_place(store, "store")
     if not spec.part.whole:
         raise OptionError(

@@ -23,7 +23,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from apecache import errors
-from apecache.errors import ApecacheError, EngineError, MissingExtraError, OptionError, one_line
+from apecache.arguments import require_spec
+from apecache.errors import (
+    ApecacheError,
+    EngineError,
+    MissingExtraError,
+    OptionError,
+    counted,
+    one_line,
+)
 
 MINIMUM = (2, 40)
 """Oldest version of Ray."""
@@ -246,8 +254,8 @@ class ActorPool:
         self.losses[piece] += 1
         if self.losses[piece] > self.spec.losses:
             raise EngineError(
-                f"{piece} was lost with its Ray actor {self.losses[piece]} times, the last time "
-                f"with: {lost}; look for "
+                f"{piece} was lost with its Ray actor {counted(self.losses[piece], 'time')}, the "
+                f"last time with: {lost}; look for "
                 "what ends processes on the nodes (memory?), then run the same command again"
             ) from None
 
@@ -274,6 +282,7 @@ def open_pool(make: Make, spec: RaySpec) -> Iterator[ActorPool]:
 
 
 def _require_sense(spec: RaySpec) -> None:
+    require_spec(spec, RaySpec, "cluster")
     no_actors = spec.actors is not None and spec.actors < 1
     negative_gpus = spec.gpus is not None and spec.gpus < 0
     if spec.cpus < 1 or no_actors or negative_gpus:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from apecache.arguments import AnyPath, as_path, require_type
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.cluster.pool import ActorPool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
@@ -44,7 +44,7 @@ def sweep_on_ray(
     """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
-    require_type(spec, SweepSpec, "spec", optional=True)
+    require_spec(spec, SweepSpec, "spec", optional=True)
     out = as_path(out, "out")
     spec = spec or SweepSpec()
     # Absolute: an actor whose node lacks the driver's folder runs in another one.

@@ -6,6 +6,7 @@ not followed.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -72,12 +73,14 @@ def _metadata(folder: Path, names: list[str]) -> list[Path]:
 def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSource:
     require_only(spec, folder, "image_column", "caption_column", "split_column")
     rows: list[TableRow] = []
-    fields = SourceFields()
+    table_fields: list[SourceFields] = []
     for table in tables:
         below = table.parent.relative_to(folder).as_posix()
         read_rows = parquet_rows if table.suffix == ".parquet" else table_rows
-        new_rows, fields = read_rows(table, spec)
+        new_rows, new_fields = read_rows(table, spec)
+        table_fields.append(new_fields)
         rows += [_placed(row, "" if below == "." else below) for row in new_rows]
+    fields = _all_fields(table_fields)
     if fields.split is None and any(row.split for row in rows):
         fields = replace(fields, split="folder")
     return PairSource(
@@ -86,6 +89,18 @@ def _with_metadata(folder: Path, tables: list[Path], spec: OpenSpec) -> PairSour
         media=FolderMedia(root=folder),
         fields=fields,
     )
+
+
+def _all_fields(table_fields: Sequence[SourceFields]) -> SourceFields:
+    """Join the fields of several tables: a role has the fields that any of them reads it from."""
+    names_by_role: dict[str, dict[str, None]] = {}
+    unused: dict[str, None] = {}
+    for fields in table_fields:
+        for role, name in fields.taken.items():
+            names_by_role.setdefault(role, {})[name] = None
+        unused |= dict.fromkeys(fields.unused)
+    joined_names = {role: ", ".join(names) for role, names in names_by_role.items()}
+    return SourceFields(**joined_names, unused=tuple(unused))
 
 
 def _placed(row: TableRow, below: str) -> TableRow:

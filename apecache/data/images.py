@@ -25,12 +25,14 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apecache.arguments import wrong_type
 from apecache.data.media import MAX_IMAGE_BYTES, Media, check_bytes, read_file
-from apecache.errors import DataError, OptionError, RowError
+from apecache.errors import DataError, OptionError, RowError, one_line
 from apecache.fingerprint import content_hash
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
+READ_BYTES = 1 << 20
+"""Bytes of a file object that one call of `read` asks for."""
 
 Picture = (
     str
@@ -63,7 +65,7 @@ def decode_image(data: bytes, key: str) -> Image.Image:
     """Decode the bytes of a file to an RGB image.
 
     Raises:
-        RowError: not-an-image, too-large, truncated.
+        RowError: not-an-image, empty, too-large, truncated.
     """
     return decode_opened(data, key, _load)
 
@@ -173,24 +175,51 @@ def _read_open_file(file: BinaryIO, name: str) -> bytes:
     try:
         if callable(getattr(file, "seekable", None)) and file.seekable():
             file.seek(0)
-        # One byte more than allowed shows that a file is too large without reading all of it.
-        data = file.read(MAX_IMAGE_BYTES + 1)
+        data = _read_to_end(file, name)
+    except OptionError:
+        # It is a ValueError, but not the fault of the file.
+        raise
     except (OSError, ValueError) as error:
         # A closed file raises ValueError.
         raise RowError("missing", f"{name}: {error}") from None
-    if not isinstance(data, bytes):
-        raise OptionError(
-            f"{name}: expected {PICTURES}, found a file object that reads {type(data).__name__}"
-        )
     check_bytes(len(data), name)
     return data
+
+
+def _read_to_end(file: BinaryIO, name: str) -> bytes:
+    """Read a file object until it returns no more bytes.
+
+    An unbuffered pipe returns fewer bytes than asked for before its end.
+
+    Raises:
+        OptionError: `read` takes no size, or returns no bytes.
+        RowError: too-large, for an object that never ends as well.
+    """
+    # A BytesIO grows in linear time, and returns its content without a copy.
+    content = io.BytesIO()
+    while content.tell() <= MAX_IMAGE_BYTES:
+        try:
+            # One byte more than allowed shows that a file is too large without reading all of it.
+            chunk = file.read(min(READ_BYTES, MAX_IMAGE_BYTES + 1 - content.tell()))
+        except TypeError as error:
+            raise _unreadable(name, f"whose read(size) fails ({one_line(error)})") from None
+        if not isinstance(chunk, bytes):
+            raise _unreadable(name, f"that reads {type(chunk).__name__}")
+        if not chunk:
+            return content.getvalue()
+        content.write(chunk)
+    raise RowError("too-large", f"{name} has more bytes than the limit of {MAX_IMAGE_BYTES:,}")
+
+
+def _unreadable(name: str, fault: str) -> OptionError:
+    return OptionError(f"{name}: expected {PICTURES}, found a file object {fault}")
 
 
 def decode_opened(data: bytes, key: str, decode: Callable[[Image.Image], T]) -> T:
     """Apply `decode` to an image whose header has an allowed format and size.
 
     Raises:
-        RowError: not-an-image, too-large, truncated.
+        RowError: not-an-image, empty, too-large, truncated.
     """
     with _refusing(key):
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -270,6 +299,9 @@ _QUIET = _HideWarnings()
 
 def _check_size(image: Image.Image, key: str) -> None:
     width, height = image.size
+    # Pillow makes such images in memory, and no file holds one.
+    if not (width and height):
+        raise RowError("empty", f"{key} has {width} x {height} pixels; expected at least 1 x 1")
     if width * height > MAX_PIXELS:
         raise RowError(
             "too-large",

@@ -20,7 +20,7 @@ from apecache.data.columns import LANGUAGE_COLUMNS, to_captions, to_text
 from apecache.data.media import Member, TarMedia
 from apecache.data.pairs import Pair, PairSource, SourceFields
 from apecache.data.spec import OpenSpec, require_only
-from apecache.errors import ManifestError, nearest, nearest_sibling
+from apecache.errors import ManifestError, counted, nearest, nearest_sibling
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "caption", "json", "cls")
@@ -46,7 +46,8 @@ def brace_paths(pattern: str) -> list[Path] | None:
         count *= len(number_range)
     if not 0 < count <= MAX_TARS:
         raise ManifestError(
-            f"{pattern}: {count} tars; expected 1 to {MAX_TARS:,}, written as {{00000..00012}}.tar"
+            f"{pattern}: {counted(count, 'tar')}; expected 1 to {MAX_TARS:,}, written as "
+            "{00000..00012}.tar"
         )
     widths = [len(first) for first, _ in bounds]
     literals = RANGE.split(pattern)[::3]
@@ -89,7 +90,7 @@ def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource
         samples += _samples(path, number)
     if not any(_image(sample) for sample in samples):
         raise ManifestError(
-            f"{origin}: no images in {len(tars)} tars; expected members named "
+            f"{origin}: no images in {counted(len(tars), 'tar')}; expected members named "
             f"KEY.{{{','.join(IMAGES)}}}"
         )
     # All keys change, and not only the repeated ones: see the module's docstring.
@@ -196,7 +197,7 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
     except tarfile.TarError as error:
         readable = "nothing of it can be read"
         if n_read:
-            readable = f"{n_read} members can be read, the last is {last}"
+            readable = f"{counted(n_read, 'member')} can be read, the last is {last}"
         raise ManifestError(
             f"{path}: {_why(path, error)}; {readable}: copy it again, or leave it out"
         ) from None

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from apecache.arguments import AnyPath, as_place, require_type
+from apecache.arguments import AnyPath, as_place, require_spec
 from apecache.data.annotations import open_annotations
 from apecache.data.folders import open_folder
 from apecache.data.hub import PREFIX, open_hub
@@ -43,7 +43,7 @@ def open_pairs(uri: AnyPath, spec: OpenSpec | None = None) -> PairSource:
         MissingExtraError: A library is missing.
     """
     uri = as_place(uri, "uri")
-    require_type(spec, OpenSpec, "spec", optional=True)
+    require_spec(spec, OpenSpec, "spec", optional=True)
     spec = spec or OpenSpec()
     if not spec.restval and Path(uri).suffix.lower() != ".json":
         raise OptionError(f"{uri}: --no-restval is for Karpathy's JSON; leave it out")

@@ -17,10 +17,18 @@ from apecache.arguments import as_path
 from apecache.data.pairs import PairSource
 from apecache.data.spec import SPLITS, OpenSpec
 from apecache.data.tables import not_utf8
-from apecache.errors import ManifestError, OptionError, RowError, nearest, nearest_sibling
+from apecache.errors import (
+    ManifestError,
+    OptionError,
+    RowError,
+    counted,
+    nearest,
+    nearest_sibling,
+)
 from apecache.fingerprint import content_hash
 
 HEADERS = (["key", "split"], ["image", "split"])
+EXAMPLE = "train=.8,val=.2"
 READERS = 8
 """Threads that read images side by side."""
 
@@ -29,14 +37,14 @@ def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
     """Parse shares like `train=.9,val=.1`.
 
     Raises:
-        OptionError: The text has no shares, or they do not sum to 1.
+        OptionError: The text has no shares, or they do not add to 1.
     """
     try:
         assignments = [assignment.split("=") for assignment in text.split(",")]
         fractions = tuple((name.strip(), float(share)) for name, share in assignments)
     except ValueError:
         raise OptionError(
-            f"--split-fraction {text}: expected shares like train=.9,val=.1"
+            f"--split-fraction {text}: expected fractions that add to 1, like {EXAMPLE}"
         ) from None
     require_fractions(fractions)
     return fractions
@@ -46,19 +54,20 @@ def require_fractions(fractions: tuple[tuple[str, float], ...]) -> None:
     """Check shares of splits.
 
     Raises:
-        OptionError: A name is empty or twice, a share is out of range, or they do not sum to 1.
+        OptionError: A name is empty or twice, a share is out of range, or they do not add to 1.
     """
     names = [name for name, _ in fractions]
     shares = [share for _, share in fractions]
-    unique = all(names) and len(set(names)) == len(names)
-    if not unique or not all(0 < share <= 1 for share in shares):
-        raise OptionError(
-            f"split fractions {fractions}: expected different names, each with a share above 0"
-        )
+    given = ",".join(f"{name}={share:g}" for name, share in fractions)
+    if not all(names) or len(set(names)) < len(names):
+        raise OptionError(f"split fractions {given}: expected different names, like {EXAMPLE}")
     total = sum(shares)
     # Decimal fractions such as 0.1 have no exact float.
-    if abs(total - 1) > 1e-6:
-        raise OptionError(f"split fractions sum to {total:g}; expected 1, like train=.9,val=.1")
+    if not all(share > 0 for share in shares) or abs(total - 1) > 1e-6:
+        raise OptionError(
+            f"split fractions {given} add to {total:g}; expected fractions above 0 that add to 1, "
+            f"like {EXAMPLE}"
+        )
 
 
 def resplit(source: PairSource, spec: OpenSpec) -> PairSource:
@@ -184,7 +193,8 @@ def _entries(path: Path) -> Iterator[tuple[str, str, str]]:
         yield from _table_entries(path)
         return
     for file in sorted(path.glob("*.txt")):
-        for number, key in enumerate(_read(file).splitlines(), 1):
+        # Split at "\n" alone, as in `_table_entries`; `strip` removes the "\r" of "\r\n".
+        for number, key in enumerate(_read(file).split("\n"), 1):
             if key.strip():
                 yield f"{file}, line {number}", key.strip(), SPLITS.get(file.stem, file.stem)
 
@@ -197,8 +207,8 @@ def _table_entries(path: Path) -> Iterator[tuple[str, str, str]]:
             continue
         if len(cells) != 2 or not all(cells):
             raise ManifestError(
-                f"{path}, line {number}: {len(cells)} columns; expected key and split, with a "
-                "tab between"
+                f"{path}, line {number}: {counted(len(cells), 'column')}; expected key and split, "
+                "with a tab between"
             )
         yield f"{path}, line {number}", cells[0], cells[1]
 

@@ -17,7 +17,7 @@ from apecache.data.columns import IMAGE_COLUMNS, choose_columns, source_fields, 
 from apecache.data.media import media_below
 from apecache.data.pairs import PairSource, SourceFields, TableRow, join_rows
 from apecache.data.spec import OpenSpec
-from apecache.errors import ManifestError
+from apecache.errors import ManifestError, counted
 
 DIALECTS = {".tsv": "excel-tab", ".csv": "excel"}
 
@@ -94,7 +94,7 @@ def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, Mapping[str, A
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                problem = f"{len(cells)} columns, the header has {len(header)}"
+                problem = f"{counted(len(cells), 'column')}, the header has {len(header)}"
                 raise ManifestError(
                     f"{path}, line {line}: {problem}; quote cells that hold the separator"
                 )

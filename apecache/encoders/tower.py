@@ -504,13 +504,16 @@ def build_tower(
         raise EncoderError("T5 has no CLS token; use --text-cut mean")
     if "cls" in pooling and getattr(module, "cls_token", 0) is None:
         raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-cut mean")
-    return Tower(
+    tower = Tower(
         module,
         modality=modality,
         anatomy=anatomy,
         pooling=pooling,
         cls_id=cls_id if anatomy.family == "bert" else None,
     )
+    # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
+    tower.training = module.training
+    return tower
 
 
 def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from apecache.arguments import AnyPath, as_path
-from apecache.errors import OptionError, nearest, one_line, raise_if_refused
+from apecache.errors import OptionError, counted, nearest, one_line, raise_if_refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def read_class_names(path: AnyPath) -> ClassNames:
     """
     path = as_path(path, "path")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise_if_refused(path)
         raise OptionError(
@@ -164,7 +164,8 @@ def read_class_names(path: AnyPath) -> ClassNames:
     for number, cells in rows:
         if len(cells) != width or width > 2 or not all(cells):
             raise OptionError(
-                f"{path}, line {number}: {len(cells)} cells; expected a name, or label, tab "
+                f"{path}, line {number}: {counted(len(cells), 'cell')}; expected a name, or "
+                "label, tab "
                 "and name"
             )
     columns = list(zip(*(cells for _, cells in rows), strict=True))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, OptionError
+from apecache.errors import MismatchError, OptionError, counted
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.left_out import LeftOut
 from apecache.metrics.protocols import retrieval_hits
@@ -309,7 +309,8 @@ def _require_same_queries(embedded: Embeddings, reference: Embeddings, path: Pat
     same_texts = np.array_equal(embedded.text_rows, reference.text_rows)
     if not (same_images and same_texts):
         raise MismatchError(
-            f"{path} can embed {len(embedded.image_rows)} images and {len(embedded.text_rows)} "
+            f"{path} can embed {counted(len(embedded.image_rows), 'image')} and "
+            f"{len(embedded.text_rows)} "
             "captions of the split, "
             f"the first run {len(reference.image_rows)} and {len(reference.text_rows)}, or other "
             "ones; "

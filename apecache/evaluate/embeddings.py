@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
-from apecache.errors import DataError, OptionError, RowError, nearest
+from apecache.errors import DataError, OptionError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.metrics.relevance import Relevance
@@ -329,7 +329,7 @@ def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
     split_sizes = store.pairs.split_counts()
     if split not in split_sizes:
         listed_splits = ", ".join(
-            f"{name or '(none)'} ({count} images)" for name, count in split_sizes.items()
+            f"{name or '(none)'} ({counted(count, 'image')})" for name, count in split_sizes.items()
         )
         hint = nearest(split, split_sizes)
         raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{hint}")

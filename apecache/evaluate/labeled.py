@@ -19,7 +19,7 @@ from apecache.data.images import load_image
 from apecache.data.pairs import Pair, PairSource
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.errors import BadRowsError, DataError, ManifestError, RowError, nearest
+from apecache.errors import BadRowsError, DataError, ManifestError, RowError, counted, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
 from apecache.extraction.run import ExtractionProgress, ExtractionState, ExtractSpec, extract
@@ -214,12 +214,15 @@ def _by_tower(
         progress(ExtractionState(modality="image", done=n_done, rows=len(source), n_bad=len(bad)))
     if len(bad) > max_bad * len(source):
         raise BadRowsError(
-            f"{len(bad)} of {len(source)} images cannot be read (the first: {bad[0]}); mend them, "
+            f"{len(bad)} of {counted(len(source), 'image')} cannot be read (the first: "
+            f"{bad[0]}); mend them, "
             "or accept with "
             "--max-bad"
         )
     if not good:
-        raise DataError(f"{source.origin}: none of its {len(source)} images could be read")
+        raise DataError(
+            f"{source.origin}: none of its {counted(len(source), 'image')} could be read"
+        )
     labels = [pair.label for pair in good]
     splits = [pair.split for pair in good]
     return LabeledEmbeddings(

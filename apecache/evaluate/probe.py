@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from apecache.arguments import require_integer
 from apecache.errors import DataError
 from apecache.evaluate.labeled import LabeledFeatures
 
@@ -106,6 +107,7 @@ def probe(
         DataError: one class only, a class of the test without training images, or too few images to
             choose on.
     """
+    require_integer(seed, "seed")
     classes, class_sizes = np.unique(np.asarray(train_labels), return_counts=True)
     strange = sorted(set(test_labels) - set(classes.tolist()))
     if strange or len(classes) < 2:

@@ -58,7 +58,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
     """
     try:
         # `utf-8-sig`: editors on Windows put a byte order mark at the start.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise_if_refused(path)
         raise OptionError(

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apecache.arguments import require_type
+from apecache.arguments import require_spec, require_type
 from apecache.data.decoding import preprocess_ahead, reading_ahead
 from apecache.data.images import load_image
 from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, OptionError, nearest
+from apecache.errors import DataError, OptionError, counted, nearest
 from apecache.extraction.encode import caption_error, encode_or_halve
-from apecache.metrics.geometry import FeatureSimilarity, likeness
+from apecache.metrics.geometry import KNN_NEIGHBORS, FeatureSimilarity, likeness
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import mean_chance
 from apecache.store.equal import equal_captions
@@ -88,13 +88,14 @@ def scout(
         OptionError: a cut that keeps tokens, or no encoder of one modality.
     """
     require_type(source, PairSource, "source")
-    require_type(spec, ScoutSpec, "spec")
+    require_spec(spec, ScoutSpec, "spec")
     _require_pooled(spec)
     keys, captions = draw_pairs(source, spec.n_pairs, spec.seed)
     images, ok = _encode_all_images(source, keys=keys, spec=spec, progress=progress)
     if int(ok.sum()) < SMALLEST:
         raise DataError(
-            f"{source.origin}: {int(ok.sum())} images with captions can be read; a scout "
+            f"{source.origin}: {counted(int(ok.sum()), 'image')} with captions can be read; a "
+            "scout "
             f"needs {SMALLEST}"
         )
     usable = [caption for caption, good in zip(captions, ok.tolist(), strict=True) if good]
@@ -129,8 +130,8 @@ def scout(
         n_measured=n_measured,
         n_unreadable=len(keys) - n,
         chance=chance,
-        # `mutual_knn` compares ten neighbors, or all if there are fewer.
-        chance_mutual_knn=min(10, n - 1) / (n - 1),
+        # `mutual_knn` compares so many neighbors, or all if there are fewer.
+        chance_mutual_knn=min(KNN_NEIGHBORS, n - 1) / (n - 1),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from apecache.arguments import as_texts, require_type
+from apecache.arguments import as_texts, require_spec, require_type
 from apecache.encoders.spec import EncoderSpec
 from apecache.evaluate.class_names import ClassNames, match_labels
 from apecache.evaluate.labeled import LabeledSpec, labeled_images, wanted_labels
@@ -78,7 +78,7 @@ def zero_shot(
         DataError: no image that can be read.
     """
     require_type(run, (TrainedHeads, TrainedEncoders), "run")
-    require_type(spec, ZeroShotSpec, "spec")
+    require_spec(spec, ZeroShotSpec, "spec")
     require_type(spec.images, LabeledSpec, "images")
     templates = tuple(map(check_template, as_texts(spec.templates, "templates")))
     classes = match_labels(wanted_labels(spec.images), spec.names)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from apecache.arguments import AnyPath, as_place
+from apecache.arguments import AnyPath, as_place, require_spec
 from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import OptionError
@@ -113,6 +113,7 @@ def plan_extraction(
         OptionError: a negative price. All that `extract` raises before it encodes anything is
             raised too.
     """
+    require_spec(spec, ExtractSpec, "spec")
     store_path = as_place(store, "store")
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.arguments import AnyPath, as_place, require_type
+from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
 from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
-from apecache.errors import BadRowsError, ManifestError, OptionError, RowError
+from apecache.errors import BadRowsError, ManifestError, OptionError, RowError, counted
 from apecache.extraction.arrays import ExtractSpec, prepare_arrays
 from apecache.extraction.encode import (
     ArrayTarget,
@@ -182,7 +182,7 @@ def prepare_jobs(
 def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a source that cannot give what is asked for before anything is written."""
     require_type(source, PairSource, "source")
-    require_type(spec, ExtractSpec, "spec")
+    require_spec(spec, ExtractSpec, "spec")
     if spec.texts and not source.captions:
         raise ManifestError(
             f"{source.origin} has no captions to encode; leave --text out, or give a source "
@@ -213,7 +213,8 @@ def _require_findable(source: PairSource, part: ShardRange) -> None:
             preposition = "in"
             remedy = "every row needs its image"
         raise BadRowsError(
-            f"{source.origin}: {len(missing)} of {len(keys)} images are not {preposition} "
+            f"{source.origin}: {len(missing)} of {counted(len(keys), 'image')} are not "
+            f"{preposition} "
             f"{source.media.place} (the first: {missing[0]}); {remedy}"
         )
 

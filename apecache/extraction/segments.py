@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from apecache.data.pairs import PairSource
-from apecache.errors import DataError, MismatchError
+from apecache.errors import DataError, MismatchError, counted
 from apecache.fingerprint import shorten
 from apecache.storage.files import Files
 from apecache.store.layout import SEGMENTS, SOURCE, storable
@@ -72,7 +72,10 @@ def split_source(source: PairSource, store: Files, append: bool = False) -> list
     if not segments:
         return [Segment(store=store, folder="", part=source)]
     if len(new_rows) and not append:
-        growth = f"{source.origin} has {len(new_rows)} images more than {store.place} was made from"
+        growth = (
+            f"{source.origin} has {counted(len(new_rows), 'image')} more than "
+            f"{store.place} was made from"
+        )
         raise MismatchError(f"{growth}; add --append to encode them too")
     if len(new_rows):
         folder = f"{SEGMENTS}/{len(segments):04d}"
@@ -139,7 +142,7 @@ def _other_table(files: Files, table: PairSource, first_row: int) -> str:
                     f"{other}: row {first_row + row} has {field_name} {shorten(table_value)!r}, "
                     f"not {shorten(store_value)!r}; {remedy}"
                 )
-    return f"{other}: {len(pairs.keys)} images there, {len(table)} here; {remedy}"
+    return f"{other}: {counted(len(pairs.keys), 'image')} there, {len(table)} here; {remedy}"
 
 
 def make_segment(segment: Segment) -> None:

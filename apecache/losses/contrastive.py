@@ -82,13 +82,19 @@ def grouped_info_nce(image: Tensor, text: Tensor, scale: Tensor | float, groups:
     same = groups.image.unsqueeze(1) == groups.text.unsqueeze(0)
     negatives = logits.masked_fill(same, -torch.inf)
     rows, columns = groups.positives()
-    to_text = _one_way(logits, negatives, (rows, columns))
-    to_image = _one_way(logits.T, negatives.T, (columns, rows))
+    to_text = one_way(logits, negatives, (rows, columns))
+    to_image = one_way(logits.T, negatives.T, (columns, rows))
     return (to_text + to_image) / 2
 
 
-def _one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the loss of rows as queries; `negatives` are the logits with positives at -inf."""
+def one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the loss of rows as queries, whose positives have equal weights.
+
+    Args:
+        logits: [n, m].
+        negatives: [n, m], the same with positives at -inf.
+        pairs: rows and columns of the positives, int64 [p] each; every row has one.
+    """
     rows, columns = pairs
     # A row without negatives sums to -inf; the floor keeps its loss and gradient finite.
     floor = torch.finfo(logits.dtype).min

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.normalization import at_least_float32, normalize, similarities
+from apecache.losses.contrastive import one_way
 
 
 def distil_contrastive(
@@ -16,6 +17,7 @@ def distil_contrastive(
     bank: Tensor,
     scale: Tensor | float,
     own: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of finding each student's teacher among this batch and a bank.
 
@@ -27,6 +29,8 @@ def distil_contrastive(
         bank: [k, dim], L2-normalized features of the teacher; k may be 0.
         scale: factor of the cosines, 1 / temperature.
         own: int64 [m], the row in `teacher` of each student. None: row i belongs to row i.
+        groups: int64 [n], the group of each image of `teacher`. All of its group are right for a
+            student, with equal weights as in `grouped_info_nce`. None: its own alone is.
 
     Returns:
         A scalar, in nats.
@@ -34,7 +38,13 @@ def distil_contrastive(
     candidates = torch.cat([teacher, bank]).detach()
     targets = torch.arange(len(student), device=student.device) if own is None else own
     logits = similarities(scale * at_least_float32(student), candidates)
-    return F.cross_entropy(logits, targets)
+    if groups is None:
+        return F.cross_entropy(logits, targets)
+    is_right = groups[targets].unsqueeze(1) == groups.unsqueeze(0)
+    # The groups of the bank's features are not known: all of them are wrong answers.
+    is_right = F.pad(is_right, (0, len(bank)))
+    rows, columns = is_right.nonzero(as_tuple=True)
+    return one_way(logits, logits.masked_fill(is_right, -torch.inf), (rows, columns))
 
 
 def distil_mse(student: Tensor, teacher: Tensor) -> Tensor:

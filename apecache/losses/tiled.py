@@ -271,7 +271,7 @@ def _tiles(
     scale: Tensor,
     groups: Groups | None,
     tile: int,
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield tiles of logits: some images with all texts.
 
     Yields:
@@ -288,11 +288,11 @@ def _tiles(
         yield tile_rows, logits, same
 
 
-def _clear(logits: Tensor, same: Tensor | None, value: float = 0.0) -> None:
+def _clear(logits: Tensor, same: Tensor, value: float = 0.0) -> None:
     """Set the positives of a tile to `value`, in place."""
-    if same is not None and same.dtype == torch.bool:
+    if same.dtype == torch.bool:
         logits.masked_fill_(same, value)
-    elif same is not None:
+    else:
         logits.scatter_(1, same, value)
 
 

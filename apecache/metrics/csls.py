@@ -16,7 +16,8 @@ from apecache.metrics.protocols import RecallIntervals, retrieval_intervals
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import KS, TILE, RetrievalReport, retrieval_report
 
-NEIGHBORS = 10
+CSLS_NEIGHBORS = 10
+"""Neighbors that a mean cosine of CSLS is taken over."""
 
 
 def csls_report(
@@ -55,7 +56,7 @@ def csls_intervals(
     )
 
 
-def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBORS) -> tuple[Tensor, Tensor]:
+def csls_vectors(image: Tensor, text: Tensor, k: int = CSLS_NEIGHBORS) -> tuple[Tensor, Tensor]:
     """Extend vectors so that their inner products are the CSLS scores.
 
     Args:
@@ -76,7 +77,7 @@ def csls_vectors(image: Tensor, text: Tensor, k: int = NEIGHBORS) -> tuple[Tenso
     return image_vectors, text_vectors
 
 
-def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = NEIGHBORS) -> Tensor:
+def mean_of_nearest(vectors: Tensor, others: Tensor, k: int = CSLS_NEIGHBORS) -> Tensor:
     """Return [n, 1]: the mean inner product with the k nearest rows of `others` (at most all)."""
     n_neighbors = min(k, len(others))
     n_tiles = -(-len(vectors) // TILE) or 1

@@ -10,7 +10,8 @@ from apecache.heads.normalization import normalize
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import retrieval_report
 
-NEIGHBORS = 10
+KNN_NEIGHBORS = 10
+"""Neighbors of each pair that `mutual_knn` compares."""
 RIDGE = 1.0
 """Penalty of the regression, in units of the mean eigenvalue of the texts' covariance. It is large
 because samples are small."""
@@ -77,7 +78,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return float((y.T @ x).norm() ** 2 / scale)
 
 
-def mutual_knn(x: Tensor, y: Tensor, k: int = NEIGHBORS) -> float:
+def mutual_knn(x: Tensor, y: Tensor, k: int = KNN_NEIGHBORS) -> float:
     """Compute the mean share of a pair's k nearest pairs that both sides agree on, 0 to 1.
 
     Pairs are compared by cosine. By chance the share is k / (n - 1). Source: Huh et al. 2024, The

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apecache.arguments import require_type
-from apecache.errors import DataError
+from apecache.errors import DataError, counted
 from apecache.heads.normalization import similarities
 from apecache.metrics.relevance import Relevance
 
@@ -255,7 +255,9 @@ def _chance(n_candidates: int, n_right: int, k: int) -> float:
 def _require_rankable(image: Tensor, text: Tensor, image_of_text: Tensor) -> None:
     """Refuse embeddings that cannot be ranked, as `retrieval_report` says."""
     if not len(image) or not len(text):
-        raise DataError(f"nothing to rank: {len(image)} images and {len(text)} texts")
+        raise DataError(
+            f"nothing to rank: {counted(len(image), 'image')} and {counted(len(text), 'text')}"
+        )
     if int(torch.bincount(image_of_text, minlength=len(image)).min()) == 0:
         raise DataError("an image without a caption cannot be a query: leave it out")
     # No comparison with NaN is true, so NaN would rank as if nothing scored higher.

@@ -147,7 +147,12 @@ class Distillation(nn.Module):
         banked = spec.kind == "contrastive" and teacher is not None
         self.bank = TeacherBank(spec.bank, teacher_dim) if banked else None
 
-    def forward(self, outputs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        outputs: Sequence[Tensor],
+        rows: Sequence[int],
+        groups: Groups | None = None,
+    ) -> Tensor:
         """Return the mean loss over both modalities.
 
         The teacher's features enter the bank afterwards.
@@ -155,6 +160,7 @@ class Distillation(nn.Module):
         Args:
             outputs: for each modality [k n, dim], with k of them for each of the n images.
             rows: of the n images in the store.
+            groups: as for the losses; images of one group are no wrong answers for one another.
         """
         assert self.teacher is not None
         teacher = self.teacher[torch.tensor(rows, device=self.teacher.device)].float()
@@ -175,7 +181,12 @@ class Distillation(nn.Module):
                     losses.append(distil_classes(student, teacher[indices]))
             case "contrastive":
                 unit_students = [normalize(student, dim=-1) for student in students]
-                losses = self._contrast(unit_students, teacher, image_indices)
+                losses = self._contrast(
+                    unit_students,
+                    teacher=teacher,
+                    image_indices=image_indices,
+                    groups=groups,
+                )
         return torch.stack(losses).mean()
 
     def _contrast(
@@ -183,6 +194,7 @@ class Distillation(nn.Module):
         students: Sequence[Tensor],
         teacher: Tensor,
         image_indices: Sequence[Tensor],
+        groups: Groups | None,
     ) -> list[Tensor]:
         """Return one contrastive loss for each modality, and put the teacher into the bank."""
         assert self.bank is not None
@@ -196,6 +208,7 @@ class Distillation(nn.Module):
                 bank=self.bank.entries,
                 scale=scale,
                 own=indices,
+                groups=None if groups is None else groups.image,
             )
             losses.append(loss)
         # Last: a batch must not find its own features among the bank's negatives.
@@ -259,7 +272,7 @@ class SharedLoss(nn.Module):
         contrastive = (inner_loss + outer_loss) / 2
         if self.distillation is None:
             return contrastive
-        distilled: Tensor = self.distillation([image_output, text_output], rows)
+        distilled: Tensor = self.distillation([image_output, text_output], rows, groups)
         return contrastive + distilled
 
 

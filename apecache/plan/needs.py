@@ -9,9 +9,9 @@ from apecache.plan.counting_shared import count_shared_trained
 from apecache.plan.plan import match_towers, scalars
 from apecache.recipes.recipe import Recipe
 
-LIVE = "live tower"
-TRAINS = "tower trains"
-"""Live, or run from the tokens after some block: the encoder's depth decides."""
+TRAINS = "trains the tower"
+"""The tower runs in every step. In `needs_of_sides` it may run from the tokens after some block
+alone, which the encoder's depth decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,8 @@ class RecipeNeeds:
     """Hold the features that a recipe reads from the cache and its number of trained parameters."""
 
     image: str
-    """`pooled`, `tokens`, `tokens after K of N blocks`, or `live tower`: nothing of that side can
-    be cached."""
+    """`pooled`, `tokens`, `tokens after K of N blocks`, or `trains the tower`: nothing of that
+    side can be cached."""
     text: str
     n_trained: int | None
     """None: it depends on a teacher."""
@@ -57,14 +57,18 @@ def count_needs(recipe: Recipe, image: Tower, text: Tower) -> RecipeNeeds:
         RecipeError: rules, adapters or widths do not fit the towers.
     """
     if recipe.shared is not None:
-        return RecipeNeeds(image=LIVE, text=LIVE, n_trained=_shared_trained(recipe, image, text))
+        return RecipeNeeds(
+            image=TRAINS,
+            text=TRAINS,
+            n_trained=_shared_trained(recipe, image, text),
+        )
     _, matches = match_towers(recipe.towers, recipe=recipe, image=image, text=text)
     n_scalars = sum(trained for _, trained, _ in scalars(recipe))
     cuts = [find_cut(matches, tower).cut for tower in (image, text)]
     described = []
     for cut, tower, spec in zip(cuts, (image, text), (recipe.image, recipe.text), strict=True):
         # Where nothing within the tower trains, the head decides whether it reads tokens.
-        named: dict[Cut | None, str] = {None: LIVE, "pooled": spec.cut}
+        named: dict[Cut | None, str] = {None: TRAINS, "pooled": spec.cut}
         described.append(named.get(cut, f"tokens after {cut} of {tower.n_blocks} blocks"))
     return RecipeNeeds(
         image=described[0],

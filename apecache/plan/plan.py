@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from apecache.arguments import require_spec
 from apecache.encoders.tower import Cut, Tower
 from apecache.errors import OptionError
 from apecache.heads.head import Head
@@ -81,6 +82,9 @@ class Plan:
     n_parameters: int
     teacher_bytes: int
     """Of a teacher's cached features."""
+    teacher_is_counted: bool
+    """False: the recipe distils and no teacher was given. Its operations are left out of all costs,
+    and its features are taken to be as wide as the student."""
     planned: Cost
     without_cache: Cost
     full: Cost
@@ -127,7 +131,7 @@ def plan(
         image: makes a fresh image tower on the meta device (`encoders.load.shape_tower`).
         text: the same for the text tower.
         teacher: counts the teacher of a recipe that distils. None: the teacher is taken to be as
-            wide as the student, and its own cost is left out.
+            wide as the student, and its own cost is left out (`Plan.teacher_is_counted`).
         clock: measures seconds. None: seconds are operations over the device's rate.
 
     Raises:
@@ -163,6 +167,7 @@ def plan(
         n_trained=model.n_trained,
         n_parameters=n_parameters,
         teacher_bytes=teacher_dim * spec.rows * STORED_BYTES,
+        teacher_is_counted=model.taught is None or model.taught.flops > 0,
         planned=planned,
         without_cache=without_cache,
         full=full,
@@ -202,6 +207,7 @@ def count_model(
 
 
 def _check(spec: PlanSpec) -> None:
+    require_spec(spec, PlanSpec, "spec")
     positive = (spec.rows, spec.captions, spec.tokens, spec.utilization, spec.slice_size or 1)
     if min(positive) <= 0 or spec.utilization > 1 or (spec.price or 0) < 0:
         raise OptionError(

@@ -349,12 +349,13 @@ def _packaged(name: str) -> Any:
         if name in _names(folder):
             return files("apecache.recipes") / folder / f"{name}.toml"
     packaged = [*zoo_names(), *tower_zoo_names()]
-    hint = nearest(name.replace("_", "-"), [*packaged, *freeze_names()])
+    hint = nearest(name, [*packaged, *freeze_names()])
     if is_shorthand(name):
         hint = f"; did you mean {FREEZE}{require_shorthand(name)}?"
+    # The nearest name comes first: a reader may not reach the end of the list.
+    beginning = f"no recipe {name!r}{hint} There are" if hint else f"no recipe {name!r}; there are"
     raise RecipeError(
-        f"no recipe {name!r}; there are {', '.join(packaged)}, {FREEZE}Vuf-Tuu and its sisters, "
-        f"or give a file.toml{hint}"
+        f"{beginning} {', '.join(packaged)}, {FREEZE}Vuf-Tuu and its sisters, or give a file.toml"
     )
 
 

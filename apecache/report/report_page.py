@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.arguments import AnyPath, as_path, require_type, wrong_type
+from apecache.arguments import AnyPath, as_path, require_spec, require_type, wrong_type
 from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
@@ -87,7 +87,7 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
         raise wrong_type(runs, "a list of run folders", "runs")
     folders = [as_path(run, f"runs[{number}]") for number, run in enumerate(runs)]
     out = as_path(out, "out")
-    require_type(spec, ReportSpec, "spec", optional=True)
+    require_spec(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
     require_type(spec.store, FeatureStore, "store", optional=True)
     records = read_records(folders)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from apecache.data.images import decode_image, load_image
 from apecache.data.media import Media, NoMedia
-from apecache.errors import ApecacheError, DataError, OptionError, RowError
+from apecache.errors import ApecacheError, DataError, OptionError, RowError, counted
 from apecache.report.gallery import small_jpeg, thumbnail
 from apecache.report.page import environment
 from apecache.search.query import Hit, Query, SearchIndex, Target
@@ -204,7 +204,7 @@ class SearchPage:
         if row >= len(self.rows):
             raise PageError(
                 404,
-                f"The index has no image number {row}: it has {len(self.rows):,} images.",
+                f"The index has no image number {row}: it has {counted(len(self.rows), 'image')}.",
             )
         return self.rows[row]["key"]
 

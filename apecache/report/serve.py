@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from apecache.arguments import AnyPath, as_path, require_type
+from apecache.arguments import AnyPath, as_path, require_spec
 from apecache.data.media import Media, media_at
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MissingExtraError, OptionError
@@ -52,7 +52,7 @@ def serve(spec: ServeSpec, ready: Callable[[str], None] = lambda _: None) -> Non
         MismatchError: an index of other heads than the run's, or an encoder that is not the one
             they were trained on.
     """
-    require_type(spec, ServeSpec, "spec")
+    require_spec(spec, ServeSpec, "spec")
     server, sockets, url = make_server(spec)
     ready(url)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(sockets[0]):

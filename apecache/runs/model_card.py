@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.errors import counted
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.head import HeadSpec
 from apecache.metrics.retrieval import RetrievalReport
@@ -325,7 +326,7 @@ def _measured(dev: RetrievalReport) -> list[str]:
     for direction, recalls, chance in directions:
         for k, recall in recalls.items():
             rows.append((f"{direction} R@{k}", f"{recall:.1f} (chance {chance[k]:.1f})"))
-    title = f"dev, {dev.n_images:,} images, {dev.n_texts:,} captions"
+    title = f"dev, {counted(dev.n_images, 'image')}, {counted(dev.n_texts, 'caption')}"
     return [
         *_table((title, "recall, %"), rows),
         "The epoch was chosen on these images: they are no measure of generalization.",

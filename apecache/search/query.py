@@ -11,19 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apecache.arguments import AnyPath, as_path, as_texts, require_type, wrong_type
+from apecache.arguments import AnyPath, as_path, as_texts, require_integer, require_type, wrong_type
 from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
 from apecache.encoders.encoder import parse_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.heads.normalization import normalize
+from apecache.metrics.csls import CSLS_NEIGHBORS
 from apecache.runs.load import Embed, Run, image_embedder, load_run, text_embedder
 from apecache.search.faiss_index import Floats, VectorIndex, load_faiss, open_vectors
 from apecache.search.index import Part, read_description, read_report, read_rows
 
 Target = Literal["images", "captions"]
-CSLS_NEIGHBORS = 10
-"""Neighbors that a mean cosine of CSLS is taken over."""
 CSLS_CANDIDATES = 1000
 """Results by cosine that CSLS ranks again."""
 
@@ -132,6 +131,8 @@ class SearchIndex:
         """
         require_type(image, EncoderSpec, "image", optional=True)
         require_type(text, EncoderSpec, "text", optional=True)
+        require_integer(nprobe, "nprobe", optional=True)
+        require_integer(ef_search, "ef_search", optional=True)
         folder = as_path(path, "path")
         description = read_description(folder)
         run = load_run(folder, device="cpu", image=image, text=text)
@@ -200,7 +201,7 @@ class SearchIndex:
             DataError: an image that cannot be read, or a key that the index does not have.
         """
         require_type(query, Query, "query")
-        require_type(k, (int, np.integer), "k")
+        require_integer(k, "k")
         if k < 1:
             raise OptionError(f"-k {k}: at least 1 result")
         modality = self._part(target or self.target_of(query))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.arguments import AnyPath, as_place
-from apecache.errors import DamagedError, StoreError, nearest
+from apecache.errors import DamagedError, StoreError, counted, nearest
 from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
@@ -181,7 +181,8 @@ def _open_segment(files: Files, name: str) -> FeatureStore:
     record = read_record(files, segment_record_name(name))
     if not segment_files.list(""):
         raise DamagedError(
-            f"{segment_files.place} is missing ({record['n_images']} images); restore it, or: "
+            f"{segment_files.place} is missing ({counted(record['n_images'], 'image')}); "
+            "restore it, or: "
             "apecache repair"
         )
     segment = FeatureStore.at(segment_files)

@@ -13,7 +13,7 @@ import numpy as np
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
-from apecache.errors import DamagedError, MismatchError, StoreError, one_line
+from apecache.errors import DamagedError, MismatchError, StoreError, counted, one_line
 from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
 from apecache.storage.files import Buffer, Files
 from apecache.store.layout import (
@@ -296,7 +296,9 @@ class ArrayWriter:
             hashes.append(record_hash)
         if len(hashes) != self.layout.n_shards:
             missing = self.layout.n_shards - len(hashes)
-            raise StoreError(f"{self.record.modality}/{self.record.name}: {missing} shards missing")
+            raise StoreError(
+                f"{self.record.modality}/{self.record.name}: {counted(missing, 'shard')} missing"
+            )
         digest = digest_commits(hashes)
         body: dict[str, Json] = {
             "digest": digest,

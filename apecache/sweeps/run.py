@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, OptionError, RunError
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
+from apecache.errors import MismatchError, OptionError, RunError, counted
 from apecache.fingerprint import Fingerprint
 from apecache.recipes.recipe import Recipe
 from apecache.runs.folder import RECIPE, locked
@@ -74,7 +74,7 @@ def sweep(
     """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
-    require_type(spec, SweepSpec, "spec", optional=True)
+    require_spec(spec, SweepSpec, "spec", optional=True)
     out = as_path(out, "out")
     spec = spec or SweepSpec()
     if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
@@ -98,7 +98,7 @@ def sweep(
     best = order[0]
     if best.mean is None:
         raise RunError(
-            f"none of {len(order)} trials succeeded; the first failed with: {best.error}"
+            f"none of {counted(len(order), 'trial')} succeeded; the first failed with: {best.error}"
         )
     run = out / "best"
     recipe = space.recipe(best.values)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apecache.errors import RecipeError, nearest
+from apecache.errors import RecipeError, counted, nearest
 from apecache.evaluate.embeddings import load_lengths
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
@@ -187,7 +187,8 @@ def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
     for name, pairs in (("training", train), ("dev", dev)):
         if len(pairs) < 2:
             raise RecipeError(
-                f"only {len(pairs)} {name} images with a caption; a contrastive loss needs "
+                f"only {counted(len(pairs), f'{name} image')} with a caption; a contrastive "
+                "loss needs "
                 "at least 2"
             )
 
@@ -438,7 +439,8 @@ def choose_splits(
     count = min(spec.dev_images, len(rows) // 10)
     if count < 1:
         raise RecipeError(
-            f"no dev split possible: {len(rows)} training images; give --dev-split or at "
+            f"no dev split possible: {counted(len(rows), 'training image')}; give --dev-split "
+            "or at "
             "least 10 images"
         )
     # One row stands for all copies of an image; where no two are equal, every row for itself.
@@ -462,7 +464,8 @@ def _resolve_split(pairs: PairTable, name: str | None, usual: str) -> str:
     split_name = usual if name is None else name
     if split_name not in images_per_split:
         available = ", ".join(
-            f"{split or '(none)'} ({count} images)" for split, count in images_per_split.items()
+            f"{split or '(none)'} ({counted(count, 'image')})"
+            for split, count in images_per_split.items()
         )
         hint = nearest(split_name, images_per_split)
         raise RecipeError(f"no split {split_name!r} in the store; found: {available}{hint}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from apecache.arguments import AnyPath, as_path, require_type
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.encoders.encoder import parse_device
 from apecache.fingerprint import Json, Modality
 from apecache.metrics.retrieval import RetrievalReport
@@ -113,7 +113,7 @@ def fit_encoder(
             fails.
     """
     require_type(store, FeatureStore, "store")
-    require_type(spec, FitEncoderSpec, "spec", optional=True)
+    require_spec(spec, FitEncoderSpec, "spec", optional=True)
     recipe = as_recipe(recipe)
     out = as_path(out, "out")
     spec = spec or FitEncoderSpec()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from apecache.arguments import AnyPath, as_path, require_type
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.errors import RecipeError
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.head import Head
@@ -97,7 +97,7 @@ def fit_head(
         DataError: A check of `apecache lint` fails, or a loss is not finite.
     """
     require_type(store, FeatureStore, "store")
-    require_type(spec, FitSpec, "spec", optional=True)
+    require_spec(spec, FitSpec, "spec", optional=True)
     recipe = as_recipe(recipe)
     out = as_path(out, "out")
     spec = spec or FitSpec()

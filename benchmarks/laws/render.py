@@ -30,6 +30,9 @@ from benchmarks.laws.results import (
 from benchmarks.laws.verdict import DISAGREE, POWER, SEED_SPREAD
 from benchmarks.record import commit, machine, versions
 
+RECALLS = ("tr", "ir", "recall", "r1", "top1", "unseen")
+"""Metrics that a random order reaches some value of, which is printed beside them."""
+NO_CHANCE = "The chance of these metrics was not recorded by this run."
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TABLE = HERE / "RESULTS.md"
@@ -218,7 +221,14 @@ def _arms(arms: Sequence[ArmResult]) -> list[str]:
             )
         )
         rows[-1] += tuple(_number(arm.per_point.get(name)) for name in pointed)
-    return _table(columns, rows)
+    chance = next((arm.chance for arm in arms if arm.chance), {})
+    blanks = ("",) * (len(costs) + len(pointed))
+    if chance:
+        rows.append(("chance", "", "", *(_number(chance.get(name)) for name in values), *blanks))
+    lines = _table(columns, rows)
+    if not chance and any(name in RECALLS for name in values):
+        lines += ["", NO_CHANCE]
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -265,6 +265,21 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
         (["evaluate", "{run}", "--store", "{store}", "--split", "vall"], 3, "did you mean val"),
         (["evaluate", "{run}"], 2, "--store is missing"),
         (["evaluate", "{run}", "--task", "zeroshot"], 2, "--labels is missing"),
+        (
+            ["evaluate", "{run}", "--task", "zeroshot", "--store", "{store}"],
+            2,
+            "--store has no effect on --task zeroshot",
+        ),
+        (
+            ["evaluate", "{run}", "--task", "probe", "--folds", "2"],
+            2,
+            "--folds has no effect on --task probe",
+        ),
+        (
+            ["evaluate", "{run}", "--store", "{store}", "--labels", "{table}"],
+            2,
+            "--labels has no effect on --task retrieval",
+        ),
         (["evaluate", "{run}", "--task", "zero"], 2, "did you mean zeroshot"),
         (
             ["fit-head", "{store}", "--recipe", "projecton", "--out", "x"],

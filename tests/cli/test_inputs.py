@@ -127,7 +127,7 @@ def test_zero_shot_takes_a_folder_per_class(classes: Path, tiny_run: Path) -> No
             "says nothing about this kind of source",
         ),
         (["--split-file", "s.tsv", "--split-fraction", "train=1"], 2, "give one of --split"),
-        (["--split-fraction", "train=.5"], 2, "sum to 0.5; expected 1"),
+        (["--split-fraction", "train=.5"], 2, "add to 0.5; expected fractions"),
         (["--no-restval"], 2, "--no-restval is for Karpathy's JSON"),
         (["--root", "."], 2, "--root says nothing about this kind of source"),
         (["--split-file", "nowhere.tsv"], 3, "no such split file"),

@@ -35,6 +35,15 @@ def test_one_recipe_is_shown_with_its_source() -> None:
     assert "sharelock" not in result.stdout
 
 
+def test_the_list_and_one_recipe_say_in_the_same_words_that_a_tower_trains() -> None:
+    # Wide enough for the words to stay on one line.
+    listed = runner.invoke(app, ["recipes"], env={"COLUMNS": "300"})
+    shown = runner.invoke(app, ["recipes", "lilt-i"], env={"COLUMNS": "300"})
+    row = next(line for line in listed.stdout.splitlines() if "lilt-i " in line)
+    assert "trains the tower" in row
+    assert "trains the tower" in shown.stdout
+
+
 def test_an_unknown_recipe_ends_with_the_nearest_name() -> None:
     result = runner.invoke(app, ["recipes", "sial"])
     assert result.exit_code == 3

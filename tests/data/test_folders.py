@@ -59,6 +59,26 @@ def test_metadata_one_level_down_says_the_split(tmp_path: Path) -> None:
     assert all(map(source.media.exists, source.keys))
 
 
+@pytest.mark.parametrize("labeled", ["train", "validation"])
+def test_the_fields_of_all_split_folders_are_kept(labeled: str, tmp_path: Path) -> None:
+    for folder in ("train", "validation"):
+        write_images(tmp_path / folder, ["a.png"])
+        more = ["label"] if folder == labeled else ["note"]
+        write_table(
+            tmp_path / folder / "metadata.csv",
+            ["file_name", "text", *more],
+            [["a.png", "x", "y"]],
+        )
+    fields = open_pairs(tmp_path).fields
+    assert fields.taken == {
+        "image": "file_name",
+        "caption": "text",
+        "label": "label",
+        "split": "folder",
+    }
+    assert fields.unused == ("note",)
+
+
 @pytest.mark.parametrize(
     ("header", "split"),
     [(["file_name"], "test"), (["file_name", "split"], "mine")],
@@ -84,7 +104,7 @@ def test_an_image_that_metadata_names_outside_the_folder_is_not_read(tmp_path: P
 
 def test_an_error_in_metadata_names_the_table_and_the_line(tmp_path: Path) -> None:
     write_table(tmp_path / "metadata.csv", ["file_name", "text"], [["a.png", "x"], ["b.png"]])
-    with pytest.raises(ManifestError, match=r"metadata\.csv, line 3: 1 columns"):
+    with pytest.raises(ManifestError, match=r"metadata\.csv, line 3: 1 column"):
         open_pairs(tmp_path)
 
 

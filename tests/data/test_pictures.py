@@ -3,6 +3,7 @@ picture."""
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny import tree
 
 import apecache
 from apecache.data.images import open_picture
-from apecache.errors import DataError, OptionError
+from apecache.errors import DataError, OptionError, RowError
 from apecache.evaluate.embeddings import embed_rows
 from apecache.runs.model import ImageTextModel
 from apecache.search.index import build_index
@@ -42,16 +43,35 @@ def read_to_its_end(kind: Kind) -> io.BytesIO:
 
 
 class Unseekable(io.RawIOBase):
-    """A pipe or a socket."""
+    """A pipe or a socket: each call of `read` returns a few bytes, whatever it asks for."""
 
     def __init__(self, data: bytes) -> None:
-        self.data = data
+        self.data = io.BytesIO(data)
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        return self.data
+        return self.data.read(min(size, 7) if size >= 0 else 7)
+
+
+class Endless:
+    """An object that counts what it was asked for, and returns bytes for ever."""
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.n_bytes = 0
+
+    def read(self, size: int) -> bytes:
+        self.n_bytes += self.chunk
+        return b"x" * self.chunk
+
+
+class Sizeless:
+    """An object that can only be read whole."""
+
+    def read(self) -> bytes:
+        return KINDS["L"].data
 
 
 def loaded(kind: Kind) -> Image.Image:
@@ -286,6 +306,63 @@ def test_pictures_may_come_from_a_generator_or_a_stack(
     assert np.array_equal(model.encode_image(stack), expected)
 
 
+def test_a_large_picture_is_read_to_the_end_of_an_unbuffered_pipe() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    data = buffer.getvalue()
+    # More than a pipe holds: one call of `read` cannot return all of it.
+    assert len(data) > 1 << 18
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with open(writing, "wb") as file:
+            file.write(data)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with open(reading, "rb", buffering=0) as file:
+        found = open_picture(file, "picture")
+    writer.join()
+    assert np.array_equal(np.asarray(found), pixels)
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 10_000_000])
+def test_a_file_object_that_never_ends_stops_at_the_limit(
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("apecache.data.images.MAX_IMAGE_BYTES", 20_000)
+    file: Any = Endless(chunk)
+    with pytest.raises(
+        RowError,
+        match="too-large: picture has more bytes than the limit of 20,000",
+    ):
+        open_picture(file, "picture")
+    assert file.n_bytes <= 20_000 + chunk
+
+
+def test_a_file_object_of_exactly_the_limit_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = KINDS["L"].data
+    monkeypatch.setattr("apecache.data.images.MAX_IMAGE_BYTES", len(data))
+    assert open_picture(io.BytesIO(data), "picture").size == (30, 40)
+    monkeypatch.setattr("apecache.data.images.MAX_IMAGE_BYTES", len(data) - 1)
+    with pytest.raises(RowError, match="too-large"):
+        open_picture(io.BytesIO(data), "picture")
+
+
+def test_a_file_object_whose_read_takes_no_size_is_refused(
+    model: ImageTextModel,
+    index: SearchIndex,
+) -> None:
+    file: Any = Sizeless()
+    expected = r"images\[0\]: expected a path, .* found a file object whose read\(size\) fails"
+    with pytest.raises(OptionError, match=expected):
+        model.encode_image([file])
+    with pytest.raises(OptionError, match=expected):
+        index.embed(Query(images=(file,)))
+
+
 def closed_file() -> io.BytesIO:
     file = io.BytesIO(b"x")
     file.close()
@@ -302,6 +379,14 @@ def cut() -> Image.Image:
     [
         (lambda: b"", r"images\[0\] has 0 bytes"),
         (lambda: b"<html>", r"images\[0\] is none of JPEG"),
+        (
+            lambda: Image.new("RGB", (0, 0)),
+            r"images\[0\] has 0 x 0 pixels; expected at least 1 x 1",
+        ),
+        (
+            lambda: Image.new("RGBA", (0, 3)),
+            r"images\[0\] has 0 x 3 pixels; expected at least 1 x 1",
+        ),
         (closed_file, r"images\[0\]: I/O operation on closed file"),
         (cut, r"images\[0\] cannot be decoded"),
         (lambda: KINDS["L"].data[:-60], r"images\[0\] cannot be decoded"),

@@ -77,13 +77,19 @@ def test_shares_are_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "expected shares like"),
-        ("train", "expected shares like"),
-        ("train=a", "expected shares like"),
-        ("train=.9,val=.2", "sum to 1.1; expected 1"),
-        ("train=1,val=0", "each with a share above 0"),
-        ("train=2,val=-1", "each with a share above 0"),
-        ("train=nan,val=1", "each with a share above 0"),
+        ("", r"expected fractions that add to 1, like train=\.8,val=\.2$"),
+        ("train", "expected fractions that add to 1"),
+        ("train=a", "expected fractions that add to 1"),
+        (
+            "train=80,val=20",
+            r"^split fractions train=80,val=20 add to 100; expected fractions above 0 that add to "
+            r"1, like train=\.8,val=\.2$",
+        ),
+        ("train=.9,val=.2", r"add to 1\.1; expected fractions"),
+        ("train=1,val=0", "fractions above 0"),
+        ("train=2,val=-1", "fractions above 0"),
+        ("train=nan,val=1", "fractions above 0"),
+        ("train=inf,val=1", "fractions above 0"),
         ("train=.5,train=.5", "different names"),
         ("=1", "different names"),
     ],
@@ -91,6 +97,18 @@ def test_shares_are_read(text: str) -> None:
 def test_wrong_shares_are_refused(text: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         parse_fractions(text)
+
+
+def test_a_list_of_keys_is_split_at_line_ends_alone(tmp_path: Path) -> None:
+    keys = ["a\u2028b", "c\x0bd", "e\x85f", "g"]
+    (tmp_path / "train.txt").write_bytes("\r\n".join(keys[:2]).encode())
+    (tmp_path / "val.txt").write_bytes(("\n".join(keys[2:]) + "\n").encode())
+    assert splits_of(source_of(keys), split_file=tmp_path) == {
+        keys[0]: "train",
+        keys[1]: "train",
+        keys[2]: "val",
+        keys[3]: "val",
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,7 +139,7 @@ def test_a_split_file_says_the_splits_and_other_images_have_none(
             r"line 2: 'photo22' is no key of here; did you mean photo2, photo1\?",
         ),
         (b"photo1\ttrain\nphoto1\tval\n", r"line 2: 'photo1' has a split already \(train\)"),
-        (b"photo1 train\n", "line 1: 1 columns; expected key and split"),
+        (b"photo1 train\n", "line 1: 1 column; expected key and split"),
         (b"photo1\t\n", "line 1: 2 columns"),
         (b"photo1\t\xff\n", r"line 1, byte 8"),
     ],

@@ -145,7 +145,7 @@ BROKEN = [
     ("latin1.tsv", "image\tcaption\na\tcaf\u00e9\n".encode("latin-1"), ["line 2, byte 6", "save the file as UTF-8"]),
     ("utf16.csv", "image,caption\na,b\n".encode("utf-16"), ["line 1, byte 1", "save the file as UTF-8"]),
     ("latin1.jsonl", LINE_1.encode() * 3000 + b"\xff\n", ["line 3001, byte 1", "save the file as UTF-8"]),
-    ("few.tsv", b"image\tcaption\na\tx\nb\n", ["line 3", "1 columns, the header has 2", "quote cells"]),
+    ("few.tsv", b"image\tcaption\na\tx\nb\n", ["line 3", "1 column, the header has 2", "quote cells"]),
     ("many.csv", b"image,caption\na,x\nb,y,z\n", ["line 3", "3 columns, the header has 2", "quote cells"]),
     ("many later.csv", b'image,caption\na,"x\n\ny"\nb,y,z\n', ["line 5", "3 columns"]),
     ("quote.csv", b'image,caption\na,"x\nb,y\nc,z\n', ["line 2", "unexpected end of data", "double the quotes"]),

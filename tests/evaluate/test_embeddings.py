@@ -84,7 +84,7 @@ def test_embedded_are_the_usable_images_of_the_split_with_their_usable_captions(
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(store: FeatureStore) -> None:
     message = (
-        r"no split 'vall'; found: train \(3 images\), val \(4 images\), test \(1 images\); did "
+        r"no split 'vall'; found: train \(3 images\), val \(4 images\), test \(1 image\); did "
         r"you mean val\?"
     )
     with pytest.raises(DataError, match=message):

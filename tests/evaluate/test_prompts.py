@@ -41,6 +41,12 @@ def test_a_file_with_a_bad_template_is_refused_by_its_line(
         read_templates(path)
 
 
+def test_templates_are_split_at_line_ends_alone(tmp_path: Path) -> None:
+    path = tmp_path / "templates.txt"
+    path.write_bytes("a {}\u2028there\r\nb {}\n".encode())
+    assert read_templates(path) == ("a {}\u2028there", "b {}")
+
+
 def test_what_is_no_file_and_no_name_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         OptionError,

@@ -239,7 +239,7 @@ def test_extracting_again_finishes_an_interrupted_repair_too(
         ),
         (lambda text: text.replace("\tval\t", "\ttest\t"), "row 2 has split 'test', not 'val'"),
         (lambda text: "\n".join([*text.splitlines()[:-1]]) + "\n", "row|images there"),
-        (lambda text: text + "images/x.png\tan x\ttrain\tx\ten\n", "1 images more"),
+        (lambda text: text + "images/x.png\tan x\ttrain\tx\ten\n", "1 image more"),
     ],
 )
 @pytest.mark.parametrize(

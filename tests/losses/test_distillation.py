@@ -30,6 +30,46 @@ def test_contrastive_distillation_equals_its_definition(n_bank: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (found, wanted)))
 
 
+@pytest.mark.parametrize("n_bank", [0, 5])
+def test_all_of_a_group_are_right_answers_of_contrastive_distillation(n_bank: int) -> None:
+    """Two captions of each of four images; the first and the third image belong together."""
+    owners = [0, 0, 1, 1, 2, 2, 3, 3]
+    group_of_image = [0, 1, 0, 2]
+    student = unit(8, 3, 0).requires_grad_()
+    teacher = unit(4, 3, 1)
+    bank = unit(n_bank, 3, 2)
+    expected = torch.zeros((), dtype=torch.float64)
+    for i, owner in enumerate(owners):
+        scores = [(14.3 * student[i] @ candidate).exp() for candidate in (*teacher, *bank)]
+        right = [j for j in range(4) if group_of_image[j] == group_of_image[owner]]
+        wrong = sum(score for j, score in enumerate(scores) if j not in right)
+        for j in right:
+            expected = expected - (scores[j] / (scores[j] + wrong)).log() / (8 * len(right))
+    found = distil_contrastive(
+        student,
+        teacher=teacher,
+        bank=bank,
+        scale=14.3,
+        own=torch.tensor(owners),
+        groups=torch.tensor(group_of_image),
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (found, expected)))
+
+
+def test_groups_of_one_image_each_change_nothing() -> None:
+    student, teacher, bank = (unit(4, 3, seed) for seed in range(3))
+    plain = distil_contrastive(student, teacher=teacher, bank=bank, scale=5.0)
+    grouped = distil_contrastive(
+        student,
+        teacher=teacher,
+        bank=bank,
+        scale=5.0,
+        groups=torch.arange(4),
+    )
+    torch.testing.assert_close(grouped, plain)
+
+
 def test_the_teacher_is_never_trained() -> None:
     student, teacher, bank = (unit(3, 2, seed).requires_grad_() for seed in range(3))
     loss = distil_contrastive(student, teacher=teacher, bank=bank, scale=5.0) + distil_mse(

@@ -194,6 +194,18 @@ def test_lora_counts_and_targets() -> None:
     assert not any("intermediate" in name for name, _ in tower.adapters.named_parameters())
 
 
+def test_adapters_take_the_mode_of_the_module() -> None:
+    """A module that was loaded for evaluation must not drop out at random."""
+    spec = AdapterSpec(kind="lora", rank=2, dropout=0.9)
+    for training in (False, True):
+        module = small_vit().module.train(training)
+        tower = build_tower(module, "image")
+        insert_adapters(tower, spec)
+        disturb(tower)
+        assert {part.training for part in tower.adapters["lora"].modules()} == {training}
+        assert torch.equal(run(tower), run(tower)) is not training
+
+
 def test_what_cannot_be_put_in() -> None:
     tower = small_vit()
     insert_adapters(tower, KINDS["deep"])

@@ -23,7 +23,8 @@ from apecache.encoders.tower import build_tower
 from apecache.errors import EncoderError, RecipeError
 from apecache.evaluate.embeddings import embed_store
 from apecache.extraction.run import ExtractSpec, extract
-from apecache.losses.contrastive import info_nce
+from apecache.losses.contrastive import Groups, info_nce
+from apecache.losses.distillation import distil_contrastive
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel, Teacher, build_shared
 from apecache.recipes.recipe import Recipe, load_recipe
@@ -192,6 +193,32 @@ def test_the_loss_is_the_mean_of_two_contrasts_plus_the_distillation(kind: str) 
         assert distillation.bank is not None
         torch.testing.assert_close(distillation.bank.entries[:3], F.normalize(mine, dim=-1))
         assert torch.equal(distillation.bank.entries[3:], bank[3:])
+
+
+def test_images_of_one_group_are_no_wrong_answers_of_the_distillation() -> None:
+    """Two images with equal captions: neither teacher's features are wrong for the other's."""
+    model, teacher = small()
+    assert model.shared is not None
+    distillation = model.shared.distillation
+    assert distillation is not None
+    assert distillation.bank is not None
+    bank = distillation.bank.entries.clone()
+    outputs = [torch.randn(3, 16), torch.randn(3, 16)]
+    group_of_image = torch.tensor([0, 1, 0])
+    groups = Groups(image=group_of_image, text=group_of_image)
+    with torch.no_grad():
+        found = distillation(outputs, [2, 0, 1], groups)
+        losses = []
+        for output in outputs:
+            loss = distil_contrastive(
+                F.normalize(distillation.project(distillation.norm(output)), dim=-1),
+                teacher=F.normalize(teacher[[2, 0, 1]], dim=-1),
+                bank=bank,
+                scale=1 / 0.07,
+                groups=group_of_image,
+            )
+            losses.append(loss)
+    torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
 def test_what_cannot_be_shared() -> None:

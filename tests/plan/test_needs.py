@@ -14,7 +14,7 @@ from apecache.encoders.tower import Tower
 from apecache.errors import RecipeError
 from apecache.plan import counting, counting_shared
 from apecache.plan.counting import PlanSpec
-from apecache.plan.needs import LIVE, TRAINS, count_needs, needs_of_sides
+from apecache.plan.needs import TRAINS, count_needs, needs_of_sides
 from apecache.plan.plan import count_model
 from apecache.recipes.recipe import (
     count_parameters,
@@ -58,7 +58,7 @@ def test_recipes_and_plan_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         strict=True,
     )
     for said, side, head, modality in sides:
-        expected = {None: LIVE, "pooled": head.cut}.get(
+        expected = {None: TRAINS, "pooled": head.cut}.get(
             side.cut,
             f"tokens after {side.cut} of 12 blocks",
         )
@@ -97,7 +97,7 @@ def test_a_named_recipe_is_counted_with_the_reference_encoders() -> None:
     assert row["n_trained_parameters"] == model.n_trained
     assert row["counted_with"] == "timm:vit_base_patch16_224 and hf:bert-base-uncased"
     assert [side.cut for side in model.sides] == [None, None]
-    assert row["cut"] == LIVE
+    assert row["cut"] == TRAINS
 
 
 def test_the_reference_encoders_have_their_published_sizes() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers as hf
 from apecache_cli.app import app
+from apecache_cli.plan import _compare as compare
+from apecache_cli.plan import _show as show_one
 from apecache_cli.plan import parse_count
 from small_towers import pictures, sentences, shapes_only, small_bert, small_t5, small_vit
 from torch import nn
@@ -320,6 +322,8 @@ def test_a_shared_encoder_costs_its_blocks_its_losses_and_its_teacher_once() -> 
     contrast = 3 * 2 * 10**2 * (4 + 1) * 16
     distil = 2 * (6 * 10 * 16 * 16 + 4 * 10 * 60 * 16)
     assert alone.planned.step_flops == 10 * items + contrast + distil
+    assert (found.teacher_is_counted, alone.teacher_is_counted) == (True, False)
+    assert make_plan("ape").teacher_is_counted
     assert (alone.planned.once_flops, alone.teacher_bytes) == (0, 100 * 16 * 2)
     assert found.planned.once_flops == 100 * SMALL["image"]
     assert found.planned.step_flops == alone.planned.step_flops
@@ -533,6 +537,19 @@ def test_the_command_refuses_in_one_line(
     assert result.exit_code in (2, 3)
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_plan_says_that_a_teacher_is_not_counted(
+    known: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = replace(make_plan("shared-encoder", *SHARED), teacher_is_counted=known)
+    for show in (lambda: show_one(found, 1000), lambda: compare([found, make_plan("ape")], 1000)):
+        show()
+        shown = capsys.readouterr().out
+        assert ("the teacher is not counted" in shown) is not known
+        assert "1,000 images" in shown
 
 
 def test_a_side_says_its_sums() -> None:

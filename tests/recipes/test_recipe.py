@@ -116,7 +116,7 @@ def test_parts_that_do_not_work_together_are_refused(settings: list[str], messag
 
 def test_a_value_of_a_list_is_refused_with_the_nearest_one() -> None:
     assert "did you mean fusemix?" in refused("ape", "text.kind=fusmix")
-    assert "did you mean adam, adamw" in refused("ape", "optimizer.kind=adamW")
+    assert "did you mean adamw, adam?" in refused("ape", "optimizer.kind=adamW")
 
 
 def test_counting_parameters_of_widths_that_do_not_work_is_refused() -> None:
@@ -270,8 +270,26 @@ def test_a_folder_named_like_a_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     message = refused("projektion")
-    assert "no recipe 'projektion'; there are ape, " in message
-    assert "did you mean projection, " in message
+    assert message.startswith("no recipe 'projektion'; did you mean projection, ")
+    assert "? There are ape, " in message
+    assert refused("zzzzz").startswith("no recipe 'zzzzz'; there are ape, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("LILT-I", "lilt-i"),
+        ("liltI", "lilt-i"),
+        ("lilt_i", "lilt-i"),
+        ("Fuse Mix", "fusemix"),
+        ("FREEZE/vuf-tuu", "freeze/Vuf-Tuu"),
+    ],
+)
+def test_a_name_in_other_letters_or_with_other_separators_is_suggested(
+    name: str,
+    meant: str,
+) -> None:
+    assert refused(name).startswith(f"no recipe {name!r}; did you mean {meant}")
 
 
 # --- keys and values ------------------------------------------------------------------------------

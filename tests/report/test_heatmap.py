@@ -71,6 +71,33 @@ def test_names_are_inert(word: str) -> None:
     svg.encode()
 
 
+def test_digits_that_are_no_decimals_sort_as_text() -> None:
+    rows = [
+        ScoutRow(
+            image=image,
+            text="bert",
+            likeness=FeatureSimilarity(
+                cka=0.1,
+                mutual_knn=0.1,
+                image_to_text=1.0,
+                text_to_image=1.0,
+            ),
+        )
+        for image in ("²10", "²2")
+    ]
+    recall, *_ = scout_maps(
+        ScoutReport(
+            rows=tuple(rows),
+            n_fit=12,
+            n_measured=12,
+            n_unreadable=0,
+            chance=8.3,
+            chance_mutual_knn=0.1,
+        )
+    )
+    assert recall.rows == ["²2", "²10"]
+
+
 def test_a_scout_is_drawn_once_for_each_measure_with_layers_in_their_order() -> None:
     images = ("vit-mean-layer10", "vit-mean-layer2", "vit")
     texts = ("bert-mean-layer1", "bert")

@@ -330,7 +330,7 @@ def test_the_only_split_there_is_trains_without_being_named(splits: list[str]) -
             ["training"] * 3 + ["val"] * 2 + [""],
             SplitSpec(),
             r"no split 'train' in the store; found: training \(3 images\), val \(2 images\), "
-            r"\(none\) \(1 images\); "
+            r"\(none\) \(1 image\); "
             "did you mean training",
         ),
         (

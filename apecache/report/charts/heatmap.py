@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from apecache.evaluate.scout import ScoutReport
+from apecache.metrics.geometry import KNN_NEIGHBORS
 
 CELL = (72, 30)
 """Width and height."""
@@ -42,7 +43,7 @@ def scout_maps(report: ScoutReport) -> list[HeatMap]:
     measures = (
         (recall_title, "recall_at_1", 1),
         ("Linear CKA", "cka", 3),
-        ("Mutual nearest neighbors, k = 10", "mutual_knn", 3),
+        (f"Mutual nearest neighbors, k = {KNN_NEIGHBORS}", "mutual_knn", 3),
     )
     maps = []
     for title, field, digits in measures:
@@ -58,7 +59,7 @@ def _by_layer(name: str) -> tuple[str | int, ...]:
     """Return a key that sorts numbers in names by their size: layer 2 before layer 10."""
     # Texts and numbers alternate, so that no text is ever compared with a number.
     pieces = re.split(r"(\d+)", name)
-    return tuple(int(piece) if piece.isdigit() else piece for piece in pieces)
+    return tuple(int(piece) if piece.isdecimal() else piece for piece in pieces)
 
 
 def render_heat_maps(maps: Sequence[HeatMap]) -> str:

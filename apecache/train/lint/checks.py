@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from apecache.errors import DataError
+from apecache.errors import DataError, counted
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
@@ -251,32 +251,47 @@ def lint_splits(
             level="error",
             message=f"{text}; give another --train-split, or another --report-split",
         )
-    n_dev = int(dev.sum())
+    # What a fit leaves out is no reason to trust its dev split.
+    measured_texts = dev[pairs.image_rows] & _has_features(pairs, arrays)
+    n_dev = len(np.unique(pairs.image_rows[measured_texts]))
     if n_dev < LEAST_DEV_IMAGES:
         # Standard error of a share of one half, in points.
         error = 50 / max(1, n_dev) ** 0.5
-        text = f"the dev split has {n_dev} images: a recall of 50 % is known to {error:.0f} points"
+        text = (
+            f"the dev split has {counted(n_dev, 'image')}: a recall of 50 % is known to "
+            f"{error:.0f} points"
+        )
         yield Finding(
             check="dev-size",
             level="warning",
             message=f"{text}; choose on at least {LEAST_DEV_IMAGES}",
         )
-    yield from _few_captions(pairs, dev)
+    yield from _few_captions(pairs, measured_texts)
     yield from _overlaps(store, arrays=arrays, train=train, dev=dev)
 
 
-def _few_captions(pairs: PairTable, dev: NDArray[np.bool_]) -> Iterator[Finding]:
-    """Check that the dev split has enough different captions.
+def _has_features(
+    pairs: PairTable,
+    arrays: tuple[FeatureArray, FeatureArray],
+) -> NDArray[np.bool_]:
+    """Return bool [n_texts]: captions that have features and an image with features."""
+    image, text = arrays
+    return text.load_ok() & image.load_ok()[pairs.image_rows]
 
-    It needs as many as images, or at least `LEAST_DEV_IMAGES`.
+
+def _few_captions(pairs: PairTable, measured_texts: NDArray[np.bool_]) -> Iterator[Finding]:
+    """Check that the captions of the dev split, bool [n_texts], differ enough.
+
+    It needs as many different ones as images, or at least `LEAST_DEV_IMAGES`.
     """
-    texts = np.flatnonzero(dev[pairs.image_rows])
+    texts = np.flatnonzero(measured_texts)
     usable = [row for row in texts.tolist() if str(pairs.captions[row]).strip()]
     n_captions = len(np.unique(pairs.caption_ids[usable]))
     n_images = len(np.unique(pairs.image_rows[usable]))
     if n_captions < min(LEAST_DEV_IMAGES, n_images):
         text = (
-            f"the dev split has {n_captions} different captions for {n_images} images: recall "
+            f"the dev split has {counted(n_captions, 'different caption')} for "
+            f"{counted(n_images, 'image')}: recall "
             "cannot rank well on it"
         )
         remedy = "compare runs with apecache evaluate --task zeroshot, or give captions that differ"
@@ -296,7 +311,7 @@ def lint_named(splits: SplitSpec, n_dev: int, report_split: str) -> list[Finding
             )
         )
     if n_dev < LEAST_DEV_IMAGES:
-        text = f"the dev split had {n_dev} images"
+        text = f"the dev split had {counted(n_dev, 'image')}"
         findings.append(
             Finding(
                 check="dev-size",
@@ -315,17 +330,21 @@ def _overlaps(
 ) -> Iterator[Finding]:
     """Check that no training image or caption is in another split, by hashes."""
     pairs = store.pairs
-    compared_masks = {"dev": dev}
+    # A list: a drawn dev split and another split may both be called "dev".
+    compared: list[tuple[str, NDArray[np.bool_], Literal["error", "warning"]]] = [
+        ("dev", dev, "warning")
+    ]
     for name in pairs.split_counts():
         mask = (pairs.splits == name) & ~train & ~dev
         if mask.any():
-            compared_masks[name or "(none)"] = mask
+            label = f"the split {name!r}" if name == "dev" else name or "(none)"
+            compared.append((label, mask, "error"))
     contents = [np.array(array.content(), object) for array in arrays]
-    for name, mask in compared_masks.items():
+    for name, mask, level in compared:
         images = _in_both(contents[0], train, mask)
         if images:
-            text = f"{images} images of {name} have the content of a training image"
-            level: Literal["error", "warning"] = "warning" if name == "dev" else "error"
+            verb = "has" if images == 1 else "have"
+            text = f"{counted(images, 'image')} of {name} {verb} the content of a training image"
             yield Finding(
                 check="overlap",
                 level=level,
@@ -337,7 +356,7 @@ def _overlaps(
             yield Finding(
                 check="overlap",
                 level="warning",
-                message=f"{texts} captions of {name} are word for word training captions",
+                message=f"{counted(texts, 'caption')} of {name}, word for word, in training too",
             )
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import Batch, FeaturePairs, SplitSpec
+from apecache.train.batches import Batch, FeaturePairs, SplitSpec, choose_splits
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
@@ -265,7 +265,53 @@ def test_one_file_in_two_splits_is_found(
     monkeypatch.setattr(type(image), "content", lambda self: hashes[self.record.modality])
     found = list(lint_splits(store, arrays=(image, text), spec=CPU.splits, report_split="test"))
     assert checks(found) == [("overlap", level)]
-    assert "1 images of" in found[0].message
+    assert "1 image of dev has" in found[0].message or "1 image of test has" in found[0].message
+
+
+def test_a_split_called_dev_does_not_hide_the_drawn_dev_split(
+    store: FeatureStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dev is drawn from train here, and the split called dev is neither."""
+    spec = SplitSpec(dev_images=12)
+    train, drawn_dev = choose_splits(store.pairs, spec)
+    image = store.array("image")
+    text = store.array("text")
+    hashes = {"image": image.content(), "text": text.content()}
+    hashes["image"][int(np.flatnonzero(drawn_dev)[0])] = hashes["image"][
+        int(np.flatnonzero(train)[0])
+    ]
+    hashes["image"][125] = hashes["image"][int(np.flatnonzero(train)[1])]
+    monkeypatch.setattr(type(image), "content", lambda self: hashes[self.record.modality])
+    # The drawn split takes copies together, which would move the planted one.
+    monkeypatch.setattr("apecache.train.lint.checks.equal_images", lambda _: None)
+    found = [
+        finding
+        for finding in lint_splits(store, arrays=(image, text), spec=spec, report_split="test")
+        if finding.check == "overlap"
+    ]
+    assert [finding.level for finding in found] == ["warning", "error"]
+    assert "1 image of dev has" in found[0].message
+    assert "the split 'dev'" in found[1].message
+
+
+def test_only_dev_images_with_features_count(write_store: Any, tmp_path: Path) -> None:
+    image, text = features()
+    dev_rows = range(120, 230)
+    store: FeatureStore = write_store(
+        tmp_path / "s",
+        image,
+        text,
+        IMAGE_ROWS,
+        SPLITS,
+        bad_images=tuple(dev_rows[:15]),
+        # Both captions of one more image.
+        bad_texts=(2 * 229, 2 * 229 + 1),
+    )
+    arrays = store.array("image"), store.array("text")
+    (found,) = lint_splits(store, arrays=arrays, spec=CPU.splits, report_split="test")
+    assert (found.check, found.level) == ("dev-size", "warning")
+    assert found.message.startswith("the dev split has 94 images")
 
 
 def test_one_caption_in_two_splits_is_only_a_warning(

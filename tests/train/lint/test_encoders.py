@@ -272,7 +272,7 @@ def test_one_file_in_two_splits_is_found(data: Any, monkeypatch: pytest.MonkeyPa
         "content",
         lambda self: hashes if self.record.modality == "image" else plain(self),
     )
-    assert "overlap: 1 images of dev have the content of a training image" in " ".join(
+    assert "overlap: 1 image of dev has the content of a training image" in " ".join(
         map(str, lint_encoder_plan(recipe_of("lit"), store, SPEC))
     )
 
