@@ -36,9 +36,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+ROUNDED = {"check_methods_sample_order_invariance", "check_methods_subset_invariance"}
+"""Checks that compare at a relative 1e-7. Heads compute in float32, and how a row of a product is
+rounded depends on its position and on the processor: the test below stands for them."""
+
+
 @parametrize_with_checks([LINEAR, AlignmentHead("cca")])
 def test_it_is_an_estimator(estimator: Any, check: Any) -> None:
+    if check.func.__name__ in ROUNDED:
+        pytest.skip("compared at the tolerance of float32 in the test below")
     check(estimator)
+
+
+@pytest.mark.parametrize("estimator", [LINEAR, AlignmentHead("cca")], ids=["linear", "cca"])
+def test_a_row_is_transformed_alike_in_any_order_and_company(estimator: Any) -> None:
+    X, Y = planted(60)  # noqa: N806
+    fitted = clone(estimator).fit(X, Y)
+    expected = fitted.transform(X)
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_allclose(fitted.transform(X[order]), expected[order], rtol=0, atol=1e-5)
+    one_by_one = np.concatenate([fitted.transform(row[None]) for row in X])
+    np.testing.assert_allclose(one_by_one, expected, rtol=0, atol=1e-5)
 
 
 def planted(n: int = 300, seed: int = 0) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ It looks the same whichever library it came from.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -191,8 +191,22 @@ def _compiled(forwards: tuple[Callable[..., Tensor], ...]) -> Callable[[Tensor],
     run: Callable[[Tensor], list[Tensor]] = torch.compile(
         lambda pixels: _tapped(forwards, (pixels,)),
         fullgraph=True,
+        options=_vector_width(),
     )
     return run
+
+
+def _vector_width() -> dict[str, str | int | bool | Callable[..., Any]]:
+    """Return the vector width that TorchInductor chooses on this processor, as its option.
+
+    Its cache on disk keeps code that was written for one width, under a key that has the options
+    but not the processor. Without this option a cache that machines share, or that was filled
+    under another ATEN_CPU_CAPABILITY, gives features of NaN, or ends the process (torch 2.14).
+    """
+    # Heavy, and needed by nobody who does not compile.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
 
 
 def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -2,7 +2,10 @@
 run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +44,10 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """torch.compile without a compiler: counts the batches that go the compiled way."""
     calls = list[int]()
 
-    def compiled(run: Any, fullgraph: bool) -> Any:
+    def compiled(run: Any, fullgraph: bool, options: Any) -> Any:
         assert fullgraph
+        # Without it a cache of another processor gives NaN: see the test below.
+        assert set(options) == {"cpp.simdlen"}
         return lambda pixels: (calls.append(len(pixels)), run(pixels))[1]
 
     monkeypatch.setattr(torch, "compile", compiled)
@@ -58,6 +63,44 @@ def test_a_compiled_encoder_gives_the_features_to_rounding(vit: ImageEncoder) ->
     pixels = torch.randn(4, *vit.input_shape)
     (found,) = compile_images([vit])(pixels)
     torch.testing.assert_close(found, vit.encode(pixels), rtol=1e-4, atol=1e-5)
+
+
+COMPILE_IN_A_PROCESS = """
+import sys, torch
+from apecache.encoders.encoder import compile_images
+from apecache.encoders.load import load_image_encoder
+from apecache.encoders.spec import parse_encoder
+
+encoder = load_image_encoder(parse_encoder(f"timm:{sys.argv[1]}", "image"))
+pixels = torch.randn(4, *encoder.input_shape)
+(features,) = compile_images([encoder])(pixels)
+torch.testing.assert_close(features, encoder.encode(pixels), rtol=1e-3, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="needs a processor with two vector widths that the compiler can choose",
+)
+def test_a_cache_filled_under_another_vector_width_is_not_used(
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    """Code for one width that runs with another gives NaN or corrupts the process's memory."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("ATEN_CPU_CAPABILITY", None)
+    command = [sys.executable, "-c", COMPILE_IN_A_PROCESS, str(tiny_image_encoder)]
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}, {}):
+        ended = subprocess.run(
+            command,
+            env={**environment, **capability},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_it_is_recorded_and_a_later_run_goes_the_same_way(
@@ -176,6 +219,6 @@ def test_what_nobody_asked_for_is_measured(
 
     monkeypatch.setattr(preparation, "_seconds", seconds)
     monkeypatch.setattr(preparation, "compile_images", lambda _: None)
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=None) is wanted
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=False) is False
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, told=True) is True
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=None) is wanted
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=False) is False
+    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=True) is True
