@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from apecache.fingerprint import Modality
 
 CUT = (
-    "default (the encoder's own), cls, mean, max, cls+mean or tokens; with @LAYER after so many "
-    "blocks."
+    "default (the encoder's own), cls, mean, max, cls+mean or tokens, for texts also last; with "
+    "@LAYER after so many blocks."
 )
 
 

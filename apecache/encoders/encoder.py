@@ -257,6 +257,13 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
         [n, dim]; [n, 2 dim] for `cls+mean`; `hidden` itself for `tokens`.
     """
     match pooling:
+        case "last":
+            if mask is None:
+                return hidden[:, -1]
+            # The last position of a token, whichever side the padding is on.
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            last_positions = (positions * (mask != 0)).amax(1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), last_positions]
         case "tokens":
             return hidden
         case "cls":

@@ -4,7 +4,8 @@ Preprocessing and tokenizer are the model's own.
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,25 @@ from apecache.encoders.encoder import (
     freeze,
 )
 from apecache.encoders.preprocess import TensorPreprocess, image_preprocess, probe
+from apecache.encoders.snapshot import (
+    cannot_open,
+    download,
+    read_json,
+    resolve_folder,
+    true_keys,
+)
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MissingExtraError, nearest
 from apecache.fingerprint import Json, content_hash
+
+HUB_PREFIX = "hf-hub:"
+WEIGHT_FILES = (
+    ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
+    ("open_clip_pytorch_model.bin", "pytorch_model.bin"),
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "*.model")
+DEFAULT_CONTEXT = 77
+"""Tokens of a text where open_clip's configuration names no number."""
 
 
 def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
@@ -38,7 +55,8 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
         MissingExtraError: open_clip is not installed.
     """
     (spec,) = _only_own(specs)
-    model = _create(spec)
+    folder = _folder(spec)
+    model = _create(spec, folder)
     config: dict[str, Any] = dict(model.visual.preprocess_cfg)
     if spec.resolution:
         config["size"] = spec.resolution
@@ -58,7 +76,7 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     fingerprint = build_fingerprint(
         spec,
         weights=digest_module(model.visual),
-        architecture=_architecture(model, spec),
+        architecture=_architecture(model, spec, folder),
         inputs=inputs,
     )
     visual: Any = freeze(model.visual, spec, device)
@@ -86,9 +104,11 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     There are no other cuts. Raises as `load_open_clip_image` does.
     """
     (spec,) = _only_own(specs)
-    model = _create(spec)
-    tokenizer = _tokenizer(spec)
-    context = int(model.context_length)
+    folder = _folder(spec)
+    tokenizer = _tokenizer(spec, folder)
+    model = _create(spec, folder)
+    # Of a tower from transformers the model names all its positions, which no training used.
+    context = int(tokenizer.context_length)
     if spec.max_tokens and spec.max_tokens != context:
         raise EncoderError(
             f"encoder {spec}: its context is {context} tokens; leave --max-tokens off"
@@ -96,29 +116,40 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     tower = model.text
     # A causal tower that pools at the end-of-text token never sees the padding after it, so its
     # batches are padded to their longest caption only. Any other tower gets the whole context.
-    pools_at_end = getattr(tower, "pool_type", "") in ("argmax", "eos")
+    # CoCa appends a token of its own after the padding.
+    pools_at_end = (
+        getattr(tower, "pool_type", "") in ("argmax", "eos")
+        and getattr(tower, "cls_emb", None) is None
+    )
     trimmed = pools_at_end and getattr(tower, "attn_mask", None) is not None
+    eos_id = tower.eos_id if trimmed and tower.pool_type == "eos" else None
     prefix = spec.prefix or ""
     inputs: Json = {"tokenizer": _digest(tokenizer), "max_tokens": context, "pooling": "default"}
     inputs |= {"prefix": prefix} if prefix else {}
     fingerprint = build_fingerprint(
         spec,
         weights=digest_module(tower),
-        architecture=_architecture(model, spec),
+        architecture=_architecture(model, spec, folder),
         inputs=inputs,
     )
     frozen: Any = freeze(tower, spec, device)
 
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts]
-        return _tokenize(tokenizer, texts=prefixed, context=context, trimmed=trimmed)
+        return _tokenize(
+            tokenizer,
+            texts=prefixed,
+            context=context,
+            trimmed=trimmed,
+            eos_id=eos_id,
+        )
 
     states = _trimmed_states(frozen) if trimmed else _states(frozen)
     tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
     length = None if trimmed else context
     with torch.inference_mode():
         probe_ids = torch.zeros(1, context, dtype=torch.long, device=device)
-        dim = int(frozen(probe_ids).shape[1])
+        dim = int(_first(frozen(probe_ids)).shape[1])
     encoder = TextEncoder(
         spec=spec,
         module=frozen,
@@ -145,34 +176,75 @@ def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
     return specs
 
 
-def _create(spec: EncoderSpec) -> Any:
+def _folder(spec: EncoderSpec) -> Path | None:
+    """Return the folder of a saved model or of a hub repository; None for a name of open_clip's.
+
+    Raises:
+        EncoderError: as `resolve_folder`; or its configuration asks for code of a repository.
+    """
+    if spec.folder is None and not spec.name.startswith(HUB_PREFIX):
+        return None
+    repository = spec.name.removeprefix(HUB_PREFIX)
+    folder = resolve_folder(spec, WEIGHT_FILES, repository=repository)
+    described = read_json(folder / "open_clip_config.json", spec)
+    if not described:
+        raise EncoderError(
+            f"encoder {spec} has no open_clip_config.json, so it is not an open_clip model; "
+            "choose another library"
+        )
+    if any(true_keys(described, "trust_remote_code")):
+        raise EncoderError(
+            f"encoder {spec}: open_clip_config.json asks for Python code of a repository, which "
+            "apecache never runs; choose another model"
+        )
+    return folder
+
+
+def _create(spec: EncoderSpec, folder: Path | None) -> Any:
     """Load the whole model in evaluation mode."""
+    open_clip = _library()
+    if folder is not None:
+        source: dict[str, Any] = {"model_name": f"local-dir:{folder}"}
+    else:
+        name, _, tag = spec.name.partition("/")
+        _require_known(spec, name=name, tag=tag, open_clip=open_clip)
+        source = {"model_name": name, "pretrained": tag}
+    try:
+        with _asking_nobody():
+            # As a separate tower the text side takes batches shorter than its context.
+            model = open_clip.create_model(
+                **source,
+                require_pretrained=True,
+                force_custom_text=True,
+                force_image_size=spec.resolution,
+            )
+    except Exception as error:  # open_clip raises what its hub client, torch and json raise
+        raise cannot_open(spec, error) from error
+    return model.eval()
+
+
+def _library() -> Any:
     try:
         import open_clip
     except ImportError:
         raise MissingExtraError("open_clip", "open-clip") from None
-    name, _, tag = spec.name.partition("/")
-    if spec.folder:
-        source: dict[str, Any] = {"model_name": f"local-dir:{spec.folder}"}
-    elif spec.name.startswith("hf-hub:"):
-        source = {"model_name": spec.name}
-    else:
-        _require_known(spec, name=name, tag=tag, open_clip=open_clip)
-        source = {"model_name": name, "pretrained": tag}
+    return open_clip
+
+
+@contextmanager
+def _asking_nobody() -> Iterator[None]:
+    """Make transformers refuse code of a repository, in place of asking on standard input.
+
+    open_clip opens text towers of transformers without saying that their code is not trusted.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
-        # As a separate tower the text side takes batches shorter than its context.
-        model = open_clip.create_model(
-            **source,
-            require_pretrained=True,
-            force_custom_text=True,
-            force_image_size=spec.resolution,
-        )
-    except Exception as error:  # open_clip raises what its hub client, torch and json raise
-        reason = " ".join(str(error).split())[:200]
-        raise EncoderError(
-            f"encoder {spec} cannot be opened ({reason}); or give open_clip:/folder"
-        ) from error
-    return model.eval()
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def _require_known(spec: EncoderSpec, name: str, tag: str, open_clip: Any) -> None:
@@ -188,22 +260,56 @@ def _require_known(spec: EncoderSpec, name: str, tag: str, open_clip: Any) -> No
         )
 
 
-def _tokenizer(spec: EncoderSpec) -> Any:
-    import open_clip
+def _described(spec: EncoderSpec, folder: Path | None) -> Json:
+    """Return the model's configuration; empty for a name without one."""
+    if folder is not None:
+        return read_json(folder / "open_clip_config.json", spec).get("model_cfg") or {}
+    return _library().get_model_config(spec.name.partition("/")[0]) or {}
 
-    if spec.folder:
-        return open_clip.get_tokenizer(f"local-dir:{spec.folder}")
-    if spec.name.startswith("hf-hub:"):
-        return open_clip.get_tokenizer(spec.name)
-    model_name = spec.name.partition("/")[0]
-    return open_clip.get_tokenizer(model_name)
+
+def _tokenizer(spec: EncoderSpec, folder: Path | None) -> Any:
+    """Open the tokenizer: the one beside the model, or the one that its configuration names.
+
+    Raises:
+        EncoderError: it cannot be reached, or it has no token for padding.
+    """
+    open_clip = _library()
+    text_config: Json = _described(spec, folder).get("text_cfg") or {}
+    named = text_config.get("hf_tokenizer_name")
+    if not named:
+        source = spec.name.partition("/")[0] if folder is None else f"local-dir:{folder}"
+        return open_clip.get_tokenizer(source)
+    is_beside = folder is not None and any(any(folder.glob(name)) for name in TOKENIZER_FILES)
+    try:
+        tokenizer = open_clip.tokenizer.HFTokenizer(
+            str(folder if is_beside else download(spec, repository=named)),
+            context_length=text_config.get("context_length", DEFAULT_CONTEXT),
+            tokenizer_mode=text_config.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **text_config.get("tokenizer_kwargs", {}),
+        )
+        # Every text is padded to the context, which a tokenizer without a pad token refuses.
+        tokenizer(["a"])
+    except Exception as error:  # the hub client and transformers share no base class of errors
+        reason = " ".join(str(error).split())[:200]
+        raise EncoderError(
+            f"encoder {spec}: its tokenizer {named} cannot be used ({reason}); save the tokenizer "
+            "beside the model and give open_clip:/folder"
+        ) from error
+    return tokenizer
 
 
 def _states(tower: Any) -> States:
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        return {"own": tower(inputs[0])}
+        return {"own": _first(tower(inputs[0]))}
 
     return states
+
+
+def _first(output: Any) -> Tensor:
+    """Return the embedding; CoCa's towers return their tokens beside it."""
+    embedding: Tensor = output[0] if isinstance(output, tuple) else output
+    return embedding
 
 
 def _trimmed_states(tower: Any) -> States:
@@ -215,29 +321,58 @@ def _trimmed_states(tower: Any) -> States:
         length = ids.shape[1]
         # open_clip cuts the positions to the text's length, but not the causal mask.
         buffers = {"attn_mask": mask[:length, :length]}
-        return {"own": torch.func.functional_call(tower, buffers, (ids,))}
+        return {"own": _first(torch.func.functional_call(tower, buffers, (ids,)))}
 
     return states
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str], context: int, trimmed: bool) -> Tokens:
+def _tokenize(
+    tokenizer: Any,
+    texts: Sequence[str],
+    context: int,
+    trimmed: bool,
+    eos_id: int | None,
+) -> Tokens:
     """Return the ids of each text, without padding if `trimmed`, and count the truncated texts."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)
     ids = tokenizer(list(texts), context_length=context)
-    last_ids = ids[:, -1].tolist()
-    full_texts = [text for text, last_id in zip(texts, last_ids, strict=True) if last_id]
-    n_truncated = 0
-    if full_texts:
-        # A full row may just fit. With room for one more token only truncated texts fill it.
-        longer = tokenizer(full_texts, context_length=context + 1)
-        n_truncated = int((longer[:, -1] != 0).sum())
+    n_truncated = _count_truncated(tokenizer, texts=texts, ids=ids, context=context)
     rows: list[list[int]] = []
     for row in ids:
-        # The end-of-text token has the highest id.
-        n_tokens = int(row.argmax()) + 1 if trimmed else len(row)
+        # The end-of-text token has the highest id, unless the tower names another one.
+        end = row.argmax() if eos_id is None else (row == eos_id).int().argmax()
+        n_tokens = int(end) + 1 if trimmed else len(row)
         rows.append(row[:n_tokens].tolist())
     return Tokens(ids=rows, n_truncated=n_truncated)
+
+
+def _count_truncated(tokenizer: Any, texts: Sequence[str], ids: Tensor, context: int) -> int:
+    """Count the texts that have more tokens than the context.
+
+    Args:
+        ids: [n, context], the tokens of each text, padded.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None:
+        # open_clip's own tokenizer pads with 0 and adds a token at both ends.
+        full_texts = [text for text, last in zip(texts, ids[:, -1], strict=True) if last]
+        return sum(len(tokenizer.encode(text)) + 2 > context for text in full_texts)
+    # Only the library's own tokenizer knows its padding, so every text is tokenized whole.
+    clean = getattr(tokenizer, "clean_fn", _clean_siglip)
+    cleaned = [clean(text) for text in texts]
+    adds_class = getattr(tokenizer, "tokenizer_mode", "") == "clips"
+    whole = inner(cleaned, add_special_tokens=not adds_class, truncation=False, verbose=False)
+    n_added = 3 if adds_class else 0
+    return sum(len(row) + n_added > context for row in whole["input_ids"])
+
+
+def _clean_siglip(text: str) -> str:
+    """Clean a text as open_clip's tokenizer of SigLIP does within its call."""
+    from open_clip.tokenizer import basic_clean, canonicalize_text
+
+    cleaned: str = canonicalize_text(basic_clean(text))
+    return cleaned
 
 
 def _digest(tokenizer: Any) -> str:
@@ -252,15 +387,9 @@ def _digest(tokenizer: Any) -> str:
     return content_hash(f"{type(tokenizer).__name__}\0{clean_name}\0{content}")
 
 
-def _architecture(model: Any, spec: EncoderSpec) -> Json:
+def _architecture(model: Any, spec: EncoderSpec, folder: Path | None) -> Json:
     """Return the class and what the weights do not show: the model's configuration, if known."""
-    if spec.folder:
-        config_path = Path(spec.folder) / "open_clip_config.json"
-        described: Json = json.loads(config_path.read_text())["model_cfg"]
-    else:
-        import open_clip
-
-        described = open_clip.get_model_config(spec.name.partition("/")[0]) or {"name": spec.name}
+    described = _described(spec, folder) or {"name": spec.name}
     return {"class": type(model).__name__, "config": described}
 
 

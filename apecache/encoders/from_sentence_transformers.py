@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
-from apecache.encoders.from_transformers import digest_tokenizer, tokenize_with
+from apecache.encoders.from_transformers import NO_LIMIT, UNKNOWN_LENGTH
+from apecache.encoders.snapshot import cannot_open, read_modules, refuse_code, resolve_folder
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.tokenizing import digest_tokenizer, tokenize_with
+from apecache.encoders.tower import count_positions
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import Json
+
+WEIGHT_FILES = (
+    ("model.safetensors", "model-*.safetensors", "0_*/model*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "0_*/pytorch_model*.bin"),
+)
+MODULE_FILES = ("[1-9]*_*/*",)
+"""Everything of the modules after the transformer."""
 
 
 def load_sentence_transformers(
@@ -39,13 +50,15 @@ def load_sentence_transformers(
                 f"encoder {cut}: st: gives the model's own output; for other cuts take hf:"
             )
     (spec,) = specs
-    model = _open(spec)
+    folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
+    _require_modules(spec, folder)
+    model = _open(spec, folder)
     tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(
             f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
         )
-    max_tokens = min(spec.max_tokens or 512, int(model.max_seq_length or 512))
+    max_tokens = _max_tokens(spec, model)
     if spec.prefix is not None:
         prefix = spec.prefix
     else:
@@ -56,6 +69,8 @@ def load_sentence_transformers(
         "pooling": "default",
     }
     inputs |= {"prefix": prefix} if prefix else {}
+    n_prompt_tokens = _count_unpooled(model, tokenizer, prefix)
+    inputs |= {"unpooled_tokens": n_prompt_tokens} if n_prompt_tokens else {}
     fingerprint = build_fingerprint(
         spec,
         weights=digest_module(model),
@@ -65,7 +80,10 @@ def load_sentence_transformers(
     frozen: Any = freeze(model, spec, device)
 
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        output = frozen({"input_ids": inputs[0], "attention_mask": inputs[1]})
+        features: dict[str, Any] = {"input_ids": inputs[0], "attention_mask": inputs[1]}
+        if n_prompt_tokens:
+            features["prompt_length"] = n_prompt_tokens
+        output = frozen(features)
         return {"own": output["sentence_embedding"]}
 
     def tokenize(texts: Sequence[str]) -> Tokens:
@@ -89,24 +107,44 @@ def load_sentence_transformers(
     return [encoder]
 
 
-def _open(spec: EncoderSpec) -> Any:
+def _require_modules(spec: EncoderSpec, folder: Path) -> None:
+    """Raise EncoderError unless the folder lists modules, all of them the library's own."""
+    if not read_modules(folder, spec):
+        raise EncoderError(
+            f"encoder {spec} has no modules.json, so its sentence vector is not known; take "
+            f"hf:{spec.name}"
+        )
+    refuse_code(spec, folder, lambda name: name.startswith("sentence_transformers."))
+
+
+def _max_tokens(spec: EncoderSpec, model: Any) -> int:
+    """Return the spec's limit, else the model's own, but not more than it has positions for."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    n_positions = None if config is None else count_positions(config)
+    limits = [spec.max_tokens or model.max_seq_length, n_positions]
+    known_limits = [int(limit) for limit in limits if limit and limit < NO_LIMIT]
+    return min(known_limits, default=UNKNOWN_LENGTH)
+
+
+def _count_unpooled(model: Any, tokenizer: Any, prefix: str) -> int:
+    """Count the leading tokens that the pooling leaves out: a prompt's, where the model says so."""
+    pools_all = all(getattr(module, "include_prompt", True) for module in model)
+    if pools_all or not prefix:
+        return 0
+    ids = tokenizer(prefix)["input_ids"]
+    # The text follows in place of the token that ends the prompt.
+    return len(ids) - (1 if ids and ids[-1] in tokenizer.all_special_ids else 0)
+
+
+def _open(spec: EncoderSpec, folder: Path) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise MissingExtraError("sentence_transformers", "sentence-transformers") from None
     try:
-        return SentenceTransformer(
-            str(spec.folder or spec.name),
-            device="cpu",
-            trust_remote_code=False,
-            revision=spec.revision,
-        )
-    except Exception as error:
-        # The hub client, safetensors and transformers share no base class of errors.
-        reason = " ".join(str(error).split())[:200]
-        raise EncoderError(
-            f"encoder {spec} cannot be opened ({reason}); or give st:/folder"
-        ) from error
+        return SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+    except Exception as error:  # safetensors and transformers share no base class of errors
+        raise cannot_open(spec, error) from error
 
 
 def _architecture(model: Any) -> Json:

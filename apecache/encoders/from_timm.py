@@ -1,8 +1,8 @@
 """Load timm image encoders without classifier, with timm's own reference preprocessing (PIL)."""
 
-import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -23,10 +23,13 @@ from apecache.encoders.encoder import (
 )
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
+from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
 
+HUB_PREFIX = "hf-hub:"
+WEIGHT_FILES = (("model.safetensors",), ("pytorch_model.bin",))
 N_PATCH_CONVOLUTIONS = 4
 """Most convolutions of a transformer: its patch embedding, or a small stem."""
 
@@ -137,9 +140,10 @@ def count_timm_classes(spec: EncoderSpec) -> int:
 
 def _shape(spec: EncoderSpec, device: str = "meta", **options: Any) -> Any:
     size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
-    if not spec.folder:
+    folder = _folder(spec, weights=())
+    if folder is None:
         _require_known(spec)
-    name = f"local-dir:{spec.folder}" if spec.folder else spec.name
+    name = spec.name if folder is None else f"local-dir:{folder}"
     try:
         with torch.device(device):
             return timm.create_model(name, pretrained=False, **size, **options)
@@ -167,15 +171,28 @@ def _create(spec: EncoderSpec) -> Any:
 
 
 def _create_whole(spec: EncoderSpec) -> Any:
+    folder = _folder(spec, WEIGHT_FILES)
     try:
-        if not spec.folder:
+        if folder is None:
             _require_known(spec)
-        name = f"local-dir:{spec.folder}" if spec.folder else _hub_name(spec)
+        name = _hub_name(spec) if folder is None else f"local-dir:{folder}"
         return _pretrained(name, spec.resolution)
     except EncoderError:
         raise
     except Exception as error:  # the hub client, safetensors and timm share no base class of errors
         raise EncoderError(f"encoder {spec}: {_one_line(error)}") from error
+
+
+def _folder(spec: EncoderSpec, weights: Sequence[Sequence[str]]) -> Path | None:
+    """Return the folder of a saved model or of a hub repository; None for a name of timm's own.
+
+    A repository is written `hf-hub:ORG/NAME` or `ORG/NAME`, as `timm/NAME`. Raises EncoderError as
+    `resolve_folder` does.
+    """
+    repository = spec.name.removeprefix(HUB_PREFIX)
+    if spec.folder is None and "/" not in repository:
+        return None
+    return resolve_folder(spec, weights, repository=repository)
 
 
 def _pretrained(name: str, resolution: int | None) -> Any:
@@ -231,9 +248,8 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
     if not pool:
         head = getattr(module, "head", None)
         pool = getattr(head, "global_pool", None)
-    saved_config = {}
-    if spec.folder:
-        saved_config = json.loads((spec.folder / "config.json").read_text())
+    folder = _folder(spec, weights=())
+    saved_config = {} if folder is None else read_json(folder / "config.json", spec)
     return {
         "class": name,
         "pool": str(getattr(pool, "pool_type", pool)),

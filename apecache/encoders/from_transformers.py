@@ -1,25 +1,23 @@
-"""Load transformers encoders: BERT-like and T5 text towers, and vision transformers."""
+"""Load transformers encoders: texts by encoders, decoders and CLIP, images by ViTs."""
 
 import json
-import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    MetaClip2TextModelWithProjection,
     MT5EncoderModel,
     SiglipVisionModel,
     T5EncoderModel,
 )
-from transformers.utils import logging
 
 from apecache.encoders.encoder import (
     FeatureTap,
@@ -34,10 +32,25 @@ from apecache.encoders.encoder import (
 )
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
+from apecache.encoders.processor import ProcessorPreprocess, fixed_shape, resize_options
+from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.text_repository import TextUse, read_text_use, resolve_pooling
+from apecache.encoders.tokenizing import (
+    digest_tokenizer,
+    has_case,
+    open_tokenizer,
+    tokenize_with,
+)
 from apecache.encoders.tower import count_positions
-from apecache.errors import EncoderError, nearest
-from apecache.fingerprint import IMAGE_DECODING, Json, content_hash
+from apecache.encoders.transformers_files import (
+    WEIGHT_FILES,
+    describe_architecture,
+    load_model,
+    open_saved,
+)
+from apecache.errors import EncoderError
+from apecache.fingerprint import IMAGE_DECODING, Json
 
 VISION_TYPES = (
     "beit",
@@ -51,71 +64,76 @@ VISION_TYPES = (
 )
 SIGLIP_TYPES = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
+OWN_POOLING_TYPES = ("siglip_vision_model",)
+MEAN_PATCH_TYPES = ("beit", "data2vec-vision")
 FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # interpolate positions only when asked to
 N_CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0}  # all others have one
-NOT_IDENTITY = (
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "id2label",
-    "label2id",
-)
-WELL_KNOWN = (
-    "bert-base-uncased",
-    "facebook/dino-vitb16",
-    "facebook/dinov2-base",
-    "facebook/dinov2-small",
-    "google-bert/bert-base-multilingual-cased",
-    "google/vit-base-patch16-224",
-    "intfloat/multilingual-e5-small",
-    "princeton-nlp/unsup-simcse-bert-base-uncased",
-    "roberta-base",
-    "sentence-transformers/all-MiniLM-L6-v2",
-    "sentence-transformers/all-mpnet-base-v2",
-)
-"""Only to suggest a name when one cannot be found."""
+PROJECTED_TEXT = {
+    "clip": CLIPTextModelWithProjection,
+    "clip_text_model": CLIPTextModelWithProjection,
+    "metaclip_2": MetaClip2TextModelWithProjection,
+    "metaclip_2_text_model": MetaClip2TextModelWithProjection,
+}
+"""Text towers whose own output is the projected end-of-text token."""
+LEGACY_EOS = 2
+"""What old CLIP configs name as end of text; the library then takes the highest id."""
+NO_LIMIT = 10**9
+"""Tokenizers without a limit of their own name a greater one than this."""
+UNKNOWN_LENGTH = 512
+"""Tokens where neither the files nor the positions set a limit."""
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
     """Load one encoder for each spec; all share one model.
 
+    Default pooling: CLIP's own, else what the repository says, else the architecture's convention
+    (`text_repository.resolve_pooling`).
+
     Args:
         specs: of the same model; they differ in pooling and layer only.
 
     Raises:
-        EncoderError: not found, not a text encoder, or weights that miss parts of the model.
+        EncoderError: not found, not a text encoder, weights that miss parts of the model, or no
+            known pooling.
     """
     spec = specs[0]
-    config = _config(spec)
-    t5 = config.model_type in T5_TYPES
-    has_decoder = getattr(config, "is_encoder_decoder", False)
-    if not t5 and (has_decoder or hasattr(config, "vision_config")):
-        raise EncoderError(
-            f"encoder {spec}: {config.model_type} is no single text encoder; BERT-like models "
-            "and T5 are supported"
-        )
-    tokenizer = _open(AutoTokenizer, spec)
-    if not getattr(tokenizer, "is_fast", False):
-        raise EncoderError(
-            f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
-        )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise EncoderError(
-            f"encoder {spec}: its tokenizer knows no words; save it beside the model"
-        )
-    factory = T5_TYPES[config.model_type] if t5 else AutoModel
-    module, unloaded = _load_model(spec, factory)
-    max_tokens = _max_tokens(spec, tokenizer, config)
-    prefix = text_prefix(spec)
+    folder = resolve_folder(spec)
+    config = _text_config(spec, folder)
+    use = read_text_use(spec, folder)
+    tokenizer = open_tokenizer(spec, folder)
+    projected = config.model_type in PROJECTED_TEXT
+    poolings = [_text_pooling(cut, folder, use, config) for cut in specs]
+    max_tokens = _max_tokens(spec, tokenizer=tokenizer, config=config, saved_limit=use.max_tokens)
+    prefix = use.prompt if spec.prefix is None else spec.prefix
+    if spec.prefix is None:
+        _warn_of_e5(spec, prefix)
+    _require_pooled_prompt(specs, use, prefix)
+    lower_case = use.lower_case and has_case(tokenizer)
+
+    def tokenize(texts: Sequence[str]) -> Tokens:
+        prefixed = [prefix + text for text in texts] if prefix else texts
+        lowered = [text.lower() for text in prefixed] if lower_case else prefixed
+        return tokenize_with(tokenizer, lowered, max_tokens)
+
+    if projected:
+        _require_eos(spec, tokenize([""]).ids[0], config)
+    module, unloaded = load_model(
+        spec,
+        folder=resolve_folder(spec, WEIGHT_FILES),
+        factory=_text_factory(config),
+        may_lack=("pooler",) if "default" in poolings else ("pooler", "text_projection"),
+        **({"config": config} if projected else {}),
+    )
     shared_inputs: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
     shared_inputs |= {"prefix": prefix} if prefix else {}
+    shared_inputs |= {"lower_case": True} if lower_case else {}
     weights = digest_module(module, unloaded)
-    architecture = _architecture(module, spec)
+    architecture = describe_architecture(module, folder)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
+    # One pass over whole texts: a decoder's cache of keys and values would only take memory.
+    if getattr(frozen.config, "use_cache", False):
+        frozen.config.use_cache = False
 
     def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
         ids, mask = inputs
@@ -125,16 +143,11 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             states=requested,
             run=lambda: frozen(input_ids=ids, attention_mask=mask),
         )
+        if projected:
+            tokens_by_state["own"] = output.text_embeds
         return {**tokens_by_state, "end": output.last_hidden_state}
 
-    def tokenize(texts: Sequence[str]) -> Tokens:
-        prefixed = [prefix + text for text in texts] if prefix else texts
-        return tokenize_with(tokenizer, prefixed, max_tokens)
-
-    def encoder(cut: EncoderSpec, layer: State) -> TextEncoder:
-        pooling = _text_pooling(cut)
-        if t5 and "cls" in pooling:
-            raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
+    def encoder(cut: EncoderSpec, layer: State, pooling: Pooling) -> TextEncoder:
         inputs: Json = {**shared_inputs, "pooling": pooling}
         if layer != "end":
             inputs["layer"] = layer
@@ -144,37 +157,111 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             architecture=architecture,
             inputs=inputs,
         )
-        tap = FeatureTap(
-            states=states,
-            state=layer,
-            pool=lambda state, mask: pool_tokens(state, mask, pooling),
-        )
+
+        def pool(state: Tensor, mask: Tensor | None) -> Tensor:
+            return state if pooling == "default" else pool_tokens(state, mask, pooling)
+
+        tap = FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
         n_vectors = 2 if pooling == "cls+mean" else 1
-        width = int(config.hidden_size) * n_vectors
-        row_shape = (max_tokens, width) if pooling == "tokens" else (width,)
-        pad_id = int(tokenizer.pad_token_id or 0)
+        width = config.projection_dim if pooling == "default" else config.hidden_size * n_vectors
+        row_shape = (max_tokens, int(width)) if pooling == "tokens" else (int(width),)
         return TextEncoder(
             spec=cut,
             module=frozen,
             tokenize=tokenize,
             forward=tap,
-            pad_id=pad_id,
+            pad_id=_pad_id(tokenizer, config),
             max_tokens=max_tokens,
             row_shape=row_shape,
             fingerprint=fingerprint,
             device=device,
         )
 
-    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
+    cuts = zip(specs, layers, poolings, strict=True)
+    return [encoder(cut, layer, pooling) for cut, layer, pooling in cuts]
+
+
+def _text_config(spec: EncoderSpec, folder: Path) -> Any:
+    """Return the configuration of the text tower.
+
+    Raises:
+        EncoderError: the model is not a single text encoder.
+    """
+    config = open_saved(AutoConfig, spec, folder)
+    if config.model_type in PROJECTED_TEXT:
+        text_config = getattr(config, "text_config", config)
+        # The whole model's projection counts; its towers may repeat another one.
+        text_config.projection_dim = config.projection_dim
+        return text_config
+    t5 = config.model_type in T5_TYPES
+    has_decoder = getattr(config, "is_encoder_decoder", False)
+    if not t5 and (has_decoder or hasattr(config, "vision_config")):
+        raise EncoderError(
+            f"encoder {spec}: {config.model_type} is not a single text encoder; BERT-like models, "
+            "T5, causal decoders and CLIP are supported"
+        )
+    return config
+
+
+def _text_factory(config: Any) -> Any:
+    factories = {**T5_TYPES, **PROJECTED_TEXT}
+    return factories.get(config.model_type, AutoModel)
+
+
+def _pad_id(tokenizer: Any, config: Any) -> int:
+    """Return the id of padding. It is masked, so any id serves where the tokenizer names none."""
+    if config.model_type in PROJECTED_TEXT:
+        # Old CLIP configs take the highest id as the end of the text: no padding may exceed it.
+        return int(tokenizer.eos_token_id or 0)
+    return int(tokenizer.pad_token_id or 0)
+
+
+def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: Any) -> Pooling:
+    if config.model_type in PROJECTED_TEXT and cut.pooling == "default" and cut.layer is None:
+        return "default"
+    pooling = resolve_pooling(cut, folder, use, config)
+    if config.model_type in T5_TYPES and "cls" in pooling:
+        raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
+    return pooling
+
+
+def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: Any) -> None:
+    """Raise EncoderError unless the tokenizer ends a text by the token that the model pools at."""
+    eos_id = config.eos_token_id
+    is_legacy = eos_id == LEGACY_EOS and config.model_type.startswith("clip")
+    ends_right = bool(ids) and (ids[-1] == max(ids) if is_legacy else eos_id in ids)
+    if not ends_right:
+        raise EncoderError(
+            f"encoder {spec}: its tokenizer does not end a text by the token {eos_id} that the "
+            "model pools at; save the right tokenizer beside the model"
+        )
+
+
+def _require_pooled_prompt(specs: Sequence[EncoderSpec], use: TextUse, prefix: str) -> None:
+    """Raise EncoderError where the repository leaves the prompt out of the pooled tokens."""
+    for cut in specs:
+        if prefix and cut.pooling == "default" and not use.is_prompt_pooled:
+            raise EncoderError(
+                f"encoder {cut}: its pooling leaves the prompt {prefix!r} out; take "
+                f"st:{cut.name}, or give --text-prefix ''"
+            )
+
+
+def _warn_of_e5(spec: EncoderSpec, prefix: str) -> None:
+    name = spec.folder.resolve().name.lower() if spec.folder else ""
+    if not prefix and name.startswith(("e5-", "multilingual-e5-")) and "instruct" not in name:
+        warnings.warn(
+            f"encoder {spec}: the folder is named like an E5 model, but no file in it says so; "
+            "if it is one, give --text-prefix 'query: '",
+            stacklevel=2,
+        )
 
 
 def text_prefix(spec: EncoderSpec) -> str:
-    """Return what stands before every text: the spec's prefix, else the model's."""
-    name = spec.folder.resolve().name if spec.folder else spec.name.rpartition("/")[2]
-    # E5 models were trained with this prefix, but their files do not say so.
-    is_e5 = re.match(r"(multilingual-)?e5-", name.lower())
-    model_prefix = "query: " if is_e5 else ""
-    return model_prefix if spec.prefix is None else spec.prefix
+    """Return what stands before every text: the spec's prefix, else the repository's."""
+    if spec.prefix is not None:
+        return spec.prefix
+    return read_text_use(spec, resolve_folder(spec)).prompt
 
 
 def load_transformers_image(
@@ -193,7 +280,8 @@ def load_transformers_image(
         EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
     """
     spec = specs[0]
-    config = _config(spec)
+    folder = resolve_folder(spec)
+    config = open_saved(AutoConfig, spec, folder)
     siglip = config.model_type in SIGLIP_TYPES
     if siglip:
         config = getattr(config, "vision_config", config)
@@ -203,18 +291,26 @@ def load_transformers_image(
             f"encoder {spec}: {config.model_type} is not supported as an image encoder; "
             f"supported are {supported}"
         )
-    processor: Any = _open(AutoImageProcessor, spec)
-    size = _resize(processor, spec.resolution)
-    factory = SIGLIP_TYPES[config.model_type] if siglip else AutoModel
-    module, unloaded = _load_model(spec, factory)
+    processor, size = _processor(spec, folder)
     reference = ProcessorPreprocess(processor=processor, size=size)
+    input_shape = fixed_shape(reference, spec)
+    own_poolings = [_has_own_pooling(cut, config) for cut in specs]
+    module, unloaded = load_model(
+        spec,
+        folder=resolve_folder(spec, WEIGHT_FILES),
+        factory=SIGLIP_TYPES[config.model_type] if siglip else AutoModel,
+        # Of these models only an unused pooler may be missing.
+        may_lack=() if any(own_poolings) and not siglip else ("pooler",),
+        # The library leaves this one's pooler out unless it is asked for.
+        **({"add_pooling_layer": True} if config.model_type == "data2vec-vision" else {}),
+    )
     preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
     shared_inputs: Json = {
         "decoding": IMAGE_DECODING,
         "processor": _plain_processor(processor, size),
     }
     weights = digest_module(module, unloaded)
-    architecture = _architecture(module, spec)
+    architecture = describe_architecture(module, folder)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
     fixed_size = siglip or config.model_type in FIXED_SIZE_TYPES
@@ -233,14 +329,9 @@ def load_transformers_image(
             tokens_by_state["own"] = output.pooler_output
         return tokens_by_state
 
-    # The processor's files name its size in several ways, so an image that is not square tells it.
-    probe_pixels = reference(Image.new("RGB", (640, 480)))
-    height, width = probe_pixels.shape[1:]
-    input_shape = (3, int(height), int(width))
     n_prefix = _n_prefix(config)
 
-    def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
-        has_own_pooling = siglip and cut.pooling == "default"
+    def encoder(cut: EncoderSpec, layer: State, has_own_pooling: bool) -> ImageEncoder:
         pooling: Pooling = "default" if has_own_pooling else _image_pooling(cut, config)
         inputs: Json = {**shared_inputs, "pooling": pooling}
         if layer != "end":
@@ -270,27 +361,13 @@ def load_transformers_image(
             device=device,
         )
 
-    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessorPreprocess:
-    """Call the library's own image processor, with the options that give another size."""
-
-    processor: Any
-    size: dict[str, Any]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image -> float32 [3, height, width]."""
-        processed = self.processor(images=image, return_tensors="pt", **self.size)
-        pixels: Tensor = processed["pixel_values"][0]
-        return pixels
+    cuts = zip(specs, layers, own_poolings, strict=True)
+    return [encoder(cut, layer, has_own) for cut, layer, has_own in cuts]
 
 
 def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_transformers_image`. Raises EncoderError as it does."""
-    processor: Any = _open(AutoImageProcessor, spec)
-    size = _resize(processor, spec.resolution)
+    processor, size = _processor(spec, resolve_folder(spec))
     reference = ProcessorPreprocess(processor=processor, size=size)
     preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
     return preprocess
@@ -304,143 +381,53 @@ def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
     Raises:
         EncoderError: its config.json cannot be read.
     """
-    config = _config(spec)
+    config = open_saved(AutoConfig, spec, resolve_folder(spec))
     config.dtype = torch.float32
+    encoder_class = T5_TYPES.get(config.model_type)
+    is_data2vec = config.model_type == "data2vec-vision"
+    options = {"add_pooling_layer": True} if is_data2vec else {}
     with torch.device(device):
-        encoder_class = T5_TYPES.get(config.model_type)
-        return AutoModel.from_config(config) if encoder_class is None else encoder_class(config)
+        if encoder_class is not None:
+            return encoder_class(config)
+        return AutoModel.from_config(config, trust_remote_code=False, **options)
 
 
 def image_size(spec: EncoderSpec) -> tuple[int, int]:
     """Return (height, width) of the pixels that the encoder's own processor gives.
 
-    Raises EncoderError if there is no processor.
+    Raises EncoderError if there is no processor, or its pixels have no fixed size.
     """
-    processor: Any = _open(AutoImageProcessor, spec)
-    size = _resize(processor, spec.resolution)
-    preprocess = ProcessorPreprocess(processor=processor, size=size)
-    pixels = preprocess(Image.new("RGB", (640, 480)))
-    return pixels.shape[1], pixels.shape[2]
+    processor, size = _processor(spec, resolve_folder(spec))
+    _, height, width = fixed_shape(ProcessorPreprocess(processor=processor, size=size), spec)
+    return height, width
 
 
-def _config(spec: EncoderSpec) -> Any:
-    return _open(AutoConfig, spec)
+def _processor(spec: EncoderSpec, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the image processor, and its call options for the spec's resolution."""
+    processor: Any = open_saved(AutoImageProcessor, spec, folder)
+    return processor, resize_options(processor, spec)
 
 
-def _open(factory: Any, spec: EncoderSpec, **options: Any) -> Any:
-    source = str(spec.folder or spec.name)
-    try:
-        return factory.from_pretrained(source, revision=spec.revision or "main", **options)
-    except Exception as error:  # the libraries below share no base class of errors
-        lines = (line for line in str(error).splitlines() if line.strip())
-        first_line = next(lines, type(error).__name__)
-        suggestion = nearest(spec.name, WELL_KNOWN)
-        raise EncoderError(
-            f"encoder {spec} cannot be opened ({first_line.strip()}){suggestion} Or give hf:/folder"
-        ) from error
-
-
-def _load_model(spec: EncoderSpec, factory: Any) -> tuple[Any, list[str]]:
-    """Load the model in float32.
-
-    Returns:
-        The model, and the sorted names of its parameters that the files do not hold.
-
-    Raises:
-        EncoderError: a parameter is missing or has another shape. Only an unused pooler may be
-            missing.
-    """
-    # Without ignore_mismatched_sizes transformers raises an error of its own at the first one.
-    with _quiet(local=spec.folder is not None):
-        module, report = _open(
-            factory,
-            spec,
-            output_loading_info=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-        )
-    missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if "pooler" not in name]
-    lost += [name for name, *_ in report["mismatched_keys"]]
-    if lost:
-        raise EncoderError(
-            f"encoder {spec}: its files lack {len(lost)} parameters of "
-            f"{type(module).__name__}: {lost[0]}, …"
-        )
-    return module, missing
-
-
-@contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """Silence the library's report of unused weights, and its progress bar for a local folder."""
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if local:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _text_pooling(spec: EncoderSpec) -> Pooling:
-    """Return the spec's pooling, else the one that the local folder names, else the masked mean.
-
-    sentence-transformers writes the name to 1_Pooling/config.json.
-    """
-    if spec.pooling != "default":
-        return spec.pooling
-    path = spec.folder / "1_Pooling" / "config.json" if spec.folder else None
-    if path and path.is_file():
-        return _pooling_of(json.loads(path.read_text()), spec)
-    return "mean"
-
-
-def _pooling_of(config: dict[str, Any], spec: EncoderSpec) -> Pooling:
-    """Read a sentence-transformers pooling file, in its newer form or its older one."""
-    # The newer form has one key with a name, the older one a flag for each pooling.
-    mode_name = config.get("pooling_mode")
-    if mode_name in ("cls", "mean"):
-        return "cls" if mode_name == "cls" else "mean"
-    selected_flags: list[str] = []
-    for key, value in config.items():
-        if key.startswith("pooling_mode_") and value is True:
-            selected_flags.append(key)
-    supported_flags: dict[str, Pooling] = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-    }
-    if len(selected_flags) != 1 or selected_flags[0] not in supported_flags:
-        raise EncoderError(
-            f"encoder {spec}: pooling {selected_flags or mode_name} is not supported; give "
-            "--text-cut mean or cls"
-        )
-    return supported_flags[selected_flags[0]]
-
-
-def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
+def _max_tokens(
+    spec: EncoderSpec,
+    tokenizer: Any,
+    config: Any,
+    saved_limit: int | None,
+) -> int:
     """Return how many tokens of a text are encoded, special tokens included.
 
-    It is the smallest of the tokenizer's limit, the model's positions, 512, and the spec's limit
-    (without one: that of the folder's sentence-transformers file).
+    It is the spec's limit, else the repository's for sentences, else the tokenizer's; but never
+    more than the model has positions for.
 
     Raises:
         EncoderError: no room is left for words.
     """
-    path = spec.folder / "sentence_bert_config.json" if spec.folder else None
-    saved_limit = None
-    if path and path.is_file():
-        saved_limit = json.loads(path.read_text()).get("max_seq_length")
-    limits = [
-        int(tokenizer.model_max_length),
-        count_positions(config),
-        512,
-        spec.max_tokens or saved_limit,
-    ]
-    max_tokens = min(int(limit) for limit in limits if limit)
+    n_positions = count_positions(config)
+    limit = spec.max_tokens or saved_limit
+    if limit is None and tokenizer.model_max_length < NO_LIMIT:
+        limit = int(tokenizer.model_max_length)
+    limits = [number for number in (limit, n_positions) if number]
+    max_tokens = min(limits, default=UNKNOWN_LENGTH)
     n_special = int(tokenizer.num_special_tokens_to_add())
     if max_tokens <= n_special:
         raise EncoderError(
@@ -450,41 +437,12 @@ def _max_tokens(spec: EncoderSpec, tokenizer: Any, config: Any) -> int:
     return max_tokens
 
 
-def tokenize_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
-    """Tokenize texts, cut to `max_tokens`, and count those that were cut."""
-    if not texts:
-        return Tokens(ids=[], n_truncated=0)
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens, verbose=False)
-    ids = encoded["input_ids"]
-    # A full row may just fit, so the few full ones are tokenized again without truncation.
-    full_texts = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
-    n_truncated = 0
-    if full_texts:
-        untruncated = tokenizer(full_texts, truncation=False, verbose=False)
-        n_truncated = sum(len(row) > max_tokens for row in untruncated["input_ids"])
-    return Tokens(ids=ids, n_truncated=n_truncated)
-
-
-def digest_tokenizer(tokenizer: Any) -> str:
-    """Hash the tokenizer's content."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls switch truncation and padding on and off: they say nothing about the tokenizer.
-    switched = ("truncation", "padding")
-    identity = {key: value for key, value in content.items() if key not in switched}
-    return content_hash(json.dumps(identity, sort_keys=True, ensure_ascii=False))
-
-
-def _architecture(module: Any, spec: EncoderSpec) -> Json:
-    """Return the class and the settings of config.json.
-
-    The same weights with another number of heads give other features.
-    """
-    settings, _ = module.config.get_config_dict(
-        str(spec.folder or spec.name),
-        revision=spec.revision or "main",
-    )
-    identity = {key: settings[key] for key in sorted(settings) if key not in NOT_IDENTITY}
-    return {"class": type(module).__name__, **identity}
+def _has_own_pooling(cut: EncoderSpec, config: Any) -> bool:
+    """Tell whether the cut is the model's own pooled output."""
+    # A fine-tuned BEiT was trained on the mean patch, with a norm after the mean.
+    is_averaged = config.model_type in MEAN_PATCH_TYPES and config.use_mean_pooling
+    has_own = config.model_type in OWN_POOLING_TYPES or is_averaged
+    return cut.pooling == "default" and cut.layer is None and has_own
 
 
 def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
@@ -495,20 +453,6 @@ def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
     if spec.pooling != "default":
         return spec.pooling
     return "cls" if has_class else "mean"
-
-
-def _resize(processor: Any, resolution: int | None) -> dict[str, Any]:
-    """Return the call options for `resolution` x `resolution` pixels, at the same crop ratio."""
-    if resolution is None:
-        return {}
-    side = {"height": resolution, "width": resolution}
-    if not getattr(processor, "do_center_crop", False):
-        return {"size": side}
-    crop_edge = processor.crop_size["height"]
-    resize_edge = processor.size.get("shortest_edge", processor.size.get("height", crop_edge))
-    # The same share of the image is cropped away as at the processor's own resolution.
-    new_edge = round(resize_edge * resolution / crop_edge)
-    return {"size": {"shortest_edge": new_edge}, "crop_size": side}
 
 
 def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:

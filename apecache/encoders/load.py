@@ -39,6 +39,11 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
     Cuts of one model share it, so that one forward pass serves all of them. Raises EncoderError as
     `load_image_encoder` does.
     """
+    for spec in specs:
+        if spec.pooling == "last":
+            raise EncoderError(
+                f"encoder {spec}: the last token is for texts only; give --image-cut cls or mean"
+            )
     torch_device = parse_device(device)
     loaded: dict[EncoderSpec, ImageEncoder] = {}
     for cuts in _by_model(specs):

@@ -36,10 +36,11 @@ EMBEDDING_PLACES: tuple[Place, ...] = (
 )
 
 HF_VISION = ("vit", "deit", "dinov2", "dinov2_with_registers")
+HF_BEIT = ("beit", "data2vec-vision")
 BERT_LIKE = ("bert", "roberta", "xlm-roberta")
 SUPPORTED = (
     "timm VisionTransformer, VisionTransformerDistilled, Beit; transformers "
-    + ", ".join((*HF_VISION, "beit"))
+    + ", ".join((*HF_VISION, *HF_BEIT))
     + "; "
     "for text " + ", ".join((*BERT_LIKE, "t5", "mt5"))
 )
@@ -80,7 +81,9 @@ HF_VISION_PLACES: dict[str, Place] = {
     "embeddings.register_tokens": "registers",
     "embeddings.position_embeddings": "position",
     "shared_position_bias.": "position",
+    "encoder.relative_position_bias.": "position",
     "layernorm.": "final_norm",
+    "pooler.layernorm.": "final_norm",
 }
 BERT_PLACES: dict[str, Place] = {
     "embeddings.word_embeddings.": "token_embedding",
@@ -123,7 +126,7 @@ def read_anatomy(module: Any) -> ModuleMap:
                 final_norm=final_norm,
                 norms=("norm1", "norm2"),
             )
-        case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit":
+        case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit" | "data2vec-vision":
             return _hf_vision_anatomy(module, model_type)
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
             return ModuleMap(
@@ -174,7 +177,7 @@ def _hf_vision_anatomy(module: Any, model_type: str) -> ModuleMap:
         norms = ("norm1", "norm2")
     final_norm = "layernorm" if not isinstance(module.layernorm, nn.Identity) else None
     return ModuleMap(
-        family="hf-beit" if model_type == "beit" else "hf-vit",
+        family="hf-beit" if model_type in HF_BEIT else "hf-vit",
         blocks=blocks,
         places=HF_VISION_PLACES,
         final_norm=final_norm,

@@ -10,7 +10,7 @@ from apecache.arguments import require_type
 from apecache.errors import EncoderError, OptionError, nearest, nearest_sibling, one_line
 from apecache.fingerprint import Modality
 
-Pooling = Literal["default", "cls", "mean", "max", "cls+mean", "tokens"]
+Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Resize = Literal["reference", "torchvision"]
@@ -33,9 +33,11 @@ class EncoderSpec:
     modality: Modality
     revision: str | None = None
     pooling: Pooling = "default"
-    """`default` is the encoder's own: timm's head, a sentence-transformers folder's pooling file,
-    SigLIP's attention pooling, CLIP's projection, else CLS for images and the attention-masked mean
-    for text. `cls+mean` is CLS followed by the mean patch (or word), `tokens` all tokens."""
+    """`default` is the encoder's own: timm's head, what a repository's pooling file says, SigLIP's
+    attention pooling, CLIP's projection, the normalized mean patch of a fine-tuned BEiT. Else CLS
+    for images, the last token for causal decoders, and the attention-masked mean for text encoders.
+    `last` is a text's last token, `cls+mean` CLS followed by the mean patch (or word), `tokens` all
+    tokens."""
     resolution: int | None = None
     """Pixels; None: what the encoder's files say."""
     max_tokens: int | None = None
@@ -46,7 +48,7 @@ class EncoderSpec:
     """Number of blocks before the cut, which is before the final norm; a negative one counts from
     the end (-1: after the last block). None: the model's output."""
     prefix: str | None = None
-    """Put before every text; None: what the encoder's files or name ask for (E5: `query: `)."""
+    """Put before every text; None: what the encoder's files ask for (E5: `query: `)."""
     resize: Resize = "reference"
     """`torchvision` decodes and resizes on uint8 tensors: faster, and other last bits."""
 

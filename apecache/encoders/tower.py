@@ -209,7 +209,10 @@ class Tower(nn.Module):
                 options = {"interpolate_pos_encoding": True} if is_fixed_size else {}
                 return module.embeddings(inputs, **options)  # type: ignore[no-any-return]
             case "hf-beit":
-                return module.embeddings(inputs)  # type: ignore[no-any-return]
+                embedded = module.embeddings(inputs)
+                # Data2VecVision also returns the shape of its grid.
+                patches = embedded[0] if isinstance(embedded, tuple) else embedded
+                return patches  # type: ignore[no-any-return]
             case "bert":
                 return module.embeddings(input_ids=inputs)  # type: ignore[no-any-return]
             case "t5":
@@ -226,8 +229,11 @@ class Tower(nn.Module):
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool tokens after the final norm -> [n, output_dim].
 
-        `default` is timm's own head; all others are pooled as in extraction.
+        `default` is the model's own: timm's head, or the normalized mean patch of a fine-tuned
+        BEiT. All others are pooled as in extraction.
         """
+        if self.pooling == "default" and self.anatomy.family == "hf-beit":
+            return self.module.pooler(tokens)  # type: ignore[no-any-return]
         if self.pooling == "default":
             return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
         # A text's CLS token is a word to the mean; an image's CLS and registers are no patches.
@@ -286,9 +292,15 @@ class Tower(nn.Module):
         grid_size = round((length - 1) ** 0.5)
         patch_size = self.module.config.patch_size
         image_size = grid_size * patch_size
-        shared = self.module.shared_position_bias
+        # Data2VecVision keeps the table that all blocks share in its encoder.
+        is_beit = self.module.config.model_type == "beit"
+        if is_beit:
+            shared = self.module.shared_position_bias
+        else:
+            shared = getattr(self.module.encoder, "relative_position_bias", None)
         bias = None if shared is None else shared((grid_size, grid_size), dim_size=length)
-        return {"attention_mask": bias, "resolution": (image_size, image_size)}
+        bias_name = "attention_mask" if is_beit else "relative_position_bias"
+        return {bias_name: bias, "resolution": (image_size, image_size)}
 
     def _checked(self, cut: int) -> int:
         """Return the cut, or raise EncoderError if the tower has fewer blocks."""
@@ -393,8 +405,8 @@ class Tower(nn.Module):
     def _place(self, name: str) -> tuple[Place | None, int]:
         """Return what a parameter belongs to, and its depth as in `TowerParameter`; (None, -1) if
         neither."""
-        if name.startswith("fc_norm.") and self.pooling != "default":
-            return None, -1  # belongs to timm's own head
+        if name.startswith(("fc_norm.", "pooler.")) and self.pooling != "default":
+            return None, -1  # belongs to the model's own head
         for beginning, tower_place in self.anatomy.places.items():
             if name.startswith(beginning):
                 depth = self.n_blocks if tower_place == "final_norm" else -1
@@ -463,13 +475,31 @@ def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return is_padding.to(hidden.dtype) * MASKED
 
 
+ROBERTA_LIKE = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+
+
 def count_positions(config: Any) -> int | None:
     """Return how many tokens a text model has positions for; None where there is no limit."""
     n_positions = getattr(config, "max_position_embeddings", None)
     if not n_positions:
         return None
     # RoBERTa-like models count positions from 2: the first two rows of the table are not used.
-    offset = 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    offset = 2 if config.model_type in ROBERTA_LIKE else 0
     return int(n_positions) - offset
 
 
@@ -482,7 +512,8 @@ def build_tower(
     """View a loaded model as a tower.
 
     Args:
-        pooling: `default` is timm's own, CLS for images of transformers, the mean for text.
+        pooling: `default` is timm's own, the normalized mean patch of a fine-tuned BEiT, CLS for
+            other images of transformers, the mean for text.
         cls_id: id of the text tower's first special token ([CLS]; RoBERTa's <s>); T5 has none.
 
     Raises:
@@ -495,7 +526,9 @@ def build_tower(
             f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
         )
     if pooling == "default" and not anatomy.family.startswith("timm"):
-        pooling = "mean" if is_text else "cls"
+        pooling = "mean" if is_text else _image_default(module)
+    if pooling == "last" and not is_text:
+        raise EncoderError("the last token is for texts only; use cls or mean for images")
     if pooling == "tokens":
         raise EncoderError(
             "a tower gives one vector for each image or text, not its tokens; pool them"
@@ -514,6 +547,18 @@ def build_tower(
     # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
     tower.training = module.training
     return tower
+
+
+def _image_default(module: Any) -> Pooling:
+    """Return the default pooling of an image tower of transformers."""
+    if not getattr(module.config, "use_mean_pooling", False):
+        return "cls"
+    if module.pooler is None:
+        raise EncoderError(
+            f"{type(module).__name__} was loaded without the norm after its mean patch; use "
+            "--image-cut mean or cls"
+        )
+    return "default"
 
 
 def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:

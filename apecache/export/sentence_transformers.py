@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.load import load_text_encoder
+from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
+from apecache.encoders.transformers_files import WEIGHT_FILES
 from apecache.errors import MissingExtraError, RunError
 from apecache.heads.fold import fold_linear
 from apecache.heads.head import Head
@@ -20,7 +22,8 @@ from apecache.heads.pooled import PooledHead
 from apecache.runs.heads import TrainedHeads
 from apecache.storage.atomic import apply_umask
 
-POOLINGS = ("default", "mean", "cls", "max")
+POOLINGS = ("default", "mean", "cls", "max", "last")
+LIBRARY_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
 """Poolings that sentence-transformers has under the same names; `default` resolves to one of
 them."""
 
@@ -95,7 +98,8 @@ def _require_cut(spec: EncoderSpec) -> None:
         raise RunError(
             f"text encoder {spec} with pooling {spec.pooling}, layer {spec.layer}: a "
             "sentence-transformers folder can "
-            "hold st: encoders, and hf: encoders with mean, cls or max pooling of their output; "
+            "hold st: encoders, and hf: encoders with mean, cls, max or last pooling of their "
+            "output; "
             "export with --onnx"
         )
 
@@ -107,15 +111,23 @@ def _transformer(encoder: TextEncoder) -> list[nn.Module]:
     spec = encoder.spec
     # The pooling `default` is resolved by the encoder, and only its fingerprint has the result.
     described = encoder.fingerprint.fields["inputs"]
-    revision = {"revision": spec.revision} if spec.revision else {}
+    pooling = LIBRARY_POOLINGS.get(described["pooling"])
+    if pooling is None:
+        raise RunError(
+            f"text encoder {spec}: a sentence-transformers folder cannot hold its own pooling; "
+            "export with --onnx"
+        )
+    # Where nothing is said, the library asks whether it may run a repository's code.
+    options = {"trust_remote_code": False}
     inner: Any = Transformer(
-        str(spec.folder or spec.name),
+        str(resolve_folder(spec, WEIGHT_FILES)),
         max_seq_length=encoder.max_tokens,
-        model_kwargs=dict(revision),
-        processor_kwargs=dict(revision),
-        config_kwargs=dict(revision),
+        do_lower_case=bool(described.get("lower_case")),
+        model_kwargs=dict(options),
+        processor_kwargs=dict(options),
+        config_kwargs=dict(options),
     )
-    return [inner, Pooling(encoder.dim, described["pooling"])]
+    return [inner, Pooling(encoder.dim, pooling)]
 
 
 def _prompts(spec: EncoderSpec, module: Any) -> dict[str, Any]:

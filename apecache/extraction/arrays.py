@@ -256,9 +256,14 @@ def arrays_and_layouts(
 
 
 def array_name(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> str:
-    """Return the name of an encoder's array: the encoder's slug and the number of views."""
-    views = spec.views if isinstance(encoder, ImageEncoder) else None
-    return encoder.spec.slug + (f"-{views.count}views" if views else "")
+    """Return the name of an encoder's array: the encoder's slug and the number of views.
+
+    A text encoder may take fewer tokens than were asked for; the name says how many it takes.
+    """
+    if isinstance(encoder, TextEncoder):
+        used = encoder.max_tokens if encoder.spec.max_tokens is not None else None
+        return replace(encoder.spec, max_tokens=used).slug
+    return encoder.spec.slug + (f"-{spec.views.count}views" if spec.views else "")
 
 
 def _new_record(

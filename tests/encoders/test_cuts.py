@@ -28,6 +28,7 @@ from apecache.encoders.load import (
 from apecache.encoders.spec import EncoderSpec, parse_cut, parse_encoder
 from apecache.errors import EncoderError, OptionError
 
+E5_CARD = 'Each input text should start with "query: " or "passage: ", even for non-English texts.'
 CUTS = (
     "default",
     "cls",
@@ -243,21 +244,50 @@ def test_siglip_is_its_vision_tower_with_its_own_pooling(tmp_path: Path, whole: 
 
 
 @pytest.mark.parametrize(
-    ("folder", "asked", "prefix"),
-    [("e5-small", None, "query: "), ("multilingual-e5-small-q4", None, "query: "), ("e5-x", "passage: ", "passage: "),
-     ("e5-small", "", ""), ("minilm", None, ""), ("minilm", "query: ", "query: "), ("some5-thing", None, "")],
+    ("content", "asked", "prefix"),
+    [({"README.md": E5_CARD}, None, "query: "), ({"README.md": E5_CARD}, "passage: ", "passage: "),
+     ({"README.md": E5_CARD}, "", ""), ({"README.md": "instructions"}, None, ""), ({}, None, ""),
+     ({}, "query: ", "query: "), ({"config.json": "intfloat/multilingual-e5-small"}, None, "query: "),
+     ({"config.json": "intfloat/multilingual-e5-large-instruct"}, None, ""),
+     ({"config.json": "intfloat/e5-mistral-7b-instruct"}, None, "")],
 )  # fmt: skip
-def test_e5_gets_the_prefix_it_was_trained_with(
-    tmp_path: Path, tiny_text_encoder: Path, folder: str, asked: str | None, prefix: str
+@pytest.mark.parametrize("name", ["some5-thing", "5e"])
+def test_e5_gets_the_prefix_it_was_trained_with_whatever_its_folder_is_named(
+    tmp_path: Path,
+    tiny_text_encoder: Path,
+    name: str,
+    content: dict[str, str],
+    asked: str | None,
+    prefix: str,
 ) -> None:
+    import json
     import shutil
 
-    place = shutil.copytree(tiny_text_encoder, tmp_path / folder)
+    place = shutil.copytree(tiny_text_encoder, tmp_path / name)
+    if "README.md" in content:
+        (place / "README.md").write_text(content["README.md"])
+    if "config.json" in content:
+        saved = json.loads((place / "config.json").read_text())
+        saved["_name_or_path"] = content["config.json"]
+        (place / "config.json").write_text(json.dumps(saved))
     spec = replace(text_spec(place), prefix=asked)
     plain = load_text_encoder(replace(text_spec(place), prefix=""), "cpu")
     encoder: TextEncoder = load_text_encoder(spec, "cpu")
     assert encoder.tokenize(["a red circle"]).ids == plain.tokenize([f"{prefix}a red circle"]).ids
     assert (encoder.fingerprint == plain.fingerprint) == (prefix == "")
+
+
+def test_a_folder_that_is_only_named_like_e5_gets_no_prefix_and_a_warning(
+    tmp_path: Path,
+    tiny_text_encoder: Path,
+) -> None:
+    import shutil
+
+    place = shutil.copytree(tiny_text_encoder, tmp_path / "multilingual-e5-small")
+    with pytest.warns(UserWarning, match="named like an E5 model.*--text-prefix 'query: '"):
+        encoder = load_text_encoder(text_spec(place), "cpu")
+    plain = load_text_encoder(text_spec(tiny_text_encoder), "cpu")
+    assert encoder.fingerprint == plain.fingerprint
 
 
 def test_convolutional_networks_run_channels_last_and_say_so(

@@ -138,6 +138,10 @@ def test_a_limit_that_leaves_no_room_for_words_is_refused(
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode": "cls"}, "cls"),
         ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["max"]}, "max"),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
     ],
 )
 def test_the_pooling_of_a_sentence_transformers_folder_is_used_unless_the_spec_says_otherwise(
@@ -162,9 +166,11 @@ def test_the_pooling_of_a_sentence_transformers_folder_is_used_unless_the_spec_s
 @pytest.mark.parametrize(
     "saved",
     [
-        {"pooling_mode_max_tokens": True},
+        {"pooling_mode_weightedmean_tokens": True},
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-        {"pooling_mode": "lasttoken"},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": ["cls", "mean"]},
+        {"pooling_mode": "mean_sqrt_len_tokens"},
         {},
     ],
 )
@@ -175,7 +181,10 @@ def test_a_pooling_that_is_not_there_is_refused(
     saved: dict[str, Any],
 ) -> None:
     folder = variant(tiny_text_encoder, edits.write("1_Pooling/config.json", saved))
-    with pytest.raises(EncoderError, match="is not supported; give --text-cut mean or cls"):
+    with pytest.raises(
+        EncoderError,
+        match=r"is not supported; take st:.*, or give --text-cut cls, mean, last or max",
+    ):
         load(folder)
 
 
@@ -351,12 +360,12 @@ def test_a_folder_that_is_not_whole_is_refused(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["BartConfig", "CLIPConfig", "SiglipConfig"])
+@pytest.mark.parametrize("name", ["BartConfig", "SiglipConfig"])
 def test_what_is_no_single_text_encoder_is_refused(tmp_path: Path, name: str) -> None:
     getattr(transformers, name)().save_pretrained(tmp_path)
     with pytest.raises(
         EncoderError,
-        match="is no single text encoder; BERT-like models and T5 are supported",
+        match="is not a single text encoder; BERT-like models, T5, causal decoders and CLIP are",
     ):
         load(tmp_path)
 

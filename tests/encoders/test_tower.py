@@ -42,6 +42,21 @@ HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         hf.BeitConfig,
         {**SMALL, **PIXELS, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
     ),
+    "data2vec, fine-tuned": (
+        lambda config: hf.Data2VecVisionModel(config, add_pooling_layer=True),
+        hf.Data2VecVisionConfig,
+        {**SMALL, **PIXELS, "use_relative_position_bias": True},
+    ),
+    "data2vec": (
+        hf.Data2VecVisionModel,
+        hf.Data2VecVisionConfig,
+        {**SMALL, **PIXELS, "use_relative_position_bias": True, "use_mean_pooling": False},
+    ),
+    "data2vec, one table of positions": (
+        hf.Data2VecVisionModel,
+        hf.Data2VecVisionConfig,
+        {**SMALL, **PIXELS, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
+    ),
 }
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
@@ -125,7 +140,8 @@ def test_transformers_images(name: str, pooling: Any) -> None:
     module = hf_model(HF_IMAGE[name])
     tower = build_tower(module, "image", pooling)
     with torch.no_grad():
-        tokens = module(pictures()).last_hidden_state
+        output = module(pictures())
+    tokens = output.last_hidden_state
     n_prefix = tokens.shape[1] - 16
     expected = pool_tokens(
         tokens,
@@ -133,6 +149,12 @@ def test_transformers_images(name: str, pooling: Any) -> None:
         pooling="cls" if pooling == "default" else pooling,
         n_prefix=n_prefix,
     )
+    if pooling == "default" and getattr(module.config, "use_mean_pooling", False):
+        expected = output.pooler_output
+        mean = tokens[:, 1:].mean(1)
+        norm = module.pooler.layernorm
+        own = nn.functional.layer_norm(mean, mean.shape[1:], norm.weight, norm.bias, norm.eps)
+        torch.testing.assert_close(expected, own, atol=1e-5, rtol=1e-5)
     assert expected.shape[1] == tower.output_dim
     equal_whole_and_cut(tower, expected, pictures())
 
@@ -316,7 +338,17 @@ def test_other_architectures_are_refused_by_name(make: Any, modality: Any, name:
     assert "\n" not in str(error.value)
 
 
+def test_the_mean_patch_of_a_fine_tuned_beit_needs_its_norm() -> None:
+    config = hf.BeitConfig(**SMALL, **PIXELS, use_mean_pooling=True)
+    module = randomize(hf.BeitModel(config, add_pooling_layer=False))
+    with pytest.raises(EncoderError, match="without the norm after its mean patch"):
+        build_tower(module, "image")
+    assert build_tower(module, "image", "mean").output_dim == 16
+
+
 def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(EncoderError, match="the last token is for texts only"):
+        build_tower(hf_model(HF_IMAGE["deit"]), "image", "last")
     with pytest.raises(EncoderError, match="cut 4: the tower has 3 blocks; give 0 to 3"):
         bert_tower().run_to(4, *sentences(0))
     with pytest.raises(EncoderError, match="no CLS token"):

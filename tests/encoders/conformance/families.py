@@ -1,0 +1,877 @@
+"""The table of encoder families: how to build a small one, and what its model card computes.
+
+A row's reference is written from the usage that the model cards of the family show, with the
+family's library alone. To add a family, add a row.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers as hf
+from model_tokenizers import N_TOKENS, save_tokenizer
+from PIL import Image
+from torch import Tensor, nn
+
+WIDTH = 32
+SIZES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+DECODER = {**SIZES, "vocab_size": N_TOKENS, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+TEXTS = (
+    "a",
+    "a red circle on a white ground, 3/4 view",
+    "",
+    " ",
+    "\n\t",
+    "Ünïcödé naïve café",
+    "日本語のテキスト",
+    "हिन्दी में एक वाक्य",
+    "🙂🙃",
+    "word " * 15,
+    "The Quick Brown FOX",
+    "x" * 75,
+    "x" * 76,
+    "y" * 600,
+)
+"""Of 1 to 600 tokens; empty ones, and alphabets of several kinds."""
+PICTURE_SIZES = ((900, 130), (61, 47), (300, 301))
+
+Reference = Callable[[Path, Sequence[Any]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of encoder."""
+
+    library: Literal["hf", "st", "timm", "open_clip"]
+    modality: Literal["image", "text"]
+    build: Callable[[Path], None]
+    """Write a small model with random weights to an empty folder."""
+    reference: Reference
+    """(folder, texts or RGB pictures) -> float32 [n, dim], in one batch or one by one."""
+    needs: str | None = None
+    """An optional package."""
+
+
+def pictures() -> list[Image.Image]:
+    """Noise with a gradient: every crop, squash and interpolation shows."""
+    made: list[Image.Image] = []
+    generator = torch.Generator().manual_seed(0)
+    for width, height in PICTURE_SIZES:
+        noise = torch.rand(height, width, 3, generator=generator) * 96
+        ramp = torch.linspace(0, 150, width)[None, :, None]
+        made.append(Image.fromarray((noise + ramp).to(torch.uint8).numpy()))
+    return made
+
+
+def randomize(module: nn.Module) -> Any:
+    """Draw large weights, norms and tables too: what is left out shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * 0.15 + (0.6 if parameter.ndim == 1 else 0.0))
+    return module.eval()
+
+
+def write_json(folder: Path, name: str, content: Any) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+# Texts by transformers
+
+
+def build_text(
+    model: Any,
+    style: str,
+    max_length: int | None = None,
+    files: dict[str, Any] | None = None,
+    card: str = "A model.",
+) -> Callable[[Path], None]:
+    """Return a builder of a model and its tokenizer, with other JSON files beside them."""
+
+    def build(folder: Path) -> None:
+        randomize(model()).save_pretrained(folder)
+        save_tokenizer(folder, style, max_length)
+        (folder / "README.md").write_text(card)
+        for name, content in (files or {}).items():
+            write_json(folder, name, content)
+
+    return build
+
+
+def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """As on the cards of all-MiniLM-L6-v2 and E5."""
+    weights = mask.unsqueeze(-1).float()
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """As on the cards of bge and gte-modernbert."""
+    return hidden[:, 0]
+
+
+def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """As on the card of Qwen3-Embedding."""
+    if bool(mask[:, -1].all()):
+        return hidden[:, -1]
+    lengths = mask.sum(1) - 1
+    return hidden[torch.arange(len(hidden)), lengths]
+
+
+def greatest(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)
+
+
+def by_auto_model(
+    pool: Callable[[Tensor, Tensor], Tensor],
+    max_length: int,
+    prefix: str = "",
+    lower: bool = False,
+    model_class: Any = hf.AutoModel,
+) -> Reference:
+    """AutoTokenizer, AutoModel and a pooling, as most cards show."""
+
+    def reference(folder: Path, texts: Sequence[str]) -> Tensor:
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        model = model_class.from_pretrained(folder).eval()
+        inputs = tokenizer(
+            [(prefix + text).lower() if lower else prefix + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            hidden = model(**inputs).last_hidden_state
+        return pool(hidden, inputs["attention_mask"])
+
+    return reference
+
+
+def gpt2_reference(folder: Path, texts: Sequence[str]) -> Tensor:
+    """GPT-2 has no padding token, so each text runs alone; an empty one is an end of text."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModel.from_pretrained(folder).eval()
+    rows: list[Tensor] = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=128)["input_ids"]
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([ids or [tokenizer.eos_token_id]]))
+        rows.append(output.last_hidden_state[0, -1])
+    return torch.stack(rows)
+
+
+def clip_text_reference(model_class: Any) -> Reference:
+    def reference(folder: Path, texts: Sequence[str]) -> Tensor:
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        model = model_class.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            hidden = model.text_model(**inputs).last_hidden_state
+            ends = (inputs["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
+            return model.text_projection(hidden[torch.arange(len(texts)), ends])
+
+    return reference
+
+
+def bert(positions: int = 128, **settings: Any) -> Any:
+    config = hf.BertConfig(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=positions,
+        **settings,
+    )
+    return hf.BertModel(config)
+
+
+def xlm_roberta(positions: int = 130) -> Any:
+    config = hf.XLMRobertaConfig(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=positions,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    return hf.XLMRobertaModel(config)
+
+
+def mpnet() -> Any:
+    config = hf.MPNetConfig(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=130,
+        pad_token_id=1,
+    )
+    return hf.MPNetModel(config)
+
+
+def distilbert() -> Any:
+    config = hf.DistilBertConfig(
+        dim=WIDTH,
+        hidden_dim=48,
+        n_layers=2,
+        n_heads=4,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=128,
+    )
+    return hf.DistilBertModel(config)
+
+
+def modernbert() -> Any:
+    config = hf.ModernBertConfig(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return hf.ModernBertModel(config)
+
+
+def t5() -> Any:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return hf.T5EncoderModel(hf.T5Config(**sizes, vocab_size=N_TOKENS))
+
+
+def gpt2() -> Any:
+    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return hf.GPT2Model(hf.GPT2Config(**sizes, vocab_size=N_TOKENS))
+
+
+def clip(eos_id: int) -> Callable[[], Any]:
+    def make() -> Any:
+        config = hf.CLIPConfig(
+            text_config={
+                **SIZES,
+                "vocab_size": N_TOKENS,
+                "max_position_embeddings": 77,
+                "eos_token_id": eos_id,
+                "projection_dim": 24,
+            },
+            vision_config={**VISION, "projection_dim": 24},
+            projection_dim=24,
+        )
+        return hf.CLIPModel(config)
+
+    return make
+
+
+def metaclip2() -> Any:
+    config = hf.MetaClip2Config(
+        text_config={
+            **SIZES,
+            "vocab_size": N_TOKENS,
+            "max_position_embeddings": 77,
+            "eos_token_id": 2,
+            "projection_dim": 24,
+        },
+        vision_config={**VISION, "projection_dim": 24},
+        projection_dim=24,
+    )
+    return hf.MetaClip2Model(config)
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+NORMALIZE = {
+    "idx": 2,
+    "name": "2",
+    "path": "2_Normalize",
+    "type": "sentence_transformers.models.Normalize",
+}
+
+
+def sentence_files(
+    pooling: dict[str, Any],
+    max_length: int | None = 128,
+    prompts: dict[str, str] | None = None,
+    default: str | None = None,
+    normalize: bool = False,
+    lower: bool = False,
+) -> dict[str, Any]:
+    """The files that sentence-transformers keeps beside a model."""
+    return {
+        "modules.json": [*MODULES, NORMALIZE] if normalize else MODULES,
+        "1_Pooling/config.json": {"word_embedding_dimension": WIDTH, **pooling},
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": lower},
+        "config_sentence_transformers.json": {
+            "prompts": prompts or {},
+            "default_prompt_name": default,
+        },
+    }
+
+
+CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+LAST = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+E5_CARD = 'Each input text should start with "query: " or "passage: ".'
+
+HF_TEXTS = {
+    "bert, mean by convention": Family(
+        library="hf",
+        modality="text",
+        build=build_text(bert, "bert", 128),
+        reference=by_auto_model(masked_mean, 128),
+    ),
+    "bge: cls": Family(
+        library="hf",
+        modality="text",
+        build=build_text(bert, "bert", 128, sentence_files(CLS, normalize=True)),
+        reference=by_auto_model(first_token, 128),
+    ),
+    "minilm: mean, at most 100 tokens": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            bert,
+            "bert",
+            128,
+            sentence_files({"pooling_mode_mean_tokens": True}, 100),
+        ),
+        reference=by_auto_model(masked_mean, 100),
+    ),
+    "max pooling": Family(
+        library="hf",
+        modality="text",
+        build=build_text(bert, "bert", 128, sentence_files({"pooling_mode": "max"})),
+        reference=by_auto_model(greatest, 128),
+    ),
+    "lower case": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            bert,
+            "bert",
+            128,
+            sentence_files({"pooling_mode": "mean"}, lower=True),
+        ),
+        reference=by_auto_model(masked_mean, 128, lower=True),
+    ),
+    "arctic: cls and a default prompt": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            bert,
+            "bert",
+            128,
+            sentence_files(CLS, prompts={"q": "Find: "}, default="q"),
+        ),
+        reference=by_auto_model(first_token, 128, prefix="Find: "),
+    ),
+    "multilingual-e5: prefix, mean": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            xlm_roberta,
+            "roberta",
+            128,
+            sentence_files({"pooling_mode_mean_tokens": True}, normalize=True),
+            card=E5_CARD,
+        ),
+        reference=by_auto_model(masked_mean, 128, prefix="query: "),
+    ),
+    "multilingual-e5-instruct: no prefix": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            xlm_roberta,
+            "roberta",
+            128,
+            sentence_files({"pooling_mode_mean_tokens": True}),
+            card="Each query must come with a one-sentence instruction.",
+        ),
+        reference=by_auto_model(masked_mean, 128),
+    ),
+    "xlm-roberta, no limit in its tokenizer": Family(
+        library="hf",
+        modality="text",
+        build=build_text(xlm_roberta, "roberta"),
+        reference=by_auto_model(masked_mean, 128),
+    ),
+    "mpnet": Family(
+        library="hf",
+        modality="text",
+        build=build_text(mpnet, "roberta", 128),
+        reference=by_auto_model(masked_mean, 128),
+    ),
+    "distilbert": Family(
+        library="hf",
+        modality="text",
+        build=build_text(distilbert, "bert", 128),
+        reference=by_auto_model(masked_mean, 128),
+    ),
+    "gte-modernbert: cls, 8,192 tokens": Family(
+        library="hf",
+        modality="text",
+        build=build_text(modernbert, "bert", 8192, sentence_files(CLS, 8192)),
+        reference=by_auto_model(first_token, 8192),
+    ),
+    "t5": Family(
+        library="hf",
+        modality="text",
+        build=build_text(t5, "t5", 512),
+        reference=by_auto_model(masked_mean, 512, model_class=hf.T5EncoderModel),
+    ),
+    "qwen3-embedding: last token": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.Qwen3Model(hf.Qwen3Config(**DECODER, max_position_embeddings=1024)),
+            "qwen",
+            1024,
+            sentence_files(LAST, None, prompts={"query": "Instruct: "}, normalize=True),
+        ),
+        reference=by_auto_model(last_token, 1024),
+    ),
+    "qwen3, by convention": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.Qwen3Model(hf.Qwen3Config(**DECODER, max_position_embeddings=1024)),
+            "qwen",
+            1024,
+        ),
+        reference=by_auto_model(last_token, 1024),
+    ),
+    "llama, by convention": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER, max_position_embeddings=256)),
+            "llama",
+        ),
+        reference=by_auto_model(last_token, 256),
+    ),
+    "mistral, by convention": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.MistralModel(
+                hf.MistralConfig(**DECODER, max_position_embeddings=1024, sliding_window=64)
+            ),
+            "llama",
+            1024,
+        ),
+        reference=by_auto_model(last_token, 1024),
+    ),
+    "gpt2, by convention": Family(
+        library="hf",
+        modality="text",
+        build=build_text(gpt2, "gpt2", 128),
+        reference=gpt2_reference,
+    ),
+    "clip": Family(
+        library="hf",
+        modality="text",
+        build=build_text(clip(257), "clip", 77),
+        reference=clip_text_reference(hf.CLIPModel),
+    ),
+    "clip with the old end of text": Family(
+        library="hf",
+        modality="text",
+        build=build_text(clip(2), "clip", 77),
+        reference=clip_text_reference(hf.CLIPModel),
+    ),
+    "clip's text tower alone": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.CLIPTextModelWithProjection(clip(257)().config.text_config),
+            "clip",
+            77,
+        ),
+        reference=clip_text_reference(hf.CLIPTextModelWithProjection),
+    ),
+    "metaclip 2's text tower alone": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.MetaClip2TextModelWithProjection(metaclip2().config.text_config),
+            "roberta",
+            77,
+        ),
+        reference=clip_text_reference(hf.MetaClip2TextModelWithProjection),
+    ),
+    "metaclip 2": Family(
+        library="hf",
+        modality="text",
+        build=build_text(metaclip2, "roberta", 77),
+        reference=clip_text_reference(hf.MetaClip2Model),
+    ),
+}
+
+
+# Texts by sentence-transformers
+
+
+def sentence_reference(folder: Path, texts: Sequence[str]) -> Tensor:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    encoded: Tensor = model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+    return encoded.clone()
+
+
+def build_dense(folder: Path) -> None:
+    """LaBSE and the sentence T5s end in a dense layer."""
+    from safetensors.torch import save_file
+
+    build_text(bert, "bert", 128, sentence_files(CLS))(folder)
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    write_json(folder, "modules.json", [*MODULES, dense])
+    described = {
+        "in_features": WIDTH,
+        "out_features": 12,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
+    write_json(folder, "2_Dense/config.json", described)
+    layer = randomize(nn.Linear(WIDTH, 12))
+    tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
+
+
+def sentence_family(build: Callable[[Path], None]) -> Family:
+    return Family(
+        library="st",
+        modality="text",
+        build=build,
+        reference=sentence_reference,
+        needs="sentence_transformers",
+    )
+
+
+ST_TEXTS = {
+    f"st: {mode}": sentence_family(
+        build_text(bert, "bert", 128, sentence_files({"pooling_mode": mode}, normalize=True))
+    )
+    for mode in ("cls", "mean", "max", "weightedmean", "lasttoken", "mean_sqrt_len_tokens")
+}
+ST_TEXTS |= {
+    "st: two poolings": sentence_family(
+        build_text(bert, "bert", 128, sentence_files({"pooling_mode": ["cls", "max"]}))
+    ),
+    "st: last token of a decoder": sentence_family(
+        build_text(
+            lambda: hf.Qwen3Model(hf.Qwen3Config(**DECODER, max_position_embeddings=1024)),
+            "qwen",
+            1024,
+            sentence_files(LAST, None, normalize=True),
+        )
+    ),
+    "st: a prompt that is not pooled": sentence_family(
+        build_text(
+            t5,
+            "t5",
+            512,
+            sentence_files(
+                {"pooling_mode": "mean", "include_prompt": False},
+                512,
+                prompts={"q": "Represent: "},
+                default="q",
+            ),
+        )
+    ),
+    "st: a prompt that is pooled": sentence_family(
+        build_text(
+            bert,
+            "bert",
+            128,
+            sentence_files({"pooling_mode": "mean"}, prompts={"q": "Find: "}, default="q"),
+        )
+    ),
+    "st: lower case": sentence_family(
+        build_text(bert, "bert", 128, sentence_files({"pooling_mode": "mean"}, lower=True))
+    ),
+    "st: no length in its files": sentence_family(
+        build_text(xlm_roberta, "roberta", 128, sentence_files({"pooling_mode": "mean"}, None))
+    ),
+    "st: dense": sentence_family(build_dense),
+}
+
+
+# Pictures by transformers
+
+
+def build_image(model: Callable[[], Any], processor: Callable[[], Any]) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        randomize(model()).save_pretrained(folder)
+        processor().save_pretrained(folder)
+        (folder / "README.md").write_text("A model.")
+
+    return build
+
+
+def by_processor(model_class: Any, take: Callable[[Any, Tensor], Tensor]) -> Reference:
+    """AutoImageProcessor, then what `take` reads from the model's output."""
+
+    def reference(folder: Path, images: Sequence[Image.Image]) -> Tensor:
+        processor = hf.AutoImageProcessor.from_pretrained(folder)
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        model = model_class.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            return take(model, pixels)
+
+    return reference
+
+
+def take_cls(model: Any, pixels: Tensor) -> Tensor:
+    hidden: Tensor = model(pixel_values=pixels).last_hidden_state
+    return hidden[:, 0]
+
+
+def take_mean_patch(base: str) -> Callable[[Any, Tensor], Tensor]:
+    """What the classifier of a fine-tuned BEiT takes: the mean patch, then LayerNorm."""
+
+    def take(model: Any, pixels: Tensor) -> Tensor:
+        inner = getattr(model, base)
+        mean = inner(pixel_values=pixels).last_hidden_state[:, 1:].mean(1)
+        norm = inner.pooler.layernorm
+        normed: Tensor = nn.functional.layer_norm(
+            mean,
+            mean.shape[1:],
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
+        torch.testing.assert_close(model.classifier(normed), model(pixel_values=pixels).logits)
+        return normed
+
+    return take
+
+
+def image_family(
+    model: Callable[[], Any],
+    processor: Callable[[], Any],
+    reference: Reference,
+) -> Family:
+    return Family(
+        library="hf",
+        modality="image",
+        build=build_image(model, processor),
+        reference=reference,
+    )
+
+
+SQUASHED = {"size": {"height": 32, "width": 32}}
+CROPPED = {
+    "size": {"shortest_edge": 36},
+    "crop_size": {"height": 32, "width": 32},
+    "do_center_crop": True,
+}
+RELATIVE = {"use_relative_position_bias": True, "num_labels": 3}
+HF_IMAGES = {
+    "vit": image_family(
+        lambda: hf.ViTModel(hf.ViTConfig(**VISION)),
+        lambda: hf.ViTImageProcessor(**SQUASHED),
+        by_processor(hf.AutoModel, take_cls),
+    ),
+    "dinov2": image_family(
+        lambda: hf.Dinov2Model(hf.Dinov2Config(**VISION)),
+        lambda: hf.BitImageProcessor(**CROPPED),
+        by_processor(hf.AutoModel, take_cls),
+    ),
+    "beit, fine-tuned": image_family(
+        lambda: hf.BeitForImageClassification(hf.BeitConfig(**VISION, **RELATIVE)),
+        lambda: hf.BeitImageProcessor(**SQUASHED, do_center_crop=False),
+        by_processor(hf.BeitForImageClassification, take_mean_patch("beit")),
+    ),
+    "beit, cls": image_family(
+        lambda: hf.BeitModel(hf.BeitConfig(**VISION, use_mean_pooling=False)),
+        lambda: hf.BeitImageProcessor(**SQUASHED, do_center_crop=False),
+        by_processor(hf.AutoModel, take_cls),
+    ),
+    "data2vec, fine-tuned": image_family(
+        lambda: hf.Data2VecVisionForImageClassification(
+            hf.Data2VecVisionConfig(**VISION, **RELATIVE)
+        ),
+        lambda: hf.BeitImageProcessor(**SQUASHED, do_center_crop=False),
+        by_processor(
+            hf.Data2VecVisionForImageClassification,
+            take_mean_patch("data2vec_vision"),
+        ),
+    ),
+    "siglip": image_family(
+        lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION)),
+        lambda: hf.SiglipImageProcessor(**SQUASHED),
+        by_processor(
+            hf.SiglipVisionModel,
+            lambda model, pixels: model(pixel_values=pixels).pooler_output,
+        ),
+    ),
+}
+
+
+# Pictures by timm
+
+
+def build_timm(folder: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    model = randomize(timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=3))
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "input_size": (3, 32, 32),
+        "crop_pct": 0.9,
+        "num_classes": 3,
+        "fixed_input_size": True,
+    }
+    save_for_hf(model, folder, model_args={"img_size": 32}, safe_serialization="both")
+    (folder / "README.md").write_text("A model.")
+
+
+def timm_reference(folder: Path, images: Sequence[Image.Image]) -> Tensor:
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.inference_mode():
+        features: Tensor = model(torch.stack([transform(image) for image in images]))
+    return features
+
+
+TIMM_IMAGES = {
+    "timm": Family(library="timm", modality="image", build=build_timm, reference=timm_reference)
+}
+
+
+# Both sides by open_clip
+
+CLIP_VISION = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 8}
+CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+COCA_TEXT = {**CLIP_TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True}
+COCA = {
+    "embed_dim": 24,
+    "custom_text": True,
+    "vision_cfg": {
+        **CLIP_VISION,
+        "attentional_pool": True,
+        "attn_pooler_heads": 4,
+        "output_tokens": True,
+    },
+    "text_cfg": COCA_TEXT,
+    "multimodal_cfg": {**CLIP_TEXT, "context_length": 76, "attn_pooler_heads": 4},
+}
+
+
+def build_open_clip(
+    model_config: dict[str, Any],
+    tower: str | None = None,
+) -> Callable[[Path], None]:
+    """Return a builder; `tower` is the style of a text tower of transformers."""
+
+    def build(folder: Path) -> None:
+        from open_clip import CLIP, CoCa, CustomTextCLIP
+        from safetensors.torch import save_file
+
+        config = json.loads(json.dumps(model_config))
+        is_custom = config.pop("custom_text", False)
+        if tower is not None:
+            inner = folder / "tower"
+            {"bert": bert, "roberta": xlm_roberta}[tower]().save_pretrained(inner)
+            (inner / "model.safetensors").unlink()
+            save_tokenizer(folder, tower, None)
+            config["text_cfg"] |= {
+                "hf_model_name": str(inner),
+                "hf_tokenizer_name": "nobody/nothing",
+                "hf_model_pretrained": False,
+            }
+        custom = CoCa if "multimodal_cfg" in config else CustomTextCLIP
+        model = randomize((custom if is_custom else CLIP)(**config))
+        state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+        preprocess = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.25] * 3}
+        described = {
+            "model_cfg": {**config, **({"custom_text": True} if is_custom else {})},
+            "preprocess_cfg": {
+                **preprocess,
+                "interpolation": "bicubic",
+                "resize_mode": "shortest",
+            },
+        }
+        write_json(folder, "open_clip_config.json", described)
+        (folder / "README.md").write_text("A model.")
+
+    return build
+
+
+def open_clip_text(folder: Path, texts: Sequence[str]) -> Tensor:
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    with torch.inference_mode():
+        features: Tensor = model.encode_text(tokenizer(list(texts)), normalize=False)
+    return features
+
+
+def open_clip_image(folder: Path, images: Sequence[Image.Image]) -> Tensor:
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    pixels = torch.stack([transform(image) for image in images])
+    with torch.inference_mode():
+        features: Tensor = model.eval().encode_image(pixels, normalize=False)
+    return features
+
+
+def open_clip_family(
+    modality: Literal["image", "text"],
+    config: dict[str, Any],
+    tower: str | None = None,
+) -> Family:
+    return Family(
+        library="open_clip",
+        modality=modality,
+        build=build_open_clip(config, tower),
+        reference=open_clip_image if modality == "image" else open_clip_text,
+        needs="open_clip",
+    )
+
+
+CLIP_CONFIG = {"embed_dim": 24, "vision_cfg": CLIP_VISION, "text_cfg": CLIP_TEXT}
+TOWER_TEXT = {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
+TOWER_CONFIG = {**CLIP_CONFIG, "custom_text": True, "text_cfg": TOWER_TEXT}
+SIGLIP_TEXT = {
+    **CLIP_TEXT,
+    "context_length": 64,
+    "no_causal_mask": True,
+    "pool_type": "last",
+    "proj_bias": True,
+}
+OPEN_CLIP = {
+    "open_clip: clip, text": open_clip_family("text", CLIP_CONFIG),
+    "open_clip: clip, image": open_clip_family("image", CLIP_CONFIG),
+    "open_clip: siglip, text": open_clip_family(
+        "text",
+        {**CLIP_CONFIG, "custom_text": True, "text_cfg": SIGLIP_TEXT},
+    ),
+    "open_clip: xlm-roberta, text": open_clip_family("text", TOWER_CONFIG, "roberta"),
+    "open_clip: bert, text": open_clip_family(
+        "text",
+        {**TOWER_CONFIG, "text_cfg": {**TOWER_TEXT, "hf_pooler_type": "cls_pooler"}},
+        "bert",
+    ),
+    "open_clip: coca, text": open_clip_family("text", COCA),
+    "open_clip: coca, image": open_clip_family("image", COCA),
+}
+
+FAMILIES: dict[str, Family] = {**HF_TEXTS, **ST_TEXTS, **HF_IMAGES, **TIMM_IMAGES, **OPEN_CLIP}
