@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from apecache.data.pairs import PairSource, SourceFields
     from apecache.data.spec import Role
     from apecache.encoders.spec import EncoderSpec
-    from apecache.extraction.arrays import ExtractSpec
     from apecache.extraction.report import ExtractReport
+    from apecache.extraction.spec import ExtractSpec
     from apecache.fingerprint import Modality
 
 CUT = (

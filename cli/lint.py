@@ -10,7 +10,7 @@ from .terminal import Json, ending, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.store.reader import FeatureStore
-    from apecache.train.lint.checks import Finding
+    from apecache.train.lint.findings import Finding
 
 
 def lint(
@@ -51,7 +51,7 @@ def lint(
     """
     with ending():
         from apecache.store.reader import FeatureStore
-        from apecache.train.lint.checks import require_sound
+        from apecache.train.lint.findings import require_sound
 
         opened = FeatureStore.open(store) if store else None
         if Path(target).is_dir():

@@ -22,7 +22,6 @@ from apecache.cluster.pool import ActorPool, RaySpec, node_name, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
-from apecache.extraction.arrays import default_workers
 from apecache.extraction.encode import ImageJob, TextJob
 from apecache.extraction.recheck import require_same_content, spot_check
 from apecache.extraction.report import (
@@ -41,6 +40,7 @@ from apecache.extraction.run import (
     require_inputs,
 )
 from apecache.extraction.segments import make_segment, split_source
+from apecache.extraction.spec import default_workers
 from apecache.fingerprint import Modality
 from apecache.storage.bucket import is_object_url
 from apecache.storage.files import Files

@@ -5,22 +5,17 @@ Decide which arrays to fill and how they are laid out, and refuse what does not 
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from os import cpu_count
-from typing import Literal
 
 import numpy as np
 import torch
 
-from apecache.arguments import require_type
-from apecache.data.augment import Views
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
-from apecache.encoders.spec import EncoderSpec
-from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
-from apecache.extraction.shard_range import WHOLE, ShardRange
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.errors import MismatchError, StoreError
+from apecache.extraction.compilation import _require_compiler, decide_compiled
+from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.array import FeatureArray
 from apecache.store.layout import (
@@ -33,99 +28,11 @@ from apecache.store.layout import (
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import create_array
 
-FEW_CORES = 2
-MAX_WORKERS = 16
 CPU_BATCH: dict[Modality, int] = {"image": 32, "text": 64}
 CUDA_BATCH = 256
 MIN_SHARD_ROWS = 256
 MAX_SHARD_ROWS = 4096
 SHARD_SECONDS = 60
-COMPILE_FROM_ROWS = 4096
-COMPILE_FROM_SECONDS = 600
-COMPILED_SHARE = 0.9
-
-
-def default_workers(cores: int | None = None) -> int:
-    """Return the number of decoding processes: one for each core, 0 for threads.
-
-    Args:
-        cores: None: those of this machine.
-    """
-    cores = cores or cpu_count() or 1
-    # On few cores processes take time from the model's own threads, and decoding in threads is
-    # faster (benchmarks/speed/extract compares both).
-    return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
-
-
-@dataclass(frozen=True)
-class ExtractSpec:
-    """Say what to encode and how.
-
-    `None` leaves a choice to the store (when resuming) or to the machine (when new).
-    """
-
-    image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
-    """One encoder or several; cuts of one model cost one forward pass."""
-    text: EncoderSpec | tuple[EncoderSpec, ...] | None = None
-    """As `image`."""
-    image_batch: int | None = None
-    text_batch: int | None = None
-    shard_rows: int | None = None
-    storage_dtype: Literal["float16", "float32", "int8"] = "float16"
-    workers: int | None = None
-    """Processes that decode, 0 for threads of this process; None: `default_workers`."""
-    hang_seconds: float = 30.0
-    """How long a decoding process may take for one image."""
-    max_bad: float = 0.01
-    """Share of rows that may be unreadable. Beyond it the run ends as an error, after encoding all
-    other rows."""
-    device: str = "auto"
-    add: bool = False
-    """Put features of another encoder beside those that the store has."""
-    append: bool = False
-    """The table has grown at its end: put the new rows into a new segment."""
-    recheck: bool = False
-    """Read every input again and compare it with what was encoded."""
-    single_writer: bool = False
-    """Nobody else writes to the store, so object storage without put-if-absent can be used."""
-    views: Views | None = None
-    """Augmentations to encode in place of each image."""
-    compiled: bool | None = None
-    """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
-    and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
-    time."""
-    part: ShardRange = WHOLE
-    """The shards to encode; other jobs may encode the rest at the same time."""
-
-    @property
-    def images(self) -> tuple[EncoderSpec, ...]:
-        return _several(self.image, "image")
-
-    @property
-    def texts(self) -> tuple[EncoderSpec, ...]:
-        return _several(self.text, "text")
-
-    @property
-    def decoders(self) -> int:
-        """Return the number of decoding processes; 0 for threads."""
-        return default_workers() if self.workers is None else self.workers
-
-    def batch(self, encoder: ImageEncoder | TextEncoder) -> int | None:
-        """Return the batch size that is asked for, if any."""
-        return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
-
-
-def _several(
-    specs: EncoderSpec | tuple[EncoderSpec, ...] | None,
-    name: str,
-) -> tuple[EncoderSpec, ...]:
-    """Return one or several encoders as a tuple without repetitions."""
-    if specs is None:
-        return ()
-    several = specs if isinstance(specs, tuple | list) else (specs,)
-    for spec in several:
-        require_type(spec, EncoderSpec, name)
-    return tuple(dict.fromkeys(several))
 
 
 def prepare_arrays(
@@ -172,7 +79,7 @@ def prepare_arrays(
     _require_room(store, new_layouts)
     # A later segment takes this decision from the first one.
     if not like and new_encoders:
-        compile_new = _decide_compiled(
+        compile_new = decide_compiled(
             new_encoders,
             rows=layouts[0].rows,
             batch=layouts[0].batch_size,
@@ -488,81 +395,6 @@ def _calibrated_rows(
     rows = SHARD_SECONDS * batch / max(encode_batch(), 1e-6)
     power_of_two = 2 ** int(np.log2(rows))
     return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, power_of_two)))
-
-
-def _decide_compiled(
-    encoders: Sequence[ImageEncoder | TextEncoder],
-    rows: int,
-    batch: int,
-    requested: bool | None,
-) -> bool:
-    """Decide whether compiled models fill new arrays; see `ExtractSpec.compiled`.
-
-    Args:
-        requested: what the user asked for, or None.
-
-    Raises:
-        OptionError: compilation is asked for, but a cut is after a block.
-    """
-    # Only images: batches of texts differ in shape, and each shape would be compiled.
-    images = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
-    can_compile = bool(images) and all(encoder.spec.layer is None for encoder in images)
-    if requested and images and not can_compile:
-        raise OptionError(
-            "--compile: a cut after a block (@LAYER) is caught by hooks and not compiled; "
-            "leave it out"
-        )
-    if requested is not None or not can_compile or rows < COMPILE_FROM_ROWS:
-        return bool(requested) and can_compile
-    models = list({id(encoder.module): encoder for encoder in images}.values())
-    eager_seconds = 0.0
-    for encoder in models:
-        eager_seconds += _seconds(partial(encode_images, [encoder]), encoder, batch)
-    if eager_seconds * rows / batch < COMPILE_FROM_SECONDS:
-        return False
-    try:
-        compiled_seconds = 0.0
-        for encoder in models:
-            compiled_seconds += _seconds(compile_images([encoder]), encoder, batch)
-    except (RuntimeError, OSError):
-        # This machine has no compiler, or the model has an operation that it does not know.
-        return False
-    return compiled_seconds < COMPILED_SHARE * eager_seconds
-
-
-def _require_compiler(
-    encoders: Sequence[ImageEncoder | TextEncoder],
-    layouts: Sequence[ArrayLayout],
-) -> None:
-    """Compile the models that will run compiled, before anything is written.
-
-    Raises:
-        EncoderError: a model cannot be compiled on this machine.
-    """
-    for encoder, layout in zip(encoders, layouts, strict=True):
-        if layout.compiled and isinstance(encoder, ImageEncoder):
-            try:
-                encode = compile_images([encoder])
-                encode(torch.zeros(layout.batch_size, *encoder.input_shape))
-            except (RuntimeError, OSError) as error:
-                raise EncoderError(
-                    f"encoder {encoder.spec} cannot be compiled here ({one_line(error)}); install "
-                    "a C++ compiler, or "
-                    "make another --store with --no-compile"
-                ) from None
-
-
-def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, batch: int) -> float:
-    """Time one batch in seconds, results included."""
-    pixels = torch.zeros(batch, *encoder.input_shape)
-    # The first batch compiles and warms up; only the second one counts.
-    encode(pixels)
-    begin = time.perf_counter()
-    encode(pixels)
-    # CUDA returns before it has computed anything.
-    if encoder.device.type == "cuda":
-        torch.cuda.synchronize(encoder.device)
-    return time.perf_counter() - begin
 
 
 def _require_room(store: FeatureStore, layouts: Sequence[ArrayLayout]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apecache.errors import BadRowsError, DataError
-from apecache.extraction.arrays import ExtractSpec
 from apecache.extraction.encode import EncodedShard
 from apecache.extraction.shard_range import WHOLE, ShardRange
+from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.store.layout import ArrayLayout

@@ -17,7 +17,7 @@ from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.errors import BadRowsError, ManifestError, OptionError, RowError, counted
-from apecache.extraction.arrays import ExtractSpec, prepare_arrays
+from apecache.extraction.arrays import prepare_arrays
 from apecache.extraction.encode import (
     ArrayTarget,
     EncodedShard,
@@ -39,6 +39,7 @@ from apecache.extraction.report import (
 )
 from apecache.extraction.segments import Segment, make_segment, split_source
 from apecache.extraction.shard_range import ShardRange
+from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.storage.open import open_files

@@ -28,7 +28,8 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.lint.checks import lint_fit, require_sound
+from apecache.train.lint.checks import lint_fit
+from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress, StepCount, Training, seeded
 from apecache.train.model import AlignmentModel
 from apecache.train.session import (

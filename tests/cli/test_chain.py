@@ -287,7 +287,7 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
             "did you mean projection",
         ),
         (
-            ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizer.lr=1"],
+            ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--set", "optimizr.lr=1"],
             3,
             "optimizer",
         ),

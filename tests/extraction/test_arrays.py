@@ -13,6 +13,7 @@ import torch
 from tiny import extract_tiny, loaded_once, tree
 
 import apecache.extraction.arrays as preparation
+import apecache.extraction.spec as extraction_spec
 from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import parse_encoder
@@ -335,6 +336,6 @@ def test_decoding_has_a_process_for_each_core_and_threads_on_few(
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(preparation, "cpu_count", lambda: cores)
+    monkeypatch.setattr(extraction_spec, "cpu_count", lambda: cores)
     assert ExtractSpec().decoders == expected
     assert ExtractSpec(workers=5).decoders == 5

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import extract_tiny, loaded_once, tree
 
-import apecache.extraction.arrays as preparation
+import apecache.extraction.compilation as compilation
 from apecache.data.sources import open_pairs
 from apecache.encoders.encoder import ImageEncoder, _compiled, compile_images
 from apecache.encoders.spec import parse_encoder
@@ -159,7 +159,7 @@ def test_without_a_compiler_nothing_is_begun(
     def none(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(preparation, "compile_images", lambda _: none)
+    monkeypatch.setattr(compilation, "compile_images", lambda _: none)
     spec = ExtractSpec(
         parse_encoder(f"timm:{tiny_image_encoder}", "image"),
         device="cpu",
@@ -217,8 +217,8 @@ def test_what_nobody_asked_for_is_measured(
             raise found
         return float(found)
 
-    monkeypatch.setattr(preparation, "_seconds", seconds)
-    monkeypatch.setattr(preparation, "compile_images", lambda _: None)
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=None) is wanted
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=False) is False
-    assert preparation._decide_compiled([vit], rows=rows, batch=32, requested=True) is True
+    monkeypatch.setattr(compilation, "_seconds", seconds)
+    monkeypatch.setattr(compilation, "compile_images", lambda _: None)
+    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=None) is wanted
+    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=False) is False
+    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=True) is True

@@ -33,7 +33,8 @@ from apecache.encoders.encoder import pool_tokens
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
 from apecache.errors import EncoderError
-from apecache.extraction.arrays import ExtractSpec, array_name
+from apecache.extraction.arrays import array_name
+from apecache.extraction.spec import ExtractSpec
 
 CHOICES = "give --text-cut cls, mean, last or max"
 

@@ -21,15 +21,10 @@ from apecache.train.batches import Batch, FeaturePairs, SplitSpec, choose_splits
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.lint.checks import (
-    Finding,
-    lint_model,
-    lint_positives,
-    lint_recipe,
-    lint_splits,
-    require_sound,
-)
+from apecache.train.lint.checks import lint_positives, lint_recipe, lint_splits
+from apecache.train.lint.findings import Finding, require_sound
 from apecache.train.lint.heads import lint_plan, lint_run
+from apecache.train.lint.model_checks import lint_model
 from apecache.train.model import AlignmentModel
 from apecache.train.optim import build_optimizer
 

@@ -1,0 +1,97 @@
+"""Choose what an extraction encodes, with which encoders, and how."""
+
+from dataclasses import dataclass
+from os import cpu_count
+from typing import Literal
+
+from apecache.arguments import require_type
+from apecache.data.augment import Views
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.spec import EncoderSpec
+from apecache.extraction.shard_range import WHOLE, ShardRange
+
+FEW_CORES = 2
+MAX_WORKERS = 16
+
+
+def default_workers(cores: int | None = None) -> int:
+    """Return the number of decoding processes: one for each core, 0 for threads.
+
+    Args:
+        cores: None: those of this machine.
+    """
+    cores = cores or cpu_count() or 1
+    # On few cores processes take time from the model's own threads, and decoding in threads is
+    # faster (benchmarks/speed/extract compares both).
+    return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
+
+
+@dataclass(frozen=True)
+class ExtractSpec:
+    """Say what to encode and how.
+
+    `None` leaves a choice to the store (when resuming) or to the machine (when new).
+    """
+
+    image: EncoderSpec | tuple[EncoderSpec, ...] | None = None
+    """One encoder or several; cuts of one model cost one forward pass."""
+    text: EncoderSpec | tuple[EncoderSpec, ...] | None = None
+    """As `image`."""
+    image_batch: int | None = None
+    text_batch: int | None = None
+    shard_rows: int | None = None
+    storage_dtype: Literal["float16", "float32", "int8"] = "float16"
+    workers: int | None = None
+    """Processes that decode, 0 for threads of this process; None: `default_workers`."""
+    hang_seconds: float = 30.0
+    """How long a decoding process may take for one image."""
+    max_bad: float = 0.01
+    """Share of rows that may be unreadable. Beyond it the run ends as an error, after encoding all
+    other rows."""
+    device: str = "auto"
+    add: bool = False
+    """Put features of another encoder beside those that the store has."""
+    append: bool = False
+    """The table has grown at its end: put the new rows into a new segment."""
+    recheck: bool = False
+    """Read every input again and compare it with what was encoded."""
+    single_writer: bool = False
+    """Nobody else writes to the store, so object storage without put-if-absent can be used."""
+    views: Views | None = None
+    """Augmentations to encode in place of each image."""
+    compiled: bool | None = None
+    """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
+    and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
+    time."""
+    part: ShardRange = WHOLE
+    """The shards to encode; other jobs may encode the rest at the same time."""
+
+    @property
+    def images(self) -> tuple[EncoderSpec, ...]:
+        return _several(self.image, "image")
+
+    @property
+    def texts(self) -> tuple[EncoderSpec, ...]:
+        return _several(self.text, "text")
+
+    @property
+    def decoders(self) -> int:
+        """Return the number of decoding processes; 0 for threads."""
+        return default_workers() if self.workers is None else self.workers
+
+    def batch(self, encoder: ImageEncoder | TextEncoder) -> int | None:
+        """Return the batch size that is asked for, if any."""
+        return self.image_batch if isinstance(encoder, ImageEncoder) else self.text_batch
+
+
+def _several(
+    specs: EncoderSpec | tuple[EncoderSpec, ...] | None,
+    name: str,
+) -> tuple[EncoderSpec, ...]:
+    """Return one or several encoders as a tuple without repetitions."""
+    if specs is None:
+        return ()
+    several = specs if isinstance(specs, tuple | list) else (specs,)
+    for spec in several:
+        require_type(spec, EncoderSpec, name)
+    return tuple(dict.fromkeys(several))

@@ -1,0 +1,30 @@
+"""Hold what checks of a fit found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from apecache.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Report what a check found."""
+
+    check: str
+    """Short name of the check."""
+    level: Literal["error", "warning"]
+    """An error stops a fit."""
+    message: str
+    """What was found, and how to fix it."""
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
+
+
+def require_sound(findings: Sequence[Finding]) -> None:
+    """Check that no finding is an error. Raises DataError that names every error."""
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    if errors:
+        failed = "1 check fails" if len(errors) == 1 else f"{len(errors)} checks fail"
+        raise DataError(f"{failed}: {'; '.join(errors)}")
