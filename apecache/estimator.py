@@ -4,7 +4,7 @@ Its interface is that of `sklearn.cross_decomposition.CCA`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
 from apecache.train.loop import StepCount, Training, run_training, seeded
 from apecache.train.model import AlignmentModel
+
+if TYPE_CHECKING:
+    from sklearn.utils import Tags
 
 LEAST_ROWS = 4
 """Two rows to train on and two to choose the epoch on."""
@@ -155,7 +158,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _embed(self, side: str, features: torch.Tensor) -> torch.Tensor:
         return embed(getattr(self.model_, side), features)
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> "Tags":
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.target_tags.multi_output = True

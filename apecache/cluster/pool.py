@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Protocol
 
 from apecache import errors
@@ -145,7 +146,7 @@ class _Actor:
 class ActorPool:
     """Keep actors that are loading, free or at work. Made by `open_pool`."""
 
-    def __init__(self, ray: Any, make: Make, spec: RaySpec) -> None:
+    def __init__(self, ray: ModuleType, make: Make, spec: RaySpec) -> None:
         self.ray = ray
         self.spec = spec
         gpus = _gpus(ray, spec)
@@ -295,7 +296,7 @@ def _require_sense(spec: RaySpec) -> None:
         )
 
 
-def import_ray() -> Any:
+def import_ray() -> ModuleType:
     """Import the module `ray`, with its settings in the environment.
 
     Raises:
@@ -354,13 +355,13 @@ def _require_answer(address: str) -> None:
         connection.close()
 
 
-def _gpus(ray: Any, spec: RaySpec) -> float:
+def _gpus(ray: ModuleType, spec: RaySpec) -> float:
     if spec.gpus is not None:
         return spec.gpus
     return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def _how_many_fit(ray: Any, cpus: int, gpus: float) -> int:
+def _how_many_fit(ray: ModuleType, cpus: int, gpus: float) -> int:
     """Count the actors that the nodes have room for when nothing else runs there."""
     needed: dict[str, float] = {"CPU": cpus}
     if gpus:

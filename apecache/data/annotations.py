@@ -90,7 +90,7 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _found(content: Any) -> str:
+def _found(content: object) -> str:
     """Describe the file's top-level value for an error message."""
     if isinstance(content, dict):
         first_names = map(repr, list(content)[:6])
@@ -98,7 +98,7 @@ def _found(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def _has_captions(annotations: Any) -> bool:
+def _has_captions(annotations: object) -> bool:
     if not isinstance(annotations, list) or not annotations:
         return False
     return all(
@@ -127,7 +127,7 @@ def _karpathy(images: list[dict[str, Any]], path: Path, restval: bool) -> tuple[
     return tuple(pairs)
 
 
-def _raw(sentence: Any, location: str) -> str:
+def _raw(sentence: object, location: str) -> str:
     """Return the caption of one of Karpathy's sentences."""
     if not isinstance(sentence, dict):
         raise ManifestError(

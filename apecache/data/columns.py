@@ -168,7 +168,7 @@ def _optional_text(
     return to_text(record.get(column), location, role) if column else ""
 
 
-def to_captions(value: Any, place: str) -> tuple[str, ...]:
+def to_captions(value: object, place: str) -> tuple[str, ...]:
     """Return the captions of a value: a list of them, one, or None for no caption."""
     if isinstance(value, list):
         texts = value
@@ -179,7 +179,7 @@ def to_captions(value: Any, place: str) -> tuple[str, ...]:
     return tuple(to_text(text, place, "caption") for text in texts)
 
 
-def to_text(value: Any, place: str, role: str) -> str:
+def to_text(value: object, place: str, role: str) -> str:
     """Return a value as text; None becomes the empty text.
 
     Raises:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
 from apecache.data.media import check_bytes, media_below
@@ -26,6 +26,10 @@ from apecache.errors import (
     raise_if_refused,
 )
 from apecache.fingerprint import content_hash
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_GROUP_BYTES = 1 << 30
 """Largest row group of images. A row group is decoded whole, so larger ones are refused."""
@@ -224,7 +228,7 @@ def one_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _kind(column_type: Any, name: str, path: Path) -> str:
+def _kind(column_type: "pa.DataType", name: str, path: Path) -> str:
     """Return how a column holds images: as "path", "bytes", or "struct" of both."""
     from pyarrow import types
 
@@ -253,7 +257,7 @@ def _kind(column_type: Any, name: str, path: Path) -> str:
 
 
 def _records(
-    file: Any,
+    file: "pq.ParquetFile",
     names: Sequence[str],
     label: str | None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -273,7 +277,7 @@ def _records(
         yield number, record
 
 
-def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
+def _all(file: "pq.ParquetFile", values: Iterable[T]) -> Iterator[T]:
     """Yield the values, and check that there are as many as the table has rows.
 
     Raises:
@@ -288,7 +292,7 @@ def _all(file: Any, values: Iterable[T]) -> Iterator[T]:
         raise ValueError(f"a column has {count} rows, the table {n_rows}")
 
 
-def _class_names(schema: Any, label: str | None) -> dict[int, str]:
+def _class_names(schema: "pa.Schema", label: str | None) -> dict[int, str]:
     """Return the names of class labels by number.
 
     Hugging Face's library writes them into the schema's metadata; other tables have none.
@@ -302,7 +306,12 @@ def _class_names(schema: Any, label: str | None) -> dict[int, str]:
         return {}
 
 
-def _rows_with_paths(file: Any, columns: Columns, column_kind: str, path: Path) -> list[TableRow]:
+def _rows_with_paths(
+    file: "pq.ParquetFile",
+    columns: Columns,
+    column_kind: str,
+    path: Path,
+) -> list[TableRow]:
     image_column = columns.image if column_kind == "path" else f"{columns.image}.path"
     names = [image_column, *columns.names]
     rows = []
@@ -323,7 +332,7 @@ def _require_rows(rows: list[TableRow], path: Path) -> list[TableRow]:
     return rows
 
 
-def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSource:
+def _with_images(file: "pq.ParquetFile", columns: Columns, path: Path, leaf: str) -> PairSource:
     """Open a table that holds its images; bytes are read only where a path is repeated."""
     row_places = _places(file, path)
     groups = RowGroups(path, leaf)
@@ -355,7 +364,7 @@ def _with_images(file: Any, columns: Columns, path: Path, leaf: str) -> PairSour
     )
 
 
-def _has_bytes(file: Any, column: str) -> bool:
+def _has_bytes(file: "pq.ParquetFile", column: str) -> bool:
     """Return whether any struct has bytes; if none has, the paths name files."""
     # Small batches, because the first image usually decides.
     batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
@@ -366,7 +375,7 @@ def _has_bytes(file: Any, column: str) -> bool:
     return False
 
 
-def _paths(file: Any, column: str) -> list[str | None]:
+def _paths(file: "pq.ParquetFile", column: str) -> list[str | None]:
     """Return the path in each row's struct, if there is one."""
     if not hasattr(file.schema_arrow.field(column).type, "get_field_index"):
         return [None] * int(file.metadata.num_rows)
@@ -375,7 +384,7 @@ def _paths(file: Any, column: str) -> list[str | None]:
     return [image and image["path"] for image in _all(file, images)]
 
 
-def _places(file: Any, path: Path) -> list[ParquetRow]:
+def _places(file: "pq.ParquetFile", path: Path) -> list[ParquetRow]:
     """Return the place of every row.
 
     Raises:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from apecache.arguments import require_type
@@ -97,12 +98,13 @@ def _imagenet(present_only: bool) -> ClassNames:
     )
 
 
-def _open_clip() -> Any:
+def _open_clip() -> ModuleType:
     try:
         from open_clip import zero_shot_metadata
     except ImportError:
         raise MissingExtraError("open_clip", "open-clip") from None
-    return zero_shot_metadata
+    metadata: ModuleType = zero_shot_metadata
+    return metadata
 
 
 @cache

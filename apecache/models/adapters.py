@@ -5,6 +5,7 @@ They are called by hooks, so that the library's model is not changed. They live 
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,13 +186,13 @@ def _add_updates(block: nn.Module, updates: Any) -> None:
         layer.register_forward_hook(_added(update))
 
 
-def _before(adapter: nn.Module) -> Any:
+def _before(adapter: nn.Module) -> Callable[..., Any]:
     return lambda _module, inputs: (adapter(inputs[0]), *inputs[1:])
 
 
-def _after(adapter: nn.Module) -> Any:
+def _after(adapter: nn.Module) -> Callable[..., Any]:
     return lambda _module, _inputs, output: adapter(output)
 
 
-def _added(update: nn.Module) -> Any:
+def _added(update: nn.Module) -> Callable[..., Any]:
     return lambda _module, inputs, output: output + update(inputs[0]).to(output.dtype)

@@ -19,7 +19,7 @@ from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
 from apecache.losses.objective import contrast
 from apecache.losses.spec import LossSpec
-from apecache.models.freezing import freeze_towers, trained_parameters
+from apecache.models.freezing import FreezeDecision, freeze_towers, trained_parameters
 from apecache.recipes.recipe import Recipe
 from apecache.recipes.sections import DistillationSpec, SharedSpec
 
@@ -280,7 +280,7 @@ def build_sides(
     recipe: Recipe,
     spec: SharedSpec,
     towers: Sequence[Tower],
-    device: Any,
+    device: torch.device,
 ) -> tuple[SharedSide, SharedSide, list[tuple[nn.Parameter, float]]]:
     """Build both sides; the towers lose their upper blocks. Weights are drawn from torch's
     generator.
@@ -319,7 +319,7 @@ def build_sides(
     return SharedSide(towers[0], layers), SharedSide(towers[1], layers), rates
 
 
-def _below_end(matches: Any, tower: Tower) -> list[Any]:
+def _below_end(matches: Sequence[FreezeDecision], tower: Tower) -> list[FreezeDecision]:
     """Return the matches before the end of the tower's last block: the final norm is not run."""
     return [
         match

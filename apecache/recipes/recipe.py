@@ -4,6 +4,7 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -339,7 +340,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {problems}") from None
 
 
-def _packaged(name: str) -> Any:
+def _packaged(name: str) -> Traversable:
     """Return a file of one of the zoos.
 
     Raises:

@@ -170,7 +170,7 @@ def encoder_label(encoder: EncoderSpec, digest: str) -> str:
     return f"{label} ({', '.join(remarks)})" if remarks else label
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def _flat(name: str, value: object) -> Iterator[tuple[str, str]]:
     """Yield the values of nested dictionaries with their dotted names."""
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -13,6 +13,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -359,7 +360,7 @@ def factory_of(kind: str, n: int) -> str:
             return kind
 
 
-def load_faiss() -> Any:
+def load_faiss() -> ModuleType:
     """Import FAISS.
 
     Raises:

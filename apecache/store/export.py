@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def _beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.tmp")
 
 
-def _list_column(pa: Any, array: FeatureArray) -> Any:
+def _list_column(pa: ModuleType, array: FeatureArray) -> Any:
     values = pa.array(array.load().reshape(-1))
     missing = pa.array(~array.load_ok())
     return pa.FixedSizeListArray.from_arrays(values, array.dim, mask=missing)

@@ -229,7 +229,7 @@ def _has_fields(value: Mapping[str, Any], name: str) -> bool:
     )
 
 
-def _are_objects(value: Any) -> bool:
+def _are_objects(value: object) -> bool:
     """Return whether these are Zarr's objects of a pair table, each with its hash."""
     return isinstance(value, dict) and all(
         _is_below_zarr(name) and isinstance(entry, dict) and isinstance(entry.get("blake3"), str)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from apecache.errors import MissingExtraError
@@ -83,7 +84,7 @@ def ask_optuna(
 
 
 def frozen_trial(
-    optuna: Any,
+    optuna: ModuleType,
     dimensions: Mapping[str, Dimension],
     values: Mapping[str, Json],
     score: float | None,
@@ -106,7 +107,7 @@ def frozen_trial(
     return optuna.trial.create_trial(params=params, distributions=distributions, value=score)
 
 
-def _distribution(optuna: Any, dimension: Dimension) -> Any:
+def _distribution(optuna: ModuleType, dimension: Dimension) -> Any:
     """Return Optuna's distribution of a dimension."""
     distributions = optuna.distributions
     if dimension.choice is not None:

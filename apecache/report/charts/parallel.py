@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from apecache.report.charts.axes import log_ticks, ticks
 from apecache.sweeps.space import Dimension
@@ -84,7 +83,7 @@ class Axis:
         return marks
 
 
-def worded(value: Any) -> str:
+def worded(value: object) -> str:
     """Return a value as people read it."""
     match value:
         case None:
