@@ -81,7 +81,7 @@ Make = Callable[[int], ActorWorker]
 class _RemoteError:
     """Carry one of apecache's errors from an actor to the driver."""
 
-    kind: str
+    error_name: str
     message: str
     differences: tuple[tuple[str, object, object], ...]
     """Those of a MismatchError; empty for other errors."""
@@ -90,14 +90,14 @@ class _RemoteError:
     def of(error: ApecacheError) -> "_RemoteError":
         """Take an error apart."""
         return _RemoteError(
-            kind=type(error).__name__,
+            error_name=type(error).__name__,
             message=str(error),
             differences=getattr(error, "differences", ()),
         )
 
     def error(self) -> ApecacheError:
         """Make the same error again."""
-        error_class: type[ApecacheError] = getattr(errors, self.kind, ApecacheError)
+        error_class: type[ApecacheError] = getattr(errors, self.error_name, ApecacheError)
         # Without the constructors, whose arguments differ from class to class.
         error = error_class.__new__(error_class)
         Exception.__init__(error, self.message)

@@ -46,7 +46,7 @@ def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
     )
 
 
-def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Columns:
+def choose_columns(names: Sequence[str], location: object, spec: OpenSpec) -> Columns:
     """Choose the column of each role.
 
     A column that the spec names comes first, then the exact names `image` and `caption`, then the
@@ -54,7 +54,7 @@ def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Colum
 
     Args:
         names: Names of all columns.
-        where: The table, for error messages.
+        location: The table, for error messages.
         spec: What the user asked for.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Colum
         requested=spec.image_column,
         candidates=IMAGE_COLUMNS,
         names=names,
-        location=where,
+        location=location,
     )
     captions = [name for name in CAPTION_COLUMNS if name != image]
     caption = _choose(
@@ -73,13 +73,13 @@ def choose_columns(names: Sequence[str], where: object, spec: OpenSpec) -> Colum
         requested=spec.caption_column,
         candidates=captions,
         names=names,
-        location=where,
+        location=location,
         must="caption" in spec.require,
     )
     if "label" in spec.require and "label" not in names:
-        raise ManifestError(_no_column("label", names, where))
+        raise ManifestError(_no_column("label", names, location))
     if spec.split_column is not None and spec.split_column not in names:
-        raise ManifestError(_no_column(spec.split_column, names, where))
+        raise ManifestError(_no_column(spec.split_column, names, location))
     default_split = "split" if "split" in names and not spec.resplits else None
     split = spec.split_column or default_split
     language = next((name for name in LANGUAGE_COLUMNS if name in names), None)
@@ -168,7 +168,7 @@ def _optional_text(
     return to_text(record.get(column), location, role) if column else ""
 
 
-def to_captions(value: object, place: str) -> tuple[str, ...]:
+def to_captions(value: object, location: str) -> tuple[str, ...]:
     """Return the captions of a value: a list of them, one, or None for no caption."""
     if isinstance(value, list):
         texts = value
@@ -176,10 +176,10 @@ def to_captions(value: object, place: str) -> tuple[str, ...]:
         texts = []
     else:
         texts = [value]
-    return tuple(to_text(text, place, "caption") for text in texts)
+    return tuple(to_text(text, location, "caption") for text in texts)
 
 
-def to_text(value: object, place: str, role: str) -> str:
+def to_text(value: object, location: str, role: str) -> str:
     """Return a value as text; None becomes the empty text.
 
     Raises:
@@ -189,7 +189,7 @@ def to_text(value: object, place: str, role: str) -> str:
         return ""
     # Numbers are accepted as text. A bool counts as an int in Python, but is no text here.
     if isinstance(value, bool | dict | list | bytes):
-        raise ManifestError(f"{place}: {role} is a {type(value).__name__}; expected text")
+        raise ManifestError(f"{location}: {role} is a {type(value).__name__}; expected text")
     return str(value)
 
 

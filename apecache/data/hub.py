@@ -26,7 +26,7 @@ NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))
 class HubRow(NamedTuple):
     """Locate one row: the number of its split, and its number inside the split."""
 
-    part: int
+    split_index: int
     row: int
 
 
@@ -34,9 +34,9 @@ class HubRow(NamedTuple):
 class HubMedia:
     """Read images from the Arrow files of a data set."""
 
-    parts: tuple[Any, ...]
+    split_images: tuple[Any, ...]
     """Tables of one column, in Arrow's format: structs of bytes and path."""
-    places: Mapping[str, HubRow]
+    rows_by_key: Mapping[str, HubRow]
     """The row of each key."""
     files: FolderMedia
     """Reads rows that have only a path, below its root and nowhere else."""
@@ -44,10 +44,10 @@ class HubMedia:
     """The folder or name of the data set."""
 
     def read(self, key: str) -> bytes:
-        if key not in self.places:
+        if key not in self.rows_by_key:
             raise RowError("missing", f"{key}: its row has no image")
-        split_index, row = self.places[key]
-        image = self.parts[split_index][row : row + 1].column(0)[0].as_py()
+        split_index, row = self.rows_by_key[key]
+        image = self.split_images[split_index][row : row + 1].column(0)[0].as_py()
         data: bytes | None = image["bytes"]
         if data is None:
             return self.files.read(image["path"])
@@ -55,18 +55,18 @@ class HubMedia:
         return data
 
     def exists(self, key: str) -> bool:
-        return key in self.places
+        return key in self.rows_by_key
 
     def sizes(self, keys: Sequence[str]) -> list[int | None]:
         return [self._size(key) for key in keys]
 
     def _size(self, key: str) -> int | None:
-        if key not in self.places:
+        if key not in self.rows_by_key:
             return None
         from pyarrow import compute
 
-        split_index, row = self.places[key]
-        image = self.parts[split_index][row : row + 1].column(0)
+        split_index, row = self.rows_by_key[key]
+        image = self.split_images[split_index][row : row + 1].column(0)
         data = compute.struct_field(image, "bytes")
         size = compute.binary_length(data)[0].as_py()
         if size is not None:
@@ -244,8 +244,8 @@ def _with_images(splits: list[_HubSplit], columns: Columns, uri: str, folder: Pa
     present, paths = _present(tuple(images))
     location = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
     everything = HubMedia(
-        parts=tuple(images),
-        places=dict(zip(numbers, row_places, strict=True)),
+        split_images=tuple(images),
+        rows_by_key=dict(zip(numbers, row_places, strict=True)),
         files=FolderMedia(root=folder),
         place=location,
     )
@@ -267,7 +267,7 @@ def _with_images(splits: list[_HubSplit], columns: Columns, uri: str, folder: Pa
     for (split, line, record), key in zip(_records(splits, [], columns), keys, strict=True):
         named = {**record, columns.image: key}
         rows.append(_row(split, line=line, record=named, columns=columns, uri=uri))
-    return PairSource(join_rows(rows, uri), uri, replace(everything, places=first))
+    return PairSource(join_rows(rows, uri), uri, replace(everything, rows_by_key=first))
 
 
 def _present(images: tuple[Any, ...], step: int = 1000) -> tuple[list[bool], list[str | None]]:

@@ -121,13 +121,13 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
             return decode_image(_read_open_file(picture, name), name)
 
 
-def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Image:
+def open_readable(picture: Picture, name: str, noun: str = "image") -> Image.Image:
     """Open a picture that is not a row of a table, so that it must be readable.
 
     Args:
         picture: The picture.
         name: Name of the picture in error messages.
-        what: Word for the picture in the DataError.
+        noun: Word for the picture in the DataError.
 
     Raises:
         OptionError: The value is not a picture.
@@ -136,7 +136,7 @@ def open_readable(picture: Picture, name: str, what: str = "image") -> Image.Ima
     try:
         return open_picture(picture, name)
     except RowError as error:
-        raise DataError(f"{what} cannot be read: {error.detail}") from None
+        raise DataError(f"{noun} cannot be read: {error.detail}") from None
 
 
 def require_picture(picture: object, name: str) -> None:

@@ -36,7 +36,7 @@ class TowerParameter:
     """
 
     name: str
-    place: Place
+    section: Place
     depth: int
     """Index of its block; -1 for the embeddings, n_blocks for what comes after the blocks."""
     count: int
@@ -329,7 +329,7 @@ class Tower(nn.Module):
     def parameter(self, part: TowerParameter) -> nn.Parameter:
         """Return the parameter that holds a part; for the CLS row of a whole token table, the
         table."""
-        if part.place == "adapter":
+        if part.section == "adapter":
             adapter_name = part.name.removeprefix("adapters.")
             return self.adapters.get_parameter(adapter_name)
         parameter: nn.Parameter = self.module.get_parameter(part.name.removesuffix("[cls]"))
@@ -344,7 +344,7 @@ class Tower(nn.Module):
         bias = name.endswith(".bias")
         return TowerParameter(
             name=f"adapters.{name}",
-            place="adapter",
+            section="adapter",
             depth=self.n_blocks if adapter_kind == "deep" else int(depth),
             count=count,
             norm=False,
@@ -361,7 +361,7 @@ class Tower(nn.Module):
         if name.endswith(TABLE_ROW):
             row = TowerParameter(
                 name=name,
-                place="cls",
+                section="cls",
                 depth=-1,
                 count=n_numbers,
                 norm=False,
@@ -373,7 +373,7 @@ class Tower(nn.Module):
         if tower_place != "token_embedding" or self.cls_id is None:
             whole_parameter = TowerParameter(
                 name=name,
-                place=tower_place,
+                section=tower_place,
                 depth=depth,
                 count=n_numbers,
                 norm=is_norm,
@@ -384,7 +384,7 @@ class Tower(nn.Module):
         # Where the row is split off, the table still holds its old values, which nothing reads.
         table = TowerParameter(
             name=name,
-            place=tower_place,
+            section=tower_place,
             depth=depth,
             count=n_numbers - width,
             norm=is_norm,
@@ -394,7 +394,7 @@ class Tower(nn.Module):
             return [table]
         cls_row = TowerParameter(
             name=f"{name}[cls]",
-            place="cls",
+            section="cls",
             depth=-1,
             count=width,
             norm=is_norm,

@@ -36,8 +36,9 @@ class LiveSide(Protocol):
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the encoder before training."""
 
-    def require_encoder(self, found: Fingerprint, where: str) -> None:
-        """Raise MismatchError unless `found` is the encoder before training; `where` has it."""
+    def require_encoder(self, fingerprint: Fingerprint, where: str) -> None:
+        """Raise MismatchError unless `fingerprint` is the encoder before training; `where` has
+        it."""
 
     def embed(self, inputs: Sequence[Any], batch: int = 64) -> Tensor:
         """Embed inputs -> float32 [n, dim], L2-normalized."""

@@ -130,7 +130,7 @@ def find_cut(matches: Sequence[FreezeDecision], tower: Tower) -> TowerCut:
     trained_parts: list[TowerParameter] = []
     for match in matches:
         # The head lies above every cut.
-        is_in_tower = match.side == tower.modality and match.part.place != "head"
+        is_in_tower = match.side == tower.modality and match.part.section != "head"
         if match.train and is_in_tower:
             trained_parts.append(match.part)
     if not trained_parts:
@@ -163,7 +163,7 @@ def find_cut(matches: Sequence[FreezeDecision], tower: Tower) -> TowerCut:
 def _why_none(trained: Sequence[TowerParameter], tower: Tower) -> str:
     """Say why nothing can be cached if an embedding trains."""
     names = ", ".join(
-        sorted({trained_part.place for trained_part in trained if trained_part.depth == -1})
+        sorted({trained_part.section for trained_part in trained if trained_part.depth == -1})
     )
     if all(trained_part.depth == -1 for trained_part in trained):
         return (
@@ -182,7 +182,7 @@ def _decide(tower: Tower, tower_part: TowerParameter, spec: TowersSpec) -> Freez
     for rule in spec.all_rules:
         if _fits(parse_selector(rule.part), tower_part, tower):
             # Layer-wise decay: the lower a part lies, the smaller its learning rate.
-            height = 0 if tower_part.place == "head" else tower.n_blocks - tower_part.depth
+            height = 0 if tower_part.section == "head" else tower.n_blocks - tower_part.depth
             return FreezeDecision(
                 side=tower.modality,
                 part=tower_part,
@@ -194,7 +194,7 @@ def _decide(tower: Tower, tower_part: TowerParameter, spec: TowersSpec) -> Freez
         side=tower.modality,
         part=tower_part,
         rule="",
-        train=tower_part.place == "head",
+        train=tower_part.section == "head",
         lr=1.0,
     )
 
@@ -206,7 +206,7 @@ def _apply(
 ) -> list[FreezeDecision]:
     """Switch the parameters of one side as decided, and return the matches of that side."""
     side_matches = [match for match in decided if match.side == tower.modality]
-    table = next((m for m in side_matches if m.part.place == "token_embedding"), None)
+    table = next((m for m in side_matches if m.part.section == "token_embedding"), None)
     row = next((m for m in side_matches if m.part.name.endswith("[cls]")), None)
     if table and row and (table.train, table.lr) != (row.train, row.lr):
         tower.split_cls()
@@ -224,7 +224,7 @@ def _apply(
 
 def _parameter(tower: Tower, head: nn.Module, side_part: TowerParameter) -> nn.Parameter:
     """Return the parameter of a part of a tower or of its head."""
-    if side_part.place == "head":
+    if side_part.section == "head":
         return head.get_parameter(side_part.name.removeprefix("head."))
     return tower.parameter(side_part)
 
@@ -234,7 +234,7 @@ def _head_parts(head: nn.Module) -> list[TowerParameter]:
     for name, parameter in head.named_parameters():
         head_part = TowerParameter(
             name=f"head.{name}",
-            place="head",
+            section="head",
             depth=-1,
             count=parameter.numel(),
             norm=False,
@@ -248,7 +248,7 @@ def _fits(selector: Selector, side_part: TowerParameter, tower: Tower) -> bool:
     """Tell whether a selector matches a part of a tower or of its head."""
     if selector.side not in (None, tower.modality):
         return False
-    part_place = side_part.place
+    part_place = side_part.section
     is_within = _within(selector, side_part.depth, tower.n_blocks)
     match selector.name:
         case "all":

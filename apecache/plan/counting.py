@@ -242,6 +242,6 @@ def _by_part(matches: Sequence[FreezeDecision], side: Modality) -> Parts:
     n_parameters: Counter[str] = Counter()
     for match in matches:
         if match.side == side:
-            n_trained[match.part.place] += match.part.count if match.train else 0
-            n_parameters[match.part.place] += match.part.count
+            n_trained[match.part.section] += match.part.count if match.train else 0
+            n_parameters[match.part.section] += match.part.count
     return tuple((name, n_trained[name], count) for name, count in n_parameters.items())

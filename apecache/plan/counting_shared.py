@@ -200,7 +200,7 @@ def _parts(tower: Tower) -> Parts:
     for tower_part in tower.parts():
         # Above the last block lies the final norm, which a shared encoder does not run.
         if tower_part.depth < tower.n_blocks:
-            name = str(tower_part.place)
+            name = str(tower_part.section)
             trains = tower.parameter(tower_part).requires_grad
             n_trained[name] += tower_part.count if trains else 0
             n_parameters[name] += tower_part.count

@@ -249,7 +249,7 @@ class StepTimer:
     def _texts(self, count: int) -> "RandomTexts":
         tower = shape_tower(self.text)
         tables = (
-            tower_part for tower_part in tower.parts() if tower_part.place == "token_embedding"
+            tower_part for tower_part in tower.parts() if tower_part.section == "token_embedding"
         )
         vocabulary = next(tables).count // tower.dim
         ids, mask = made_up_texts(count, self.spec.tokens, vocabulary)

@@ -152,24 +152,24 @@ class SearchPage:
         with self.lock:
             self.index.embed(query)
 
-    def find(self, asked: SearchRequest) -> list[SearchResult]:
+    def find(self, request: SearchRequest) -> list[SearchResult]:
         """Search for what is asked.
 
         Raises:
             PageError: the query makes no sense, or the search failed.
         """
-        if asked.empty:
+        if request.empty:
             raise PageError(
                 400,
                 "The query is empty: type words, choose an image, or take “like this” of a result.",
             )
-        query = self._query(asked)
-        target_name = asked.target or self.index.target_of(query)
+        query = self._query(request)
+        target_name = request.target or self.index.target_of(query)
         target: Target = "captions" if target_name == "captions" else "images"
         if not self.counts[target]:
             raise PageError(400, f"The index holds no {target}.")
         limit = min(self.counts[target], MOST)
-        k = asked.k or min(USUAL, limit)
+        k = request.k or min(USUAL, limit)
         if k > limit:
             held = f"the index has {self.counts[target]:,} {target}"
             raise PageError(
@@ -187,11 +187,11 @@ class SearchPage:
             raise PageError(500, _sentence(error)) from None
         return [SearchResult(hit=hit, row=self.index.row_of_key[hit.key]) for hit in hits]
 
-    def _query(self, asked: SearchRequest) -> Query:
-        keys = tuple(self.key(row) for row in asked.like)
-        images = () if asked.picture is None else (asked.picture,)
-        words = (asked.words,) if asked.words.strip() else ()
-        without = (asked.without,) if asked.without.strip() else ()
+    def _query(self, request: SearchRequest) -> Query:
+        keys = tuple(self.key(row) for row in request.like)
+        images = () if request.picture is None else (request.picture,)
+        words = (request.words,) if request.words.strip() else ()
+        without = (request.without,) if request.without.strip() else ()
         # Without files: a word that is also the path of an image stays a word.
         return Query(words, unlike=without, keys=keys, images=images, files=False)
 
@@ -249,13 +249,13 @@ class SearchPage:
             pictures=not isinstance(self.media, NoMedia),
         )
 
-    def answer(self, asked: SearchRequest) -> tuple[int, str]:
+    def answer(self, request: SearchRequest) -> tuple[int, str]:
         """Search, and return the HTTP status and the page."""
         try:
-            return 200, self.render(asked, self.find(asked))
+            return 200, self.render(request, self.find(request))
         except PageError as error:
             # Without the picture, which may be what cannot be used.
-            return error.status, self.render(replace(asked, picture=None), None, error.message)
+            return error.status, self.render(replace(request, picture=None), None, error.message)
 
 
 def _sentence(error: Exception) -> str:

@@ -34,7 +34,7 @@ class _SweepRecord:
     """Hold what the folder of a sweep records."""
 
     folder: Path
-    about: Mapping[str, Any]
+    description: Mapping[str, Any]
     """The sweep's own description."""
     space: Mapping[str, Dimension]
     """How each setting was to be chosen."""
@@ -128,7 +128,7 @@ def _read(folder: Path) -> _SweepRecord:
         raise RunError(f"{folder} has no finished trial yet; go on with the same apecache sweep")
     return _SweepRecord(
         folder=folder,
-        about=description,
+        description=description,
         space=space,
         trials=trials,
         command=command,
@@ -136,11 +136,11 @@ def _read(folder: Path) -> _SweepRecord:
 
 
 def _subtitle(sweep: _SweepRecord) -> str:
-    recipes = ", ".join(sweep.about.get("recipes", {}))
+    recipes = ", ".join(sweep.description.get("recipes", {}))
     counts_of = sweep.state_counts
     listed = ", ".join(f"{counts_of[state]} {state}" for state in STATES if counts_of[state])
-    halving = " with successive halving" if sweep.about.get("halving") else ""
-    return f"{sweep.about.get('sampler', '')} search{halving} over {recipes}: {listed}"
+    halving = " with successive halving" if sweep.description.get("halving") else ""
+    return f"{sweep.description.get('sampler', '')} search{halving} over {recipes}: {listed}"
 
 
 def _trials_table(sweep: _SweepRecord) -> Table:

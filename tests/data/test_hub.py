@@ -83,8 +83,8 @@ def test_images_that_are_files_are_read_below_the_data_set_only(tmp_path: Path) 
     table = made({"image": rows}, image=datasets.Image(decode=False))
     places = {"a": HubRow(0, 0), "b": HubRow(0, 1)}
     media = HubMedia(
-        parts=(table.with_format("arrow"),),
-        places=places,
+        split_images=(table.with_format("arrow"),),
+        rows_by_key=places,
         files=FolderMedia(root=tmp_path / "saved"),
         place="",
     )

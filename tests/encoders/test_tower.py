@@ -215,12 +215,12 @@ def all_towers() -> list[Tower]:
 def test_every_family_has_the_same_parts() -> None:
     for tower in all_towers():
         parts = tower.parts()
-        places = {part.place for part in parts}
+        places = {part.section for part in parts}
         first = {"patch_embedding", "cls"} if tower.modality == "image" else {"token_embedding"}
         assert {"block", *first} <= places
-        assert {part.depth for part in parts if part.place == "block"} == {0, 1, 2}
-        assert all(part.depth == -1 for part in parts if part.place in EMBEDDING_PLACES)
-        assert sum(part.norm for part in parts if part.place == "block") in (
+        assert {part.depth for part in parts if part.section == "block"} == {0, 1, 2}
+        assert all(part.depth == -1 for part in parts if part.section in EMBEDDING_PLACES)
+        assert sum(part.norm for part in parts if part.section == "block") in (
             6,
             12,
         )  # weights, and biases but for T5
@@ -246,7 +246,7 @@ def test_the_cls_row_of_a_table_counts_apart() -> None:
     parts = {part.name: part for part in bert_tower().parts()}
     table = parts["embeddings.word_embeddings.weight"]
     row = parts["embeddings.word_embeddings.weight[cls]"]
-    assert (table.count, row.count, row.place) == (59 * 16, 16, "cls")
+    assert (table.count, row.count, row.section) == (59 * 16, 16, "cls")
     assert "embeddings.word_embeddings.weight[cls]" not in {
         part.name for part in bert_tower(cls_id=None).parts()
     }
