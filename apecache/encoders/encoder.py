@@ -78,7 +78,7 @@ class ImageEncoder:
         Returns:
             float32 [n, *row_shape] on the CPU, not normalized.
         """
-        with torch.inference_mode():
+        with torch.no_grad():
             features = self.forward(self.move(pixels))
             return features.float().cpu()
 
@@ -129,7 +129,7 @@ class TextEncoder:
             float32 [n, dim] or, for `tokens`, [n, longest, dim] on the CPU, not normalized.
         """
         batch, mask = self.pad(ids)
-        with torch.inference_mode():
+        with torch.no_grad():
             features = self.forward(batch, mask)
             return features.float().cpu()
 
@@ -162,7 +162,9 @@ def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tens
     Returns:
         What `encode` gives for each encoder, still on the device.
     """
-    with torch.inference_mode():
+    # Not inference_mode: some models keep tensors from one pass to the next (BEiT the index of its
+    # relative positions), and a tensor made in that mode cannot be used in training later on.
+    with torch.no_grad():
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, (encoders[0].move(pixels),))
 
@@ -177,7 +179,7 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
     run = _compiled(tuple(encoder.forward for encoder in encoders))
 
     def encode(pixels: Tensor) -> list[Tensor]:
-        with torch.inference_mode():
+        with torch.no_grad():
             features: list[Tensor] = run(encoders[0].move(pixels))
             return features
 
@@ -215,7 +217,7 @@ def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) 
     Returns:
         What `encode_ids` gives for each encoder, still on the device.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, encoders[0].pad(ids))
 

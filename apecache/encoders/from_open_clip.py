@@ -147,7 +147,7 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     states = _trimmed_states(frozen) if trimmed else _states(frozen)
     tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
     length = None if trimmed else context
-    with torch.inference_mode():
+    with torch.no_grad():
         probe_ids = torch.zeros(1, context, dtype=torch.long, device=device)
         dim = int(_first(frozen(probe_ids)).shape[1])
     encoder = TextEncoder(

@@ -112,7 +112,7 @@ def probe(
     """
     dtype = TORCH_DTYPES[spec.dtype]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             features = forward(torch.zeros(1, *shape, device=device, dtype=dtype))
     except (RuntimeError, ValueError, AssertionError) as error:
         first_line = str(error).splitlines()[0]

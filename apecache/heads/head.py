@@ -220,7 +220,7 @@ def embed(head: Head, features: Tensor, lengths: Tensor | None = None, batch: in
         single = embed(head, features.flatten(0, 1), None, batch)
         return normalize(single.unflatten(0, (-1, views)).mean(1), dim=-1)
     embedded = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for first in range(0, len(features), batch):
             block = features[first : first + batch]
             mask = None

@@ -284,7 +284,7 @@ class StepTimer:
             self._files = made_up_images() if self.sample is None else read_sample(self.sample)
         return self._files
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encoding(self, tower: Tower, source: Inputs, cut: Cut) -> float:
         """Return the median seconds of a batch of ENCODED_IMAGES items below the cut."""
         rows = range(ENCODED_IMAGES)

@@ -69,7 +69,7 @@ class TrainedTower:
                 differences,
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, inputs: Sequence[Picture] | Sequence[str], batch: int = 64) -> Tensor:
         """Embed pictures or texts in batches, in their order.
 

@@ -92,7 +92,7 @@ def test_image_cuts_are_what_timm_gives(tiny_image_encoder: Path, pixels: torch.
         num_classes=0,
     ).eval()
     prefix = model.num_prefix_tokens
-    with torch.inference_mode():
+    with torch.no_grad():
         end, states = model.forward_intermediates(
             pixels,
             norm=False,
@@ -136,7 +136,7 @@ def test_text_layers_are_the_librarys_hidden_states(tiny_text_encoder: Path) -> 
         for layer in (0, 1, 2)
     ]
     ids = torch.tensor(encoders[0].tokenize(["the blue square"]).ids)
-    with torch.inference_mode():
+    with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for encoder, state in zip(encoders, states, strict=True):
         assert torch.allclose(encoder.encode_ids(ids.tolist()), state, atol=1e-6)
@@ -202,7 +202,7 @@ def test_t5_is_its_encoder_alone(tmp_path: Path, tiny_text_encoder: Path) -> Non
     transformers.AutoTokenizer.from_pretrained(tiny_text_encoder).save_pretrained(tmp_path / "t5")
     encoder = load_text_encoder(text_spec(tmp_path / "t5"), "cpu")
     ids = encoder.tokenize(["a red circle"]).ids
-    with torch.inference_mode():
+    with torch.no_grad():
         reference = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5").eval()
         wanted = reference(input_ids=torch.tensor(ids)).last_hidden_state.mean(1)
     assert torch.allclose(encoder.encode_ids(ids), wanted, atol=1e-6)
@@ -234,7 +234,7 @@ def test_siglip_is_its_vision_tower_with_its_own_pooling(tmp_path: Path, whole: 
     transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     encoder = load_image_encoder(parse_encoder(f"hf:{tmp_path}", "image"), "cpu")
     pixels = encoder.preprocess(Image.new("RGB", (50, 40), "red")).unsqueeze(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         out = transformers.SiglipVisionModel.from_pretrained(tmp_path).eval()(pixel_values=pixels)
     assert torch.allclose(encoder.encode(pixels), out.pooler_output, atol=1e-6)
     mean = load_image_encoder(cut(parse_encoder(f"hf:{tmp_path}", "image"), "mean"), "cpu")
@@ -311,5 +311,5 @@ def test_convolutional_networks_run_channels_last_and_say_so(
         num_classes=0,
     ).eval()
     pixels = torch.randn(2, *network.input_shape)
-    with torch.inference_mode():
+    with torch.no_grad():
         assert torch.allclose(network.encode(pixels), reference(pixels), atol=1e-5)

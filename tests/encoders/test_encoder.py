@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from apecache.encoders.encoder import digest_module, pad_ids, parse_device, pool_tokens
-from apecache.encoders.load import load_text_encoder
+from apecache.encoders.encoder import (
+    digest_module,
+    encode_images,
+    encode_texts,
+    pad_ids,
+    parse_device,
+    pool_tokens,
+)
+from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import EncoderError
 
@@ -35,6 +42,29 @@ def test_pooling_takes_the_first_token_or_the_mean_of_the_unmasked_ones() -> Non
     assert pool_tokens(hidden, mask, "mean").tolist() == [[1.5, 2.5, 3.5], [16.5, 17.5, 18.5]]
     assert pool_tokens(hidden, None, "mean").tolist() == [[4.5, 5.5, 6.5], [16.5, 17.5, 18.5]]
     assert pool_tokens(hidden, torch.zeros(2, 4), "mean").tolist() == [[0.0] * 3] * 2
+
+
+def test_no_encoder_runs_in_inference_mode(
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+) -> None:
+    """transformers' BEiT keeps tensors between passes: made in inference mode, they end a fit."""
+    image = load_image_encoder(parse_encoder(f"timm:{tiny_image_encoder}", "image"))
+    text = load_text_encoder(parse_encoder(f"hf:{tiny_text_encoder}", "text"))
+    modes: set[tuple[str, bool, bool]] = set()
+    for side, encoder in (("image", image), ("text", text)):
+        for submodule in encoder.module.modules():
+            submodule.register_forward_hook(
+                lambda *_, side=side: modes.add(
+                    (side, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+                )
+            )
+    pixels = torch.randn(2, *image.input_shape)
+    image.encode(pixels)
+    encode_images([image], pixels)
+    text.encode(["a", "b"])
+    encode_texts([text], text.tokenize(["a"]).ids)
+    assert modes == {("image", False, False), ("text", False, False)}
 
 
 def module(**tensors: Tensor) -> nn.Module:

@@ -101,7 +101,7 @@ def test_features_are_the_models_own_before_its_classifier(
     tiny_image_encoder: Path,
 ) -> None:
     model = reference(tiny_image_encoder)
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = model.forward_head(model.forward_features(BATCH), pre_logits=True)
     found = vit.encode(BATCH)
     assert torch.equal(found, expected)
@@ -117,7 +117,7 @@ def test_the_encoder_is_frozen(vit: ImageEncoder) -> None:
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooling_can_be_chosen(tiny_image_encoder: Path, pooling: str) -> None:
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = reference(tiny_image_encoder).forward_features(BATCH)
     expected = (
         tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)
@@ -151,7 +151,7 @@ def test_networks_without_tokens_pool_over_the_picture(
 ) -> None:
     folder = save_model(tmp_path / "model", architecture, **arguments)
     model = reference(folder)
-    with torch.inference_mode():
+    with torch.no_grad():
         maps = model.forward_features(BATCH)
         own = model.forward_head(maps, pre_logits=True)
     for pooling, expected in (("default", own), ("mean", maps.mean(axes))):
@@ -182,7 +182,7 @@ def test_the_resolution_can_be_overridden(tiny_image_encoder: Path, resnet: Path
     ):
         encoder = load(folder, resolution=48)
         assert encoder.input_shape == (3, 48, 48)
-        with torch.inference_mode():
+        with torch.no_grad():
             expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
         assert torch.allclose(encoder.encode(pixels), expected, atol=1e-6)
 

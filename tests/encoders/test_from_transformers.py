@@ -48,7 +48,7 @@ def hidden_states(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.T
         truncation=True,
         return_tensors="pt",
     )
-    with torch.inference_mode():
+    with torch.no_grad():
         model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
         return model(**inputs).last_hidden_state, inputs["attention_mask"]
 
@@ -446,7 +446,7 @@ def test_image_features_are_the_cls_token_or_the_mean_of_the_patches(
     name: str,
 ) -> None:
     n_prefix = VISION[name][2]
-    with torch.inference_mode():
+    with torch.no_grad():
         hidden = (
             AutoModel.from_pretrained(vision[name]).eval()(pixel_values=PIXELS).last_hidden_state
         )

@@ -116,7 +116,7 @@ def test_a_file_with_tabs_holds_labels_and_names(tmp_path: Path) -> None:
         ("", "no class name"),
         (" \n\n", "no class name"),
         ("a\nb\tc\n", "line 2: 2 cells; expected a name, or label, tab and name"),
-        ("a\tb\nc\n", "line 2: 1 cells"),
+        ("a\tb\nc\n", "line 2: 1 cell;"),
         ("a\tb\tc\n", "line 1: 3 cells"),
         ("a\t\n", "line 1: 2 cells"),
         ("a\n\nb\na\n", "line 4: 'a' again"),

@@ -152,7 +152,7 @@ def by_auto_model(
             max_length=max_length,
             return_tensors="pt",
         )
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden = model(**inputs).last_hidden_state
         return pool(hidden, inputs["attention_mask"])
 
@@ -166,7 +166,7 @@ def gpt2_reference(folder: Path, texts: Sequence[str]) -> Tensor:
     rows: list[Tensor] = []
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=128)["input_ids"]
-        with torch.inference_mode():
+        with torch.no_grad():
             output = model(input_ids=torch.tensor([ids or [tokenizer.eos_token_id]]))
         rows.append(output.last_hidden_state[0, -1])
     return torch.stack(rows)
@@ -177,7 +177,7 @@ def clip_text_reference(model_class: Any) -> Reference:
         tokenizer = hf.AutoTokenizer.from_pretrained(folder)
         inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         model = model_class.from_pretrained(folder).eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden = model.text_model(**inputs).last_hidden_state
             ends = (inputs["input_ids"] == tokenizer.eos_token_id).int().argmax(1)
             return model.text_projection(hidden[torch.arange(len(texts)), ends])
@@ -625,7 +625,7 @@ def by_processor(model_class: Any, take: Callable[[Any, Tensor], Tensor]) -> Ref
         processor = hf.AutoImageProcessor.from_pretrained(folder)
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
         model = model_class.from_pretrained(folder).eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             return take(model, pixels)
 
     return reference
@@ -743,7 +743,7 @@ def timm_reference(folder: Path, images: Sequence[Image.Image]) -> Tensor:
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    with torch.inference_mode():
+    with torch.no_grad():
         features: Tensor = model(torch.stack([transform(image) for image in images]))
     return features
 
@@ -818,7 +818,7 @@ def open_clip_text(folder: Path, texts: Sequence[str]) -> Tensor:
 
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    with torch.inference_mode():
+    with torch.no_grad():
         features: Tensor = model.encode_text(tokenizer(list(texts)), normalize=False)
     return features
 
@@ -828,7 +828,7 @@ def open_clip_image(folder: Path, images: Sequence[Image.Image]) -> Tensor:
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     pixels = torch.stack([transform(image) for image in images])
-    with torch.inference_mode():
+    with torch.no_grad():
         features: Tensor = model.eval().encode_image(pixels, normalize=False)
     return features
 
