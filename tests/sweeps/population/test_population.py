@@ -148,7 +148,7 @@ def test_several_heads_side_by_side_are_stacked_too() -> None:
     sides = [
         text
         for side in ("image", "text")
-        for text in (f"{side}.kind=several", f"{side}.parts={part}")
+        for text in (f"{side}.kind=ensemble", f"{side}.parts={part}")
     ]
     cases = [["schedule.epochs=3", *sides, f"optimizer.lr={lr}"] for lr in (1e-2, 1e-3)]
     for seed, member in enumerate(together(cases)):
