@@ -29,7 +29,7 @@ from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 
 class InTurn:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tower import TowerSpec
+
+from benchmarks.reliability.injection.tower import TowerSpec
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 
 @pytest.mark.slow
@@ -19,7 +20,7 @@ def test_kills_on_a_cluster_lose_nothing(
     long_run: bool,
     kind: str,
 ) -> None:
-    from faults_cluster import cluster_kills
+    from benchmarks.reliability.injection.cluster import cluster_kills
 
     count = 20 if long_run else 1
     result = cluster_kills(nodes, folder=tmp_path, spec=TowerSpec(), kind=kind, count=count, seed=5)

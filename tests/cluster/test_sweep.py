@@ -22,7 +22,7 @@ from apecache.train.batches import SplitSpec
 from apecache.train.head_data import FitSpec
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")

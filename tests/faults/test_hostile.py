@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults_hostile import hostile_files
+
+from benchmarks.reliability.injection.hostile import hostile_files
 
 LONG = os.environ.get("APECACHE_FAULTS") == "long"
 
@@ -34,7 +35,7 @@ def test_the_watch_sees_what_must_not_happen(tmp_path: Path, deed: str) -> None:
     code = f"""
 import contextlib, os, pickle, random, socket
 from pathlib import Path
-from faults_hostile import watch
+from benchmarks.reliability.injection.hostile import watch
 seen = []
 arm = watch(Path({str(tmp_path)!r}), seen)
 arm(True)
@@ -45,7 +46,7 @@ print(len(seen))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
