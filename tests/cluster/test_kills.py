@@ -12,8 +12,14 @@ if TYPE_CHECKING:
     from benchmarks.reliability.injection.cluster import Nodes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["actor", "node", "driver"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "actor",
+        pytest.param("node", marks=pytest.mark.slow),
+        pytest.param("driver", marks=pytest.mark.slow),
+    ],
+)
 def test_kills_on_a_cluster_lose_nothing(
     nodes: "Nodes",
     tmp_path: Path,

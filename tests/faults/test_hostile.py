@@ -10,6 +10,13 @@ from benchmarks.reliability.injection.hostile import hostile_files
 LONG = os.environ.get("APECACHE_FAULTS") == "long"
 
 
+def test_a_few_hostile_files_of_every_kind_are_refused_or_read(tmp_path: Path) -> None:
+    outcome = hostile_files(tmp_path, count=60, seed=11)
+    assert outcome.wrong == []
+    assert len(outcome.tried) >= 4
+    assert outcome.refused.total() > 10
+
+
 @pytest.mark.slow
 def test_files_that_somebody_wrote_to_do_harm_give_errors_of_ours_and_run_nothing(
     tmp_path: Path,
