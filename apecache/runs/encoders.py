@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.images import Picture, open_readable
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
+from apecache.device import resolve_device
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError, raise_if_refused
@@ -138,7 +139,7 @@ def load_encoders(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     description = read_description(run)
-    torch_device = parse_device(device)
+    torch_device = resolve_device(device)
     recipe = parse_recipe(description["recipe"], str(run / DESCRIPTION))
     live_encoders: list[ImageEncoder | TextEncoder | None] = []
     for side, moved in (("image", image), ("text", text)):

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(1 + image % 3)]
@@ -52,14 +53,6 @@ EVERYTHING = {
     ],
     "closed form first": ["init=cca", "image.dim=6", "text.dim=6", "image.input_dropout=0.1"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
