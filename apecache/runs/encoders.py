@@ -23,7 +23,7 @@ from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.former_keys import with_former_keys, with_new_keys
 from apecache.recipes.recipe import parse_recipe
 from apecache.runs.heads import TrainedSide
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.atomic import HEADER_KEY, replace_tensors, replace_text
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -188,7 +188,7 @@ def save_encoders(
         description: What the run says of itself.
     """
     # `read_tensors` refuses a file without this header.
-    replace_tensors(run / WEIGHTS, tensors, {"apecache": "{}"})
+    replace_tensors(run / WEIGHTS, tensors, {HEADER_KEY: "{}"})
     replace_text(run / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False))
 
 
@@ -217,7 +217,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["apecache"])
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise_if_refused(path)

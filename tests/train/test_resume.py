@@ -20,6 +20,7 @@ from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.runs.folder import locked, read_history
+from apecache.storage.atomic import HEADER_KEY
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
@@ -276,7 +277,7 @@ def test_a_damaged_checkpoint_is_refused(
             }
             save_checkpoint(out, tensors, state)
         case _:
-            save_file(load_file(path), path, {"state": json.dumps({"format": 9})})
+            save_file(load_file(path), path, {HEADER_KEY: json.dumps({"format": 9})})
     with pytest.raises(
         RunError,
         match="upgrade" if damage == "newer" else "begin anew with --overwrite",
