@@ -184,6 +184,17 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_store: Path) -> Path
 
 
 @pytest.fixture(scope="session")
+def tiny_index(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path, tiny_store: Path) -> Path:
+    """An index of the tiny store under the tiny run; for tests that only read it."""
+    from apecache.search.index import build_index
+    from apecache.store.reader import FeatureStore
+
+    index = tmp_path_factory.mktemp("indexes") / "index"
+    build_index(tiny_run, FeatureStore.open(tiny_store), index)
+    return index
+
+
+@pytest.fixture(scope="session")
 def write_store() -> Callable[..., Any]:
     """`write_feature_store`: a store of given features, for tests that need no encoder."""
     from benchmarks.made_up_store import write_feature_store
