@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from apecache.device import resolve_device
 from apecache.errors import RecipeError
 from apecache.heads.head import embed
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
@@ -43,7 +44,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             form; at least 2 rows, at most half. They are drawn by `random_state`. The other rows
             are fitted.
         random_state: seed, or a generator.
-        device: where the heads are trained.
+        device: where the heads are trained: auto, cpu, cuda or cuda:N.
 
     Attributes:
         model_: heads and temperature.
@@ -93,7 +94,7 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             y=texts,
             fraction=self.dev_fraction,
             seed=seed,
-            device=torch.device(self.device),
+            device=resolve_device(self.device),
         )
         model, _ = initial_model(recipe, train=train, dev=dev, seed=seed)
         training = Training(model, recipe, seed)

@@ -1,6 +1,7 @@
 """`apecache recipes`."""
 
 import re
+from json import dumps as to_json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,8 @@ def recipes(
 ) -> None:
     """List the recipes: what must be cached or run live, what trains, where it comes from.
 
+    With a name, also print the settings as one recipe file, with those of the recipes it extends.
+
     Parameters of recipes for fit-head are for features of the given widths. One recipe for
     fit-encoder is counted with ViT-B/16 and BERT-base; apecache plan counts it with your encoders.
 
@@ -40,6 +43,8 @@ def recipes(
         names = [name] if name else zoo_names()
         loaded = [load_recipe(recipe_name) for recipe_name in names]
         rows = [_describe(recipe, image_dim, text_dim) for recipe in loaded]
+        if name:
+            rows[0]["settings"] = loaded[0].model_dump(mode="json")
         if json:
             values = {"image_dim": image_dim, "text_dim": text_dim, "recipes": rows}
             show_json({**values, "encoder_recipes": [*tower_zoo_names(), *freeze_names()]})
@@ -49,7 +54,8 @@ def recipes(
         counted_with = rows[0]["counted_with"]
         show_table(f"recipes; parameters for {counted_with}", COLUMNS, lines)
         if name:
-            typer.echo(f"source: {loaded[0].source}")
+            typer.echo(f"source: {loaded[0].source}\n")
+            typer.echo("\n".join(_settings_lines(loaded[0])))
             return
         show_table(
             "recipes for fit-encoder; apecache recipes NAME counts one",
@@ -83,6 +89,27 @@ def _describe(recipe: "Recipe", image_dim: int, text_dim: int) -> dict[str, Any]
         "n_trained_parameters": needs.n_trained,
         "counted_with": encoders,
     }
+
+
+def _settings_lines(recipe: "Recipe") -> list[str]:
+    """Return the settings that a recipe and its bases set, as lines of a TOML file."""
+    settings = recipe.model_dump(mode="json", exclude_unset=True, exclude={"source"})
+    lines = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{key}.{name} = {_toml(inner)}" for name, inner in value.items()]
+        else:
+            lines.append(f"{key} = {_toml(value)}")
+    return lines
+
+
+def _toml(value: Any) -> str:
+    """Write a value of JSON as one of TOML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return to_json(value, ensure_ascii=False)
 
 
 def _summary(recipe: "Recipe") -> str:

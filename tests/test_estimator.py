@@ -2,12 +2,10 @@
 planted pairs."""
 
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -18,6 +16,8 @@ from apecache.errors import RecipeError
 from apecache.estimator import AlignmentHead
 from apecache.recipes.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = (
     "schedule.epochs=8",
     "schedule.batch_size=64",
@@ -26,14 +26,6 @@ SHORT = (
     "text.dim=16",
 )
 LINEAR = AlignmentHead("lilt-projection", ("schedule.epochs=2", "image.dim=8", "text.dim=8"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 ROUNDED = {"check_methods_sample_order_invariance", "check_methods_subset_invariance"}

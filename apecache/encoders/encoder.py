@@ -341,23 +341,3 @@ def freeze(module: nn.Module, spec: EncoderSpec, device: torch.device) -> nn.Mod
     """Return the module in evaluation mode, without gradients, on `device` in the spec's dtype."""
     frozen = module.eval().requires_grad_(False)
     return frozen.to(device, TORCH_DTYPES[spec.dtype])
-
-
-def parse_device(device: str) -> torch.device:
-    """Return the device of that name; `auto` is CUDA if there is one, else the CPU.
-
-    Raises:
-        EncoderError: the device cannot be used.
-    """
-    name = device
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        # torch.device accepts devices that do not exist; only an allocation finds out.
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise EncoderError(
-            f"device {device!r} cannot be used ({reason}); try --device auto or cpu"
-        ) from None
-    return torch.device(name)

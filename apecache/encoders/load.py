@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
+from apecache.device import resolve_device
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
@@ -19,7 +20,8 @@ def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
     """Load one image encoder.
 
     Raises:
-        EncoderError: the encoder cannot be loaded, or the device cannot be used.
+        EncoderError: the encoder cannot be loaded.
+        OptionError: the device cannot be used.
     """
     return load_image_encoders([spec], device)[0]
 
@@ -28,7 +30,8 @@ def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
     """Load one text encoder.
 
     Raises:
-        EncoderError: the encoder cannot be loaded, or the device cannot be used.
+        EncoderError: the encoder cannot be loaded.
+        OptionError: the device cannot be used.
     """
     return load_text_encoders([spec], device)[0]
 
@@ -44,7 +47,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
             raise EncoderError(
                 f"encoder {spec}: the last token is for texts only; give --image-cut cls or mean"
             )
-    torch_device = parse_device(device)
+    torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, ImageEncoder] = {}
     for cuts in _by_model(specs):
         match cuts[0].library:
@@ -66,7 +69,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
 
 def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
     """Load several text encoders, as `load_image_encoders` does."""
-    torch_device = parse_device(device)
+    torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
         match cuts[0].library:

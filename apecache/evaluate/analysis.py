@@ -17,6 +17,7 @@ from apecache.errors import RunError
 from apecache.fingerprint import Modality
 from apecache.runs.encoders import TrainedTower
 from apecache.runs.load import Run, RunSide
+from apecache.storage.atomic import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,6 @@ def write_charts(reports: tuple[ShiftReport, ...], out: Path) -> tuple[Path, ...
     paths = []
     for report in reports:
         path = out / f"layernorm-shift-{report.side}.svg"
-        path.write_text(bar_chart(report), encoding="utf-8")
+        replace_text(path, bar_chart(report))
         paths.append(path)
     return tuple(paths)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apecache.fingerprint import Json
 from apecache.runs.heads import TrainedHeads, TrainedSide
-from apecache.storage.atomic import replace_tensors
+from apecache.storage.atomic import replace_tensors, replace_text
 
 SIDES = ("image", "text")
 
@@ -40,10 +40,8 @@ def write_description(heads: TrainedHeads, out: Path, **more: Json) -> str:
     sides = {side: _describe(getattr(heads, side)) for side in SIDES}
     value = {**sides, "scale": heads.scale, "normalized": True, **more}
     # Strict JSON: other programs refuse NaN.
-    (out / "heads.json").write_text(
-        json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False),
-        encoding="utf-8",
-    )
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    replace_text(out / "heads.json", text)
     return "heads.json"
 
 

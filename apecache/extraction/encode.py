@@ -143,7 +143,7 @@ class ImageJob:
     @property
     def models(self) -> list[list[ArrayTarget[ImageEncoder]]]:
         """Return the targets, grouped by model."""
-        return _by_model(self.targets)
+        return _by_module(self.targets)
 
     @cached_property
     def passes(self) -> list[Callable[[Tensor], list[Tensor]]]:
@@ -374,7 +374,7 @@ def _alike(
     return list(groups.values())
 
 
-def _by_model(targets: Sequence[ArrayTarget[Encoder]]) -> list[list[ArrayTarget[Encoder]]]:
+def _by_module(targets: Sequence[ArrayTarget[Encoder]]) -> list[list[ArrayTarget[Encoder]]]:
     """Group targets whose encoders are cuts of one model."""
     groups: dict[int, list[ArrayTarget[Encoder]]] = {}
     for target in targets:

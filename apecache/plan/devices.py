@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from apecache.device import resolve_device
 from apecache.errors import OptionError, nearest
 
 
@@ -110,7 +111,7 @@ def measure_device(dim: int = 384, length: int = 128, n: int = 4, seconds: float
         n: sequences in a batch.
         seconds: how long to run.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto")
     on_cuda = device.type == "cuda"
     block = nn.TransformerEncoderLayer(
         dim,

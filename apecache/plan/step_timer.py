@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from apecache.data.images import decode_image
-from apecache.encoders.encoder import parse_device
+from apecache.device import resolve_device
 from apecache.encoders.load import load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Cut, Tower
@@ -100,7 +100,7 @@ class StepTimer:
     @property
     def device(self) -> torch.device:
         """Return the device on which steps are timed."""
-        return parse_device("auto")
+        return resolve_device("auto")
 
     def _seconds(self, cuts: Cuts, n_images: int, is_part: bool) -> float:
         """Return the median seconds of a warm step with batches of `n_images`.

@@ -16,6 +16,7 @@ from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
 from apecache.losses.spec import LossSpec
+from apecache.recipes.extend import RecipeLayer, is_file, merged_layers, require_no_cycle
 from apecache.recipes.former_keys import NEW_KEYS, NEW_KINDS
 from apecache.recipes.sections import (
     DistillationSpec,
@@ -286,27 +287,53 @@ def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         OptionError: arguments of another type.
         RecipeError: unknown name, not TOML, an unknown key (with the nearest one), a value of the
-            wrong type.
+            wrong type, a base that cannot be read, recipes that extend one another in a circle.
     """
     if not isinstance(name, str | os.PathLike):
         raise wrong_type(name, "the name of a recipe or a path of a .toml file", "name")
     name = os.fspath(name)
     settings = as_texts(settings, "settings")
-    # The ending decides, not a look at the disk: a recipe's name never means a file.
-    is_file = name.endswith(".toml")
-    is_freeze = name.startswith(FREEZE) and not is_file
-    source = Path(name) if is_file else _packaged("freeze" if is_freeze else name)
+    layers = _read_layers(name)
+    values = merged_layers(layers)
+    for setting in settings:
+        values = _override(values, setting)
+    # A wrong key may stand in any of the files.
+    where = " extending ".join(layer.name for layer in layers) if is_file(name) else name
+    return parse_recipe(values, where)
+
+
+def _read_layers(name: str) -> list[RecipeLayer]:
+    """Read a recipe and those that it extends, each before its base.
+
+    Raises:
+        RecipeError: as `load_recipe`, or the recipes extend one another in a circle.
+    """
+    layers = [RecipeLayer(name=name, values=_read_values(name))]
+    while (base := layers[-1].base()) is not None:
+        require_no_cycle(layers, base)
+        try:
+            values = _read_values(base)
+        except RecipeError as error:
+            raise RecipeError(f"{layers[-1].name}: extends: {error}") from None
+        layers.append(RecipeLayer(name=base, values=values))
+    return layers
+
+
+def _read_values(name: str) -> dict[str, Any]:
+    """Read one recipe's own values.
+
+    Raises:
+        RecipeError: unknown name, or not TOML.
+    """
+    is_freeze = name.startswith(FREEZE) and not is_file(name)
+    source = Path(name) if is_file(name) else _packaged("freeze" if is_freeze else name)
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{name}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{name}: not TOML: {error}") from None
-    if is_freeze:
-        values = _freeze(values, name.removeprefix(FREEZE))
-    for setting in settings:
-        values = _override(values, setting)
-    return parse_recipe(values, name)
+    return _freeze(values, name.removeprefix(FREEZE)) if is_freeze else values
 
 
 def as_recipe(recipe: object) -> Recipe:
@@ -379,6 +406,8 @@ def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
         raise RecipeError(
             f"--set {setting!r}: expected section.key=value, for example optimizer.lr=3e-4"
         )
+    if keys[0] == "extends":
+        raise RecipeError(f"--set {setting!r}: only a recipe file extends another; write one")
     try:
         value = tomllib.loads(f"x = {text.strip()}")["x"]
     except (tomllib.TOMLDecodeError, RecursionError):

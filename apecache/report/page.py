@@ -7,7 +7,6 @@ inline SVG. Every text given here is data; markup in it is shown, not interprete
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from apecache.report.charts.axes import ticks
 from apecache.report.charts.intervals import Intervals, draw_intervals
 from apecache.report.charts.parallel import Parallel, draw
 from apecache.report.gallery import Gallery
+from apecache.storage.atomic import replace_bytes
 
 Cell = str | float | int | None
 Point = tuple[float, float]
@@ -130,14 +130,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_file():
         raise OptionError(f"{target} is not a regular file; choose another --out")
     data = render_page(page).encode("utf-8")
-    # In the same folder: a file can be replaced in one step only within one file system.
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    finally:
-        # After the replacement it is gone already, hence missing_ok.
-        temporary.unlink(missing_ok=True)
+    replace_bytes(target, data)
     return target
 
 

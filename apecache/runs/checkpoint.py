@@ -14,10 +14,12 @@ from torch import Tensor
 from apecache.errors import RunError, raise_if_refused
 from apecache.fingerprint import Json
 from apecache.recipes.former_keys import NEW_KEYS, with_new_keys
-from apecache.storage.atomic import replace_tensors
+from apecache.storage.atomic import HEADER_KEY, replace_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT_VERSION = 1
+FORMER_HEADER_KEY = "state"
+"""In checkpoints that earlier versions wrote."""
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
@@ -28,7 +30,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[
     # One file for both: tensors and state can never be of different steps.
     text = json.dumps({"format": FORMAT_VERSION, **state}, ensure_ascii=False, allow_nan=False)
     # A safetensors header maps strings to strings, so the state is one string.
-    replace_tensors(folder / CHECKPOINT, tensors, {"state": text})
+    replace_tensors(folder / CHECKPOINT, tensors, {HEADER_KEY: text})
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
@@ -41,7 +43,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            state = with_new_keys(json.loads(file.metadata()["state"]))
+            header = file.metadata()
+            key = HEADER_KEY if HEADER_KEY in header else FORMER_HEADER_KEY
+            state = with_new_keys(json.loads(header[key]))
             for name in file.keys():  # noqa: SIM118
                 group_name, separator, inner_name = name.partition("/")
                 new_name = NEW_KEYS.get(group_name, group_name)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.images import Picture, open_readable
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, parse_device
+from apecache.device import resolve_device
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError, raise_if_refused
@@ -22,7 +23,7 @@ from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.former_keys import with_former_keys, with_new_keys
 from apecache.recipes.recipe import parse_recipe
 from apecache.runs.heads import TrainedSide
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.atomic import HEADER_KEY, replace_tensors, replace_text
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"
@@ -138,7 +139,7 @@ def load_encoders(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     description = read_description(run)
-    torch_device = parse_device(device)
+    torch_device = resolve_device(device)
     recipe = parse_recipe(description["recipe"], str(run / DESCRIPTION))
     live_encoders: list[ImageEncoder | TextEncoder | None] = []
     for side, moved in (("image", image), ("text", text)):
@@ -187,7 +188,7 @@ def save_encoders(
         description: What the run says of itself.
     """
     # `read_tensors` refuses a file without this header.
-    replace_tensors(run / WEIGHTS, tensors, {"apecache": "{}"})
+    replace_tensors(run / WEIGHTS, tensors, {HEADER_KEY: "{}"})
     replace_text(run / DESCRIPTION, json.dumps(description, indent=1, ensure_ascii=False))
 
 
@@ -216,7 +217,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["apecache"])
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise_if_refused(path)

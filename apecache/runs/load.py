@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.encoders.encoder import parse_device
+from apecache.device import resolve_device
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import RunError, require_local
@@ -49,7 +49,7 @@ def load_run(
     require_type(text, EncoderSpec, "text", optional=True)
     if is_encoder_run(folder):
         return load_encoders(folder, device=device, image=image, text=text)
-    return load_heads(folder, parse_device(device))
+    return load_heads(folder, resolve_device(device))
 
 
 def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:

@@ -122,7 +122,8 @@ def load(
 
     Raises:
         RunError: `run` is not a finished run.
-        EncoderError: The device cannot be used, or a trained encoder cannot be loaded.
+        OptionError: The device cannot be used.
+        EncoderError: A trained encoder cannot be loaded.
         MismatchError: A trained encoder is not the one that was trained.
     """
     require_type(image, EncoderSpec, "image", optional=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, as_texts, require_integer, require_type, wrong_type
 from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
-from apecache.encoders.encoder import parse_device
+from apecache.device import resolve_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.heads.normalization import normalize
@@ -355,7 +355,7 @@ class SearchIndex:
         vectors.tune(self.nprobe, self.ef_search)
         # Only on request: not every FAISS has GPU code, and not every kind can be moved.
         if self.device.startswith("cuda"):
-            vectors = vectors.to_gpu(parse_device(self.device))
+            vectors = vectors.to_gpu(resolve_device(self.device))
         return vectors, rows
 
     @property

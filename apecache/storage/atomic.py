@@ -16,26 +16,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+HEADER_KEY = "apecache"
+"""Of the JSON in the header of our safetensors files."""
+
+
 def scratch_of(path: Path) -> Path:
     """Return where `path` is written before it gets its name.
 
-    It is a file for text and a folder for tensors. A kill leaves it; the next write of `path`
-    removes it.
+    It is a file for text and bytes, and a folder for tensors. A kill leaves it; the next write of
+    `path` removes it.
     """
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file, durably, in place of the old one."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file, durably, in place of the old one."""
     scratch = scratch_of(path)
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with scratch.open("wb") as file:
+            file.write(data)
             file.flush()
             # Before the rename: else a power cut could leave the new name with an empty file.
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:
         scratch.unlink(missing_ok=True)
         raise
     # The folder holds the name, so the rename is durable only after it is synced.

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
+from apecache.device import resolve_device
 from apecache.errors import MismatchError, OptionError, RunError, counted
 from apecache.fingerprint import Fingerprint
 from apecache.recipes.recipe import Recipe
@@ -24,7 +25,7 @@ from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, TrialBatch, plan_trials
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial, ranked, read_trials
-from apecache.train.fit_head import choose_device, fit_head
+from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits, require_kind
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
@@ -124,7 +125,7 @@ def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
         image=image,
         text=text,
         spec=fit.splits,
-        device=choose_device(fit.device),
+        device=resolve_device(fit.device),
     )
 
     def require_kinds(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
-from apecache.encoders.encoder import parse_device
+from apecache.device import resolve_device
 from apecache.fingerprint import Json, Modality
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe, as_recipe
@@ -119,7 +119,7 @@ def fit_encoder(
     recipe = as_recipe(recipe)
     out = as_path(out, "out")
     spec = spec or FitEncoderSpec()
-    device = parse_device(own_device(spec.device))
+    device = resolve_device(own_device(spec.device))
     with joined(device) as ranks:
         require_sensible(recipe, spec, ranks)
         require_usable(out, spec.overwrite, FILES)

@@ -9,9 +9,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
+from apecache.device import resolve_device
 from apecache.errors import RecipeError
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.head import Head
@@ -113,7 +112,7 @@ def fit_head(
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
-    device = choose_device(spec.device)
+    device = resolve_device(spec.device)
     # The meter starts before loading: resident features count for the peak of memory.
     meter = ResourceMeter(device)
     begin = time.perf_counter()
@@ -226,7 +225,7 @@ def untrained_heads(
         image=arrays[0],
         text=arrays[1],
         spec=spec.splits,
-        device=choose_device(spec.device),
+        device=resolve_device(spec.device),
         recipe=recipe,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
@@ -285,23 +284,6 @@ def _report(
         seconds=training.seconds,
         ledger=ledger,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the GPU if there is one.
-
-    Raises:
-        RecipeError: The device cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        # A tensor's device has an index: `cuda` alone would not equal it.
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu"
-        ) from None
 
 
 def _side(head: Head, array: FeatureArray) -> TrainedSide:

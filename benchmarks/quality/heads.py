@@ -14,7 +14,6 @@ the best of ten heads in each column.
 
 import argparse
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+from benchmarks.made_up_store import write_feature_store
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 COMBINATION = ("mixed", "gated", "projection", "projection")
@@ -274,9 +274,6 @@ def token_goals(rows: list[dict[str, Any]]) -> list[Goal]:
 def made_up(work: Path) -> Path:
     """A store of 80 images with two captions each: two noisy views of a few hidden numbers."""
     import numpy as np
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    from conftest import write_feature_store
 
     rng = np.random.default_rng(0)
     splits = ["train"] * 48 + ["dev"] * 16 + ["val"] * 16

@@ -2,7 +2,7 @@
 
     python -m benchmarks.reliability.cluster [--quick] [--json FILE]
 
-The scenarios are those of tests/faults/faults_cluster.py, with 20 kills each; `--quick` takes the
+The scenarios are those of `injection.cluster`, with 20 kills each; `--quick` takes the
 counts of the tests.
 """
 
@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import Goal, print_goals, print_table, write_result
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
-
-from faults_cluster import KINDS, NODES, Nodes, cluster_kills, running_nodes
-from tower import TowerSpec
+from benchmarks.reliability.injection.cluster import (
+    KINDS,
+    NODES,
+    Nodes,
+    cluster_kills,
+    running_nodes,
+)
+from benchmarks.reliability.injection.tower import TowerSpec
 
 KILLS = 20
 QUICK_KILLS = 1

@@ -9,7 +9,6 @@ the overhead on the same cores is measured by benchmarks.speed.engines.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,10 +24,7 @@ from apecache.encoders.packaged import write_packaged_encoders
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.run import ExtractReport, ExtractSpec, extract
 from benchmarks.record import Goal, print_goals, print_table, write_result
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
-
-from faults_cluster import running_nodes
+from benchmarks.reliability.injection.cluster import running_nodes
 
 DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
 ACTORS = 2

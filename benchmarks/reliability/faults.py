@@ -3,7 +3,7 @@ the store promises.
 
     python -m benchmarks.reliability.faults [--quick] [--json FILE]
 
-The scenarios are those of tests/faults, with more of everything; `--quick` takes the counts of the
+The scenarios are those of `injection`, with more of everything; `--quick` takes the counts of the
 tests. To add one, write a function that returns a `Row` and put it into `SCENARIOS`.
 """
 
@@ -18,16 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.record import Goal, print_goals, print_table, write_result
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
-
-import faults_damage
-import faults_hostile
-import faults_io
-import faults_kill
-import faults_power
-import faults_writers
-from tower import SMALL, Towers, TowerSpec, run
+from benchmarks.reliability.injection import damage, hostile, io_errors, kill, power, writers
+from benchmarks.reliability.injection.tower import SMALL, Towers, TowerSpec, run
 
 SPEC = TowerSpec()
 
@@ -56,7 +48,7 @@ class Bench:
 
 
 def named_kills(bench: Bench) -> Row:
-    result = faults_kill.named_kills(bench.towers, bench.folder, SPEC)
+    result = kill.named_kills(bench.towers, bench.folder, SPEC)
     return _row(
         "kill -9 at named points",
         faults=result.kills,
@@ -66,7 +58,7 @@ def named_kills(bench: Bench) -> Row:
 
 
 def random_kills(bench: Bench) -> Row:
-    result = faults_kill.random_kills(
+    result = kill.random_kills(
         bench.towers,
         folder=bench.folder,
         spec=SPEC,
@@ -82,7 +74,7 @@ def random_kills(bench: Bench) -> Row:
 
 
 def power_cuts(bench: Bench) -> Row:
-    result = faults_power.cut_anywhere(
+    result = power.cut_anywhere(
         bench.folder,
         SPEC,
         resumes=bench.count(120, -1),
@@ -94,7 +86,7 @@ def power_cuts(bench: Bench) -> Row:
 
 def power_cuts_after_kills(bench: Bench) -> Row:
     spec = TowerSpec(images=5) if bench.quick else SMALL
-    result = faults_power.kill_then_cut(bench.folder, spec, everywhere=not bench.quick)
+    result = power.kill_then_cut(bench.folder, spec, everywhere=not bench.quick)
     return _row(
         "kill, resume, power cut",
         faults=result.states,
@@ -107,14 +99,14 @@ def needless_fsyncs(bench: Bench) -> Row:
     """Each fsync left out in turn must break a promise."""
     needless = [
         name
-        for number, name in enumerate(faults_power.sync_calls())
-        if not faults_power.finds_violation(
+        for number, name in enumerate(power.sync_calls())
+        if not power.finds_violation(
             bench.folder / str(number),
             SMALL,
-            faults_power.without_sync(number),
+            power.without_sync(number),
         )
     ]
-    tried = len(faults_power.sync_calls())
+    tried = len(power.sync_calls())
     return _row(
         "fsync left out",
         faults=tried,
@@ -124,7 +116,7 @@ def needless_fsyncs(bench: Bench) -> Row:
 
 
 def failing_calls(bench: Bench) -> Row:
-    result = faults_io.failing_calls(
+    result = io_errors.failing_calls(
         bench.folder,
         SMALL if bench.quick else SPEC,
         every=not bench.quick,
@@ -140,20 +132,20 @@ def failing_calls(bench: Bench) -> Row:
 
 def crowds(bench: Bench) -> Row:
     spec = SMALL if bench.quick else SPEC
-    result = faults_writers.crowded_rounds(
+    result = writers.crowded_rounds(
         bench.towers,
         folder=bench.folder,
         spec=spec,
         rounds=bench.count(20, 200),
         seed=bench.seed,
     )
-    detail = f"{faults_writers.WRITERS} processes, {result.commits} commits, {result.killed} killed"
+    detail = f"{writers.WRITERS} processes, {result.commits} commits, {result.killed} killed"
     return _row("several writers, rounds", faults=result.rounds, wrong=result.wrong, detail=detail)
 
 
 def damaged_files(bench: Bench) -> Row:
     run(bench.folder / "store", SMALL)
-    outcomes, wrong = faults_damage.damages(
+    outcomes, wrong = damage.damages(
         bench.folder / "store",
         bench.count(500, 5000),
         bench.seed,
@@ -163,7 +155,7 @@ def damaged_files(bench: Bench) -> Row:
 
 
 def hostile_files(bench: Bench) -> Row:
-    result = faults_hostile.hostile_files(bench.folder, bench.count(500, 5000), bench.seed)
+    result = hostile.hostile_files(bench.folder, bench.count(500, 5000), bench.seed)
     detail = ", ".join(
         f"{result.refused[kind]} of {count} {kind}s" for kind, count in sorted(result.tried.items())
     )

@@ -193,6 +193,7 @@ def test_a_killed_measurement_goes_on_with_the_finished_fit(
     assert outcome.costs["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_labels_languages_and_random_towers_are_measured(setting: LawsSetting, table: Path) -> None:
     pairs = open_pairs(table)
     spoken = tuple(replace(pair, languages=("de", "fr")) for pair in pairs)

@@ -293,7 +293,7 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
         ),
         (
             ["fit-head", "{store}", "--recipe", "ape", "--out", "x", "--device", "cuda:99"],
-            3,
+            2,
             "cuda:99",
         ),
         (["search", "no-such-index", "dog"], 3, "is no index"),
@@ -399,7 +399,7 @@ def test_search_by_key_and_arithmetic_and_csls(chain: dict[str, Path]) -> None:
         ),
         (["search", "{index}", "dog", "--unlike", "dog"], 2, "cancel out"),
         (["search", "{index}", "dog", "--nprobe", "4"], 2, "has no use for it"),
-        (["search", "{index}", "dog", "--device", "cuda:99"], 3, "cuda:99"),
+        (["search", "{index}", "dog", "--device", "cuda:99"], 2, "cuda:99"),
         (
             ["index", "{run}", "--store", "{store}", "--out", "x", "--kind", "ivf"],
             3,

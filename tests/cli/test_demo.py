@@ -44,7 +44,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("packaged_encoders")
 def test_the_command_that_an_interrupt_prints_resumes_the_demo(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -60,7 +60,6 @@ def stop_after(
     raise AssertionError(f"ended before {n_commits} commits: {process.communicate()}")
 
 
-@pytest.mark.slow
 def test_killed_and_interrupted_runs_resume_to_the_same_bytes(
     many: Path,
     tmp_path: Path,

@@ -12,7 +12,7 @@ import pytest
 from apecache_cli.app import app
 from typer.testing import CliRunner
 
-from apecache.recipes.recipe import zoo_names
+from apecache.recipes.recipe import load_recipe, parse_recipe, zoo_names
 
 runner = CliRunner()
 
@@ -33,6 +33,17 @@ def test_one_recipe_is_shown_with_its_source() -> None:
     assert result.exit_code == 0
     assert "source: SAIL" in result.stdout
     assert "sharelock" not in result.stdout
+
+
+@pytest.mark.parametrize("name", ["lilt-o", "mixed", "freeze/Vuf-Tuu", "shared-encoder"])
+def test_the_settings_of_one_recipe_are_shown_resolved_as_a_file(name: str, tmp_path: Path) -> None:
+    result = runner.invoke(app, ["recipes", name])
+    path = tmp_path / "shown.toml"
+    path.write_text(result.stdout[result.stdout.rindex("\nname = ") :], encoding="utf-8")
+    recipe = load_recipe(name)
+    assert load_recipe(path) == recipe.model_copy(update={"source": ""})
+    in_json = json.loads(runner.invoke(app, ["recipes", name, "--json"]).stdout)["recipes"][0]
+    assert parse_recipe(in_json["settings"], name) == recipe
 
 
 def test_the_list_and_one_recipe_say_in_the_same_words_that_a_tower_trains() -> None:

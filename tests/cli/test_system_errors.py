@@ -363,7 +363,28 @@ def error_line(answer: dict[str, Any]) -> str:
     return lines[0]
 
 
+def assert_refused(refusal: Refusal, case: Case, answer: dict[str, Any]) -> None:
+    """Check the outcome of a command that could not write."""
+    if refusal != "readonly" and not case.fills:
+        assert answer["code"] == 0, answer
+        return
+    line = error_line(answer)
+    assert answer["code"] == case.code, answer
+    # A limit acts in every folder, so the message may name another one beside it.
+    refusing = Path(answer["out"]) if refusal != "limited" else Path(answer["out"]).parent
+    assert str(refusing) in line
+    assert "again" in line
+    said = {
+        "full": "no space left on",
+        "readonly": "read-only file system",
+        "limited": "too large",
+    }[refusal]
+    assert said in line.lower()
+
+
 SLOW = pytest.mark.slow
+FEW = tuple(case for case in HERE if str(case) in ("extract-store", "fit-head", "report"))
+"""Cases for every run of the tests; the slow tests have all of them."""
 
 
 @pytest.mark.parametrize("case", HERE, ids=str)
@@ -381,22 +402,17 @@ def test_what_the_system_refuses_to_write_ends_as_one_line(
     outcomes: Callable[..., dict[Case, Any]],
 ) -> None:
     require(refusal)
-    answer = outcomes(refusal, HERE)[case]
-    if refusal != "readonly" and not case.fills:
-        assert answer["code"] == 0, answer
-        return
-    line = error_line(answer)
-    assert answer["code"] == case.code, answer
-    # A limit acts in every folder, so the message may name another one beside it.
-    refusing = Path(answer["out"]) if refusal != "limited" else Path(answer["out"]).parent
-    assert str(refusing) in line
-    assert "again" in line
-    said = {
-        "full": "no space left on",
-        "readonly": "read-only file system",
-        "limited": "too large",
-    }[refusal]
-    assert said in line.lower()
+    assert_refused(refusal, case, outcomes(refusal, HERE)[case])
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_limit_of_the_process_ends_as_one_line_and_the_command_works_without_it(
+    case: Case,
+    outcomes: Callable[..., dict[Case, Any]],
+) -> None:
+    answer = outcomes("limited", FEW)[case]
+    assert_refused("limited", case, answer)
+    assert (answer["again"]["code"], answer["again"]["exception"]) == (0, None), answer
 
 
 @pytest.mark.slow

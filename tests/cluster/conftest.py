@@ -2,27 +2,26 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+SUPPORT = Path(__file__).parents[1] / "support"
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 
 @pytest.fixture(scope="session")
 def nodes() -> "Iterator[Nodes]":
     if importlib.util.find_spec("ray") is None:
         pytest.skip("needs Ray: pip install 'apecache[ray]'")
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
     try:
-        running = Nodes()
+        running = Nodes([SUPPORT])
     except Exception as error:  # whatever a machine lacks: ports, memory, half a minute
         pytest.skip(f"no Ray cluster starts on this machine ({type(error).__name__}: {error})")
     try:

@@ -29,7 +29,9 @@ from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class InTurn:
@@ -48,14 +50,6 @@ class InTurn:
             if number % 3 == 0:
                 self.workers[(number + 1) % len(self.workers)].do(sent(piece))
             yield piece, sent(done)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

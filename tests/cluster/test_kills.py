@@ -5,21 +5,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tower import TowerSpec
+
+from benchmarks.reliability.injection.tower import TowerSpec
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["actor", "node", "driver"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "actor",
+        pytest.param("node", marks=pytest.mark.slow),
+        pytest.param("driver", marks=pytest.mark.slow),
+    ],
+)
 def test_kills_on_a_cluster_lose_nothing(
     nodes: "Nodes",
     tmp_path: Path,
     long_run: bool,
     kind: str,
 ) -> None:
-    from faults_cluster import cluster_kills
+    from benchmarks.reliability.injection.cluster import cluster_kills
 
     count = 20 if long_run else 1
     result = cluster_kills(nodes, folder=tmp_path, spec=TowerSpec(), kind=kind, count=count, seed=5)

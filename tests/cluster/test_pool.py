@@ -28,7 +28,7 @@ from apecache.errors import (
 )
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
 
 SUPPORT = str(Path(__file__).parents[1] / "support")
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 from pieces import sent
 from recipes import SMALL
 
@@ -22,7 +21,9 @@ from apecache.train.batches import SplitSpec
 from apecache.train.head_data import FitSpec
 
 if TYPE_CHECKING:
-    from faults_cluster import Nodes
+    from benchmarks.reliability.injection.cluster import Nodes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
@@ -30,14 +31,6 @@ SETTINGS = (
     '"optimizer.lr" = {log = [1e-5, 3e-2]}\n"schedule.epochs" = {choice = [9]}\n'
     '"image.kind" = {choice = ["linear", "mlp"]}\n"image.width" = {int = [8, 9]}\n'
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from apecache.data.images import open_picture
 from apecache.errors import DataError, OptionError, RowError
 from apecache.evaluate.embeddings import embed_rows
 from apecache.runs.model import ImageTextModel
-from apecache.search.index import build_index
 from apecache.search.query import Query, SearchIndex
 from apecache.store.reader import FeatureStore
 
@@ -120,14 +119,8 @@ def model(tiny_run: Path) -> ImageTextModel:
 
 
 @pytest.fixture(scope="module")
-def index(
-    tiny_run: Path,
-    tiny_store: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> SearchIndex:
-    out = tmp_path_factory.mktemp("indexes") / "index"
-    build_index(tiny_run, FeatureStore.open(tiny_store), out)
-    return SearchIndex.open(out, device="cpu")
+def index(tiny_index: Path) -> SearchIndex:
+    return SearchIndex.open(tiny_index, device="cpu")
 
 
 def given(way: str, name: str, files: dict[str, Path]) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,12 +13,10 @@ from apecache.encoders.encoder import (
     encode_images,
     encode_texts,
     pad_ids,
-    parse_device,
     pool_tokens,
 )
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
-from apecache.errors import EncoderError
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,17 +113,6 @@ def test_excluded_names_and_other_floating_types_are_handled() -> None:
     assert digest == digest_module(module(a=half["a"]))
     assert digest != digest_module(module(**half))
     assert digest != digest_module(module(a=torch.ones(2, dtype=torch.float16)))
-
-
-def test_the_device_is_found_or_refused() -> None:
-    assert parse_device("cpu") == torch.device("cpu")
-    assert parse_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("cuda:99", "nonsense"):
-        with pytest.raises(
-            EncoderError,
-            match=rf"device '{name}' cannot be used \(.*\); try --device auto or cpu$",
-        ):
-            parse_device(name)
 
 
 def test_queries_are_encoded_in_their_order_whatever_the_batch(tiny_text_encoder: Path) -> None:

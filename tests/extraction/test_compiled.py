@@ -56,7 +56,6 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     _compiled.cache_clear()
 
 
-@pytest.mark.slow
 @needs_compiler
 @pytest.mark.filterwarnings("default")  # of the compiler's own
 def test_a_compiled_encoder_gives_the_features_to_rounding(vit: ImageEncoder) -> None:

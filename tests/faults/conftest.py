@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tower import Towers
+    from benchmarks.reliability.injection.tower import Towers
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def long_run() -> bool:
 
 @pytest.fixture(scope="session")
 def towers() -> "Iterator[Towers]":
-    from tower import Towers
+    from benchmarks.reliability.injection.tower import Towers
 
     with Towers() as running:
         yield running

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from remote import KINDS, Faults, S3Server
-from tower import MODALITIES, Towers, TowerSpec, run, tree
 
 from apecache.storage.files import TEMPORARY, Files
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_files
+from benchmarks.reliability.injection.tower import MODALITIES, Towers, TowerSpec, run, tree
 
 LIKELY = (*KINDS, *(kind for kind in KINDS if kind != "stall"))
 """Time-outs are slow."""

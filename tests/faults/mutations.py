@@ -334,8 +334,10 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for name in ("apecache", "tests/store", "tests/faults", "tests/support"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("apecache", "benchmarks", "tests/store", "tests/faults", "tests/support"):
+            shutil.copytree(
+                ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+            )
         for path in (ROOT / "tests").glob("*.py"):
             if not path.name.startswith("test_"):
                 shutil.copy(path, copy / "tests")

@@ -4,9 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults_hostile import hostile_files
+
+from benchmarks.reliability.injection.hostile import hostile_files
 
 LONG = os.environ.get("APECACHE_FAULTS") == "long"
+
+
+def test_a_few_hostile_files_of_every_kind_are_refused_or_read(tmp_path: Path) -> None:
+    outcome = hostile_files(tmp_path, count=60, seed=11)
+    assert outcome.wrong == []
+    assert len(outcome.tried) >= 4
+    assert outcome.refused.total() > 10
 
 
 @pytest.mark.slow
@@ -34,7 +42,7 @@ def test_the_watch_sees_what_must_not_happen(tmp_path: Path, deed: str) -> None:
     code = f"""
 import contextlib, os, pickle, random, socket
 from pathlib import Path
-from faults_hostile import watch
+from benchmarks.reliability.injection.hostile import watch
 seen = []
 arm = watch(Path({str(tmp_path)!r}), seen)
 arm(True)
@@ -45,7 +53,7 @@ print(len(seen))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )

@@ -3,9 +3,9 @@ on."""
 
 from pathlib import Path
 
-from faults_io import failing_calls
-from faults_syscalls import CHANGING
-from tower import SMALL, TowerSpec
+from benchmarks.reliability.injection.io_errors import failing_calls
+from benchmarks.reliability.injection.syscalls import CHANGING
+from benchmarks.reliability.injection.tower import SMALL, TowerSpec
 
 
 def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(

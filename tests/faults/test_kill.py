@@ -3,8 +3,8 @@ bit-identical."""
 
 from pathlib import Path
 
-from faults_kill import POINTS, named_kills, random_kills
-from tower import Towers, TowerSpec
+from benchmarks.reliability.injection.kill import POINTS, named_kills, random_kills
+from benchmarks.reliability.injection.tower import Towers, TowerSpec
 
 SPEC = TowerSpec()
 

@@ -4,7 +4,9 @@ nothing."""
 from pathlib import Path
 
 import pytest
-from faults_power import (
+
+from apecache.storage import local
+from benchmarks.reliability.injection.power import (
     cut_anywhere,
     cut_removal,
     finds_violation,
@@ -12,9 +14,7 @@ from faults_power import (
     sync_calls,
     without_sync,
 )
-from tower import SMALL, TowerSpec
-
-from apecache.storage import local
+from benchmarks.reliability.injection.tower import SMALL, TowerSpec
 
 TINY = TowerSpec(images=5)
 """2 + 2 shards."""

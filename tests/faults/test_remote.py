@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from faults_remote import faulty_runs, killed_runs
 from remote import KINDS, S3Server
-from tower import SMALL, Towers
+
+from benchmarks.reliability.injection.tower import SMALL, Towers
 
 
 def test_two_hundred_faults_lose_nothing_and_double_nothing(

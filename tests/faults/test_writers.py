@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from faults_writers import crowded_rounds
-from tower import SMALL, Towers, TowerSpec
+from benchmarks.reliability.injection.tower import SMALL, Towers, TowerSpec
+from benchmarks.reliability.injection.writers import crowded_rounds
 
 
 def test_writers_at_the_same_time_make_the_store_of_one(

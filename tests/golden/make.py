@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
 
 def main() -> None:
-    from conftest import write_feature_store
-
     from apecache.store.layout import FORMAT_VERSION
+    from benchmarks.made_up_store import write_feature_store
 
     store = HERE / f"format-{FORMAT_VERSION}"
     shutil.rmtree(store, ignore_errors=True)

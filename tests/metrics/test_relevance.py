@@ -1,7 +1,6 @@
 """Right answers where captions or images are equal, against a reference that looks at every pair by
 itself."""
 
-from collections.abc import Iterator
 from math import comb
 from typing import Any
 
@@ -19,15 +18,9 @@ from apecache.metrics.protocols import folded_report, language_reports, retrieva
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import image_to_text_ranks, retrieval_report, text_to_image_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KS = (1, 2, 3, 5, 10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite

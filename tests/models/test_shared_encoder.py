@@ -1,7 +1,6 @@
 """The shared encoder: what it is made of, what it learns of, and that it trains, goes on and is
 served like others."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,10 @@ from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec, open_teacher
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SMALL = ("shared.image_blocks=2", "shared.text_blocks=1", "distillation.bank=8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small(*settings: str, n: int = 3, dim: int = 5) -> tuple[EncoderModel, torch.Tensor]:

@@ -2,7 +2,6 @@
 long."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,16 +33,10 @@ from apecache.train.encoder_fit import EncoderFit
 from apecache.train.live import CachedInputs, ImageInputs, TokenInputs
 from apecache.train.loop import Training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNIT = Device(name="here", flops=1e9, memory_bytes=None, source="made up")
 SPEC = PlanSpec(rows=40, captions=2, tokens=12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -222,6 +222,110 @@ def test_the_recipe_in_the_readme_is_one() -> None:
     assert count_parameters(recipe, 1280, 384) > 1000
 
 
+# --- recipes that extend others -------------------------------------------------------------------
+
+
+def write_recipes(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = folder / f"{name}.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_a_file_extends_a_packaged_recipe_section_by_section(tmp_path: Path) -> None:
+    own = '[optimizer]\nlr = 0.5\n[towers]\nrules = [{part = "image.blocks"}]\n'
+    text = f'name = "mine"\nextends = "lilt-d"\n{own}'
+    recipe = load_recipe(write(tmp_path, text), ["schedule.epochs=3"])
+    base = load_recipe("lilt-d")
+    assert (recipe.name, recipe.source, recipe.summary) == ("mine", "", "")
+    assert recipe.optimizer == base.optimizer.model_copy(update={"lr": 0.5})
+    assert [rule.part for rule in recipe.towers.rules] == ["image.blocks"]
+    assert recipe.towers == base.towers.model_copy(update={"rules": recipe.towers.rules})
+    assert recipe.schedule == base.schedule.model_copy(update={"epochs": 3})
+    assert (recipe.image, recipe.loss) == (base.image, base.loss)
+
+
+def test_a_section_inside_a_section_is_replaced_whole(tmp_path: Path) -> None:
+    text = 'name = "mine"\nextends = "lilt-d"\n[augmentation]\nnoise = 0.1\nimage = {flip = true}\n'
+    augmentation = load_recipe(write(tmp_path, text)).augmentation
+    assert augmentation.noise == 0.1
+    assert augmentation.image is not None
+    assert augmentation.image == type(augmentation.image)(flip=True)
+
+
+def test_paths_of_bases_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    write_recipes(
+        tmp_path / "bases",
+        linear='name = "linear"\nextends = "../root.toml"\n[image]\ndim = 16\n',
+    )
+    write_recipes(
+        tmp_path,
+        root='name = "root"\nsource = "a paper"\n[image]\nkind = "linear"\ndim = 8\n[text]\ndim = 16\n',
+        mine='name = "mine"\nextends = "bases/linear.toml"\n[text]\nkind = "mlp"\n',
+    )
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert recipe.source == ""
+    assert recipe.image == HeadSpec(kind="linear", dim=16)
+    assert recipe.text == HeadSpec(kind="mlp", dim=16)
+
+
+def test_a_freezing_shorthand_can_be_extended(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, 'name = "mine"\nextends = "freeze/Vuf-Tuu"\n'))
+    assert recipe.towers == load_recipe("freeze/Vuf-Tuu").towers
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ('"lilt-dd"', "mine.toml: extends: no recipe 'lilt-dd'; did you mean lilt-d"),
+        ('"none.toml"', "none.toml: No such file"),
+        ("3", "mine.toml: extends: expected the name of a recipe or a path of a .toml file"),
+        ('["lilt-d"]', "found list"),
+        ('"mine.toml"', "mine.toml: extends in a circle: "),
+        ('"../{folder}/mine.toml"', "extends in a circle: "),
+        ('"other.toml"', "extends in a circle: "),
+        ('"broken.toml"', "extends: "),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, extends: str, message: str) -> None:
+    write_recipes(
+        tmp_path,
+        other='name = "other"\nextends = "mine.toml"\n',
+        broken="name = ",
+    )
+    text = f"""name = "mine"\nextends = {extends.replace("{folder}", tmp_path.name)}\n"""
+    assert message in refused(write(tmp_path, text))
+
+
+def test_a_wrong_key_of_a_base_is_refused_with_the_base_named(tmp_path: Path) -> None:
+    write_recipes(tmp_path, base="[text]\nwidht = 8\n")
+    message = refused(write(tmp_path, 'name = "mine"\nextends = "base.toml"\n'))
+    assert f"mine.toml extending {tmp_path / 'base.toml'}: unknown key 'text.widht'" in message
+
+
+def test_a_name_is_not_inherited_and_extends_is_no_setting(tmp_path: Path) -> None:
+    assert "name: Field required" in refused(write(tmp_path, 'extends = "lilt-d"\n'))
+    assert "only a recipe file extends another" in refused("lilt-d", "extends=lilt-c")
+
+
+def test_lilt_rows_share_all_settings_but_what_trains() -> None:
+    """The figures are the published ones, written once in row c."""
+    for name in tower_zoo_names():
+        if name.startswith("lilt-"):
+            recipe = load_recipe(name)
+            assert (
+                recipe.image == recipe.text == HeadSpec(kind="linear", dim=256, standardize=False)
+            )
+            assert (recipe.towers.image_pooling, recipe.towers.text_pooling) == ("cls", "cls")
+            assert (recipe.loss.temperature, recipe.loss.max_temperature) == (0.07, 0.5)
+            assert (recipe.optimizer.lr, recipe.optimizer.betas) == (1e-4, (0.9, 0.999))
+            assert (recipe.schedule.epochs, recipe.schedule.warmup) == (15, 0.0144)
+    assert load_recipe("lilt-p").towers.rules == ()
+    assert load_recipe("lilt-d").augmentation.image == load_recipe("lilt-p").augmentation.image
+    assert load_recipe("lilt-l").augmentation.image is None
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,6 @@ from apecache.report import serve
 from apecache.report.search_page import LONGEST, MOST
 from apecache.report.serve import ServeSpec, is_loopback, make_server
 from apecache.report.web import MOST_BYTES, Guard
-from apecache.search.index import build_index
 from apecache.search.query import Query, SearchIndex
 from apecache.store.reader import FeatureStore
 
@@ -99,22 +98,15 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def index(tiny_run: Path, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("served") / "index"
-    build_index(tiny_run, FeatureStore.open(tiny_store), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def served(index: Path, shapes_once: Path) -> Iterator[Served]:
-    server, sockets, url = make_server(ServeSpec(index, port=0, device="cpu"))
+def served(tiny_index: Path, shapes_once: Path) -> Iterator[Served]:
+    server, sockets, url = make_server(ServeSpec(tiny_index, port=0, device="cpu"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     while not server.started:
         time.sleep(0.01)
     yield Served(
         int(url.rstrip("/").rsplit(":", 1)[1]),
-        SearchIndex.open(index, device="cpu"),
+        SearchIndex.open(tiny_index, device="cpu"),
         shapes_once.parent,
     )
     server.should_exit = True
@@ -435,24 +427,24 @@ def test_many_at_once_are_answered_alike(served: Served) -> None:
 # --- how it begins and ends -----------------------------------------------------------------------
 
 
-def test_only_this_machine_unless_it_is_asked_for(index: Path) -> None:
+def test_only_this_machine_unless_it_is_asked_for(tiny_index: Path) -> None:
     for host in ("0.0.0.0", "192.168.0.1", "::", "example.org"):
         assert not is_loopback(host)
         with pytest.raises(OptionError, match="add --expose"):
-            make_server(ServeSpec(index, host=host))
+            make_server(ServeSpec(tiny_index, host=host))
     assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.3.2.1")))
 
 
-def test_a_port_that_is_taken_is_named(index: Path) -> None:
+def test_a_port_that_is_taken_is_named(tiny_index: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(OptionError, match=r"cannot be had .*choose another --port"):
-            make_server(ServeSpec(index, port=taken.getsockname()[1]))
+            make_server(ServeSpec(tiny_index, port=taken.getsockname()[1]))
 
 
 def test_an_index_of_another_head_is_refused_with_both(
-    index: Path,
+    tiny_index: Path,
     tiny_store: Path,
     tmp_path: Path,
 ) -> None:
@@ -468,22 +460,22 @@ def test_an_index_of_another_head_is_refused_with_both(
     spec = FitSpec(splits=SplitSpec(dev="val"), seed=5, device="cpu")
     fit_head(FeatureStore.open(tiny_store), recipe=recipe, out=tmp_path / "other", spec=spec)
     with pytest.raises(MismatchError, match=r"is of the head [0-9a-f]{16}, .* has [0-9a-f]{16}"):
-        make_server(ServeSpec(index, tmp_path / "other", port=0))
+        make_server(ServeSpec(tiny_index, tmp_path / "other", port=0))
 
 
-def test_without_the_extra_it_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_it_is_named(tiny_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else True)
     with pytest.raises(MissingExtraError, match=r"uvicorn is not installed; .*\[serve\]"):
-        make_server(ServeSpec(index))
+        make_server(ServeSpec(tiny_index))
 
 
-def test_the_command_says_where_warns_and_ends_cleanly(index: Path, tiny_run: Path) -> None:
+def test_the_command_says_where_warns_and_ends_cleanly(tiny_index: Path, tiny_run: Path) -> None:
     arguments = [
         sys.executable,
         "-m",
         "apecache",
         "serve",
-        str(index),
+        str(tiny_index),
         "--run",
         str(tiny_run),
         "--port",
@@ -501,7 +493,9 @@ def test_the_command_says_where_warns_and_ends_cleanly(index: Path, tiny_run: Pa
     assert process.stdout is not None
     url = json.loads(process.stdout.readline())["url"]
     try:
-        there = Served(int(url.rstrip("/").rsplit(":", 1)[1]), SearchIndex.open(index), index)
+        there = Served(
+            int(url.rstrip("/").rsplit(":", 1)[1]), SearchIndex.open(tiny_index), tiny_index
+        )
         assert there.ask("/?q=dog&k=1").status == 200
     finally:
         process.send_signal(signal.SIGINT)
@@ -511,9 +505,9 @@ def test_the_command_says_where_warns_and_ends_cleanly(index: Path, tiny_run: Pa
     assert "Traceback" not in said
 
 
-def test_the_commands_errors_have_their_exit_codes(index: Path, tmp_path: Path) -> None:
+def test_the_commands_errors_have_their_exit_codes(tiny_index: Path, tmp_path: Path) -> None:
     assert runner.invoke(app, ["serve", str(tmp_path / "none")]).exit_code == 3
-    wrong = runner.invoke(app, ["serve", str(index), "--host", "0.0.0.0"])
+    wrong = runner.invoke(app, ["serve", str(tiny_index), "--host", "0.0.0.0"])
     assert (wrong.exit_code, "--expose" in wrong.output) == (2, True)
 
 

@@ -1,7 +1,6 @@
 """The ledger of a fit: what is counted is counted exactly, what is not known is not there."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_TRAIN = 96
 N_DEV = 24
 IMAGE_DIM = 12
@@ -30,14 +31,6 @@ OUT = 8
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(1 + image % 3)]
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,7 @@ from typer.testing import CliRunner
 
 import apecache
 from apecache.evaluate.zeroshot import class_embeddings
-from apecache.search.index import build_index
 from apecache.search.query import Query, SearchIndex
-from apecache.store.reader import FeatureStore
 
 WATCHED: list[set[str]] = []
 """Where the hook writes; one hook stays for the life of the process, for Python cannot remove
@@ -43,15 +41,9 @@ def watched() -> Iterator[set[str]]:
 
 
 @pytest.fixture(scope="module")
-def index(
-    tiny_run: Path,
-    tiny_store: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> SearchIndex:
+def index(tiny_index: Path) -> SearchIndex:
     """Opened, with its encoders and vectors loaded."""
-    out = tmp_path_factory.mktemp("indexes") / "index"
-    build_index(tiny_run, FeatureStore.open(tiny_store), out)
-    opened = SearchIndex.open(out, device="cpu")
+    opened = SearchIndex.open(tiny_index, device="cpu")
     opened.find(Query(("red",), keys=("images/red-circle-0.png",)), 1, "captions")
     opened.search("red", 1)
     return opened

@@ -302,15 +302,8 @@ def test_a_store_that_grew_by_append_is_taken_up(
 
 
 @pytest.fixture(scope="module")
-def index(tiny_run: Path, tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("indexes") / "index"
-    build_index(tiny_run, FeatureStore.open(tiny_store), out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def opened(index: Path) -> SearchIndex:
-    return SearchIndex.open(index, device="cpu")
+def opened(tiny_index: Path) -> SearchIndex:
+    return SearchIndex.open(tiny_index, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -422,8 +415,8 @@ def test_more_than_there_is_gives_all(opened: SearchIndex) -> None:
     assert len(opened.find(query, 100)) == len(opened.find(query, 100, csls=True)) == 12
 
 
-def test_vectors_are_read_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = SearchIndex.open(index, device="cpu")
+def test_vectors_are_read_once(tiny_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = SearchIndex.open(tiny_index, device="cpu")
     opened.find(Query(keys=("images/red-circle-0.png",)))
     monkeypatch.setattr("apecache.search.query.open_vectors", None)
     assert opened.find(Query(keys=("images/blue-circle-0.png",)))

@@ -1,22 +1,19 @@
-"""The stores of these tests are written by the tower of tests/faults: deterministic, and without
+"""The stores of these tests are written by the tower of the fault injection: deterministic, and without
 torch."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 
 @pytest.fixture(scope="session")
 def tower_store_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of `tower.SMALL`: 10 images and 20 captions in 3 + 4 shards; for tests that
     only read it."""
-    import tower
-    from faults_syscalls import intercepted, unsynced
+    from benchmarks.reliability.injection import tower
+    from benchmarks.reliability.injection.syscalls import intercepted, unsynced
 
     folder = tmp_path_factory.mktemp("tower")
     with intercepted(folder, unsynced()):

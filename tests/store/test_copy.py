@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from remote import Faults, S3Server
 from tiny import Grown, tree
-from tower import NAME, TowerSpec, run
 
 from apecache.errors import DamagedError, StoreError
 from apecache.storage.local import LocalFiles
 from apecache.store.copy import copy_store
 from apecache.store.reader import FeatureStore
+from benchmarks.reliability.injection.tower import NAME, TowerSpec, run
 
 
 def test_a_copy_there_and_back_is_the_same_store(

@@ -7,7 +7,6 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tower import MODALITIES, NAME, SMALL, TowerSpec, array_record
 
 from apecache.errors import StoreError
 from apecache.store.layout import (
@@ -20,6 +19,7 @@ from apecache.store.layout import (
     require_format,
     storable,
 )
+from benchmarks.reliability.injection.tower import MODALITIES, NAME, SMALL, TowerSpec, array_record
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from remote import SECRET, Faults, S3Server
-from tower import (
+
+from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.storage.files import TEMPORARY, Files
+from apecache.storage.object_files import ObjectFiles
+from apecache.storage.open import open_files
+from apecache.store.layout import SOURCE, chunk_name
+from apecache.store.maintenance import find_array, remove_array, uncommit
+from apecache.store.reader import FeatureStore
+from apecache.store.verify import verify_store
+from apecache.store.writer import ArrayWriter, create_array, create_store
+from benchmarks.reliability.injection.tower import (
     MODALITIES,
     NAME,
     SMALL,
@@ -22,16 +32,6 @@ from tower import (
     run,
     tree,
 )
-
-from apecache.errors import DamagedError, MismatchError, StoreError
-from apecache.storage.files import TEMPORARY, Files
-from apecache.storage.object_files import ObjectFiles
-from apecache.storage.open import open_files
-from apecache.store.layout import SOURCE, chunk_name
-from apecache.store.maintenance import find_array, remove_array, uncommit
-from apecache.store.reader import FeatureStore
-from apecache.store.verify import verify_store
-from apecache.store.writer import ArrayWriter, create_array, create_store
 
 
 def objects(files: Files) -> dict[str, bytes]:

@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorstore
-import tower
 import xarray
 import zarr
-from faults_damage import CHANGES, UNREAD, covering, damages, judge, serve
-from faults_syscalls import intercepted, unsynced
-from tower import MODALITIES, NAME, SMALL, array_record, columns, commit_shard, expected, tree
 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
 from apecache.storage.local import LocalFiles
@@ -25,6 +21,19 @@ from apecache.store.array import FeatureArray
 from apecache.store.layout import PAIRS, SOURCE, chunk_name, commit_name, quarantine_name
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, create_array, create_store
+from benchmarks.reliability.injection import tower
+from benchmarks.reliability.injection.damage import CHANGES, UNREAD, covering, damages, judge, serve
+from benchmarks.reliability.injection.syscalls import intercepted, unsynced
+from benchmarks.reliability.injection.tower import (
+    MODALITIES,
+    NAME,
+    SMALL,
+    array_record,
+    columns,
+    commit_shard,
+    expected,
+    tree,
+)
 
 LONG = os.environ.get("APECACHE_FAULTS") == "long"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tower import NAME, SMALL, array_record
 
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.storage.local import LocalFiles
@@ -20,6 +19,7 @@ from apecache.store.records import (
     with_checksum,
 )
 from apecache.store.writer import ArrayWriter
+from benchmarks.reliability.injection.tower import NAME, SMALL, array_record
 
 objects = st.dictionaries(
     st.text(max_size=20),

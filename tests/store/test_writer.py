@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tower
 import zarr
-from faults_syscalls import SimulatedKill, Stop, intercepted, unsynced
 from numpy.typing import NDArray
-from tower import (
+
+from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.storage.files import TEMPORARY, Buffer
+from apecache.storage.local import LocalFiles
+from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE, chunk_name, commit_name
+from apecache.store.reader import FeatureStore
+from apecache.store.records import with_checksum
+from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array, create_store
+from benchmarks.reliability.injection import tower
+from benchmarks.reliability.injection.program import program_environment
+from benchmarks.reliability.injection.syscalls import SimulatedKill, Stop, intercepted, unsynced
+from benchmarks.reliability.injection.tower import (
     MODALITIES,
     NAME,
     SMALL,
@@ -25,14 +33,6 @@ from tower import (
     features,
     tree,
 )
-
-from apecache.errors import DamagedError, MismatchError, StoreError
-from apecache.storage.files import TEMPORARY, Buffer
-from apecache.storage.local import LocalFiles
-from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE, chunk_name, commit_name
-from apecache.store.reader import FeatureStore
-from apecache.store.records import with_checksum
-from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array, create_store
 
 
 def begin(store: Path, **changes: Any) -> ArrayWriter:
@@ -455,8 +455,8 @@ WRITE = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-import tower
-from faults_syscalls import intercepted, unsynced
+from benchmarks.reliability.injection import tower
+from benchmarks.reliability.injection.syscalls import intercepted, unsynced
 from apecache.storage.local import LocalFiles
 from apecache.store.writer import ArrayWriter, create_array
 
@@ -477,14 +477,13 @@ sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 def test_the_memory_of_writing_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     peaks = []
     for rows in (50_000, 200_000):
-        path = os.pathsep.join((str(Path(tower.__file__).parent), os.environ.get("PYTHONPATH", "")))
         command = [sys.executable, "-c", WRITE, str(tmp_path), str(rows)]
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             check=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=program_environment(),
         )
         peaks.append(json.loads(done.stdout))
         shutil.rmtree(tmp_path / str(rows))

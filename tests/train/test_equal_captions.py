@@ -1,7 +1,6 @@
 """Fits on data whose captions are equal word for word: labels put into one prompt, as class data is
 given."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,8 @@ from apecache.train.lint.checks import n_negatives
 from apecache.train.lint.heads import lint_plan
 from apecache.train.loop import StepCount, Training, run_training, seeded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = ("shirt", "dress", "shoe", "hat", "coat")
 N_TRAIN = 120
 N_DEV = 60
@@ -36,14 +37,6 @@ N_IMAGES = N_TRAIN + N_DEV + N_VAL
 SPLITS = ["train"] * N_TRAIN + ["dev"] * N_DEV + ["val"] * N_VAL
 OF_IMAGE = [row % len(LABELS) for row in range(N_IMAGES)]
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

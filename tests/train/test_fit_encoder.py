@@ -37,17 +37,10 @@ from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
 from apecache.train.optim import parameter_groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPEC: dict[str, Any] = {"splits": SplitSpec(dev="val"), "device": "cpu"}
 OpenImage = Callable[[str], Image.Image]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The same bits whoever else uses the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -57,8 +57,10 @@ def test_alone_nothing_is_exchanged() -> None:
     ALONE.wait()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--slice", "2"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--slice", "2"], marks=pytest.mark.slow)],
+)
 def test_two_processes_train_like_one_with_the_whole_batch(
     tiny_store: Path,
     shapes_once: Path,

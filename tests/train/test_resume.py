@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,13 @@ from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.runs.folder import locked, read_history
+from apecache.storage.atomic import HEADER_KEY
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPLITS = ["train"] * 96 + ["dev"] * 24
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(1 + image % 3)]
@@ -52,14 +54,6 @@ EVERYTHING = {
     ],
     "closed form first": ["init=cca", "image.dim=6", "text.dim=6", "image.input_dropout=0.1"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +277,7 @@ def test_a_damaged_checkpoint_is_refused(
             }
             save_checkpoint(out, tensors, state)
         case _:
-            save_file(load_file(path), path, {"state": json.dumps({"format": 9})})
+            save_file(load_file(path), path, {HEADER_KEY: json.dumps({"format": 9})})
     with pytest.raises(
         RunError,
         match="upgrade" if damage == "newer" else "begin anew with --overwrite",

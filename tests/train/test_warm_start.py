@@ -1,13 +1,11 @@
 """A fit within towers that begins with the heads of a run of `fit-head`."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from apecache_cli.app import app
 from PIL import Image
 from tiny import make_shapes
@@ -30,6 +28,8 @@ from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
 from apecache.train.fit_head import FitReport, fit_head
 from apecache.train.head_data import FitSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = ["schedule.epochs=1", "schedule.batch_size=8", "schedule.warmup=0"]
 DEV = SplitSpec(dev="val")
 LINEAR = ["image.dim=16", "text.dim=16", "towers.image_pooling=cls", "towers.text_pooling=cls"]
@@ -37,14 +37,6 @@ MLP = [
     "image={kind='mlp', dim=16, width=24, standardize=false}",
     "text={kind='mlp', dim=16, width=24, skip=true}",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

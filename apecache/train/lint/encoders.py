@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from apecache.encoders.encoder import parse_device
+from apecache.device import resolve_device
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Json, Modality
@@ -39,7 +39,7 @@ def lint_encoder_plan(
         recipe=recipe,
         spec=spec,
         open_image=open_image,
-        device=parse_device(spec.device),
+        device=resolve_device(spec.device),
     )
     return _lint(setup)
 
@@ -85,7 +85,7 @@ def lint_encoder_run(
         recipe=recipe,
         spec=spec,
         open_image=open_image,
-        device=parse_device(spec.device),
+        device=resolve_device(spec.device),
     )
     _require_encoders(run, description, setup)
     tensors, _ = read_tensors(run / WEIGHTS)

@@ -1,6 +1,6 @@
 """Members of a population end where fits of their own end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,7 @@ from apecache.sweeps.population.stacked_heads import MemberGenerators, structure
 from apecache.train.batches import FeaturePairs
 from apecache.train.loop import StepCount, Training, seeded
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def together(

@@ -1,7 +1,6 @@
 """Every trap is planted once and found by name; what is sound is left alone."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,12 @@ from apecache.train.lint.model_checks import lint_model
 from apecache.train.model import AlignmentModel
 from apecache.train.optim import build_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPLITS = ["train"] * 120 + ["dev"] * 110 + ["test"] * 20
 IMAGE_ROWS = [image for image in range(len(SPLITS)) for _ in range(2)]
 CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
 GATED = ["text={kind='gated', dim=8}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def features(seed: int = 0) -> tuple[Any, Any]:

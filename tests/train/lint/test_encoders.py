@@ -2,7 +2,6 @@
 alone."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,11 @@ from apecache.train.lint.findings import Finding
 from apecache.train.lint.model_checks import lint_encoder_model, lint_groups
 from apecache.train.ranks import ALONE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPEC = FitEncoderSpec(splits=SplitSpec(dev="val"), device="cpu")
 QUIET = {"negatives", "dev-size"}
 """Warnings that small data gives by itself."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tower import MODALITIES, NAME, tree
 
 from apecache.errors import MismatchError, StoreError
 from apecache.fingerprint import content_hash
 from apecache.store.reader import FeatureStore
+from benchmarks.reliability.injection.tower import MODALITIES, NAME, tree
 
 UNREAD = frozenset(
     (

@@ -2,7 +2,7 @@
 checksum fits.
 
 Whatever is in them: an error of ours on one line or a result, no code run, no network, no file
-outside opened, no process started, no memory without end. As a program (`python faults_hostile.py
+outside opened, no process started, no memory without end. As a program (`python -m benchmarks.reliability.injection.hostile
 FOLDER COUNT SEED`) it puts an audit hook over all of it, which cannot be taken off again, and
 prints what went wrong as JSON.
 """
@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.reliability.injection.program import program_command, program_environment
 
 FORBIDDEN = (
     "socket.",
@@ -48,8 +50,13 @@ class Outcome:
 
 def hostile_files(folder: Path, count: int, seed: int) -> Outcome:
     """Run the attempts in a process of their own."""
-    command = [sys.executable, __file__, str(folder), str(count), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        program_command("hostile", str(folder), str(count), str(seed)),
+        env=program_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         return Outcome(
             tried=Counter(),
@@ -126,7 +133,7 @@ class Attacks:
     hook is armed."""
 
     def __init__(self, folder: Path) -> None:
-        from tower import SMALL, run, tree
+        from benchmarks.reliability.injection.tower import SMALL, run, tree
 
         self.folder = folder
         run(folder / "store", SMALL)
@@ -141,13 +148,13 @@ class Attacks:
 
     def _write_heads(self) -> Files:
         import torch
-        from tower import tree
 
         from apecache.encoders.spec import EncoderSpec
         from apecache.fingerprint import Fingerprint
         from apecache.heads.build import build_heads
         from apecache.heads.head import HeadSpec
         from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
+        from benchmarks.reliability.injection.tower import tree
 
         torch.manual_seed(0)
         pair = build_heads(
@@ -241,7 +248,7 @@ class Attacks:
     def stored_record(self, chance: random.Random) -> Attempt:
         """A record, or one of Zarr's descriptions, changed and sealed again, with all that depends
         on it."""
-        from faults_damage import things
+        from benchmarks.reliability.injection.damage import things
 
         names = [name for name in sorted(self.store) if name.endswith((".json", ".jsonl"))]
         name = chance.choice(names)

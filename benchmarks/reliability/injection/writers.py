@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults_kill import check
-from tower import MODALITIES, Towers, TowerSpec, run, tree
+from benchmarks.reliability.injection.kill import check
+from benchmarks.reliability.injection.tower import MODALITIES, Towers, TowerSpec, run, tree
 
 WRITERS = 4
 

@@ -28,13 +28,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults_kill import check
-from faults_syscalls import Call, SimulatedKill, Stop, intercepted, unsynced
-from tower import MODALITIES, NAME, TowerSpec, array_record, cached_tables, run, tree
-
 from apecache.storage import local as local_module
 from apecache.storage.files import TEMPORARY
 from apecache.storage.local import LocalFiles
+from benchmarks.reliability.injection.kill import check
+from benchmarks.reliability.injection.syscalls import (
+    Call,
+    SimulatedKill,
+    Stop,
+    intercepted,
+    unsynced,
+)
+from benchmarks.reliability.injection.tower import (
+    MODALITIES,
+    NAME,
+    TowerSpec,
+    array_record,
+    cached_tables,
+    run,
+    tree,
+)
 
 State = dict[str, bytes]
 """Files by path below the store, as found after the cut. Folders that hold none are of no

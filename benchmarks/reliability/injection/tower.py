@@ -2,7 +2,7 @@
 any two runs agree.
 
 It goes through the store in the order in which `apecache.extraction.run` does. As a program
-(`python tower.py`) it imports once and then forks a process for every run that a line of JSON on
+(`python -m benchmarks.reliability.injection.tower`) it imports once and then forks a process for every run that a line of JSON on
 its standard input asks for: a kill costs milliseconds, not the seconds of an import. See `Towers`
 for the other end of that pipe.
 """
@@ -37,6 +37,7 @@ from apecache.store.writer import (
     create_array,
     create_store,
 )
+from benchmarks.reliability.injection.program import program_command, program_environment
 
 NAME = "tower"
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -255,7 +256,11 @@ class Towers:
 
     def __enter__(self) -> "Towers":
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__], **pipes)
+        self.process = subprocess.Popen(
+            program_command("tower"),
+            env=program_environment(),
+            **pipes,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -269,7 +274,7 @@ class Towers:
         """Run towers side by side until all have ended.
 
         Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does
-        nothing), `kill` (see `faults_syscalls.Kill`), `kill_after` in seconds and `environment`.
+        nothing), `kill` (see `syscalls.Kill`), `kill_after` in seconds and `environment`.
         Each result: `killed`, `error` (a string, empty if there was none) and `done`.
         """
         assert self.process.stdin
@@ -310,7 +315,7 @@ def _fork(request: dict[str, Any]) -> tuple[int, int, float | None]:
 
 
 def _run(request: dict[str, Any]) -> list[str]:
-    from faults_syscalls import Kill, intercepted, unsynced
+    from benchmarks.reliability.injection.syscalls import Kill, intercepted, unsynced
 
     os.environ.update(request.get("environment", {}))
 

@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tower import MODALITIES, NAME, Towers, TowerSpec, array_record, expected, run, tree_digest
 
 from apecache.errors import StoreError
 from apecache.storage.local import LocalFiles
 from apecache.store.array import FeatureArray
 from apecache.store.writer import ArrayWriter
+from benchmarks.reliability.injection.tower import (
+    MODALITIES,
+    NAME,
+    Towers,
+    TowerSpec,
+    array_record,
+    expected,
+    run,
+    tree_digest,
+)
 
 SHARD = 3
 POINTS: dict[str, dict[str, Any]] = {

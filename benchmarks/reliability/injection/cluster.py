@@ -2,8 +2,8 @@
 moment.
 
 The actors run the tower, so that a restart costs no import of torch; pool, driver loop and commits
-are the engine's. As a program it is the driver: `python faults_cluster.py '{"address": …, "store":
-…}'`.
+are the engine's. As a program it is the driver:
+`python -m benchmarks.reliability.injection.cluster '{"address": …, "store": …}'`.
 """
 
 import json
@@ -14,21 +14,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults_kill import check
-from tower import MODALITIES, NAME, TowerSpec, array_record, commit_shard, run, tree
-
 from apecache.cluster.pool import RaySpec, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.storage.local import LocalFiles
 from apecache.store.layout import commit_name
 from apecache.store.writer import ArrayWriter
+from benchmarks.reliability.injection.kill import check
+from benchmarks.reliability.injection.program import ROOT, program_command, program_environment
+from benchmarks.reliability.injection.tower import (
+    MODALITIES,
+    NAME,
+    TowerSpec,
+    array_record,
+    commit_shard,
+    run,
+    tree,
+)
 
 NODES = 3
 STORE_BYTES = 80 * 2**20
@@ -83,7 +91,7 @@ def drive(
         fill(
             pool,
             task_states,
-            lambda task_state, shard, *_: print(  # noqa: T201
+            lambda task_state, shard, *_: print(
                 f"{task_state.task.modality}/{shard}",
                 flush=True,
             ),
@@ -94,12 +102,12 @@ class Nodes:
     """A cluster on this machine: a head, where the driver lives, and others that can be killed and
     replaced."""
 
-    def __init__(self) -> None:
+    def __init__(self, python_path: Sequence[Path] = ()) -> None:
+        """Start the cluster; its actors also import from the folders of `python_path`."""
         from apecache.cluster.pool import import_ray
 
         import_ray()
-        tests = Path(__file__).parents[1]
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(tests / "faults"), str(tests / "support")])
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, *python_path)))
         about: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         head = {**about, "include_dashboard": False, "_system_config": QUICK_HEALTH}
         self.cluster = _started(head)
@@ -182,7 +190,13 @@ class _Run:
         }
         line = json.dumps({**about, "spec": asdict(self.spec), "seconds": 0.1})
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.drivers.append(subprocess.Popen([sys.executable, __file__, line], **pipes))
+        self.drivers.append(
+            subprocess.Popen(
+                program_command("cluster", line),
+                env=program_environment(),
+                **pipes,
+            )
+        )
 
     def kill_actor(self) -> bool:
         """SIGKILL one of the processes that have left their number."""
@@ -277,6 +291,8 @@ def _finish(one: _Run, result: ClusterResult, wanted: dict[str, bytes]) -> list[
 
 
 if __name__ == "__main__":
-    import faults_cluster  # under its own name: that is where an actor looks for the tower
+    from benchmarks.reliability.injection import (
+        cluster,  # the name by which an actor imports the tower
+    )
 
-    faults_cluster.drive(**json.loads(sys.argv[1]))
+    cluster.drive(**json.loads(sys.argv[1]))

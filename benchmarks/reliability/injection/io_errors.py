@@ -7,12 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults_kill import check, committed
-from faults_syscalls import Call, Fail, intercepted, unsynced
-from tower import TowerSpec, cached_tables, run, tree
-
 from apecache.errors import StoreError
 from apecache.storage.files import TEMPORARY
+from benchmarks.reliability.injection.kill import check, committed
+from benchmarks.reliability.injection.syscalls import Call, Fail, intercepted, unsynced
+from benchmarks.reliability.injection.tower import TowerSpec, cached_tables, run, tree
 
 NUMBERS = (errno.ENOSPC, errno.EIO, errno.EFBIG)
 

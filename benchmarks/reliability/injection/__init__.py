@@ -1,0 +1,1 @@
+"""Inject faults into stores: kills, power cuts, failing calls, crowds of writers, damaged files."""
