@@ -248,7 +248,7 @@ BOOL_CALLS: Wrongs = {
         lambda s, h: apecache.extract(
             pairs(),
             "out",
-            apecache.ExtractSpec(part=apecache.Part(count=TRUE)),
+            apecache.ExtractSpec(part=apecache.ShardRange(count=TRUE)),
         ),
     ),
     "plan_extraction": (

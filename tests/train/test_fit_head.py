@@ -1072,7 +1072,7 @@ def test_a_split_that_is_left_with_one_image_is_refused(
 ) -> None:
     bad = tuple(row for row, name in enumerate(SPLITS) if name == split)[1:]
     store = write_store(tmp_path / "s", *planted_features(), IMAGE_ROWS, SPLITS, bad_images=bad)
-    with pytest.raises(RecipeError, match=f"only 1 {what} images with a caption"):
+    with pytest.raises(RecipeError, match=f"only 1 {what} image with a caption"):
         fit_head(store, recipe=make_recipe(), out=tmp_path / "run", spec=CPU)
 
 
