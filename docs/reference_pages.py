@@ -53,6 +53,26 @@ RECIPE_SECTIONS = (
 """Sections of a recipe: title, module, class."""
 
 
+LAWS_INTRODUCTION = """# Claims of the papers
+
+`benchmarks/laws` holds claims of four papers as TOML files: the recipes that a paper compares, the
+published figures, and the smallest difference that counts. Each recipe is trained with several
+seeds. A claim is called held, broken or not decided by a paired 95 % interval over seeds and
+images.
+
+The results were measured on Flickr8k with small towers and few steps. Recalls are 1 to 6 %. Those
+of the papers are 20 to 75 %. The results say what holds at this size. They do not say that the
+papers are wrong.
+
+From a checkout:
+
+```console
+python -m benchmarks.laws
+python -m benchmarks.laws --pairs pairs.tsv --image ENC --text ENC --only L1,L4 --work laws
+```
+"""
+
+
 def cli_page() -> str:
     """Return the page of all commands with their arguments and options, from Typer."""
     from apecache_cli.app import app
@@ -81,7 +101,11 @@ def _help(text: str) -> list[str]:
     for paragraph in text.replace("\b", "").strip().split("\n\n"):
         if paragraph.strip().startswith("Example"):
             title, _, code = paragraph.strip().partition(":")
-            lines += [f"{title}:", "", *(f"    {line.strip()}" for line in code.strip().split("\n"))]
+            lines += [
+                f"{title}:",
+                "",
+                *(f"    {line.strip()}" for line in code.strip().split("\n")),
+            ]
         else:
             lines.append(_escape(" ".join(paragraph.split())))
         lines.append("")
@@ -186,9 +210,7 @@ def _settings(module: str, class_name: str) -> list[str]:
     """Return the docstring of a settings class, and a table of its fields."""
     tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
     definition = next(
-        node
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == class_name
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name
     )
     lines = [_paragraphs(ast.get_docstring(definition) or ""), ""]
     lines += ["| key | type | default | |", "|---|---|---|---|"]
@@ -269,8 +291,8 @@ def goals_page() -> str:
     lines = [
         "# All goals",
         "",
-        "This page is generated from `benchmarks/results`. Each benchmark states its goals before it",
-        "is run. Goals that were missed stay in the table.",
+        "This page is generated from `benchmarks/results`. Each benchmark states its goals before",
+        "it is run. Goals that were missed stay in the table.",
     ]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -283,7 +305,9 @@ def goals_page() -> str:
             sign = "at most" if goal["better"] == "lower" else "at least"
             verdict = "met" if goal["met"] else "**missed**"
             name = _escape(goal["name"])
-            lines.append(f"| {name} | {_number(goal['value'])} | {sign} {goal['target']} | {verdict} |")
+            value = _number(goal["value"])
+            target = f"{sign} {_number(goal['target'])}"
+            lines.append(f"| {name} | {value} | {target} | {verdict} |")
     return "\n".join(lines) + "\n"
 
 
@@ -295,26 +319,7 @@ def laws_page() -> str:
     """Return the page of the claims of the papers, from `benchmarks/laws/RESULTS.md`."""
     results = (ROOT / "benchmarks" / "laws" / "RESULTS.md").read_text(encoding="utf-8")
     _, _, text = results.partition("\n")
-    lines = [
-        "# Claims of the papers",
-        "",
-        "`benchmarks/laws` holds claims of four papers as TOML files: the recipes that a paper",
-        "compares, the published figures, and the smallest difference that counts. Each recipe is",
-        "trained with several seeds. A claim is called held, broken or not decided by a paired 95 %",
-        "interval over seeds and images.",
-        "",
-        "The results were measured on Flickr8k with small towers and few steps. Recalls are 1 to 6 %;",
-        "those of the papers are 20 to 75 %. The results say what holds at this size. They do not say",
-        "that the papers are wrong.",
-        "",
-        "From a checkout:",
-        "",
-        "```console",
-        "python -m benchmarks.laws",
-        "python -m benchmarks.laws --pairs pairs.tsv --image ENC --text ENC --only L1,L4 --work laws",
-        "```",
-    ]
-    return "\n".join(lines) + "\n" + text
+    return LAWS_INTRODUCTION + text
 
 
 def _escape(text: str) -> str:
