@@ -101,15 +101,22 @@ def _help(text: str) -> list[str]:
     for paragraph in text.replace("\b", "").strip().split("\n\n"):
         if paragraph.strip().startswith("Example"):
             title, _, code = paragraph.strip().partition(":")
-            lines += [
-                f"{title}:",
-                "",
-                *(f"    {line.strip()}" for line in code.strip().split("\n")),
-            ]
+            lines += [f"{title}:", "", *(f"    {command}" for command in _commands(code))]
         else:
             lines.append(_escape(" ".join(paragraph.split())))
         lines.append("")
     return lines
+
+
+def _commands(code: str) -> list[str]:
+    """Return the commands of an example; a line that begins with no program continues one."""
+    commands: list[str] = []
+    for line in code.strip().splitlines():
+        if commands and not line.strip().startswith(("apecache ", "torchrun ", "python ")):
+            commands[-1] += f" {line.strip()}"
+        else:
+            commands.append(line.strip())
+    return commands
 
 
 def _usage(name: str, command: Any) -> str:

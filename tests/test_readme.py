@@ -217,6 +217,14 @@ def test_the_command_reference_has_every_option() -> None:
                 assert f"`{item.opts[0]}`" in section, f"{command} {item.opts[0]}"
 
 
+def test_the_examples_of_the_command_reference_are_whole_commands() -> None:
+    page = PAGES["reference/cli.md"]()
+    examples = re.findall(r"^Examples?:\n\n((?:    .*\n)+)", page, flags=re.MULTILINE)
+    assert len(examples) >= len(COMMANDS) - 3
+    for line in "".join(examples).splitlines():
+        assert re.match(r"    (apecache|torchrun|python) ", line), line
+
+
 def test_the_recipe_reference_has_every_key() -> None:
     from docs.reference_pages import RECIPE_SECTIONS
 

@@ -56,9 +56,9 @@ class HeadSpec(Settings):
     training deviation of each feature first (kept in the head). `skip`: add a direct linear map
     from input to output. `input_dropout` comes before everything else.
 
-    `ensemble`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part
-    i of the other in a width of their own and is trained by a loss of its own; the embedding is all
-    of them, each L2-normalized, so that a cosine is the mean of theirs.
+    `ensemble`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets
+    part i of the other in a width of their own and is trained by a loss of its own; the embedding
+    is all of them, each L2-normalized, so that a cosine is the mean of theirs.
     """
 
     kind: Kind = "linear"
