@@ -68,7 +68,8 @@ From a checkout:
 
 ```console
 python -m benchmarks.laws
-python -m benchmarks.laws --pairs pairs.tsv --image ENC --text ENC --only L1,L4 --work laws
+python -m benchmarks.laws --pairs pairs.tsv --image ENC --text ENC --only L1,L4 --budget 120 \\
+  --work laws --out laws.html
 ```
 """
 

@@ -1,8 +1,12 @@
 """README and docs: what they show exists, their Python runs, their links resolve."""
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -279,6 +283,14 @@ def test_every_environment_variable_is_documented() -> None:
     assert used == set(re.findall(r"`(APECACHE_[A-Z_]+)`", text))
 
 
+def test_the_page_of_the_installation_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs/start/install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    assert named == set(project["optional-dependencies"])
+
+
 def test_the_page_of_the_run_folder_names_the_files_that_runs_have() -> None:
     from apecache.runs import encoders, folder, heads
 
@@ -304,10 +316,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for module in ("material", "mkdocstrings_handlers"):
         if importlib.util.find_spec(module) is None:
             pytest.skip("mkdocs is not installed; pip install 'apecache[docs]'")
-    import os
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
