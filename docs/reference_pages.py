@@ -84,7 +84,7 @@ def cli_page() -> str:
         "# Command line",
         "",
         "This page is generated from the commands themselves. `apecache COMMAND --help` shows the",
-        "same text.",
+        "same text. Every command has `--json` for machine-readable output.",
         "",
         *_option_tables(group.params),
     ]
