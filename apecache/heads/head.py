@@ -56,9 +56,9 @@ class HeadSpec(Settings):
     training deviation of each feature first (kept in the head). `skip`: add a direct linear map
     from input to output. `input_dropout` comes before everything else.
 
-    `several`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets part
-    i of the other in a width of their own and is trained by a loss of its own; the embedding is all
-    of them, each L2-normalized, so that a cosine is the mean of theirs.
+    `ensemble`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets
+    part i of the other in a width of their own and is trained by a loss of its own; the embedding
+    is all of them, each L2-normalized, so that a cosine is the mean of theirs.
     """
 
     kind: Kind = "linear"
@@ -83,7 +83,7 @@ class HeadSpec(Settings):
     @model_validator(mode="after")
     def _whole(self) -> "HeadSpec":
         if (self.kind == "ensemble") != bool(self.parts):
-            raise ValueError("kind several and parts go together: give both or none")
+            raise ValueError("kind ensemble and parts go together: give both or none")
         is_nested = any(spec.parts for spec in self.parts)
         if is_nested or len({spec.cut for spec in self.parts}) > 1:
             raise ValueError("parts are single heads, all on pooled features or all on tokens")

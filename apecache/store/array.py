@@ -37,8 +37,9 @@ QUARANTINE_TYPES = {"row": int, "key": str, "reason": str, "detail": str}
 class FeatureArray:
     """Read one encoder's features of one modality.
 
-    They are `rows` rows of `row_shape` ([views,] [tokens,] dim), not normalized. Their `dtype` when
-    read is float16 or float32; a store of int8 and scales is read as float16.
+    They are `rows` rows of `row_shape` (dim, with views and tokens before it where there are any),
+    not normalized. Their `dtype` when read is float16 or float32; int8 with scales is read as
+    float16.
     """
 
     files: Files
