@@ -348,7 +348,7 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
         ([names[0], "--out", str(tmp_path / "no" / "page.html")], "a folder that exists"),
         (
             [names[0], "--store", str(tiny_store), "--root", str(tmp_path / "nowhere")],
-            "is no folder",
+            "expected a folder, found none",
         ),
     ):
         wrong = runner.invoke(app, ["report", *arguments])
