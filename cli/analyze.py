@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .option_groups import Device, Json, MovedImage, MovedText
-from .runs import moved_encoders
+from .option_groups import Device, Json, takes_groups
+from .runs import MovedEncoders
 from .terminal import ending, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.evaluate.analysis import ShiftReport
 
 
+@takes_groups
 def analyze(
     run: Annotated[Path, typer.Argument(help="A finished run of fit-encoder.")],
+    encoders: MovedEncoders,
     layernorm_shift: Annotated[
         bool,
         typer.Option(
@@ -27,8 +29,6 @@ def analyze(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the charts. Default: the run folder."),
     ] = None,
-    image: MovedImage = None,
-    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def analyze(
         from apecache.evaluate.analysis import write_charts
         from apecache.runs.load import load_run
 
-        moved = moved_encoders(run, image, text)
+        moved = encoders.recorded_in(run)
         reports = measure(load_run(run, device, *moved), device, *moved)
         charts = write_charts(reports, out or run)
         if json:

@@ -47,7 +47,7 @@ def demo(
             require_new(out, "folder")
         folder = data_folder()
         encoders = write_encoders(out)
-        results = run_commands(context.find_root().command, out, folder, encoders)
+        results = run_commands(context, out, folder, encoders)
         page = write_report(out, folder, results)
         seconds = time.perf_counter() - begin
         if json:
@@ -88,7 +88,7 @@ def write_encoders(out: Path) -> tuple[Path, Path]:
 
 
 def run_commands(
-    apecache: "typer.core.TyperGroup",
+    context: typer.Context,
     out: Path,
     folder: Path,
     encoders: tuple[Path, Path],
@@ -102,7 +102,7 @@ def run_commands(
     store = out / STORE
     image_folder, text_folder = encoders
     call(
-        apecache,
+        context,
         "extract",
         table,
         options={
@@ -114,11 +114,15 @@ def run_commands(
     rows = []
     for recipe in RECIPES:
         run = out / f"run-{recipe}"
-        fit_options = {"recipe": recipe, "out": run, "overwrite": True}
-        call(apecache, "fit-head", store, options=fit_options)
-        call(apecache, "evaluate", run, options={"store": store, "split": "val"})
         call(
-            apecache,
+            context,
+            "fit-head",
+            store,
+            options={"recipe": recipe, "out": run, "overwrite": True},
+        )
+        call(context, "evaluate", run, options={"store": store, "split": "val"})
+        call(
+            context,
             "evaluate",
             run,
             options={"task": "zeroshot", "labels": table, "split": "val", "template": TEMPLATES},
@@ -126,13 +130,13 @@ def run_commands(
         rows += measure(recipe, run=run, store=store, folder=folder)
     index = out / INDEX
     call(
-        apecache,
+        context,
         "index",
         out / f"run-{RECIPES[-1]}",
         options={"store": store, "split": "val", "out": index, "overwrite": True},
     )
     for query in (*QUERIES, a_val_image(folder)):
-        call(apecache, "search", index, query)
+        call(context, "search", index, query)
     return rows
 
 
@@ -142,7 +146,7 @@ def local_name(path: Path) -> str:
 
 
 def call(
-    apecache: "typer.core.TyperGroup",
+    context: typer.Context,
     command: str,
     *operands: str | Path,
     options: Mapping[str, str | Path | bool | tuple[str, ...]] | None = None,
@@ -150,7 +154,7 @@ def call(
     """Print a command and run it in this process.
 
     Args:
-        apecache: The command line.
+        context: Of the command that is running.
         command: Name of the command.
         operands: Its arguments, in their order.
         options: Values by the name of the option. True is a flag; a tuple repeats the option.
@@ -164,7 +168,7 @@ def call(
             words += [f"--{name}", str(item)]
     typer.secho(f"\n$ {shlex.join(['apecache', *words])}", bold=True, err=True)
     # Not standalone: a command that fails returns its code, and does not end this process.
-    code = apecache.main(words, standalone_mode=False)
+    code = context.find_root().command.main(words, standalone_mode=False)
     if code:
         raise typer.Exit(code)
 

@@ -13,13 +13,11 @@ from .option_groups import (
     Device,
     Json,
     MaxBad,
-    MovedImage,
-    MovedText,
     OptionGroup,
     SourceOptions,
     takes_groups,
 )
-from .runs import moved_encoders, opener
+from .runs import MovedEncoders, opener
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
@@ -45,6 +43,43 @@ TASKS_OF_OPTIONS = {
     "--template": ("zeroshot",),
 }
 """The tasks that an option has an effect on; options that are not here have one on all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(OptionGroup):
+    """Hold the task, and the data that it is measured on."""
+
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
+    ] = None
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPLIT",
+            help="Split to measure. Default: val for retrieval, all images for zeroshot, test "
+            "for probes.",
+        ),
+    ] = None
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="retrieval, zeroshot, probe or text-probe.")
+    ] = "retrieval"
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images with labels: a table, a folder per class, tar files, …. For text-probe: "
+            "texts with labels.",
+        ),
+    ] = None
+    probe_train_split: Annotated[
+        str,
+        typer.Option(
+            metavar="SPLIT",
+            help="Split that the probes are trained on.",
+            rich_help_panel=PROBES,
+        ),
+    ] = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,42 +154,11 @@ class ClassOptions(OptionGroup):
 @takes_groups
 def evaluate(
     run: Annotated[str, typer.Argument(help="A finished run: a folder, s3://…, gs://… or az://….")],
+    task_options: TaskOptions,
     retrieval_options: RetrievalOptions,
     class_options: ClassOptions,
     source_options: SourceOptions,
-    store: Annotated[
-        str | None,
-        typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPLIT",
-            help="Split to measure. Default: val for retrieval, all images for zeroshot, test "
-            "for probes.",
-        ),
-    ] = None,
-    task: Annotated[
-        str, typer.Option(metavar="TASK", help="retrieval, zeroshot, probe or text-probe.")
-    ] = "retrieval",
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Images with labels: a table, a folder per class, tar files, …. For text-probe: "
-            "texts with labels.",
-        ),
-    ] = None,
-    probe_train_split: Annotated[
-        str,
-        typer.Option(
-            metavar="SPLIT",
-            help="Split that the probes are trained on.",
-            rich_help_panel=PROBES,
-        ),
-    ] = "train",
-    image: MovedImage = None,
-    text: MovedText = None,
+    encoders: MovedEncoders,
     max_bad: MaxBad = 0.01,
     device: Device = "auto",
     json: Json = False,
@@ -171,8 +175,14 @@ def evaluate(
     Example: apecache evaluate run --task zeroshot --labels food-101/images --dataset food101
     """
     with ending():
+        task = task_options.task
         choice("--task", task, TASKS)
-        given = {"store": store, "labels": labels, **vars(retrieval_options), **vars(class_options)}
+        given = {
+            "store": task_options.store,
+            "labels": task_options.labels,
+            **vars(retrieval_options),
+            **vars(class_options),
+        }
         _require_effect(task, [name for name, value in given.items() if value])
         from apecache.runs.remote import fetched_run
 
@@ -180,32 +190,47 @@ def evaluate(
         with fetched_run(run) as run_folder:
             request = LabeledOptions(
                 run=run_folder,
-                labels=labels,
+                labels=task_options.labels,
                 source_options=source_options,
-                split=split,
+                split=task_options.split,
                 device=device,
                 max_bad=max_bad,
-                moved=moved_encoders(run_folder, image, text),
+                moved=encoders.recorded_in(run_folder),
             )
-            match task:
-                case "retrieval":
-                    result = retrieval(request, store, retrieval_options)
-                case "zeroshot":
-                    result = zeroshot(request, **vars(class_options))
-                case "probe":
-                    result = probes(request, "image", probe_train_split)
-                case _:
-                    result = probes(request, "text", probe_train_split)
+            result = measure(request, task_options, retrieval_options, class_options)
         if json:
             show_json(result)
-            return
-        match task:
-            case "retrieval":
-                show_retrieval(run, result)
-            case "zeroshot":
-                show_zeroshot(run, result)
-            case _:
-                show_probes(run, result)
+        else:
+            show_result(run, task, result)
+
+
+def measure(
+    request: LabeledOptions,
+    task_options: TaskOptions,
+    retrieval_options: RetrievalOptions,
+    class_options: ClassOptions,
+) -> dict[str, Any]:
+    """Measure one task; return the JSON form of its report."""
+    match task_options.task:
+        case "retrieval":
+            return retrieval(request, task_options.store, retrieval_options)
+        case "zeroshot":
+            return zeroshot(request, **vars(class_options))
+        case "probe":
+            return probes(request, "image", task_options.probe_train_split)
+        case _:
+            return probes(request, "text", task_options.probe_train_split)
+
+
+def show_result(run: str, task: str, result: dict[str, Any]) -> None:
+    """Show what `measure` returns."""
+    match task:
+        case "retrieval":
+            show_retrieval(run, result)
+        case "zeroshot":
+            show_zeroshot(run, result)
+        case _:
+            show_probes(run, result)
 
 
 def _require_effect(task: str, parameters: list[str]) -> None:

@@ -37,6 +37,21 @@ if TYPE_CHECKING:
     from apecache.train.fit_head import FitReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadLedgerOptions(LedgerOptions):
+    """Hold what goes into the record of a fit of heads."""
+
+    extract_report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Output of apecache extract --json. Adds to the costs after how many fits the "
+            "cache has paid off.",
+            rich_help_panel=COSTS,
+        ),
+    ] = None
+
+
 @takes_groups
 def fit_head(
     store: CompleteStore,
@@ -55,17 +70,8 @@ def fit_head(
         ),
     ],
     fit: FitOptions,
-    ledger: LedgerOptions,
+    ledger: HeadLedgerOptions,
     set_: Settings = None,
-    extract_report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Output of apecache extract --json. Adds to the costs after how many fits the "
-            "cache has paid off.",
-            rich_help_panel=COSTS,
-        ),
-    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -83,9 +89,8 @@ def fit_head(
 
         loaded = load_recipe(recipe, set_ or ())
         if not loaded.trains_heads_alone:
-            raise RecipeError(
-                f"recipe {loaded.name} trains more than heads; use apecache fit-encoder"
-            )
+            remedy = "use apecache fit-encoder"
+            raise RecipeError(f"recipe {loaded.name} trains more than heads: {remedy}")
         from apecache.runs.remote import kept_run
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_head import fit_head as run
@@ -101,11 +106,11 @@ def fit_head(
             save_seconds=fit.save_seconds,
             report_split=ledger.report_split,
             price_per_hour=ledger.price_per_hour,
-            extract_report=extract_report,
+            extract_report=ledger.extract_report,
         )
         with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
-            opened = FeatureStore.open(store)
-            report = run(opened, recipe=loaded, out=folder, spec=spec, progress=show)
+            features = FeatureStore.open(store)
+            report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
 
 
@@ -257,7 +262,6 @@ def fit_encoder(
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_encoder import fit_encoder as run
 
-        keep_freed_memory()
         with epoch_display(ledger.tensorboard) as show:
             report = run(
                 FeatureStore.open(store),
@@ -284,6 +288,7 @@ def fit_encoder_spec(
     text = towers.text_encoder()
     from apecache.train.encoder_data import FitEncoderSpec
 
+    keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     precision: Any = towers.autocast
     return FitEncoderSpec(

@@ -116,12 +116,9 @@ def zeroshot(
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 
     benchmark = load_benchmark(dataset) if dataset else None
+    names = benchmark.classes if benchmark else None
     if class_names:
         names = read_class_names(class_names)
-    elif benchmark:
-        names = benchmark.classes
-    else:
-        names = None
     prompts = tuple(template) if template else find_templates(templates, benchmark)
     with progress() as update:
         report = zero_shot(
@@ -157,7 +154,8 @@ def warn_of_labels(report: "ZeroShotReport") -> None:
     if report.matched == "by sorted order":
         warn(
             "no label is the name or the number of a class: sorted labels were matched to the "
-            "classes in their order; use --class-names to match them by label"
+            "classes in their order; give a --class-names file with a label, a tab and a name per "
+            "line to match them by label"
         )
 
 

@@ -179,18 +179,10 @@ def plan(
     """
     with ending():
         from apecache.errors import OptionError
-        from apecache.plan.counting import PlanSpec
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
-        spec = PlanSpec(
-            rows=data.rows,
-            captions=data.captions,
-            tokens=data.tokens,
-            slice_size=machine.slice_size,
-            utilization=machine.utilization,
-            price=machine.price,
-        )
+        spec = _plan_spec(data, machine)
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
         if data.sample is not None and machine.device != "here":
             raise OptionError(
@@ -201,14 +193,32 @@ def plan(
         plans = []
         for loaded_recipe in loaded:
             plans.append(_plan(loaded_recipe, encoders, data=data, spec=spec, device=device))
-        if len(plans) > 1 and json:
-            show_json({"plans": [asdict(recipe_plan) for recipe_plan in plans]})
-        elif len(plans) > 1:
-            _compare(plans, data.rows)
-        elif json:
-            show_json(plans[0])
-        else:
-            _show(plans[0], data.rows)
+        _show_plans(plans, data.rows, json)
+
+
+def _plan_spec(data: DataOptions, machine: MachineOptions) -> "PlanSpec":
+    from apecache.plan.counting import PlanSpec
+
+    return PlanSpec(
+        rows=data.rows,
+        captions=data.captions,
+        tokens=data.tokens,
+        slice_size=machine.slice_size,
+        utilization=machine.utilization,
+        price=machine.price,
+    )
+
+
+def _show_plans(plans: "list[Plan]", rows: int, json: bool) -> None:
+    """Show one plan in full, or several in one table."""
+    if len(plans) > 1 and json:
+        show_json({"plans": [asdict(plan) for plan in plans]})
+    elif len(plans) > 1:
+        _compare(plans, rows)
+    elif json:
+        show_json(plans[0])
+    else:
+        _show(plans[0], rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,28 @@
 """What commands that take a run share: encoders that have moved, and images to open."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .option_groups import MovedImage, MovedText, OptionGroup
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from apecache.encoders.spec import EncoderSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedEncoders(OptionGroup):
+    """Hold the new locations of the encoders of a run."""
+
+    image: MovedImage = None
+    text: MovedText = None
+
+    def recorded_in(self, run: Path) -> "tuple[EncoderSpec | None, EncoderSpec | None]":
+        """Return the settings that the run recorded, with the new locations."""
+        return moved_encoders(run, self.image, self.text)
 
 
 def moved_encoders(

@@ -78,17 +78,16 @@ def scout(
             ScoutSpec(images, text=texts, n_pairs=n, seed=seed, device=device),
             show_progress,
         )
-        if report.n_unreadable:
-            warn(f"left out of the sample: {counted(report.n_unreadable, 'unreadable image')}")
         if heat_map:
-            from apecache.report.charts.heatmap import render_heat_maps, scout_maps
+            write_heat_map(report, heat_map)
+        show_report(report, json)
 
-            heat_map.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
-        if json:
-            rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
-            show_json({**vars(report), "rows": rows})
-        else:
-            show_report(report)
+
+def write_heat_map(report: "ScoutReport", file: Path) -> None:
+    """Write the table as heat maps into an SVG file."""
+    from apecache.report.charts.heatmap import render_heat_maps, scout_maps
+
+    file.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
 
 
 def show_progress(encoder: str, done: int, total: int) -> None:
@@ -97,8 +96,14 @@ def show_progress(encoder: str, done: int, total: int) -> None:
         typer.echo(f"{encoder}: {done:,} encoded", err=True)
 
 
-def show_report(report: "ScoutReport") -> None:
+def show_report(report: "ScoutReport", json: bool) -> None:
     """Show a row for each pair of cuts, and chance below them."""
+    if report.n_unreadable:
+        warn(f"left out of the sample: {counted(report.n_unreadable, 'unreadable image')}")
+    if json:
+        json_rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
+        show_json({**vars(report), "rows": json_rows})
+        return
     rows: list[tuple[object, ...]] = []
     for row in report.rows:
         likeness = row.likeness

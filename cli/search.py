@@ -13,13 +13,11 @@ from .option_groups import (
     Device,
     Json,
     LiveRoot,
-    MovedImage,
-    MovedText,
     OptionGroup,
     Overwrite,
     takes_groups,
 )
-from .runs import moved_encoders, opener
+from .runs import MovedEncoders, opener
 from .terminal import choice, ending, printable, show_json, show_table
 
 if TYPE_CHECKING:
@@ -67,24 +65,13 @@ def index(
     Example: apecache index run --store store --out index --update
     """
     with ending():
-        from apecache.errors import OptionError
-        from apecache.search.index import build_index, read_description, require_same, update_index
-        from apecache.store.reader import FeatureStore
-
-        if update and overwrite:
-            raise OptionError(
-                "--update and --overwrite exclude each other: --update changes the index, "
-                "--overwrite builds it again; leave one out"
-            )
+        require_one_way(update, overwrite)
         if update:
-            require_same(read_description(out), split, kind)
-            report = update_index(
-                run,
-                store=FeatureStore.open(store),
-                out=out,
-                open_image=opener(root),
-            )
+            report = update_by(run, store=store, out=out, root=root, split=split, kind=kind)
         else:
+            from apecache.search.index import build_index
+            from apecache.store.reader import FeatureStore
+
             report = build_index(
                 run,
                 store=FeatureStore.open(store),
@@ -98,6 +85,42 @@ def index(
             show_json(report)
         else:
             show_index(report, update)
+
+
+def require_one_way(update: bool, overwrite: bool) -> None:
+    """Refuse to change an index and to build it again at once.
+
+    Raises:
+        OptionError: Both are asked for.
+    """
+    from apecache.errors import OptionError
+
+    if update and overwrite:
+        raise OptionError(
+            "--update and --overwrite exclude each other: --update changes the index, "
+            "--overwrite builds it again; leave one out"
+        )
+
+
+def update_by(
+    run: Path,
+    store: str,
+    out: Path,
+    root: str | None,
+    split: str | None,
+    kind: str | None,
+) -> "IndexReport":
+    """Update an index; `split` and `kind` must be those that it was built with, if given."""
+    from apecache.search.index import read_description, require_same, update_index
+    from apecache.store.reader import FeatureStore
+
+    require_same(read_description(out), split, kind)
+    return update_index(
+        run,
+        store=FeatureStore.open(store),
+        out=out,
+        open_image=opener(root),
+    )
 
 
 def show_index(report: "IndexReport", update: bool) -> None:
@@ -173,7 +196,7 @@ class TermOptions(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenOptions(OptionGroup):
+class OpenOptions(MovedEncoders):
     """Hold how an index is opened and searched."""
 
     nprobe: Annotated[
@@ -191,8 +214,6 @@ class OpenOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
-    image: MovedImage = None
-    text: MovedText = None
     device: Device = "auto"
 
     def open(self, index: Path) -> "SearchIndex":
@@ -201,7 +222,7 @@ class OpenOptions(OptionGroup):
 
         return SearchIndex.open(
             index,
-            *moved_encoders(index, self.image, self.text),
+            *self.recorded_in(index),
             nprobe=self.nprobe,
             ef_search=self.ef_search,
             device=self.device,

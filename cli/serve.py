@@ -1,27 +1,23 @@
 """`apecache serve`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .option_groups import Device, ImagesFrom, Json, MovedImage, MovedText, Root
+from .option_groups import Device, ImagesFrom, Json, OptionGroup, Root, takes_groups
 from .report import media_of
-from .runs import moved_encoders
+from .runs import MovedEncoders
 from .terminal import ending, show_json, warn
 
 NETWORK = "Network"
 
 
-def serve(
-    index: Annotated[Path, typer.Argument(help="An index folder.")],
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Run that the index must have been built from. Default: no check.",
-        ),
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(OptionGroup):
+    """Hold where the server listens."""
+
     host: Annotated[
         str,
         typer.Option(
@@ -29,10 +25,10 @@ def serve(
             help="Address to listen on. Addresses other than this machine's own need --expose.",
             rich_help_panel=NETWORK,
         ),
-    ] = "127.0.0.1",
+    ] = "127.0.0.1"
     port: Annotated[
         int, typer.Option(min=0, max=65535, metavar="PORT", help="0 chooses a free port.")
-    ] = 8080,
+    ] = 8080
     expose: Annotated[
         bool,
         typer.Option(
@@ -40,11 +36,23 @@ def serve(
             help="Allow other machines to connect. There is no password.",
             rich_help_panel=NETWORK,
         ),
-    ] = False,
+    ] = False
+
+
+@takes_groups
+def serve(
+    index: Annotated[Path, typer.Argument(help="An index folder.")],
+    network: NetworkOptions,
+    encoders: MovedEncoders,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Run that the index must have been built from. Default: no check.",
+        ),
+    ] = None,
     root: Root = None,
     source: ImagesFrom = None,
-    image: MovedImage = None,
-    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -59,22 +67,22 @@ def serve(
         from apecache.report.serve import ServeSpec, is_loopback
         from apecache.report.serve import serve as start
 
-        image_encoder, text_encoder = moved_encoders(index, image, text)
+        image_encoder, text_encoder = encoders.recorded_in(index)
         spec = ServeSpec(
             index,
             run=run,
             media=media_of(root, source),
-            host=host,
-            port=port,
-            expose=expose,
+            host=network.host,
+            port=network.port,
+            expose=network.expose,
             image=image_encoder,
             text=text_encoder,
             device=device,
         )
-        if expose and not is_loopback(host):
+        if network.expose and not is_loopback(network.host):
             warn(
-                f"everyone who can connect to {host} can search this index and see its images; "
-                "there is no password"
+                f"everyone who can connect to {network.host} can search this index and see its "
+                "images; there is no password"
             )
 
         def ready(url: str) -> None:

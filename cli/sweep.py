@@ -155,13 +155,7 @@ def sweep(
                 spec=spec,
                 progress=show_trial,
             )
-        from apecache.report.sweep_page import sweep_page
-
-        page = sweep_page(out)
-        if json:
-            show_json({**asdict(report), "page": page})
-        else:
-            show_sweep(report, page)
+        show_sweep(report, json)
 
 
 def sweep_spec(search: SearchOptions, fit: FitOptions, device: str) -> "SweepSpec":
@@ -193,8 +187,14 @@ def sweep_spec(search: SearchOptions, fit: FitOptions, device: str) -> "SweepSpe
     )
 
 
-def show_sweep(report: "SweepReport", page: Path) -> None:
-    """Show all trials, the command that repeats the best one, and the page."""
+def show_sweep(report: "SweepReport", json: bool) -> None:
+    """Write the page; show all trials and the command that repeats the best one."""
+    from apecache.report.sweep_page import sweep_page
+
+    page = sweep_page(report.folder)
+    if json:
+        show_json({**asdict(report), "page": page})
+        return
     rows: list[tuple[object, ...]] = []
     for trial in report.trials:
         settings = " ".join(trial.settings)
