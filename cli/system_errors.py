@@ -241,7 +241,7 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
         case errno.EFBIG:
             return (
                 f"{shown}: a file is too large for the file system or the process (ulimit "
-                f"-f): raise it{other}, {AGAIN}"
+                f"-f): raise the limit{other}, {AGAIN}"
             )
         case errno.EROFS:
             return f"{shown} is on a read-only file system: remount it for writing{other}, {AGAIN}"
