@@ -212,7 +212,7 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     if result["confusions"]:
         show_table(
             "most frequent confusions",
-            ("class", "taken for", "images"),
+            ("class", "predicted as", "images"),
             result["confusions"][:SHOWN],
         )
     show_left_out(result["left_out"])

@@ -306,11 +306,11 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
     columns = (
         "recipe",
         "trained",
-        "of",
+        "parameters",
         "cut",
         "cache",
         "steps",
-        "in all",
+        "total",
         "peak memory",
         "seconds",
         "cost",
@@ -366,10 +366,10 @@ def _show(plan: "Plan", rows: int) -> None:
     for tower, tower_parts in towers:
         for name, n_trained, n_parameters in tower_parts:
             part_rows.append((tower, name, f"{n_trained:,}", f"{n_parameters:,}"))
-    show_table(title, ("tower", "part", "trained", "of"), part_rows)
+    show_table(title, ("tower", "part", "trained", "parameters"), part_rows)
     for side in sides:
         typer.echo(f"{side.side}: {_cut_text(side)}: {side.reason}")
-    columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
+    columns = ("", "cache", "once", "each step", "total", "peak memory", "seconds", "cost")
     costs = (
         ("as planned", plan.planned),
         ("without the cache", plan.without_cache),
@@ -382,7 +382,7 @@ def _show(plan: "Plan", rows: int) -> None:
         lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
     if plan.teacher_bytes:
         typer.echo(
-            f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once and read from "
+            f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once, then read from "
             "the cache"
         )
     if not plan.teacher_is_counted:
@@ -398,7 +398,7 @@ def _device(plan: "Plan") -> str:
 
 
 def _flops(cost: "Cost") -> tuple[str, ...]:
-    """Return operations: once, of each step and in all."""
+    """Return operations: once, per step and in total."""
     return tuple(
         f"{flops / 1e12:.4g} TFLOP"
         for flops in (cost.once_flops, cost.step_flops, cost.total_flops)

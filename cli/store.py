@@ -66,7 +66,7 @@ def info(store: Store, json: Json = False) -> None:
             "features",
             "encoder",
             "rows",
-            "each",
+            "row shape",
             "dtype",
             "done",
             "unreadable",

@@ -23,7 +23,7 @@ from apecache.errors import OptionError
 
 COMMANDS: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
 PANELS = ("Cache", "Train", "Evaluate", "Search", "Tools")
-COMMON_OPTIONS = 10
+COMMON_OPTIONS = 8
 """Most options in the first panel of a command, `--help` aside."""
 
 
