@@ -301,9 +301,7 @@ def test_the_command_takes_several_encoders_cuts_and_views(
         "--image",
         f"timm:{tiny_image_encoder}",
         "--views",
-        "2",
-        "--view-scale",
-        "0.5,1",
+        "2,scale=0.5-1",
         "--add",
     ]
     assert CliRunner().invoke(app, views).exit_code == 0
