@@ -93,7 +93,7 @@ def _summary(recipe: "Recipe") -> str:
     return recipe.summary or re.split(r"(?<!et al)\. ", recipe.source)[0]
 
 
-def _count(row: dict[str, Any]) -> Any:
+def _count(row: dict[str, Any]) -> object:
     count = row["n_trained_parameters"]
     return "depends on the teacher" if count is None else count
 
