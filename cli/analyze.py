@@ -6,32 +6,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .runs import MovedImage, MovedText, moved_encoders
-from .terminal import Device, Json, ending, show_json, show_table
+from .option_groups import Device, Json, takes_groups
+from .runs import MovedEncoders
+from .terminal import ending, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.evaluate.analysis import ShiftReport
 
 
+@takes_groups
 def analyze(
     run: Annotated[Path, typer.Argument(help="A finished run of fit-encoder.")],
+    encoders: MovedEncoders,
     layernorm_shift: Annotated[
         bool,
         typer.Option(
             "--layernorm-shift",
-            help="How far each norm moved from its pretrained weights, by depth.",
+            help="Measure how far each norm has moved from its pretrained weights.",
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the charts. Default: the run.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the charts. Default: the run folder."),
     ] = None,
-    image: MovedImage = None,
-    text: MovedText = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Say what training changed within the towers; a chart of each tower is written into the run,
-    or into --out.
+    """Measure what training has changed in the encoders.
+
+    Shows a table and writes a chart for each tower.
 
     Example: apecache analyze run --layernorm-shift
     """
@@ -39,12 +42,12 @@ def analyze(
         from apecache.errors import OptionError
 
         if not layernorm_shift:
-            raise OptionError("nothing to analyze; give --layernorm-shift")
+            raise OptionError("no analysis was chosen: give --layernorm-shift")
         from apecache.evaluate.analysis import layernorm_shift as measure
         from apecache.evaluate.analysis import write_charts
         from apecache.runs.load import load_run
 
-        moved = moved_encoders(run, image, text)
+        moved = encoders.recorded_in(run)
         reports = measure(load_run(run, device, *moved), device, *moved)
         charts = write_charts(reports, out or run)
         if json:

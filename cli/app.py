@@ -3,7 +3,9 @@
 Nothing heavy is imported here: `apecache --help` must not wait for torch.
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -32,42 +34,65 @@ from .terminal import FAILURE, INTERRUPTED, command_line, complain_of_system
 app = typer.Typer(
     name="apecache",
     help=(
-        "Image-text models out of encoders that exist: cache their features once, fit heads on "
-        "them in seconds."
+        "Build image-text models from pretrained encoders: cache their features once, then train "
+        "small heads on them in seconds. Start with: apecache demo"
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=Command)(extract.extract)
-app.command(cls=Command)(recipes.recipes)
-app.command(cls=Command)(scout.scout)
-app.command(cls=Command)(plan.plan)
-app.command("fit-head", cls=Command)(fit.fit_head)
-app.command("fit-encoder", cls=Command)(fit.fit_encoder)
-app.command(cls=Command)(sweep.sweep)
-app.command(cls=Command)(lint.lint)
-app.command("export-run", cls=Command)(export_run.export_run)
-app.command(cls=Command)(fit.ensemble)
-app.command(cls=Command)(evaluate.evaluate)
-app.command(cls=Command)(compare.compare)
-app.command(cls=Command)(analyze.analyze)
-app.command(cls=Command)(search.index)
-app.command(cls=Command)(search.search)
-app.command(cls=Command)(report.report)
-app.command(cls=Command)(serve.serve)
-for _command in (
-    store.info,
-    store.verify,
-    store.repair,
-    store.remove,
-    store.copy,
-    store.export,
-    store.upgrade,
-):
-    app.command(cls=Command)(_command)
-app.command(cls=Command)(demo.demo)
+
+CACHE = "Cache"
+TRAIN = "Train"
+EVALUATE = "Evaluate"
+SEARCH = "Search"
+TOOLS = "Tools"
+
+
+def _add(panel: str, command: Callable[..., None], name: str | None = None) -> None:
+    """Add a command to a panel of the help; the list of commands shows its first paragraph.
+
+    Typer keeps the line breaks of a docstring, which are those of the source. Here every paragraph
+    becomes one line, which the terminal wraps.
+    """
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    lines = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    decorate = app.command(
+        name,
+        cls=Command,
+        help="\n\n".join(lines),
+        short_help=lines[0],
+        rich_help_panel=panel,
+    )
+    decorate(command)
+
+
+_add(CACHE, extract.extract)
+_add(CACHE, store.info)
+_add(CACHE, store.verify)
+_add(CACHE, store.repair)
+_add(CACHE, store.remove)
+_add(CACHE, store.copy)
+_add(CACHE, store.export)
+_add(CACHE, store.upgrade)
+_add(TRAIN, recipes.recipes)
+_add(TRAIN, fit.fit_head, name="fit-head")
+_add(TRAIN, fit.fit_encoder, name="fit-encoder")
+_add(TRAIN, sweep.sweep)
+_add(TRAIN, lint.lint)
+_add(TRAIN, fit.ensemble)
+_add(EVALUATE, evaluate.evaluate)
+_add(EVALUATE, compare.compare)
+_add(EVALUATE, analyze.analyze)
+_add(EVALUATE, report.report)
+_add(SEARCH, search.index)
+_add(SEARCH, search.search)
+_add(SEARCH, serve.serve)
+_add(TOOLS, demo.demo)
+_add(TOOLS, scout.scout)
+_add(TOOLS, plan.plan)
+_add(TOOLS, export_run.export_run, name="export-run")
 
 
 def _version(is_requested: bool) -> None:
@@ -82,7 +107,10 @@ def _version(is_requested: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -91,15 +119,15 @@ def _options(
 def main() -> None:
     """Run the console script.
 
-    Commands end their own work with `ending`. An interrupt or an error of the system outside of it,
-    while Typer parses or prints help, ends in the same way.
+    Each command handles its own errors with `ending`. An interrupt or an error of the system while
+    Typer parses or prints help is handled here in the same way.
     """
     try:
         app()
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; resume with: {command_line()}", err=True)
         sys.exit(INTERRUPTED)
-    except Exception as error:  # help that a full disk does not take, say
+    except Exception as error:  # for example help that is written to a full disk
         if not complain_of_system(error):
             raise
         sys.exit(FAILURE)

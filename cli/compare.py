@@ -1,43 +1,50 @@
 """`apecache compare`."""
 
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apecache.errors import counted
 
-from .inputs import Root
 from .labeled import show_left_out
+from .option_groups import Device, Json, Root
 from .runs import opener
-from .terminal import Device, Json, ending, show_json, show_table, warn
+from .terminal import ending, show_json, show_table, warn
+
+if TYPE_CHECKING:
+    from apecache.evaluate.comparison import RunComparison
 
 
 def compare(
-    store: Annotated[str, typer.Option(help="The feature store with the split.")],
+    store: Annotated[
+        str, typer.Option(metavar="STORE", help="Feature store to measure retrieval on.")
+    ],
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN RUN]", help="Two finished runs; s3://… and the like too."),
+        typer.Argument(
+            metavar="[RUN RUN]", help="Two finished runs: folders, s3://…, gs://… or az://…."
+        ),
     ] = None,
     a: Annotated[
         list[str] | None,
-        typer.Option("--a", help="A run of the first recipe. Repeat for other seeds."),
+        typer.Option("--a", metavar="RUN", help="Run of recipe A. Repeat for more seeds."),
     ] = None,
     b: Annotated[
         list[str] | None,
-        typer.Option("--b", help="A run of the second recipe. Repeat for other seeds."),
+        typer.Option("--b", metavar="RUN", help="Run of recipe B. Repeat for more seeds."),
     ] = None,
-    split: Annotated[str, typer.Option(help="The split to measure.")] = "val",
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="Split to measure.")] = "val",
     root: Root = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Compare two runs on the same images: differences of recalls with a 95 % interval and a
-    p-value.
+    """Compare the recalls of two runs, or of two recipes with several seeds.
 
-    Give two runs, or the seeds of two recipes with --a and --b. A difference is A less B, paired
-    over images, each image with its captions. With several seeds the variance over seeds is added.
+    Shows each difference A - B with its 95 % interval and p-value. Both sides are measured on the
+    same images. With several seeds, the variance between seeds is included.
 
     Example: apecache compare run-ape run-projection --store store --split val
 
@@ -53,7 +60,7 @@ def compare(
             folders[name] = stack.enter_context(fetched_run(name))
         side_a = [folders[name] for name in names_a]
         side_b = [folders[name] for name in names_b]
-        result = measure(
+        comparison = measure(
             [side_a, side_b],
             names={str(folder): name for name, folder in folders.items()},
             store=store,
@@ -62,9 +69,9 @@ def compare(
             device=device,
         )
         if json:
-            show_json({"a": names_a, "b": names_b, **result})
+            show_json({"a": names_a, "b": names_b, **asdict(comparison)})
         else:
-            show_comparison(names_a, names_b, result)
+            show_comparison(names_a, names_b, comparison)
 
 
 def two_sides(runs: list[str], a: list[str], b: list[str]) -> tuple[list[str], list[str]]:
@@ -81,8 +88,7 @@ def two_sides(runs: list[str], a: list[str], b: list[str]) -> tuple[list[str], l
         return a, b
     raise OptionError(
         f"expected two runs, or --a RUN and --b RUN; found {counted(len(runs), 'run')}, "
-        f"{len(a)} --a and "
-        f"{len(b)} --b"
+        f"{len(a)} --a and {len(b)} --b"
     )
 
 
@@ -93,7 +99,7 @@ def measure(
     split: str,
     root: str | None,
     device: str,
-) -> dict[str, Any]:
+) -> "RunComparison":
     """Compare two sides, and warn of runs that used the split in training.
 
     Args:
@@ -101,10 +107,8 @@ def measure(
         names: For each run folder, the name that the user gave.
 
     Returns:
-        The JSON form of the comparison.
+        The comparison, with the runs under the names that the user gave.
     """
-    from dataclasses import asdict
-
     from apecache.evaluate.comparison import compare_runs
     from apecache.store.reader import FeatureStore
 
@@ -122,38 +126,38 @@ def measure(
             f"{name} used split {split!r} in training or to choose its epoch: its figures are "
             "too high"
         )
-    return {**asdict(comparison), "seen_in_training": trained_on_split}
+    return replace(comparison, seen_in_training=tuple(trained_on_split))
 
 
-def show_comparison(names_a: list[str], names_b: list[str], result: dict[str, Any]) -> None:
-    """Show the differences, what was left out, and what each side is."""
+def show_comparison(names_a: list[str], names_b: list[str], comparison: "RunComparison") -> None:
+    """Show the differences, the counts of what was left out, and the runs of each side."""
     rows = []
-    for row in result["rows"]:
+    for row in comparison.rows:
         rows.append(
             (
-                row["metric"],
-                row["value_a"],
-                row["value_b"],
-                row["chance"],
-                f"{row['difference']:+.1f}",
-                f"{row['low']:+.1f} to {row['high']:+.1f}",
-                f"{row['p_value']:.4f}" if row["p_value"] >= 0.0001 else "< 0.0001",
+                row.metric,
+                row.value_a,
+                row.value_b,
+                row.chance,
+                f"{row.difference:+.1f}",
+                f"{row.low:+.1f} to {row.high:+.1f}",
+                f"{row.p_value:.4f}" if row.p_value >= 0.0001 else "< 0.0001",
             )
         )
     title = (
-        f"{result['split']}: {counted(result['n_images'], 'image')}, "
-        f"{counted(result['n_texts'], 'text')}"
+        f"{comparison.split}: {counted(comparison.n_images, 'image')}, "
+        f"{counted(comparison.n_texts, 'text')}"
     )
     show_table(
         title,
-        ("", "A, %", "B, %", "chance", "A less B, points", "95 % interval", "p"),
+        ("", "A, %", "B, %", "chance", "A - B, points", "95 % interval", "p"),
         rows,
     )
-    show_left_out(result["left_out"])
+    show_left_out(asdict(comparison.left_out))
     typer.echo(f"A: {', '.join(names_a)}")
     typer.echo(f"B: {', '.join(names_b)}")
+    typer.echo(f"p-values: {comparison.method}, two-sided.")
     single = [side for side, names in (("A", names_a), ("B", names_b)) if len(names) == 1]
-    typer.echo(f"p: {result['method']}, two-sided.")
     if single:
         typer.echo(
             f"The interval has no variance over seeds of {' and '.join(single)}: one run only."

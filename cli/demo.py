@@ -3,16 +3,19 @@
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .terminal import Json, Overwrite, ending, show_json, show_table
+from .option_groups import Json, Overwrite
+from .terminal import ending, show_json, show_table
 
 RECIPES = ("ape", "projection")  # the last one is indexed and shown
 TEMPLATES = ("a drawing of {}", "{}")
+DEMO_FOLDER = Path("apecache-demo")
 ENCODERS = "encoders"
 STORE = "store"
 INDEX = "index"
@@ -22,17 +25,17 @@ QUERIES = ("something to eat for breakfast", "an animal that lives in the sea")
 
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path(
-        "apecache-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for all files of the demo.")
+    ] = Path("apecache-demo"),
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Extract, fit, evaluate, index and search on a small real data set; no hub, account or GPU
-    needed.
+    """Run all steps on a small real data set. Needs no network, account or GPU.
 
-    577 drawings of single words (CC BY-SA), efficientnet-lite0 and all-MiniLM-L6-v2; about two
-    minutes on two cores. Interrupt at any time; run the same command to resume.
+    Extracts, trains, evaluates, indexes and searches 577 drawings of single words (CC BY-SA) with
+    efficientnet-lite0 and all-MiniLM-L6-v2. Takes about two minutes on two cores. Interrupt at any
+    time; run the same command to resume.
 
     Example: apecache demo --out apecache-demo
     """
@@ -44,20 +47,20 @@ def demo(
             require_new(out, "folder")
         folder = data_folder()
         encoders = write_encoders(out)
-        results = run_commands(context.find_root().command, out, folder, encoders)
+        results = run_commands(context, out, folder, encoders)
         page = write_report(out, folder, results)
         seconds = time.perf_counter() - begin
         if json:
             show_json({"results": results, "page": str(page), "seconds": seconds})
         else:
             show_results(results)
-            typer.echo(f"The page with curves and pictures: {page}    ({seconds:.0f} s in all)")
+            typer.echo(f"Page with curves and pictures: {page}    ({seconds:.0f} s in total)")
 
 
 def is_unfinished(out: Path) -> bool:
-    """Tell whether a folder holds a demo that was interrupted, and nothing else.
+    """Return whether a folder holds an interrupted demo and nothing else.
 
-    The same command resumes it. The encoders are written first and the page last.
+    The same command resumes such a demo. The encoders are written first and the page last.
     """
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     demo_names = {ENCODERS, STORE, INDEX, *(f"run-{recipe}" for recipe in RECIPES)}
@@ -80,12 +83,12 @@ def write_encoders(out: Path) -> tuple[Path, Path]:
     """Write the two packaged encoders as ordinary local folders."""
     from apecache.encoders.packaged import write_packaged_encoders
 
-    typer.echo("Writing the two packaged encoders as local folders", err=True)
+    typer.echo("writing the two packaged encoders to local folders", err=True)
     return write_packaged_encoders(out / ENCODERS)
 
 
 def run_commands(
-    apecache: Any,
+    context: typer.Context,
     out: Path,
     folder: Path,
     encoders: tuple[Path, Path],
@@ -95,39 +98,45 @@ def run_commands(
     Returns:
         The rows of the result table, as `measure` makes them.
     """
-    table = str(folder / "pairs.tsv")
-    store = str(out / STORE)
+    table = folder / "pairs.tsv"
+    store = out / STORE
     image_folder, text_folder = encoders
-    image = f"timm:{local_name(image_folder)}"
-    text = f"hf:{local_name(text_folder)}"
-    call(apecache, "extract", table, "--store", store, "--image", image, "--text", text)
+    call(
+        context,
+        "extract",
+        table,
+        options={
+            "store": store,
+            "image": f"timm:{local_name(image_folder)}",
+            "text": f"hf:{local_name(text_folder)}",
+        },
+    )
     rows = []
     for recipe in RECIPES:
-        run = str(out / f"run-{recipe}")
-        call(apecache, "fit-head", store, "--recipe", recipe, "--out", run, "--overwrite")
-        call(apecache, "evaluate", run, "--store", store, "--split", "val")
-        prompts: list[str] = []
-        for template in TEMPLATES:
-            prompts += ["--template", template]
+        run = out / f"run-{recipe}"
         call(
-            apecache,
+            context,
+            "fit-head",
+            store,
+            options={"recipe": recipe, "out": run, "overwrite": True},
+        )
+        call(context, "evaluate", run, options={"store": store, "split": "val"})
+        call(
+            context,
             "evaluate",
             run,
-            "--task",
-            "zeroshot",
-            "--labels",
-            table,
-            "--split",
-            "val",
-            *prompts,
+            options={"task": "zeroshot", "labels": table, "split": "val", "template": TEMPLATES},
         )
-        rows += measure(recipe, run=out / f"run-{recipe}", store=Path(store), folder=folder)
-    best = str(out / f"run-{RECIPES[-1]}")
-    index = str(out / INDEX)
-    call(apecache, "index", best, "--store", store, "--split", "val", "--out", index, "--overwrite")
-    for query in QUERIES:
-        call(apecache, "search", index, query)
-    call(apecache, "search", index, str(a_val_image(folder)))
+        rows += measure(recipe, run=run, store=store, folder=folder)
+    index = out / INDEX
+    call(
+        context,
+        "index",
+        out / f"run-{RECIPES[-1]}",
+        options={"store": store, "split": "val", "out": index, "overwrite": True},
+    )
+    for query in (*QUERIES, a_val_image(folder)):
+        call(context, "search", index, query)
     return rows
 
 
@@ -136,11 +145,30 @@ def local_name(path: Path) -> str:
     return str(path) if path.is_absolute() else f"./{path}"
 
 
-def call(apecache: Any, *arguments: str) -> None:
-    """Print a command and run it in this process."""
-    typer.secho(f"\n$ {shlex.join(['apecache', *arguments])}", bold=True, err=True)
+def call(
+    context: typer.Context,
+    command: str,
+    *operands: str | Path,
+    options: Mapping[str, str | Path | bool | tuple[str, ...]] | None = None,
+) -> None:
+    """Print a command and run it in this process.
+
+    Args:
+        context: Of the command that is running.
+        command: Name of the command.
+        operands: Its arguments, in their order.
+        options: Values by the name of the option. True is a flag; a tuple repeats the option.
+    """
+    words = [command, *map(str, operands)]
+    for name, value in (options or {}).items():
+        if value is True:
+            words.append(f"--{name}")
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [f"--{name}", str(item)]
+    typer.secho(f"\n$ {shlex.join(['apecache', *words])}", bold=True, err=True)
     # Not standalone: a command that fails returns its code, and does not end this process.
-    code = apecache.main(list(arguments), standalone_mode=False)
+    code = context.find_root().command.main(words, standalone_mode=False)
     if code:
         raise typer.Exit(code)
 

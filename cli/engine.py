@@ -1,74 +1,71 @@
-"""Options of the commands that a Ray cluster can run."""
+"""`--ray`: run a command on a Ray cluster."""
 
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from apecache.cluster.pool import RaySpec
 
-Engine = Annotated[str, typer.Option(help="local, or ray: actors on a Ray cluster (needs ray).")]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help=(
-            "Of the Ray cluster: HOST:PORT or auto. Default: RAY_ADDRESS, or else this machine "
-            "alone."
-        )
-    ),
-]
-RayActors = Annotated[
-    int | None,
-    typer.Option(
-        "--ray-actors",
-        min=1,
-        help="Actors. Default: as many as the nodes have room for.",
-    ),
-]
-RayCpus = Annotated[
-    int | None,
-    typer.Option("--ray-cpus", min=1, help="CPUs of an actor, and its threads. Default: 1."),
-]
-RayGpus = Annotated[
-    float | None,
-    typer.Option(
-        "--ray-gpus",
-        min=0,
-        help="GPUs of an actor. Default: 1 where the cluster has any.",
-    ),
-]
+RAY_EXAMPLE = "auto,actors=4,cpus=2,gpus=1"
 
 
 def results_only(cluster: "RaySpec | None") -> AbstractContextManager[object]:
-    """Send what Ray prints of its actors to standard error: standard output is for results."""
+    """Send what Ray prints about its actors to standard error: standard output is for results."""
     return redirect_stdout(sys.stderr) if cluster else nullcontext()
 
 
-def ray_spec(
-    engine: str,
-    address: str | None,
-    actors: int | None,
-    cpus: int | None,
-    gpus: float | None,
-) -> "RaySpec | None":
-    """Build the settings of a Ray cluster; None for the local engine.
+def ray_spec(text: str | None) -> "RaySpec | None":
+    """Parse the value of `--ray`: an address, then resources such as `actors=4`.
+
+    Returns:
+        The settings of the cluster; None for no cluster.
 
     Raises:
-        OptionError: An engine that does not exist, or options of Ray for the local engine.
+        OptionError: The address is missing, or a resource is unknown, repeated or no number.
     """
-    from apecache.errors import OptionError
-
-    from .terminal import choice
-
-    choice("--engine", engine, ("local", "ray"))
-    options = {"--address": address, "--ray-actors": actors, "--ray-cpus": cpus, "--ray-gpus": gpus}
-    ray_options = [name for name, value in options.items() if value is not None]
-    if engine == "local":
-        if ray_options:
-            raise OptionError(f"{', '.join(ray_options)}: only with --engine ray")
+    if text is None:
         return None
     from apecache.cluster.pool import RaySpec
 
-    return RaySpec(address=address, actors=actors, cpus=1 if cpus is None else cpus, gpus=gpus)
+    address, *entries = [entry.strip() for entry in text.split(",")]
+    resources: dict[str, float] = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        number = _resource(name, value)
+        if number is None or name in resources:
+            raise _refusal(text, entry)
+        resources[name] = number
+    if not address or "=" in address:
+        raise _refusal(text, address)
+    actors = resources.get("actors")
+    return RaySpec(
+        address=address,
+        actors=None if actors is None else int(actors),
+        cpus=int(resources.get("cpus", 1)),
+        gpus=resources.get("gpus"),
+    )
+
+
+def _resource(name: str, value: str) -> float | None:
+    """Return the number of a resource; None for one that Ray's actors cannot have."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    match name:
+        case "actors" | "cpus":
+            return number if number >= 1 and number.is_integer() else None
+        case "gpus":
+            return number if 0 <= number < float("inf") else None
+        case _:
+            return None
+
+
+def _refusal(text: str, entry: str) -> Exception:
+    from apecache.errors import OptionError
+
+    return OptionError(
+        f"--ray {text}: expected an address, then actors, cpus or gpus, like {RAY_EXAMPLE}; found "
+        f"{entry!r}"
+    )

@@ -1,6 +1,6 @@
 """`apecache evaluate`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,16 +8,27 @@ import typer
 
 from apecache.errors import counted
 
-from .inputs import SourceOptions, takes_source
 from .labeled import LabeledOptions, probes, show_left_out, show_probes, show_zeroshot, zeroshot
-from .runs import MovedImage, MovedText, moved_encoders, opener
-from .terminal import Device, Json, choice, ending, show_json, show_table, warn
+from .option_groups import (
+    Device,
+    Json,
+    MaxBad,
+    OptionGroup,
+    SourceOptions,
+    takes_groups,
+)
+from .runs import MovedEncoders, opener
+from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
+    from apecache.evaluate.embeddings import Embeddings
     from apecache.metrics.protocols import RecallIntervals
     from apecache.metrics.retrieval import RetrievalReport
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
+RETRIEVAL = "Retrieval"
+CLASSES = "Zero-shot classification"
+PROBES = "Probes"
 
 
 TASKS_OF_OPTIONS = {
@@ -34,80 +45,128 @@ TASKS_OF_OPTIONS = {
 """The tasks that an option has an effect on; options that are not here have one on all."""
 
 
-@takes_source
-def evaluate(
-    opening: SourceOptions,
-    run: Annotated[str, typer.Argument(help="A finished run folder; s3://… and the like too.")],
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(OptionGroup):
+    """Hold the task, and the data that it is measured on."""
+
     store: Annotated[
-        str | None, typer.Option(help="The feature store with the split (retrieval).")
-    ] = None,
+        str | None,
+        typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
+    ] = None
     split: Annotated[
         str | None,
         typer.Option(
-            help="The split to report. Default: retrieval val, zero-shot all, probes test."
+            metavar="SPLIT",
+            help="Split to measure. Default: val for retrieval, all images for zeroshot, test "
+            "for probes.",
         ),
-    ] = None,
+    ] = None
     task: Annotated[
-        str, typer.Option(help="retrieval, zeroshot, probe or text-probe.")
-    ] = "retrieval",
+        str, typer.Option(metavar="TASK", help="retrieval, zeroshot, probe or text-probe.")
+    ] = "retrieval"
     labels: Annotated[
         str | None,
         typer.Option(
-            help=(
-                "Images with labels: a table, a folder per class, tars, …. Text-probe: texts with "
-                "labels."
-            )
+            metavar="SOURCE",
+            help="Images with labels: a table, a folder per class, tar files, …. For text-probe: "
+            "texts with labels.",
         ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "Zero-shot: class names and prompts of a published benchmark: imagenet, cifar10, "
-                "svhn, …."
-            )
-        ),
-    ] = None,
-    class_names: Annotated[
-        Path | None, typer.Option(help="Zero-shot: a class name on each line, or label, tab, name.")
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option(
-            help="Zero-shot: a file of prompts with {} or {c}, or single, clip-7, clip-80."
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Zero-shot prompt with {}; repeat it for an ensemble.")
-    ] = None,
+    ] = None
     probe_train_split: Annotated[
-        str, typer.Option(help="Probes: the split that the classifiers learn.")
-    ] = "train",
-    image: MovedImage = None,
-    text: MovedText = None,
+        str,
+        typer.Option(
+            metavar="SPLIT",
+            help="Split that the probes are trained on.",
+            rich_help_panel=PROBES,
+        ),
+    ] = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalOptions(OptionGroup):
+    """Hold the options of retrieval."""
+
     folds: Annotated[
         int | None,
-        typer.Option(min=2, help="Retrieval: mean over folds of so many images (COCO's 1k: 1000)."),
-    ] = None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Average over folds of N images. The 1k protocol of COCO: 1000.",
+            rich_help_panel=RETRIEVAL,
+        ),
+    ] = None
     by_language: Annotated[
-        bool, typer.Option("--by-language", help="Retrieval: each language by itself too.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--by-language",
+            help="Also show each language of the captions separately.",
+            rich_help_panel=RETRIEVAL,
+        ),
+    ] = False
     csls: Annotated[
         bool,
         typer.Option(
             "--csls",
-            help="Retrieval: one more row, corrected for hubs; the plain figures stay.",
+            help="Also show recalls with CSLS, which corrects for hubs.",
+            rich_help_panel=RETRIEVAL,
         ),
-    ] = False,
-    max_bad: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of unreadable images that is still a success."),
-    ] = 0.01,
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions(OptionGroup):
+    """Hold the classes and prompts of zero-shot classification."""
+
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take class names and prompts from a published benchmark: imagenet, cifar10, "
+            "svhn, ….",
+            rich_help_panel=CLASSES,
+        ),
+    ] = None
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with one class per line: a name, or a label, a tab and a name.",
+            rich_help_panel=CLASSES,
+        ),
+    ] = None
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt with {} for the class name. Repeat it for an ensemble of prompts.",
+            rich_help_panel=CLASSES,
+        ),
+    ] = None
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of prompts with {} or {c}, or one of the sets single, clip-7 and clip-80.",
+            rich_help_panel=CLASSES,
+        ),
+    ] = None
+
+
+@takes_groups
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A finished run: a folder, s3://…, gs://… or az://….")],
+    task_options: TaskOptions,
+    retrieval_options: RetrievalOptions,
+    class_options: ClassOptions,
+    source_options: SourceOptions,
+    encoders: MovedEncoders,
+    max_bad: MaxBad = 0.01,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a run: retrieval on a split of a store; on labeled images zero-shot classification,
-    or probes of their features before and after the head; on labeled texts such probes too.
+    """Measure a run: retrieval, zero-shot classification or probes.
+
+    Retrieval needs --store. The other tasks need --labels. Probes are classifiers on the features
+    before and after the head.
 
     Example: apecache evaluate run --store store --split val
 
@@ -116,105 +175,97 @@ def evaluate(
     Example: apecache evaluate run --task zeroshot --labels food-101/images --dataset food101
     """
     with ending():
+        task = task_options.task
         choice("--task", task, TASKS)
-        given: dict[str, object] = {
-            "--store": store,
-            "--folds": folds,
-            "--by-language": by_language,
-            "--csls": csls,
-            "--labels": labels,
-            "--dataset": dataset,
-            "--class-names": class_names,
-            "--templates": templates,
-            "--template": template,
+        given = {
+            "store": task_options.store,
+            "labels": task_options.labels,
+            **vars(retrieval_options),
+            **vars(class_options),
         }
-        _require_effect(task, [option for option, value in given.items() if value])
+        _require_effect(task, [name for name, value in given.items() if value])
         from apecache.runs.remote import fetched_run
 
         # A run on object storage is a local copy until the end of the block.
         with fetched_run(run) as run_folder:
-            moved = moved_encoders(run_folder, image, text)
             request = LabeledOptions(
                 run=run_folder,
-                labels=labels,
-                opening=opening,
-                split=split,
+                labels=task_options.labels,
+                source_options=source_options,
+                split=task_options.split,
                 device=device,
                 max_bad=max_bad,
-                moved=moved,
+                moved=encoders.recorded_in(run_folder),
             )
-            match task:
-                case "retrieval":
-                    result = retrieval(
-                        run_folder,
-                        store=store,
-                        split=split or "val",
-                        device=device,
-                        folds=folds,
-                        by_language=by_language,
-                        csls=csls,
-                        root=opening.root,
-                        moved=moved,
-                    )
-                case "zeroshot":
-                    result = zeroshot(
-                        request,
-                        dataset=dataset,
-                        class_names=class_names,
-                        templates=templates,
-                        template=template,
-                    )
-                case _:
-                    result = probes(
-                        request,
-                        "image" if task == "probe" else "text",
-                        probe_train_split,
-                    )
+            result = measure(request, task_options, retrieval_options, class_options)
         if json:
             show_json(result)
-            return
-        shows: dict[str, Any] = {"retrieval": show_retrieval, "zeroshot": show_zeroshot}
-        shows.get(task, show_probes)(run, result)
+        else:
+            show_result(run, task, result)
 
 
-def _require_effect(task: str, options: list[str]) -> None:
+def measure(
+    request: LabeledOptions,
+    task_options: TaskOptions,
+    retrieval_options: RetrievalOptions,
+    class_options: ClassOptions,
+) -> dict[str, Any]:
+    """Measure one task; return the JSON form of its report."""
+    match task_options.task:
+        case "retrieval":
+            return retrieval(request, task_options.store, retrieval_options)
+        case "zeroshot":
+            return zeroshot(request, **vars(class_options))
+        case "probe":
+            return probes(request, "image", task_options.probe_train_split)
+        case _:
+            return probes(request, "text", task_options.probe_train_split)
+
+
+def show_result(run: str, task: str, result: dict[str, Any]) -> None:
+    """Show what `measure` returns."""
+    match task:
+        case "retrieval":
+            show_retrieval(run, result)
+        case "zeroshot":
+            show_zeroshot(run, result)
+        case _:
+            show_probes(run, result)
+
+
+def _require_effect(task: str, parameters: list[str]) -> None:
     """Refuse options that the task would ignore.
+
+    Args:
+        task: The task.
+        parameters: Names of the options that were given.
 
     Raises:
         OptionError: Such an option was given.
     """
     from apecache.errors import OptionError
 
-    for option in options:
+    for parameter in parameters:
+        option = f"--{parameter.replace('_', '-')}"
         tasks = TASKS_OF_OPTIONS[option]
         if task not in tasks:
             raise OptionError(
-                f"{option} has no effect on --task {task}; it is for {' and '.join(tasks)}: "
-                "leave one of the two out"
+                f"{option} has no effect on --task {task}: leave it out, or choose --task "
+                f"{' or '.join(tasks)}"
             )
 
 
 def retrieval(
-    run: Path,
+    request: LabeledOptions,
     store: str | None,
-    split: str,
-    device: str,
-    folds: int | None = None,
-    by_language: bool = False,
-    csls: bool = False,
-    root: str | None = None,
-    moved: tuple[Any, Any] = (None, None),
+    options: RetrievalOptions,
 ) -> dict[str, Any]:
     """Measure retrieval on a split of a store.
 
     Args:
-        run: A finished run folder.
+        request: The run and its encoders, the split, and where the images are.
         store: The feature store with the split; None is an error that names --store.
-        folds: Images of each fold, over which recalls are averaged; None: no folds.
-        by_language: Whether each language is measured by itself too.
-        csls: Whether recalls with CSLS are added.
-        root: Where the images are, for a run that trained its image tower.
-        moved: The image and the text encoder under new names.
+        options: Folds, languages and CSLS.
 
     Returns:
         The JSON form of the report: recalls in per cent.
@@ -222,70 +273,86 @@ def retrieval(
     from apecache.errors import OptionError
 
     if store is None:
-        raise OptionError(
-            "--store is missing: give the feature store whose split is to be measured"
-        )
+        raise OptionError("--store is missing: give the feature store to measure retrieval on")
     from apecache.evaluate.comparison import was_split_seen
     from apecache.evaluate.embeddings import embed_store
-    from apecache.metrics.csls import csls_intervals, csls_report
-    from apecache.metrics.protocols import (
-        folded_report,
-        language_intervals,
-        language_reports,
-        retrieval_intervals,
-    )
-    from apecache.metrics.retrieval import retrieval_report
-    from apecache.runs.load import load_run
     from apecache.store.reader import FeatureStore
 
-    loaded = load_run(run, device, *moved)
+    split = request.split or "val"
+    loaded = request.load()
     opened = FeatureStore.open(store)
-    embedded = embed_store(loaded, store=opened, split=split, open_image=opener(root))
-    tensors = (embedded.image, embedded.text, embedded.image_of_text)
-    equal: Any = {"relevance": embedded.relevance}
-    if folds:
-        report = folded_report(*tensors, folds, **equal)
-    else:
-        report = retrieval_report(*tensors, **equal)
-    corrected = None
-    if csls and folds:
-        corrected = folded_report(*tensors, folds, measure=csls_report, **equal)
-    elif csls:
-        corrected = csls_report(*tensors, **equal)
-    # Intervals resample the images of a whole split; a mean over folds has none.
-    intervals = None if folds else retrieval_intervals(*tensors, **equal)
-    corrected_intervals = csls_intervals(*tensors, **equal) if csls and not folds else None
-    text_languages = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
-    languages: dict[str, Any] = {}
-    if by_language:
-        reports = language_reports(*tensors, text_languages, **equal)
-        intervals_of = language_intervals(*tensors, text_languages, **equal)
-        for language, language_report in reports.items():
-            languages[language] = report_json(language_report, intervals_of[language])
+    embedded = embed_store(
+        loaded,
+        store=opened,
+        split=split,
+        open_image=opener(request.source_options.root),
+    )
     was_seen = was_split_seen(loaded.training, opened.digest, split)
     if was_seen:
         warn(
-            f"split {split!r} was used in training or to choose the epoch: this is no measure "
-            "of generalization"
+            f"split {split!r} was used in training or to choose the epoch: these figures do not "
+            "measure generalization"
         )
+    text_languages = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
     return {
         "task": "retrieval",
         "split": split,
-        "image_to_text": keyed(report.image_to_text),
-        "text_to_image": keyed(report.text_to_image),
-        "n_images": report.n_images,
-        "n_texts": report.n_texts,
-        "chance": {
-            "image_to_text": keyed(report.chance_image_to_text),
-            "text_to_image": keyed(report.chance_text_to_image),
-        },
+        **plain_recalls(embedded, options.folds),
+        "csls": csls_recalls(embedded, options.folds) if options.csls else None,
+        "folds_of": options.folds,
+        "languages": recalls_by_language(embedded, text_languages) if options.by_language else {},
         "seen_in_training": was_seen,
-        "mean_recall_at_1": round(report.mean_recall_at_1, 4),
-        "folds_of": folds,
-        "csls": None if corrected is None else report_json(corrected, corrected_intervals),
-        "intervals": None if intervals is None else vars(intervals),
-        "languages": languages,
         "left_out": asdict(embedded.left_out),
+    }
+
+
+def plain_recalls(embedded: "Embeddings", folds: int | None) -> dict[str, Any]:
+    """Return recalls as JSON, with intervals unless they are means over folds."""
+    from apecache.metrics.protocols import folded_report, retrieval_intervals
+    from apecache.metrics.retrieval import retrieval_report
+
+    tensors = (embedded.image, embedded.text, embedded.image_of_text)
+    relevance = embedded.relevance
+    if folds:
+        report = folded_report(*tensors, folds, relevance=relevance)
+        intervals = None
+    else:
+        report = retrieval_report(*tensors, relevance=relevance)
+        # Intervals resample the images of a whole split; a mean over folds has none.
+        intervals = retrieval_intervals(*tensors, relevance=relevance)
+    mean_recall = round(report.mean_recall_at_1, 4)
+    return {**report_json(report, intervals), "mean_recall_at_1": mean_recall}
+
+
+def csls_recalls(embedded: "Embeddings", folds: int | None) -> dict[str, Any]:
+    """Return the same as `plain_recalls`, by CSLS."""
+    from apecache.metrics.csls import csls_intervals, csls_report
+    from apecache.metrics.protocols import folded_report
+
+    tensors = (embedded.image, embedded.text, embedded.image_of_text)
+    relevance = embedded.relevance
+    if folds:
+        report = folded_report(*tensors, folds, measure=csls_report, relevance=relevance)
+        return report_json(report, None)
+    report = csls_report(*tensors, relevance=relevance)
+    return report_json(report, csls_intervals(*tensors, relevance=relevance))
+
+
+def recalls_by_language(embedded: "Embeddings", text_languages: list[str]) -> dict[str, Any]:
+    """Return recalls of each language as JSON.
+
+    Args:
+        embedded: The embeddings.
+        text_languages: The language of each text.
+    """
+    from apecache.metrics.protocols import language_intervals, language_reports
+
+    tensors = (embedded.image, embedded.text, embedded.image_of_text)
+    relevance = embedded.relevance
+    reports = language_reports(*tensors, text_languages, relevance=relevance)
+    intervals = language_intervals(*tensors, text_languages, relevance=relevance)
+    return {
+        language: report_json(report, intervals[language]) for language, report in reports.items()
     }
 
 
@@ -334,9 +401,9 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
     show_left_out(result["left_out"])
 
 
-def recall_row(what: str, report: dict[str, Any]) -> tuple[object, ...]:
-    """Return a table row of recalls, `what` first."""
-    return (what, *report["image_to_text"].values(), *report["text_to_image"].values())
+def recall_row(title: str, report: dict[str, Any]) -> tuple[object, ...]:
+    """Return a table row of recalls, `title` first."""
+    return (title, *report["image_to_text"].values(), *report["text_to_image"].values())
 
 
 def interval_rows(intervals: dict[str, Any] | None) -> list[tuple[object, ...]]:

@@ -5,29 +5,35 @@ from typing import Annotated
 
 import typer
 
-from .runs import MovedText, moved_encoders
-from .terminal import Json, ending, show_json
+from .option_groups import Json, MovedText
+from .runs import moved_encoders
+from .terminal import ending, show_json
 
 
 def export_run(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="Both heads as ONNX graphs.")] = False,
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write both heads as ONNX files.")] = False,
     safetensors: Annotated[
         bool,
         typer.Option(
             "--safetensors",
-            help="Both heads as plain tensors, and a JSON that says what they are.",
+            help="Write both heads as tensors, with a JSON description.",
         ),
     ] = False,
     sentence_transformers: Annotated[
         bool,
-        typer.Option("--sentence-transformers", help="Text encoder and linear head as one model."),
+        typer.Option(
+            "--sentence-transformers",
+            help="Write the text encoder and its head as one model.",
+        ),
     ] = False,
     text: MovedText = None,
     json: Json = False,
 ) -> None:
-    """Write a run's heads for other programs.
+    """Export the heads of a run for other programs.
+
+    Give exactly one of --onnx, --safetensors and --sentence-transformers.
 
     Example: apecache export-run run heads --onnx
     """
@@ -37,7 +43,9 @@ def export_run(
         from apecache.storage.atomic import undone_on_error
 
         if onnx + safetensors + sentence_transformers != 1:
-            raise OptionError("give one of --onnx, --safetensors and --sentence-transformers")
+            raise OptionError(
+                "expected exactly one of --onnx, --safetensors and --sentence-transformers"
+            )
         require_new(out, "folder")
         heads = load_heads(run)
         # Half a folder would be refused as an existing one by the next call.

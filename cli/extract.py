@@ -1,5 +1,6 @@
 """`apecache extract`."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,230 +8,175 @@ import typer
 
 from apecache.errors import counted
 
-from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
-from .inputs import SOURCE, SingleWriter, SourceOptions, takes_source
+from .encoders import EncoderOptions, view_spec
+from .engine import ray_spec, results_only
 from .memory import keep_freed_memory
-from .terminal import Device, Json, choice, ending, printable, progress, show_json, show_table, warn
+from .option_groups import (
+    ADVANCED,
+    COSTS,
+    SEVERAL_MACHINES,
+    STORE_PANEL,
+    Device,
+    Json,
+    MaxBad,
+    OptionGroup,
+    Ray,
+    SingleWriter,
+    Source,
+    SplitSourceOptions,
+    takes_groups,
+)
+from .terminal import choice, ending, printable, progress, show_json, show_table, warn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apecache.cluster.pool import RaySpec
-    from apecache.data.augment import Views
     from apecache.data.pairs import PairSource, SourceFields
     from apecache.data.spec import Role
-    from apecache.encoders.spec import EncoderSpec
+    from apecache.extraction.estimate import ExtractPlan
     from apecache.extraction.report import ExtractReport
     from apecache.extraction.spec import ExtractSpec
-    from apecache.fingerprint import Modality
-
-CUT = (
-    "default (the encoder's own), cls, mean, max, cls+mean or tokens, for texts also last; with "
-    "@LAYER after so many blocks."
-)
 
 
-@takes_source
-def extract(
-    opening: SourceOptions,
-    pairs: Annotated[str, typer.Argument(help=SOURCE)],
-    store: Annotated[
-        str,
-        typer.Option(
-            help="The feature store to make or to go on with: a folder, or s3://…, gs://…, az://…."
-        ),
-    ],
-    image: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Image encoder: timm:NAME, hf:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be "
-                "repeated."
-            )
-        ),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Text encoder: hf:ID, st:ID, open_clip:NAME/TAG, or LIBRARY:/folder. May be "
-                "repeated."
-            )
-        ),
-    ] = None,
-    image_cut: Annotated[
-        list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")
-    ] = None,
-    text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
-    text_prefix: Annotated[
-        str | None,
-        typer.Option(help="Put before every caption. Default: what the encoder asks for."),
-    ] = None,
-    views: Annotated[
-        int | None,
-        typer.Option(min=1, help="Encode so many augmented views in place of each image."),
-    ] = None,
-    view_scale: Annotated[
-        str, typer.Option(help="Smallest and largest crop of a view, share of the area.")
-    ] = "0.2,1",
-    view_seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
-    resolution: Annotated[
-        int | None, typer.Option(min=16, help="Image side in pixels. Default: the encoder's own.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=2, help="Longest caption in tokens. Default: the encoder's own."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Computation: float32, float16 or bfloat16.")
-    ] = "float32",
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(OptionGroup):
+    """Hold what the store gets, and how the work is done."""
+
     storage: Annotated[
         str,
         typer.Option(
-            help="Stored features: float16, float32, or int8 with a scale for each vector."
+            metavar="TYPE",
+            help="Type of the stored features: float16, float32 or int8. int8 keeps a scale for "
+            "each vector.",
+            rich_help_panel=STORE_PANEL,
         ),
-    ] = "float16",
+    ] = "float16"
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add",
+            help="Add these features to a store that has features of another encoder.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = False
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Encode the rows that were added at the end of the source.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = False
+    recheck: Annotated[
+        bool,
+        typer.Option(
+            "--recheck",
+            help="Read all inputs again and compare their hashes with the store.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = False
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Encode share I of N. Run the other shares as separate jobs, e.g. with Slurm.",
+            rich_help_panel=SEVERAL_MACHINES,
+        ),
+    ] = None
     image_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per batch; recorded. Default: 32, on CUDA 256."),
-    ] = None,
+        typer.Option(
+            min=1,
+            help="Images per batch; part of the store's record. Default: 32, on CUDA 256.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
     text_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Captions per batch; recorded. Default: 64, on CUDA 256."),
-    ] = None,
-    shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows per commit. Default: about a minute's work.")
-    ] = None,
-    resize: Annotated[
-        str,
         typer.Option(
-            help="reference (the encoder's own) or torchvision: faster, other in the last bits."
+            min=1,
+            help="Captions per batch; part of the store's record. Default: 64, on CUDA 256.",
+            rich_help_panel=ADVANCED,
         ),
-    ] = "reference",
+    ] = None
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows per commit. Default: about one minute of work.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Decoding processes; 0 is threads. Default: one a core; on two, threads.",
+            help="Decoding processes; 0 decodes in threads. Default: one per core, and threads on "
+            "two cores or fewer.",
+            rich_help_panel=ADVANCED,
         ),
-    ] = None,
-    hang_seconds: Annotated[
-        float,
-        typer.Option(
-            min=0.1,
-            help="A decoding process that takes longer for one image is replaced.",
-        ),
-    ] = 30.0,
+    ] = None
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help=(
-                "Image encoders by torch.compile; recorded. Default: if it is measured to pay in "
-                "ten minutes or more."
-            ),
+            help="Run image encoders with torch.compile; part of the store's record. Default: "
+            "only for long runs, if a measurement shows a gain.",
+            rich_help_panel=ADVANCED,
         ),
-    ] = None,
-    max_bad: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of unreadable rows that is still a success.")
-    ] = 0.01,
-    add: Annotated[
-        bool, typer.Option("--add", help="Keep these features beside those of another encoder.")
-    ] = False,
-    append: Annotated[
-        bool, typer.Option("--append", help="The table has grown at its end: encode that too.")
-    ] = False,
-    recheck: Annotated[
-        bool, typer.Option("--recheck", help="Read all inputs again and compare their hashes.")
-    ] = False,
-    single_writer: SingleWriter = False,
-    part: Annotated[
-        str | None,
+    ] = None
+    max_bad: MaxBad = 0.01
+    single_writer: SingleWriter = False
+
+
+@takes_groups
+def extract(
+    pairs: Source,
+    store: Annotated[
+        str,
         typer.Option(
-            help=(
-                "i/n: encode the i-th of n shares of the shards, beside others who do the rest "
-                "(Slurm)."
-            )
+            metavar="STORE",
+            help="Feature store to create or to resume: a folder, s3://…, gs://… or az://….",
         ),
-    ] = None,
-    engine: Engine = "local",
-    address: Address = None,
-    ray_actors: RayActors = None,
-    ray_cpus: RayCpus = None,
-    ray_gpus: RayGpus = None,
+    ],
+    encoders: EncoderOptions,
+    source_options: SplitSourceOptions,
+    write: WriteOptions,
+    ray: Ray = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Say what it would take in bytes, time and money; write nothing.",
-        ),
+        typer.Option("--dry-run", help="Show rows, bytes and time. Write nothing."),
     ] = False,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Of the machine, in any currency; for --dry-run.")
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="PRICE",
+            help="Price of one hour of this machine, in any currency, for --dry-run.",
+            rich_help_panel=COSTS,
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Run the frozen encoders once over images and captions, into a feature store.
+    """Encode images and captions once and store their features.
 
-    One image is encoded once however many captions it has. Killed or interrupted, the same command
-    goes on; run again when all is done, it says so and does nothing.
+    Each image is encoded once, however many captions it has. Interrupt at any time; run the same
+    command to resume. A complete store is left unchanged.
 
     Example: apecache extract pairs.tsv --store store --image timm:vit_small_patch14_dinov2.lvd142m
     --text hf:sentence-transformers/all-MiniLM-L6-v2
     """
     with ending():
         # Options and the source are checked before the imports of torch, which take seconds.
-        choice("--storage", storage, ("float16", "float32", "int8"))
-        from apecache.extraction.shard_range import WHOLE, parse_part
-
-        shard_range = parse_part(part) if part else WHOLE
-        cluster = ray_spec(engine, address=address, actors=ray_actors, cpus=ray_cpus, gpus=ray_gpus)
+        choice("--storage", write.storage, ("float16", "float32", "int8"))
         from apecache.data.sources import open_pairs
 
-        required: list[Role] = []
-        if image:
-            required.append("image")
-        if text:
-            required.append("caption")
-        source = open_pairs(pairs, opening(*required))
-        choice("--resize", resize, ("reference", "torchvision"))
-        images = encoder_specs(
-            image,
-            modality="image",
-            cuts=image_cut,
-            dtype=dtype,
-            resolution=resolution,
-            resize=resize,
-        )
-        texts = encoder_specs(
-            text,
-            modality="text",
-            cuts=text_cut,
-            dtype=dtype,
-            max_tokens=max_tokens,
-            prefix=text_prefix,
-        )
-        from apecache.extraction.run import ExtractSpec
-
-        keep_freed_memory()
-
-        options: dict[str, Any] = {
-            "image": images,
-            "text": texts,
-            "storage_dtype": storage,
-            "max_bad": max_bad,
-        }
-        options |= {"image_batch": image_batch, "text_batch": text_batch, "shard_rows": shard_rows}
-        options |= {
-            "device": device,
-            "add": add,
-            "append": append,
-            "recheck": recheck,
-            "compiled": compiled,
-        }
-        options |= {"single_writer": single_writer}
-        options |= {"part": shard_range, "hang_seconds": hang_seconds, "workers": workers}
-        options |= {"views": view_spec(views, view_scale, view_seed)} if views else {}
-        spec = ExtractSpec(**options)
+        cluster = ray_spec(ray)
+        require_part(write.part)
+        source = open_pairs(pairs, source_options.spec(*roles(encoders)))
+        spec = extract_spec(encoders, write, device)
         if dry_run:
             show_plan(source, store=store, spec=spec, price_per_hour=price_per_hour, json=json)
             return
@@ -240,8 +186,61 @@ def extract(
         show_extracted(report, source.fields, json)
 
 
-def run_on(cluster: "RaySpec | None") -> Any:
-    """Return `extract` of the local engine, or of a Ray cluster."""
+def roles(encoders: EncoderOptions) -> "list[Role]":
+    """Return what the source must have for these encoders."""
+    required: list[Role] = []
+    if encoders.image:
+        required.append("image")
+    if encoders.text:
+        required.append("caption")
+    return required
+
+
+def require_part(part: str | None) -> None:
+    """Check the value of `--part` before anything is loaded.
+
+    Raises:
+        OptionError: It is not I/N.
+    """
+    from apecache.extraction.shard_range import parse_part
+
+    if part:
+        parse_part(part)
+
+
+def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> "ExtractSpec":
+    """Return the settings of an extraction."""
+    images = encoders.images()
+    texts = encoders.texts()
+    views = None if encoders.views is None else view_spec(encoders.views)
+    from apecache.extraction.run import ExtractSpec
+    from apecache.extraction.shard_range import WHOLE, parse_part
+
+    keep_freed_memory()
+    # `choice` has checked it; the type of the field is a Literal, which an option is not.
+    storage_dtype: Any = write.storage
+    return ExtractSpec(
+        image=images,
+        text=texts,
+        image_batch=write.image_batch,
+        text_batch=write.text_batch,
+        shard_rows=write.shard_rows,
+        storage_dtype=storage_dtype,
+        workers=write.workers,
+        max_bad=write.max_bad,
+        device=device,
+        add=write.add,
+        append=write.append,
+        recheck=write.recheck,
+        single_writer=write.single_writer,
+        views=views,
+        compiled=write.compiled,
+        part=parse_part(write.part) if write.part else WHOLE,
+    )
+
+
+def run_on(cluster: "RaySpec | None") -> "Callable[..., ExtractReport]":
+    """Return `extract` for this machine, or for a Ray cluster."""
     if cluster is None:
         from apecache.extraction.run import extract
 
@@ -259,7 +258,7 @@ def show_plan(
     price_per_hour: float | None,
     json: bool,
 ) -> None:
-    """Show what an extraction would take; nothing is written."""
+    """Show the size and the time of an extraction; write nothing."""
     from apecache.extraction.estimate import plan_extraction
 
     plan = plan_extraction(source, store=store, spec=spec, price_per_hour=price_per_hour)
@@ -276,6 +275,11 @@ def show_plan(
         )
         return
     typer.echo(printable(str(source.fields)))
+    show_plan_table(plan)
+
+
+def show_plan_table(plan: "ExtractPlan") -> None:
+    """Show the arrays of a planned extraction, then its time, price and space."""
     columns = ("modality", "features", "rows", "shape", "to encode", "MB")
     rows: list[tuple[object, ...]] = []
     for array in plan.arrays:
@@ -291,61 +295,7 @@ def show_plan(
     free = "" if plan.free_bytes is None else f" of {plan.free_bytes / 1e6:,.1f} MB free"
     typer.echo(f"{duration}{money}; {plan.n_bytes / 1e6:,.1f} MB{free}; nothing written")
     if not plan.fits:
-        warn("the disk is too small")
-
-
-def encoder_specs(
-    names: list[str] | None,
-    modality: "Modality",
-    cuts: list[str] | None,
-    dtype: Any,
-    **settings: Any,
-) -> "tuple[EncoderSpec, ...]":
-    """Parse encoder options: every cut of every encoder.
-
-    Args:
-        names: The encoders, as `--image` or `--text` takes them.
-        modality: The side of all encoders.
-        cuts: The poolings, as `--image-cut` takes them; None: the encoder's own.
-        dtype: The type of the computation; checked here.
-        settings: Other fields of `EncoderSpec`, the same for all encoders.
-
-    Raises:
-        OptionError: An unknown `dtype`, or a cut that cannot be parsed.
-        EncoderError: A name that cannot be parsed.
-    """
-    from dataclasses import replace
-
-    from apecache.encoders.spec import parse_cut, parse_encoder
-
-    choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
-    parsed_cuts = [parse_cut(cut) for cut in cuts or ["default"]]
-    specs = [parse_encoder(name, modality) for name in names or ()]
-    return tuple(
-        replace(spec, pooling=pooling, layer=layer, dtype=dtype, **settings)
-        for spec in specs
-        for pooling, layer in parsed_cuts
-    )
-
-
-def view_spec(count: int, scale: str, seed: int) -> "Views":
-    """Parse the options of augmented views.
-
-    Raises:
-        OptionError: `scale` is not two shares of the area in ascending order.
-    """
-    from apecache.data.augment import Views
-    from apecache.errors import OptionError
-
-    try:
-        low, high = (float(share) for share in scale.split(","))
-        if not 0 < low <= high <= 1:
-            raise ValueError
-    except ValueError:
-        raise OptionError(
-            f"--view-scale {scale}: expected two shares of the area like 0.2,1"
-        ) from None
-    return Views(count, seed, (low, high))
+        warn("the disk has too little free space for these features")
 
 
 def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) -> None:
@@ -355,16 +305,13 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
             warn(f"{array.modality} {example}")
         if array.n_quarantined > len(array.examples):
             warn(
-                f"in all, {counted(array.n_quarantined, f'unreadable {array.modality} row')}; "
-                "apecache info names the reasons"
+                f"{counted(array.n_quarantined, f'unreadable {array.modality} row')} in total; "
+                "apecache info shows the reasons"
             )
         if array.n_truncated:
-            warn(
-                f"cut: {counted(array.n_truncated, 'caption')} of more tokens than the encoder "
-                "takes"
-            )
+            warn(f"{counted(array.n_truncated, 'caption')} cut to the token limit of the encoder")
     if report.duplicates:
-        warn(f"{counted(report.duplicates, 'image')} with the bytes of an earlier one")
+        warn(f"{counted(report.duplicates, 'image')} identical to an earlier image")
     if json:
         arrays = [vars(array) for array in report.arrays]
         columns_of_roles = {**fields.taken, "unused": list(fields.unused)}
@@ -402,10 +349,10 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
 
 
 def standing(report: "ExtractReport") -> str:
-    """Say how far the store is."""
+    """Say how much of the store is complete."""
     if report.complete:
         return f"{report.store} is complete"
-    return f"part {report.part} is done, {report.share_done:.0%} of {report.store} is"
+    return f"part {report.part} is complete; {report.share_done:.0%} of {report.store} is done"
 
 
 def summary(report: "ExtractReport") -> str:

@@ -1,79 +1,85 @@
-"""`apecache fit-head` and `apecache fit-encoder`."""
+"""`apecache fit-head`, `apecache fit-encoder` and `apecache ensemble`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .extract import encoder_specs
+from .encoders import encoder_specs
 from .memory import keep_freed_memory
+from .option_groups import (
+    ADVANCED,
+    COSTS,
+    ENCODERS,
+    CompleteStore,
+    Device,
+    FitOptions,
+    Json,
+    LedgerOptions,
+    LiveRoot,
+    MaxTokens,
+    OptionGroup,
+    Overwrite,
+    Resolution,
+    Settings,
+    takes_groups,
+)
 from .runs import opener
-from .terminal import Device, Json, Overwrite, choice, ending, show_json, show_table, warn
+from .terminal import choice, ending, show_json, show_table, warn
 
-TensorBoard = Annotated[
-    Path | None,
-    typer.Option(help="Write curves there too, for tensorboard --logdir (extra: track)."),
-]
+if TYPE_CHECKING:
+    from apecache.encoders.spec import EncoderSpec
+    from apecache.train.encoder_data import FitEncoderSpec
+    from apecache.train.fit_encoder import FitEncoderReport
+    from apecache.train.fit_head import FitReport
 
 
-def fit_head(
-    store: Annotated[str, typer.Argument(help="A complete feature store.")],
-    recipe: Annotated[
-        str, typer.Option(help="A recipe by name (apecache recipes lists them) or a file.toml.")
-    ],
-    out: Annotated[str, typer.Option(help="The run folder to make; s3://… and the like too.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override: section.key=value. May be repeated."),
-    ] = None,
-    train_split: Annotated[
-        str | None, typer.Option(help="Default: train, or the only split.")
-    ] = None,
-    dev_split: Annotated[
-        str | None, typer.Option(help="Default: a seeded share of the training images.")
-    ] = None,
-    dev_images: Annotated[
-        int, typer.Option(min=1, help="Size of that share; at most a tenth.")
-    ] = 500,
-    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
-    image_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    text_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    save_seconds: Annotated[
-        float, typer.Option(min=0, help="Write a checkpoint at most this often.")
-    ] = 30.0,
-    report_split: Annotated[
-        str, typer.Option(help="Will be reported: neither trained nor chosen on.")
-    ] = "test",
-    price_per_hour: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Of this machine, in any currency: the ledger then tells the money.",
-        ),
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class HeadLedgerOptions(LedgerOptions):
+    """Hold what goes into the record of a fit of heads."""
+
     extract_report: Annotated[
         Path | None,
         typer.Option(
-            help="What apecache extract --json printed: when the cache has paid for itself."
+            metavar="FILE",
+            help="Output of apecache extract --json. Adds to the costs after how many fits the "
+            "cache has paid off.",
+            rich_help_panel=COSTS,
         ),
-    ] = None,
-    tensorboard: TensorBoard = None,
+    ] = None
+
+
+@takes_groups
+def fit_head(
+    store: CompleteStore,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="RECIPE",
+            help="Name of a recipe, or a TOML file. apecache recipes lists the names.",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="Run folder to create or to resume: a folder, s3://…, gs://… or az://….",
+        ),
+    ],
+    fit: FitOptions,
+    ledger: HeadLedgerOptions,
+    set_: Settings = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Fit alignment heads on cached features; the epoch is chosen on a dev split, never on the
-    reported one.
+    """Train alignment heads on the features of a store.
 
-    A fit that was killed or interrupted goes on when the same command is given again.
+    The best epoch is chosen on the dev split, never on the split that you report. Interrupt at any
+    time; run the same command to resume.
 
     Example: apecache fit-head store --recipe ape --out run --set optimizer.lr=3e-4
     """
@@ -83,150 +89,161 @@ def fit_head(
 
         loaded = load_recipe(recipe, set_ or ())
         if not loaded.trains_heads_alone:
-            raise RecipeError(
-                f"recipe {loaded.name} does not train heads alone; use apecache fit-encoder"
-            )
+            remedy = "use apecache fit-encoder"
+            raise RecipeError(f"recipe {loaded.name} trains more than heads: {remedy}")
         from apecache.runs.remote import kept_run
         from apecache.store.reader import FeatureStore
-        from apecache.train.batches import SplitSpec
         from apecache.train.fit_head import fit_head as run
         from apecache.train.head_data import FitSpec
 
-        splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
-        ledger_options: dict[str, Any] = {
-            "report_split": report_split,
-            "price_per_hour": price_per_hour,
-            "extract_report": extract_report,
-        }
         spec = FitSpec(
-            image_features,
-            text_features=text_features,
-            splits=splits,
-            seed=seed,
+            fit.image_features,
+            text_features=fit.text_features,
+            splits=fit.splits,
+            seed=fit.seed,
             device=device,
             overwrite=overwrite,
-            save_seconds=save_seconds,
-            **ledger_options,
+            save_seconds=fit.save_seconds,
+            report_split=ledger.report_split,
+            price_per_hour=ledger.price_per_hour,
+            extract_report=ledger.extract_report,
         )
-        with kept_run(out) as folder, told_epochs(tensorboard) as show:
-            report = run(
-                FeatureStore.open(store),
-                recipe=loaded,
-                out=folder,
-                spec=spec,
-                progress=show,
-            )
-        for warning in report.ledger.warnings:
-            warn(warning)
-        if json:
-            show_json({**asdict(report), "run": out})
-            return
-        dev = report.dev
-        recalls = (*dev.image_to_text.values(), *dev.text_to_image.values())
-        chance = (*dev.chance_image_to_text.values(), *dev.chance_text_to_image.values())
-        totals = (
-            report.n_train_images,
-            report.n_dev_images,
-            report.n_negatives,
-            report.n_trained_parameters,
-        )
-        names = (
-            *(f"i2t R@{k}" for k in dev.image_to_text),
-            *(f"t2i R@{k}" for k in dev.text_to_image),
-        )
-        show_table(
-            f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            ("", "train images", "dev images", "negatives", "parameters", "seconds", *names),
-            [("dev", *totals, report.seconds, *recalls), ("chance", *[""] * 5, *chance)],
-        )
+        with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
+            features = FeatureStore.open(store)
+            report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
+        show_head_fit(report, out, json)
 
 
-def fit_encoder(
-    store: Annotated[
-        str,
-        typer.Argument(help="A complete feature store: its pairs, and features of frozen sides."),
-    ],
-    recipe: Annotated[
-        str, typer.Option(help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu) or a file.toml.")
-    ],
-    out: Annotated[Path, typer.Option(help="The run folder to make or to go on with.")],
+def show_head_fit(report: "FitReport", out: str, json: bool) -> None:
+    """Show the recalls of a fit on its dev split, with chance below them."""
+    for warning in report.ledger.warnings:
+        warn(warning)
+    if json:
+        show_json({**asdict(report), "run": out})
+        return
+    dev = report.dev
+    totals = (
+        report.n_train_images,
+        report.n_dev_images,
+        report.n_negatives,
+        report.n_trained_parameters,
+        report.seconds,
+    )
+    recalls = (*dev.image_to_text.values(), *dev.text_to_image.values())
+    chance = (*dev.chance_image_to_text.values(), *dev.chance_text_to_image.values())
+    recall_names = (
+        *(f"i2t R@{k}" for k in dev.image_to_text),
+        *(f"t2i R@{k}" for k in dev.text_to_image),
+    )
+    total_names = ("train images", "dev images", "negatives", "parameters", "seconds")
+    show_table(
+        f"{out}: best epoch on dev: {report.best_epoch} of {report.n_epochs}",
+        ("", *total_names, *recall_names),
+        [("dev", *totals, *recalls), ("chance", *[""] * len(totals), *chance)],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerOptions(OptionGroup):
+    """Hold the options of towers that train, or that run in every step."""
+
     image: Annotated[
-        str | None, typer.Option(help="Encoder of a live image side. Default: the store's.")
-    ] = None,
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Image encoder, if its tower trains. Default: the store's.",
+            rich_help_panel=ENCODERS,
+        ),
+    ] = None
     text: Annotated[
-        str | None, typer.Option(help="Encoder of a live text side. Default: the store's.")
-    ] = None,
-    root: Annotated[
-        str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")
-    ] = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=16, help="Image side in pixels, with --image.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Longest caption in tokens, with --text.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override: section.key=value. May be repeated."),
-    ] = None,
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Text encoder, if its tower trains. Default: the store's.",
+            rich_help_panel=ENCODERS,
+        ),
+    ] = None
+    resolution: Resolution = None
+    max_tokens: MaxTokens = None
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="Run of fit-head on the same encoders: begin with its heads and temperature."
+            metavar="RUN",
+            help="Start with the heads and the temperature of this run of fit-head.",
+            rich_help_panel=ENCODERS,
         ),
-    ] = None,
+    ] = None
     slice_size: Annotated[
         int | None,
         typer.Option(
             "--slice",
             min=1,
-            help="Pairs in memory at once; gradients are the whole batch's.",
+            help="Pairs in memory at once. The gradients stay those of the whole batch.",
+            rich_help_panel=ADVANCED,
         ),
-    ] = None,
+    ] = None
     autocast: Annotated[
-        str, typer.Option(help="Computation of the towers: float32 or bfloat16.")
-    ] = "float32",
-    train_split: Annotated[
-        str | None, typer.Option(help="Default: train, or the only split.")
-    ] = None,
-    dev_split: Annotated[
-        str | None, typer.Option(help="Default: a seeded share of the training images.")
-    ] = None,
-    dev_images: Annotated[
-        int, typer.Option(min=1, help="Size of that share; at most a tenth.")
-    ] = 500,
-    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
-    image_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    text_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    save_seconds: Annotated[
-        float, typer.Option(min=0, help="Write a checkpoint at most this often.")
-    ] = 30.0,
-    report_split: Annotated[
-        str, typer.Option(help="Will be reported: neither trained nor chosen on.")
-    ] = "test",
-    price_per_hour: Annotated[
-        float | None,
+        str,
         typer.Option(
-            min=0,
-            help="Of this machine, in any currency: the ledger then tells the money.",
+            metavar="TYPE",
+            help="Type of the computation: float32 or bfloat16.",
+            rich_help_panel=ADVANCED,
         ),
-    ] = None,
-    tensorboard: TensorBoard = None,
+    ] = "float32"
+
+    def image_encoder(self) -> "EncoderSpec | None":
+        """Return the image encoder; None for the store's."""
+        specs = encoder_specs(
+            [self.image] if self.image else None,
+            modality="image",
+            cuts=None,
+            dtype="float32",
+            resolution=self.resolution,
+        )
+        return next(iter(specs), None)
+
+    def text_encoder(self) -> "EncoderSpec | None":
+        """Return the text encoder; None for the store's."""
+        specs = encoder_specs(
+            [self.text] if self.text else None,
+            modality="text",
+            cuts=None,
+            dtype="float32",
+            max_tokens=self.max_tokens,
+        )
+        return next(iter(specs), None)
+
+
+@takes_groups
+def fit_encoder(
+    store: Annotated[
+        str,
+        typer.Argument(help="A complete feature store, with features of every frozen tower."),
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="RECIPE",
+            help="Name of a recipe (lit, lilt-i, freeze/Vuf-Tuu, …), or a TOML file.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Run folder to create or to resume.")],
+    towers: TowerOptions,
+    fit: FitOptions,
+    ledger: LedgerOptions,
+    root: LiveRoot = None,
+    set_: Settings = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Train within the towers what a recipe unlocks; a side that stays frozen is read from the
-    cache.
+    """Train layers of the encoders, together with the heads.
 
-    Killed or interrupted, the same command goes on after its last checkpoint. Under torchrun
-    several processes train one model, with all of the batch as negatives. Any number of processes
-    and any --slice give the same weights up to rounding, with dropout too.
+    The recipe says which layers train. A frozen tower is read from the store. Interrupt at any
+    time; run the same command to resume from the last checkpoint.
+
+    With torchrun, several processes train one model. The negatives come from the whole batch. The
+    number of processes and --slice change the weights only by rounding.
 
     Example: apecache fit-encoder store --recipe lit --out run --slice 32
 
@@ -237,51 +254,15 @@ def fit_encoder(
     --out run
     """
     with ending():
-        choice("--autocast", autocast, ("float32", "bfloat16"))
+        choice("--autocast", towers.autocast, ("float32", "bfloat16"))
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
-        images = encoder_specs(
-            [image] if image else None,
-            modality="image",
-            cuts=None,
-            dtype="float32",
-            resolution=resolution,
-        )
-        texts = encoder_specs(
-            [text] if text else None,
-            modality="text",
-            cuts=None,
-            dtype="float32",
-            max_tokens=max_tokens,
-        )
+        spec = fit_encoder_spec(towers, fit, ledger, overwrite=overwrite, device=device)
         from apecache.store.reader import FeatureStore
-        from apecache.train.batches import SplitSpec
-        from apecache.train.encoder_data import FitEncoderSpec
         from apecache.train.fit_encoder import fit_encoder as run
 
-        keep_freed_memory()
-
-        splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
-        # `choice` has checked it; the type of the field is a Literal, which an option is not.
-        precision: Any = autocast
-        spec = FitEncoderSpec(
-            next(iter(images), None),
-            text=next(iter(texts), None),
-            image_features=image_features,
-            text_features=text_features,
-            splits=splits,
-            seed=seed,
-            slice_size=slice_size,
-            autocast=precision,
-            device=device,
-            overwrite=overwrite,
-            save_seconds=save_seconds,
-            report_split=report_split,
-            price_per_hour=price_per_hour,
-            init_from=init_from,
-        )
-        with told_epochs(tensorboard) as show:
+        with epoch_display(ledger.tensorboard) as show:
             report = run(
                 FeatureStore.open(store),
                 recipe=loaded,
@@ -291,53 +272,85 @@ def fit_encoder(
                 progress=show,
             )
         # Every process of a torchrun has a report; one of them shows it.
-        if report.rank:
-            return
-        for warning in report.ledger.warnings:
-            warn(warning)
-        if json:
-            show_json(report)
-            return
-        cached = ", ".join(report.cached) or "neither"
-        values = (
-            report.n_train_images,
-            report.n_dev_images,
-            report.n_trained_parameters,
-            cached,
-            report.seconds,
-        )
-        show_table(
-            f"{out}: epoch {report.best_epoch} of {report.n_epochs} was the best on dev",
-            (
-                "train images",
-                "dev images",
-                "parameters",
-                "cached sides",
-                "seconds",
-                "dev mean recall",
-                "before",
-                "chance",
-            ),
-            [
-                (
-                    *values,
-                    report.dev.mean_recall,
-                    report.untrained.mean_recall,
-                    report.dev.mean_chance,
-                )
-            ],
-        )
+        if not report.rank:
+            show_encoder_fit(report, out, json)
+
+
+def fit_encoder_spec(
+    towers: TowerOptions,
+    fit: FitOptions,
+    ledger: LedgerOptions,
+    overwrite: bool,
+    device: str,
+) -> "FitEncoderSpec":
+    """Return the settings of a fit."""
+    image = towers.image_encoder()
+    text = towers.text_encoder()
+    from apecache.train.encoder_data import FitEncoderSpec
+
+    keep_freed_memory()
+    # `choice` has checked it; the type of the field is a Literal, which an option is not.
+    precision: Any = towers.autocast
+    return FitEncoderSpec(
+        image,
+        text=text,
+        image_features=fit.image_features,
+        text_features=fit.text_features,
+        splits=fit.splits,
+        seed=fit.seed,
+        slice_size=towers.slice_size,
+        autocast=precision,
+        device=device,
+        overwrite=overwrite,
+        save_seconds=fit.save_seconds,
+        report_split=ledger.report_split,
+        price_per_hour=ledger.price_per_hour,
+        init_from=towers.init_from,
+    )
+
+
+def show_encoder_fit(report: "FitEncoderReport", out: Path, json: bool) -> None:
+    """Show the mean recall of a fit on its dev split, beside the one before training and chance."""
+    for warning in report.ledger.warnings:
+        warn(warning)
+    if json:
+        show_json(report)
+        return
+    row = (
+        report.n_train_images,
+        report.n_dev_images,
+        report.n_trained_parameters,
+        ", ".join(report.cached) or "neither",
+        report.seconds,
+        report.dev.mean_recall,
+        report.untrained.mean_recall,
+        report.dev.mean_chance,
+    )
+    columns = (
+        "train images",
+        "dev images",
+        "parameters",
+        "cached towers",
+        "seconds",
+        "dev mean recall",
+        "before training",
+        "chance",
+    )
+    show_table(
+        f"{out}: best epoch on dev: {report.best_epoch} of {report.n_epochs}", columns, [row]
+    )
 
 
 def ensemble(
     runs: Annotated[
         list[Path], typer.Argument(help="Two or more finished runs on the same features.")
     ],
-    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Run folder to create.")],
     json: Json = False,
 ) -> None:
-    """Put the heads of several runs side by side: cosines of the new heads are the mean of theirs.
-    Nothing trains.
+    """Combine the heads of several runs into one run, without training.
+
+    The cosine of two embeddings is then the mean of the cosines of the single runs.
 
     Example: apecache ensemble run-linear run-mlp --out both
     """
@@ -365,15 +378,16 @@ def ensemble(
             show_json(result)
         else:
             typer.echo(
-                f"{out}: {len(runs)} runs side by side, {combined.image.head.out_dim} dimensions"
+                f"{out}: {len(runs)} runs combined, {combined.image.head.out_dim} dimensions"
             )
 
 
 @contextmanager
-def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that takes every line of the history.
+def epoch_display(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show every line of the history on the terminal, and write it for TensorBoard if asked.
 
-    It shows the line on the terminal, and writes it for TensorBoard if a folder is given.
+    Yields:
+        A function to call with every line of the history.
     """
     if tensorboard is None:
         yield show_epoch
@@ -382,11 +396,11 @@ def told_epochs(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]],
 
     with log_to_tensorboard(tensorboard) as log:
 
-        def tell(line: dict[str, Any]) -> None:
+        def show_and_log(line: dict[str, Any]) -> None:
             show_epoch(line)
             log(line)
 
-        yield tell
+        yield show_and_log
 
 
 def show_epoch(line: dict[str, Any]) -> None:

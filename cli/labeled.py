@@ -8,12 +8,15 @@ import typer
 
 from apecache.errors import counted
 
-from .inputs import SourceOptions
+from .option_groups import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
+    from apecache.encoders.spec import EncoderSpec
     from apecache.evaluate.labeled import LabeledSpec
+    from apecache.evaluate.zeroshot import ZeroShotReport
     from apecache.fingerprint import Modality
+    from apecache.runs.load import Run
 
 SHOWN = 5
 """Confusions, and classes without images, that are named on the terminal."""
@@ -26,12 +29,12 @@ class LabeledOptions:
     run: Path
     labels: str | None
     """The source with labels."""
-    opening: SourceOptions
+    source_options: SourceOptions
     split: str | None
     device: str
     max_bad: float
     """Share of unreadable images that is still a success."""
-    moved: tuple[Any, Any]
+    moved: "tuple[EncoderSpec | None, EncoderSpec | None]"
     """The image and the text encoder under new names; None for one that has not moved."""
 
     def spec(self, modality: "Modality", splits: tuple[str, ...]) -> "LabeledSpec":
@@ -44,21 +47,21 @@ class LabeledOptions:
 
         if self.labels is None:
             raise OptionError(
-                "--labels is missing: give images with labels, as a table or a folder per class"
+                "--labels is missing: give labeled data, e.g. a table or a folder per class"
             )
         from apecache.data.sources import open_pairs
 
         source = open_pairs(
             self.labels,
-            self.opening("image" if modality == "image" else "caption", "label"),
+            self.source_options.spec("image" if modality == "image" else "caption", "label"),
         )
         from apecache.evaluate.labeled import LabeledSpec, is_writable
 
         caches = self.run / "caches"
         if not caches.exists() and not is_writable(caches):
             warn(
-                f"{self.run} is read-only: the features of {self.labels} are not kept for the "
-                "next time"
+                f"{self.run} is read-only: the features of {self.labels} are not saved and will be "
+                "computed again"
             )
         moved = self.moved[0 if modality == "image" else 1]
         return LabeledSpec(
@@ -71,7 +74,7 @@ class LabeledOptions:
             modality=modality,
         )
 
-    def load(self) -> Any:
+    def load(self) -> "Run":
         """Load the run."""
         from apecache.runs.load import load_run
 
@@ -79,7 +82,7 @@ class LabeledOptions:
 
 
 def zeroshot(
-    asked: LabeledOptions,
+    request: LabeledOptions,
     dataset: str | None,
     class_names: Path | None,
     templates: str | None,
@@ -88,7 +91,7 @@ def zeroshot(
     """Classify images by the names of classes.
 
     Args:
-        asked: The options shared with probes.
+        request: The options shared with probes.
         dataset: A published benchmark, for its class names and prompts.
         class_names: A file of class names, before those of the benchmark.
         templates: A file of prompts, or the name of a set.
@@ -104,41 +107,26 @@ def zeroshot(
 
     if template and templates:
         raise OptionError(
-            "--template and --templates both say what the prompts are; give one of them"
+            "--template and --templates exclude each other: both give the prompts; leave one out"
         )
-    images = asked.spec("image", (asked.split,) if asked.split else ())
+    images = request.spec("image", (request.split,) if request.split else ())
     from apecache.evaluate.benchmark_names import load_benchmark
     from apecache.evaluate.class_names import read_class_names
     from apecache.evaluate.prompts import find_templates
     from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 
     benchmark = load_benchmark(dataset) if dataset else None
+    names = benchmark.classes if benchmark else None
     if class_names:
         names = read_class_names(class_names)
-    elif benchmark:
-        names = benchmark.classes
-    else:
-        names = None
     prompts = tuple(template) if template else find_templates(templates, benchmark)
     with progress() as update:
         report = zero_shot(
-            asked.load(),
-            ZeroShotSpec(images, templates=prompts, text=asked.moved[1], names=names),
+            request.load(),
+            ZeroShotSpec(images, templates=prompts, text=request.moved[1], names=names),
             update,
         )
-    if report.empty:
-        shown = ", ".join(report.empty[:SHOWN])
-        if len(report.empty) > SHOWN:
-            shown += ", …"
-        warn(
-            f"{len(report.empty)} of {report.n_classes} classes have no image, and stay "
-            f"candidates: {shown}"
-        )
-    if report.matched == "by sorted order":
-        warn(
-            "no label is a class's name or number: labels in sorted order were taken for the "
-            "classes in theirs"
-        )
+    warn_of_labels(report)
     from apecache.metrics.statistics import accuracy_interval
 
     intervals = {
@@ -146,26 +134,44 @@ def zeroshot(
     }
     return {
         "task": "zeroshot",
-        "split": asked.split,
+        "split": request.split,
         **vars(report),
         "left_out": asdict(report.left_out),
         "intervals": intervals,
     }
 
 
-def probes(asked: LabeledOptions, modality: "Modality", train_split: str) -> dict[str, Any]:
+def warn_of_labels(report: "ZeroShotReport") -> None:
+    """Warn of classes without images, and of labels that were matched by their order."""
+    if report.empty:
+        shown = ", ".join(report.empty[:SHOWN])
+        if len(report.empty) > SHOWN:
+            shown += ", …"
+        warn(
+            f"{len(report.empty)} of {report.n_classes} classes have no image; they can still be "
+            f"predicted: {shown}"
+        )
+    if report.matched == "by sorted order":
+        warn(
+            "no label is the name or the number of a class: sorted labels were matched to the "
+            "classes in their order; give a --class-names file with a label, a tab and a name per "
+            "line to match them by label"
+        )
+
+
+def probes(request: LabeledOptions, modality: "Modality", train_split: str) -> dict[str, Any]:
     """Probe the encoder's features, and the embeddings by the run.
 
     Returns:
         The JSON form of both reports, `before` and `after`: accuracies in per cent.
     """
-    split = asked.split or "test"
-    spec = asked.spec(modality, (train_split, split))
+    split = request.split or "test"
+    spec = request.spec(modality, (train_split, split))
     from apecache.evaluate.labeled import labeled_features
     from apecache.evaluate.probe import probe_features
 
     with progress() as update:
-        features = labeled_features(asked.load(), spec, update)
+        features = labeled_features(request.load(), spec, update)
     before, after = probe_features(features, train_split, split)
     header = {
         "task": "probe" if modality == "image" else "text-probe",
@@ -206,7 +212,7 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     if result["confusions"]:
         show_table(
             "most frequent confusions",
-            ("class", "taken for", "images"),
+            ("class", "predicted as", "images"),
             result["confusions"][:SHOWN],
         )
     show_left_out(result["left_out"])

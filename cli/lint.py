@@ -1,49 +1,64 @@
 """`apecache lint`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .option_groups import (
+    DevSplit,
+    ImageFeatures,
+    Json,
+    LiveRoot,
+    OptionGroup,
+    ReportSplit,
+    Seed,
+    Settings,
+    TextFeatures,
+    TrainSplit,
+    takes_groups,
+)
 from .runs import opener
-from .terminal import Json, ending, show_json, show_table
+from .terminal import ending, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.store.reader import FeatureStore
     from apecache.train.lint.findings import Finding
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedFit(OptionGroup):
+    """Hold the options of a fit that a recipe would begin; a finished run has its own."""
+
+    set_: Settings = None
+    train_split: TrainSplit = None
+    dev_split: DevSplit = None
+    seed: Seed = 0
+    image_features: ImageFeatures = None
+    text_features: TextFeatures = None
+
+
+@takes_groups
 def lint(
     target: Annotated[
-        str, typer.Argument(help="A finished run folder, or a recipe by name or file.toml.")
+        str,
+        typer.Argument(help="A finished run, or a recipe: its name or a TOML file."),
     ],
+    planned: PlannedFit,
     store: Annotated[
-        str | None, typer.Option(help="Its store: data and weights are checked too.")
+        str | None,
+        typer.Option(metavar="STORE", help="Feature store. Adds checks of the data."),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Recipe: override section.key=value. May be repeated."),
-    ] = None,
-    train_split: Annotated[str | None, typer.Option(help="Recipe: as in fit-head.")] = None,
-    dev_split: Annotated[str | None, typer.Option(help="Recipe: as in fit-head.")] = None,
-    report_split: Annotated[
-        str, typer.Option(help="Will be reported: neither trained nor chosen on.")
-    ] = "test",
-    seed: Annotated[int, typer.Option(help="Recipe: seed of the weights.")] = 0,
-    image_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    text_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    root: Annotated[
-        str | None, typer.Option(help="Folder of the images, needed if the image tower trains.")
-    ] = None,
+    root: LiveRoot = None,
+    report_split: ReportSplit = "test",
     json: Json = False,
 ) -> None:
-    """Look for the traps of published training code: parameters without gradient, gates that are
-    shut, selection on the reported split, pairs in two splits, fewer negatives than the batch says.
-    Exit code 3 if there is an error.
+    """Check a run or a recipe for common training mistakes.
+
+    Mistakes are, among others: parameters without gradient, closed gates, choosing on the reported split, pairs in
+    two splits, fewer negatives than the batch size suggests. All options except --store, --root
+    and --report-split apply to recipes only. The exit code is 3 if there is an error.
 
     Example: apecache lint sail --store store
 
@@ -59,11 +74,8 @@ def lint(
         else:
             findings = _of_recipe(
                 target,
-                settings=set_,
+                planned=planned,
                 store=opened,
-                splits=(train_split, dev_split),
-                seed=seed,
-                features=(image_features, text_features),
                 report_split=report_split,
                 root=root,
             )
@@ -97,36 +109,26 @@ def _of_run(
 
 def _of_recipe(
     name: str,
-    settings: list[str] | None,
+    planned: PlannedFit,
     store: "FeatureStore | None",
-    splits: tuple[str | None, str | None],
-    seed: int,
-    features: tuple[str | None, str | None],
     report_split: str,
     root: str | None,
 ) -> "list[Finding]":
-    """Check a recipe, and with a store the fit that it would begin there.
-
-    Args:
-        splits: Names of the train and the dev split.
-        features: Names of the image and the text features.
-    """
+    """Check a recipe, and with a store the fit that it would begin there."""
     from apecache.recipes.recipe import load_recipe
     from apecache.train.batches import SplitSpec
 
-    train_split, dev_split = splits
-    image_features, text_features = features
-    recipe = load_recipe(name, settings or ())
-    split_spec = SplitSpec(train=train_split, dev=dev_split)
+    recipe = load_recipe(name, planned.set_ or ())
+    split_spec = SplitSpec(train=planned.train_split, dev=planned.dev_split)
     if store is None or recipe.trains_heads_alone:
         from apecache.train.head_data import FitSpec
         from apecache.train.lint.heads import lint_plan
 
         head_spec = FitSpec(
-            image_features,
-            text_features=text_features,
+            planned.image_features,
+            text_features=planned.text_features,
             splits=split_spec,
-            seed=seed,
+            seed=planned.seed,
             report_split=report_split,
         )
         return lint_plan(recipe, store, head_spec)
@@ -134,10 +136,10 @@ def _of_recipe(
     from apecache.train.lint.encoders import lint_encoder_plan
 
     spec = FitEncoderSpec(
-        image_features=image_features,
-        text_features=text_features,
+        image_features=planned.image_features,
+        text_features=planned.text_features,
         splits=split_spec,
-        seed=seed,
+        seed=planned.seed,
         device="cpu",
         report_split=report_split,
     )
@@ -150,6 +152,6 @@ def show_findings(target: str, findings: "list[Finding]", json: bool) -> None:
         show_json({"target": target, "findings": [vars(finding) for finding in findings]})
     elif findings:
         rows = [(finding.level, finding.check, finding.message) for finding in findings]
-        show_table(target, ("", "check", "what"), rows)
+        show_table(target, ("", "check", "message"), rows)
     else:
-        typer.echo(f"{target}: nothing found")
+        typer.echo(f"{target}: no problems found")

@@ -1,7 +1,7 @@
 """`apecache plan`."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +10,12 @@ import typer
 
 from apecache.errors import counted
 
-from .extract import encoder_specs
-from .terminal import Json, ending, show_json, show_table
+from .encoders import encoder_specs
+from .option_groups import ADVANCED, COSTS, Json, OptionGroup, Settings, takes_groups
+from .terminal import ending, show_json, show_table
 
 if TYPE_CHECKING:
+    from apecache.encoders.spec import EncoderSpec
     from apecache.plan.counting import PlanSpec, SidePlan
     from apecache.plan.counting_shared import TeacherSizes
     from apecache.plan.devices import Device
@@ -38,162 +40,229 @@ def parse_count(text: str) -> int:
         # Rounded, because 1.1 * 1000 is not 1100 in floating point.
         count = round(float(digits) * unit, 6)
     if count < 1 or count != int(count):
-        raise typer.BadParameter(
-            f"{text!r} is no count; expected a whole number like 20000, 400M or 5B"
-        )
+        raise typer.BadParameter(f"expected a whole number like 20000, 400M or 5B, found {text!r}")
     return int(count)
 
 
 UNCOUNTED_TEACHER = (
-    "the teacher is not counted: its features are taken to be as wide as the student, and its "
-    "operations are left out; give --teacher"
+    "the teacher is not counted: its operations are left out, and its features are assumed to be "
+    "as wide as the student's; give --teacher ENCODER"
 )
 
+DATA = "Data"
 
-def plan(
-    recipe: Annotated[
-        list[str],
-        typer.Option(
-            help="A recipe by name (lit, lilt-i, freeze/Vuf-Tuu, ape) or a file.toml; or several."
-        ),
-    ],
-    image: Annotated[
-        str, typer.Option(help="Image encoder, as for extract; its weights are not read.")
-    ],
-    text: Annotated[
-        str, typer.Option(help="Text encoder, as for extract; its weights are not read.")
-    ],
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(OptionGroup):
+    """Hold the size of the data that is planned for."""
+
     rows: Annotated[
         int,
-        typer.Option(parser=parse_count, metavar="COUNT", help="How many images: 20000, 400M, 5B."),
-    ],
-    captions: Annotated[int, typer.Option(min=1, help="Captions of each image.")] = 1,
+        typer.Option(
+            parser=parse_count, metavar="COUNT", help="Number of images, e.g. 20000, 400M or 5B."
+        ),
+    ]
+    captions: Annotated[
+        int, typer.Option(min=1, help="Captions per image.", rich_help_panel=DATA)
+    ] = 1
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a caption, special ones and padding included.")
-    ] = 32,
-    resolution: Annotated[int | None, typer.Option(min=16, help="Image side in pixels.")] = None,
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens per caption, including special tokens and padding.",
+            rich_help_panel=DATA,
+        ),
+    ] = 32
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            metavar="PIXELS",
+            help="Side of the input image. Default: the encoder's.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     sample: Annotated[
         Path | None,
         typer.Option(
-            help="here: a folder of images like those to train on. Default: JPEGs of 500 x 375."
+            metavar="FOLDER",
+            help="Folder of sample images for the timing, with --device here. Default: JPEG files "
+            "of 500 x 375 pixels.",
+            rich_help_panel=DATA,
         ),
-    ] = None,
-    slice_size: Annotated[
-        int | None,
-        typer.Option("--slice", min=1, help="Pairs in memory at once. Default: the whole batch."),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions(OptionGroup):
+    """Hold the machine that is planned for."""
+
     device: Annotated[
-        str, typer.Option(help="here (steps are run and timed), or of the table: H100, A100, …")
-    ] = "here",
-    utilization: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Share of the device's rate that is reached.")
-    ] = 1.0,
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="here: run and time single steps. H100, A100, …: compute with the vendor's "
+            "peak rate.",
+        ),
+    ] = "here"
     price: Annotated[
         float | None,
         typer.Option(
             "--price",
             "--price-per-hour",
             min=0,
-            help="Of one hour of one device, in any currency.",
+            metavar="PRICE",
+            help="Price of one hour of one device, in any currency.",
+            rich_help_panel=COSTS,
         ),
-    ] = None,
+    ] = None
+    utilization: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            metavar="SHARE",
+            help="Share of the device's peak rate that training reaches.",
+            rich_help_panel=COSTS,
+        ),
+    ] = 1.0
+    slice_size: Annotated[
+        int | None,
+        typer.Option(
+            "--slice",
+            min=1,
+            help="Pairs in memory at once. Default: the whole batch.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+
+
+@takes_groups
+def plan(
+    recipe: Annotated[
+        list[str],
+        typer.Option(
+            metavar="RECIPE",
+            help="Name of a recipe (lit, lilt-i, freeze/Vuf-Tuu, ape, …), or a TOML file. Repeat "
+            "it to compare recipes.",
+        ),
+    ],
+    image: Annotated[
+        str,
+        typer.Option(metavar="ENCODER", help="Image encoder. Its weights are not needed."),
+    ],
+    text: Annotated[
+        str,
+        typer.Option(metavar="ENCODER", help="Text encoder. Its weights are not needed."),
+    ],
+    data: DataOptions,
+    machine: MachineOptions,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Of a recipe that distils: its image encoder, run once for each image."),
+        typer.Option(
+            metavar="ENCODER",
+            help="Image encoder of the teacher, for a recipe that distills.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override: section.key=value. May be repeated."),
-    ] = None,
+    set_: Settings = None,
     json: Json = False,
 ) -> None:
-    """Say what a recipe trains, where each tower can be cut and why, and what that costs, before
-    anything runs. Several recipes are compared in one table.
+    """Compute what a recipe trains and what it costs, before anything runs.
 
-    Here, a step of each plan is run with random weights and made-up inputs, and timed; batches that
-    take long are extrapolated from smaller ones. Rates of devices in the table are the vendor's
-    peaks, so their seconds are the least that is possible.
+    Shows how deep each tower can be cached and why, then operations, memory, time and money. With
+    --device here, one step of each plan is timed with random weights and synthetic inputs. Slow
+    batches are extrapolated from smaller ones. For other devices, the time is a lower bound.
 
     Example: apecache plan --recipe lit --image timm:vit_base_patch16_224 --text
     hf:bert-base-uncased --rows 100000 --device H100
     """
     with ending():
         from apecache.errors import OptionError
-        from apecache.plan.counting import PlanSpec
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
-        settings = PlanSpec(
-            rows=rows,
-            captions=captions,
-            tokens=tokens,
-            slice_size=slice_size,
-            utilization=utilization,
-            price=price,
-        )
+        spec = _plan_spec(data, machine)
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
-        if sample is not None and device != "here":
-            raise OptionError(f"--sample is for --device here, not {device}; leave it out")
-        plan_device = find_device(device)
+        if data.sample is not None and machine.device != "here":
+            raise OptionError(
+                f"--sample is for --device here, not for --device {machine.device}; leave it out"
+            )
+        device = find_device(machine.device)
+        encoders = PlanEncoders(image=image, text=text, teacher=teacher)
         plans = []
         for loaded_recipe in loaded:
-            recipe_plan = _plan(
-                loaded_recipe,
-                image=image,
-                text=text,
-                teacher=teacher,
-                resolution=resolution,
-                settings=settings,
-                device=plan_device,
-                sample=sample,
-            )
-            plans.append(recipe_plan)
-        if len(plans) > 1 and json:
-            show_json({"plans": [asdict(recipe_plan) for recipe_plan in plans]})
-        elif len(plans) > 1:
-            _compare(plans, rows)
-        elif json:
-            show_json(plans[0])
-        else:
-            _show(plans[0], rows)
+            plans.append(_plan(loaded_recipe, encoders, data=data, spec=spec, device=device))
+        _show_plans(plans, data.rows, json)
+
+
+def _plan_spec(data: DataOptions, machine: MachineOptions) -> "PlanSpec":
+    from apecache.plan.counting import PlanSpec
+
+    return PlanSpec(
+        rows=data.rows,
+        captions=data.captions,
+        tokens=data.tokens,
+        slice_size=machine.slice_size,
+        utilization=machine.utilization,
+        price=machine.price,
+    )
+
+
+def _show_plans(plans: "list[Plan]", rows: int, json: bool) -> None:
+    """Show one plan in full, or several in one table."""
+    if len(plans) > 1 and json:
+        show_json({"plans": [asdict(plan) for plan in plans]})
+    elif len(plans) > 1:
+        _compare(plans, rows)
+    elif json:
+        show_json(plans[0])
+    else:
+        _show(plans[0], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEncoders:
+    """Hold the names of the encoders of a plan."""
+
+    image: str
+    text: str
+    teacher: str | None
+
+    def specs(self, recipe: "Recipe", data: DataOptions) -> "tuple[EncoderSpec, EncoderSpec]":
+        """Return the image and the text encoder, pooled as the recipe says."""
+        (image,) = encoder_specs(
+            [self.image],
+            modality="image",
+            cuts=[str(recipe.towers.image_pooling)],
+            dtype="float32",
+            resolution=data.resolution,
+        )
+        (text,) = encoder_specs(
+            [self.text],
+            modality="text",
+            cuts=[str(recipe.towers.text_pooling)],
+            dtype="float32",
+            max_tokens=data.tokens,
+        )
+        return image, text
 
 
 def _plan(
     recipe: "Recipe",
-    image: str,
-    text: str,
-    teacher: str | None,
-    resolution: int | None,
-    settings: "PlanSpec",
+    encoders: PlanEncoders,
+    data: DataOptions,
+    spec: "PlanSpec",
     device: "Device",
-    sample: Path | None,
 ) -> "Plan":
     """Return the plan of a recipe."""
     from apecache.encoders.load import shape_tower
     from apecache.plan.plan import plan as run
 
-    cuts = recipe.towers
-    tokens = settings.tokens
-    specs = (
-        *encoder_specs(
-            [image],
-            modality="image",
-            cuts=[str(cuts.image_pooling)],
-            dtype="float32",
-            resolution=resolution,
-        ),
-        *encoder_specs(
-            [text],
-            modality="text",
-            cuts=[str(cuts.text_pooling)],
-            dtype="float32",
-            max_tokens=tokens,
-        ),
-    )
-    shapes = [partial(shape_tower, spec) for spec in specs]
-    taught = None
-    if teacher and recipe.distillation:
-        taught = partial(_taught, recipe.distillation, teacher, settings)
+    image, text = encoders.specs(recipe, data)
+    teacher_sizes = None
+    if encoders.teacher and recipe.distillation:
+        teacher_sizes = partial(_teacher_sizes, recipe.distillation, encoders.teacher, spec)
     clock = None
     # Only this machine can time steps; a device of the table has a rate alone.
     if device.name == "here":
@@ -201,24 +270,28 @@ def _plan(
 
         clock = StepTimer(
             recipe=recipe,
-            image=specs[0],
-            text=specs[1],
-            spec=settings,
-            teacher=taught,
-            sample=sample,
+            image=image,
+            text=text,
+            spec=spec,
+            teacher=teacher_sizes,
+            sample=data.sample,
         )
     return run(
         recipe,
-        image=shapes[0],
-        text=shapes[1],
-        spec=settings,
+        image=partial(shape_tower, image),
+        text=partial(shape_tower, text),
+        spec=spec,
         device=device,
-        teacher=taught,
+        teacher=teacher_sizes,
         clock=clock,
     )
 
 
-def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec") -> "TeacherSizes":
+def _teacher_sizes(
+    distillation: "DistillationSpec",
+    teacher: str,
+    settings: "PlanSpec",
+) -> "TeacherSizes":
     """Count what a teacher adds to a recipe."""
     from apecache.encoders.load import count_classes, shape_tower
     from apecache.plan.counting_shared import count_teacher
@@ -233,11 +306,11 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
     columns = (
         "recipe",
         "trained",
-        "of",
+        "parameters",
         "cut",
         "cache",
         "steps",
-        "in all",
+        "total",
         "peak memory",
         "seconds",
         "cost",
@@ -272,7 +345,7 @@ def _cuts(plan: "Plan") -> str:
 
 
 def _cut_text(side: "SidePlan") -> str:
-    """Say in words where a tower is cut."""
+    """Describe where a tower is cut."""
     if side.cut is None:
         return "no cut"
     if side.cut == "pooled":
@@ -281,7 +354,7 @@ def _cut_text(side: "SidePlan") -> str:
 
 
 def _show(plan: "Plan", rows: int) -> None:
-    """Show one recipe: what trains, where the towers are cut and why, and the costs."""
+    """Show what trains, where the towers are cut and why, and the costs."""
     sides = (plan.image, plan.text)
     title = f"{plan.recipe}: {plan.n_trained:,} of {plan.n_parameters:,} parameters train"
     towers = (
@@ -293,10 +366,10 @@ def _show(plan: "Plan", rows: int) -> None:
     for tower, tower_parts in towers:
         for name, n_trained, n_parameters in tower_parts:
             part_rows.append((tower, name, f"{n_trained:,}", f"{n_parameters:,}"))
-    show_table(title, ("tower", "part", "trained", "of"), part_rows)
+    show_table(title, ("tower", "part", "trained", "parameters"), part_rows)
     for side in sides:
         typer.echo(f"{side.side}: {_cut_text(side)}: {side.reason}")
-    columns = ("", "cache", "once", "each step", "in all", "peak memory", "seconds", "cost")
+    columns = ("", "cache", "once", "each step", "total", "peak memory", "seconds", "cost")
     costs = (
         ("as planned", plan.planned),
         ("without the cache", plan.without_cache),
@@ -309,7 +382,7 @@ def _show(plan: "Plan", rows: int) -> None:
         lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
     if plan.teacher_bytes:
         typer.echo(
-            f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once and read from "
+            f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once, then read from "
             "the cache"
         )
     if not plan.teacher_is_counted:
@@ -325,7 +398,7 @@ def _device(plan: "Plan") -> str:
 
 
 def _flops(cost: "Cost") -> tuple[str, ...]:
-    """Return operations: once, of each step and in all."""
+    """Return operations: once, per step and in total."""
     return tuple(
         f"{flops / 1e12:.4g} TFLOP"
         for flops in (cost.once_flops, cost.step_flops, cost.total_flops)

@@ -6,32 +6,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import Json, ending, show_json, show_table
+from .option_groups import Json
+from .terminal import ending, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.recipes.recipe import Recipe
 
-COLUMNS = ("recipe", "needs", "what it is", "parameters")
+COLUMNS = ("recipe", "needs", "summary", "parameters")
 
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="One recipe, with its source; default: all of them.")
+        str | None, typer.Argument(help="Show this recipe and its source. Default: all recipes.")
     ] = None,
     image_dim: Annotated[
-        int, typer.Option(min=1, help="Width of the image features, to count parameters for.")
+        int, typer.Option(min=1, help="Width of the image features, for the parameter counts.")
     ] = 768,
     text_dim: Annotated[
-        int, typer.Option(min=1, help="Width of the text features, to count parameters for.")
+        int, typer.Option(min=1, help="Width of the text features, for the parameter counts.")
     ] = 768,
     json: Json = False,
 ) -> None:
-    """List the recipes: what must be cached or run live, what trains, where it comes from.
+    """List the recipes: what each one trains, what it needs and where it comes from.
 
     With a name, also print the settings as one recipe file, with those of the recipes it extends.
 
-    Parameters of recipes for fit-head are for features of the given widths. One recipe for
-    fit-encoder is counted with ViT-B/16 and BERT-base; apecache plan counts it with your encoders.
+    Parameters of fit-head recipes are counted for the given feature widths. Parameters of
+    fit-encoder recipes are counted for ViT-B/16 and BERT-base. Use apecache plan for other
+    encoders.
 
     Example: apecache recipes --image-dim 1280 --text-dim 384
 
@@ -58,7 +60,7 @@ def recipes(
             typer.echo("\n".join(_settings_lines(loaded[0])))
             return
         show_table(
-            "recipes for fit-encoder; apecache recipes NAME counts one",
+            "recipes for fit-encoder; apecache recipes NAME shows the parameters",
             COLUMNS[:3],
             _encoder_lines(),
         )
@@ -118,7 +120,7 @@ def _summary(recipe: "Recipe") -> str:
     return recipe.summary or re.split(r"(?<!et al)\. ", recipe.source)[0]
 
 
-def _count(row: dict[str, Any]) -> Any:
+def _count(row: dict[str, Any]) -> object:
     count = row["n_trained_parameters"]
     return "depends on the teacher" if count is None else count
 

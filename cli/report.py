@@ -1,49 +1,71 @@
 """`apecache report`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .inputs import Root
-from .terminal import Device, Json, command_line, ending, show_json
+from .option_groups import (
+    Device,
+    ImagesFrom,
+    Json,
+    OptionGroup,
+    Root,
+    takes_groups,
+)
+from .terminal import command_line, ending, show_json
 
 if TYPE_CHECKING:
     from apecache.data.media import Media
 
+PAGE = "Page"
 
-def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="Finished runs of either trainer; or one folder of a sweep."),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The page. Default: RUN-report.html beside the run, report.html in a sweep."
-        ),
-    ] = None,
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions(OptionGroup):
+    """Hold the options of a page of runs."""
+
     store: Annotated[
-        str | None, typer.Option(help="Measure on this store, and show pictures.")
-    ] = None,
+        str | None,
+        typer.Option(metavar="STORE", help="Feature store. Adds measurements and pictures."),
+    ] = None
     split: Annotated[
         str | None,
         typer.Option(
-            help="Measure this split. Default: the images on which each run's epoch was chosen."
+            metavar="SPLIT",
+            help="Split to measure. Default: the dev images of each run.",
+        ),
+    ] = None
+    root: Root = None
+    source: ImagesFrom = None
+    title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = ""
+    items: Annotated[
+        int, typer.Option(min=1, help="Queries in each gallery.", rich_help_panel=PAGE)
+    ] = 6
+
+
+@takes_groups
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs of fit-head or fit-encoder, or one sweep folder."),
+    ],
+    page_options: PageOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File to write. Default: RUN-report.html beside the run, or report.html in the "
+            "sweep folder.",
         ),
     ] = None,
-    root: Root = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Where the images lie, if not in a folder: what extract was given."),
-    ] = None,
-    title: Annotated[str, typer.Option(help="The page's heading.")] = "",
-    items: Annotated[int, typer.Option(min=1, help="Queries in each gallery.")] = 6,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Write one HTML page, without scripts and with everything in it: figures beside chance,
-    curves, what is found and missed in pictures, several runs compared, costs.
+    """Write an HTML page about one or more runs: recalls, curves, pictures and costs.
+
+    The page is one file without scripts. Recalls are shown beside chance.
 
     Example: apecache report run --store store --out report.html
 
@@ -56,16 +78,12 @@ def report(
         if any(is_sweep(run) for run in runs):
             if len(runs) > 1:
                 raise OptionError(
-                    "a sweep has a page of its own: give its folder alone, or runs without it"
+                    f"expected runs or one sweep folder, found {len(runs)} folders with a sweep "
+                    "among them: give the sweep folder alone"
                 )
-            page = sweep_page(runs[0], page_path(runs, out) if out else None, title)
+            page = sweep_page(runs[0], page_path(runs, out) if out else None, page_options.title)
         else:
-            page = runs_page(
-                runs,
-                out=page_path(runs, out),
-                store=store,
-                about=(split, root, source, title, items, device),
-            )
+            page = runs_page(runs, page_path(runs, out), options=page_options, device=device)
         if json:
             show_json({"page": str(page), "bytes": page.stat().st_size})
         else:
@@ -81,24 +99,24 @@ def page_path(runs: list[Path], out: Path | None) -> Path:
     from apecache.errors import OptionError
 
     if out is None and len(runs) > 1:
-        raise OptionError("--out is missing: say where the page of several runs is to be written")
+        raise OptionError("--out is missing: name the file for the page of several runs")
     run = runs[0].resolve()
     page = out or run.with_name(f"{run.name}-report.html")
     if not page.parent.is_dir() or page.is_dir():
         raise OptionError(
-            f"--out {page}: no file can be made there; name a file in a folder that exists"
+            f"--out {page}: expected a file in a folder that exists; choose another path"
         )
     return page
 
 
-def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, ...]) -> Path:
+def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) -> Path:
     """Write the page of runs.
 
     Args:
         runs: Finished run folders.
         out: The page.
-        store: The feature store to measure on; None: nothing is measured.
-        about: The options --split, --root, --source, --title, --items and --device.
+        options: What to measure, and what the page shows.
+        device: Where the embeddings are computed.
 
     Raises:
         OptionError: Options that need a store, without one.
@@ -106,34 +124,27 @@ def runs_page(runs: list[Path], out: Path, store: str | None, about: tuple[Any, 
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
-    split, root, source, title, items, device = about
-    if store is None and (split or root or source):
-        raise OptionError(
-            "--split, --root and --source say what of a store to measure: give --store too"
-        )
+    if options.store is None and (options.split or options.root or options.source):
+        raise OptionError("--split, --root and --source need --store; give --store STORE too")
     opened = None
-    if store is not None:
+    if options.store is not None:
         from apecache.store.reader import FeatureStore
 
-        opened = FeatureStore.open(store)
-    media = media_of(root, source)
-    return report_page(
-        runs,
-        out,
-        ReportSpec(
-            opened,
-            split=split,
-            media=media,
-            title=title,
-            command=command_line(),
-            n_items=items,
-            device=device,
-        ),
+        opened = FeatureStore.open(options.store)
+    spec = ReportSpec(
+        opened,
+        split=options.split,
+        media=media_of(options.root, options.source),
+        title=options.title,
+        command=command_line(),
+        n_items=options.items,
+        device=device,
     )
+    return report_page(runs, out, spec)
 
 
 def media_of(root: str | None, source: str | None) -> "Media | None":
-    """Return where images are by these options; None where neither is given.
+    """Return where the images are; None if neither option is given.
 
     Raises:
         OptionError: Both are given, or `root` is not a folder.
@@ -143,10 +154,10 @@ def media_of(root: str | None, source: str | None) -> "Media | None":
     from apecache.storage.bucket import is_object_url
 
     if root is not None and source is not None:
-        raise OptionError("--root and --source: give one of them")
+        raise OptionError("--root and --source exclude each other: leave one out")
     if root is not None:
         if not is_object_url(root) and not Path(root).is_dir():
-            raise OptionError(f"--root {root} is no folder")
+            raise OptionError(f"--root {root}: expected a folder, found none; give another path")
         return media_below(root)
     if source is None:
         return None

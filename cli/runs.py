@@ -1,21 +1,35 @@
 """What commands that take a run share: encoders that have moved, and images to open."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
+from .option_groups import MovedImage, MovedText, OptionGroup
 
-MovedImage = Annotated[
-    str | None,
-    typer.Option("--image", help="The image encoder's new place, if its folder has moved."),
-]
-MovedText = Annotated[
-    str | None,
-    typer.Option("--text", help="The text encoder's new place, if its folder has moved."),
-]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from apecache.encoders.spec import EncoderSpec
 
 
-def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any, Any]:
+@dataclass(frozen=True, kw_only=True)
+class MovedEncoders(OptionGroup):
+    """Hold the new locations of the encoders of a run."""
+
+    image: MovedImage = None
+    text: MovedText = None
+
+    def recorded_in(self, run: Path) -> "tuple[EncoderSpec | None, EncoderSpec | None]":
+        """Return the settings that the run recorded, with the new locations."""
+        return moved_encoders(run, self.image, self.text)
+
+
+def moved_encoders(
+    run: Path,
+    image: str | None,
+    text: str | None,
+) -> "tuple[EncoderSpec | None, EncoderSpec | None]":
     """Return the recorded settings of the image and the text encoder under new names.
 
     None for an encoder without a new name: the run's own record holds for it.
@@ -24,12 +38,12 @@ def moved_encoders(run: Path, image: str | None, text: str | None) -> tuple[Any,
         return None, None
     from apecache.runs.load import recorded_encoder
 
-    names: tuple[tuple[Any, str | None], ...] = (("image", image), ("text", text))
-    moved = [recorded_encoder(run, side).with_name(name) if name else None for side, name in names]
-    return moved[0], moved[1]
+    moved_image = recorded_encoder(run, "image").with_name(image) if image else None
+    moved_text = recorded_encoder(run, "text").with_name(text) if text else None
+    return moved_image, moved_text
 
 
-def opener(root: str | None) -> Any:
+def opener(root: str | None) -> "Callable[[str], Image.Image] | None":
     """Return a function that reads the image of a key below `root`; None without a root."""
     if root is None:
         return None

@@ -7,48 +7,57 @@ import typer
 
 from apecache.errors import counted
 
-from .extract import CUT, encoder_specs
-from .inputs import SOURCE, SourceOptions, takes_source
-from .terminal import Device, Json, ending, show_json, show_table, warn
+from .encoders import encoder_specs
+from .option_groups import (
+    ADVANCED,
+    Device,
+    ImageCuts,
+    ImageEncoders,
+    Json,
+    Source,
+    SourceOptions,
+    TextCuts,
+    TextEncoders,
+    takes_groups,
+)
+from .terminal import ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
     from apecache.evaluate.scout import ScoutReport
 
 
-@takes_source
+@takes_groups
 def scout(
-    opening: SourceOptions,
-    pairs: Annotated[str, typer.Argument(help=SOURCE)],
-    image: Annotated[
-        list[str], typer.Option(help="Image encoder, as extract takes it. May be repeated.")
-    ],
-    text: Annotated[
-        list[str], typer.Option(help="Text encoder, as extract takes it. May be repeated.")
-    ],
-    image_cut: Annotated[
-        list[str] | None, typer.Option(help=f"{CUT} Repeat for several in one pass.")
-    ] = None,
-    text_cut: Annotated[list[str] | None, typer.Option(help="As --image-cut, for texts.")] = None,
+    pairs: Source,
+    image: ImageEncoders,
+    text: TextEncoders,
+    source_options: SourceOptions,
+    image_cut: ImageCuts = None,
+    text_cut: TextCuts = None,
     split: Annotated[
         str | None,
         typer.Option(
-            help="Draw from this split. Default: train, where there is one, else everything."
+            metavar="SPLIT",
+            help="Split to draw the sample from. Default: train, or all images if there is none.",
         ),
     ] = None,
     n: Annotated[
-        int, typer.Option("-n", "--pairs", min=24, help="Images to draw, with one caption each.")
+        int,
+        typer.Option("-n", "--pairs", min=24, help="Images in the sample, with one caption each."),
     ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Another number draws others.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the sample.", rich_help_panel=ADVANCED)
+    ] = 0,
     heat_map: Annotated[
-        Path | None, typer.Option(help="Write the table as heat maps too: an SVG file.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the table as an SVG file.")
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Compare encoders, layers and poolings on a small sample, before anything is extracted.
+    """Compare encoders, layers and poolings on a small sample, before extraction.
 
-    Linear CKA and agreement of nearest neighbors need no training; R@1 is that of a ridge
-    regression fitted on one half of the sample and measured on the other.
+    Linear CKA and the agreement of nearest neighbors need no training. R@1 comes from a ridge
+    regression that is fitted on one half of the sample and measured on the other half.
 
     Example: apecache scout pairs.tsv --image timm:vit_small_patch14_dinov2.lvd142m --image-cut
     default --image-cut mean@-2 --text hf:sentence-transformers/all-MiniLM-L6-v2 --heat-map
@@ -58,7 +67,7 @@ def scout(
         from apecache.data.sources import open_pairs
 
         # The source is checked before the import of torch below.
-        source = open_pairs(pairs, opening("image", "caption"))
+        source = open_pairs(pairs, source_options.spec("image", "caption"))
         images = encoder_specs(image, modality="image", cuts=image_cut, dtype="float32")
         texts = encoder_specs(text, modality="text", cuts=text_cut, dtype="float32")
         from apecache.evaluate.scout import ScoutSpec, of_split
@@ -69,27 +78,32 @@ def scout(
             ScoutSpec(images, text=texts, n_pairs=n, seed=seed, device=device),
             show_progress,
         )
-        if report.n_unreadable:
-            warn(f"left out: {counted(report.n_unreadable, 'unreadable image')} of the sample")
         if heat_map:
-            from apecache.report.charts.heatmap import render_heat_maps, scout_maps
+            write_heat_map(report, heat_map)
+        show_report(report, json)
 
-            heat_map.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
-        if json:
-            rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
-            show_json({**vars(report), "rows": rows})
-        else:
-            show_report(report)
+
+def write_heat_map(report: "ScoutReport", file: Path) -> None:
+    """Write the table as heat maps into an SVG file."""
+    from apecache.report.charts.heatmap import render_heat_maps, scout_maps
+
+    file.write_text(render_heat_maps(scout_maps(report)), encoding="utf-8")
 
 
 def show_progress(encoder: str, done: int, total: int) -> None:
-    """Show a line for each encoder that is done; samples are small."""
+    """Show one line for each encoder when it is done."""
     if done == total:
         typer.echo(f"{encoder}: {done:,} encoded", err=True)
 
 
-def show_report(report: "ScoutReport") -> None:
+def show_report(report: "ScoutReport", json: bool) -> None:
     """Show a row for each pair of cuts, and chance below them."""
+    if report.n_unreadable:
+        warn(f"left out of the sample: {counted(report.n_unreadable, 'unreadable image')}")
+    if json:
+        json_rows = [{"image": r.image, "text": r.text, **vars(r.likeness)} for r in report.rows]
+        show_json({**vars(report), "rows": json_rows})
+        return
     rows: list[tuple[object, ...]] = []
     for row in report.rows:
         likeness = row.likeness
@@ -115,7 +129,7 @@ def show_report(report: "ScoutReport") -> None:
         "mean R@1",
     )
     show_table(
-        f"fitted on {report.n_fit:,} pairs, R@1 on {report.n_measured:,} others",
+        f"fitted on {report.n_fit:,} pairs, R@1 measured on {report.n_measured:,} other pairs",
         columns,
         rows,
     )

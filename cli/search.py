@@ -1,5 +1,6 @@
 """`apecache index` and `apecache search`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,66 +8,70 @@ import typer
 
 from apecache.errors import counted
 
-from .runs import MovedImage, MovedText, moved_encoders, opener
-from .terminal import Device, Json, Overwrite, choice, ending, printable, show_json, show_table
+from .option_groups import (
+    ADVANCED,
+    Device,
+    Json,
+    LiveRoot,
+    OptionGroup,
+    Overwrite,
+    takes_groups,
+)
+from .runs import MovedEncoders, opener
+from .terminal import choice, ending, printable, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.search.index import IndexReport
-    from apecache.search.query import Query
+    from apecache.search.query import Query, SearchIndex
+
+TERMS = "More terms of the query"
 
 
 def index(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     store: Annotated[
-        str, typer.Option(help="The feature store whose images and captions are to be found.")
+        str,
+        typer.Option(metavar="STORE", help="Feature store of the images and captions."),
     ],
-    out: Annotated[Path, typer.Option(help="The index folder to make, or to update.")],
-    split: Annotated[str | None, typer.Option(help="Only this split. Default: everything.")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Index folder to create or to update.")
+    ],
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="SPLIT", help="Index this split only. Default: all images."),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help=(
-                "flat (exact; the default), ivf, hnsw, or a FAISS factory string: IVF256,PQ32, "
-                "SQ8, …."
-            )
+            help="Type of the index: flat (exact; the default), ivf, hnsw, or a FAISS factory "
+            "string such as IVF256,PQ32.",
         ),
     ] = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Add and remove what has changed in the store, by key.")
+        bool,
+        typer.Option("--update", help="Add and remove what has changed in the store."),
     ] = False,
-    root: Annotated[
-        str | None, typer.Option(help="Folder of the images, if the run trained its image tower.")
-    ] = None,
+    root: LiveRoot = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Make a searchable index (FAISS) of a store's images and captions under a run.
+    """Build a search index (FAISS) of the images and captions of a store.
 
-    An approximate kind is measured when it is built: the share of the true ten nearest that it
-    finds, and its time.
+    The embeddings come from the run. The recall@10 and the time of an approximate index are
+    measured when it is built.
 
     Example: apecache index run --store store --out index
 
     Example: apecache index run --store store --out index --update
     """
     with ending():
-        from apecache.errors import OptionError
-        from apecache.search.index import build_index, read_description, require_same, update_index
-        from apecache.store.reader import FeatureStore
-
-        if update and overwrite:
-            raise OptionError(
-                "--update and --overwrite: an index is either brought up to date or made anew"
-            )
+        require_one_way(update, overwrite)
         if update:
-            require_same(read_description(out), split, kind)
-            report = update_index(
-                run,
-                store=FeatureStore.open(store),
-                out=out,
-                open_image=opener(root),
-            )
+            report = update_by(run, store=store, out=out, root=root, split=split, kind=kind)
         else:
+            from apecache.search.index import build_index
+            from apecache.store.reader import FeatureStore
+
             report = build_index(
                 run,
                 store=FeatureStore.open(store),
@@ -82,8 +87,44 @@ def index(
             show_index(report, update)
 
 
+def require_one_way(update: bool, overwrite: bool) -> None:
+    """Refuse to change an index and to build it again at once.
+
+    Raises:
+        OptionError: Both are asked for.
+    """
+    from apecache.errors import OptionError
+
+    if update and overwrite:
+        raise OptionError(
+            "--update and --overwrite exclude each other: --update changes the index, "
+            "--overwrite builds it again; leave one out"
+        )
+
+
+def update_by(
+    run: Path,
+    store: str,
+    out: Path,
+    root: str | None,
+    split: str | None,
+    kind: str | None,
+) -> "IndexReport":
+    """Update an index; `split` and `kind` must be those that it was built with, if given."""
+    from apecache.search.index import read_description, require_same, update_index
+    from apecache.store.reader import FeatureStore
+
+    require_same(read_description(out), split, kind)
+    return update_index(
+        run,
+        store=FeatureStore.open(store),
+        out=out,
+        open_image=opener(root),
+    )
+
+
 def show_index(report: "IndexReport", update: bool) -> None:
-    """Show what an index holds, and how well an approximate one finds."""
+    """Show the contents of an index, and the recall of an approximate one."""
     changes = f"; {report.n_added:,} added, {report.n_removed:,} removed" if update else ""
     contents = (
         f"{counted(report.n_images, 'image')} and "
@@ -107,51 +148,114 @@ def show_index(report: "IndexReport", update: bool) -> None:
                 )
             )
     if rows:
-        columns = ("found are", "kind", "recall@10, %", "ms per query", "ms if exact", "queries")
-        show_table("against comparing with everything", columns, rows)
+        columns = ("results", "kind", "recall@10, %", "ms per query", "ms if exact", "queries")
+        show_table("approximate index compared with exact search", columns, rows)
 
 
-def search(
-    index: Annotated[Path, typer.Argument(help="An index folder.")],
-    query: Annotated[str | None, typer.Argument(help="Words, or an image file.")] = None,
-    key: Annotated[
-        list[str] | None, typer.Option(help="An image of the index. May be repeated: a sum.")
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class TermOptions(OptionGroup):
+    """Hold terms that are added to the query, or subtracted from it."""
+
     like: Annotated[
         list[str] | None,
-        typer.Option(help="Words or an image file to add to the query. May be repeated."),
-    ] = None,
+        typer.Option(
+            help="Add words or an image file. Repeatable.",
+            rich_help_panel=TERMS,
+        ),
+    ] = None
     unlike: Annotated[
         list[str] | None,
-        typer.Option(help="Words or an image file to subtract from it. May be repeated."),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many results.")] = 5,
+        typer.Option(
+            help="Subtract words or an image file. Repeatable.",
+            rich_help_panel=TERMS,
+        ),
+    ] = None
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Add an image of the index, by its key. Repeatable.",
+            rich_help_panel=TERMS,
+        ),
+    ] = None
+
+    def query(self, first: str | None) -> "Query":
+        """Return the query of all terms."""
+        from apecache.search.query import Query
+
+        terms = list(self.like or ())
+        if first is not None:
+            terms.insert(0, first)
+        # `files`: the texts are the user's own, so that they may name files to open.
+        return Query(
+            tuple(terms),
+            unlike=tuple(self.unlike or ()),
+            keys=tuple(self.key or ()),
+            files=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenOptions(MovedEncoders):
+    """Hold how an index is opened and searched."""
+
+    nprobe: Annotated[
+        int | None,
+        typer.Option(
+            help="Lists to search. For kinds with lists, such as ivf.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    ef_search: Annotated[
+        int | None,
+        typer.Option(
+            "--ef-search",
+            help="Candidates to visit. For hnsw.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    device: Device = "auto"
+
+    def open(self, index: Path) -> "SearchIndex":
+        """Open an index."""
+        from apecache.search.query import SearchIndex
+
+        return SearchIndex.open(
+            index,
+            *self.recorded_in(index),
+            nprobe=self.nprobe,
+            ef_search=self.ef_search,
+            device=self.device,
+        )
+
+
+@takes_groups
+def search(
+    index: Annotated[Path, typer.Argument(help="An index folder.")],
+    terms: TermOptions,
+    open_options: OpenOptions,
+    query: Annotated[str | None, typer.Argument(help="Words, or an image file.")] = None,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Number of results.")] = 5,
     target: Annotated[
         str | None,
         typer.Option(
-            help="images or captions. Default: words find images, pictures alone captions."
+            metavar="TARGET",
+            help="images or captions. Default: images for words, captions for images alone.",
         ),
     ] = None,
     csls: Annotated[
         bool,
         typer.Option(
             "--csls",
-            help="Rank by CSLS: what is near to everything comes later. Not a cosine.",
+            help="Rank by CSLS, which moves hubs down. The scores are then not cosines.",
         ),
     ] = False,
-    nprobe: Annotated[
-        int | None, typer.Option(help="Lists to look through (kinds with lists).")
-    ] = None,
-    ef_search: Annotated[
-        int | None, typer.Option("--ef-search", help="Candidates on the way (hnsw).")
-    ] = None,
-    image: MovedImage = None,
-    text: MovedText = None,
-    device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Find images by words, and captions by a photo; or either by sums and differences of words,
-    photos and keys.
+    """Search an index by words or by an image.
+
+    Words find images; an image finds captions. --like, --unlike and --key add and subtract further
+    terms.
 
     Example: apecache search index "a dog in the snow"
 
@@ -162,23 +266,10 @@ def search(
     with ending():
         if target is not None:
             choice("--target", target, ("images", "captions"))
-        from apecache.search.query import Query, SearchIndex
-
-        moved = moved_encoders(index, image, text)
-        tuned: dict[str, Any] = {"nprobe": nprobe, "ef_search": ef_search, "device": device}
-        terms = list(like or ())
-        if query is not None:
-            terms.insert(0, query)
-        # `files`: the texts are the user's own, so that they may name files to open.
-        search_query = Query(
-            tuple(terms),
-            unlike=tuple(unlike or ()),
-            keys=tuple(key or ()),
-            files=True,
-        )
+        search_query = terms.query(query)
         # `choice` has checked it; the type of the argument is a Literal, which an option is not.
         aim: Any = target
-        hits = SearchIndex.open(index, *moved, **tuned).find(search_query, k, aim, csls)
+        hits = open_options.open(index).find(search_query, k, aim, csls)
         score = "CSLS" if csls else "cosine"
         if json:
             show_json(

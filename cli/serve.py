@@ -1,46 +1,65 @@
 """`apecache serve`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .inputs import Root
+from .option_groups import Device, ImagesFrom, Json, OptionGroup, Root, takes_groups
 from .report import media_of
-from .runs import moved_encoders
-from .terminal import Device, Json, ending, show_json, warn
+from .runs import MovedEncoders
+from .terminal import ending, show_json, warn
+
+NETWORK = "Network"
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(OptionGroup):
+    """Hold where the server listens."""
+
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address to listen on. Addresses other than this machine's own need --expose.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="0 chooses a free port.")
+    ] = 8080
+    expose: Annotated[
+        bool,
+        typer.Option(
+            "--expose",
+            help="Allow other machines to connect. There is no password.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = False
+
+
+@takes_groups
 def serve(
     index: Annotated[Path, typer.Argument(help="An index folder.")],
+    network: NetworkOptions,
+    encoders: MovedEncoders,
     run: Annotated[
-        Path | None, typer.Option(help="The run it must be of. Default: the one in the index.")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Run that the index must have been built from. Default: no check.",
+        ),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than this machine's need --expose.")
-    ] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
-    expose: Annotated[
-        bool, typer.Option("--expose", help="Let others reach it. There is no password.")
-    ] = False,
     root: Root = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Where the images lie, if not in a folder: what extract was given."),
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option(help="The image encoder's new place, if its folder has moved.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="The text encoder's new place, if its folder has moved.")
-    ] = None,
+    source: ImagesFrom = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Open a search page in the browser: words in any language, an image, or “like this”. Ctrl-C
-    ends it.
+    """Serve a search page for an index. Stop it with Ctrl-C.
 
-    Nothing is loaded from elsewhere, and the page has no scripts.
+    Search by words, by an uploaded image, or by an image of the index. The page has no scripts and
+    loads nothing from other sites.
 
     Example: apecache serve index --run run
     """
@@ -48,28 +67,28 @@ def serve(
         from apecache.report.serve import ServeSpec, is_loopback
         from apecache.report.serve import serve as start
 
-        image_encoder, text_encoder = moved_encoders(index, image, text)
+        image_encoder, text_encoder = encoders.recorded_in(index)
         spec = ServeSpec(
             index,
             run=run,
             media=media_of(root, source),
-            host=host,
-            port=port,
-            expose=expose,
+            host=network.host,
+            port=network.port,
+            expose=network.expose,
             image=image_encoder,
             text=text_encoder,
             device=device,
         )
-        if expose and not is_loopback(host):
+        if network.expose and not is_loopback(network.host):
             warn(
-                f"everybody who reaches {host} can search this index and see its images; "
-                "there is no password"
+                f"everyone who can connect to {network.host} can search this index and see its "
+                "images; there is no password"
             )
 
         def ready(url: str) -> None:
             if json:
                 show_json({"url": url})
             else:
-                typer.echo(f"{url}    (Ctrl-C ends it)")
+                typer.echo(f"{url}    (stop with Ctrl-C)")
 
         start(spec, ready)

@@ -8,9 +8,16 @@ import typer
 
 from apecache.errors import counted
 
-from .inputs import SingleWriter, SourceOptions, takes_source
-from .runs import MovedImage, MovedText
-from .terminal import Device, Json, complain, ending, progress, show_json, show_table
+from .option_groups import (
+    Device,
+    Json,
+    MovedImage,
+    MovedText,
+    SingleWriter,
+    SplitSourceOptions,
+    takes_groups,
+)
+from .terminal import complain, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.data.pairs import PairSource
@@ -19,11 +26,11 @@ if TYPE_CHECKING:
     from apecache.store.array import FeatureArray
     from apecache.store.verify import VerifyReport
 
-Store = Annotated[str, typer.Argument(help="A feature store: a folder, or s3://…, gs://…, az://….")]
+Store = Annotated[str, typer.Argument(help="A feature store: a folder, s3://…, gs://… or az://….")]
 
 
 def info(store: Store, json: Json = False) -> None:
-    """Show what is in a store: pairs and splits, features, by which encoder, how complete.
+    """Show the contents of a store: splits, features, encoders and progress.
 
     Example: apecache info store
     """
@@ -59,7 +66,7 @@ def info(store: Store, json: Json = False) -> None:
             "features",
             "encoder",
             "rows",
-            "each",
+            "row shape",
             "dtype",
             "done",
             "unreadable",
@@ -117,8 +124,10 @@ def describe(array: "FeatureArray") -> dict[str, Any]:
 
 
 def verify(store: Store, json: Json = False) -> None:
-    """Read and hash everything in a store, and list what is not as it was committed. Exit code 3 if
-    anything is.
+    """Check every file of a store against its recorded hash.
+
+    Lists all damaged, missing and unknown files. The exit code is 3 if anything is
+    damaged or missing.
 
     Example: apecache verify store
     """
@@ -137,7 +146,7 @@ def verify(store: Store, json: Json = False) -> None:
             # After the report: the error sets the exit code.
             complain_or_raise(
                 DamagedError(
-                    f"{damaged} objects are damaged; repair with: apecache repair {store}"
+                    f"{counted(damaged, 'object')} damaged; repair with: apecache repair {store}"
                 ),
                 json,
             )
@@ -158,7 +167,7 @@ def show_problems(report: "VerifyReport") -> None:
         for problem in report.problems:
             shard = "" if problem.shard is None else problem.shard
             rows.append((problem.kind, problem.object, shard, problem.detail))
-        show_table("not as it should be", ("kind", "object", "shard", "what"), rows)
+        show_table("problems", ("kind", "object", "shard", "detail"), rows)
     state = "sound" if report.sound else "damaged"
     typer.echo(
         f"{report.store}: {state}; {report.n_objects:,} objects, {report.n_bytes / 1e6:,.1f} "
@@ -166,12 +175,16 @@ def show_problems(report: "VerifyReport") -> None:
     )
 
 
-@takes_source
+@takes_groups
 def repair(
-    opening: SourceOptions,
     store: Store,
+    source_options: SplitSourceOptions,
     pairs: Annotated[
-        str | None, typer.Option(help="The source. Default: where it was when extracted.")
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Source of images and captions. Default: its location at extraction.",
+        ),
     ] = None,
     image: MovedImage = None,
     text: MovedText = None,
@@ -179,11 +192,10 @@ def repair(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Make exactly what is damaged again: shards by encoding their rows, everything else from the
-    records.
+    """Repair the damaged parts of a store.
 
-    A store remembers where its source was, not how it was opened: give the options that extract was
-    given.
+    Damaged shards are encoded again. Other files are rebuilt from the records. Give the same source
+    options as for extract: the store does not record them.
 
     Example: apecache repair store --pairs pairs.tsv
     """
@@ -192,7 +204,7 @@ def repair(
         from apecache.extraction.repair import repair as run
         from apecache.extraction.run import ExtractSpec
 
-        source = source_of(store, pairs, opening())
+        source = source_of(store, pairs, source_options.spec())
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
         with progress() as update:
@@ -207,24 +219,24 @@ def repair(
             show_json({"store": str(store), **shown, "nothing_to_do": report.nothing_to_do})
             return
         for array, shards in report.shards.items():
-            typer.echo(f"{array}: encoded again: shards {', '.join(map(str, shards)) or 'none'}")
+            typer.echo(f"{array}: shards encoded again: {', '.join(map(str, shards)) or 'none'}")
         for name in report.objects:
-            typer.echo(f"written again: {name}")
+            typer.echo(f"file written again: {name}")
         if report.nothing_to_do:
             typer.echo("nothing to do")
         show_problems(report.after)
 
 
 def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
-    """Open the source that was given, or the one that the store remembers.
+    """Open the source that was given, or the one that the store has recorded.
 
     Args:
         store: The feature store.
-        pairs: The source; None: the one that the store remembers, with its images where they were.
-        spec: How to open the source; its `root` comes before the remembered one.
+        pairs: The source; None: the one that the store has recorded.
+        spec: How to open the source; its `root` replaces the recorded one.
 
     Raises:
-        StoreError: The store does not remember its source, and `pairs` is None.
+        StoreError: The store has no readable record of its source, and `pairs` is None.
     """
     from dataclasses import replace
 
@@ -244,7 +256,7 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
         record = read_record(files, SOURCE)
     except DamagedError:
         raise StoreError(
-            f"{store} does not remember its source; give it with --pairs SOURCE"
+            f"{store} has no readable record of its source; give it with --pairs SOURCE"
         ) from None
     source = open_pairs(record["origin"], spec)
     # Images in tars or in the table itself come with the source; only paths have a root.
@@ -256,12 +268,10 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
 
 def remove(
     store: Store,
-    name: Annotated[
-        str, typer.Argument(help="The features to remove: NAME, or image/NAME or text/NAME.")
-    ],
+    name: Annotated[str, typer.Argument(help="Features to remove: NAME, image/NAME or text/NAME.")],
     json: Json = False,
 ) -> None:
-    """Remove one encoder's features from a store, data and records.
+    """Remove the features of one encoder from a store.
 
     Example: apecache remove store minilm-l6
     """
@@ -291,15 +301,14 @@ def remove(
 def copy(
     store: Store,
     to: Annotated[
-        str, typer.Argument(help="Where the copy is to be: a folder, or s3://…, gs://…, az://….")
+        str, typer.Argument(help="Location of the copy: a folder, s3://…, gs://… or az://….")
     ],
     single_writer: SingleWriter = False,
     json: Json = False,
 ) -> None:
-    """Copy a store and verify the copy: from object storage to a disk for many runs, or the other
-    way.
+    """Copy a store and verify the copy, e.g. from object storage to a local disk.
 
-    Interrupted, the same command goes on; run again later, it brings what is new.
+    Interrupt at any time; run the same command to resume. Run it again later to copy what is new.
 
     Example: apecache copy s3://bucket/store store
     """
@@ -316,16 +325,19 @@ def copy(
 
 def export(
     store: Store,
-    out: Annotated[Path, typer.Argument(help="The file (.npz) or folder (Parquet) to write.")],
+    out: Annotated[Path, typer.Argument(help="File (.npz) or folder (Parquet) to create.")],
     npz: Annotated[
-        bool, typer.Option("--npz", help="One .npz file; needs nothing but NumPy to read.")
+        bool, typer.Option("--npz", help="Write one .npz file. NumPy alone can read it.")
     ] = False,
     parquet: Annotated[
-        bool, typer.Option("--parquet", help="images.parquet and texts.parquet in a folder.")
+        bool,
+        typer.Option("--parquet", help="Write images.parquet and texts.parquet."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write a store's pairs and features as plain files.
+    """Export the pairs and features of a store as plain files.
+
+    Give exactly one of --npz and --parquet.
 
     Example: apecache export store features.npz --npz
     """
@@ -335,9 +347,9 @@ def export(
         from apecache.store.reader import FeatureStore
 
         if npz == parquet:
-            raise OptionError("give one of --npz and --parquet")
+            raise OptionError("expected exactly one of --npz and --parquet")
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise DataError(f"{out} exists already and is not overwritten; give another place")
+            raise DataError(f"{out} exists already and is not overwritten; give another path")
         export_files = export_npz if npz else export_parquet
         names = export_files(FeatureStore.open(store), out)
         if json:
@@ -348,11 +360,14 @@ def export(
 
 def upgrade(
     store: Store,
-    out: Annotated[str, typer.Option(help="The folder for the store in the newest format.")],
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder for the store in the newest format.")
+    ],
     json: Json = False,
 ) -> None:
-    """Lift a store of an older format into a new one; the old one is left as it is. So far there is
-    one format.
+    """Write a store of an older format as a new store in the newest format.
+
+    The old store is not changed. There is only one format so far.
 
     Example: apecache upgrade store --out store-new
     """
@@ -364,5 +379,5 @@ def upgrade(
             show_json({"store": str(store), "out": str(out), "written": written})
         else:
             typer.echo(
-                f"{out} written" if written else f"nothing to do: {store} is of the newest format"
+                f"{out} written" if written else f"nothing to do: {store} has the newest format"
             )

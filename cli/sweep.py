@@ -1,163 +1,222 @@
 """`apecache sweep`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .engine import Address, Engine, RayActors, RayCpus, RayGpus, ray_spec, results_only
-from .terminal import Device, Json, choice, ending, show_json, show_table
+from .engine import ray_spec, results_only
+from .option_groups import (
+    ADVANCED,
+    CompleteStore,
+    Device,
+    FitOptions,
+    Json,
+    OptionGroup,
+    Ray,
+    takes_groups,
+)
+from .terminal import choice, ending, show_json, show_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apecache.cluster.pool import RaySpec
+    from apecache.sweeps.halving import SweepSpec
+    from apecache.sweeps.run import SweepReport
     from apecache.sweeps.trials import Trial
 
+TRIALS = "Trials"
 
-def sweep(
-    store: Annotated[str, typer.Argument(help="A complete feature store.")],
-    recipe: Annotated[
-        list[str],
-        typer.Option(help="A recipe by name or a file.toml. Repeat to choose among several."),
-    ],
-    space: Annotated[
-        Path, typer.Option(help='TOML lines such as "optimizer.lr" = {log = [1e-4, 1e-2]}.')
-    ],
-    out: Annotated[
-        Path, typer.Option(help="The folder to make or to go on with; the best run is OUT/best.")
-    ],
-    trials: Annotated[int, typer.Option(min=1, help="Points to try; of a grid at most.")] = 20,
-    sampler: Annotated[str, typer.Option(help="random, grid or tpe (needs optuna).")] = "random",
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(OptionGroup):
+    """Hold which points a sweep tries, and how long each of them trains."""
+
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials. A grid may have fewer.")] = (
+        20
+    )
+    sampler: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="random, grid or tpe (extra: sweep).",
+            rich_help_panel=TRIALS,
+        ),
+    ] = "random"
     seeds: Annotated[
-        int, typer.Option(min=1, help="Fits of each point; it counts by their mean.")
-    ] = 1,
+        int,
+        typer.Option(
+            min=1,
+            help="Fits per trial, each with another seed. Trials are ranked by the mean.",
+            rich_help_panel=TRIALS,
+        ),
+    ] = 1
     halving: Annotated[
         bool,
         typer.Option(
             "--halving",
-            help="Stop two thirds early, again and again (successive halving).",
+            help="Successive halving: stop the worst two thirds of the trials early, repeatedly.",
+            rich_help_panel=TRIALS,
         ),
-    ] = False,
+    ] = False
     rungs: Annotated[
-        int, typer.Option(min=2, help="Of --halving; with 3 the first stop is at a ninth.")
-    ] = 3,
+        int,
+        typer.Option(
+            min=2,
+            help="Stages of --halving. With 3, the first stage has a ninth of the epochs.",
+            rich_help_panel=TRIALS,
+        ),
+    ] = 3
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="A trial that fails does not end the sweep.")
-    ] = False,
-    population: Annotated[int, typer.Option(min=1, help="Heads that train together at most.")] = 16,
+        bool,
+        typer.Option(
+            "--keep-going",
+            help="Continue with the other trials when one fails.",
+            rich_help_panel=TRIALS,
+        ),
+    ] = False
+    sampler_seed: Annotated[
+        int, typer.Option(help="Seed of the sampler.", rich_help_panel=TRIALS)
+    ] = 0
+    population: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Largest number of heads that train together.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = 16
     memory_gb: Annotated[
-        float, typer.Option(min=0.01, help="Memory of heads that train together.")
-    ] = 2.0,
-    sampler_seed: Annotated[int, typer.Option(help="Seed of the points.")] = 0,
-    train_split: Annotated[
-        str | None, typer.Option(help="Default: train, or the only split.")
-    ] = None,
-    dev_split: Annotated[
-        str | None, typer.Option(help="Default: a seeded share of the training images.")
-    ] = None,
-    dev_images: Annotated[
-        int, typer.Option(min=1, help="Size of that share; at most a tenth.")
-    ] = 500,
-    dev_seed: Annotated[int, typer.Option(help="Seed of that share.")] = 0,
-    seed: Annotated[int, typer.Option(help="First seed of weights, batches and dropout.")] = 0,
-    image_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    text_features: Annotated[
-        str | None, typer.Option(help="Which, if the store has several.")
-    ] = None,
-    save_seconds: Annotated[
-        float, typer.Option(min=0, help="Write a checkpoint at most this often.")
-    ] = 30.0,
-    engine: Engine = "local",
-    address: Address = None,
-    ray_actors: RayActors = None,
-    ray_cpus: RayCpus = None,
-    ray_gpus: RayGpus = None,
+        float,
+        typer.Option(
+            min=0.01,
+            metavar="GB",
+            help="Memory for the heads that train together.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = 2.0
+
+
+@takes_groups
+def sweep(
+    store: CompleteStore,
+    recipe: Annotated[
+        list[str],
+        typer.Option(
+            metavar="RECIPE",
+            help="Name of a recipe, or a TOML file. Repeat it to choose among several recipes.",
+        ),
+    ],
+    space: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help='TOML file of ranges, e.g. "optimizer.lr" = {log = [1e-4, 1e-2]}.',
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to create or to resume. The best run is OUT/best.",
+        ),
+    ],
+    search: SearchOptions,
+    fit: FitOptions,
+    ray: Ray = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Try many settings of recipes, heads of one structure together; all is chosen on the dev
-    split.
+    """Try many settings of one or more recipes and keep the best run.
 
-    Killed or interrupted, the same command goes on.
+    Heads of the same structure train together. Trials are compared on the dev split. Interrupt at
+    any time; run the same command to resume.
 
     Example: apecache sweep store --recipe projection --space space.toml --trials 64 --out sweep
     --halving
     """
     with ending():
-        choice("--sampler", sampler, ("random", "grid", "tpe"))
-        cluster = ray_spec(engine, address=address, actors=ray_actors, cpus=ray_cpus, gpus=ray_gpus)
+        choice("--sampler", search.sampler, ("random", "grid", "tpe"))
+        cluster = ray_spec(ray)
         from apecache.sweeps.space import load_space
 
         loaded = load_space(space, recipe)
         from apecache.store.reader import FeatureStore
-        from apecache.sweeps.run import SweepSpec
-        from apecache.train.batches import SplitSpec
-        from apecache.train.head_data import FitSpec
 
-        splits = SplitSpec(train=train_split, dev=dev_split, dev_images=dev_images, seed=dev_seed)
-        fit = FitSpec(
-            image_features,
-            text_features=text_features,
-            splits=splits,
-            seed=seed,
-            device=device,
-            save_seconds=save_seconds,
-        )
-        # `choice` has checked it; the type of the field is a Literal, which an option is not.
-        sampler_name: Any = sampler
-        memory = int(memory_gb * 2**30)
-        spec = SweepSpec(
-            trials,
-            sampler=sampler_name,
-            seeds=seeds,
-            seed=sampler_seed,
-            halving=halving,
-            keep_going=keep_going,
-            population=population,
-            memory_bytes=memory,
-            rungs=rungs,
-            fit=fit,
-        )
+        spec = sweep_spec(search, fit, device)
         with results_only(cluster):
-            run = run_on(cluster)
-            report = run(
+            report = run_on(cluster)(
                 FeatureStore.open(store),
                 space=loaded,
                 out=out,
                 spec=spec,
                 progress=show_trial,
             )
-        from apecache.report.sweep_page import sweep_page
-
-        page = sweep_page(out)
-        if json:
-            show_json({**asdict(report), "page": page})
-            return
-        rows: list[tuple[object, ...]] = []
-        for trial in report.trials:
-            settings = " ".join(trial.settings)
-            score = _score(trial)
-            rows.append((trial.number, trial.state, trial.epochs, *score, trial.recipe, settings))
-        columns = (
-            "trial",
-            "state",
-            "epochs",
-            "dev mean recall",
-            "95 %",
-            "chance",
-            "recipe",
-            "settings",
-        )
-        show_table(f"{report.run}: trial {report.best.number} was the best on dev", columns, rows)
-        typer.echo(f"the best again: {report.command}")
-        typer.echo(f"the page with all trials: {page}")
+        show_sweep(report, json)
 
 
-def run_on(cluster: "RaySpec | None") -> Any:
-    """Return `sweep` of the local engine, or of a Ray cluster."""
+def sweep_spec(search: SearchOptions, fit: FitOptions, device: str) -> "SweepSpec":
+    """Return the settings of a sweep."""
+    from apecache.sweeps.halving import SweepSpec
+    from apecache.train.head_data import FitSpec
+
+    fit_spec = FitSpec(
+        fit.image_features,
+        text_features=fit.text_features,
+        splits=fit.splits,
+        seed=fit.seed,
+        device=device,
+        save_seconds=fit.save_seconds,
+    )
+    # `choice` has checked it; the type of the field is a Literal, which an option is not.
+    sampler: Any = search.sampler
+    return SweepSpec(
+        search.trials,
+        sampler=sampler,
+        seeds=search.seeds,
+        seed=search.sampler_seed,
+        halving=search.halving,
+        keep_going=search.keep_going,
+        population=search.population,
+        memory_bytes=int(search.memory_gb * 2**30),
+        rungs=search.rungs,
+        fit=fit_spec,
+    )
+
+
+def show_sweep(report: "SweepReport", json: bool) -> None:
+    """Write the page; show all trials and the command that repeats the best one."""
+    from apecache.report.sweep_page import sweep_page
+
+    page = sweep_page(report.folder)
+    if json:
+        show_json({**asdict(report), "page": page})
+        return
+    rows: list[tuple[object, ...]] = []
+    for trial in report.trials:
+        settings = " ".join(trial.settings)
+        score = _score(trial)
+        rows.append((trial.number, trial.state, trial.epochs, *score, trial.recipe, settings))
+    columns = (
+        "trial",
+        "state",
+        "epochs",
+        "dev mean recall",
+        "95 %",
+        "chance",
+        "recipe",
+        "settings",
+    )
+    show_table(f"{report.run}: best trial on dev: {report.best.number}", columns, rows)
+    typer.echo(f"repeat the best trial: {report.command}")
+    typer.echo(f"page with all trials: {page}")
+
+
+def run_on(cluster: "RaySpec | None") -> "Callable[..., SweepReport]":
+    """Return `sweep` for this machine, or for a Ray cluster."""
     if cluster is None:
         from apecache.sweeps.run import sweep
 

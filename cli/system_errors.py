@@ -21,6 +21,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from .option_groups import ADVANCED
+
 OUTPUTS = ("out", "to", "heat_map", "store", "work", "tensorboard")
 """Parameters that name what a command writes, the first given one first."""
 
@@ -71,8 +73,32 @@ class GivenPath:
 _called: ContextVar[typer.Context | None] = ContextVar("called", default=None)
 
 
+PLACEHOLDERS = {"int": "N", "float": "X", "Path": "PATH", "list": "TEXT", "str": "TEXT"}
+"""Names of option values in the help, by the beginning of Typer's own name of the type."""
+
+
+LAST_OPTIONS = ("overwrite", "device", "json")
+"""Options of many commands; the help shows them after those of the one command."""
+
+
 class Command(TyperCommand):
     """Run a command that takes each option once, and whose arguments `explain` can name."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Give every option a short name of its value; the help is 80 columns wide."""
+        super().__init__(*args, **settings)
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and parameter.metavar is None:
+                parameter.metavar = _placeholder(parameter)
+        # The help shows options, and panels by their first option, in this order.
+        self.params.sort(key=_rank)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return `--help`, which takes no value."""
+        option = super().get_help_option(ctx)
+        if isinstance(option, TyperOption):
+            option.metavar = ""
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse an option that is given twice, unless it takes several values.
@@ -94,6 +120,22 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         finally:
             _called.reset(token)
+
+
+def _rank(parameter: Any) -> int:
+    """Return where the help shows a parameter: expert options last, after those of all commands."""
+    if getattr(parameter, "rich_help_panel", None) == ADVANCED:
+        return len(LAST_OPTIONS) + 1
+    return LAST_OPTIONS.index(parameter.name) + 1 if parameter.name in LAST_OPTIONS else 0
+
+
+def _placeholder(option: TyperOption) -> str:
+    """Return what the help shows for the value of an option; a flag has no value."""
+    if option.is_flag:
+        return ""
+    type_name = option.bare_type()
+    matches = [name for prefix, name in PLACEHOLDERS.items() if type_name.startswith(prefix)]
+    return matches[0] if matches else "TEXT"
 
 
 def _require_once(ctx: typer.Context, occurrences: Sequence[Any]) -> None:
@@ -199,7 +241,7 @@ def _line(number: int | None, path: Path | None, text: str) -> str:
         case errno.EFBIG:
             return (
                 f"{shown}: a file is too large for the file system or the process (ulimit "
-                f"-f): raise it{other}, {AGAIN}"
+                f"-f): raise the limit{other}, {AGAIN}"
             )
         case errno.EROFS:
             return f"{shown} is on a read-only file system: remount it for writing{other}, {AGAIN}"

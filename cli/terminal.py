@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -23,14 +23,6 @@ FAILURE = 1
 INTERRUPTED = 130
 PLAIN_WIDTH = 160
 """Columns of tables that go to a file or a pipe."""
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier run of this command wrote.")
-]
 
 
 @contextmanager

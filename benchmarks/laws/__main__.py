@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from apecache_cli.inputs import SOURCE, SourceOptions, takes_source
-from apecache_cli.terminal import Device, Json, choice, command_line, ending, show_json, show_table
+from apecache_cli.option_groups import SOURCE, Device, Json, SplitSourceOptions, takes_groups
+from apecache_cli.terminal import choice, command_line, ending, show_json, show_table
 
 SIZES = ("smoke", "small", "full")
 
@@ -14,9 +14,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-@takes_source
+@takes_groups
 def laws(
-    opening: SourceOptions,
+    opening: SplitSourceOptions,
     pairs: Annotated[
         str | None, typer.Option(help=f"{SOURCE} Without it the laws are listed.")
     ] = None,
@@ -120,7 +120,7 @@ def laws(
             **{name: value for name, value in changes.items() if value is not None},
         )
         roles = parse_roles([f"image={image}", f"text={text}", *(encoder or [])], resolution or [])
-        source = open_pairs(pairs, opening("image", "caption"))
+        source = open_pairs(pairs, opening.spec("image", "caption"))
         others = (open_labels(labels), None if languages is None else open_pairs(languages))
         setting = LawsSetting(
             source,

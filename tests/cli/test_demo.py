@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from apecache_cli.app import app
-from apecache_cli.demo import is_unfinished
+from apecache_cli.demo import call, is_unfinished
 from typer.testing import CliRunner
 
 
@@ -42,6 +44,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert (refused.exit_code, "exists already" in refused.output) == (3, True), refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_options_become_the_words_that_a_user_would_type(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    typed: list[list[str]] = []
+    command = SimpleNamespace(main=lambda words, **_: typed.append(words))
+    context: Any = SimpleNamespace(find_root=lambda: SimpleNamespace(command=command))
+    options = {"out": Path("my run"), "overwrite": True, "template": ("a {}", "{}")}
+    call(context, "index", "run", options=options)
+    words = ["index", "run", "--out", "my run", "--overwrite"]
+    assert typed == [[*words, "--template", "a {}", "--template", "{}"]]
+    assert "$ apecache index run --out 'my run' --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("packaged_encoders")

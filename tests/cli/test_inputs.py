@@ -58,7 +58,7 @@ def test_a_folder_per_class_with_shares_of_splits_is_extracted_and_repaired(
     tiny_image_encoder: Path,
 ) -> None:
     store = tmp_path / "store"
-    splits = ("--split-fraction", "train=.5,val=.5", "--split-seed", "3")
+    splits = ("--split-fraction", "train=.5,val=.5,seed=3")
     encoder = ("--image", f"timm:{tiny_image_encoder}", "--device", "cpu")
     assert call("extract", classes, "--store", store, *encoder, *splits).exit_code == 0
     told = call_json("info", store)

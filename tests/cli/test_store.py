@@ -92,7 +92,7 @@ def test_verify_of_a_damaged_store_names_what_is_damaged_and_ends_with_3(grown: 
     )
     result = call("verify", grown.store)
     line = error_of(result, 3)
-    assert f"1 objects are damaged; repair with: apecache repair {grown.store}" in line
+    assert f"1 object damaged; repair with: apecache repair {grown.store}" in line
     assert CHUNK in result.stdout
     assert "damaged" in result.stdout
 
@@ -127,9 +127,9 @@ def test_repair_says_what_it_made_again(grown: Grown) -> None:
     hit(grown.store, "records/text/tiny-bert/seal.json", "delete")
     hit(grown.store, "records/pairs.json", "empty")
     shown = call("repair", grown.store, "--device", "cpu").stdout
-    assert "image/tiny-vit: encoded again: shards 1" in shown
-    assert "text/tiny-bert: encoded again: shards none" in shown
-    assert "written again: records/pairs.json" in shown
+    assert "image/tiny-vit: shards encoded again: 1" in shown
+    assert "text/tiny-bert: shards encoded again: none" in shown
+    assert "file written again: records/pairs.json" in shown
     assert "sound" in shown
 
 
@@ -267,7 +267,7 @@ def test_export_writes_what_is_served_and_overwrites_nothing(
 @pytest.mark.parametrize("kinds", [[], ["--npz", "--parquet"]])
 def test_export_wants_one_kind(grown_once: Grown, tmp_path: Path, kinds: list[str]) -> None:
     line = error_of(call("export", grown_once.store, tmp_path / "out", *kinds), 2)
-    assert "one of --npz and --parquet" in line
+    assert "exactly one of --npz and --parquet" in line
 
 
 def test_upgrade_of_the_newest_format(grown: Grown, tmp_path: Path) -> None:

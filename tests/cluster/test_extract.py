@@ -281,10 +281,9 @@ def test_decoding_processes_are_those_of_an_actor_unless_told(tiny_image_encoder
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--address", "auto", "--ray-cpus", "2"], "--address, --ray-cpus: only with --engine ray"),
-        (["--engine", "rey"], "did you mean ray?"),
-        (["--engine", "ray", "--ray-actors", "0"], ""),
-        (["--engine", "ray", "--part", "1/2"], "part 1/2"),
+        (["--ray", "cpus=2"], "expected an address"),
+        (["--ray", "auto,actors=0"], "found 'actors=0'"),
+        (["--ray", "auto", "--part", "1/2"], "part 1/2"),
     ],
 )
 def test_options_that_do_not_belong_together_are_wrong_usage(
@@ -327,7 +326,7 @@ def test_the_command_on_a_cluster_makes_the_bytes_of_the_local_engine(
     )
     encoders = ["--image", f"timm:{tiny_image_encoder}", "--text", f"hf:{tiny_text_encoder}"]
     sizes = ["--image-batch", "4", "--text-batch", "4", "--shard-rows", "5", "--device", "cpu"]
-    ray = ["--engine", "ray", "--address", nodes.address, "--ray-actors", "2"]
+    ray = ["--ray", f"{nodes.address},actors=2"]
     result = CliRunner().invoke(
         app,
         ["extract", "pairs.tsv", "--store", "there", *encoders, *sizes, *ray],

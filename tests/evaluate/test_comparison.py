@@ -159,7 +159,7 @@ def test_the_command_compares_two_runs_or_groups_of_seeds(
     done = CliRunner().invoke(app, ["compare", *two, *where])
     assert done.exit_code == 0, done.output
     for words in (
-        "A less B",
+        "A - B",
         "95 % interval",
         "chance",
         "image to text R@1",

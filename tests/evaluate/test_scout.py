@@ -185,7 +185,7 @@ def test_the_command_takes_the_options_of_a_source_and_draws_the_heat_map(
         "cpu",
         "--json",
     ]
-    split = ["--split-fraction", "train=.75,val=.25", "--split-seed", "1"]
+    split = ["--split-fraction", "train=.75,val=.25,seed=1"]
     result = CliRunner().invoke(app, [*command, *split, "--heat-map", str(tmp_path / "map.svg")])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

@@ -301,9 +301,7 @@ def test_the_command_takes_several_encoders_cuts_and_views(
         "--image",
         f"timm:{tiny_image_encoder}",
         "--views",
-        "2",
-        "--view-scale",
-        "0.5,1",
+        "2,scale=0.5-1",
         "--add",
     ]
     assert CliRunner().invoke(app, views).exit_code == 0
@@ -315,7 +313,7 @@ def test_the_command_takes_several_encoders_cuts_and_views(
     [
         (["--image-cut", "men"], "cut 'men': expected one of"),
         (["--image-cut", "default@2"], "no pooling of its own"),
-        (["--views", "2", "--view-scale", "2,1"], "--view-scale 2,1: expected two shares"),
+        (["--views", "2,scale=2-1"], "--views 2,scale=2-1: expected a count"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_read(

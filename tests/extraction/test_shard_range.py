@@ -360,9 +360,9 @@ def test_the_command_says_how_far_the_store_is(
     first = call("--part", "1/2")
     assert first.exit_code == 0, first.output
     assert first.stdout.splitlines()[-1].endswith(
-        f"; part 1/2 is done, 58% of {tmp_path / 'store'} is"
+        f"; part 1/2 is complete; 58% of {tmp_path / 'store'} is done"
     )
-    assert "nothing to do: part 1/2 is done, 58% of" in call("--part", "1/2").stdout
+    assert "nothing to do: part 1/2 is complete; 58% of" in call("--part", "1/2").stdout
     assert (
         call("--part", "2/2")
         .stdout.splitlines()[-1]

@@ -344,11 +344,11 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     assert "&lt;b&gt;mine&lt;/b&gt;" in out.read_text(encoding="utf-8")
     for arguments, words in (
         (names, "--out is missing"),
-        ([names[0], "--split", "val"], "give --store too"),
+        ([names[0], "--split", "val"], "give --store STORE too"),
         ([names[0], "--out", str(tmp_path / "no" / "page.html")], "a folder that exists"),
         (
             [names[0], "--store", str(tiny_store), "--root", str(tmp_path / "nowhere")],
-            "is no folder",
+            "expected a folder, found none",
         ),
     ):
         wrong = runner.invoke(app, ["report", *arguments])

@@ -449,7 +449,7 @@ def test_a_run_whose_gate_has_shut_ends_with_code_3(run: Path, store: FeatureSto
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["projection"], 0, "nothing found"),
+        (["projection"], 0, "no problems found"),
         (["projection", "--set", "schedule.accumulate=2"], 0, "adds none"),
         (["projection", "--store", "STORE", "--dev-split", "test"], 3, "selection"),
         (["projecton"], 3, "did you mean projection"),

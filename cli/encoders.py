@@ -1,0 +1,164 @@
+"""Encoders as the command line names them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .option_groups import (
+    ADVANCED,
+    ENCODERS,
+    ImageCuts,
+    ImageEncoders,
+    MaxTokens,
+    OptionGroup,
+    Resolution,
+    TextCuts,
+    TextEncoders,
+)
+from .terminal import choice
+
+if TYPE_CHECKING:
+    from apecache.data.augment import Views
+    from apecache.encoders.spec import EncoderSpec
+    from apecache.fingerprint import Modality
+
+VIEWS_EXAMPLE = "4,scale=0.2-1,seed=0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(OptionGroup):
+    """Hold the encoders of an extraction, and what they compute."""
+
+    image: ImageEncoders = None
+    text: TextEncoders = None
+    image_cut: ImageCuts = None
+    text_cut: TextCuts = None
+    text_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Text before every caption. Default: what the encoder asks for.",
+            rich_help_panel=ENCODERS,
+        ),
+    ] = None
+    views: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Encode N random augmentations of each image in place of the image. Details may "
+            f"follow: {VIEWS_EXAMPLE}.",
+            rich_help_panel=ENCODERS,
+        ),
+    ] = None
+    resolution: Resolution = None
+    max_tokens: MaxTokens = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Type of the computation: float32, float16 or bfloat16.",
+            rich_help_panel=ENCODERS,
+        ),
+    ] = "float32"
+    resize: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="reference: the encoder's own resize. torchvision: faster, slightly different "
+            "pixels.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = "reference"
+
+    def images(self) -> "tuple[EncoderSpec, ...]":
+        """Return every cut of every image encoder."""
+        choice("--resize", self.resize, ("reference", "torchvision"))
+        return encoder_specs(
+            self.image,
+            modality="image",
+            cuts=self.image_cut,
+            dtype=self.dtype,
+            resolution=self.resolution,
+            resize=self.resize,
+        )
+
+    def texts(self) -> "tuple[EncoderSpec, ...]":
+        """Return every cut of every text encoder."""
+        return encoder_specs(
+            self.text,
+            modality="text",
+            cuts=self.text_cut,
+            dtype=self.dtype,
+            max_tokens=self.max_tokens,
+            prefix=self.text_prefix,
+        )
+
+
+def encoder_specs(
+    names: list[str] | None,
+    modality: "Modality",
+    cuts: list[str] | None,
+    dtype: Any,
+    **settings: Any,
+) -> "tuple[EncoderSpec, ...]":
+    """Parse encoder options: every cut of every encoder.
+
+    Args:
+        names: The encoders, as `--image` or `--text` takes them.
+        modality: The side of all encoders.
+        cuts: The poolings, as `--image-cut` takes them; None: the encoder's own.
+        dtype: The type of the computation; checked here.
+        settings: Other fields of `EncoderSpec`, the same for all encoders.
+
+    Raises:
+        OptionError: An unknown `dtype`, or a cut that cannot be parsed.
+        EncoderError: A name that cannot be parsed.
+    """
+    from dataclasses import replace
+
+    from apecache.encoders.spec import parse_cut, parse_encoder
+
+    choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
+    parsed_cuts = [parse_cut(cut) for cut in cuts or ["default"]]
+    specs = [parse_encoder(name, modality) for name in names or ()]
+    return tuple(
+        replace(spec, pooling=pooling, layer=layer, dtype=dtype, **settings)
+        for spec in specs
+        for pooling, layer in parsed_cuts
+    )
+
+
+def view_spec(text: str) -> "Views":
+    """Parse the value of `--views`: a count, then `scale=LOW-HIGH` and `seed=N`.
+
+    Raises:
+        OptionError: The count is not a positive number, or a detail cannot be parsed.
+    """
+    from apecache.data.augment import Views
+    from apecache.errors import OptionError
+
+    count, *entries = [entry.strip() for entry in text.split(",")]
+    scale = (0.2, 1.0)
+    seed = 0
+    try:
+        n_views = int(count)
+        if n_views < 1:
+            raise ValueError
+        for entry in entries:
+            name, _, value = entry.partition("=")
+            match name:
+                case "scale":
+                    low, high = (float(share) for share in value.split("-"))
+                    scale = (low, high)
+                case "seed":
+                    seed = int(value)
+                case _:
+                    raise ValueError
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError
+    except ValueError:
+        raise OptionError(
+            f"--views {text}: expected a count, then shares of the area and a seed, like "
+            f"{VIEWS_EXAMPLE}"
+        ) from None
+    return Views(n_views, seed, scale)
