@@ -17,9 +17,17 @@ import torch
 
 from apecache.arguments import require_type
 from apecache.data.augment import Views
-from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
+from apecache.device import device_name, is_accelerator, synchronize
+from apecache.encoders.encoder import (
+    ImageEncoder,
+    TextEncoder,
+    compile_images,
+    encode_images,
+    encode_texts,
+)
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, MismatchError, OptionError, StoreError, one_line
+from apecache.extraction.encode import encode_or_halve
 from apecache.extraction.shard_range import WHOLE, ShardRange
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.array import FeatureArray
@@ -417,7 +425,7 @@ def _layouts(
 
 def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
     """Return the batch size of new arrays where none is asked for."""
-    return CUDA_BATCH if encoder.device.type == "cuda" else CPU_BATCH[encoder.spec.modality]
+    return CUDA_BATCH if is_accelerator(encoder.device) else CPU_BATCH[encoder.spec.modality]
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
@@ -477,10 +485,12 @@ def _calibrated_rows(
         begin = time.perf_counter()
         for encoder in models.values():
             if isinstance(encoder, ImageEncoder):
-                encoder.encode(torch.zeros(batch, *encoder.input_shape))
+                pixels = torch.zeros(batch, *encoder.input_shape)
+                encode_or_halve(partial(encode_images, [encoder]), pixels, encoder.device)
             else:
-                texts = list(captions[:batch]) or ["a"]
-                encoder.encode_ids(encoder.tokenize(texts).ids)
+                ids = encoder.tokenize(list(captions[:batch]) or ["a"]).ids
+                encode_or_halve(partial(encode_texts, [encoder]), ids, encoder.device)
+            synchronize(encoder.device)
         return time.perf_counter() - begin
 
     # The first batch warms up: allocations and the choice of kernels are not to be counted.
@@ -542,8 +552,8 @@ def _require_compiler(
     for encoder, layout in zip(encoders, layouts, strict=True):
         if layout.compiled and isinstance(encoder, ImageEncoder):
             try:
-                encode = compile_images([encoder])
-                encode(torch.zeros(layout.batch_size, *encoder.input_shape))
+                pixels = torch.zeros(layout.batch_size, *encoder.input_shape)
+                encode_or_halve(compile_images([encoder]), pixels, encoder.device)
             except (RuntimeError, OSError) as error:
                 raise EncoderError(
                     f"encoder {encoder.spec} cannot be compiled here ({one_line(error)}); install "
@@ -552,16 +562,19 @@ def _require_compiler(
                 ) from None
 
 
-def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, batch: int) -> float:
+def _seconds(
+    encode: Callable[[torch.Tensor], list[torch.Tensor]],
+    encoder: ImageEncoder,
+    batch: int,
+) -> float:
     """Time one batch in seconds, results included."""
     pixels = torch.zeros(batch, *encoder.input_shape)
     # The first batch compiles and warms up; only the second one counts.
-    encode(pixels)
+    encode_or_halve(encode, pixels, encoder.device)
+    synchronize(encoder.device)
     begin = time.perf_counter()
-    encode(pixels)
-    # CUDA returns before it has computed anything.
-    if encoder.device.type == "cuda":
-        torch.cuda.synchronize(encoder.device)
+    encode_or_halve(encode, pixels, encoder.device)
+    synchronize(encoder.device)
     return time.perf_counter() - begin
 
 
@@ -588,7 +601,7 @@ def environment(device: torch.device) -> Json:
     """Return versions and device, which are recorded but never part of the identity."""
     names = ("apecache", "torch", "timm", "transformers", "numpy", "pillow", "zarr")
     versions = {name: version(name) for name in names}
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    hardware = device_name(device) or platform.machine()
     return {
         "versions": versions,
         "device": device.type,

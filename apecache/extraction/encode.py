@@ -22,6 +22,7 @@ from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
+from apecache.device import is_accelerator, release_cached_memory
 from apecache.encoders.encoder import (
     ImageEncoder,
     TextEncoder,
@@ -206,12 +207,12 @@ class ImageJob:
 
 
 class _PixelBuffers:
-    """Hold the batches of pixels of one model: one on the CPU, two for CUDA."""
+    """Hold the batches of pixels of one model: one on the CPU, two for an accelerator."""
 
     def __init__(self, targets: Sequence[ArrayTarget[ImageEncoder]], size: int, views: int) -> None:
         encoder = targets[0].encoder
-        # With CUDA one pinned batch is filled while the other is copied and encoded.
-        pinned = encoder.device.type == "cuda"
+        # Beside an accelerator one pinned batch is filled while the other is copied and encoded.
+        pinned = is_accelerator(encoder.device)
         n_buffers = 2 if pinned else 1
         shape = (size, views, *encoder.input_shape)
         self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(n_buffers)]
@@ -237,8 +238,10 @@ class _PendingBatch:
         self.targets = targets
         self.begin = begin
         self.count = count
-        n_views = pixels.shape[1]
-        self.results = [encode_or_halve(encode, pixels[:, view]) for view in range(n_views)]
+        device = targets[0].encoder.device
+        self.results: list[list[Tensor]] = []
+        for view in range(pixels.shape[1]):
+            self.results.append(encode_or_halve(encode, pixels[:, view], device))
 
     def store(self, features: dict[int, NDArray[np.float32]]) -> None:
         """Wait for the results and put them into each target's features, by the target's id."""
@@ -306,6 +309,7 @@ class TextJob:
             encoded = encode_or_halve(
                 lambda ids: encode_texts(encoders, ids),
                 [tokens.ids[i] for i in batch],
+                encoders[0].device,
             )
             for array, result in zip(features, encoded, strict=True):
                 # Tokens [n, longest, dim] are narrower than their array.
@@ -393,22 +397,32 @@ def caption_error(text: str) -> RowError | None:
     return None
 
 
-def encode_or_halve(encode: Callable[[Any], list[Tensor]], batch: Any) -> list[Tensor]:
+def encode_or_halve(
+    encode: Callable[[Any], list[Tensor]],
+    batch: Any,
+    device: torch.device,
+) -> list[Tensor]:
     """Return `encode(batch)`; when the device runs out of memory, encode in halves.
 
     Results are then equal to cosine 0.99999, not bit by bit.
+
+    Args:
+        encode: encodes a batch, or any slice of it.
+        batch: pixels, or token ids.
+        device: of the encoder.
     """
     try:
         return encode(batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        first_half = encode_or_halve(encode, batch[:half])
-        second_half = encode_or_halve(encode, batch[half:])
-        pairs = zip(first_half, second_half, strict=True)
-        return [_joined(first, second) for first, second in pairs]
+    # Outside `except`: an exception keeps its frames, and so all tensors of the batch that failed.
+    release_cached_memory(device)
+    half = len(batch) // 2
+    first_half = encode_or_halve(encode, batch[:half], device)
+    second_half = encode_or_halve(encode, batch[half:], device)
+    pairs = zip(first_half, second_half, strict=True)
+    return [_joined(first, second) for first, second in pairs]
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
