@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apecache.device import (
+    generator_states,
+    is_accelerator,
+    seeded_generators,
+    set_generator_states,
+)
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.metrics.retrieval import RetrievalReport
@@ -188,8 +194,8 @@ class Fit(ABC, Generic[Model]):
             "epoch": self.epoch_draws,
             "cpu": torch.get_rng_state(),
         }
-        if self.device.type == "cuda":
-            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if is_accelerator(self.device):
+            random_states[self.device.type] = generator_states(self.device)[1]
         tensor_groups["random"] = random_states
         tensor_groups["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
         tensors: dict[str, Tensor] = {}
@@ -263,9 +269,8 @@ class Fit(ABC, Generic[Model]):
         """Restore the fit's own generator and torch's."""
         self.generator.set_state(states["draws"])
         self.epoch_draws = states["epoch"]
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        of_device = [states[self.device.type]] if is_accelerator(self.device) else []
+        set_generator_states([states["cpu"], *of_device], self.device)
 
 
 class Training(Fit[AlignmentModel]):
@@ -292,8 +297,7 @@ class Training(Fit[AlignmentModel]):
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators, for dropout and noise, and restore them at the end."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded_generators(seed, device):
         yield
 
 
