@@ -52,6 +52,14 @@ def free_memory_bytes(device: torch.device) -> int | None:
     return int(free_bytes)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device without waiting for the device."""
+    if not is_accelerator(device):
+        return tensor.to(device)
+    # From pageable memory the copy would wait until the device has done all that was started.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 # --- random numbers -------------------------------------------------------------------------------
 
 

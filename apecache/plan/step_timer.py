@@ -203,7 +203,7 @@ class StepTimer:
         pairs = FeaturePairs(
             image=features[0],
             text=features[1],
-            first_text=torch.arange(n_images + 1, device=self.device) * captions,
+            first_text=torch.arange(n_images + 1) * captions,
             device=self.device,
         )
         model = build_model(self.recipe, pairs, 0)

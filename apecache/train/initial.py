@@ -109,7 +109,7 @@ def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
         image = _standardized(model.image, train.image[begin:end], train.place)
         text = _standardized(model.text, train.text[texts], train.place)
         # Rows of images within the block.
-        block_owners = owners[texts].to(train.place) - begin
+        block_owners = (owners[texts] - begin).to(train.place)
         moments.add(image, text, block_owners)
     return moments.covariances()
 
