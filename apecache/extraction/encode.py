@@ -156,6 +156,12 @@ class ImageJob:
             passes.append(compile_images(cuts) if compiled else partial(encode_images, cuts))
         return passes
 
+    @cached_property
+    def buffers(self) -> list["_PixelBuffers"]:
+        """Return the batches of pixels of each model, for all shards: pinning memory is slow."""
+        size = self.layout.batch_size
+        return [_PixelBuffers(targets, size, self.n_views) for targets in self.models]
+
     def _encode(
         self,
         rows: range,
@@ -171,11 +177,10 @@ class ImageJob:
             features[id(target)] = np.zeros(shape, np.float32)
         content = [""] * len(rows)
         bad = dict[int, RowError]()
-        buffers = [_PixelBuffers(targets, batch_size, self.n_views) for targets in self.models]
         running: list[_PendingBatch] = []
         for begin in range(0, len(rows), batch_size):
             count = min(batch_size, len(rows) - begin)
-            batches = [buffer.next() for buffer in buffers]
+            batches = [buffer.next() for buffer in self.buffers]
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest

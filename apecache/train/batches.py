@@ -284,7 +284,10 @@ def _groups(
                 continue
             image = next(on_device)
             text = image.unsqueeze(1).expand(-1, n_captions).flatten()
-            yield Groups(image=image, text=text)
+            group_sizes = torch.bincount(batch_numbers)
+            # Each image of a group with all captions of the group.
+            n_pairs = n_captions * int(group_sizes.square().sum())
+            yield Groups(image=image, text=text, n_pairs=n_pairs)
 
 
 def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Tensor | None:

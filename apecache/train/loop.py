@@ -471,11 +471,19 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: StepCount) -> Te
 def set_rates(training: Fit[Any], plan: StepCount) -> None:
     """Set the learning rates of the next step."""
     optimizer = training.optimizer
+    assert optimizer is not None
+    rates = rates_at(training, training.step, plan)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def rates_at(training: Fit[Any], step: int, plan: StepCount) -> list[float]:
+    """Return the learning rate of each parameter group at a step."""
+    optimizer = training.optimizer
     recipe = training.recipe
     assert optimizer is not None
-    factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor * group["factor"]
+    factor = learning_rate_factor(step, plan.n_steps, recipe.schedule)
+    return [recipe.optimizer.lr * factor * group["factor"] for group in optimizer.param_groups]
 
 
 def apply_update(training: Fit[Any], update: Callable[[], object] | None = None) -> None:
