@@ -13,6 +13,7 @@ from recipes import SMALL
 from torch import Tensor, nn
 
 from apecache.device import generator_states, seeded_generators
+from apecache.heads.head import embed
 from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
@@ -98,6 +99,19 @@ def weights(training: Training) -> list[Tensor]:
     return list(training.model.state_dict().values())
 
 
+def embeddings(training: Training, train: FeaturePairs) -> list[Tensor]:
+    """What the heads make of all pairs.
+
+    Compared instead of weights: a weight whose gradient is rounding alone, as that of a bias before
+    a batch norm, may go anywhere, but changes no embedding.
+    """
+    model = training.model
+    return [
+        embed(model.image, train.image, train.image_lengths),
+        embed(model.text, train.text, train.text_lengths),
+    ]
+
+
 def train_for(recipe: Recipe) -> FeaturePairs:
     train = pairs(80, 0)
     return with_tokens(train) if recipe.image.cut == "tokens" else train
@@ -111,7 +125,8 @@ def test_a_recipe_trains_as_on_the_cpu_and_never_waits(name: str) -> None:
     here = begin(recipe, train)
     counts = steps(there, on_device(train), n_warm=1)
     steps(here, train)
-    assert largest_distance(weights(there), weights(here)) < TOLERANCE
+    ours = embeddings(there, on_device(train))
+    assert largest_distance(ours, embeddings(here, train)) < TOLERANCE
     assert counts.waits == {}
     assert counts.races == []
 
@@ -213,7 +228,7 @@ def test_a_population_ends_where_fits_alone_end(content: bool) -> None:
     )
     assert failures == {}
     # Steps are recorded and replayed where no two images of a batch are equal.
-    assert Graph.replays > replays
+    assert (Graph.replays > replays) == (not content)
     for i, member in enumerate(members):
         alone = solo([f"optimizer.lr={0.01 * (i + 1)}"], i, pairs(160, 0, content))
         assert largest_distance(weights(member), weights(alone)) < TOLERANCE

@@ -32,18 +32,19 @@ struct AsyncCopy {
   uint64_t hash;
 };
 
-std::recursive_mutex mutex;
-std::map<std::string, long> counts;
-std::vector<std::string> races;
-std::vector<AsyncCopy> running_copies;
-std::set<const void*> pinned_blocks;
+// Never freed: tensors may outlive static variables when the process ends.
+auto& mutex = *new std::recursive_mutex();
+auto& counts = *new std::map<std::string, long>();
+auto& races = *new std::vector<std::string>();
+auto& running_copies = *new std::vector<AsyncCopy>();
+auto& pinned_blocks = *new std::set<const void*>();
 bool is_counting = true;
 bool is_checking = true;
 bool is_capturing = false;
 size_t limit_bytes = 0;  // 0: no limit
 size_t used_bytes = 0;
 size_t peak_bytes = 0;
-at::Generator device_generator;
+auto& device_generator = *new at::Generator();
 
 using Lock = std::lock_guard<std::recursive_mutex>;
 
@@ -423,6 +424,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   return {to_device(by_input), to_device(by_weight), to_device(by_bias)};
 }
 
+// Its schema does not say that it writes the running statistics, so no fallback copies them back.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
+    const at::Tensor& input, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var, bool is_training, double momentum, double eps) {
+  auto on_host = [](const std::optional<at::Tensor>& tensor) {
+    std::optional<at::Tensor> host;
+    if (tensor && tensor->defined()) host = host_alias(*tensor);
+    return host;
+  };
+  auto [output, mean, inverse_deviation] = at::native_batch_norm(
+      host_alias(input), on_host(weight), on_host(bias), on_host(running_mean),
+      on_host(running_var), is_training, momentum, eps);
+  return {to_device(output), to_device(mean), to_device(inverse_deviation)};
+}
+
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFallthrough());
 }
@@ -442,6 +459,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("unfold", &at::native::unfold);
   library.impl("set_.source_Tensor", &set_source);
   library.impl("set_.source_Storage_storage_offset", &set_storage);
+  library.impl("native_batch_norm", &batch_norm);
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);
 }
