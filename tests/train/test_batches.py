@@ -573,3 +573,21 @@ def test_ragged_tokens_are_loaded_with_their_lengths(
     assert words.lengths is not None
     assert words.lengths.tolist() == [4, 1, 2]
     assert torch.equal(words.values[1, 1:], torch.zeros(3, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_groups_know_their_number_of_positive_pairs(captions: int) -> None:
+    """Over several blocks of batches, with a batch now and then in which no two images are equal."""
+    pairs = numbered([3] * 120)
+    content = torch.arange(120)
+    content[40:100] = content[40:100] // 2
+    drawn = list(batches(replace(pairs, content=content), 6, seeded(0), captions))
+    assert len(drawn) == 20
+    for batch in drawn:
+        images = batch.image.flatten()
+        same = content[images].unsqueeze(1) == content[images]
+        assert (batch.groups is None) == (captions == 1 and int(same.sum()) == len(images))
+        if batch.groups is not None:
+            assert torch.equal(batch.groups.image.unsqueeze(1) == batch.groups.image, same)
+            assert batch.groups.n_pairs == len(replace(batch.groups, n_pairs=None).positives()[0])
+            assert batch.groups.n_pairs == captions * int(same.sum())
