@@ -1,6 +1,7 @@
 """Load what the head trainer reads: the training and dev pairs of a store."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -136,7 +137,9 @@ def _devices_of_features(
     image_side = side_rows(image, len(train.images), len(dev.images))
     text_side = side_rows(text, len(train.texts), len(dev.texts))
     if recipe is not None:
-        reserved_bytes += fit_bytes(recipe, image_side, text_side)
+        # Heads that cannot be built are refused where they are built, with the better message.
+        with suppress(RecipeError):
+            reserved_bytes += fit_bytes(recipe, image_side, text_side)
     budget_bytes = feature_budget_bytes(device, reserved_bytes)
     image_stays, text_stays = choose_resident(image_side.n_bytes, text_side.n_bytes, budget_bytes)
     return device if image_stays else CPU, device if text_stays else CPU
