@@ -1,8 +1,20 @@
-"""Choose the device that tensors live on."""
+"""Call what torch has for each accelerator, by a device instead of by the name CUDA.
+
+An accelerator computes beside the host, in memory of its own. The CPU does not, so each function
+does nothing there, or returns what says so.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from apecache.errors import OptionError
+
+CPU = torch.device("cpu")
+# Apple's GPU shares the host's memory, and torch has other functions for it.
+_WITHOUT_ACCELERATOR = ("cpu", "meta", "mps")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -25,3 +37,90 @@ def resolve_device(name: str) -> torch.device:
         raise OptionError(
             f"device {name!r} cannot be used ({reason}); try --device auto or cpu"
         ) from None
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Check whether a device computes beside the host, in memory of its own."""
+    return device.type not in _WITHOUT_ACCELERATOR
+
+
+def device_name(device: torch.device) -> str | None:
+    """Return the name of an accelerator's hardware; None for other devices."""
+    if not is_accelerator(device):
+        return None
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has computed all that was started. Read clocks only after this."""
+    if is_accelerator(device):
+        torch.get_device_module(device).synchronize(device)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give back the memory that torch's allocator keeps for later."""
+    if is_accelerator(device):
+        torch.get_device_module(device).empty_cache()
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Return the free memory of an accelerator; None for other devices."""
+    if not is_accelerator(device):
+        return None
+    free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free_bytes)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device without waiting for the device."""
+    if not is_accelerator(device):
+        return tensor.to(device)
+    # From pageable memory the copy would wait until the device has done all that was started.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def generator_states(device: torch.device = CPU) -> list[Tensor]:
+    """Return the states of the CPU's generator and, on an accelerator, of the device's."""
+    states = [torch.get_rng_state()]
+    if is_accelerator(device):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def set_generator_states(states: list[Tensor], device: torch.device = CPU) -> None:
+    """Set what `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if is_accelerator(device):
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+def seed_generators(seed: int, device: torch.device = CPU) -> None:
+    """Seed the CPU's generator and, on an accelerator, the device's.
+
+    `torch.manual_seed` would seed the generators of all other devices too.
+    """
+    torch.default_generator.manual_seed(seed)
+    if is_accelerator(device):
+        fresh = torch.Generator(device).manual_seed(seed)
+        torch.get_device_module(device).set_rng_state(fresh.get_state(), device)
+
+
+@contextmanager
+def kept_generators(device: torch.device = CPU) -> Iterator[None]:
+    """Restore the generators of the CPU and of the device at the end."""
+    states = generator_states(device)
+    try:
+        yield
+    finally:
+        set_generator_states(states, device)
+
+
+@contextmanager
+def seeded_generators(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Seed the generators of the CPU and of the device, and restore them at the end."""
+    with kept_generators(device):
+        seed_generators(seed, device)
+        yield

@@ -207,7 +207,7 @@ def _split(
 
 def _pairs(X: Array, y: Array, device: torch.device) -> FeaturePairs:
     # Every image has one caption, so the caption of image i is in row i.
-    first = torch.arange(len(X) + 1, device=device)
+    first = torch.arange(len(X) + 1)
     return FeaturePairs(image=_tensor(X).to(device), text=_tensor(y).to(device), first_text=first)
 
 

@@ -56,9 +56,10 @@ def lint(
 ) -> None:
     """Check a run or a recipe for common training mistakes.
 
-    Mistakes are, among others: parameters without gradient, closed gates, choosing on the reported split, pairs in
-    two splits, fewer negatives than the batch size suggests. All options except --store, --root
-    and --report-split apply to recipes only. The exit code is 3 if there is an error.
+    Mistakes are, among others: parameters without gradient, closed gates, choosing on the reported
+    split, pairs in two splits, fewer negatives than the batch size suggests. All options except
+    --store, --root and --report-split apply to recipes only. The exit code is 3 if there is an
+    error.
 
     Example: apecache lint sail --store store
 

@@ -106,7 +106,7 @@ class _Populations:
         spec: SweepSpec,
     ) -> None:
         torch.set_num_threads(cpus)
-        data = load_data(FeatureStore.open(store), spec.fit)
+        data = load_data(FeatureStore.open(store), spec.fit, spec.memory_bytes)
         # Trials and progress are the driver's: this batch only trains groups.
         self.trial_batch = TrialBatch(
             out,

@@ -180,7 +180,11 @@ def _encode_all_images(
             spec=spec,
         ):
             ok[begin : begin + len(good)] &= good
-            batch_features = encode_or_halve(partial(encode_images, encoders), pixels)
+            batch_features = encode_or_halve(
+                partial(encode_images, encoders),
+                pixels,
+                encoders[0].device,
+            )
             batches.append([cut_features.cpu() for cut_features in batch_features])
             progress(f"{cuts[0].library}:{cuts[0].name}", begin + len(good), len(keys))
         # From one list per batch to one list per cut.
@@ -236,7 +240,11 @@ def _encode_all_texts(
         for begin in range(0, len(order), spec.batch):
             rows = order[begin : begin + spec.batch]
             batch_ids = [ids[i] for i in rows]
-            batch_features = encode_or_halve(partial(encode_texts, encoders), batch_ids)
+            batch_features = encode_or_halve(
+                partial(encode_texts, encoders),
+                batch_ids,
+                encoders[0].device,
+            )
             for out, cut_features in zip(outputs, batch_features, strict=True):
                 out[rows] = cut_features.cpu()
             progress(f"{cuts[0].library}:{cuts[0].name}", begin + len(rows), len(order))

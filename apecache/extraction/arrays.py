@@ -7,14 +7,17 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.device import device_name, is_accelerator, synchronize
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
+from apecache.extraction.encode import encode_or_halve
 from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
 from apecache.store.array import FeatureArray
@@ -324,7 +327,7 @@ def _layouts(
 
 def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
     """Return the batch size of new arrays where none is asked for."""
-    return CUDA_BATCH if encoder.device.type == "cuda" else CPU_BATCH[encoder.spec.modality]
+    return CUDA_BATCH if is_accelerator(encoder.device) else CPU_BATCH[encoder.spec.modality]
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
@@ -384,10 +387,12 @@ def _calibrated_rows(
         begin = time.perf_counter()
         for encoder in models.values():
             if isinstance(encoder, ImageEncoder):
-                encoder.encode(torch.zeros(batch, *encoder.input_shape))
+                pixels = torch.zeros(batch, *encoder.input_shape)
+                encode_or_halve(partial(encode_images, [encoder]), pixels, encoder.device)
             else:
-                texts = list(captions[:batch]) or ["a"]
-                encoder.encode_ids(encoder.tokenize(texts).ids)
+                ids = encoder.tokenize(list(captions[:batch]) or ["a"]).ids
+                encode_or_halve(partial(encode_texts, [encoder]), ids, encoder.device)
+            synchronize(encoder.device)
         return time.perf_counter() - begin
 
     # The first batch warms up: allocations and the choice of kernels are not to be counted.
@@ -420,7 +425,7 @@ def environment(device: torch.device) -> Json:
     """Return versions and device, which are recorded but never part of the identity."""
     names = ("apecache", "torch", "timm", "transformers", "numpy", "pillow", "zarr")
     versions = {name: version(name) for name in names}
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    hardware = device_name(device) or platform.machine()
     return {
         "versions": versions,
         "device": device.type,

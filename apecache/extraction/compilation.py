@@ -6,8 +6,10 @@ from functools import partial
 
 import torch
 
+from apecache.device import synchronize
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.errors import EncoderError, OptionError, one_line
+from apecache.extraction.encode import encode_or_halve
 from apecache.store.layout import ArrayLayout
 
 COMPILE_FROM_ROWS = 4096
@@ -67,8 +69,8 @@ def _require_compiler(
     for encoder, layout in zip(encoders, layouts, strict=True):
         if layout.compiled and isinstance(encoder, ImageEncoder):
             try:
-                encode = compile_images([encoder])
-                encode(torch.zeros(layout.batch_size, *encoder.input_shape))
+                pixels = torch.zeros(layout.batch_size, *encoder.input_shape)
+                encode_or_halve(compile_images([encoder]), pixels, encoder.device)
             except (RuntimeError, OSError) as error:
                 raise EncoderError(
                     f"encoder {encoder.spec} cannot be compiled here ({one_line(error)}); install "
@@ -77,14 +79,17 @@ def _require_compiler(
                 ) from None
 
 
-def _seconds(encode: Callable[[torch.Tensor], object], encoder: ImageEncoder, batch: int) -> float:
+def _seconds(
+    encode: Callable[[torch.Tensor], list[torch.Tensor]],
+    encoder: ImageEncoder,
+    batch: int,
+) -> float:
     """Time one batch in seconds, results included."""
     pixels = torch.zeros(batch, *encoder.input_shape)
     # The first batch compiles and warms up; only the second one counts.
-    encode(pixels)
+    encode_or_halve(encode, pixels, encoder.device)
+    synchronize(encoder.device)
     begin = time.perf_counter()
-    encode(pixels)
-    # CUDA returns before it has computed anything.
-    if encoder.device.type == "cuda":
-        torch.cuda.synchronize(encoder.device)
+    encode_or_halve(encode, pixels, encoder.device)
+    synchronize(encoder.device)
     return time.perf_counter() - begin

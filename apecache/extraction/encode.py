@@ -22,6 +22,7 @@ from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
+from apecache.device import is_accelerator, release_cached_memory
 from apecache.encoders.encoder import (
     ImageEncoder,
     TextEncoder,
@@ -155,6 +156,12 @@ class ImageJob:
             passes.append(compile_images(cuts) if compiled else partial(encode_images, cuts))
         return passes
 
+    @cached_property
+    def buffers(self) -> list["_PixelBuffers"]:
+        """Return the batches of pixels of each model, for all shards: pinning memory is slow."""
+        size = self.layout.batch_size
+        return [_PixelBuffers(targets, size, self.n_views) for targets in self.models]
+
     def _encode(
         self,
         rows: range,
@@ -170,11 +177,10 @@ class ImageJob:
             features[id(target)] = np.zeros(shape, np.float32)
         content = [""] * len(rows)
         bad = dict[int, RowError]()
-        buffers = [_PixelBuffers(targets, batch_size, self.n_views) for targets in self.models]
         running: list[_PendingBatch] = []
         for begin in range(0, len(rows), batch_size):
             count = min(batch_size, len(rows) - begin)
-            batches = [buffer.next() for buffer in buffers]
+            batches = [buffer.next() for buffer in self.buffers]
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
@@ -206,12 +212,12 @@ class ImageJob:
 
 
 class _PixelBuffers:
-    """Hold the batches of pixels of one model: one on the CPU, two for CUDA."""
+    """Hold the batches of pixels of one model: one on the CPU, two for an accelerator."""
 
     def __init__(self, targets: Sequence[ArrayTarget[ImageEncoder]], size: int, views: int) -> None:
         encoder = targets[0].encoder
-        # With CUDA one pinned batch is filled while the other is copied and encoded.
-        pinned = encoder.device.type == "cuda"
+        # Beside an accelerator one pinned batch is filled while the other is copied and encoded.
+        pinned = is_accelerator(encoder.device)
         n_buffers = 2 if pinned else 1
         shape = (size, views, *encoder.input_shape)
         self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(n_buffers)]
@@ -237,8 +243,10 @@ class _PendingBatch:
         self.targets = targets
         self.begin = begin
         self.count = count
-        n_views = pixels.shape[1]
-        self.results = [encode_or_halve(encode, pixels[:, view]) for view in range(n_views)]
+        device = targets[0].encoder.device
+        self.results: list[list[Tensor]] = []
+        for view in range(pixels.shape[1]):
+            self.results.append(encode_or_halve(encode, pixels[:, view], device))
 
     def store(self, features: dict[int, NDArray[np.float32]]) -> None:
         """Wait for the results and put them into each target's features, by the target's id."""
@@ -306,6 +314,7 @@ class TextJob:
             encoded = encode_or_halve(
                 lambda ids: encode_texts(encoders, ids),
                 [tokens.ids[i] for i in batch],
+                encoders[0].device,
             )
             for array, result in zip(features, encoded, strict=True):
                 # Tokens [n, longest, dim] are narrower than their array.
@@ -393,22 +402,32 @@ def caption_error(text: str) -> RowError | None:
     return None
 
 
-def encode_or_halve(encode: Callable[[Any], list[Tensor]], batch: Any) -> list[Tensor]:
+def encode_or_halve(
+    encode: Callable[[Any], list[Tensor]],
+    batch: Any,
+    device: torch.device,
+) -> list[Tensor]:
     """Return `encode(batch)`; when the device runs out of memory, encode in halves.
 
     Results are then equal to cosine 0.99999, not bit by bit.
+
+    Args:
+        encode: encodes a batch, or any slice of it.
+        batch: pixels, or token ids.
+        device: of the encoder.
     """
     try:
         return encode(batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        first_half = encode_or_halve(encode, batch[:half])
-        second_half = encode_or_halve(encode, batch[half:])
-        pairs = zip(first_half, second_half, strict=True)
-        return [_joined(first, second) for first, second in pairs]
+    # Outside `except`: an exception keeps its frames, and so all tensors of the batch that failed.
+    release_cached_memory(device)
+    half = len(batch) // 2
+    first_half = encode_or_halve(encode, batch[:half], device)
+    second_half = encode_or_halve(encode, batch[half:], device)
+    pairs = zip(first_half, second_half, strict=True)
+    return [_joined(first, second) for first, second in pairs]
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:

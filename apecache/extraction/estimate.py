@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_place, require_spec
 from apecache.data.pairs import PairSource
+from apecache.device import is_accelerator
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import OptionError
 from apecache.extraction.arrays import array_name, arrays_and_layouts, room_bytes
@@ -19,6 +21,7 @@ from apecache.extraction.encode import (
     ImageJob,
     TextJob,
     caption_error,
+    encode_or_halve,
     image_jobs,
     text_jobs,
 )
@@ -282,7 +285,8 @@ def _time_images(job: ImageJob) -> float:
 
     def encode() -> None:
         for cuts, batch in zip(models, batches, strict=True):
-            _fetch(encode_images(cuts, batch))
+            encode_cuts = partial(encode_images, cuts)
+            _fetch(encode_or_halve(encode_cuts, batch, cuts[0].device))
 
     encoding_seconds = n_views * _seconds_of(encode) / batch_size
     # On the CPU decoding and models share the cores; beside an accelerator the slower one counts.
@@ -292,7 +296,7 @@ def _time_images(job: ImageJob) -> float:
 
 
 def _share_cores(device: torch.device) -> bool:
-    return device.type == "cpu"
+    return not is_accelerator(device)
 
 
 def _time_texts(job: TextJob) -> float:
@@ -300,6 +304,7 @@ def _time_texts(job: TextJob) -> float:
     captions = job.source.captions
     batch_size = job.layout.batch_size
     encoders = [target.encoder for target in job.targets]
+    encode_cuts = partial(encode_texts, encoders)
     sample_rows = _spread(len(captions), CALIBRATION_BATCHES * batch_size)
     sample = [captions[row] for row in sample_rows]
     good_captions = [caption for caption in sample if not caption_error(caption)]
@@ -311,7 +316,7 @@ def _time_texts(job: TextJob) -> float:
 
     def encode() -> None:
         for batch in batches:
-            _fetch(encode_texts(encoders, batch))
+            _fetch(encode_or_halve(encode_cuts, batch, encoders[0].device))
 
     return _seconds_of(encode, 1) / len(good_captions)
 

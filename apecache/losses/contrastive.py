@@ -27,6 +27,8 @@ class Groups:
     """int64 [n], the group of each image."""
     text: Tensor
     """int64 [m], the group of each text."""
+    n_pairs: int | None = None
+    """Number of positive pairs; None: not known on the host, so that it is read from the device."""
 
     def positives(self) -> tuple[Tensor, Tensor]:
         """Return all positive pairs, ordered by image: image rows and text rows, int64 [p] each."""
@@ -36,8 +38,16 @@ class Groups:
         first = torch.searchsorted(sorted_groups, self.image)
         count = torch.searchsorted(sorted_groups, self.image, right=True) - first
         device = count.device
-        image = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-        pairs_before = torch.repeat_interleave(count.cumsum(0) - count, count)
+        image = torch.repeat_interleave(
+            torch.arange(len(count), device=device),
+            count,
+            output_size=self.n_pairs,
+        )
+        pairs_before = torch.repeat_interleave(
+            count.cumsum(0) - count,
+            count,
+            output_size=self.n_pairs,
+        )
         position_in_group = torch.arange(len(image), device=device) - pairs_before
         return image, order[first[image] + position_in_group]
 
@@ -106,8 +116,9 @@ def one_way(logits: Tensor, negatives: Tensor, pairs: tuple[Tensor, Tensor]) -> 
 
 def share_of(rows: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
     """Return [p]: 1 / (rows x positives of that row); the weights of a row sum to 1 / rows."""
-    n_positives = torch.bincount(rows, minlength=n_rows)[rows]
-    return 1 / (n_rows * n_positives.to(dtype))
+    # Not by bincount, which waits for a device to learn the largest row.
+    n_positives = rows.new_zeros(n_rows).index_add_(0, rows, torch.ones_like(rows))
+    return 1 / (n_rows * n_positives[rows].to(dtype))
 
 
 def softplus(x: Tensor) -> Tensor:

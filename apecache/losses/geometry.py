@@ -3,6 +3,7 @@
 Source: STRUCTURE, Groeger et al. 2025.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -40,7 +41,7 @@ def structure_divergence(
     a = _log_similarities(before.detach(), temperature)
     o = _log_similarities(after, temperature)
     # The mean of the probabilities, from their logarithms: small ones would round to 0.
-    m = torch.logaddexp(a, o) - torch.log(a.new_tensor(2.0))
+    m = torch.logaddexp(a, o) - math.log(2.0)
     match kind:
         case "jensen-shannon":
             return (_kl(a, m) + _kl(o, m)) / 2

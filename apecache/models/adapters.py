@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apecache.device import CPU
 from apecache.encoders.tower import Tower
 from apecache.errors import RecipeError
 from apecache.recipes.sections import AdapterSpec
@@ -53,7 +54,7 @@ class LowRank(nn.Module):
                 f"LoRA of rank {spec.rank}: a layer is only {layer.in_features} x "
                 f"{layer.out_features}; lower rank"
             )
-        device = layer.weight.device
+        device = _drawing_device(layer.weight)
         self.scale = spec.alpha / spec.rank
         self.dropout = nn.Dropout(spec.dropout)
         self.a = nn.Parameter(torch.empty(spec.rank, layer.in_features, device=device))
@@ -92,6 +93,14 @@ def insert_adapters(tower: Tower, spec: AdapterSpec) -> None:
     _add_hooks(tower, spec)
 
 
+def _drawing_device(parameter: Tensor) -> torch.device:
+    """Return where new weights are drawn: on the CPU, so that a seed gives the same everywhere.
+
+    On the meta device nothing is drawn.
+    """
+    return parameter.device if parameter.is_meta else CPU
+
+
 # --- the kinds ------------------------------------------------------------------------------------
 
 
@@ -99,7 +108,7 @@ def _layerwise(tower: Tower, spec: AdapterSpec) -> nn.ModuleList:
     """Build a pair of adapters for each block, one for each of its branches."""
     truncated = tower.modality == "image"
     pairs = nn.ModuleList()
-    with torch.device(next(tower.module.parameters()).device):
+    with torch.device(_drawing_device(next(tower.module.parameters()))):
         for _ in range(tower.n_blocks):
             first = Adapter(tower.dim, spec.reduction, truncated)
             second = Adapter(tower.dim, spec.reduction, truncated)
@@ -114,6 +123,7 @@ def _deep(tower: Tower) -> nn.Module:
     """
     # float32: what trains is not kept in the tower's smaller dtype.
     block = copy.deepcopy(tower.blocks[-1]).float()
+    block = block.to(_drawing_device(next(block.parameters())))
     for name, parameter in block.named_parameters():
         with torch.no_grad():
             if parameter.ndim >= 2:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from apecache.device import kept_generators
 from apecache.encoders.tower import Tower
 from apecache.errors import RecipeError
 from apecache.models.dual_encoder import EncoderModel, Teacher, build_shared
@@ -128,7 +129,7 @@ def build_meta_shared(
         RecipeError: as `build_sides` does.
     """
     # Initialization may draw random numbers: a plan must not move the caller's random state.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with kept_generators(), torch.device("meta"):
         teacher = None if taught is None else Teacher(dim=taught.dim)
         return build_shared(towers, recipe=recipe, device=torch.device("meta"), teacher=teacher)
 

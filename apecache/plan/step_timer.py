@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from apecache.data.images import decode_image
-from apecache.device import resolve_device
+from apecache.device import resolve_device, seeded_generators, synchronize
 from apecache.encoders.load import load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Cut, Tower
@@ -121,21 +121,22 @@ class StepTimer:
                 batches(pairs, batch_size=n_images, generator=generator, captions=captions)
                 for _ in range(accumulate)
             )
-            # float() waits for the device, so that the step is over when the clock is read.
-            float(take_step(fit, chain.from_iterable(epochs), plan))
+            take_step(fit, chain.from_iterable(epochs), plan)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_generators(0, self.device):
             return self._median(run)
 
     def _median(self, run: Callable[[], object]) -> float:
         """Return the median seconds of two calls after a first one, more if they are short."""
         # The first call allocates memory and chooses kernels.
         run()
+        synchronize(self.device)
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) < MOST_STEPS and sum(seconds) < ENOUGH_SECONDS):
             begin = self.clock()
             run()
+            # A device computes on after the host has started its work.
+            synchronize(self.device)
             seconds.append(self.clock() - begin)
         return median(seconds)
 
@@ -154,8 +155,7 @@ class StepTimer:
             inner_cuts.append(cut if isinstance(cut, int) else None)
         teacher = self._teacher(towers[0], n_images)
         # Seeded, so that two timings of a recipe train the same model.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_generators(0, self.device):
             model = build_around(
                 live_towers,
                 recipe=_unstandardized(self.recipe),
@@ -202,7 +202,7 @@ class StepTimer:
         pairs = FeaturePairs(
             image=features[0],
             text=features[1],
-            first_text=torch.arange(n_images + 1, device=self.device) * captions,
+            first_text=torch.arange(n_images + 1) * captions,
             device=self.device,
         )
         model = build_model(self.recipe, pairs, 0)
@@ -214,8 +214,7 @@ class StepTimer:
             return tuple(tower.run_to(tower.n_blocks, *example(tower, self.spec)).shape[1:])
 
     def _towers(self, device: str = "cpu") -> list[Tower]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_generators(0):
             towers = [shape_tower(spec, device) for spec in (self.image, self.text)]
         return towers if device == "meta" else [tower.to(self.device) for tower in towers]
 
@@ -289,9 +288,8 @@ class StepTimer:
         """Return the median seconds of a batch of ENCODED_IMAGES items below the cut."""
         rows = range(ENCODED_IMAGES)
 
-        def run() -> float:
-            hidden = tower.run_to(cut, *source.take(rows))
-            return float(hidden.sum())
+        def run() -> None:
+            tower.run_to(cut, *source.take(rows))
 
         return self._median(run)
 

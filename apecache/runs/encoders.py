@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.data.images import Picture, open_readable
-from apecache.device import resolve_device
+from apecache.device import kept_generators, resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
@@ -150,7 +150,7 @@ def load_encoders(
             live_encoders.append(encoder)
     dims = [description["image"]["dim"], description["text"]["dim"]]
     # Building draws initial weights, which are replaced below: keep the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    with kept_generators():
         teacher = Teacher(dim=description["teacher"]["dim"]) if recipe.distillation else None
         model = build_model(
             recipe,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from apecache.device import is_accelerator
 from apecache.errors import RunError, raise_if_refused
 from apecache.store.array import FeatureArray
 from apecache.store.layout import chunk_name
@@ -112,12 +113,14 @@ class ResourceMeter:
         self.device = device
         self._joules = _joules(device)
         # The peak of an earlier fit in this process must not count.
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if is_accelerator(device):
+            torch.get_device_module(device).reset_peak_memory_stats(device)
 
     def peak_bytes(self) -> int | None:
         """Return the most bytes that torch's allocator held; None where torch does not count."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        if not is_accelerator(self.device):
+            return None
+        return int(torch.get_device_module(self.device).max_memory_allocated(self.device))
 
     def joules(self) -> float | None:
         """Return the energy that the GPU used; None if it is not known."""

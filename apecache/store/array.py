@@ -1,8 +1,9 @@
 """Read one encoder's features of a store: how complete they are, and all of them, checked."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -166,6 +167,45 @@ class FeatureArray:
             with _as_wide(segment_rows, array.row_shape) as buffer:
                 array.load(buffer, threads)
         return target
+
+    def load_shards(self, threads: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Read all rows shard by shard, some shards ahead and in parallel.
+
+        Args:
+            threads: Number of parallel reads; None for as many as are worth it where the store is.
+
+        Yields:
+            The first row of a shard, and its rows [n, *row_shape] as `load` gives them.
+
+        Raises:
+            IncompleteError, DamagedError: As `load` does.
+        """
+        commits = self._sealed
+        self._require_sizes(commits)
+        n_threads = threads or self.files.readers
+        waiting: deque[tuple[int, Future[NDArray[Any]]]] = deque()
+        with ThreadPoolExecutor(n_threads) as pool:
+            for commit in commits.values():
+                waiting.append((commit.rows[0], pool.submit(self._read_rows, commit)))
+                if len(waiting) > n_threads:
+                    first, rows = waiting.popleft()
+                    yield first, rows.result()
+            for first, rows in waiting:
+                yield first, rows.result()
+        for array, first_of_segment in self._later:
+            for first, segment_rows in array.load_shards(threads):
+                wide = np.empty((len(segment_rows), *self.row_shape), self.dtype)
+                with _as_wide(wide, array.row_shape) as buffer:
+                    buffer[:] = segment_rows
+                yield first_of_segment + first, wide
+
+    def _read_rows(self, commit: CommitRecord) -> NDArray[Any]:
+        """Read the features of one shard, [n, *row_shape]."""
+        first, stop = commit.rows
+        wide = np.empty((stop - first, *self.row_shape), self.dtype)
+        with _as_wide(wide, self.record.layout.row_shape) as buffer:
+            self._read_features(commit, buffer)
+        return wide
 
     def load_ok(self) -> NDArray[np.bool_]:
         """Return bool [rows], True where the row has features; raises as `load` does."""

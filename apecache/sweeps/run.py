@@ -23,6 +23,7 @@ from apecache.runs.heads import DESCRIPTION
 from apecache.storage.atomic import replace_text, scratch_of
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, TrialBatch, plan_trials
+from apecache.sweeps.population.population import STANDARDIZED_BYTES
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import fit_head
@@ -80,7 +81,7 @@ def sweep(
     spec = spec or SweepSpec()
     if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
         raise OptionError("n_trials, seeds, population and rungs must be at least 1")
-    data = load_data(store, spec.fit)
+    data = load_data(store, spec.fit, spec.memory_bytes)
     with locked(out):
         _require_same(out, _identity(store, space, spec))
         trials = read_trials(out)
@@ -116,8 +117,14 @@ def sweep(
     return SweepReport(folder=out, run=run, best=best, command=command, trials=tuple(order))
 
 
-def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
-    """Load the features of the train and dev splits. Raises as `fit_head` does."""
+def load_data(store: FeatureStore, fit: FitSpec, memory_bytes: int) -> SweepData:
+    """Load the features of the train and dev splits. Raises as `fit_head` does.
+
+    Args:
+        store: Store of the features.
+        fit: Settings of the fits.
+        memory_bytes: The memory that heads which train together may take.
+    """
     image = store.array("image", fit.image_features)
     text = store.array("text", fit.text_features)
     train, dev = load_splits(
@@ -126,6 +133,7 @@ def load_data(store: FeatureStore, fit: FitSpec) -> SweepData:
         text=text,
         spec=fit.splits,
         device=resolve_device(fit.device),
+        reserved_bytes=memory_bytes + STANDARDIZED_BYTES,
     )
 
     def require_kinds(recipe: Recipe) -> None:

@@ -56,7 +56,8 @@ def mix(batch: Batch, alpha: float) -> Batch:
         groups = replace(
             batch.groups,
             image=image_groups,
-            text=image_groups.repeat_interleave(captions),
+            text=image_groups.unsqueeze(1).expand(-1, captions).flatten(),
+            n_pairs=None,
         )
     return Batch(image=image, text=text, image_mask=None, text_mask=None, groups=groups)
 

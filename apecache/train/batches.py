@@ -3,41 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from itertools import repeat
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apecache.device import is_accelerator, send
 from apecache.errors import RecipeError, counted, nearest
-from apecache.evaluate.embeddings import load_lengths
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
 from apecache.metrics.relevance import Relevance
-from apecache.store.array import FeatureArray
-from apecache.store.equal import is_shared
 from apecache.store.table import PairTable
 
-RESIDENT_SHARE = 0.6
-"""Share of a device's free memory above which features stay on the host and are streamed."""
 BLOCK = 8
 """Number of batches that are gathered on the host and sent at once when features are streamed."""
-
-
-class Features(NamedTuple):
-    """Hold the features of one side."""
-
-    values: Tensor
-    """[n, dim], [n, tokens, dim] or [n, views, dim]."""
-    lengths: Tensor | None = None
-    """int64 [n], number of valid tokens; None: all tokens are valid, or there are none."""
-
-    def select(self, rows: NDArray[np.int64]) -> "Features":
-        """Return the features of these rows."""
-        index = torch.from_numpy(rows).to(self.values.device)
-        lengths = None if self.lengths is None else self.lengths.index_select(0, index)
-        return Features(self.values.index_select(0, index), lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +33,7 @@ class FeaturePairs:
     text: Tensor
     """As `image`, for m texts."""
     first_text: Tensor
-    """int64 [n + 1]: texts first_text[i] up to first_text[i + 1] belong to image i.
+    """int64 [n + 1], on the CPU: texts first_text[i] up to first_text[i + 1] belong to image i.
 
     Every image has at least one text.
     """
@@ -84,9 +65,8 @@ class FeaturePairs:
 
     @property
     def image_of_text(self) -> Tensor:
-        """Row of each text's image, int64 [m]."""
-        image_rows = torch.arange(len(self), device=self.first_text.device)
-        return torch.repeat_interleave(image_rows, self.first_text.diff())
+        """Row of each text's image, int64 [m], on the CPU."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.first_text.diff())
 
     @cached_property
     def relevance(self) -> Relevance | None:
@@ -109,77 +89,6 @@ class Batch:
     """bool [n * k, tokens], as `image_mask`."""
     groups: Groups | None = None
     """Which images belong with which texts; None: row with row."""
-
-
-def load_on(array: FeatureArray, device: torch.device) -> Features:
-    """Read a whole array into one buffer, on `device` if it fits there, else on the host.
-
-    Raises as `FeatureArray.load` does.
-    """
-    dtype = torch.float16 if array.dtype == np.float16 else torch.float32
-    # Pinned memory makes the copy to the GPU asynchronous.
-    buffer = torch.empty(
-        array.rows,
-        *array.row_shape,
-        dtype=dtype,
-        pin_memory=device.type == "cuda",
-    )
-    array.load(buffer.numpy())
-    values = buffer.to(device, non_blocking=True) if _fits(buffer, device) else buffer
-    lengths = load_lengths(array)
-    if lengths is not None:
-        lengths = lengths.to(values.device)
-    return Features(values, lengths)
-
-
-def _fits(buffer: Tensor, device: torch.device) -> bool:
-    """Check whether features can stay on the device."""
-    if device.type != "cuda":
-        return True
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return buffer.nbytes <= RESIDENT_SHARE * free_bytes
-
-
-def select_pairs(
-    image: Features,
-    text: Features,
-    image_rows: NDArray[np.int64],
-    keep_images: NDArray[np.bool_],
-    ok_texts: NDArray[np.bool_],
-    content: NDArray[np.int64] | None = None,
-    caption_ids: NDArray[np.int64] | None = None,
-) -> FeaturePairs:
-    """Select the kept images that have a usable caption, and those captions, in table order.
-
-    Args:
-        image: Features of all n images.
-        text: Features of all m captions.
-        image_rows: int64 [m], row of each caption's image.
-        keep_images: bool [n], images to keep.
-        ok_texts: bool [m], usable captions.
-        content: int64 [n], as in `FeaturePairs`.
-        caption_ids: int64 [m], as in `FeaturePairs`.
-    """
-    texts = np.flatnonzero(ok_texts & keep_images[image_rows])
-    images, owner = np.unique(image_rows[texts], return_inverse=True)
-    n_texts = np.bincount(owner, minlength=len(images))
-    first_text = np.concatenate([[0], np.cumsum(n_texts)]).astype(np.int64)
-    # A stable sort groups captions by image and keeps the table's order within each image.
-    texts = texts[np.argsort(owner, kind="stable")]
-    selected_images = image.select(images)
-    selected_texts = text.select(texts)
-    selected_ids = None if caption_ids is None else caption_ids[texts]
-    # Ids that no two images share make no positives: without them batches need no groups.
-    shared = selected_ids is not None and is_shared(selected_ids, image_rows[texts])
-    return FeaturePairs(
-        image=selected_images.values,
-        text=selected_texts.values,
-        first_text=torch.from_numpy(first_text).to(selected_images.values.device),
-        image_lengths=selected_images.lengths,
-        text_lengths=selected_texts.lengths,
-        content=None if content is None else torch.from_numpy(content[images]),
-        caption_ids=torch.from_numpy(selected_ids) if shared else None,
-    )
 
 
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
@@ -246,22 +155,30 @@ def batches(
         device=pairs.place,
         views=pairs.text_views,
     )
-    for begin, image, text in zip(
-        range(batch_span.start, batch_span.stop, size),
+    used_order = order[batch_span]
+    used_captions = caption_rows[batch_span]
+    image_lengths = _gather_lengths(pairs.image_lengths, used_order, size, pairs.place)
+    text_lengths = _gather_lengths(
+        pairs.text_lengths,
+        rows=used_captions.flatten(),
+        size=size * captions,
+        device=pairs.place,
+    )
+    groups_of_batches = _groups(pairs, used_order, used_captions, size)
+    for image, text, image_length, text_length, groups in zip(
         image_batches,
         text_batches,
+        image_lengths,
+        text_lengths,
+        groups_of_batches,
         strict=True,
     ):
-        rows = order[begin : begin + size]
-        image_mask = _mask(pairs.image_lengths, rows, image)
-        batch_captions = caption_rows[begin : begin + size]
-        text_mask = _mask(pairs.text_lengths, batch_captions.flatten(), text)
         yield Batch(
             image=image,
             text=text,
-            image_mask=image_mask,
-            text_mask=text_mask,
-            groups=_groups(pairs, rows, batch_captions),
+            image_mask=None if image_length is None else mask_of(image_length, image),
+            text_mask=None if text_length is None else mask_of(text_length, text),
+            groups=groups,
         )
 
 
@@ -272,8 +189,8 @@ def _draw_captions(
     generator: torch.Generator,
 ) -> Tensor:
     """Draw text rows, int64 [n, captions], for the images in `order`."""
-    first = pairs.first_text[:-1].cpu()[order]
-    count = pairs.first_text.diff().cpu()[order]
+    first = pairs.first_text[:-1][order]
+    count = pairs.first_text.diff()[order]
     if captions == 1:
         offset = (torch.rand(len(order), generator=generator) * count).long()
         return (first + offset).unsqueeze(1)
@@ -306,15 +223,16 @@ def _gather(
     """Yield features[rows] in batches of `size` on `device`."""
     source = features.flatten(0, 1) if views else features
     if _same_place(source, device):
-        for batch_rows in rows.to(device).split(size):
+        for batch_rows in send(rows, device).split(size):
             yield source.index_select(0, batch_rows)
         return
-    # One copy for several batches: small copies to a GPU are slow.
+    # One copy for several batches: small copies to a GPU are slow. torch keeps pinned memory and
+    # gives it out again once its copy is over, so that blocks share two or three buffers.
     for block in rows.split(size * BLOCK):
         staged = torch.empty(
             (len(block), *source.shape[1:]),
             dtype=source.dtype,
-            pin_memory=device.type == "cuda",
+            pin_memory=is_accelerator(device),
         )
         torch.index_select(source, 0, block, out=staged)
         yield from staged.to(device, non_blocking=True).split(size)
@@ -324,15 +242,55 @@ def _same_place(features: Tensor, device: torch.device) -> bool:
     return features.device == device
 
 
-def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | None:
-    """Return the mask of valid tokens of these rows; None without lengths."""
+def _gather_lengths(
+    lengths: Tensor | None,
+    rows: Tensor,
+    size: int,
+    device: torch.device,
+) -> Iterator[Tensor | None]:
+    """Yield the numbers of valid tokens, int64 [size], of each batch; None without lengths."""
     if lengths is None:
-        return None
-    batch_lengths = lengths[rows.to(lengths.device)].to(features.device)
-    return mask_of(batch_lengths, features)
+        return repeat(None, -(-len(rows) // size))
+    return _gather(lengths, rows=rows, size=size, device=device, views=False)
 
 
-def _groups(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Groups | None:
+def _groups(
+    pairs: FeaturePairs,
+    order: Tensor,
+    caption_rows: Tensor,
+    size: int,
+) -> Iterator[Groups | None]:
+    """Yield the groups of each batch, on the device of the batches.
+
+    Args:
+        pairs: Images and texts.
+        order: int64 [n], images of all batches.
+        caption_rows: int64 [n, k], their captions.
+        size: Images in a batch.
+    """
+    n_captions = caption_rows.shape[1]
+    # One copy for several batches, and from pinned memory: a device is never waited for.
+    blocks = zip(order.split(size * BLOCK), caption_rows.split(size * BLOCK), strict=True)
+    for block_order, block_captions in blocks:
+        batch_rows = zip(block_order.split(size), block_captions.split(size), strict=True)
+        numbers = [_group_numbers(pairs, rows, captions) for rows, captions in batch_rows]
+        grouped = [batch_numbers for batch_numbers in numbers if batch_numbers is not None]
+        on_device: Iterator[Tensor] = iter(())
+        if grouped:
+            on_device = iter(send(torch.stack(grouped), pairs.place).unbind())
+        for batch_numbers in numbers:
+            if batch_numbers is None:
+                yield None
+                continue
+            image = next(on_device)
+            text = image.unsqueeze(1).expand(-1, n_captions).flatten()
+            group_sizes = torch.bincount(batch_numbers)
+            # Each image of a group with all captions of the group.
+            n_pairs = n_captions * int(group_sizes.square().sum())
+            yield Groups(image=image, text=text, n_pairs=n_pairs)
+
+
+def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Tensor | None:
     """Group the images of a batch with their captions.
 
     Images of equal content are in one group, and images with equal captions. So are all images
@@ -345,7 +303,7 @@ def _groups(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Groups |
         caption_rows: int64 [n, k], their captions.
 
     Returns:
-        Groups on the device of the batches; None if row belongs to row and to no other.
+        int64 [n], on the CPU: the group of each image; None if row belongs to row and to no other.
     """
     n_captions = caption_rows.shape[1]
     all_differ = pairs.content is None and pairs.caption_ids is None
@@ -359,8 +317,7 @@ def _groups(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Groups |
     # As many groups as images: no two images of this batch are equal.
     if n_captions == 1 and int(image_groups.max()) + 1 == len(rows):
         return None
-    image_groups = image_groups.to(pairs.place)
-    return Groups(image=image_groups, text=image_groups.repeat_interleave(n_captions))
+    return image_groups
 
 
 def join_groups(groups: Tensor, ids: Tensor) -> Tensor:

@@ -26,11 +26,9 @@ from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
-    Features,
     SplitSpec,
     choose_splits,
     require_images,
-    select_pairs,
 )
 from apecache.train.live import (
     CachedInputs,
@@ -40,6 +38,7 @@ from apecache.train.live import (
     TextInputs,
     TokenInputs,
 )
+from apecache.train.selection import Features, select_pairs
 
 
 @dataclass(frozen=True)

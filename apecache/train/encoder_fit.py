@@ -76,6 +76,7 @@ class EncoderFit(Fit[EncoderModel]):
                 n=len(images),
                 slice_size=self.spec.slice_size,
                 ranks=self.ranks,
+                device=self.device,
             )
 
     def join_gradients(self) -> None:

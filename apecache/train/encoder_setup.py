@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from apecache.arguments import as_path
+from apecache.device import seeded_generators
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Json
 from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
@@ -162,8 +163,7 @@ def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> Enco
     dims = [source.dim for source in sources]
     cuts = [source.cut for source in sources]
     # New weights depend on the seed alone, and the caller's random state stays as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
+    with seeded_generators(spec.seed):
         model = build_model(opened.recipe, encoders, dims, device, cuts, teacher)
     sides = (model.image, model.text)
     train_rows = (train.image, train.text)

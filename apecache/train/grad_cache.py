@@ -4,10 +4,12 @@ Slices need little memory. One process or several compute them.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from apecache.device import CPU, generator_states, seeded_generators
 from apecache.encoders.sample_draws import SampleDraws
 from apecache.errors import OptionError
 from apecache.train.ranks import ALONE, Ranks
@@ -24,6 +26,7 @@ def backward_in_slices(
     n: int,
     slice_size: int | None = None,
     ranks: Ranks = ALONE,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Add the gradients of loss(encode(all n)) to every parameter.
 
@@ -44,6 +47,7 @@ def backward_in_slices(
         n: Images in the batch.
         slice_size: Images in a slice; None: the share of this process.
         ranks: Processes that work on the batch.
+        device: Device of the towers.
 
     Returns:
         The loss, detached.
@@ -55,12 +59,16 @@ def backward_in_slices(
     own_slices = _slices(ranks.shares(n)[ranks.rank], slice_size)
     seed = int(torch.randint(2**62, ()))
     whole_batch = len(own_slices[0]) == n
+    encode_seeded = partial(
+        _seeded,
+        encode,
+        seed=seed,
+        whole_batch=whole_batch,
+        device=device,
+    )
     # Several slices are encoded without a graph here, and with one in the second pass below.
     with torch.set_grad_enabled(len(own_slices) == 1):
-        slice_embeddings = [
-            _seeded(encode, part=positions, seed=seed, whole_batch=whole_batch)
-            for positions in own_slices
-        ]
+        slice_embeddings = [encode_seeded(positions) for positions in own_slices]
     begin = own_slices[0].start
     share = own_slices[-1].stop - own_slices[0].start
     leaves = [
@@ -72,10 +80,8 @@ def backward_in_slices(
     # here keeps the loss's own parameters right; `_go_back` multiplies again for the towers.
     (value / ranks.size).backward()
     for positions in own_slices:
-        if len(own_slices) == 1:
-            embedded = slice_embeddings[0]
-        else:
-            embedded = _seeded(encode, part=positions, seed=seed, whole_batch=whole_batch)
+        is_whole_share = len(own_slices) == 1
+        embedded = slice_embeddings[0] if is_whole_share else encode_seeded(positions)
         _go_back(embedded, whole=leaves, part=positions, ranks=ranks)
     return value.detach()
 
@@ -126,31 +132,27 @@ def _go_back(
         torch.autograd.backward(ends, gradients)
 
 
-def _seeded(encode: Encode, part: range, seed: int, whole_batch: bool) -> tuple[Tensor, Tensor]:
+def _seeded(
+    encode: Encode,
+    part: range,
+    seed: int,
+    whole_batch: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Encode with draws by sample, and restore torch's generators.
 
     Raises:
         OptionError: A layer draws from torch's generators, and this is not the whole batch.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        before = _generator_states()
+    with seeded_generators(seed, device):
+        before = generator_states(device)
         with SampleDraws(seed, part):
             embedded = encode(part)
         # Changed states show that a layer drew otherwise than by sample.
-        if not whole_batch and not all(map(torch.equal, before, _generator_states())):
+        if not whole_batch and not all(map(torch.equal, before, generator_states(device))):
             raise OptionError(
                 "a layer of the towers draws random numbers that cannot be drawn by sample, so "
                 "slices and processes would train another model; train without --slice and in one "
                 "process"
             )
     return embedded
-
-
-def _generator_states() -> list[Tensor]:
-    """Return the states of the CPU's generator and of the current GPU's."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return states

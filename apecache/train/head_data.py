@@ -1,12 +1,13 @@
 """Load what the head trainer reads: the training and dev pairs of a store."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath
+from apecache.device import CPU
 from apecache.errors import RecipeError
 from apecache.heads.head import HeadSpec
 from apecache.recipes.recipe import Recipe
@@ -17,10 +18,16 @@ from apecache.train.batches import (
     FeaturePairs,
     SplitSpec,
     choose_splits,
-    load_on,
     require_images,
-    select_pairs,
 )
+from apecache.train.resident import (
+    choose_resident,
+    feature_budget_bytes,
+    fit_bytes,
+    load_rows,
+    side_rows,
+)
+from apecache.train.selection import SelectedRows, pairs_of, select_rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def load_splits(
     spec: SplitSpec,
     device: torch.device,
     recipe: Recipe | None = None,
+    reserved_bytes: int = 0,
 ) -> tuple[FeaturePairs, FeaturePairs]:
     """Load training and dev pairs, on the device where they fit. Raises as `fit_head` does.
 
@@ -68,7 +76,9 @@ def load_splits(
         text: Text features.
         spec: Training and dev split.
         device: Device of the batches.
-        recipe: Recipe whose heads must take these features; None: not checked.
+        recipe: Recipe whose heads must take these features, and whose memory is left free on the
+            device; None: not checked.
+        reserved_bytes: Other memory that is left free on the device.
     """
     if recipe is not None:
         require_kind(image, recipe.image, recipe.name)
@@ -77,30 +87,62 @@ def load_splits(
     # Splits first: a wrong name is reported before gigabytes are read.
     content = equal_images(image)
     train_mask, dev_mask = choose_splits(pairs, spec, content)
-    image_features = load_on(image, device)
-    text_features = load_on(text, device)
     ok_images = image.load_ok()
     ok_texts = text.load_ok()
-
-    def pairs_of(mask: NDArray[np.bool_]) -> FeaturePairs:
-        return select_pairs(
-            image_features,
-            text=text_features,
+    selected = [
+        select_rows(pairs.image_rows, mask & ok_images, ok_texts) for mask in (train_mask, dev_mask)
+    ]
+    image_device, text_device = _devices_of_features(
+        image,
+        text=text,
+        selected=selected,
+        device=device,
+        recipe=recipe,
+        reserved_bytes=reserved_bytes,
+    )
+    image_features = load_rows(image, [rows.images for rows in selected], image_device)
+    text_features = load_rows(text, [rows.texts for rows in selected], text_device)
+    splits: list[FeaturePairs] = []
+    for rows, of_images, of_texts in zip(selected, image_features, text_features, strict=True):
+        joined = pairs_of(
+            rows,
+            image=of_images,
+            text=of_texts,
             image_rows=pairs.image_rows,
-            keep_images=mask & ok_images,
-            ok_texts=ok_texts,
             content=content,
             caption_ids=pairs.caption_ids,
         )
-
-    train = pairs_of(train_mask)
-    dev = pairs_of(dev_mask)
+        split = replace(
+            joined,
+            image_views=image.views is not None,
+            text_views=text.views is not None,
+            device=device,
+        )
+        splits.append(split)
+    train, dev = splits
     require_images(train, dev)
-    image_views = image.views is not None
-    text_views = text.views is not None
-    train = replace(train, image_views=image_views, text_views=text_views, device=device)
-    dev = replace(dev, image_views=image_views, text_views=text_views, device=device)
     return train, dev
+
+
+def _devices_of_features(
+    image: FeatureArray,
+    text: FeatureArray,
+    selected: Sequence[SelectedRows],
+    device: torch.device,
+    recipe: Recipe | None,
+    reserved_bytes: int,
+) -> tuple[torch.device, torch.device]:
+    """Decide for both sides together whether features stay on the device or on the host."""
+    train, dev = selected
+    image_side = side_rows(image, len(train.images), len(dev.images))
+    text_side = side_rows(text, len(train.texts), len(dev.texts))
+    if recipe is not None:
+        # Heads that cannot be built are refused where they are built, with the better message.
+        with suppress(RecipeError):
+            reserved_bytes += fit_bytes(recipe, image_side, text_side)
+    budget_bytes = feature_budget_bytes(device, reserved_bytes)
+    image_stays, text_stays = choose_resident(image_side.n_bytes, text_side.n_bytes, budget_bytes)
+    return device if image_stays else CPU, device if text_stays else CPU
 
 
 def require_kind(array: FeatureArray, head: HeadSpec, recipe: str) -> None:

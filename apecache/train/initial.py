@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from apecache.device import kept_generators
 from apecache.errors import RecipeError
 from apecache.fingerprint import Json
 from apecache.heads.build import build_head
@@ -108,7 +109,7 @@ def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
         image = _standardized(model.image, train.image[begin:end], train.place)
         text = _standardized(model.text, train.text[texts], train.place)
         # Rows of images within the block.
-        block_owners = owners[texts].to(train.place) - begin
+        block_owners = (owners[texts] - begin).to(train.place)
         moments.add(image, text, block_owners)
     return moments.covariances()
 
@@ -144,7 +145,7 @@ def _resized(head: Head, dim: int) -> Head:
     if head.spec.dim == dim or head.spec.dim is None:
         return head
     spec = head.spec.model_copy(update={"dim": dim})
-    with torch.random.fork_rng(devices=[]):
+    with kept_generators():
         resized_head = build_head(spec, head.in_dim, dim).to(head.mean.device)
     # Statistics alone: the body is filled with a map next.
     resized_head.load_state_dict({"mean": head.mean, "deviation": head.deviation}, strict=False)

@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apecache.device import (
+    generator_states,
+    is_accelerator,
+    seeded_generators,
+    set_generator_states,
+)
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.metrics.retrieval import RetrievalReport
@@ -188,8 +194,8 @@ class Fit(ABC, Generic[Model]):
             "epoch": self.epoch_draws,
             "cpu": torch.get_rng_state(),
         }
-        if self.device.type == "cuda":
-            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if is_accelerator(self.device):
+            random_states[self.device.type] = generator_states(self.device)[1]
         tensor_groups["random"] = random_states
         tensor_groups["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
         tensors: dict[str, Tensor] = {}
@@ -263,9 +269,8 @@ class Fit(ABC, Generic[Model]):
         """Restore the fit's own generator and torch's."""
         self.generator.set_state(states["draws"])
         self.epoch_draws = states["epoch"]
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        of_device = [states[self.device.type]] if is_accelerator(self.device) else []
+        set_generator_states([states["cpu"], *of_device], self.device)
 
 
 class Training(Fit[AlignmentModel]):
@@ -292,8 +297,7 @@ class Training(Fit[AlignmentModel]):
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators, for dropout and noise, and restore them at the end."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded_generators(seed, device):
         yield
 
 
@@ -467,11 +471,19 @@ def take_step(training: Fit[Any], drawn: Iterator[Batch], plan: StepCount) -> Te
 def set_rates(training: Fit[Any], plan: StepCount) -> None:
     """Set the learning rates of the next step."""
     optimizer = training.optimizer
+    assert optimizer is not None
+    rates = rates_at(training, training.step, plan)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def rates_at(training: Fit[Any], step: int, plan: StepCount) -> list[float]:
+    """Return the learning rate of each parameter group at a step."""
+    optimizer = training.optimizer
     recipe = training.recipe
     assert optimizer is not None
-    factor = learning_rate_factor(training.step, plan.n_steps, recipe.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * factor * group["factor"]
+    factor = learning_rate_factor(step, plan.n_steps, recipe.schedule)
+    return [recipe.optimizer.lr * factor * group["factor"] for group in optimizer.param_groups]
 
 
 def apply_update(training: Fit[Any], update: Callable[[], object] | None = None) -> None:

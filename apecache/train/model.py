@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from apecache.device import seeded_generators
 from apecache.errors import RecipeError
 from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head, embed, mask_of
@@ -114,8 +115,7 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
                 "(apecache recipes)"
             )
     # Built on the CPU: a seed gives the same weights on every device.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_generators(seed):
         try:
             image, text = build_heads(
                 recipe.image,

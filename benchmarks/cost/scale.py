@@ -28,7 +28,7 @@ from apecache.store.layout import (
     ArrayLayout,
     chunk_bytes,
 )
-from apecache.train.batches import RESIDENT_SHARE
+from apecache.train.resident import USED_SHARE
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "scale.md"
 IMAGE = "timm:vit_base_patch16_224"
@@ -276,8 +276,8 @@ def residence(planned: Plan, arrays: list[CachedArray], rows: int) -> str:
     """Say how many devices would hold the features."""
     n_bytes = rows * sum(array.row_bytes for array in arrays)
     memory_bytes = DEVICE.memory_bytes or 0
-    free_bytes = memory_bytes - planned.planned.peak_bytes
-    room = RESIDENT_SHARE * memory_bytes if planned.path == "fit-head" else free_bytes
+    usable_bytes = USED_SHARE * memory_bytes if planned.path == "fit-head" else memory_bytes
+    room = usable_bytes - planned.planned.peak_bytes
     return (
         f"In training there are {size(n_bytes)} of features. {size(room)} of a device's "
         f"{size(memory_bytes)} are for them, so {math.ceil(n_bytes / room)} devices would hold "

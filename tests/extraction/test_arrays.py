@@ -147,6 +147,31 @@ def test_a_shard_is_about_a_minute_of_encoding(
     assert record.layout.shard_rows == rows
 
 
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_shard_is_calibrated_where_a_whole_batch_does_not_fit(
+    empty: FeatureStore,
+    vit: ImageEncoder,
+    bert: TextEncoder,
+    modality: str,
+) -> None:
+    encoder: Any = vit if modality == "image" else bert
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("made up")
+        features: torch.Tensor = encoder.forward(*inputs)
+        return features
+
+    record = prepare_one(
+        empty,
+        encoder=replace(encoder, forward=forward),
+        rows=100_000,
+        spec=ExtractSpec(image_batch=8, text_batch=8),
+        captions=["a red circle"] * 8,
+    )
+    assert record.layout.shard_rows >= 256
+
+
 @pytest.mark.parametrize(
     ("dim", "rows", "shard_rows"),
     [(64, 12, 12), (1 << 20, 12, 12), (1 << 23, 12, 4), (1 << 26, 12, 1)],

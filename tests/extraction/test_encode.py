@@ -3,6 +3,7 @@ between."""
 
 import shutil
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
 from apecache.data.sources import open_pairs
+from apecache.device import CPU
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
@@ -412,28 +414,59 @@ class Small:
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(limit: int, asked: list[int]) -> None:
     small = Small(lambda batch: batch * 2, limit)
     batch = torch.arange(27.0).reshape(9, 3)
-    (found,) = encode_or_halve(small, batch)
+    (found,) = encode_or_halve(small, batch, CPU)
     assert torch.equal(found, batch * 2)
     assert small.asked == asked
+
+
+class SmallMemory:
+    """Encode with a memory of so many rows, which are in use as long as anything refers to them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_use = weakref.WeakSet[Tensor]()
+        self.asked: list[int] = []
+
+    def __call__(self, batch: Tensor) -> list[Tensor]:
+        self.asked.append(len(batch))
+        activations: list[Tensor] = []
+        for row in batch:
+            activations.append(self.allocate(row))
+        return [torch.stack(activations)]
+
+    def allocate(self, row: Tensor) -> Tensor:
+        if len(self.in_use) == self.limit:
+            raise torch.OutOfMemoryError("made up")
+        activation = row * 2
+        self.in_use.add(activation)
+        return activation
+
+
+def test_a_batch_that_failed_is_freed_before_its_halves_are_encoded() -> None:
+    memory = SmallMemory(8)
+    batch = torch.arange(48.0).reshape(16, 3)
+    (doubled,) = encode_or_halve(memory, batch, CPU)
+    assert torch.equal(doubled, batch * 2)
+    assert memory.asked == [16, 8, 8]
 
 
 def test_a_batch_of_token_ids_is_halved_too(bert: TextEncoder) -> None:
     ids = bert.tokenize(CAPTIONS).ids
     small = Small(bert.encode_ids, 4)
-    (found,) = encode_or_halve(small, ids)
+    (found,) = encode_or_halve(small, ids, CPU)
     assert torch.cosine_similarity(found, bert.encode_ids(ids)).min() > 0.99999
     assert small.asked == [12, 6, 3, 3, 6, 3, 3]
 
 
 def test_one_row_that_does_not_fit_and_every_other_error_go_on(bert: TextEncoder) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="made up"):
-        encode_or_halve(Small(bert.encode_ids, 0), [[2, 3], [2, 3]])
+        encode_or_halve(Small(bert.encode_ids, 0), [[2, 3], [2, 3]], CPU)
 
     def defect(batch: Any) -> Tensor:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        encode_or_halve(defect, [[2], [3]])
+        encode_or_halve(defect, [[2], [3]], CPU)
 
 
 def test_jobs_halve_and_keep_their_rows(

@@ -12,20 +12,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from apecache.device import CPU
 from apecache.errors import IncompleteError, RecipeError
+from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 from apecache.train import batches as train_batches
 from apecache.train.batches import (
     FeaturePairs,
-    Features,
     SplitSpec,
     batches,
     choose_splits,
     join_groups,
-    load_on,
-    select_pairs,
 )
+from apecache.train.resident import load_rows
+from apecache.train.selection import Features, select_pairs
 
 
 def numbered(counts: list[int]) -> FeaturePairs:
@@ -47,6 +48,11 @@ def epoch(
     return [
         (b.image.flatten().tolist(), b.text.tolist()) for b in batches(pairs, batch_size, generator)
     ]
+
+
+def load_all(array: FeatureArray) -> Features:
+    """Every row of an array, in order."""
+    return load_rows(array, [np.arange(array.rows)], CPU)[0]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -173,7 +179,7 @@ def test_quarantined_images_and_texts_never_stand_in_a_batch(
         shard_rows=7,
     )
     arrays = store.array("image"), store.array("text")
-    features = [load_on(array, torch.device("cpu")) for array in arrays]
+    features = [load_all(array) for array in arrays]
     ok_images, ok_texts = (array.load_ok() for array in arrays)
     pairs = select_pairs(
         features[0],
@@ -212,7 +218,7 @@ def test_features_are_loaded_as_they_are_stored(
         bad_images=(4,),
         shard_rows=6,
     )
-    loaded = load_on(store.array("image"), torch.device("cpu")).values
+    loaded = load_all(store.array("image")).values
     assert str(loaded.dtype) == f"torch.{dtype}"
     assert torch.isnan(loaded[4]).all()
     image[4] = np.nan
@@ -231,7 +237,7 @@ def test_features_that_are_not_complete_are_not_loaded(write_store: Any, tmp_pat
         n_shards=3,
     )
     with pytest.raises(IncompleteError, match="image/pixels is 75% done; resume with"):
-        load_on(store.array("image"), torch.device("cpu"))
+        load_all(store.array("image"))
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -561,9 +567,27 @@ def test_ragged_tokens_are_loaded_with_their_lengths(
         ["train"] * 3,
         text_lengths=np.array([4, 1, 2]),
     )
-    patches, words = (load_on(store.array(side), torch.device("cpu")) for side in ("image", "text"))  # type: ignore[arg-type]
+    patches, words = (load_all(store.array(side)) for side in ("image", "text"))  # type: ignore[arg-type]
     assert patches.lengths is None
     assert torch.equal(patches.values, torch.from_numpy(tokens))
     assert words.lengths is not None
     assert words.lengths.tolist() == [4, 1, 2]
     assert torch.equal(words.values[1, 1:], torch.zeros(3, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_groups_know_their_number_of_positive_pairs(captions: int) -> None:
+    """Over several blocks of batches, with a batch now and then in which no two images are equal."""
+    pairs = numbered([3] * 120)
+    content = torch.arange(120)
+    content[40:100] = content[40:100] // 2
+    drawn = list(batches(replace(pairs, content=content), 6, seeded(0), captions))
+    assert len(drawn) == 20
+    for batch in drawn:
+        images = batch.image.flatten()
+        same = content[images].unsqueeze(1) == content[images]
+        assert (batch.groups is None) == (captions == 1 and int(same.sum()) == len(images))
+        if batch.groups is not None:
+            assert torch.equal(batch.groups.image.unsqueeze(1) == batch.groups.image, same)
+            assert batch.groups.n_pairs == len(replace(batch.groups, n_pairs=None).positives()[0])
+            assert batch.groups.n_pairs == captions * int(same.sum())

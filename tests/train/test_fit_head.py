@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from apecache.runs.heads import WEIGHTS, load_heads, save_heads
 from apecache.storage.atomic import scratch_of
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import Features as Loaded
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import FitReport, fit_head, untrained_heads
 from apecache.train.head_data import FitSpec, load_splits
+from apecache.train.selection import Features as Loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,18 +206,23 @@ def test_recipes_on_tokens_fit_tokens_of_different_lengths(
 ) -> None:
     """Each pooled feature as several tokens, most of them noise or padding that holds NaN."""
 
-    def load_tokens(array: FeatureArray, device: torch.device) -> Loaded:
+    def load_tokens(
+        array: FeatureArray,
+        rows_of_splits: Sequence[NDArray[np.int64]],
+        device: torch.device,
+    ) -> list[Loaded]:
         pooled = torch.from_numpy(array.load())
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randn(len(pooled), 4, pooled.shape[1], generator=generator)
         tokens[:, :2] = pooled.unsqueeze(1)
         lengths = torch.randint(2, 5, (len(pooled),), generator=generator)
-        return Loaded(
+        every_row = Loaded(
             tokens.masked_fill((torch.arange(4) >= lengths.unsqueeze(1)).unsqueeze(-1), torch.nan),
             lengths,
         )
+        return [every_row.select(rows) for rows in rows_of_splits]
 
-    monkeypatch.setattr("apecache.train.head_data.load_on", load_tokens)
+    monkeypatch.setattr("apecache.train.head_data.load_rows", load_tokens)
     settings = [
         "optimizer.lr=0.01",
         "augmentation.token_dropout=0.1",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from apecache.device import send
 from apecache.heads.head import EnsembleHead
 from apecache.losses.objective import TILED_FROM
 from apecache.recipes.recipe import AugmentationSpec
@@ -17,7 +18,14 @@ from apecache.sweeps.population.stacked_losses import stacked_info_nce
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.loop import StepCount, Training, apply_update, draw_epoch, set_rates
+from apecache.train.loop import (
+    StepCount,
+    Training,
+    apply_update,
+    draw_epoch,
+    rates_at,
+    set_rates,
+)
 from apecache.train.optim import direct_update, is_direct
 
 
@@ -73,7 +81,9 @@ class MemberGroup:
         members = self.members
         plan = self.plan
         batches_of_members = [draw_epoch(member, train, plan) for member in members]
+        rates_of_steps = self._rates_of_epoch()
         while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
+            self._set_rates(rates_of_steps)
             losses = self._step(batches_of_members, standardized)
             for member, loss in zip(members, losses.unbind(), strict=True):
                 member.losses.append(loss)
@@ -87,7 +97,6 @@ class MemberGroup:
         standardized: bool,
     ) -> Tensor:
         """Take one step and return its losses, float [k]."""
-        self._set_rates()
         micro_batches = self._draw(batches_of_members)
         # The first step runs torch's own way: it makes the optimizer states that a record needs.
         if self.recorder is None or not self.updates:
@@ -155,16 +164,28 @@ class MemberGroup:
                 assert parameter.grad is not None
                 parameter.grad.zero_()
 
-    def _set_rates(self) -> None:
+    def _rates_of_epoch(self) -> Iterator[Tensor]:
+        """Send the rates of the steps that are left of an epoch, and yield those of each step.
+
+        One copy for all of them: a copy in each step would wait for the device. Each is float32
+        [k, groups]; there are none where steps are not recorded.
+        """
+        if self.recorder is None:
+            return iter(())
+        first = self.members[0]
+        n_left = min(self.plan.per_epoch - first.in_epoch, self.plan.n_steps - first.step)
+        rates_of_steps = []
+        for step in range(first.step, first.step + n_left):
+            rates_of_steps.append([rates_at(member, step, self.plan) for member in self.members])
+        return iter(send(torch.tensor(rates_of_steps), self.rates.device).unbind())
+
+    def _set_rates(self, rates_of_steps: Iterator[Tensor]) -> None:
         for member in self.members:
             set_rates(member, self.plan)
-        if self.recorder is None:
-            return
-        rates_of_members = []
-        for member in self.members:
-            param_groups = _optimizer(member).param_groups
-            rates_of_members.append([group["lr"] for group in param_groups])
-        self.rates.copy_(torch.tensor(rates_of_members))
+        # None are left where the device refused to record.
+        rates = next(rates_of_steps, None)
+        if rates is not None:
+            self.rates.copy_(rates)
 
     def _update(self) -> None:
         """Update all members.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apecache.device import kept_generators
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.heads.head import EnsembleHead
@@ -301,7 +302,7 @@ def train_together(
         restored from an earlier call count too.
     """
     # Members draw from torch's own generators: the caller finds them as they were.
-    with torch.random.fork_rng(devices=[train.place] if train.place.type == "cuda" else []):
+    with kept_generators(train.place):
         for member in members:
             # Members that were restored have been evaluated untrained.
             if not member.history:

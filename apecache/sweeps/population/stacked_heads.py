@@ -12,6 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from apecache.device import (
+    generator_states,
+    kept_generators,
+    seeded_generators,
+    set_generator_states,
+)
 from apecache.heads.head import EnsembleHead, Head
 from apecache.heads.pooled import FuseMixBlock, GatedUnit, PooledHead, ResidualBlock
 
@@ -32,7 +38,7 @@ class MemberGenerators:
     """Hold random states of torch's own generators, one for each member.
 
     Args:
-        states: For each member the state of the CPU's generator, and on CUDA that of the device's.
+        states: For each member what `generator_states` returned.
         device: The device that members train on.
     """
 
@@ -44,10 +50,9 @@ class MemberGenerators:
     def seeded(seeds: Sequence[int], device: torch.device) -> "MemberGenerators":
         """Make a state from each seed; the generators of the caller stay unchanged."""
         streams = MemberGenerators([], device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for seed in seeds:
-                torch.manual_seed(seed)
-                streams.states.append(streams._present())
+        for seed in seeds:
+            with seeded_generators(seed, device):
+                streams.states.append(generator_states(device))
         return streams
 
     def of(self, members: Sequence[int]) -> "MemberGenerators":
@@ -59,27 +64,16 @@ class MemberGenerators:
     def use(self, member: int) -> Iterator[None]:
         """Let torch draw this member's numbers; the state that torch had before is lost."""
         state = self.states[member]
-        torch.set_rng_state(state[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], self.device)
+        set_generator_states(state, self.device)
         yield
         # In place: streams made by `of` share this list.
-        state[:] = self._present()
+        state[:] = generator_states(self.device)
 
     @contextmanager
     def alone(self, member: int) -> Iterator[None]:
         """Do what `use` does, and restore the state that torch had before."""
-        with (
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-            self.use(member),
-        ):
+        with kept_generators(self.device), self.use(member):
             yield
-
-    def _present(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
 
 
 def structure_of(head: Head) -> tuple[object, ...] | None:

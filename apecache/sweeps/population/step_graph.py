@@ -11,9 +11,13 @@ rules.
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from apecache.device import is_accelerator
 
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Records a function without effect on its tensors. Returns a function that replays it and returns
@@ -22,14 +26,22 @@ the recorded tensor."""
 
 def recorder_of(device: torch.device) -> Recorder | None:
     """Return the recorder of a device; None where steps run one operation at a time."""
-    return record_cuda_graph if device.type == "cuda" else None
+    if not is_accelerator(device):
+        return None
+    device_module = torch.get_device_module(device)
+    return partial(record_graph, device_module) if hasattr(device_module, "CUDAGraph") else None
 
 
-def record_cuda_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record a function as a CUDA graph: a `Recorder`."""
-    graph = torch.cuda.CUDAGraph()
-    # By default an unsafe call to CUDA by any other thread would break the record.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+def record_graph(device_module: Any, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Record a function as a graph of the device: a `Recorder`.
+
+    Args:
+        device_module: `torch.cuda`, or a module of another device with the same graphs.
+        run: The function.
+    """
+    graph = device_module.CUDAGraph()
+    # By default an unsafe call to the device by any other thread would break the record.
+    with device_module.graph(graph, capture_error_mode="thread_local"):
         out = run()
 
     def replay() -> Tensor:

@@ -142,7 +142,7 @@ def _rows_alone(train: FeaturePairs) -> FeaturePairs:
     return FeaturePairs(
         image=torch.arange(len(train.image)),
         text=torch.arange(len(train.text)),
-        first_text=train.first_text.cpu(),
+        first_text=train.first_text,
         content=train.content,
         caption_ids=train.caption_ids,
     )

@@ -375,7 +375,7 @@ def test_captions_of_one_image_as_negatives_are_found(
     recipe = make_recipe("loss.captions=2")
     train, _ = loaded(store, recipe)
     assert list(lint_positives(train, recipe)) == []
-    monkeypatch.setattr("apecache.train.batches._groups", lambda *_: None)
+    monkeypatch.setattr("apecache.train.batches._group_numbers", lambda *_: None)
     (found,) = lint_positives(train, recipe)
     assert (found.check, found.level) == ("captions", "error")
 

@@ -1,0 +1,249 @@
+"""Heads on the pretended device: no error, no wait in a step, and the results of the CPU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from populations import DEV, TRAIN, make, pairs, solo
+from pretended_device.register import DEVICE, Counts, Graph, largest_distance
+from recipes import SMALL
+from torch import Tensor, nn
+
+from apecache.device import generator_states, seeded_generators
+from apecache.heads.head import embed
+from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
+from apecache.sweeps.population.population import Population, train_together
+from apecache.sweeps.population.stacked_heads import MemberGenerators
+from apecache.train.batches import FeaturePairs
+from apecache.train.initial import initial_model
+from apecache.train.loop import StepCount, Training, draw_epoch, seeded, take_step
+from apecache.train.model import evaluate_model
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+N_STEPS = 4
+ZOO = [name for name in zoo_names() if load_recipe(name).trains_heads_alone]
+TRAINED = [name for name in ZOO if load_recipe(name).schedule.epochs]
+CLOSED = sorted(set(ZOO) - set(TRAINED))
+
+
+def on_device(on_host: FeaturePairs) -> FeaturePairs:
+    """The same pairs, with features and token counts on the device."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(DEVICE)
+
+    return replace(
+        on_host,
+        image=on_host.image.to(DEVICE),
+        text=on_host.text.to(DEVICE),
+        image_lengths=moved(on_host.image_lengths),
+        text_lengths=moved(on_host.text_lengths),
+        device=DEVICE,
+    )
+
+
+def with_tokens(pooled: FeaturePairs) -> FeaturePairs:
+    """Each feature as up to four tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(features: Tensor) -> Tensor:
+        noise = torch.randn(len(features), 4, features.shape[1], generator=generator)
+        return noise + features.unsqueeze(1)
+
+    return replace(
+        pooled,
+        image=tokens(pooled.image),
+        text=tokens(pooled.text),
+        image_lengths=torch.randint(2, 5, (len(pooled.image),), generator=generator),
+        text_lengths=torch.randint(2, 5, (len(pooled.text),), generator=generator),
+    )
+
+
+def short_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    short = ["schedule.batch_size=16", *settings]
+    if load_recipe(name).image.cut == "tokens":
+        short += ["image.n_heads=2", "text.n_heads=2"]
+    return load_recipe(name, short)
+
+
+def begin(recipe: Recipe, train: FeaturePairs) -> Training:
+    model, _ = initial_model(recipe, train=train, dev=train, seed=0)
+    for module in model.modules():
+        # Devices draw other numbers than the CPU.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train()
+    return Training(model, recipe, 0)
+
+
+def steps(training: Training, train: FeaturePairs, n_warm: int = 0) -> Counts:
+    """Take steps, and count what those after the first `n_warm` do."""
+    plan = StepCount.of(training.recipe, train)
+    drawn = draw_epoch(training, train, plan)
+    losses = []
+    with seeded(1, train.place):
+        for _ in range(n_warm):
+            losses.append(take_step(training, islice(drawn, plan.accumulate), plan))
+        with Counts() as counts:
+            for _ in range(N_STEPS - n_warm):
+                losses.append(take_step(training, islice(drawn, plan.accumulate), plan))
+    assert torch.isfinite(torch.stack(losses)).all()
+    return counts
+
+
+def weights(training: Training) -> list[Tensor]:
+    return list(training.model.state_dict().values())
+
+
+def embeddings(training: Training, train: FeaturePairs) -> list[Tensor]:
+    """What the heads make of all pairs.
+
+    Compared instead of weights: a weight whose gradient is rounding alone, as that of a bias before
+    a batch norm, may go anywhere, but changes no embedding.
+    """
+    model = training.model
+    return [
+        embed(model.image, train.image, train.image_lengths),
+        embed(model.text, train.text, train.text_lengths),
+    ]
+
+
+def train_for(recipe: Recipe) -> FeaturePairs:
+    train = pairs(80, 0)
+    return with_tokens(train) if recipe.image.cut == "tokens" else train
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_trains_as_on_the_cpu_and_never_waits(name: str) -> None:
+    recipe = short_recipe(name)
+    train = train_for(recipe)
+    there = begin(recipe, on_device(train))
+    here = begin(recipe, train)
+    counts = steps(there, on_device(train), n_warm=1)
+    steps(here, train)
+    ours = embeddings(there, on_device(train))
+    assert largest_distance(ours, embeddings(here, train)) < TOLERANCE
+    assert counts.waits == {}
+    assert counts.races == []
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_closed_form_is_that_of_the_cpu(name: str) -> None:
+    recipe = load_recipe(name)
+    there, _ = initial_model(recipe, train=on_device(TRAIN), dev=on_device(DEV), seed=0)
+    here, _ = initial_model(recipe, train=TRAIN, dev=DEV, seed=0)
+    report = evaluate_model(there, on_device(DEV))
+    assert report == evaluate_model(here, DEV)
+
+
+SETTINGS = {
+    "captions": ["loss.captions=2"],
+    "noise": ["augmentation.noise=0.1"],
+    "mixup": ["augmentation.mixup=0.5"],
+    "sigmoid": ["loss.kind=sigmoid"],
+    "clipped": ["optimizer.clip=1.0"],
+    "averaged": ["optimizer.ema=0.9"],
+    "structure": ["loss.structure=0.5"],
+    "lion": ["optimizer.kind=lion"],
+    "accumulated": ["schedule.accumulate=2", "schedule.batch_size=8"],
+}
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["different images", "equal images"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_no_setting_waits_in_a_step(settings: list[str], content: bool) -> None:
+    recipe = short_recipe(SMALL, settings)
+    train = on_device(pairs(160, 0, content))
+    counts = steps(begin(recipe, train), train, n_warm=1)
+    # A mixture's positives are counted on the device, where groups are mixed.
+    allowed = 2 * (N_STEPS - 1) if "augmentation.mixup=0.5" in settings and content else 0
+    assert counts.n_waits <= allowed
+    assert counts.races == []
+
+
+@pytest.mark.parametrize("sides", ["image", "text", "both"])
+def test_features_on_the_host_are_streamed_without_a_wait(sides: str) -> None:
+    recipe = short_recipe(SMALL)
+    train = pairs(160, 0)
+    streamed = on_device(train)
+    if sides in ("image", "both"):
+        streamed = replace(streamed, image=train.image)
+    if sides in ("text", "both"):
+        streamed = replace(streamed, text=train.text)
+    there = begin(recipe, streamed)
+    here = begin(recipe, train)
+    counts = steps(there, streamed, n_warm=1)
+    steps(here, train)
+    assert largest_distance(weights(there), weights(here)) < TOLERANCE
+    assert counts.waits == {}
+    assert counts.races == []
+
+
+def test_an_evaluation_is_that_of_the_cpu() -> None:
+    train = pairs(80, 0, content=True)
+    recipe = short_recipe(SMALL)
+    there = begin(recipe, on_device(train))
+    here = begin(recipe, train)
+    assert evaluate_model(there.model, on_device(train)) == evaluate_model(here.model, train)
+
+
+def test_a_seed_reaches_the_device_and_the_caller_keeps_its_numbers() -> None:
+    before = generator_states(DEVICE)
+    with seeded_generators(7, DEVICE):
+        first = torch.rand(3, device=DEVICE).cpu()
+    with seeded_generators(7, DEVICE):
+        second = torch.rand(3, device=DEVICE).cpu()
+    assert torch.equal(first, second)
+    assert all(map(torch.equal, before, generator_states(DEVICE)))
+
+
+def test_work_on_the_cpu_leaves_the_device_alone() -> None:
+    before = generator_states(DEVICE)[1]
+    solo(["schedule.epochs=1"], 0)
+    assert torch.equal(before, generator_states(DEVICE)[1])
+
+
+def populations_of(content: bool) -> tuple[list[Training], FeaturePairs, StepCount, Any]:
+    train = on_device(pairs(160, 0, content))
+    made = [make([f"optimizer.lr={0.01 * (i + 1)}"], i, train) for i in range(3)]
+    streams = MemberGenerators.seeded([1, 2, 3], DEVICE)
+    return [training for training, _ in made], train, made[0][1], streams
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["different images", "equal images"])
+def test_a_population_ends_where_fits_alone_end(content: bool) -> None:
+    members, train, plan, streams = populations_of(content)
+    replays = Graph.replays
+    failures = train_together(
+        members,
+        streams=streams,
+        train=train,
+        dev=on_device(DEV),
+        plan=plan,
+        n_epochs=1000,
+    )
+    assert failures == {}
+    # Steps are recorded and replayed where no two images of a batch are equal.
+    assert (Graph.replays > replays) == (not content)
+    for i, member in enumerate(members):
+        alone = solo([f"optimizer.lr={0.01 * (i + 1)}"], i, pairs(160, 0, content))
+        assert largest_distance(weights(member), weights(alone)) < TOLERANCE
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["different images", "equal images"])
+def test_a_population_never_waits_in_a_step(content: bool) -> None:
+    members, train, plan, streams = populations_of(content)
+    population = Population(members, streams, plan)
+    # The first epoch makes optimizer states and graphs.
+    population.take_steps(train)
+    for member in members:
+        member.in_epoch = 0
+    with Counts() as counts:
+        population.take_steps(train)
+    assert plan.per_epoch >= 5
+    assert counts.waits == {}
+    assert counts.races == []
