@@ -190,7 +190,7 @@ def _plan(
             max_tokens=tokens,
         ),
     )
-    shapes = [partial(shape_tower, spec) for spec in specs]
+    shapes = [partial(shape_tower, spec, is_frozen=cuts.is_frozen(spec.modality)) for spec in specs]
     taught = None
     if teacher and recipe.distillation:
         taught = partial(_taught, recipe.distillation, teacher, settings)
@@ -225,7 +225,7 @@ def _taught(distillation: "DistillationSpec", teacher: str, settings: "PlanSpec"
 
     (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
     n_classes = count_classes(spec) if distillation.kind == "classes" else None
-    return count_teacher(shape_tower(spec), settings, n_classes)
+    return count_teacher(shape_tower(spec, is_frozen=True), settings, n_classes)
 
 
 def _compare(plans: "list[Plan]", rows: int) -> None:
