@@ -117,11 +117,13 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
 
     if projected:
         _require_eos(spec, tokenize([""]).ids[0], config)
+    # The last layer of the model's own output, which other cuts do not use.
+    own_layer = "head." if sees_padding else "text_projection"
     module, unloaded = load_model(
         spec,
         folder=resolve_folder(spec, WEIGHT_FILES),
         factory=_text_factory(config),
-        may_lack=("pooler",) if "default" in poolings else ("pooler", "text_projection", "head."),
+        may_lack=("pooler",) if "default" in poolings else ("pooler", own_layer),
         **({"config": config} if projected or sees_padding else {}),
     )
     shared_inputs: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
@@ -149,7 +151,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
         )
 
         tap = _text_tap(states, layer, pooling)
-        width = _text_width(tap, device)
+        width = _text_width(pooling, config)
         row_shape = (max_tokens, width) if pooling == "tokens" else (width,)
         return TextEncoder(
             spec=cut,
@@ -201,11 +203,13 @@ def _text_tap(states: States, layer: State, pooling: Pooling) -> FeatureTap:
     return FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
 
 
-def _text_width(tap: FeatureTap, device: torch.device) -> int:
-    """Return the width of the features of one token."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        return int(tap(ids, torch.ones_like(ids)).shape[-1])
+def _text_width(pooling: Pooling, config: Any) -> int:
+    """Return the width of the features of one text or token."""
+    if pooling == "default":
+        is_siglip = config.model_type in SIGLIP_TEXT
+        return int(config.projection_size if is_siglip else config.projection_dim)
+    n_vectors = 2 if pooling == "cls+mean" else 1
+    return int(config.hidden_size) * n_vectors
 
 
 def _open_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
@@ -353,7 +357,7 @@ def load_transformers_image(
     states = image_states(frozen, spec, family)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
-        tap, pooling = image_tap(states, cut, layer, family)
+        tap, pooling = image_tap(states, cut=cut, layer=layer, family=family)
         inputs: Json = {**shared_inputs, "pooling": pooling}
         if layer != "end":
             inputs["layer"] = layer
@@ -418,11 +422,13 @@ def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
     layer = resolve_layer(module, spec)
     if spec.modality == "image":
         family = read_image_family(spec, open_saved(AutoConfig, spec, resolve_folder(spec)))
-        tap, _ = image_tap(image_states(module, spec, family), spec, layer, family)
+        states = image_states(module, spec, family)
+        tap, _ = image_tap(states, cut=spec, layer=layer, family=family)
         return tap
     folder = resolve_folder(spec)
     config = _text_config(spec, folder)
-    pooling = _text_pooling(spec, folder, read_text_use(spec, folder), config)
+    use = read_text_use(spec, folder)
+    pooling = _text_pooling(spec, folder=folder, use=use, config=config)
     return _text_tap(_text_states(module, spec, config), layer, pooling)
 
 

@@ -50,6 +50,13 @@ def require_blocks(module: nn.Module, spec: EncoderSpec) -> Sequence[nn.Module]:
             "leave the layer out"
         )
     blocks: Any = module.get_submodule(names[0])
+    n_layers = getattr(getattr(module, "config", None), "num_hidden_layers", len(blocks))
+    if n_layers != len(blocks):
+        # ALBERT runs one block as often as others have blocks.
+        raise EncoderError(
+            f"encoder {spec}: {type(module).__name__} has {len(blocks)} blocks for {n_layers} "
+            "layers, so its layers have no numbers; leave the layer out"
+        )
     return list(blocks)
 
 

@@ -77,7 +77,14 @@ def block_contexts(
     n_blocks = len(module.get_submodule(anatomy.blocks))
     if anatomy.family == "modernbert":
         return _modernbert_contexts(module, hidden, mask)
-    return [_shared_context(module, anatomy, hidden, mask, image_size)] * n_blocks
+    context = _shared_context(
+        module,
+        anatomy=anatomy,
+        hidden=hidden,
+        mask=mask,
+        image_size=image_size,
+    )
+    return [context] * n_blocks
 
 
 def _shared_context(
@@ -180,7 +187,7 @@ def _modernbert_contexts(
     positions = _positions(hidden)
     distances = (positions[0, :, None] - positions[0, None, :]).abs()
     outside = distances > module.config.sliding_window
-    sliding = _sum(_additive(mask, hidden), outside[None, None].to(hidden.dtype) * MASKED)
+    sliding = _joined(_additive(mask, hidden), outside[None, None].to(hidden.dtype) * MASKED)
     masks = {"full_attention": _additive(mask, hidden), "sliding_attention": sliding}
     rotations = {name: module.rotary_emb(hidden, positions, name) for name in masks}
     return [
@@ -200,12 +207,12 @@ def _causal(mask: Tensor | None, hidden: Tensor) -> Tensor:
     """Return what hides later tokens and padding, [n or 1, 1, length, length]."""
     length = hidden.shape[1]
     is_later = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-    return _sum(_additive(mask, hidden), is_later[None, None].to(hidden.dtype) * MASKED)
+    return _joined(_additive(mask, hidden), is_later[None, None].to(hidden.dtype) * MASKED)
 
 
-def _sum(padding: Tensor | None, hidden_pairs: Tensor) -> Tensor:
-    """Return both masks as one that stays finite in float16."""
-    return hidden_pairs if padding is None else torch.minimum(padding, hidden_pairs)
+def _joined(padding: Tensor | None, masked_pairs: Tensor) -> Tensor:
+    """Return both masks as one. A sum of both would not be finite in float16."""
+    return masked_pairs if padding is None else torch.minimum(padding, masked_pairs)
 
 
 def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:

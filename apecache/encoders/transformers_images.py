@@ -179,7 +179,7 @@ def image_states(module: Any, spec: EncoderSpec, family: ImageFamily) -> States:
         tokens_by_state["end"] = output.last_hidden_state
         if "own" in requested:
             assert family.own_output is not None
-            tokens_by_state["own"] = output[family.own_output]
+            tokens_by_state["own"] = getattr(output, family.own_output)
         return tokens_by_state
 
     return states

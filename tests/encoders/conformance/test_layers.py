@@ -14,7 +14,7 @@ from model_tokenizers import N_TOKENS
 from torch import Tensor
 
 from apecache.encoders.encoder import pool_tokens
-from apecache.encoders.layers import find_blocks
+from apecache.encoders.layers import caught, find_blocks
 from apecache.encoders.load import (
     load_image_encoder,
     load_image_encoders,
@@ -164,9 +164,19 @@ def test_a_block_that_runs_several_times_has_no_layers(tmp_path: Path) -> None:
     """ALBERT has one block, which it runs as often as others have blocks."""
     build_text(albert, "bert", 128)(tmp_path)
     spec = parse_encoder(f"hf:{tmp_path}", "text")
-    with pytest.raises(EncoderError, match=r"runs its first block 2 times.*leave the layer out"):
+    with pytest.raises(EncoderError, match=r"has 1 blocks for 2 layers.*leave the layer out"):
         load_text_encoder(replace(spec, pooling="mean", layer=1), "cpu")
     assert load_text_encoder(spec, "cpu").row_shape == (32,)
+
+
+def test_a_block_that_runs_again_is_never_taken_for_another(tmp_path: Path) -> None:
+    """Also where no configuration says so."""
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    module = torch.nn.Sequential(block)
+    spec = parse_encoder(f"timm:{tmp_path}", "image")
+    tokens = torch.zeros(1, 2, 4)
+    with pytest.raises(EncoderError, match="runs its first block 2 times"):
+        caught(module, spec, states=[1], run=lambda: module(module(tokens)))
 
 
 # What a recipe freezes
