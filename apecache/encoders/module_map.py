@@ -263,7 +263,7 @@ def _image_anatomy(module: Any, model_type: str) -> ModuleMap | None:
 
 def _text_anatomy(module: Any, model_type: str) -> ModuleMap | None:
     """Return the anatomy of a text encoder of transformers; None of any other model."""
-    config = module.config if hasattr(module, "config") else None
+    config: Any = getattr(module, "config", None)
     match model_type:
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
             return ModuleMap(

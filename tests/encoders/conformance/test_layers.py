@@ -36,8 +36,8 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_small_patch16_dinov3": {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 2},
     "eva02_tiny_patch14_224": {"img_size": 28, "embed_dim": 16, "num_heads": 2, "depth": 2},
     "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 8, "depths": (1, 1)},
-    "convnext_atto": {"depths": (1, 1), "dims": (8, 16)},
-    "hiera_tiny_224": {"img_size": 32, "embed_dim": 8, "stages": (1, 1), "num_heads": 1},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)},
+    "hiera_tiny_224": {"img_size": 64, "embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1},
     "test_efficientnet": {},
 }
 
@@ -169,11 +169,11 @@ def test_a_block_that_runs_several_times_has_no_layers(tmp_path: Path) -> None:
     assert load_text_encoder(spec, "cpu").row_shape == (32,)
 
 
-def test_a_block_that_runs_again_is_never_taken_for_another(tmp_path: Path) -> None:
+def test_a_block_that_runs_again_is_never_taken_for_another() -> None:
     """Also where no configuration says so."""
     block = torch.nn.Sequential(torch.nn.Linear(4, 4))
     module = torch.nn.Sequential(block)
-    spec = parse_encoder(f"timm:{tmp_path}", "image")
+    spec = parse_encoder("timm:test_vit", "image")
     tokens = torch.zeros(1, 2, 4)
     with pytest.raises(EncoderError, match="runs its first block 2 times"):
         caught(module, spec, states=[1], run=lambda: module(module(tokens)))
