@@ -5,7 +5,7 @@ Preprocessing and tokenizer are the model's own.
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,7 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
-from apecache.encoders.preprocess import (
-    Preprocess,
-    TensorPreprocess,
-    image_preprocess,
-    probe,
-)
+from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
 from apecache.encoders.snapshot import (
     cannot_open,
     download,
@@ -168,7 +163,14 @@ def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
     """
     _only_own([spec])
     model = _build(spec, device)
-    return model.visual if spec.modality == "image" else model.text
+    if spec.modality == "image":
+        return model.visual
+    if hasattr(model.text, "config"):
+        raise EncoderError(
+            f"encoder {spec}: its text tower is a model of transformers, which needs values to "
+            "run; plan with that model as hf:"
+        )
+    return model.text
 
 
 def shape_size(spec: EncoderSpec) -> tuple[int, int]:
@@ -178,7 +180,7 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def shape_features(spec: EncoderSpec, module: Any) -> FeatureTap:
+def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features."""
     context = getattr(module, "context_length", None) or DEFAULT_CONTEXT
 

@@ -137,7 +137,7 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def shape_features(spec: EncoderSpec, module: Any) -> FeatureTap:
+def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) -> features."""
     _require_tokens(module, spec)
     states = _states(module, spec, torch.contiguous_format)

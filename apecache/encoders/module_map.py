@@ -172,10 +172,12 @@ def read_anatomy(module: Any) -> ModuleMap:
     """
     config: Any = getattr(module, "config", None)
     model_type = getattr(config, "model_type", type(module).__name__)
-    from_timm = type(module).__module__.startswith("timm.")
-    if from_timm:
+    library, _, _ = type(module).__module__.partition(".")
+    anatomy = None
+    if library == "timm":
         anatomy = _timm_anatomy(module)
-    else:
+    elif library == "transformers":
+        # Other libraries wrap models of transformers, and pass on their configuration.
         anatomy = _image_anatomy(module, model_type) or _text_anatomy(module, model_type)
     if anatomy is None:
         raise EncoderError(

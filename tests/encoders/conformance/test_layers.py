@@ -23,6 +23,7 @@ from apecache.encoders.load import (
     shape_tower,
 )
 from apecache.encoders.spec import EncoderSpec, parse_encoder
+from apecache.encoders.tower import tower_of
 from apecache.errors import EncoderError
 
 CAPTIONS = ("a red circle on a white ground", "a", "x" * 30)
@@ -30,7 +31,8 @@ HF_IMAGES = [
     name for name, row in FAMILIES.items() if (row.library, row.modality) == ("hf", "image")
 ]
 HF_TEXTS = [name for name, row in FAMILIES.items() if (row.library, row.modality) == ("hf", "text")]
-SHAPED = [name for name, row in FAMILIES.items() if row.library != "st"]
+WRAPPED = ["open_clip: xlm-roberta, text", "open_clip: bert, text"]
+SHAPED = [name for name, row in FAMILIES.items() if row.library != "st" and name not in WRAPPED]
 TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2},
     "vit_small_patch16_dinov3": {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 2},
@@ -197,6 +199,17 @@ def test_a_frozen_side_is_counted_at_the_widths_of_extraction(tmp_path: Path, na
     assert tower.n_blocks == len(tower.blocks)
     if family.modality == "image":
         assert tower.image_size == encoder.input_shape[1:]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapped_text_tower_is_neither_counted_nor_trained(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("open_clip")
+    FAMILIES[name].build(tmp_path)
+    spec = spec_of(FAMILIES[name], tmp_path)
+    with pytest.raises(EncoderError, match="plan with that model as hf:"):
+        shape_tower(spec, is_frozen=True)
+    with pytest.raises(EncoderError, match="cannot be seen as a tower"):
+        tower_of(load_text_encoder(spec, "cpu"))
 
 
 @pytest.mark.parametrize(
