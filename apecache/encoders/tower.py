@@ -272,6 +272,11 @@ class Tower(nn.Module):
     # --- the CLS row of a token table -------------------------------------------------------------
 
     @property
+    def has_split_cls(self) -> bool:
+        """Whether the CLS row is a parameter of its own."""
+        return isinstance(self._token_table(), RowEmbedding)
+
+    @property
     def row_name(self) -> str:
         """Return the name of the CLS row where it is a parameter of its own."""
         return self._walk.row_name
