@@ -278,8 +278,8 @@ def _plan(
         )
     return run(
         recipe,
-        image=partial(shape_tower, image),
-        text=partial(shape_tower, text),
+        image=partial(shape_tower, image, is_frozen=recipe.towers.is_frozen("image")),
+        text=partial(shape_tower, text, is_frozen=recipe.towers.is_frozen("text")),
         spec=spec,
         device=device,
         teacher=teacher_sizes,
@@ -298,7 +298,7 @@ def _teacher_sizes(
 
     (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
     n_classes = count_classes(spec) if distillation.kind == "classes" else None
-    return count_teacher(shape_tower(spec), settings, n_classes)
+    return count_teacher(shape_tower(spec, is_frozen=True), settings, n_classes)
 
 
 def _compare(plans: "list[Plan]", rows: int) -> None:

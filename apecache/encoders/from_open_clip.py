@@ -4,7 +4,8 @@ Preprocessing and tokenizer are the model's own.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
-from apecache.encoders.preprocess import TensorPreprocess, image_preprocess, probe
+from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
 from apecache.encoders.snapshot import (
     cannot_open,
     download,
@@ -57,18 +58,8 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     (spec,) = _only_own(specs)
     folder = _folder(spec)
     model = _create(spec, folder)
-    config: dict[str, Any] = dict(model.visual.preprocess_cfg)
-    if spec.resolution:
-        config["size"] = spec.resolution
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
-    preprocess, backend = image_preprocess(
-        spec,
-        reference=transform,
-        backend="open-clip-pil",
-        faster=_tensor_form(config),
-    )
+    config = _image_config(model, spec)
+    preprocess, backend = _image_preprocess(spec, config)
     inputs: Json = {
         **backend,
         "config": {key: _plain(value) for key, value in sorted(config.items())},
@@ -165,6 +156,69 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     return [encoder]
 
 
+def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
+    """Build one tower without its weights: none on the meta device, else random ones.
+
+    Raises EncoderError as `load_open_clip_image` does.
+    """
+    _only_own([spec])
+    model = _build(spec, device)
+    if spec.modality == "image":
+        return model.visual
+    if hasattr(model.text, "config"):
+        raise EncoderError(
+            f"encoder {spec}: its text tower is a model of transformers, which needs values to "
+            "run; plan with that model as hf:"
+        )
+    return model.text
+
+
+def shape_size(spec: EncoderSpec) -> tuple[int, int]:
+    """Return (height, width) of the pixels that the model's preprocessing gives."""
+    size = _image_config(_build(spec, "meta"), spec)["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+    """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features."""
+    context = getattr(module, "context_length", None) or DEFAULT_CONTEXT
+
+    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
+        values = inputs[0]
+        if spec.modality == "text":
+            # A shape is counted and timed at the whole context, whichever texts there are.
+            values = torch.nn.functional.pad(values, (0, context - values.shape[1]))
+        return {"own": _first(module(values))}
+
+    return FeatureTap(states=states, state="own", pool=lambda state, _: state)
+
+
+def open_clip_preprocess(spec: EncoderSpec) -> Preprocess:
+    """Return the preprocessing of `load_open_clip_image`. Raises EncoderError as it does."""
+    preprocess, _ = _image_preprocess(spec, _image_config(_build(spec, "meta"), spec))
+    return preprocess
+
+
+def _image_config(model: Any, spec: EncoderSpec) -> dict[str, Any]:
+    config: dict[str, Any] = dict(model.visual.preprocess_cfg)
+    if spec.resolution:
+        config["size"] = spec.resolution
+    return config
+
+
+def _image_preprocess(spec: EncoderSpec, config: dict[str, Any]) -> tuple[Preprocess, Json]:
+    """Return the preprocessing, and how its fingerprint names it."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_preprocess(
+        spec,
+        reference=image_transform_v2(PreprocessCfg(**config), is_train=False),
+        backend="open-clip-pil",
+        faster=_tensor_form(config),
+    )
+
+
 def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
     """Return the specs unchanged; refuse a cut other than the model's own output."""
     for spec in specs:
@@ -202,19 +256,45 @@ def _folder(spec: EncoderSpec) -> Path | None:
 
 def _create(spec: EncoderSpec, folder: Path | None) -> Any:
     """Load the whole model in evaluation mode."""
-    open_clip = _library()
+    return _open(spec, _source(spec, folder), require_pretrained=True)
+
+
+def _build(spec: EncoderSpec, device: str) -> Any:
+    """Build the whole model without weights."""
+    source = {**_source(spec, _folder(spec)), "pretrained": None}
+    # open_clip warns that the weights are random, which they are meant to be.
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device(device):
+            return _open(
+                spec,
+                source,
+                device=device,
+                load_weights=False,
+                pretrained_text=False,
+            )
+    finally:
+        logging.disable(previous)
+
+
+def _source(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
+    """Return the name of the model and of its weights, as open_clip takes them."""
     if folder is not None:
-        source: dict[str, Any] = {"model_name": f"local-dir:{folder}"}
-    else:
-        name, _, tag = spec.name.partition("/")
-        _require_known(spec, name=name, tag=tag, open_clip=open_clip)
-        source = {"model_name": name, "pretrained": tag}
+        return {"model_name": f"local-dir:{folder}"}
+    name, _, tag = spec.name.partition("/")
+    _require_known(spec, name=name, tag=tag, open_clip=_library())
+    return {"model_name": name, "pretrained": tag}
+
+
+def _open(spec: EncoderSpec, source: dict[str, Any], **options: Any) -> Any:
+    open_clip = _library()
     try:
         with _asking_nobody():
             # As a separate tower the text side takes batches shorter than its context.
             model = open_clip.create_model(
                 **source,
-                require_pretrained=True,
+                **options,
                 force_custom_text=True,
                 force_image_size=spec.resolution,
             )

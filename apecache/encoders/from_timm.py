@@ -21,7 +21,7 @@ from apecache.encoders.encoder import (
     freeze,
     pool_tokens,
 )
-from apecache.encoders.layers import caught, resolve_layer
+from apecache.encoders.layers import caught, flatten_map, resolve_layer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
 from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec
@@ -128,6 +128,21 @@ def shape_timm(spec: EncoderSpec, device: str = "meta") -> Any:
     `load_timm` does.
     """
     return _shape(spec, device, num_classes=0)
+
+
+def shape_size(spec: EncoderSpec) -> tuple[int, int]:
+    """Return (height, width) of the pixels that `timm_preprocess` gives."""
+    config, _ = _transform(_shape(spec), spec)
+    _, height, width = config["input_size"]
+    return int(height), int(width)
+
+
+def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+    """Return what extraction takes of a shape: (pixels,) -> features."""
+    _require_tokens(module, spec)
+    states = _states(module, spec, torch.contiguous_format)
+    state: State = "own" if spec.pooling == "default" else "end"
+    return FeatureTap(states=states, state=state, pool=_pool(module, spec))
 
 
 def count_timm_classes(spec: EncoderSpec) -> int:
@@ -304,8 +319,7 @@ def _pool(module: Any, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], T
 
     def pool(state: Tensor, _: Tensor | None) -> Tensor:
         if state.ndim == 4:
-            feature_map = state if channels_last else state.permute(0, 2, 3, 1)
-            state = feature_map.flatten(1, 2)
+            state = flatten_map(state, channels_last)
         return pool_tokens(state, mask=None, pooling=spec.pooling, n_prefix=n_prefix)
 
     return pool

@@ -1,8 +1,8 @@
-"""Load transformers encoders: texts by encoders, decoders and CLIP, images by ViTs."""
+"""Load transformers encoders of texts and of images, with the tokenizers and processors of each."""
 
 import json
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from transformers import (
     CLIPTextModelWithProjection,
     MetaClip2TextModelWithProjection,
     MT5EncoderModel,
-    SiglipVisionModel,
+    Siglip2TextModel,
+    SiglipTextModel,
     T5EncoderModel,
+    UMT5EncoderModel,
 )
 
 from apecache.encoders.encoder import (
     FeatureTap,
     ImageEncoder,
     State,
+    States,
     TextEncoder,
     Tokens,
     build_fingerprint,
@@ -49,25 +52,11 @@ from apecache.encoders.transformers_files import (
     load_model,
     open_saved,
 )
+from apecache.encoders.transformers_images import image_states, image_tap, read_image_family
 from apecache.errors import EncoderError
 from apecache.fingerprint import IMAGE_DECODING, Json
 
-VISION_TYPES = (
-    "beit",
-    "data2vec-vision",
-    "deit",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-    "ijepa",
-    "vit",
-)
-SIGLIP_TYPES = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
-T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel}
-OWN_POOLING_TYPES = ("siglip_vision_model",)
-MEAN_PATCH_TYPES = ("beit", "data2vec-vision")
-FIXED_SIZE_TYPES = ("deit", "ijepa", "vit")  # interpolate positions only when asked to
-N_CLASS_TOKENS = {"deit": 2, "ijepa": 0, "siglip_vision_model": 0}  # all others have one
+T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 PROJECTED_TEXT = {
     "clip": CLIPTextModelWithProjection,
     "clip_text_model": CLIPTextModelWithProjection,
@@ -75,6 +64,16 @@ PROJECTED_TEXT = {
     "metaclip_2_text_model": MetaClip2TextModelWithProjection,
 }
 """Text towers whose own output is the projected end-of-text token."""
+SIGLIP_TEXT = {
+    "siglip": SiglipTextModel,
+    "siglip_text_model": SiglipTextModel,
+    "siglip2": Siglip2TextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
+"""Text towers whose own output is that of the last position. They were trained on texts that are
+padded to one length, and they see the padding."""
+PADDING_TYPES = ("mobilebert",)
+"""MobileBERT reads each token with its neighbours, and the last one with the padding."""
 LEGACY_EOS = 2
 """What old CLIP configs name as end of text; the library then takes the highest id."""
 NO_LIMIT = 10**9
@@ -100,8 +99,9 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     folder = resolve_folder(spec)
     config = _text_config(spec, folder)
     use = read_text_use(spec, folder)
-    tokenizer = open_tokenizer(spec, folder)
+    tokenizer = _open_tokenizer(spec, folder, config)
     projected = config.model_type in PROJECTED_TEXT
+    sees_padding = config.model_type in SIGLIP_TEXT
     poolings = [_text_pooling(cut, folder, use, config) for cut in specs]
     max_tokens = _max_tokens(spec, tokenizer=tokenizer, config=config, saved_limit=use.max_tokens)
     prefix = use.prompt if spec.prefix is None else spec.prefix
@@ -117,12 +117,14 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
 
     if projected:
         _require_eos(spec, tokenize([""]).ids[0], config)
+    # The last layer of the model's own output, which other cuts do not use.
+    own_layer = "head." if sees_padding else "text_projection"
     module, unloaded = load_model(
         spec,
         folder=resolve_folder(spec, WEIGHT_FILES),
         factory=_text_factory(config),
-        may_lack=("pooler",) if "default" in poolings else ("pooler", "text_projection"),
-        **({"config": config} if projected else {}),
+        may_lack=("pooler",) if "default" in poolings else ("pooler", own_layer),
+        **({"config": config} if projected or sees_padding else {}),
     )
     shared_inputs: Json = {"tokenizer": digest_tokenizer(tokenizer), "max_tokens": max_tokens}
     shared_inputs |= {"prefix": prefix} if prefix else {}
@@ -135,17 +137,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     if getattr(frozen.config, "use_cache", False):
         frozen.config.use_cache = False
 
-    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
-        ids, mask = inputs
-        output, tokens_by_state = caught(
-            frozen,
-            spec=spec,
-            states=requested,
-            run=lambda: frozen(input_ids=ids, attention_mask=mask),
-        )
-        if projected:
-            tokens_by_state["own"] = output.text_embeds
-        return {**tokens_by_state, "end": output.last_hidden_state}
+    states = _text_states(frozen, spec, config)
 
     def encoder(cut: EncoderSpec, layer: State, pooling: Pooling) -> TextEncoder:
         inputs: Json = {**shared_inputs, "pooling": pooling}
@@ -158,13 +150,9 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             inputs=inputs,
         )
 
-        def pool(state: Tensor, mask: Tensor | None) -> Tensor:
-            return state if pooling == "default" else pool_tokens(state, mask, pooling)
-
-        tap = FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
-        n_vectors = 2 if pooling == "cls+mean" else 1
-        width = config.projection_dim if pooling == "default" else config.hidden_size * n_vectors
-        row_shape = (max_tokens, int(width)) if pooling == "tokens" else (int(width),)
+        tap = _text_tap(states, layer, pooling)
+        width = _text_width(pooling, config)
+        row_shape = (max_tokens, width) if pooling == "tokens" else (width,)
         return TextEncoder(
             spec=cut,
             module=frozen,
@@ -175,10 +163,63 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
             row_shape=row_shape,
             fingerprint=fingerprint,
             device=device,
+            # A model that sees the padding gets as much of it as it was trained with.
+            length=config.max_position_embeddings if sees_padding else None,
         )
 
     cuts = zip(specs, layers, poolings, strict=True)
     return [encoder(cut, layer, pooling) for cut, layer, pooling in cuts]
+
+
+def _text_states(module: Any, spec: EncoderSpec, config: Any) -> States:
+    """Return one forward pass of a loaded model; all cuts of the model share it."""
+    projected = config.model_type in PROJECTED_TEXT
+    sees_padding = config.model_type in SIGLIP_TEXT
+
+    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
+        ids, mask = inputs
+        masked = {} if sees_padding else {"attention_mask": mask}
+        output, tokens_by_state = caught(
+            module,
+            spec=spec,
+            states=requested,
+            run=lambda: module(input_ids=ids, **masked),
+        )
+        if projected:
+            tokens_by_state["own"] = output.text_embeds
+        elif sees_padding:
+            tokens_by_state["own"] = output.pooler_output
+        return {**tokens_by_state, "end": output.last_hidden_state}
+
+    return states
+
+
+def _text_tap(states: States, layer: State, pooling: Pooling) -> FeatureTap:
+    """Return the features of a cut; the pooling `default` is the model's own."""
+
+    def pool(state: Tensor, mask: Tensor | None) -> Tensor:
+        return state if pooling == "default" else pool_tokens(state, mask, pooling)
+
+    return FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
+
+
+def _text_width(pooling: Pooling, config: Any) -> int:
+    """Return the width of the features of one text or token."""
+    if pooling == "default":
+        is_siglip = config.model_type in SIGLIP_TEXT
+        return int(config.projection_size if is_siglip else config.projection_dim)
+    n_vectors = 2 if pooling == "cls+mean" else 1
+    return int(config.hidden_size) * n_vectors
+
+
+def _open_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
+    """Open the tokenizer; where it is SigLIP's slow one, name the library that has a fast one."""
+    try:
+        return open_tokenizer(spec, folder)
+    except EncoderError as error:
+        if config.model_type not in SIGLIP_TEXT:
+            raise
+        raise EncoderError(f"{error}; take the same model from open_clip:") from error
 
 
 def _text_config(spec: EncoderSpec, folder: Path) -> Any:
@@ -193,18 +234,25 @@ def _text_config(spec: EncoderSpec, folder: Path) -> Any:
         # The whole model's projection counts; its towers may repeat another one.
         text_config.projection_dim = config.projection_dim
         return text_config
+    if config.model_type in SIGLIP_TEXT:
+        return getattr(config, "text_config", config)
+    if config.model_type in PADDING_TYPES:
+        raise EncoderError(
+            f"encoder {spec}: the output of {config.model_type} depends on the padding of its "
+            "batch, so a text has no fixed features; choose another model, such as distilbert"
+        )
     t5 = config.model_type in T5_TYPES
     has_decoder = getattr(config, "is_encoder_decoder", False)
     if not t5 and (has_decoder or hasattr(config, "vision_config")):
         raise EncoderError(
             f"encoder {spec}: {config.model_type} is not a single text encoder; BERT-like models, "
-            "T5, causal decoders and CLIP are supported"
+            "T5, causal decoders, CLIP and SigLIP are supported; open_clip: has other pairs"
         )
     return config
 
 
 def _text_factory(config: Any) -> Any:
-    factories = {**T5_TYPES, **PROJECTED_TEXT}
+    factories = {**T5_TYPES, **PROJECTED_TEXT, **SIGLIP_TEXT}
     return factories.get(config.model_type, AutoModel)
 
 
@@ -217,7 +265,8 @@ def _pad_id(tokenizer: Any, config: Any) -> int:
 
 
 def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: Any) -> Pooling:
-    if config.model_type in PROJECTED_TEXT and cut.pooling == "default" and cut.layer is None:
+    has_own = config.model_type in (*PROJECTED_TEXT, *SIGLIP_TEXT)
+    if has_own and cut.pooling == "default" and cut.layer is None:
         return "default"
     pooling = resolve_pooling(cut, folder, use, config)
     if config.model_type in T5_TYPES and "cls" in pooling:
@@ -270,39 +319,31 @@ def load_transformers_image(
 ) -> list[ImageEncoder]:
     """Load one encoder for each spec; all share one model.
 
-    Default pooling: SigLIP's own, else the CLS token, else (where there is none) the mean of the
-    patch tokens.
+    Default pooling: the model's own for CLIP (projected), SigLIP, AIMv2 with its head, fine-tuned
+    BEiTs, and convolutional and hierarchical models (what their classifiers take); else the CLS
+    token, else (where there is none) the mean of the patch tokens.
 
     Args:
         specs: of the same model; they differ in pooling and layer only.
 
     Raises:
-        EncoderError: not found, not a vision transformer, or weights that miss parts of the model.
+        EncoderError: not found, not a supported image model, or weights that miss parts of it.
     """
     spec = specs[0]
     folder = resolve_folder(spec)
     config = open_saved(AutoConfig, spec, folder)
-    siglip = config.model_type in SIGLIP_TYPES
-    if siglip:
-        config = getattr(config, "vision_config", config)
-    elif config.model_type not in VISION_TYPES:
-        supported = ", ".join((*VISION_TYPES, *SIGLIP_TYPES))
-        raise EncoderError(
-            f"encoder {spec}: {config.model_type} is not supported as an image encoder; "
-            f"supported are {supported}"
-        )
+    family = read_image_family(spec, config)
     processor, size = _processor(spec, folder)
     reference = ProcessorPreprocess(processor=processor, size=size)
     input_shape = fixed_shape(reference, spec)
-    own_poolings = [_has_own_pooling(cut, config) for cut in specs]
+    needs_own = any(family.has_own_pooling(cut) for cut in specs)
     module, unloaded = load_model(
         spec,
         folder=resolve_folder(spec, WEIGHT_FILES),
-        factory=SIGLIP_TYPES[config.model_type] if siglip else AutoModel,
-        # Of these models only an unused pooler may be missing.
-        may_lack=() if any(own_poolings) and not siglip else ("pooler",),
-        # The library leaves this one's pooler out unless it is asked for.
-        **({"add_pooling_layer": True} if config.model_type == "data2vec-vision" else {}),
+        factory=family.factory,
+        # Only what no cut uses may be missing.
+        may_lack=() if needs_own else family.may_lack,
+        **family.options,
     )
     preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
     shared_inputs: Json = {
@@ -313,26 +354,10 @@ def load_transformers_image(
     architecture = describe_architecture(module, folder)
     layers = [resolve_layer(module, cut) for cut in specs]
     frozen: Any = freeze(module, spec, device)
-    fixed_size = siglip or config.model_type in FIXED_SIZE_TYPES
-    options = {"interpolate_pos_encoding": True} if spec.resolution and fixed_size else {}
+    states = image_states(frozen, spec, family)
 
-    def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
-        (pixels,) = inputs
-        output, tokens_by_state = caught(
-            frozen,
-            spec=spec,
-            states=requested,
-            run=lambda: frozen(pixel_values=pixels, **options),
-        )
-        tokens_by_state["end"] = output.last_hidden_state
-        if "own" in requested:
-            tokens_by_state["own"] = output.pooler_output
-        return tokens_by_state
-
-    n_prefix = _n_prefix(config)
-
-    def encoder(cut: EncoderSpec, layer: State, has_own_pooling: bool) -> ImageEncoder:
-        pooling: Pooling = "default" if has_own_pooling else _image_pooling(cut, config)
+    def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
+        tap, pooling = image_tap(states, cut=cut, layer=layer, family=family)
         inputs: Json = {**shared_inputs, "pooling": pooling}
         if layer != "end":
             inputs["layer"] = layer
@@ -342,13 +367,6 @@ def load_transformers_image(
             architecture=architecture,
             inputs=inputs,
         )
-
-        def pool(state: Tensor, _: Tensor | None) -> Tensor:
-            if has_own_pooling:
-                return state
-            return pool_tokens(state, mask=None, pooling=pooling, n_prefix=n_prefix)
-
-        tap = FeatureTap(states=states, state="own" if has_own_pooling else layer, pool=pool)
         row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
@@ -361,8 +379,7 @@ def load_transformers_image(
             device=device,
         )
 
-    cuts = zip(specs, layers, own_poolings, strict=True)
-    return [encoder(cut, layer, has_own) for cut, layer, has_own in cuts]
+    return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
 
 
 def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
@@ -374,22 +391,45 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
 
 
 def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
-    """Build the architecture in float32; of T5, which also has a decoder, the encoder only.
+    """Build the architecture in float32: the tower alone, as the loaders open it.
 
     On the meta device it has no weights, on another one random weights.
 
     Raises:
-        EncoderError: its config.json cannot be read.
+        EncoderError: its config.json cannot be read, or it is no encoder of that modality.
     """
-    config = open_saved(AutoConfig, spec, resolve_folder(spec))
+    if spec.modality == "image":
+        saved_config = open_saved(AutoConfig, spec, resolve_folder(spec))
+        family = read_image_family(spec, saved_config)
+        config, factory = family.config, family.factory
+        options = {key: value for key, value in family.options.items() if key != "config"}
+    else:
+        config = _text_config(spec, resolve_folder(spec))
+        factory = _text_factory(config)
+        options = {}
     config.dtype = torch.float32
-    encoder_class = T5_TYPES.get(config.model_type)
-    is_data2vec = config.model_type == "data2vec-vision"
-    options = {"add_pooling_layer": True} if is_data2vec else {}
     with torch.device(device):
-        if encoder_class is not None:
-            return encoder_class(config)
-        return AutoModel.from_config(config, trust_remote_code=False, **options)
+        if factory is AutoModel:
+            return AutoModel.from_config(config, trust_remote_code=False, **options)
+        return factory(config, **options)
+
+
+def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+    """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features.
+
+    Raises EncoderError as the loaders do.
+    """
+    layer = resolve_layer(module, spec)
+    if spec.modality == "image":
+        family = read_image_family(spec, open_saved(AutoConfig, spec, resolve_folder(spec)))
+        states = image_states(module, spec, family)
+        tap, _ = image_tap(states, cut=spec, layer=layer, family=family)
+        return tap
+    folder = resolve_folder(spec)
+    config = _text_config(spec, folder)
+    use = read_text_use(spec, folder)
+    pooling = _text_pooling(spec, folder=folder, use=use, config=config)
+    return _text_tap(_text_states(module, spec, config), layer, pooling)
 
 
 def image_size(spec: EncoderSpec) -> tuple[int, int]:
@@ -437,24 +477,6 @@ def _max_tokens(
     return max_tokens
 
 
-def _has_own_pooling(cut: EncoderSpec, config: Any) -> bool:
-    """Tell whether the cut is the model's own pooled output."""
-    # A fine-tuned BEiT was trained on the mean patch, with a norm after the mean.
-    is_averaged = config.model_type in MEAN_PATCH_TYPES and config.use_mean_pooling
-    has_own = config.model_type in OWN_POOLING_TYPES or is_averaged
-    return cut.pooling == "default" and cut.layer is None and has_own
-
-
-def _image_pooling(spec: EncoderSpec, config: Any) -> Pooling:
-    """Return the spec's pooling; the default is CLS, or the mean where there is no CLS token."""
-    has_class = N_CLASS_TOKENS.get(config.model_type, 1) > 0
-    if "cls" in spec.pooling and not has_class:
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
-    if spec.pooling != "default":
-        return spec.pooling
-    return "cls" if has_class else "mean"
-
-
 def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
     """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
@@ -466,9 +488,3 @@ def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
     )
     identity = {key: settings[key] for key in sorted(settings) if key not in left_out}
     return {"class": type(processor).__name__, **identity}
-
-
-def _n_prefix(config: Any) -> int:
-    """Count the tokens before the first patch: class and register tokens."""
-    n_class_tokens = N_CLASS_TOKENS.get(config.model_type, 1)
-    return n_class_tokens + int(getattr(config, "num_register_tokens", 0))

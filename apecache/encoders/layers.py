@@ -1,25 +1,31 @@
-"""Catch the tokens after any block of a model, during the library's own forward pass."""
+"""Catch the tokens after any block of a model, during the library's own forward pass.
+
+No architecture is known here: the blocks are the list of like modules that holds most parameters.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apecache.encoders.encoder import State
 from apecache.encoders.spec import EncoderSpec
-from apecache.encoders.tower import build_tower
 from apecache.errors import EncoderError
+
+RIVAL_SHARE = 0.05
+"""Share of the parameters from which on a second list of blocks makes the first one ambiguous."""
 
 
 def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
     """Return the number of blocks below the spec's cut; `end` if it names no layer.
 
     Raises:
-        EncoderError: an architecture whose blocks are not known, or one with fewer blocks.
+        EncoderError: a model without a single list of blocks, or one with fewer blocks.
     """
     if spec.layer is None:
         return "end"
-    n_blocks = len(_blocks(module, spec))
+    n_blocks = len(require_blocks(module, spec))
     # There are n_blocks + 1 cuts, so -1 is the cut after the last block.
     layer = spec.layer if spec.layer >= 0 else n_blocks + 1 + spec.layer
     if not 0 <= layer <= n_blocks:
@@ -30,9 +36,56 @@ def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
     return layer
 
 
-def _blocks(module: nn.Module, spec: EncoderSpec) -> Sequence[nn.Module]:
-    # Every architecture has a mean, so this pooling is never refused.
-    return build_tower(module, spec.modality, "mean").blocks
+def require_blocks(module: nn.Module, spec: EncoderSpec) -> Sequence[nn.Module]:
+    """Return the blocks of a model, shallowest first; of a hierarchical one, its stages.
+
+    Raises:
+        EncoderError: the model has no single list of blocks.
+    """
+    names = find_blocks(module)
+    if len(names) != 1:
+        lists = f"several lists of blocks ({', '.join(names)})" if names else "no list of blocks"
+        raise EncoderError(
+            f"encoder {spec}: {type(module).__name__} has {lists}, so its layers have no numbers; "
+            "leave the layer out"
+        )
+    blocks: Any = module.get_submodule(names[0])
+    n_layers = getattr(getattr(module, "config", None), "num_hidden_layers", len(blocks))
+    if n_layers != len(blocks):
+        # ALBERT runs one block as often as others have blocks.
+        raise EncoderError(
+            f"encoder {spec}: {type(module).__name__} has {len(blocks)} blocks for {n_layers} "
+            "layers, so its layers have no numbers; leave the layer out"
+        )
+    return list(blocks)
+
+
+def find_blocks(module: nn.Module) -> list[str]:
+    """Return the names of the lists of blocks that a model runs, the largest one first.
+
+    They are lists of modules of one class that lie in no other such list.
+    """
+    sizes: dict[str, int] = {}
+    for name, submodule in module.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in sizes)
+        if not is_inside and _is_list_of_blocks(submodule):
+            sizes[name] = _count(submodule)
+    total = _count(module)
+    large = [name for name, size in sizes.items() if size > RIVAL_SHARE * total]
+    return sorted(large, key=lambda name: -sizes[name])
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+        return False
+    classes = {type(child) for child in module}
+    # A bare list has no forward pass, and a leaf (a convolution) is no block.
+    is_callable = not classes & {nn.ModuleList, nn.ModuleDict}
+    return len(classes) == 1 and is_callable and all(any(child.children()) for child in module)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def caught(
@@ -48,17 +101,42 @@ def caught(
         run: one forward pass of `module`.
 
     Returns:
-        What `run` returns, and for each numbered state the tokens [n, length, dim].
+        What `run` returns, and for each numbered state the tokens [n, length, dim], or a feature
+        map of four dimensions.
+
+    Raises:
+        EncoderError: a block is run twice, or gives no tokens.
     """
     tokens_by_state: dict[State, Tensor] = {}
     layers = [state for state in states if isinstance(state, int)]
-    blocks = _blocks(module, spec) if layers else ()
-    hooks = [_catch(blocks, layer, tokens_by_state) for layer in layers]
-    try:
+    if not layers:
         return run(), tokens_by_state
+    blocks = require_blocks(module, spec)
+    counts = [0]
+    hooks = [_catch(blocks, layer, tokens_by_state) for layer in layers]
+    hooks.append(blocks[0].register_forward_hook(lambda *_: _add_one(counts)))
+    try:
+        output = run()
     finally:
         for hook in hooks:
             hook.remove()
+    if counts != [1]:
+        raise EncoderError(
+            f"encoder {spec}: {type(module).__name__} runs its first block {counts[0]} times, so "
+            "its layers have no numbers; leave the layer out"
+        )
+    for layer in layers:
+        state = tokens_by_state.get(layer)
+        if not isinstance(state, Tensor) or state.ndim not in (3, 4):
+            raise EncoderError(
+                f"encoder {spec}: block {layer} of {type(module).__name__} gives no tokens; leave "
+                "the layer out"
+            )
+    return output, tokens_by_state
+
+
+def _add_one(counts: list[int]) -> None:
+    counts[0] += 1
 
 
 def _catch(blocks: Sequence[nn.Module], layer: int, tokens_by_state: dict[State, Tensor]) -> Any:
@@ -74,3 +152,16 @@ def _catch(blocks: Sequence[nn.Module], layer: int, tokens_by_state: dict[State,
     if layer == 0:
         return blocks[0].register_forward_pre_hook(before, with_kwargs=True)
     return blocks[layer - 1].register_forward_hook(after)
+
+
+def flatten_map(state: Tensor, channels_last: bool = False) -> Tensor:
+    """Return the positions of a feature map as tokens.
+
+    Args:
+        state: [n, dim, height, width], or [n, height, width, dim] if `channels_last`.
+
+    Returns:
+        [n, height * width, dim].
+    """
+    feature_map = state if channels_last else state.permute(0, 2, 3, 1)
+    return torch.flatten(feature_map, 1, 2)

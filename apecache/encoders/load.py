@@ -5,15 +5,20 @@ A library is imported only when one of its encoders is asked for.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from apecache.device import resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.frozen_tower import FrozenTower
+from apecache.encoders.module_map import read_anatomy
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
+
+NOT_TRAINABLE = "only timm: and hf: encoders can be seen as towers"
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -108,32 +113,83 @@ def load_classifier(spec: EncoderSpec) -> nn.Module:
     return timm_classifier(spec)
 
 
-def shape_tower(spec: EncoderSpec, device: str = "meta") -> Tower:
+def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False) -> Tower:
     """Build a tower with the encoder's shapes, without its weights.
 
     On the meta device it has no weights at all and serves to count parameters. On another device it
     has random weights, in float32, and serves to time.
 
+    Args:
+        is_frozen: nothing within the tower trains, so it may be any encoder, and its parts need no
+            names.
+
     Raises:
-        EncoderError: the encoder's description cannot be read, or it cannot be seen as a tower.
+        EncoderError: the encoder's description cannot be read, or it is not frozen and cannot be
+            seen as a tower.
     """
+    module = _shape_module(spec, device)
+    if is_frozen and not _is_mapped(module):
+        return _shape_frozen(spec, module)
+    if spec.library == "open_clip":
+        raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+    # Any id will do: only the number of parameters in the CLS row counts here.
+    tower = build_tower(module, spec.modality, spec.pooling, cls_id=0)
+    if spec.library == "hf" and spec.modality == "image":
+        from apecache.encoders.from_transformers import image_size
+
+        # The model's config may name another size than the processor gives.
+        tower.pixels = image_size(spec)
+    return tower
+
+
+def _shape_module(spec: EncoderSpec, device: str) -> Any:
     match spec.library:
         case "timm":
             from apecache.encoders.from_timm import shape_timm
 
-            module = shape_timm(spec, device).eval()
-            # Any id will do: only the number of parameters in the CLS row counts here.
-            return build_tower(module, spec.modality, spec.pooling, cls_id=0)
+            return shape_timm(spec, device).eval()
         case "hf":
-            from apecache.encoders.from_transformers import image_size, shape_transformers
+            from apecache.encoders.from_transformers import shape_transformers
 
-            module = shape_transformers(spec, device).eval()
-            tower = build_tower(module, spec.modality, spec.pooling, cls_id=0)
-            # The model's config may name another size than the processor gives.
-            tower.pixels = image_size(spec) if spec.modality == "image" else None
-            return tower
+            return shape_transformers(spec, device).eval()
+        case "open_clip":
+            from apecache.encoders.from_open_clip import shape_open_clip
+
+            return shape_open_clip(spec, device).eval()
         case _:
-            raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
+            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+
+
+def _is_mapped(module: Any) -> bool:
+    try:
+        read_anatomy(module)
+    except EncoderError:
+        return False
+    return True
+
+
+def _shape_frozen(spec: EncoderSpec, module: Any) -> Tower:
+    """View a shape as a tower that runs as a whole."""
+    match spec.library:
+        case "timm":
+            from apecache.encoders.from_timm import shape_features, shape_size
+        case "hf":
+            from apecache.encoders.from_transformers import image_size as shape_size
+            from apecache.encoders.from_transformers import shape_features
+        case _:
+            from apecache.encoders.from_open_clip import shape_features, shape_size
+    size = shape_size(spec) if spec.modality == "image" else None
+    tokens = None
+    if spec.library != "open_clip":
+        tokens = shape_features(replace(spec, pooling="tokens"), module)
+    return FrozenTower(
+        module,
+        modality=spec.modality,
+        pooling=spec.pooling,
+        features=shape_features(spec, module),
+        tokens=tokens,
+        image_size=size,
+    )
 
 
 def load_preprocess(spec: EncoderSpec) -> Preprocess:
@@ -150,8 +206,12 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
             from apecache.encoders.from_transformers import transformers_preprocess
 
             return transformers_preprocess(spec)
+        case "open_clip":
+            from apecache.encoders.from_open_clip import open_clip_preprocess
+
+            return open_clip_preprocess(spec)
         case _:
-            raise EncoderError(f"encoder {spec}: only timm: and hf: encoders can be seen as towers")
+            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
 
 
 def count_classes(spec: EncoderSpec) -> int:

@@ -6,80 +6,24 @@ libraries is copied: a tower calls their own modules one after the other, so its
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
-from apecache.encoders.module_map import SUPPORTED, ModuleMap, Place, read_anatomy
+from apecache.encoders.module_map import SUPPORTED, TEXT_FAMILIES, ModuleMap, read_anatomy
 from apecache.encoders.sample_draws import checkpoint_contexts
 from apecache.encoders.spec import Pooling
+from apecache.encoders.tower_forward import block_contexts, embed_inputs
+from apecache.encoders.tower_parameters import ParameterWalk, RowEmbedding, TowerParameter
 from apecache.errors import EncoderError
 from apecache.fingerprint import Modality
 
 Cut = int | Literal["pooled"]
 """`k`: the tokens after k blocks (k = 0: the embeddings; k = n_blocks: before the final norm);
 `pooled`: the output."""
-MASKED = -65504.0
-"""Added to the scores of masked tokens: the lowest float16, so that it survives every autocast."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerParameter:
-    """Describe one parameter of a tower or a head.
-
-    A BERT-like token table is two of them: all rows but the CLS row, and that row alone.
-    """
-
-    name: str
-    section: Place
-    depth: int
-    """Index of its block; -1 for the embeddings, n_blocks for what comes after the blocks."""
-    count: int
-    """How many numbers it holds."""
-    norm: bool
-    bias: bool
-
-
-class RowEmbedding(nn.Module):
-    """Look up a token table of which one row is a parameter of its own.
-
-    `row` and `weight` can be trained independently, and training the row alone costs no gradient of
-    the table.
-    """
-
-    def __init__(self, table: nn.Embedding, index: int) -> None:
-        super().__init__()
-        self.index = index
-        self.padding_idx = table.padding_idx
-        self.weight = table.weight
-        self.row = nn.Parameter(table.weight[index].detach().clone())
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [n, length] -> [n, length, dim]."""
-        rows = nn.functional.embedding(ids, self.weight, self.padding_idx)
-        is_row = (ids == self.index).unsqueeze(-1)
-        # The table's dtype decides, should the two differ.
-        return torch.where(is_row, self.row.to(rows.dtype), rows)
-
-    @torch.no_grad()
-    def join(self) -> nn.Embedding:
-        """Return an ordinary table with the row back in its place; it shares this one's memory."""
-        self.weight[self.index] = self.row
-        n_tokens, dim = self.weight.shape
-        table = nn.Embedding(
-            n_tokens,
-            dim,
-            padding_idx=self.padding_idx,
-            _weight=self.weight.detach(),
-        )
-        # The parameter object itself: requires_grad and optimizers belong to the object.
-        table.weight = self.weight
-        return table
 
 
 class Tower(nn.Module):
@@ -133,7 +77,10 @@ class Tower(nn.Module):
 
     @property
     def output_dim(self) -> int:
-        """Return the width of the pooled output; timm's own head may be wider than the tokens."""
+        """Return the width of the pooled output; the model's own may differ from the tokens'."""
+        if self.pooling == "default" and self.anatomy.family == "hf-clip":
+            projection = getattr(self.module, "visual_projection", None)
+            return self.dim if projection is None else int(projection.out_features)
         if self.pooling == "default":
             return int(getattr(self.module, "head_hidden_size", self.dim))
         return 2 * self.dim if self.pooling == "cls+mean" else self.dim
@@ -185,38 +132,14 @@ class Tower(nn.Module):
         depths = range(self._checked(cut), self.n_blocks)
         hidden = self._run(hidden, depths, mask)
         if "deep" in self.adapters:
-            context = self._context(hidden, mask)
-            hidden = self._call(self.adapters["deep"], hidden, context)
+            # It is a copy of the last block, and takes what that block takes.
+            contexts = self._contexts(hidden, mask)
+            hidden = self._call(self.adapters["deep"], hidden, contexts[-1])
         return self.pool(self.normalize(hidden), mask)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
-        module = self.module
-        match self.anatomy.family:
-            case "timm":
-                tokens = module._pos_embed(module.patch_embed(inputs))
-                return module.norm_pre(module.patch_drop(tokens))  # type: ignore[no-any-return]
-            case "timm-beit":
-                patches = module.patch_embed(inputs)
-                cls_tokens = module.cls_token.expand(len(patches), -1, -1)
-                tokens = torch.cat((cls_tokens, patches), dim=1)
-                if module.pos_embed is not None:
-                    tokens = tokens + module.pos_embed
-                return module.pos_drop(tokens)  # type: ignore[no-any-return]
-            case "hf-vit":
-                # The others interpolate their positions without being asked.
-                is_fixed_size = module.config.model_type in ("vit", "deit")
-                options = {"interpolate_pos_encoding": True} if is_fixed_size else {}
-                return module.embeddings(inputs, **options)  # type: ignore[no-any-return]
-            case "hf-beit":
-                embedded = module.embeddings(inputs)
-                # Data2VecVision also returns the shape of its grid.
-                patches = embedded[0] if isinstance(embedded, tuple) else embedded
-                return patches  # type: ignore[no-any-return]
-            case "bert":
-                return module.embeddings(input_ids=inputs)  # type: ignore[no-any-return]
-            case "t5":
-                return module.encoder.dropout(module.shared(inputs))  # type: ignore[no-any-return]
+        return embed_inputs(self.module, self.anatomy, inputs)
 
     def normalize(self, hidden: Tensor) -> Tensor:
         """Apply the final norm, where there is one."""
@@ -229,21 +152,36 @@ class Tower(nn.Module):
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool tokens after the final norm -> [n, output_dim].
 
-        `default` is the model's own: timm's head, or the normalized mean patch of a fine-tuned
-        BEiT. All others are pooled as in extraction.
+        `default` is the model's own: timm's head, the normalized mean patch of a fine-tuned BEiT,
+        SigLIP's attention head, or CLIP's projection. All others are pooled as in extraction.
         """
-        if self.pooling == "default" and self.anatomy.family == "hf-beit":
-            return self.module.pooler(tokens)  # type: ignore[no-any-return]
         if self.pooling == "default":
-            return self.module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
+            return self._pool_own(tokens)
         # A text's CLS token is a word to the mean; an image's CLS and registers are no patches.
         n_prefix = self.n_prefix if self.modality == "image" else 0
         return pool_tokens(tokens, mask=mask, pooling=self.pooling, n_prefix=n_prefix)
+
+    def _pool_own(self, tokens: Tensor) -> Tensor:
+        module = self.module
+        match self.anatomy.family:
+            case "hf-beit":
+                return module.pooler(tokens)  # type: ignore[no-any-return]
+            case "hf-siglip":
+                return module.head(tokens)  # type: ignore[no-any-return]
+            case "hf-clip":
+                vision = getattr(module, "vision_model", module)
+                pooled: Tensor = vision.post_layernorm(tokens[:, 0])
+                projection = getattr(module, "visual_projection", nn.Identity())
+                return projection(pooled)  # type: ignore[no-any-return]
+            case _:
+                return module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
 
     @property
     def n_prefix(self) -> int:
         """Count the tokens before the first patch: CLS, distillation and register tokens."""
         match self.anatomy.family:
+            case "hf-siglip":
+                return 0
             case "timm" | "timm-beit":
                 return int(getattr(self.module, "num_prefix_tokens", 1))
             case "hf-vit" if self.module.config.model_type == "deit":
@@ -252,9 +190,9 @@ class Tower(nn.Module):
                 return 1 + int(getattr(self.module.config, "num_register_tokens", 0))
 
     def _run(self, hidden: Tensor, depths: range, mask: Tensor | None) -> Tensor:
-        context = self._context(hidden, mask) if depths else {}
+        contexts = self._contexts(hidden, mask) if depths else []
         for depth in depths:
-            hidden = self._call(self.blocks[depth], hidden, context)
+            hidden = self._call(self.blocks[depth], hidden, contexts[depth])
         return hidden
 
     def _call(self, block: nn.Module, hidden: Tensor, context: dict[str, Any]) -> Tensor:
@@ -264,43 +202,15 @@ class Tower(nn.Module):
         out: Tensor | tuple[Tensor, ...] = run(hidden, **context)
         return out[0] if isinstance(out, tuple) else out
 
-    def _context(self, hidden: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """Return the keywords that every block takes beside the tokens."""
-        module = self.module
-        length = hidden.shape[1]
-        match self.anatomy.family:
-            case "timm" | "hf-vit":
-                return {}
-            case "timm-beit":
-                bias = None if module.rel_pos_bias is None else module.rel_pos_bias()
-                return {"shared_rel_pos_bias": bias}
-            case "hf-beit":
-                return self._beit_context(length)
-            case "bert":
-                return {"attention_mask": _additive(mask, hidden)}
-            case "t5":
-                # The table of positions lies in the first block and serves all blocks.
-                first_attention = module.encoder.block[0].layer[0].SelfAttention
-                position_bias = first_attention.compute_bias(length, length, hidden.device)
-                return {
-                    "attention_mask": _additive(mask, hidden),
-                    "position_bias": position_bias.to(hidden.dtype),
-                }
-
-    def _beit_context(self, length: int) -> dict[str, Any]:
-        # Tokens after a cut do not say their shape any more: the image is taken to be square.
-        grid_size = round((length - 1) ** 0.5)
-        patch_size = self.module.config.patch_size
-        image_size = grid_size * patch_size
-        # Data2VecVision keeps the table that all blocks share in its encoder.
-        is_beit = self.module.config.model_type == "beit"
-        if is_beit:
-            shared = self.module.shared_position_bias
-        else:
-            shared = getattr(self.module.encoder, "relative_position_bias", None)
-        bias = None if shared is None else shared((grid_size, grid_size), dim_size=length)
-        bias_name = "attention_mask" if is_beit else "relative_position_bias"
-        return {bias_name: bias, "resolution": (image_size, image_size)}
+    def _contexts(self, hidden: Tensor, mask: Tensor | None) -> list[dict[str, Any]]:
+        """Return the keywords that each block takes beside the tokens."""
+        return block_contexts(
+            self.module,
+            anatomy=self.anatomy,
+            hidden=hidden,
+            mask=mask,
+            image_size=self.image_size if self.anatomy.family == "hf-dinov3" else None,
+        )
 
     def _checked(self, cut: int) -> int:
         """Return the cut, or raise EncoderError if the tower has fewer blocks."""
@@ -319,9 +229,7 @@ class Tower(nn.Module):
         Returns:
             The library's parameters in its order, then those of the adapters.
         """
-        tower_parts: list[TowerParameter] = []
-        for name, parameter in self.module.named_parameters():
-            tower_parts += self._parts_of(name, parameter)
+        tower_parts = self._walk.list_parameters()
         for name, parameter in self.adapters.named_parameters():
             tower_parts.append(self._adapter_part(name, parameter.numel()))
         return tower_parts
@@ -351,78 +259,15 @@ class Tower(nn.Module):
             bias=bias,
         )
 
-    def _parts_of(self, name: str, parameter: nn.Parameter) -> list[TowerParameter]:
-        """Describe one parameter of the library: as no part, one part, or a table and its CLS
-        row."""
-        tower_place, depth = self._place(name)
-        if tower_place is None:
-            return []
-        n_numbers = parameter.numel()
-        if name.endswith(TABLE_ROW):
-            row = TowerParameter(
-                name=name,
-                section="cls",
-                depth=-1,
-                count=n_numbers,
-                norm=False,
-                bias=False,
-            )
-            return [row]
-        is_norm = self._is_norm(name)
-        is_bias = name.rpartition(".")[2] in ("bias", "q_bias", "k_bias", "v_bias")
-        if tower_place != "token_embedding" or self.cls_id is None:
-            whole_parameter = TowerParameter(
-                name=name,
-                section=tower_place,
-                depth=depth,
-                count=n_numbers,
-                norm=is_norm,
-                bias=is_bias,
-            )
-            return [whole_parameter]
-        width = parameter.shape[-1] if parameter.ndim else 1
-        # Where the row is split off, the table still holds its old values, which nothing reads.
-        table = TowerParameter(
-            name=name,
-            section=tower_place,
-            depth=depth,
-            count=n_numbers - width,
-            norm=is_norm,
-            bias=is_bias,
+    @property
+    def _walk(self) -> ParameterWalk:
+        return ParameterWalk(
+            module=self.module,
+            anatomy=self.anatomy,
+            n_blocks=self.n_blocks,
+            pooling=self.pooling,
+            cls_id=self.cls_id,
         )
-        if self.has_split_cls:
-            return [table]
-        cls_row = TowerParameter(
-            name=f"{name}[cls]",
-            section="cls",
-            depth=-1,
-            count=width,
-            norm=is_norm,
-            bias=is_bias,
-        )
-        return [table, cls_row]
-
-    def _place(self, name: str) -> tuple[Place | None, int]:
-        """Return what a parameter belongs to, and its depth as in `TowerParameter`; (None, -1) if
-        neither."""
-        if name.startswith(("fc_norm.", "pooler.")) and self.pooling != "default":
-            return None, -1  # belongs to the model's own head
-        for beginning, tower_place in self.anatomy.places.items():
-            if name.startswith(beginning):
-                depth = self.n_blocks if tower_place == "final_norm" else -1
-                return tower_place, depth
-        blocks_prefix = f"{self.anatomy.blocks}."
-        if name.startswith(blocks_prefix):
-            block_index, *_ = name.removeprefix(blocks_prefix).split(".")
-            return "block", int(block_index)
-        return None, -1
-
-    def _is_norm(self, name: str) -> bool:
-        owner = self.module.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, nn.LayerNorm | nn.RMSNorm):
-            return True
-        # The libraries have norms of their own, such as T5LayerNorm.
-        return type(owner).__name__.endswith(("LayerNorm", "RmsNorm"))
 
     # --- the CLS row of a token table -------------------------------------------------------------
 
@@ -430,6 +275,22 @@ class Tower(nn.Module):
     def has_split_cls(self) -> bool:
         """Whether the CLS row is a parameter of its own."""
         return isinstance(self._token_table(), RowEmbedding)
+
+    @property
+    def row_name(self) -> str:
+        """Return the name of the CLS row where it is a parameter of its own."""
+        return self._walk.row_name
+
+    @property
+    def has_cls(self) -> bool:
+        """Tell whether the first token is a CLS token, which stands for the whole input."""
+        match self.anatomy.family:
+            case "timm" | "timm-beit":
+                return self.module.cls_token is not None
+            case "hf-siglip":
+                return False
+            case _:
+                return self.modality == "image" or self.anatomy.token_table is not None
 
     def split_cls(self) -> None:
         """Split the CLS row off the token table, so that it can be trained alone.
@@ -440,39 +301,26 @@ class Tower(nn.Module):
         table = self._token_table()
         if not isinstance(table, nn.Embedding) or self.cls_id is None:
             raise EncoderError(
-                f"a {self.anatomy.family} tower has no CLS row in a token table that could be "
+                f"{type(self.module).__name__} has no CLS row in a token table that could be "
                 "trained alone"
             )
-        self.module.embeddings.word_embeddings = RowEmbedding(table, self.cls_id)
+        self._set_token_table(RowEmbedding(table, self.cls_id))
 
     def join_cls(self) -> None:
         """Put the row back: the library's model has its original form again, with the trained
         row."""
         table = self._token_table()
         if isinstance(table, RowEmbedding):
-            self.module.embeddings.word_embeddings = table.join()
+            self._set_token_table(table.join())
 
     def _token_table(self) -> nn.Module | None:
-        return self.module.embeddings.word_embeddings if self.anatomy.family == "bert" else None
+        name = self.anatomy.token_table
+        return None if name is None else self.module.get_submodule(name)
 
-
-TABLE_ROW = "word_embeddings.row"
-
-
-def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Return what is added to attention scores: 0 for tokens, MASKED for padding.
-
-    Args:
-        mask: int64 [n, length], 0 for padding.
-        hidden: gives the dtype.
-
-    Returns:
-        [n, 1, 1, length]; None without a mask.
-    """
-    if mask is None:
-        return None
-    is_padding = mask[:, None, None, :] == 0
-    return is_padding.to(hidden.dtype) * MASKED
+    def _set_token_table(self, table: nn.Module) -> None:
+        assert self.anatomy.token_table is not None
+        owner_name, _, name = self.anatomy.token_table.rpartition(".")
+        setattr(self.module.get_submodule(owner_name), name, table)
 
 
 ROBERTA_LIKE = (
@@ -512,45 +360,62 @@ def build_tower(
     """View a loaded model as a tower.
 
     Args:
-        pooling: `default` is timm's own, the normalized mean patch of a fine-tuned BEiT, CLS for
-            other images of transformers, the mean for text.
-        cls_id: id of the text tower's first special token ([CLS]; RoBERTa's <s>); T5 has none.
+        pooling: `default` is the model's own for timm, CLIP, SigLIP and a fine-tuned BEiT, CLS for
+            other images of transformers, the last token of decoders, and the mean for other texts.
+        cls_id: id of the text tower's first special token ([CLS]; RoBERTa's <s>). T5 and decoders
+            have none.
 
     Raises:
         EncoderError: an architecture that is not supported; the message names the supported ones.
     """
     anatomy = read_anatomy(module)
-    is_text = anatomy.family in ("bert", "t5")
+    is_text = anatomy.family in TEXT_FAMILIES
     if is_text != (modality == "text"):
         raise EncoderError(
             f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
         )
-    if pooling == "default" and not anatomy.family.startswith("timm"):
-        pooling = "mean" if is_text else _image_default(module)
+    if pooling == "default":
+        pooling = _default_pooling(module, anatomy)
     if pooling == "last" and not is_text:
         raise EncoderError("the last token is for texts only; use cls or mean for images")
     if pooling == "tokens":
         raise EncoderError(
             "a tower gives one vector for each image or text, not its tokens; pool them"
         )
-    if anatomy.family == "t5" and "cls" in pooling:
-        raise EncoderError("T5 has no CLS token; use --text-cut mean")
-    if "cls" in pooling and getattr(module, "cls_token", 0) is None:
-        raise EncoderError(f"{type(module).__name__} has no CLS token; use --image-cut mean")
     tower = Tower(
         module,
         modality=modality,
         anatomy=anatomy,
         pooling=pooling,
-        cls_id=cls_id if anatomy.family == "bert" else None,
+        cls_id=None if anatomy.token_table is None else cls_id,
     )
+    if "cls" in pooling and not tower.has_cls:
+        name = "T5" if anatomy.family == "t5" else type(module).__name__
+        raise EncoderError(f"{name} has no CLS token; use --{modality}-cut mean")
     # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
     tower.training = module.training
     return tower
 
 
-def _image_default(module: Any) -> Pooling:
-    """Return the default pooling of an image tower of transformers."""
+def _default_pooling(module: Any, anatomy: ModuleMap) -> Pooling:
+    """Return the default pooling of a tower; `default` where the model has one of its own."""
+    match anatomy.family:
+        case "timm" | "timm-beit" | "hf-clip":
+            return "default"
+        case "hf-siglip":
+            return "default" if module.use_head else "mean"
+        case "hf-beit":
+            return _beit_default(module)
+        case "hf-vit" | "hf-dinov3":
+            return "cls"
+        case "decoder":
+            return "last"
+        case _:
+            return "mean"
+
+
+def _beit_default(module: Any) -> Pooling:
+    """Return the default pooling of BEiT and Data2VecVision."""
     if not getattr(module.config, "use_mean_pooling", False):
         return "cls"
     if module.pooler is None:
@@ -573,7 +438,10 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
             f"encoder {encoder.spec}: a tower ends after its last norm; leave the layer out"
         )
     if isinstance(encoder, ImageEncoder):
-        return build_tower(encoder.module, "image", encoder.spec.pooling)
+        tower = build_tower(encoder.module, "image", encoder.spec.pooling)
+        _, height, width = encoder.input_shape
+        tower.pixels = (height, width)
+        return tower
     inputs: Any = encoder.fingerprint.fields["inputs"]
     # An empty text has special tokens only, and the first of them is the CLS token.
     cls_id = encoder.tokenize([""]).ids[0][0]

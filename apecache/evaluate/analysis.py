@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.encoders.tower import Tower, TowerParameter, tower_of
+from apecache.encoders.tower import Tower, tower_of
+from apecache.encoders.tower_parameters import TowerParameter
 from apecache.errors import RunError
 from apecache.fingerprint import Modality
 from apecache.runs.encoders import TrainedTower

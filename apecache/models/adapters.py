@@ -152,7 +152,8 @@ def _low_rank(tower: Tower, block: nn.Module, spec: AdapterSpec) -> nn.ModuleDic
 
 def _target(name: str) -> str:
     """Return `attention` or `mlp`: where a linear layer belongs, by the libraries' names."""
-    is_attention = name.startswith(("attn.", "attention.")) or ".SelfAttention." in f".{name}."
+    beginnings = ("attn.", "attention.", "self_attn.")
+    is_attention = name.startswith(beginnings) or ".SelfAttention." in f".{name}."
     return "attention" if is_attention else "mlp"
 
 

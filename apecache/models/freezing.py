@@ -2,7 +2,7 @@
 
 - `embeddings`: everything before the first block, with its norm. `patch_embedding`,
   `token_embedding`, `position`, `cls`, `registers` and `token_types` are parts of it.
-- `blocks`: all blocks and the final norm.
+- `blocks`: all blocks, the final norm, and the model's own pooler.
 - `norms`: all normalizations. `biases`: every parameter named bias.
 - `adapters`: adapters, which match no other name but `all`.
 
@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from apecache.encoders.module_map import EMBEDDING_PLACES
-from apecache.encoders.tower import TABLE_ROW, Cut, Tower, TowerParameter
+from apecache.encoders.tower import Cut, Tower
+from apecache.encoders.tower_parameters import TowerParameter
 from apecache.errors import RecipeError
 from apecache.fingerprint import Modality
 from apecache.recipes.sections import PART_NAMES, Rule, Selector, TowersSpec, parse_selector
@@ -210,7 +211,7 @@ def _apply(
     row = next((m for m in side_matches if m.part.name.endswith("[cls]")), None)
     if table and row and (table.train, table.lr) != (row.train, row.lr):
         tower.split_cls()
-        row_part = replace(row.part, name=f"embeddings.{TABLE_ROW}")
+        row_part = replace(row.part, name=tower.row_name)
         split_row = replace(row, part=row_part)
         side_matches = [split_row if match is row else match for match in side_matches]
     # Everything off first: parameters that are no part (poolers) have no match and stay off.
@@ -249,6 +250,9 @@ def _fits(selector: Selector, side_part: TowerParameter, tower: Tower) -> bool:
     if selector.side not in (None, tower.modality):
         return False
     part_place = side_part.section
+    if part_place == "whole":
+        # It is frozen, or for comparison trains as a whole: embeddings and blocks alike.
+        return selector.name in ("all", "embeddings", "blocks")
     is_within = _within(selector, side_part.depth, tower.n_blocks)
     match selector.name:
         case "all":
@@ -260,7 +264,7 @@ def _fits(selector: Selector, side_part: TowerParameter, tower: Tower) -> bool:
         case "embeddings":
             return part_place in EMBEDDING_PLACES
         case "blocks":
-            return part_place in ("block", "final_norm") and is_within
+            return part_place in ("block", "final_norm", "pooler") and is_within
         case "norms" | "biases":
             is_selected = side_part.norm if selector.name == "norms" else side_part.bias
             is_below = side_part.depth == -1 and selector.start is None

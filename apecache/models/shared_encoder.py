@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apecache.encoders.tower import MASKED, Tower
+from apecache.encoders.tower import Tower
+from apecache.encoders.tower_forward import MASKED
 from apecache.errors import RecipeError
 from apecache.fingerprint import Modality
 from apecache.heads.normalization import normalize
@@ -335,7 +336,7 @@ def _cut_off(tower: Tower, n_blocks: int, recipe: Recipe) -> None:
             f"recipe {recipe.name}: the {tower.modality} tower has {tower.n_blocks} blocks; set "
             f"shared.{tower.modality}_blocks to that or less"
         )
-    if tower.anatomy.family == "t5" or getattr(tower.module, "cls_token", 0) is None:
+    if not tower.has_cls:
         raise RecipeError(
             f"recipe {recipe.name}: the {tower.modality} tower has no CLS token; choose one "
             "that has"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from apecache.data.images import decode_image
 from apecache.device import resolve_device, seeded_generators, synchronize
@@ -215,8 +215,12 @@ class StepTimer:
 
     def _towers(self, device: str = "cpu") -> list[Tower]:
         with seeded_generators(0):
-            towers = [shape_tower(spec, device) for spec in (self.image, self.text)]
+            towers = [self._shape(spec, device) for spec in (self.image, self.text)]
         return towers if device == "meta" else [tower.to(self.device) for tower in towers]
+
+    def _shape(self, spec: EncoderSpec, device: str = "meta") -> Tower:
+        is_frozen = self.recipe.towers.is_frozen(spec.modality)
+        return shape_tower(spec, device, is_frozen)
 
     def _teacher(self, image: Tower, n_images: int) -> Teacher | None:
         if self.recipe.distillation is None:
@@ -246,12 +250,7 @@ class StepTimer:
         )
 
     def _texts(self, count: int) -> "RandomTexts":
-        tower = shape_tower(self.text)
-        tables = (
-            tower_part for tower_part in tower.parts() if tower_part.section == "token_embedding"
-        )
-        vocabulary = next(tables).count // tower.dim
-        ids, mask = made_up_texts(count, self.spec.tokens, vocabulary)
+        ids, mask = made_up_texts(count, self.spec.tokens, _vocabulary(self._shape(self.text)))
         return RandomTexts(ids=ids, mask=mask, device=self.device)
 
     def _inputs(
@@ -267,7 +266,7 @@ class StepTimer:
             pooled = torch.randn(count, tower.output_dim, device=self.device)
             return CachedInputs(features=pooled.half())
         is_image = tower.modality == "image"
-        shape_only = shape_tower(self.image if is_image else self.text)
+        shape_only = self._shape(self.image if is_image else self.text)
         shape = shape_only.run_to(cut, *example(shape_only, self.spec)).shape[1:]
         # Images all have the same number of tokens.
         lengths = None if is_image else made_up_lengths(count, self.spec.tokens)
@@ -308,6 +307,12 @@ class RandomTexts:
         """Return ids and mask of these rows, on the device."""
         index = torch.tensor(rows)
         return self.ids[index].to(self.device), self.mask[index].to(self.device)
+
+
+def _vocabulary(tower: Tower) -> int:
+    """Count the rows of the token table: the largest table of embeddings."""
+    tables = [module for module in tower.modules() if isinstance(module, nn.Embedding)]
+    return max(table.num_embeddings for table in tables)
 
 
 def made_up_lengths(count: int, tokens: int) -> Tensor:

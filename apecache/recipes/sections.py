@@ -162,6 +162,10 @@ class TowersSpec(Settings):
         """Return the adapter of a side; None: it has none."""
         return self.image_adapter if side == "image" else self.text_adapter
 
+    def is_frozen(self, side: Modality) -> bool:
+        """Tell whether a tower surely stays as it is, without adapters: it can be any encoder."""
+        return not self.may_train(side) and self.adapter(side) is None
+
     def may_train(self, side: Modality) -> bool:
         """Tell whether anything but the head of that side could train.
 

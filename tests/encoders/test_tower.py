@@ -36,6 +36,11 @@ HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         hf.Dinov2WithRegistersConfig,
         {**SMALL, **PIXELS},
     ),
+    "dinov3": (
+        hf.DINOv3ViTModel,
+        hf.DINOv3ViTConfig,
+        {**SMALL, **PIXELS, "num_register_tokens": 2, "key_bias": True},
+    ),
     "beit": (hf.BeitModel, hf.BeitConfig, {**SMALL, **PIXELS, "use_relative_position_bias": True}),
     "beit, one table of positions": (
         hf.BeitModel,
@@ -58,6 +63,26 @@ HF_IMAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {**SMALL, **PIXELS, "use_shared_relative_position_bias": True, "use_mean_pooling": False},
     ),
 }
+CONTRASTIVE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "clip": (
+        hf.CLIPVisionModelWithProjection,
+        hf.CLIPVisionConfig,
+        {**SMALL, **PIXELS, "projection_dim": 8},
+    ),
+    "clip, without its projection": (hf.CLIPVisionModel, hf.CLIPVisionConfig, {**SMALL, **PIXELS}),
+    "metaclip 2": (
+        hf.MetaClip2VisionModelWithProjection,
+        hf.MetaClip2VisionConfig,
+        {**SMALL, **PIXELS, "projection_dim": 8},
+    ),
+    "siglip (SigLIP 2)": (hf.SiglipVisionModel, hf.SiglipVisionConfig, {**SMALL, **PIXELS}),
+    "siglip, without its head": (
+        hf.SiglipVisionModel,
+        hf.SiglipVisionConfig,
+        {**SMALL, **PIXELS, "vision_use_head": False},
+    ),
+}
+"""Image towers that were trained with texts."""
 TIMM: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
     "deit_tiny_distilled_patch16_224": {},
@@ -70,6 +95,29 @@ HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert (mBERT, MiniLM, E5)": (hf.BertModel, hf.BertConfig, {**SMALL, "vocab_size": 60}),
     "roberta": (hf.RobertaModel, hf.RobertaConfig, {**SMALL, "vocab_size": 60}),
     "xlm-roberta (E5)": (hf.XLMRobertaModel, hf.XLMRobertaConfig, {**SMALL, "vocab_size": 60}),
+    "mpnet": (hf.MPNetModel, hf.MPNetConfig, {**SMALL, "vocab_size": 60}),
+    "distilbert": (
+        hf.DistilBertModel,
+        hf.DistilBertConfig,
+        {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "vocab_size": 60},
+    ),
+    "modernbert": (
+        hf.ModernBertModel,
+        hf.ModernBertConfig,
+        # Of three blocks the first and the last see all tokens, the middle one two each way.
+        {
+            **SMALL,
+            "vocab_size": 60,
+            "pad_token_id": 0,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+        },
+    ),
+    "qwen3": (
+        hf.Qwen3Model,
+        hf.Qwen3Config,
+        {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0},
+    ),
     "t5 encoder": (hf.T5EncoderModel, hf.T5Config, T5_SIZES),
     "mt5 encoder": (hf.MT5EncoderModel, hf.MT5Config, T5_SIZES),
 }
@@ -159,6 +207,44 @@ def test_transformers_images(name: str, pooling: Any) -> None:
     equal_whole_and_cut(tower, expected, pictures())
 
 
+@pytest.mark.parametrize("name", CONTRASTIVE)
+@pytest.mark.parametrize("pooling", ["default", "mean"])
+def test_transformers_images_that_were_trained_with_texts(name: str, pooling: Any) -> None:
+    module = hf_model(CONTRASTIVE[name])
+    tower = build_tower(module, "image", pooling)
+    with torch.no_grad():
+        output = module(pictures())
+    n_prefix = output.last_hidden_state.shape[1] - 16
+    expected = output.last_hidden_state[:, n_prefix:].mean(1)
+    if pooling == "default" and "head" not in name:
+        expected = output.get("image_embeds", output.get("pooler_output"))
+    assert expected.shape[1] == tower.output_dim
+    equal_whole_and_cut(tower, expected, pictures())
+
+
+def test_dinov3_takes_pixels_of_any_shape_that_it_is_told() -> None:
+    """Rotary positions need the shape of the grid, which tokens do not say."""
+    module = hf_model(HF_IMAGE["dinov3"])
+    tower = build_tower(module, "image")
+    wide = torch.randn(2, 3, 8, 24, generator=torch.Generator().manual_seed(1))
+    tower.pixels = (8, 24)
+    with torch.no_grad():
+        expected = module(wide).last_hidden_state[:, 0]
+    equal_whole_and_cut(tower, expected, wide)
+    tower.pixels = None
+    with pytest.raises(EncoderError, match="12 patches are those of no square image"):
+        tower(wide)
+
+
+def test_dinov3_in_training_does_not_draw_its_positions() -> None:
+    """Slices of a batch would draw others."""
+    module = hf_model(HF_IMAGE["dinov3"])
+    module.config.pos_embed_rescale = 2.0
+    tower = build_tower(module, "image").train()
+    with torch.no_grad():
+        same(tower(pictures()), tower(pictures()))
+
+
 @pytest.mark.parametrize("name", list(TIMM))
 @pytest.mark.parametrize("pooling", ["default", "cls", "mean"])
 def test_timm_images(name: str, pooling: Any) -> None:
@@ -177,7 +263,8 @@ def test_timm_images(name: str, pooling: Any) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_texts_with_padding(name: str, attention: str) -> None:
     module = hf_model(HF_TEXT[name])
-    module.set_attn_implementation(attention)
+    if name != "mpnet":  # it has no other attention than its own
+        module.set_attn_implementation(attention)
     ids, mask = sentences(module.config.pad_token_id)
     with torch.no_grad():
         tokens = module(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -187,7 +274,14 @@ def test_transformers_texts_with_padding(name: str, attention: str) -> None:
         inputs=ids,
         mask=mask,
     )
-    if "t5" not in name:
+    if name == "qwen3":
+        equal_whole_and_cut(
+            build_tower(module, modality="text"),
+            expected=pool_tokens(tokens, mask, "last"),
+            inputs=ids,
+            mask=mask,
+        )
+    elif "t5" not in name:
         equal_whole_and_cut(
             build_tower(module, modality="text", pooling="cls", cls_id=2),
             expected=tokens[:, 0],
@@ -204,7 +298,9 @@ def test_padding_changes_nothing() -> None:
 
 
 def all_towers() -> list[Tower]:
-    images = [build_tower(hf_model(entry), "image") for entry in HF_IMAGE.values()]
+    entries = [*HF_IMAGE.values(), *CONTRASTIVE.values()]
+    images = [build_tower(hf_model(entry), "image") for entry in entries]
+    images += [build_tower(hf_model(entry), "image", "mean") for entry in CONTRASTIVE.values()]
     images += [build_tower(timm_model(name, **s), "image") for name, s in TIMM.items()]
     return [
         *images,
@@ -216,17 +312,21 @@ def test_every_family_has_the_same_parts() -> None:
     for tower in all_towers():
         parts = tower.parts()
         places = {part.section for part in parts}
-        first = {"patch_embedding", "cls"} if tower.modality == "image" else {"token_embedding"}
-        assert {"block", *first} <= places
+        first = "patch_embedding" if tower.modality == "image" else "token_embedding"
+        assert {"block", first} <= places
         assert {part.depth for part in parts if part.section == "block"} == {0, 1, 2}
         assert all(part.depth == -1 for part in parts if part.section in EMBEDDING_PLACES)
-        assert sum(part.norm for part in parts if part.section == "block") in (
-            6,
-            12,
-        )  # weights, and biases but for T5
-        is_t5 = tower.anatomy.family == "t5"  # mT5 too
-        assert any(part.bias for part in parts) is not is_t5
-        assert ("cls" in places) is not is_t5
+        above = [part.depth for part in parts if part.section in ("final_norm", "pooler")]
+        assert set(above) <= {3}
+        # Weights, and biases but for RMSNorm; ModernBERT's first norm is an identity, and Qwen3
+        # normalizes queries and keys too.
+        norms = {"t5": 6, "modernbert": 5, "decoder": 12}
+        n_norms = sum(part.norm for part in parts if part.section == "block")
+        assert n_norms == norms.get(tower.anatomy.family, 12)
+        has_biases = tower.anatomy.family not in norms  # mT5 is a T5 too
+        assert any(part.bias for part in parts) is has_biases
+        has_cls = tower.anatomy.family not in ("t5", "decoder", "hf-siglip")
+        assert ("cls" in places) is tower.has_cls is has_cls
 
 
 def test_every_part_is_on_the_way_and_nothing_else() -> None:
@@ -280,7 +380,26 @@ def test_the_cls_row_alone_gets_a_gradient_and_is_put_back() -> None:
     same(table.weight[3:], before[3:])
 
 
-@pytest.mark.parametrize("name", ["bert (mBERT, MiniLM, E5)", "t5 encoder"])
+@pytest.mark.parametrize("name", ["mpnet", "distilbert", "modernbert"])
+def test_the_cls_row_of_every_family_can_be_split_off_and_put_back(name: str) -> None:
+    tower = build_tower(hf_model(HF_TEXT[name]), modality="text", pooling="mean", cls_id=2)
+    ids, mask = sentences(tower.module.config.pad_token_id)
+    ids[:, 0] = 2
+    plain = tower(ids, mask).detach()
+    names = {part.name for part in tower.parts()}
+    tower.split_cls()
+    same(tower(ids, mask), plain)
+    assert tower.row_name in {part.name for part in tower.parts()}
+    with torch.no_grad():
+        tower.module.get_parameter(tower.row_name).neg_()
+    changed = tower(ids, mask).detach()
+    assert not torch.allclose(changed, plain)
+    tower.join_cls()
+    same(tower(ids, mask), changed)
+    assert {part.name for part in tower.parts()} == names
+
+
+@pytest.mark.parametrize("name", ["bert (mBERT, MiniLM, E5)", "t5 encoder", "modernbert", "qwen3"])
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     tower = build_tower(hf_model(HF_TEXT[name]), modality="text", pooling="mean", cls_id=2)
     ids, mask = sentences(0)
@@ -321,9 +440,21 @@ def test_loaded_encoders_keep_their_pooling(
             "Eva",
         ),
         (
-            lambda: hf.DistilBertModel(hf.DistilBertConfig(n_layers=1, dim=16, n_heads=2)),
+            lambda: hf.ElectraModel(hf.ElectraConfig(**SMALL, vocab_size=60)),
             "text",
-            "DistilBertModel",
+            "ElectraModel",
+        ),
+        (
+            lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[4, 8, 8, 8])),
+            "image",
+            "ConvNextModel.*hierarchical encoders can be used frozen only",
+        ),
+        (
+            lambda: hf.Qwen3Model(
+                hf.Qwen3Config(**SMALL, head_dim=8, vocab_size=60, is_causal=False)
+            ),
+            "text",
+            "Qwen3Model with sliding or two-way attention",
         ),
         (lambda: hf_model(HF_IMAGE["deit"]), "text", "DeiTModel"),
         (lambda: hf_model(HF_TEXT["roberta"]), "image", "RobertaModel"),
@@ -351,8 +482,12 @@ def test_what_cannot_be_is_refused() -> None:
         build_tower(hf_model(HF_IMAGE["deit"]), "image", "last")
     with pytest.raises(EncoderError, match="cut 4: the tower has 3 blocks; give 0 to 3"):
         bert_tower().run_to(4, *sentences(0))
-    with pytest.raises(EncoderError, match="no CLS token"):
+    with pytest.raises(EncoderError, match="T5 has no CLS token; use --text-cut mean"):
         build_tower(hf_model(HF_TEXT["t5 encoder"]), "text", "cls")
+    with pytest.raises(EncoderError, match="Qwen3Model has no CLS token; use --text-cut mean"):
+        build_tower(hf_model(HF_TEXT["qwen3"]), "text", "cls")
+    with pytest.raises(EncoderError, match="SiglipVisionModel has no CLS token; use --image-cut"):
+        build_tower(hf_model(CONTRASTIVE["siglip (SigLIP 2)"]), "image", "cls+mean")
     with pytest.raises(EncoderError, match="not its tokens"):
         bert_tower(pooling="tokens")
     with pytest.raises(EncoderError, match="no CLS row"):

@@ -1,11 +1,22 @@
 """Adapters: where they act, how they begin, and what cannot be put in."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
 import torch
-from small_towers import pictures, sentences, small_bert, small_t5, small_vit
+from small_towers import (
+    SMALL_IMAGES,
+    SMALL_TEXTS,
+    pictures,
+    sentences,
+    small_bert,
+    small_t5,
+    small_tower,
+    small_vit,
+)
 from torch import Tensor, nn
 
 from apecache.encoders.tower import Tower, build_tower
@@ -14,7 +25,12 @@ from apecache.models.adapters import Adapter, insert_adapters
 from apecache.models.freezing import freeze_towers
 from apecache.recipes.sections import AdapterSpec, Rule, TowersSpec
 
-TOWERS = {"vit": small_vit, "bert": small_bert, "t5": small_t5}
+TOWERS: dict[str, Callable[[], Tower]] = {
+    "vit": small_vit,
+    "bert": small_bert,
+    "t5": small_t5,
+    **{name: partial(small_tower, name) for name in (*SMALL_IMAGES, *SMALL_TEXTS)},
+}
 KINDS = {
     "layerwise": AdapterSpec(kind="layerwise"),
     "deep": AdapterSpec(kind="deep"),
@@ -192,6 +208,55 @@ def test_lora_counts_and_targets() -> None:
         16 * 4 + 16 * 4
     )  # query, key, value, output
     assert not any("intermediate" in name for name, _ in tower.adapters.named_parameters())
+
+
+def in_and_out(*layers: tuple[int, int]) -> int:
+    """The numbers that LoRA of rank 1 adds to linear layers of these widths."""
+    return sum(n_in + n_out for n_in, n_out in layers)
+
+
+PLAIN = (in_and_out(*[(16, 16)] * 4), in_and_out((16, 32), (32, 16)))
+LOW_RANK = {
+    "vit": (in_and_out((16, 48), (16, 16)), in_and_out((16, 64), (64, 16))),
+    "bert": PLAIN,
+    "dinov3": PLAIN,
+    "siglip": PLAIN,
+    "clip": PLAIN,
+    "mpnet": PLAIN,
+    "distilbert": PLAIN,
+    # Queries, keys and values are one layer, and so are the gate and what it gates.
+    "modernbert": (in_and_out((16, 48), (16, 16)), in_and_out((16, 64), (32, 16))),
+    # Two heads of queries share the keys and values of one.
+    "qwen3": (
+        in_and_out((16, 16), (16, 8), (16, 8), (16, 16)),
+        in_and_out((16, 32), (16, 32), (32, 16)),
+    ),
+}
+"""Of one block: attention, and feed-forward."""
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_lora_has_the_numbers_of_its_formula_in_every_family(name: str) -> None:
+    for target, per_block in zip(("attention", "mlp"), LOW_RANK[name], strict=True):
+        tower = TOWERS[name]()
+        insert_adapters(tower, AdapterSpec(kind="lora", rank=2, targets=(target,)))
+        assert sum(p.numel() for p in tower.adapters.parameters()) == 3 * 2 * per_block
+
+
+@EACH
+def test_other_adapters_have_the_numbers_of_their_formulas_in_every_family(name: str) -> None:
+    layerwise = TOWERS[name]()
+    insert_adapters(layerwise, AdapterSpec(kind="layerwise", reduction=4))
+    one_adapter = 16 * 4 + 4 + 4 * 16 + 16
+    assert sum(p.numel() for p in layerwise.adapters.parameters()) == 3 * 2 * one_adapter
+    deep = TOWERS[name]()
+    insert_adapters(deep, KINDS["deep"])
+    counts = {part.depth: 0 for part in deep.parts()}
+    for part in deep.parts():
+        if part.section in ("block", "adapter"):
+            counts[part.depth] += part.count
+    # The copy of the last block lies above all blocks.
+    assert counts[3] == counts[2]
 
 
 def test_adapters_take_the_mode_of_the_module() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers as hf
 from apecache_cli.app import app
@@ -518,7 +519,10 @@ def test_the_command_compares_recipes(tiny_image_encoder: Path, tiny_text_encode
     [
         ({"--device": "H1000"}, "no device"),
         ({"--recipe": "freeze/Vuf"}, "expected one like"),
-        ({"--image": "timm:test_resnet"}, "cannot be seen as a tower; supported are"),
+        (
+            {"--image": "timm:test_resnet", "--recipe": "clip"},
+            "cannot be trained; convolutional and hierarchical encoders can be used frozen only",
+        ),
     ],
 )
 def test_the_command_refuses_in_one_line(
@@ -537,6 +541,27 @@ def test_the_command_refuses_in_one_line(
     assert result.exit_code in (2, 3)
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_the_command_plans_a_frozen_side_whose_parts_have_no_names(
+    tiny_text_encoder: Path,
+) -> None:
+    """fit-encoder reads such a side from the store."""
+    encoders = ["--image", "timm:test_resnet", "--text", f"hf:{tiny_text_encoder}"]
+    sizes = ["--rows", "1000", "--tokens", "12", "--device", "H100", "--json"]
+    arguments = ["plan", "--recipe", "lit", *encoders, *sizes]
+    output = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    found = json.loads(output)
+    module = timm.create_model("test_resnet", pretrained=False, num_classes=0)
+    n_parameters = sum(parameter.numel() for parameter in module.parameters())
+    (whole,) = [part for part in found["image"]["parts"] if part[0] == "whole"]
+    assert whole == ["whole", 0, n_parameters]
+    assert found["image"]["cut"] == "pooled"
+    assert found["image"]["cache_bytes"] == 1000 * module.num_features * 2
+    assert found["image"]["below_flops"] > 0
+    costs = [found[name]["total_flops"] for name in ("planned", "without_cache", "full")]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 3
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -140,6 +140,15 @@ def test_the_step_is_the_fits_own(
     assert clock.step(cuts) > 0
 
 
+@pytest.mark.parametrize("encoder", ["timm:test_resnet", "timm:test_vit3"])
+def test_a_frozen_side_is_timed_whatever_it_is(encoder: str, specs: Any) -> None:
+    _, text = specs
+    image = parse_encoder(encoder, "image")
+    clock = StepTimer(recipe=recipe_of("lit"), image=image, text=text, spec=SPEC)
+    assert clock.step(("pooled", None)) > 0
+    assert clock.once(("pooled", None)) > 0
+
+
 def test_heads_alone_are_timed_as_fit_head_trains_them(specs: Any) -> None:
     image, text = specs
     clock = StepTimer(

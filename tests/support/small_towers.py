@@ -85,6 +85,49 @@ def small_t5(seed: int = 0) -> Tower:
     return build_tower(hf.T5EncoderModel(config).eval(), "text", "mean")
 
 
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SMALL_IMAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig, {"num_register_tokens": 2}),
+    "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig, {}),
+    "clip": (hf.CLIPVisionModelWithProjection, hf.CLIPVisionConfig, {"projection_dim": 8}),
+}
+SMALL_TEXTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "modernbert": (
+        hf.ModernBertModel,
+        hf.ModernBertConfig,
+        {**SIZES, "pad_token_id": 0, "initializer_range": 0.2},
+    ),
+    "mpnet": (hf.MPNetModel, hf.MPNetConfig, SIZES),
+    "distilbert": (
+        hf.DistilBertModel,
+        hf.DistilBertConfig,
+        {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32},
+    ),
+    "qwen3": (
+        hf.Qwen3Model,
+        hf.Qwen3Config,
+        {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+    ),
+}
+
+
+def small_tower(family: str, seed: int = 0) -> Tower:
+    """A tower of transformers with three blocks of width 16 and its default pooling."""
+    torch.manual_seed(seed)
+    if family in SMALL_IMAGES:
+        model, config, settings = SMALL_IMAGES[family]
+        module = model(config(**SIZES, image_size=16, patch_size=4, **settings))
+        return build_tower(module.eval(), "image")
+    model, config, settings = SMALL_TEXTS[family]
+    module = model(config(vocab_size=60, **settings))
+    return build_tower(module.eval(), modality="text", cls_id=2)
+
+
 def pictures(n: int = 2, seed: int = 1) -> torch.Tensor:
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 

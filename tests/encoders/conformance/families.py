@@ -185,6 +185,27 @@ def clip_text_reference(model_class: Any) -> Reference:
     return reference
 
 
+def siglip_text_reference(model_class: Any) -> Reference:
+    """As on the cards: padded to the length of training, and without a mask."""
+
+    def reference(folder: Path, texts: Sequence[str]) -> Tensor:
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=64,
+            truncation=True,
+            return_tensors="pt",
+        )
+        model = model_class.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            output = model(input_ids=inputs["input_ids"])
+        pooled: Tensor = output.pooler_output
+        return pooled
+
+    return reference
+
+
 def bert(positions: int = 128, **settings: Any) -> Any:
     config = hf.BertConfig(
         **SIZES,
@@ -246,6 +267,34 @@ def modernbert() -> Any:
 def t5() -> Any:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     return hf.T5EncoderModel(hf.T5Config(**sizes, vocab_size=N_TOKENS))
+
+
+def umt5() -> Any:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, vocab_size=N_TOKENS))
+
+
+def siglip() -> Any:
+    config = hf.SiglipConfig(
+        text_config={
+            **SIZES,
+            "vocab_size": N_TOKENS,
+            "max_position_embeddings": 64,
+            "projection_size": 24,
+        },
+        vision_config=VISION,
+    )
+    return hf.SiglipModel(config)
+
+
+def siglip2_text() -> Any:
+    config = hf.Siglip2TextConfig(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=64,
+        projection_size=24,
+    )
+    return hf.Siglip2TextModel(config)
 
 
 def gpt2() -> Any:
@@ -427,6 +476,30 @@ HF_TEXTS = {
         modality="text",
         build=build_text(t5, "t5", 512),
         reference=by_auto_model(masked_mean, 512, model_class=hf.T5EncoderModel),
+    ),
+    "umt5": Family(
+        library="hf",
+        modality="text",
+        build=build_text(umt5, "t5", 512),
+        reference=by_auto_model(masked_mean, 512, model_class=hf.UMT5EncoderModel),
+    ),
+    "siglip": Family(
+        library="hf",
+        modality="text",
+        build=build_text(siglip, "t5", 64),
+        reference=siglip_text_reference(hf.SiglipTextModel),
+    ),
+    "siglip's text tower alone": Family(
+        library="hf",
+        modality="text",
+        build=build_text(lambda: hf.SiglipTextModel(siglip().config.text_config), "t5", 64),
+        reference=siglip_text_reference(hf.SiglipTextModel),
+    ),
+    "siglip 2's text tower alone": Family(
+        library="hf",
+        modality="text",
+        build=build_text(siglip2_text, "t5", 64),
+        reference=siglip_text_reference(hf.Siglip2TextModel),
     ),
     "qwen3-embedding: last token": Family(
         library="hf",
@@ -656,6 +729,33 @@ def take_mean_patch(base: str) -> Callable[[Any, Tensor], Tensor]:
     return take
 
 
+def take_pooled(model: Any, pixels: Tensor) -> Tensor:
+    pooled: Tensor = model(pixel_values=pixels).pooler_output
+    return pooled
+
+
+def take_projected(model: Any, pixels: Tensor) -> Tensor:
+    """As on the cards of CLIP."""
+    projected: Tensor = model.get_image_features(pixel_values=pixels).pooler_output
+    return projected
+
+
+def take_mean(model: Any, pixels: Tensor) -> Tensor:
+    mean: Tensor = model(pixel_values=pixels).last_hidden_state.mean(1)
+    return mean
+
+
+def take_classified(base: str) -> Callable[[Any, Tensor], Tensor]:
+    """What the classifier takes."""
+
+    def take(model: Any, pixels: Tensor) -> Tensor:
+        pooled: Tensor = getattr(model, base)(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(model.classifier(pooled), model(pixel_values=pixels).logits)
+        return pooled
+
+    return take
+
+
 def image_family(
     model: Callable[[], Any],
     processor: Callable[[], Any],
@@ -674,6 +774,28 @@ CROPPED = {
     "size": {"shortest_edge": 36},
     "crop_size": {"height": 32, "width": 32},
     "do_center_crop": True,
+}
+STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 2, 1]}
+WINDOWS = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
+HIERA = {
+    "image_size": [32, 32],
+    "patch_size": [7, 7],
+    "patch_stride": [4, 4],
+    "patch_padding": [3, 3],
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [1, 2],
+    "masked_unit_size": [4, 4],
+    "masked_unit_attention": [True, False],
+    "num_query_pool": 1,
+    "query_stride": [2, 2],
 }
 RELATIVE = {"use_relative_position_bias": True, "num_labels": 3}
 HF_IMAGES = {
@@ -707,7 +829,80 @@ HF_IMAGES = {
             take_mean_patch("data2vec_vision"),
         ),
     ),
-    "siglip": image_family(
+    "dinov3": image_family(
+        lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION, num_register_tokens=4)),
+        lambda: hf.ViTImageProcessor(**SQUASHED),
+        by_processor(hf.AutoModel, take_cls),
+    ),
+    "clip, image": image_family(
+        clip(257),
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(hf.CLIPModel, take_projected),
+    ),
+    "clip's image tower alone": image_family(
+        lambda: hf.CLIPVisionModelWithProjection(clip(257)().config.vision_config),
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(
+            hf.CLIPVisionModelWithProjection,
+            lambda model, pixels: model(pixel_values=pixels).image_embeds,
+        ),
+    ),
+    "clip's image tower without its projection": image_family(
+        lambda: hf.CLIPVisionModel(clip(257)().config.vision_config),
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(hf.CLIPVisionModel, take_pooled),
+    ),
+    "metaclip 2, image": image_family(
+        metaclip2,
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(hf.MetaClip2Model, take_projected),
+    ),
+    "aimv2": image_family(
+        lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**VISION)),
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(hf.Aimv2VisionModel, take_pooled),
+    ),
+    "aimv2 without its head": image_family(
+        lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**VISION, use_head=False)),
+        lambda: hf.CLIPImageProcessor(**CROPPED),
+        by_processor(hf.Aimv2VisionModel, take_mean),
+    ),
+    "swin": image_family(
+        lambda: hf.SwinForImageClassification(hf.SwinConfig(**WINDOWS, num_labels=3)),
+        lambda: hf.ViTImageProcessor(**SQUASHED),
+        by_processor(hf.SwinForImageClassification, take_classified("swin")),
+    ),
+    "swinv2": image_family(
+        lambda: hf.Swinv2ForImageClassification(hf.Swinv2Config(**WINDOWS, num_labels=3)),
+        lambda: hf.ViTImageProcessor(**SQUASHED),
+        by_processor(hf.Swinv2ForImageClassification, take_classified("swinv2")),
+    ),
+    "convnext": image_family(
+        lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**STAGES, num_labels=3)),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        by_processor(hf.ConvNextForImageClassification, take_classified("convnext")),
+    ),
+    "convnextv2": image_family(
+        lambda: hf.ConvNextV2ForImageClassification(hf.ConvNextV2Config(**STAGES, num_labels=3)),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        by_processor(hf.ConvNextV2ForImageClassification, take_classified("convnextv2")),
+    ),
+    "dinov3-convnext": image_family(
+        lambda: hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(**STAGES)),
+        lambda: hf.ViTImageProcessor(size={"height": 64, "width": 64}),
+        by_processor(hf.AutoModel, take_pooled),
+    ),
+    "hiera": image_family(
+        lambda: hf.HieraForImageClassification(hf.HieraConfig(**HIERA, num_labels=3)),
+        lambda: hf.BitImageProcessor(**CROPPED),
+        by_processor(hf.HieraForImageClassification, take_classified("hiera")),
+    ),
+    "siglip, image": image_family(
+        siglip,
+        lambda: hf.SiglipImageProcessor(**SQUASHED),
+        by_processor(hf.SiglipVisionModel, take_pooled),
+    ),
+    "siglip's image tower alone": image_family(
         lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION)),
         lambda: hf.SiglipImageProcessor(**SQUASHED),
         by_processor(

@@ -24,6 +24,7 @@ from families import (
     modernbert,
     pictures,
     sentence_files,
+    siglip,
     t5,
     write_json,
 )
@@ -50,9 +51,9 @@ def two_way_decoder() -> Any:
     return hf.Qwen3Model(config)
 
 
-def siglip_text() -> Any:
-    config = hf.SiglipTextConfig(**SIZES, vocab_size=N_TOKENS, max_position_embeddings=64)
-    return hf.SiglipTextModel(config)
+def mobilebert() -> Any:
+    sizes = {**SIZES, "intra_bottleneck_size": 32, "embedding_size": 32}
+    return hf.MobileBertModel(hf.MobileBertConfig(**sizes, vocab_size=N_TOKENS))
 
 
 UNPOOLED = sentence_files(
@@ -83,9 +84,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         build_text(two_way_decoder, "llama", 128),
         rf"convention for qwen3 says how its tokens are pooled; {CHOICES}",
     ),
-    "siglip's text tower": (
-        build_text(siglip_text, "t5", 64),
-        rf"convention for siglip_text_model says how its tokens are pooled; {CHOICES}",
+    "mobilebert": (
+        build_text(mobilebert, "bert", 128),
+        "the output of mobilebert depends on the padding of its batch.*choose another model",
     ),
     "half a modules.json": (
         build_text(bert, "bert", 128, {"modules.json": {"0": "Transformer"}}),
@@ -101,6 +102,35 @@ def test_what_hf_cannot_give_is_refused_with_a_remedy(tmp_path: Path, name: str)
     with pytest.raises(EncoderError, match=message) as caught:
         load_text_encoder(text_spec(tmp_path), "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_mobilebert_is_refused_whatever_is_asked_for(tmp_path: Path) -> None:
+    build_text(mobilebert, "bert", 128)(tmp_path)
+    with pytest.raises(EncoderError, match="depends on the padding"):
+        load_text_encoder(text_spec(tmp_path, pooling="mean"), "cpu")
+
+
+def test_a_siglip_without_a_fast_tokenizer_names_open_clip(tmp_path: Path) -> None:
+    build_text(siglip, "t5", 64)(tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(EncoderError, match="take the same model from open_clip:"):
+        load_text_encoder(text_spec(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8])),
+        lambda: hf.Aimv2Model(hf.Aimv2Config(vision_config=VISION, text_config=SIZES)),
+    ],
+    ids=["resnet", "aimv2 with its text tower"],
+)
+def test_other_image_models_are_refused_with_other_libraries(tmp_path: Path, model: Any) -> None:
+    model().config.save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="many others are in timm: and open_clip:") as caught:
+        load_image_encoder(parse_encoder(f"hf:{tmp_path}", "image"), "cpu")
+    assert "swin" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["dense", "weighted mean", "a decoder that looks ahead"])

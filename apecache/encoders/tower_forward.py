@@ -1,0 +1,231 @@
+"""Run the pieces of a tower around its blocks: the embeddings, and what every block takes.
+
+Each family calls its blocks with other keywords: masks, relative positions, rotary positions. They
+are computed by the library's own modules.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apecache.encoders.module_map import ModuleMap
+from apecache.errors import EncoderError
+
+MASKED = -65504.0
+"""Added to the scores of masked tokens: the lowest float16, so that it survives every autocast."""
+
+
+def embed_inputs(module: Any, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
+    """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
+    match anatomy.family:
+        case "timm":
+            tokens = module._pos_embed(module.patch_embed(inputs))
+            return module.norm_pre(module.patch_drop(tokens))  # type: ignore[no-any-return]
+        case "timm-beit":
+            patches = module.patch_embed(inputs)
+            cls_tokens = module.cls_token.expand(len(patches), -1, -1)
+            tokens = torch.cat((cls_tokens, patches), dim=1)
+            if module.pos_embed is not None:
+                tokens = tokens + module.pos_embed
+            return module.pos_drop(tokens)  # type: ignore[no-any-return]
+        case "hf-vit":
+            # The others interpolate their positions without being asked.
+            is_fixed_size = module.config.model_type in ("vit", "deit")
+            options = {"interpolate_pos_encoding": True} if is_fixed_size else {}
+            return module.embeddings(inputs, **options)  # type: ignore[no-any-return]
+        case "hf-siglip":
+            return module.embeddings(  # type: ignore[no-any-return]
+                inputs,
+                interpolate_pos_encoding=True,
+            )
+        case "hf-clip":
+            vision = getattr(module, "vision_model", module)
+            embedded = vision.embeddings(inputs, interpolate_pos_encoding=True)
+            return vision.pre_layrnorm(embedded)  # type: ignore[no-any-return]
+        case "hf-beit":
+            embedded = module.embeddings(inputs)
+            # Data2VecVision also returns the shape of its grid.
+            patches = embedded[0] if isinstance(embedded, tuple) else embedded
+            return patches  # type: ignore[no-any-return]
+        case "hf-dinov3":
+            return module.embeddings(inputs)  # type: ignore[no-any-return]
+        case "bert" | "mpnet" | "distilbert" | "modernbert":
+            return module.embeddings(input_ids=inputs)  # type: ignore[no-any-return]
+        case "t5":
+            return module.encoder.dropout(module.shared(inputs))  # type: ignore[no-any-return]
+        case "decoder":
+            return module.embed_tokens(inputs)  # type: ignore[no-any-return]
+        case "whole":
+            raise EncoderError(f"{type(module).__name__} runs as a whole; its parts have no names")
+
+
+def block_contexts(
+    module: Any,
+    anatomy: ModuleMap,
+    hidden: Tensor,
+    mask: Tensor | None,
+    image_size: tuple[int, int] | None,
+) -> list[dict[str, Any]]:
+    """Return the keywords that each block takes beside the tokens, shallowest block first.
+
+    Args:
+        hidden: tokens [n, length, dim].
+        mask: int64 [n, length], 0 for padding; None: no padding, or an image.
+        image_size: (height, width) of the images; None for texts.
+    """
+    n_blocks = len(module.get_submodule(anatomy.blocks))
+    if anatomy.family == "modernbert":
+        return _modernbert_contexts(module, hidden, mask)
+    context = _shared_context(
+        module,
+        anatomy=anatomy,
+        hidden=hidden,
+        mask=mask,
+        image_size=image_size,
+    )
+    return [context] * n_blocks
+
+
+def _shared_context(
+    module: Any,
+    anatomy: ModuleMap,
+    hidden: Tensor,
+    mask: Tensor | None,
+    image_size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Return the keywords that are the same for all blocks."""
+    length = hidden.shape[1]
+    match anatomy.family:
+        case "timm" | "hf-vit":
+            return {}
+        case "hf-siglip" | "hf-clip":
+            return {"attention_mask": None}
+        case "timm-beit":
+            bias = None if module.rel_pos_bias is None else module.rel_pos_bias()
+            return {"shared_rel_pos_bias": bias}
+        case "hf-beit":
+            return _beit_context(module, length)
+        case "hf-dinov3":
+            return {"position_embeddings": _dinov3_positions(module, hidden, image_size)}
+        case "mpnet":
+            position_bias = module.encoder.compute_position_bias(hidden)
+            return {"attention_mask": _additive(mask, hidden), "position_bias": position_bias}
+        case "t5":
+            # The table of positions lies in the first block and serves all blocks.
+            first_attention = module.encoder.block[0].layer[0].SelfAttention
+            position_bias = first_attention.compute_bias(length, length, hidden.device)
+            return {
+                "attention_mask": _additive(mask, hidden),
+                "position_bias": position_bias.to(hidden.dtype),
+            }
+        case "decoder":
+            return {
+                "attention_mask": _causal(mask, hidden),
+                "position_embeddings": module.rotary_emb(hidden, _positions(hidden)),
+            }
+        case _:
+            return {"attention_mask": _additive(mask, hidden)}
+
+
+def _beit_context(module: Any, length: int) -> dict[str, Any]:
+    # Tokens after a cut do not say their shape any more: the image is taken to be square.
+    grid_size = round((length - 1) ** 0.5)
+    patch_size = module.config.patch_size
+    image_size = grid_size * patch_size
+    # Data2VecVision keeps the table that all blocks share in its encoder.
+    is_beit = module.config.model_type == "beit"
+    if is_beit:
+        shared = module.shared_position_bias
+    else:
+        shared = getattr(module.encoder, "relative_position_bias", None)
+    bias = None if shared is None else shared((grid_size, grid_size), dim_size=length)
+    bias_name = "attention_mask" if is_beit else "relative_position_bias"
+    return {bias_name: bias, "resolution": (image_size, image_size)}
+
+
+def _dinov3_positions(
+    module: Any,
+    hidden: Tensor,
+    image_size: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the rotary positions of the patches.
+
+    They are those of evaluation in training too: DINOv3's random shifts and scales of positions
+    would differ between slices of a batch.
+
+    Raises:
+        EncoderError: the tokens are not those of a square image, nor of `image_size`.
+    """
+    config = module.config
+    n_patches = hidden.shape[1] - 1 - config.num_register_tokens
+    patch_size = int(config.patch_size)
+    side = round(n_patches**0.5)
+    height, width = image_size or (0, 0)
+    grid = (height // patch_size, width // patch_size)
+    if grid[0] * grid[1] != n_patches:
+        # The config may name another size than the images have.
+        grid = (side, side)
+    if grid[0] * grid[1] != n_patches:
+        raise EncoderError(
+            f"{n_patches} patches are those of no square image, and of none with {height} x "
+            f"{width} pixels; give the image size"
+        )
+    positions = module.rope_embeddings.eval()
+    # Of the pixels only shape, dtype and device are read.
+    pixels = hidden.new_empty(1, 1, grid[0] * patch_size, grid[1] * patch_size)
+    cosines, sines = positions(pixels)
+    return cosines, sines
+
+
+def _modernbert_contexts(
+    module: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+) -> list[dict[str, Any]]:
+    """Return the keywords of each block: full attention, or one within a window of tokens."""
+    positions = _positions(hidden)
+    distances = (positions[0, :, None] - positions[0, None, :]).abs()
+    outside = distances > module.config.sliding_window
+    sliding = _joined(_additive(mask, hidden), outside[None, None].to(hidden.dtype) * MASKED)
+    masks = {"full_attention": _additive(mask, hidden), "sliding_attention": sliding}
+    rotations = {name: module.rotary_emb(hidden, positions, name) for name in masks}
+    return [
+        {
+            "attention_mask": masks[block.attention_type],
+            "position_embeddings": rotations[block.attention_type],
+        }
+        for block in module.layers
+    ]
+
+
+def _positions(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+
+
+def _causal(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """Return what hides later tokens and padding, [n or 1, 1, length, length]."""
+    length = hidden.shape[1]
+    is_later = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+    return _joined(_additive(mask, hidden), is_later[None, None].to(hidden.dtype) * MASKED)
+
+
+def _joined(padding: Tensor | None, masked_pairs: Tensor) -> Tensor:
+    """Return both masks as one. A sum of both would not be finite in float16."""
+    return masked_pairs if padding is None else torch.minimum(padding, masked_pairs)
+
+
+def _additive(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Return what is added to attention scores: 0 for tokens, MASKED for padding.
+
+    Args:
+        mask: int64 [n, length], 0 for padding.
+        hidden: gives the dtype.
+
+    Returns:
+        [n, 1, 1, length]; None without a mask.
+    """
+    if mask is None:
+        return None
+    is_padding = mask[:, None, None, :] == 0
+    return is_padding.to(hidden.dtype) * MASKED
