@@ -19,8 +19,9 @@ from apecache.heads.head import embed
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training, run_training, seeded
+from apecache.train.loop import run_training
 from apecache.train.model import AlignmentModel
 
 if TYPE_CHECKING:

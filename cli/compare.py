@@ -25,7 +25,8 @@ def compare(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN RUN]", help="Two finished runs: folders, s3://…, gs://… or az://…."
+            metavar="[RUN RUN]",
+            help="Two finished runs: folders, s3://…, gs://… or az://….",
         ),
     ] = None,
     a: Annotated[

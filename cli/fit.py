@@ -337,7 +337,9 @@ def show_encoder_fit(report: "FitEncoderReport", out: Path, json: bool) -> None:
         "chance",
     )
     show_table(
-        f"{out}: best epoch on dev: {report.best_epoch} of {report.n_epochs}", columns, [row]
+        f"{out}: best epoch on dev: {report.best_epoch} of {report.n_epochs}",
+        columns,
+        [row],
     )
 
 

@@ -304,13 +304,17 @@ class SourceOptions(OptionGroup):
     image_column: Annotated[
         str | None,
         _source_option(
-            "--image-column", metavar="NAME", help="Column of the images. Default: detected."
+            "--image-column",
+            metavar="NAME",
+            help="Column of the images. Default: detected.",
         ),
     ] = None
     caption_column: Annotated[
         str | None,
         _source_option(
-            "--caption-column", metavar="NAME", help="Column of the captions. Default: detected."
+            "--caption-column",
+            metavar="NAME",
+            help="Column of the captions. Default: detected.",
         ),
     ] = None
     split_column: Annotated[

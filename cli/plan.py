@@ -59,7 +59,9 @@ class DataOptions(OptionGroup):
     rows: Annotated[
         int,
         typer.Option(
-            parser=parse_count, metavar="COUNT", help="Number of images, e.g. 20000, 400M or 5B."
+            parser=parse_count,
+            metavar="COUNT",
+            help="Number of images, e.g. 20000, 400M or 5B.",
         ),
     ]
     captions: Annotated[

@@ -18,7 +18,7 @@ from apecache.device import (
 )
 from apecache.errors import OptionError
 from apecache.sweeps.population.stacked_heads import MemberGenerators
-from apecache.train.loop import seeded
+from apecache.train.fit import seeded
 
 
 def test_a_seed_gives_the_numbers_of_torch_and_the_caller_keeps_its_own() -> None:

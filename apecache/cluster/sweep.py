@@ -21,7 +21,7 @@ from apecache.sweeps.halving import FitGroup, Name, Results, SweepData, SweepSpe
 from apecache.sweeps.run import SweepReport, load_data, sweep
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial
-from apecache.train.loop import Training
+from apecache.train.fit import Training
 
 
 def sweep_on_ray(

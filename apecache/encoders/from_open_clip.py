@@ -24,6 +24,7 @@ from apecache.encoders.encoder import (
     digest_module,
     freeze,
 )
+from apecache.encoders.library_types import LibraryModel, Tokenizer
 from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
 from apecache.encoders.snapshot import (
     cannot_open,
@@ -70,7 +71,7 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
         architecture=_architecture(model, spec, folder),
         inputs=inputs,
     )
-    visual: Any = freeze(model.visual, spec, device)
+    visual: LibraryModel = freeze(model.visual, spec, device)
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     tap = FeatureTap(states=_states(visual), state="own", pool=lambda state, _: state)
@@ -123,7 +124,7 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
         architecture=_architecture(model, spec, folder),
         inputs=inputs,
     )
-    frozen: Any = freeze(tower, spec, device)
+    frozen: LibraryModel = freeze(tower, spec, device)
 
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts]
@@ -180,7 +181,7 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features."""
     context = getattr(module, "context_length", None) or DEFAULT_CONTEXT
 
@@ -200,7 +201,7 @@ def open_clip_preprocess(spec: EncoderSpec) -> Preprocess:
     return preprocess
 
 
-def _image_config(model: Any, spec: EncoderSpec) -> dict[str, Any]:
+def _image_config(model: LibraryModel, spec: EncoderSpec) -> dict[str, Any]:
     config: dict[str, Any] = dict(model.visual.preprocess_cfg)
     if spec.resolution:
         config["size"] = spec.resolution
@@ -254,7 +255,7 @@ def _folder(spec: EncoderSpec) -> Path | None:
     return folder
 
 
-def _create(spec: EncoderSpec, folder: Path | None) -> Any:
+def _create(spec: EncoderSpec, folder: Path | None) -> LibraryModel:
     """Load the whole model in evaluation mode."""
     return _open(spec, _source(spec, folder), require_pretrained=True)
 
@@ -287,7 +288,7 @@ def _source(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
     return {"model_name": name, "pretrained": tag}
 
 
-def _open(spec: EncoderSpec, source: dict[str, Any], **options: Any) -> Any:
+def _open(spec: EncoderSpec, source: dict[str, Any], **options: Any) -> LibraryModel:
     open_clip = _library()
     try:
         with _asking_nobody():
@@ -347,7 +348,7 @@ def _described(spec: EncoderSpec, folder: Path | None) -> Json:
     return _library().get_model_config(spec.name.partition("/")[0]) or {}
 
 
-def _tokenizer(spec: EncoderSpec, folder: Path | None) -> Any:
+def _tokenizer(spec: EncoderSpec, folder: Path | None) -> Tokenizer:
     """Open the tokenizer: the one beside the model, or the one that its configuration names.
 
     Raises:
@@ -379,7 +380,7 @@ def _tokenizer(spec: EncoderSpec, folder: Path | None) -> Any:
     return tokenizer
 
 
-def _states(tower: Any) -> States:
+def _states(tower: LibraryModel) -> States:
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
         return {"own": _first(tower(inputs[0]))}
 
@@ -392,7 +393,7 @@ def _first(output: Any) -> Tensor:
     return embedding
 
 
-def _trimmed_states(tower: Any) -> States:
+def _trimmed_states(tower: LibraryModel) -> States:
     """Return the forward pass of a tower for texts shorter than its context."""
     mask = tower.attn_mask
 
@@ -407,7 +408,7 @@ def _trimmed_states(tower: Any) -> States:
 
 
 def _tokenize(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     context: int,
     trimmed: bool,
@@ -427,7 +428,7 @@ def _tokenize(
     return Tokens(ids=rows, n_truncated=n_truncated)
 
 
-def _count_truncated(tokenizer: Any, texts: Sequence[str], ids: Tensor, context: int) -> int:
+def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], ids: Tensor, context: int) -> int:
     """Count the texts that have more tokens than the context.
 
     Args:
@@ -455,7 +456,7 @@ def _clean_siglip(text: str) -> str:
     return cleaned
 
 
-def _digest(tokenizer: Any) -> str:
+def _digest(tokenizer: Tokenizer) -> str:
     """Hash the tokenizer: its vocabulary or tokenizer.json, and how text is cleaned."""
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is not None:
@@ -467,7 +468,7 @@ def _digest(tokenizer: Any) -> str:
     return content_hash(f"{type(tokenizer).__name__}\0{clean_name}\0{content}")
 
 
-def _architecture(model: Any, spec: EncoderSpec, folder: Path | None) -> Json:
+def _architecture(model: LibraryModel, spec: EncoderSpec, folder: Path | None) -> Json:
     """Return the class and what the weights do not show: the model's configuration, if known."""
     described = _described(spec, folder) or {"name": spec.name}
     return {"class": type(model).__name__, "config": described}

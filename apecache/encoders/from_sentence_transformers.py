@@ -18,6 +18,7 @@ from apecache.encoders.encoder import (
     freeze,
 )
 from apecache.encoders.from_transformers import NO_LIMIT, UNKNOWN_LENGTH
+from apecache.encoders.library_types import LibraryModel, Tokenizer
 from apecache.encoders.snapshot import cannot_open, read_modules, refuse_code, resolve_folder
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tokenizing import digest_tokenizer, tokenize_with
@@ -53,7 +54,7 @@ def load_sentence_transformers(
     folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
     _require_modules(spec, folder)
     model = _open(spec, folder)
-    tokenizer: Any = getattr(model, "tokenizer", None)
+    tokenizer: Tokenizer = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "is_fast", False):
         raise EncoderError(
             f"encoder {spec}: its tokenizer has no tokenizer.json, so it cannot be fingerprinted"
@@ -77,7 +78,7 @@ def load_sentence_transformers(
         architecture=_architecture(model),
         inputs=inputs,
     )
-    frozen: Any = freeze(model, spec, device)
+    frozen: LibraryModel = freeze(model, spec, device)
 
     def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
         features: dict[str, Any] = {"input_ids": inputs[0], "attention_mask": inputs[1]}
@@ -117,7 +118,7 @@ def _require_modules(spec: EncoderSpec, folder: Path) -> None:
     refuse_code(spec, folder, lambda name: name.startswith("sentence_transformers."))
 
 
-def _max_tokens(spec: EncoderSpec, model: Any) -> int:
+def _max_tokens(spec: EncoderSpec, model: LibraryModel) -> int:
     """Return the spec's limit, else the model's own, but not more than it has positions for."""
     config = getattr(getattr(model[0], "auto_model", None), "config", None)
     n_positions = None if config is None else count_positions(config)
@@ -126,7 +127,7 @@ def _max_tokens(spec: EncoderSpec, model: Any) -> int:
     return min(known_limits, default=UNKNOWN_LENGTH)
 
 
-def _count_unpooled(model: Any, tokenizer: Any, prefix: str) -> int:
+def _count_unpooled(model: LibraryModel, tokenizer: Tokenizer, prefix: str) -> int:
     """Count the leading tokens that the pooling leaves out: a prompt's, where the model says so."""
     pools_all = all(getattr(module, "include_prompt", True) for module in model)
     if pools_all or not prefix:
@@ -136,7 +137,7 @@ def _count_unpooled(model: Any, tokenizer: Any, prefix: str) -> int:
     return len(ids) - (1 if ids and ids[-1] in tokenizer.all_special_ids else 0)
 
 
-def _open(spec: EncoderSpec, folder: Path) -> Any:
+def _open(spec: EncoderSpec, folder: Path) -> LibraryModel:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -147,7 +148,7 @@ def _open(spec: EncoderSpec, folder: Path) -> Any:
         raise cannot_open(spec, error) from error
 
 
-def _architecture(model: Any) -> Json:
+def _architecture(model: LibraryModel) -> Json:
     """Return every module with its settings.
 
     The same weights under another pooling give other features.
@@ -155,7 +156,7 @@ def _architecture(model: Any) -> Json:
     return [_described(module) for module in model]
 
 
-def _described(module: Any) -> Json:
+def _described(module: LibraryModel) -> Json:
     """Return one module's class, its settings as plain JSON, and its transformer's shape."""
     settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
     # How the files were opened is no property of the features.

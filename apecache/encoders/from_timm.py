@@ -22,6 +22,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, flatten_map, resolve_layer
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
 from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec
@@ -57,7 +58,7 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     weights = digest_module(module)
     architecture = _architecture(module, spec)
     layers = [resolve_layer(module, cut) for cut in specs]
-    frozen: Any = freeze(module, spec, device).to(memory_format=layout)
+    frozen: LibraryModel = freeze(module, spec, device).to(memory_format=layout)
     states = _states(frozen, spec, layout)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
@@ -101,7 +102,7 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     return [encoder(cut, layer) for cut, layer in zip(specs, layers, strict=True)]
 
 
-def _transform(module: Any, spec: EncoderSpec) -> tuple[dict[str, Any], Any]:
+def _transform(module: LibraryModel, spec: EncoderSpec) -> tuple[dict[str, Any], Any]:
     """Return timm's configuration of the data, and its transform."""
     config = resolve_model_data_config(module)
     if spec.resolution:
@@ -121,7 +122,7 @@ def timm_preprocess(spec: EncoderSpec) -> Preprocess:
     return preprocess
 
 
-def shape_timm(spec: EncoderSpec, device: str = "meta") -> Any:
+def shape_timm(spec: EncoderSpec, device: str = "meta") -> LibraryModel:
     """Build the architecture without classifier.
 
     On the meta device it has no weights, on another one random weights. Raises EncoderError as
@@ -137,7 +138,7 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) -> features."""
     _require_tokens(module, spec)
     states = _states(module, spec, torch.contiguous_format)
@@ -153,7 +154,7 @@ def count_timm_classes(spec: EncoderSpec) -> int:
     return int(_shape(spec).num_classes)
 
 
-def _shape(spec: EncoderSpec, device: str = "meta", **options: Any) -> Any:
+def _shape(spec: EncoderSpec, device: str = "meta", **options: Any) -> LibraryModel:
     size: dict[str, Any] = {"img_size": spec.resolution} if spec.resolution else {}
     folder = _folder(spec, weights=())
     if folder is None:
@@ -176,7 +177,7 @@ def timm_classifier(spec: EncoderSpec) -> torch.nn.Module:
     return classifier.float().requires_grad_(False)
 
 
-def _create(spec: EncoderSpec) -> Any:
+def _create(spec: EncoderSpec) -> LibraryModel:
     """Load the model without its classifier."""
     # Asked for a model without classifier, timm accepts weights that lack other parameters too,
     # and leaves those random. So the classifier is loaded first and then taken off.
@@ -185,7 +186,7 @@ def _create(spec: EncoderSpec) -> Any:
     return module
 
 
-def _create_whole(spec: EncoderSpec) -> Any:
+def _create_whole(spec: EncoderSpec) -> LibraryModel:
     folder = _folder(spec, WEIGHT_FILES)
     try:
         if folder is None:
@@ -252,7 +253,7 @@ def _require_known(spec: EncoderSpec) -> None:
         )
 
 
-def _architecture(module: Any, spec: EncoderSpec) -> Json:
+def _architecture(module: LibraryModel, spec: EncoderSpec) -> Json:
     """Return what the weights do not show.
 
     The same weights under another pooling or other arguments give other features.
@@ -272,7 +273,7 @@ def _architecture(module: Any, spec: EncoderSpec) -> Json:
     }
 
 
-def memory_format(module: Any) -> torch.memory_format:
+def memory_format(module: LibraryModel) -> torch.memory_format:
     """Return the faster memory format: channels last for convolutional networks only.
 
     It is a third faster there on a CPU, and tensor cores need it. Transformers, which have one
@@ -283,7 +284,7 @@ def memory_format(module: Any) -> torch.memory_format:
     return torch.channels_last if is_convolutional else torch.contiguous_format
 
 
-def _states(module: Any, spec: EncoderSpec, memory: torch.memory_format) -> States:
+def _states(module: LibraryModel, spec: EncoderSpec, memory: torch.memory_format) -> States:
     def states(inputs: tuple[Tensor, ...], requested: Collection[State]) -> dict[State, Tensor]:
         pixels = inputs[0].contiguous(memory_format=memory)
         end, tokens_by_state = caught(
@@ -300,14 +301,14 @@ def _states(module: Any, spec: EncoderSpec, memory: torch.memory_format) -> Stat
     return states
 
 
-def _require_tokens(module: Any, spec: EncoderSpec) -> None:
+def _require_tokens(module: LibraryModel, spec: EncoderSpec) -> None:
     n_prefix = int(getattr(module, "num_prefix_tokens", 0))
     has_cls = n_prefix > 0 and getattr(module, "has_class_token", True)
     if spec.pooling in ("cls", "cls+mean") and not has_cls:
         raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
 
 
-def _pool(module: Any, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _pool(module: LibraryModel, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return timm's own pooling, or one over the tokens without the prefix tokens.
 
     The positions of a convolutional network's feature map count as tokens.

@@ -34,6 +34,7 @@ from apecache.encoders.encoder import (
     pool_tokens,
 )
 from apecache.encoders.layers import caught, resolve_layer
+from apecache.encoders.library_types import LibraryModel, ModelConfig, Processor, Tokenizer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
 from apecache.encoders.processor import ProcessorPreprocess, fixed_shape, resize_options
 from apecache.encoders.snapshot import resolve_folder
@@ -132,7 +133,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     weights = digest_module(module, unloaded)
     architecture = describe_architecture(module, folder)
     layers = [resolve_layer(module, cut) for cut in specs]
-    frozen: Any = freeze(module, spec, device)
+    frozen: LibraryModel = freeze(module, spec, device)
     # One pass over whole texts: a decoder's cache of keys and values would only take memory.
     if getattr(frozen.config, "use_cache", False):
         frozen.config.use_cache = False
@@ -171,7 +172,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     return [encoder(cut, layer, pooling) for cut, layer, pooling in cuts]
 
 
-def _text_states(module: Any, spec: EncoderSpec, config: Any) -> States:
+def _text_states(module: LibraryModel, spec: EncoderSpec, config: ModelConfig) -> States:
     """Return one forward pass of a loaded model; all cuts of the model share it."""
     projected = config.model_type in PROJECTED_TEXT
     sees_padding = config.model_type in SIGLIP_TEXT
@@ -203,7 +204,7 @@ def _text_tap(states: States, layer: State, pooling: Pooling) -> FeatureTap:
     return FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
 
 
-def _text_width(pooling: Pooling, config: Any) -> int:
+def _text_width(pooling: Pooling, config: ModelConfig) -> int:
     """Return the width of the features of one text or token."""
     if pooling == "default":
         is_siglip = config.model_type in SIGLIP_TEXT
@@ -212,7 +213,7 @@ def _text_width(pooling: Pooling, config: Any) -> int:
     return int(config.hidden_size) * n_vectors
 
 
-def _open_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
+def _open_tokenizer(spec: EncoderSpec, folder: Path, config: ModelConfig) -> Any:
     """Open the tokenizer; where it is SigLIP's slow one, name the library that has a fast one."""
     try:
         return open_tokenizer(spec, folder)
@@ -222,7 +223,7 @@ def _open_tokenizer(spec: EncoderSpec, folder: Path, config: Any) -> Any:
         raise EncoderError(f"{error}; take the same model from open_clip:") from error
 
 
-def _text_config(spec: EncoderSpec, folder: Path) -> Any:
+def _text_config(spec: EncoderSpec, folder: Path) -> ModelConfig:
     """Return the configuration of the text tower.
 
     Raises:
@@ -251,12 +252,12 @@ def _text_config(spec: EncoderSpec, folder: Path) -> Any:
     return config
 
 
-def _text_factory(config: Any) -> Any:
+def _text_factory(config: ModelConfig) -> Any:
     factories = {**T5_TYPES, **PROJECTED_TEXT, **SIGLIP_TEXT}
     return factories.get(config.model_type, AutoModel)
 
 
-def _pad_id(tokenizer: Any, config: Any) -> int:
+def _pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
     """Return the id of padding. It is masked, so any id serves where the tokenizer names none."""
     if config.model_type in PROJECTED_TEXT:
         # Old CLIP configs take the highest id as the end of the text: no padding may exceed it.
@@ -264,7 +265,7 @@ def _pad_id(tokenizer: Any, config: Any) -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
-def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: Any) -> Pooling:
+def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelConfig) -> Pooling:
     has_own = config.model_type in (*PROJECTED_TEXT, *SIGLIP_TEXT)
     if has_own and cut.pooling == "default" and cut.layer is None:
         return "default"
@@ -274,7 +275,7 @@ def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: Any) -> 
     return pooling
 
 
-def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: Any) -> None:
+def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: ModelConfig) -> None:
     """Raise EncoderError unless the tokenizer ends a text by the token that the model pools at."""
     eos_id = config.eos_token_id
     is_legacy = eos_id == LEGACY_EOS and config.model_type.startswith("clip")
@@ -353,7 +354,7 @@ def load_transformers_image(
     weights = digest_module(module, unloaded)
     architecture = describe_architecture(module, folder)
     layers = [resolve_layer(module, cut) for cut in specs]
-    frozen: Any = freeze(module, spec, device)
+    frozen: LibraryModel = freeze(module, spec, device)
     states = image_states(frozen, spec, family)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
@@ -390,7 +391,7 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     return preprocess
 
 
-def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
+def shape_transformers(spec: EncoderSpec, device: str = "meta") -> LibraryModel:
     """Build the architecture in float32: the tower alone, as the loaders open it.
 
     On the meta device it has no weights, on another one random weights.
@@ -414,7 +415,7 @@ def shape_transformers(spec: EncoderSpec, device: str = "meta") -> Any:
         return factory(config, **options)
 
 
-def shape_features(spec: EncoderSpec, module: Any) -> Callable[..., Tensor]:
+def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features.
 
     Raises EncoderError as the loaders do.
@@ -444,14 +445,14 @@ def image_size(spec: EncoderSpec) -> tuple[int, int]:
 
 def _processor(spec: EncoderSpec, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the image processor, and its call options for the spec's resolution."""
-    processor: Any = open_saved(AutoImageProcessor, spec, folder)
+    processor: Processor = open_saved(AutoImageProcessor, spec, folder)
     return processor, resize_options(processor, spec)
 
 
 def _max_tokens(
     spec: EncoderSpec,
-    tokenizer: Any,
-    config: Any,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
     saved_limit: int | None,
 ) -> int:
     """Return how many tokens of a text are encoded, special tokens included.
@@ -477,7 +478,7 @@ def _max_tokens(
     return max_tokens
 
 
-def _plain_processor(processor: Any, size: dict[str, Any]) -> Json:
+def _plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
     """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
     left_out = (

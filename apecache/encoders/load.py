@@ -12,6 +12,7 @@ from torch import nn
 from apecache.device import resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.frozen_tower import FrozenTower
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_anatomy
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec
@@ -160,7 +161,7 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
             raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
 
 
-def _is_mapped(module: Any) -> bool:
+def _is_mapped(module: LibraryModel) -> bool:
     try:
         read_anatomy(module)
     except EncoderError:
@@ -168,7 +169,7 @@ def _is_mapped(module: Any) -> bool:
     return True
 
 
-def _shape_frozen(spec: EncoderSpec, module: Any) -> Tower:
+def _shape_frozen(spec: EncoderSpec, module: LibraryModel) -> Tower:
     """View a shape as a tower that runs as a whole."""
     match spec.library:
         case "timm":

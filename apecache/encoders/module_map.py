@@ -5,10 +5,11 @@ The names are those within the libraries' own models.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
+from apecache.encoders.library_types import LibraryModel, ModelConfig
 from apecache.errors import EncoderError
 
 Place = Literal[
@@ -164,13 +165,13 @@ T5_NORMS = ("layer.0.layer_norm", "layer.1.layer_norm")
 BERT_TABLE = "embeddings.word_embeddings"
 
 
-def read_anatomy(module: Any) -> ModuleMap:
+def read_anatomy(module: LibraryModel) -> ModuleMap:
     """Return the anatomy of a loaded model.
 
     Raises:
         EncoderError: an architecture that is not supported; the message names the supported ones.
     """
-    config: Any = getattr(module, "config", None)
+    config: ModelConfig = getattr(module, "config", None)
     model_type = getattr(config, "model_type", type(module).__name__)
     library, _, _ = type(module).__module__.partition(".")
     anatomy = None
@@ -187,7 +188,7 @@ def read_anatomy(module: Any) -> ModuleMap:
     return anatomy
 
 
-def _timm_anatomy(module: Any) -> ModuleMap | None:
+def _timm_anatomy(module: LibraryModel) -> ModuleMap | None:
     name = type(module).__name__
     # timm replaces the final norm by an identity where its head has a norm after pooling.
     has_final_norm = not isinstance(getattr(module, "norm", None), nn.Identity)
@@ -221,7 +222,7 @@ def _timm_anatomy(module: Any) -> ModuleMap | None:
     )
 
 
-def _image_anatomy(module: Any, model_type: str) -> ModuleMap | None:
+def _image_anatomy(module: LibraryModel, model_type: str) -> ModuleMap | None:
     """Return the anatomy of an image encoder of transformers; None of any other model."""
     match model_type:
         case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit" | "data2vec-vision":
@@ -263,9 +264,9 @@ def _image_anatomy(module: Any, model_type: str) -> ModuleMap | None:
             return None
 
 
-def _text_anatomy(module: Any, model_type: str) -> ModuleMap | None:
+def _text_anatomy(module: LibraryModel, model_type: str) -> ModuleMap | None:
     """Return the anatomy of a text encoder of transformers; None of any other model."""
-    config: Any = getattr(module, "config", None)
+    config: ModelConfig = getattr(module, "config", None)
     match model_type:
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
             return ModuleMap(
@@ -322,7 +323,7 @@ def _text_anatomy(module: Any, model_type: str) -> ModuleMap | None:
             return None
 
 
-def _decoder_anatomy(module: Any) -> ModuleMap:
+def _decoder_anatomy(module: LibraryModel) -> ModuleMap:
     is_causal = getattr(module.config, "is_causal", True) is not False
     if not is_causal or set(module.config.layer_types) != {"full_attention"}:
         raise EncoderError(
@@ -338,7 +339,7 @@ def _decoder_anatomy(module: Any) -> ModuleMap:
     )
 
 
-def _hf_vision_anatomy(module: Any, model_type: str) -> ModuleMap:
+def _hf_vision_anatomy(module: LibraryModel, model_type: str) -> ModuleMap:
     # ViT, DeiT and BEiT hold their blocks themselves, DINOv2 has an encoder that holds them.
     blocks = "layers" if hasattr(module, "layers") else "encoder.layer"
     norms = ("layernorm_before", "layernorm_after")

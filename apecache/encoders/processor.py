@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from apecache.encoders.library_types import Processor
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 
@@ -18,7 +19,7 @@ PROBE_SIZES = ((640, 480), (480, 640), (900, 130))
 class ProcessorPreprocess:
     """Call the library's own image processor, with the options that give another size."""
 
-    processor: Any
+    processor: Processor
     size: dict[str, Any]
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -50,7 +51,7 @@ def fixed_shape(
     return int(channels), int(height), int(width)
 
 
-def resize_options(processor: Any, spec: EncoderSpec) -> dict[str, Any]:
+def resize_options(processor: Processor, spec: EncoderSpec) -> dict[str, Any]:
     """Return the call options for `spec.resolution` pixels, with the processor's own geometry.
 
     What is squashed to a square stays squashed, what is cropped keeps its crop ratio.

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from apecache.encoders.library_types import ModelConfig
 from apecache.encoders.snapshot import CARD, is_whole, read_json, read_modules, repository_of
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError
@@ -103,7 +104,7 @@ def read_text_use(spec: EncoderSpec, folder: Path) -> TextUse:
     )
 
 
-def resolve_pooling(spec: EncoderSpec, folder: Path, use: TextUse, config: Any) -> Pooling:
+def resolve_pooling(spec: EncoderSpec, folder: Path, use: TextUse, config: ModelConfig) -> Pooling:
     """Return the spec's pooling, else the repository's, else the architecture's convention.
 
     The convention is the last token of causal decoders, and the masked mean of encoders that are
@@ -135,7 +136,7 @@ def resolve_pooling(spec: EncoderSpec, folder: Path, use: TextUse, config: Any) 
     return convention
 
 
-def _convention(config: Any) -> Pooling | None:
+def _convention(config: ModelConfig) -> Pooling | None:
     model_type = config.model_type
     if model_type in MEAN_TYPES:
         return "mean"

@@ -3,18 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
 from apecache.encoders.encoder import Tokens
+from apecache.encoders.library_types import Tokenizer
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.transformers_files import open_saved
 from apecache.errors import EncoderError
 from apecache.fingerprint import content_hash
 
 
-def open_tokenizer(spec: EncoderSpec, folder: Path) -> Any:
+def open_tokenizer(spec: EncoderSpec, folder: Path) -> Tokenizer:
     """Open the tokenizer. Raises EncoderError if it has no tokenizer.json, or knows no words."""
     tokenizer = open_saved(AutoTokenizer, spec, folder)
     if not getattr(tokenizer, "is_fast", False):
@@ -28,13 +28,13 @@ def open_tokenizer(spec: EncoderSpec, folder: Path) -> Any:
     return tokenizer
 
 
-def has_case(tokenizer: Any) -> bool:
+def has_case(tokenizer: Tokenizer) -> bool:
     """Tell whether the tokenizer itself tells capitals from small letters."""
     capitals = "ABC Hello WORLD"
     return bool(tokenizer(capitals)["input_ids"] != tokenizer(capitals.lower())["input_ids"])
 
 
-def tokenize_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
+def tokenize_with(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> Tokens:
     """Tokenize texts, cut to `max_tokens`, and count those that were cut."""
     if not texts:
         return Tokens(ids=[], n_truncated=0)
@@ -49,7 +49,7 @@ def tokenize_with(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Toke
     return Tokens(ids=ids, n_truncated=n_truncated)
 
 
-def _end_id(tokenizer: Any) -> int:
+def _end_id(tokenizer: Tokenizer) -> int:
     """Return the token that stands for an empty text, where the tokenizer adds none by itself."""
     for token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         if token_id is not None:
@@ -57,7 +57,7 @@ def _end_id(tokenizer: Any) -> int:
     return 0
 
 
-def digest_tokenizer(tokenizer: Any) -> str:
+def digest_tokenizer(tokenizer: Tokenizer) -> str:
     """Hash the tokenizer's content."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls switch truncation and padding on and off: they say nothing about the tokenizer.

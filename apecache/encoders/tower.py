@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
+from apecache.encoders.library_types import LibraryModel, ModelConfig
 from apecache.encoders.module_map import SUPPORTED, TEXT_FAMILIES, ModuleMap, read_anatomy
 from apecache.encoders.sample_draws import checkpoint_contexts
 from apecache.encoders.spec import Pooling
@@ -32,12 +33,12 @@ class Tower(nn.Module):
     Outputs have the module's dtype and are not normalized.
     """
 
-    module: Any
+    module: LibraryModel
     """The library's model."""
 
     def __init__(
         self,
-        module: Any,
+        module: LibraryModel,
         modality: Modality,
         anatomy: ModuleMap,
         pooling: Pooling,
@@ -169,7 +170,7 @@ class Tower(nn.Module):
             case "hf-siglip":
                 return module.head(tokens)  # type: ignore[no-any-return]
             case "hf-clip":
-                vision = getattr(module, "vision_model", module)
+                vision: LibraryModel = getattr(module, "vision_model", module)
                 pooled: Tensor = vision.post_layernorm(tokens[:, 0])
                 projection = getattr(module, "visual_projection", nn.Identity())
                 return projection(pooled)  # type: ignore[no-any-return]
@@ -341,7 +342,7 @@ ROBERTA_LIKE = (
 )
 
 
-def count_positions(config: Any) -> int | None:
+def count_positions(config: ModelConfig) -> int | None:
     """Return how many tokens a text model has positions for; None where there is no limit."""
     n_positions = getattr(config, "max_position_embeddings", None)
     if not n_positions:
@@ -352,7 +353,7 @@ def count_positions(config: Any) -> int | None:
 
 
 def build_tower(
-    module: Any,
+    module: LibraryModel,
     modality: Modality,
     pooling: Pooling = "default",
     cls_id: int | None = None,
@@ -397,7 +398,7 @@ def build_tower(
     return tower
 
 
-def _default_pooling(module: Any, anatomy: ModuleMap) -> Pooling:
+def _default_pooling(module: LibraryModel, anatomy: ModuleMap) -> Pooling:
     """Return the default pooling of a tower; `default` where the model has one of its own."""
     match anatomy.family:
         case "timm" | "timm-beit" | "hf-clip":
@@ -414,7 +415,7 @@ def _default_pooling(module: Any, anatomy: ModuleMap) -> Pooling:
             return "mean"
 
 
-def _beit_default(module: Any) -> Pooling:
+def _beit_default(module: LibraryModel) -> Pooling:
     """Return the default pooling of BEiT and Data2VecVision."""
     if not getattr(module.config, "use_mean_pooling", False):
         return "cls"

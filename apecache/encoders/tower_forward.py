@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import ModuleMap
 from apecache.errors import EncoderError
 
@@ -16,7 +17,7 @@ MASKED = -65504.0
 """Added to the scores of masked tokens: the lowest float16, so that it survives every autocast."""
 
 
-def embed_inputs(module: Any, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
+def embed_inputs(module: LibraryModel, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
     """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
     match anatomy.family:
         case "timm":
@@ -40,7 +41,7 @@ def embed_inputs(module: Any, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
                 interpolate_pos_encoding=True,
             )
         case "hf-clip":
-            vision = getattr(module, "vision_model", module)
+            vision: LibraryModel = getattr(module, "vision_model", module)
             embedded = vision.embeddings(inputs, interpolate_pos_encoding=True)
             return vision.pre_layrnorm(embedded)  # type: ignore[no-any-return]
         case "hf-beit":
@@ -61,7 +62,7 @@ def embed_inputs(module: Any, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
 
 
 def block_contexts(
-    module: Any,
+    module: LibraryModel,
     anatomy: ModuleMap,
     hidden: Tensor,
     mask: Tensor | None,
@@ -88,7 +89,7 @@ def block_contexts(
 
 
 def _shared_context(
-    module: Any,
+    module: LibraryModel,
     anatomy: ModuleMap,
     hidden: Tensor,
     mask: Tensor | None,
@@ -128,7 +129,7 @@ def _shared_context(
             return {"attention_mask": _additive(mask, hidden)}
 
 
-def _beit_context(module: Any, length: int) -> dict[str, Any]:
+def _beit_context(module: LibraryModel, length: int) -> dict[str, Any]:
     # Tokens after a cut do not say their shape any more: the image is taken to be square.
     grid_size = round((length - 1) ** 0.5)
     patch_size = module.config.patch_size
@@ -145,7 +146,7 @@ def _beit_context(module: Any, length: int) -> dict[str, Any]:
 
 
 def _dinov3_positions(
-    module: Any,
+    module: LibraryModel,
     hidden: Tensor,
     image_size: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _dinov3_positions(
 
 
 def _modernbert_contexts(
-    module: Any,
+    module: LibraryModel,
     hidden: Tensor,
     mask: Tensor | None,
 ) -> list[dict[str, Any]]:

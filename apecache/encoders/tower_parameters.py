@@ -1,11 +1,11 @@
 """List the parameters of a tower by the part they belong to; hold a token table's CLS row apart."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import ModuleMap, Place
 from apecache.encoders.spec import Pooling
 
@@ -70,7 +70,7 @@ class RowEmbedding(nn.Module):
 class ParameterWalk:
     """Describe the parameters of the library's model one by one."""
 
-    module: Any
+    module: LibraryModel
     anatomy: ModuleMap
     n_blocks: int
     pooling: Pooling

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.snapshot import cannot_open
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
@@ -104,7 +105,7 @@ def _quiet(local: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def describe_architecture(module: Any, folder: Path) -> Json:
+def describe_architecture(module: LibraryModel, folder: Path) -> Json:
     """Return the class and the settings of config.json.
 
     The same weights with another number of heads give other features.

@@ -16,6 +16,7 @@ from transformers import (
 
 from apecache.encoders.encoder import FeatureTap, State, States, pool_tokens
 from apecache.encoders.layers import caught, flatten_map
+from apecache.encoders.library_types import LibraryModel, ModelConfig
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.errors import EncoderError
 
@@ -50,7 +51,7 @@ FIXED_SIZE_TYPES = ("deit", "hiera", "ijepa", "siglip_vision_model", "swin", "sw
 class ImageFamily:
     """Describe one image model of transformers."""
 
-    config: Any
+    config: ModelConfig
     """Of the image tower alone."""
     factory: Any
     """Class that opens it."""
@@ -70,7 +71,7 @@ class ImageFamily:
         return cut.pooling == "default" and cut.layer is None and self.own_output is not None
 
 
-def read_image_family(spec: EncoderSpec, config: Any) -> ImageFamily:
+def read_image_family(spec: EncoderSpec, config: ModelConfig) -> ImageFamily:
     """Describe the image tower of a configuration.
 
     Raises:
@@ -80,7 +81,7 @@ def read_image_family(spec: EncoderSpec, config: Any) -> ImageFamily:
     if model_type in (*PROJECTED_TYPES, "clip_vision_model", "metaclip_2_vision_model"):
         return _projected(config)
     if model_type in ("siglip", "siglip_vision_model"):
-        vision_config = getattr(config, "vision_config", config)
+        vision_config: ModelConfig = getattr(config, "vision_config", config)
         has_head = getattr(vision_config, "vision_use_head", True)
         return _family(
             vision_config,
@@ -113,7 +114,7 @@ def read_image_family(spec: EncoderSpec, config: Any) -> ImageFamily:
 
 
 def _family(
-    config: Any,
+    config: ModelConfig,
     own_output: Literal["pooler_output", "image_embeds"] | None,
     n_class_tokens: int,
     factory: Any = AutoModel,
@@ -133,12 +134,12 @@ def _family(
     )
 
 
-def _projected(config: Any) -> ImageFamily:
+def _projected(config: ModelConfig) -> ImageFamily:
     """Describe CLIP's image tower: its own output is the projected CLS token.
 
     A tower that was saved without the projection gives the CLS token after its norm.
     """
-    vision_config = getattr(config, "vision_config", config)
+    vision_config: ModelConfig = getattr(config, "vision_config", config)
     architectures = list(getattr(config, "architectures", None) or [])
     unprojected = [
         UNPROJECTED_CLASSES[name] for name in architectures if name in UNPROJECTED_CLASSES
@@ -163,7 +164,7 @@ def _projected(config: Any) -> ImageFamily:
     )
 
 
-def image_states(module: Any, spec: EncoderSpec, family: ImageFamily) -> States:
+def image_states(module: LibraryModel, spec: EncoderSpec, family: ImageFamily) -> States:
     """Return one forward pass of a loaded model; all cuts of the model share it."""
     is_resized = bool(spec.resolution) and family.interpolates_on_demand
     options = {"interpolate_pos_encoding": True} if is_resized else {}

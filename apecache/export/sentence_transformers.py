@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.from_transformers import text_prefix
+from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.load import load_text_encoder
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
@@ -63,7 +64,7 @@ def export_sentence_transformers(
     _require_cut(spec)
     encoder = load_text_encoder(spec, "cpu")
     heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-    loaded: Any = encoder.module
+    loaded: LibraryModel = encoder.module
     modules = list(loaded) if spec.library == "st" else _transformer(encoder)
     prompts = _prompts(spec, loaded)
     model = SentenceTransformer(
@@ -130,7 +131,7 @@ def _transformer(encoder: TextEncoder) -> list[nn.Module]:
     return [inner, Pooling(encoder.dim, pooling)]
 
 
-def _prompts(spec: EncoderSpec, module: Any) -> dict[str, Any]:
+def _prompts(spec: EncoderSpec, module: LibraryModel) -> dict[str, Any]:
     """Return the prefix of every text as a default prompt; empty without one."""
     prefix = text_prefix(spec) if spec.library == "hf" else spec.prefix
     if prefix is None:

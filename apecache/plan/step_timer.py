@@ -28,8 +28,9 @@ from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs, batches
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
+from apecache.train.fit import Fit, StepCount, Training
 from apecache.train.live import CachedInputs, ImageInputs, Inputs, TokenInputs
-from apecache.train.loop import Fit, StepCount, Training, take_step
+from apecache.train.loop import take_step
 from apecache.train.model import build_model
 from apecache.train.ranks import ALONE
 

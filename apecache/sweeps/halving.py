@@ -27,9 +27,9 @@ from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, interval, write_trials
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training
 from apecache.train.head_data import FitSpec
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training
 
 WORK = "work"
 ETA = 3

@@ -18,9 +18,9 @@ from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.fit import Fit
 from apecache.train.grad_cache import backward_in_slices
 from apecache.train.live import ImageInputs, Inputs
-from apecache.train.loop import Fit
 from apecache.train.ranks import Ranks
 
 EVALUATION_BATCH = 64

@@ -30,11 +30,12 @@ from apecache.store.reader import FeatureStore
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
+from apecache.train.fit import StepCount, seeded
 from apecache.train.lint.checks import lint_encoder_data
 from apecache.train.lint.findings import Finding, require_sound
 from apecache.train.lint.model_checks import lint_groups
 from apecache.train.live import OpenImage
-from apecache.train.loop import FitProgress, StepCount, seeded
+from apecache.train.loop import FitProgress
 from apecache.train.ranks import Ranks, joined, own_device
 from apecache.train.session import (
     RunFolder,

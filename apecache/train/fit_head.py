@@ -25,11 +25,12 @@ from apecache.storage.atomic import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
-from apecache.train.loop import FitProgress, StepCount, Training, seeded
+from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
 from apecache.train.session import (
     RunFolder,

@@ -1,304 +1,27 @@
-"""Run the loop of a fit and hold all of its state.
+"""Run the loop of a fit: epochs, steps, evaluations, early stopping.
 
-A checkpoint holds that state, so that an interrupted fit resumes as if it had never stopped.
+The state is that of `apecache.train.fit`.
 """
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apecache.device import (
-    generator_states,
-    is_accelerator,
-    seeded_generators,
-    set_generator_states,
-)
-from apecache.errors import DataError, RunError
-from apecache.fingerprint import Json
+from apecache.errors import DataError
 from apecache.metrics.retrieval import RetrievalReport
-from apecache.recipes.recipe import Recipe
-from apecache.runs.checkpoint import flatten_optimizer, restore_optimizer
 from apecache.runs.folder import history_line
-from apecache.train.augment import augment
-from apecache.train.batches import Batch, FeaturePairs, batches, n_batches
-from apecache.train.model import AlignmentModel, evaluate_model
-from apecache.train.optim import build_optimizer, learning_rate_factor
+from apecache.train.batches import Batch, FeaturePairs, batches
+from apecache.train.fit import SCALE, BestEvaluation, Fit, StepCount, Trainable, cloned_tensors
+from apecache.train.optim import learning_rate_factor
 
-SCALE = "temperature.log_scale"
-"""Name of the temperature's parameter in the state of a model."""
 FitProgress = Callable[[dict[str, Any]], None]
 """Take one line of the history after every evaluation; epoch 0 is the model before training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCount:
-    """Count the steps of a fit."""
-
-    n_steps: int
-    """Steps of the fit."""
-    per_epoch: int
-    """Steps of an epoch."""
-    accumulate: int
-    """Batches of a step."""
-
-    @property
-    def n_epochs(self) -> int:
-        """Epochs of the fit, the last of which can be incomplete."""
-        return -(-self.n_steps // self.per_epoch)
-
-    @staticmethod
-    def of(recipe: Recipe, train: FeaturePairs) -> "StepCount":
-        """Plan the steps of a recipe on these pairs."""
-        # An epoch with fewer batches than `accumulate` is one step.
-        count = n_batches(train, recipe.schedule.batch_size)
-        accumulate = min(recipe.schedule.accumulate, count)
-        per_epoch = count // accumulate
-        return StepCount(
-            n_steps=recipe.schedule.steps or per_epoch * recipe.schedule.epochs,
-            per_epoch=per_epoch,
-            accumulate=accumulate,
-        )
-
-
-@dataclass(kw_only=True)
-class BestEvaluation:
-    """Hold the evaluation that is best on dev so far."""
-
-    epoch: int = 0
-    """Epoch of the evaluation."""
-    recall: float = -math.inf
-    """Mean recall on dev, in percent."""
-    stale: int = 0
-    """Evaluations since then."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """Copy of the evaluated weights; empty before the first evaluation that counts."""
-
-
-class Trainable(Protocol):
-    """Describe what a fit and its checks need of a model.
-
-    `rates` returns what trains, with factors of the learning rate. `kept_state` returns all that a
-    fit can change, the temperature included, by the names of `named_parameters` and buffers.
-    """
-
-    @property
-    def temperature(self) -> Any: ...
-    def rates(self) -> list[tuple[nn.Parameter, float]]: ...
-    def kept_state(self) -> dict[str, Tensor]: ...
-    def load_kept(self, tensors: Mapping[str, Tensor]) -> None: ...
-    def clamp(self) -> None: ...
-    def train(self) -> Any: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-Model = TypeVar("Model", bound=Trainable)
-
-
-class Fit(ABC, Generic[Model]):
-    """Hold everything that a fit changes.
-
-    Attributes:
-        average: Exponential moving average (EMA) of the weights, if the recipe has one.
-        epoch_draws: State of `generator` at the beginning of the present epoch.
-        step: Steps done.
-        in_epoch: Steps done in the present epoch.
-        losses: Losses of these steps, on the device.
-        seconds: Time of training and evaluation, without loading.
-        saved_step: Step of the last checkpoint.
-        step_flops: Operations of one step; None before the first step.
-    """
-
-    def __init__(self, model: Model, recipe: Recipe, seed: int) -> None:
-        self.model = model
-        self.recipe = recipe
-        rates = model.rates()
-        self.optimizer = (
-            build_optimizer(rates, recipe.optimizer) if rates and _has_steps(recipe) else None
-        )
-        self.device = model.kept_state()[SCALE].device
-        self.average = _cloned(model.kept_state()) if recipe.optimizer.ema else None
-        self.generator = torch.Generator().manual_seed(seed)
-        self.epoch_draws = self.generator.get_state()
-        self.epoch = 0
-        self.step = 0
-        self.in_epoch = 0
-        self.losses: list[Tensor] = []
-        self.history: list[dict[str, Any]] = []
-        self.best = BestEvaluation()
-        self.seconds = 0.0
-        self.saved_step = 0
-        self.evaluation_seconds = 0.0
-        self.loading_seconds = 0.0
-        self.step_flops: int | None = None
-
-    @abstractmethod
-    def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
-        """Measure retrieval on dev with the model's present weights, without dropout."""
-
-    @abstractmethod
-    def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
-        """Add the gradients of a batch's loss divided by `accumulate`.
-
-        Returns:
-            The divided loss, on the device, detached.
-        """
-
-    def join_gradients(self) -> None:
-        """Add up gradients over processes, once before the optimizer's step."""
-
-    @property
-    def outcome(self) -> dict[str, Tensor]:
-        """Weights that are evaluated and kept: the average if there is one."""
-        return self.model.kept_state() if self.average is None else self.average
-
-    @contextmanager
-    def with_outcome(self) -> Iterator[None]:
-        """Put the average, if there is one, in place of the model's weights for a while."""
-        if self.average is None:
-            yield
-            return
-        # A copy: loading the average overwrites the weights in place.
-        weights = _cloned(self.model.kept_state())
-        self.model.load_kept(self.average)
-        try:
-            yield
-        finally:
-            self.model.load_kept(weights)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the fit's state, by `group/name`.
-
-        Groups are the weights, their average, the best weights, the optimizer's state, random
-        states, and the losses of the present epoch.
-        """
-        tensor_groups: dict[str, Mapping[str, Tensor]] = {
-            "model": self.model.kept_state(),
-            "best": self.best.weights,
-        }
-        if self.average is not None:
-            tensor_groups["average"] = self.average
-        if self.optimizer is not None:
-            tensor_groups["optimizer"] = flatten_optimizer(self.optimizer)
-        random_states = {
-            "draws": self.generator.get_state(),
-            "epoch": self.epoch_draws,
-            "cpu": torch.get_rng_state(),
-        }
-        if is_accelerator(self.device):
-            random_states[self.device.type] = generator_states(self.device)[1]
-        tensor_groups["random"] = random_states
-        tensor_groups["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
-        tensors: dict[str, Tensor] = {}
-        for group_name, group_tensors in tensor_groups.items():
-            for name, tensor in group_tensors.items():
-                tensors[f"{group_name}/{name}"] = tensor
-        return tensors
-
-    def state(self) -> dict[str, Json]:
-        """Return the rest of the fit's state, as JSON."""
-        # Before the first evaluation the best recall is minus infinity, which JSON does not have.
-        recall = self.best.recall if self.best.weights else None
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "in_epoch": self.in_epoch,
-            "history": self.history,
-            "best": {"epoch": self.best.epoch, "recall": recall, "stale": self.best.stale},
-            "seconds": self.seconds,
-            "evaluation_seconds": self.evaluation_seconds,
-            "loading_seconds": self.loading_seconds,
-            "step_flops": self.step_flops,
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Json]) -> None:
-        """Load what `tensors` and `state` returned.
-
-        Raises:
-            RunError: The tensors or the state are not those of such a fit.
-        """
-        # Groups that had no tensor are missing, such as the optimizer's before its first step.
-        tensor_groups: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            group_name, _, name = key.partition("/")
-            tensor_groups.setdefault(group_name, {})[name] = tensor
-        try:
-            self.model.load_kept(tensor_groups["model"])
-            if self.average is not None:
-                for name, tensor in self.average.items():
-                    tensor.copy_(tensor_groups["average"][name])
-            if self.optimizer is not None:
-                restore_optimizer(self.optimizer, tensor_groups.get("optimizer", {}))
-            self._restore_random(tensor_groups["random"])
-            losses = tensor_groups.get("losses", {}).get("epoch", torch.empty(0))
-            self.losses = [loss.to(self.device) for loss in losses.unbind()]
-            self.epoch = int(state["epoch"])
-            self.step = int(state["step"])
-            self.in_epoch = int(state["in_epoch"])
-            self.history = list(state["history"])
-            self.seconds = float(state["seconds"])
-            self.evaluation_seconds = float(state["evaluation_seconds"])
-            self.loading_seconds = float(state["loading_seconds"])
-            self.step_flops = state["step_flops"]
-            best = state["best"]
-            best_tensors = tensor_groups.get("best", {})
-            weights = {name: tensor.to(self.device) for name, tensor in best_tensors.items()}
-            recall = -math.inf if best["recall"] is None else float(best["recall"])
-            self.best = BestEvaluation(
-                epoch=int(best["epoch"]),
-                recall=recall,
-                stale=int(best["stale"]),
-                weights=weights,
-            )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            why = str(error).splitlines()[0]
-            raise RunError(
-                f"the checkpoint does not fit its fit ({why}); begin anew with --overwrite"
-            ) from None
-
-    def _restore_random(self, states: Mapping[str, Tensor]) -> None:
-        """Restore the fit's own generator and torch's."""
-        self.generator.set_state(states["draws"])
-        self.epoch_draws = states["epoch"]
-        of_device = [states[self.device.type]] if is_accelerator(self.device) else []
-        set_generator_states([states["cpu"], *of_device], self.device)
-
-
-class Training(Fit[AlignmentModel]):
-    """Fit heads on cached features."""
-
-    def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
-        """Measure retrieval on dev. See `Fit.evaluate`."""
-        return evaluate_model(self.model, dev)
-
-    def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
-        """Add the gradients of an augmented batch. See `Fit.add_gradients`."""
-        model = self.model
-        augmented = augment(
-            batch,
-            spec=self.recipe.augmentation,
-            image=model.image,
-            text=model.text,
-        )
-        loss: Tensor = model(augmented, self.step) / accumulate
-        loss.backward()
-        return loss.detach()
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, for dropout and noise, and restore them at the end."""
-    with seeded_generators(seed, device):
-        yield
 
 
 def run_training(
@@ -524,11 +247,6 @@ def _follow(average: dict[str, Tensor], model: Trainable, decay: float) -> None:
             average[name].copy_(tensor)
 
 
-def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors, without graphs."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def require_finite(training: Fit[Any]) -> None:
     """Check the losses of the present epoch.
 
@@ -585,12 +303,7 @@ def _keep(training: Fit[Any], recall: float) -> None:
             epoch=training.epoch,
             recall=recall,
             stale=0,
-            weights=_cloned(training.outcome),
+            weights=cloned_tensors(training.outcome),
         )
     else:
         training.best.stale += 1
-
-
-def _has_steps(recipe: Recipe) -> bool:
-    """Check whether the recipe trains at all: a closed form alone does not."""
-    return recipe.schedule.epochs > 0 or recipe.schedule.steps > 0

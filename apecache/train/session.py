@@ -23,8 +23,9 @@ from apecache.runs.ledger import (
 )
 from apecache.store.array import FeatureArray
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import SCALE, Fit, StepCount
 from apecache.train.lint.checks import n_negatives
-from apecache.train.loop import SCALE, Fit, FitProgress, StepCount, require_finite, run_training
+from apecache.train.loop import FitProgress, require_finite, run_training
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""

@@ -32,10 +32,11 @@ from apecache.store.reader import FeatureStore
 from apecache.sweeps.run import SweepReport, SweepSpec, sweep
 from apecache.sweeps.space import Space, load_space
 from apecache.train.batches import FeaturePairs, SplitSpec
+from apecache.train.fit import StepCount, Training
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training, draw_epoch, take_step
+from apecache.train.loop import draw_epoch, take_step
 from benchmarks.quality.heads import made_up
 from benchmarks.record import Goal, print_goals, print_table, write_result
 

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.loop import StepCount, Training, take_step
+from apecache.train.fit import StepCount, Training
+from apecache.train.loop import take_step
 from apecache.train.model import build_model
 from benchmarks.record import Goal, print_goals, print_table, write_result
 

@@ -31,8 +31,9 @@ from apecache.recipes.recipe import Recipe
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training, draw_epoch, run_training, seeded, take_steps
+from apecache.train.loop import draw_epoch, run_training, take_steps
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 IN_DIM = 384

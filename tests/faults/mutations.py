@@ -336,7 +336,9 @@ def mutated(mutation: Mutation) -> Iterator[Path]:
         shutil.copy(ROOT / "pyproject.toml", copy)
         for name in ("apecache", "benchmarks", "tests/store", "tests/faults", "tests/support"):
             shutil.copytree(
-                ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+                ROOT / name,
+                copy / name,
+                ignore=shutil.ignore_patterns("__pycache__", "results"),
             )
         for path in (ROOT / "tests").glob("*.py"):
             if not path.name.startswith("test_"):

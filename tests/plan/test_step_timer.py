@@ -30,8 +30,8 @@ from apecache.plan.step_timer import (
 )
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.encoder_fit import EncoderFit
+from apecache.train.fit import Training
 from apecache.train.live import CachedInputs, ImageInputs, TokenInputs
-from apecache.train.loop import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

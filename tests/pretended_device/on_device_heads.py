@@ -18,8 +18,9 @@ from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training, draw_epoch, seeded, take_step
+from apecache.train.loop import draw_epoch, take_step
 from apecache.train.model import evaluate_model
 
 CPU = torch.device("cpu")

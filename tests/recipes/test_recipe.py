@@ -261,7 +261,10 @@ def test_paths_of_bases_are_relative_to_the_file_that_names_them(tmp_path: Path)
     )
     write_recipes(
         tmp_path,
-        root='name = "root"\nsource = "a paper"\n[image]\nkind = "linear"\ndim = 8\n[text]\ndim = 16\n',
+        root=(
+            'name = "root"\nsource = "a paper"\n[image]\nkind = "linear"\ndim = 8\n[text]\ndim = '
+            "16\n"
+        ),
         mine='name = "mine"\nextends = "bases/linear.toml"\n[text]\nkind = "mlp"\n',
     )
     recipe = load_recipe(tmp_path / "mine.toml")

@@ -494,7 +494,9 @@ def test_the_command_says_where_warns_and_ends_cleanly(tiny_index: Path, tiny_ru
     url = json.loads(process.stdout.readline())["url"]
     try:
         there = Served(
-            int(url.rstrip("/").rsplit(":", 1)[1]), SearchIndex.open(tiny_index), tiny_index
+            int(url.rstrip("/").rsplit(":", 1)[1]),
+            SearchIndex.open(tiny_index),
+            tiny_index,
         )
         assert there.ask("/?q=dog&k=1").status == 200
     finally:

@@ -1,5 +1,5 @@
-"""The stores of these tests are written by the tower of the fault injection: deterministic, and without
-torch."""
+"""The stores of these tests are written by the tower of the fault injection: deterministic, and
+without torch."""
 
 import shutil
 from collections.abc import Callable

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import StepCount, Training, run_training, seeded
+from apecache.train.loop import run_training
 
 CPU = torch.device("cpu")
 

@@ -577,7 +577,8 @@ def test_ragged_tokens_are_loaded_with_their_lengths(
 
 @pytest.mark.parametrize("captions", [1, 3])
 def test_groups_know_their_number_of_positive_pairs(captions: int) -> None:
-    """Over several blocks of batches, with a batch now and then in which no two images are equal."""
+    """Over several blocks of batches, with a batch now and then in which no two images are
+    equal."""
     pairs = numbered([3] * 120)
     content = torch.arange(120)
     content[40:100] = content[40:100] // 2

@@ -20,12 +20,13 @@ from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches
+from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.fit_head import FitReport, fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import n_negatives
 from apecache.train.lint.heads import lint_plan
-from apecache.train.loop import StepCount, Training, run_training, seeded
+from apecache.train.loop import run_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,9 @@ from apecache.recipes.recipe import load_recipe
 from apecache.store.reader import FeatureStore
 from apecache.train import resident
 from apecache.train.batches import SplitSpec
+from apecache.train.fit import Training
 from apecache.train.head_data import load_splits
 from apecache.train.initial import initial_model
-from apecache.train.loop import Training
 from apecache.train.resident import SideRows, choose_resident, fit_bytes, load_rows
 
 N_IMAGES = 90

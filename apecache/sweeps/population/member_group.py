@@ -18,14 +18,8 @@ from apecache.sweeps.population.stacked_losses import stacked_info_nce
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.loop import (
-    StepCount,
-    Training,
-    apply_update,
-    draw_epoch,
-    rates_at,
-    set_rates,
-)
+from apecache.train.fit import StepCount, Training
+from apecache.train.loop import apply_update, draw_epoch, rates_at, set_rates
 from apecache.train.optim import direct_update, is_direct
 
 

@@ -26,15 +26,8 @@ from apecache.losses.objective import TILED_FROM
 from apecache.sweeps.population.member_group import MemberGroup
 from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.loop import (
-    StepCount,
-    Training,
-    end_epoch,
-    evaluate_untrained,
-    is_done,
-    require_finite,
-    train_epoch,
-)
+from apecache.train.fit import StepCount, Training
+from apecache.train.loop import end_epoch, evaluate_untrained, is_done, require_finite, train_epoch
 
 FLOAT_BYTES = 4
 STATES = 5

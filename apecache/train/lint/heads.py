@@ -12,11 +12,11 @@ from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
+from apecache.train.fit import Training
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit, lint_named, lint_recipe
 from apecache.train.lint.findings import Finding
-from apecache.train.loop import Training
 from apecache.train.model import AlignmentModel
 
 

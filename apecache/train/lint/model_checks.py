@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs, batches
+from apecache.train.fit import Fit, Trainable, Training, seeded
 from apecache.train.lint.findings import Finding
-from apecache.train.loop import Fit, Trainable, Training, seeded
 from apecache.train.model import AlignmentModel
 
 PROBE_IMAGES = 256

@@ -2,9 +2,9 @@
 checksum fits.
 
 Whatever is in them: an error of ours on one line or a result, no code run, no network, no file
-outside opened, no process started, no memory without end. As a program (`python -m benchmarks.reliability.injection.hostile
-FOLDER COUNT SEED`) it puts an audit hook over all of it, which cannot be taken off again, and
-prints what went wrong as JSON.
+outside opened, no process started, no memory without end. As a program (`python -m
+benchmarks.reliability.injection.hostile FOLDER COUNT SEED`) it puts an audit hook over all of it,
+which cannot be taken off again, and prints what went wrong as JSON.
 """
 
 import json

@@ -2,9 +2,9 @@
 any two runs agree.
 
 It goes through the store in the order in which `apecache.extraction.run` does. As a program
-(`python -m benchmarks.reliability.injection.tower`) it imports once and then forks a process for every run that a line of JSON on
-its standard input asks for: a kill costs milliseconds, not the seconds of an import. See `Towers`
-for the other end of that pipe.
+(`python -m benchmarks.reliability.injection.tower`) it imports once and then forks a process for
+every run that a line of JSON on its standard input asks for: a kill costs milliseconds, not the
+seconds of an import. See `Towers` for the other end of that pipe.
 """
 
 import json

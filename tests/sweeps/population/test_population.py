@@ -23,7 +23,7 @@ from apecache.sweeps.population.population import (
 )
 from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.loop import StepCount, Training, seeded
+from apecache.train.fit import StepCount, Training, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.batches import FeaturePairs
-from apecache.train.loop import Training
+from apecache.train.fit import Training
 
 CPU = torch.device("cpu")
 WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
