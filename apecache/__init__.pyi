@@ -10,7 +10,6 @@ from .encoders.spec import parse_encoder as parse_encoder
 from .encoders.tower import Tower as Tower
 from .encoders.tower import build_tower as build_tower
 from .errors import ApecacheError as ApecacheError
-from .estimator import AlignmentHead as AlignmentHead
 from .evaluate.benchmark_names import Benchmark as Benchmark
 from .evaluate.benchmark_names import load_benchmark as load_benchmark
 from .evaluate.class_names import ClassNames as ClassNames
@@ -68,6 +67,7 @@ from .sweeps.space import Space as Space
 from .sweeps.space import load_space as load_space
 from .train.batches import SplitSpec as SplitSpec
 from .train.encoder_data import FitEncoderSpec as FitEncoderSpec
+from .train.estimator import AlignmentHead as AlignmentHead
 from .train.fit_encoder import FitEncoderReport as FitEncoderReport
 from .train.fit_encoder import fit_encoder as fit_encoder
 from .train.fit_head import FitReport as FitReport

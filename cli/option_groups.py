@@ -29,7 +29,7 @@ ADVANCED = "Advanced"
 
 SOURCE = (
     "Images and captions: a table, a JSON file of captions, tar files, a folder of images, or "
-    "hf-datasets:NAME. The README lists all formats."
+    "hf-datasets:NAME. The page Sources of the documentation lists all formats."
 )
 CUT = (
     "Features to take: default (what the encoder uses), cls, mean, max, cls+mean or "

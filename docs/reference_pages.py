@@ -30,7 +30,7 @@ PACKAGE_TITLES = {
     "sweeps": "Sweeps",
     "cluster": "Ray",
     "report": "Reports and the search page",
-    "estimator": "scikit-learn estimator",
+    "train.estimator": "scikit-learn estimator",
     "errors": "Errors",
 }
 """Titles of the Python reference, in order. A package that is missing here comes last."""

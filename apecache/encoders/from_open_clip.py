@@ -20,10 +20,9 @@ from apecache.encoders.encoder import (
     States,
     TextEncoder,
     Tokens,
-    build_fingerprint,
-    digest_module,
     freeze,
 )
+from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.library_types import LibraryModel, Tokenizer
 from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
 from apecache.encoders.snapshot import (

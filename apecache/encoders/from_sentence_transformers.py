@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apecache.encoders.encoder import (
-    FeatureTap,
-    State,
-    TextEncoder,
-    Tokens,
-    build_fingerprint,
-    digest_module,
-    freeze,
-)
+from apecache.encoders.encoder import FeatureTap, State, TextEncoder, Tokens, freeze
+from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.from_transformers import NO_LIMIT, UNKNOWN_LENGTH
 from apecache.encoders.library_types import LibraryModel, Tokenizer
 from apecache.encoders.snapshot import cannot_open, read_modules, refuse_code, resolve_folder

@@ -11,16 +11,8 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from apecache.encoders.encoder import (
-    FeatureTap,
-    ImageEncoder,
-    State,
-    States,
-    build_fingerprint,
-    digest_module,
-    freeze,
-    pool_tokens,
-)
+from apecache.encoders.encoder import FeatureTap, ImageEncoder, State, States, freeze, pool_tokens
+from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, flatten_map, resolve_layer
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of

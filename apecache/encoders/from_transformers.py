@@ -28,11 +28,10 @@ from apecache.encoders.encoder import (
     States,
     TextEncoder,
     Tokens,
-    build_fingerprint,
-    digest_module,
     freeze,
     pool_tokens,
 )
+from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.library_types import LibraryModel, ModelConfig, Processor, Tokenizer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe

@@ -1,6 +1,7 @@
-"""Catch the tokens after any block of a model, during the library's own forward pass.
+"""Capture the tokens after any block of a model, during the library's own forward pass.
 
-No architecture is known here: the blocks are the list of like modules that holds most parameters.
+No architecture is known here: the blocks are the list of modules of one class that has the most
+parameters.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +15,7 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 
 RIVAL_SHARE = 0.05
-"""Share of the parameters from which on a second list of blocks makes the first one ambiguous."""
+"""A second list with more than this fraction of all parameters makes the choice ambiguous."""
 
 
 def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
@@ -30,8 +31,8 @@ def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
     layer = spec.layer if spec.layer >= 0 else n_blocks + 1 + spec.layer
     if not 0 <= layer <= n_blocks:
         raise EncoderError(
-            f"encoder {spec} has {n_blocks} blocks: a layer is 0 to {n_blocks}, or -1 (the last) "
-            "backwards"
+            f"encoder {spec} has {n_blocks} blocks: the layer is 0 to {n_blocks}, or negative to "
+            "count from the end (-1: after the last block)"
         )
     return layer
 
@@ -47,15 +48,15 @@ def require_blocks(module: nn.Module, spec: EncoderSpec) -> Sequence[nn.Module]:
         lists = f"several lists of blocks ({', '.join(names)})" if names else "no list of blocks"
         raise EncoderError(
             f"encoder {spec}: {type(module).__name__} has {lists}, so its layers have no numbers; "
-            "leave the layer out"
+            "remove @LAYER"
         )
     blocks: Any = module.get_submodule(names[0])
     n_layers = getattr(getattr(module, "config", None), "num_hidden_layers", len(blocks))
     if n_layers != len(blocks):
-        # ALBERT runs one block as often as others have blocks.
+        # ALBERT shares one block across all layers.
         raise EncoderError(
             f"encoder {spec}: {type(module).__name__} has {len(blocks)} blocks for {n_layers} "
-            "layers, so its layers have no numbers; leave the layer out"
+            "layers, so its layers have no numbers; remove @LAYER"
         )
     return list(blocks)
 
@@ -94,7 +95,7 @@ def caught(
     states: Collection[State],
     run: Callable[[], Any],
 ) -> tuple[Any, dict[State, Tensor]]:
-    """Run a forward pass and catch the numbered states in it.
+    """Run a forward pass and capture the tokens after the requested blocks.
 
     Args:
         states: the requested ones; `end` and `own` are left to the caller.
@@ -105,7 +106,7 @@ def caught(
         map of four dimensions.
 
     Raises:
-        EncoderError: a block is run twice, or gives no tokens.
+        EncoderError: the first block runs more than once or never, or a block gives no tokens.
     """
     tokens_by_state: dict[State, Tensor] = {}
     layers = [state for state in states if isinstance(state, int)]
@@ -123,7 +124,7 @@ def caught(
     if counts != [1]:
         raise EncoderError(
             f"encoder {spec}: {type(module).__name__} runs its first block {counts[0]} times, so "
-            "its layers have no numbers; leave the layer out"
+            "its layers have no numbers; remove @LAYER"
         )
     for layer in layers:
         state = tokens_by_state.get(layer)

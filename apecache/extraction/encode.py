@@ -70,10 +70,10 @@ class ImageJob:
     source: PairSource
     targets: tuple[ArrayTarget[ImageEncoder], ...]
     workers: int
-    """As in `Ahead`."""
+    """Decoding processes; 0: threads."""
     views: Views | None = None
     hang_seconds: float = 30.0
-    """As in `Ahead`."""
+    """Seconds after which a decoding process that gives no image is replaced."""
 
     @property
     def layout(self) -> ArrayLayout:
@@ -93,7 +93,7 @@ class ImageJob:
         keys: list[str] = []
         for rows in shards:
             keys += [self.key(row) for row in rows]
-        # One decoder for all shards, so that it runs ahead across their borders.
+        # One decoder for all shards, so that it prefetches across their boundaries.
         with self.decode(keys) as decoded:
             for rows in shards:
                 use_threads(self.layout)
@@ -185,20 +185,21 @@ class ImageJob:
                 row = next(decoded)
                 content[begin + slot] = row.digest
                 # A row that cannot be read has no pixels: its slot stays zero.
-                for batch, pixels in zip(batches, row.value or (), strict=row.value is not None):
-                    batch[slot] = pixels
+                if row.value is not None:
+                    for batch, pixels in zip(batches, row.value, strict=True):
+                        batch[slot] = pixels
                 if row.error is not None:
                     bad[begin + slot] = row.error
             started: list[_PendingBatch] = []
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
-                late_batch = _PendingBatch(
+                pending_batch = _PendingBatch(
                     targets,
                     encode=encode,
                     begin=begin,
                     count=count,
                     pixels=batch,
                 )
-                started.append(late_batch)
+                started.append(pending_batch)
             # Fetch the results of the batch before while the device computes this one.
             _finish(running, features)
             running = started
@@ -268,7 +269,10 @@ def _finish(running: Sequence[_PendingBatch], features: dict[int, NDArray[np.flo
 
 @dataclass(frozen=True, kw_only=True)
 class TextJob:
-    """Encode the captions of one source into arrays of cuts of one model, laid out alike."""
+    """Encode the captions of one source into arrays with the same shards and batches.
+
+    They hold different cuts (layers or poolings) of one model.
+    """
 
     source: PairSource
     targets: tuple[ArrayTarget[TextEncoder], ...]
@@ -409,7 +413,7 @@ def encode_or_halve(
 ) -> list[Tensor]:
     """Return `encode(batch)`; when the device runs out of memory, encode in halves.
 
-    Results are then equal to cosine 0.99999, not bit by bit.
+    Features then match to a cosine similarity of at least 0.99999, but not bitwise.
 
     Args:
         encode: encodes a batch, or any slice of it.

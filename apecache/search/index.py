@@ -278,15 +278,20 @@ def _replacing(out: Path) -> Iterator[Path]:
     """Yield a new folder that replaces `out` on success, and is removed on an error."""
     # Beside `out`, so that the last rename stays on one file system.
     temporary = out.with_name(f".{out.name}.tmp-{secrets.token_hex(4)}")
+    former = out.with_name(f"{temporary.name}.former")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        # A folder cannot be renamed onto one that is not empty.
+        # A folder cannot be renamed onto one that is not empty. The old one is renamed first, not
+        # removed: a kill in between leaves both complete, beside `out`.
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, former)
         os.replace(temporary, out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if former.exists() and not out.exists():
+            os.replace(former, out)
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:

@@ -1,4 +1,4 @@
-"""Running trials that were planned at once: populations of heads, rung after rung."""
+"""Train a batch of planned trials in populations of heads, with successive halving."""
 
 import json
 import math
@@ -193,7 +193,7 @@ class TrialBatch:
         for group, results in chain(finished, self.train_groups(missing, by_name)):
             self.results |= results
             rows = [(name, results[name]) for name in group.names]
-            # The results first: a process that is interrupted before has the checkpoint.
+            # Results before the checkpoint goes: an interruption in between loses nothing.
             replace_text(self._file(group), json.dumps(rows))
             shutil.rmtree(self._under_way(group), ignore_errors=True)
             for trial in planned if last else ():
@@ -347,7 +347,7 @@ class TrialBatch:
         return not self._failures(trial) and keys <= set(self.results)
 
     def finish(self, one: TrialPlan, state: str) -> None:
-        """Write a trial's line, unless it has one, or is to be `done` and lacks results.
+        """Record a trial once. Do nothing if it is to be `done` and some fits have no result.
 
         Args:
             one: The trial as it was planned.

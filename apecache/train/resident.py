@@ -21,14 +21,17 @@ from apecache.train.batches import BLOCK
 from apecache.train.selection import Features
 
 USED_SHARE = 0.9
-"""Share of a device's free memory that may be planned; the rest is lost between tensors."""
+"""Fraction of the free device memory to plan with; the rest allows for fragmentation."""
 STAGING_BYTES = 2**25
 """Bytes of the pinned buffer through which rows are copied to a device."""
-STATES = 7
-"""Numbers kept for each weight: itself, its gradient, two moments, the average, the best value so
-far, and a copy while the average is evaluated."""
+VALUES_PER_WEIGHT = 7
+"""Values held for each weight: parameter, gradient, Adam's two moments, EMA, best checkpoint, and
+the copy that is swapped out while the EMA is evaluated."""
 PASSES = 3
 """Numbers kept for each input and output of a layer: forward, backward, and intermediate ones."""
+MOMENT_COPIES = 21
+"""Matrices of (image dim + text dim) squared that a closed form holds at most: moments, their
+decompositions and the candidates of ridge, rank and power. A generous estimate."""
 STATISTICS_ROWS = 4096
 """Rows whose statistics or moments are computed at once, in float64."""
 EVALUATED_ROWS = 8192
@@ -39,7 +42,7 @@ DOUBLE_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SideRows:
-    """Count what a fit reads of one side."""
+    """Hold the row shape, row size and row counts of one side's features."""
 
     row_shape: tuple[int, ...]
     """(dim,), (tokens, dim) or (views, dim)."""
@@ -112,7 +115,7 @@ def fit_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
     statistics_bytes = 0
     evaluation_bytes = 0
     for (head, spec, side), n_rows in zip(sides, (batch, batch * n_captions), strict=True):
-        # Blocks of a streamed side arrive while the blocks before them are in use.
+        # A streamed side has one block of `BLOCK` batches in use while the next one is read.
         step_bytes += 2 * BLOCK * n_rows * side.row_bytes
         step_bytes += n_rows * _activation_bytes(head, spec, side, PASSES)
         n_numbers = side.n_vectors * side.row_shape[-1]
@@ -122,11 +125,12 @@ def fit_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
         evaluation_bytes += evaluated_rows * _activation_bytes(head, spec, side, 1)
     closed_form_bytes = _closed_form_bytes(recipe, image, text)
     phase_bytes = max(step_bytes, statistics_bytes, evaluation_bytes, closed_form_bytes)
-    return STATES * FLOAT_BYTES * n_weights + phase_bytes
+    return VALUES_PER_WEIGHT * FLOAT_BYTES * n_weights + phase_bytes
 
 
 def _activation_bytes(head: Head, spec: HeadSpec, side: SideRows, passes: int) -> int:
     """Estimate what one row takes on its way through a head, in bytes."""
+    # The features as they were read, and standardized.
     width = 2 * side.row_shape[-1]
     for module in head.modules():
         if isinstance(module, nn.Linear):
@@ -147,7 +151,7 @@ def _closed_form_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
             n_numbers = image.n_train * (image_dim + text_dim) + text.n_train * text_dim
             return PASSES * FLOAT_BYTES * n_numbers
         case _:
-            return PASSES * STATES * DOUBLE_BYTES * (image_dim + text_dim) ** 2
+            return MOMENT_COPIES * DOUBLE_BYTES * (image_dim + text_dim) ** 2
 
 
 def load_rows(
@@ -237,7 +241,7 @@ def _put_rows(
             rows = source.index_select(0, selected)
         else:
             rows = torch.index_select(source, 0, selected, out=staging[: len(block)])
-        # Each copy waits: the buffer is filled again at once.
+        # Copies are synchronous, because the staging buffer is filled again at once.
         if is_range:
             destination[first : first + len(block)].copy_(rows)
         else:

@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from apecache.encoders.encoder import (
-    digest_module,
-    encode_images,
-    encode_texts,
-    pad_ids,
-    pool_tokens,
-)
+from apecache.encoders.encoder import encode_images, encode_texts, pad_ids, pool_tokens
+from apecache.encoders.fingerprint import digest_module
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
 

@@ -13,8 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from apecache.errors import RecipeError
-from apecache.estimator import AlignmentHead
 from apecache.recipes.recipe import load_recipe
+from apecache.train.estimator import AlignmentHead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
