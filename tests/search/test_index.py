@@ -1,6 +1,7 @@
 """The search index: exact, self-contained, and refusing what does not belong together."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -331,6 +332,26 @@ def test_an_index_that_exists_is_refused_and_replaced_only_with_overwrite(
     build_index(tiny_run, store, index, split="val", overwrite=True)
     assert open_index(index).description["split"] == "val"
     assert sorted(path.name for path in index.parent.iterdir()) == ["index"]
+
+
+def test_an_index_outlives_a_successor_that_cannot_take_its_place(
+    index: Path,
+    tiny_run: Path,
+    store: FeatureStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = contents(index.parent)
+    replace = os.replace
+
+    def fails_for_the_new_one(source: Path, destination: Path) -> None:
+        if destination == index and not source.name.endswith(".former"):
+            raise OSError(28, "No space left on device")
+        replace(source, destination)
+
+    monkeypatch.setattr("apecache.search.index.os.replace", fails_for_the_new_one)
+    with pytest.raises(OSError, match="No space left"):
+        build_index(tiny_run, store, index, overwrite=True)
+    assert contents(index.parent) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
