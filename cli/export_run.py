@@ -40,7 +40,7 @@ def export_run(
     with ending():
         from apecache.errors import OptionError, require_new
         from apecache.runs.heads import load_heads
-        from apecache.storage.atomic import undone_on_error
+        from apecache.storage.replace import undone_on_error
 
         if onnx + safetensors + sentence_transformers != 1:
             raise OptionError(

@@ -361,7 +361,7 @@ def ensemble(
         from apecache.runs.ensemble import ensemble_heads
         from apecache.runs.heads import load_heads, save_heads
         from apecache.runs.load import require_head_run
-        from apecache.storage.atomic import undone_on_error
+        from apecache.storage.replace import undone_on_error
 
         require_new(out, "run folder")
         for run in runs:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from apecache.errors import MissingExtraError
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.replace import replace_tensors, replace_text
 
 CONFIG = "config.json"
 ARCHITECTURE = "tf_efficientnet_lite0"

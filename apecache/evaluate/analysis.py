@@ -18,7 +18,7 @@ from apecache.errors import RunError
 from apecache.fingerprint import Modality
 from apecache.runs.encoders import TrainedTower
 from apecache.runs.load import Run, RunSide
-from apecache.storage.atomic import replace_text
+from apecache.storage.replace import replace_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from apecache.heads.fold import fold_linear
 from apecache.heads.head import Head
 from apecache.heads.pooled import PooledHead
 from apecache.runs.heads import TrainedHeads
-from apecache.storage.atomic import apply_umask
+from apecache.storage.replace import apply_umask
 
 POOLINGS = ("default", "mean", "cls", "max", "last")
 LIBRARY_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}

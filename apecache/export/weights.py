@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apecache.fingerprint import Json
 from apecache.runs.heads import TrainedHeads, TrainedSide
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.replace import replace_tensors, replace_text
 
 SIDES = ("image", "text")
 

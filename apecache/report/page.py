@@ -20,7 +20,7 @@ from apecache.report.charts.axes import ticks
 from apecache.report.charts.intervals import Intervals, draw_intervals
 from apecache.report.charts.parallel import Parallel, draw
 from apecache.report.gallery import Gallery
-from apecache.storage.atomic import replace_bytes
+from apecache.storage.replace import replace_bytes
 
 Cell = str | float | int | None
 Point = tuple[float, float]

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apecache.errors import RunError, raise_if_refused
-from apecache.fingerprint import Json
+from apecache.errors import MismatchError, RunError, raise_if_refused
+from apecache.fingerprint import Fingerprint, Json, shorten
 from apecache.recipes.former_keys import NEW_KEYS, with_new_keys
-from apecache.storage.atomic import HEADER_KEY, replace_tensors
+from apecache.storage.replace import HEADER_KEY, replace_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT_VERSION = 1
@@ -62,6 +62,43 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Json]]:
         raise_if_refused(path)
         why = str(error).splitlines()[0]
         raise RunError(f"{path} is damaged ({why}); begin anew with --overwrite") from None
+    return tensors, state
+
+
+def find_checkpoint(
+    out: Path,
+    identity: Fingerprint,
+) -> tuple[dict[str, Tensor], dict[str, Json]] | None:
+    """Read the checkpoint of an interrupted fit.
+
+    Args:
+        out: Run folder.
+        identity: What the fit is: its recipe, data, seed, splits and encoders.
+
+    Returns:
+        Tensors and state of the checkpoint; None if there is no checkpoint.
+
+    Raises:
+        MismatchError: The checkpoint is of a fit with another identity.
+        RunError: The checkpoint is damaged.
+    """
+    if not (out / CHECKPOINT).is_file():
+        return None
+    tensors, state = load_checkpoint(out)
+    differences = identity.difference(Fingerprint(fields=state.get("identity", {})))
+    if differences:
+        shown = "; ".join(
+            f"{path} is {shorten(current_value)}, there {shorten(stored_value)}"
+            for path, current_value, stored_value in differences[:3]
+        )
+        extra = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise MismatchError(
+            (
+                f"{out} holds another fit, broken off ({shown}{extra}); choose another --out, or "
+                "add --overwrite"
+            ),
+            differences,
+        )
     return tensors, state
 
 

@@ -23,7 +23,7 @@ from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.former_keys import with_former_keys, with_new_keys
 from apecache.recipes.recipe import parse_recipe
 from apecache.runs.heads import TrainedSide
-from apecache.storage.atomic import HEADER_KEY, replace_tensors, replace_text
+from apecache.storage.replace import HEADER_KEY, replace_tensors, replace_text
 
 WEIGHTS = "encoder.safetensors"
 DESCRIPTION = "encoder.json"

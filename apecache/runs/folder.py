@@ -10,15 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apecache.errors import MismatchError, RunError, require_local, require_new
-from apecache.fingerprint import Fingerprint, shorten
+from apecache.errors import RunError, require_local, require_new
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe
-from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint
+from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.heads import DESCRIPTION, WEIGHTS
 from apecache.runs.ledger import LEDGER
 from apecache.runs.model_card import CARD
-from apecache.storage.atomic import scratch_of
+from apecache.storage.replace import scratch_of
 
 HISTORY = "history.jsonl"
 RECIPE = "recipe.json"
@@ -52,43 +51,6 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
     is_unfinished = is_run_folder and (CHECKPOINT in names or description not in names)
     if not is_unfinished and not (overwrite and is_finished):
         require_new(out, "run folder", overwrite)
-
-
-def find_checkpoint(
-    out: Path,
-    identity: Fingerprint,
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Read the checkpoint of an interrupted fit.
-
-    Args:
-        out: Run folder.
-        identity: What the fit is: its recipe, data, seed, splits and encoders.
-
-    Returns:
-        Tensors and state of the checkpoint; None if there is no checkpoint.
-
-    Raises:
-        MismatchError: The checkpoint is of a fit with another identity.
-        RunError: The checkpoint is damaged.
-    """
-    if not (out / CHECKPOINT).is_file():
-        return None
-    tensors, state = load_checkpoint(out)
-    differences = identity.difference(Fingerprint(fields=state.get("identity", {})))
-    if differences:
-        shown = "; ".join(
-            f"{path} is {shorten(current_value)}, there {shorten(stored_value)}"
-            for path, current_value, stored_value in differences[:3]
-        )
-        extra = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise MismatchError(
-            (
-                f"{out} holds another fit, broken off ({shown}{extra}); choose another --out, or "
-                "add --overwrite"
-            ),
-            differences,
-        )
-    return tensors, state
 
 
 @contextmanager

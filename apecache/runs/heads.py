@@ -27,7 +27,7 @@ from apecache.fingerprint import (
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec, embed
 from apecache.recipes.former_keys import with_former_keys, with_new_keys
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.replace import replace_tensors, replace_text
 
 FORMAT_VERSION = 1
 WEIGHTS = "head.safetensors"

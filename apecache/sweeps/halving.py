@@ -15,7 +15,7 @@ from apecache.errors import RecipeError
 from apecache.metrics.retrieval import chance_recalls
 from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from apecache.storage.atomic import replace_text
+from apecache.storage.replace import replace_text
 from apecache.sweeps.population.population import (
     members_state,
     restore_members,

@@ -20,7 +20,7 @@ from apecache.fingerprint import Fingerprint
 from apecache.recipes.recipe import Recipe
 from apecache.runs.folder import RECIPE, locked
 from apecache.runs.heads import DESCRIPTION
-from apecache.storage.atomic import replace_text, scratch_of
+from apecache.storage.replace import replace_text, scratch_of
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, TrialBatch, plan_trials
 from apecache.sweeps.population.population import STANDARDIZED_BYTES

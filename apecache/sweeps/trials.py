@@ -8,7 +8,7 @@ from typing import Any
 
 from apecache.fingerprint import Json
 from apecache.metrics.statistics import estimate_from_recalls
-from apecache.storage.atomic import replace_text
+from apecache.storage.replace import replace_text
 
 TRIALS = "trials.jsonl"
 

@@ -20,12 +20,12 @@ from apecache.device import resolve_device
 from apecache.fingerprint import Json, Modality
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe, as_recipe
-from apecache.runs.checkpoint import CHECKPOINT
+from apecache.runs.checkpoint import CHECKPOINT, find_checkpoint
 from apecache.runs.encoders import DESCRIPTION, WEIGHTS, save_encoders
-from apecache.runs.folder import find_checkpoint, locked, require_usable
+from apecache.runs.folder import locked, require_usable
 from apecache.runs.ledger import Ledger, ResourceMeter, save_ledger
 from apecache.runs.model_card import save_encoder_card
-from apecache.storage.atomic import remove_tensors
+from apecache.storage.replace import remove_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_fit import EncoderFit

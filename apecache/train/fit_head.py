@@ -16,12 +16,12 @@ from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.head import Head
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe, as_recipe
-from apecache.runs.checkpoint import CHECKPOINT
-from apecache.runs.folder import find_checkpoint, locked, require_usable
+from apecache.runs.checkpoint import CHECKPOINT, find_checkpoint
+from apecache.runs.folder import locked, require_usable
 from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
 from apecache.runs.ledger import Ledger, ResourceMeter, read_extraction, save_ledger
 from apecache.runs.model_card import save_card
-from apecache.storage.atomic import remove_tensors
+from apecache.storage.replace import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from apecache.errors import RunError
 from apecache.fingerprint import Json
-from apecache.storage.atomic import replace_text
+from apecache.storage.replace import replace_text
 from benchmarks.laws.law import COUNTED, PER_POINT, SHIFTS, Metric
 
 KS = (1, 5, 10)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
-from apecache.storage.atomic import replace_tensors
+from apecache.storage.replace import replace_tensors
 
 WEIGHTS = "model.safetensors"
 DEVIATION = 0.02

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from apecache.errors import RunError
-from apecache.storage.atomic import replace_text
+from apecache.storage.replace import replace_text
 from benchmarks.laws.jobs import Planned
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
 from benchmarks.laws.outcome import Outcome

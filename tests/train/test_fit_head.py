@@ -30,7 +30,7 @@ from apecache.recipes.recipe import Recipe, count_parameters, load_recipe, zoo_n
 from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.folder import read_history
 from apecache.runs.heads import WEIGHTS, load_heads, save_heads
-from apecache.storage.atomic import scratch_of
+from apecache.storage.replace import scratch_of
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec

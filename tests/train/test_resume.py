@@ -20,7 +20,7 @@ from apecache.errors import DataError, MismatchError, RunError
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.runs.folder import locked, read_history
-from apecache.storage.atomic import HEADER_KEY
+from apecache.storage.replace import HEADER_KEY
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apecache.storage.atomic import remove_tensors, replace_tensors, replace_text, scratch_of
+from apecache.storage.replace import remove_tensors, replace_tensors, replace_text, scratch_of
 
 DIES_WHILE_WRITING = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from apecache.storage.atomic import replace_tensors, replace_text
+from apecache.storage.replace import replace_tensors, replace_text
 
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
