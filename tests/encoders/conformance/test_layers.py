@@ -231,7 +231,7 @@ def test_what_trains_needs_a_module_map(tmp_path: Path, model: Any, processor: A
     spec = parse_encoder(f"hf:{tmp_path}", "image")
     tower = shape_tower(spec, is_frozen=True)
     parts = tower.parts()
-    assert {part.place for part in parts} == {"whole"}
+    assert {part.section for part in parts} == {"whole"}
     assert sum(part.count for part in parts) == sum(p.numel() for p in tower.parameters())
     with pytest.raises(EncoderError, match=r"cannot be trained.*used frozen only.*supported are"):
         shape_tower(spec)
