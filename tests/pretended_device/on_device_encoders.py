@@ -20,7 +20,7 @@ from pretended_device.register import (
 from recipes import SMALL
 from tiny import extract_tiny, make_shapes
 
-from apecache.device import seeded_generators
+from apecache.device import resolve_device, seeded_generators
 from apecache.encoders.encoder import encode_images
 from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import parse_encoder
@@ -218,7 +218,7 @@ def test_a_plan_times_steps_on_a_device_that_is_named_without_an_index(
     tiny_text_encoder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(step_timer, "resolve_device", lambda _: torch.device(NAME))
+    monkeypatch.setattr(step_timer, "resolve_device", lambda _: resolve_device(NAME))
     timer = step_timer.StepTimer(
         recipe=load_recipe(name, ["schedule.batch_size=8", "augmentation={}"]),
         image=parse_encoder(f"timm:{tiny_image_encoder}", "image"),
@@ -234,7 +234,7 @@ def test_the_clock_is_read_after_the_device_is_done(
     tiny_text_encoder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(step_timer, "resolve_device", lambda _: torch.device(NAME))
+    monkeypatch.setattr(step_timer, "resolve_device", lambda _: resolve_device(NAME))
     readings: list[int] = []
 
     def clock() -> float:

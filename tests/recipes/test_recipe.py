@@ -214,10 +214,10 @@ def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text()
     assert 4 <= recipe.text.depth <= 6
 
 
-def test_the_recipe_in_the_readme_is_one() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    block = readme.partition("```toml\n")[2].partition("```")[0]
-    recipe = parse_recipe(tomllib.loads(block), "README.md")
+def test_the_recipe_of_the_guide_is_one() -> None:
+    page = Path(__file__).parents[2] / "docs" / "guide" / "heads.md"
+    block = page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    recipe = parse_recipe(tomllib.loads(block), page.name)
     assert recipe.init == "cca"
     assert count_parameters(recipe, 1280, 384) > 1000
 

@@ -289,7 +289,7 @@ def test_captions_of_one_image_as_negatives_are_found(
 ) -> None:
     recipe = recipe_of("lit", "loss.captions=2")
     assert loud(lint_encoder_plan(recipe, data[0], SPEC)) == []
-    monkeypatch.setattr("apecache.train.batches._groups", lambda *_: None)
+    monkeypatch.setattr("apecache.train.batches._groups", lambda *_: repeat(None))
     found = lint_encoder_data(
         data[0],
         recipe=recipe,
