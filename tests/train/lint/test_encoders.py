@@ -3,6 +3,7 @@ alone."""
 
 import json
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
