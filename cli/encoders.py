@@ -154,7 +154,8 @@ def view_spec(text: str) -> "Views":
                     seed = int(value)
                 case _:
                     raise ValueError
-        if not 0 < scale[0] <= scale[1] <= 1:
+        names = [entry.partition("=")[0] for entry in entries]
+        if not 0 < scale[0] <= scale[1] <= 1 or seed < 0 or len(set(names)) < len(names):
             raise ValueError
     except ValueError:
         raise OptionError(

@@ -397,10 +397,12 @@ def split_seed_of(text: str) -> tuple[str, int]:
 
     shares = []
     seed = "0"
+    n_seeds = 0
     for entry in text.split(","):
         name, _, value = entry.partition("=")
-        if name.strip() == "seed":
+        if name.strip() == "seed" and not n_seeds:
             seed = value.strip()
+            n_seeds += 1
         else:
             shares.append(entry)
     if not seed.isdecimal():

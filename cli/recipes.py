@@ -54,9 +54,11 @@ def recipes(
         lines = [(row["name"], row["cut"], row["summary"], _count(row)) for row in rows]
         # The same in all rows: without a name they are recipes for fit-head.
         counted_with = rows[0]["counted_with"]
-        show_table(f"recipes; parameters for {counted_with}", COLUMNS, lines)
+        # With a name, standard output is a recipe file: what is said of the recipe goes elsewhere.
+        show_table(f"recipes; parameters for {counted_with}", COLUMNS, lines, err=bool(name))
         if name:
-            typer.echo(f"source: {loaded[0].source}\n")
+            if loaded[0].source:
+                typer.echo(f"source: {loaded[0].source}\n", err=True)
             typer.echo("\n".join(_settings_lines(loaded[0])))
             return
         show_table(

@@ -112,10 +112,10 @@ def warn(message: str) -> None:
 
 
 def show_differences(differences: Iterable[tuple[str, object, object]]) -> None:
-    """Show (field, value here, value in the store) rows on standard error."""
+    """Show (field, value here, recorded value) rows on standard error."""
     rows = [(field, str(current), str(stored)) for field, current, stored in differences]
     if rows:
-        show_table("difference", ("field", "here", "in the store"), rows, err=True)
+        show_table("difference", ("field", "here", "recorded"), rows, err=True)
 
 
 def show_json(value: object) -> None:

@@ -450,6 +450,8 @@ def _explain(item: Any) -> str:
     message: str = item["msg"].removeprefix("Value error, ")
     if not key_path:
         return message
+    if key_path == "name" and item["type"] == "missing":
+        return 'the recipe has no name; add a line like name = "mine" (names are not inherited)'
     return f"{key_path}: {message} (found {str(item['input'])[:40]!r}){hint}"
 
 

@@ -16,6 +16,7 @@ from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, req
 from apecache.device import resolve_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
+from apecache.extraction.encode import caption_error
 from apecache.heads.normalization import normalize
 from apecache.metrics.csls import CSLS_NEIGHBORS
 from apecache.runs.load import Embed, Run, image_embedder, load_run, text_embedder
@@ -289,6 +290,9 @@ class SearchIndex:
             return self._embed_picture(path, str(path))
         if not text.strip():
             raise OptionError("the query is empty; give words or an image file")
+        error = caption_error(text)
+        if error is not None:
+            raise OptionError(f"the query cannot be encoded: {error.detail}")
         return self._embed_texts([text]).cpu()
 
     def _embed_picture(self, picture: Picture, name: str) -> Tensor:

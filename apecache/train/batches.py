@@ -92,13 +92,22 @@ class Batch:
 
 
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
-    """Check that both splits are large enough. Raises RecipeError for fewer than two images."""
+    """Check that there are wrong answers to learn from.
+
+    Raises:
+        RecipeError: A split has fewer than two images, or all training images or captions are
+            equal.
+    """
     for name, pairs in (("training", train), ("dev", dev)):
         if len(pairs) < 2:
             raise RecipeError(
                 f"only {counted(len(pairs), f'{name} image')} with a caption; a contrastive "
-                "loss needs "
-                "at least 2"
+                "loss needs at least 2"
+            )
+    for name, ids in (("captions", train.caption_ids), ("images", train.content)):
+        if ids is not None and bool((ids == ids[0]).all()):
+            raise RecipeError(
+                f"all {len(ids)} training {name} are equal; a contrastive loss needs different ones"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apecache.device import kept_generators
-from apecache.errors import RecipeError
+from apecache.errors import DataError, RecipeError
 from apecache.fingerprint import Json
 from apecache.heads.build import build_head
 from apecache.heads.closed_form import (
@@ -30,6 +30,8 @@ from apecache.train.model import AlignmentModel, build_model, evaluate_model
 
 BLOCK_IMAGES = 4096
 """Images, with their texts, whose moments are added at once."""
+NO_VARIANCE = 1e-12
+"""Sum of the variances of standardized features up to which they are taken to be all equal."""
 Candidate = tuple[dict[str, Json], AffineMap | None, AffineMap]
 """Settings of a closed form, and its maps of image (None: identity) and text."""
 
@@ -46,6 +48,7 @@ def initial_model(
 
     Raises:
         RecipeError: The heads cannot begin with this closed form, or do not suit the features.
+        DataError: A closed form, and the features of a side are all equal.
     """
     match recipe.init:
         case "random":
@@ -54,7 +57,9 @@ def initial_model(
             return _asif(recipe, train, seed), {}
     _require_linear(recipe)
     model = build_model(_with_widths(recipe, train), train, seed)
-    candidates = list(_candidates(recipe, _covariances(model, train)))
+    covariances = _covariances(model, train)
+    _require_varied(covariances)
+    candidates = list(_candidates(recipe, covariances))
     if len(candidates) == 1:
         only = candidates[0]
         return _filled(model, only), only[0]
@@ -65,6 +70,16 @@ def initial_model(
     # Of equal recalls the first candidate wins, in the order of the settings.
     best = candidates[recalls.index(max(recalls))]
     return _filled(model, best), best[0]
+
+
+def _require_varied(covariances: Covariances) -> None:
+    """Refuse features that are all equal. Raises DataError that names the side."""
+    for side, covariance in (("image", covariances.image), ("text", covariances.text)):
+        if not float(covariance.diagonal().sum()) > NO_VARIANCE:
+            raise DataError(
+                f"the {side} features of the training pairs are all equal; a closed form needs "
+                "pairs that differ"
+            )
 
 
 def _candidates(recipe: Recipe, c: Covariances) -> Iterator[Candidate]:

@@ -80,7 +80,15 @@ def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
     """Measure retrieval on dev with the weights that would be kept."""
     begin = time.perf_counter()
     with training.with_outcome():
-        report = training.evaluate(dev)
+        try:
+            report = training.evaluate(dev)
+        except DataError as error:
+            if not training.step or "not finite" not in str(error):
+                raise
+            raise DataError(
+                f"training diverged: at step {training.step} the embeddings are not finite; lower "
+                "optimizer.lr or set optimizer.clip, and add --overwrite"
+            ) from None
     training.evaluation_seconds += time.perf_counter() - begin
     return report
 

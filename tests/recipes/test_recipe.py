@@ -1,5 +1,6 @@
 """Recipes: the zoo, files, overrides, and the messages for everything that is wrong with one."""
 
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -214,10 +215,12 @@ def test_ape_keeps_image_features_as_they_are_and_trains_4_to_6_layers_on_text()
     assert 4 <= recipe.text.depth <= 6
 
 
-def test_the_recipe_of_the_guide_is_one() -> None:
+def test_the_recipes_of_the_guide_are_some(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "guide" / "heads.md"
-    block = page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
-    recipe = parse_recipe(tomllib.loads(block), page.name)
+    short, whole = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[:2]
+    (tmp_path / "mine.toml").write_text(short)
+    assert load_recipe(tmp_path / "mine.toml").image.input_dropout == 0.5
+    recipe = parse_recipe(tomllib.loads(whole), page.name)
     assert recipe.init == "cca"
     assert count_parameters(recipe, 1280, 384) > 1000
 
@@ -308,7 +311,7 @@ def test_a_wrong_key_of_a_base_is_refused_with_the_base_named(tmp_path: Path) ->
 
 
 def test_a_name_is_not_inherited_and_extends_is_no_setting(tmp_path: Path) -> None:
-    assert "name: Field required" in refused(write(tmp_path, 'extends = "lilt-d"\n'))
+    assert "the recipe has no name" in refused(write(tmp_path, 'extends = "lilt-d"\n'))
     assert "only a recipe file extends another" in refused("lilt-d", "extends=lilt-c")
 
 
@@ -350,8 +353,8 @@ def test_a_file_is_read_and_what_it_leaves_out_has_defaults(tmp_path: Path) -> N
         ('name = "a"\nname = "b"', "not TOML"),
         ("[loss", "not TOML"),
         ("x = " + "[" * 100_000, "not TOML"),
-        ("", "name: Field required"),
-        ("[image]", "name: Field required"),
+        ("", "the recipe has no name"),
+        ("[image]", "the recipe has no name"),
     ],
     ids=["no value", "key twice", "open bracket", "far too deep", "empty", "no name"],
 )

@@ -444,3 +444,8 @@ def test_a_kind_that_forgets_vectors_says_so() -> None:
             match=r"kind Odd keeps no vectors \(reconstruct not implemented\)",
         ):
             forgetful.vectors(np.array([1]))
+
+
+def test_words_that_no_tokenizer_takes_are_refused(opened: SearchIndex) -> None:
+    with pytest.raises(OptionError, match="the query cannot be encoded"):
+        opened.search("caf\udce9")

@@ -1,14 +1,17 @@
 """Fits on data whose captions are equal word for word: labels put into one prompt, as class data is
 given."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from populations import TRAIN, make
 from recipes import SMALL
 
+from apecache.errors import DataError, RecipeError
 from apecache.evaluate.embeddings import embed_store
 from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce
 from apecache.metrics.retrieval import retrieval_report
@@ -19,7 +22,7 @@ from apecache.store.reader import FeatureStore
 from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.augment import mixed_groups
-from apecache.train.batches import FeaturePairs, SplitSpec, batches
+from apecache.train.batches import FeaturePairs, SplitSpec, batches, require_images
 from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.fit_head import FitReport, fit_head
 from apecache.train.head_data import FitSpec, load_splits
@@ -216,4 +219,37 @@ def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> N
         assert [line["dev"]["mean_recall"] for line in member.history] == pytest.approx(
             [line["dev"]["mean_recall"] for line in alone.history],
             abs=2,
+        )
+
+
+@pytest.mark.parametrize(("name", "field"), [("captions", "caption_ids"), ("images", "content")])
+def test_pairs_without_a_wrong_answer_are_refused(name: str, field: str) -> None:
+    n_numbers = len(TRAIN.text) if field == "caption_ids" else len(TRAIN)
+    equal = replace(TRAIN, **{field: torch.zeros(n_numbers, dtype=torch.int64)})
+    with pytest.raises(RecipeError, match=f"all {n_numbers} training {name} are equal"):
+        require_images(equal, TRAIN)
+    different = torch.zeros(n_numbers, dtype=torch.int64)
+    different[0] = 1
+    require_images(replace(TRAIN, **{field: different}), TRAIN)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_closed_form_refuses_features_that_are_all_equal(side: str) -> None:
+    constant = torch.ones_like(getattr(TRAIN, side))
+    pairs = replace(TRAIN, **{side: constant})
+    recipe = load_recipe("cca", ["schedule.epochs=0", "closed_form.rank=[2]"])
+    with pytest.raises(DataError, match=f"the {side} features of the training pairs are all equal"):
+        initial_model(recipe, train=pairs, dev=TRAIN, seed=0)
+
+
+def test_training_that_diverges_is_said_with_the_remedy() -> None:
+    member, plan = make(["optimizer.lr=1e30", "schedule.epochs=3"], 0)
+    with pytest.raises(DataError, match=r"lower optimizer\.lr"):
+        run_training(
+            member,
+            train=TRAIN,
+            dev=TRAIN,
+            plan=plan,
+            log=lambda _: None,
+            save=lambda _: None,
         )
