@@ -104,6 +104,11 @@ def parse_arguments() -> argparse.Namespace:
         "--multilingual-text",
         help="text encoder of many languages; learns --pairs' captions only",
     )
+    parser.add_argument(
+        "--multilingual-prefix",
+        default="query: ",
+        help="text before every caption; the default is that of E5",
+    )
     parser.add_argument("--multilingual-seeds", type=int, default=1)
     parser.add_argument(
         "--labels",
@@ -270,7 +275,10 @@ def vectors(embedded: Embeddings) -> tuple[Any, Any, Any]:
 
 def language_rows(options: argparse.Namespace, source: PairSource, image: EncoderSpec) -> list[Row]:
     """Val in every language, by heads that have seen English captions only: means over seeds."""
-    text = parse_encoder(options.multilingual_text, "text")
+    text = replace(
+        parse_encoder(options.multilingual_text, "text"),
+        prefix=options.multilingual_prefix,
+    )
     english = extracted(source, store=options.work / "store", image=image, text=text)
     runs = [
         fitted(options, store=english, image=image, text=text, seed=seed)
