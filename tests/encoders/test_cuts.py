@@ -144,7 +144,7 @@ def test_text_layers_are_the_librarys_hidden_states(tiny_text_encoder: Path) -> 
 
 @pytest.mark.parametrize("layer", [3, -4, 100])
 def test_a_layer_that_is_not_there_is_refused(tiny_text_encoder: Path, layer: int) -> None:
-    with pytest.raises(EncoderError, match="has 2 blocks: a layer is 0 to 2"):
+    with pytest.raises(EncoderError, match="has 2 blocks: the layer is 0 to 2"):
         load_text_encoder(replace(text_spec(tiny_text_encoder), pooling="mean", layer=layer), "cpu")
 
 
