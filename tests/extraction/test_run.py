@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import Grown, extract_tiny, loaded_once, make_shapes, tree
 
-import apecache.encoders.encoder as encoder_module
+import apecache.encoders.fingerprint as fingerprint_module
 import apecache.encoders.preprocess as pixels
 import apecache.extraction.arrays as preparation
 import apecache.extraction.run as extraction
@@ -171,7 +171,7 @@ def test_a_changed_setting_is_refused_by_field(
 @pytest.mark.parametrize(
     ("module", "name", "value", "field"),
     [
-        (encoder_module, "FEATURE_CODE_VERSION", 2, "encoder.feature_code"),
+        (fingerprint_module, "FEATURE_CODE_VERSION", 2, "encoder.feature_code"),
         (pixels, "IMAGE_DECODING", "as it comes", "encoder.inputs.decoding"),
     ],
 )

@@ -111,7 +111,7 @@ def test_the_reference_encoders_have_their_published_sizes() -> None:
 def test_a_recipe_that_depends_on_its_teacher_gives_no_figure() -> None:
     result = runner.invoke(app, ["recipes", "see-hear-read"])
     assert result.exit_code == 0, result.output
-    assert "depends on the" in result.stdout
+    assert "depends on the" in result.stderr
 
 
 def test_every_name_is_listed() -> None:
