@@ -39,7 +39,7 @@ class FrozenTower(Tower):
         super().__init__(
             module,
             modality=modality,
-            anatomy=WHOLE,
+            module_map=WHOLE,
             pooling=pooling,
             cls_id=None,
         )

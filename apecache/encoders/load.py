@@ -13,7 +13,7 @@ from apecache.device import resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.frozen_tower import FrozenTower
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.module_map import read_anatomy
+from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
@@ -163,7 +163,7 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
 
 def _is_mapped(module: LibraryModel) -> bool:
     try:
-        read_anatomy(module)
+        read_module_map(module)
     except EncoderError:
         return False
     return True

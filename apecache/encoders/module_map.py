@@ -165,8 +165,8 @@ T5_NORMS = ("layer.0.layer_norm", "layer.1.layer_norm")
 BERT_TABLE = "embeddings.word_embeddings"
 
 
-def read_anatomy(module: LibraryModel) -> ModuleMap:
-    """Return the anatomy of a loaded model.
+def read_module_map(module: LibraryModel) -> ModuleMap:
+    """Return the module map of a loaded model.
 
     Raises:
         EncoderError: an architecture that is not supported; the message names the supported ones.
@@ -174,21 +174,21 @@ def read_anatomy(module: LibraryModel) -> ModuleMap:
     config: ModelConfig = getattr(module, "config", None)
     model_type = getattr(config, "model_type", type(module).__name__)
     library, _, _ = type(module).__module__.partition(".")
-    anatomy = None
+    module_map = None
     if library == "timm":
-        anatomy = _timm_anatomy(module)
+        module_map = _timm_module_map(module)
     elif library == "transformers":
         # Other libraries wrap models of transformers, and pass on their configuration.
-        anatomy = _image_anatomy(module, model_type) or _text_anatomy(module, model_type)
-    if anatomy is None:
+        module_map = _image_module_map(module, model_type) or _text_module_map(module, model_type)
+    if module_map is None:
         raise EncoderError(
             f"{type(module).__name__} ({model_type}) cannot be seen as a tower, so it cannot be "
             f"trained; {FROZEN_ONLY}; supported are {SUPPORTED}"
         )
-    return anatomy
+    return module_map
 
 
-def _timm_anatomy(module: LibraryModel) -> ModuleMap | None:
+def _timm_module_map(module: LibraryModel) -> ModuleMap | None:
     name = type(module).__name__
     # timm replaces the final norm by an identity where its head has a norm after pooling.
     has_final_norm = not isinstance(getattr(module, "norm", None), nn.Identity)
@@ -222,11 +222,11 @@ def _timm_anatomy(module: LibraryModel) -> ModuleMap | None:
     )
 
 
-def _image_anatomy(module: LibraryModel, model_type: str) -> ModuleMap | None:
-    """Return the anatomy of an image encoder of transformers; None of any other model."""
+def _image_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
+    """Return the module map of an image encoder of transformers; None of any other model."""
     match model_type:
         case "vit" | "deit" | "dinov2" | "dinov2_with_registers" | "beit" | "data2vec-vision":
-            return _hf_vision_anatomy(module, model_type)
+            return _hf_vision_module_map(module, model_type)
         case "dinov3_vit":
             return ModuleMap(
                 family="hf-dinov3",
@@ -264,8 +264,8 @@ def _image_anatomy(module: LibraryModel, model_type: str) -> ModuleMap | None:
             return None
 
 
-def _text_anatomy(module: LibraryModel, model_type: str) -> ModuleMap | None:
-    """Return the anatomy of a text encoder of transformers; None of any other model."""
+def _text_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
+    """Return the module map of a text encoder of transformers; None of any other model."""
     config: ModelConfig = getattr(module, "config", None)
     match model_type:
         case "bert" | "roberta" | "xlm-roberta" if not config.is_decoder:
@@ -339,7 +339,7 @@ def _decoder_anatomy(module: LibraryModel) -> ModuleMap:
     )
 
 
-def _hf_vision_anatomy(module: LibraryModel, model_type: str) -> ModuleMap:
+def _hf_vision_module_map(module: LibraryModel, model_type: str) -> ModuleMap:
     # ViT, DeiT and BEiT hold their blocks themselves, DINOv2 has an encoder that holds them.
     blocks = "layers" if hasattr(module, "layers") else "encoder.layer"
     norms = ("layernorm_before", "layernorm_after")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
 from apecache.encoders.library_types import LibraryModel, ModelConfig
-from apecache.encoders.module_map import SUPPORTED, TEXT_FAMILIES, ModuleMap, read_anatomy
+from apecache.encoders.module_map import SUPPORTED, TEXT_FAMILIES, ModuleMap, read_module_map
 from apecache.encoders.sample_draws import checkpoint_contexts
 from apecache.encoders.spec import Pooling
 from apecache.encoders.tower_forward import block_contexts, embed_inputs
@@ -40,14 +40,14 @@ class Tower(nn.Module):
         self,
         module: LibraryModel,
         modality: Modality,
-        anatomy: ModuleMap,
+        module_map: ModuleMap,
         pooling: Pooling,
         cls_id: int | None,
     ) -> None:
         super().__init__()
         self.module = module
         self.modality = modality
-        self.anatomy = anatomy
+        self.module_map = module_map
         self.pooling = pooling
         self.cls_id = cls_id
         self.adapters = nn.ModuleDict()
@@ -60,7 +60,7 @@ class Tower(nn.Module):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """Return the library's own blocks, shallowest first."""
-        blocks: Sequence[nn.Module] = self.module.get_submodule(self.anatomy.blocks)
+        blocks: Sequence[nn.Module] = self.module.get_submodule(self.module_map.blocks)
         return blocks
 
     @property
@@ -70,7 +70,7 @@ class Tower(nn.Module):
     @property
     def dim(self) -> int:
         """Return the width of the tokens."""
-        match self.anatomy.family:
+        match self.module_map.family:
             case "timm" | "timm-beit":
                 return int(self.module.embed_dim)
             case _:
@@ -79,7 +79,7 @@ class Tower(nn.Module):
     @property
     def output_dim(self) -> int:
         """Return the width of the pooled output; the model's own may differ from the tokens'."""
-        if self.pooling == "default" and self.anatomy.family == "hf-clip":
+        if self.pooling == "default" and self.module_map.family == "hf-clip":
             projection = getattr(self.module, "visual_projection", None)
             return self.dim if projection is None else int(projection.out_features)
         if self.pooling == "default":
@@ -91,7 +91,7 @@ class Tower(nn.Module):
         """Return (height, width): `pixels` if set, else the size that the tower was made for."""
         if self.pixels is not None:
             return self.pixels
-        match self.anatomy.family:
+        match self.module_map.family:
             case "timm" | "timm-beit":
                 height, width = self.module.patch_embed.img_size
             case _:
@@ -140,15 +140,15 @@ class Tower(nn.Module):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
-        return embed_inputs(self.module, self.anatomy, inputs)
+        return embed_inputs(self.module, self.module_map, inputs)
 
     def normalize(self, hidden: Tensor) -> Tensor:
         """Apply the final norm, where there is one."""
-        if self.anatomy.final_norm is None:
+        if self.module_map.final_norm is None:
             return hidden
-        final_norm = self.module.get_submodule(self.anatomy.final_norm)
+        final_norm = self.module.get_submodule(self.module_map.final_norm)
         normed: Tensor = final_norm(hidden)
-        return self.module.encoder.dropout(normed) if self.anatomy.family == "t5" else normed
+        return self.module.encoder.dropout(normed) if self.module_map.family == "t5" else normed
 
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool tokens after the final norm -> [n, output_dim].
@@ -164,7 +164,7 @@ class Tower(nn.Module):
 
     def _pool_own(self, tokens: Tensor) -> Tensor:
         module = self.module
-        match self.anatomy.family:
+        match self.module_map.family:
             case "hf-beit":
                 return module.pooler(tokens)  # type: ignore[no-any-return]
             case "hf-siglip":
@@ -180,7 +180,7 @@ class Tower(nn.Module):
     @property
     def n_prefix(self) -> int:
         """Count the tokens before the first patch: CLS, distillation and register tokens."""
-        match self.anatomy.family:
+        match self.module_map.family:
             case "hf-siglip":
                 return 0
             case "timm" | "timm-beit":
@@ -207,10 +207,10 @@ class Tower(nn.Module):
         """Return the keywords that each block takes beside the tokens."""
         return block_contexts(
             self.module,
-            anatomy=self.anatomy,
+            module_map=self.module_map,
             hidden=hidden,
             mask=mask,
-            image_size=self.image_size if self.anatomy.family == "hf-dinov3" else None,
+            image_size=self.image_size if self.module_map.family == "hf-dinov3" else None,
         )
 
     def _checked(self, cut: int) -> int:
@@ -264,7 +264,7 @@ class Tower(nn.Module):
     def _walk(self) -> ParameterWalk:
         return ParameterWalk(
             module=self.module,
-            anatomy=self.anatomy,
+            module_map=self.module_map,
             n_blocks=self.n_blocks,
             pooling=self.pooling,
             cls_id=self.cls_id,
@@ -285,13 +285,13 @@ class Tower(nn.Module):
     @property
     def has_cls(self) -> bool:
         """Tell whether the first token is a CLS token, which stands for the whole input."""
-        match self.anatomy.family:
+        match self.module_map.family:
             case "timm" | "timm-beit":
                 return self.module.cls_token is not None
             case "hf-siglip":
                 return False
             case _:
-                return self.modality == "image" or self.anatomy.token_table is not None
+                return self.modality == "image" or self.module_map.token_table is not None
 
     def split_cls(self) -> None:
         """Split the CLS row off the token table, so that it can be trained alone.
@@ -315,12 +315,12 @@ class Tower(nn.Module):
             self._set_token_table(table.join())
 
     def _token_table(self) -> nn.Module | None:
-        name = self.anatomy.token_table
+        name = self.module_map.token_table
         return None if name is None else self.module.get_submodule(name)
 
     def _set_token_table(self, table: nn.Module) -> None:
-        assert self.anatomy.token_table is not None
-        owner_name, _, name = self.anatomy.token_table.rpartition(".")
+        assert self.module_map.token_table is not None
+        owner_name, _, name = self.module_map.token_table.rpartition(".")
         setattr(self.module.get_submodule(owner_name), name, table)
 
 
@@ -369,14 +369,14 @@ def build_tower(
     Raises:
         EncoderError: an architecture that is not supported; the message names the supported ones.
     """
-    anatomy = read_anatomy(module)
-    is_text = anatomy.family in TEXT_FAMILIES
+    module_map = read_module_map(module)
+    is_text = module_map.family in TEXT_FAMILIES
     if is_text != (modality == "text"):
         raise EncoderError(
             f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
         )
     if pooling == "default":
-        pooling = _default_pooling(module, anatomy)
+        pooling = _default_pooling(module, module_map)
     if pooling == "last" and not is_text:
         raise EncoderError("the last token is for texts only; use cls or mean for images")
     if pooling == "tokens":
@@ -386,21 +386,21 @@ def build_tower(
     tower = Tower(
         module,
         modality=modality,
-        anatomy=anatomy,
+        module_map=module_map,
         pooling=pooling,
-        cls_id=None if anatomy.token_table is None else cls_id,
+        cls_id=None if module_map.token_table is None else cls_id,
     )
     if "cls" in pooling and not tower.has_cls:
-        name = "T5" if anatomy.family == "t5" else type(module).__name__
+        name = "T5" if module_map.family == "t5" else type(module).__name__
         raise EncoderError(f"{name} has no CLS token; use --{modality}-cut mean")
     # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
     tower.training = module.training
     return tower
 
 
-def _default_pooling(module: LibraryModel, anatomy: ModuleMap) -> Pooling:
+def _default_pooling(module: LibraryModel, module_map: ModuleMap) -> Pooling:
     """Return the default pooling of a tower; `default` where the model has one of its own."""
-    match anatomy.family:
+    match module_map.family:
         case "timm" | "timm-beit" | "hf-clip":
             return "default"
         case "hf-siglip":

@@ -17,9 +17,9 @@ MASKED = -65504.0
 """Added to the scores of masked tokens: the lowest float16, so that it survives every autocast."""
 
 
-def embed_inputs(module: LibraryModel, anatomy: ModuleMap, inputs: Tensor) -> Tensor:
+def embed_inputs(module: LibraryModel, module_map: ModuleMap, inputs: Tensor) -> Tensor:
     """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
-    match anatomy.family:
+    match module_map.family:
         case "timm":
             tokens = module._pos_embed(module.patch_embed(inputs))
             return module.norm_pre(module.patch_drop(tokens))  # type: ignore[no-any-return]
@@ -63,7 +63,7 @@ def embed_inputs(module: LibraryModel, anatomy: ModuleMap, inputs: Tensor) -> Te
 
 def block_contexts(
     module: LibraryModel,
-    anatomy: ModuleMap,
+    module_map: ModuleMap,
     hidden: Tensor,
     mask: Tensor | None,
     image_size: tuple[int, int] | None,
@@ -75,12 +75,12 @@ def block_contexts(
         mask: int64 [n, length], 0 for padding; None: no padding, or an image.
         image_size: (height, width) of the images; None for texts.
     """
-    n_blocks = len(module.get_submodule(anatomy.blocks))
-    if anatomy.family == "modernbert":
+    n_blocks = len(module.get_submodule(module_map.blocks))
+    if module_map.family == "modernbert":
         return _modernbert_contexts(module, hidden, mask)
     context = _shared_context(
         module,
-        anatomy=anatomy,
+        module_map=module_map,
         hidden=hidden,
         mask=mask,
         image_size=image_size,
@@ -90,14 +90,14 @@ def block_contexts(
 
 def _shared_context(
     module: LibraryModel,
-    anatomy: ModuleMap,
+    module_map: ModuleMap,
     hidden: Tensor,
     mask: Tensor | None,
     image_size: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """Return the keywords that are the same for all blocks."""
     length = hidden.shape[1]
-    match anatomy.family:
+    match module_map.family:
         case "timm" | "hf-vit":
             return {}
         case "hf-siglip" | "hf-clip":

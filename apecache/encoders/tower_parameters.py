@@ -71,7 +71,7 @@ class ParameterWalk:
     """Describe the parameters of the library's model one by one."""
 
     module: LibraryModel
-    anatomy: ModuleMap
+    module_map: ModuleMap
     n_blocks: int
     pooling: Pooling
     cls_id: int | None
@@ -79,7 +79,7 @@ class ParameterWalk:
     @property
     def row_name(self) -> str:
         """Return the name of the CLS row where it is a parameter of its own."""
-        return f"{self.anatomy.token_table}.row"
+        return f"{self.module_map.token_table}.row"
 
     def list_parameters(self) -> list[TowerParameter]:
         """List every parameter between input and output, in the library's order."""
@@ -141,13 +141,13 @@ class ParameterWalk:
     def _place(self, name: str) -> tuple[Place | None, int]:
         """Return what a parameter belongs to, and its depth as in `TowerParameter`; (None, -1) if
         neither."""
-        if self.pooling != "default" and name.startswith(self.anatomy.own_pooling):
+        if self.pooling != "default" and name.startswith(self.module_map.own_pooling):
             return None, -1
-        for beginning, tower_place in self.anatomy.places.items():
+        for beginning, tower_place in self.module_map.places.items():
             if name.startswith(beginning):
                 is_above = tower_place in ("final_norm", "pooler")
                 return tower_place, self.n_blocks if is_above else -1
-        blocks_prefix = f"{self.anatomy.blocks}."
+        blocks_prefix = f"{self.module_map.blocks}."
         if name.startswith(blocks_prefix):
             block_index, *_ = name.removeprefix(blocks_prefix).split(".")
             return "block", int(block_index)
@@ -155,7 +155,7 @@ class ParameterWalk:
 
     @property
     def _is_split(self) -> bool:
-        table = self.anatomy.token_table
+        table = self.module_map.token_table
         return table is not None and isinstance(self.module.get_submodule(table), RowEmbedding)
 
     def _is_norm(self, name: str) -> bool:

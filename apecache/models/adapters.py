@@ -181,11 +181,11 @@ def _add_hooks(tower: Tower, spec: AdapterSpec) -> None:
 
 def _adapt(tower: Tower, block: nn.Module, adapters: Any) -> None:
     """Call one adapter in each branch of a block: after the branch's end, or before its norm."""
-    if tower.anatomy.ends is not None:
-        for name, adapter in zip(tower.anatomy.ends, adapters, strict=True):
+    if tower.module_map.ends is not None:
+        for name, adapter in zip(tower.module_map.ends, adapters, strict=True):
             block.get_submodule(name).register_forward_hook(_after(adapter))
         return
-    for name, adapter in zip(tower.anatomy.norms, adapters, strict=True):
+    for name, adapter in zip(tower.module_map.norms, adapters, strict=True):
         block.get_submodule(name).register_forward_pre_hook(_before(adapter))
 
 

@@ -362,7 +362,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        # Three at most: a file that is no recipe may make dozens.
+        # Three at most: a file that is not a recipe may make dozens.
         problems = "; ".join(_explain(item) for item in error.errors()[:3])
         raise RecipeError(f"{where}: {problems}") from None
 

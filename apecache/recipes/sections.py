@@ -277,7 +277,7 @@ def require_shorthand(text: str) -> str:
     """Return a shorthand, given in either form, in ASCII.
 
     Raises:
-        RecipeError: the text is no shorthand; the message has the nearest one.
+        RecipeError: the text is not a shorthand; the message has the nearest one.
     """
     try:
         shorthand_rules(text)

@@ -65,7 +65,7 @@ def read_records(runs: Sequence[Path]) -> tuple[RunRecord, ...]:
     """Read the records of finished runs.
 
     Raises:
-        RunError: a folder is no finished run.
+        RunError: a folder is not a finished run.
         OptionError: a run is given twice.
     """
     return tuple(_read(name, path) for name, path in named_paths(runs).items())

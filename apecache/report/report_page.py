@@ -78,7 +78,7 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     """Write the page of one or several finished runs.
 
     Raises:
-        RunError: a folder is no finished run, or a damaged one.
+        RunError: a folder is not a finished run, or a damaged one.
         OptionError: a run is given twice.
         DataError: the store lacks a run's dev split or the given split; or nothing can be shown.
         MismatchError: the store is of other encoders than a run.

@@ -102,7 +102,7 @@ def sweep_page(folder: AnyPath, out: AnyPath | None = None, title: str = "") -> 
 def _read(folder: Path) -> _SweepRecord:
     if not is_sweep(folder):
         raise RunError(
-            f"{folder} is no sweep: it has no {DESCRIBED} (make one with: apecache sweep)"
+            f"{folder} is not a sweep: it has no {DESCRIBED} (make one with: apecache sweep)"
         )
     try:
         description = json.loads((folder / DESCRIBED).read_text(encoding="utf-8"))

@@ -76,7 +76,7 @@ def find_checkpoint(
         identity: What the fit is: its recipe, data, seed, splits and encoders.
 
     Returns:
-        Tensors and state of the checkpoint; None if there is no checkpoint.
+        Tensors and state of the checkpoint; None if there is not a checkpoint.
 
     Raises:
         MismatchError: The checkpoint is of a fit with another identity.

@@ -201,7 +201,7 @@ def read_description(run: Path) -> dict[str, Any]:
             raise ValueError("parts are missing")
     except FileNotFoundError:
         raise RunError(
-            f"{run} is no finished run of fit-encoder: it has no {DESCRIPTION}"
+            f"{run} is not a finished run of fit-encoder: it has no {DESCRIPTION}"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise_if_refused(run / DESCRIPTION)

@@ -136,7 +136,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
     if not path.is_file():
         raise_if_refused(path)
         raise RunError(
-            f"{folder} is no finished run: it has no {DESCRIPTION}{nearest_sibling(folder)} "
+            f"{folder} is not a finished run: it has no {DESCRIPTION}{nearest_sibling(folder)} "
             "(make one with: apecache fit-head)"
         )
     try:

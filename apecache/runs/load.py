@@ -56,7 +56,7 @@ def recorded_encoder(folder: Path, side: Modality) -> EncoderSpec:
     """Read the spec of the encoder that a run names. The encoder is not opened.
 
     Raises:
-        RunError: There is no finished run.
+        RunError: There is not a finished run.
     """
     if not is_encoder_run(folder):
         head_side: TrainedSide = getattr(load_heads(folder), side)
@@ -69,7 +69,7 @@ def recorded_fingerprint(folder: Path, side: Modality) -> Fingerprint:
     """Read the fingerprint of an encoder before training. The encoder is not opened.
 
     Raises:
-        RunError: There is no finished run.
+        RunError: There is not a finished run.
     """
     if not is_encoder_run(folder):
         head_side: TrainedSide = getattr(load_heads(folder), side)
@@ -84,7 +84,7 @@ def recorded_training(folder: Path) -> Mapping[str, Any]:
     A combination records none of these at the top level. Encoders are not opened.
 
     Raises:
-        RunError: There is no finished run.
+        RunError: There is not a finished run.
     """
     if is_encoder_run(folder):
         return trained_encoders.read_description(folder)

@@ -385,7 +385,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise_if_refused(file)
         raise RunError(
-            f"{path} is no index{nearest_sibling(path)} "
+            f"{path} is not an index{nearest_sibling(path)} "
             f"(make one with: apecache index RUN --store STORE --out {path})"
         )
     try:

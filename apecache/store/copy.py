@@ -24,7 +24,7 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
         alone: Whether nobody else writes to `to`, see `open_files`.
 
     Raises:
-        StoreError: There is no store, or `to` holds something else.
+        StoreError: There is not a store, or `to` holds something else.
         DamagedError: The copy does not verify.
     """
     opened = FeatureStore.open(store)

@@ -27,7 +27,7 @@ from apecache.store.writer import PairColumns, source_bytes
 def require_store(files: Files) -> None:
     """Raise StoreError unless there is something that only a store has."""
     if not (files.exists(SOURCE) or files.exists(PAIRS) or has_arrays(files)):
-        raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
+        raise StoreError(f"{files.place} is not a store (make one with: apecache extract)")
 
 
 def uncommit(files: Files, modality: Modality, name: str, shards: Iterable[int]) -> None:
@@ -143,7 +143,7 @@ def find_array(files: Files, name: str) -> tuple[Modality, str]:
     """Find an array by `NAME`, `image/NAME` or `text/NAME`, complete or not.
 
     Raises:
-        StoreError: There is no store, it has a newer format, or there is no such array or one of
+        StoreError: There is not a store, it has a newer format, or there is no such array or one of
             each modality.
     """
     require_store(files)

@@ -45,7 +45,7 @@ class FeatureStore:
                 `az://CONTAINER/…`).
 
         Raises:
-            StoreError: There is no store at `path`, or it was not finished being made.
+            StoreError: There is not a store at `path`, or it was not finished being made.
         """
         return FeatureStore.at(open_files(as_place(path, "path")))
 
@@ -60,7 +60,7 @@ class FeatureStore:
             if files.exists(SOURCE):
                 problem = "was not finished being made; run the same apecache extract again"
             else:
-                problem = f"is no store{files.hint()} (make one with: apecache extract)"
+                problem = f"is not a store{files.hint()} (make one with: apecache extract)"
             raise StoreError(f"{files.place} {problem}")
         read_record(files, PAIRS)
         segments = tuple(_open_segment(files, name) for name in segment_names(files))

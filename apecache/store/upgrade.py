@@ -14,7 +14,7 @@ def store_format(path: str | Path) -> int:
     """Return the format of the store at `path`.
 
     Raises:
-        StoreError: There is no store, or it has a newer format than this apecache reads.
+        StoreError: There is not a store, or it has a newer format than this apecache reads.
     """
     format_version: int = read_record(FeatureStore.open(path).files, SOURCE)["format"]
     return format_version

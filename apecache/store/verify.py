@@ -87,7 +87,7 @@ def verify_store(
         threads: Number of parallel reads; None for as many as are worth it where the store is.
 
     Raises:
-        StoreError: There is no store at `path`, or it has a newer format.
+        StoreError: There is not a store at `path`, or it has a newer format.
     """
     return verify_files(open_files(path), progress, threads)
 
@@ -113,7 +113,7 @@ def verify_segment(
 ) -> VerifyReport:
     """Verify one segment alone; the store itself is the first. Raises as `verify_store` does."""
     if not files.exists(SOURCE) and not files.exists(PAIRS):
-        raise StoreError(f"{files.place} is no store (make one with: apecache extract)")
+        raise StoreError(f"{files.place} is not a store (make one with: apecache extract)")
     check = _Check(files, progress, threads)
     check.table()
     for modality, name in array_names(files):

@@ -168,7 +168,7 @@ def _require_same(out: Path, identity: Fingerprint) -> None:
     path = out / DESCRIBED
     if not path.is_file():
         if any(entry != scratch_of(path) for entry in out.iterdir()):
-            raise RunError(f"{out} exists and is no sweep; choose another --out")
+            raise RunError(f"{out} exists and is not a sweep; choose another --out")
         replace_text(path, json.dumps(dict(identity.fields), indent=1))
         return
     text = path.read_text(encoding="utf-8")

@@ -259,9 +259,9 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["info", "no-such-store"], 3, "is no store"),
-        (["fit-head", "no-such-store", "--recipe", "ape", "--out", "x"], 3, "is no store"),
-        (["evaluate", "no-such-run", "--store", "{store}"], 3, "no finished run"),
+        (["info", "no-such-store"], 3, "is not a store"),
+        (["fit-head", "no-such-store", "--recipe", "ape", "--out", "x"], 3, "is not a store"),
+        (["evaluate", "no-such-run", "--store", "{store}"], 3, "not a finished run"),
         (["evaluate", "{run}", "--store", "{store}", "--split", "vall"], 3, "did you mean val"),
         (["evaluate", "{run}"], 2, "--store is missing"),
         (["evaluate", "{run}", "--task", "zeroshot"], 2, "--labels is missing"),
@@ -296,7 +296,7 @@ def test_a_run_on_a_store_of_other_features(chain: dict[str, Path], tmp_path: Pa
             2,
             "cuda:99",
         ),
-        (["search", "no-such-index", "dog"], 3, "is no index"),
+        (["search", "no-such-index", "dog"], 3, "is not an index"),
         (["search", "{index}", " "], 2, "empty"),
         (["search", "{index}", "missing.jpg"], 3, "no such file"),
         (["search", "{index}", "dog", "--target", "image"], 2, "did you mean images"),
@@ -410,7 +410,7 @@ def test_search_by_key_and_arithmetic_and_csls(chain: dict[str, Path]) -> None:
             2,
             "FAISS refuses fla",
         ),
-        (["index", "{run}", "--store", "{store}", "--out", "x", "--update"], 3, "is no index"),
+        (["index", "{run}", "--store", "{store}", "--out", "x", "--update"], 3, "is not an index"),
         (
             ["index", "{run}", "--store", "{store}", "--out", "{index}", "--update", "--overwrite"],
             2,

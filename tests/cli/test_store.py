@@ -486,13 +486,13 @@ def test_what_is_no_store(tmp_path: Path, command: tuple[str, ...], kind: str) -
         put(tmp_path, {"place/x.txt" if kind == "a folder" else "place": b"x"})
     before = tree(tmp_path)
     line = error_of(on(command, place, tmp_path / "out"), 3)
-    assert "is no store" in line
+    assert "is not a store" in line
     assert tree(tmp_path) == before
 
 
 def test_repair_makes_no_store_out_of_another_folder(shapes: Path) -> None:
     before = tree(shapes.parent)
-    assert "is no store" in error_of(call("repair", shapes.parent, "--pairs", shapes), 3)
+    assert "is not a store" in error_of(call("repair", shapes.parent, "--pairs", shapes), 3)
     assert tree(shapes.parent) == before
 
 

@@ -322,10 +322,10 @@ def test_every_family_has_the_same_parts() -> None:
         # normalizes queries and keys too.
         norms = {"t5": 6, "modernbert": 5, "decoder": 12}
         n_norms = sum(part.norm for part in parts if part.section == "block")
-        assert n_norms == norms.get(tower.anatomy.family, 12)
-        has_biases = tower.anatomy.family not in norms  # mT5 is a T5 too
+        assert n_norms == norms.get(tower.module_map.family, 12)
+        has_biases = tower.module_map.family not in norms  # mT5 is a T5 too
         assert any(part.bias for part in parts) is has_biases
-        has_cls = tower.anatomy.family not in ("t5", "decoder", "hf-siglip")
+        has_cls = tower.module_map.family not in ("t5", "decoder", "hf-siglip")
         assert ("cls" in places) is tower.has_cls is has_cls
 
 

@@ -334,7 +334,7 @@ def test_a_segment_without_its_pair_table_is_not_left_out_of_what_is_served(grow
 
 def test_what_is_no_store_is_not_made_one(grown_once: Grown, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         repair(tmp_path, open_pairs(grown_once.table))
     assert tree(tmp_path) == {"notes.txt": b"mine"}
 

@@ -313,7 +313,7 @@ def test_what_cannot_be_reported_is_refused_by_name(
     for run, words in _broken(runs["first"], tmp_path):
         with pytest.raises(RunError, match=words):
             report_page([run], page)
-    with pytest.raises(RunError, match="no finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         report_page([tmp_path], page)
     with pytest.raises(OptionError, match="given twice"):
         report_page([runs["first"], runs["first"].parent / "." / "first"], page)

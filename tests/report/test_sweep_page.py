@@ -157,7 +157,7 @@ def test_a_damaged_sweep_is_refused(
     (copy / name).write_text(text)
     with pytest.raises(RunError, match=words):
         sweep_page(copy)
-    with pytest.raises(RunError, match="is no sweep"):
+    with pytest.raises(RunError, match="is not a sweep"):
         sweep_page(tmp_path)
 
 

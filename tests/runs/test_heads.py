@@ -241,12 +241,12 @@ def test_a_missing_run_is_refused_with_the_nearest_name(run: Path) -> None:
 def test_a_folder_without_a_head_is_no_finished_run(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_text("")
     message = refused(tmp_path)
-    assert "is no finished run: it has no head.json" in message
+    assert "is not a finished run: it has no head.json" in message
     assert "did you mean" not in message
 
 
 def test_a_run_below_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    assert "no finished run" in refused(tmp_path / "no" / "run")
+    assert "not a finished run" in refused(tmp_path / "no" / "run")
 
 
 def test_a_newer_format_is_refused_by_its_number(run: Path) -> None:

@@ -76,7 +76,7 @@ def test_what_cannot_be_encoded_is_named(model: ImageTextModel, tmp_path: Path) 
         model.encode_text("a dog")
     with pytest.raises(OptionError, match="put it in brackets"):
         model.encode_image("photo.jpg")
-    with pytest.raises(RunError, match="no finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         apecache.load(tmp_path)
 
 

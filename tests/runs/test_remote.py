@@ -45,7 +45,10 @@ def test_what_an_interrupt_leaves_is_there_for_the_next_time_and_no_finished_run
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with fetched_run(f"{bucket}/run") as there, pytest.raises(RunError, match="is no finished run"):
+    with (
+        fetched_run(f"{bucket}/run") as there,
+        pytest.raises(RunError, match="is not a finished run"),
+    ):
         load_run(there)
     with kept_run(f"{bucket}/run") as here:
         assert tree(here) == {"checkpoint.safetensors": b"half"}

@@ -452,13 +452,13 @@ def refused(path: Path) -> str:
 def test_an_index_that_is_not_there_is_refused_with_the_nearest_name(index: Path) -> None:
     message = refused(index.with_name("indx"))
     assert (
-        "indx is no index; did you mean index? (make one with: apecache index RUN --store "
+        "indx is not an index; did you mean index? (make one with: apecache index RUN --store "
         "STORE --out"
     ) in message
 
 
 def test_a_run_is_no_index(tiny_run: Path) -> None:
-    assert "is no index (make one with" in refused(tiny_run)
+    assert "is not an index (make one with" in refused(tiny_run)
 
 
 def test_an_index_with_the_head_of_another_run_is_refused(

@@ -240,7 +240,7 @@ def test_an_update_of_nothing_or_of_a_damaged_index_is_refused(
     tmp_path: Path,
 ) -> None:
     store = make(list(range(30)))
-    with pytest.raises(RunError, match="is no index"):
+    with pytest.raises(RunError, match="is not an index"):
         update_index(run, store, tmp_path / "index")
     build_index(run, store, tmp_path / "index")
     shutil.copy(tmp_path / "index" / "texts.faiss", tmp_path / "index" / "images.faiss")

@@ -188,7 +188,7 @@ def test_a_name_that_is_not_one_arrays_is_refused_with_those_there_are(
 
 
 def test_nothing_is_found_where_there_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         find_array(LocalFiles(tmp_path), "pixels")
 
 

@@ -285,7 +285,7 @@ def test_other_urls_are_no_places_and_no_folders(
 def test_there_is_no_store_where_none_is(place: str) -> None:
     with pytest.raises(
         StoreError,
-        match=rf"{place} is no store \(make one with: apecache extract\)",
+        match=rf"{place} is not a store \(make one with: apecache extract\)",
     ):
         FeatureStore.open(place)
 

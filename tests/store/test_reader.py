@@ -340,7 +340,7 @@ def test_reading_what_a_damaged_object_belongs_to_raises_and_names_it(
             assert "2 of 3 commit records found" in str(error)
         elif name == SEAL and kind == "gone":
             assert isinstance(error, IncompleteError)
-        elif not (name == PAIRS and kind == "gone"):  # then it is no store (yet)
+        elif not (name == PAIRS and kind == "gone"):  # then it is not a store (yet)
             assert Path(name).name in str(error), str(error)
 
 

@@ -86,5 +86,5 @@ def opened(store: Path) -> None:
 
 
 def test_what_is_no_store_is_not_upgraded(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         upgrade_store(tmp_path / "none", tmp_path / "new")

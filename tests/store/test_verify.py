@@ -164,7 +164,7 @@ def test_the_tables_of_two_stores_do_not_mix(grown: Grown) -> None:
 )
 def test_what_is_no_store_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "none")
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         verify_store(tmp_path / "none")
 
 

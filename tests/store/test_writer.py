@@ -391,7 +391,7 @@ def test_until_creation_is_finished_there_is_no_store_to_open(
         match="was not finished being made; run the same apecache extract again",
     ):
         FeatureStore.open(tower_store)
-    with pytest.raises(StoreError, match=r"is no store.*make one with: apecache extract"):
+    with pytest.raises(StoreError, match=r"is not a store.*make one with: apecache extract"):
         FeatureStore.open(tmp_path / "nowhere")
 
 

@@ -287,7 +287,7 @@ def test_another_sweep_or_a_foreign_folder_is_refused(store: FeatureStore, tmp_p
         sweep(store, space=space, out=tmp_path / "out", spec=replace(spec, seeds=2))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(RunError, match="is no sweep"):
+    with pytest.raises(RunError, match="is not a sweep"):
         sweep(store, space=space, out=tmp_path / "mine", spec=spec)
     with pytest.raises(OptionError, match="at least 1"):
         sweep(store, space=space, out=tmp_path / "out", spec=replace(spec, seeds=0))

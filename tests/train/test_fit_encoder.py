@@ -807,7 +807,7 @@ def test_a_run_whose_encoder_has_changed_is_refused(
     path.write_text("{}")
     with pytest.raises(RunError, match="is damaged"):
         load_encoders(tmp_path / "run", "cpu")
-    with pytest.raises(RunError, match="no finished run of fit-encoder"):
+    with pytest.raises(RunError, match="not a finished run of fit-encoder"):
         load_encoders(tmp_path / "nothing", "cpu")
 
 

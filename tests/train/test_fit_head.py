@@ -936,7 +936,7 @@ def test_a_run_that_was_broken_off_is_begun_anew(
     with pytest.raises(KeyboardInterrupt):
         fit_head(store, recipe=make_recipe(), out=tmp_path / "run", spec=CPU, progress=stop)
     assert len(list(read_history(tmp_path / "run"))) == 3
-    with pytest.raises(RunError, match="no finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         load_heads(tmp_path / "run")
     for name in (WEIGHTS, CHECKPOINT):
         half = scratch_of(tmp_path / "run" / name)

@@ -266,7 +266,7 @@ def test_only_runs_of_heads_and_recipes_with_heads(
     fit(data, recipe=recipe, out=tmp_path / "towers", start=None)
     with pytest.raises(RunError, match="--init-from takes runs of fit-head only"):
         fit(data, recipe=recipe, out=tmp_path / "run", start=tmp_path / "towers")
-    with pytest.raises(RunError, match="no finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         fit(data, recipe=recipe, out=tmp_path / "run", start=tmp_path / "nothing")
     shared = ["shared.image_blocks=1", "shared.text_blocks=1", "distillation.teacher=tiny-vit-cls"]
     with pytest.raises(RecipeError, match="no heads to begin with"):

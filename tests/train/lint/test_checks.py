@@ -476,5 +476,5 @@ def test_a_run_of_another_store_and_a_folder_without_a_run_are_refused(
     other = write_store(tmp_path / "s", *features(), IMAGE_ROWS, SPLITS, keys=keys)
     with pytest.raises(MismatchError, match="give its own store"):
         lint_run(run, other)
-    with pytest.raises(RunError, match="no finished run"):
+    with pytest.raises(RunError, match="not a finished run"):
         lint_run(tmp_path, None)
