@@ -91,6 +91,21 @@ class Batch:
     """Which images belong with which texts; None: row with row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochRows:
+    """Hold the rows that an epoch reads, on the CPU, in the order of its batches."""
+
+    order: Tensor
+    """int64 [n], images of all batches."""
+    captions: Tensor
+    """int64 [n, k], their captions."""
+    images: Tensor
+    """int64 [n], rows of the image features; with views, of the features with both first axes
+    flattened."""
+    texts: Tensor
+    """int64 [n, k], as `images`."""
+
+
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
     """Check that there are wrong answers to learn from.
 
@@ -138,42 +153,35 @@ def batches(
         Batches on the device of the pairs. `groups` is None if all positives are row with row.
     """
     size = min(batch_size, len(pairs))
-    # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
-    # and with every `skip`.
-    order = torch.randperm(len(pairs), generator=generator)
-    caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
-    images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
-    texts = _draw_views(
-        caption_rows,
-        features=pairs.text,
-        views=pairs.text_views,
+    rows = draw_rows(
+        pairs,
+        batch_size=batch_size,
         generator=generator,
+        captions=captions,
+        skip=skip,
     )
-    batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
-    image_batches = _gather(
+    image_batches = gather(
         pairs.image,
-        rows=images[batch_span],
+        rows=rows.images,
         size=size,
         device=pairs.place,
         views=pairs.image_views,
     )
-    text_batches = _gather(
+    text_batches = gather(
         pairs.text,
-        rows=texts[batch_span].flatten(),
+        rows=rows.texts.flatten(),
         size=size * captions,
         device=pairs.place,
         views=pairs.text_views,
     )
-    used_order = order[batch_span]
-    used_captions = caption_rows[batch_span]
-    image_lengths = _gather_lengths(pairs.image_lengths, used_order, size, pairs.place)
+    image_lengths = _gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
     text_lengths = _gather_lengths(
         pairs.text_lengths,
-        rows=used_captions.flatten(),
+        rows=rows.captions.flatten(),
         size=size * captions,
         device=pairs.place,
     )
-    groups_of_batches = _groups(pairs, used_order, used_captions, size)
+    groups_of_batches = groups_of(pairs, rows.order, rows.captions, size)
     for image, text, image_length, text_length, groups in zip(
         image_batches,
         text_batches,
@@ -189,6 +197,35 @@ def batches(
             text_mask=None if text_length is None else mask_of(text_length, text),
             groups=groups,
         )
+
+
+def draw_rows(
+    pairs: FeaturePairs,
+    batch_size: int,
+    generator: torch.Generator,
+    captions: int,
+    skip: int = 0,
+) -> EpochRows:
+    """Draw the rows of an epoch. See `batches`."""
+    size = min(batch_size, len(pairs))
+    # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
+    # and with every `skip`.
+    order = torch.randperm(len(pairs), generator=generator)
+    caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
+    images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
+    texts = _draw_views(
+        caption_rows,
+        features=pairs.text,
+        views=pairs.text_views,
+        generator=generator,
+    )
+    batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
+    return EpochRows(
+        order=order[batch_span],
+        captions=caption_rows[batch_span],
+        images=images[batch_span],
+        texts=texts[batch_span],
+    )
 
 
 def _draw_captions(
@@ -222,7 +259,7 @@ def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Ge
     return rows * n_views + drawn_views
 
 
-def _gather(
+def gather(
     features: Tensor,
     rows: Tensor,
     size: int,
@@ -260,10 +297,10 @@ def _gather_lengths(
     """Yield the numbers of valid tokens, int64 [size], of each batch; None without lengths."""
     if lengths is None:
         return repeat(None, -(-len(rows) // size))
-    return _gather(lengths, rows=rows, size=size, device=device, views=False)
+    return gather(lengths, rows=rows, size=size, device=device, views=False)
 
 
-def _groups(
+def groups_of(
     pairs: FeaturePairs,
     order: Tensor,
     caption_rows: Tensor,

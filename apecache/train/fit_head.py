@@ -32,6 +32,7 @@ from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
+from apecache.train.recorded_steps import recorded_steps
 from apecache.train.session import (
     RunFolder,
     best_and_untrained,
@@ -160,6 +161,7 @@ def fit_head(
             folder=folder,
             found=checkpoint,
             loading_seconds=loading_seconds,
+            recorded=recorded_steps(training, train, plan),
         )
         ledger = build_ledger(
             training,

@@ -120,6 +120,8 @@ class Recording:
 
     def __enter__(self) -> None:
         extension.wait("a graph begins")
+        # A device that records draws no numbers.
+        self.random_state = extension.get_state()
         self.graph.tape.__enter__()
         extension.capture(True)
 
@@ -128,6 +130,7 @@ class Recording:
         self.graph.tape.__exit__(*error)
         for tensor, value in self.graph.tape.before.values():
             _whole_storage(tensor).copy_(value)
+        extension.set_state(self.random_state)
 
 
 # --- what torch asks a device's module for --------------------------------------------------------
