@@ -7,12 +7,12 @@ probe of real rows.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from apecache.data.images import load_as, load_image
+from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.device import (
@@ -208,10 +208,13 @@ def _probe_pixels(encoder: ImageEncoder, source: PairSource, n_rows: int) -> Ten
     pixels: list[Tensor] = []
     for key in _spread(source.keys, n_rows):
         try:
-            if encoder.spec.resize == "torchvision":
-                pixels.append(encoder.preprocess(load_as(decode_tensor, key, source.media).image))
-            else:
-                pixels.append(encoder.preprocess(load_image(key, source.media).image))
+            # An encoder that resizes tensors takes them as well as Pillow's images.
+            loaded: LoadedImage[Any] = (
+                load_as(decode_tensor, key, source.media)
+                if encoder.spec.resize == "torchvision"
+                else load_image(key, source.media)
+            )
+            pixels.append(encoder.preprocess(loaded.image))
         except (RowError, ValueError, OSError, RuntimeError):
             continue
     return torch.stack(pixels) if pixels else torch.zeros(1, *encoder.input_shape)

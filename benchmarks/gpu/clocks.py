@@ -37,7 +37,7 @@ def kernel_counts(action: Action, device: torch.device, n_steps: int) -> dict[st
         action()
         synchronize(device)
     events = [
-        event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA
+        event for event in profiled.events() if str(event.device_type).endswith("CUDA")
     ]
     busy_microseconds = sum(event.time_range.elapsed_us() for event in events)
     return {

@@ -95,11 +95,11 @@ def trained_recipes() -> list[str]:
     return [r.name for r in recipes if r.trains_heads_alone and r.schedule.epochs]
 
 
-class LaunchCounter(TorchDispatchMode):
+class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the operations that are dispatched while it is active."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.n_launches = 0
         self.n_waits = 0
 

@@ -109,7 +109,7 @@ def test_a_fit_replays_steps_that_never_wait(content: bool) -> None:
         recorded = recorded_steps(fit, features, plan)
         replays = Graph.replays
         with seeded(1, features.place):
-            for epoch in range(3):
+            for _ in range(3):
                 if recorded is None:
                     take_steps(fit, draw_epoch(fit, features, plan), plan)
                 else:
