@@ -36,6 +36,8 @@ DIMS = (96, 64)
 MEMBERS = (1, 8, 32)
 FEW_STEPS = 2
 MANY_STEPS = 6
+MOST_WEIGHTS = 2**24
+"""Larger populations are left out: launches do not depend on their number of members."""
 """What an epoch does once is in both counts, and not in their difference."""
 WAITING = (
     "_local_scalar_dense",
@@ -117,10 +119,13 @@ def recipe_row(name: str, members: list[int], device: torch.device) -> dict[str,
     row: dict[str, Any] = {"recipe": name}
     row |= per_step("solo", lambda n_steps: solo_steps(name, device, n_steps))
     for count in members:
-        if stack_key(*training(name, 0, device)) is None:
+        fit, plan = training(name, 0, device)
+        if stack_key(fit, plan) is None:
             row["stacks"] = "no"
             break
         row["stacks"] = "yes"
+        if count * sum(parameter.numel() for parameter in fit.model.parameters()) > MOST_WEIGHTS:
+            continue
         together = partial(population_steps, name, device, count)
         row |= per_step(f"K = {count}", together)
     return row
