@@ -127,8 +127,10 @@ def looks_local(name: str) -> bool:
 
 
 def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
-    """Parse `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
-    `timm:/folder`, …
+    """Parse the name of an encoder.
+
+    Examples: `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
+    `timm:/folder`.
 
     Raises:
         EncoderError: no or an unknown library, an empty name, a library without encoders of that
@@ -163,7 +165,7 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
 
 
 def parse_cut(text: str) -> tuple[Pooling, int | None]:
-    """Parse `POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+    """Parse `POOLING` or `POOLING@LAYER`, for example `cls`, `mean@8` and `tokens@-1`.
 
     Returns:
         The pooling, and the layer or None.

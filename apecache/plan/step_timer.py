@@ -49,8 +49,10 @@ ENCODED_IMAGES = 32
 
 @dataclass(kw_only=True)
 class StepTimer:
-    """Time a recipe, as an `apecache.plan.plan.PlanTimer`, on CUDA if there is any, else on the
-    CPU."""
+    """Time a recipe on CUDA if there is any, else on the CPU.
+
+    It is an `apecache.plan.plan.PlanTimer`.
+    """
 
     recipe: Recipe
     image: EncoderSpec

@@ -147,7 +147,7 @@ def _settings(
 
 
 def encoder_label(encoder: EncoderSpec, digest: str) -> str:
-    """Name an encoder with the settings that change its features: pooling, layer, sizes, prefix, …
+    """Name an encoder with the settings that change its features, such as pooling and prefix.
 
     Two folders of the same name can hold different encoders, so the label of a local encoder also
     has the end of its digest.

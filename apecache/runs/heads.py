@@ -203,8 +203,11 @@ def _tensors(heads: TrainedHeads) -> dict[str, Tensor]:
 
 
 def _load_weights(heads: TrainedHeads, path: Path) -> None:
-    """Load the weights. Raises RunError unless the file holds exactly the heads' tensors, all
-    finite."""
+    """Load the weights of the heads.
+
+    Raises:
+        RunError: The file does not hold exactly the heads' tensors, all finite.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
