@@ -18,7 +18,7 @@ from apecache.fingerprint import Modality
 from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
-from apecache.losses.objective import contrast
+from apecache.losses.registry import contrast
 from apecache.losses.spec import LossSpec
 from apecache.models.freezing import FreezeDecision, freeze_towers, trained_parameters
 from apecache.recipes.recipe import Recipe

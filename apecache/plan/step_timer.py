@@ -27,12 +27,12 @@ from apecache.plan.plan import Cuts, steps_of
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs, batches
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
-from apecache.train.fit import Fit, StepCount, Training
+from apecache.train.fit import Fit, HeadFit, StepCount
 from apecache.train.live import CachedInputs, ImageInputs, Inputs, TokenInputs
 from apecache.train.loop import take_step
 from apecache.train.model import build_model
 from apecache.train.ranks import ALONE
+from apecache.train.tower_fit import EncoderFit
 
 FIRST_IMAGES = 16
 ENOUGH_SECONDS = 0.5
@@ -209,7 +209,7 @@ class StepTimer:
             device=self.device,
         )
         model = build_model(self.recipe, pairs, 0)
-        return Training(model, self.recipe, 0), pairs
+        return HeadFit(model, self.recipe, 0), pairs
 
     def _row_shape(self, tower: Tower) -> tuple[int, ...]:
         """Return (tokens, dim) after the last block of a tower on the meta device."""

@@ -314,7 +314,7 @@ class Bucket:
 
         self._put(key, lambda: obstore.put(self.client, key, data, use_multipart=False))
 
-    def create(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object if there is none; return False if there is one of other bytes.
 
         The same bytes count as written by this call, because its first answer may have been lost
@@ -322,7 +322,7 @@ class Bucket:
         """
         import obstore
 
-        def create() -> bool:
+        def put() -> bool:
             try:
                 obstore.put(self.client, key, data, mode="create", use_multipart=False)
                 return True
@@ -333,7 +333,7 @@ class Bucket:
                     # S3 gives the same answer while a removal of the object is under way.
                     raise _UnsettledError from None
 
-        return self._put(key, create)
+        return self._put(key, put)
 
     def decides_creation(self, key: str) -> bool:
         """Return whether the storage refuses to create an object that exists.
@@ -342,7 +342,7 @@ class Bucket:
         """
         if self._decides is None:
             try:
-                self._decides = self.create(key, b"first") and not self.create(key, b"second")
+                self._decides = self.put_if_absent(key, b"first") and not self.put_if_absent(key, b"second")
                 self.remove([key])
             except _UnknownError:
                 self._decides = False

@@ -22,7 +22,7 @@ from apecache.extraction.arrays import environment, prepare_arrays
 from apecache.extraction.encode import use_threads
 from apecache.extraction.run import ExtractSpec
 from apecache.extraction.segments import pair_columns
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import ArrayRecord
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import create_store
