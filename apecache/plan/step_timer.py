@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apecache.data.images import decode_image
-from apecache.device import resolve_device, seeded_generators, synchronize
+from apecache.device import resolve_device, seeded_generators, timed_seconds
 from apecache.encoders.load import load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Cut, Tower
@@ -133,14 +133,9 @@ class StepTimer:
         """Return the median seconds of two calls after a first one, more if they are short."""
         # The first call allocates memory and chooses kernels.
         run()
-        synchronize(self.device)
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) < MOST_STEPS and sum(seconds) < ENOUGH_SECONDS):
-            begin = self.clock()
-            run()
-            # A device computes on after the host has started its work.
-            synchronize(self.device)
-            seconds.append(self.clock() - begin)
+            seconds.append(timed_seconds(run, self.device, self.clock))
         return median(seconds)
 
     # --- what is run ------------------------------------------------------------------------------

@@ -342,7 +342,9 @@ class Bucket:
         """
         if self._decides is None:
             try:
-                self._decides = self.put_if_absent(key, b"first") and not self.put_if_absent(key, b"second")
+                self._decides = self.put_if_absent(key, b"first") and not self.put_if_absent(
+                    key, b"second"
+                )
                 self.remove([key])
             except _UnknownError:
                 self._decides = False

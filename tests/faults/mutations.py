@@ -288,14 +288,14 @@ MUTATIONS = (
         file=OBJECTS,
         old="        if not self.alone and not self.bucket.decides_creation(trial):\n",
         new="        if False:\n",
-        test=f"{REMOTE}test_storage_without_link_if_absent_is_refused_before_anything_is_written",
+        test=f"{REMOTE}test_storage_without_put_if_absent_is_refused_before_anything_is_written",
     ),
     Mutation(
         name="a single writer looks before it puts",
         file=OBJECTS,
         old="            return self.read(name) == data\n",
         new="            raise FileNotFoundError\n",
-        test=f"{REMOTE}test_a_single_writer_can_use_storage_without_link_if_absent",
+        test=f"{REMOTE}test_a_single_writer_can_use_storage_without_put_if_absent",
     ),
 )
 
