@@ -108,7 +108,7 @@ def spec_from_json(value: object) -> EncoderSpec:
         optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]
         has_texts = all(type(text) is str for text in (spec.library, spec.name, *optional_texts))
         numbers = (spec.resolution, spec.max_tokens, spec.layer)
-        # type() and not isinstance: JSON's true is no number of pixels.
+        # type() and not isinstance: JSON's true is not a number of pixels.
         has_numbers = all(type(number) is int for number in numbers if number is not None)
         if not (has_known_choices and has_texts and has_numbers):
             raise ValueError("fields of other kinds than expected")

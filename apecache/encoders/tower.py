@@ -374,7 +374,8 @@ def build_tower(
     is_text = module_map.family in TEXT_FAMILIES
     if is_text != (modality == "text"):
         raise EncoderError(
-            f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
+            f"{type(module).__name__} cannot train as the {modality} side; "
+            f"supported are {SUPPORTED}"
         )
     if pooling == "default":
         pooling = _default_pooling(module, module_map)

@@ -127,7 +127,7 @@ def _read(name: str, path: Path) -> RunRecord:
 def _number(name: str, value: Any) -> Any:
     # Not isinstance: true would pass as an integer.
     if value is not None and type(value) not in (int, float):
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
     return value
 
 

@@ -149,7 +149,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             )
         sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
         if not all(type(value[side]["dim"]) is int and value[side]["dim"] > 0 for side in sides):
-            raise ValueError("dim is no width")
+            raise ValueError("dim is not a width")
         with torch.device("meta"):  # nothing is allocated for widths that the file only claims
             image, text = build_heads(
                 sides["image"],

@@ -106,7 +106,7 @@ def require_known_scheme(place: str | Path) -> None:
     if isinstance(place, str) and URL.match(place) and not is_object_url(place):
         schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise StoreError(
-            f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one "
+            f"{place.partition('://')[0]}:// cannot hold a store; give a folder, or a URL "
             f"of {schemes}"
         )
 
@@ -146,7 +146,7 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
     except (obstore.exceptions.BaseError, ValueError, OSError):
         missing = f"give {SCHEMES[scheme].credentials} in the environment"
         raise StoreError(
-            f"{scheme}://{name}: what is known of it is not enough, or wrong; {missing}"
+            f"{scheme}://{name}: the location or the credentials are incomplete or wrong; {missing}"
         ) from None
     return Bucket(client, scheme, name), key
 
@@ -169,7 +169,7 @@ def split_url(url: str) -> tuple[str, str, str]:
     segments = [segment for segment in key.split("/") if segment]
     if not name or ".." in segments or "." in segments or "\0" in url:
         raise StoreError(
-            f"{scheme}:// URL without a bucket, or that leads out of it; expected "
+            f"{scheme}:// URL without a bucket, or with a path that leaves the bucket; expected "
             f"{scheme}://BUCKET/NAME"
         )
     return scheme, name, "/".join(segments)

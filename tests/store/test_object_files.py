@@ -276,7 +276,7 @@ def test_other_urls_are_no_places_and_no_folders(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         StoreError,
-        match=r":// is no place for a store; give a folder, or one of s3://, gs://, az://",
+        match=r":// cannot hold a store; give a folder, or a URL of s3://, gs://, az://",
     ):
         run(place, SMALL)
     assert list(tmp_path.iterdir()) == []
