@@ -19,7 +19,7 @@ from apecache.device import float32_products, send
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
 from apecache.train.batches import Batch, EpochRows, FeaturePairs, draw_rows, groups_of
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import apply_update, begin_draws, counted_step, rates_at, set_rates
 from apecache.train.optim import direct_update, is_direct
 from apecache.train.step_graph import Recorder, recorder_of, try_to_record
@@ -41,7 +41,7 @@ class EpochTables:
     """float32 [steps]."""
 
 
-def can_be_recorded(training: Training, train: FeaturePairs) -> bool:
+def can_be_recorded(training: HeadFit, train: FeaturePairs) -> bool:
     """Check whether a step is the same operations whatever its batch is."""
     recipe = training.recipe
     is_resident = train.image.device == train.text.device == train.place
@@ -70,7 +70,7 @@ class RecordedSteps:
 
     def __init__(
         self,
-        training: Training,
+        training: HeadFit,
         train: FeaturePairs,
         plan: StepCount,
         recorder: Recorder,
@@ -206,7 +206,7 @@ class RecordedSteps:
 
 
 def recorded_steps(
-    training: Training,
+    training: HeadFit,
     train: FeaturePairs,
     plan: StepCount,
 ) -> RecordedSteps | None:
@@ -221,6 +221,6 @@ def _mask(lengths: Tensor | None, rows: Tensor, features: Tensor) -> Tensor | No
     return None if lengths is None else mask_of(lengths.index_select(0, rows), features)
 
 
-def _optimizer(training: Training) -> torch.optim.Optimizer:
+def _optimizer(training: HeadFit) -> torch.optim.Optimizer:
     assert training.optimizer is not None
     return training.optimizer

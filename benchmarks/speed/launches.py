@@ -25,7 +25,7 @@ from apecache.recipes.recipe import load_recipe, zoo_names
 from apecache.sweeps.population.population import Population, stack_key
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import draw_epoch, take_step
 from benchmarks.record import Goal, print_goals, print_table, write_result
@@ -147,7 +147,7 @@ def per_step(case: str, prepare: Callable[[int], Callable[[], None]]) -> dict[st
     }
 
 
-def training(name: str, seed: int, device: torch.device) -> tuple[Training, StepCount]:
+def training(name: str, seed: int, device: torch.device) -> tuple[HeadFit, StepCount]:
     recipe = load_recipe(name, [f"schedule.batch_size={BATCH}"])
     if recipe.image.cut == "tokens":
         recipe = load_recipe(
@@ -156,7 +156,7 @@ def training(name: str, seed: int, device: torch.device) -> tuple[Training, Step
         )
     train = features(device, recipe.image.cut == "tokens")
     model, _ = initial_model(recipe, train=train, dev=train, seed=seed)
-    return Training(model, recipe, seed), StepCount.of(recipe, train)
+    return HeadFit(model, recipe, seed), StepCount.of(recipe, train)
 
 
 def features(device: torch.device, tokens: bool) -> FeaturePairs:

@@ -13,7 +13,7 @@ from tapes import Records
 from apecache.runs.checkpoint import load_checkpoint, save_checkpoint
 from apecache.train import recorded_steps as module
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import Training, seeded
+from apecache.train.fit import HeadFit, seeded
 from apecache.train.loop import run_training
 from apecache.train.recorded_steps import RecordedSteps, can_be_recorded, recorded_steps
 
@@ -36,8 +36,8 @@ def fitted(
     recorder: Records | None,
     train: FeaturePairs = TRAIN,
     save: Any = lambda _: None,
-    training: Training | None = None,
-) -> Training:
+    training: HeadFit | None = None,
+) -> HeadFit:
     made, plan = make(["schedule.epochs=4", "schedule.warmup=0.3", *settings], 0, train)
     fit = training or made
     recorded = None if recorder is None else RecordedSteps(fit, train, plan, recorder)

@@ -19,7 +19,7 @@ from apecache.sweeps.population import population as population_module
 from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 from apecache.train.step_graph import StepGraph, recorder_of, try_to_record
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
     torch.set_num_threads(before)
 
 
-def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
+def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[HeadFit]:
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
     streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)

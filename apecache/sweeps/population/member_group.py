@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apecache.device import float32_products, send
 from apecache.heads.head import EnsembleHead
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.recipes.recipe import AugmentationSpec
 from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
 from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
@@ -25,7 +25,7 @@ from apecache.sweeps.population.stacked_heads import (
 from apecache.sweeps.population.stacked_losses import batched_info_nce, stacked_info_nce
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import apply_update, set_rates
 from apecache.train.optim import direct_update
 from apecache.train.step_graph import StepGraph, recorder_of
@@ -46,7 +46,7 @@ class MemberGroup:
     def __init__(
         self,
         places: list[int],
-        members: list[Training],
+        members: list[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
         few_launches: bool,
@@ -328,7 +328,7 @@ class MemberGroup:
         return torch.stack(losses), by_image, by_text
 
 
-def _optimizer(member: Training) -> torch.optim.Optimizer:
+def _optimizer(member: HeadFit) -> torch.optim.Optimizer:
     assert member.optimizer is not None
     return member.optimizer
 
@@ -347,7 +347,7 @@ def _inputs(micro_batches: Sequence[StackedBatch], scalars: Tensor | None) -> li
     return tensors
 
 
-def _is_plain(member: Training) -> bool:
+def _is_plain(member: HeadFit) -> bool:
     """Return whether the stacked loss is this member's loss."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)

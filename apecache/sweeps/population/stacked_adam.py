@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apecache.sweeps.population.stacked_heads import StackedParameter
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import rates_at
 
 ALIGNED = 4
@@ -19,7 +19,7 @@ N_SCALARS = 3
 """Numbers of a member's step: `StackedAdam.scalars_at`."""
 
 
-def can_share_adam(members: Sequence[Training]) -> bool:
+def can_share_adam(members: Sequence[HeadFit]) -> bool:
     """Check whether one `StackedAdam` can update all members."""
     kinds = {member.recipe.optimizer.kind for member in members}
     has_average = {member.average is not None for member in members}
@@ -42,7 +42,7 @@ class StackedAdam:
         stacks: The parameters of all members.
     """
 
-    def __init__(self, members: Sequence[Training], stacks: Sequence[StackedParameter]) -> None:
+    def __init__(self, members: Sequence[HeadFit], stacks: Sequence[StackedParameter]) -> None:
         self.members = members
         # Weights that decay come first, so that they are one slice.
         self.stacks = sorted(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apecache.losses.contrastive import Groups
 from apecache.train.batches import Batch, FeaturePairs, draw_rows, gather, groups_of
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import begin_draws
 
 
@@ -42,7 +42,7 @@ class StackedBatch:
 
 
 def draw_stacked(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     train: FeaturePairs,
     plan: StepCount,
 ) -> Iterator[StackedBatch]:
