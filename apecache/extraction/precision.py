@@ -4,7 +4,6 @@ The error of a precision is the worst 1 - cosine of a row against the same encod
 probe of real rows.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from apecache.device import (
     is_accelerator,
     release_cached_memory,
     resolve_device,
-    synchronize,
+    timed_seconds,
 )
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.encoders.load import load_image_encoders, load_text_encoders
@@ -232,11 +231,8 @@ def _encode_twice(
 ) -> ProbeResult:
     device = encoders[0].device
     features = _encode(encoders, rows)
-    synchronize(device)
-    begin = time.perf_counter()
-    _encode(encoders, rows)
-    synchronize(device)
-    return ProbeResult(features=features, seconds=time.perf_counter() - begin)
+    seconds = timed_seconds(lambda: _encode(encoders, rows), device)
+    return ProbeResult(features=features, seconds=seconds)
 
 
 def _encode(

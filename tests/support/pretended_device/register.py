@@ -133,6 +133,16 @@ class Recording:
         extension.set_state(self.random_state)
 
 
+class Event:
+    """Wait as an event of a device does; what is pretended has happened at once."""
+
+    def record(self, stream: Any) -> None:
+        assert stream == DEVICE
+
+    def synchronize(self) -> None:
+        extension.wait("event")
+
+
 # --- what torch asks a device's module for --------------------------------------------------------
 
 
@@ -141,6 +151,7 @@ class DeviceModule(types.ModuleType):
 
     OutOfMemoryError = torch.OutOfMemoryError
     CUDAGraph = Graph
+    Event = Event
     graph = Recording
     total_bytes = TOTAL_BYTES
 
@@ -155,6 +166,9 @@ class DeviceModule(types.ModuleType):
 
     def set_device(self, device: Any) -> None:
         pass
+
+    def current_stream(self, device: Any) -> torch.device:
+        return torch.device(device)
 
     def _is_in_bad_fork(self) -> bool:
         return False
