@@ -1,9 +1,10 @@
 """Write imported rows into arrays of a store: shard by shard, by the store's commit protocol."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array
 
 WRITERS = 2
 """Shards that are prepared and committed side by side."""
+CACHED_BYTES = 1 << 18
 MAX_ROW_WORDS = 1 << 32
 """More than any row has: both halves of a hash take other factors."""
 FLOAT_BITS = {"float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
@@ -204,9 +206,19 @@ def finite_rows(features: Floats) -> NDArray[np.bool_]:
     `isfinite` for float16.
     """
     integer, exponent = FLOAT_BITS[features.dtype.name]
-    bits = features.reshape(len(features), -1).view(integer) & integer(exponent)
-    finite: NDArray[np.bool_] = bits.max(axis=1) != exponent
+    flat = features.reshape(len(features), -1).view(integer)
+    finite = np.empty(len(flat), np.bool_)
+    for rows in _cached_blocks(flat):
+        bits = flat[rows] & integer(exponent)
+        finite[rows] = bits.max(axis=1) != exponent
     return finite
+
+
+def _cached_blocks(flat: NDArray[Any]) -> Iterator[slice]:
+    """Yield ranges of rows that fit the processor's cache, so that temporaries stay in it."""
+    n_rows = max(1, CACHED_BYTES // max(1, flat.shape[1] * flat.itemsize))
+    for first in range(0, len(flat), n_rows):
+        yield slice(first, first + n_rows)
 
 
 def hash_rows(features: Floats) -> list[str]:
@@ -223,9 +235,10 @@ def hash_rows(features: Floats) -> list[str]:
         raw = np.pad(raw, ((0, 0), (0, 8 - raw.shape[1] % 8)))
     words = raw.view("<u8")
     sums = np.empty((len(words), 2), "<u8")
-    for half in range(2):
-        factors = _factors(half * MAX_ROW_WORDS, words.shape[1])
-        sums[:, half] = np.einsum("ij,j->i", words, factors)
+    halves = [_factors(half * MAX_ROW_WORDS, words.shape[1]) for half in range(2)]
+    for rows in _cached_blocks(words):
+        for half, factors in enumerate(halves):
+            sums[rows, half] = np.einsum("ij,j->i", words[rows], factors)
     digits = sums.tobytes().hex()
     return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 

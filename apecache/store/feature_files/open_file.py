@@ -65,20 +65,31 @@ def open_feature_file(path: Path) -> FeatureFile:
 
 
 def open_features(path: Path) -> FeatureFile:
-    """Open a file of features, or a folder of files that belong together, in natural order.
+    """Open a file of features, or several that belong together, in natural order of their names.
 
-    A list of keys beside the file (`file_names.txt`, …) becomes its column `key`.
+    Several are the files of a folder, or those that a pattern such as `part_*.npy` fits. A list of
+    keys beside the files (`file_names.txt`, …) becomes the column `key`.
+
+    Args:
+        path: A file, a folder, or a pattern.
 
     Raises:
         DataError: As `open_feature_file` does; or the folder has files of several forms or names.
     """
     if path.is_dir():
-        opened = joined([open_feature_file(part) for part in _parts(path)], str(path))
-        folder = path
-    else:
-        opened = open_feature_file(path)
-        folder = path.parent
-    return _with_keys_beside(opened, folder)
+        opened = _open_parts(_parts(path), path)
+        return _with_keys_beside(opened, path)
+    if "*" in path.name and not path.exists():
+        matching = sorted(path.parent.glob(path.name), key=natural_order)
+        if not matching:
+            raise DataError(f"{path}: no file has such a name; expected at least one")
+        return _with_keys_beside(_open_parts(matching, path), path.parent)
+    return _with_keys_beside(open_feature_file(path), path.parent)
+
+
+def _open_parts(paths: Sequence[Path], origin: Path) -> FeatureFile:
+    opened = joined([open_feature_file(path) for path in paths], str(origin))
+    return replace(opened, origin=str(origin))
 
 
 def _parts(folder: Path) -> list[Path]:
