@@ -297,17 +297,14 @@ def import_spec(
     """Return the settings of an import."""
     from apecache.store.import_spec import ImportSpec
 
-    image = _of_both(both_sides, "image")
-    text = _of_both(both_sides, "text")
-    side = _of_one(source, one_side)
-    if side is not None:
-        image = side if one_side.modality == "image" else image
-        text = side if one_side.modality == "text" else text
+    one_sided = _side_of_source(source, one_side)
+    image = _input(source, "image", one_side, both_sides)
+    text = _input(source, "text", one_side, both_sides)
     # `choice` has checked them; the types of the fields are Literals, which options are not.
     match_keys: Any = join.match_keys
     storage_dtype: Any = write.storage
     return ImportSpec(
-        source=None if side is not None else source,
+        source=None if one_sided else source,
         image=image,
         text=text,
         image_rows=join.image_rows,
@@ -323,14 +320,13 @@ def import_spec(
     )
 
 
-def _of_one(source: str | None, given: OneSideOptions) -> "FeatureInput | None":
-    """Return the features of a source of one side; None for a source of both.
+def _side_of_source(source: str | None, given: OneSideOptions) -> str | None:
+    """Return the side of a source that has one only; None for a source of both, or none.
 
     Raises:
         OptionError: Options of one side without a side, or an unknown side.
     """
     from apecache.errors import OptionError
-    from apecache.store.import_spec import FeatureInput
 
     options = (given.name, given.encoder, given.field, given.keys, given.views or None)
     if given.modality is None:
@@ -343,35 +339,35 @@ def _of_one(source: str | None, given: OneSideOptions) -> "FeatureInput | None":
     choice("--modality", given.modality, ("image", "text"))
     if source is None:
         raise OptionError("--modality is the side of SOURCE; give SOURCE, or --image and --text")
-    side: Modality = "image" if given.modality == "image" else "text"
-    return FeatureInput(
-        features=source,
-        field=given.field,
-        keys=given.keys,
-        name=given.name,
-        encoder=_encoder(given.encoder, side),
-        views=given.views,
-    )
+    return given.modality
 
 
-def _of_both(given: BothSidesOptions, side: "Modality") -> "FeatureInput | None":
-    """Return the features that `--image` or `--text` names.
+def _input(
+    source: str | None,
+    side: "Modality",
+    one_side: OneSideOptions,
+    both_sides: BothSidesOptions,
+) -> "FeatureInput | None":
+    """Return the features of a side: those of `--image` or `--text`, or a source of that side.
 
     Raises:
-        OptionError: Options of a side without its features.
+        OptionError: Options of a side without its features, or two sources of one side.
     """
     from apecache.errors import OptionError
     from apecache.store.import_spec import FeatureInput
 
-    features: str | None = getattr(given, side)
+    features: str | None = getattr(both_sides, side)
     names = ("name", "encoder", "field", "keys", "views")
-    options = {name: getattr(given, f"{side}_{name}") for name in names}
+    options = {name: getattr(both_sides, f"{side}_{name}") for name in names}
+    if one_side.modality == side:
+        if features is not None:
+            raise OptionError(f"SOURCE and --{side} are both features of {side}s; give one of them")
+        features = source
+        options = {name: getattr(one_side, name) or options[name] for name in names}
     if features is None:
         unused = [f"--{side}-{name}" for name, value in options.items() if value]
         if unused:
-            raise OptionError(
-                f"{unused[0]} needs the features of that side; give --{side} FEATURES"
-            )
+            raise OptionError(f"{unused[0]} is about the features of --{side}; give them too")
         return None
     return FeatureInput(
         features=features,

@@ -1,7 +1,6 @@
 """Read features of NumPy's files: `.npy`, and `.npz` without unpacking what is not compressed."""
 
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from apecache.store.feature_files.opened import (
     unreadable,
     with_lengths,
 )
-from apecache.store.feature_files.rows import FeatureRows, RawRows, SpooledRows
+from apecache.store.feature_files.rows import FeatureRows, RawRows, ScratchFolder, SpooledRows
 
 LOCAL_HEADER_BYTES = 30
 """Fixed part of a member's header in a zip file; its name and its extra field follow."""
@@ -140,8 +139,8 @@ def _member_rows(
             shape=header.shape,
             fortran_order=header.fortran_order,
         )
-    folder = tempfile.TemporaryDirectory(prefix="apecache-import-")
-    unpacked = Path(folder.name) / "member.npy"
+    scratch = ScratchFolder()
+    unpacked = scratch.path / "member.npy"
     with archive.open(info) as member, unpacked.open("wb") as file:
         shutil.copyfileobj(member, file, 1 << 20)
     return SpooledRows(
@@ -150,7 +149,7 @@ def _member_rows(
         stored=header.dtype,
         shape=header.shape,
         fortran_order=header.fortran_order,
-        folder=folder,
+        scratch=scratch,
     )
 
 

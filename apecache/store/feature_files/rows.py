@@ -4,7 +4,9 @@ A row is one vector [dim], or [tokens, dim], [views, dim], [views, tokens, dim].
 loaded whole: `read` takes the numbers of the rows that are needed now.
 """
 
+import shutil
 import tempfile
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -395,9 +397,8 @@ def spooled(rows: FeatureRows) -> FeatureRows:
     """Copy rows that are slow in any order into a temporary file, where they are not."""
     row_bytes = max(1, int(np.prod(rows.row_shape)) * rows.dtype.itemsize)
     n_block_rows = max(1, SPOOL_BYTES // row_bytes)
-    # Kept open by nobody: the file goes when the rows do.
-    folder = tempfile.TemporaryDirectory(prefix="apecache-import-")
-    path = Path(folder.name) / "rows"
+    scratch = ScratchFolder()
+    path = scratch.path / "rows"
     with path.open("wb") as file:
         for first in range(0, rows.n_rows, n_block_rows):
             stop = min(first + n_block_rows, rows.n_rows)
@@ -407,13 +408,21 @@ def spooled(rows: FeatureRows) -> FeatureRows:
         offset=0,
         stored=rows.dtype,
         shape=(rows.n_rows, *rows.row_shape),
-        folder=folder,
+        scratch=scratch,
     )
     return spool if rows.lengths is None else PaddedRows(padded=spool, lengths=rows.lengths)
+
+
+class ScratchFolder:
+    """Hold a temporary folder, which is removed with this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="apecache-import-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpooledRows(RawRows):
     """Read rows of a temporary file, which is removed with this object."""
 
-    folder: "tempfile.TemporaryDirectory[str]"
+    scratch: ScratchFolder
