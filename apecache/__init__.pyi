@@ -59,6 +59,10 @@ from .search.index import update_index as update_index
 from .search.query import Query as Query
 from .search.query import SearchIndex as SearchIndex
 from .store.array import FeatureArray as FeatureArray
+from .store.import_features import ImportReport as ImportReport
+from .store.import_features import import_features as import_features
+from .store.import_spec import FeatureInput as FeatureInput
+from .store.import_spec import ImportSpec as ImportSpec
 from .store.reader import FeatureStore as FeatureStore
 from .sweeps.run import SweepReport as SweepReport
 from .sweeps.run import SweepSpec as SweepSpec
@@ -85,12 +89,15 @@ __all__ = [
     "ExtractReport",
     "ExtractSpec",
     "FeatureArray",
+    "FeatureInput",
     "FeatureStore",
     "FitEncoderReport",
     "FitEncoderSpec",
     "FitReport",
     "FitSpec",
     "ImageTextModel",
+    "ImportReport",
+    "ImportSpec",
     "LabeledSpec",
     "MetricDifference",
     "OpenSpec",
@@ -129,6 +136,7 @@ __all__ = [
     "find_templates",
     "fit_encoder",
     "fit_head",
+    "import_features",
     "load",
     "load_benchmark",
     "load_encoders",

@@ -19,6 +19,7 @@ from . import (
     export_run,
     extract,
     fit,
+    import_features,
     lint,
     plan,
     recipes,
@@ -70,6 +71,7 @@ def _add(panel: str, command: Callable[..., None], name: str | None = None) -> N
 
 
 _add(CACHE, extract.extract)
+_add(CACHE, import_features.import_features, name="import")
 _add(CACHE, store.info)
 _add(CACHE, store.verify)
 _add(CACHE, store.repair)

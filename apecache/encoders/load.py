@@ -20,6 +20,11 @@ from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
 NOT_TRAINABLE = "only timm: and hf: encoders can be seen as towers"
+NO_ENCODER = (
+    "were imported without their encoder, so new {side}s cannot be encoded; what is in a store can "
+    "be evaluated, indexed and searched by --key, and for live queries import the features again "
+    "with --{side}-encoder and fit on them"
+)
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -48,6 +53,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
     Cuts of one model share it, so that one forward pass serves all of them. Raises EncoderError as
     `load_image_encoder` does.
     """
+    _require_encoders(specs)
     for spec in specs:
         if spec.pooling == "last":
             raise EncoderError(
@@ -75,6 +81,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
 
 def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
     """Load several text encoders, as `load_image_encoders` does."""
+    _require_encoders(specs)
     torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
@@ -93,6 +100,15 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
                 encoders = load_transformers_text(cuts, torch_device)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
+
+
+def _require_encoders(specs: Sequence[EncoderSpec]) -> None:
+    """Refuse features that were imported without naming their encoder."""
+    for spec in specs:
+        if spec.is_imported:
+            raise EncoderError(
+                f"{spec.modality} features {spec.name} {NO_ENCODER.format(side=spec.modality)}"
+            )
 
 
 def load_classifier(spec: EncoderSpec) -> nn.Module:
@@ -158,6 +174,7 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
 
             return shape_open_clip(spec, device).eval()
         case _:
+            _require_encoders([spec])
             raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
 
 

@@ -15,6 +15,8 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
+IMPORTED = "imported"
+"""Stands for the library of features that were imported without naming their encoder."""
 DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
 """The file that marks a local folder as one of the library's; config.json in all others."""
 
@@ -53,8 +55,15 @@ class EncoderSpec:
     """`torchvision` decodes and resizes on uint8 tensors: faster, and other last bits."""
 
     @property
+    def is_imported(self) -> bool:
+        """Return whether the encoder is not known, as its features were imported without it."""
+        return self.library == IMPORTED
+
+    @property
     def folder(self) -> Path | None:
         """Return the local folder, if the name is one (absolute, `./`, `../`, `~`, or existing)."""
+        if self.is_imported:
+            return None
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
@@ -114,7 +123,7 @@ def spec_from_json(value: object) -> EncoderSpec:
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
-    if spec.library not in LIBRARIES:
+    if spec.library not in (*LIBRARIES, IMPORTED):
         raise EncoderError(
             f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}"
         )

@@ -16,7 +16,7 @@ from typing import Any
 from apecache.data.augment import views_from_json
 from apecache.data.pairs import PairSource
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DamagedError, MismatchError
+from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.extraction.run import (
     ExtractionProgress,
     ExtractSpec,
@@ -265,6 +265,11 @@ def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, OpenEnc
     Raises:
         MismatchError: it is not the encoder that the array was made by.
     """
+    if "import" in record.fingerprint.fields:
+        raise StoreError(
+            f"{record.modality}/{record.name} was imported, so no encoder makes it again; write "
+            "its damaged shards from the source: the same apecache import with --recheck"
+        )
     moved: EncoderSpec | None = getattr(spec, record.modality)
     encoder_spec = record.spec if moved is None else record.spec.with_name(str(moved))
     storage_dtype: Any = record.layout.dtype

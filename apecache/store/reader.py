@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError, counted, nearest
@@ -23,6 +26,9 @@ from apecache.store.layout import (
 )
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_table
+
+if TYPE_CHECKING:
+    from apecache.data.pairs import PairSource
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,36 @@ class FeatureStore:
         read_record(files, PAIRS)
         segments = tuple(_open_segment(files, name) for name in segment_names(files))
         return FeatureStore(files, segments)
+
+    @staticmethod
+    def from_arrays(
+        image: "NDArray[np.floating] | None",
+        text: "NDArray[np.floating] | None",
+        pairs: "PairSource | NDArray[np.integer] | None" = None,
+        path: AnyPath | None = None,
+        names: tuple[str, str] = ("image", "text"),
+    ) -> "FeatureStore":
+        """Make a store of features in memory; a call that was interrupted is resumed.
+
+        Args:
+            image: [n_images, …], float16 or float32: rows in the order of the table.
+            text: [n_texts, …], as `image`: captions image by image.
+            pairs: The table; or the row of each text's image, int [n_texts]; None: row i of the
+                images belongs to row i of the texts.
+            path: Where the store is made, as for `open`; None: in a temporary folder, which is
+                removed when the program ends.
+            names: Names of the image and of the text features.
+
+        Raises:
+            DataError: The arrays do not fit the table or one another.
+            MismatchError: There is a store of another table, or of other features of these names.
+        """
+        # Only here: reading a store needs none of it.
+        from apecache.store.import_memory import store_arrays, temporary_folder
+
+        files = open_files(temporary_folder() if path is None else as_place(path, "path"))
+        store_arrays(files, (image, text), pairs=pairs, names=names)
+        return FeatureStore.at(files)
 
     @property
     def path(self) -> str | Path:
