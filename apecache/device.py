@@ -93,6 +93,26 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+@contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Let CUDA round the factors of float32 products and convolutions to TF32, or not, for a while.
+
+    Other devices have no TF32, and nothing changes there.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 # --- random numbers -------------------------------------------------------------------------------
 
 

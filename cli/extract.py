@@ -28,6 +28,8 @@ from .option_groups import (
 )
 from .terminal import choice, ending, printable, progress, show_json, show_table, warn
 
+PRECISIONS = ("auto", "float32", "tf32", "float16", "bfloat16")
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -170,6 +172,7 @@ def extract(
     """
     with ending():
         # Options and the source are checked before the imports of torch, which take seconds.
+        choice("--precision", encoders.precision, PRECISIONS)
         choice("--storage", write.storage, ("float16", "float32", "int8"))
         from apecache.data.sources import open_pairs
 
@@ -219,6 +222,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
     keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     storage_dtype: Any = write.storage
+    precision: Any = None if encoders.precision == "auto" else encoders.precision
     return ExtractSpec(
         image=images,
         text=texts,
@@ -235,6 +239,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         single_writer=write.single_writer,
         views=views,
         compiled=write.compiled,
+        precision=precision,
         part=parse_part(write.part) if write.part else WHOLE,
     )
 
@@ -319,12 +324,18 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
             {
                 **vars(report),
                 "arrays": arrays,
+                "measured": [measured.to_json() for measured in report.measured],
                 "nothing_to_do": report.nothing_to_do,
                 "columns": columns_of_roles,
             }
         )
         return
     typer.echo(printable(str(fields)))
+    for measured in report.measured:
+        typer.echo(
+            f"{measured.model}: {measured.model.dtype}, worst 1 - cosine to float32 "
+            f"{measured.error:.1e} on {counted(measured.n_rows, 'row')}"
+        )
     if report.nothing_to_do:
         typer.echo(f"nothing to do: {standing(report)}")
     else:

@@ -23,6 +23,7 @@ from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskSta
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
 from apecache.extraction.encode import ImageJob, TextJob
+from apecache.extraction.precision import with_precision
 from apecache.extraction.recheck import require_same_content, spot_check
 from apecache.extraction.report import (
     ArrayCounts,
@@ -84,6 +85,8 @@ def extract_on_ray(
     require_inputs(source, spec)
     # Absolute: an actor whose node lacks the driver's folder runs in another one.
     files = open_files(store if is_object_url(store) else Path(os.path.abspath(store)))
+    # No actor measures: several would not be sure to choose the same precision.
+    spec = with_precision(source, files, spec, measure=False)
     segments = split_source(source, files, spec.append)
     part_of_folder = {segment.files.place: segment.part for segment in segments}
     make_worker = partial(_Encoding, part_of_folder, spec)

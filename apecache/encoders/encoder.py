@@ -4,6 +4,7 @@ It looks the same whichever library it came from.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -12,11 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.device import float32_products
+from apecache.encoders.spec import EncoderSpec, Pooling, Precision
 from apecache.errors import EncoderError
 from apecache.fingerprint import Fingerprint
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 State = int | Literal["end", "own"]
 """Where a forward pass is tapped.
@@ -78,14 +85,14 @@ class ImageEncoder:
         Returns:
             float32 [n, *row_shape] on the CPU, not normalized.
         """
-        with torch.no_grad():
+        with torch.no_grad(), products_of(self):
             features = self.forward(self.move(pixels))
             return features.float().cpu()
 
     def move(self, pixels: Tensor) -> Tensor:
         """Return the pixels on the encoder's device, in its dtype."""
         # Pinned pixels are then copied while the host prepares the next batch.
-        return pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
+        return pixels.to(self.device, computed_in(self.spec.dtype, self.device), non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +136,7 @@ class TextEncoder:
             float32 [n, dim] or, for `tokens`, [n, longest, dim] on the CPU, not normalized.
         """
         batch, mask = self.pad(ids)
-        with torch.no_grad():
+        with torch.no_grad(), products_of(self):
             features = self.forward(batch, mask)
             return features.float().cpu()
 
@@ -156,6 +163,22 @@ class TextEncoder:
         return torch.cat(batches) if batches else torch.empty(0, self.dim)
 
 
+def computed_in(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type of weights and activations for a precision on a device.
+
+    A CPU computes float16 in float32: its own float16 is slower by far, and what a GPU computes in
+    float16 differs from float32 by the error that a store records.
+    """
+    if precision == "float16" and device.type == "cpu":
+        return torch.float32
+    return _TORCH_DTYPES[precision]
+
+
+def products_of(encoder: ImageEncoder | TextEncoder) -> AbstractContextManager[None]:
+    """Compute products in float32 or TF32 for a while, as the encoder's precision says."""
+    return float32_products(encoder.device, encoder.spec.dtype == "tf32")
+
+
 def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
     """Encode one batch by cuts of one model in one forward pass.
 
@@ -164,7 +187,7 @@ def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tens
     """
     # Not inference_mode: some models keep tensors from one pass to the next (BEiT the index of its
     # relative positions), and a tensor made in that mode cannot be used in training later on.
-    with torch.no_grad():
+    with torch.no_grad(), products_of(encoders[0]):
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, (encoders[0].move(pixels),))
 
@@ -179,7 +202,7 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
     run = _compiled(tuple(encoder.forward for encoder in encoders))
 
     def encode(pixels: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), products_of(encoders[0]):
             features: list[Tensor] = run(encoders[0].move(pixels))
             return features
 
@@ -217,7 +240,7 @@ def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) 
     Returns:
         What `encode_ids` gives for each encoder, still on the device.
     """
-    with torch.no_grad():
+    with torch.no_grad(), products_of(encoders[0]):
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, encoders[0].pad(ids))
 
@@ -290,4 +313,4 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
 def freeze(module: nn.Module, spec: EncoderSpec, device: torch.device) -> nn.Module:
     """Return the module in evaluation mode, without gradients, on `device` in the spec's dtype."""
     frozen = module.eval().requires_grad_(False)
-    return frozen.to(device, TORCH_DTYPES[spec.dtype])
+    return frozen.to(device, computed_in(spec.dtype, device))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from apecache.encoders.encoder import TORCH_DTYPES
+from apecache.encoders.encoder import computed_in
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 from apecache.fingerprint import IMAGE_DECODING, Json
@@ -119,7 +119,7 @@ def feature_shape(
     Raises:
         EncoderError: the model cannot take pixels of that shape.
     """
-    dtype = TORCH_DTYPES[spec.dtype]
+    dtype = computed_in(spec.dtype, device)
     try:
         with torch.no_grad():
             features = forward(torch.zeros(1, *shape, device=device, dtype=dtype))

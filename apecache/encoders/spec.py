@@ -12,7 +12,8 @@ from apecache.fingerprint import Modality
 
 Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
 IMPORTED = "imported"
@@ -44,8 +45,9 @@ class EncoderSpec:
     """Pixels; None: what the encoder's files say."""
     max_tokens: int | None = None
     """None: what the encoder's files say."""
-    dtype: ComputeDtype = "float32"
-    """Of the computation; `ExtractSpec.storage_dtype` is that of the stored features."""
+    dtype: Precision = "float32"
+    """Precision of the computation; `ExtractSpec.storage_dtype` is that of the stored features.
+    `tf32`: float32 whose products and convolutions a CUDA device rounds to TF32."""
     layer: int | None = None
     """Number of blocks before the cut, which is before the final norm; a negative one counts from
     the end (-1: after the last block). None: the model's output."""
@@ -111,7 +113,7 @@ def spec_from_json(value: object) -> EncoderSpec:
         has_known_choices = (
             spec.modality in get_args(Modality)
             and spec.pooling in POOLINGS
-            and spec.dtype in get_args(ComputeDtype)
+            and spec.dtype in PRECISIONS
             and spec.resize in get_args(Resize)
         )
         optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]

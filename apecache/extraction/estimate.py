@@ -25,6 +25,7 @@ from apecache.extraction.encode import (
     image_jobs,
     text_jobs,
 )
+from apecache.extraction.precision import with_precision
 from apecache.extraction.run import ExtractSpec, count_rows, open_encoders, require_inputs
 from apecache.extraction.segments import split_source
 from apecache.fingerprint import Fingerprint, Modality
@@ -121,12 +122,13 @@ def plan_extraction(
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")
     require_inputs(source, spec)
+    files = open_files(store_path)
+    spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     images = list[_PendingArray[ImageEncoder]]()
     texts = list[_PendingArray[TextEncoder]]()
     image_seconds = _Stopwatch()
     text_seconds = _Stopwatch()
-    files = open_files(store_path)
     for segment in split_source(source, files, spec.append):
         segment_source = segment.part
         # A segment that does not exist yet has no store to open.

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.extraction.encode import ArrayTarget, ImageJob, TextJob
+from apecache.extraction.spec import LEAST_TOLERANCE
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
-from apecache.store.layout import ArrayLayout, records_folder
+from apecache.store.layout import ArrayLayout, ArrayRecord, records_folder
 from apecache.store.quantize import quantize, restore
 from apecache.store.reader import FeatureStore
 from apecache.store.records import CommitRecord, is_commit, read_commit
 
 RECHECKED_ROWS = 16
-RECHECK_COSINE = 0.9999
 
 
 class _FirstCommit(FeatureArray):
@@ -50,8 +50,8 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
         place: index of the job's target.
 
     Raises:
-        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot
-            be read any more.
+        MismatchError: a committed row now has a cosine with itself below what its precision
+            allows, or its image cannot be read any more.
     """
     record = job.targets[place].record
     array = _FirstCommit(files=files, record=record)
@@ -73,13 +73,23 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     # A row of zeros has cosine 0 and not NaN, which would pass the comparison below.
     cosines = dot_products / np.maximum(norms, 1e-12)
     worst_cosine = float(cosines.min())
-    if worst_cosine < RECHECK_COSINE:
+    least_cosine = 1 - tolerance_of(record)
+    if worst_cosine < least_cosine:
         raise MismatchError(
             f"{record.modality} features that are committed come out otherwise now (cosine "
-            f"{worst_cosine:.5f}): a "
+            f"{worst_cosine:.5f}, expected at least {least_cosine:.5f}): a "
             "library, the device or an input changed; use the versions in apecache info --json, "
             "or a new --store"
         )
+
+
+def tolerance_of(record: ArrayRecord) -> float:
+    """Return the 1 - cosine up to which rows of an array count as equal, on any device.
+
+    It was measured where the precision is not float32.
+    """
+    measured = record.environment.get("precision", {})
+    return float(measured.get("tolerance", LEAST_TOLERANCE))
 
 
 def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from apecache.errors import BadRowsError, DataError
 from apecache.extraction.encode import EncodedShard
 from apecache.extraction.shard_range import WHOLE, ShardRange
-from apecache.extraction.spec import ExtractSpec
+from apecache.extraction.spec import ExtractSpec, MeasuredPrecision
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.store.layout import ArrayLayout
@@ -74,6 +74,8 @@ class ExtractReport:
     """Share of the rows of all arrays that are in the store."""
     complete: bool = True
     """Nothing is left for other parts to encode."""
+    measured: tuple[MeasuredPrecision, ...] = ()
+    """Errors of the precisions of new arrays."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -162,6 +164,7 @@ def judge(
         part=spec.part,
         share_done=share_done,
         complete=complete,
+        measured=spec.measured,
     )
 
 

@@ -26,6 +26,7 @@ from apecache.extraction.encode import (
     image_jobs,
     text_jobs,
 )
+from apecache.extraction.precision import with_precision
 from apecache.extraction.recheck import require_same_content, spot_check
 from apecache.extraction.report import (
     ArrayCounts,
@@ -87,9 +88,10 @@ def extract(
     """
     store_path = as_place(store, "store")
     require_inputs(source, spec)
+    files = open_files(store_path, spec.single_writer)
+    spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     begin = time.perf_counter()
-    files = open_files(store_path, spec.single_writer)
     segments = split_source(source, files, spec.append)
     totals = new_totals(source, encoders)
     for segment in segments:

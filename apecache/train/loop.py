@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apecache.device import float32_products
 from apecache.errors import DataError
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.folder import history_line
@@ -80,7 +81,7 @@ def is_done(training: Fit[Any], plan: StepCount) -> bool:
 def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
     """Measure retrieval on dev with the weights that would be kept."""
     begin = time.perf_counter()
-    with training.with_outcome():
+    with training.with_outcome(), float32_products(training.device, tf32=False):
         try:
             report = training.evaluate(dev)
         except DataError as error:
@@ -163,11 +164,13 @@ def take_steps(
     plan: StepCount,
     save: Callable[[bool], None] = lambda _: None,
 ) -> None:
-    """Take steps on these batches up to the end of the epoch."""
+    """Take steps on these batches up to the end of the epoch, on CUDA with products in TF32."""
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         step_batches = islice(drawn, plan.accumulate)
-        training.losses.append(_counted_step(training, step_batches, plan))
+        # Steps alone: evaluations and closed forms keep the products of float32.
+        with float32_products(training.device, tf32=True):
+            training.losses.append(_counted_step(training, step_batches, plan))
         training.step = training.step + 1
         training.in_epoch = training.in_epoch + 1
         # The end of an epoch is saved once it is evaluated.
