@@ -12,6 +12,7 @@ from torch import nn
 from apecache.device import resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.frozen_tower import FrozenTower
+from apecache.encoders.joined import join_image_encoders, join_text_encoders
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
@@ -28,23 +29,25 @@ NO_ENCODER = (
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
-    """Load one image encoder.
+    """Load one image encoder; joined ones are loaded together and look like one.
 
     Raises:
         EncoderError: the encoder cannot be loaded.
         OptionError: the device cannot be used.
     """
-    return load_image_encoders([spec], device)[0]
+    encoders = load_image_encoders(spec.singles, device)
+    return encoders[0] if len(encoders) == 1 else join_image_encoders(encoders)
 
 
 def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
-    """Load one text encoder.
+    """Load one text encoder; joined ones are loaded together and look like one.
 
     Raises:
         EncoderError: the encoder cannot be loaded.
         OptionError: the device cannot be used.
     """
-    return load_text_encoders([spec], device)[0]
+    encoders = load_text_encoders(spec.singles, device)
+    return encoders[0] if len(encoders) == 1 else join_text_encoders(encoders)
 
 
 def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[ImageEncoder]:

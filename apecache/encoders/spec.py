@@ -1,14 +1,16 @@
 """Parse the names of encoders: as people type them, and as a store keeps them."""
 
+import json
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from apecache.arguments import require_type
 from apecache.errors import EncoderError, OptionError, nearest, nearest_sibling, one_line
-from apecache.fingerprint import Modality
+from apecache.fingerprint import Modality, canonical_json
 
 Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -18,6 +20,8 @@ Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
 IMPORTED = "imported"
 """Stands for the library of features that were imported without naming their encoder."""
+JOINED = "joined"
+"""The library of a spec that names several encoders. Its name holds their specs as JSON."""
 DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
 """The file that marks a local folder as one of the library's; config.json in all others."""
 
@@ -89,7 +93,27 @@ class EncoderSpec:
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", joined).strip(".-")
         return slug[:100] or "encoder"
 
+    @property
+    def singles(self) -> tuple["EncoderSpec", ...]:
+        """Return the specs that `join_specs` joined, or the spec itself.
+
+        Raises:
+            EncoderError: not what `join_specs` writes.
+        """
+        if self.library != JOINED:
+            return (self,)
+        try:
+            specs = tuple(spec_from_json(value) for value in json.loads(self.name))
+        except (ValueError, TypeError, RecursionError):
+            specs = ()
+        is_sound = all(one.library != JOINED and one.modality == self.modality for one in specs)
+        if len(specs) < 2 or not is_sound:
+            raise EncoderError("not the description of joined encoders; train again")
+        return specs
+
     def __str__(self) -> str:
+        if self.library == JOINED:
+            return " + ".join(map(str, self.singles))
         return f"{self.library}:{self.name}" + (f"@{self.revision}" if self.revision else "")
 
     def with_name(self, text: str) -> "EncoderSpec":
@@ -97,9 +121,29 @@ class EncoderSpec:
 
         Args:
             text: as `parse_encoder` takes it, such as the folder that a local encoder has moved to.
+                For joined encoders one for each, in their order, with commas between them.
         """
+        if self.library == JOINED:
+            return self._with_names(text)
         other = parse_encoder(text, self.modality)
         return replace(self, library=other.library, name=other.name, revision=other.revision)
+
+    def _with_names(self, text: str) -> "EncoderSpec":
+        singles = self.singles
+        names = text.split(",")
+        if len(names) != len(singles):
+            raise OptionError(
+                f"the run joins {len(singles)} {self.modality} encoders; found {len(names)} in "
+                f"{text!r}: give one for each, in their order, with commas between them"
+            )
+        moved = [single.with_name(name) for single, name in zip(singles, names, strict=True)]
+        return join_specs(moved)
+
+
+def join_specs(specs: Sequence[EncoderSpec]) -> EncoderSpec:
+    """Return one spec that names several encoders of one modality, in this order."""
+    name = canonical_json([asdict(spec) for spec in specs]).decode()
+    return EncoderSpec(JOINED, name=name, modality=specs[0].modality)
 
 
 def spec_from_json(value: object) -> EncoderSpec:
@@ -125,7 +169,7 @@ def spec_from_json(value: object) -> EncoderSpec:
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
-    if spec.library not in (*LIBRARIES, IMPORTED):
+    if spec.library not in (*LIBRARIES, IMPORTED, JOINED):
         raise EncoderError(
             f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}"
         )

@@ -1,7 +1,7 @@
 """Embed a store's images and captions with a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
+from apecache.encoders.joined import single_fingerprints
+from apecache.encoders.spec import spec_from_json
 from apecache.errors import DataError, OptionError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
@@ -19,6 +21,7 @@ from apecache.metrics.relevance import Relevance
 from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
+from apecache.store.joined import join_arrays
 from apecache.store.reader import FeatureStore
 
 OpenImage = Callable[[str], Picture]
@@ -292,13 +295,21 @@ def find_features(
 ) -> FeatureArray:
     """Return the store's features of the encoder that the head was trained on, by any name.
 
-    Features of augmented views are skipped: a head that was trained on views serves the images
+    For a head on joined encoders they are joined. Features of augmented views are skipped: a head that was trained on views serves the images
     themselves.
 
     Raises:
         MismatchError: the store has features of other encoders only.
         DataError: it has no features of the modality, or augmented views only.
     """
+    fingerprints = single_fingerprints(side.fingerprint)
+    if len(fingerprints) > 1 and isinstance(side, TrainedSide):
+        specs = spec_from_json(side.encoder).singles
+        singles: list[FeatureArray] = []
+        for spec, fingerprint in zip(specs, fingerprints, strict=True):
+            single = replace(side, encoder=asdict(spec), fingerprint=fingerprint)
+            singles.append(find_features(single, store, modality))
+        return join_arrays(singles)
     arrays = store.arrays(modality)
     digest = side.fingerprint.digest
     encoder_arrays = [array for array in arrays if array.record.encoder.digest == digest]

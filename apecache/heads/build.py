@@ -1,6 +1,7 @@
 """Build heads from their descriptions."""
 
 from apecache.heads.head import EnsembleHead, Head, HeadSpec
+from apecache.heads.join import joined_dim
 from apecache.heads.pooled import PooledHead
 from apecache.heads.tokens import TokenHead
 
@@ -79,4 +80,4 @@ def _build_ensemble(
 
 def _fixed_dim(spec: HeadSpec, in_dim: int) -> int | None:
     """Return the output width that the description fixes, or None if it fixes none."""
-    return in_dim if spec.kind == "identity" else spec.dim
+    return joined_dim(spec, in_dim) if spec.kind == "identity" else spec.dim

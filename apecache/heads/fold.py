@@ -54,6 +54,8 @@ def _fold(head: Head) -> None:
     """Fold the standardization of a linear or MLP head, in place."""
     if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "mlp"):
         raise ValueError(f"a head of kind {head.spec.kind} cannot take up its standardization")
+    if head.join is not None:
+        raise ValueError(f"a head with join {head.spec.join} cannot take up its standardization")
     layers = [head.body] if isinstance(head.body, nn.Linear) else [head.body[0], head.body[-1]]  # type: ignore[index]
     weight, bias = fold_linear(layers[0], head.mean, head.deviation)
     _set(layers[0], weight, bias)

@@ -59,6 +59,11 @@ class HeadSpec(Settings):
     `ensemble`: the `parts`, heads of any of these kinds, side by side. Part i of one side meets
     part i of the other in a width of their own and is trained by a loss of its own; the embedding
     is all of them, each L2-normalized, so that a cosine is the mean of theirs.
+
+    `join` says how features of several encoders or layers meet, after standardization, in a head on
+    pooled features: `concat` side by side, `gate` side by side and scaled by a gate for each encoder
+    and sample, `mix` averaged with learned weights. `widths` are their widths, in order. The trainer
+    fills them in.
     """
 
     kind: Kind = "linear"
@@ -79,6 +84,8 @@ class HeadSpec(Settings):
     top: int = Field(default=800, ge=1)
     power: float = Field(default=8.0, gt=0)
     parts: tuple["HeadSpec", ...] = Field(default=(), max_length=64)
+    join: Literal["concat", "gate", "mix"] = "concat"
+    widths: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> "HeadSpec":
@@ -87,6 +94,8 @@ class HeadSpec(Settings):
         is_nested = any(spec.parts for spec in self.parts)
         if is_nested or len({spec.cut for spec in self.parts}) > 1:
             raise ValueError("parts are single heads, all on pooled features or all on tokens")
+        if self.join != "concat" and (self.parts or self.cut == "tokens"):
+            raise ValueError(f"join {self.join} is for a single head on pooled features")
         return self
 
     @property
@@ -95,6 +104,13 @@ class HeadSpec(Settings):
         if self.parts:
             return self.parts[0].cut
         return "tokens" if self.kind in TOKEN_KINDS else "pooled"
+
+    def with_widths(self, widths: tuple[int, ...]) -> "HeadSpec":
+        """Return the same head with the widths of the features that it joins, where it needs them."""
+        parts = tuple(part.with_widths(widths) for part in self.parts)
+        if self.join == "concat":
+            return self.model_copy(update={"parts": parts})
+        return self.model_copy(update={"widths": widths})
 
 
 class Head(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.heads.head import Head, HeadSpec, in_sequence
+from apecache.heads.join import build_join, joined_dim
 from apecache.heads.normalization import normalize, similarities
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -143,34 +144,38 @@ class PooledHead(Head):
 
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__(spec, in_dim, out_dim)
-        self.body = self._build_body()
+        body_dim = joined_dim(spec, in_dim)
+        self.body = self._build_body(body_dim)
         # The other kinds are linear already, or nothing in them trains.
         skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix")
-        self.direct = nn.Linear(in_dim, out_dim, bias=False) if skips else None
+        self.direct = nn.Linear(body_dim, out_dim, bias=False) if skips else None
+        # After the body: seeded runs without it depend on the order of the random draws.
+        self.join = build_join(spec)
 
-    def _build_body(self) -> nn.Module:
+    def _build_body(self, in_dim: int) -> nn.Module:
         spec = self.spec
         match spec.kind:
             case "identity":
                 return nn.Identity()
             case "linear":
-                return nn.Linear(self.in_dim, self.out_dim)
+                return nn.Linear(in_dim, self.out_dim)
             case "mlp":
-                return _mlp(spec, self.in_dim, self.out_dim)
+                return _mlp(spec, in_dim, self.out_dim)
             case "gated":
                 return GatedUnit(
-                    self.in_dim,
+                    in_dim,
                     out_dim=self.out_dim,
                     expansion=spec.expansion,
                     dropout=spec.dropout,
                 )
             case "fusemix":
-                return _fusemix(spec, self.in_dim, self.out_dim)
+                return _fusemix(spec, in_dim, self.out_dim)
             case "dictionary":
-                return Dictionary(spec, self.in_dim, self.out_dim)
+                return Dictionary(spec, in_dim, self.out_dim)
         raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.standardized(features)
+        x = x if self.join is None else self.join(x)
         y = self.body(x)
         return normalize(y if self.direct is None else y + self.direct(x), dim=-1)

@@ -15,6 +15,7 @@ from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
 from apecache.store.array import FeatureArray
+from apecache.store.joined import BETWEEN_NAMES, join_arrays
 from apecache.store.layout import (
     PAIRS,
     SEGMENT_RECORDS,
@@ -140,9 +141,15 @@ class FeatureStore:
     def array(self, modality: Modality, name: str | None = None) -> FeatureArray:
         """Return one array; without a name, the only one of its modality.
 
+        Names with commas between them give one array, whose features stand side by side.
+
         Raises:
             StoreError: There is no array, none of that name, or several to choose from.
+            OptionError: The arrays that are named cannot be joined.
         """
+        if name is not None and BETWEEN_NAMES in name:
+            singles = [self.array(modality, single) for single in name.split(BETWEEN_NAMES)]
+            return join_arrays(singles)
         names = self._names(modality)
         if name is None and len(names) == 1:
             return self._open_array(modality, names[0])

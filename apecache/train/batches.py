@@ -54,6 +54,10 @@ class FeaturePairs:
 
     None: captions of different images differ.
     """
+    image_widths: tuple[int, ...] = ()
+    """Widths of the encoders whose features stand side by side in `image`; empty: not known."""
+    text_widths: tuple[int, ...] = ()
+    """As `image_widths`, for `text`."""
 
     def __len__(self) -> int:
         return len(self.image)

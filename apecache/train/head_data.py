@@ -13,6 +13,7 @@ from apecache.heads.head import HeadSpec
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
+from apecache.store.joined import widths_of
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
@@ -38,7 +39,10 @@ class FitSpec:
     """
 
     image_features: str | None = None
-    """Name of the image features; needed if the store has several."""
+    """Name of the image features; needed if the store has several.
+
+    Names with commas between them: the features of several encoders, side by side.
+    """
     text_features: str | None = None
     """Name of the text features, as `image_features`."""
     splits: SplitSpec = field(default_factory=SplitSpec)
@@ -116,6 +120,8 @@ def load_splits(
             joined,
             image_views=image.views is not None,
             text_views=text.views is not None,
+            image_widths=widths_of(image),
+            text_widths=widths_of(text),
             device=device,
         )
         splits.append(split)

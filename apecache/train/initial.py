@@ -217,10 +217,14 @@ def _with_widths(recipe: Recipe, train: FeaturePairs) -> Recipe:
 
 def _require_linear(recipe: Recipe) -> None:
     """Raise RecipeError unless the heads can hold the maps of the recipe's closed form."""
-    linear = {
-        side: getattr(recipe, side).kind == "linear" or getattr(recipe, side).skip
-        for side in ("image", "text")
-    }
+    linear: dict[str, bool] = {}
+    for side, spec in (("image", recipe.image), ("text", recipe.text)):
+        linear[side] = spec.kind == "linear" or spec.skip
+        if spec.join != "concat":
+            raise RecipeError(
+                f"recipe {recipe.name}: init {recipe.init} needs {side}.join concat, found "
+                f"{spec.join}"
+            )
     pooled = recipe.cut == "pooled"
     if recipe.init == "cca" and not (pooled and all(linear.values())):
         raise RecipeError(

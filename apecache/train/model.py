@@ -118,8 +118,8 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
     with seeded_generators(seed):
         try:
             image, text = build_heads(
-                recipe.image,
-                text=recipe.text,
+                recipe.image.with_widths(train.image_widths),
+                text=recipe.text.with_widths(train.text_widths),
                 image_dim=train.image.shape[-1],
                 text_dim=train.text.shape[-1],
             )
