@@ -156,6 +156,16 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     return [encoder]
 
 
+def open_clip_folder(spec: EncoderSpec) -> Path | None:
+    """Return the folder with the model's files; None for a name of open_clip's own."""
+    return _folder(spec)
+
+
+def open_clip_model(spec: EncoderSpec) -> LibraryModel:
+    """Load the whole model. Raises as `load_open_clip_image` does."""
+    return _create(spec, _folder(spec))
+
+
 def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
     """Build one tower without its weights: none on the meta device, else random ones.
 

@@ -348,7 +348,7 @@ def load_transformers_image(
     preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
     shared_inputs: Json = {
         "decoding": IMAGE_DECODING,
-        "processor": _plain_processor(processor, size),
+        "processor": plain_processor(processor, size),
     }
     weights = digest_module(module, unloaded)
     architecture = describe_architecture(module, folder)
@@ -477,7 +477,7 @@ def _max_tokens(
     return max_tokens
 
 
-def _plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
+def plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
     """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
     left_out = (

@@ -65,6 +65,12 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
                 from apecache.encoders.from_open_clip import load_open_clip_image
 
                 encoders = load_open_clip_image(cuts, torch_device)
+            case "st":
+                from apecache.encoders.from_sentence_transformers import (
+                    load_sentence_transformers_image,
+                )
+
+                encoders = load_sentence_transformers_image(cuts, torch_device)
             case _:
                 from apecache.encoders.from_transformers import load_transformers_image
 
@@ -211,6 +217,12 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
             from apecache.encoders.from_open_clip import open_clip_preprocess
 
             return open_clip_preprocess(spec)
+        case "st":
+            from apecache.encoders.from_sentence_transformers import (
+                sentence_transformers_preprocess,
+            )
+
+            return sentence_transformers_preprocess(spec)
         case _:
             raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
 

@@ -144,11 +144,8 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
             f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of "
             f"{', '.join(LIBRARIES)}{hint}"
         )
-    if (library, modality) in (("timm", "text"), ("st", "image")):
-        other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
-        raise EncoderError(
-            f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
-        )
+    if library == "timm" and modality == "text":
+        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or st:ID")
     revision = None
     # A folder's path may hold an @ of its own.
     if not looks_local(name) and not os.path.isdir(name):

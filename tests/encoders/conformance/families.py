@@ -274,13 +274,13 @@ def umt5() -> Any:
     return hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, vocab_size=N_TOKENS))
 
 
-def siglip() -> Any:
+def siglip(text_width: int = 24) -> Any:
     config = hf.SiglipConfig(
         text_config={
             **SIZES,
             "vocab_size": N_TOKENS,
             "max_position_embeddings": 64,
-            "projection_size": 24,
+            "projection_size": text_width,
         },
         vision_config=VISION,
     )
