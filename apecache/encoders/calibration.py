@@ -70,25 +70,19 @@ def _library_values(spec: EncoderSpec) -> dict[str, float]:
             found = {} if folder is None else _saved_values(folder)
             return found or _values_of(open_clip_model(spec))
         case "st":
-            folder = resolve_folder(spec, _weight_files("st"))
+            from apecache.encoders import from_sentence_transformers
+
+            folder = resolve_folder(spec, from_sentence_transformers.WEIGHT_FILES)
             modules = read_modules(folder, spec)
             first_folder = folder / str(modules[0].get("path", "")) if modules else folder
             return _saved_values(first_folder) or _pickled_values(spec, first_folder)
         case "hf":
-            folder = resolve_folder(spec, _weight_files("hf"))
+            from apecache.encoders import transformers_files
+
+            folder = resolve_folder(spec, transformers_files.WEIGHT_FILES)
             return _saved_values(folder) or _pickled_values(spec, folder)
         case _:
             return {}
-
-
-def _weight_files(library: str) -> tuple[tuple[str, ...], ...]:
-    if library == "st":
-        from apecache.encoders.from_sentence_transformers import WEIGHT_FILES as st_files
-
-        return st_files
-    from apecache.encoders.transformers_files import WEIGHT_FILES
-
-    return WEIGHT_FILES
 
 
 def _saved_values(folder: Path) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from transformers import AutoImageProcessor
 
 from apecache.encoders.encoder import (

@@ -113,7 +113,12 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts] if prefix else texts
         lowered = [text.lower() for text in prefixed] if lower_case else prefixed
-        return tokenize_with(tokenizer, lowered, max_tokens)
+        tokens = tokenize_with(tokenizer, lowered, max_tokens)
+        if not projected:
+            return tokens
+        # A text may hold the end-of-text token itself. Nothing after it reaches the features.
+        ended = [_until_end(row, config) for row in tokens.ids]
+        return Tokens(ids=ended, n_truncated=tokens.n_truncated)
 
     if projected:
         _require_eos(spec, tokenize([""]).ids[0], config)
@@ -272,6 +277,14 @@ def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelCon
     if config.model_type in T5_TYPES and "cls" in pooling:
         raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
     return pooling
+
+
+def _until_end(ids: list[int], config: ModelConfig) -> list[int]:
+    """Return the tokens up to the one that the model pools at."""
+    eos_id = config.eos_token_id
+    if eos_id == LEGACY_EOS and config.model_type.startswith("clip"):
+        return ids[: ids.index(max(ids)) + 1]
+    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
 
 def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: ModelConfig) -> None:

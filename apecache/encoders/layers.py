@@ -15,7 +15,8 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 
 RIVAL_SHARE = 0.05
-"""A second list with more than this fraction of all parameters makes the choice ambiguous."""
+"""A second list with more than this share of the parameters in all lists makes the choice
+ambiguous."""
 
 
 def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
@@ -71,7 +72,8 @@ def find_blocks(module: nn.Module) -> list[str]:
         is_inside = any(name.startswith(f"{outer}.") for outer in sizes)
         if not is_inside and _is_list_of_blocks(submodule):
             sizes[name] = _count(submodule)
-    total = _count(module)
+    # Not of all parameters: a table of tokens may be larger than all blocks.
+    total = sum(sizes.values())
     large = [name for name, size in sizes.items() if size > RIVAL_SHARE * total]
     return sorted(large, key=lambda name: -sizes[name])
 

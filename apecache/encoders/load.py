@@ -19,7 +19,7 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
-NOT_TRAINABLE = "only timm: and hf: encoders can be seen as towers"
+NOT_TRAINABLE = "only timm:, hf: and open_clip: encoders can be seen as towers"
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -137,16 +137,24 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
     module = _shape_module(spec, device)
     if is_frozen and not _is_mapped(module):
         return _shape_frozen(spec, module)
-    if spec.library == "open_clip":
-        raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
     # Any id will do: only the number of parameters in the CLS row counts here.
     tower = build_tower(module, spec.modality, spec.pooling, cls_id=0)
-    if spec.library == "hf" and spec.modality == "image":
-        from apecache.encoders.from_transformers import image_size
-
-        # The model's config may name another size than the processor gives.
-        tower.pixels = image_size(spec)
+    if spec.modality == "image" and spec.library != "timm":
+        # The model's config may name another size than the preprocessing gives.
+        tower.pixels = _pixels(spec)
     return tower
+
+
+def _pixels(spec: EncoderSpec) -> tuple[int, int]:
+    """Return (height, width) of the pixels that preprocessing gives."""
+    match spec.library:
+        case "timm":
+            from apecache.encoders.from_timm import shape_size
+        case "hf":
+            from apecache.encoders.from_transformers import image_size as shape_size
+        case _:
+            from apecache.encoders.from_open_clip import shape_size
+    return shape_size(spec)
 
 
 def _shape_module(spec: EncoderSpec, device: str) -> Any:
@@ -179,13 +187,12 @@ def _shape_frozen(spec: EncoderSpec, module: LibraryModel) -> Tower:
     """View a shape as a tower that runs as a whole."""
     match spec.library:
         case "timm":
-            from apecache.encoders.from_timm import shape_features, shape_size
+            from apecache.encoders.from_timm import shape_features
         case "hf":
-            from apecache.encoders.from_transformers import image_size as shape_size
             from apecache.encoders.from_transformers import shape_features
         case _:
-            from apecache.encoders.from_open_clip import shape_features, shape_size
-    size = shape_size(spec) if spec.modality == "image" else None
+            from apecache.encoders.from_open_clip import shape_features
+    size = _pixels(spec) if spec.modality == "image" else None
     tokens = None
     if spec.library != "open_clip":
         tokens = shape_features(replace(spec, pooling="tokens"), module)
