@@ -38,7 +38,9 @@ from apecache.encoders.open_clip_texts import (
 from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
 from apecache.encoders.snapshot import (
     cannot_open,
+    download,
     read_json,
+    refuse_kernels,
     resolve_folder,
     true_keys,
 )
@@ -269,6 +271,12 @@ def _folder(spec: EncoderSpec) -> Path | None:
 
 def _create(spec: EncoderSpec, folder: Path | None) -> LibraryModel:
     """Load the whole model in evaluation mode."""
+    inner_name = _text_config(spec, folder).get("hf_model_name")
+    if inner_name:
+        inner_folder = Path(inner_name)
+        if not inner_folder.is_dir():
+            inner_folder = download(spec, repository=inner_name)
+        refuse_kernels(spec, inner_folder)
     return _open(spec, _source(spec, folder), require_pretrained=True)
 
 

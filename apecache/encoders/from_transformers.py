@@ -36,9 +36,15 @@ from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.library_types import LibraryModel, ModelConfig, Processor, Tokenizer
 from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
 from apecache.encoders.processor import ProcessorPreprocess, fixed_shape, resize_options
+from apecache.encoders.sentence_texts import NO_LIMIT, UNKNOWN_LENGTH
 from apecache.encoders.snapshot import resolve_folder
-from apecache.encoders.spec import EncoderSpec, Pooling
-from apecache.encoders.text_repository import TextUse, read_text_use, resolve_pooling
+from apecache.encoders.spec import EncoderSpec, Pooling, no_class_token
+from apecache.encoders.text_repository import (
+    TextUse,
+    has_class_token,
+    read_text_use,
+    resolve_pooling,
+)
 from apecache.encoders.tokenizing import (
     digest_tokenizer,
     has_case,
@@ -76,10 +82,6 @@ PADDING_TYPES = ("mobilebert",)
 """MobileBERT reads each token with its neighbours, and the last one with the padding."""
 LEGACY_EOS = 2
 """What old CLIP configs name as end of text; the library then takes the highest id."""
-NO_LIMIT = 10**9
-"""Tokenizers without a limit of their own name a greater one than this."""
-UNKNOWN_LENGTH = 512
-"""Tokens where neither the files nor the positions set a limit."""
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
@@ -274,8 +276,8 @@ def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelCon
     if has_own and cut.pooling == "default" and cut.layer is None:
         return "default"
     pooling = resolve_pooling(cut, folder, use, config)
-    if config.model_type in T5_TYPES and "cls" in pooling:
-        raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
+    if "cls" in pooling and not has_class_token(config):
+        raise no_class_token(f"encoder {cut}: {config.model_type}", "text")
     return pooling
 
 

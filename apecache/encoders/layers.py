@@ -19,6 +19,10 @@ RIVAL_SHARE = 0.05
 ambiguous."""
 
 
+CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")
+"""Lists that only change the class token, after all blocks (CaiT, XCiT)."""
+
+
 def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
     """Return the number of blocks below the spec's cut; `end` if it names no layer.
 
@@ -74,7 +78,11 @@ def find_blocks(module: nn.Module) -> list[str]:
             sizes[name] = _count(submodule)
     # Not of all parameters: a table of tokens may be larger than all blocks.
     total = sum(sizes.values())
-    large = [name for name, size in sizes.items() if size > RIVAL_SHARE * total]
+    large = [
+        name
+        for name, size in sizes.items()
+        if size > RIVAL_SHARE * total and name not in CLASS_ATTENTION
+    ]
     return sorted(large, key=lambda name: -sizes[name])
 
 
@@ -96,12 +104,14 @@ def caught(
     spec: EncoderSpec,
     states: Collection[State],
     run: Callable[[], Any],
+    n_inputs: int | None = None,
 ) -> tuple[Any, dict[State, Tensor]]:
     """Run a forward pass and capture the tokens after the requested blocks.
 
     Args:
         states: the requested ones; `end` and `own` are left to the caller.
         run: one forward pass of `module`.
+        n_inputs: size of the batch, if known: tokens have one row for each input.
 
     Returns:
         What `run` returns, and for each numbered state the tokens [n, length, dim], or a feature
@@ -130,7 +140,9 @@ def caught(
         )
     for layer in layers:
         state = tokens_by_state.get(layer)
-        if not isinstance(state, Tensor) or state.ndim not in (3, 4):
+        is_state = isinstance(state, Tensor) and state.ndim in (3, 4)
+        # Some blocks (TNT) begin with tokens within each patch.
+        if not is_state or (n_inputs is not None and len(state) != n_inputs):
             raise EncoderError(
                 f"encoder {spec}: block {layer} of {type(module).__name__} gives no tokens; leave "
                 "the layer out"

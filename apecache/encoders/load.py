@@ -19,8 +19,6 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
-NOT_TRAINABLE = "only timm:, hf: and open_clip: encoders can be seen as towers"
-
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
     """Load one image encoder.
@@ -152,6 +150,8 @@ def _pixels(spec: EncoderSpec) -> tuple[int, int]:
             from apecache.encoders.from_timm import shape_size
         case "hf":
             from apecache.encoders.from_transformers import image_size as shape_size
+        case "st":
+            from apecache.encoders.from_sentence_transformers import shape_size
         case _:
             from apecache.encoders.from_open_clip import shape_size
     return shape_size(spec)
@@ -172,7 +172,9 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
 
             return shape_open_clip(spec, device).eval()
         case _:
-            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+            from apecache.encoders.from_sentence_transformers import shape_sentence_transformers
+
+            return shape_sentence_transformers(spec, device).eval()
 
 
 def _is_mapped(module: LibraryModel) -> bool:
@@ -190,6 +192,8 @@ def _shape_frozen(spec: EncoderSpec, module: LibraryModel) -> Tower:
             from apecache.encoders.from_timm import shape_features
         case "hf":
             from apecache.encoders.from_transformers import shape_features
+        case "st":
+            from apecache.encoders.from_sentence_transformers import shape_features
         case _:
             from apecache.encoders.from_open_clip import shape_features
     size = _pixels(spec) if spec.modality == "image" else None
@@ -231,7 +235,7 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
 
             return sentence_transformers_preprocess(spec)
         case _:
-            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+            raise EncoderError(f"encoder {spec}: library {spec.library!r} has no images")
 
 
 def count_classes(spec: EncoderSpec) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from apecache.encoders.encoder import FeatureTap, State, States, pool_tokens
 from apecache.encoders.layers import caught, flatten_map, require_blocks, resolve_layer
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, no_class_token
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
@@ -31,7 +31,7 @@ def open_clip_tap(states: States, tower: LibraryModel, cut: EncoderSpec) -> Feat
         )
     has_class = view is not None and view.has_cls
     if "cls" in cut.pooling and not has_class:
-        raise EncoderError(f"encoder {cut} has no CLS token; use --{cut.modality}-cut mean")
+        raise no_class_token(f"encoder {cut}", cut.modality)
     n_prefix = view.n_prefix if view is not None and cut.modality == "image" else 0
 
     def pool(state: Tensor, mask: Tensor | None) -> Tensor:

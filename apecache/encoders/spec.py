@@ -182,6 +182,14 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
     return pooling, int(layer) if at else None
 
 
+def no_class_token(name: object, modality: Modality) -> EncoderError:
+    """Return the error for a CLS pooling of an encoder that has no CLS token."""
+    return EncoderError(
+        f"{name} has no CLS token; use --{modality}-cut default or mean; for a recipe that takes "
+        f"it, --set towers.{modality}_pooling=default"
+    )
+
+
 def missing_folder(folder: Path, description: str) -> str:
     """Say what is wrong with a local folder: it does not exist, or it has no `description` file."""
     if not os.path.isdir(folder):

@@ -23,7 +23,7 @@ from apecache.encoders.module_map import (
     read_module_map,
 )
 from apecache.encoders.sample_draws import checkpoint_contexts
-from apecache.encoders.spec import Pooling
+from apecache.encoders.spec import Pooling, no_class_token
 from apecache.encoders.tower_forward import block_contexts, embed_inputs
 from apecache.encoders.tower_parameters import ParameterWalk, RowEmbedding, TowerParameter
 from apecache.encoders.tower_pooling import own_dim, pool_own
@@ -400,7 +400,7 @@ def build_tower(
     )
     if "cls" in pooling and not tower.has_cls:
         name = "T5" if module_map.family == "t5" else type(module).__name__
-        raise EncoderError(f"{name} has no CLS token; use --{modality}-cut mean")
+        raise no_class_token(name, modality)
     # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
     tower.training = module.training
     return tower

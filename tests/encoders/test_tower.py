@@ -272,7 +272,7 @@ def test_dinov3_in_training_does_not_draw_its_positions() -> None:
 def test_timm_images(name: str, pooling: Any) -> None:
     module = timm_model(name, **TIMM[name])
     if pooling == "cls" and module.cls_token is None:
-        with pytest.raises(EncoderError, match="has no CLS token; use --image-cut mean"):
+        with pytest.raises(EncoderError, match="has no CLS token; use --image-cut default or mean"):
             build_tower(module, "image", pooling)
         return
     with torch.no_grad():
@@ -509,9 +509,11 @@ def test_what_cannot_be_is_refused() -> None:
         build_tower(hf_model(HF_IMAGE["deit"]), "image", "last")
     with pytest.raises(EncoderError, match="cut 4: the tower has 3 blocks; give 0 to 3"):
         bert_tower().run_to(4, *sentences(0))
-    with pytest.raises(EncoderError, match="T5 has no CLS token; use --text-cut mean"):
+    with pytest.raises(EncoderError, match="T5 has no CLS token; use --text-cut default or mean"):
         build_tower(hf_model(HF_TEXT["t5 encoder"]), "text", "cls")
-    with pytest.raises(EncoderError, match="Qwen3Model has no CLS token; use --text-cut mean"):
+    with pytest.raises(
+        EncoderError, match="Qwen3Model has no CLS token; use --text-cut default or mean"
+    ):
         build_tower(hf_model(HF_TEXT["qwen3"]), "text", "cls")
     with pytest.raises(EncoderError, match="SiglipVisionModel has no CLS token; use --image-cut"):
         build_tower(hf_model(CONTRASTIVE["siglip (SigLIP 2)"]), "image", "cls+mean")

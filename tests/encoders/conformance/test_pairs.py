@@ -17,11 +17,11 @@ from families import (
     SIGLIP_TEXT,
     SQUASHED,
     build_open_clip,
+    build_sentence_clip,
     clip,
     metaclip2,
     randomize,
     siglip,
-    write_json,
 )
 from model_tokenizers import save_tokenizer
 from PIL import Image
@@ -88,15 +88,6 @@ def open_clip_similarity(
         pixels = torch.stack([transform(image) for image in images])
         logits, _ = model.eval().get_logits(pixels, tokens)
     return logits
-
-
-def build_sentence_clip(folder: Path) -> None:
-    """As sentence-transformers/clip-ViT-B-32 keeps its files."""
-    inner = folder / "0_CLIPModel"
-    build_hf(clip(257), "clip", 77, lambda: hf.CLIPImageProcessor(**CROPPED))(inner)
-    module_type = "sentence_transformers.models.CLIPModel"
-    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": module_type}
-    write_json(folder, "modules.json", [module])
 
 
 def sentence_similarity(
