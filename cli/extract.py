@@ -8,7 +8,7 @@ import typer
 
 from apecache.errors import counted
 
-from .encoders import EncoderOptions, view_spec
+from .encoders import EncoderOptions, both_sides, view_spec
 from .engine import ray_spec, results_only
 from .memory import keep_freed_memory
 from .option_groups import (
@@ -169,6 +169,8 @@ def extract(
 
     Example: apecache extract pairs.tsv --store store --image timm:vit_small_patch14_dinov2.lvd142m
     --text hf:sentence-transformers/all-MiniLM-L6-v2
+
+    Example: apecache extract pairs.tsv --store store --model open_clip:ViT-B-32/laion2b_s34b_b79k
     """
     with ending():
         # Options and the source are checked before the imports of torch, which take seconds.
@@ -192,9 +194,9 @@ def extract(
 def roles(encoders: EncoderOptions) -> "list[Role]":
     """Return what the source must have for these encoders."""
     required: list[Role] = []
-    if encoders.image:
+    if both_sides(encoders.model, encoders.image):
         required.append("image")
-    if encoders.text:
+    if both_sides(encoders.model, encoders.text):
         required.append("caption")
     return required
 

@@ -92,6 +92,15 @@ TextEncoders = Annotated[
         help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG or LIBRARY:/folder. Repeatable.",
     ),
 ]
+PairModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="ENCODER",
+        help="Image-text model (CLIP, SigLIP, …) as both encoders: hf:ID, open_clip:NAME/TAG, "
+        "st:ID or LIBRARY:/folder. Repeatable.",
+    ),
+]
 ImageCuts = Annotated[
     list[str] | None,
     typer.Option("--image-cut", metavar="CUT", help=CUT, rich_help_panel=ENCODERS),

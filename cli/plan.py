@@ -149,16 +149,23 @@ def plan(
             "it to compare recipes.",
         ),
     ],
-    image: Annotated[
-        str,
-        typer.Option(metavar="ENCODER", help="Image encoder. Its weights are not needed."),
-    ],
-    text: Annotated[
-        str,
-        typer.Option(metavar="ENCODER", help="Text encoder. Its weights are not needed."),
-    ],
     data: DataOptions,
     machine: MachineOptions,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="ENCODER", help="Image encoder. Its weights are not needed."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="ENCODER", help="Text encoder. Its weights are not needed."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Image-text model (CLIP, SigLIP, …) as both encoders.",
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -191,11 +198,29 @@ def plan(
                 f"--sample is for --device here, not for --device {machine.device}; leave it out"
             )
         device = find_device(machine.device)
-        encoders = PlanEncoders(image=image, text=text, teacher=teacher)
+        encoders = PlanEncoders(
+            image=_chosen(model, image, "--image"),
+            text=_chosen(model, text, "--text"),
+            teacher=teacher,
+        )
         plans = []
         for loaded_recipe in loaded:
             plans.append(_plan(loaded_recipe, encoders, data=data, spec=spec, device=device))
         _show_plans(plans, data.rows, json)
+
+
+def _chosen(model: str | None, side: str | None, option: str) -> str:
+    """Return the encoder of one side.
+
+    Raises:
+        OptionError: Neither `--model` nor the side's own option is given.
+    """
+    from apecache.errors import OptionError
+
+    name = side or model
+    if name is None:
+        raise OptionError(f"no encoder: give {option}, or --model for both sides")
+    return name
 
 
 def _plan_spec(data: DataOptions, machine: MachineOptions) -> "PlanSpec":

@@ -40,9 +40,15 @@ from apecache.encoders.preprocess_transformers import (
     fixed_shape,
     resize_options,
 )
+from apecache.encoders.sentence_texts import NO_LIMIT, UNKNOWN_LENGTH
 from apecache.encoders.snapshot import resolve_folder
-from apecache.encoders.spec import EncoderSpec, Pooling
-from apecache.encoders.text_repository import TextUse, read_text_use, resolve_pooling
+from apecache.encoders.spec import EncoderSpec, Pooling, no_class_token
+from apecache.encoders.text_repository import (
+    TextUse,
+    has_class_token,
+    read_text_use,
+    resolve_pooling,
+)
 from apecache.encoders.tokenizing import (
     digest_tokenizer,
     has_case,
@@ -80,10 +86,6 @@ PADDING_TYPES = ("mobilebert",)
 """MobileBERT reads each token with its neighbours, and the last one with the padding."""
 LEGACY_EOS = 2
 """What old CLIP configs name as end of text; the library then takes the highest id."""
-NO_LIMIT = 10**9
-"""Tokenizers without a limit of their own name a greater one than this."""
-UNKNOWN_LENGTH = 512
-"""Tokens where neither the files nor the positions set a limit."""
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
@@ -117,7 +119,12 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts] if prefix else texts
         lowered = [text.lower() for text in prefixed] if lower_case else prefixed
-        return tokenize_with(tokenizer, lowered, max_tokens)
+        tokens = tokenize_with(tokenizer, lowered, max_tokens)
+        if not projected:
+            return tokens
+        # A text may hold the end-of-text token itself. Nothing after it reaches the features.
+        ended = [_until_end(row, config) for row in tokens.ids]
+        return Tokens(ids=ended, n_truncated=tokens.n_truncated)
 
     if projected:
         _require_eos(spec, tokenize([""]).ids[0], config)
@@ -273,9 +280,17 @@ def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelCon
     if has_own and cut.pooling == "default" and cut.layer is None:
         return "default"
     pooling = resolve_pooling(cut, folder, use, config)
-    if config.model_type in T5_TYPES and "cls" in pooling:
-        raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
+    if "cls" in pooling and not has_class_token(config):
+        raise no_class_token(f"encoder {cut}: {config.model_type}", "text")
     return pooling
+
+
+def _until_end(ids: list[int], config: ModelConfig) -> list[int]:
+    """Return the tokens up to the one that the model pools at."""
+    eos_id = config.eos_token_id
+    if eos_id == LEGACY_EOS and config.model_type.startswith("clip"):
+        return ids[: ids.index(max(ids)) + 1]
+    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
 
 def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: ModelConfig) -> None:
@@ -354,7 +369,7 @@ def load_transformers_image(
     )
     shared_inputs: Json = {
         "decoding": IMAGE_DECODING,
-        "processor": _plain_processor(processor, size),
+        "processor": plain_processor(processor, size),
     }
     weights = digest_module(module, unloaded)
     architecture = describe_architecture(module, folder)
@@ -485,7 +500,7 @@ def _max_tokens(
     return max_tokens
 
 
-def _plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
+def plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
     """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
     left_out = (

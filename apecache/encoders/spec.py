@@ -201,11 +201,8 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
             f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of "
             f"{', '.join(LIBRARIES)}{hint}"
         )
-    if (library, modality) in (("timm", "text"), ("st", "image")):
-        other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
-        raise EncoderError(
-            f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
-        )
+    if library == "timm" and modality == "text":
+        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or st:ID")
     revision = None
     # A folder's path may hold an @ of its own.
     if not looks_local(name) and not os.path.isdir(name):
@@ -240,6 +237,14 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
             f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …"
         )
     return pooling, int(layer) if at else None
+
+
+def no_class_token(name: object, modality: Modality) -> EncoderError:
+    """Return the error for a CLS pooling of an encoder that has no CLS token."""
+    return EncoderError(
+        f"{name} has no CLS token; use --{modality}-cut default or mean; for a recipe that takes "
+        f"it, --set towers.{modality}_pooling=default"
+    )
 
 
 def missing_folder(folder: Path, description: str) -> str:

@@ -17,7 +17,7 @@ from transformers import (
 from apecache.encoders.encoder import FeatureTap, State, States, pool_tokens
 from apecache.encoders.layers import caught, flatten_map
 from apecache.encoders.library_types import LibraryModel, ModelConfig
-from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.spec import EncoderSpec, Pooling, no_class_token
 from apecache.errors import EncoderError
 
 VIT_TYPES = (
@@ -219,7 +219,7 @@ def _image_pooling(spec: EncoderSpec, layer: State, family: ImageFamily) -> Pool
     is_map = layer != "end" and family.config.model_type in STAGE_TYPES
     has_class = family.has_class and not is_map
     if "cls" in spec.pooling and not has_class:
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
+        raise no_class_token(f"encoder {spec}", "image")
     if spec.pooling != "default":
         return spec.pooling
     return "cls" if has_class else "mean"

@@ -188,6 +188,10 @@ class Temperature(nn.Module):
         """Return the factor of the cosines, 1 / T."""
         return self.log_scale.exp()
 
+    def bias_value(self) -> float | None:
+        """Return what is added to the logits; None without a bias."""
+        return None if self.bias is None else float(self.bias.detach())
+
     @torch.no_grad()
     def clamp(self) -> None:
         """Clamp the temperature to its bounds; call this after every optimizer step."""

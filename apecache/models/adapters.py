@@ -139,12 +139,19 @@ def _low_rank(tower: Tower, block: nn.Module, spec: AdapterSpec) -> nn.ModuleDic
     for name, layer in block.named_modules():
         if isinstance(layer, nn.Linear) and _target(name) in spec.targets:
             targeted[name] = layer
+    missing = set(spec.targets) - {_target(name) for name in targeted}
+    if missing:
+        raise RecipeError(
+            f"LoRA: {type(block).__name__} has no linear layers of {', '.join(sorted(missing))}; "
+            "use other targets"
+        )
     for name in targeted:
         owner = block.get_submodule(name.rpartition(".")[0])
-        if getattr(owner, "q_bias", None) is not None:
+        is_packed = isinstance(owner, nn.MultiheadAttention)
+        if is_packed or getattr(owner, "q_bias", None) is not None:
             raise RecipeError(
-                "timm's BEiT calls its query, key and value weights past their layer; use targets "
-                "= ['mlp']"
+                f"{type(owner).__name__} calls its query, key and value weights past their layer "
+                "(timm's BEiT and EVA, open_clip); use targets = ['mlp']"
             )
     updates = {name.replace(".", "/"): LowRank(layer, spec) for name, layer in targeted.items()}
     return nn.ModuleDict(updates)

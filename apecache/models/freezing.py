@@ -142,6 +142,11 @@ def find_cut(matches: Sequence[FreezeDecision], tower: Tower) -> TowerCut:
     depth = min(trained_part.depth for trained_part in trained_parts)
     if depth == -1:
         return TowerCut(cut=None, reason=_why_none(trained_parts, tower))
+    if depth > 0 and tower.sees_padding:
+        return TowerCut(
+            cut=None,
+            reason=("its tokens depend on the padding of the text, which cached tokens leave out"),
+        )
     if depth == 0:
         return TowerCut(
             cut=None,

@@ -140,11 +140,13 @@ class Recipe(Settings):
     """Where the recipe comes from, and which settings are this project's choice."""
     summary: str = ""
     """One line."""
-    init: Literal["random", "cca", "ridge", "procrustes", "asif"] = "random"
+    init: Literal["random", "cca", "ridge", "procrustes", "asif", "pretrained"] = "random"
     """`random`, or a closed form that the heads begin with: `cca` (both sides linear, or with
     `skip`), `ridge` and `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both
     sides a `dictionary` of the training pairs; nothing trains). With `schedule.epochs` 0 the closed
-    form is the whole fit."""
+    form is the whole fit. `pretrained`: the encoders are both sides of one image-text model (CLIP,
+    SigLIP), both heads are `identity`, and temperature, bias and so the kind of the loss are the
+    model's own."""
     image: HeadSpec = HeadSpec()
     text: HeadSpec = HeadSpec()
     closed_form: ClosedFormSpec = ClosedFormSpec()
@@ -181,6 +183,12 @@ class Recipe(Settings):
         has_dictionary = any(head.kind == "dictionary" for head in heads)
         if has_dictionary != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
+        is_identity = all(head.kind == "identity" and not head.standardize for head in heads)
+        if self.init == "pretrained" and not is_identity:
+            raise ValueError(
+                "init pretrained takes the model's own features: set kind identity and "
+                "standardize false for image and text"
+            )
         if self.init == "asif" and self.has_steps:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
         if self.distillation and not self.shared:

@@ -213,6 +213,11 @@ def _with_tokens(
             f"{encoder.spec} is not what {source.side} features {array.name} were made with; "
             "extract again"
         )
+    if tower_of(encoder).sees_padding:
+        raise RecipeError(
+            f"{source.side} features {array.name} leave out the padding of the texts, which "
+            f"{encoder.spec} sees; choose pooled features, or name the encoder with --text"
+        )
     cut = resolve_layer(encoder.module, array.record.spec)
     if not isinstance(cut, int) or array.views is not None:
         raise RecipeError(

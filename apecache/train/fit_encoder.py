@@ -153,6 +153,8 @@ def _fit(
     setup = set_up(store, recipe=recipe, spec=spec, open_image=open_image, device=device)
     train = setup.train
     dev = setup.dev
+    # The recipe of the setup is complete: it may take its temperature from the encoders.
+    recipe = setup.opened.recipe
     identity = setup.opened.identity()
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     training = EncoderFit(setup.model, inputs=setup.inputs, recipe=recipe, spec=spec, ranks=ranks)

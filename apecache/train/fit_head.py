@@ -32,6 +32,7 @@ from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
+from apecache.train.pretrained import with_own_scale
 from apecache.train.session import (
     RunFolder,
     best_and_untrained,
@@ -110,6 +111,7 @@ def fit_head(
     # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
     arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    recipe = with_own_scale(recipe, arrays[0].record.spec, arrays[1].record.spec)
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
@@ -234,6 +236,7 @@ def untrained_heads(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),
         scale=float(model.temperature.scale().detach()),
+        bias=model.temperature.bias_value(),
     )
 
 
@@ -326,5 +329,6 @@ def _trained(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),
         scale=float(model.temperature.scale().detach()),
+        bias=model.temperature.bias_value(),
         training=training,
     )

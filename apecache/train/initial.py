@@ -51,7 +51,7 @@ def initial_model(
         DataError: A closed form, and the features of a side are all equal.
     """
     match recipe.init:
-        case "random":
+        case "random" | "pretrained":
             return build_model(recipe, train, seed), {}
         case "asif":
             return _asif(recipe, train, seed), {}

@@ -144,7 +144,7 @@ def _closed_form_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
     image_dim = image.row_shape[-1]
     text_dim = text.row_shape[-1]
     match recipe.init:
-        case "random":
+        case "random" | "pretrained":
             return 0
         case "asif":
             # Entries of both sides, their normalized features, and the captions of each image.

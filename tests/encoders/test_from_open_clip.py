@@ -156,9 +156,3 @@ def test_a_folder_that_is_not_whole_is_refused(
         match=r"cannot be opened|there is no folder|has no open_clip_config.json",
     ):
         load_text_encoder(parse_encoder(f"open_clip:{folder}", "text"), "cpu")
-
-
-def test_only_the_output_can_be_taken(folders: dict[str, Path]) -> None:
-    spec = replace(parse_encoder(f"open_clip:{folders['clip']}", "image"), pooling="tokens")
-    with pytest.raises(EncoderError, match="only the output can be taken"):
-        load_image_encoder(spec, "cpu")
