@@ -121,7 +121,7 @@ def _require_encoders(model: WholeModel) -> None:
         )
     module: LibraryModel = text.module
     model_type = getattr(getattr(module, "config", None), "model_type", text.spec.library)
-    pooling = text.fingerprint.fields["inputs"]["pooling"]
+    pooling = text.fingerprint.fields["inputs"].get("pooling")
     is_known = text.spec.library == "hf" and model_type in TEXT_TYPES and pooling in POOLERS
     if not is_known or text.spec.layer is not None:
         raise RunError(
