@@ -15,6 +15,7 @@ from . import (
     compare,
     demo,
     evaluate,
+    export_embeddings,
     export_run,
     extract,
     fit,
@@ -93,6 +94,7 @@ _add(TOOLS, demo.demo)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, export_run.export_run, name="export-run")
+_add(TOOLS, export_embeddings.export_embeddings, name="export-embeddings")
 
 
 def _version(is_requested: bool) -> None:
