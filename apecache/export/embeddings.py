@@ -111,7 +111,7 @@ def _files(out: Path) -> Iterator[Path]:
 def _pyarrow() -> Any:
     try:
         import pyarrow as pa
-        import pyarrow.parquet  # noqa: F401  # the submodule is used below as an attribute
+        import pyarrow.parquet  # the submodule is used below as an attribute
     except ImportError:
         raise MissingExtraError("pyarrow", "parquet") from None
     return pa

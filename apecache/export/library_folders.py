@@ -54,7 +54,9 @@ def timm_data_config(encoder: ImageEncoder) -> dict[str, Any]:
     config = resolve_model_data_config(encoder.module)
     if encoder.spec.resolution:
         config["input_size"] = (3, encoder.spec.resolution, encoder.spec.resolution)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+    }
 
 
 def timm_model_args(encoder: ImageEncoder) -> dict[str, Any]:

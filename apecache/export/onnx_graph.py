@@ -66,7 +66,7 @@ def quantize_graph(path: Path, out: Path, dtype: GraphDtype) -> None:
                 path,
                 out,
                 weight_type=QuantType.QInt8,
-            per_channel=True,
+                per_channel=True,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 extra_options={"MatMulConstBOnly": True},
             )

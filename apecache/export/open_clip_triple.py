@@ -47,7 +47,9 @@ class OpenClipModel(nn.Module):
         embedded: Tensor = self.text(ids.masked_fill(mask == 0, self.pad_id), mask).float()
         return embedded
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple[
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[
         Tensor | None,
         Tensor | None,
         Tensor,

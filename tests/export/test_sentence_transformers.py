@@ -29,6 +29,3 @@ def test_both_sides_in_one_folder(tiny_run: Path, tmp_path: Path) -> None:
     original = apecache.load(tiny_run, device="cpu")
     assert np.abs(loaded.encode(images) - original.encode_image(images)).max() < 1e-5
     assert np.abs(loaded.encode(texts) - original.encode_text(texts)).max() < 1e-5
-
-
-
