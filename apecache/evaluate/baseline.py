@@ -55,11 +55,11 @@ class EncoderSide:
         embedded = []
         for first in range(0, len(inputs), batch):
             pictures = inputs[first : first + batch]
-            images = [
-                open_readable(picture, f"inputs[{first + n}]") for n, picture in enumerate(pictures)
-            ]
-            pixels = torch.stack([self.loaded.preprocess(image) for image in images])
-            embedded.append(normalize(self.loaded.encode(pixels), dim=-1))
+            pixels = []
+            for number, picture in enumerate(pictures, first):
+                image = open_readable(picture, f"inputs[{number}]")
+                pixels.append(self.loaded.preprocess(image))
+            embedded.append(normalize(self.loaded.encode(torch.stack(pixels)), dim=-1))
         return torch.cat(embedded) if embedded else torch.empty(0, self.loaded.dim)
 
 

@@ -57,9 +57,9 @@ const processor = await AutoProcessor.from_pretrained("this folder");
 const tokenizer = await AutoTokenizer.from_pretrained("this folder");
 ```
 
-`apecache.json` has the scale of the logits, the longest text, and what stands before every text.""",
+`apecache.json` has the scale of the logits, the length of texts, and the prefix of every text.""",
     "onnx-heads": "`heads.json` says what features `image.onnx` and `text.onnx` take.",
-    "safetensors": "`heads.json` describes the heads in `image.safetensors` and `text.safetensors`.",
+    "safetensors": "`heads.json` describes `image.safetensors` and `text.safetensors`.",
 }
 """How each format is opened."""
 

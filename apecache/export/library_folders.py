@@ -30,7 +30,7 @@ def write_timm_folder(encoder: ImageEncoder, out: Path, loader: str) -> None:
 
 
 def timm_config(encoder: ImageEncoder) -> dict[str, Any]:
-    """Return the config.json of a timm encoder without classifier, at the resolution of its spec."""
+    """Return timm's config.json of an encoder without classifier, at the spec's resolution."""
     data_config = timm_data_config(encoder)
     module: LibraryModel = encoder.module
     return {

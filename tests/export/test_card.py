@@ -129,8 +129,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
     import huggingface_hub.constants
 
     class Handler(FakeHub):
-        created: list[dict[str, Any]] = []
-        files: dict[str, bytes] = {}
+        pass
+
+    Handler.created = []
+    Handler.files = {}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

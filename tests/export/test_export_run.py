@@ -178,7 +178,7 @@ def test_a_run_that_a_format_cannot_hold_leaves_no_folder(tmp_path: Path) -> Non
     pytest.importorskip("sentence_transformers")
     run = build_run(tmp_path / "made", "timm + hf BERT", "gated")
     for name in ("sentence-transformers", "open_clip", "transformers"):
-        with pytest.raises(RunError, match="head is of kind gated; .* can hold"):
+        with pytest.raises(RunError, match=r"head is of kind gated; .* can hold"):
             export_run(run, tmp_path / "out", ExportRunSpec(to=name))  # type: ignore[arg-type]
         assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
