@@ -28,6 +28,7 @@ from .evaluate.scout import scout as scout
 from .evaluate.zeroshot import ZeroShotReport as ZeroShotReport
 from .evaluate.zeroshot import ZeroShotSpec as ZeroShotSpec
 from .evaluate.zeroshot import zero_shot as zero_shot
+from .export.open_clip_triple import open_clip_triple as open_clip_triple
 from .extraction.estimate import ExtractPlan as ExtractPlan
 from .extraction.estimate import plan_extraction as plan_extraction
 from .extraction.run import ExtractReport as ExtractReport
@@ -145,6 +146,7 @@ __all__ = [
     "load_run",
     "load_space",
     "log_to_tensorboard",
+    "open_clip_triple",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",

@@ -16,6 +16,7 @@ from . import (
     demo,
     doctor,
     evaluate,
+    export_embeddings,
     export_run,
     extract,
     fit,
@@ -97,6 +98,7 @@ _add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, export_run.export_run, name="export-run")
+_add(TOOLS, export_embeddings.export_embeddings, name="export-embeddings")
 
 
 def _version(is_requested: bool) -> None:

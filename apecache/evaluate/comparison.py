@@ -14,8 +14,8 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError, counted
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.left_out import LeftOut
-from apecache.metrics.protocols import retrieval_hits
-from apecache.metrics.retrieval import KS, RetrievalReport, retrieval_report
+from apecache.metrics.protocols import measure_retrieval
+from apecache.metrics.retrieval import KS, RetrievalReport
 from apecache.metrics.statistics import (
     WAYS,
     RetrievalHits,
@@ -135,8 +135,9 @@ def compare_runs(
         reference = reference or embedded
         _require_same_queries(embedded, reference, path)
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
-        reports.append(retrieval_report(*vectors, relevance=embedded.relevance))
-        answers[path] = retrieval_hits(*vectors, relevance=embedded.relevance)
+        measured = measure_retrieval(*vectors, relevance=embedded.relevance)
+        reports.append(measured.report)
+        answers[path] = measured.hits
     left_out = reference.left_out if reference is not None else LeftOut()
     hits_a = [answers[path] for path in paths_a]
     hits_b = [answers[path] for path in paths_b]

@@ -16,8 +16,8 @@ from apecache.data.images import load_image
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.metrics.protocols import RecallIntervals, retrieval_hits, retrieval_intervals
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.protocols import RecallIntervals, measure_retrieval
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits
 from apecache.report.gallery import Gallery
 from apecache.report.page import Chart, Page, Table, write_page
@@ -62,6 +62,8 @@ class ReportSpec:
     top: int = 5
     """Results of each query."""
     device: str = "auto"
+    baseline: str | None = None
+    """A ready-made model that is measured beside the runs, on the images of the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple
     """Make the galleries of the run with the best mean recall."""
     if spec.store is None:
         return ()
-    best = max(measured, key=lambda name: measured[name].report.mean_recall)
+    of_runs = list(measured)[: -1 if spec.baseline else None]
+    best = max(of_runs, key=lambda name: measured[name].report.mean_recall)
     galleries = retrieval_galleries(
         measured[best].embedded,
         store=spec.store,
@@ -125,7 +128,7 @@ def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple
         n_items=spec.n_items,
         top=spec.top,
     )
-    suffix = f": {best}" if len(measured) > 1 else ""
+    suffix = f": {best}" if len(of_runs) > 1 else ""
     return tuple(replace(gallery, title=gallery.title + suffix) for gallery in galleries)
 
 
@@ -133,7 +136,30 @@ def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _R
     store = spec.store
     if store is None:
         return {}
-    return {record.name: _measure(record, store, spec) for record in records}
+    measured = {record.name: _measure(record, store, spec) for record in records}
+    if spec.baseline is not None:
+        first = measured[records[0].name]
+        measured[f"{spec.baseline} (ready-made)"] = _measure_baseline(first, store, spec)
+    return measured
+
+
+def _measure_baseline(
+    first: _RunMeasurements,
+    store: FeatureStore,
+    spec: ReportSpec,
+) -> _RunMeasurements:
+    from apecache.evaluate.baseline import embed_baseline, load_baseline
+
+    assert spec.baseline is not None
+    media = _media(spec)
+    baseline = load_baseline(spec.baseline, spec.device)
+    embedded = embed_baseline(
+        baseline,
+        store=store,
+        reference=first.embedded,
+        open_image=lambda key: load_image(key, media).image,
+    )
+    return _measurements(embedded)
 
 
 def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _RunMeasurements:
@@ -148,12 +174,16 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _RunMe
         open_image=lambda key: load_image(key, media).image,
         among=among,
     )
+    return _measurements(embedded)
+
+
+def _measurements(embedded: Embeddings) -> _RunMeasurements:
     vectors = (embedded.image, embedded.text, embedded.image_of_text)
-    relevance = embedded.relevance
+    measured = measure_retrieval(*vectors, relevance=embedded.relevance)
     return _RunMeasurements(
-        report=retrieval_report(*vectors, relevance=relevance),
-        intervals=retrieval_intervals(*vectors, relevance=relevance),
-        hits=retrieval_hits(*vectors, relevance=relevance),
+        report=measured.report,
+        intervals=measured.intervals,
+        hits=measured.hits,
         embedded=embedded,
     )
 

@@ -21,6 +21,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.runs.card_metadata import front_matter, one_printable_line
 from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.runs.ledger import Ledger
+from apecache.storage.replace import replace_text
 
 CARD = "README.md"
 UNKNOWN = "not stated"
@@ -85,7 +86,7 @@ def save_card(
         run: Run folder.
     """
     card = model_card(heads, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
-    (run / CARD).write_text(card, encoding="utf-8")
+    replace_text(run / CARD, card)
 
 
 def save_encoder_card(
@@ -98,7 +99,7 @@ def save_encoder_card(
 ) -> None:
     """Write the card of a run of fit-encoder, as `save_card` does. `about` is its description."""
     card = encoder_card(about, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
-    (run / CARD).write_text(card, encoding="utf-8")
+    replace_text(run / CARD, card)
 
 
 def model_card(
