@@ -15,9 +15,11 @@ from apecache.arguments import AnyPath, as_texts, wrong_type
 from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
+from apecache.heads.pooled import N_COMPLEMENTS
 from apecache.losses.spec import LossSpec
 from apecache.recipes.extend import RecipeLayer, is_file, merged_layers, require_no_cycle
 from apecache.recipes.former_keys import NEW_KEYS, NEW_KINDS
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from apecache.recipes.sections import (
     DistillationSpec,
     SharedSpec,
@@ -33,52 +35,6 @@ FREEZE = "freeze/"
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerSpec(Settings):
-    """Choose the optimizer."""
-
-    kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Of parameters with two dimensions or more. `adam` adds it to the gradient."""
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """`sgd`: the first is the momentum."""
-    eps: float = Field(default=1e-6, gt=0)
-    clip: float = Field(default=0.0, ge=0)
-    """Largest gradient norm; 0: none."""
-    ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of an average of the weights, which is evaluated and kept; 0: no average."""
-
-
-class ScheduleSpec(Settings):
-    """Set steps, batches and the learning rate over time.
-
-    In every epoch each image is seen once, with captions drawn at random. The learning rate rises
-    linearly during the warm-up, then decays.
-    """
-
-    epochs: int = Field(default=30, ge=0)
-    """0 (and `steps` 0): nothing trains, the heads stay as `init` makes them."""
-    steps: int = Field(default=0, ge=0)
-    """Above 0 they replace `epochs`."""
-    batch_size: int = Field(default=1024, ge=2)
-    """Images in a batch; where there are fewer, all of them."""
-    accumulate: int = Field(default=1, ge=1)
-    """Batches in a step; they add no negatives."""
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    """Share of all steps."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Above 0 they replace `warmup`."""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """`constant`: the rate stays."""
-    final: float = Field(default=0.0, ge=0, le=1)
-    """Share of the learning rate at the end of the cosine."""
-    patience: int = Field(default=0, ge=0)
-    """Evaluations without a better one before the training stops; 0: it never stops early."""
-    evaluate_every: int = Field(default=1, ge=1)
-    """Epochs between two evaluations on dev."""
 
 
 class ImageAugmentationSpec(Settings):
@@ -181,8 +137,18 @@ class Recipe(Settings):
         has_dictionary = any(head.kind == "dictionary" for head in heads)
         if has_dictionary != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
+        canonical = [head.kind == "canonical" for head in heads]
+        if any(canonical) and (not all(canonical) or self.init != "cca" or self.has_steps):
+            raise ValueError(
+                "heads of kind canonical come on both sides, with init cca and schedule.epochs 0"
+            )
         if self.init == "asif" and self.has_steps:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
+        if self.schedule.epoch == "pairs" and self.loss.captions > 1:
+            raise ValueError(
+                "an epoch of pairs takes one caption at a time: set loss.captions to 1, or "
+                "schedule.epoch to images"
+            )
         if self.distillation and not self.shared:
             raise ValueError("distillation teaches a shared encoder: give a section shared too")
         if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
@@ -242,6 +208,8 @@ def build_meta_heads(recipe: Recipe, image_dim: int, text_dim: int) -> tuple[Hea
     if recipe.init == "cca" and image.dim is None and text.dim is None:
         # No rank exceeds the width of the features it is found in.
         rank = min(image_dim, text_dim, max(recipe.closed_form.rank))
+        if text.kind == "canonical":
+            rank += N_COMPLEMENTS
         image = _with_dim(image, rank)
     try:
         with torch.device("meta"):
@@ -446,6 +414,8 @@ def _explain(item: Any) -> str:
         expected = item.get("ctx", {}).get("expected", "").replace(" or ", ", ")
         choices = [choice.strip("'") for choice in expected.split(", ")]
         hint = nearest(str(item["input"]), choices)
+    if key_path == "schedule.epoch":
+        hint = "; the number of epochs is schedule.epochs"
     # pydantic puts this before the messages of the validators above.
     message: str = item["msg"].removeprefix("Value error, ")
     if not key_path:

@@ -62,7 +62,10 @@ class EncoderFit(Fit[EncoderModel]):
             end_text = positions.stop * texts_per_image
             image_rows = images[positions.start : positions.stop]
             text_rows = texts[first_text:end_text]
-            image = self._run(self.model.image, inputs[0], image_rows)
+            image_inputs = inputs[0]
+            if self.recipe.schedule.epoch == "pairs" and isinstance(image_inputs, ImageInputs):
+                image_inputs = replace(image_inputs, captions=text_rows)
+            image = self._run(self.model.image, image_inputs, image_rows)
             text = self._run(self.model.text, inputs[1], text_rows)
             return image, text
 

@@ -29,9 +29,6 @@ from apecache.train.batches import Batch, FeaturePairs, n_batches
 from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimizer
 
-SCALE = "temperature.log_scale"
-"""Name of the temperature's parameter in the state of a model."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepCount:
@@ -53,7 +50,7 @@ class StepCount:
     def of(recipe: Recipe, train: FeaturePairs) -> "StepCount":
         """Plan the steps of a recipe on these pairs."""
         # An epoch with fewer batches than `accumulate` is one step.
-        count = n_batches(train, recipe.schedule.batch_size)
+        count = n_batches(train, recipe.schedule.batch_size, recipe.schedule.epoch)
         accumulate = min(recipe.schedule.accumulate, count)
         per_epoch = count // accumulate
         return StepCount(
@@ -119,7 +116,7 @@ class Fit(ABC, Generic[Model]):
         self.optimizer = (
             build_optimizer(rates, recipe.optimizer) if rates and _has_steps(recipe) else None
         )
-        self.device = model.kept_state()[SCALE].device
+        self.device = model.temperature.parameter.device
         self.average = cloned_tensors(model.kept_state()) if recipe.optimizer.ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_draws = self.generator.get_state()

@@ -15,15 +15,14 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.spec import LossSpec
 from apecache.recipes.recipe import (
-    OptimizerSpec,
     Recipe,
-    ScheduleSpec,
     count_parameters,
     load_recipe,
     parse_recipe,
     tower_zoo_names,
     zoo_names,
 )
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from apecache.recipes.sections import shorthand_names
 
 
