@@ -229,8 +229,8 @@ class Temperature(nn.Module):
 def temperature_in(tensors: Mapping[str, Tensor]) -> float:
     """Return the temperature that the state of a model holds, in either form."""
     if LOG_SCALE in tensors:
-        return 1 / float(tensors[LOG_SCALE].exp())
-    return float(tensors[TEMPERATURE])
+        return 1 / float(tensors[LOG_SCALE].detach().exp())
+    return float(tensors[TEMPERATURE].detach())
 
 
 LOG_SCALE = "temperature.log_scale"

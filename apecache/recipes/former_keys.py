@@ -1,4 +1,4 @@
-"""Read recipes and heads whose keys were recorded in the British spelling of earlier versions."""
+"""Read recipes and heads as earlier versions recorded them: other names, fewer keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,8 @@ NEW_KEYS = {"optimiser": "optimizer", "standardise": "standardize"}
 """New name of a key by its former name."""
 NEW_KINDS = {"several": "ensemble"}
 """New kind of a head by its former name."""
+ADDED_KEYS = {"initialization": "torch"}
+"""Keys of a head that earlier versions did not have, with the value that means what they did."""
 FORMER_KEYS = {new: former for former, new in NEW_KEYS.items()}
 FORMER_KINDS = {new: former for former, new in NEW_KINDS.items()}
 
@@ -21,7 +23,19 @@ def with_former_keys(value: Any) -> Any:
 
     Digests are computed from these names: the indexes and runs that hold such a digest stay valid.
     """
-    return _renamed(value, FORMER_KEYS, FORMER_KINDS)
+    return _renamed(_without_added(value), FORMER_KEYS, FORMER_KINDS)
+
+
+def _without_added(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _without_added(item)
+            for key, item in value.items()
+            if key not in ADDED_KEYS or item != ADDED_KEYS[key]
+        }
+    if isinstance(value, list | tuple):
+        return [_without_added(item) for item in value]
+    return value
 
 
 def _renamed(value: Any, keys: Mapping[str, str], kinds: Mapping[str, str]) -> Any:

@@ -49,6 +49,10 @@ of COCO's 591,753 pairs; FuseMix, 500 epochs of about 5 million; ShareLock, 5,00
 1,024. The others publish none for heads on features like these."""
 OWN_EVALUATIONS = 20
 """On dev, of a run with its own number of samples."""
+OWN_PATIENCE = 4
+"""Evaluations without a better one after which such a run ends. The schedule stays that of all
+samples, and the weights are those of the best evaluation: what follows would have to be better
+still."""
 TARGET = 28.0
 REFERENCE = {"i2t R@1": 31.3, "t2i R@1": 22.0, "mean R@1": 25.9}
 """To be reached by the best recipe; the best reference of each column."""
@@ -188,7 +192,11 @@ def with_own_samples(recipe: Recipe, store: FeatureStore) -> Recipe:
     every = max(1, round(n_epochs / OWN_EVALUATIONS))
     return load_recipe(
         recipe.name,
-        [f"schedule.steps={steps}", f"schedule.evaluate_every={every}"],
+        [
+            f"schedule.steps={steps}",
+            f"schedule.evaluate_every={every}",
+            f"schedule.patience={OWN_PATIENCE}",
+        ],
     )
 
 
