@@ -46,8 +46,10 @@ class ImageAugmentationSpec(Settings):
     """Range of the ratio of the crop's sides."""
     flip: bool = False
     """Mirror the crop half of the time."""
+    jitter: float = Field(default=0.0, ge=0, le=1)
+    """Change brightness, contrast and saturation by factors up to this far from 1."""
     operations: int = Field(default=0, ge=0)
-    """Of RandAugment, after the crop."""
+    """Of RandAugment, drawn after the crop; each is applied half of the time."""
     magnitude: float = Field(default=7.0, ge=0, le=10)
     """Of these operations."""
 
@@ -359,7 +361,11 @@ def _freeze(values: dict[str, Any], shorthand: str) -> dict[str, Any]:
     """Return the values of the recipe `freeze` with a shorthand, which may be in either form."""
     ascii_shorthand = require_shorthand(shorthand)
     towers = {**values["towers"], "freezing": ascii_shorthand}
-    return {**values, "name": f"{FREEZE}{ascii_shorthand}", "towers": towers}
+    named = {**values, "name": f"{FREEZE}{ascii_shorthand}", "towers": towers}
+    if ascii_shorthand.startswith("Vff"):
+        # A frozen image tower is read from the cache, which holds no crops.
+        del named["augmentation"]
+    return named
 
 
 def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:

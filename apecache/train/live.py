@@ -15,6 +15,7 @@ from apecache.data.augment import Views
 from apecache.data.images import Picture, open_picture
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.preprocess import Preprocess
+from apecache.encoders.whole_view import WholeView, whole_view
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Picture]
@@ -112,8 +113,11 @@ class ImageInputs:
     times: each time in another view. Empty: the image has one view in the epoch."""
 
     def augmented(self, views: Views, epoch: int) -> "ImageInputs":
-        """Return the inputs with views of an epoch."""
-        return replace(self, views=views, epoch=epoch)
+        """Return the inputs with views of an epoch, of which nothing is cropped."""
+        whole = self.preprocess
+        if not isinstance(whole, WholeView):
+            whole = whole_view(whole)
+        return replace(self, preprocess=whole, views=views, epoch=epoch)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""

@@ -47,9 +47,9 @@ OWN_SAMPLES = {
 """Pairs that a published training goes through, the same pair in each epoch anew: LilT, 15 epochs
 of COCO's 591,753 pairs; FuseMix, 500 epochs of about 5 million; ShareLock, 5,000 steps of 16 x
 1,024. The others publish none for heads on features like these."""
-OWN_EVALUATIONS = 20
+OWN_EVALUATIONS = 60
 """On dev, of a run with its own number of samples."""
-OWN_PATIENCE = 4
+OWN_PATIENCE = 6
 """Evaluations without a better one after which such a run ends. The schedule stays that of all
 samples, and the weights are those of the best evaluation: what follows would have to be better
 still."""
