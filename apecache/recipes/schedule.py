@@ -20,6 +20,8 @@ class OptimizerSpec(Settings):
     """Of parameters with two dimensions or more. `adam` adds it to the gradient."""
     decay_scalars: bool = False
     """Decay parameters without dimensions too: the temperature and the bias of the sigmoid loss."""
+    undecayed: tuple[Literal["token_embedding", "position", "token_types"], ...] = ()
+    """Embeddings within the towers that are not decayed, although they have two dimensions."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """`sgd`: the first is the momentum."""
     eps: float = Field(default=1e-6, gt=0)

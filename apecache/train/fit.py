@@ -77,13 +77,15 @@ class BestEvaluation:
 class Trainable(Protocol):
     """Describe what a fit and its checks need of a model.
 
-    `rates` returns what trains, with factors of the learning rate. `kept_state` returns all that a
+    `rates` returns what trains, with factors of the learning rate, and `undecayed` what of it is
+    not decayed whatever its dimensions. `kept_state` returns all that a
     fit can change, the temperature included, by the names of `named_parameters` and buffers.
     """
 
     @property
     def temperature(self) -> Any: ...
     def rates(self) -> list[tuple[nn.Parameter, float]]: ...
+    def undecayed(self) -> list[nn.Parameter]: ...
     def kept_state(self) -> dict[str, Tensor]: ...
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None: ...
     def clamp(self) -> None: ...
@@ -113,9 +115,9 @@ class Fit(ABC, Generic[Model]):
         self.model = model
         self.recipe = recipe
         rates = model.rates()
-        self.optimizer = (
-            build_optimizer(rates, recipe.optimizer) if rates and _has_steps(recipe) else None
-        )
+        self.optimizer = None
+        if rates and _has_steps(recipe):
+            self.optimizer = build_optimizer(rates, recipe.optimizer, model.undecayed())
         self.device = model.temperature.parameter.device
         self.average = cloned_tensors(model.kept_state()) if recipe.optimizer.ema else None
         self.generator = torch.Generator().manual_seed(seed)

@@ -13,15 +13,18 @@ from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 def parameter_groups(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimizerSpec,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Group parameters by their factor of the learning rate and by weight decay.
 
-    Biases and norms (one dimension) are not decayed. The temperature (no dimension) is, if the
-    recipe says so. Each group keeps its factor as `factor`.
+    Biases and norms (one dimension) are not decayed, and neither is `undecayed`. The temperature
+    (no dimension) is, if the recipe says so. Each group keeps its factor as `factor`.
     """
+    spared_ids = {id(parameter) for parameter in undecayed}
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, factor in rates:
         is_decayed = parameter.ndim >= 2 or (parameter.ndim == 0 and spec.decay_scalars)
+        is_decayed = is_decayed and id(parameter) not in spared_ids
         members.setdefault((factor, is_decayed), []).append(parameter)
     groups: list[dict[str, Any]] = []
     # A fixed order of groups: checkpoints number parameters by it.
@@ -39,14 +42,16 @@ def parameter_groups(
 def build_optimizer(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimizerSpec,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer, fused where torch has a fused one.
 
     Args:
         rates: Parameters, each with its factor of the learning rate.
         spec: Optimizer section of the recipe.
+        undecayed: Those of the parameters that are not decayed, whatever their dimensions.
     """
-    groups = parameter_groups(rates, spec)
+    groups = parameter_groups(rates, spec, undecayed)
     match spec.kind:
         case "adamw":
             return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
