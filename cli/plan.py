@@ -417,6 +417,12 @@ def _show(plan: "Plan", rows: int) -> None:
     steps = (
         f"{counted(rows, 'image')}, {counted(plan.n_steps, 'step')} of {plan.batch_size:,} pairs"
     )
+    by_epoch = plan.steps_by_epoch
+    if by_epoch["images"] != by_epoch["pairs"]:
+        typer.echo(
+            f"steps: {by_epoch['pairs']:,} if an epoch counts pairs, {by_epoch['images']:,} if it "
+            f"counts images; this recipe takes {plan.n_steps:,} (schedule.epoch)"
+        )
     show_table(f"{plan.path}: {steps} on {_device(plan)}", columns, lines)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import TensorPreprocess, resize_of
+from apecache.encoders.preprocess import TensorPreprocess, timm_tensor_form
 from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
 from apecache.export.check import ExportedModel
@@ -218,7 +218,7 @@ def _steps_of(encoder: ImageEncoder) -> TensorPreprocess | None:
     if encoder.spec.library == "timm":
         from apecache.export.library_folders import timm_data_config
 
-        return resize_of(timm_data_config(encoder))
+        return timm_tensor_form(timm_data_config(encoder))
     from apecache.encoders.from_open_clip import tensor_form
 
     return tensor_form(encoder.fingerprint.fields["inputs"]["config"])

@@ -1,5 +1,6 @@
 """Open a run as two modules, from pixels and token ids to embeddings, for the formats that hold
-whole models."""
+whole models.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,6 +30,8 @@ from apecache.encoders.encoder import (
     encode_images,
     encode_texts,
 )
+from apecache.encoders.preprocess import Preprocess
+from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
@@ -131,10 +133,16 @@ class ImageJob:
         """Return for each model the pixels of one image, float32 [n_views, 3, height, width]."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
         pixels_by_model: list[Tensor] = []
-        for first, *_ in self.models:
-            pixels = [first.encoder.preprocess(image) for image in images]
+        for preprocess in self.preprocesses:
+            pixels = [preprocess(image) for image in images]
             pixels_by_model.append(torch.stack(pixels))
         return pixels_by_model
+
+    @cached_property
+    def preprocesses(self) -> list[Preprocess]:
+        """Return the preprocessing of each model. Of a view nothing is cropped."""
+        references = [first.encoder.preprocess for first, *_ in self.models]
+        return [whole_view(reference) for reference in references] if self.views else references
 
     @property
     def n_views(self) -> int:

@@ -118,4 +118,5 @@ def build_temperature(loss: LossSpec) -> Temperature:
         high=loss.max_temperature,
         learnable=loss.learnable,
         bias=bias,
+        parameter=loss.temperature_parameter,
     )

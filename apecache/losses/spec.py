@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from apecache.losses.contrastive import TemperatureParameter
 from apecache.losses.geometry import Divergence
 from apecache.settings import Settings
 
@@ -18,6 +19,9 @@ class LossSpec(Settings):
     min_temperature: float = Field(default=0.01, gt=0)
     """The temperature is clamped to this and `max_temperature` after every step."""
     max_temperature: float = Field(default=0.5, gt=0)
+    temperature_parameter: TemperatureParameter = "log_scale"
+    """What the optimizer changes: `log_scale`, the logarithm of 1 / temperature (CLIP), or
+    `temperature` itself (LilT, FuseMix). At equal learning rates the second moves much faster."""
     learnable: bool = True
     """Whether temperature and bias are trained."""
     bias: float = -10.0

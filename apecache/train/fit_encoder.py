@@ -27,6 +27,7 @@ from apecache.runs.ledger import Ledger, ResourceMeter, save_ledger
 from apecache.runs.model_card import save_encoder_card
 from apecache.storage.replace import remove_tensors
 from apecache.store.reader import FeatureStore
+from apecache.train.batches import n_items
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.fit import StepCount, seeded
@@ -199,7 +200,9 @@ def _fit(
             ledger=replace(costs, warnings=tuple(map(str, findings))),
         )
         if ranks.first:
-            _write(setup, report, used_values(training, plan, len(train)))
+            _write(
+                setup, report, used_values(training, plan, n_items(train, recipe.schedule.epoch))
+            )
         ranks.wait()
     return report
 

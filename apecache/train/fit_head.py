@@ -24,7 +24,7 @@ from apecache.runs.model_card import save_card
 from apecache.storage.replace import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import FeaturePairs
+from apecache.train.batches import FeaturePairs, n_items
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
@@ -186,7 +186,7 @@ def fit_head(
             ledger=ledger,
         )
         save_ledger(ledger, out)
-        used = used_values(training, plan, len(train))
+        used = used_values(training, plan, n_items(train, recipe.schedule.epoch))
         heads = _trained(
             training.model,
             arrays=arrays,

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apecache.device import float32_products
 from apecache.errors import DataError
+from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.folder import history_line
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import SCALE, Fit, StepCount, Trainable, cloned_tensors
+from apecache.train.fit import Fit, StepCount, Trainable, cloned_tensors
 from apecache.train.optim import learning_rate_factor
 
 FitProgress = Callable[[dict[str, Any]], None]
@@ -155,6 +156,7 @@ def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iter
         generator=training.generator,
         captions=recipe.loss.captions,
         skip=skip,
+        epoch=recipe.schedule.epoch,
     )
 
 
@@ -217,7 +219,12 @@ def rates_at(training: Fit[Any], step: int, plan: StepCount) -> list[float]:
     optimizer = training.optimizer
     recipe = training.recipe
     assert optimizer is not None
-    factor = learning_rate_factor(step, plan.n_steps, recipe.schedule)
+    factor = learning_rate_factor(
+        step,
+        n_steps=plan.n_steps,
+        spec=recipe.schedule,
+        per_epoch=plan.per_epoch,
+    )
     return [recipe.optimizer.lr * factor * group["factor"] for group in optimizer.param_groups]
 
 
@@ -294,7 +301,7 @@ def _record(
     lr = 0.0
     if training.optimizer is not None and training.step:
         lr = training.optimizer.param_groups[0]["lr"]
-    temperature = 1 / float(training.outcome[SCALE].exp())
+    temperature = temperature_in(training.outcome)
     line = history_line(
         training.epoch,
         step=training.step,

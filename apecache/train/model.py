@@ -79,6 +79,10 @@ class AlignmentModel(nn.Module):
         """Return what trains, each parameter with its factor of the learning rate."""
         return [(p, 1.0) for p in self.parameters() if p.requires_grad]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return none: what is not decayed are embeddings of towers."""
+        return []
+
     def clamp(self) -> None:
         """Bring the temperature back into its bounds."""
         self.temperature.clamp()

@@ -17,7 +17,7 @@ from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import StepCount, HeadFit, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import draw_epoch, take_step
 from benchmarks.gpu.clocks import (
@@ -74,7 +74,7 @@ def _embedded(recipe: Recipe, device: torch.device) -> list[Tensor]:
         # Dropout draws other numbers on each device.
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    training = Training(model, recipe, 0)
+    training = HeadFit(model, recipe, 0)
     if training.optimizer is not None:
         plan = StepCount.of(recipe, train)
         drawn = draw_epoch(training, train, plan)
@@ -117,7 +117,7 @@ class _Stepper:
 
     def __init__(self, recipe: Recipe, train: FeaturePairs, n_steps: int) -> None:
         model, _ = initial_model(recipe, train=train, dev=train, seed=0)
-        self.training = Training(model, recipe, 0)
+        self.training = HeadFit(model, recipe, 0)
         self.train = train
         self.plan = StepCount.of(recipe, train)
         self.n_steps = n_steps
@@ -156,7 +156,7 @@ def _products_seconds(batch: int, dims: tuple[int, int], device: torch.device) -
         return median_seconds(products, device)
 
 
-def _evaluation(context: PartContext, training: Training, dev: FeaturePairs) -> None:
+def _evaluation(context: PartContext, training: HeadFit, dev: FeaturePairs) -> None:
     seconds = median_seconds(lambda: training.evaluate(dev), context.device, repeats=3, warm=1)
     context.add("evaluation", images=len(dev), ms=round(1000 * seconds, 2))
 
@@ -189,10 +189,10 @@ def _population_row(
     n_members: int,
 ) -> dict[str, Any]:
     device = context.device
-    members: list[Training] = []
+    members: list[HeadFit] = []
     for seed in range(n_members):
         model, _ = initial_model(recipe, train=train, dev=train, seed=seed)
-        members.append(Training(model, recipe, seed))
+        members.append(HeadFit(model, recipe, seed))
     per_epoch = StepCount.of(recipe, train).per_epoch
     plan = StepCount(n_steps=100 * per_epoch, per_epoch=per_epoch, accumulate=1)
     streams = MemberGenerators.seeded(list(range(n_members)), device)

@@ -15,7 +15,8 @@ from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import Device
 from apecache.plan.plan import ModelCosts, cost_of, count_model
-from apecache.recipes.recipe import OptimizerSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
+from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
 from benchmarks.laws.setting import LawsSetting, Size
 

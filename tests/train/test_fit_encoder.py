@@ -23,7 +23,8 @@ from apecache.evaluate.embeddings import embed_store
 from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel
-from apecache.recipes.recipe import OptimizerSpec, Recipe, load_recipe
+from apecache.recipes.recipe import Recipe, load_recipe
+from apecache.recipes.schedule import OptimizerSpec
 from apecache.runs.checkpoint import CHECKPOINT, save_checkpoint
 from apecache.runs.encoders import DESCRIPTION, WEIGHTS, load_encoders, read_tensors
 from apecache.runs.folder import HISTORY

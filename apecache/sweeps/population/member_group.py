@@ -250,8 +250,8 @@ class MemberGroup:
         if self.plan.accumulate > 1:
             for tensor in (losses, by_image, by_text, by_scale):
                 tensor.div_(self.plan.accumulate)
-        # The parameter is the logarithm of the scale, so that its gradient has a factor of scale.
-        by_temperature = by_scale.mul_(scale).unbind()
+        slopes = _stack([member.model.temperature.scale_slope() for member in self.members])
+        by_temperature = by_scale.mul_(slopes).unbind()
         for parameters, gradient in zip(self.temperatures, by_temperature, strict=True):
             for parameter in parameters:
                 assert parameter.grad is not None
