@@ -174,5 +174,9 @@ def _attempt(
     except ApecacheError:
         # Not the fault of one row: the storage does not answer.
         raise
+    except MemoryError:
+        # Of one image: the next ones may be smaller.
+        detail = f"{key} needs more memory than there is; use fewer --workers"
+        return Preprocessed(value=None, digest="", error=RowError("out-of-memory", detail))
     except (ValueError, OSError, RuntimeError) as error:
         return Preprocessed(value=None, digest="", error=RowError("unusable", f"{key}: {error}"))
