@@ -14,9 +14,9 @@ from .option_groups import (
     Json,
     MaxBad,
     OptionGroup,
-    SourceOptions,
     takes_groups,
 )
+from .source_options import SourceOptions
 from .runs import MovedEncoders, opener
 from .terminal import choice, ending, show_json, show_table, warn
 

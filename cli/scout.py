@@ -15,11 +15,11 @@ from .option_groups import (
     ImageEncoders,
     Json,
     Source,
-    SourceOptions,
     TextCuts,
     TextEncoders,
     takes_groups,
 )
+from .source_options import SourceOptions
 from .terminal import ending, show_json, show_table, warn
 
 if TYPE_CHECKING:

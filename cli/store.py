@@ -14,9 +14,9 @@ from .option_groups import (
     MovedImage,
     MovedText,
     SingleWriter,
-    SplitSourceOptions,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import complain, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:

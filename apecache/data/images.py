@@ -33,7 +33,7 @@ from apecache.fingerprint import content_hash
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 SUFFIXES = (*JPEG_SUFFIXES, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-REFUSED_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".svg")
+REFUSED_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2")
 """Endings of images that are listed, so that they are refused by name and not left out."""
 MAX_PIXELS = 50_000_000
 """Default of `--max-pixels`."""

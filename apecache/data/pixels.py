@@ -81,7 +81,7 @@ def _range(samples: NDArray[np.generic], key: str) -> tuple[float, float]:
     low = float(samples.min())
     high = float(samples.max())
     is_float = bool(np.issubdtype(samples.dtype, np.floating))
-    if is_float and 0 <= low and high <= 1:
+    if is_float and low >= 0 and high <= 1:
         return 0.0, 1.0
     fits_integers = low >= 0 and not (is_float and high < LOWEST_FLOAT_MAXIMUM)
     for bits in BIT_DEPTHS:
