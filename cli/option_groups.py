@@ -218,7 +218,8 @@ LiveRoot = Annotated[
     typer.Option(
         "--root",
         metavar="FOLDER",
-        help="Folder of the images. Needed if the image tower is trained.",
+        help="Folder of the images, if the image tower is trained. Default: where they were at "
+        "extraction.",
     ),
 ]
 ImagesFrom = Annotated[
@@ -226,7 +227,7 @@ ImagesFrom = Annotated[
     typer.Option(
         "--source",
         metavar="SOURCE",
-        help="Source that was given to extract, if the images are not files in a folder.",
+        help="New location of the source that was given to extract. Default: where it was.",
         rich_help_panel=SOURCE_PANEL,
     ),
 ]

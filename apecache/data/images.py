@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apecache.arguments import wrong_type
-from apecache.data.media import MAX_IMAGE_BYTES, Media, check_bytes, read_file
+from apecache.data.media import MAX_IMAGE_BYTES, Media, RuledMedia, check_bytes, read_file
 from apecache.data.pixels import PixelRules, has_wide_samples, require_bright, to_gray8
 from apecache.data.signatures import name_of_content
 from apecache.errors import DataError, OptionError, RowError, one_line
@@ -85,9 +85,14 @@ def decode_image(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> Im
 def load_image(
     key: str,
     media: Media,
-    rules: PixelRules = DEFAULT_RULES,
+    rules: PixelRules | None = None,
 ) -> LoadedImage[Image.Image]:
     """Read the image that a table calls `key`.
+
+    Args:
+        key: The image.
+        media: Reads it.
+        rules: How files become pixels; None for those of the media.
 
     Raises:
         RowError: As `decode_image` and `Media.read` raise.
@@ -99,9 +104,11 @@ def load_as(
     decode: Callable[[bytes, str, PixelRules], T],
     key: str,
     media: Media,
-    rules: PixelRules = DEFAULT_RULES,
+    rules: PixelRules | None = None,
 ) -> LoadedImage[T]:
     """Read the image that a table calls `key`, with any decoder of (bytes, key, rules)."""
+    if rules is None:
+        rules = media.rules if isinstance(media, RuledMedia) else DEFAULT_RULES
     data = media.read(key)
     return LoadedImage(image=decode(data, key, rules), digest=content_hash(data))
 

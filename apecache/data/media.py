@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from apecache.arguments import AnyPath, as_path, as_place
+from apecache.data.pixels import PixelRules
 from apecache.errors import RowError
 from apecache.storage.bucket import Bucket, is_object_url, open_bucket
 
@@ -193,6 +194,27 @@ class RenamedMedia:
         return self.media.sizes([self.names.get(key, key) for key in keys])
 
 
+@dataclass(frozen=True, kw_only=True)
+class RuledMedia:
+    """Read images whose files become pixels by other rules than the default ones."""
+
+    media: Media
+    rules: PixelRules
+
+    @property
+    def place(self) -> str:
+        return self.media.place
+
+    def read(self, key: str) -> bytes:
+        return self.media.read(key)
+
+    def exists(self, key: str) -> bool:
+        return self.media.exists(key)
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return self.media.sizes(keys)
+
+
 def base_media(media: Media) -> Media:
     """Return what reads the files of a medium."""
     return media.media if isinstance(media, RenamedMedia) else media
@@ -226,10 +248,10 @@ def _hub_blobs(folder: Path) -> list[Path]:
     return [path for path in blobs if path.is_dir()]
 
 
-def media_at(place: str) -> Media:
+def media_at(place: str, allowed: Sequence[AnyPath] = ()) -> Media:
     """Return the media at a recorded place, or `NoMedia` where there is no such folder any more."""
     if is_object_url(place) or (place and Path(place).is_dir()):
-        return media_below(place)
+        return media_below(place, allowed)
     return NoMedia()
 
 

@@ -23,7 +23,14 @@ from apecache.data.spec import OpenSpec, is_url, kind_of, recorded_options
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table, open_tables
 from apecache.data.texts import open_texts
-from apecache.errors import ManifestError, OptionError, naming, nearest, nearest_sibling
+from apecache.errors import (
+    ManifestError,
+    MissingExtraError,
+    OptionError,
+    naming,
+    nearest,
+    nearest_sibling,
+)
 from apecache.storage.bucket import is_object_url, open_bucket
 
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson")
@@ -60,15 +67,19 @@ def open_pairs(uri: AnyPath | Any, spec: OpenSpec | None = None) -> PairSource:
     place = as_place(uri, "uri")
     if not spec.restval and kind_of(place) != ".json":
         raise OptionError(f"{place}: --no-restval is for Karpathy's JSON; leave it out")
+    return _finished(open_unsplit(place, spec), spec)
+
+
+def open_unsplit(uri: AnyPath, spec: OpenSpec) -> PairSource:
+    """Open a source for its images alone; raises as `open_pairs` does."""
     try:
-        source = _open(str(place), spec)
+        return _open(str(as_place(uri, "source")), spec)
     except OSError as error:
-        if isinstance(error, ManifestError):
+        if isinstance(error, ManifestError | MissingExtraError):
             raise
         raise ManifestError(
-            f"{place}: {error.strerror or error}; expected a source that can be read"
+            f"{uri}: {error.strerror or error}; expected a source that can be read"
         ) from None
-    return _finished(source, spec)
 
 
 def _finished(source: PairSource, spec: OpenSpec) -> PairSource:

@@ -1,5 +1,6 @@
 """Hold what the user says about a source, where guessing is not enough to open it."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -125,8 +126,10 @@ def recorded_options(spec: OpenSpec) -> dict[str, Json]:
         value = getattr(spec, field.name)
         if field.name == "require" or value == field.default:
             continue
-        if isinstance(value, PurePath):
-            value = str(value)
+        if field.name in ("root", "split_file"):
+            value = _absolute(value)
+        if field.name == "allow_root":
+            value = tuple(map(_absolute, value))
         is_many = isinstance(value, tuple)
         given[field.name] = [_as_json(entry) for entry in value] if is_many else value
     return given
@@ -142,10 +145,13 @@ def spec_of_options(options: Mapping[str, Json]) -> OpenSpec:
     return OpenSpec(**values)
 
 
+def _absolute(place: AnyPath) -> str:
+    """Return a path that is the same in every working folder; a URL stays."""
+    return str(place) if is_url(str(place)) else os.path.abspath(place)
+
+
 def _as_json(entry: object) -> Json:
-    if isinstance(entry, tuple):
-        return list(entry)
-    return str(entry) if isinstance(entry, PurePath) else entry
+    return list(entry) if isinstance(entry, tuple) else entry
 
 
 def _as_tuple(values: list[Json]) -> tuple[Json, ...]:
