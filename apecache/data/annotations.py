@@ -128,7 +128,7 @@ def _karpathy(images: list[dict[str, Any]], path: Path, restval: bool) -> tuple[
             folder = _field(image, name="filepath", expected_type=str, location=location)
         sentences = _field(image, name="sentences", expected_type=list, location=location)
         texts = [_raw(sentence, location) for sentence in sentences]
-        captions = tuple(text for text in texts if text.strip())
+        captions = tuple(text for text in texts if text)
         key = f"{folder}/{name}" if folder else name
         refuse_url(key, location)
         split = SPLITS["train"] if split == RESTVAL else SPLITS.get(split, split)
@@ -165,7 +165,7 @@ def _coco(
         if texts is None:
             texts = orphans.setdefault(image_id, [])
         caption = to_text(annotation["caption"], location, "caption")
-        texts += [caption] if caption.strip() else []
+        texts += [caption] if caption else []
     keys = _image_values(images, name="file_name", expected_type=str, path=path)
     for number, key in enumerate(keys):
         refuse_url(key, f"{path}, images[{number}]")

@@ -324,10 +324,10 @@ def _optional_text(
 
 
 def to_captions(value: object, location: str) -> tuple[str, ...]:
-    """Return the captions of a value: one, or a list of them. Blank captions are missing ones."""
+    """Return the captions of a value: one, or a list of them. Empty captions are missing ones."""
     texts = value if isinstance(value, list | tuple) else [value]
     captions = [to_text(text, location, "caption") for text in texts]
-    return tuple(caption for caption in captions if caption.strip())
+    return tuple(caption for caption in captions if caption)
 
 
 def to_text(value: object, location: str, role: str) -> str:

@@ -161,10 +161,10 @@ def source_of_rows(
     image_of_key = {row.name: row.image for row in rows}
     if any(key != image for key, image in image_of_key.items()):
         media = RenamedMedia(media=media, names=image_of_key)
-    without_captions = sum(not pair.captions for pair in pairs)
+    without_captions = sum(not row.captions for row in rows)
     skipped = {}
     if fields.caption is not None and without_captions:
-        skipped["images without a caption"] = without_captions
+        skipped["rows without a caption"] = without_captions
     return PairSource(pairs, origin=origin, media=media, fields=fields, skipped=skipped)
 
 
