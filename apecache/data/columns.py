@@ -121,8 +121,10 @@ def _caption_columns(
     location: object,
     spec: OpenSpec,
 ) -> tuple[str, ...]:
-    """Return the columns of captions: those that are named, the only candidate, or a numbered
-    series."""
+    """Return the columns of captions.
+
+    They are those that the user names, the only candidate, or a numbered series.
+    """
     if spec.caption_template is not None:
         return ()
     if spec.caption_column is not None:

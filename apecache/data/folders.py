@@ -1,5 +1,7 @@
-"""Open folders: of tars, of Parquet files, of images with a metadata table (Hugging Face's
-imagefolder), with texts beside them, with one folder per class, or of images alone.
+"""Open folders of tars, of Parquet files or of images.
+
+Images have a metadata table (Hugging Face's imagefolder) or texts beside them, lie in one folder
+per class, or stand alone.
 
 Keys are paths below the folder, in sorted order. What is not read is counted by its reason.
 """

@@ -303,9 +303,9 @@ def _is_plain(image: Image.Image) -> bool:
 
 
 class _HideWarnings:
-    """Hide warnings about odd metadata (Pillow) and about a successor package (torchvision), and
-    lift Pillow's limit of pixels.
+    """Hide warnings that no user can act on, and lift Pillow's limit of pixels.
 
+    The warnings are about odd metadata (Pillow) and about a successor package (torchvision).
     Filters belong to the whole process, so `catch_warnings` in each of several threads would leave
     them changed. The first thread to enter changes them, and the last one to leave restores them.
     """

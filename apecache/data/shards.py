@@ -141,8 +141,11 @@ class _TarReader:
         self.image_endings: dict[str, None] = {}
 
     def image(self, sample: _Sample) -> Member | None:
-        """Return the image of a sample: by the ending that is asked for, a usual one, or the only
-        one whose last part is usual, as in `KEY.5.jpg`."""
+        """Return the image of a sample.
+
+        It has the ending that is asked for, a usual one, or is the only one whose last part is
+        usual, as in `KEY.5.jpg`.
+        """
         members = {ending: member for ending, member in sample.members.items() if _is_image(ending)}
         if self.spec.image_ext is not None:
             requested = self.spec.image_ext.lower().removeprefix(".")

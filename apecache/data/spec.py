@@ -197,6 +197,7 @@ def distinct_splits(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_url(text: str) -> bool:
+    """Return whether a text begins with a scheme, as `s3://` does."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
