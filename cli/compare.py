@@ -113,13 +113,14 @@ def measure(
     from apecache.evaluate.comparison import compare_runs
     from apecache.store.reader import FeatureStore
 
+    opened = FeatureStore.open(store)
     comparison = compare_runs(
         sides[0],
         run_b=sides[1],
-        store=FeatureStore.open(store),
+        store=opened,
         split=split,
         device=device,
-        open_image=opener(root),
+        open_image=opener(root, opened),
     )
     trained_on_split = [names[folder] for folder in comparison.seen_in_training]
     for name in trained_on_split:

@@ -14,10 +14,10 @@ from .option_groups import (
     Json,
     MaxBad,
     OptionGroup,
-    SourceOptions,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
+from .source_options import SourceOptions
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def retrieval(
         loaded,
         store=opened,
         split=split,
-        open_image=opener(request.source_options.root),
+        open_image=opener(request.source_options.root, opened),
     )
     was_seen = was_split_seen(loaded.training, opened.digest, split)
     if was_seen:

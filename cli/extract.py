@@ -23,9 +23,9 @@ from .option_groups import (
     Ray,
     SingleWriter,
     Source,
-    SplitSourceOptions,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import choice, ending, printable, progress, show_json, show_table, warn
 
 PRECISIONS = ("auto", "float32", "tf32", "float16", "bfloat16")
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apecache.cluster.pool import RaySpec
-    from apecache.data.pairs import PairSource, SourceFields
+    from apecache.data.pairs import PairSource
     from apecache.data.spec import Role
     from apecache.extraction.estimate import ExtractPlan
     from apecache.extraction.report import ExtractReport
@@ -188,7 +188,7 @@ def extract(
         # The bar is on standard error, so that --json leaves one object on standard output.
         with progress() as update, results_only(cluster):
             report = run_on(cluster)(source, store, spec, update)
-        show_extracted(report, source.fields, json)
+        show_extracted(report, source, json)
 
 
 def roles(encoders: EncoderOptions) -> "list[Role]":
@@ -278,11 +278,20 @@ def show_plan(
                 "arrays": [vars(array) for array in plan.arrays],
                 **sums,
                 "columns": columns_of_roles,
+                "skipped": dict(source.skipped),
             }
         )
         return
-    typer.echo(printable(str(source.fields)))
+    show_fields(source)
     show_plan_table(plan)
+
+
+def show_fields(source: "PairSource") -> None:
+    """Show which column of the source has which role, and what was left out of it."""
+    typer.echo(printable(str(source.fields)))
+    if source.skipped:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
+        typer.echo(printable(f"skipped: {skipped}"))
 
 
 def show_plan_table(plan: "ExtractPlan") -> None:
@@ -305,8 +314,8 @@ def show_plan_table(plan: "ExtractPlan") -> None:
         warn("the disk has too little free space for these features")
 
 
-def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) -> None:
-    """Show what an extraction did, and which column of the source has which role."""
+def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) -> None:
+    """Show what an extraction did, which column has which role, and what was left out."""
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
@@ -321,7 +330,7 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
         warn(f"{counted(report.duplicates, 'image')} identical to an earlier image")
     if json:
         arrays = [vars(array) for array in report.arrays]
-        columns_of_roles = {**fields.taken, "unused": list(fields.unused)}
+        columns_of_roles = {**source.fields.taken, "unused": list(source.fields.unused)}
         show_json(
             {
                 **vars(report),
@@ -329,10 +338,11 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
                 "measured": [measured.to_json() for measured in report.measured],
                 "nothing_to_do": report.nothing_to_do,
                 "columns": columns_of_roles,
+                "skipped": dict(source.skipped),
             }
         )
         return
-    typer.echo(printable(str(fields)))
+    show_fields(source)
     for measured in report.measured:
         typer.echo(
             f"{measured.model}: {measured.model.dtype}, worst 1 - cosine to float32 "

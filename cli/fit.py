@@ -17,6 +17,7 @@ from .option_groups import (
     CompleteStore,
     Device,
     FitOptions,
+    ImagesFrom,
     Json,
     LedgerOptions,
     LiveRoot,
@@ -232,6 +233,7 @@ def fit_encoder(
     fit: FitOptions,
     ledger: LedgerOptions,
     root: LiveRoot = None,
+    source: ImagesFrom = None,
     set_: Settings = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -262,13 +264,15 @@ def fit_encoder(
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_encoder import fit_encoder as run
 
+        opened = FeatureStore.open(store)
+        open_image = opener(root, opened, source)
         with epoch_display(ledger.tensorboard) as show:
             report = run(
-                FeatureStore.open(store),
+                opened,
                 recipe=loaded,
                 out=out,
                 spec=spec,
-                open_image=opener(root),
+                open_image=open_image,
                 progress=show,
             )
         # Every process of a torchrun has a report; one of them shows it.

@@ -72,14 +72,15 @@ def index(
             from apecache.search.index import build_index
             from apecache.store.reader import FeatureStore
 
+            opened = FeatureStore.open(store)
             report = build_index(
                 run,
-                store=FeatureStore.open(store),
+                store=opened,
                 out=out,
                 split=split,
                 overwrite=overwrite,
                 kind=kind or "flat",
-                open_image=opener(root),
+                open_image=opener(root, opened),
             )
         if json:
             show_json(report)
@@ -115,11 +116,12 @@ def update_by(
     from apecache.store.reader import FeatureStore
 
     require_same(read_description(out), split, kind)
+    opened = FeatureStore.open(store)
     return update_index(
         run,
-        store=FeatureStore.open(store),
+        store=opened,
         out=out,
-        open_image=opener(root),
+        open_image=opener(root, opened),
     )
 
 

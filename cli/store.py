@@ -13,9 +13,9 @@ from .option_groups import (
     MovedImage,
     MovedText,
     SingleWriter,
-    SplitSourceOptions,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import complain, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:
@@ -239,8 +239,15 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
     """
     from dataclasses import replace
 
-    from apecache.data.media import FolderMedia, ObjectMedia, media_below
+    from apecache.data.media import (
+        FolderMedia,
+        ObjectMedia,
+        base_media,
+        media_below,
+        moved_media,
+    )
     from apecache.data.sources import open_pairs
+    from apecache.data.spec import recorded_options, spec_of_options
     from apecache.errors import DamagedError, StoreError
     from apecache.storage.open import open_files
     from apecache.store.layout import SOURCE
@@ -257,11 +264,16 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
         raise StoreError(
             f"{store} has no readable record of its source; give it with --pairs SOURCE"
         ) from None
+    # The recorded options hold; those that are given come before them.
+    spec_given = recorded_options(spec)
+    options = {**record.get("options", {}), **spec_given}
+    spec = replace(spec_of_options(options), require=spec.require)
     source = open_pairs(record["origin"], spec)
     # Images in tars or in the table itself come with the source; only paths have a root.
-    has_root = isinstance(source.media, FolderMedia | ObjectMedia)
-    if spec.root is None and has_root:
-        return replace(source, media=media_below(record["root"]))
+    has_root = isinstance(base_media(source.media), FolderMedia | ObjectMedia)
+    if "root" not in spec_given and has_root:
+        base = media_below(record["root"], spec.allow_root)
+        return replace(source, media=moved_media(source.media, base))
     return source
 
 

@@ -248,7 +248,7 @@ def grown_once(
     table = make_shapes(folder / "shapes", copies=2)
     head, *lines = table.read_text().splitlines()
     lines = lines[::2]
-    lines[3] = lines[3].replace("a green circle", "")
+    lines[3] = lines[3].replace("a green circle", " ")
     (table.parent / "images" / "green-square-0.png").write_bytes(b"<html>")
     (table.parent / "images" / "red-square-1.png").unlink()
     for count in (12, 16):

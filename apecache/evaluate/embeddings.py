@@ -12,9 +12,10 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
+from apecache.data.recorded import RecordedImages
 from apecache.encoders.joined import single_fingerprints
 from apecache.encoders.spec import spec_from_json
-from apecache.errors import DataError, OptionError, RowError, counted, nearest
+from apecache.errors import DataError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.metrics.relevance import Relevance
@@ -104,7 +105,7 @@ def embed_store(
     Raises:
         MismatchError: the store has no features of a frozen encoder.
         DataError: no such split, nothing in it, or an image that cannot be read.
-        OptionError: images are needed.
+        OptionError: images are needed, and are not where the store recorded them.
         IncompleteError, DamagedError: the store.
     """
     require_type(store, FeatureStore, "store")
@@ -234,10 +235,7 @@ def embed_rows(
         return side.embed(features, lengths)
     if modality == "text":
         return side.embed([str(store.pairs.captions[row]) for row in rows])
-    if open_image is None:
-        raise OptionError(
-            "this run trained its image tower, so it needs the images; give their folder (--root)"
-        )
+    open_image = open_image or RecordedImages(store.last_source)
     keys = [str(store.pairs.keys[row]) for row in rows]
     embedded = []
     # Pictures are opened batch by batch: all of a split would not fit in memory.

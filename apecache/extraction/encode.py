@@ -126,8 +126,8 @@ class ImageJob:
         """Load one image: as a tensor for encoders that resize tensors, else as Pillow's image."""
         # Views are drawn from Pillow's images.
         if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
-            return load_as(decode_tensor, key, self.source.media)
-        return load_image(key, self.source.media)
+            return load_as(decode_tensor, key, self.source.media, self.source.pixels)
+        return load_image(key, self.source.media, self.source.pixels)
 
     def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
         """Return for each model the pixels of one image, float32 [n_views, 3, height, width]."""

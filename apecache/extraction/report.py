@@ -1,5 +1,6 @@
 """Report what an extraction did, and judge whether the store is good enough."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -200,8 +201,13 @@ def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
                 f"{report.n_quarantined} of {report.rows} {report.modality} rows could not be "
                 f"encoded ({reasons}; the "
                 f"first: {report.examples[0]}); all others are in the store: mend the inputs, or "
-                "accept with --max-bad"
+                f"accept this share with {accepting(report.n_quarantined, report.rows)}"
             )
+
+
+def accepting(n_bad: int, n_rows: int) -> str:
+    """Return the option that accepts a number of unreadable rows: a share, rounded up."""
+    return f"--max-bad {math.ceil(100 * n_bad / n_rows) / 100:g}"
 
 
 def _duplicates(store: FeatureStore, reports: Iterable[ArrayReport]) -> int:

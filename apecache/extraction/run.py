@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_place, require_spec, require_type
-from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
+from apecache.data.media import FolderMedia, NoMedia, ObjectMedia, base_media
 from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
@@ -35,6 +35,7 @@ from apecache.extraction.report import (
     ExtractionState,
     ExtractReport,
     ModalityCounts,
+    accepting,
     count_shard,
     judge,
 )
@@ -196,20 +197,22 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
             f"{source.origin} has no images to encode; leave --image out, or give a source that has"
         )
     if spec.images:
-        _require_findable(source, spec.part)
+        _require_findable(source, spec)
 
 
-def _require_findable(source: PairSource, part: ShardRange) -> None:
+def _require_findable(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a wrong --root; single missing images are quarantined later."""
+    media = base_media(source.media)
+    part = spec.part
     # Parts run side by side, so each looks for its share of the rows only.
     keys = source.keys[part.number - 1 :: part.count]
-    if isinstance(source.media, ObjectMedia):
+    if isinstance(media, ObjectMedia):
         # Looking for an object costs a request, so a sample has to do.
         stride = -(-len(keys) // MOST_LOOKED_FOR) or 1
         keys = keys[::stride]
     missing = [key for key in keys if not source.media.exists(key)]
-    if len(missing) > UNFINDABLE_SHARE * len(keys):
-        if isinstance(source.media, FolderMedia | ObjectMedia):
+    if len(missing) > max(UNFINDABLE_SHARE, spec.max_bad) * len(keys):
+        if isinstance(media, FolderMedia | ObjectMedia):
             preposition = "below"
             remedy = "give the folder that the paths are relative to as --root"
         else:
@@ -218,7 +221,8 @@ def _require_findable(source: PairSource, part: ShardRange) -> None:
         raise BadRowsError(
             f"{source.origin}: {len(missing)} of {counted(len(keys), 'image')} are not "
             f"{preposition} "
-            f"{source.media.place} (the first: {missing[0]}); {remedy}"
+            f"{source.media.place} (the first: {missing[0]}); {remedy}, or accept this share with "
+            f"{accepting(len(missing), len(keys))}"
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from apecache.data.pairs import PairSource
+from apecache.data.recorded import options_to_record
 from apecache.errors import DataError, MismatchError, counted
 from apecache.fingerprint import shorten
 from apecache.storage.files import Files
@@ -29,6 +30,7 @@ def pair_columns(source: PairSource) -> PairColumns:
         image_rows=source.image_rows,
         digest=source.digest,
         origin=source.origin,
+        options=options_to_record(source),
     )
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type, wrong_type
 from apecache.data.images import load_image
-from apecache.data.media import Media, NoMedia, media_at
+from apecache.data.media import Media, NoMedia
+from apecache.data.recorded import recorded_media
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.metrics.protocols import RecallIntervals, measure_retrieval
@@ -92,6 +93,8 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     require_spec(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
     require_type(spec.store, FeatureStore, "store", optional=True)
+    # Once: a source that its images come with takes a while to open.
+    spec = replace(spec, media=_media(spec))
     records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: run.report for name, run in measured.items()}
@@ -208,7 +211,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
 def _media(spec: ReportSpec) -> Media:
     if spec.media is not None or spec.store is None:
         return spec.media or NoMedia()
-    return media_at(str(spec.store.source.get("root", "")))
+    return recorded_media(spec.store.last_source)
 
 
 def _tables(
@@ -282,7 +285,8 @@ def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:
         )
     elif isinstance(_media(spec), NoMedia):
         notes.append(
-            f"{spec.store.path} does not know where its images lie now; give --root for pictures."
+            f"{spec.store.path} does not know where its images lie now; give --root or "
+            "--source for pictures."
         )
     if len({(record.data, record.splits) for record in records}) > 1 and spec.split is None:
         notes.append(

@@ -262,6 +262,7 @@ def _write(
             "data": store.digest,
             "kind": kind_name,
             "place": store.source.get("root", ""),
+            "source": store.last_source,
             **dimensions,
             "built": {modality: asdict(report) for modality, report in reports.items()},
         }

@@ -113,6 +113,11 @@ class FeatureStore:
         """Return digest, n_images, n_texts, origin and root of the first segment's table."""
         return read_record(self.files, SOURCE)
 
+    @property
+    def last_source(self) -> dict[str, Any]:
+        """Return the record of the last segment's table, which has the rows of all segments."""
+        return self.segments[-1].source if self.segments else self.source
+
     @cached_property
     def digest(self) -> str:
         """Return the identity of the whole pair table."""

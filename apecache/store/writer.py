@@ -6,7 +6,7 @@ lists the records.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,8 @@ class PairColumns:
     digest: str
     origin: str
     """How the user named the source."""
+    options: Mapping[str, Json] = field(default_factory=dict)
+    """How the source was opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,10 @@ def source_bytes(pairs: PairColumns, root: str) -> bytes:
 
     Origin and root say where the table and its images were, for people and for `apecache repair`.
     """
-    return seal_record(SOURCE, {**_identity(pairs), "origin": pairs.origin, "root": root})
+    source: dict[str, Json] = {"origin": pairs.origin, "root": root}
+    if pairs.options:
+        source["options"] = dict(pairs.options)
+    return seal_record(SOURCE, {**_identity(pairs), **source})
 
 
 def _identity(pairs: PairColumns) -> dict[str, Json]:

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.arguments import AnyPath
+from apecache.data.recorded import RecordedImages
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.tower import tower_of
-from apecache.errors import MismatchError, OptionError, RecipeError
+from apecache.errors import MismatchError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
@@ -344,7 +345,8 @@ def open_inputs(
     """Open the inputs of a side: cached features, cached tokens, texts or images.
 
     Raises:
-        OptionError: The side runs from pixels, and `open_image` is None.
+        OptionError: The side runs from pixels, and the images are not where the store recorded
+            them.
     """
     encoder = source.encoder
     if source.features is not None:
@@ -358,13 +360,13 @@ def open_inputs(
     if isinstance(encoder, TextEncoder):
         return TextInputs.of(encoder, [str(caption) for caption in store.pairs.captions])
     assert encoder is not None
-    if open_image is None:
-        raise OptionError(
-            "the image tower runs from pixels, so it needs the images; give their folder (--root)"
-        )
+    images = open_image or RecordedImages(store.last_source)
+    if isinstance(images, RecordedImages):
+        # An early error: the first image is read after the encoders are loaded.
+        images.require()
     return ImageInputs(
         keys=list(store.pairs.keys),
-        open_image=open_image,
+        open_image=images,
         preprocess=encoder.preprocess,
         device=encoder.device,
     )

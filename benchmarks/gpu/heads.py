@@ -17,7 +17,7 @@ from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, HeadFit, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import draw_epoch, take_step
 from benchmarks.gpu.clocks import (

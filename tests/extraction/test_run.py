@@ -810,23 +810,30 @@ def test_a_duplicate_in_another_split_is_found_across_segments(
         again(root / "pairs.tsv", kept, append=True)
 
 
-@pytest.mark.parametrize(("n_missing", "refuses"), [(7, True), (6, False)])
+@pytest.mark.parametrize(
+    ("n_missing", "max_bad", "refuses"),
+    [(7, 0.01, True), (7, 0.5, True), (7, 0.59, False), (6, 1.0, False)],
+)
 def test_more_than_half_the_images_not_found_is_a_wrong_root(
     tmp_path: Path,
     shapes: Path,
     again: Callable[..., ExtractReport],
     load_once: None,
     n_missing: int,
+    max_bad: float,
     refuses: bool,
 ) -> None:
     for path in sorted((shapes.parent / "images").iterdir())[:n_missing]:
         path.unlink()
     if refuses:
-        with pytest.raises(BadRowsError, match=r"7 of 12 images are not below .*--root"):
-            again(shapes, tmp_path / "store", max_bad=1.0)
+        with pytest.raises(
+            BadRowsError, match=r"7 of 12 images are not below .*--root.*--max-bad 0\.59"
+        ):
+            again(shapes, tmp_path / "store", max_bad=max_bad)
         assert not (tmp_path / "store").exists()
     else:
-        assert again(shapes, tmp_path / "store", max_bad=1.0).arrays[0].reasons == {"missing": 6}
+        report = again(shapes, tmp_path / "store", max_bad=max_bad)
+        assert report.arrays[0].reasons == {"missing": n_missing}
 
 
 def test_the_report_says_what_was_done(

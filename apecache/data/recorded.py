@@ -1,0 +1,143 @@
+"""Read the images of a store again, from the source that the store recorded.
+
+A source record has the source's name (`origin`), the folder of its images (`root`) and the options
+it was opened with. Images in a folder are read from there. All others come with their source, which
+is opened again: tars, Parquet files, data sets, and images under other names.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from apecache.arguments import AnyPath
+from apecache.data.images import DEFAULT_RULES, load_image
+from apecache.data.media import (
+    FolderMedia,
+    Media,
+    NoMedia,
+    ObjectMedia,
+    RenamedMedia,
+    RuledMedia,
+    base_media,
+    media_at,
+    media_below,
+    moved_media,
+)
+from apecache.data.pairs import PairSource
+from apecache.data.sources import open_unsplit
+from apecache.data.spec import OpenSpec, spec_of_options
+from apecache.errors import ManifestError, MissingExtraError, OptionError
+from apecache.fingerprint import Json
+
+MEDIA = "media"
+WORKING_FOLDER = "working_folder"
+
+
+def options_to_record(source: PairSource) -> dict[str, Json]:
+    """Return what a store records to read the images of a source again."""
+    return {**source.options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
+
+
+def recorded_media(
+    record: Mapping[str, Any],
+    root: AnyPath | None = None,
+    source: AnyPath | None = None,
+) -> Media:
+    """Return the media of the source that a store recorded; `NoMedia` if it is not there any more.
+
+    Args:
+        record: The store's record of its source.
+        root: New folder of the images.
+        source: New name of the source, for images that come with it.
+
+    Raises:
+        ManifestError: The source that is given cannot be opened.
+    """
+    options: Mapping[str, Json] = record.get("options", {})
+    spec = spec_of_options(options)
+    kind = options.get(MEDIA, FolderMedia.__name__)
+    if source is not None:
+        media = open_unsplit(source, replace(spec, root=root or spec.root)).media
+    elif root is not None and kind != RenamedMedia.__name__:
+        media = media_below(root, spec.allow_root)
+    elif kind in (FolderMedia.__name__, ObjectMedia.__name__):
+        media = media_at(str(record.get("root", "")), spec.allow_root)
+    else:
+        media = _reopened(record, spec, root)
+    rules = spec.pixels
+    return media if rules == DEFAULT_RULES else RuledMedia(media=media, rules=rules)
+
+
+def _reopened(record: Mapping[str, Any], spec: OpenSpec, root: AnyPath | None) -> Media:
+    """Return the media of the recorded source; `NoMedia` if it cannot be opened."""
+    origin = str(record.get("origin", ""))
+    below = Path(str(record["options"].get(WORKING_FOLDER, "."))) / origin
+    # The command may run in another folder than the extraction did.
+    if not os.path.isabs(origin) and below.exists() and not Path(origin).exists():
+        origin = str(below)
+    try:
+        media = open_unsplit(origin, spec).media
+    except (ManifestError, MissingExtraError):
+        return NoMedia()
+    if not isinstance(base_media(media), FolderMedia | ObjectMedia):
+        return media
+    place = root or str(record.get("root", ""))
+    return moved_media(media, media_below(place, spec.allow_root))
+
+
+class RecordedImages:
+    """Open images of a store by their keys; the source is opened when the first one is read.
+
+    Threads may share it.
+
+    Args:
+        record: The store's record of its source; None if there is no store.
+        root: New folder of the images.
+        source: New name of the source.
+    """
+
+    def __init__(
+        self,
+        record: Mapping[str, Any] | None,
+        root: AnyPath | None = None,
+        source: AnyPath | None = None,
+    ) -> None:
+        self.record = record or {}
+        self.root = root
+        self.source = source
+        self._lock = threading.Lock()
+        self._media: Media | None = None
+
+    def __call__(self, key: str) -> Image.Image:
+        """Return an image.
+
+        Raises:
+            OptionError: The images are not where the store recorded them.
+            ManifestError: The source that is given cannot be opened.
+            RowError: The image cannot be read.
+        """
+        return load_image(key, self.media).image
+
+    def require(self) -> None:
+        """Open the source now; raises as a call does."""
+        assert self.media is not None
+
+    @property
+    def media(self) -> Media:
+        """Return what reads the images; raises as a call does."""
+        with self._lock:
+            if self._media is None:
+                self._media = recorded_media(self.record, root=self.root, source=self.source)
+        if isinstance(self._media, NoMedia):
+            origin = self.record.get("origin", "the source")
+            raise OptionError(
+                f"the image tower runs, so it needs the images, and {origin} is not where the "
+                "store recorded it; give its new place with --source, or the folder of the images "
+                "with --root"
+            )
+        return self._media
