@@ -15,6 +15,7 @@ from .option_groups import (
     MaxBad,
     OptionGroup,
     SourceOptions,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
@@ -33,6 +34,7 @@ PROBES = "Probes"
 
 TASKS_OF_OPTIONS = {
     "--store": ("retrieval",),
+    "--view": ("retrieval",),
     "--folds": ("retrieval",),
     "--by-language": ("retrieval",),
     "--csls": ("retrieval",),
@@ -53,6 +55,7 @@ class TaskOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -179,6 +182,7 @@ def evaluate(
         choice("--task", task, TASKS)
         given = {
             "store": task_options.store,
+            "view": task_options.view,
             "labels": task_options.labels,
             **vars(retrieval_options),
             **vars(class_options),
@@ -213,7 +217,7 @@ def measure(
     """Measure one task; return the JSON form of its report."""
     match task_options.task:
         case "retrieval":
-            return retrieval(request, task_options.store, retrieval_options)
+            return retrieval(request, task_options, retrieval_options)
         case "zeroshot":
             return zeroshot(request, **vars(class_options))
         case "probe":
@@ -257,14 +261,14 @@ def _require_effect(task: str, parameters: list[str]) -> None:
 
 def retrieval(
     request: LabeledOptions,
-    store: str | None,
+    task_options: TaskOptions,
     options: RetrievalOptions,
 ) -> dict[str, Any]:
     """Measure retrieval on a split of a store.
 
     Args:
         request: The run and its encoders, the split, and where the images are.
-        store: The feature store with the split; None is an error that names --store.
+        task_options: The feature store with the split, which must be given, and its view.
         options: Folds, languages and CSLS.
 
     Returns:
@@ -272,6 +276,7 @@ def retrieval(
     """
     from apecache.errors import OptionError
 
+    store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
     from apecache.evaluate.comparison import was_split_seen
@@ -280,7 +285,7 @@ def retrieval(
 
     split = request.split or "val"
     loaded = request.load()
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, task_options.view)
     embedded = embed_store(
         loaded,
         store=opened,

@@ -25,6 +25,7 @@ from .option_groups import (
     Overwrite,
     Resolution,
     Settings,
+    View,
     takes_groups,
 )
 from .runs import opener
@@ -72,6 +73,7 @@ def fit_head(
     fit: FitOptions,
     ledger: HeadLedgerOptions,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -109,7 +111,7 @@ def fit_head(
             extract_report=ledger.extract_report,
         )
         with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
-            features = FeatureStore.open(store)
+            features = FeatureStore.open(store, view)
             report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
 
@@ -233,6 +235,7 @@ def fit_encoder(
     ledger: LedgerOptions,
     root: LiveRoot = None,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -264,7 +267,7 @@ def fit_encoder(
 
         with epoch_display(ledger.tensorboard) as show:
             report = run(
-                FeatureStore.open(store),
+                FeatureStore.open(store, view),
                 recipe=loaded,
                 out=out,
                 spec=spec,

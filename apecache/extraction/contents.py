@@ -1,5 +1,6 @@
 """Find the contents that a store holds, and those that a table has."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from apecache.data.media import FolderMedia, NoMedia, TarMedia
 from apecache.data.pairs import PairSource
+from apecache.errors import DamagedError, MismatchError
 from apecache.extraction.stamps import (
     FileStamps,
     StampTable,
@@ -19,8 +21,8 @@ from apecache.extraction.stamps import (
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.store.layout import PAIRS, SEGMENTS, ArrayRecord
-from apecache.store.reader import FeatureStore, segment_names
-from apecache.store.records import read_commits
+from apecache.store.reader import FeatureStore, has_arrays, segment_names
+from apecache.store.records import read_commit, read_commits
 from apecache.store.table import PairTable, read_contents, read_table
 from apecache.store.views import BlockReference
 
@@ -34,6 +36,8 @@ class StoredBlock:
 
     folder: str
     store: FeatureStore
+    tolerant: bool = False
+    """Whether damaged commit records are passed over; repair makes their shards again."""
 
     @cached_property
     def table(self) -> PairTable:
@@ -72,8 +76,15 @@ class StoredBlock:
 
     def _committed(self, record: ArrayRecord) -> list[tuple[int, str]]:
         rows: list[tuple[int, str]] = []
-        for commit, _ in read_commits(self.store.files, record):
-            rows += enumerate(commit.content, commit.rows[0])
+        files = self.store.files
+        if not self.tolerant:
+            for commit, _ in read_commits(files, record):
+                rows += enumerate(commit.content, commit.rows[0])
+            return rows
+        for shard in range(record.layout.n_shards):
+            with contextlib.suppress(FileNotFoundError, DamagedError, MismatchError):
+                commit, _ = read_commit(files, record, shard)
+                rows += enumerate(commit.content, commit.rows[0])
         return rows
 
     def bad_rows(self, modality: Modality) -> set[int]:
@@ -95,6 +106,9 @@ def stored_blocks(files: Files) -> list[StoredBlock]:
         blocks.append(
             StoredBlock(folder=folder, store=FeatureStore.block(files.child(folder))),
         )
+    # A compaction has left the table of the first block, but none of its features.
+    if not has_arrays(files) and any(has_arrays(block.store.files) for block in blocks[1:]):
+        return blocks[1:]
     return blocks
 
 
@@ -116,7 +130,7 @@ def table_contents(
     source: PairSource,
     files: Files,
     hashed: bool,
-    recheck: bool,
+    recheck: bool = False,
     again: Sequence[int] = (),
 ) -> TableContents:
     """Look at the images of a table; those that changed are hashed.
@@ -125,7 +139,7 @@ def table_contents(
         source: The table.
         files: The store, which has the stamps of the last extraction.
         hashed: Whether contents are needed; else only files are looked at.
-        recheck: Whether all images are hashed.
+        recheck: Whether all images are hashed, except unreadable ones that have not changed.
         again: Rows to be hashed whatever their stamps say.
     """
     stamps = stamp_files(source.media, source.keys)
@@ -141,7 +155,7 @@ def table_contents(
         unknown = [
             row
             for row, content in enumerate(contents)
-            if content is None or recheck or row in forced
+            if content is None or (recheck and content != "") or row in forced
         ]
         _hash(source, rows=unknown, contents=contents, problems=problems)
     return TableContents(

@@ -208,6 +208,9 @@ class Matching:
         if content == "":
             return self._unreadable_row(own_row, key_row)
         match_row = self._matching_row(content, own_row, key_row)
+        if match_row is None and self.newest is None and key_row is not None:
+            # The file of this row was there, but no image: its content was not recorded.
+            return NEW if self.contents[key_row] else key_row
         if match_row is None:
             # The stamps are lost, so that nobody knows whether the unreadable file has changed.
             if not recorded and not self.retry and own_row is not None and own_row >= 0:

@@ -72,9 +72,10 @@ def extract(
 ) -> ExtractReport:
     """Encode what `store` lacks of the images and captions of `source`.
 
-    A content that the store has is not encoded again, whatever table it came with. The table becomes
-    the newest view of the store. Committed shards are not encoded again. With `spec.part` only the shards of that part are
-    encoded. The part that ends last seals the store and judges it as one run would.
+    A content that the store has is not encoded again, whatever table it came with. The table
+    becomes the newest view of the store. Committed shards are not encoded again. With `spec.part`
+    only the shards of that part are encoded. The part that ends last seals the store and judges it
+    as one run would.
 
     Args:
         store: a folder, or a location on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,

@@ -134,6 +134,15 @@ class StampTable:
         """Return whether each file was recorded, as it is now or otherwise."""
         return [_key_hash(key) in self._row_of_key for key in keys]
 
+    def hashes(self, keys: Sequence[str]) -> list[str]:
+        """Return the recorded hash of each file; empty where there is none."""
+        hashes: list[str] = []
+        for key in keys:
+            row = self._row_of_key.get(_key_hash(key))
+            is_hashed = row is not None and self.rows[row]["state"] == HASHED
+            hashes.append(bytes(self.rows[row]["content"]).hex() if is_hashed else "")
+        return hashes
+
     def find(self, keys: Sequence[str], stamps: FileStamps) -> list[str | None]:
         """Return what is known of each file that is as it was recorded.
 

@@ -7,7 +7,6 @@ those of the table.
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +22,18 @@ from apecache.extraction.contents import (
     stored_blocks,
     table_contents,
 )
+from apecache.extraction.kept_splits import keep_splits
 from apecache.extraction.matching import NEW, Matching, Rows
-from apecache.extraction.segments import BlockInputs, Segment, make_segment
+from apecache.extraction.segments import BlockInputs, Segment, make_segment, pair_columns
 from apecache.extraction.spec import ExtractSpec
 from apecache.extraction.stamps import stamp_table, write_stamps
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
-from apecache.store.layout import SEGMENTS, SOURCE, storable
+from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, storable
 from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.records import read_record
 from apecache.store.table import PairTable
+from apecache.store.view_edits import first_view
 from apecache.store.views import (
     BlockReference,
     View,
@@ -122,7 +123,7 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
     """
     blocks = stored_blocks(files)
     if not blocks:
-        return _plan_new(source, files, spec)
+        return new_store_plan(source, files, spec)
     newest = _newest(files)
     matching = Matching(source=source, blocks=blocks, newest=newest, retry=spec.retry)
     contents = table_contents(
@@ -133,14 +134,26 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
         again=matching.failed_rows if spec.retry else (),
     )
     rows = matching.rows(contents)
+    source, splits = keep_splits(source, newest, rows, contents)
+    matching = replace(matching, source=source)
     new_block = _new_block(source, files, rows, contents)
     if newest is not None and new_block is None and matching.is_unchanged(rows):
         used = _used_blocks(blocks, matching.newest_folders)
         view = None
     else:
         used = _used_blocks(blocks, _used_folders(blocks, rows))
-        view = _view(source, files=files, used=used, rows=rows, new_block=new_block)
-    segments = [_stored_segment(source, files, block, rows, matching) for block in used]
+        view = _view(
+            source,
+            files=files,
+            used=used,
+            rows=rows,
+            new_block=new_block,
+            splits=splits,
+        )
+    segments: list[Segment] = []
+    for block in used:
+        part = stored_inputs(source, block, rows)
+        segments.append(Segment(store=files, folder=block.folder, part=part))
     if new_block is not None:
         segments.append(new_block)
     return TablePlan(
@@ -160,12 +173,12 @@ def _newest(files: Files) -> FeatureStore | None:
     return FeatureStore.at(files)
 
 
-def _plan_new(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan:
+def new_store_plan(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan:
     """Plan a new store. Equal captions, and images of equal bytes, are encoded once."""
     if spec.images:
         contents = equal_contents(source)
     else:
-        contents = table_contents(source, files=files, hashed=False, recheck=False)
+        contents = table_contents(source, files=files, hashed=False)
     first_rows: dict[str, int] = {}
     images = [NEW] * len(source)
     for row, content in enumerate(contents.contents):
@@ -197,19 +210,19 @@ def _plan_new(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan:
 
 
 def _used_folders(blocks: Sequence[StoredBlock], rows: Rows) -> list[str]:
-    """Return the folders of the blocks that rows lie in; the store itself is always one."""
-    used = [""]
+    """Return the folders of the blocks that rows lie in; the first block if there are none."""
+    used: list[str] = []
     n_images = 0
     n_texts = 0
     for block in blocks:
         reference = block.reference
         has_images = _any_between(rows.images, n_images, n_images + reference.n_images)
         has_texts = _any_between(rows.texts, n_texts, n_texts + reference.n_texts)
-        if block.folder and (has_images or has_texts):
+        if has_images or has_texts:
             used.append(block.folder)
         n_images += reference.n_images
         n_texts += reference.n_texts
-    return used
+    return used or [blocks[0].folder]
 
 
 def _any_between(rows: NDArray[np.int64], begin: int, end: int) -> bool:
@@ -223,31 +236,39 @@ def _used_blocks(blocks: Sequence[StoredBlock], folders: Sequence[str]) -> list[
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-def _stored_segment(
-    source: PairSource,
-    files: Files,
-    block: StoredBlock,
-    rows: Rows,
-    matching: Matching,
-) -> Segment:
-    """Give the inputs of a block that exists: each image where it is now."""
-    table = block.table
-    keys = [str(key) for key in table.keys]
-    first = matching.first_image[block.folder]
-    own_keys = list(keys)
-    moved: set[int] = set()
+def stored_inputs(source: PairSource, block: StoredBlock, rows: Rows) -> BlockInputs:
+    """Give the inputs of a block that exists: each image where the table has it now."""
+    columns = block_columns(block)
+    keys = list(columns.keys)
+    first = rows.first_image[block.folder]
+    # Of several keys the block's own comes first, so that a resume reads the same file.
+    settled: set[int] = set()
     for row, content_row in enumerate(rows.images.tolist()):
         block_row = content_row - first
-        if 0 <= block_row < len(keys):
-            # Of several keys the block's own comes first, so that a resume reads the same file.
-            if source.keys[row] == own_keys[block_row]:
-                keys[block_row] = own_keys[block_row]
-            elif block_row not in moved:
+        if 0 <= block_row < len(keys) and block_row not in settled:
+            is_own = source.keys[row] == columns.keys[block_row]
+            if is_own or keys[block_row] == columns.keys[block_row]:
                 keys[block_row] = source.keys[row]
-            moved.add(block_row)
+            if is_own:
+                settled.add(block_row)
+    return BlockInputs(
+        columns=columns,
+        keys=keys,
+        contents=[content or "" for content in block.contents],
+        media=source.media,
+    )
+
+
+def block_columns(block: StoredBlock) -> PairColumns:
+    """Return the table of a block as it is stored.
+
+    Raises:
+        DamagedError: An object of the table is not what was written.
+    """
+    table = block.table
     recorded = block.store.block_source
-    columns = PairColumns(
-        keys=own_keys,
+    return PairColumns(
+        keys=table.keys.tolist(),
         splits=table.splits.tolist(),
         labels=table.labels.tolist(),
         captions=table.captions.tolist(),
@@ -257,13 +278,28 @@ def _stored_segment(
         origin=recorded["origin"],
         contents=block.declared if recorded.get("view_only") is True else None,
     )
-    part = BlockInputs(
-        columns=columns,
+
+
+def block_table(
+    keys: list[str],
+    contents: list[str],
+    captions: list[str],
+    languages: list[str],
+    image_rows: list[int],
+    origin: str,
+) -> PairColumns:
+    """Return the table of a block that only views refer to."""
+    return PairColumns(
         keys=keys,
-        contents=[content or "" for content in block.contents],
-        media=source.media,
+        splits=[""] * len(keys),
+        labels=[""] * len(keys),
+        captions=captions,
+        languages=languages,
+        image_rows=image_rows,
+        digest=digest_strings(["block", *keys, *contents, *captions, *languages]),
+        origin=origin,
+        contents=contents,
     )
-    return Segment(store=files, folder=block.folder, part=part)
 
 
 def _new_block(
@@ -289,20 +325,16 @@ def _new_block(
     for row in first_texts.tolist():
         image_row = NEW - int(rows.images[source.image_rows[row]])
         image_rows.append(max(-1, image_row))
-    digest = digest_strings(["block", *keys, *declared, *captions, *languages])
-    columns = PairColumns(
+    columns = block_table(
         keys=keys,
-        splits=[""] * len(keys),
-        labels=[""] * len(keys),
+        contents=declared,
         captions=captions,
         languages=languages,
         image_rows=image_rows,
-        digest=digest,
         origin=source.origin,
-        contents=declared,
     )
     part = BlockInputs(columns=columns, keys=keys, contents=declared, media=source.media)
-    return Segment(store=files, folder=_new_folder(files, digest), part=part)
+    return Segment(store=files, folder=_new_folder(files, columns.digest), part=part)
 
 
 def _new_folder(files: Files, digest: str) -> str:
@@ -330,14 +362,12 @@ def _view(
     used: Sequence[StoredBlock],
     rows: Rows,
     new_block: Segment | None,
+    splits: str = "",
 ) -> View:
     """Return the view of the table, to be committed."""
     references = [block.reference for block in used]
-    images = _within(rows.images, "image", used, rows.first_image)
-    texts = _within(rows.texts, "text", used, rows.first_text)
     if new_block is not None:
-        columns = new_block.part.columns if isinstance(new_block.part, BlockInputs) else None
-        assert columns is not None
+        columns = pair_columns(new_block.part)
         references.append(
             BlockReference(
                 folder=new_block.folder,
@@ -346,24 +376,45 @@ def _view(
                 n_texts=len(columns.captions),
             )
         )
-    content_rows: dict[Modality, NDArray[np.int64]] = {"image": images, "text": texts}
-    digest = _view_digest(source, files, references, content_rows)
     record = ViewRecord(
         view="",
         name="",
         parent="",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        digest=digest,
+        digest="",
         table=source.digest,
         n_images=len(source),
         n_texts=len(source.captions),
         origin=source.origin,
         root=source.media.place,
         blocks=tuple(references),
+        splits=splits,
         objects={},
     )
+    view = table_view(source, used, rows, record)
+    return replace(view, record=replace(view.record, digest=_view_digest(files, view)))
+
+
+def table_view(
+    source: PairSource,
+    used: Sequence[StoredBlock],
+    rows: Rows,
+    record: ViewRecord,
+) -> View:
+    """Return a table as a view of some blocks.
+
+    Args:
+        source: The table.
+        used: Blocks of the view that exist.
+        rows: Rows of the table in all blocks of the store.
+        record: Record of the view.
+    """
+    content_rows: dict[Modality, NDArray[np.int64]] = {
+        "image": _within(rows.images, "image", used, rows.first_image),
+        "text": _within(rows.texts, "text", used, rows.first_text),
+    }
     problems = [rows.problems.get(row, "") for row in range(len(source))]
-    return draft_view(source_table(source, digest), content_rows, problems, record)
+    table = source_table(source, record.digest)
+    return draft_view(table, content_rows, problems, record)
 
 
 def _within(
@@ -386,57 +437,27 @@ def _within(
     return result
 
 
-def _view_digest(
-    source: PairSource,
-    files: Files,
-    blocks: Sequence[BlockReference],
-    content_rows: Mapping[Modality, NDArray[np.int64]],
-) -> str:
+def _view_digest(files: Files, view: View) -> str:
     """Return the identity of a view; that of an earlier one which says the same."""
+    modalities: tuple[Modality, ...] = ("image", "text")
     ids = view_ids(files)
     for view_id in reversed(ids):
         record = read_view_record(files, view_id)
-        if record.table != source.digest or record.blocks != tuple(blocks):
+        if record.table != view.record.table or record.blocks != view.record.blocks:
             continue
         earlier = open_view(files, view_id)
         if all(
-            np.array_equal(earlier.content_rows(modality), rows)
-            for modality, rows in content_rows.items()
+            np.array_equal(earlier.content_rows(modality), view.content_rows(modality))
+            for modality in modalities
         ):
             return record.digest
-    if not ids and len(blocks) == 1:
-        return source.digest
-    row_hashes = [content_hash(rows.tobytes()) for rows in content_rows.values()]
-    return digest_strings([source.digest, *(block.digest for block in blocks), *row_hashes])
-
-
-def first_view(files: Files) -> View:
-    """Return the view of a store without views: the table of its blocks."""
-    store = FeatureStore.at(files)
-    pairs = store.pairs
-    blocks: list[BlockReference] = []
-    for name, block in zip(["", *segment_names(files)], store.blocks, strict=False):
-        folder = f"{SEGMENTS}/{name}" if name else ""
-        blocks.append(StoredBlock(folder=folder, store=block).reference)
-    rows: dict[Modality, NDArray[np.int64]] = {
-        "image": np.arange(len(pairs.keys)),
-        "text": np.arange(len(pairs.captions)),
-    }
-    record = ViewRecord(
-        view="",
-        name="",
-        parent="",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        digest=store.digest,
-        table=store.digest,
-        n_images=len(pairs.keys),
-        n_texts=len(pairs.captions),
-        origin=store.source["origin"],
-        root=store.source["root"],
-        blocks=tuple(blocks),
-        objects={},
-    )
-    return draft_view(pairs, rows, [""] * len(pairs.keys), record)
+    blocks = view.record.blocks
+    # The first view of a new store, where the table alone says all.
+    if not ids and len(blocks) == 1 and not files.exists(PAIRS):
+        return view.record.table
+    row_hashes = [content_hash(view.content_rows(name).tobytes()) for name in modalities]
+    digests = [block.digest for block in blocks]
+    return digest_strings([view.record.table, *digests, *row_hashes])
 
 
 def source_table(source: PairSource, digest: str) -> PairTable:

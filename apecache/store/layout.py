@@ -278,8 +278,8 @@ def require_format(value: Any, where: str) -> None:
         raise StoreError(f"{where} is not an apecache record")
     if format_version > VIEW_FORMAT_VERSION:
         raise StoreError(
-            f"{where} has format {format_version}; this apecache reads up to {VIEW_FORMAT_VERSION}: "
-            "upgrade apecache"
+            f"{where} has format {format_version}; this apecache reads up to "
+            f"{VIEW_FORMAT_VERSION}: upgrade apecache"
         )
 
 

@@ -40,6 +40,8 @@ class FeatureStore:
     segments: tuple["FeatureStore", ...] = ()
     """The later blocks."""
     view: View | None = None
+    first: Files | None = None
+    """The first block; None: the store itself."""
 
     @staticmethod
     def open(path: AnyPath, view: str | None = None) -> "FeatureStore":
@@ -63,8 +65,15 @@ class FeatureStore:
         if view is not None:
             return FeatureStore.seen(files, open_view(files, find_view(files, view)))
         ids = view_ids(files)
-        if ids:
-            return FeatureStore.seen(files, open_view(files, ids[-1]))
+        while ids:
+            try:
+                return FeatureStore.seen(files, open_view(files, ids[-1]))
+            except DamagedError:
+                # The view may just have been replaced: then there is a newer one.
+                found_ids = view_ids(files)
+                if found_ids == ids:
+                    raise
+                ids = found_ids
         if read_record(files, SOURCE).get("view_only") is True:
             raise StoreError(
                 f"{files.place} was not finished being made; run the same apecache extract again"
@@ -79,10 +88,15 @@ class FeatureStore:
     def seen(files: Files, view: View) -> "FeatureStore":
         """Open a store as a view, which may not be committed yet; raises as `open` does."""
         _require_made(files)
-        segments: list[FeatureStore] = []
-        for block in view.record.blocks[1:]:
-            segments.append(_open_segment(files, block.folder.rpartition("/")[2]))
-        store = FeatureStore(files, tuple(segments), view)
+        # Raises if the record of a block is lost.
+        segment_names(files)
+        blocks: list[FeatureStore] = []
+        for block in view.record.blocks:
+            if block.folder:
+                blocks.append(_open_segment(files, block.folder.rpartition("/")[2]))
+            else:
+                blocks.append(FeatureStore(files))
+        store = FeatureStore(files, tuple(blocks[1:]), view, first=blocks[0].files)
         for block, opened in zip(view.record.blocks, store.blocks, strict=True):
             if opened.block_source["digest"] != block.digest:
                 raise DamagedError(
@@ -109,7 +123,11 @@ class FeatureStore:
     @property
     def blocks(self) -> tuple["FeatureStore", ...]:
         """Return the blocks that the rows lie in, each with its own table."""
-        return (FeatureStore(self.files), *self.segments)
+        return (FeatureStore(self._first), *self.segments)
+
+    @property
+    def _first(self) -> Files:
+        return self.first or self.files
 
     @property
     def path(self) -> str | Path:
@@ -119,7 +137,7 @@ class FeatureStore:
     @cached_property
     def block_source(self) -> dict[str, Any]:
         """Return digest, n_images, n_texts, origin and root of the first block's own table."""
-        return read_record(self.files, SOURCE)
+        return read_record(self._first, SOURCE)
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -185,7 +203,7 @@ class FeatureStore:
         raise StoreError(f"{self.path} has {problem}; found: {available}{hint}")
 
     def _open_array(self, modality: Modality, name: str) -> FeatureArray:
-        value = read_record(self.files, f"{records_folder(modality, name)}/fingerprint.json")
+        value = read_record(self._first, f"{records_folder(modality, name)}/fingerprint.json")
         record = ArrayRecord.from_json(modality, name, value)
         # Rows of another table would be given to the wrong images.
         if record.table != self.block_source["digest"]:
@@ -203,7 +221,7 @@ class FeatureStore:
             else:
                 appended.append(segment._open_array(modality, name))
         array = FeatureArray(
-            files=self.files,
+            files=self._first,
             record=record,
             appended=tuple(appended),
             rows_to_come=rows_to_come,
@@ -216,9 +234,9 @@ class FeatureStore:
     def _names(self, modality: Modality) -> list[str]:
         """Return the names of the arrays of one modality."""
         names = []
-        for name in self.files.list(f"records/{modality}"):
+        for name in self._first.list(f"records/{modality}"):
             # An empty folder is an array that a killed writer had only begun.
-            if self.files.list(records_folder(modality, name)):
+            if self._first.list(records_folder(modality, name)):
                 names.append(name)
         return names
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from apecache.errors import ApecacheError, DamagedError
 from apecache.fingerprint import content_hash
-from apecache.storage.files import Files
+from apecache.storage.files import TEMPORARY, Files
 from apecache.store.layout import (
     SOURCE,
     STAMPS,
@@ -16,7 +16,7 @@ from apecache.store.layout import (
 )
 from apecache.store.problem import Problem
 from apecache.store.records import read_record
-from apecache.store.stamp_file import read_stamp_file
+from apecache.store.stamp_file import HASH_BYTES, MAGIC, read_stamp_file
 from apecache.store.views import COPY, VIEW_ID, ViewRecord, read_view_record
 
 
@@ -53,7 +53,7 @@ def _check_view(files: Files, view_id: str, check: ViewCheck) -> None:
     except ApecacheError as error:
         check.problems.append(Problem(kind="damaged", object=name, detail=str(error)))
         # Without its record, nothing is known about the other objects of the view.
-        check.known.update(files.sizes(view_folder(view_id)))
+        check.known.update(_objects(files, view_id))
         return
     check.problems += _copy_problems(files, view_id, check)
     for object_name, entry in record.objects.items():
@@ -77,7 +77,10 @@ def _copy_problems(files: Files, view_id: str, check: ViewCheck) -> Iterator[Pro
     if not files.exists(copy):
         detail = "the view is committed, but the copy of its record is missing"
         yield Problem(kind="unsealed", object=copy, detail=detail)
-    elif files.read(copy) != files.read(view_record_name(view_id)):
+        return
+    data = files.read(copy)
+    check.object_bytes.append(len(data))
+    if data != files.read(view_record_name(view_id)):
         yield Problem(kind="damaged", object=copy, detail="differs from the record of the view")
 
 
@@ -96,7 +99,7 @@ def _block_problems(files: Files, record: ViewRecord) -> Iterator[Problem]:
 
 def _check_unrecorded(files: Files, view_id: str, check: ViewCheck) -> None:
     """Report a view that has objects, but no record."""
-    names = list(files.sizes(view_folder(view_id)))
+    names = _objects(files, view_id)
     check.known.update(names)
     if f"{view_folder(view_id)}/{COPY}" in names:
         name = view_record_name(view_id)
@@ -108,6 +111,12 @@ def _check_unrecorded(files: Files, view_id: str, check: ViewCheck) -> None:
         check.problems.append(Problem(kind="uncommitted", object=name, detail=detail))
 
 
+def _objects(files: Files, view_id: str) -> list[str]:
+    """Return the names of all objects of a view, without temporary ones."""
+    names = files.sizes(view_folder(view_id))
+    return [name for name in names if not name.rpartition("/")[2].startswith(TEMPORARY)]
+
+
 def _check_stamps(files: Files, check: ViewCheck) -> None:
     check.known.add(STAMPS)
     try:
@@ -115,4 +124,5 @@ def _check_stamps(files: Files, check: ViewCheck) -> None:
     except DamagedError as error:
         check.problems.append(Problem(kind="damaged", object=STAMPS, detail=str(error)))
     else:
-        check.object_bytes += [len(body)] if body else []
+        if files.exists(STAMPS):
+            check.object_bytes.append(len(MAGIC) + HASH_BYTES + len(body))

@@ -7,7 +7,6 @@ commit. A copy of the record comes last, beside the objects, so that a lost reco
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from apecache.errors import DamagedError, StoreError, nearest, one_line
 from apecache.fingerprint import Json, Modality, content_hash
 from apecache.storage.files import Files
 from apecache.store.layout import (
+    PAIRS,
     SEGMENTS,
     VIEW_COLUMNS,
     VIEW_RECORDS,
@@ -60,8 +60,6 @@ class ViewRecord:
     """Name that the user gave; may be empty."""
     parent: str
     """Id of the newest view when it was made; empty for the first."""
-    created: str
-    """Time in UTC, ISO 8601."""
     digest: str
     """Identity of the table and of what its rows point to."""
     table: str
@@ -199,15 +197,18 @@ def commit_view(files: Files, view: View, number: int | None = None) -> ViewReco
         StoreError: The operating system or the storage refused.
         DamagedError: What was read back differs from what was written.
     """
-    columns = {name: (dimension, view.read(name)) for name, dimension in VIEW_COLUMNS}
-    blocks: Json = [asdict(block) for block in view.record.blocks]
-    payloads = table_objects(columns, "", {"apecache": {"blocks": blocks}})
+    payloads = view_payloads(view)
     hashes = {name: content_hash(data) for name, data in payloads.items()}
     identity = "".join(f"{name} {digest} " for name, digest in sorted(hashes.items()))
     suffix = content_hash(f"{identity} {view.record.digest} {view.record.name}")[:8]
     with files.exclusive("records"):
+        _require_blocks(files, view.record)
+        ids = view_ids(files)
+        if number is None and ids and ids[-1].endswith(f"-{suffix}"):
+            # Another writer has just committed the same view.
+            number = view_number(ids[-1])
         if number is None:
-            number = max((view_number(name) for name in view_ids(files)), default=0) + 1
+            number = 1 + (view_number(ids[-1]) if ids else 0)
         view_id = f"{number:04d}-{suffix}"
         objects: dict[str, dict[str, Json]] = {}
         for path, data in payloads.items():
@@ -225,6 +226,24 @@ def commit_view(files: Files, view: View, number: int | None = None) -> ViewReco
         files.create(name, seal_record(name, record.to_json(), of_view=True))
         settle_view(files, view_id)
     return read_view_record(files, view_id)
+
+
+def _require_blocks(files: Files, record: ViewRecord) -> None:
+    """Raise StoreError unless all blocks of a view are there; they may have been compacted away."""
+    for block in record.blocks:
+        folder = f"{block.folder}/" if block.folder else ""
+        if not files.exists(f"{folder}{PAIRS}"):
+            raise StoreError(
+                f"{files.where(block.folder)} is gone: the store was compacted meanwhile; run the "
+                "same command again"
+            )
+
+
+def view_payloads(view: View) -> dict[str, bytes]:
+    """Return the objects of a view by path below its folder, each with a leading `/`."""
+    columns = {name: (dimension, view.read(name)) for name, dimension in VIEW_COLUMNS}
+    blocks: Json = [asdict(block) for block in view.record.blocks]
+    return table_objects(columns, "", {"apecache": {"blocks": blocks}})
 
 
 def settle_view(files: Files, view_id: str) -> None:
@@ -306,7 +325,7 @@ def parse_view(value: Mapping[str, Any], view_id: str, where: str) -> ViewRecord
         texts = {
             key: value[key]
             for key in (
-                "view", "name", "parent", "created", "digest", "table", "origin", "root", "splits",
+                "view", "name", "parent", "digest", "table", "origin", "root", "splits",
             )
         }  # fmt: skip
         if not all(type(text) is str for text in texts.values()):

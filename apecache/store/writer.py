@@ -24,6 +24,7 @@ from apecache.store.layout import (
     README,
     SEGMENTS,
     SOURCE,
+    VIEWS,
     ZARR,
     ArrayLayout,
     ArrayRecord,
@@ -105,7 +106,7 @@ def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> N
     files.create(SOURCE, source_bytes(pairs, root))
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
     # Before Zarr sees the store, which stumbles over temporary files in it.
-    files.remove_temporary("records", ZARR)
+    files.remove_temporary("records", ZARR, VIEWS)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
             _write_pairs(files, pairs, version)

@@ -1,6 +1,6 @@
 """Edit a table twelve times: only new contents are encoded, and all other features stay the same.
 
-    python -m benchmarks reliability.edits [--quick] [--json FILE]
+python -m benchmarks reliability.edits [--quick] [--json FILE]
 """
 
 import os

@@ -1,15 +1,12 @@
 """A store outlives its table: only new contents are encoded, and a view says where all others
 are."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny import COLORS, SHAPES, draw_shape, extract_tiny
 
-from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
 from benchmarks.reliability.edits import Catalog, Row, run_edits
 
