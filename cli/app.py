@@ -30,6 +30,7 @@ from . import (
     serve,
     store,
     sweep,
+    views,
 )
 from .system_errors import Command
 from .terminal import FAILURE, INTERRUPTED, command_line, complain_of_system
@@ -74,6 +75,9 @@ def _add(panel: str, command: Callable[..., None], name: str | None = None) -> N
 _add(CACHE, extract.extract)
 _add(CACHE, import_features.import_features, name="import")
 _add(CACHE, store.info)
+_add(CACHE, views.views)
+_add(CACHE, views.split)
+_add(CACHE, views.compact)
 _add(CACHE, store.verify)
 _add(CACHE, store.repair)
 _add(CACHE, store.remove)

@@ -14,6 +14,7 @@ from .option_groups import (
     Json,
     MaxBad,
     OptionGroup,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
@@ -34,6 +35,7 @@ PROBES = "Probes"
 
 TASKS_OF_OPTIONS = {
     "--store": ("retrieval",),
+    "--view": ("retrieval",),
     "--folds": ("retrieval",),
     "--by-language": ("retrieval",),
     "--csls": ("retrieval",),
@@ -56,6 +58,7 @@ class TaskOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +202,7 @@ def evaluate(
         choice("--task", task, TASKS)
         given = {
             "store": task_options.store,
+            "view": task_options.view,
             "labels": task_options.labels,
             "baseline": task_options.baseline,
             **vars(retrieval_options),
@@ -236,8 +240,8 @@ def measure(
         case "retrieval":
             return retrieval(
                 request,
-                task_options.store,
-                options=retrieval_options,
+                task_options,
+                retrieval_options,
                 baseline=task_options.baseline,
             )
         case "zeroshot":
@@ -283,7 +287,7 @@ def _require_effect(task: str, parameters: list[str]) -> None:
 
 def retrieval(
     request: LabeledOptions,
-    store: str | None,
+    task_options: TaskOptions,
     options: RetrievalOptions,
     baseline: str | None = None,
 ) -> dict[str, Any]:
@@ -291,7 +295,7 @@ def retrieval(
 
     Args:
         request: The run and its encoders, the split, and where the images are.
-        store: The feature store with the split; None is an error that names --store.
+        task_options: The feature store with the split, which must be given, and its view.
         options: Folds, languages, CSLS and further right answers.
         baseline: A ready-made model to measure beside the run.
 
@@ -300,6 +304,7 @@ def retrieval(
     """
     from apecache.errors import OptionError
 
+    store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
     from apecache.evaluate.comparison import was_split_seen
@@ -308,7 +313,7 @@ def retrieval(
 
     split = request.split or "val"
     loaded = request.load()
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, task_options.view)
     embedded = embed_store(
         loaded,
         store=opened,

@@ -66,15 +66,22 @@ class WriteOptions(OptionGroup):
         bool,
         typer.Option(
             "--append",
-            help="Encode the rows that were added at the end of the source.",
-            rich_help_panel=STORE_PANEL,
+            hidden=True,
         ),
     ] = False
     recheck: Annotated[
         bool,
         typer.Option(
             "--recheck",
-            help="Read all inputs again and compare their hashes with the store.",
+            help="Hash all images again. Default: only those whose size or time has changed.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = False
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry",
+            help="Try rows again that could not be encoded before.",
             rich_help_panel=STORE_PANEL,
         ),
     ] = False
@@ -164,8 +171,9 @@ def extract(
 ) -> None:
     """Encode images and captions once and store their features.
 
-    Each image is encoded once, however many captions it has. Interrupt at any time; run the same
-    command to resume. A complete store is left unchanged.
+    Only what the store lacks is encoded: the source may be sorted, edited, cut or extended between
+    two runs. Each image is encoded once, however many captions it has. Interrupt at any time; run
+    the same command to resume.
 
     Example: apecache extract pairs.tsv --store store --image timm:vit_small_patch14_dinov2.lvd142m
     --text hf:sentence-transformers/all-MiniLM-L6-v2
@@ -180,6 +188,7 @@ def extract(
 
         cluster = ray_spec(ray)
         require_part(write.part)
+        refuse_append(write.append)
         source = open_pairs(pairs, source_options.spec(*roles(encoders)))
         spec = extract_spec(encoders, write, device)
         if dry_run:
@@ -213,6 +222,18 @@ def require_part(part: str | None) -> None:
         parse_part(part)
 
 
+def refuse_append(append: bool) -> None:
+    """Refuse an option that is not needed any more.
+
+    Raises:
+        OptionError: It is given.
+    """
+    from apecache.errors import OptionError
+
+    if append:
+        raise OptionError("--append is not needed: extract encodes what is new; leave it out")
+
+
 def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> "ExtractSpec":
     """Return the settings of an extraction."""
     images = encoders.images()
@@ -236,8 +257,8 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         max_bad=write.max_bad,
         device=device,
         add=write.add,
-        append=write.append,
         recheck=write.recheck,
+        retry=write.retry,
         single_writer=write.single_writer,
         views=views,
         compiled=write.compiled,

@@ -26,6 +26,7 @@ from .option_groups import (
     Overwrite,
     Resolution,
     Settings,
+    View,
     takes_groups,
 )
 from .runs import opener
@@ -73,6 +74,7 @@ def fit_head(
     fit: FitOptions,
     ledger: HeadLedgerOptions,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -110,7 +112,7 @@ def fit_head(
             extract_report=ledger.extract_report,
         )
         with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
-            features = FeatureStore.open(store)
+            features = FeatureStore.open(store, view)
             report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
 
@@ -235,6 +237,7 @@ def fit_encoder(
     root: LiveRoot = None,
     source: ImagesFrom = None,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -264,7 +267,7 @@ def fit_encoder(
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_encoder import fit_encoder as run
 
-        opened = FeatureStore.open(store)
+        opened = FeatureStore.open(store, view)
         open_image = opener(root, opened, source)
         with epoch_display(ledger.tensorboard) as show:
             report = run(

@@ -15,9 +15,9 @@ from .option_groups import (
     MaxBad,
     OptionGroup,
     SingleWriter,
-    SplitSourceOptions,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import choice, ending, printable, progress, show_json, show_table, warn
 
 if TYPE_CHECKING:

@@ -44,6 +44,14 @@ Overwrite = Annotated[
 ]
 
 Source = Annotated[str, typer.Argument(help=SOURCE)]
+View = Annotated[
+    str | None,
+    typer.Option(
+        "--view",
+        metavar="VIEW",
+        help="View of the store: its id or number in apecache views list. Default: the newest.",
+    ),
+]
 CompleteStore = Annotated[str, typer.Argument(help="A complete feature store.")]
 MaxBad = Annotated[
     float,

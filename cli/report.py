@@ -12,6 +12,7 @@ from .option_groups import (
     Json,
     OptionGroup,
     Root,
+    View,
     takes_groups,
 )
 from .terminal import command_line, ending, show_json
@@ -31,6 +32,7 @@ class PageOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store. Adds measurements and pictures."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +144,7 @@ def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) ->
     if options.store is not None:
         from apecache.store.reader import FeatureStore
 
-        opened = FeatureStore.open(options.store)
+        opened = FeatureStore.open(options.store, options.view)
     spec = ReportSpec(
         opened,
         split=options.split,

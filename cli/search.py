@@ -15,6 +15,7 @@ from .option_groups import (
     LiveRoot,
     OptionGroup,
     Overwrite,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
@@ -51,6 +52,7 @@ def index(
         bool,
         typer.Option("--update", help="Add and remove what has changed in the store."),
     ] = False,
+    view: View = None,
     root: LiveRoot = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -67,12 +69,20 @@ def index(
     with ending():
         require_one_way(update, overwrite)
         if update:
-            report = update_by(run, store=store, out=out, root=root, split=split, kind=kind)
+            report = update_by(
+                run,
+                store=store,
+                view=view,
+                out=out,
+                root=root,
+                split=split,
+                kind=kind,
+            )
         else:
             from apecache.search.index import build_index
             from apecache.store.reader import FeatureStore
 
-            opened = FeatureStore.open(store)
+            opened = FeatureStore.open(store, view)
             report = build_index(
                 run,
                 store=opened,
@@ -106,6 +116,7 @@ def require_one_way(update: bool, overwrite: bool) -> None:
 def update_by(
     run: Path,
     store: str,
+    view: str | None,
     out: Path,
     root: str | None,
     split: str | None,
@@ -116,7 +127,7 @@ def update_by(
     from apecache.store.reader import FeatureStore
 
     require_same(read_description(out), split, kind)
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, view)
     return update_index(
         run,
         store=opened,

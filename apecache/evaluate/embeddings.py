@@ -344,6 +344,9 @@ def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
             f"{name or '(none)'} ({counted(count, 'image')})" for name, count in split_sizes.items()
         )
         hint = nearest(split, split_sizes)
-        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{hint}")
+        remedy = f"; make splits with: apecache split {store.path} --fraction train=.9,val=.1"
+        if any(split_sizes):
+            remedy = hint
+        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{remedy}")
     mask: NDArray[np.bool_] = splits == split
     return mask

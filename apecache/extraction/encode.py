@@ -20,7 +20,6 @@ from torch import Tensor
 from apecache.data.augment import Views
 from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
-from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.device import is_accelerator, release_cached_memory
 from apecache.encoders.encoder import (
@@ -33,6 +32,7 @@ from apecache.encoders.encoder import (
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
+from apecache.extraction.segments import BlockInputs, Inputs
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
@@ -69,7 +69,7 @@ class EncodedShard:
 class ImageJob:
     """Encode the images of one source into arrays with the same shards, batches and resizing."""
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[ImageEncoder], ...]
     workers: int
     """Decoding processes; 0: threads."""
@@ -82,7 +82,7 @@ class ImageJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[row].key
+        return self.source.keys[row]
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one.
@@ -170,6 +170,15 @@ class ImageJob:
         size = self.layout.batch_size
         return [_PixelBuffers(targets, size, self.n_views) for targets in self.models]
 
+    def _changed(self, row: int, digest: str) -> RowError | None:
+        """Return an error for a file that is not the one that the row was made for."""
+        if not isinstance(self.source, BlockInputs):
+            return None
+        expected = self.source.contents[row]
+        if expected in ("", digest):
+            return None
+        return RowError("changed", f"{self.key(row)} is not what it was; the table's view has it")
+
     def _encode(
         self,
         rows: range,
@@ -192,12 +201,14 @@ class ImageJob:
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
+                error = row.error or self._changed(rows[begin + slot], row.digest)
                 # A row that cannot be read has no pixels: its slot stays zero.
-                if row.value is not None:
+                if row.value is not None and error is None:
                     for batch, pixels in zip(batches, row.value, strict=True):
                         batch[slot] = pixels
-                if row.error is not None:
-                    bad[begin + slot] = row.error
+                if error is not None:
+                    bad[begin + slot] = error
+                    content[begin + slot] = ""
             started: list[_PendingBatch] = []
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
                 pending_batch = _PendingBatch(
@@ -282,7 +293,7 @@ class TextJob:
     They hold different cuts (layers or poolings) of one model.
     """
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[TextEncoder], ...]
 
     @property
@@ -290,7 +301,9 @@ class TextJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[self.source.image_rows[row]].key
+        image_row = self.source.image_rows[row]
+        # A block may have a caption without its image.
+        return self.source.keys[image_row] if image_row >= 0 else ""
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one; see `ImageJob.shards`."""
@@ -345,7 +358,7 @@ class TextJob:
 
 
 def image_jobs(
-    source: PairSource,
+    source: Inputs,
     targets: Sequence[ArrayTarget[ImageEncoder]],
     workers: int,
     views: Views | None,
@@ -365,7 +378,7 @@ def image_jobs(
     return jobs
 
 
-def text_jobs(source: PairSource, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
+def text_jobs(source: Inputs, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
     """Return one job for all cuts of one model."""
     groups = _alike(targets, lambda target: id(target.encoder.module))
     return [TextJob(source=source, targets=tuple(group)) for group in groups]

@@ -209,9 +209,15 @@ def _probe_pixels(encoder: ImageEncoder, source: PairSource, n_rows: int) -> Ten
     for key in _spread(source.keys, n_rows):
         try:
             if encoder.spec.resize == "torchvision":
-                pixels.append(encoder.preprocess(load_as(decode_tensor, key, source.media).image))
+                pixels.append(
+                    encoder.preprocess(
+                        load_as(decode_tensor, key, source.media, source.pixels).image
+                    )
+                )
             else:
-                pixels.append(encoder.preprocess(load_image(key, source.media).image))
+                pixels.append(
+                    encoder.preprocess(load_image(key, source.media, source.pixels).image)
+                )
         except (RowError, ValueError, OSError, RuntimeError):
             continue
     return torch.stack(pixels) if pixels else torch.zeros(1, *encoder.input_shape)

@@ -27,7 +27,7 @@ from apecache.extraction.encode import (
     text_jobs,
 )
 from apecache.extraction.precision import with_precision
-from apecache.extraction.recheck import require_same_content, spot_check
+from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
     ArrayCounts,
     ArrayReport,
@@ -39,9 +39,10 @@ from apecache.extraction.report import (
     count_shard,
     judge,
 )
-from apecache.extraction.segments import Segment, make_segment, split_source
+from apecache.extraction.segments import Inputs, Segment
 from apecache.extraction.shard_range import ShardRange
 from apecache.extraction.spec import ExtractSpec
+from apecache.extraction.table_plan import plan_table
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
@@ -71,10 +72,12 @@ def extract(
     spec: ExtractSpec,
     progress: ExtractionProgress = lambda *_: None,
 ) -> ExtractReport:
-    """Encode every image and caption of `source` once into `store`.
+    """Encode what `store` lacks of the images and captions of `source`.
 
-    Committed shards are not encoded again. With `spec.part` only the shards of that part are
-    encoded. The part that ends last seals the store and judges it as one run would.
+    A content that the store has is not encoded again, whatever table it came with. The table
+    becomes the newest view of the store. Committed shards are not encoded again. With `spec.part`
+    only the shards of that part are encoded. The part that ends last seals the store and judges it
+    as one run would.
 
     Args:
         store: a folder, or a location on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
@@ -93,11 +96,12 @@ def extract(
     spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     begin = time.perf_counter()
-    segments = split_source(source, files, spec.append)
-    totals = new_totals(source, encoders)
-    for segment in segments:
+    plan = plan_table(source, files, spec)
+    plan.begin()
+    totals = new_totals([segment.part for segment in plan.segments], encoders)
+    for segment in plan.segments:
         _extract_segment(segment, encoders=encoders, spec=spec, totals=totals, progress=progress)
-    return judge(files, totals=totals, spec=spec, begin=begin)
+    return judge(plan, totals=totals, spec=spec, begin=begin)
 
 
 def extract_pending(
@@ -117,7 +121,7 @@ def extract_pending(
         segment,
         encoders=encoders,
         spec=spec,
-        totals=new_totals(segment.part, encoders),
+        totals=new_totals([segment.part], encoders),
         progress=progress,
     )
 
@@ -147,13 +151,10 @@ def _extract_segment(
     progress: ExtractionProgress,
 ) -> None:
     """Prepare all arrays of one segment, then encode what is pending in them."""
-    make_segment(segment)
-    opened = FeatureStore.at(segment.files)
+    opened = FeatureStore.block(segment.files)
     # A list, not an iterator: every mismatch is found before the first row is encoded.
     jobs = prepare_jobs(opened, part=segment.part, encoders=encoders, spec=spec, totals=totals)
     for job in jobs:
-        if spec.recheck:
-            require_same_content(opened, job)
         modality = job.targets[0].record.modality
         _run(
             opened.files,
@@ -166,7 +167,7 @@ def _extract_segment(
 
 def prepare_jobs(
     opened: FeatureStore,
-    part: PairSource,
+    part: Inputs,
     encoders: OpenEncoders,
     spec: ExtractSpec,
     totals: "dict[Modality, ModalityCounts]",
@@ -229,20 +230,25 @@ def _require_findable(source: PairSource, spec: ExtractSpec) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def new_totals(source: PairSource, encoders: OpenEncoders) -> dict[Modality, ModalityCounts]:
-    """Return empty totals for each modality that has encoders."""
+def new_totals(
+    parts: Sequence[Inputs],
+    encoders: OpenEncoders,
+) -> dict[Modality, ModalityCounts]:
+    """Return empty totals of some blocks for each modality that has encoders."""
     totals: dict[Modality, ModalityCounts] = {}
     if encoders.image:
-        totals["image"] = ModalityCounts(modality="image", rows=len(source))
+        n_images = sum(len(part) for part in parts)
+        totals["image"] = ModalityCounts(modality="image", rows=n_images)
     if encoders.text:
-        totals["text"] = ModalityCounts(modality="text", rows=len(source.captions))
+        n_texts = sum(len(part.captions) for part in parts)
+        totals["text"] = ModalityCounts(modality="text", rows=n_texts)
     return totals
 
 
 def _image_jobs(
     store: FeatureStore,
     encoders: tuple[ImageEncoder, ...],
-    part: PairSource,
+    part: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[ImageJob]:
@@ -273,7 +279,7 @@ def _image_jobs(
 def _text_jobs(
     store: FeatureStore,
     encoders: tuple[TextEncoder, ...],
-    part: PairSource,
+    part: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[TextJob]:

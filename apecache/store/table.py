@@ -18,7 +18,15 @@ from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.equal import equal_captions
-from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
+from apecache.store.layout import (
+    CONTENT_COLUMN,
+    PAIR_CHUNK_ROWS,
+    PAIR_CODECS,
+    PAIR_COLUMNS,
+    PAIRS,
+    SOURCE,
+    ZARR,
+)
 from apecache.store.records import read_record
 
 
@@ -70,12 +78,16 @@ def read_table(files: Files) -> PairTable:
         )
     objects = _read_objects(files, record["objects"])
     n_rows = {"image": source["n_images"], "text": source["n_texts"]}
-    columns = {
-        name: _column(files, name=name, rows=n_rows[dimension], objects=objects)
-        for name, dimension in PAIR_COLUMNS
-    }
+    columns: dict[str, NDArray[Any]] = {}
+    for name, dimension in PAIR_COLUMNS:
+        folder = f"{ZARR}/pairs/{name}"
+        columns[name] = _column(files, folder=folder, rows=n_rows[dimension], objects=objects)
     image_rows = np.asarray(columns.pop("text_image_row"), dtype=np.int64)
-    if len(image_rows) and not (image_rows.min() >= 0 and image_rows.max() < n_rows["image"]):
+    # In a block that no table of the user's describes, a caption may have no image.
+    first_row = -1 if source.get("view_only") is True else 0
+    if len(image_rows) and not (
+        image_rows.min() >= first_row and image_rows.max() < n_rows["image"]
+    ):
         raise DamagedError(
             f"{files.where(PAIRS)}: captions of images that the table does not have; restore "
             "the files"
@@ -92,6 +104,45 @@ def read_table(files: Files) -> PairTable:
         image_rows=image_rows,
         digest=source["digest"],
     )
+
+
+def read_contents(files: Files) -> list[str]:
+    """Return the hash of each image that a block's table declares; empty where it declares none.
+
+    Raises:
+        DamagedError: An object of the table is missing, or is not what was written.
+    """
+    n_images = read_record(files, SOURCE)["n_images"]
+    recorded = read_record(files, PAIRS)["objects"]
+    folder = f"{ZARR}/pairs/{CONTENT_COLUMN}"
+    if f"{folder}/zarr.json" not in recorded:
+        return [""] * n_images
+    column = read_column(files, folder=folder, rows=n_images, recorded=recorded)
+    return [str(digest) for digest in column]
+
+
+def read_column(
+    files: Files,
+    folder: str,
+    rows: int,
+    recorded: Mapping[str, Any],
+) -> NDArray[Any]:
+    """Read one column of a table.
+
+    Args:
+        files: The store.
+        folder: Folder of the column.
+        rows: Number of rows that it must have.
+        recorded: Hashes of the table's objects, by name.
+
+    Raises:
+        DamagedError: An object of the column is missing, or is not what was written.
+    """
+    column_objects = {
+        name: entry for name, entry in recorded.items() if name.startswith(f"{folder}/")
+    }
+    objects = _read_objects(files, column_objects)
+    return _column(files, folder=folder, rows=rows, objects=objects)
 
 
 def join_tables(tables: Sequence[PairTable], digest: str) -> PairTable:
@@ -137,17 +188,16 @@ def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]
     return objects
 
 
-def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
+def _column(files: Files, folder: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
     """Read one column, if its Zarr metadata is what apecache writes.
 
     Args:
         files: The store, for error messages.
-        name: The column.
+        folder: Folder of the column.
         rows: Number of rows that it must have.
         objects: Objects of the pair table by name.
     """
     # Checked before Zarr reads it: metadata decides what Zarr allocates and which codecs it runs.
-    folder = f"{ZARR}/pairs/{name}"
     try:
         described = json.loads(objects[f"{folder}/zarr.json"])
         (chunk,) = described["chunk_grid"]["configuration"]["chunk_shape"]
@@ -169,4 +219,5 @@ def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) ->
         raise DamagedError(
             f"{files.where(folder)} cannot be read: {one_line(error)}; restore the files"
         ) from None
-    return np.asarray(values)
+    # Zarr's strings are of a variable width, which numpy's own functions take less well.
+    return np.asarray(values) if values.dtype == np.int64 else np.asarray(values, dtype=object)

@@ -452,5 +452,8 @@ def _resolve_split(pairs: PairTable, name: str | None, usual: str) -> str:
             for split, count in images_per_split.items()
         )
         hint = nearest(split_name, images_per_split)
-        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{hint}")
+        remedy = "; make splits with: apecache split STORE --fraction train=.9,val=.1"
+        if any(images_per_split):
+            remedy = hint
+        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{remedy}")
     return split_name

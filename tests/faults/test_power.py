@@ -1,6 +1,7 @@
 """Power cuts: what was acknowledged is there, what is there is whole, and no fsync is there for
 nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.reliability.injection.power import (
     sync_calls,
     without_sync,
 )
-from benchmarks.reliability.injection.tower import SMALL, TowerSpec
+from benchmarks.reliability.injection.tower import EDITED, SMALL, TowerSpec
 
 TINY = TowerSpec(images=5)
 """2 + 2 shards."""
@@ -37,6 +38,15 @@ def test_a_power_cut_after_a_kill_and_a_resume_loses_nothing(
     result = kill_then_cut(tmp_path, TowerSpec() if long_run else TINY)
     assert result.wrong == []
     assert result.resumed > 100
+
+
+def test_a_power_cut_at_any_call_of_an_edit_loses_nothing(tmp_path: Path, long_run: bool) -> None:
+    result = cut_anywhere(tmp_path, EDITED, resumes=-1 if long_run else 60)
+    assert result.wrong == []
+
+
+def test_a_power_cut_after_a_kill_of_an_edit_loses_nothing(tmp_path: Path) -> None:
+    assert kill_then_cut(tmp_path, replace(EDITED, images=5)).wrong == []
 
 
 @pytest.mark.parametrize("number", range(len(sync_calls())), ids=sync_calls())
