@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apecache.storage import local
+from apecache.storage import local_files
 from benchmarks.reliability.injection.power import (
     cut_anywhere,
     cut_removal,
@@ -56,7 +56,7 @@ def test_no_fsync_can_be_left_out(tmp_path: Path, number: int) -> None:
 
 
 def test_every_fsync_of_the_store_is_among_those_tried() -> None:
-    source = Path(local.__file__).read_text(encoding="utf-8")
+    source = Path(local_files.__file__).read_text(encoding="utf-8")
     assert len(sync_calls()) == source.count("os.fsync(") + source.count("self._sync_folder(") >= 7
 
 
