@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apecache.storage import local as local_module
+from apecache.storage import local_files as local_module
 from apecache.storage.files import TEMPORARY
 from apecache.storage.local_files import LocalFiles
 from benchmarks.reliability.injection.kill import check
