@@ -35,6 +35,8 @@ from .extraction.run import ExtractReport as ExtractReport
 from .extraction.run import ExtractSpec as ExtractSpec
 from .extraction.run import extract as extract
 from .extraction.shard_range import ShardRange as ShardRange
+from .heads.registered import register_head as register_head
+from .losses.registered import register_loss as register_loss
 from .metrics.retrieval import RetrievalReport as RetrievalReport
 from .metrics.retrieval import retrieval_report as retrieval_report
 from .plan.counting import PlanSpec as PlanSpec
@@ -152,6 +154,8 @@ __all__ = [
     "plan_extraction",
     "probe",
     "read_class_names",
+    "register_head",
+    "register_loss",
     "report_page",
     "retrieval_report",
     "save_heads",

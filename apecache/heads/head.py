@@ -22,6 +22,7 @@ Kind = Literal[
     "fusemix",
     "canonical",
     "dictionary",
+    "custom",
     "transformer",
     "attention",
     "anchors",
@@ -46,6 +47,8 @@ class HeadSpec(Settings):
     inside, norm and a last Linear. `canonical`: a Linear, normalized, then weighted by the
     canonical correlations (CSA; only `init` cca makes it). `dictionary`: similarities to the `dim`
     entries of a dictionary, the `top` largest kept, to the power `power` (ASIF); nothing trains.
+    `custom`: the head of one's own that is registered under the name in `custom` (see
+    `apecache.register_head`).
 
     On tokens:
     `transformer`: `depth` pre-norm blocks of `n_heads` (0: one per 64 features), norm, pooling, a
@@ -95,11 +98,17 @@ class HeadSpec(Settings):
     parts: tuple["HeadSpec", ...] = Field(default=(), max_length=64)
     join: Literal["concat", "gate", "mix"] = "concat"
     widths: tuple[int, ...] = ()
+    custom: str = ""
+    """Name of a registered head, for kind `custom`."""
 
     @model_validator(mode="after")
     def _whole(self) -> "HeadSpec":
         if (self.kind == "ensemble") != bool(self.parts):
             raise ValueError("kind ensemble and parts go together: give both or none")
+        if (self.kind == "custom") != bool(self.custom):
+            raise ValueError(
+                "kind custom and custom (the head's name) go together: give both or none"
+            )
         is_nested = any(spec.parts for spec in self.parts)
         if is_nested or len({spec.cut for spec in self.parts}) > 1:
             raise ValueError("parts are single heads, all on pooled features or all on tokens")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apecache.heads.head import Head, HeadSpec, in_sequence
 from apecache.heads.join import build_join, joined_dim
 from apecache.heads.normalization import normalize, similarities
+from apecache.heads.registered import registered_head
 
 N_COMPLEMENTS = 2
 """Values that a canonical head adds to those of its directions."""
@@ -180,7 +181,7 @@ class PooledHead(Head):
         body_dim = joined_dim(spec, in_dim)
         self.body = self._build_body(body_dim)
         # The other kinds are linear already, or nothing in them trains.
-        skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix")
+        skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix", "custom")
         self.direct = nn.Linear(body_dim, out_dim, bias=False) if skips else None
         # After the body: seeded runs without it depend on the order of the random draws.
         self.join = build_join(spec)
@@ -205,6 +206,8 @@ class PooledHead(Head):
                 return _fusemix(spec, in_dim, self.out_dim)
             case "canonical":
                 return Canonical(in_dim, self.out_dim)
+            case "custom":
+                return registered_head(spec.custom)(in_dim, self.out_dim)
             case "dictionary":
                 return Dictionary(spec, in_dim, self.out_dim)
         raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")

@@ -12,8 +12,11 @@ from apecache.settings import Settings
 class LossSpec(Settings):
     """Set the loss of a training."""
 
-    kind: Literal["infonce", "sigmoid"] = "infonce"
-    """`infonce`: symmetric, over the batch. `sigmoid`: every pair by itself."""
+    kind: Literal["infonce", "sigmoid", "custom"] = "infonce"
+    """`infonce`: symmetric, over the batch. `sigmoid`: every pair by itself. `custom`: a loss of
+    one's own (see `apecache.register_loss`)."""
+    custom: str = ""
+    """Name of a registered loss, for kind `custom`."""
     temperature: float = Field(default=0.07, gt=0)
     """Divides the cosines, at the start."""
     min_temperature: float = Field(default=0.01, gt=0)
@@ -38,6 +41,10 @@ class LossSpec(Settings):
 
     @model_validator(mode="after")
     def _ordered(self) -> "LossSpec":
+        if (self.kind == "custom") != bool(self.custom):
+            raise ValueError(
+                "kind custom and custom (the loss's name) go together: give both or none"
+            )
         if not self.min_temperature <= self.temperature <= self.max_temperature:
             raise ValueError("temperature must lie between min_temperature and max_temperature")
         return self

@@ -7,7 +7,12 @@ NEW_KEYS = {"optimiser": "optimizer", "standardise": "standardize"}
 """New name of a key by its former name."""
 NEW_KINDS = {"several": "ensemble"}
 """New kind of a head by its former name."""
-LATER_DEFAULTS: dict[str, Any] = {"initialization": "torch", "join": "concat", "widths": []}
+LATER_DEFAULTS: dict[str, Any] = {
+    "custom": "",
+    "initialization": "torch",
+    "join": "concat",
+    "widths": [],
+}
 """Keys that earlier versions did not have, with the value that means what they did."""
 FORMER_KEYS = {new: former for former, new in NEW_KEYS.items()}
 FORMER_KINDS = {new: former for former, new in NEW_KINDS.items()}
