@@ -142,6 +142,16 @@ MovedText = Annotated[
     ),
 ]
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Also log to wandb, trackio or mlflow (extras of these names), with =PROJECT if it "
+        "is not apecache; or tensorboard=FOLDER (extra: track). Repeatable.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -470,3 +480,4 @@ class LedgerOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
+    track: Track = None
