@@ -434,4 +434,7 @@ def show_epoch(line: dict[str, Any]) -> None:
     loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
     dev = line["dev"]
     recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"
+    if "map_at_r" in dev:
+        # The epoch is chosen by it, because few captions of the dev split differ.
+        recall = f"dev mAP@R {dev['map_at_r']:.1f} (chooses the epoch), {recall[4:]}"
     typer.echo(f"epoch {line['epoch']:3d}  {loss}  {recall}", err=True)

@@ -100,9 +100,10 @@ def evaluate_untrained(
     log: FitProgress,
 ) -> None:
     """Write epoch 0 of the history: the model before training."""
-    _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
+    report = _evaluate(training, dev)
+    _record(training, report=report, loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
-        _keep(training, training.history[-1]["dev"]["mean_recall"])
+        _keep(training, report.selection_score)
 
 
 def end_epoch(
@@ -135,7 +136,7 @@ def end_epoch(
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
         _record(training, report=report, loss=loss, seconds=seconds, log=log)
-        _keep(training, report.mean_recall)
+        _keep(training, report.selection_score)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:
