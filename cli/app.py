@@ -15,6 +15,7 @@ from . import (
     bundle,
     compare,
     demo,
+    doctor,
     evaluate,
     export_embeddings,
     export_run,
@@ -92,6 +93,7 @@ _add(SEARCH, search.index)
 _add(SEARCH, search.search)
 _add(SEARCH, serve.serve)
 _add(TOOLS, demo.demo)
+_add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, export_run.export_run, name="export-run")

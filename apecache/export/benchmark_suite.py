@@ -166,7 +166,7 @@ def run_suite(
                 triple = open_clip_triple(run, image=image, text=text, device=device)
             known[name] = asdict(_measure(name, path, triple, device))
             _write(results, digest, known)
-        rows[name] = SuiteRow(**known[name])
+        rows[name] = _row(known[name])
     return _report(suite, rows)
 
 
@@ -187,8 +187,14 @@ def read_suites(run: Path) -> list[SuiteReport]:
         path = run / FOLDER / f"{suite}.json"
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))["results"]
-            reports.append(_report(suite, {name: SuiteRow(**row) for name, row in known.items()}))
+            reports.append(_report(suite, {name: _row(row) for name, row in known.items()}))
     return reports
+
+
+def _row(value: Mapping[str, Any]) -> SuiteRow:
+    """Restore a row from its JSON, which has lists for pairs."""
+    intervals = {name: (low, high) for name, (low, high) in value["intervals"].items()}
+    return SuiteRow(**{**value, "intervals": intervals})
 
 
 def _report(suite: str, rows: Mapping[str, SuiteRow]) -> SuiteReport:

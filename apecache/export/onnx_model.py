@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import TensorPreprocess, resize_of
-from apecache.encoders.processor import resize_options
+from apecache.encoders.preprocess import TensorPreprocess, timm_tensor_form
+from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
 from apecache.export.check import ExportedModel
 from apecache.export.onnx_graph import (
@@ -218,10 +218,10 @@ def _steps_of(encoder: ImageEncoder) -> TensorPreprocess | None:
     if encoder.spec.library == "timm":
         from apecache.export.library_folders import timm_data_config
 
-        return resize_of(timm_data_config(encoder))
-    from apecache.encoders.from_open_clip import tensor_form
+        return timm_tensor_form(timm_data_config(encoder))
+    from apecache.encoders.from_open_clip import read_tensor_form
 
-    return tensor_form(encoder.fingerprint.fields["inputs"]["config"])
+    return read_tensor_form(encoder.fingerprint.fields["inputs"]["config"])
 
 
 def _save_tokenizer(encoder: TextEncoder, out: Path) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.processor import resize_options
+from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.transformers_files import WEIGHT_FILES

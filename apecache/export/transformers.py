@@ -17,7 +17,7 @@ from torch import Tensor
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.processor import resize_options
+from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
 from apecache.errors import RunError
 from apecache.export.affine import affine_of, input_shift, is_affine

@@ -127,8 +127,12 @@ def build_index(
     require_type(kind, str, "kind")
     # Checked before the embedding, which can take long.
     load_faiss()
-    if not ((out / "index.json").is_file() and overwrite):
-        require_new(out, "index", overwrite)
+    require_new(
+        out,
+        what="index",
+        overwrite=overwrite,
+        holds_another=(out / "index.json").is_file(),
+    )
     loaded = load_run(run)
     if dim is not None and not 0 < dim <= loaded.image.dim:
         raise OptionError(f"--dim {dim}: the embeddings have {loaded.image.dim}; give 1 to that")

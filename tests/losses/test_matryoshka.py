@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from apecache.errors import RecipeError
-from apecache.losses.objective import build_temperature, contrast
+from apecache.losses.registry import build_temperature, contrast
 from apecache.losses.spec import LossSpec
 from apecache.recipes.recipe import load_recipe
 
