@@ -1,5 +1,4 @@
-"""Open a run as two modules, from pixels and token ids to embeddings, for the formats that hold
-whole models."""
+"""Open a run as two modules that embed pixels and token ids, for formats of whole models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

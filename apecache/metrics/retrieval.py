@@ -68,8 +68,7 @@ class RetrievalReport:
 
     @property
     def selection_score(self) -> float:
-        """Return what epochs and settings are chosen by: mAP@R if there is one, else the mean
-        recall."""
+        """Return what chooses epochs and settings: mAP@R if there is one, else the mean recall."""
         return self.mean_recall if self.map_at_r is None else self.map_at_r
 
     @property
