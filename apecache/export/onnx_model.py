@@ -27,6 +27,7 @@ from apecache.export.onnx_graph import (
     GraphDtype,
     export_graph,
     quantize_graph,
+    require_loadable,
     require_onnx,
 )
 from apecache.export.whole_model import WholeModel
@@ -134,8 +135,10 @@ def _write_graph(folder: Path, name: str, dtype: GraphDtype, export: Any) -> Non
     export(plain)
     if dtype == "float32":
         return
-    quantize_graph(plain, folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx", dtype)
+    converted = folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx"
+    quantize_graph(plain, converted, dtype)
     plain.unlink()
+    require_loadable(converted, dtype)
 
 
 def _export_image(model: WholeModel, path: Path) -> None:
