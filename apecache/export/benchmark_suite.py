@@ -147,37 +147,39 @@ def run_suite(
         )
     _require_library()
     is_datacomp = suite == "datacomp-38"
-    found = find_data_sets(data_root)
-    wanted = {name: path for name, path in found.items() if not is_datacomp or name in DATACOMP}
-    if not wanted:
+    data_sets = find_data_sets(data_root)
+    selected = data_sets
+    if is_datacomp:
+        selected = {name: path for name, path in data_sets.items() if name in DATACOMP}
+    if not selected:
         raise DataError(
             f"{data_root} has no data set of {suite}; expected folders with test/nshards.txt "
-            f"(found {counted(len(found), 'other data set')})"
+            f"(found {counted(len(data_sets), 'other data set')})"
         )
     digest = load_run(run, image=image, text=text).digest
     results = run / FOLDER / f"{suite}.json"
-    known = _read(results, digest)
+    kept_results = _read(results, digest)
     triple: OpenClipTriple | None = None
     rows: dict[str, SuiteRow] = {}
-    for name, path in sorted(wanted.items()):
-        if name not in known:
+    for name, path in sorted(selected.items()):
+        if name not in kept_results:
             progress(name)
             if triple is None:
                 triple = open_clip_triple(run, image=image, text=text, device=device)
-            known[name] = asdict(_measure(name, path, triple, device))
-            _write(results, digest, known)
-        rows[name] = _row(known[name])
+            kept_results[name] = asdict(_measure(name, path, triple, device))
+            _write(results, digest, kept_results)
+        rows[name] = _row(kept_results[name])
     return _report(suite, rows)
 
 
 def find_data_sets(root: Path) -> dict[str, Path]:
     """Return the data sets below a folder by their names: a path with slashes, without `wds_`."""
-    found = {}
+    data_sets = {}
     for marker in sorted(root.rglob("nshards.txt")):
         if marker.parent.name == "test":
             folder = marker.parent.parent
-            found[folder.relative_to(root).as_posix().removeprefix("wds_")] = folder
-    return found
+            data_sets[folder.relative_to(root).as_posix().removeprefix("wds_")] = folder
+    return data_sets
 
 
 def read_suites(run: Path) -> list[SuiteReport]:
@@ -186,8 +188,8 @@ def read_suites(run: Path) -> list[SuiteReport]:
     for suite in SUITES:
         path = run / FOLDER / f"{suite}.json"
         if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))["results"]
-            reports.append(_report(suite, {name: _row(row) for name, row in known.items()}))
+            kept_results = json.loads(path.read_text(encoding="utf-8"))["results"]
+            reports.append(_report(suite, {name: _row(row) for name, row in kept_results.items()}))
     return reports
 
 

@@ -94,18 +94,18 @@ def graded_report(
 
     def text_grades(images: Tensor) -> Tensor:
         if relevance is None:
-            own = image_of_text.unsqueeze(0) == images.unsqueeze(1)
+            own_pairs = image_of_text.unsqueeze(0) == images.unsqueeze(1)
         else:
-            own = relevance.right_texts(images)
-        return _listed(own * top_grade, images, pairs.images, pairs.texts, pairs.grades)
+            own_pairs = relevance.right_texts(images)
+        return _listed(own_pairs * top_grade, images, pairs.images, pairs.texts, pairs.grades)
 
     def image_grades(texts: Tensor) -> Tensor:
         if relevance is None:
             columns = torch.arange(len(image), device=image.device)
-            own = image_of_text[texts].unsqueeze(1) == columns.unsqueeze(0)
+            own_pairs = image_of_text[texts].unsqueeze(1) == columns.unsqueeze(0)
         else:
-            own = relevance.right_images(texts)
-        return _listed(own * top_grade, texts, pairs.texts, pairs.images, pairs.grades)
+            own_pairs = relevance.right_images(texts)
+        return _listed(own_pairs * top_grade, texts, pairs.texts, pairs.images, pairs.grades)
 
     return GradedReport(
         image_to_text=_direction(image, text, text_grades, ks),

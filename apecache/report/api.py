@@ -148,7 +148,7 @@ def openapi(version: str) -> dict[str, Any]:
             "row": {"type": "integer", "description": "`/image/ROW` is the picture."},
         },
     }
-    found = {
+    search_answer = {
         "type": "object",
         "properties": {
             "target": {"type": "string"},
@@ -157,7 +157,7 @@ def openapi(version: str) -> dict[str, Any]:
         },
     }
     vector = {"type": "array", "items": {"type": "number"}}
-    embedded = {
+    embed_answer = {
         "type": "object",
         "properties": {
             "dim": {"type": "integer"},
@@ -168,8 +168,8 @@ def openapi(version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "apecache", "version": version},
         "paths": {
-            SEARCH_PATH: {"post": _operation("Search the index.", ApiSearch, found)},
-            EMBED_PATH: {"post": _operation("Embed texts and images.", ApiEmbed, embedded)},
+            SEARCH_PATH: {"post": _operation("Search the index.", ApiSearch, search_answer)},
+            EMBED_PATH: {"post": _operation("Embed texts and images.", ApiEmbed, embed_answer)},
         },
     }
 
@@ -207,8 +207,8 @@ def _operation(
 
 def _refused(error: ValidationError) -> PageError:
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "request"
-    return PageError(400, f"{where}: {first['msg']}")
+    field_name = ".".join(map(str, first["loc"])) or "request"
+    return PageError(400, f"{field_name}: {first['msg']}")
 
 
 def _decoded(data: bytes) -> Any:

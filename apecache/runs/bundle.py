@@ -43,7 +43,7 @@ class BundleReport:
 
 
 def bundled_encoders(folder: Path) -> tuple[EncoderSpec | None, EncoderSpec | None]:
-    """Return the encoders of a bundle at their places; None where the run's own name holds.
+    """Return the encoders of a bundle in its folders; None where the run's own name holds.
 
     Args:
         folder: of a run or an index; without a bundle.json nothing has moved.
@@ -55,8 +55,8 @@ def bundled_encoders(folder: Path) -> tuple[EncoderSpec | None, EncoderSpec | No
     if not path.is_file():
         return None, None
     try:
-        places: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["encoders"]
-        moved = [_moved(folder, side, places.get(side)) for side in SIDES]
+        encoder_folders: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["encoders"]
+        moved = [_moved(folder, side, encoder_folders.get(side)) for side in SIDES]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({one_line(error)}); make the bundle again") from None
     return moved[0], moved[1]
@@ -98,7 +98,7 @@ def write_bundle(
         copy_run(run, scratch)
         if (run / CARD).is_file():
             shutil.copyfile(run / CARD, scratch / CARD)
-        places: dict[str, str] = {}
+        encoder_folders: dict[str, str] = {}
         for side, spec in specs.items():
             source = _folder_of(spec)
             if source is None:
@@ -106,12 +106,14 @@ def write_bundle(
                 continue
             # Files of the hub's cache are links to blobs: the bundle gets the bytes.
             shutil.copytree(source, scratch / ENCODERS / side, symlinks=False)
-            places[side] = f"{ENCODERS}/{side}"
-            names[side] = places[side]
-        _write_places(scratch, places)
+            encoder_folders[side] = f"{ENCODERS}/{side}"
+            names[side] = encoder_folders[side]
+        _write_places(scratch, encoder_folders)
         if index is not None:
             shutil.copytree(index, scratch / "index")
-            _write_places(scratch / "index", {side: f"../{at}" for side, at in places.items()})
+            # The index finds the encoders beside it.
+            from_index = {side: f"../{folder}" for side, folder in encoder_folders.items()}
+            _write_places(scratch / "index", from_index)
     files = [path for path in final.rglob("*") if path.is_file()]
     return BundleReport(
         out=out,
@@ -121,16 +123,17 @@ def write_bundle(
     )
 
 
-def _moved(folder: Path, side: Modality, place: str | None) -> EncoderSpec | None:
-    if place is None:
+def _moved(folder: Path, side: Modality, relative_folder: str | None) -> EncoderSpec | None:
+    if relative_folder is None:
         return None
     # Of the recorded encoder only the name changes: pooling and resolution stay.
     recorded = recorded_encoder(folder, side)
-    return replace(recorded, name=str((folder / place).resolve()), revision=None)
+    return replace(recorded, name=str((folder / relative_folder).resolve()), revision=None)
 
 
-def _write_places(folder: Path, places: Mapping[str, str]) -> None:
-    replace_text(folder / BUNDLE, json.dumps({"format": 1, "encoders": dict(places)}, indent=1))
+def _write_places(folder: Path, encoder_folders: Mapping[str, str]) -> None:
+    description = {"format": 1, "encoders": dict(encoder_folders)}
+    replace_text(folder / BUNDLE, json.dumps(description, indent=1))
 
 
 def _folder_of(spec: EncoderSpec) -> Path | None:

@@ -251,12 +251,12 @@ def _write(
     fill: Fill,
 ) -> IndexReport:
     """Write the folder of an index."""
-    whole: dict[Part, Floats] = {
+    full_vectors: dict[Part, Floats] = {
         "images": np.ascontiguousarray(embedded.image.cpu()),
         "texts": np.ascontiguousarray(embedded.text.cpu()),
     }
     dim = settings.dim or embedded.image.shape[1]
-    vectors = {part: _kept(values, dim) for part, values in whole.items()}
+    vectors = {part: _kept(values, dim) for part, values in full_vectors.items()}
     image_rows, text_rows = _rows(store, loaded, embedded)
     rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}
@@ -268,8 +268,8 @@ def _write(
             reports[modality] = measured(
                 report,
                 built=index,
-                vectors=whole[modality],
-                queries=whole[other],
+                vectors=full_vectors[modality],
+                queries=full_vectors[other],
                 dim=dim,
             )
             index.save(folder / f"{modality}.faiss")

@@ -28,14 +28,14 @@ class Condition:
 
     def holds(self, row: Mapping[str, str]) -> bool:
         """Tell whether a row meets the condition."""
-        found = row.get(self.field, "")
+        text = row.get(self.field, "")
         match self.operator:
             case "=":
-                return found == self.value
+                return text == self.value
             case "!=":
-                return found != self.value
+                return text != self.value
             case "~":
-                return fnmatchcase(found, self.value)
+                return fnmatchcase(text, self.value)
 
 
 def parse_where(text: str) -> list[Condition]:
