@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from apecache_cli.app import app
 from PIL import Image
 from tiny import draw_shape
+from typer.testing import CliRunner
 
 import apecache
 from apecache.errors import DataError, OptionError
@@ -139,6 +142,26 @@ def test_names_come_from_folders_and_faults_are_named(run: Path, tmp_path: Path)
         run_suite(run, "clip-bench", tmp_path)
     write_wds(tmp_path / "vtab" / "dtd", retrieval=False)
     assert list(find_data_sets(tmp_path)) == ["vtab/dtd"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_and_the_report_show_a_suite(
+    tiny_run: Path,
+    tmp_path: Path,
+    data_root: Path,
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    command = ["evaluate", str(run), "--suite", "datacomp-38", "--device", "cpu"]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    result = CliRunner().invoke(app, [*command, "--data-root", str(data_root)])
+    assert result.exit_code == 0, result.output
+    assert "mean of the 2 of 38 tasks that were measured" in result.output
+    assert "missing: Caltech-101" in result.output
+    page = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert page.exit_code == 0, page.output
+    text = (tmp_path / "page.html").read_text()
+    assert "Suite datacomp-38" in text
+    assert "CIFAR-10" in text
 
 
 @pytest.mark.filterwarnings("ignore")
