@@ -45,7 +45,7 @@ def input_shift(weight: Tensor, bias: Tensor, projection: str) -> Tensor:
     Raises:
         RunError: no shift gives this bias.
     """
-    shift = torch.linalg.pinv(weight, rtol=1e-10) @ bias
+    shift: Tensor = torch.linalg.pinv(weight, rtol=1e-10) @ bias
     residual = (weight @ shift - bias).norm()
     if residual > RESIDUAL_TOLERANCE * max(1.0, float(bias.norm())):
         out_dim, in_dim = weight.shape

@@ -122,7 +122,7 @@ def _lance() -> ModuleType:
         import lance
     except ImportError:
         raise MissingExtraError("lance", "lance") from None
-    return lance  # type: ignore[no-any-return]
+    return lance
 
 
 def _write_parquet(arrow: Any, batches: Iterator[Any], path: Path) -> None:
