@@ -164,8 +164,10 @@ def run_suite(
     for name, path in sorted(selected.items()):
         if name not in kept_results:
             progress(name)
+            # Loaded only now: a suite that is finished needs no encoder.
             if triple is None:
                 triple = open_clip_triple(run, image=image, text=text, device=device)
+            # Written after each data set, so that an interrupt loses one at most.
             kept_results[name] = asdict(_measure(name, path, triple, device))
             _write(results, digest, kept_results)
         rows[name] = _row(kept_results[name])

@@ -54,6 +54,7 @@ def compare_exported(
     images = probe_images()
     image_difference = None
     if exported.encode_image is not None:
+        # Two ways to resize differ by some levels of gray, which small models amplify.
         is_resized = model.image.encoder.spec.resize != "reference"
         limit = max(tolerance, RESIZE_TOLERANCE) if is_resized else tolerance
         embedded = exported.encode_image(images)
@@ -67,6 +68,7 @@ def probe_images() -> list[Image.Image]:
     """Return seeded RGB pictures, smooth and with noise, of several proportions."""
     chance = np.random.default_rng(0)
     images = []
+    # Pictures of several proportions: a wrong crop or squash shows only on those.
     for width, height in PROBE_SIZES:
         coarse = chance.integers(0, 256, (4, 5, 3), dtype=np.uint8)
         smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

@@ -90,6 +90,7 @@ def graded_report(
         relevance: right answers where captions or images are equal.
     """
     pairs = pairs.to(image.device)
+    # What is not listed is right for certain, so it gets the best grade.
     top_grade = float(pairs.grades.max()) if len(pairs.grades) else 1.0
 
     def text_grades(images: Tensor) -> Tensor:
@@ -172,6 +173,7 @@ def _figures(scores: Tensor, grades: Tensor, ks: Sequence[int]) -> dict[str, Ten
     within_r = (positions.unsqueeze(0) <= n_right.unsqueeze(1)).double()
     precision = hits.cumsum(1) / positions
     discount = 1 / (1 + positions).log2()
+    # The order that a perfect model gives has the highest gain.
     best = grades.sort(dim=1, descending=True).values
     best_gain = (best * discount).sum(1)
     figures = {

@@ -73,6 +73,7 @@ class SearchApi:
             keys=request.keys,
             images=images,
         )
+        # One query at a time: encoders and FAISS take all cores by themselves.
         with _answering(), self.page.lock:
             target = request.target or index.target_of(query)
             hits = index.find(

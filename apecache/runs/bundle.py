@@ -95,6 +95,7 @@ def write_bundle(
         _require_index(index, run, specs)
     names: dict[str, str] = {}
     with new_folder(final) as scratch:
+        # The description comes last within it: its presence makes the folder a finished run.
         copy_run(run, scratch)
         if (run / CARD).is_file():
             shutil.copyfile(run / CARD, scratch / CARD)

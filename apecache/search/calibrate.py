@@ -34,6 +34,7 @@ def nothing_found_score(
     if len(queries) < MIN_QUERIES or not len(vectors):
         return None
     sample = np.sort(np.random.default_rng(SEED).permutation(len(queries))[:QUERIES])
+    # So many right results can stand above the best wrong one.
     n_own = int(np.bincount(owner_of_vector).max())
     k = min(n_own + 1, len(vectors))
     scores, rows = exact_search(vectors, queries[sample], k)

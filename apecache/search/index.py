@@ -310,6 +310,7 @@ def _kept(vectors: Floats, dim: int) -> Floats:
 def _thresholds(vectors: Mapping[Part, Floats], embedded: Embeddings) -> dict[str, float | None]:
     """Return the score below which the best result of each modality is no answer."""
     owners = embedded.image_of_text.cpu().numpy()
+    # An image is its own owner, a caption belongs to its image.
     images = np.arange(len(vectors["images"]))
     return {
         "images": nothing_found_score(

@@ -106,6 +106,7 @@ def _opened(
 ) -> AbstractContextManager[Log]:
     if find_spec(tracker) is None:
         raise MissingExtraError(tracker, EXTRAS[tracker])
+    # Trackers show flat tables, and MLflow takes texts alone.
     flat = flat_settings(settings)
     match tracker:
         case "wandb":
