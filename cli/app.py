@@ -12,6 +12,7 @@ import typer
 
 from . import (
     analyze,
+    bundle,
     compare,
     demo,
     doctor,
@@ -102,6 +103,7 @@ _add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, export_run.export_run, name="export-run")
+_add(TOOLS, bundle.bundle)
 _add(TOOLS, export_embeddings.export_embeddings, name="export-embeddings")
 
 

@@ -86,6 +86,21 @@ class TaskOptions(OptionGroup):
             "of a CLIP or SigLIP.",
         ),
     ] = None
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUITE",
+            help="In place of a task: clip-benchmark (every data set of --data-root) or "
+            "datacomp-38 (extra: zero-shot).",
+        ),
+    ] = None
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the data sets of --suite, in clip_benchmark's webdataset layout.",
+        ),
+    ] = None
     probe_train_split: Annotated[
         str,
         typer.Option(
@@ -213,6 +228,13 @@ def evaluate(
 
         # A run on object storage is a local copy until the end of the block.
         with fetched_run(run) as run_folder:
+            if task_options.suite is not None:
+                result = suite(run_folder, task_options, encoders, device)
+                if json:
+                    show_json(result)
+                else:
+                    show_suite(run, result)
+                return
             request = LabeledOptions(
                 run=run_folder,
                 labels=task_options.labels,
@@ -250,6 +272,54 @@ def measure(
             return probes(request, "image", task_options.probe_train_split)
         case _:
             return probes(request, "text", task_options.probe_train_split)
+
+
+def suite(
+    run: Path,
+    options: TaskOptions,
+    encoders: MovedEncoders,
+    device: str,
+) -> dict[str, Any]:
+    """Measure a run by another program's suite; return the JSON form of its report."""
+    from apecache.device import resolve_device
+    from apecache.errors import OptionError
+    from apecache.export.benchmark_suite import run_suite
+
+    assert options.suite is not None
+    if options.data_root is None:
+        raise OptionError("--data-root is missing: give the folder of the data sets of --suite")
+    moved_image, moved_text = encoders.recorded_in(run)
+    report = run_suite(
+        run,
+        options.suite,
+        data_root=options.data_root,
+        image=moved_image,
+        text=moved_text,
+        device=str(resolve_device(device)),
+        progress=lambda name: typer.echo(f"measuring {name}", err=True),
+    )
+    return asdict(report)
+
+
+def show_suite(run: str, result: dict[str, Any]) -> None:
+    """Show the figures of a suite in per cent, and the tasks without data."""
+    rows: list[tuple[object, ...]] = []
+    for row in result["rows"]:
+        metric = row["main_metric"]
+        # Outside of DataComp the first figure of clip_benchmark is shown.
+        shown = metric if metric in row["metrics"] else next(iter(row["metrics"]))
+        low, high = row["intervals"][shown]
+        span = f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append((row["title"], shown, 100 * row["metrics"][shown], span, row["n_images"]))
+    columns = ("data set", "figure", "%", "95 % interval", "images")
+    show_table(f"{result['suite']}: {run}", columns, rows)
+    if result["main_score"] is not None:
+        n_measured = 38 - len(result["missing"])
+        typer.echo(
+            f"mean of the {n_measured} of 38 tasks that were measured: "
+            f"{100 * result['main_score']:.2f} %"
+        )
+        typer.echo(f"missing: {', '.join(result['missing'])}")
 
 
 def show_result(run: str, task: str, result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """`apecache fit-head`, `apecache fit-encoder` and `apecache ensemble`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,7 @@ from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec
+    from apecache.recipes.recipe import Recipe
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport
     from apecache.train.fit_head import FitReport
@@ -111,7 +112,10 @@ def fit_head(
             price_per_hour=ledger.price_per_hour,
             extract_report=ledger.extract_report,
         )
-        with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
+        with (
+            kept_run(out) as folder,
+            epoch_display(ledger, out, loaded) as show,
+        ):
             features = FeatureStore.open(store, view)
             report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
@@ -269,7 +273,7 @@ def fit_encoder(
 
         opened = FeatureStore.open(store, view)
         open_image = opener(root, opened, source)
-        with epoch_display(ledger.tensorboard) as show:
+        with epoch_display(ledger, str(out), loaded) as show:
             report = run(
                 opened,
                 recipe=loaded,
@@ -392,22 +396,42 @@ def ensemble(
 
 
 @contextmanager
-def epoch_display(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show every line of the history on the terminal, and write it for TensorBoard if asked.
+def epoch_display(
+    ledger: LedgerOptions,
+    out: str,
+    recipe: "Recipe",
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show every line of the history on the terminal, and log it where it was asked for.
+
+    Args:
+        ledger: The trackers.
+        out: The run folder, whose name is that of the run in a tracker.
+        recipe: The recipe, whose settings are logged.
 
     Yields:
         A function to call with every line of the history.
     """
-    if tensorboard is None:
+    trackers = list(ledger.track or ())
+    if ledger.tensorboard is not None:
+        trackers.append(f"tensorboard={ledger.tensorboard}")
+    if not trackers:
         yield show_epoch
         return
-    from apecache.train.tracking import log_to_tensorboard
+    from apecache.train.trackers import parse_tracker, track_fit
 
-    with log_to_tensorboard(tensorboard) as log:
+    for tracker in trackers:
+        parse_tracker(tracker)
+    name = out.rstrip("/").rpartition("/")[2]
+    with ExitStack() as stack:
+        logs = [
+            stack.enter_context(track_fit(tracker, name, recipe.model_dump(mode="json")))
+            for tracker in trackers
+        ]
 
         def show_and_log(line: dict[str, Any]) -> None:
             show_epoch(line)
-            log(line)
+            for log in logs:
+                log(line)
 
         yield show_and_log
 
@@ -417,4 +441,7 @@ def show_epoch(line: dict[str, Any]) -> None:
     loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
     dev = line["dev"]
     recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"
+    if "map_at_r" in dev:
+        # The epoch is chosen by it, because few captions of the dev split differ.
+        recall = f"dev mAP@R {dev['map_at_r']:.1f} (chooses the epoch), {recall[4:]}"
     typer.echo(f"epoch {line['epoch']:3d}  {loss}  {recall}", err=True)

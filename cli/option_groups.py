@@ -158,6 +158,16 @@ MovedText = Annotated[
     ),
 ]
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Also log to wandb, trackio or mlflow (extras of these names), with =PROJECT if it "
+        "is not apecache; or tensorboard=FOLDER (extra: track). Repeatable.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -357,3 +367,4 @@ class LedgerOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
+    track: Track = None

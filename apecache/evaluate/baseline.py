@@ -126,6 +126,7 @@ def embed_baseline(
     """
     among = torch.zeros(len(store.pairs.keys), dtype=torch.bool)
     among[torch.from_numpy(reference.image_rows)] = True
+    # One side may have features in the store while the other one runs.
     sides = _Sides(image=_side(baseline.image, store), text=_side(baseline.text, store))
     return embed_store(sides, store=store, open_image=open_image, among=among.numpy())
 

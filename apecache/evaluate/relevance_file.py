@@ -89,12 +89,12 @@ def graded_pairs(
         for text in texts:
             grades[text, image] = pair.grade
     listed = list(grades)
-    found = GradedPairs(
+    graded = GradedPairs(
         texts=torch.tensor([text for text, _ in listed], dtype=torch.int64),
         images=torch.tensor([image for _, image in listed], dtype=torch.int64),
         grades=torch.tensor([grades[pair] for pair in listed], dtype=torch.float32),
     )
-    return found, n_unknown
+    return graded, n_unknown
 
 
 def _texts_by_name(store: FeatureStore, embedded: Embeddings) -> dict[str, list[int]]:
@@ -124,7 +124,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
 
 
-def _grade(value: object, where: str) -> float:
+def _grade(value: object, line_name: str) -> float:
     if value is None or value == "":
         return 1.0
     try:
@@ -132,5 +132,5 @@ def _grade(value: object, where: str) -> float:
     except ValueError:
         grade = math.nan
     if not (math.isfinite(grade) and grade >= 0):
-        raise DataError(f"{where}: grade {value!r}: expected a number from 0")
+        raise DataError(f"{line_name}: grade {value!r}: expected a number from 0")
     return grade

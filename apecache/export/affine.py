@@ -32,7 +32,7 @@ def affine_of(head: Head) -> tuple[Tensor, Tensor]:
     return fold_linear(identity, head.mean, head.deviation)
 
 
-def input_shift(weight: Tensor, bias: Tensor, where: str) -> Tensor:
+def input_shift(weight: Tensor, bias: Tensor, projection: str) -> Tensor:
     """Return the shortest shift c of the input with weight @ c = bias, float64 [in_dim].
 
     A layer without bias then computes weight @ (x + c), if the last layer before it adds c.
@@ -40,18 +40,18 @@ def input_shift(weight: Tensor, bias: Tensor, where: str) -> Tensor:
     Args:
         weight: float64 [out_dim, in_dim].
         bias: float64 [out_dim].
-        where: the projection, for the message.
+        projection: its name, for the message.
 
     Raises:
         RunError: no shift gives this bias.
     """
-    shift = torch.linalg.pinv(weight, rtol=1e-10) @ bias
+    shift: Tensor = torch.linalg.pinv(weight, rtol=1e-10) @ bias
     residual = (weight @ shift - bias).norm()
     if residual > RESIDUAL_TOLERANCE * max(1.0, float(bias.norm())):
         out_dim, in_dim = weight.shape
         raise RunError(
-            f"{where} has no bias in this format, and no shift of its {in_dim} inputs gives the "
-            f"{out_dim} biases of the head (they miss by {float(residual):.2g}); export with "
+            f"{projection} has no bias in this format, and no shift of its {in_dim} inputs gives "
+            f"the {out_dim} biases of the head (they miss by {float(residual):.2g}); export with "
             "--to sentence-transformers or --to onnx"
         )
     return shift

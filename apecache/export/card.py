@@ -118,6 +118,7 @@ def _card_of_run(folder: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {"pipeline_tag": "zero-shot-image-classification"}, "# Alignment heads"
     text = path.read_text(encoding="utf-8")
+    # No name in the front matter can hold the dashes: cards are written on single lines.
     _, front, body = text.split("---\n", 2)
     return dict(yaml.safe_load(front)), body.partition(USE_TITLE)[0]
 

@@ -54,12 +54,13 @@ def compare_exported(
     images = probe_images()
     image_difference = None
     if exported.encode_image is not None:
+        # Two ways to resize differ by some levels of gray, which small models amplify.
         is_resized = model.image.encoder.spec.resize != "reference"
         limit = max(tolerance, RESIZE_TOLERANCE) if is_resized else tolerance
-        found = exported.encode_image(images)
-        image_difference = _difference(found, model.encode_image(images), "image", limit)
-    found = exported.encode_text(PROBE_TEXTS)
-    text_difference = _difference(found, model.encode_text(PROBE_TEXTS), "text", tolerance)
+        embedded = exported.encode_image(images)
+        image_difference = _difference(embedded, model.encode_image(images), "image", limit)
+    embedded = exported.encode_text(PROBE_TEXTS)
+    text_difference = _difference(embedded, model.encode_text(PROBE_TEXTS), "text", tolerance)
     return ExportDifference(image=image_difference, text=text_difference)
 
 
@@ -67,6 +68,7 @@ def probe_images() -> list[Image.Image]:
     """Return seeded RGB pictures, smooth and with noise, of several proportions."""
     chance = np.random.default_rng(0)
     images = []
+    # Pictures of several proportions: a wrong crop or squash shows only on those.
     for width, height in PROBE_SIZES:
         coarse = chance.integers(0, 256, (4, 5, 3), dtype=np.uint8)
         smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -76,13 +78,13 @@ def probe_images() -> list[Image.Image]:
     return images
 
 
-def _difference(found: Tensor, expected: Tensor, side: str, tolerance: float) -> float:
-    if found.shape != expected.shape:
+def _difference(embedded: Tensor, expected: Tensor, side: str, tolerance: float) -> float:
+    if embedded.shape != expected.shape:
         raise RunError(
-            f"the exported {side} side gives {list(found.shape)}, the run {list(expected.shape)}; "
-            "nothing was written"
+            f"the exported {side} side gives {list(embedded.shape)}, the run "
+            f"{list(expected.shape)}; nothing was written"
         )
-    difference = float((found.float() - expected).abs().max())
+    difference = float((embedded.float() - expected).abs().max())
     # NaN fails this comparison too.
     if not difference <= tolerance:
         raise RunError(

@@ -122,7 +122,7 @@ def _lance() -> ModuleType:
         import lance
     except ImportError:
         raise MissingExtraError("lance", "lance") from None
-    return lance  # type: ignore[no-any-return]
+    return lance
 
 
 def _write_parquet(arrow: Any, batches: Iterator[Any], path: Path) -> None:
@@ -149,6 +149,7 @@ def _batches(
     for first in range(0, max(1, len(vectors)), BATCH_ROWS):
         block = vectors[first : first + BATCH_ROWS]
         rows = (embedded.image_rows if is_image else embedded.text_rows)[first : first + BATCH_ROWS]
+        # Batch by batch: the strings of all rows would take more memory than the vectors.
         columns = _columns(store, rows, is_image)
         arrays = {key: arrow.array(values, arrow.string()) for key, values in columns.items()}
         flat = arrow.array(block.reshape(-1), arrow.float32())
@@ -185,6 +186,7 @@ def _write_pairs(arrow: Any, store: FeatureStore, embedded: Embeddings, out: Pat
         (out / folder).mkdir()
     image = embedded.image.cpu().numpy()
     text = embedded.text.cpu().numpy()
+    # The vector of an image stands beside each of its captions.
     owners = embedded.image_of_text.cpu().numpy()
     for part, first in enumerate(range(0, len(text), PART_ROWS)):
         rows = slice(first, first + PART_ROWS)

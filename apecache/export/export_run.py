@@ -91,6 +91,7 @@ def export_run(
         MissingExtraError: the library of the format is not installed.
     """
     _require_spec(spec)
+    # Before the encoders are loaded: a folder that exists is an early error.
     require_new(out, "folder")
     # An empty folder is replaced: its absolute name stays.
     final = out.absolute()

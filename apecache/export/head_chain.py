@@ -46,9 +46,11 @@ def _mlp_modules(head: PooledHead) -> Iterator[nn.Module]:
     layers = list(head.body)
     *hidden, last = layers
     activation = ACTIVATIONS[head.spec.activation]
+    # Each layer is four modules: linear, norm, activation, dropout, which does nothing here.
     for number in range(0, len(hidden), 4):
         linear, norm = hidden[number], hidden[number + 1]
         assert isinstance(linear, nn.Linear)
+        # Only the first layer sees features, so it alone takes up the standardization.
         if number == 0:
             weight, bias = fold_linear(linear, head.mean, head.deviation)
         else:

@@ -48,7 +48,7 @@ def _export(head: Head, path: Path) -> None:
     # Heads on pooled features have no mask.
     if head.spec.cut == "tokens":
         inputs = [torch.zeros(3, 5, head.in_dim), torch.ones(3, 5, dtype=torch.bool)]
-        axes = [(0, 1), (0, 1)]
+        axes: list[tuple[int, ...]] = [(0, 1), (0, 1)]
     else:
         inputs = [torch.zeros(3, head.in_dim)]
         axes = [(0,)]

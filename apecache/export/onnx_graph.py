@@ -1,6 +1,8 @@
 """Export modules as ONNX graphs; the extra `onnx` installs what this needs."""
 
 import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apecache.errors import MissingExtraError
+from apecache.errors import MissingExtraError, RunError
 
 OPSET = 18
 GraphDtype = Literal["float32", "float16", "int8"]
@@ -76,6 +78,31 @@ def quantize_graph(path: Path, out: Path, dtype: GraphDtype) -> None:
 
         graph = convert_float_to_float16(onnx.load(path), keep_io_types=True)
         onnx.save(graph, out)
+
+
+def require_loadable(path: Path, dtype: GraphDtype) -> None:
+    """Refuse a converted graph that onnxruntime cannot open.
+
+    It is opened by another process: some graphs in float16 end the process that opens them
+    (onnxruntime 1.32).
+
+    Raises:
+        RunError: onnxruntime cannot open the graph.
+    """
+    code = "import onnxruntime, sys; onnxruntime.InferenceSession(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"it ended with code {result.returncode}"
+        raise RunError(
+            f"onnxruntime cannot open {path.name} in {dtype} ({reason[:120]}); export with "
+            "--dtype float32"
+        )
 
 
 def require_onnx(runs: bool = False) -> None:

@@ -27,6 +27,7 @@ from apecache.export.onnx_graph import (
     GraphDtype,
     export_graph,
     quantize_graph,
+    require_loadable,
     require_onnx,
 )
 from apecache.export.whole_model import WholeModel
@@ -61,6 +62,7 @@ def write_onnx_model(model: WholeModel, out: Path, dtype: GraphDtype = "float32"
         MissingExtraError: a package of the extra `onnx` is not installed.
     """
     require_onnx(runs=True)
+    # transformers.js looks for graphs in a folder of this name.
     graphs = out / "onnx"
     graphs.mkdir(parents=True, exist_ok=True)
     _write_graph(graphs, "vision_model", dtype, lambda path: _export_image(model, path))
@@ -109,6 +111,7 @@ def open_onnx_model(folder: Path, model: WholeModel) -> ExportedModel:
         encoder = model.text.encoder
         ids, mask = encoder.pad(encoder.tokenize(texts).ids)
         inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        # The exporter leaves out a mask that the model does not use.
         names = {node.name for node in text.get_inputs()}
         used = {name: value for name, value in inputs.items() if name in names}
         (embedded,) = text.run(["text_embeds"], used)
@@ -134,8 +137,10 @@ def _write_graph(folder: Path, name: str, dtype: GraphDtype, export: Any) -> Non
     export(plain)
     if dtype == "float32":
         return
-    quantize_graph(plain, folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx", dtype)
+    converted = folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx"
+    quantize_graph(plain, converted, dtype)
     plain.unlink()
+    require_loadable(converted, dtype)
 
 
 def _export_image(model: WholeModel, path: Path) -> None:
@@ -219,9 +224,9 @@ def _steps_of(encoder: ImageEncoder) -> TensorPreprocess | None:
         from apecache.export.library_folders import timm_data_config
 
         return timm_tensor_form(timm_data_config(encoder))
-    from apecache.encoders.from_open_clip import tensor_form
+    from apecache.encoders.from_open_clip import read_tensor_form
 
-    return tensor_form(encoder.fingerprint.fields["inputs"]["config"])
+    return read_tensor_form(encoder.fingerprint.fields["inputs"]["config"])
 
 
 def _save_tokenizer(encoder: TextEncoder, out: Path) -> bool:
@@ -233,6 +238,7 @@ def _save_tokenizer(encoder: TextEncoder, out: Path) -> bool:
 
     folder = resolve_folder(spec, modules=("[0-9]*_*/*",) if spec.library == "st" else ())
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    # transformers.js truncates by this number.
     tokenizer.model_max_length = encoder.max_tokens
     if encoder.fingerprint.fields["inputs"].get("lower_case"):
         from tokenizers import normalizers

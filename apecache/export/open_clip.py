@@ -112,6 +112,7 @@ def _require_encoders(model: WholeModel) -> None:
             f"own pooling; {ELSE}"
         )
     config = timm_data_config(image)
+    # open_clip resizes the short side to the size that it crops, so nothing is cropped away there.
     edge = math.floor(config["input_size"][1] / config["crop_pct"])
     is_plain = config["crop_mode"] == "center" and edge == config["input_size"][1]
     if not is_plain:
@@ -191,6 +192,7 @@ def _image_tensors(model: WholeModel) -> dict[str, Tensor]:
     head = model.head("image")
     assert head is not None
     weight, bias = affine_of(head)
+    # open_clip's projection of images has a bias, so that side needs no shift.
     trunk = model.image.encoder.module.state_dict()
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in trunk.items()}
     tensors["visual.head.proj.weight"] = weight.float()
@@ -210,6 +212,7 @@ def _text_tensors(model: WholeModel) -> dict[str, Tensor]:
     shift = input_shift(weight, bias, "open_clip's text projection")
     tower[name] = (tower[name].double() + shift).to(tower[name].dtype)
     tensors = {f"text.transformer.{name}": tensor for name, tensor in tower.items()}
+    # open_clip builds the model without its pooler, and refuses weights that it does not know.
     tensors = {name: tensor for name, tensor in tensors.items() if ".pooler." not in name}
     tensors["text.proj.weight"] = weight.float()
     return tensors

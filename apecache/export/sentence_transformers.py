@@ -60,6 +60,7 @@ def write_sentence_transformers(model: WholeModel, out: Path, text_only: bool = 
             create_model_card=False,
         )
         return
+    # Heads first: they are refused before an encoder is loaded a second time.
     image_head = head_modules(model.head("image"), "image")
     # The folder of a timm encoder is read while the modules are made.
     with TemporaryDirectory() as staging:
@@ -189,6 +190,7 @@ def _image_modules(encoder: ImageEncoder, staging: Path) -> list[nn.Module]:
         config_kwargs=dict(NO_CODE),
         **options,
     )
+    # A run at another resolution has its own size of pixels, which the saved processor must have.
     if spec.library == "hf":
         processor = getattr(transformer.processor, "image_processor", transformer.processor)
         for name, value in resize_options(processor, spec).items():

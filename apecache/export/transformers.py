@@ -95,6 +95,7 @@ def write_transformers(model: WholeModel, out: Path) -> None:
         str(resolve_folder(model.text.encoder.spec)),
         trust_remote_code=False,
     )
+    # The limit of the run, which may be lower than that of the tokenizer's files.
     tokenizer.model_max_length = model.text.encoder.max_tokens
     tokenizer.save_pretrained(out)
 
@@ -154,6 +155,7 @@ def _side(
             f"cannot: {ELSE}"
         )
     weight, bias = affine_of(head)
+    # The class projects what comes before the model's own projection, so both become one.
     if output.projection is not None and hasattr(module, output.projection):
         weight = weight @ getattr(module, output.projection).weight.double()
     bare = _bare(module, side)
@@ -171,6 +173,7 @@ def _bare(module: LibraryModel, side: Modality) -> Any:
     name = "vision_model" if side == "image" else "text_model"
     inner = getattr(module, name, None)
     is_projected = type(module).__name__.endswith("WithProjection")
+    # Copied: the shift changes a bias, and the run is compared with the export afterwards.
     copied: Any = copy.deepcopy(inner if is_projected and inner is not None else module)
     return copied
 

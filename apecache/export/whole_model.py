@@ -1,6 +1,4 @@
-"""Open a run as two modules, from pixels and token ids to embeddings, for the formats that hold
-whole models.
-"""
+"""Open a run as two modules that embed pixels and token ids, for formats of whole models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,10 +54,12 @@ class TextModule(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Embed one batch of token ids."""
+        # A tower that trained runs itself, up to its head.
         if self.takes_ids:
             embedded: Tensor = self.embed(ids, mask)
             return embedded
         features = self.encoder.forward(ids, mask).float()
+        # Heads on tokens need to know where each text ends.
         if self.on_tokens:
             on_tokens: Tensor = self.embed(features, mask != 0)
             return on_tokens
@@ -118,6 +118,7 @@ def open_whole_model(
         EncoderError: an encoder cannot be loaded.
         MismatchError: it is not the one that the run was trained on.
     """
+    # Heads and encoders share one device: exporters trace both in one pass.
     loaded = load_run(run, device=device, image=image, text=text)
     return WholeModel(
         run=loaded,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import (
     Groups,
     Temperature,
@@ -43,6 +44,8 @@ def contrast(
         widths: of heads that stand side by side. Each has a loss of its own, and the result is
             their mean.
     """
+    if spec.matryoshka:
+        return _nested(image, text=text, temperature=temperature, groups=groups, spec=spec)
     if not widths:
         return loss_of_kind(image, text=text, temperature=temperature, groups=groups, spec=spec)
     image_blocks = image.split(list(widths), dim=-1)
@@ -54,6 +57,27 @@ def contrast(
         loss = loss_of_kind(
             image_block * length,
             text=text_block * length,
+            temperature=temperature,
+            groups=groups,
+            spec=spec,
+        )
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def _nested(
+    image: Tensor,
+    text: Tensor,
+    temperature: Temperature,
+    groups: Groups | None,
+    spec: LossSpec,
+) -> Tensor:
+    """Average the loss over the whole embeddings and their first `spec.matryoshka` values."""
+    losses = []
+    for width in (*spec.matryoshka, image.shape[1]):
+        loss = loss_of_kind(
+            normalize(image[:, :width], dim=-1),
+            text=normalize(text[:, :width], dim=-1),
             temperature=temperature,
             groups=groups,
             spec=spec,

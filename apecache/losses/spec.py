@@ -31,6 +31,10 @@ class LossSpec(Settings):
     """Added to the logits of `sigmoid`, at the start."""
     captions: int = Field(default=1, ge=1, le=64)
     """Different captions of each image in a batch. They are never each other's negatives."""
+    matryoshka: tuple[int, ...] = ()
+    """Widths, smaller than the embedding: the loss is the mean of those of the first m values of
+    each embedding, L2-normalized again, for every such m and for the whole. The first values then
+    serve as a shorter embedding (Kusupati et al. 2022, Matryoshka representation learning)."""
     structure: float = Field(default=0.0, ge=0)
     """Weight of the divergence between the similarities before and after the head (STRUCTURE)."""
     structure_temperature: float = Field(default=0.05, gt=0)
@@ -45,6 +49,9 @@ class LossSpec(Settings):
             raise ValueError(
                 "kind custom and custom (the loss's name) go together: give both or none"
             )
+        widths = self.matryoshka
+        if list(widths) != sorted(set(widths)) or any(width < 1 for width in widths):
+            raise ValueError("matryoshka: widths must rise, from 1")
         if not self.min_temperature <= self.temperature <= self.max_temperature:
             raise ValueError("temperature must lie between min_temperature and max_temperature")
         return self

@@ -90,22 +90,23 @@ def graded_report(
         relevance: right answers where captions or images are equal.
     """
     pairs = pairs.to(image.device)
+    # What is not listed is right for certain, so it gets the best grade.
     top_grade = float(pairs.grades.max()) if len(pairs.grades) else 1.0
 
     def text_grades(images: Tensor) -> Tensor:
         if relevance is None:
-            own = image_of_text.unsqueeze(0) == images.unsqueeze(1)
+            own_pairs = image_of_text.unsqueeze(0) == images.unsqueeze(1)
         else:
-            own = relevance.right_texts(images)
-        return _listed(own * top_grade, images, pairs.images, pairs.texts, pairs.grades)
+            own_pairs = relevance.right_texts(images)
+        return _listed(own_pairs * top_grade, images, pairs.images, pairs.texts, pairs.grades)
 
     def image_grades(texts: Tensor) -> Tensor:
         if relevance is None:
             columns = torch.arange(len(image), device=image.device)
-            own = image_of_text[texts].unsqueeze(1) == columns.unsqueeze(0)
+            own_pairs = image_of_text[texts].unsqueeze(1) == columns.unsqueeze(0)
         else:
-            own = relevance.right_images(texts)
-        return _listed(own * top_grade, texts, pairs.texts, pairs.images, pairs.grades)
+            own_pairs = relevance.right_images(texts)
+        return _listed(own_pairs * top_grade, texts, pairs.texts, pairs.images, pairs.grades)
 
     return GradedReport(
         image_to_text=_direction(image, text, text_grades, ks),
@@ -172,6 +173,7 @@ def _figures(scores: Tensor, grades: Tensor, ks: Sequence[int]) -> dict[str, Ten
     within_r = (positions.unsqueeze(0) <= n_right.unsqueeze(1)).double()
     precision = hits.cumsum(1) / positions
     discount = 1 / (1 + positions).log2()
+    # The order that a perfect model gives has the highest gain.
     best = grades.sort(dim=1, descending=True).values
     best_gain = (best * discount).sum(1)
     figures = {

@@ -41,6 +41,9 @@ class RetrievalReport:
     chance_image_to_text: dict[int, float]
     """Expected recall of a random order. Equal captions and images raise it."""
     chance_text_to_image: dict[int, float]
+    map_at_r: float | None = None
+    """Mean of both directions, in per cent, where few captions differ (`metrics.selection`). None:
+    recalls can rank."""
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "RetrievalReport":
@@ -60,11 +63,17 @@ class RetrievalReport:
             n_texts=int(value["n_texts"]),
             chance_image_to_text=chance_image_to_text,
             chance_text_to_image=chance_text_to_image,
+            map_at_r=value.get("map_at_r"),
         )
 
     @property
+    def selection_score(self) -> float:
+        """Return what chooses epochs and settings: mAP@R if there is one, else the mean recall."""
+        return self.mean_recall if self.map_at_r is None else self.map_at_r
+
+    @property
     def mean_recall(self) -> float:
-        """Return the mean of all recalls, which epochs and recipes are chosen by."""
+        """Return the mean of all recalls."""
         values = [*self.image_to_text.values(), *self.text_to_image.values()]
         return sum(values) / len(values)
 

@@ -172,7 +172,25 @@ class Recipe(Settings):
             )
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
+        self._require_nested_widths()
         return self
+
+    def _require_nested_widths(self) -> None:
+        """Raise ValueError where the widths of `loss.matryoshka` do not suit the heads."""
+        widths = self.loss.matryoshka
+        if not widths:
+            return
+        if self.image.parts or self.text.parts or self.shared:
+            raise ValueError(
+                "loss.matryoshka is for a single head on each side: an ensemble or a shared block "
+                "has no order among its values"
+            )
+        dims = [dim for dim in (self.image.dim, self.text.dim) if dim is not None]
+        if dims and widths[-1] >= min(dims):
+            raise ValueError(
+                f"loss.matryoshka {widths[-1]} is not smaller than the width {min(dims)} of the "
+                "embedding, which is always trained"
+            )
 
     @property
     def cut(self) -> str:

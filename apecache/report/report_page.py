@@ -4,7 +4,7 @@ Without a store the page shows what the runs record: figures of the dev split, o
 chosen. With a store it measures, by default on the same dev split, and shows pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from apecache.data.media import Media, NoMedia
 from apecache.data.recorded import recorded_media
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
+from apecache.export.benchmark_suite import DATACOMP, read_suites
 from apecache.metrics.protocols import RecallIntervals, measure_retrieval
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits
 from apecache.report.gallery import Gallery
-from apecache.report.page import Chart, Page, Table, write_page
+from apecache.report.page import Cell, Chart, Page, Table, write_page
 from apecache.report.records import (
     RunRecord,
+    ends,
     interval_table,
     read_records,
     retrieval_table,
@@ -42,6 +44,7 @@ from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import choose_splits
 
+N_DATACOMP = len(DATACOMP)
 CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of generalization."
 
 
@@ -235,8 +238,38 @@ def _tables(
         for table in (seeds_table(records, reports, hits), settings_table(records)):
             if table is not None:
                 tables.append(table)
+    tables += suite_tables(_paths(records))
     costs = ledger_table(_paths(records))
     return [*tables, costs] if costs.rows else tables
+
+
+def suite_tables(paths: Mapping[str, Path]) -> list[Table]:
+    """Make a table per suite of `apecache evaluate --suite` that a run has results of."""
+    rows: dict[str, list[tuple[Cell, ...]]] = {}
+    for name, path in paths.items():
+        for report in read_suites(path):
+            for row in report.rows:
+                metric = (
+                    row.main_metric if row.main_metric in row.metrics else next(iter(row.metrics))
+                )
+                low, high = row.intervals[metric]
+                cells = (
+                    name,
+                    row.title,
+                    metric,
+                    100 * row.metrics[metric],
+                    ends(100 * low, 100 * high),
+                )
+                rows.setdefault(report.suite, []).append((*cells, row.n_images))
+            if report.main_score is not None:
+                n_measured = N_DATACOMP - len(report.missing)
+                title = f"mean of the {n_measured} measured of {N_DATACOMP} tasks"
+                rows[report.suite].append((name, title, "", 100 * report.main_score, "", ""))
+    columns = ("run", "data set", "figure", "%", "95 % interval", "images")
+    return [
+        Table(title=f"Suite {suite}", columns=columns, rows=tuple(suite_rows))
+        for suite, suite_rows in rows.items()
+    ]
 
 
 def _charts(records: Sequence[RunRecord]) -> tuple[Chart, ...]:

@@ -138,6 +138,8 @@ def history_line(
             "text_to_image": {str(k): value for k, value in dev.text_to_image.items()},
             "mean_recall": dev.mean_recall,
             "chance": dev.mean_chance,
+            # Only where it chooses the epoch in place of the mean recall.
+            **({} if dev.map_at_r is None else {"map_at_r": dev.map_at_r}),
         },
         "seconds": seconds,
     }

@@ -340,9 +340,20 @@ def _measured(dev: RetrievalReport) -> list[str]:
     title = f"dev, {counted(dev.n_images, 'image')}, {counted(dev.n_texts, 'caption')}"
     return [
         *_table((title, "recall, %"), rows),
-        "The epoch was chosen on these images: they are no measure of generalization.",
+        _chosen_by(dev),
         "",
     ]
+
+
+def _chosen_by(dev: RetrievalReport) -> str:
+    """Say on what the epoch was chosen, and by which figure."""
+    sentence = "The epoch was chosen on these images: they are no measure of generalization."
+    if dev.map_at_r is None:
+        return sentence
+    return (
+        f"{sentence} Few of their captions differ, so it was chosen by mAP@R "
+        f"({dev.map_at_r:.1f} %) in place of the mean recall."
+    ).replace("@", "\\@")
 
 
 def _warnings(ledger: Ledger) -> list[str]:

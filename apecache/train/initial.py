@@ -79,7 +79,7 @@ def initial_model(
     recalls: list[float] = []
     for candidate in candidates:
         report = evaluate_model(_filled(model, candidate), dev)
-        recalls.append(report.mean_recall)
+        recalls.append(report.selection_score)
     # Of equal recalls the first candidate wins, in the order of the settings.
     best = candidates[recalls.index(max(recalls))]
     return _filled(model, best), best.settings

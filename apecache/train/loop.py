@@ -103,9 +103,10 @@ def evaluate_untrained(
     log: FitProgress,
 ) -> None:
     """Write epoch 0 of the history: the model before training."""
-    _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
+    report = _evaluate(training, dev)
+    _record(training, report=report, loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
-        keep_if_best(training, training.history[-1]["dev"]["mean_recall"])
+        keep_if_best(training, report.selection_score)
 
 
 def end_epoch(
@@ -138,7 +139,7 @@ def end_epoch(
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
         _record(training, report=report, loss=loss, seconds=seconds, log=log)
-        keep_if_best(training, report.mean_recall)
+        keep_if_best(training, report.selection_score)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:

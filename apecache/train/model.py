@@ -13,7 +13,8 @@ from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
 from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.selection import dev_report
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 
@@ -150,7 +151,7 @@ def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalRepor
     """Measure retrieval among `pairs`, without dropout."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
-    return retrieval_report(
+    return dev_report(
         image,
         text,
         pairs.image_of_text.to(image.device),

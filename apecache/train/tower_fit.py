@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from apecache.data.augment import Views
 from apecache.errors import RecipeError
 from apecache.losses.contrastive import Groups
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.selection import dev_report
 from apecache.models.dual_encoder import EncoderModel, Side
 from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe
@@ -99,7 +100,7 @@ class EncoderFit(Fit[EncoderModel]):
         image = self._embed(self.model.image, image_inputs, image_rows)
         text = self._embed(self.model.text, text_inputs, text_rows)
         relevance = None if dev.relevance is None else dev.relevance.to(image.device)
-        return retrieval_report(
+        return dev_report(
             image,
             text,
             dev.image_of_text.to(image.device),

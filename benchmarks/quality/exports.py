@@ -8,15 +8,15 @@ weights on them. `apecache export-run` writes each run in each format. The other
 folder, and embeds three images and four texts. A row has the largest absolute difference of a
 value to what `apecache.load` gives (vectors have length 1), the bytes of the folder and the wall
 time of export and comparison. Where a format cannot hold a head or an encoder, the row has the
-message. The row of the format `triple` is `apecache.open_clip_triple`, which writes nothing.
+message. The row of the format `triple` is `apecache.open_clip_triple`, which writes nothing. Rows
+are kept in `--rows`, one JSON a line; what is there is not measured again.
 """
 
 import argparse
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,21 @@ DTYPES = ("float16", "int8")
 """Of a further ONNX row for linear heads."""
 EXACT = 1e-5
 Row = dict[str, Any]
+Cell = tuple[str, str, str, str]
+"""Encoders, head, format and dtype."""
 
 
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        rows = []
-        for row in measure(Path(work), options.quick):
+        kept = options.rows or Path(work) / "rows.jsonl"
+        rows = read_rows(kept)
+        done = {cell_of(row) for row in rows}
+        for row in measure(Path(work), done, options.quick):
             rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     measured = [row for row in rows if row["refused"] is None]
     exact = [row for row in measured if row["dtype"] == "float32"]
     worst = max(max(row["image difference"], row["text difference"]) for row in exact)
@@ -56,7 +61,7 @@ def main() -> None:
             better="lower",
         ),
         Goal(
-            name="cells that the triple opens",
+            name="runs that the triple opens",
             value=sum(row["format"] == "triple" for row in measured),
             target=sum(row["format"] == "triple" for row in rows),
             better="higher",
@@ -71,31 +76,55 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def measure(work: Path, quick: bool = False) -> Iterator[Row]:
-    """Yield one row per format, kind of head and pair of encoders that can have the head."""
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of an earlier run that was interrupted."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def cell_of(row: Row) -> Cell:
+    """Return what identifies a row."""
+    return row["encoders"], row["head"], row["format"], row["dtype"]
+
+
+def cells(quick: bool) -> Iterator[Cell]:
+    """Yield all cells of the table, those of one run one after another."""
     for pair in PAIRS:
         for head in ("linear",) if quick else HEADS:
+            for format_name in FORMATS[:3] if quick else FORMATS:
+                yield pair, head, format_name, "float32"
+            if head == "linear" and not quick:
+                for dtype in DTYPES:
+                    yield pair, head, "onnx", dtype
+
+
+def measure(work: Path, done: Collection[Cell], quick: bool = False) -> Iterator[Row]:
+    """Yield one row per format, kind of head and pair of encoders that can have the head."""
+    for pair in PAIRS:
+        for head in HEADS:
+            missing = [cell for cell in cells(quick) if cell[:2] == (pair, head)]
+            missing = [cell for cell in missing if cell not in done]
+            if not missing or (pair, head, "(no such run)", "float32") in done:
+                continue
             folder = work / f"{pair} {head}".replace(" ", "-")
             try:
                 run = build_run(folder, pair, head)
             except ApecacheError as error:
                 yield row_of(pair, head, "(no such run)", refused=str(error))
                 continue
-            for format_name in FORMATS[:3] if quick else FORMATS:
-                yield measure_cell(run, pair=pair, head=head, format_name=format_name)
-            if head == "linear" and not quick:
-                for dtype in DTYPES:
-                    yield measure_cell(
-                        run,
-                        pair=pair,
-                        head=head,
-                        format_name="onnx",
-                        dtype=dtype,
-                    )
+            for _, _, format_name, dtype in missing:
+                yield measure_cell(
+                    run,
+                    pair=pair,
+                    head=head,
+                    format_name=format_name,
+                    dtype=dtype,
+                )
 
 
 def measure_cell(

@@ -333,6 +333,7 @@ def _is_plain(member: HeadFit, batch: Batch) -> bool:
     return (
         loss.kind == "infonce"
         and not loss.structure
+        and not loss.matryoshka
         and batch.groups is None
         and is_small
         and not is_ensemble
