@@ -260,6 +260,8 @@ def folder_roles(images: Sequence[str]) -> tuple[list[str], list[str]]:
     depth = _split_depth(folders)
     if depth is not None:
         split_names = [names.pop(depth) for names in folders]
+        if len({tuple(names[:depth]) for names in folders}) == 1:
+            folders = [names[depth:] for names in folders]
     folders = [[name for name in names if name.lower() not in NOT_CLASSES] for names in folders]
     deeper = folders
     while all(len(names) > 1 for names in deeper) and len({names[0] for names in deeper}) == 1:

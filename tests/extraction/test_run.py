@@ -826,7 +826,9 @@ def test_more_than_half_the_images_not_found_is_a_wrong_root(
     for path in sorted((shapes.parent / "images").iterdir())[:n_missing]:
         path.unlink()
     if refuses:
-        with pytest.raises(BadRowsError, match=r"7 of 12 images are not below .*--root.*--max-bad 0\.59"):
+        with pytest.raises(
+            BadRowsError, match=r"7 of 12 images are not below .*--root.*--max-bad 0\.59"
+        ):
             again(shapes, tmp_path / "store", max_bad=max_bad)
         assert not (tmp_path / "store").exists()
     else:
