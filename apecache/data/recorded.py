@@ -60,12 +60,12 @@ def recorded_media(
     """
     options: Mapping[str, Json] = record.get("options", {})
     spec = spec_of_options(options)
-    kind = options.get(MEDIA, FolderMedia.__name__)
+    media_type = options.get(MEDIA, FolderMedia.__name__)
     if source is not None:
         media = open_unsplit(source, replace(spec, root=root or spec.root)).media
-    elif root is not None and kind != RenamedMedia.__name__:
+    elif root is not None and media_type != RenamedMedia.__name__:
         media = media_below(root, spec.allow_root)
-    elif kind in (FolderMedia.__name__, ObjectMedia.__name__):
+    elif media_type in (FolderMedia.__name__, ObjectMedia.__name__):
         media = media_at(str(record.get("root", "")), spec.allow_root)
     else:
         media = _reopened(record, spec, root)
