@@ -19,6 +19,7 @@ from apecache.data.shards import open_shards
 from apecache.data.sidecars import (
     SIDECAR_OPTIONS,
     TEXT_ENDINGS,
+    TEXT_SIDECAR_OPTIONS,
     Sidecar,
     is_boxes,
     rules_near,
@@ -34,6 +35,7 @@ from apecache.data.spec import (
 )
 from apecache.data.tables import joined_fields, table_rows
 from apecache.data.text_files import open_text
+from apecache.data.tfrecords import open_tfrecords
 from apecache.errors import ManifestError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -67,6 +69,7 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
     tables = _metadata(tree)
     images = tree.images()
     tars = tree.ending(".tar")
+    tfrecords = tree.ending(".tfrecord")
     parquet = tree.ending(".parquet")
     if tars and images:
         raise ManifestError(
@@ -78,6 +81,9 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
         return _counted(source, tree, used=tars)
     if tables:
         return _with_metadata(tree, tables, images=images, spec=spec)
+    if tfrecords and not images:
+        source = open_tfrecords([folder / name for name in tfrecords], str(folder), spec)
+        return _counted(source, tree, used=tfrecords)
     if parquet and not images:
         parts = parts_of([folder / name for name in parquet], str(folder))
         return _counted(open_parquet(parts, spec), tree, used=parquet)
@@ -178,8 +184,10 @@ def _with_folder_splits(rows: Sequence[TableRow]) -> list[TableRow]:
 def _images(tree: FileTree, images: list[str], spec: OpenSpec) -> PairSource:
     """Open images with texts beside them, in folders of classes, or alone."""
     folder = tree.folder
-    require_only(spec, folder, *SIDECAR_OPTIONS, "allow_root")
     texts, n_boxes = _texts(tree, images, spec)
+    has_fields = any("json" in image_texts for image_texts in texts.values())
+    allowed = SIDECAR_OPTIONS if has_fields else TEXT_SIDECAR_OPTIONS
+    require_only(spec, folder, *allowed, "allow_root")
     splits, labels = folder_roles(images)
     if not any(texts.values()):
         _require_no_loose(folder, images, splits)

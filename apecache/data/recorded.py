@@ -40,7 +40,9 @@ WORKING_FOLDER = "working_folder"
 
 def options_to_record(source: PairSource) -> dict[str, Json]:
     """Return what a store records to read the images of a source again."""
-    return {**source.options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
+    # The folder of the images has a field of its own.
+    options = {name: value for name, value in source.options.items() if name != "root"}
+    return {**options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
 
 
 def recorded_media(

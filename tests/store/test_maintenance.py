@@ -35,9 +35,8 @@ def columns(store: FeatureStore, **changed: Any) -> PairColumns:
     source = store.source
     names = ("keys", "splits", "labels", "captions", "languages", "image_rows")
     plain = {name: getattr(pairs, name).tolist() for name in names}
-    return PairColumns(
-        **{**plain, "digest": source["digest"], "origin": source["origin"], **changed}
-    )
+    recorded = {name: source[name] for name in ("digest", "origin", "options")}
+    return PairColumns(**{**plain, **recorded, **changed})
 
 
 def test_uncommitted_shards_are_pending_and_nothing_is_served(grown: Grown) -> None:
