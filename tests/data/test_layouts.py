@@ -279,6 +279,21 @@ def test_long_cells_are_read(tmp_path: Path) -> None:
         assert open_pairs(table).captions == [long, "x"]
 
 
+@pytest.mark.parametrize("column", ["captions", "raw", "caption"])
+def test_lists_that_a_table_has_as_text_are_captions(column: str, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    lists = [['a dog, "big"', "it's a dog"], ["a cat"]]
+    frame = pandas.DataFrame({"filename": ["a.png", "b.png"], column: lists})
+    frame.to_csv(tmp_path / "python.csv", index=False)
+    frame[column] = [json.dumps(captions) for captions in lists]
+    frame.to_csv(tmp_path / "json.csv", index=False)
+    for name in ("python.csv", "json.csv"):
+        assert [list(pair.captions) for pair in open_pairs(tmp_path / name)] == lists
+    frame[column] = ["['a list']", "and text"]
+    frame.to_csv(tmp_path / "mixed.csv", index=False)
+    assert open_pairs(tmp_path / "mixed.csv").captions == ["['a list']", "and text"]
+
+
 def test_a_row_without_an_image_is_a_bad_row(tmp_path: Path) -> None:
     table = write_text(tmp_path / "t.csv", "image,caption\na.png,x\n,y\n")
     write_images(tmp_path)
@@ -456,6 +471,30 @@ def test_a_snapshot_of_a_hub_is_read(below: str, tmp_path: Path) -> None:
     source = open_pairs(hub_snapshot(tmp_path) / below)
     assert source.captions == [f"of {name}" for name in NAMES]
     assert [source.media.read(key) for key in source.keys] == [*map(image_bytes, range(5))]
+
+
+def test_a_text_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path / "given", ["a.png", "b.png"])
+    write_text(tmp_path / "secret", "a secret")
+    write_text(tmp_path / "given" / "b.txt", "a cat")
+    (tmp_path / "given" / "a.txt").symlink_to(tmp_path / "secret")
+    source = open_pairs(tmp_path / "given")
+    assert source.captions == ["a cat"]
+    (reason,) = set(source.skipped) - {"rows without a caption"}
+    assert "--allow-root" in reason
+    allowed = open_pairs(tmp_path / "given", OpenSpec(allow_root=(tmp_path,)))
+    assert allowed.captions == ["a secret", "a cat"]
+
+
+def test_a_table_beside_a_folder_of_images_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path / "Images")
+    write_text(tmp_path / "LICENSE.txt", "Do what you like.\n")
+    assert open_pairs(tmp_path).skipped == {"files .txt": 1}
+    write_text(tmp_path / "captions.txt", "image,caption\na.png,x\n")
+    with pytest.raises(ManifestError, match=r"captions\.txt\) beside them; give .*captions\.txt"):
+        open_pairs(tmp_path)
+    source = open_pairs(tmp_path / "captions.txt", OpenSpec(root=tmp_path / "Images"))
+    assert source.media.read("a.png") == image_bytes(0)
 
 
 def test_links_lead_out_of_the_folder_only_where_it_is_allowed(tmp_path: Path) -> None:
