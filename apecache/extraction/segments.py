@@ -3,6 +3,7 @@
 What the store holds already must be what it was made from.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -112,6 +113,13 @@ def _other_table(files: Files, table: PairSource, first_row: int) -> str:
         "a store belongs to one table (--append takes it with new rows at its end): choose "
         "another --store"
     )
+    scale = read_record(files, SOURCE).get("options", {}).get("scale")
+    scale_here = _scale_text(table.pixels.scale)
+    if _scale_text(scale) != scale_here:
+        return (
+            f"{files.place} was made with --scale {_scale_text(scale)}, not {scale_here}; give the "
+            "same --scale, or choose another --store"
+        )
     # The table of a segment whose making was interrupted may not be readable.
     try:
         pairs = FeatureStore.at(files).pairs
@@ -145,6 +153,10 @@ def _other_table(files: Files, table: PairSource, first_row: int) -> str:
                     f"not {shorten(store_value)!r}; {remedy}"
                 )
     return f"{other}: {counted(len(pairs.keys), 'image')} there, {len(table)} here; {remedy}"
+
+
+def _scale_text(scale: Sequence[float] | None) -> str:
+    return "auto" if scale is None else ",".join(f"{limit:g}" for limit in scale)
 
 
 def make_segment(segment: Segment) -> None:
