@@ -288,3 +288,18 @@ def bucket(s3_server, monkeypatch: pytest.MonkeyPatch) -> str:  # type: ignore[n
     monkeypatch.setenv("APECACHE_RETRY_SECONDS", "20")
     monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "5")
     return s3_server.new_bucket()
+
+
+@pytest.fixture
+def images_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the images were no longer where the store recorded them; `--root` still works."""
+    from apecache.data import recorded
+    from apecache.data.media import NoMedia
+
+    original = recorded.recorded_media
+
+    def forgotten(record: Any, root: Any = None, source: Any = None) -> Any:
+        is_given = root is not None or source is not None
+        return original(record, root=root, source=source) if is_given else NoMedia()
+
+    monkeypatch.setattr(recorded, "recorded_media", forgotten)

@@ -180,8 +180,8 @@ def _written_cells(line: str, separator: str) -> list[tuple[str, bool]] | None:
         values = next(csv.reader([line], delimiter=separator, strict=True))
     except (csv.Error, StopIteration):
         return None
-    cells = []
-    written = []
+    cells: list[tuple[str, bool]] = []
+    written: list[str] = []
     for value in values:
         quoted = '"' + value.replace('"', '""') + '"'
         position = len(separator.join(written)) + bool(written)

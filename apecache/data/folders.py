@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from apecache.data.delimited import first_lines, is_table
 from apecache.data.file_tree import FileTree, read_tree
 from apecache.data.media import media_below
 from apecache.data.pairs import NO_SPLIT, PairSource, SourceFields, TableRow, source_of_rows
@@ -19,6 +20,7 @@ from apecache.data.shards import open_shards
 from apecache.data.sidecars import (
     SIDECAR_OPTIONS,
     TEXT_ENDINGS,
+    TEXT_SIDECAR_OPTIONS,
     Sidecar,
     is_boxes,
     rules_near,
@@ -34,6 +36,7 @@ from apecache.data.spec import (
 )
 from apecache.data.tables import joined_fields, table_rows
 from apecache.data.text_files import open_text
+from apecache.data.tfrecords import open_tfrecords
 from apecache.errors import ManifestError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -49,6 +52,7 @@ KNOWN_FILES = (
 """Files of clip_benchmark that are no data."""
 NOT_NAMED = "images that the table does not name"
 BOXES = "texts of numbers, no captions"
+UNREADABLE = "texts that are links to files outside (allow them with --allow-root)"
 
 
 def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
@@ -67,6 +71,7 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
     tables = _metadata(tree)
     images = tree.images()
     tars = tree.ending(".tar")
+    tfrecords = tree.ending(".tfrecord")
     parquet = tree.ending(".parquet")
     if tars and images:
         raise ManifestError(
@@ -78,6 +83,9 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
         return _counted(source, tree, used=tars)
     if tables:
         return _with_metadata(tree, tables, images=images, spec=spec)
+    if tfrecords and not images:
+        source = open_tfrecords([folder / name for name in tfrecords], str(folder), spec)
+        return _counted(source, tree, used=tfrecords)
     if parquet and not images:
         parts = parts_of([folder / name for name in parquet], str(folder))
         return _counted(open_parquet(parts, spec), tree, used=parquet)
@@ -178,8 +186,11 @@ def _with_folder_splits(rows: Sequence[TableRow]) -> list[TableRow]:
 def _images(tree: FileTree, images: list[str], spec: OpenSpec) -> PairSource:
     """Open images with texts beside them, in folders of classes, or alone."""
     folder = tree.folder
-    require_only(spec, folder, *SIDECAR_OPTIONS, "allow_root")
     texts, n_boxes = _texts(tree, images, spec)
+    skipped: Counter[str] = Counter({BOXES: n_boxes} if n_boxes else {})
+    has_fields = any("json" in image_texts for image_texts in texts.values())
+    allowed = SIDECAR_OPTIONS if has_fields else TEXT_SIDECAR_OPTIONS
+    require_only(spec, folder, *allowed, "allow_root")
     splits, labels = folder_roles(images)
     if not any(texts.values()):
         _require_no_loose(folder, images, splits)
@@ -191,17 +202,18 @@ def _images(tree: FileTree, images: list[str], spec: OpenSpec) -> PairSource:
     used = list(images)
     for image, split, label in zip(images, splits, labels, strict=True):
         used += texts[image].values()
-        contents = {ending: _read(folder / name) for ending, name in texts[image].items()}
+        contents = {ending: _read(tree, name, spec) for ending, name in texts[image].items()}
+        skipped[UNREADABLE] += sum(text is None for text in contents.values())
         sidecar = Sidecar(
             key=image,
             location=str(folder / image),
-            texts=contents,
+            texts={ending: text for ending, text in contents.items() if text is not None},
             split=split,
             label=label,
         )
         sidecars.append(sidecar)
     rules = rules_near(folder, spec)
-    rows, fields, skipped = sidecar_rows(sidecars, rules=rules, origin=str(folder), spec=spec)
+    rows, fields, joined = sidecar_rows(sidecars, rules=rules, origin=str(folder), spec=spec)
     fields = replace(
         fields,
         image="file",
@@ -210,10 +222,9 @@ def _images(tree: FileTree, images: list[str], spec: OpenSpec) -> PairSource:
     )
     media = media_below(folder, spec.allow_root)
     source = source_of_rows(rows, origin=str(folder), media=media, fields=fields)
-    if n_boxes:
-        skipped[BOXES] = n_boxes
     counted = _counted(source, tree, used=used)
-    return replace(counted, skipped={**counted.skipped, **skipped})
+    # Adding drops the reasons with a count of zero.
+    return replace(counted, skipped={**counted.skipped, **(skipped + joined)})
 
 
 def _texts(
@@ -237,15 +248,23 @@ def _texts(
         texts[image] = {}
         for role, ending in endings.items():
             name = next((text for text in (stem + ending, image + ending) if text in names), None)
-            if name is not None and role == "txt" and is_boxes(_read(tree.folder / name)):
+            if name is not None and role == "txt" and is_boxes(_read(tree, name, spec) or ""):
                 n_boxes += 1
             elif name is not None:
                 texts[image][role] = name
     return texts, n_boxes
 
 
-def _read(path: Path) -> str:
-    with open_text(path) as file:
+def _read(tree: FileTree, name: str, spec: OpenSpec) -> str | None:
+    """Return a text; None if it is a link that leads out of the folder, or to no file.
+
+    Raises:
+        ManifestError: It is not UTF-8.
+    """
+    media = media_below(tree.folder, spec.allow_root)
+    if not media.exists(name):
+        return None
+    with open_text(tree.folder / name) as file:
         return file.read()
 
 
@@ -260,6 +279,8 @@ def folder_roles(images: Sequence[str]) -> tuple[list[str], list[str]]:
     depth = _split_depth(folders)
     if depth is not None:
         split_names = [names.pop(depth) for names in folders]
+        if len({tuple(names[:depth]) for names in folders}) == 1:
+            folders = [names[depth:] for names in folders]
     folders = [[name for name in names if name.lower() not in NOT_CLASSES] for names in folders]
     deeper = folders
     while all(len(names) > 1 for names in deeper) and len({names[0] for names in deeper}) == 1:
@@ -291,7 +312,13 @@ def _require_no_loose(folder: Path, images: Sequence[str], splits: Sequence[str]
 
 def _require_no_table(tree: FileTree, labels: Sequence[str]) -> None:
     """Refuse images without classes beside a table, which says more than their names do."""
-    tables = [name for name in tree.files if "/" not in name and name.endswith(TABLES)]
+    top = [name for name in tree.files if "/" not in name]
+    tables = [name for name in top if name.endswith(TABLES)]
+    for name in top:
+        path = tree.folder / name
+        # Flickr8k comes as a folder of images with captions.txt beside it.
+        if name.endswith((".txt", ".token")) and is_table(first_lines(path), path, OpenSpec()):
+            tables.append(name)
     if tables and len(set(labels)) == 1:
         raise ManifestError(
             f"{tree.folder}: images without classes, and a table ({tables[0]}) beside them; give "

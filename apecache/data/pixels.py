@@ -109,8 +109,7 @@ def require_bright(image: Image.Image, raw_mode: str, key: str) -> None:
     """
     if ";16" not in raw_mode or has_wide_samples(image):
         return
-    colors = image.convert("RGB").getextrema()
-    if max(high for _, high in colors) < RGB16_MINIMUM:
+    if np.asarray(image.convert("RGB")).max() < RGB16_MINIMUM:
         raise RowError(
             "unknown-range",
             f"{key} has 16-bit colors that use fewer than 15 bits; expected 8-bit colors, or "

@@ -9,12 +9,12 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from apecache.arguments import AnyPath
+from apecache.data.hub import PREFIX
 from apecache.data.images import DEFAULT_RULES, load_image
 from apecache.data.media import (
     FolderMedia,
@@ -40,7 +40,9 @@ WORKING_FOLDER = "working_folder"
 
 def options_to_record(source: PairSource) -> dict[str, Json]:
     """Return what a store records to read the images of a source again."""
-    return {**source.options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
+    # The folder of the images has a field of its own.
+    options = {name: value for name, value in source.options.items() if name != "root"}
+    return {**options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
 
 
 def recorded_media(
@@ -60,12 +62,12 @@ def recorded_media(
     """
     options: Mapping[str, Json] = record.get("options", {})
     spec = spec_of_options(options)
-    kind = options.get(MEDIA, FolderMedia.__name__)
+    media_type = options.get(MEDIA, FolderMedia.__name__)
     if source is not None:
         media = open_unsplit(source, replace(spec, root=root or spec.root)).media
-    elif root is not None and kind != RenamedMedia.__name__:
+    elif root is not None and media_type != RenamedMedia.__name__:
         media = media_below(root, spec.allow_root)
-    elif kind in (FolderMedia.__name__, ObjectMedia.__name__):
+    elif media_type in (FolderMedia.__name__, ObjectMedia.__name__):
         media = media_at(str(record.get("root", "")), spec.allow_root)
     else:
         media = _reopened(record, spec, root)
@@ -75,19 +77,33 @@ def recorded_media(
 
 def _reopened(record: Mapping[str, Any], spec: OpenSpec, root: AnyPath | None) -> Media:
     """Return the media of the recorded source; `NoMedia` if it cannot be opened."""
-    origin = str(record.get("origin", ""))
-    below = Path(str(record["options"].get(WORKING_FOLDER, "."))) / origin
-    # The command may run in another folder than the extraction did.
-    if not os.path.isabs(origin) and below.exists() and not Path(origin).exists():
-        origin = str(below)
-    try:
-        media = open_unsplit(origin, spec).media
-    except (ManifestError, MissingExtraError):
-        return NoMedia()
+    media: Media = NoMedia()
+    for origin in _origins(record):
+        try:
+            media = open_unsplit(origin, spec).media
+            break
+        except (ManifestError, MissingExtraError):
+            continue
     if not isinstance(base_media(media), FolderMedia | ObjectMedia):
         return media
     place = root or str(record.get("root", ""))
     return moved_media(media, media_below(place, spec.allow_root))
+
+
+def _origins(record: Mapping[str, Any]) -> list[str]:
+    """Return the names that the recorded source may have now.
+
+    A relative path begins in the folder of the extraction, or in that of this command.
+    """
+    origin = str(record.get("origin", ""))
+    prefix, path = "", origin
+    if origin.startswith(PREFIX):
+        prefix, path = PREFIX, origin.removeprefix(PREFIX)
+    is_name = bool(prefix) and not path.startswith(("./", "../"))
+    if is_name or os.path.isabs(path):
+        return [origin]
+    folder = str(record["options"].get(WORKING_FOLDER, "."))
+    return [prefix + os.path.join(folder, path), origin]
 
 
 class RecordedImages:

@@ -183,7 +183,7 @@ class _TarReader:
                         self._add(samples, file=file, path=path, name=name, member=member)
                 _require_end(file, archive.offset)
         except tarfile.TarError as error:
-            readable = "nothing of it can be read"
+            readable = "no member can be read"
             if n_read:
                 readable = f"{counted(n_read, 'member')} can be read, the last is {last}"
             raise ManifestError(

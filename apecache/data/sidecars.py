@@ -27,15 +27,16 @@ from apecache.errors import ManifestError, nearest
 CAPTION_ENDINGS = ("txt", "caption")
 TEXT_ENDINGS = (*CAPTION_ENDINGS, "json", "cls")
 JSON_CAPTIONS = ("caption", "captions", "text")
+TEXT_SIDECAR_OPTIONS = ("caption_ext", "caption_lines")
 SIDECAR_OPTIONS = (
     "caption_column",
     "split_column",
     "label_column",
     "key_column",
     "caption_template",
-    "caption_ext",
-    "caption_lines",
+    *TEXT_SIDECAR_OPTIONS,
 )
+"""Options that images with texts can follow; most of them name fields of `.json`."""
 BOXES = re.compile(r"(?:[-+\d.eE]+\s+){4,}[-+\d.eE]+\s*")
 """A text of numbers, such as the boxes of a detector's training data."""
 ONE_CAPTION = "texts of several lines, read as one caption (--caption-lines reads each line as one)"

@@ -23,6 +23,7 @@ from apecache.data.spec import OpenSpec, is_url, kind_of, recorded_options
 from apecache.data.splits import resplit
 from apecache.data.tables import open_table, open_tables
 from apecache.data.texts import open_texts
+from apecache.data.tfrecords import open_tfrecords
 from apecache.errors import (
     ManifestError,
     MissingExtraError,
@@ -36,7 +37,7 @@ from apecache.storage.bucket import is_object_url, open_bucket
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".token")
 REMOTE_SUFFIXES = (*TABLE_SUFFIXES, ".parquet", ".json", *TEXT_SUFFIXES)
-SUFFIXES = (*TABLE_SUFFIXES, ".parquet", ".json", ".tar", *TEXT_SUFFIXES)
+SUFFIXES = (*TABLE_SUFFIXES, ".parquet", ".json", ".tar", ".tfrecord", *TEXT_SUFFIXES)
 
 
 def open_pairs(uri: AnyPath | Any, spec: OpenSpec | None = None) -> PairSource:
@@ -118,6 +119,8 @@ def _open(uri: str, spec: OpenSpec) -> PairSource:
             return open_annotations(path, spec)
         case ".tar":
             return open_shards([path], uri, spec)
+        case ".tfrecord":
+            return open_tfrecords([path], uri, spec)
         case ".txt" | ".token":
             return open_texts(path, spec)
         case _:
@@ -137,6 +140,8 @@ def _open_files(paths: Sequence[Path], uri: str, spec: OpenSpec) -> PairSource:
         _require_file(path)
     if kinds == [".parquet"]:
         return open_parquet(parts_of(paths, uri), spec)
+    if kinds == [".tfrecord"]:
+        return open_tfrecords(paths, uri, spec)
     if set(kinds) <= set(TABLE_SUFFIXES):
         return open_tables(paths, uri, spec)
     if len(paths) == 1:

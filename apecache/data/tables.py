@@ -5,8 +5,10 @@ an image column, every row is an image of its own whose key is its line number. 
 the file, the line and what repairs it. `apecache.data.columns` chooses the columns.
 """
 
+import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,33 @@ def to_rows(
             "columns image, caption"
         )
     fields = source_fields(columns, names)
-    return rows, replace(fields, image=None) if alone else fields
+    return _with_lists(rows), replace(fields, image=None) if alone else fields
+
+
+def _with_lists(rows: list[TableRow]) -> list[TableRow]:
+    """Replace texts of lists by the captions in them, if all captions are such texts.
+
+    pandas writes a column of lists as `['a dog', 'a cat']`, others as JSON.
+    """
+    texts = [text for row in rows for text in row.captions]
+    if not texts or not all(map(_list_in, texts)):
+        return rows
+    return [
+        replace(row, captions=tuple(chain.from_iterable(map(_list_in, row.captions))))
+        for row in rows
+    ]
+
+
+def _list_in(text: str) -> list[str]:
+    """Return the texts of a list that is written as JSON or by Python; empty if it is not one."""
+    if not text.startswith(("['", '["')):
+        return []
+    try:
+        values = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    is_texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    return values if is_texts else []
 
 
 def _texts_alone(names: Sequence[str], spec: OpenSpec) -> bool:

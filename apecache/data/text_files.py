@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO, cast
 
 from apecache.errors import ManifestError, MissingExtraError
 
@@ -39,10 +39,11 @@ def open_text(path: Path, newline: str | None = "") -> Iterator[TextIO]:
         raise ManifestError(f"{path}: a damaged gzip file ({error}); copy it again") from None
 
 
-def _open_binary(path: Path) -> io.BufferedIOBase:
+def _open_binary(path: Path) -> IO[bytes]:
     match path.suffix.lower():
         case ".gz":
-            return gzip.open(path, "rb")
+            # Its type says less than it can do.
+            return cast("IO[bytes]", gzip.open(path, "rb"))
         case ".zst":
             try:
                 import pyarrow as pa

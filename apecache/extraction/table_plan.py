@@ -29,7 +29,7 @@ from apecache.extraction.matching import NEW, Matching, Rows
 from apecache.extraction.segments import BlockInputs, Segment, make_segment, pair_columns
 from apecache.extraction.spec import ExtractSpec
 from apecache.extraction.stamps import stamp_table, write_stamps
-from apecache.fingerprint import Modality, content_hash, describe_difference, digest_strings
+from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
 from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, storable
 from apecache.store.reader import FeatureStore, segment_names
@@ -175,12 +175,16 @@ def _require_same_scale(source: PairSource, files: Files) -> None:
     options = read_record(files, SOURCE).get("options", {})
     recorded = spec_of_options(options).pixels.scale
     if recorded != source.pixels.scale:
-        differences = [("scale", source.pixels.scale, recorded)]
+        here = _scale_text(source.pixels.scale)
         raise MismatchError(
-            f"{files.place} was made with another --scale: {describe_difference(differences)}; "
-            "choose another --store",
-            differences,
+            f"{files.place} was made with --scale {_scale_text(recorded)}, not {here}; give the "
+            "same --scale, or choose another --store",
+            [("scale", source.pixels.scale, recorded)],
         )
+
+
+def _scale_text(scale: Sequence[float] | None) -> str:
+    return "auto" if scale is None else ",".join(f"{limit:g}" for limit in scale)
 
 
 def _newest(files: Files) -> FeatureStore | None:

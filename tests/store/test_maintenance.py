@@ -38,9 +38,8 @@ def columns(store: FeatureStore, **changed: Any) -> PairColumns:
     plain = {name: getattr(pairs, name).tolist() for name in names}
     if source.get("view_only"):
         plain["contents"] = read_contents(store.files)
-    return PairColumns(
-        **{**plain, "digest": source["digest"], "origin": source["origin"], **changed}
-    )
+    recorded = {name: source[name] for name in ("digest", "origin", "options")}
+    return PairColumns(**{**plain, **recorded, **changed})
 
 
 def test_uncommitted_shards_are_pending_and_nothing_is_served(grown: Grown) -> None:

@@ -856,7 +856,11 @@ def test_what_cannot_be_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_live_image_side_needs_its_images(data: Any, tmp_path: Path) -> None:
+def test_a_live_image_side_needs_its_images(
+    data: Any,
+    tmp_path: Path,
+    images_are_gone: None,
+) -> None:
     from apecache.errors import RowError
 
     def missing(key: str) -> Image.Image:
