@@ -659,7 +659,7 @@ def test_a_head_on_features_of_no_known_encoder_serves_what_is_stored_and_says_w
     index = tmp_path / "index"
     apecache.build_index(run, store, index)
     opened = apecache.SearchIndex.open(index, device="cpu")
-    hits = opened.find(apecache.Query(keys=("im/3.jpg",)), k=1)
+    hits = opened.find(apecache.Query(keys=("im/3.jpg",)), k=1, target="images")
     assert hits[0].key == "im/3.jpg"
     with pytest.raises(EncoderError, match=r"text features words were imported.*--text-encoder"):
         model.encode_text(["a word"])
