@@ -147,9 +147,9 @@ def _import_array(
         progress(tally.state)
 
     n_imported = sum(write_array(task, spec.recheck, advance) for task in tasks)
-    parts = [FeatureArray(files=task.files, record=task.record) for task in tasks]
+    segment_arrays = [FeatureArray(files=task.files, record=task.record) for task in tasks]
     described_array = _describe(
-        replace(parts[0], appended=tuple(parts[1:])),
+        replace(segment_arrays[0], appended=tuple(segment_arrays[1:])),
         layout=layout,
         n_imported=n_imported,
         seconds=time.perf_counter() - begin,

@@ -74,10 +74,10 @@ def _require_shape(named: NamedRows, encoder: ImageEncoder | TextEncoder) -> Non
     makes_tokens = len(encoder.row_shape) > 1
     dim = named.rows.row_shape[-1]
     if dim != encoder.dim or has_tokens != makes_tokens:
-        kinds = {True: "tokens", False: "pooled features"}
+        shape_names = {True: "tokens", False: "pooled features"}
         raise MismatchError(
-            f"features {named.name} are {kinds[has_tokens]} of {dim} numbers, {encoder.spec} gives "
-            f"{kinds[makes_tokens]} of {encoder.dim}; name another encoder or cut"
+            f"features {named.name} are {shape_names[has_tokens]} of {dim} numbers, {encoder.spec} "
+            f"gives {shape_names[makes_tokens]} of {encoder.dim}; name another encoder or cut"
         )
 
 

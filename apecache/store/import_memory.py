@@ -76,8 +76,8 @@ def store_arrays(
         for side in sides
     }
     planned: list[PlannedArray] = []
-    for side, found in sides.items():
-        (named,) = found.arrays
+    for side, opened_side in sides.items():
+        (named,) = opened_side.arrays
         array_plan = PlannedArray(
             modality=side,
             named=named,

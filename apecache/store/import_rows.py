@@ -135,8 +135,10 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
 
 def _readable_in_order(task: ArrayImport) -> FeatureRows:
     """Return the source, copied first if its rows are wanted in an order that is slow to read."""
-    wanted = task.row_map[task.row_map >= 0]
-    return task.source if task.source.is_scattered or is_ascending(wanted) else spooled(task.source)
+    used_rows = task.row_map[task.row_map >= 0]
+    return (
+        task.source if task.source.is_scattered or is_ascending(used_rows) else spooled(task.source)
+    )
 
 
 def read_mapped(source: FeatureRows, source_rows: RowMap) -> Floats:

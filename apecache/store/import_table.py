@@ -124,12 +124,12 @@ def _join_images(
     shorten = key_form(spec.match_keys)
     source_rows = _row_by_key(image.keys, spec.match_keys, left_out, REPEATED_KEY)
     rows = (source_rows.get(shorten(key), NO_ROW) for key in columns.keys)
-    found = np.fromiter(rows, np.int64, n_images)
-    n_used = len(np.unique(found[found >= 0]))
-    _require_match(image, columns, n_found=int((found >= 0).sum()), match=spec.match_keys)
+    joined_rows = np.fromiter(rows, np.int64, n_images)
+    n_used = len(np.unique(joined_rows[joined_rows >= 0]))
+    _require_match(image, columns, n_found=int((joined_rows >= 0).sum()), match=spec.match_keys)
     if n_used < len(source_rows):
         left_out["images that are not in the table"] = len(source_rows) - n_used
-    return found
+    return joined_rows
 
 
 def _row_by_key(
@@ -201,7 +201,7 @@ def _require_by_row(
     spec: ImportSpec,
 ) -> None:
     """Refuse rows without keys, unless rows are asked for and there are as many."""
-    where = f"{side.origin} has {side.n_rows:,} rows, {columns.origin} {n_expected:,} {noun}"
+    counts_text = f"{side.origin} has {side.n_rows:,} rows, {columns.origin} {n_expected:,} {noun}"
     if not spec.by_row:
         raise DataError(
             f"{side.origin} has no keys to join its rows with {columns.origin}; give them with "
@@ -211,7 +211,7 @@ def _require_by_row(
         other = ""
         if side.modality == "image" and side.n_rows == len(columns.captions):
             other = " (one row for each caption: give one for each image, or keys)"
-        raise DataError(f"{where}{other}; --by-row needs equal counts")
+        raise DataError(f"{counts_text}{other}; --by-row needs equal counts")
 
 
 def _join_texts(
@@ -231,15 +231,15 @@ def _join_texts(
             text.captions, "exact", left_out, "text rows of a repeated caption"
         )
         rows = (first_rows.get(caption, NO_ROW) for caption in columns.captions)
-        found = np.fromiter(rows, np.int64, n_texts)
+        joined_rows = np.fromiter(rows, np.int64, n_texts)
     else:
-        found = _join_keyed_texts(columns, text, spec.match_keys)
-        _require_match(text, columns, n_found=int((found >= 0).sum()), match=spec.match_keys)
-    n_unused = text.n_rows - len(np.unique(found[found >= 0]))
+        joined_rows = _join_keyed_texts(columns, text, spec.match_keys)
+        _require_match(text, columns, n_found=int((joined_rows >= 0).sum()), match=spec.match_keys)
+    n_unused = text.n_rows - len(np.unique(joined_rows[joined_rows >= 0]))
     n_unused -= left_out.get(REPEATED_CAPTION, 0)
     if n_unused > 0:
         left_out["texts that are not in the table"] = n_unused
-    return found
+    return joined_rows
 
 
 def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) -> RowMap:
@@ -252,7 +252,7 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
     texts_of_image: dict[int, list[int]] = defaultdict(list)
     for text_row, image_row in enumerate(columns.image_rows):
         texts_of_image[image_row].append(text_row)
-    found = np.full(len(columns.captions), NO_ROW, np.int64)
+    joined_rows = np.full(len(columns.captions), NO_ROW, np.int64)
     for image_row, text_rows in texts_of_image.items():
         key = columns.keys[image_row]
         source_rows = rows_of_key.get(shorten(key), [])
@@ -263,7 +263,7 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
                 same = next((row for row in left if text.captions[row] == caption), None)
                 if same is not None:
                     left.remove(same)
-                    found[text_row] = same
+                    joined_rows[text_row] = same
         elif source_rows:
             if len(source_rows) != len(text_rows):
                 raise DataError(
@@ -271,8 +271,8 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
                     f"{counted(len(text_rows), 'caption')} in {columns.origin}; give the captions "
                     "as a column, so that each finds its row"
                 )
-            found[text_rows] = source_rows
-    return found
+            joined_rows[text_rows] = source_rows
+    return joined_rows
 
 
 # --- without a table ------------------------------------------------------------------------------

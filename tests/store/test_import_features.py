@@ -91,7 +91,7 @@ def test_rows_are_joined_by_position_only_when_asked_and_only_if_counts_are_equa
     assert np.array_equal(load(tmp_path / "store", "image"), vectors(5))
     assert np.array_equal(load(tmp_path / "store", "text"), vectors(9, seed=1))
     assert [(a.n_imported, a.dtype) for a in report.arrays] == [(5, "float32"), (9, "float32")]
-    with pytest.raises(DataError, match="has no keys.*--image-keys.*--by-row"):
+    with pytest.raises(DataError, match=r"has no keys.*--image-keys.*--by-row"):
         import_features(tmp_path / "b", ImportSpec(image=spec.image, text=spec.text), pairs)
     with pytest.raises(DataError, match=r"has 5 rows, pairs.tsv 4 images; --by-row needs equal"):
         import_features(tmp_path / "c", spec, table_of((2, 1, 3, 3)))
@@ -182,7 +182,9 @@ def test_keys_may_be_compared_by_file_name_or_stem(
 ) -> None:
     np.savez(tmp_path / "i.npz", emb=vectors(2), key=np.array(keys))
     given_input = FeatureInput(features=tmp_path / "i.npz")
-    with pytest.raises(DataError, match=f"none of its keys.* 2 of them fit with --match-keys {match}"):
+    with pytest.raises(
+        DataError, match=f"none of its keys.* 2 of them fit with --match-keys {match}"
+    ):
         import_features(tmp_path / "store", ImportSpec(image=given_input), table_of((1, 1)))
     spec = ImportSpec(image=given_input, match_keys=match)
     import_features(tmp_path / "store", spec, table_of((1, 1)))
@@ -214,7 +216,7 @@ def test_an_index_says_which_texts_belong_to_which_images(tmp_path: Path) -> Non
         text=FeatureInput(features=vectors(3)),
         image_rows=tmp_path / "rows.npy",
     )
-    with pytest.raises(DataError, match="rows of images up to 3, .* has 3 rows.*from 0"):
+    with pytest.raises(DataError, match=r"rows of images up to 3, .* has 3 rows.*from 0"):
         import_features(tmp_path / "other", spec)
 
 
@@ -353,15 +355,15 @@ def test_an_import_that_was_stopped_goes_on_with_what_is_missing(
     npy: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(state: Any) -> None:
         if state.done >= 4:
-            raise Stop
+            raise StoppedError
 
     pairs = table_of(CAPTIONS)
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         import_features(tmp_path / "store", by_row(npy, shard_rows=2), pairs, stop)
     report = import_features(tmp_path / "store", by_row(npy, shard_rows=2), pairs)
     assert report.arrays[0].n_imported < 5
@@ -456,9 +458,9 @@ def test_two_files_without_keys_are_not_paired_by_guess(
     tmp_path: Path,
 ) -> None:
     spec = by_row(npy)
-    with pytest.raises(DataError, match="nothing says which texts .*--pairs.*--by-row"):
+    with pytest.raises(DataError, match=r"nothing says which texts .*--pairs.*--by-row"):
         import_features(tmp_path / "s", ImportSpec(image=spec.image, text=spec.text))
-    with pytest.raises(DataError, match="has 5 rows, .* 9; --by-row needs equal counts"):
+    with pytest.raises(DataError, match=r"has 5 rows, .* 9; --by-row needs equal counts"):
         import_features(tmp_path / "s", spec)
 
 
@@ -597,7 +599,7 @@ def test_a_named_encoder_is_tried_on_a_few_rows_and_identifies_the_features(
     array = FeatureStore.open(tmp_path / "store").array(modality)
     assert array.record.encoder.digest == encoder.fingerprint.digest
     assert array.name == encoder.spec.slug
-    with pytest.raises(MismatchError, match="gives other features for .* of the inputs"):
+    with pytest.raises(MismatchError, match=r"gives other features for .* of the inputs"):
         import_features(tmp_path / "wrong", spec(features[::-1].copy()), pairs)
     with pytest.raises(MismatchError, match="pooled features of 7 numbers"):
         import_features(tmp_path / "wrong", spec(vectors(len(features), dim=7)), pairs)
@@ -736,7 +738,9 @@ def test_a_store_of_arrays_in_memory(tmp_path: Path) -> None:
     dim=st.integers(1, 40),
     dtype=st.sampled_from(["float16", "float32"]),
     bad=st.lists(
-        st.tuples(st.integers(0, 9), st.integers(0, 39), st.sampled_from([np.nan, np.inf, -np.inf])),
+        st.tuples(
+            st.integers(0, 9), st.integers(0, 39), st.sampled_from([np.nan, np.inf, -np.inf])
+        ),
     ),
 )
 def test_rows_that_are_not_finite_are_found(dim: int, dtype: str, bad: list[Any]) -> None:

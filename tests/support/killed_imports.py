@@ -23,7 +23,8 @@ CALLS = 150
 
 def run_import(store: Path, source: Path) -> int:
     """Import the source; returns the rows that this run imported."""
-    report = import_features(store, ImportSpec(source=source, shard_rows=4, by_row=True, max_bad=0.05))
+    spec = ImportSpec(source=source, shard_rows=4, by_row=True, max_bad=0.05)
+    report = import_features(store, spec)
     return sum(array.n_imported for array in report.arrays)
 
 
@@ -53,7 +54,8 @@ def main() -> None:
             n_kills += killed(store, source, kill)
         with intercepted(store, unsynced()):
             n_rows = run_import(store, source)
-        print(json.dumps({"kills": n_kills, "rows": n_rows, "digest": tree_digest(store)}))
+        outcome = {"kills": n_kills, "rows": n_rows, "digest": tree_digest(store)}
+        print(json.dumps(outcome))  # noqa: T201  (the answer to the test)
 
 
 if __name__ == "__main__":
