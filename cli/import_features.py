@@ -227,7 +227,7 @@ class ImportWriteOptions(OptionGroup):
         int | None,
         typer.Option(
             min=1,
-            help="Rows per commit. Default: about 32 MiB.",
+            help="Rows per commit. Default: about 8 MiB.",
             rich_help_panel=ADVANCED,
         ),
     ] = None

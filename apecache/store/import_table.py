@@ -1,8 +1,7 @@
 """Join imported rows with a table by key, or make a table of what the source says."""
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from apecache.data.pairs import Pair, PairSource
 from apecache.data.spec import OpenSpec
 from apecache.data.splits import resplit
 from apecache.errors import DataError, counted
-from apecache.fingerprint import content_hash
+from apecache.fingerprint import content_hash, digest_strings
 from apecache.store.import_sides import FeatureSide, Sides, Texts
 from apecache.store.import_spec import ImportSpec, KeyMatch
 from apecache.store.table import PairTable
@@ -447,13 +446,19 @@ def _with_splits(columns: PairColumns, spec: OpenSpec | None) -> PairColumns:
 
 def table_digest(columns: PairColumns) -> str:
     """Return the identity of a table that was made from features."""
-    values: Iterable[object] = (
+    text_columns = (
         columns.keys,
         columns.splits,
         columns.labels,
         columns.captions,
         columns.languages,
-        columns.image_rows,
     )
-    # JSON of one column at a time: the whole would be in memory twice.
-    return content_hash("".join(content_hash(json.dumps(column)) for column in values))
+    hashes = [_column_digest(column) for column in text_columns]
+    image_rows = np.array(columns.image_rows, "<i8")
+    return digest_strings([*hashes, content_hash(image_rows.tobytes())])
+
+
+def _column_digest(values: list[str]) -> str:
+    """Return a hash of texts: of their lengths and of all of them joined, in two passes."""
+    lengths = np.fromiter(map(len, values), "<i8", len(values))
+    return content_hash(lengths.tobytes()) + content_hash("".join(values))

@@ -26,7 +26,7 @@ One chunk is one file is one commit unit, the shard. Missing chunks read as NaN,
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -398,7 +398,7 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
             config={"write_empty_chunks": True},
         )
         if strings:
-            array[:] = np.array([storable(text) for text in values], dtype=object)
+            array[:] = np.array(_storable_column(values), dtype=object)
         else:
             array[:] = np.array(values)
     return {
@@ -408,14 +408,18 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
     }
 
 
+def _storable_column(values: Sequence[str | int]) -> Sequence[str | int]:
+    """Return `storable` texts; a search in each of a million takes seconds, so ASCII has none."""
+    is_ascii = "".join(map(str, values)).isascii()
+    return values if is_ascii else [storable(text) for text in values]
+
+
 def storable(text: str | int) -> str:
     """Return a text with U+FFFD for lone surrogates, which UTF-8 cannot encode.
 
     Rows of such texts are quarantined.
     """
-    plain = str(text)
-    # Most texts are ASCII, and a search in a million of them takes seconds.
-    return plain if plain.isascii() else SURROGATES.sub("\ufffd", plain)
+    return SURROGATES.sub("\ufffd", str(text))
 
 
 def _bytes(value: Any) -> bytes:
