@@ -107,6 +107,7 @@ def import_features(
             n_compared=n_compared,
         )
         arrays.append(array)
+    # After the store is made: each segment has its part of the rows.
     segments = {side: _segments(files, side) for side in sides}
     reports = import_arrays(
         arrays,
@@ -158,6 +159,7 @@ def _make_store(files: Files, table: ImportTable, media: Media) -> None:
     """Make the store, or find that it belongs to this table."""
     if files.exists(PAIRS):
         opened = FeatureStore.at(files)
+        # The first segment alone has another digest than the whole table.
         if opened.segments and opened.digest == table.columns.digest:
             return
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))

@@ -70,6 +70,7 @@ def store_arrays(
     else:
         table = make_table(sides, spec)
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))
+    # A new store has one segment, with all rows.
     n_rows = {"image": len(table.columns.keys), "text": len(table.columns.captions)}
     segments = {
         side: [SegmentRows(files=files, table=table.columns.digest, rows=range(n_rows[side]))]

@@ -97,6 +97,7 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
     writer = ArrayWriter(task.files, task.record)
     layout = writer.layout
     pending = list(range(layout.n_shards)) if recheck else writer.pending()
+    # Rows of an earlier run count as done at once, so that progress begins where it ended.
     n_standing = layout.rows - sum(len(layout.shard(shard)) for shard in pending)
     advance(n_standing, 0)
     source = _readable_in_order(task)
@@ -125,6 +126,7 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
             )
             waiting.append((shard, result))
             n_written += len(shard_range)
+            # Few shards are in memory at a time, however many there are.
             if len(waiting) > WRITERS:
                 finish_first()
         while waiting:
@@ -179,6 +181,7 @@ def _commit(
             detail=detail,
         )
         quarantined.append(bad_row)
+        # No input, no hash: rows without features are nobody's copies.
         if reason == "missing":
             hashes[row_in_shard] = ""
     if lengths is not None:

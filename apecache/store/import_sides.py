@@ -231,6 +231,7 @@ def _side(
         arrays.append(named)
     n_rows = arrays[0].rows.n_rows
     is_text = side == "text"
+    # Rows of images say more than keys do: an export has both, and its keys are of images.
     image_rows = opened.column(IMAGE_ROW_NAMES, n_rows) if is_text else None
     if image_rows is not None and image_rows.dtype.kind not in "iu":
         image_rows = None
@@ -255,6 +256,7 @@ def _fields_of(opened: FeatureFile, side: Modality) -> list[str]:
 
     `image.NAME` is how `apecache export` names arrays; there may be several of them.
     """
+    # An export may hold several encoders' features of one side; other files hold one.
     exported = [name for name in opened.features if name.startswith(f"{side}.")]
     if exported:
         return exported
@@ -307,6 +309,7 @@ def _name_of(
     if GENERIC.fullmatch(fold_name(field)):
         origin = Path(opened.origin)
         return array_name(origin.stem if origin.suffix else origin.name)
+    # Parts such as img_emb_0 are one array.
     return array_name(re.sub(r"[_-]?\d+$", "", field) or field)
 
 

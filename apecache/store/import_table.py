@@ -81,11 +81,13 @@ def join_with(columns: PairColumns, sides: Sides, spec: ImportSpec) -> ImportTab
     text = sides.get("text")
     image_map = None
     if image is not None:
-        image_map = _join_images(columns, image, spec, left_out)
+        # Images first: texts may name rows of images.
+        image_map = _join_images(columns, image=image, spec=spec, left_out=left_out)
     text_map = None
     if text is not None:
         text_keys = _text_keys(columns, text, image)
-        text_map = _join_texts(columns, replace(text, keys=text_keys), spec, left_out)
+        keyed_text = replace(text, keys=text_keys)
+        text_map = _join_texts(columns, text=keyed_text, spec=spec, left_out=left_out)
     return ImportTable(
         columns=columns,
         image_map=image_map,
@@ -143,6 +145,7 @@ def _row_by_key(
     for row, key in enumerate(keys):
         form = shorten(key)
         first = rows.setdefault(form, row)
+        # The same key again is a repeated image; another key of the same form is a mistake.
         if first != row:
             if keys[first] != key:
                 raise DataError(
@@ -177,6 +180,7 @@ def _require_match(side: FeatureSide, columns: PairColumns, n_found: int, match:
     if n_found or not columns.keys:
         return
     assert side.keys is not None
+    # The message shows a key of each, and tries for the user what else would make them equal.
     hint = "compare an example of each, or join by position with --by-row"
     others: tuple[KeyMatch, ...] = ("exact", "name", "stem")
     for other in others:
@@ -234,6 +238,7 @@ def _join_texts(
     else:
         joined_rows = _join_keyed_texts(columns, text, spec.match_keys)
         _require_match(text, columns, n_found=int((joined_rows >= 0).sum()), match=spec.match_keys)
+    # A caption of two images may use one row twice, so rows and not uses are counted.
     n_unused = text.n_rows - len(np.unique(joined_rows[joined_rows >= 0]))
     n_unused -= left_out.get(REPEATED_CAPTION, 0)
     if n_unused > 0:
@@ -256,6 +261,7 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
         key = columns.keys[image_row]
         source_rows = rows_of_key.get(shorten(key), [])
         if text.captions is not None:
+            # Each row is used once, so that a caption that an image has twice finds both.
             left = list(source_rows)
             for text_row in text_rows:
                 caption = columns.captions[text_row]
@@ -298,6 +304,7 @@ def make_table(sides: Sides, spec: ImportSpec) -> ImportTable:
         assert text is not None
         keys, text_owner = _text_owners_alone(text)
         image_map = None
+    # Texts stand image by image, as in every table; the sort keeps their order within one.
     text_map = np.flatnonzero(text_owner >= 0)
     text_map = text_map[np.argsort(text_owner[text_map], kind="stable")]
     image_rows = text_owner[text_map]

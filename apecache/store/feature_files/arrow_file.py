@@ -38,6 +38,7 @@ def open_arrow(path: Path) -> FeatureFile:
     except ImportError:
         raise MissingExtraError("pyarrow", "parquet") from None
     try:
+        # By its ending: Arrow's own formats have none in common.
         is_parquet = path.suffix.lower() == ".parquet"
         table = _open_parquet(path) if is_parquet else _open_ipc(path)
         features: dict[str, FeatureRows] = {}

@@ -139,6 +139,7 @@ def _member_rows(
             shape=header.shape,
             fortran_order=header.fortran_order,
         )
+    # Compressed: rows in the middle can be reached only by unpacking those before them.
     scratch = ScratchFolder()
     unpacked = scratch.path / "member.npy"
     with archive.open(info) as member, unpacked.open("wb") as file:

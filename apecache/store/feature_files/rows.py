@@ -238,6 +238,7 @@ class StreamRows:
     def read(self, rows: Rows) -> Floats:
         gathered = np.empty((len(rows), *self.row_shape), self.dtype)
         n_filled = 0
+        # Rows of one block are taken together; the next row decides which block comes next.
         while n_filled < len(rows):
             block = self._block_with(int(rows[n_filled]))
             stop_row = self._first_row + len(block)

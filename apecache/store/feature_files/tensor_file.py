@@ -62,6 +62,7 @@ def open_safetensors(path: Path) -> FeatureFile:
             vectors[name] = RawRows(path=path, offset=offset, stored=stored, shape=(1, *shape))
         elif len(shape) == 1:
             columns[name] = partial(_load_integers, path, offset, stored, shape[0])
+    # Many vectors and no array: one vector under each key.
     if not features:
         features = _keyed(vectors, columns, str(path))
     features = with_lengths(features, columns, str(path))
