@@ -62,21 +62,24 @@ def main() -> None:
         for _ in range(n_turns):
             for action in actions:
                 turns[action].append(in_process(action, folder))
-    table, goals = summary(turns, n_rows)
+            table, goals = summary(turns, n_rows)
+            # After every turn: a run that is stopped leaves what it has measured.
+            if options.json or not options.quick:
+                write_result("speed-import", goals=goals, rows=table, path=options.json)
     print_table(table)
     print_goals(goals)
-    if options.json or not options.quick:
-        write_result("speed-import", goals=goals, rows=table, path=options.json)
 
 
 def write_features(path: Path, n_rows: int, dim: int) -> None:
-    """Write a .npy of random float16 rows, block by block."""
+    """Write a .npy of float16 rows: one block of random numbers, scaled for each place."""
     rng = np.random.default_rng(0)
-    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(n_rows, dim))
-    for first in range(0, n_rows, BLOCK_ROWS):
-        block = mapped[first : first + BLOCK_ROWS]
-        block[:] = rng.standard_normal(block.shape, dtype=np.float32)
-    mapped.flush()
+    block = rng.standard_normal((min(n_rows, BLOCK_ROWS), dim), dtype=np.float32)
+    shape = {"descr": "<f2", "fortran_order": False, "shape": (n_rows, dim)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, shape)
+        for first in range(0, n_rows, BLOCK_ROWS):
+            scaled = block[: n_rows - first] * np.float32(1 + first / n_rows)
+            scaled.astype(np.float16).tofile(file)
 
 
 def in_process(action: str, folder: Path) -> dict[str, float]:
@@ -147,11 +150,11 @@ def summary(
     }
     table: list[dict[str, Any]] = []
     for action, name in names.items():
-        medians = {
+        medians: dict[str, Any] = {
             key: round(statistics.median(turn[key] for turn in turns[action]), 2)
             for key in ("wall_s", "cpu_s", "peak_mb")
         }
-        table.append({"case": name, **medians})
+        table.append({"case": name, **medians, "turns": len(turns[action])})
     wall_ratio = ratio(turns["import wide"], turns["copy"], "wall_s")
     cpu_ratio = ratio(turns["import wide"], turns["copy"], "cpu_s")
     peaks = zip(turns["import wide"], turns["import narrow"], strict=True)

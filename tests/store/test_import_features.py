@@ -512,6 +512,24 @@ def test_an_export_comes_back_as_the_same_store(
         assert np.array_equal(again.load(), array.load())
 
 
+def test_an_export_of_ragged_tokens_comes_back_with_their_lengths(tmp_path: Path) -> None:
+    from apecache.store.export import export_npz
+
+    np.savez(tmp_path / "t.npz", emb=vectors(8), lengths=np.array([2, 5, 1]))
+    import_features(
+        tmp_path / "store",
+        ImportSpec(text=FeatureInput(features=tmp_path / "t.npz", name="words")),
+    )
+    store = FeatureStore.open(tmp_path / "store")
+    export_npz(store, tmp_path / "out.npz")
+    import_features(tmp_path / "back", ImportSpec(source=tmp_path / "out.npz"))
+    back = FeatureStore.open(tmp_path / "back").array("text", "words")
+    lengths = back.load_lengths()
+    assert lengths is not None
+    assert lengths.tolist() == [2, 5, 1]
+    assert np.array_equal(back.load(), store.array("text").load())
+
+
 def write_clip_retrieval(folder: Path, sizes: Sequence[int], texts: bool = True) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
