@@ -227,7 +227,7 @@ class ImportWriteOptions(OptionGroup):
         int | None,
         typer.Option(
             min=1,
-            help="Rows per commit. Default: about 32 MiB.",
+            help="Rows per commit. Default: about 8 MiB.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -275,7 +275,15 @@ def import_features(
         choice("--match-keys", join.match_keys, ("exact", "name", "stem"))
         if write.storage is not None:
             choice("--storage", write.storage, ("float16", "float32", "int8"))
-        spec = import_spec(source, one_side, both_sides, join, source_options, write, device)
+        spec = import_spec(
+            source,
+            one_side=one_side,
+            both_sides=both_sides,
+            join=join,
+            source_options=source_options,
+            write=write,
+            device=device,
+        )
         pairs: PairSource | None = None
         if join.pairs is not None:
             pairs = open_pairs(join.pairs, source_options.spec())

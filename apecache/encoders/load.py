@@ -20,11 +20,6 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
-NO_ENCODER = (
-    "were imported without their encoder, so new {side}s cannot be encoded; what is in a store can "
-    "be evaluated, indexed and searched by --key, and for live queries import the features again "
-    "with --{side}-encoder and fit on them"
-)
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -110,6 +105,13 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
     return [loaded[spec] for spec in specs]
 
 
+NO_ENCODER = (
+    "were imported without their encoder, so new {side}s cannot be encoded; what is in a store can "
+    "be evaluated, indexed and searched by --key, and for live queries import the features again "
+    "with --{side}-encoder and fit on them"
+)
+
+
 def _require_encoders(specs: Sequence[EncoderSpec]) -> None:
     """Refuse features that were imported without naming their encoder."""
     for spec in specs:
@@ -152,6 +154,7 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
         EncoderError: the encoder's description cannot be read, or it is not frozen and cannot be
             seen as a tower.
     """
+    _require_encoders([spec])
     module = _shape_module(spec, device)
     if is_frozen and not _is_mapped(module):
         return _shape_frozen(spec, module)
@@ -192,7 +195,6 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
 
             return shape_open_clip(spec, device).eval()
         case _:
-            _require_encoders([spec])
             from apecache.encoders.from_sentence_transformers import shape_sentence_transformers
 
             return shape_sentence_transformers(spec, device).eval()

@@ -147,9 +147,12 @@ def _import_array(
         progress(tally.state)
 
     n_imported = sum(write_array(task, spec.recheck, advance) for task in tasks)
-    parts = [FeatureArray(files=task.files, record=task.record) for task in tasks]
+    segment_arrays = [FeatureArray(files=task.files, record=task.record) for task in tasks]
+    # What this run has written itself need not be read again to be counted.
+    is_sound = n_imported == n_rows and tally.n_bad == 0
     described_array = _describe(
-        replace(parts[0], appended=tuple(parts[1:])),
+        replace(segment_arrays[0], appended=tuple(segment_arrays[1:])),
+        is_sound=is_sound,
         layout=layout,
         n_imported=n_imported,
         seconds=time.perf_counter() - begin,
@@ -180,11 +183,12 @@ class _Tally:
 
 def _describe(
     array: FeatureArray,
+    is_sound: bool,
     layout: ArrayLayout,
     n_imported: int,
     seconds: float,
 ) -> ImportedArray:
-    bad_rows = array.quarantined() if array.n_quarantined else []
+    bad_rows = [] if is_sound or not array.n_quarantined else array.quarantined()
     reasons = Counter(row["reason"] for row in bad_rows)
     examples = [
         f"row {row['row']} ({row['key']}): {row['reason']}: {row['detail']}"

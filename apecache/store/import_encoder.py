@@ -48,6 +48,7 @@ def known_encoder(
     assert row_map is not None
     stored_rows = [row for row in range(min(len(row_map), LOOKED_AT_ROWS)) if row_map[row] >= 0]
     fields = encoder.fingerprint.fields
+    # Tokens and views depend on padding and chance: only the identity of their encoder is taken.
     if not stored_rows or token_count(named) is not None or named.views:
         return KnownEncoder(spec=encoder.spec, fields=fields), 0
     stored = named.rows.read(row_map[stored_rows]).astype(np.float32)
@@ -74,10 +75,10 @@ def _require_shape(named: NamedRows, encoder: ImageEncoder | TextEncoder) -> Non
     makes_tokens = len(encoder.row_shape) > 1
     dim = named.rows.row_shape[-1]
     if dim != encoder.dim or has_tokens != makes_tokens:
-        kinds = {True: "tokens", False: "pooled features"}
+        shape_names = {True: "tokens", False: "pooled features"}
         raise MismatchError(
-            f"features {named.name} are {kinds[has_tokens]} of {dim} numbers, {encoder.spec} gives "
-            f"{kinds[makes_tokens]} of {encoder.dim}; name another encoder or cut"
+            f"features {named.name} are {shape_names[has_tokens]} of {dim} numbers, {encoder.spec} "
+            f"gives {shape_names[makes_tokens]} of {encoder.dim}; name another encoder or cut"
         )
 
 
@@ -132,6 +133,7 @@ def _encode_inputs(
         try:
             image = load_image(table.columns.keys[row], media).image
         except RowError:
+            # Images need not be there: features are often kept without them.
             continue
         positions.append(position)
         pixels.append(encoder.preprocess(image))

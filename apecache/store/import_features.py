@@ -107,6 +107,7 @@ def import_features(
             n_compared=n_compared,
         )
         arrays.append(array)
+    # After the store is made: each segment has its part of the rows.
     segments = {side: _segments(files, side) for side in sides}
     reports = import_arrays(
         arrays,
@@ -158,6 +159,7 @@ def _make_store(files: Files, table: ImportTable, media: Media) -> None:
     """Make the store, or find that it belongs to this table."""
     if files.exists(PAIRS):
         opened = FeatureStore.at(files)
+        # The first segment alone has another digest than the whole table.
         if opened.segments and opened.digest == table.columns.digest:
             return
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))
@@ -172,9 +174,9 @@ def _require_few_missing(table: ImportTable, spec: ImportSpec, sides: Sides) -> 
             continue
         missing = np.flatnonzero(row_map < 0)
         if len(missing) > spec.max_bad * len(row_map):
-            found = sides["image" if side == "image" else "text"]
+            opened_side = sides["image" if side == "image" else "text"]
             raise BadRowsError(
-                f"{found.origin} has no features of {len(missing):,} of "
+                f"{opened_side.origin} has no features of {len(missing):,} of "
                 f"{counted(len(row_map), f'{side} row')} of the table (the first: "
                 f"{names[int(missing[0])]}); add them, or accept with --max-bad "
                 f"{len(missing) / len(row_map) + 0.005:.2f}"
@@ -192,8 +194,8 @@ def _encoders(
 ) -> dict[tuple[Modality, str], tuple[NamedRows, KnownEncoder, int]]:
     """Return the identity of each array's encoder, and the number of rows it was compared on."""
     encoders: dict[tuple[Modality, str], tuple[NamedRows, KnownEncoder, int]] = {}
-    for side, found in sides.items():
-        for named in found.arrays:
+    for side, opened_side in sides.items():
+        for named in opened_side.arrays:
             n_compared = 0
             if named.encoder is None:
                 encoder = unknown_encoder(named, side)
@@ -213,12 +215,12 @@ def _begin_hashing(
     """Hash the source of every array in the background, each file once."""
     of_paths: dict[tuple[Path, ...], Future[str]] = {}
     hashing: dict[tuple[Modality, str], Future[str]] = {}
-    for side, found in sides.items():
-        for named in found.arrays:
-            future = of_paths.get(found.paths) if found.paths else None
+    for side, opened_side in sides.items():
+        for named in opened_side.arrays:
+            future = of_paths.get(opened_side.paths) if opened_side.paths else None
             if future is None:
-                future = pool.submit(digest_source, found.paths, named.rows)
-                of_paths[found.paths] = future
+                future = pool.submit(digest_source, opened_side.paths, named.rows)
+                of_paths[opened_side.paths] = future
             hashing[side, named.name] = future
     return hashing
 

@@ -22,7 +22,8 @@ from apecache.store.import_spec import StorageDtype
 from apecache.store.layout import MAX_SHARD_BYTES, ArrayLayout
 
 HASH_BLOCK_BYTES = 8 << 20
-SHARD_BYTES = 32 << 20
+SHARD_BYTES = 8 << 20
+"""Of a new array. Larger shards take more time: their buffers are new memory each time."""
 NORMALIZED = "normalized"
 """Field of an encoder's identity: its features were divided by their length before the import."""
 
@@ -101,7 +102,7 @@ def import_fingerprint(
         row_map: The row of the source of each row.
     """
     # Another list of keys gives other rows from the same files.
-    map_hash = content_hash(np.ascontiguousarray(row_map, "<i8").data.cast("B"))
+    map_hash = content_hash(np.ascontiguousarray(row_map, "<i8").tobytes())
     fields: dict[str, Json] = {
         "encoder": encoder.fields,
         "storage": {"dtype": layout.dtype},

@@ -70,14 +70,15 @@ def store_arrays(
     else:
         table = make_table(sides, spec)
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))
+    # A new store has one segment, with all rows.
     n_rows = {"image": len(table.columns.keys), "text": len(table.columns.captions)}
     segments = {
         side: [SegmentRows(files=files, table=table.columns.digest, rows=range(n_rows[side]))]
         for side in sides
     }
     planned: list[PlannedArray] = []
-    for side, found in sides.items():
-        (named,) = found.arrays
+    for side, opened_side in sides.items():
+        (named,) = opened_side.arrays
         array_plan = PlannedArray(
             modality=side,
             named=named,

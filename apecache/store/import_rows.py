@@ -97,6 +97,7 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
     writer = ArrayWriter(task.files, task.record)
     layout = writer.layout
     pending = list(range(layout.n_shards)) if recheck else writer.pending()
+    # Rows of an earlier run count as done at once, so that progress begins where it ended.
     n_standing = layout.rows - sum(len(layout.shard(shard)) for shard in pending)
     advance(n_standing, 0)
     source = _readable_in_order(task)
@@ -125,6 +126,7 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
             )
             waiting.append((shard, result))
             n_written += len(shard_range)
+            # Few shards are in memory at a time, however many there are.
             if len(waiting) > WRITERS:
                 finish_first()
         while waiting:
@@ -135,8 +137,10 @@ def write_array(task: ArrayImport, recheck: bool, advance: Callable[[int, int], 
 
 def _readable_in_order(task: ArrayImport) -> FeatureRows:
     """Return the source, copied first if its rows are wanted in an order that is slow to read."""
-    wanted = task.row_map[task.row_map >= 0]
-    return task.source if task.source.is_scattered or is_ascending(wanted) else spooled(task.source)
+    used_rows = task.row_map[task.row_map >= 0]
+    return (
+        task.source if task.source.is_scattered or is_ascending(used_rows) else spooled(task.source)
+    )
 
 
 def read_mapped(source: FeatureRows, source_rows: RowMap) -> Floats:
@@ -177,6 +181,7 @@ def _commit(
             detail=detail,
         )
         quarantined.append(bad_row)
+        # No input, no hash: rows without features are nobody's copies.
         if reason == "missing":
             hashes[row_in_shard] = ""
     if lengths is not None:

@@ -163,7 +163,7 @@ def _open_both(path: Path) -> Sides:
     sides = {side: _side(opened, names, side, None) for side, names in named.items()}
     # A row of a table is one record, so its features belong together.
     is_record = opened.paths[0].suffix.lower() in (".parquet", ".arrow", ".feather")
-    return {side: replace(found, is_aligned=is_record) for side, found in sides.items()}
+    return {side: replace(opened_side, is_aligned=is_record) for side, opened_side in sides.items()}
 
 
 def _open_embedding_folder(path: Path) -> Sides:
@@ -176,34 +176,34 @@ def _open_embedding_folder(path: Path) -> Sides:
         columns = {} if folder.metadata is None else folder.metadata.columns
         with_metadata = replace(opened, columns=columns)
         modality: Modality = "image" if side == "image" else "text"
-        found = _side(with_metadata, list(opened.features), modality, None)
-        if columns and found.keys is None and found.captions is None:
+        opened_side = _side(with_metadata, list(opened.features), modality, None)
+        if columns and opened_side.keys is None and opened_side.captions is None:
             raise DataError(
                 f"{path}: its metadata does not have a row for each of the "
-                f"{counted(found.n_rows, side)}; copy the folder again"
+                f"{counted(opened_side.n_rows, side)}; copy the folder again"
             )
-        sides[modality] = replace(found, is_aligned=True)
+        sides[modality] = replace(opened_side, is_aligned=True)
     return sides
 
 
-def _open_side(given: FeatureInput, side: Modality) -> FeatureSide:
+def _open_side(side_input: FeatureInput, side: Modality) -> FeatureSide:
     """Open the features of one side that the user named."""
-    if isinstance(given.features, np.ndarray):
-        rows = ArrayRows(values=given.features, stored=given.features.dtype, where=side)
+    if isinstance(side_input.features, np.ndarray):
+        rows = ArrayRows(values=side_input.features, stored=side_input.features.dtype, origin=side)
         named = NamedRows(
-            name=array_name(given.name or _encoder_slug(given) or side),
+            name=array_name(side_input.name or _encoder_slug(side_input) or side),
             rows=rows,
-            encoder=given.encoder,
-            views=given.views,
+            encoder=side_input.encoder,
+            views=side_input.views,
         )
         opened_side = FeatureSide(modality=side, arrays=(named,), origin=f"{side} array")
     else:
-        opened = open_features(as_path(given.features, side))
-        opened_side = _side(opened, [_one_field(opened, given, side)], side, given)
+        opened = open_features(as_path(side_input.features, side))
+        opened_side = _side(opened, [_one_field(opened, side_input, side)], side, side_input)
     _require_rows(opened_side)
-    if given.keys is None:
+    if side_input.keys is None:
         return opened_side
-    keys = given.keys
+    keys = side_input.keys
     texts = read_keys(as_path(keys, "keys")) if not isinstance(keys, tuple) else _texts(keys)
     if len(texts) != opened_side.n_rows:
         raise DataError(
@@ -217,20 +217,21 @@ def _side(
     opened: FeatureFile,
     fields: Sequence[str],
     side: Modality,
-    given: FeatureInput | None,
+    side_input: FeatureInput | None,
 ) -> FeatureSide:
     """Return a side with the columns that have a value for each of its rows."""
     arrays: list[NamedRows] = []
     for field in fields:
         named = NamedRows(
-            name=_name_of(opened, field, given, side),
+            name=_name_of(opened, field, side_input, side),
             rows=opened.features[field],
-            encoder=None if given is None else given.encoder,
-            views=given is not None and given.views,
+            encoder=None if side_input is None else side_input.encoder,
+            views=side_input is not None and side_input.views,
         )
         arrays.append(named)
     n_rows = arrays[0].rows.n_rows
     is_text = side == "text"
+    # Rows of images say more than keys do: an export has both, and its keys are of images.
     image_rows = opened.column(IMAGE_ROW_NAMES, n_rows) if is_text else None
     if image_rows is not None and image_rows.dtype.kind not in "iu":
         image_rows = None
@@ -255,6 +256,7 @@ def _fields_of(opened: FeatureFile, side: Modality) -> list[str]:
 
     `image.NAME` is how `apecache export` names arrays; there may be several of them.
     """
+    # An export may hold several encoders' features of one side; other files hold one.
     exported = [name for name in opened.features if name.startswith(f"{side}.")]
     if exported:
         return exported
@@ -262,16 +264,16 @@ def _fields_of(opened: FeatureFile, side: Modality) -> list[str]:
     return [name for name in opened.features if words.fullmatch(fold_name(name))][:1]
 
 
-def _one_field(opened: FeatureFile, given: FeatureInput, side: Modality) -> str:
+def _one_field(opened: FeatureFile, side_input: FeatureInput, side: Modality) -> str:
     """Return the array that is meant for a side."""
     names = list(opened.features)
-    if given.field is not None:
-        if given.field not in names:
+    if side_input.field is not None:
+        if side_input.field not in names:
             raise DataError(
-                f"{opened.origin} has no array {given.field!r}, only {_listed(opened)}"
-                f"{nearest(given.field, names)}"
+                f"{opened.origin} has no array {side_input.field!r}, only {_listed(opened)}"
+                f"{nearest(side_input.field, names)}"
             )
-        return given.field
+        return side_input.field
     if len(names) == 1:
         return names[0]
     candidates = _fields_of(opened, side)
@@ -294,24 +296,25 @@ def _listed(opened: FeatureFile) -> str:
 def _name_of(
     opened: FeatureFile,
     field: str,
-    given: FeatureInput | None,
+    side_input: FeatureInput | None,
     side: Modality,
 ) -> str:
     """Return the name of an array in the store."""
-    if given is not None and given.name is not None:
-        return array_name(given.name)
-    if given is not None and given.encoder is not None:
-        return given.encoder.slug
+    if side_input is not None and side_input.name is not None:
+        return array_name(side_input.name)
+    if side_input is not None and side_input.encoder is not None:
+        return side_input.encoder.slug
     if field.startswith(f"{side}."):
         return array_name(field.removeprefix(f"{side}."))
     if GENERIC.fullmatch(fold_name(field)):
         origin = Path(opened.origin)
         return array_name(origin.stem if origin.suffix else origin.name)
+    # Parts such as img_emb_0 are one array.
     return array_name(re.sub(r"[_-]?\d+$", "", field) or field)
 
 
-def _encoder_slug(given: FeatureInput) -> str | None:
-    return None if given.encoder is None else given.encoder.slug
+def _encoder_slug(side_input: FeatureInput) -> str | None:
+    return None if side_input.encoder is None else side_input.encoder.slug
 
 
 def _require_rows(side: FeatureSide) -> None:
@@ -328,11 +331,11 @@ def _require_rows(side: FeatureSide) -> None:
             raise DataError(f"{side.origin}: rows of one vector have no views; leave --views out")
 
 
-def _read_image_rows(given: Any, text: FeatureSide) -> NDArray[np.int64]:
-    if isinstance(given, np.ndarray):
-        values = given
+def _read_image_rows(side_input: Any, text: FeatureSide) -> NDArray[np.int64]:
+    if isinstance(side_input, np.ndarray):
+        values = side_input
     else:
-        path = as_path(given, "image_rows")
+        path = as_path(side_input, "image_rows")
         values = _integers(path)
     if values.ndim != 1 or values.dtype.kind not in "iu" or len(values) != text.n_rows:
         raise DataError(

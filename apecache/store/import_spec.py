@@ -57,7 +57,7 @@ class ImportSpec:
     max_bad: float = 0.01
     """Share of rows that may be missing or not finite."""
     shard_rows: int | None = None
-    """Rows of one commit; None: about 32 MiB."""
+    """Rows of one commit; None: about 8 MiB."""
     device: str = "auto"
     """Device of the encoders, which encode a few rows to compare them."""
     recheck: bool = False

@@ -1,8 +1,7 @@
 """Join imported rows with a table by key, or make a table of what the source says."""
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from apecache.data.pairs import Pair, PairSource
 from apecache.data.spec import OpenSpec
 from apecache.data.splits import resplit
 from apecache.errors import DataError, counted
-from apecache.fingerprint import content_hash
+from apecache.fingerprint import content_hash, digest_strings
 from apecache.store.import_sides import FeatureSide, Sides, Texts
 from apecache.store.import_spec import ImportSpec, KeyMatch
 from apecache.store.table import PairTable
@@ -82,11 +81,13 @@ def join_with(columns: PairColumns, sides: Sides, spec: ImportSpec) -> ImportTab
     text = sides.get("text")
     image_map = None
     if image is not None:
-        image_map = _join_images(columns, image, spec, left_out)
+        # Images first: texts may name rows of images.
+        image_map = _join_images(columns, image=image, spec=spec, left_out=left_out)
     text_map = None
     if text is not None:
         text_keys = _text_keys(columns, text, image)
-        text_map = _join_texts(columns, replace(text, keys=text_keys), spec, left_out)
+        keyed_text = replace(text, keys=text_keys)
+        text_map = _join_texts(columns, text=keyed_text, spec=spec, left_out=left_out)
     return ImportTable(
         columns=columns,
         image_map=image_map,
@@ -124,12 +125,12 @@ def _join_images(
     shorten = key_form(spec.match_keys)
     source_rows = _row_by_key(image.keys, spec.match_keys, left_out, REPEATED_KEY)
     rows = (source_rows.get(shorten(key), NO_ROW) for key in columns.keys)
-    found = np.fromiter(rows, np.int64, n_images)
-    n_used = len(np.unique(found[found >= 0]))
-    _require_match(image, columns, n_found=int((found >= 0).sum()), match=spec.match_keys)
+    joined_rows = np.fromiter(rows, np.int64, n_images)
+    n_used = len(np.unique(joined_rows[joined_rows >= 0]))
+    _require_match(image, columns, n_found=int((joined_rows >= 0).sum()), match=spec.match_keys)
     if n_used < len(source_rows):
         left_out["images that are not in the table"] = len(source_rows) - n_used
-    return found
+    return joined_rows
 
 
 def _row_by_key(
@@ -144,6 +145,7 @@ def _row_by_key(
     for row, key in enumerate(keys):
         form = shorten(key)
         first = rows.setdefault(form, row)
+        # The same key again is a repeated image; another key of the same form is a mistake.
         if first != row:
             if keys[first] != key:
                 raise DataError(
@@ -178,6 +180,7 @@ def _require_match(side: FeatureSide, columns: PairColumns, n_found: int, match:
     if n_found or not columns.keys:
         return
     assert side.keys is not None
+    # The message shows a key of each, and tries for the user what else would make them equal.
     hint = "compare an example of each, or join by position with --by-row"
     others: tuple[KeyMatch, ...] = ("exact", "name", "stem")
     for other in others:
@@ -201,7 +204,7 @@ def _require_by_row(
     spec: ImportSpec,
 ) -> None:
     """Refuse rows without keys, unless rows are asked for and there are as many."""
-    where = f"{side.origin} has {side.n_rows:,} rows, {columns.origin} {n_expected:,} {noun}"
+    counts_text = f"{side.origin} has {side.n_rows:,} rows, {columns.origin} {n_expected:,} {noun}"
     if not spec.by_row:
         raise DataError(
             f"{side.origin} has no keys to join its rows with {columns.origin}; give them with "
@@ -211,7 +214,7 @@ def _require_by_row(
         other = ""
         if side.modality == "image" and side.n_rows == len(columns.captions):
             other = " (one row for each caption: give one for each image, or keys)"
-        raise DataError(f"{where}{other}; --by-row needs equal counts")
+        raise DataError(f"{counts_text}{other}; --by-row needs equal counts")
 
 
 def _join_texts(
@@ -231,15 +234,16 @@ def _join_texts(
             text.captions, "exact", left_out, "text rows of a repeated caption"
         )
         rows = (first_rows.get(caption, NO_ROW) for caption in columns.captions)
-        found = np.fromiter(rows, np.int64, n_texts)
+        joined_rows = np.fromiter(rows, np.int64, n_texts)
     else:
-        found = _join_keyed_texts(columns, text, spec.match_keys)
-        _require_match(text, columns, n_found=int((found >= 0).sum()), match=spec.match_keys)
-    n_unused = text.n_rows - len(np.unique(found[found >= 0]))
+        joined_rows = _join_keyed_texts(columns, text, spec.match_keys)
+        _require_match(text, columns, n_found=int((joined_rows >= 0).sum()), match=spec.match_keys)
+    # A caption of two images may use one row twice, so rows and not uses are counted.
+    n_unused = text.n_rows - len(np.unique(joined_rows[joined_rows >= 0]))
     n_unused -= left_out.get(REPEATED_CAPTION, 0)
     if n_unused > 0:
         left_out["texts that are not in the table"] = n_unused
-    return found
+    return joined_rows
 
 
 def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) -> RowMap:
@@ -252,18 +256,19 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
     texts_of_image: dict[int, list[int]] = defaultdict(list)
     for text_row, image_row in enumerate(columns.image_rows):
         texts_of_image[image_row].append(text_row)
-    found = np.full(len(columns.captions), NO_ROW, np.int64)
+    joined_rows = np.full(len(columns.captions), NO_ROW, np.int64)
     for image_row, text_rows in texts_of_image.items():
         key = columns.keys[image_row]
         source_rows = rows_of_key.get(shorten(key), [])
         if text.captions is not None:
+            # Each row is used once, so that a caption that an image has twice finds both.
             left = list(source_rows)
             for text_row in text_rows:
                 caption = columns.captions[text_row]
                 same = next((row for row in left if text.captions[row] == caption), None)
                 if same is not None:
                     left.remove(same)
-                    found[text_row] = same
+                    joined_rows[text_row] = same
         elif source_rows:
             if len(source_rows) != len(text_rows):
                 raise DataError(
@@ -271,8 +276,8 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
                     f"{counted(len(text_rows), 'caption')} in {columns.origin}; give the captions "
                     "as a column, so that each finds its row"
                 )
-            found[text_rows] = source_rows
-    return found
+            joined_rows[text_rows] = source_rows
+    return joined_rows
 
 
 # --- without a table ------------------------------------------------------------------------------
@@ -299,6 +304,7 @@ def make_table(sides: Sides, spec: ImportSpec) -> ImportTable:
         assert text is not None
         keys, text_owner = _text_owners_alone(text)
         image_map = None
+    # Texts stand image by image, as in every table; the sort keeps their order within one.
     text_map = np.flatnonzero(text_owner >= 0)
     text_map = text_map[np.argsort(text_owner[text_map], kind="stable")]
     image_rows = text_owner[text_map]
@@ -447,13 +453,19 @@ def _with_splits(columns: PairColumns, spec: OpenSpec | None) -> PairColumns:
 
 def table_digest(columns: PairColumns) -> str:
     """Return the identity of a table that was made from features."""
-    values: Iterable[object] = (
+    text_columns = (
         columns.keys,
         columns.splits,
         columns.labels,
         columns.captions,
         columns.languages,
-        columns.image_rows,
     )
-    # JSON of one column at a time: the whole would be in memory twice.
-    return content_hash("".join(content_hash(json.dumps(column)) for column in values))
+    hashes = [_column_digest(column) for column in text_columns]
+    image_rows = np.array(columns.image_rows, "<i8")
+    return digest_strings([*hashes, content_hash(image_rows.tobytes())])
+
+
+def _column_digest(values: list[str]) -> str:
+    """Return a hash of texts: of their lengths and of all of them joined, in two passes."""
+    lengths = np.fromiter(map(len, values), "<i8", len(values))
+    return content_hash(lengths.tobytes()) + content_hash("".join(values))

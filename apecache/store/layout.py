@@ -456,7 +456,7 @@ def table_objects(
             config={"write_empty_chunks": True},
         )
         if strings:
-            array[:] = np.array([storable(text) for text in values], dtype=object)
+            array[:] = np.array(_storable_column(values), dtype=object)
         else:
             array[:] = np.array(values)
     return {
@@ -464,6 +464,12 @@ def table_objects(
         for key, value in memory._store_dict.items()
         if key.startswith("table/")
     }
+
+
+def _storable_column(values: Sequence[str | int]) -> Sequence[str | int]:
+    """Return `storable` texts; a search in each of a million takes seconds, so ASCII has none."""
+    is_ascii = "".join(map(str, values)).isascii()
+    return values if is_ascii else [storable(text) for text in values]
 
 
 def storable(text: str | int) -> str:

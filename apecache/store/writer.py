@@ -14,7 +14,13 @@ from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError, counted, one_line
-from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
+from apecache.fingerprint import (
+    Json,
+    canonical_json,
+    content_hash,
+    describe_difference,
+    hash_buffers,
+)
 from apecache.storage.files import Buffer, Files
 from apecache.store.layout import (
     CONTENT_COLUMN,
@@ -448,10 +454,10 @@ class ArrayWriter:
 
 
 def _describe(payload: tuple[Buffer, ...]) -> ObjectRecord:
-    data = b"".join(payload)
+    n_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
     # Chunks have two buffers: the data, and their crc32c.
     check = int.from_bytes(payload[-1], "little") if len(payload) == 2 else None
-    return ObjectRecord(len(data), blake3=content_hash(data), crc32c=check)
+    return ObjectRecord(n_bytes, blake3=hash_buffers(payload), crc32c=check)
 
 
 def checksum(data: memoryview) -> int:

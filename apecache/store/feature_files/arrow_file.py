@@ -38,6 +38,7 @@ def open_arrow(path: Path) -> FeatureFile:
     except ImportError:
         raise MissingExtraError("pyarrow", "parquet") from None
     try:
+        # By its ending: Arrow's own formats have none in common.
         is_parquet = path.suffix.lower() == ".parquet"
         table = _open_parquet(path) if is_parquet else _open_ipc(path)
         features: dict[str, FeatureRows] = {}
@@ -99,55 +100,57 @@ def _open_ipc(path: Path) -> ArrowTable:
     return ArrowTable(schema=schema, n_rows=n_rows, batches=batches)
 
 
-def _is_list(kind: Any) -> bool:
+def _is_list(arrow_type: Any) -> bool:
     import pyarrow as pa
 
     return bool(
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        pa.types.is_list(arrow_type)
+        or pa.types.is_large_list(arrow_type)
+        or pa.types.is_fixed_size_list(arrow_type)
     )
 
 
-def _is_scalar(kind: Any) -> bool:
+def _is_scalar(arrow_type: Any) -> bool:
     import pyarrow as pa
 
     return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_dictionary(kind)
+        pa.types.is_string(arrow_type)
+        or pa.types.is_large_string(arrow_type)
+        or pa.types.is_string_view(arrow_type)
+        or pa.types.is_integer(arrow_type)
+        or pa.types.is_boolean(arrow_type)
+        or pa.types.is_dictionary(arrow_type)
     )
 
 
-def _leaf(kind: Any) -> Any:
+def _leaf(arrow_type: Any) -> Any:
     """Return the type of the numbers in lists, or in lists of lists; None without numbers."""
     import pyarrow as pa
 
-    while _is_list(kind):
-        kind = kind.value_type
-    return kind if pa.types.is_floating(kind) else None
+    while _is_list(arrow_type):
+        arrow_type = arrow_type.value_type
+    return arrow_type if pa.types.is_floating(arrow_type) else None
 
 
 def _list_rows(table: ArrowTable, name: str, storage: Any, path: Path) -> FeatureRows:
     """Return the rows of a column of lists, of one length, or of lists of tokens."""
-    where = f"{path}: {name}"
-    dtype = read_dtype(np.dtype(_leaf(storage).to_pandas_dtype()), where)
+    origin = f"{path}: {name}"
+    dtype = read_dtype(np.dtype(_leaf(storage).to_pandas_dtype()), origin)
     is_tokens = _is_list(storage.value_type)
     if is_tokens:
-        return _token_rows(table, name, dtype, where)
-    dim = _dim(table, name, where)
+        return _token_rows(table, name, dtype, origin)
+    dim = _dim(table, name, origin)
 
     def blocks() -> Iterator[Floats]:
         first = 0
         for batch in table.batches(name):
-            yield _pooled_block(batch, dim, dtype, f"{where}, row {first}")
+            yield _pooled_block(batch, dim, dtype, f"{origin}, row {first}")
             first += len(batch)
 
     return StreamRows(n_rows=table.n_rows, row_shape=(dim,), dtype=dtype, blocks=blocks)
 
 
-def _dim(table: ArrowTable, name: str, where: str) -> int:
+def _dim(table: ArrowTable, name: str, origin: str) -> int:
     """Return the length of the first list that is not null."""
     import pyarrow.compute as pc
 
@@ -155,7 +158,7 @@ def _dim(table: ArrowTable, name: str, where: str) -> int:
         lengths = pc.list_value_length(_storage(batch)).drop_null()
         if len(lengths):
             return int(lengths[0].as_py())
-    raise DataError(f"{where} has only null rows; expected lists of numbers")
+    raise DataError(f"{origin} has only null rows; expected lists of numbers")
 
 
 def _storage(batch: Any) -> Any:
@@ -163,7 +166,7 @@ def _storage(batch: Any) -> Any:
     return getattr(batch, "storage", batch)
 
 
-def _pooled_block(batch: Any, dim: int, dtype: np.dtype[Any], where: str) -> Floats:
+def _pooled_block(batch: Any, dim: int, dtype: np.dtype[Any], origin: str) -> Floats:
     """Return a block of lists as [n, dim]; null rows are NaN."""
     import pyarrow.compute as pc
 
@@ -173,7 +176,7 @@ def _pooled_block(batch: Any, dim: int, dtype: np.dtype[Any], where: str) -> Flo
     if (lengths != dim).any():
         bad_row = int(np.flatnonzero(lengths != dim)[0])
         raise DataError(
-            f"{where} + {bad_row}: a list of {lengths[bad_row]:,} numbers, the first has {dim:,}; "
+            f"{origin} + {bad_row}: a list of {lengths[bad_row]:,} numbers, the first has {dim:,}; "
             "expected lists of one length"
         )
     # Not `values`: those of a slice are of the whole column, and null rows may have some.
@@ -184,7 +187,7 @@ def _pooled_block(batch: Any, dim: int, dtype: np.dtype[Any], where: str) -> Flo
     return block
 
 
-def _token_rows(table: ArrowTable, name: str, dtype: np.dtype[Any], where: str) -> FeatureRows:
+def _token_rows(table: ArrowTable, name: str, dtype: np.dtype[Any], origin: str) -> FeatureRows:
     """Return rows of tokens, [tokens, dim], padded with zeros to the longest row."""
     import pyarrow.compute as pc
 
@@ -197,18 +200,18 @@ def _token_rows(table: ArrowTable, name: str, dtype: np.dtype[Any], where: str) 
         dim = dim or (int(vectors[0].as_py()) if len(vectors) else 0)
     lengths = np.concatenate(all_lengths)
     if not dim:
-        raise DataError(f"{where} has no tokens; expected lists of lists of numbers")
+        raise DataError(f"{origin} has no tokens; expected lists of lists of numbers")
     n_tokens = int(lengths.max())
 
     def blocks() -> Iterator[Floats]:
         first = 0
         for batch in table.batches(name):
-            counts = lengths[first : first + len(batch)]
+            token_counts = lengths[first : first + len(batch)]
             vectors = _storage(batch).drop_null().flatten()
             block = np.zeros((len(batch), n_tokens, dim), dtype)
-            is_token = np.arange(n_tokens) < counts[:, None]
-            block[is_token] = _pooled_block(vectors, dim, dtype, f"{where}, row {first}")
-            block[counts == 0] = np.nan
+            is_token = np.arange(n_tokens) < token_counts[:, None]
+            block[is_token] = _pooled_block(vectors, dim, dtype, f"{origin}, row {first}")
+            block[token_counts == 0] = np.nan
             yield block
             first += len(batch)
 

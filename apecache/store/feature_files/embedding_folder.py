@@ -50,9 +50,9 @@ def open_clip_retrieval(folder: Path) -> EmbeddingFolder:
     texts = _numbered(folder, TEXT_PARTS)
     metadata = _numbered(folder, METADATA_PARTS)
     first = images or texts
-    for name, parts in ((TEXT_PARTS, texts), (METADATA_PARTS, metadata)):
-        if parts and _numbers(parts) != _numbers(first):
-            differing = sorted(set(_numbers(parts)) ^ set(_numbers(first)))
+    for name, paths_of_side in ((TEXT_PARTS, texts), (METADATA_PARTS, metadata)):
+        if paths_of_side and _numbers(paths_of_side) != _numbers(first):
+            differing = sorted(set(_numbers(paths_of_side)) ^ set(_numbers(first)))
             raise DataError(
                 f"{folder}: parts {', '.join(map(str, differing[:5]))} are only in one of "
                 f"{first[0].parent.name} and {name}; copy the folder again"

@@ -44,8 +44,8 @@ def open_hdf5(path: Path) -> FeatureFile:
             return
         is_float = item.dtype.kind == "f"
         if is_float and len(item.shape) >= 2:
-            where = f"{path}: {name}"
-            features[name] = ArrayRows(values=item, stored=item.dtype, where=where)
+            origin = f"{path}: {name}"
+            features[name] = ArrayRows(values=item, stored=item.dtype, origin=origin)
         elif is_float and len(item.shape) == 1:
             vectors[name] = item
         elif len(item.shape) == 1:
@@ -95,11 +95,11 @@ class KeyedRows:
         return np.dtype("float16" if self.vectors[0].dtype == np.float16 else "float32")
 
     def read(self, rows: Rows) -> Floats:
-        found = np.empty((len(rows), *self.row_shape), self.dtype)
+        gathered = np.empty((len(rows), *self.row_shape), self.dtype)
         for position, row in enumerate(rows.tolist()):
             vector = self.vectors[row]
-            found[position] = as_floats(vector[:], vector.dtype)
-        return found
+            gathered[position] = as_floats(vector[:], vector.dtype)
+        return gathered
 
     def read_keys(self) -> Column:
         """Return the keys, in the order of the rows."""

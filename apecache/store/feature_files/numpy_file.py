@@ -88,7 +88,7 @@ def _is_column(header: NpyHeader) -> bool:
     return len(header.shape) == 1
 
 
-def _read_header(file: BinaryIO | Any, where: str) -> NpyHeader:
+def _read_header(file: BinaryIO | Any, origin: str) -> NpyHeader:
     try:
         version = np.lib.format.read_magic(file)
         match version:
@@ -101,12 +101,12 @@ def _read_header(file: BinaryIO | Any, where: str) -> NpyHeader:
                 raise ValueError(f"its version is {version}")
     except ValueError as error:
         raise DataError(
-            f"{where} is not a .npy array: {one_line(error)}; write it with numpy.save"
+            f"{origin} is not a .npy array: {one_line(error)}; write it with numpy.save"
         ) from None
     shape, fortran_order, dtype = described
     if dtype.hasobject:
         raise DataError(
-            f"{where} holds pickled Python objects, and nothing is unpickled; save a float array, "
+            f"{origin} holds pickled Python objects, and nothing is unpickled; save a float array, "
             "e.g. numpy.save(path, numpy.stack(list_of_vectors))"
         )
     return NpyHeader(
@@ -139,6 +139,7 @@ def _member_rows(
             shape=header.shape,
             fortran_order=header.fortran_order,
         )
+    # Compressed: rows in the middle can be reached only by unpacking those before them.
     scratch = ScratchFolder()
     unpacked = scratch.path / "member.npy"
     with archive.open(info) as member, unpacked.open("wb") as file:

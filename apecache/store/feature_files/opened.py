@@ -73,7 +73,7 @@ def with_lengths(
     Raises:
         DataError: The numbers do not fit the array.
     """
-    found: dict[str, FeatureRows] = {}
+    with_counts: dict[str, FeatureRows] = {}
     for name, rows in features.items():
         own_names = tuple(f"{name}.{word}" for word in LENGTH_NAMES)
         own_names += tuple(f"{name}_{word}" for word in LENGTH_NAMES)
@@ -81,35 +81,37 @@ def with_lengths(
         shared_name = next((shared for shared in LENGTH_NAMES if shared in columns), None)
         length_name = own_name or shared_name
         if length_name is None:
-            found[name] = rows
+            with_counts[name] = rows
             continue
         lengths = columns[length_name]()
-        where = f"{origin}: {length_name}"
-        found[name] = _with_lengths(rows, lengths, where, is_shared=own_name is None)
-    return found
+        origin_of_counts = f"{origin}: {length_name}"
+        with_counts[name] = _with_lengths(
+            rows, lengths, origin_of_counts, is_shared=own_name is None
+        )
+    return with_counts
 
 
 def _with_lengths(
     rows: FeatureRows,
     lengths: Column,
-    where: str,
+    origin: str,
     is_shared: bool,
 ) -> FeatureRows:
     if lengths.dtype.kind not in "iu" or lengths.ndim != 1 or (lengths < 0).any():
-        raise DataError(f"{where}: expected one count of tokens for each row")
-    counts = lengths.astype(np.int64)
+        raise DataError(f"{origin}: expected one count of tokens for each row")
+    token_counts = lengths.astype(np.int64)
     is_flat = len(rows.row_shape) == 1
-    if is_flat and int(counts.sum()) == rows.n_rows:
-        return RaggedRows(tokens=rows, lengths=counts)
-    fits = len(counts) == rows.n_rows and len(rows.row_shape) == 2
-    if fits and int(counts.max(initial=0)) <= rows.row_shape[0]:
-        return PaddedRows(padded=rows, lengths=counts)
+    if is_flat and int(token_counts.sum()) == rows.n_rows:
+        return RaggedRows(tokens=rows, lengths=token_counts)
+    fits = len(token_counts) == rows.n_rows and len(rows.row_shape) == 2
+    if fits and int(token_counts.max(initial=0)) <= rows.row_shape[0]:
+        return PaddedRows(padded=rows, lengths=token_counts)
     # Lengths of the tokens of one array say nothing about another one, which is pooled.
     if is_shared and is_flat:
         return rows
     raise DataError(
-        f"{where}: {len(counts):,} counts that add to {int(counts.sum()):,} do not fit "
-        f"{rows.n_rows:,} rows; give one count for each row"
+        f"{origin}: {len(token_counts):,} counts that add to {int(token_counts.sum()):,} do not "
+        f"fit {rows.n_rows:,} rows; give one count for each row"
     )
 
 
@@ -125,8 +127,8 @@ def joined(files: Sequence[FeatureFile], origin: str) -> FeatureFile:
     features: dict[str, FeatureRows] = {}
     for name in first.features:
         if all(name in file.features for file in files):
-            parts = [file.features[name] for file in files]
-            features[name] = join_rows_of(parts, [file.origin for file in files])
+            rows_of_files = [file.features[name] for file in files]
+            features[name] = join_rows_of(rows_of_files, [file.origin for file in files])
     if not features:
         # Files of one array each, such as one group of an HDF5 file, may differ in its name.
         singles = [next(iter(file.features.values())) for file in files if len(file.features) == 1]

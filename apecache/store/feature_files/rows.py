@@ -59,7 +59,7 @@ class FeatureRows(Protocol):
         """
 
 
-def read_dtype(stored: np.dtype[Any] | str, where: str) -> np.dtype[Any]:
+def read_dtype(stored: np.dtype[Any] | str, origin: str) -> np.dtype[Any]:
     """Return the dtype in which features of a stored dtype are read.
 
     Raises:
@@ -68,7 +68,7 @@ def read_dtype(stored: np.dtype[Any] | str, where: str) -> np.dtype[Any]:
     name = stored if isinstance(stored, str) else stored.name
     if name != BFLOAT16 and np.dtype(stored).kind != "f":
         raise DataError(
-            f"{where}: expected float16, bfloat16, float32 or float64 features, found {name}; "
+            f"{origin}: expected float16, bfloat16, float32 or float64 features, found {name}; "
             "convert them, e.g. array.astype('float32')"
         )
     return np.dtype(READ_DTYPES.get(name, "float32"))
@@ -85,10 +85,10 @@ def as_floats(block: NDArray[Any], stored: np.dtype[Any] | str) -> Floats:
         # A bfloat16 is the upper half of a float32.
         widened = block.astype(np.uint32) << np.uint32(16)
         return widened.view(np.float32)
-    wanted = np.dtype(READ_DTYPES.get(np.dtype(stored).name, "float32"))
+    read_as = np.dtype(READ_DTYPES.get(np.dtype(stored).name, "float32"))
     # float64 beyond float32 becomes infinity, which is reported by row.
     with np.errstate(over="ignore"):
-        floats: Floats = np.ascontiguousarray(block, dtype=wanted)
+        floats: Floats = np.ascontiguousarray(block, dtype=read_as)
     return floats
 
 
@@ -178,11 +178,11 @@ class ArrayRows:
     values: Any
     """An array [n, …] that takes slices and arrays of rows: NumPy's, or an HDF5 data set."""
     stored: np.dtype[Any]
-    where: str
+    origin: str
     """The array's name, for messages."""
 
     def __post_init__(self) -> None:
-        read_dtype(self.stored, self.where)
+        read_dtype(self.stored, self.origin)
 
     @property
     def n_rows(self) -> int:
@@ -194,7 +194,7 @@ class ArrayRows:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return read_dtype(self.stored, self.where)
+        return read_dtype(self.stored, self.origin)
 
     @property
     def lengths(self) -> None:
@@ -236,8 +236,9 @@ class StreamRows:
     _first_row: int = field(default=0, init=False)
 
     def read(self, rows: Rows) -> Floats:
-        found = np.empty((len(rows), *self.row_shape), self.dtype)
+        gathered = np.empty((len(rows), *self.row_shape), self.dtype)
         n_filled = 0
+        # Rows of one block are taken together; the next row decides which block comes next.
         while n_filled < len(rows):
             block = self._block_with(int(rows[n_filled]))
             stop_row = self._first_row + len(block)
@@ -245,9 +246,9 @@ class StreamRows:
                 (rows[n_filled:] >= stop_row) | (rows[n_filled:] < self._first_row)
             )
             n_stop = n_filled + int(behind[0]) if len(behind) else len(rows)
-            found[n_filled:n_stop] = block[rows[n_filled:n_stop] - self._first_row]
+            gathered[n_filled:n_stop] = block[rows[n_filled:n_stop] - self._first_row]
             n_filled = n_stop
-        return found
+        return gathered
 
     def _block_with(self, row: int) -> Floats:
         """Return the block that holds a row, and read on to it."""
@@ -265,45 +266,45 @@ class StreamRows:
 class ChunkedRows:
     """Join the rows of several files, in order."""
 
-    parts: Sequence[FeatureRows]
+    chunks: Sequence[FeatureRows]
 
     @property
     def n_rows(self) -> int:
-        return sum(part.n_rows for part in self.parts)
+        return sum(chunk.n_rows for chunk in self.chunks)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return self.parts[0].row_shape
+        return self.chunks[0].row_shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.result_type(*(part.dtype for part in self.parts))
+        return np.result_type(*(chunk.dtype for chunk in self.chunks))
 
     @property
     def lengths(self) -> NDArray[np.int64] | None:
-        all_lengths = [part.lengths for part in self.parts if part.lengths is not None]
+        all_lengths = [chunk.lengths for chunk in self.chunks if chunk.lengths is not None]
         return np.concatenate(all_lengths) if all_lengths else None
 
     @property
     def is_scattered(self) -> bool:
-        return all(part.is_scattered for part in self.parts)
+        return all(chunk.is_scattered for chunk in self.chunks)
 
     def read(self, rows: Rows) -> Floats:
-        starts = list(accumulate((part.n_rows for part in self.parts), initial=0))
-        found = np.empty((len(rows), *self.row_shape), self.dtype)
+        starts = list(accumulate((chunk.n_rows for chunk in self.chunks), initial=0))
+        gathered = np.empty((len(rows), *self.row_shape), self.dtype)
         n_filled = 0
         while n_filled < len(rows):
             number = bisect_right(starts, int(rows[n_filled])) - 1
             outside = (rows[n_filled:] < starts[number]) | (rows[n_filled:] >= starts[number + 1])
             behind = np.flatnonzero(outside)
             n_stop = n_filled + int(behind[0]) if len(behind) else len(rows)
-            part_rows = rows[n_filled:n_stop] - starts[number]
-            found[n_filled:n_stop] = self.parts[number].read(part_rows)
+            chunk_rows = rows[n_filled:n_stop] - starts[number]
+            gathered[n_filled:n_stop] = self.chunks[number].read(chunk_rows)
             n_filled = n_stop
-        return found
+        return gathered
 
 
-def join_rows_of(parts: Sequence[FeatureRows], names: Sequence[str]) -> FeatureRows:
+def join_rows_of(chunks: Sequence[FeatureRows], names: Sequence[str]) -> FeatureRows:
     """Return the rows of several files as one.
 
     Args:
@@ -313,15 +314,15 @@ def join_rows_of(parts: Sequence[FeatureRows], names: Sequence[str]) -> FeatureR
     Raises:
         DataError: Their rows have different shapes.
     """
-    for part, name in zip(parts, names, strict=True):
-        ragged_alike = (part.lengths is None) == (parts[0].lengths is None)
-        if part.row_shape != parts[0].row_shape or not ragged_alike:
+    for chunk, name in zip(chunks, names, strict=True):
+        ragged_alike = (chunk.lengths is None) == (chunks[0].lengths is None)
+        if chunk.row_shape != chunks[0].row_shape or not ragged_alike:
             raise DataError(
-                f"{name} has rows of {shape_text(part.row_shape)}, {names[0]} of "
-                f"{shape_text(parts[0].row_shape)}; files that are imported together have rows of "
+                f"{name} has rows of {shape_text(chunk.row_shape)}, {names[0]} of "
+                f"{shape_text(chunks[0].row_shape)}; files that are imported together have rows of "
                 "one shape"
             )
-    return parts[0] if len(parts) == 1 else ChunkedRows(parts=parts)
+    return chunks[0] if len(chunks) == 1 else ChunkedRows(chunks=chunks)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -357,13 +358,13 @@ class RaggedRows:
 
     def read(self, rows: Rows) -> Floats:
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        found = np.zeros((len(rows), *self.row_shape), self.dtype)
-        counts = self.lengths[rows]
+        gathered = np.zeros((len(rows), *self.row_shape), self.dtype)
+        token_counts = self.lengths[rows]
         ranges = [np.arange(starts[row], starts[row + 1]) for row in rows.tolist()]
         token_rows = np.concatenate(ranges) if ranges else np.empty(0, np.int64)
-        is_token = np.arange(found.shape[1]) < counts[:, None]
-        found[is_token] = self.tokens.read(token_rows.astype(np.int64))
-        return found
+        is_token = np.arange(gathered.shape[1]) < token_counts[:, None]
+        gathered[is_token] = self.tokens.read(token_rows.astype(np.int64))
+        return gathered
 
 
 @dataclass(frozen=True, kw_only=True)

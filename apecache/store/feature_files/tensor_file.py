@@ -62,6 +62,7 @@ def open_safetensors(path: Path) -> FeatureFile:
             vectors[name] = RawRows(path=path, offset=offset, stored=stored, shape=(1, *shape))
         elif len(shape) == 1:
             columns[name] = partial(_load_integers, path, offset, stored, shape[0])
+    # Many vectors and no array: one vector under each key.
     if not features:
         features = _keyed(vectors, columns, str(path))
     features = with_lengths(features, columns, str(path))
@@ -137,17 +138,17 @@ def _load_tensors(path: Path) -> Any:
         raise unreadable(path, error, "write it again with torch.save") from None
 
 
-def _tensor_rows(tensor: Any, where: str) -> FeatureRows:
+def _tensor_rows(tensor: Any, origin: str) -> FeatureRows:
     import torch
 
     if tensor.dtype == torch.bfloat16:
         return _BFloat16Rows(
             values=tensor.view(torch.uint16).numpy(),
             stored=np.dtype("float32"),
-            where=where,
+            origin=origin,
         )
     values = tensor.numpy()
-    return ArrayRows(values=values, stored=values.dtype, where=where)
+    return ArrayRows(values=values, stored=values.dtype, origin=origin)
 
 
 class _BFloat16Rows(ArrayRows):
@@ -183,4 +184,4 @@ def _keyed(
     columns["key"] = partial(_same, np.array(list(vectors), dtype=object))
     blocks = [rows.read(np.zeros(1, np.int64)) for rows in vectors.values()]
     values = np.concatenate(blocks)
-    return {"features": ArrayRows(values=values, stored=values.dtype, where=origin)}
+    return {"features": ArrayRows(values=values, stored=values.dtype, origin=origin)}
