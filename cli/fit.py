@@ -193,10 +193,11 @@ class TowerOptions(OptionGroup):
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the computation: float32 or bfloat16.",
+            help="Type of the computation: float32, bfloat16, or auto: bfloat16 on CUDA, else "
+            "float32.",
             rich_help_panel=ADVANCED,
         ),
-    ] = "float32"
+    ] = "auto"
 
     def image_encoder(self) -> "EncoderSpec | None":
         """Return the image encoder; None for the store's."""
@@ -263,7 +264,7 @@ def fit_encoder(
     --out run
     """
     with ending():
-        choice("--autocast", towers.autocast, ("float32", "bfloat16"))
+        choice("--autocast", towers.autocast, ("auto", "float32", "bfloat16"))
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())

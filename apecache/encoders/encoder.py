@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apecache.device import float32_products
+from apecache.device import float32_products, send
 from apecache.encoders.spec import EncoderSpec, Pooling, Precision
 from apecache.errors import EncoderError
 from apecache.fingerprint import Fingerprint
@@ -54,6 +54,17 @@ class FeatureTap:
         return self.pool(states_by_name[self.state], mask)
 
 
+@runtime_checkable
+class PixelPreprocess(Protocol):
+    """Preprocess images in two steps, of which the second can run on the encoder's device."""
+
+    def pixels(self, image: Any) -> Tensor:
+        """Return uint8 [3, height, width]."""
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return float32 [..., 3, height, width] for such pixels, on their device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
     """Hold a frozen image encoder with its preprocessing and the identity of its features."""
@@ -76,6 +87,12 @@ class ImageEncoder:
     def dim(self) -> int:
         return self.row_shape[-1]
 
+    @property
+    def pixel_preprocess(self) -> PixelPreprocess | None:
+        """Return the preprocessing if it has two steps."""
+        preprocess: object = self.preprocess
+        return preprocess if isinstance(preprocess, PixelPreprocess) else None
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode one batch.
 
@@ -90,8 +107,12 @@ class ImageEncoder:
             return features.float().cpu()
 
     def move(self, pixels: Tensor) -> Tensor:
-        """Return the pixels on the encoder's device, in its dtype."""
+        """Return the pixels on the encoder's device, in its dtype; uint8 is normalized there."""
         # Pinned pixels are then copied while the host prepares the next batch.
+        if pixels.dtype == torch.uint8:
+            in_two_steps = self.pixel_preprocess
+            assert in_two_steps is not None
+            pixels = in_two_steps.normalize(pixels.to(self.device, non_blocking=True))
         return pixels.to(self.device, computed_in(self.spec.dtype, self.device), non_blocking=True)
 
 
@@ -143,7 +164,7 @@ class TextEncoder:
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return (ids, mask), int64 [n, longest], on the encoder's device."""
         batch, mask = pad_ids(ids, self.pad_id, self.length or 1)
-        return batch.to(self.device), mask.to(self.device)
+        return send(batch, self.device), send(mask, self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Encode queries or class names; for data sets see `extract`.

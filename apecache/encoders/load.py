@@ -21,7 +21,6 @@ from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
 
-
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
     """Load one image encoder; joined ones are loaded together and look like one.
 

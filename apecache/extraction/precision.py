@@ -4,15 +4,14 @@ The error of a precision is the worst 1 - cosine of a row against the same encod
 probe of real rows.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from apecache.data.images import load_as, load_image
+from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.device import (
@@ -20,7 +19,7 @@ from apecache.device import (
     is_accelerator,
     release_cached_memory,
     resolve_device,
-    synchronize,
+    timed_seconds,
 )
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.encoders.load import load_image_encoders, load_text_encoders
@@ -208,16 +207,13 @@ def _probe_pixels(encoder: ImageEncoder, source: PairSource, n_rows: int) -> Ten
     pixels: list[Tensor] = []
     for key in _spread(source.keys, n_rows):
         try:
-            if encoder.spec.resize == "torchvision":
-                pixels.append(
-                    encoder.preprocess(
-                        load_as(decode_tensor, key, source.media, source.pixels).image
-                    )
-                )
-            else:
-                pixels.append(
-                    encoder.preprocess(load_image(key, source.media, source.pixels).image)
-                )
+            # An encoder that resizes tensors takes them as well as Pillow's images.
+            loaded: LoadedImage[Any] = (
+                load_as(decode_tensor, key, source.media, source.pixels)
+                if encoder.spec.resize == "torchvision"
+                else load_image(key, source.media, source.pixels)
+            )
+            pixels.append(encoder.preprocess(loaded.image))
         except (RowError, ValueError, OSError, RuntimeError):
             continue
     return torch.stack(pixels) if pixels else torch.zeros(1, *encoder.input_shape)
@@ -235,11 +231,8 @@ def _encode_twice(
 ) -> ProbeResult:
     device = encoders[0].device
     features = _encode(encoders, rows)
-    synchronize(device)
-    begin = time.perf_counter()
-    _encode(encoders, rows)
-    synchronize(device)
-    return ProbeResult(features=features, seconds=time.perf_counter() - begin)
+    seconds = timed_seconds(lambda: _encode(encoders, rows), device)
+    return ProbeResult(features=features, seconds=seconds)
 
 
 def _encode(

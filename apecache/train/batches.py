@@ -96,6 +96,21 @@ class Batch:
     """Which images belong with which texts; None: row with row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochRows:
+    """Hold the rows that an epoch reads, on the CPU, in the order of its batches."""
+
+    order: Tensor
+    """int64 [n], images of all batches."""
+    captions: Tensor
+    """int64 [n, k], their captions."""
+    images: Tensor
+    """int64 [n], rows of the image features; with views, of the features with both first axes
+    flattened."""
+    texts: Tensor
+    """int64 [n, k], as `images`."""
+
+
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
     """Check that there are wrong answers to learn from.
 
@@ -149,6 +164,63 @@ def batches(
     Yields:
         Batches on the device of the pairs. `groups` is None if all positives are row with row.
     """
+    size = min(batch_size, n_items(pairs, epoch))
+    rows = draw_rows(
+        pairs,
+        batch_size=batch_size,
+        generator=generator,
+        captions=captions,
+        skip=skip,
+        epoch=epoch,
+    )
+    image_batches = gather(
+        pairs.image,
+        rows=rows.images,
+        size=size,
+        device=pairs.place,
+        views=pairs.image_views,
+    )
+    text_batches = gather(
+        pairs.text,
+        rows=rows.texts.flatten(),
+        size=size * captions,
+        device=pairs.place,
+        views=pairs.text_views,
+    )
+    image_lengths = _gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
+    text_lengths = _gather_lengths(
+        pairs.text_lengths,
+        rows=rows.captions.flatten(),
+        size=size * captions,
+        device=pairs.place,
+    )
+    groups_of_batches = groups_of(pairs, rows.order, rows.captions, size)
+    for image, text, image_length, text_length, groups in zip(
+        image_batches,
+        text_batches,
+        image_lengths,
+        text_lengths,
+        groups_of_batches,
+        strict=True,
+    ):
+        yield Batch(
+            image=image,
+            text=text,
+            image_mask=None if image_length is None else mask_of(image_length, image),
+            text_mask=None if text_length is None else mask_of(text_length, text),
+            groups=groups,
+        )
+
+
+def draw_rows(
+    pairs: FeaturePairs,
+    batch_size: int,
+    generator: torch.Generator,
+    captions: int,
+    skip: int = 0,
+    epoch: Epoch = "images",
+) -> EpochRows:
+    """Draw the rows of an epoch. See `batches`."""
     count = n_items(pairs, epoch)
     size = min(batch_size, count)
     # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
@@ -167,45 +239,12 @@ def batches(
         generator=generator,
     )
     batch_span = slice(skip * size, count - count % size)
-    image_batches = _gather(
-        pairs.image,
-        rows=images[batch_span],
-        size=size,
-        device=pairs.place,
-        views=pairs.image_views,
+    return EpochRows(
+        order=order[batch_span],
+        captions=caption_rows[batch_span],
+        images=images[batch_span],
+        texts=texts[batch_span],
     )
-    text_batches = _gather(
-        pairs.text,
-        rows=texts[batch_span].flatten(),
-        size=size * captions,
-        device=pairs.place,
-        views=pairs.text_views,
-    )
-    used_order = order[batch_span]
-    used_captions = caption_rows[batch_span]
-    image_lengths = _gather_lengths(pairs.image_lengths, used_order, size, pairs.place)
-    text_lengths = _gather_lengths(
-        pairs.text_lengths,
-        rows=used_captions.flatten(),
-        size=size * captions,
-        device=pairs.place,
-    )
-    groups_of_batches = _groups(pairs, used_order, used_captions, size)
-    for image, text, image_length, text_length, groups in zip(
-        image_batches,
-        text_batches,
-        image_lengths,
-        text_lengths,
-        groups_of_batches,
-        strict=True,
-    ):
-        yield Batch(
-            image=image,
-            text=text,
-            image_mask=None if image_length is None else mask_of(image_length, image),
-            text_mask=None if text_length is None else mask_of(text_length, text),
-            groups=groups,
-        )
 
 
 def _draw_captions(
@@ -239,7 +278,7 @@ def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Ge
     return rows * n_views + drawn_views
 
 
-def _gather(
+def gather(
     features: Tensor,
     rows: Tensor,
     size: int,
@@ -277,10 +316,10 @@ def _gather_lengths(
     """Yield the numbers of valid tokens, int64 [size], of each batch; None without lengths."""
     if lengths is None:
         return repeat(None, -(-len(rows) // size))
-    return _gather(lengths, rows=rows, size=size, device=device, views=False)
+    return gather(lengths, rows=rows, size=size, device=device, views=False)
 
 
-def _groups(
+def groups_of(
     pairs: FeaturePairs,
     order: Tensor,
     caption_rows: Tensor,

@@ -63,8 +63,9 @@ class FitEncoderSpec:
 
     Gradients stay those of the whole batch.
     """
-    autocast: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which the towers compute. Parameters stay float32."""
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the towers compute. Parameters stay float32. `auto`: bfloat16 on CUDA, else
+    float32."""
     device: str = "auto"
     """Device of the fit."""
     overwrite: bool = False
@@ -85,6 +86,12 @@ class FitEncoderSpec:
 
     See `apecache.train.warm_start`.
     """
+
+    def uses_bfloat16(self, device: torch.device) -> bool:
+        """Check whether the towers compute in bfloat16 on a device."""
+        if self.autocast == "auto":
+            return device.type == "cuda"
+        return self.autocast == "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,9 @@ def fit_encoder(
     out = as_path(out, "out")
     spec = spec or FitEncoderSpec()
     device = resolve_device(own_device(spec.device))
+    if spec.autocast == "auto":
+        # Decided before the fit is identified: a checkpoint names the type that it was made with.
+        spec = replace(spec, autocast="bfloat16" if spec.uses_bfloat16(device) else "float32")
     with joined(device) as ranks:
         require_sensible(recipe, spec, ranks)
         require_usable(out, spec.overwrite, FILES)

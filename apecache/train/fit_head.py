@@ -33,6 +33,7 @@ from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
 from apecache.train.pretrained import with_own_scale
+from apecache.train.recorded_steps import recorded_steps
 from apecache.train.session import (
     RunFolder,
     best_and_untrained,
@@ -162,6 +163,7 @@ def fit_head(
             folder=folder,
             found=checkpoint,
             loading_seconds=loading_seconds,
+            recorded=recorded_steps(training, train, plan),
         )
         ledger = build_ledger(
             training,

@@ -26,7 +26,7 @@ from apecache.store.array import FeatureArray
 from apecache.train.batches import FeaturePairs, n_items
 from apecache.train.fit import Fit, StepCount
 from apecache.train.lint.checks import n_negatives
-from apecache.train.loop import FitProgress, require_finite, run_training
+from apecache.train.loop import EpochSteps, FitProgress, require_finite, run_training
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""
@@ -56,6 +56,7 @@ def run_in_folder(
     folder: RunFolder,
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
+    recorded: EpochSteps | None = None,
 ) -> int:
     """Run the training, or what is left of it after a checkpoint.
 
@@ -67,6 +68,7 @@ def run_in_folder(
         folder: Where the fit writes.
         found: Tensors and state of a checkpoint; None: begin anew.
         loading_seconds: Time that loading took in this call.
+        recorded: See `run_training`.
 
     Returns:
         Steps that were done before.
@@ -94,6 +96,7 @@ def run_in_folder(
         plan=plan,
         log=_logger(folder),
         save=_saver(training, folder),
+        recorded=recorded,
     )
     return resumed_step
 

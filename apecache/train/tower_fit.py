@@ -126,7 +126,7 @@ class EncoderFit(Fit[EncoderModel]):
 
     def _autocast(self) -> Any:
         """Return the context in which the towers compute."""
-        if self.spec.autocast == "float32":
+        if not self.spec.uses_bfloat16(self.device):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -134,7 +134,7 @@ class EncoderFit(Fit[EncoderModel]):
         """Return the context in which attention computes."""
         # On the CPU the backward pass of torch's fused attention in bfloat16 is slow (torch 2.14:
         # ten times its time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long).
-        is_slow = self.device.type == "cpu" and self.spec.autocast == "bfloat16"
+        is_slow = self.device.type == "cpu" and self.spec.uses_bfloat16(self.device)
         return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 

@@ -64,7 +64,7 @@ def models(context: PartContext) -> None:
                 pixels = torch.randn(size, *encoder.input_shape, device=context.device)
                 run = partial(encode_images, [encoder], pixels)
                 rate = size / median_seconds(run, context.device, repeats=3)
-                row = {"images_s": round(rate)}
+                row: dict[str, float] = {"images_s": round(rate)}
                 if not context.tiny:
                     row["TFLOP/s"] = round(rate * GFLOP_OF_IMAGE[name] / 1000, 2)
                 context.add("bare image model", model=name, precision=precision, **row)

@@ -172,7 +172,7 @@ def populations(context: PartContext) -> None:
         alone = _Stepper(recipe, train, n_steps=context.size(16, 2))
         alone_seconds = median_seconds(alone, device, repeats=3, warm=1) / alone.n_steps
         for n_members in (1, 4) if context.tiny else MEMBERS:
-            row = {"recipe": name, "members": n_members}
+            row: dict[str, Any] = {"recipe": name, "members": n_members}
             try:
                 row |= _population_row(context, recipe, train, n_members)
                 row["alone / together"] = round(1000 * alone_seconds / row["member_ms"], 2)

@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,12 +138,12 @@ def write_bert(folder: Path, tiny: bool) -> None:
         single="[CLS] $A [SEP]",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=64,
         **special,
     ).save_pretrained(folder)
-    small = {
+    small: dict[str, Any] = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,

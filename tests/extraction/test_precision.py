@@ -118,7 +118,7 @@ def test_a_store_keeps_its_precision_when_it_is_resumed(
     (tmp_path / "store" / "records" / "image" / array.name / "seal.json").unlink()
     resumed = extract(open_pairs(shapes), tmp_path / "store", replace(spec, text=None))
     assert [done.name for done in resumed.arrays] == [array.name]
-    assert resumed.arrays[0].n_encoded == 8
+    assert resumed.arrays[0].n_encoded == resumed.arrays[0].rows - 8
     # Nothing is measured for an array that exists.
     assert resumed.measured == ()
 
