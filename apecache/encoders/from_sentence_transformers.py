@@ -45,6 +45,7 @@ from apecache.encoders.snapshot import (
     resolve_folder,
 )
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.text_repository import pooling_names
 from apecache.encoders.transformers_files import open_saved
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import IMAGE_DECODING, Json, Modality
@@ -230,14 +231,26 @@ def shape_features(spec: EncoderSpec, module: SentenceShape) -> Callable[..., Te
     # Every pooling of words has the width and about the cost of the mean.
     pooled_spec = inner if has_own else replace(inner, pooling="mean")
     pool = transformers_features(pooled_spec, module.transformer)
+    n_poolings = 1 if has_own else _count_poolings(spec, resolve_folder(spec))
 
     def features(*inputs: Tensor) -> Tensor:
         pooled = pool(*inputs)
+        # Several poolings stand side by side.
+        pooled = torch.cat([pooled] * n_poolings, dim=-1)
         for layer in module.layers:
             pooled = layer(pooled)
         return pooled
 
     return features
+
+
+def _count_poolings(spec: EncoderSpec, folder: Path) -> int:
+    """Count the poolings of words that a model puts side by side."""
+    for module in read_modules(folder, spec):
+        if str(module.get("type", "")).endswith(".Pooling"):
+            described = read_json(folder / str(module.get("path", "")) / "config.json", spec)
+            return max(1, len(pooling_names(described)))
+    return 1
 
 
 def shape_size(spec: EncoderSpec) -> tuple[int, int]:

@@ -78,8 +78,8 @@ SIGLIP_TEXT = {
 }
 """Text towers whose own output is that of the last position. They were trained on texts that are
 padded to one length, and they see the padding."""
-PADDING_TYPES = ("mobilebert",)
-"""MobileBERT reads each token with its neighbours, and the last one with the padding."""
+PADDING_TYPES = ("convbert", "fnet", "mobilebert")
+"""They read each token with its neighbours, or all positions, and so the padding too."""
 LEGACY_EOS = 2
 """What old CLIP configs name as end of text; the library then takes the highest id."""
 

@@ -453,7 +453,8 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         return tower
     inputs: Any = encoder.fingerprint.fields["inputs"]
     # An empty text has special tokens only, and the first of them is the CLS token.
-    cls_id = encoder.tokenize([""]).ids[0][0]
+    special_ids = encoder.tokenize([""]).ids[0]
+    cls_id = special_ids[0] if special_ids else None
     return build_tower(
         encoder.module,
         modality="text",

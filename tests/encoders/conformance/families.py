@@ -817,6 +817,16 @@ def take_classified(base: str) -> Callable[[Any, Tensor], Tensor]:
     return take
 
 
+def take_head(model: Any, pixels: Tensor) -> Tensor:
+    """What the last linear layer of the classifier takes."""
+    taken: list[Tensor] = []
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    hook = linear.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    model(pixel_values=pixels)
+    hook.remove()
+    return taken[0]
+
+
 def image_family(
     model: Callable[[], Any],
     processor: Callable[[], Any],
@@ -857,6 +867,54 @@ HIERA = {
     "masked_unit_attention": [True, False],
     "num_query_pool": 1,
     "query_stride": [2, 2],
+}
+SMALL_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+SQUASHED_64 = {"size": {"height": 64, "width": 64}}
+CONVOLUTIONS: dict[str, tuple[Any, Any, Any]] = {
+    "resnet": (
+        lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**SMALL_STAGES, num_labels=3)),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.ResNetForImageClassification,
+    ),
+    "regnet": (
+        lambda: hf.RegNetForImageClassification(
+            hf.RegNetConfig(**SMALL_STAGES, groups_width=4, num_labels=3)
+        ),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.RegNetForImageClassification,
+    ),
+    "mobilenet v1": (
+        lambda: hf.MobileNetV1ForImageClassification(
+            hf.MobileNetV1Config(depth_multiplier=0.25, num_labels=3)
+        ),
+        lambda: hf.MobileNetV1ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV1ForImageClassification,
+    ),
+    "mobilenet v2": (
+        lambda: hf.MobileNetV2ForImageClassification(
+            hf.MobileNetV2Config(depth_multiplier=0.35, num_labels=3)
+        ),
+        lambda: hf.MobileNetV2ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV2ForImageClassification,
+    ),
+    "efficientnet": (
+        lambda: hf.EfficientNetForImageClassification(
+            hf.EfficientNetConfig(
+                width_coefficient=0.25,
+                depth_coefficient=0.3,
+                hidden_dim=320,
+                num_labels=3,
+            )
+        ),
+        lambda: hf.EfficientNetImageProcessor(**SQUASHED_64),
+        hf.EfficientNetForImageClassification,
+    ),
 }
 RELATIVE = {"use_relative_position_bias": True, "num_labels": 3}
 HF_IMAGES = {
@@ -953,6 +1011,10 @@ HF_IMAGES = {
         lambda: hf.ViTImageProcessor(size={"height": 64, "width": 64}),
         by_processor(hf.AutoModel, take_pooled),
     ),
+    **{
+        f"{name}, classifier's input": image_family(make, processor, by_processor(cls, take_head))
+        for name, (make, processor, cls) in CONVOLUTIONS.items()
+    },
     "hiera": image_family(
         lambda: hf.HieraForImageClassification(hf.HieraConfig(**HIERA, num_labels=3)),
         lambda: hf.BitImageProcessor(**CROPPED),

@@ -43,7 +43,13 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "test_efficientnet": {},
     "cait_xxs24_224": {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2},
     "xcit_nano_12_p8_224": {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2},
-    "convit_tiny": {"img_size": 32, "embed_dim": 16, "num_heads": 4, "depth": 3},
+    "convit_tiny": {
+        "img_size": 32,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "depth": 3,
+        "local_up_to_layer": 2,
+    },
 }
 
 
