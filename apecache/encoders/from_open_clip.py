@@ -303,6 +303,11 @@ def _source(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
     """Return the name of the model and of its weights, as open_clip takes them."""
     if folder is not None:
         return {"model_name": f"local-dir:{folder}"}
+    if spec.revision:
+        raise EncoderError(
+            f"encoder {spec}: a tag of open_clip names one revision; leave @ off, or take "
+            "open_clip:hf-hub:ORG/NAME@REVISION"
+        )
     name, _, tag = spec.name.partition("/")
     _require_known(spec, name=name, tag=tag, open_clip=open_library())
     return {"model_name": name, "pretrained": tag}

@@ -78,7 +78,7 @@ SIGLIP_TEXT = {
 }
 """Text towers whose own output is that of the last position. They were trained on texts that are
 padded to one length, and they see the padding."""
-PADDING_TYPES = ("convbert", "fnet", "mobilebert")
+PADDING_TYPES = ("convbert", "fnet", "mobilebert", "nystromformer")
 """They read each token with its neighbours, or all positions, and so the padding too."""
 LEGACY_EOS = 2
 """What old CLIP configs name as end of text; the library then takes the highest id."""
