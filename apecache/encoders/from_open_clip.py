@@ -35,7 +35,12 @@ from apecache.encoders.open_clip_texts import (
     open_text_tokenizer,
     tokenize_texts,
 )
-from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
+from apecache.encoders.preprocess import (
+    Preprocess,
+    TensorPreprocess,
+    choose_preprocess,
+    feature_shape,
+)
 from apecache.encoders.snapshot import (
     cannot_open,
     download,
@@ -90,7 +95,7 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
             architecture=architecture,
             inputs={**shared_inputs, **_cut_inputs(cut, tap)},
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=visual,
@@ -237,11 +242,11 @@ def _image_preprocess(spec: EncoderSpec, config: dict[str, Any]) -> tuple[Prepro
     """Return the preprocessing, and how its fingerprint names it."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_preprocess(
+    return choose_preprocess(
         spec,
         reference=image_transform_v2(PreprocessCfg(**config), is_train=False),
         backend="open-clip-pil",
-        faster=_tensor_form(config),
+        tensor_form=_tensor_form(config),
     )
 
 

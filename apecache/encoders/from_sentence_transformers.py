@@ -27,8 +27,8 @@ from apecache.encoders.from_transformers import (
 )
 from apecache.encoders.from_transformers import shape_features as transformers_features
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
-from apecache.encoders.processor import ProcessorPreprocess, fixed_shape
+from apecache.encoders.preprocess import Preprocess, choose_preprocess, feature_shape
+from apecache.encoders.preprocess_transformers import ProcessorPreprocess, fixed_shape
 from apecache.encoders.sentence_texts import (
     SentenceShape,
     open_sentences,
@@ -136,11 +136,11 @@ def load_sentence_transformers_image(
     _require_modality(spec, model, "image")
     reference = _image_processor(spec, folder)
     input_shape = fixed_shape(reference, spec)
-    preprocess, _ = image_preprocess(
+    preprocess, _ = choose_preprocess(
         spec,
         reference=reference,
         backend="sentence-transformers",
-        faster=None,
+        tensor_form=None,
     )
     fingerprint = build_fingerprint(
         spec,
@@ -159,7 +159,7 @@ def load_sentence_transformers_image(
         return {"own": output["sentence_embedding"]}
 
     tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
-    row_shape = probe(tap, shape=input_shape, spec=spec, device=device)
+    row_shape = feature_shape(tap, shape=input_shape, spec=spec, device=device)
     encoder = ImageEncoder(
         spec=spec,
         module=frozen,
@@ -175,11 +175,11 @@ def load_sentence_transformers_image(
 
 def sentence_transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_sentence_transformers_image`."""
-    preprocess, _ = image_preprocess(
+    preprocess, _ = choose_preprocess(
         spec,
         reference=_image_processor(spec, resolve_folder(spec)),
         backend="sentence-transformers",
-        faster=None,
+        tensor_form=None,
     )
     return preprocess
 

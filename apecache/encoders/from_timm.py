@@ -15,7 +15,12 @@ from apecache.encoders.encoder import FeatureTap, ImageEncoder, State, States, f
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, flatten_map, resolve_layer
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
+from apecache.encoders.preprocess import (
+    Preprocess,
+    choose_preprocess,
+    feature_shape,
+    timm_tensor_form,
+)
 from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec, no_class_token
 from apecache.errors import EncoderError, nearest
@@ -56,11 +61,11 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
         n_prefix = _count_prefix(frozen, states, cut, layer, input_shape)
         _require_tokens(frozen, cut, n_prefix)
-        preprocess, backend = image_preprocess(
+        preprocess, backend = choose_preprocess(
             cut,
             reference=transform,
             backend="timm-pil",
-            faster=resize_of(config),
+            tensor_form=timm_tensor_form(config),
         )
         inputs = {
             **shared_inputs,
@@ -80,7 +85,7 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
             state="own" if cut.pooling == "default" else layer,
             pool=_pool(frozen, cut, n_prefix),
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
@@ -106,11 +111,11 @@ def _transform(module: LibraryModel, spec: EncoderSpec) -> tuple[dict[str, Any],
 def timm_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_timm`. Raises EncoderError as it does."""
     config, transform = _transform(_shape(spec), spec)
-    preprocess, _ = image_preprocess(
+    preprocess, _ = choose_preprocess(
         spec,
         reference=transform,
         backend="timm-pil",
-        faster=resize_of(config),
+        tensor_form=timm_tensor_form(config),
     )
     return preprocess
 

@@ -21,6 +21,7 @@ DEFAULT_CONTEXT = 77
 
 
 def open_library() -> Any:
+    """Import open_clip. Raises MissingExtraError if it is not installed."""
     try:
         import open_clip
     except ImportError:
