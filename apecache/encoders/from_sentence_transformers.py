@@ -47,13 +47,10 @@ from apecache.encoders.snapshot import (
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.text_repository import pooling_names
 from apecache.encoders.transformers_files import open_saved
+from apecache.encoders.weight_files import SENTENCE_WEIGHTS
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import IMAGE_DECODING, Json, Modality
 
-WEIGHT_FILES = (
-    ("model.safetensors", "model-*.safetensors", "0_*/model*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model-*.bin", "0_*/pytorch_model*.bin"),
-)
 MODULE_FILES = ("[1-9]*_*/*",)
 """Everything of the modules after the transformer."""
 
@@ -75,7 +72,7 @@ def load_sentence_transformers(
         MissingExtraError: sentence-transformers is not installed.
     """
     spec = specs[0]
-    folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
+    folder = resolve_folder(spec, SENTENCE_WEIGHTS, MODULE_FILES)
     _require_modules(spec, folder)
     model = _open(spec, folder)
     _require_modality(spec, model, "text")
@@ -130,7 +127,7 @@ def load_sentence_transformers_image(
     Raises as `load_sentence_transformers` does; EncoderError also for a model without images.
     """
     (spec,) = _only_own(specs)
-    folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
+    folder = resolve_folder(spec, SENTENCE_WEIGHTS, MODULE_FILES)
     _require_modules(spec, folder)
     model = _open(spec, folder)
     _require_modality(spec, model, "image")

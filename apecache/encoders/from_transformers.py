@@ -57,12 +57,12 @@ from apecache.encoders.tokenizing import (
 )
 from apecache.encoders.tower import count_positions
 from apecache.encoders.transformers_files import (
-    WEIGHT_FILES,
     describe_architecture,
     load_model,
     open_saved,
 )
 from apecache.encoders.transformers_images import image_states, image_tap, read_image_family
+from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 from apecache.errors import EncoderError
 from apecache.fingerprint import IMAGE_DECODING, Json
 
@@ -132,7 +132,7 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     own_layer = "head." if sees_padding else "text_projection"
     module, unloaded = load_model(
         spec,
-        folder=resolve_folder(spec, WEIGHT_FILES),
+        folder=resolve_folder(spec, TRANSFORMERS_WEIGHTS),
         factory=_text_factory(config),
         may_lack=("pooler",) if "default" in poolings else ("pooler", own_layer),
         **({"config": config} if projected or sees_padding else {}),
@@ -358,7 +358,7 @@ def load_transformers_image(
     needs_own = any(family.has_own_pooling(cut) for cut in specs)
     module, unloaded = load_model(
         spec,
-        folder=resolve_folder(spec, WEIGHT_FILES),
+        folder=resolve_folder(spec, TRANSFORMERS_WEIGHTS),
         factory=family.factory,
         # Only what no cut uses may be missing.
         may_lack=() if needs_own else family.may_lack,

@@ -15,7 +15,7 @@ from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.load import load_text_encoder
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.encoders.transformers_files import WEIGHT_FILES
+from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 from apecache.errors import MissingExtraError, RunError
 from apecache.heads.fold import fold_linear
 from apecache.heads.head import Head
@@ -121,7 +121,7 @@ def _transformer(encoder: TextEncoder) -> list[nn.Module]:
     # Where nothing is said, the library asks whether it may run a repository's code.
     options = {"trust_remote_code": False}
     inner: Any = Transformer(
-        str(resolve_folder(spec, WEIGHT_FILES)),
+        str(resolve_folder(spec, TRANSFORMERS_WEIGHTS)),
         max_seq_length=encoder.max_tokens,
         do_lower_case=bool(described.get("lower_case")),
         model_kwargs=dict(options),
