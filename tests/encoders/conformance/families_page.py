@@ -107,7 +107,9 @@ def render_page(abilities: dict[str, Abilities]) -> str:
 
 def _row(name: str, library: str, abilities: Abilities) -> str:
     marks = (abilities.has_class, abilities.has_layers, abilities.trains)
-    title = name.removeprefix(f"{library}: ").removesuffix(", image").removesuffix(", text")
+    title = "vit" if name == library else name.removeprefix(f"{library}: ")
+    for suffix in (", image", ", text", ", classifier's input"):
+        title = title.removesuffix(suffix)
     return f"| {title} | {' | '.join('yes' if mark else '-' for mark in marks)} |"
 
 
