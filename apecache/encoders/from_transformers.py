@@ -280,7 +280,8 @@ def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelCon
     if has_own and cut.pooling == "default" and cut.layer is None:
         return "default"
     pooling = resolve_pooling(cut, folder, use, config)
-    if "cls" in pooling and not has_class_token(config):
+    # A repository that takes the first token is obeyed.
+    if "cls" in cut.pooling and not has_class_token(config):
         raise no_class_token(f"encoder {cut}: {config.model_type}", "text")
     return pooling
 
