@@ -212,7 +212,7 @@ def test_a_ready_made_model_is_a_starting_point(tmp_path: Path) -> None:
         *("--device", "cpu", "--json"),
     )
     tuned = command(
-        *("fit-encoder", str(store), "--recipe", "clip-finetune", "--root", str(tmp_path)),
+        *("fit-encoder", str(store), "--recipe", "finetune", "--root", str(tmp_path)),
         *("--out", str(tmp_path / "tuned"), "--set", "schedule.steps=10", "--device", "cpu"),
         *("--set", "schedule.batch_size=4", "--json"),
     )
