@@ -12,7 +12,9 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
+    MetaClip2TextModel,
     MetaClip2TextModelWithProjection,
     MT5EncoderModel,
     Siglip2TextModel,
@@ -74,6 +76,8 @@ PROJECTED_TEXT = {
     "metaclip_2_text_model": MetaClip2TextModelWithProjection,
 }
 """Text towers whose own output is the projected end-of-text token."""
+UNPROJECTED_TEXT = {"CLIPTextModel": CLIPTextModel, "MetaClip2TextModel": MetaClip2TextModel}
+"""Text towers that were saved without a projection, by the class that config.json names."""
 SIGLIP_TEXT = {
     "siglip": SiglipTextModel,
     "siglip_text_model": SiglipTextModel,
@@ -197,7 +201,9 @@ def _text_states(module: LibraryModel, spec: EncoderSpec, config: ModelConfig) -
             run=lambda: module(input_ids=ids, **masked),
         )
         if projected:
-            tokens_by_state["own"] = output.text_embeds
+            # A tower that was saved without the projection gives the end-of-text token.
+            own = output.get("text_embeds")
+            tokens_by_state["own"] = output.pooler_output if own is None else own
         elif sees_padding:
             tokens_by_state["own"] = output.pooler_output
         return {**tokens_by_state, "end": output.last_hidden_state}
@@ -216,7 +222,7 @@ def _text_tap(states: States, layer: State, pooling: Pooling) -> FeatureTap:
 
 def _text_width(pooling: Pooling, config: ModelConfig) -> int:
     """Return the width of the features of one text or token."""
-    if pooling == "default":
+    if pooling == "default" and _unprojected(config) is None:
         is_siglip = config.model_type in SIGLIP_TEXT
         return int(config.projection_size if is_siglip else config.projection_dim)
     n_vectors = 2 if pooling == "cls+mean" else 1
@@ -262,7 +268,16 @@ def _text_config(spec: EncoderSpec, folder: Path) -> ModelConfig:
     return config
 
 
+def _unprojected(config: ModelConfig) -> Any | None:
+    """Return the class of a text tower that was saved without its projection; None of others."""
+    names = list(getattr(config, "architectures", None) or [])
+    classes = [UNPROJECTED_TEXT[name] for name in names if name in UNPROJECTED_TEXT]
+    return classes[0] if classes else None
+
+
 def _text_factory(config: ModelConfig) -> Any:
+    if (unprojected := _unprojected(config)) is not None:
+        return unprojected
     factories = {**T5_TYPES, **PROJECTED_TEXT, **SIGLIP_TEXT}
     return factories.get(config.model_type, AutoModel)
 

@@ -185,6 +185,16 @@ def clip_text_reference(model_class: Any) -> Reference:
     return reference
 
 
+def end_of_text_reference(folder: Path, texts: Sequence[str]) -> Tensor:
+    """As on the card of Stable Diffusion's text encoder, but pooled."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    model = hf.CLIPTextModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pooled: Tensor = model(**inputs).pooler_output
+    return pooled
+
+
 def siglip_text_reference(model_class: Any) -> Reference:
     """As on the cards: padded to the length of training, and without a mask."""
 
@@ -593,6 +603,16 @@ HF_TEXTS = {
             77,
         ),
         reference=clip_text_reference(hf.CLIPTextModelWithProjection),
+    ),
+    "clip's text tower without its projection": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.CLIPTextModel(clip(257)().config.text_config),
+            "clip",
+            77,
+        ),
+        reference=end_of_text_reference,
     ),
     "metaclip 2's text tower alone": Family(
         library="hf",
