@@ -213,6 +213,27 @@ def test_a_frozen_side_is_counted_at_the_widths_of_extraction(tmp_path: Path, na
         assert tower.image_size == encoder.input_shape[1:]
 
 
+@pytest.mark.parametrize("name", [name for name in SHAPED if not name.startswith("st:")])
+def test_a_tower_that_trains_is_counted_part_by_part(tmp_path: Path, name: str) -> None:
+    family = FAMILIES[name]
+    if family.needs is not None:
+        pytest.importorskip(family.needs)
+    family.build(tmp_path)
+    spec = spec_of(family, tmp_path)
+    load_encoder: Any = load_image_encoder if family.modality == "image" else load_text_encoder
+    try:
+        tower = tower_of(load_encoder(spec, "cpu"))
+    except EncoderError as error:
+        with pytest.raises(EncoderError):
+            shape_tower(spec)
+        assert "cannot be" in str(error)
+        return
+    # A plan knows no pooling of a text repository: only the model's own parameters can differ.
+    counted = {part.name: part.count for part in shape_tower(spec).parts()}
+    trained = {part.name: part.count for part in tower.parts()}
+    assert counted == trained
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_wrapped_text_tower_is_counted_and_trained_as_any_other(
     tmp_path: Path,
