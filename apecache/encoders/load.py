@@ -15,7 +15,7 @@ from apecache.encoders.frozen_tower import FrozenTower
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, frozen_only
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
@@ -132,6 +132,8 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
         EncoderError: the encoder's description cannot be read, or it is not frozen and cannot be
             seen as a tower.
     """
+    if spec.library == "st" and not is_frozen:
+        raise frozen_only(spec)
     module = _shape_module(spec, device)
     if is_frozen and not _is_mapped(module):
         return _shape_frozen(spec, module)
