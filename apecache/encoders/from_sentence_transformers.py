@@ -20,8 +20,6 @@ from apecache.encoders.encoder import (
 )
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.from_transformers import (
-    PROJECTED_TEXT,
-    SIGLIP_TEXT,
     plain_processor,
     shape_transformers,
 )
@@ -47,6 +45,7 @@ from apecache.encoders.snapshot import (
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.text_repository import pooling_names
 from apecache.encoders.transformers_files import open_saved
+from apecache.encoders.transformers_texts import PROJECTED_TEXT, SIGLIP_TEXT
 from apecache.encoders.weight_files import SENTENCE_WEIGHTS
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import IMAGE_DECODING, Json, Modality
