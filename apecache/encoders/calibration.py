@@ -1,13 +1,23 @@
-"""Read how an image-text model scales its cosines: the logit scale and bias of its training."""
+"""Read how an image-text model scales its cosines: the logit scale and bias of its training.
+
+Trainers on cached features call this, so no encoder is opened: of the files only two scalars are
+read.
+"""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apecache.encoders.snapshot import read_modules, resolve_folder
+from apecache.encoders.snapshot import cannot_open, read_modules, resolve_folder
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import EncoderError
+from apecache.encoders.weight_files import (
+    HUB_PREFIX,
+    OPEN_CLIP_WEIGHTS,
+    SENTENCE_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+)
+from apecache.errors import EncoderError, MissingExtraError
 
 SCALE = "logit_scale"
 BIAS = "logit_bias"
@@ -31,7 +41,7 @@ def read_calibration(image: EncoderSpec, text: EncoderSpec) -> Calibration:
             own output, or the model has no logit scale.
     """
     _require_one_model(image, text)
-    values = _library_values(image)
+    values = _logit_values(image)
     if SCALE not in values:
         raise EncoderError(
             f"encoder {image} has no {SCALE}, so it is not an image-text model such as CLIP; "
@@ -47,40 +57,35 @@ def _require_one_model(image: EncoderSpec, text: EncoderSpec) -> None:
                 f"encoder {spec}: only the model's own output fits the other side; extract it "
                 f"without --{spec.modality}-cut"
             )
-    sources = [replace(spec, name=_place(spec)) for spec in (image, text)]
-    first, second = [(spec.library, spec.name, spec.revision) for spec in sources]
-    if first != second:
+    if _source(image) != _source(text):
         raise EncoderError(
             f"encoders {image} and {text} are not both sides of one model; extract both with "
             "--model"
         )
 
 
-def _place(spec: EncoderSpec) -> str:
-    return str(spec.folder.resolve()) if spec.folder else spec.name
+def _source(spec: EncoderSpec) -> tuple[str, str, str | None]:
+    name = str(spec.folder.resolve()) if spec.folder else spec.name
+    return (spec.library, name, spec.revision)
 
 
-def _library_values(spec: EncoderSpec) -> dict[str, float]:
+def _logit_values(spec: EncoderSpec) -> dict[str, float]:
     """Return the scalars by the names `logit_scale` and `logit_bias`; a logarithm of the scale."""
     match spec.library:
+        case "open_clip" if spec.folder is None and not spec.name.startswith(HUB_PREFIX):
+            return _open_clip_values(spec, folder=None)
         case "open_clip":
-            from apecache.encoders.from_open_clip import open_clip_folder, open_clip_model
-
-            folder = open_clip_folder(spec)
-            found = {} if folder is None else _saved_values(folder)
-            return found or _values_of(open_clip_model(spec))
+            repository = spec.name.removeprefix(HUB_PREFIX)
+            folder = resolve_folder(spec, OPEN_CLIP_WEIGHTS, repository=repository)
+            return _saved_values(folder) or _open_clip_values(spec, folder)
         case "st":
-            from apecache.encoders import from_sentence_transformers
-
-            folder = resolve_folder(spec, from_sentence_transformers.WEIGHT_FILES)
+            folder = resolve_folder(spec, SENTENCE_WEIGHTS)
             modules = read_modules(folder, spec)
-            first_folder = folder / str(modules[0].get("path", "")) if modules else folder
-            return _saved_values(first_folder) or _pickled_values(spec, first_folder)
+            inner_folder = folder / str(modules[0].get("path", "")) if modules else folder
+            return _saved_values(inner_folder) or _transformers_values(spec, inner_folder)
         case "hf":
-            from apecache.encoders import transformers_files
-
-            folder = resolve_folder(spec, transformers_files.WEIGHT_FILES)
-            return _saved_values(folder) or _pickled_values(spec, folder)
+            folder = resolve_folder(spec, TRANSFORMERS_WEIGHTS)
+            return _saved_values(folder) or _transformers_values(spec, folder)
         case _:
             return {}
 
@@ -97,7 +102,7 @@ def _saved_values(folder: Path) -> dict[str, float]:
     return values
 
 
-def _pickled_values(spec: EncoderSpec, folder: Path) -> dict[str, float]:
+def _transformers_values(spec: EncoderSpec, folder: Path) -> dict[str, float]:
     """Open the whole model of transformers, whose weights are in no safetensors file."""
     if any(folder.glob("*.safetensors")):
         return {}
@@ -106,6 +111,22 @@ def _pickled_values(spec: EncoderSpec, folder: Path) -> dict[str, float]:
     from apecache.encoders.transformers_files import open_saved
 
     return _values_of(open_saved(AutoModel, spec, folder))
+
+
+def _open_clip_values(spec: EncoderSpec, folder: Path | None) -> dict[str, float]:
+    """Open the whole model of open_clip, whose weights are in no safetensors file."""
+    try:
+        import open_clip
+    except ImportError:
+        raise MissingExtraError("open_clip", "open-clip") from None
+    name, _, tag = spec.name.partition("/")
+    source = {"model_name": name, "pretrained": tag}
+    if folder is not None:
+        source = {"model_name": f"local-dir:{folder}"}
+    try:
+        return _values_of(open_clip.create_model(**source, require_pretrained=True))
+    except Exception as error:  # open_clip raises what its hub client, torch and json raise
+        raise cannot_open(spec, error) from error
 
 
 def _values_of(model: Any) -> dict[str, float]:

@@ -50,14 +50,9 @@ from apecache.encoders.snapshot import (
     true_keys,
 )
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.weight_files import HUB_PREFIX, OPEN_CLIP_WEIGHTS
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
-
-HUB_PREFIX = "hf-hub:"
-WEIGHT_FILES = (
-    ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-    ("open_clip_pytorch_model.bin", "pytorch_model.bin"),
-)
 
 
 def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
@@ -181,16 +176,6 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
     return [encoder(cut) for cut in specs]
 
 
-def open_clip_folder(spec: EncoderSpec) -> Path | None:
-    """Return the folder with the model's files; None for a name of open_clip's own."""
-    return _folder(spec)
-
-
-def open_clip_model(spec: EncoderSpec) -> LibraryModel:
-    """Load the whole model. Raises as `load_open_clip_image` does."""
-    return _create(spec, _folder(spec))
-
-
 def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
     """Build one tower without its weights: none on the meta device, else random ones.
 
@@ -259,7 +244,7 @@ def _folder(spec: EncoderSpec) -> Path | None:
     if spec.folder is None and not spec.name.startswith(HUB_PREFIX):
         return None
     repository = spec.name.removeprefix(HUB_PREFIX)
-    folder = resolve_folder(spec, WEIGHT_FILES, repository=repository)
+    folder = resolve_folder(spec, OPEN_CLIP_WEIGHTS, repository=repository)
     described = read_json(folder / "open_clip_config.json", spec)
     if not described:
         raise EncoderError(
@@ -308,6 +293,11 @@ def _source(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
     """Return the name of the model and of its weights, as open_clip takes them."""
     if folder is not None:
         return {"model_name": f"local-dir:{folder}"}
+    if spec.revision:
+        raise EncoderError(
+            f"encoder {spec}: a tag of open_clip names one revision; leave @ off, or take "
+            "open_clip:hf-hub:ORG/NAME@REVISION"
+        )
     name, _, tag = spec.name.partition("/")
     _require_known(spec, name=name, tag=tag, open_clip=open_library())
     return {"model_name": name, "pretrained": tag}

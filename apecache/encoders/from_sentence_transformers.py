@@ -20,8 +20,6 @@ from apecache.encoders.encoder import (
 )
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.from_transformers import (
-    PROJECTED_TEXT,
-    SIGLIP_TEXT,
     plain_processor,
     shape_transformers,
 )
@@ -45,14 +43,13 @@ from apecache.encoders.snapshot import (
     resolve_folder,
 )
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.text_repository import pooling_names
 from apecache.encoders.transformers_files import open_saved
+from apecache.encoders.transformers_texts import PROJECTED_TEXT, SIGLIP_TEXT
+from apecache.encoders.weight_files import SENTENCE_WEIGHTS
 from apecache.errors import EncoderError, MissingExtraError
 from apecache.fingerprint import IMAGE_DECODING, Json, Modality
 
-WEIGHT_FILES = (
-    ("model.safetensors", "model-*.safetensors", "0_*/model*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model-*.bin", "0_*/pytorch_model*.bin"),
-)
 MODULE_FILES = ("[1-9]*_*/*",)
 """Everything of the modules after the transformer."""
 
@@ -74,7 +71,7 @@ def load_sentence_transformers(
         MissingExtraError: sentence-transformers is not installed.
     """
     spec = specs[0]
-    folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
+    folder = resolve_folder(spec, SENTENCE_WEIGHTS, MODULE_FILES)
     _require_modules(spec, folder)
     model = _open(spec, folder)
     _require_modality(spec, model, "text")
@@ -129,7 +126,7 @@ def load_sentence_transformers_image(
     Raises as `load_sentence_transformers` does; EncoderError also for a model without images.
     """
     (spec,) = _only_own(specs)
-    folder = resolve_folder(spec, WEIGHT_FILES, MODULE_FILES)
+    folder = resolve_folder(spec, SENTENCE_WEIGHTS, MODULE_FILES)
     _require_modules(spec, folder)
     model = _open(spec, folder)
     _require_modality(spec, model, "image")
@@ -230,14 +227,26 @@ def shape_features(spec: EncoderSpec, module: SentenceShape) -> Callable[..., Te
     # Every pooling of words has the width and about the cost of the mean.
     pooled_spec = inner if has_own else replace(inner, pooling="mean")
     pool = transformers_features(pooled_spec, module.transformer)
+    n_poolings = 1 if has_own else _count_poolings(spec, resolve_folder(spec))
 
     def features(*inputs: Tensor) -> Tensor:
         pooled = pool(*inputs)
+        # Several poolings stand side by side.
+        pooled = torch.cat([pooled] * n_poolings, dim=-1)
         for layer in module.layers:
             pooled = layer(pooled)
         return pooled
 
     return features
+
+
+def _count_poolings(spec: EncoderSpec, folder: Path) -> int:
+    """Count the poolings of words that a model puts side by side."""
+    for module in read_modules(folder, spec):
+        if str(module.get("type", "")).endswith(".Pooling"):
+            described = read_json(folder / str(module.get("path", "")) / "config.json", spec)
+            return max(1, len(pooling_names(described)))
+    return 1
 
 
 def shape_size(spec: EncoderSpec) -> tuple[int, int]:

@@ -23,11 +23,10 @@ from apecache.encoders.preprocess import (
 )
 from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec, no_class_token
+from apecache.encoders.weight_files import HUB_PREFIX, TIMM_WEIGHTS
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
 
-HUB_PREFIX = "hf-hub:"
-WEIGHT_FILES = (("model.safetensors",), ("pytorch_model.bin",))
 N_PATCH_CONVOLUTIONS = 4
 """Most convolutions of a transformer: its patch embedding, or a small stem."""
 
@@ -186,7 +185,7 @@ def _create(spec: EncoderSpec) -> LibraryModel:
 
 
 def _create_whole(spec: EncoderSpec) -> LibraryModel:
-    folder = _folder(spec, WEIGHT_FILES)
+    folder = _folder(spec, TIMM_WEIGHTS)
     try:
         if folder is None:
             _require_known(spec)

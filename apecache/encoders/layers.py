@@ -140,14 +140,20 @@ def caught(
         )
     for layer in layers:
         state = tokens_by_state.get(layer)
-        is_state = isinstance(state, Tensor) and state.ndim in (3, 4)
-        # Some blocks (TNT) begin with tokens within each patch.
-        if not is_state or (n_inputs is not None and len(state) != n_inputs):
+        if not _is_state(state, n_inputs):
             raise EncoderError(
                 f"encoder {spec}: block {layer} of {type(module).__name__} gives no tokens; leave "
                 "the layer out"
             )
     return output, tokens_by_state
+
+
+def _is_state(state: Any, n_inputs: int | None) -> bool:
+    """Tell whether a block's output is tokens [n, length, dim] or a map of four dimensions."""
+    if not isinstance(state, Tensor) or state.ndim not in (3, 4):
+        return False
+    # Some blocks (TNT) begin with tokens within each patch, which have more rows.
+    return n_inputs is None or len(state) == n_inputs
 
 
 def _add_one(counts: list[int]) -> None:

@@ -16,7 +16,7 @@ from apecache.encoders.joined import join_image_encoders, join_text_encoders
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, frozen_only
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
 
@@ -154,6 +154,8 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
             seen as a tower.
     """
     _require_encoders([spec])
+    if spec.library == "st" and not is_frozen:
+        raise frozen_only(spec)
     module = _shape_module(spec, device)
     if is_frozen and not _is_mapped(module):
         return _shape_frozen(spec, module)

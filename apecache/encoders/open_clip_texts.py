@@ -21,6 +21,7 @@ DEFAULT_CONTEXT = 77
 
 
 def open_library() -> Any:
+    """Import open_clip. Raises MissingExtraError if it is not installed."""
     try:
         import open_clip
     except ImportError:
@@ -93,9 +94,15 @@ def find_ending(tower: LibraryModel) -> TextEnding:
     is_causal = getattr(tower, "attn_mask", None) is not None
     pool_type = getattr(tower, "pool_type", "")
     has_class = getattr(tower, "cls_emb", None) is not None
-    if pool_type not in ("argmax", "eos") or has_class or not is_causal:
+    if has_class or not is_causal:
         return WHOLE_CONTEXT
-    return TextEnding(by=pool_type, eos_id=tower.eos_id if pool_type == "eos" else None)
+    match pool_type:
+        case "argmax":
+            return TextEnding(by="argmax")
+        case "eos":
+            return TextEnding(by="eos", eos_id=int(tower.eos_id))
+        case _:
+            return WHOLE_CONTEXT
 
 
 WHOLE_CONTEXT = TextEnding(by=None)
@@ -122,7 +129,8 @@ def _count_tokens(row: Tensor, ending: TextEnding) -> int:
         case "argmax":
             return int(row.argmax()) + 1
         case "eos":
-            return int((row == ending.eos_id).int().argmax()) + 1
+            is_end: Tensor = row.eq(ending.eos_id)  # type: ignore[arg-type]
+            return int(is_end.int().argmax()) + 1
         case "padding":
             positions = (row != ending.pad_id).nonzero()
             return int(positions.max()) + 1 if len(positions) else 1

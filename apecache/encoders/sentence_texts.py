@@ -124,8 +124,9 @@ def sentence_states(model: LibraryModel, spec: EncoderSpec, n_unpooled: int) -> 
         features: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if n_unpooled:
             features["prompt_length"] = n_unpooled
+        transformer = getattr(model[0], "auto_model", None)
         output, tokens_by_state = caught(
-            getattr(model[0], "auto_model", model),
+            model if transformer is None else transformer,
             spec=spec,
             states=requested,
             run=lambda: model(features),
@@ -178,6 +179,8 @@ def sentence_tap(
 
 class SentenceShape(torch.nn.Module):
     """Stand for a model of sentence-transformers without its weights: transformer, then layers."""
+
+    transformer: LibraryModel
 
     def __init__(self, transformer: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
         super().__init__()

@@ -247,6 +247,14 @@ def no_class_token(name: object, modality: Modality) -> EncoderError:
     )
 
 
+def frozen_only(spec: EncoderSpec) -> EncoderError:
+    """Return the error for a model of sentence-transformers that is to be trained."""
+    return EncoderError(
+        f"encoder {spec} cannot be trained: st: encoders can be used frozen only; to train its "
+        "transformer take hf:"
+    )
+
+
 def missing_folder(folder: Path, description: str) -> str:
     """Say what is wrong with a local folder: it does not exist, or it has no `description` file."""
     if not os.path.isdir(folder):

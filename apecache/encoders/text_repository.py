@@ -177,6 +177,14 @@ def _saved_pooling(described: dict[str, Any]) -> Pooling | None:
     return POOLING_NAMES.get(mode) if isinstance(mode, str) else None
 
 
+def pooling_names(described: dict[str, Any]) -> list[str]:
+    """Return the poolings of a pooling file, in either form, by sentence-transformers' names."""
+    mode = described.get("pooling_mode")
+    if mode is None:
+        return _selected_flags(described)
+    return list(mode) if isinstance(mode, list) else str(mode).split("+")
+
+
 def _selected_flags(described: dict[str, Any]) -> list[str]:
     return [key for key in described if key.startswith("pooling_mode_") and described[key] is True]
 

@@ -23,7 +23,7 @@ from apecache.encoders.module_map import (
     read_module_map,
 )
 from apecache.encoders.sample_draws import checkpoint_contexts
-from apecache.encoders.spec import Pooling, no_class_token
+from apecache.encoders.spec import Pooling, frozen_only, no_class_token
 from apecache.encoders.tower_forward import block_contexts, embed_inputs
 from apecache.encoders.tower_parameters import ParameterWalk, RowEmbedding, TowerParameter
 from apecache.encoders.tower_pooling import own_dim, pool_own
@@ -448,6 +448,8 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         raise EncoderError(
             f"encoder {encoder.spec}: a tower ends after its last norm; leave the layer out"
         )
+    if encoder.spec.library == "st":
+        raise frozen_only(encoder.spec)
     if isinstance(encoder, ImageEncoder):
         tower = build_tower(encoder.module, "image", encoder.spec.pooling)
         _, height, width = encoder.input_shape
@@ -455,7 +457,8 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         return tower
     inputs: Any = encoder.fingerprint.fields["inputs"]
     # An empty text has special tokens only, and the first of them is the CLS token.
-    cls_id = encoder.tokenize([""]).ids[0][0]
+    special_ids = encoder.tokenize([""]).ids[0]
+    cls_id = special_ids[0] if special_ids else None
     return build_tower(
         encoder.module,
         modality="text",

@@ -15,10 +15,6 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 from apecache.fingerprint import Json
 
-WEIGHT_FILES = (
-    ("model.safetensors", "model-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model-*.bin"),
-)
 NOT_IDENTITY = (
     "_commit_hash",
     "_name_or_path",

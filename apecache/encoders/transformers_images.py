@@ -30,7 +30,25 @@ VIT_TYPES = (
     "ijepa",
     "vit",
 )
-STAGE_TYPES = ("convnext", "convnextv2", "dinov3_convnext", "hiera", "swin", "swinv2")
+CONVOLUTION_TYPES = (
+    "bit",
+    "efficientnet",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevit",
+    "regnet",
+    "resnet",
+)
+STAGE_TYPES = (
+    "convnext",
+    "convnextv2",
+    "dinov3_convnext",
+    "focalnet",
+    "hiera",
+    "swin",
+    "swinv2",
+    *CONVOLUTION_TYPES,
+)
 """Convolutional and hierarchical models; their pooled output is what their classifiers take."""
 PROJECTED_TYPES = {
     "clip": CLIPVisionModelWithProjection,
@@ -180,7 +198,9 @@ def image_states(module: LibraryModel, spec: EncoderSpec, family: ImageFamily) -
         tokens_by_state["end"] = output.last_hidden_state
         if "own" in requested:
             assert family.own_output is not None
-            tokens_by_state["own"] = getattr(output, family.own_output)
+            own: Tensor = getattr(output, family.own_output)
+            # Convolutional networks keep the height and width of 1.
+            tokens_by_state["own"] = own.flatten(1)
         return tokens_by_state
 
     return states

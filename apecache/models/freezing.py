@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.module_places import EMBEDDING_PLACES
 from apecache.encoders.tower import Cut, Tower
 from apecache.encoders.tower_parameters import TowerParameter
 from apecache.errors import RecipeError

@@ -98,8 +98,10 @@ class ImageTextModel:
         return np.concatenate([np.empty((0, self.dim), np.float32), *embedded_batches])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
-        """Return the logits of training, float32 [n_images, n_texts]: cosines times `scale`, plus
-        `bias`.
+        """Return the logits of training: cosines times `scale`, plus `bias`.
+
+        Returns:
+            float32 [n_images, n_texts].
         """
         scores: Embeddings = (self.scale * (image @ text.T) + self.bias).astype(np.float32)
         return scores

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from apecache.encoders.load import load_image_encoder, load_text_encoder, shape_tower
-from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.module_places import EMBEDDING_PLACES
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower, build_tower, tower_of
 from apecache.errors import EncoderError

@@ -120,6 +120,12 @@ def test_a_faster_resize_differs_a_little_and_has_another_identity(
     assert fast.fingerprint.fields["inputs"]["backend"] == "torchvision-uint8"
 
 
+def test_a_tag_has_no_revision() -> None:
+    spec = parse_encoder("open_clip:ViT-B-32/openai@main", "image")
+    with pytest.raises(EncoderError, match=r"leave @ off, or take open_clip:hf-hub:"):
+        load_image_encoder(spec, "cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apecache.encoders.encoder import pool_tokens
 from apecache.encoders.load import shape_tower
-from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.module_places import EMBEDDING_PLACES
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower, build_tower, tower_of
 from apecache.errors import EncoderError

@@ -55,16 +55,21 @@ LOW_RANK = {
     "timm: siglip": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
     "timm: dinov3": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
     "timm: pe": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
-    # Its feed-forward has a gate, and is 4 * 2 / 3 times as wide.
-    "timm: eva02": 4 * (WIDTH + WIDTH) + 3 * (WIDTH + WIDTH * 8 // 3),
-    # open_clip keeps the weights of its attention in one parameter, which no hook reaches.
+    # Its feed-forward is 8 / 3 times as wide, with a gate in the same layer. Its attention, as
+    # open_clip's, calls the weights past their layer.
+    "timm: eva02": (WIDTH + 2 * (WIDTH * 8 // 3)) + (WIDTH * 8 // 3 + WIDTH),
     "open_clip: clip, image": 2 * (WIDTH + 4 * WIDTH),
     "open_clip: clip, text": 2 * (WIDTH + 4 * WIDTH),
     "open_clip: siglip, text": 2 * (WIDTH + 4 * WIDTH),
     "open_clip: xlm-roberta, text": PLAIN,
 }
 """Numbers that LoRA of rank 1 adds to one block, in attention and feed-forward."""
-MLP_ONLY = ("open_clip: clip, image", "open_clip: clip, text", "open_clip: siglip, text")
+MLP_ONLY = (
+    "timm: eva02",
+    "open_clip: clip, image",
+    "open_clip: clip, text",
+    "open_clip: siglip, text",
+)
 TEXTS: dict[str, Any] = {
     "mpnet": build_text(mpnet, "roberta", 32),
     "distilbert": build_text(distilbert, "bert", 32),

@@ -185,6 +185,16 @@ def clip_text_reference(model_class: Any) -> Reference:
     return reference
 
 
+def end_of_text_reference(folder: Path, texts: Sequence[str]) -> Tensor:
+    """As on the card of Stable Diffusion's text encoder, but pooled."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    model = hf.CLIPTextModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pooled: Tensor = model(**inputs).pooler_output
+    return pooled
+
+
 def siglip_text_reference(model_class: Any) -> Reference:
     """As on the cards: padded to the length of training, and without a mask."""
 
@@ -594,6 +604,16 @@ HF_TEXTS = {
         ),
         reference=clip_text_reference(hf.CLIPTextModelWithProjection),
     ),
+    "clip's text tower without its projection": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.CLIPTextModel(clip(257)().config.text_config),
+            "clip",
+            77,
+        ),
+        reference=end_of_text_reference,
+    ),
     "metaclip 2's text tower alone": Family(
         library="hf",
         modality="text",
@@ -817,6 +837,16 @@ def take_classified(base: str) -> Callable[[Any, Tensor], Tensor]:
     return take
 
 
+def take_head(model: Any, pixels: Tensor) -> Tensor:
+    """What the last linear layer of the classifier takes."""
+    taken: list[Tensor] = []
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    hook = linear.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    model(pixel_values=pixels)
+    hook.remove()
+    return taken[0]
+
+
 def image_family(
     model: Callable[[], Any],
     processor: Callable[[], Any],
@@ -857,6 +887,54 @@ HIERA = {
     "masked_unit_attention": [True, False],
     "num_query_pool": 1,
     "query_stride": [2, 2],
+}
+SMALL_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+SQUASHED_64 = {"size": {"height": 64, "width": 64}}
+CONVOLUTIONS: dict[str, tuple[Any, Any, Any]] = {
+    "resnet": (
+        lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**SMALL_STAGES, num_labels=3)),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.ResNetForImageClassification,
+    ),
+    "regnet": (
+        lambda: hf.RegNetForImageClassification(
+            hf.RegNetConfig(**SMALL_STAGES, groups_width=4, num_labels=3)
+        ),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.RegNetForImageClassification,
+    ),
+    "mobilenet v1": (
+        lambda: hf.MobileNetV1ForImageClassification(
+            hf.MobileNetV1Config(depth_multiplier=0.25, num_labels=3)
+        ),
+        lambda: hf.MobileNetV1ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV1ForImageClassification,
+    ),
+    "mobilenet v2": (
+        lambda: hf.MobileNetV2ForImageClassification(
+            hf.MobileNetV2Config(depth_multiplier=0.35, num_labels=3)
+        ),
+        lambda: hf.MobileNetV2ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV2ForImageClassification,
+    ),
+    "efficientnet": (
+        lambda: hf.EfficientNetForImageClassification(
+            hf.EfficientNetConfig(
+                width_coefficient=0.25,
+                depth_coefficient=0.3,
+                hidden_dim=320,
+                num_labels=3,
+            )
+        ),
+        lambda: hf.EfficientNetImageProcessor(**SQUASHED_64),
+        hf.EfficientNetForImageClassification,
+    ),
 }
 RELATIVE = {"use_relative_position_bias": True, "num_labels": 3}
 HF_IMAGES = {
@@ -953,6 +1031,10 @@ HF_IMAGES = {
         lambda: hf.ViTImageProcessor(size={"height": 64, "width": 64}),
         by_processor(hf.AutoModel, take_pooled),
     ),
+    **{
+        f"{name}, classifier's input": image_family(make, processor, by_processor(cls, take_head))
+        for name, (make, processor, cls) in CONVOLUTIONS.items()
+    },
     "hiera": image_family(
         lambda: hf.HieraForImageClassification(hf.HieraConfig(**HIERA, num_labels=3)),
         lambda: hf.BitImageProcessor(**CROPPED),

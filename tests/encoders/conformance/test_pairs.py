@@ -212,7 +212,7 @@ def test_a_ready_made_model_is_a_starting_point(tmp_path: Path) -> None:
         *("--device", "cpu", "--json"),
     )
     tuned = command(
-        *("fit-encoder", str(store), "--recipe", "clip-finetune", "--root", str(tmp_path)),
+        *("fit-encoder", str(store), "--recipe", "finetune", "--root", str(tmp_path)),
         *("--out", str(tmp_path / "tuned"), "--set", "schedule.steps=10", "--device", "cpu"),
         *("--set", "schedule.batch_size=4", "--json"),
     )
@@ -221,7 +221,7 @@ def test_a_ready_made_model_is_a_starting_point(tmp_path: Path) -> None:
         parse_encoder(f"hf:{folder}", "image"),
         parse_encoder(f"hf:{folder}", "text"),
     )
-    loss = json.loads((tmp_path / "tuned" / "encoders.json").read_text())["recipe"]["loss"]
+    loss = json.loads((tmp_path / "tuned" / "encoder.json").read_text())["recipe"]["loss"]
     assert loss["temperature"] == pytest.approx(1 / own.scale)
     assert tuned["n_trained_parameters"] > 10_000
 
