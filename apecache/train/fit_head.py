@@ -32,6 +32,7 @@ from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
+from apecache.train.pooling import cached_array
 from apecache.train.session import (
     RunFolder,
     best_and_untrained,
@@ -92,7 +93,8 @@ def fit_head(
 
     Raises:
         RunError: `out` holds a finished run, or another process fits into it.
-        MismatchError: `out` holds another interrupted fit.
+        MismatchError: `out` holds another interrupted fit, or the features are pooled in another
+            way than the recipe says.
         IncompleteError, DamagedError: The store is incomplete or damaged.
         RecipeError: The splits or widths do not work.
         DataError: A check of `apecache lint` fails, or a loss is not finite.
@@ -109,7 +111,10 @@ def fit_head(
         )
     # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
@@ -220,7 +225,10 @@ def untrained_heads(
     Standardization is fitted on the training features.
     """
     spec = spec or FitSpec()
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
     train, dev = load_splits(
         store,
         image=arrays[0],
