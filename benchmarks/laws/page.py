@@ -8,6 +8,7 @@ from typing import Any
 from apecache.report.charts.intervals import Intervals, Row
 from apecache.report.page import Cell, Page, Table, write_page
 from benchmarks.laws.results import COSTS, ArmResult, Compared, LawResult
+from benchmarks.laws.verdict import VERDICTS
 
 ARM_COLUMNS = ("tr", "ir", "recall", "r1", "top1", "unseen")
 UNITS = {
@@ -131,14 +132,14 @@ def _summary(laws: Sequence[LawResult]) -> Table:
     rows = tuple((law.id, law.title, law.verdict, _tally(law), law.source) for law in laws)
     return Table(
         title="Verdicts",
-        columns=("law", "title", "verdict", "held, broken, open", "source"),
+        columns=("law", "title", "verdict", "held, broken, open, not testable", "source"),
         rows=rows,
     )
 
 
 def _tally(law: LawResult) -> str:
     verdicts = [one.judgement.verdict for one in law.compared]
-    return ", ".join(str(verdicts.count(name)) for name in ("held", "broken", "not decided"))
+    return ", ".join(str(verdicts.count(name)) for name in VERDICTS)
 
 
 def _tables(law: LawResult) -> tuple[Table, ...]:

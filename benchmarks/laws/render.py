@@ -27,7 +27,7 @@ from benchmarks.laws.results import (
     load_results,
     result_of,
 )
-from benchmarks.laws.verdict import DISAGREE, POWER, SEED_SPREAD
+from benchmarks.laws.verdict import DISAGREE, POWER, SEED_SPREAD, VERDICTS
 from benchmarks.record import commit, machine, versions
 
 RECALLS = ("tr", "ir", "recall", "r1", "top1", "unseen")
@@ -105,7 +105,7 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         "",
     ]
     rows = [(name, load_law(name).title, *_verdict(known.get(name))) for name in law_ids()]
-    lines += _table(("law", "title", "verdict", "held, broken, open"), rows)
+    lines += _table(("law", "title", "verdict", "held, broken, open, not testable"), rows)
     for one, law in zip(found, laws, strict=True):
         lines += _law(law, one)
     return "\n".join(lines) + "\n"
@@ -127,9 +127,7 @@ def _verdict(law: LawResult | None) -> tuple[str, str]:
     if law is None:
         return "not measured yet", ""
     verdicts = [one.judgement.verdict for one in law.compared]
-    return law.verdict, ", ".join(
-        str(verdicts.count(name)) for name in ("held", "broken", "not decided")
-    )
+    return law.verdict, ", ".join(str(verdicts.count(name)) for name in VERDICTS)
 
 
 def _law(law: LawResult, about: dict[str, Any]) -> list[str]:
@@ -187,7 +185,7 @@ def _row(one: Compared) -> tuple[str, ...]:
         else f"{judgement.low:.2f} to {judgement.high:.2f}; {judgement.source}"
     )
     verdict = (
-        f"**{judgement.verdict}**" if judgement.verdict != "not decided" else judgement.verdict
+        f"**{judgement.verdict}**" if judgement.verdict in ("held", "broken") else judgement.verdict
     )
     verdict += f": {judgement.why}" if judgement.why else ""
     return (one.name, one.metric, published, least, f"{one.smallest:g}", measured, span, verdict)
