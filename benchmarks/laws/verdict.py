@@ -158,7 +158,7 @@ def _least(claim: Claim, values: Sequence[Sequence[float]], chance: float) -> fl
 
 def _verdict(claim: Claim, least: float, low: float, high: float) -> Verdict:
     """Of an order: held where the interval lies above 0 and its middle is at least `least`, broken
-    where all of the interval lies below `least`. Of an equality: held where the interval lies
+    where it holds nothing that counts and is not above 0. Of an equality: held where the interval lies
     within `least` of 0, broken where it lies beyond."""
     if claim.equal:
         if -least < low and high < least:
@@ -169,7 +169,8 @@ def _verdict(claim: Claim, least: float, low: float, high: float) -> Verdict:
     if claim.saves and claim.published is not None:
         # It saves less than is published. That may be a choice of ours, such as a width.
         return "broken" if high < 0 else "not decided"
-    return "broken" if high < least or high < 0 else "not decided"
+    # A difference that is there, but too small to count, does not break an order.
+    return "broken" if low <= 0 and high < max(0.0, least) else "not decided"
 
 
 def _why_open(claim: Claim, least: float, low: float, high: float) -> str:

@@ -94,11 +94,11 @@ def test_heads_alone_are_refused_too_and_lint_sees_it(stores: Any, tmp_path: Pat
     with pytest.raises(MismatchError, match="--text-cut cls"):
         fit_head(both, recipe=recipe, out=tmp_path / "named", spec=named)
     fit_head(both, recipe=recipe, out=tmp_path / "fits", spec=spec)
-    assert load_heads(tmp_path / "fits").text.encoder.pooling == "cls"
+    assert load_heads(tmp_path / "fits").text.encoder["pooling"] == "cls"
 
 
 def test_a_recipe_that_asks_for_nothing_takes_what_there_is(stores: Any, tmp_path: Path) -> None:
     default, _, _ = stores
     spec = FitSpec(splits=DEV, device="cpu")
     fit_head(default, load_recipe("projection", SHORT), tmp_path / "run", spec)
-    assert load_heads(tmp_path / "run").text.encoder.pooling == "default"
+    assert load_heads(tmp_path / "run").text.encoder["pooling"] == "default"
