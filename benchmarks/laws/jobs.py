@@ -392,6 +392,8 @@ def jobs_in_turn(planned: Sequence[Planned]) -> dict[Job, set[str]]:
         for jobs in one.jobs.values():
             for job in jobs:
                 wanted.setdefault(job, set()).add(one.wants)
+    # Closed forms of seconds, which all the others are compared with.
+    for one in in_turn(planned):
         if one.heads is not None:
             wanted.setdefault(one.heads, set()).add("recall")
     return wanted

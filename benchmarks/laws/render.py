@@ -33,6 +33,11 @@ from benchmarks.record import commit, machine, versions
 RECALLS = ("tr", "ir", "recall", "r1", "top1", "unseen")
 """Metrics that a random order reaches some value of, which is printed beside them."""
 NO_CHANCE = "The chance of these metrics was not recorded by this run."
+FORMER = (
+    "The former rule called a difference broken that was smaller than half of the recall, chance "
+    "included, and compared arms of which some saw augmented images. What it called broken is "
+    "withdrawn. `python -m benchmarks.laws.simulate` shows how often both rules are wrong.",
+)
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TABLE = HERE / "RESULTS.md"
@@ -106,9 +111,25 @@ def render(found: Sequence[dict[str, Any]]) -> str:
     ]
     rows = [(name, load_law(name).title, *_verdict(known.get(name))) for name in law_ids()]
     lines += _table(("law", "title", "verdict", "held, broken, open, not testable"), rows)
+    lines += _former(found)
     for one, law in zip(found, laws, strict=True):
         lines += _law(law, one)
     return "\n".join(lines) + "\n"
+
+
+def _former(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Verdicts of the former rule beside those of the present one, where they differ."""
+    rows = []
+    for one in found:
+        for before, now in zip(one.get("former", ()), one["law"]["compared"], strict=False):
+            judgement = now["judgement"]
+            if before["verdict"] != judgement["verdict"]:
+                row = (before["name"], before["metric"], before["verdict"], judgement["verdict"])
+                rows.append((one["law"]["id"], *row, judgement["why"]))
+    if not rows:
+        return []
+    columns = ("law", "comparison", "metric", "former verdict", "verdict", "why")
+    return ["", "## Former and present verdicts", "", *FORMER, "", *_table(columns, rows)]
 
 
 def _intro() -> list[str]:

@@ -115,8 +115,8 @@ def judge(
     low = difference - half
     high = difference + half
     least = _least(claim, known, _chance(claim, outcomes))
-    verdict = _verdict(claim, least, low, high)
-    why = _why_open(claim, least, low, high) if verdict == "not decided" else ""
+    verdict = verdict_of(claim, least, low, high)
+    why = why_open(claim, least, low, high) if verdict == "not decided" else ""
     if reason := _undecidable(claim, outcomes, source):
         verdict = "not decided"
         why = reason
@@ -156,7 +156,7 @@ def _least(claim: Claim, values: Sequence[Sequence[float]], chance: float) -> fl
     return min(claim.smallest, share * level)
 
 
-def _verdict(claim: Claim, least: float, low: float, high: float) -> Verdict:
+def verdict_of(claim: Claim, least: float, low: float, high: float) -> Verdict:
     """Of an order: held where the interval lies above 0 and its middle is at least `least`, broken
     where it holds nothing that counts and is not above 0. Of an equality: held where the interval lies
     within `least` of 0, broken where it lies beyond."""
@@ -173,7 +173,7 @@ def _verdict(claim: Claim, least: float, low: float, high: float) -> Verdict:
     return "broken" if low <= 0 and high < max(0.0, least) else "not decided"
 
 
-def _why_open(claim: Claim, least: float, low: float, high: float) -> str:
+def why_open(claim: Claim, least: float, low: float, high: float) -> str:
     if claim.saves and claim.published is not None:
         return f"it saves {(low + high) / 2:.1f} %, and {claim.published:.1f} % are published"
     if not claim.equal and low > 0:
