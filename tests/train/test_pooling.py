@@ -1,6 +1,7 @@
 """The pooling that a recipe asks for is the pooling that is read; a store without it is a mismatch
 that names the command."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ def stores(
     for name in ("default", "both"):
         extract_tiny(table, store=folder / name, image=tiny_image_encoder, text=tiny_text_encoder)
     cls = parse_encoder(f"hf:{tiny_text_encoder}", "text")
-    added = ExtractSpec(
-        text=type(cls)(**{**cls.__dict__, "pooling": "cls"}), device="cpu", add=True
-    )
+    added = ExtractSpec(text=replace(cls, pooling="cls"), device="cpu", add=True)
     extract(open_pairs(table), folder / "both", added)
     return (
         FeatureStore.open(folder / "default"),
