@@ -136,8 +136,8 @@ class ImageInputs:
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
             ) from None
         if self.views is not None:
-            place = f"epoch {self.epoch} {key}"
+            view_key = f"epoch {self.epoch} {key}"
             if caption is not None:
-                place = f"{place} with caption {caption}"
-            image = self.views.of(image, place)[0]
+                view_key = f"{view_key} with caption {caption}"
+            image = self.views.of(image, view_key)[0]
         return self.preprocess(image)

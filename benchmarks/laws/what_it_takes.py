@@ -22,7 +22,7 @@ VIT_224 = 12 * block_flops(768, 197)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class PaperSize:
     laws: tuple[str, ...]
     samples: int
     forward_flops: int
@@ -30,19 +30,19 @@ class Size:
 
 
 SIZES = (
-    Size(
+    PaperSize(
         laws=("L1", "L2", "L5", "L7", "L8", "L9"),
         samples=LILT_SAMPLES,
         forward_flops=VIT_256 + BERT,
         what="LilT: ViT-B/16 at 256 pixels and BERT-base, 69,345 steps of 128",
     ),
-    Size(
+    PaperSize(
         laws=("L3", "L4"),
         samples=FREEZE_SAMPLES,
         forward_flops=VIT_224 + BERT,
         what="DataComp small: ViT-B/16 at 224 pixels and BERT-base, 12.8 M samples",
     ),
-    Size(
+    PaperSize(
         laws=("L10",),
         samples=SHARED_SAMPLES,
         forward_flops=(VIT_224 + BERT) // 2 + block_flops(768, 197) + block_flops(768, 25),
@@ -56,7 +56,7 @@ OTHERS = (
 )
 
 
-def hours(size: Size) -> float:
+def hours(size: PaperSize) -> float:
     """Of one arm with one seed."""
     rate = UTILIZATION * find_device("H100").flops
     return 3 * size.forward_flops * size.samples / rate / 3600
