@@ -121,7 +121,7 @@ class ImageInputs:
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""
-        captions = self.captions or [None] * len(rows)
+        captions: Sequence[int | None] = self.captions or [None for _ in rows]
         with ThreadPoolExecutor(self.workers) as pool:
             pixels = list(pool.map(self._read, rows, captions))
         return torch.stack(pixels).to(self.device), None
