@@ -63,7 +63,7 @@ def _fold(head: Head) -> None:
         weight, offset = fold_linear(head.direct, head.mean, head.deviation)
         head.direct.weight.copy_(weight)
         # The direct map has no bias, so its constant goes to the bias of the last layer.
-        layers[-1].bias += offset
+        layers[-1].bias.add_(offset)
 
 
 def _ends(body: nn.Module) -> list[nn.Linear]:

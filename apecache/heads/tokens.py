@@ -222,6 +222,7 @@ class FreezeAlign(nn.Module):
             )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        pooled: Tensor
         if self.cls is not None:
             later_mask = None if mask is None else mask[:, 1:]
             pooled = self.cls(x[:, 0]) + masked_mean(self.tokens(x[:, 1:]), later_mask)

@@ -186,7 +186,7 @@ class Temperature(nn.Module):
         parameter: TemperatureParameter = "log_scale",
     ) -> None:
         super().__init__()
-        self.kind: TemperatureParameter = parameter
+        self.parameter_name: TemperatureParameter = parameter
         is_log = parameter == "log_scale"
         value = -math.log(initial) if is_log else initial
         self.register_parameter(
@@ -202,21 +202,21 @@ class Temperature(nn.Module):
     @property
     def parameter(self) -> nn.Parameter:
         """Return the parameter that holds the temperature, see `TemperatureParameter`."""
-        return self.get_parameter(self.kind)
+        return self.get_parameter(self.parameter_name)
 
     def scale(self) -> Tensor:
         """Return the factor of the cosines, 1 / T."""
-        return self.parameter.exp() if self.kind == "log_scale" else 1 / self.parameter
+        return self.parameter.exp() if self.parameter_name == "log_scale" else 1 / self.parameter
 
     def scale_slope(self) -> Tensor:
         """Return the derivative of `scale` by the parameter."""
         scale = self.scale()
-        return scale if self.kind == "log_scale" else -scale.square()
+        return scale if self.parameter_name == "log_scale" else -scale.square()
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
         """Set 1 / T, clamped to the bounds."""
-        self.parameter.fill_(math.log(scale) if self.kind == "log_scale" else 1 / scale)
+        self.parameter.fill_(math.log(scale) if self.parameter_name == "log_scale" else 1 / scale)
         self.clamp()
 
     def bias_value(self) -> float | None:

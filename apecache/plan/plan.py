@@ -92,6 +92,9 @@ class Plan:
     and its features are taken to be as wide as the student."""
     planned: Cost
     without_cache: Cost
+    fitting_slice: int | None
+    """Largest `--slice` whose peak memory fits into the device, where that of `planned` does not; 0
+    where none fits. None: `planned` fits, or the device's memory is not known."""
     full: Cost
     """Of CLIP training: both whole towers train from their inputs."""
 
@@ -176,6 +179,7 @@ def plan(
         teacher_bytes=teacher_dim * spec.rows * STORED_BYTES,
         teacher_is_counted=model.taught is None or model.taught.flops > 0,
         planned=planned,
+        fitting_slice=_fitting_slice(recipe, model=model, spec=spec, device=device),
         without_cache=without_cache,
         full=full,
     )
@@ -420,6 +424,29 @@ def _item(side: SidePlan, count: ItemCosts, cached: bool, slices: bool) -> int:
         return item_flops
     skipped_flops = side.below_flops if cached else 0
     return item_flops + count.whole_flops - skipped_flops
+
+
+def _fitting_slice(
+    recipe: Recipe,
+    model: ModelCosts,
+    spec: PlanSpec,
+    device: Device,
+) -> int | None:
+    """Return the largest slice that fits; see `Plan.fitting_slice`."""
+    _, batch_size, _ = steps_of(recipe, spec)
+    memory_bytes = device.memory_bytes
+    n_live = min(batch_size, spec.slice_size or batch_size)
+
+    def peak_bytes(n_in_memory: int) -> int:
+        return _peak(recipe, model=model, n_live=n_in_memory, batch=batch_size, cached=True)
+
+    if memory_bytes is None or peak_bytes(n_live) <= memory_bytes:
+        return None
+    if peak_bytes(1) > memory_bytes:
+        return 0
+    # The peak grows linearly with the slice.
+    item_bytes = max(1, peak_bytes(2) - peak_bytes(1))
+    return 1 + (memory_bytes - peak_bytes(1)) // item_bytes
 
 
 def _peak(recipe: Recipe, model: ModelCosts, n_live: int, batch: int, cached: bool) -> int:

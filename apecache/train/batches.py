@@ -376,7 +376,7 @@ def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> T
     all_differ = pairs.content is None and pairs.caption_ids is None and not repeats
     if all_differ and n_captions == 1:
         return None
-    image_groups = rows.unique(return_inverse=True)[1]
+    image_groups: Tensor = rows.unique(return_inverse=True)[1]
     if pairs.content is not None:
         image_groups = pairs.content[rows].unique(return_inverse=True)[1]
     if pairs.caption_ids is not None:

@@ -40,6 +40,7 @@ from apecache.train.live import (
     TokenInputs,
 )
 from apecache.train.paired_rows import Features, select_pairs
+from apecache.train.pooling import cached_array
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,18 @@ def open_source(
     Raises:
         RecipeError: The features are not of the kind that the side needs.
         EncoderError: The encoder cannot be loaded.
-        MismatchError: Cached tokens are of other weights than the encoder's.
+        MismatchError: Cached tokens are of other weights than the encoder's, or cached features are
+            pooled in another way than the recipe says.
     """
     named = spec.image if side == "image" else spec.text
     name = spec.image_features if side == "image" else spec.text_features
     live = recipe.towers.may_train(side) or not spec.cache
     # A live side whose encoder is named does not need features in the store.
-    array = None if live and named else store.array(side, name)
+    array: FeatureArray | None = None
+    if not live:
+        array = cached_array(store, recipe=recipe, side=side, name=name)
+    elif not named:
+        array = store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
         assert array is not None

@@ -32,6 +32,7 @@ from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
+from apecache.train.pooling import cached_array
 from apecache.train.pretrained import with_own_scale
 from apecache.train.recorded_steps import recorded_steps
 from apecache.train.session import (
@@ -94,7 +95,8 @@ def fit_head(
 
     Raises:
         RunError: `out` holds a finished run, or another process fits into it.
-        MismatchError: `out` holds another interrupted fit.
+        MismatchError: `out` holds another interrupted fit, or the features are pooled in another
+            way than the recipe says.
         IncompleteError, DamagedError: The store is incomplete or damaged.
         RecipeError: The splits or widths do not work.
         DataError: A check of `apecache lint` fails, or a loss is not finite.
@@ -111,7 +113,10 @@ def fit_head(
         )
     # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
     recipe = with_own_scale(recipe, arrays[0].record.spec, arrays[1].record.spec)
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
@@ -224,7 +229,10 @@ def untrained_heads(
     Standardization is fitted on the training features.
     """
     spec = spec or FitSpec()
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
     train, dev = load_splits(
         store,
         image=arrays[0],

@@ -121,7 +121,7 @@ class ImageInputs:
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""
-        captions = self.captions or [None] * len(rows)
+        captions: Sequence[int | None] = self.captions or [None for _ in rows]
         with ThreadPoolExecutor(self.workers) as pool:
             pixels = list(pool.map(self._read, rows, captions))
         return torch.stack(pixels).to(self.device), None
@@ -136,8 +136,8 @@ class ImageInputs:
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
             ) from None
         if self.views is not None:
-            place = f"epoch {self.epoch} {key}"
+            view_key = f"epoch {self.epoch} {key}"
             if caption is not None:
-                place = f"{place} with caption {caption}"
-            image = self.views.of(image, place)[0]
+                view_key = f"{view_key} with caption {caption}"
+            image = self.views.of(image, view_key)[0]
         return self.preprocess(image)
