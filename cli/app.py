@@ -12,7 +12,9 @@ import typer
 
 from . import (
     analyze,
+    auto,
     compare,
+    curate,
     demo,
     evaluate,
     export_run,
@@ -80,6 +82,7 @@ _add(TRAIN, recipes.recipes)
 _add(TRAIN, fit.fit_head, name="fit-head")
 _add(TRAIN, fit.fit_encoder, name="fit-encoder")
 _add(TRAIN, sweep.sweep)
+_add(TRAIN, auto.auto)
 _add(TRAIN, lint.lint)
 _add(TRAIN, fit.ensemble)
 _add(EVALUATE, evaluate.evaluate)
@@ -92,6 +95,8 @@ _add(SEARCH, serve.serve)
 _add(TOOLS, demo.demo)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
+_add(TOOLS, auto.forecast)
+_add(TOOLS, curate.curate)
 _add(TOOLS, export_run.export_run, name="export-run")
 
 

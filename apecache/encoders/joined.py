@@ -35,7 +35,9 @@ def require_vectors(encoders: Sequence[ImageEncoder] | Sequence[TextEncoder]) ->
     """Refuse encoders that give tokens. Raises EncoderError."""
     for encoder in encoders:
         if len(encoder.row_shape) > 1:
-            raise EncoderError(f"encoder {encoder.spec}: tokens cannot be joined; take a pooled cut")
+            raise EncoderError(
+                f"encoder {encoder.spec}: tokens cannot be joined; take a pooled cut"
+            )
 
 
 def join_image_encoders(encoders: Sequence[ImageEncoder]) -> ImageEncoder:

@@ -293,8 +293,8 @@ def find_features(
 ) -> FeatureArray:
     """Return the store's features of the encoder that the head was trained on, by any name.
 
-    For a head on joined encoders they are joined. Features of augmented views are skipped: a head that was trained on views serves the images
-    themselves.
+    For a head on joined encoders they are joined. Features of augmented views are skipped: a head
+    that was trained on views serves the images themselves.
 
     Raises:
         MismatchError: the store has features of other encoders only.

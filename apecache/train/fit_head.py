@@ -28,6 +28,7 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.fit import StepCount, Training, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
+from apecache.train.keep_list import digest_keep_list
 from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
@@ -124,6 +125,7 @@ def fit_head(
         spec=spec.splits,
         device=device,
         recipe=recipe,
+        keep=spec.keep,
     )
     loading_seconds = time.perf_counter() - begin
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
@@ -228,6 +230,7 @@ def untrained_heads(
         spec=spec.splits,
         device=resolve_device(spec.device),
         recipe=recipe,
+        keep=spec.keep,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     return TrainedHeads(
@@ -253,6 +256,8 @@ def _identity(
         "text_features": text.record.encoder.digest,
         "splits": asdict(spec.splits),
     }
+    if spec.keep is not None:
+        fields["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
     return Fingerprint(fields=fields)
 
 
@@ -322,6 +327,8 @@ def _trained(
         "n_negatives": report.n_negatives,
         "seconds": report.seconds,
     }
+    if spec.keep is not None:
+        training["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
     return TrainedHeads(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),

@@ -72,7 +72,9 @@ def test_blocks_are_the_rows_of_load(store: FeatureStore) -> None:
 
 
 def test_the_identity_depends_on_the_encoders_and_their_order(store: FeatureStore) -> None:
-    digests = {store.array("image", name).record.encoder.digest for name in ("a", "b", "a,b", "b,a")}
+    digests = {
+        store.array("image", name).record.encoder.digest for name in ("a", "b", "a,b", "b,a")
+    }
     assert len(digests) == 4
     assert str(store.array("image", "a,b").record.spec) == "timm:a + timm:b"
 

@@ -116,7 +116,9 @@ def both(
     text = parse_encoder(f"hf:{other_text_encoder}", "text")
     extract(open_pairs(table), folder / "s", ExtractSpec(image, text, add=True, device="cpu"))
     store = FeatureStore.open(folder / "s")
-    names = {side: ",".join(array.name for array in store.arrays(side)) for side in ("image", "text")}
+    names = {
+        side: ",".join(array.name for array in store.arrays(side)) for side in ("image", "text")
+    }
     recipe = load_recipe(SMALL, ["schedule.epochs=2", "schedule.batch_size=4", "image.join=gate"])
     spec = FitSpec(names["image"], names["text"], splits=SplitSpec(dev="val"), device="cpu")
     fit_head(store, recipe=recipe, out=folder / "run", spec=spec)
@@ -158,7 +160,9 @@ def test_a_damaged_description_is_refused(both: tuple[FeatureStore, Path]) -> No
             _ = replace(recorded, name=name).singles
 
 
-def test_card_and_export_name_every_encoder(both: tuple[FeatureStore, Path], tmp_path: Path) -> None:
+def test_card_and_export_name_every_encoder(
+    both: tuple[FeatureStore, Path], tmp_path: Path
+) -> None:
     _, run = both
     card = (run / "README.md").read_text()
     assert "tiny\\-vit" in card
