@@ -89,7 +89,7 @@ def open_state(out: Path, identity: dict[str, Json], budget_seconds: float) -> S
         for record in value["rungs"]:
             tried = tuple(record["tried"])
             rungs[record["name"]] = RungRecord(**{**record, "tried": tried})
-        found = value["identity"]
+        recorded = value["identity"]
         state = SearchState(
             out=out,
             identity=identity,
@@ -103,10 +103,10 @@ def open_state(out: Path, identity: dict[str, Json], budget_seconds: float) -> S
     # Through JSON, so that tuples equal the lists of an identity that was read.
     expected = json.loads(json.dumps(identity))
     for key in expected:
-        if found.get(key) != expected[key]:
+        if recorded.get(key) != expected[key]:
             raise MismatchError(
                 f"{out} holds another search ({key} differs); choose another --out",
-                [(key, expected[key], found.get(key))],
+                [(key, expected[key], recorded.get(key))],
             )
     return state
 

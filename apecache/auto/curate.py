@@ -193,8 +193,8 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
     )
     scores = score_pairs(loaded.pairs, examined.recipe, spec.n_folds, spec.seed)
     dropped = loaded.rows.texts[scores.posterior >= spec.least_probability]
-    kept = np.ones(len(store.pairs.captions), dtype=bool)
-    kept[dropped] = False
+    keep_mask = np.ones(len(store.pairs.captions), dtype=bool)
+    keep_mask[dropped] = False
     report = CurateReport(
         out=out,
         n_images=len(loaded.pairs),
@@ -211,7 +211,7 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
         text_rows=loaded.rows.texts,
     )
     out.mkdir(parents=True, exist_ok=True)
-    write_keep_list(out / KEEP, store.pairs, kept)
+    write_keep_list(out / KEEP, store.pairs, keep_mask)
     replace_text(out / FINDINGS, json.dumps(report.to_json(), indent=1, ensure_ascii=False))
     return report
 
@@ -277,13 +277,13 @@ def _near_images(examined: Examined, spec: CurateSpec) -> Iterator[NearCopy]:
     table = examined.store.pairs
     rows = np.flatnonzero(examined.image.load_ok())
     features = _pooled(examined.image, rows)
-    found = near_pairs_across_splits(
+    near_pairs = near_pairs_across_splits(
         features,
         splits=table.splits[rows],
         threshold=spec.near,
         limit=spec.limit,
     )
-    for pair in found:
+    for pair in near_pairs:
         first = int(rows[pair.first])
         second = int(rows[pair.second])
         yield _near_copy(
@@ -296,13 +296,13 @@ def _near_captions(examined: Examined, spec: CurateSpec) -> Iterator[NearCopy]:
     table = examined.store.pairs
     rows = np.flatnonzero(examined.text.load_ok())
     owners = table.image_rows[rows]
-    found = near_pairs_across_splits(
+    near_pairs = near_pairs_across_splits(
         _pooled(examined.text, rows),
         splits=table.splits[owners],
         threshold=spec.near,
         limit=spec.limit,
     )
-    for pair in found:
+    for pair in near_pairs:
         words = (str(table.captions[rows[pair.first]]), str(table.captions[rows[pair.second]]))
         yield _near_copy(table, pair, (int(owners[pair.first]), int(owners[pair.second])), words)
 
@@ -355,14 +355,15 @@ def _groups(
     """Yield clusters of similar images, those that are found least first."""
     table = examined.store.pairs
     rows = np.flatnonzero(examined.image.load_ok())
-    found = np.full(len(table.keys), np.nan)
+    share_found = np.full(len(table.keys), np.nan)
     first_text = loaded.rows.first_text
-    counts = np.diff(first_text)
-    found[loaded.rows.images] = np.add.reduceat(scores.found, first_text[:-1]) / counts
+    n_captions = np.diff(first_text)
+    n_found = np.add.reduceat(scores.found.astype(np.float64), first_text[:-1])
+    share_found[loaded.rows.images] = n_found / n_captions
     clusters: list[Cluster] = cluster_images(
         _pooled(examined.image, rows),
         is_train=examined.train_images[rows],
-        found=found[rows],
+        found=share_found[rows],
         seed=spec.seed,
     )
     for cluster in clusters:

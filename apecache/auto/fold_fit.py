@@ -43,14 +43,14 @@ def select_images(
     """
     index = torch.from_numpy(np.asarray(images, np.int64))
     first = pairs.first_text[:-1][index]
-    counts = pairs.first_text.diff()[index]
+    n_captions = pairs.first_text.diff()[index]
     if max_captions is not None:
-        counts = counts.clamp_max(max_captions)
-    ends = counts.cumsum(0)
+        n_captions = n_captions.clamp_max(max_captions)
+    ends = n_captions.cumsum(0)
     begins = torch.cat((torch.zeros(1, dtype=torch.long), ends))
     # Text j of the selection: the first text of its image, plus its number within the image.
-    offsets = torch.arange(int(ends[-1])) - torch.repeat_interleave(begins[:-1], counts)
-    texts = torch.repeat_interleave(first, counts) + offsets
+    offsets = torch.arange(int(ends[-1])) - torch.repeat_interleave(begins[:-1], n_captions)
+    texts = torch.repeat_interleave(first, n_captions) + offsets
     return replace(
         pairs,
         image=_take(pairs.image, index),

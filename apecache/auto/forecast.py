@@ -158,7 +158,16 @@ def forecast(
                 [multiple * n_train for multiple in MULTIPLES],
             )
         ),
-        gains=tuple(_gains(inputs, curve, train, dev, spec, progress)),
+        gains=tuple(
+            _gains(
+                inputs,
+                curve=curve,
+                train=train,
+                dev=dev,
+                spec=spec,
+                progress=progress,
+            )
+        ),
         chance=100 / len(dev),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -226,14 +235,14 @@ def _curve(
     progress: ForecastProgress,
 ) -> list[CurvePoint]:
     """Fit nested subsets: a larger share of one seed holds all images of the smaller ones."""
-    sizes = sorted({round(share * len(train)) for share in spec.shares})
-    if sizes[0] < LEAST_IMAGES:
+    subset_sizes = sorted({round(share * len(train)) for share in spec.shares})
+    if subset_sizes[0] < LEAST_IMAGES:
         raise RecipeError(
-            f"the smallest subset has {counted(sizes[0], 'image')}; at least {LEAST_IMAGES} are "
-            "needed: give larger --shares"
+            f"the smallest subset has {counted(subset_sizes[0], 'image')}; at least "
+            f"{LEAST_IMAGES} are needed: give larger --shares"
         )
     points: list[CurvePoint] = []
-    for size in sizes:
+    for size in subset_sizes:
         recalls: list[float] = []
         for seed in range(spec.seed, spec.seed + spec.seeds):
             images = subset(len(train), size, seed)
@@ -281,10 +290,10 @@ def _gains(
 ) -> list[Gain]:
     """Measure other changes with all training images."""
     everything = np.arange(len(train))
-    whole = [point for point in curve if point.n_images == len(train)]
+    complete_points = [point for point in curve if point.n_images == len(train)]
     seeds = range(spec.seed, spec.seed + spec.seeds)
-    if whole:
-        baseline = fmean(whole[0].recalls)
+    if complete_points:
+        baseline = fmean(complete_points[0].recalls)
     else:
         recalls = [measured_recall(inputs.recipe, train, dev, seed) for seed in seeds]
         baseline = fmean(recalls)
@@ -296,8 +305,8 @@ def _gains(
         is_used = array.name in inputs.image_name.split(BETWEEN_NAMES)
         if is_used or array.tokens is not None or array.views is not None or not array.complete:
             continue
-        both = f"{inputs.image_name}{BETWEEN_NAMES}{array.name}"
-        variants[f"image features {array.name} beside"] = _load(inputs, both, spec)
+        joined_name = f"{inputs.image_name}{BETWEEN_NAMES}{array.name}"
+        variants[f"image features {array.name} beside"] = _load(inputs, joined_name, spec)
     gains: list[Gain] = []
     for change, (varied_train, varied_dev) in variants.items():
         recalls = [measured_recall(inputs.recipe, varied_train, varied_dev, seed) for seed in seeds]

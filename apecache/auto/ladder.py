@@ -181,8 +181,8 @@ class _Search:
     def run(self) -> AutoReport:
         """Climb all rungs."""
         if not self.keep.is_file():
-            kept = ~self.confirm[self.store.pairs.image_rows]
-            write_keep_list(self.keep, self.store.pairs, kept)
+            keep_mask = ~self.confirm[self.store.pairs.image_rows]
+            write_keep_list(self.keep, self.store.pairs, keep_mask)
         self._choose_features()
         closed = self._closed_forms()
         default = self._default()
@@ -212,9 +212,9 @@ class _Search:
         n_confirm = min(CONFIRM_IMAGES, len(rows) // 10)
         if n_confirm < 2:
             raise RecipeError(f"{len(rows)} training images; a search needs at least 20")
-        drawn = np.random.default_rng(self.spec.seed).choice(rows, n_confirm, replace=False)
+        confirm_rows = np.random.default_rng(self.spec.seed).choice(rows, n_confirm, replace=False)
         confirm = np.zeros(len(table.keys), dtype=bool)
-        confirm[drawn] = True
+        confirm[confirm_rows] = True
         return dev, confirm
 
     # --- rungs ------------------------------------------------------------------------------------
@@ -285,11 +285,11 @@ class _Search:
             )
             report = sweep(self.store, search_space(), self.out / "sweep", settings)
             self._note(report.run, report.best.recipe, report.best.settings)
-            best = [trial for trial in report.trials if trial.state == "done"]
+            finished = [trial for trial in report.trials if trial.state == "done"]
             tried += [_described(trial) for trial in report.trials[:8]]
             rung(f"{n_trials} trials; best: {_described(report.best)}")
         runs = [report.run]
-        for trial in best[1:MAX_MEMBERS]:
+        for trial in finished[1:MAX_MEMBERS]:
             name = f"trial-{trial.number}"
             self._fit(name, trial.recipe, settings=trial.settings)
             runs.append(self._member(name))
@@ -300,7 +300,7 @@ class _Search:
         """Choose runs whose mean cosine is best on dev, one after another."""
         tried: list[str] = []
         members = [self.out / name for name in self.state.choices["members"]]
-        runs = list(dict.fromkeys([*(run for one in singles for run in one.runs), *members]))
+        runs = list(dict.fromkeys([*(run for single in singles for run in single.runs), *members]))
         with self._rung("ensemble", tried) as rung:
             steps = greedy_ensemble(
                 self.store,
@@ -414,18 +414,24 @@ class _Search:
 
     def _refit_one(self, run: Path, final: Path) -> str:
         """Fit a run again without the keep list; return the command."""
-        made = self.state.choices["made"][str(run.relative_to(self.out))]
+        recorded = self.state.choices["made"][str(run.relative_to(self.out))]
         spec = replace(self._fit_spec(), keep=None)
         if not (final / DESCRIPTION).is_file():
             final.parent.mkdir(exist_ok=True)
-            recipe = load_recipe(made["recipe"], made["settings"])
+            recipe = load_recipe(recorded["recipe"], recorded["settings"])
             fit_head(self.store, recipe=recipe, out=final, spec=spec)
-        return fit_command(self.store, made["recipe"], made["settings"], final, spec)
+        return fit_command(
+            self.store,
+            recipe=recorded["recipe"],
+            settings=recorded["settings"],
+            run=final,
+            spec=spec,
+        )
 
     def _note(self, run: Path, recipe: str, settings: Sequence[str]) -> None:
         """Remember how a run was made."""
-        made = self.state.choices.setdefault("made", {})
-        made[str(run.relative_to(self.out))] = {"recipe": recipe, "settings": list(settings)}
+        recorded = self.state.choices.setdefault("made", {})
+        recorded[str(run.relative_to(self.out))] = {"recipe": recipe, "settings": list(settings)}
 
 
 class _Rung:

@@ -129,11 +129,11 @@ def _folds(pairs: FeaturePairs, n_folds: int, seed: int) -> NDArray[np.int64]:
 def _groups_by_caption(pairs: FeaturePairs, groups: Tensor) -> Tensor:
     """Join the groups of images that share a caption."""
     assert pairs.caption_ids is not None
-    counts = pairs.first_text.diff()
-    n_columns = int(counts.max())
+    n_captions = pairs.first_text.diff()
+    n_columns = int(n_captions.max())
     # Images with fewer captions repeat their first one.
     columns = torch.arange(n_columns).expand(len(pairs), -1)
-    columns = torch.where(columns < counts.unsqueeze(1), columns, 0)
+    columns = torch.where(columns < n_captions.unsqueeze(1), columns, 0)
     rows = pairs.first_text[:-1].unsqueeze(1) + columns
     return join_groups(groups, pairs.caption_ids[rows])
 
@@ -147,7 +147,7 @@ def _shares(
     owners = pairs.image_of_text.to(text.device)
     n_images = len(image)
     sums = torch.zeros_like(image).index_add_(0, owners, text)
-    counts = pairs.first_text.diff().to(text.device)[owners]
+    n_captions = pairs.first_text.diff().to(text.device)[owners]
     centroids = normalize(sums)
     # Without the caption itself: else every caption would be close to its own image's captions.
     siblings = normalize(sums[owners] - text)
@@ -166,7 +166,7 @@ def _shares(
         own_cosine = (text[block] * siblings[block]).sum(1)
         cosines[rows, own] = own_cosine
         closer_captions[block] = (cosines >= own_cosine.unsqueeze(1)).sum(1).float()
-    closer_captions[counts < 2] = float("nan")
+    closer_captions[n_captions < 2] = float("nan")
     image_share = (closer_images / n_images).double().cpu().numpy()
     sibling_share = (closer_captions / n_images).double().cpu().numpy()
     return image_share, sibling_share, nearest.cpu().numpy()
@@ -177,8 +177,8 @@ def combine_shares(
     sibling_share: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Combine two p-values of each caption by Fisher's method; a NaN leaves the first alone."""
-    both = -2 * (np.log(image_share) + np.log(np.nan_to_num(sibling_share, nan=1.0)))
-    combined = chi2.sf(both, 4)
+    statistic = -2 * (np.log(image_share) + np.log(np.nan_to_num(sibling_share, nan=1.0)))
+    combined = chi2.sf(statistic, 4)
     has_siblings = ~np.isnan(sibling_share)
     shares: NDArray[np.float64] = np.where(has_siblings, combined, image_share)
     return shares
@@ -203,8 +203,8 @@ def posterior_wrong(
     The density of the shares is a histogram that is made to fall monotonically. Wrong captions have
     density 1.
     """
-    counts, edges = np.histogram(wrong_share, bins=N_BINS, range=(0.0, 1.0))
-    density = counts * N_BINS / max(1, len(wrong_share))
+    n_in_bin, edges = np.histogram(wrong_share, bins=N_BINS, range=(0.0, 1.0))
+    density = n_in_bin * N_BINS / max(1, len(wrong_share))
     centers = (edges[:-1] + edges[1:]) / 2
     falling = IsotonicRegression(increasing=False).fit_transform(centers, density)
     bins = np.clip((wrong_share * N_BINS).astype(np.int64), 0, N_BINS - 1)

@@ -104,14 +104,14 @@ def predict(
     generator = np.random.default_rng(seed)
     laws: list[PowerLaw] = []
     for _ in range(n_draws):
-        drawn: dict[int, list[float]] = {}
+        resampled: dict[int, list[float]] = {}
         for n_images, values in recalls.items():
             picks = generator.integers(0, len(values), len(values))
-            drawn[n_images] = [values[pick] for pick in picks.tolist()]
-        laws.append(_fit_all(drawn))
+            resampled[n_images] = [values[pick] for pick in picks.tolist()]
+        laws.append(_fit_all(resampled))
     predictions: list[Prediction] = []
     for target in targets:
-        low, high = np.percentile([one.at(target) for one in laws], LEVELS).tolist()
+        low, high = np.percentile([drawn_law.at(target) for drawn_law in laws], LEVELS).tolist()
         recall = law.at(target)
         prediction = Prediction(
             n_images=target,
@@ -124,9 +124,9 @@ def predict(
 
 
 def _fit_all(recalls: Mapping[int, Sequence[float]]) -> PowerLaw:
-    sizes: list[float] = []
-    values: list[float] = []
+    all_sizes: list[float] = []
+    all_recalls: list[float] = []
     for n_images, of_seeds in recalls.items():
-        sizes += [float(n_images)] * len(of_seeds)
-        values += list(of_seeds)
-    return fit_power_law(sizes, values)
+        all_sizes += [float(n_images)] * len(of_seeds)
+        all_recalls += list(of_seeds)
+    return fit_power_law(all_sizes, all_recalls)

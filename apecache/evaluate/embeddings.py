@@ -12,8 +12,7 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
-from apecache.encoders.joined import single_fingerprints
-from apecache.encoders.spec import spec_from_json
+from apecache.encoders.spec import single_fingerprints, spec_from_json
 from apecache.errors import DataError, OptionError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
