@@ -8,6 +8,7 @@ predicts mean R@1 on dev with all of them, which is then measured.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -43,7 +44,10 @@ def main() -> None:
             spec=SplitSpec(dev="dev" if options.quick else None),
             device=torch.device("cpu"),
         )
-        rows = [row_of(name, train=train, dev=dev, seeds=options.seeds) for name in options.recipes]
+        rows: list[dict[str, Any]] = []
+        for name in options.recipes:
+            curve = measured_curve(name, train=train, dev=dev, options=options)
+            rows.append(row_of(name, curve, n_train=len(train), n_dev=len(dev)))
     print_table(rows)
     met = [
         Goal(
@@ -68,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=["cca", "ridge", "projection"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder to keep the recalls in")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -78,37 +83,56 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def row_of(name: str, train: FeaturePairs, dev: FeaturePairs, seeds: int) -> dict[str, Any]:
-    """Curve, prediction and measurement of one recipe; recalls are mean R@1 on dev."""
+def measured_curve(
+    name: str,
+    train: FeaturePairs,
+    dev: FeaturePairs,
+    options: argparse.Namespace,
+) -> dict[int, list[float]]:
+    """Mean R@1 on dev by images and seed; what `--work` holds is not fitted again."""
     recipe = load_recipe(name)
+    path = options.work / f"{name}.json" if options.work else None
+    known: dict[str, float] = {}
+    if path is not None and path.is_file():
+        known = json.loads(path.read_text())
     curve: dict[int, list[float]] = {}
     for share in (*SHARES, 1.0):
         size = round(share * len(train))
-        for seed in range(seeds):
-            recall = measured_recall(
-                scaled_recipe(recipe, share),
-                train=select_images(train, subset(len(train), size, seed)),
-                dev=dev,
-                seed=seed,
-            )
-            curve.setdefault(size, []).append(recall)
-    measured = statistics.mean(curve[len(train)])
-    known = {size: recalls for size, recalls in curve.items() if size < len(train)}
-    prediction = predict(known, [len(train)])[0]
+        for seed in range(options.seeds):
+            key = f"{size}-{seed}"
+            if key not in known:
+                known[key] = measured_recall(
+                    scaled_recipe(recipe, share),
+                    train=select_images(train, subset(len(train), size, seed)),
+                    dev=dev,
+                    seed=seed,
+                )
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(known))
+            curve.setdefault(size, []).append(known[key])
+    return curve
+
+
+def row_of(name: str, curve: dict[int, list[float]], n_train: int, n_dev: int) -> dict[str, Any]:
+    """Prediction from the small subsets, and the measurement; recalls are mean R@1 on dev."""
+    measured = statistics.mean(curve[n_train])
+    known = {size: recalls for size, recalls in curve.items() if size < n_train}
+    prediction = predict(known, [n_train])[0]
     row: dict[str, Any] = {"recipe": name}
     row |= {f"{size} images": round(statistics.mean(known[size]), 2) for size in sorted(known)}
     return {
         **row,
-        "images": len(train),
+        "images": n_train,
         "predicted": round(prediction.recall, 2),
         "low": round(prediction.low, 2),
         "high": round(prediction.high, 2),
         "measured": round(measured, 2),
         "error": round(prediction.recall - measured, 2),
         "inside": prediction.low <= measured <= prediction.high,
-        "seeds": seeds,
-        "dev images": len(dev),
-        "chance": round(100 / len(dev), 2),
+        "seeds": len(curve[n_train]),
+        "dev images": n_dev,
+        "chance": round(100 / n_dev, 2),
     }
 
 
