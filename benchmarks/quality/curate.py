@@ -9,6 +9,7 @@ captions are never exchanged. Val is only reported.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -44,8 +45,7 @@ def main() -> None:
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
         clean, _ = rewritten(store, options=options, folder=work / "clean", share=0.0)
         noisy, wrong = rewritten(store, options=options, folder=work / "noisy", share=options.share)
-        report = curate(noisy, work / "curated", CurateSpec(device="cpu", n_folds=options.folds))
-        found = detection(report, wrong)
+        found = detected(noisy, wrong, folder=work / "curated", n_folds=options.folds)
         rows: list[dict[str, Any]] = []
         for name in options.recipes:
             for case, of_store, keep in (
@@ -121,6 +121,21 @@ def rewritten(
             shard_rows=4096,
         )
     return FeatureStore.open(folder), wrong
+
+
+def detected(
+    store: FeatureStore,
+    wrong: NDArray[np.bool_],
+    folder: Path,
+    n_folds: int,
+) -> dict[str, Any]:
+    """The row of the detection, from the folder if it is there."""
+    path = folder / "detection.json"
+    if not path.is_file():
+        report = curate(store, folder, CurateSpec(device="cpu", n_folds=n_folds))
+        path.write_text(json.dumps(detection(report, wrong)))
+    row: dict[str, Any] = json.loads(path.read_text())
+    return row
 
 
 def detection(report: CurateReport, wrong: NDArray[np.bool_]) -> dict[str, Any]:
