@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.auto.budget import RungRecord, SearchState, open_state
 from apecache.auto.greedy import greedy_ensemble
-from apecache.errors import RecipeError
+from apecache.errors import RecipeError, counted
 from apecache.evaluate.comparison import MetricDifference, compare_hits
 from apecache.evaluate.embeddings import embed_store
 from apecache.fingerprint import Json
@@ -31,6 +31,7 @@ from apecache.recipes.recipe import load_recipe
 from apecache.runs.ensemble import ensemble_heads
 from apecache.runs.folder import locked
 from apecache.runs.heads import DESCRIPTION, TrainedHeads, load_heads, save_heads
+from apecache.store.equal import equal_images
 from apecache.store.joined import BETWEEN_NAMES
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import SweepSpec
@@ -207,14 +208,22 @@ class _Search:
     def _held_out_images(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Return the masks of the dev images, and of the confirm images."""
         table = self.store.pairs
-        train, dev = choose_splits(table, self.spec.splits)
+        first = str(self.state.identity["image_features"][0])
+        content = equal_images(self.store.array("image", first))
+        # With the same content as in fit_head, so that this is the dev split of the fits.
+        train, dev = choose_splits(table, self.spec.splits, content)
         rows = np.flatnonzero(train)
         n_confirm = min(CONFIRM_IMAGES, len(rows) // 10)
         if n_confirm < 2:
-            raise RecipeError(f"{len(rows)} training images; a search needs at least 20")
-        confirm_rows = np.random.default_rng(self.spec.seed).choice(rows, n_confirm, replace=False)
-        confirm = np.zeros(len(table.keys), dtype=bool)
-        confirm[confirm_rows] = True
+            raise RecipeError(
+                f"{counted(len(rows), 'training image')}; a search needs at least 20, so that some "
+                "can be kept aside"
+            )
+        generator = np.random.default_rng(self.spec.seed)
+        drawn_rows = generator.choice(rows, n_confirm, replace=False)
+        # A copy of a confirm image must not train either.
+        numbers = np.arange(len(table.keys)) if content is None else content
+        confirm: NDArray[np.bool_] = train & np.isin(numbers, numbers[drawn_rows])
         return dev, confirm
 
     # --- rungs ------------------------------------------------------------------------------------
@@ -287,12 +296,13 @@ class _Search:
             self._note(report.run, report.best.recipe, report.best.settings)
             finished = [trial for trial in report.trials if trial.state == "done"]
             tried += [_described(trial) for trial in report.trials[:8]]
+            runs = [report.run]
+            # The next best trials were never fitted into runs of their own.
+            for trial in finished[1:MAX_MEMBERS]:
+                name = f"trial-{trial.number}"
+                self._fit(name, trial.recipe, settings=trial.settings)
+                runs.append(self._member(name))
             rung(f"{n_trials} trials; best: {_described(report.best)}")
-        runs = [report.run]
-        for trial in finished[1:MAX_MEMBERS]:
-            name = f"trial-{trial.number}"
-            self._fit(name, trial.recipe, settings=trial.settings)
-            runs.append(self._member(name))
         self.state.choices["members"] = [str(run.relative_to(self.out)) for run in runs]
         return Candidate(name="sweep", runs=(report.run,))
 

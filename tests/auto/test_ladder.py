@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from planted_pairs import Planted
 
 import apecache.auto.ladder as ladder
@@ -13,7 +16,9 @@ from apecache.errors import MismatchError, OptionError, RunError
 from apecache.evaluate.embeddings import embed_store
 from apecache.report.auto_page import write_auto_page
 from apecache.runs.heads import load_heads
-from apecache.train.batches import SplitSpec
+from apecache.store.equal import equal_images
+from apecache.train.batches import SplitSpec, choose_splits
+from apecache.train.head_data import load_splits
 from apecache.train.keep_list import read_keep_list
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +58,37 @@ def test_nothing_trained_on_the_images_that_decide(report: AutoReport, clean: Pl
         assert load_heads(folder).training["n_train_images"] == 260 - 26
     if report.chosen != "ensemble":
         assert load_heads(report.run).training["n_train_images"] == 260
+
+
+def test_copies_of_an_image_are_kept_aside_together(write_store: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    n_images = 120
+    content = [f"file {row // 3}" for row in range(n_images)]  # three copies of each image
+    store = write_store(
+        tmp_path / "s",
+        rng.normal(size=(n_images, 4)).astype(np.float32),
+        rng.normal(size=(n_images, 4)).astype(np.float32),
+        list(range(n_images)),
+        ["train"] * n_images,
+        image_content=content,
+    )
+    identity = {"image_features": ["pixels"], "text_features": ["words"]}
+    state = open_state(tmp_path / "out", identity, 1.0)
+    search = ladder._Search(store, AutoSpec(device="cpu"), state, lambda _: None)
+    confirm = {content[row] for row in search.confirm.nonzero()[0]}
+    trained = {content[row] for row in (~search.confirm & ~search.dev).nonzero()[0]}
+    assert confirm
+    assert not confirm & trained
+    _, dev = load_splits(
+        store,
+        image=store.array("image"),
+        text=store.array("text"),
+        spec=SplitSpec(),
+        device=torch.device("cpu"),
+    )
+    assert len(dev) == search.dev.sum()  # the images that the fits choose on
+    content_ids = equal_images(store.array("image"))
+    assert np.array_equal(search.dev, choose_splits(store.pairs, SplitSpec(), content_ids)[1])
 
 
 def test_a_candidate_replaces_a_simpler_one_only_with_an_interval_above_0(
