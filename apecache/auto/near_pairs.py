@@ -37,7 +37,7 @@ class Cluster:
 
 def near_pairs_across_splits(
     features: NDArray[np.float32],
-    splits: NDArray[np.str_],
+    splits: NDArray[np.object_],
     threshold: float,
     limit: int,
 ) -> list[NearPair]:
