@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .option_groups import CompleteStore, Device, ImageFeatures, Json, TextFeatures
+from .option_groups import (
+    ADVANCED,
+    CompleteStore,
+    Device,
+    ImageFeatures,
+    Json,
+    Seed,
+    TextFeatures,
+    TrainSplit,
+)
 from .runs import opener
 from .terminal import command_line, ending, show_json, show_table
 
@@ -23,31 +32,37 @@ def curate(
             help="Run of fit-head, whose recipe scores the captions. Default: the closed form cca.",
         ),
     ] = None,
-    train_split: Annotated[
-        str | None,
-        typer.Option(metavar="SPLIT", help="Split to examine. Default: the training split."),
-    ] = None,
+    train_split: TrainSplit = None,
     image_features: ImageFeatures = None,
     text_features: TextFeatures = None,
-    folds: Annotated[
-        int,
-        typer.Option(min=2, help="Folds. A caption is scored by heads of the other folds."),
-    ] = 5,
     probability: Annotated[
         float,
         typer.Option(
             min=0.01, max=1, help="Leave out captions that are wrong with this probability."
         ),
     ] = 0.5,
-    near: Annotated[
-        float,
-        typer.Option(min=0.1, max=1, help="Cosine from which items of two splits are near copies."),
-    ] = 0.95,
     root: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Folder of the images. Puts pictures on the page."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of folds and fits.")] = 0,
+    folds: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Folds. A caption is scored by heads of the other folds.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = 5,
+    near: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            max=1,
+            help="Cosine from which items of two splits are near copies.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = 0.95,
+    seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
