@@ -12,8 +12,10 @@ import typer
 
 from . import (
     analyze,
+    auto,
     bundle,
     compare,
+    curate,
     demo,
     doctor,
     evaluate,
@@ -89,6 +91,7 @@ _add(TRAIN, recipes.recipes)
 _add(TRAIN, fit.fit_head, name="fit-head")
 _add(TRAIN, fit.fit_encoder, name="fit-encoder")
 _add(TRAIN, sweep.sweep)
+_add(TRAIN, auto.auto)
 _add(TRAIN, lint.lint)
 _add(TRAIN, fit.ensemble)
 _add(EVALUATE, evaluate.evaluate)
@@ -102,6 +105,8 @@ _add(TOOLS, demo.demo)
 _add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
+_add(TOOLS, auto.forecast)
+_add(TOOLS, curate.curate)
 _add(TOOLS, export_run.export_run, name="export-run")
 _add(TOOLS, bundle.bundle)
 _add(TOOLS, export_embeddings.export_embeddings, name="export-embeddings")

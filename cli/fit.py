@@ -14,6 +14,7 @@ from .option_groups import (
     ADVANCED,
     COSTS,
     ENCODERS,
+    SPLITS,
     CompleteStore,
     Device,
     FitOptions,
@@ -76,6 +77,14 @@ def fit_head(
     ledger: HeadLedgerOptions,
     set_: Settings = None,
     view: View = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep list of apecache curate. Only its pairs train.",
+            rich_help_panel=SPLITS,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -110,6 +119,7 @@ def fit_head(
             save_seconds=fit.save_seconds,
             report_split=ledger.report_split,
             price_per_hour=ledger.price_per_hour,
+            keep=keep,
             extract_report=ledger.extract_report,
         )
         with (

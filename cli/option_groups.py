@@ -209,7 +209,7 @@ ImageFeatures = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Image features to use, if the store has several.",
+        help="Image features to use, if the store has several. A,B: both, side by side.",
         rich_help_panel=FEATURES,
     ),
 ]
@@ -217,7 +217,7 @@ TextFeatures = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Text features to use, if the store has several.",
+        help="Text features to use, if the store has several. A,B: both, side by side.",
         rich_help_panel=FEATURES,
     ),
 ]

@@ -11,24 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, Tokens
-from apecache.encoders.spec import JOINED, join_specs
+from apecache.encoders.spec import join_fingerprints, join_specs
 from apecache.errors import EncoderError
-from apecache.fingerprint import Fingerprint
 
 SEPARATOR = -1
 """Stands between the token ids of two encoders. No tokenizer has it."""
-
-
-def join_fingerprints(fingerprints: Sequence[Fingerprint]) -> Fingerprint:
-    """Return the identity of several encoders whose features stand side by side."""
-    return Fingerprint(fields={JOINED: [dict(single.fields) for single in fingerprints]})
-
-
-def single_fingerprints(fingerprint: Fingerprint) -> tuple[Fingerprint, ...]:
-    """Return the identities that `join_fingerprints` joined, or the fingerprint itself."""
-    if JOINED not in fingerprint.fields:
-        return (fingerprint,)
-    return tuple(Fingerprint(fields=fields) for fields in fingerprint.fields[JOINED])
 
 
 def require_vectors(encoders: Sequence[ImageEncoder] | Sequence[TextEncoder]) -> None:
@@ -120,17 +107,17 @@ def _joined_tokenizer(
             for others in tokens[1:]:
                 row += [SEPARATOR, *others.ids[number]]
             rows.append(row)
-        return Tokens(ids=rows, n_truncated=max(one.n_truncated for one in tokens))
+        return Tokens(ids=rows, n_truncated=max(of_encoder.n_truncated for of_encoder in tokens))
 
     return tokenize
 
 
 def _split_ids(row: Sequence[int]) -> list[list[int]]:
     """Split the ids of a text at the separators: one list for each encoder."""
-    parts: list[list[int]] = [[]]
+    encoder_ids: list[list[int]] = [[]]
     for token in row:
         if token == SEPARATOR:
-            parts.append([])
+            encoder_ids.append([])
         else:
-            parts[-1].append(token)
-    return parts
+            encoder_ids[-1].append(token)
+    return encoder_ids

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from apecache.arguments import require_type
 from apecache.errors import EncoderError, OptionError, nearest, nearest_sibling, one_line
-from apecache.fingerprint import Modality, canonical_json
+from apecache.fingerprint import Fingerprint, Modality, canonical_json
 
 Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -106,7 +106,7 @@ class EncoderSpec:
             specs = tuple(spec_from_json(value) for value in json.loads(self.name))
         except (ValueError, TypeError, RecursionError):
             specs = ()
-        is_sound = all(one.library != JOINED and one.modality == self.modality for one in specs)
+        is_sound = all(spec.library != JOINED and spec.modality == self.modality for spec in specs)
         if len(specs) < 2 or not is_sound:
             raise EncoderError("not the description of joined encoders; train again")
         return specs
@@ -144,6 +144,18 @@ def join_specs(specs: Sequence[EncoderSpec]) -> EncoderSpec:
     """Return one spec that names several encoders of one modality, in this order."""
     name = canonical_json([asdict(spec) for spec in specs]).decode()
     return EncoderSpec(JOINED, name=name, modality=specs[0].modality)
+
+
+def join_fingerprints(fingerprints: Sequence[Fingerprint]) -> Fingerprint:
+    """Return the identity of several encoders whose features stand side by side."""
+    return Fingerprint(fields={JOINED: [dict(single.fields) for single in fingerprints]})
+
+
+def single_fingerprints(fingerprint: Fingerprint) -> tuple[Fingerprint, ...]:
+    """Return the identities that `join_fingerprints` joined, or the fingerprint itself."""
+    if JOINED not in fingerprint.fields:
+        return (fingerprint,)
+    return tuple(Fingerprint(fields=fields) for fields in fingerprint.fields[JOINED])
 
 
 def spec_from_json(value: object) -> EncoderSpec:

@@ -13,8 +13,7 @@ from torch import Tensor
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
 from apecache.data.recorded import RecordedImages
-from apecache.encoders.joined import single_fingerprints
-from apecache.encoders.spec import spec_from_json
+from apecache.encoders.spec import single_fingerprints, spec_from_json
 from apecache.errors import DataError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
@@ -293,8 +292,8 @@ def find_features(
 ) -> FeatureArray:
     """Return the store's features of the encoder that the head was trained on, by any name.
 
-    For a head on joined encoders they are joined. Features of augmented views are skipped: a head that was trained on views serves the images
-    themselves.
+    For a head on joined encoders they are joined. Features of augmented views are skipped: a head
+    that was trained on views serves the images themselves.
 
     Raises:
         MismatchError: the store has features of other encoders only.

@@ -70,9 +70,9 @@ class HeadSpec(Settings):
     is all of them, each L2-normalized, so that a cosine is the mean of theirs.
 
     `join` says how features of several encoders or layers meet, after standardization, in a head on
-    pooled features: `concat` side by side, `gate` side by side and scaled by a gate for each encoder
-    and sample, `mix` averaged with learned weights. `widths` are their widths, in order. The trainer
-    fills them in.
+    pooled features: `concat` side by side, `gate` side by side and scaled by a gate for each
+    encoder and sample, `mix` averaged with learned weights. `widths` are their widths, in order.
+    The trainer fills them in.
     """
 
     kind: Kind = "linear"
@@ -124,7 +124,7 @@ class HeadSpec(Settings):
         return "tokens" if self.kind in TOKEN_KINDS else "pooled"
 
     def with_widths(self, widths: tuple[int, ...]) -> "HeadSpec":
-        """Return the same head with the widths of the features that it joins, where it needs them."""
+        """Return the same head with the widths of the joined features, where it needs them."""
         parts = tuple(part.with_widths(widths) for part in self.parts)
         if self.join == "concat":
             return self.model_copy(update={"parts": parts})

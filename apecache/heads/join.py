@@ -23,8 +23,8 @@ class EncoderGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gates = 2 * torch.sigmoid(self.score(x))
-        parts = x.split(self.widths, dim=-1)
-        scaled = [part * gates[..., i : i + 1] for i, part in enumerate(parts)]
+        blocks = x.split(self.widths, dim=-1)
+        scaled = [block * gates[..., i : i + 1] for i, block in enumerate(blocks)]
         return torch.cat(scaled, dim=-1)
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.encoders.joined import join_fingerprints
-from apecache.encoders.spec import join_specs
+from apecache.encoders.spec import join_fingerprints, join_specs
 from apecache.errors import OptionError
 from apecache.fingerprint import Fingerprint
 from apecache.store.array import FeatureArray

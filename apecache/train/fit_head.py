@@ -28,6 +28,7 @@ from apecache.train.batches import FeaturePairs, n_items
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
+from apecache.train.keep_list import digest_keep_list
 from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
@@ -132,6 +133,7 @@ def fit_head(
         spec=spec.splits,
         device=device,
         recipe=recipe,
+        keep=spec.keep,
     )
     loading_seconds = time.perf_counter() - begin
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
@@ -240,6 +242,7 @@ def untrained_heads(
         spec=spec.splits,
         device=resolve_device(spec.device),
         recipe=recipe,
+        keep=spec.keep,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
     return TrainedHeads(
@@ -266,6 +269,8 @@ def _identity(
         "text_features": text.record.encoder.digest,
         "splits": asdict(spec.splits),
     }
+    if spec.keep is not None:
+        fields["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
     return Fingerprint(fields=fields)
 
 
@@ -335,6 +340,8 @@ def _trained(
         "n_negatives": report.n_negatives,
         "seconds": report.seconds,
     }
+    if spec.keep is not None:
+        training["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
     return TrainedHeads(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),

@@ -11,15 +11,19 @@ from recipes import SMALL
 from tiny import extract_tiny
 
 import apecache
-from apecache.encoders.spec import spec_from_json
+from apecache.data.sources import open_pairs
+from apecache.encoders.spec import parse_encoder, spec_from_json
 from apecache.errors import EncoderError, MismatchError, OptionError
 from apecache.evaluate.embeddings import embed_store
 from apecache.export.weights import export_safetensors
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
+from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.fit_encoder import fit_encoder
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 
@@ -108,10 +112,6 @@ def both(
     folder = tmp_path_factory.mktemp("both")
     table = shapes_once
     extract_tiny(table, folder / "s", tiny_image_encoder, tiny_text_encoder)
-    from apecache.data.sources import open_pairs
-    from apecache.encoders.spec import parse_encoder
-    from apecache.extraction.run import ExtractSpec, extract
-
     image = replace(parse_encoder(f"timm:{tiny_image_encoder}", "image"), pooling="mean", layer=1)
     text = parse_encoder(f"hf:{other_text_encoder}", "text")
     extract(open_pairs(table), folder / "s", ExtractSpec(image, text, add=True, device="cpu"))
@@ -171,3 +171,27 @@ def test_card_and_export_name_every_encoder(
     files = export_safetensors(load_heads(run), tmp_path)
     assert "image.safetensors" in files
     assert torch.isfinite(load_heads(run).image.head.mean).all()
+
+
+def test_a_tower_trains_against_the_cached_features_of_two_encoders(
+    both: tuple[FeatureStore, Path],
+    shapes_once: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    store, _ = both
+    names = ",".join(array.name for array in store.arrays("image"))
+    head = ["image.kind=linear", "image.dim=8", "text.dim=8", "image.join=gate"]
+    recipe = load_recipe("lit", ["schedule.epochs=1", "schedule.batch_size=4", *head])
+    spec = FitEncoderSpec(
+        text=parse_encoder(f"hf:{tiny_text_encoder}", "text"),
+        image_features=names,
+        splits=SplitSpec(dev="val"),
+        device="cpu",
+    )
+    fit_encoder(store, recipe=recipe, out=tmp_path / "run", spec=spec)
+    model = apecache.load(tmp_path / "run", device="cpu")
+    wanted = embed_store(model.run, store)
+    keys = [store.pairs.keys[row] for row in wanted.image_rows]
+    image = model.encode_image([shapes_once.parent / key for key in keys])
+    assert (image * wanted.image.numpy()).sum(1).min() > 1 - 1e-5
