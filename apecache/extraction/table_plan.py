@@ -453,7 +453,8 @@ def _view_digest(files: Files, view: View) -> str:
             return record.digest
     blocks = view.record.blocks
     # The first view of a new store, where the table alone says all.
-    if not ids and len(blocks) == 1 and not files.exists(PAIRS):
+    is_new = not files.exists(PAIRS) or read_record(files, SOURCE).get("view_only") is True
+    if not ids and len(blocks) == 1 and is_new:
         return view.record.table
     row_hashes = [content_hash(view.content_rows(name).tobytes()) for name in modalities]
     digests = [block.digest for block in blocks]

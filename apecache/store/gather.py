@@ -1,4 +1,4 @@
-"""Read the features of a view whose rows are not those of its blocks in order."""
+"""Read the features of a view."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.fingerprint import Modality
 from apecache.store.array import FeatureArray, StoredShard
 from apecache.store.views import View
 
 MISSING_ROWS = 4096
 """Rows without features that are given at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedViewArray(FeatureArray):
+    """Read the features of a view whose rows are those of its blocks in order."""
+
+    view: View
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        rows = super().quarantined()
+        # The keys that were recorded are those of the table that the block was made for.
+        keys = [view_key(self.view, self.record.modality, row["row"]) for row in rows]
+        return [{**row, "key": key} for row, key in zip(rows, keys, strict=True)]
+
+
+def view_key(view: View, modality: Modality, row: int) -> str:
+    """Return the key of an image, or that of a caption's image."""
+    table = view.table
+    return str(table.keys[row if modality == "image" else table.image_rows[row]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +79,8 @@ class ViewArray(FeatureArray):
         for row in np.flatnonzero((self.index < 0) | np.isin(self.index, list(by_row))).tolist():
             # A content may have several keys: the view's own is shown.
             described = by_row.get(int(self.index[row])) or self._problem(row)
-            rows.append({**described, "row": row, "key": self._key(row)})
+            key = view_key(self.view, self.record.modality, row)
+            rows.append({**described, "row": row, "key": key})
         return rows
 
     def _problem(self, row: int) -> dict[str, Any]:
@@ -67,10 +88,6 @@ class ViewArray(FeatureArray):
         problem = str(self.view.problems[row]) if self.record.modality == "image" else ""
         reason, _, detail = problem.partition(": ")
         return {"reason": reason or "missing", "detail": detail}
-
-    def _key(self, row: int) -> str:
-        table = self.view.table
-        return str(table.keys[row if self.record.modality == "image" else table.image_rows[row]])
 
     def content(self) -> list[str]:
         # One more for rows of the index -1.

@@ -12,7 +12,7 @@ from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
 from apecache.store.array import FeatureArray
-from apecache.store.gather import ViewArray
+from apecache.store.gather import OrderedViewArray, ViewArray
 from apecache.store.layout import (
     PAIRS,
     SEGMENT_RECORDS,
@@ -163,15 +163,17 @@ class FeatureStore:
 
     @cached_property
     def pairs(self) -> PairTable:
-        """Return the whole pair table.
+        """Return the whole pair table; a column is read when it is first asked for.
 
-        Raises:
-            DamagedError: An object of the table is not what was written.
+        Reading a column raises DamagedError if an object of it is not what was written.
         """
         if self.view is not None:
             return self.view.table
-        tables = [read_table(self.files), *(segment.pairs for segment in self.segments)]
-        return tables[0] if len(tables) == 1 else join_tables(tables, self.digest)
+        tables = [read_table(self._first), *(segment.pairs for segment in self.segments)]
+        if len(tables) == 1:
+            return tables[0]
+        n_images = [block.block_source["n_images"] for block in self.blocks]
+        return join_tables(tables, self.digest, n_images)
 
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Return every array, images first, sorted by name."""
@@ -227,8 +229,10 @@ class FeatureStore:
             rows_to_come=rows_to_come,
         )
         index = None if self.view is None else self.view.index(modality)
-        if self.view is None or index is None:
+        if self.view is None:
             return array
+        if index is None:
+            return OrderedViewArray(**vars(array), view=self.view)
         return ViewArray(**vars(array), view=self.view, index=index)
 
     def _names(self, modality: Modality) -> list[str]:

@@ -51,7 +51,7 @@ def test_the_newest_view_is_opened_and_others_by_id_number_or_name(edited_once: 
         assert opened.view is not None
         assert opened.view.record.view == first
         assert len(opened.pairs.keys) == opened.source["n_images"] == EDITED.images - 1 + 3
-    with pytest.raises(StoreError, match=r"has no view 'editde'; found: .*did you mean 'edited'"):
+    with pytest.raises(StoreError, match=r"has no view 'editde'; found: .*did you mean edited"):
         FeatureStore.open(edited_once, "editde")
     with pytest.raises(StoreError, match="several views 'edited'"):
         FeatureStore.open(edited_once, "edited")
