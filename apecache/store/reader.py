@@ -24,7 +24,7 @@ from apecache.store.layout import (
 )
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_table
-from apecache.store.views import View, find_view, open_view, view_ids
+from apecache.store.views import View, find_view, open_view, read_view_record, view_ids
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,23 @@ class FeatureStore:
             return self.view.record.digest
         digests = [self.source["digest"], *(segment.digest for segment in self.segments)]
         return str(digests[0]) if len(digests) == 1 else digest_strings(digests)
+
+    def view_of(self, digest: object) -> str | None:
+        """Return the id of the newest view that has a digest, as a run records it; else None."""
+        for view_id in reversed(view_ids(self.files)):
+            if read_view_record(self.files, view_id).digest == digest:
+                return view_id
+        return None
+
+    def trained_digest(self, recorded: object) -> str:
+        """Return the digest that a run has recorded, if it is that of any view; else that of this
+        view."""
+        return str(recorded) if self.view_of(recorded) is not None else self.digest
+
+    def hint(self, digest: object) -> str:
+        """Return `; give --view …` if another view has a digest that a run has recorded."""
+        view_id = self.view_of(digest)
+        return "" if view_id is None else f"; give --view {view_id}"
 
     @cached_property
     def pairs(self) -> PairTable:
