@@ -334,10 +334,10 @@ def _new_block(
         origin=source.origin,
     )
     part = BlockInputs(columns=columns, keys=keys, contents=declared, media=source.media)
-    return Segment(store=files, folder=_new_folder(files, columns.digest), part=part)
+    return Segment(store=files, folder=new_folder(files, columns.digest), part=part)
 
 
-def _new_folder(files: Files, digest: str) -> str:
+def new_folder(files: Files, digest: str) -> str:
     """Return the folder of a new block, which a killed run may have begun already."""
     if not files.exists(SOURCE) or read_record(files, SOURCE)["digest"] == digest:
         return ""

@@ -164,5 +164,27 @@ class ViewArray(FeatureArray):
         return self._order[begin:end], self._sorted[begin:end] - shard.first
 
 
+def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Read some rows of an array, each at least 0, in this order, [n, *row_shape].
+
+    Raises:
+        IncompleteError, DamagedError: As `FeatureArray.load` does.
+    """
+    features = np.empty((len(rows), *array.row_shape), array.dtype)
+    if isinstance(array, ViewArray):
+        # Counted through the blocks, since a view may have its rows in any order.
+        rows = array.index[rows]
+        array = array.stored
+    order = np.argsort(rows, kind="stable")
+    sorted_rows = rows[order]
+    for shard in array.stored_shards():
+        bounds = (shard.first, shard.first + shard.n_rows)
+        begin, end = np.searchsorted(sorted_rows, bounds).tolist()
+        if begin < end:
+            places = sorted_rows[begin:end] - shard.first
+            features[order[begin:end]] = array._read_wide(shard)[places]
+    return features
+
+
 def _is_range(rows: NDArray[np.int64], first: int, count: int) -> bool:
     return len(rows) == count and bool((rows == np.arange(first, first + count)).all())

@@ -1,6 +1,7 @@
 """A store outlives its table: only new contents are encoded, and a view says where all others
 are."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +189,32 @@ def test_another_encoder_is_added_to_all_blocks_but_never_with_another_content(
     (other,) = [name for name in names if name != "tiny-vit"]
     (row,) = FeatureStore.open(store, "0000").array("image", other).quarantined()
     assert (row["row"], row["reason"]) == (0, "changed")
+
+
+def test_features_of_another_store_are_taken_where_contents_are_equal(
+    catalog: Catalog,
+    extract: Callable[..., object],
+    new_images: list[Path],
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    extract(catalog.write(), other)
+    features = FeatureStore.open(other).array("image").load()
+    keys = FeatureStore.open(other).pairs.keys.tolist()
+    key = "images/new.png"
+    shutil.copy(new_images[0], catalog.folder / key)
+    added = Row(image=key, caption="a new picture")
+    # Every second image of the other store, and a new one between.
+    kept = [row for row in catalog.rows if row.image in keys[::2]]
+    catalog.rows = [*kept[:3], added, *kept[3:]]
+    store = tmp_path / "store"
+    report = extract(catalog.write(), store, reuse=other)
+    assert [array.n_encoded for array in report.arrays] == [1, 1]  # type: ignore[attr-defined]
+    opened = FeatureStore.open(store)
+    assert opened.pairs.keys.tolist() == [keys[0], key, *keys[2::2]]
+    loaded = opened.array("image").load()
+    assert np.array_equal(loaded[[0, *range(2, 7)]], features[::2])
+    assert opened.array("image").load_ok().all()
+    assert verify_store(store).problems == ()
+    assert extract(catalog.table, store, reuse=other).nothing_to_do  # type: ignore[attr-defined]
+    assert extract(catalog.table, store).nothing_to_do  # type: ignore[attr-defined]
