@@ -44,10 +44,10 @@ from apecache.store.maintenance import (
     uncommit,
     unmake_table,
 )
+from apecache.store.problem import Problem
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record
 from apecache.store.verify import (
-    Problem,
     VerifyReport,
     array_names,
     begun_segments,
