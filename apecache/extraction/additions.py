@@ -62,9 +62,9 @@ def add_images(
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give the folder of the images as --root")
     keys = [_key_below(Path(str(image)), folder) for image in images]
-    known = opened.pairs.row_of_key
+    row_of_key = opened.pairs.row_of_key
     for key in keys:
-        if key in known:
+        if key in row_of_key:
             raise DataError(f"{place} has {key} already; after a change of it: apecache extract")
     languages = ("",) * len(captions)
     added = [

@@ -340,8 +340,10 @@ def _run(
     progress: ExtractionProgress,
     reusable: ReusableStore | None = None,
 ) -> None:
-    """Encode and commit every pending shard of the part in one segment, then seal its arrays if
-    they are complete."""
+    """Encode and commit every pending shard of the part in one segment.
+
+    Arrays that are complete then are sealed.
+    """
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]
     if reusable is not None:

@@ -67,7 +67,7 @@ def _copying_order(name: str) -> tuple[int, str]:
 def _claim(source: Files, target: Files) -> bool:
     """Claim the target for this store; return False if it belongs to another one."""
     claim = source.read(SOURCE)
-    return target.create(SOURCE, claim) or target.read(SOURCE) == claim
+    return target.put_if_absent(SOURCE, claim) or target.read(SOURCE) == claim
 
 
 def _is_temporary(name: str) -> bool:

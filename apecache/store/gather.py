@@ -104,15 +104,15 @@ class ViewArray(FeatureArray):
         target[self._without] = np.nan
 
         def read(shard: StoredShard) -> None:
-            rows, places = self._taken(shard)
+            rows, offsets = self._taken(shard)
             if not len(rows):
                 return
             first = int(rows[0])
             # An unchanged part of the table is read straight to its place.
-            if _is_range(places, 0, shard.n_rows) and _is_range(rows, first, len(places)):
+            if _is_range(offsets, 0, shard.n_rows) and _is_range(rows, first, len(offsets)):
                 self.stored._read_into(shard, target[first : first + len(rows)])
             else:
-                target[rows] = self.stored._read_wide(shard)[places]
+                target[rows] = self.stored._read_wide(shard)[offsets]
 
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
             # The list asks for every result, which raises what a read raised.
@@ -125,8 +125,8 @@ class ViewArray(FeatureArray):
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         used = [shard for shard in self.stored.stored_shards() if len(self._taken(shard)[0])]
         for shard, features in self.stored._read_ahead(used, threads):
-            rows, places = self._taken(shard)
-            yield rows, features if _is_range(places, 0, len(features)) else features[places]
+            rows, offsets = self._taken(shard)
+            yield rows, features if _is_range(offsets, 0, len(features)) else features[offsets]
         for begin in range(0, len(self._without), MISSING_ROWS):
             rows = self._without[begin : begin + MISSING_ROWS]
             yield rows, np.full((len(rows), *self.row_shape), np.nan, self.dtype)
@@ -181,8 +181,8 @@ def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
         bounds = (shard.first, shard.first + shard.n_rows)
         begin, end = np.searchsorted(sorted_rows, bounds).tolist()
         if begin < end:
-            places = sorted_rows[begin:end] - shard.first
-            features[order[begin:end]] = array._read_wide(shard)[places]
+            offsets = sorted_rows[begin:end] - shard.first
+            features[order[begin:end]] = array._read_wide(shard)[offsets]
     return features
 
 

@@ -169,8 +169,7 @@ class FeatureStore:
         return None
 
     def trained_digest(self, recorded: object) -> str:
-        """Return the digest that a run has recorded, if it is that of any view; else that of this
-        view."""
+        """Return a digest that a run has recorded if any view has it; else that of this view."""
         return str(recorded) if self.view_of(recorded) is not None else self.digest
 
     def hint(self, digest: object) -> str:

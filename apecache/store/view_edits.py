@@ -63,8 +63,7 @@ def first_view(files: Files) -> View:
 
 
 def newest_view(files: Files) -> View:
-    """Return the newest view; that of the blocks' own table is committed before, if it is the only
-    one."""
+    """Return the newest view; the table of the blocks becomes a view first, if there is none."""
     if not view_ids(files):
         commit_view(files, first_view(files), number=0)
     view = FeatureStore.at(files).view

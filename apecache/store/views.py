@@ -213,7 +213,7 @@ def commit_view(files: Files, view: View, number: int | None = None) -> ViewReco
         for path, data in payloads.items():
             # The id has a hash of all objects, so what is there already has the same bytes.
             name = f"{view_folder(view_id)}{path}"
-            files.create(name, data)
+            files.put_if_absent(name, data)
             if content_hash(files.read(name)) != hashes[path]:
                 raise DamagedError(
                     f"{files.where(name)}: what was read back is not what was written; check "
@@ -222,7 +222,7 @@ def commit_view(files: Files, view: View, number: int | None = None) -> ViewReco
             objects[name] = {"bytes": len(data), "blake3": hashes[path]}
         record = replace(view.record, view=view_id, objects=objects)
         name = view_record_name(view_id)
-        files.create(name, seal_record(name, record.to_json(), of_view=True))
+        files.put_if_absent(name, seal_record(name, record.to_json(), of_view=True))
         settle_view(files, view_id)
     return read_view_record(files, view_id)
 
@@ -250,7 +250,7 @@ def settle_view(files: Files, view_id: str) -> None:
     # Whoever wrote the record may have been killed before its entry was durable.
     files.settle(VIEW_RECORDS)
     data = files.read(view_record_name(view_id))
-    files.create(f"{view_folder(view_id)}/{COPY}", data)
+    files.put_if_absent(f"{view_folder(view_id)}/{COPY}", data)
 
 
 def view_ids(files: Files) -> list[str]:

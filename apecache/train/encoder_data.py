@@ -38,7 +38,7 @@ from apecache.train.live import (
     TextInputs,
     TokenInputs,
 )
-from apecache.train.selection import Features, select_pairs
+from apecache.train.paired_rows import Features, select_pairs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.run import ExtractSpec
 from apecache.extraction.run import extract as run_extraction
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import SOURCE, STAMPS, segment_record_name
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record, seal_record
@@ -116,7 +116,7 @@ def test_a_store_that_was_appended_to_by_an_older_version_lives_on(
     name = segment_record_name("0001")
     identity = read_record(files.child("segments/0001"), SOURCE)
     keys = ("digest", "n_images", "n_texts")
-    files.create(name, seal_record(name, {key: identity[key] for key in keys}))
+    files.put_if_absent(name, seal_record(name, {key: identity[key] for key in keys}))
     before = FeatureStore.open(store)
     features = before.array("image").load()
     assert before.pairs.keys.tolist() == source.keys

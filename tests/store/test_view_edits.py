@@ -8,7 +8,7 @@ import pytest
 from tiny import tree
 
 from apecache.errors import DataError, OptionError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.compact import compact_store
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
@@ -227,9 +227,9 @@ class _KilledFiles(LocalFiles):
         self._spend()
         super().write(name, *buffers)  # type: ignore[arg-type]
 
-    def create(self, name: str, *buffers: object) -> bool:
+    def put_if_absent(self, name: str, *buffers: object) -> bool:
         self._spend()
-        return super().create(name, *buffers)  # type: ignore[arg-type]
+        return super().put_if_absent(name, *buffers)  # type: ignore[arg-type]
 
     def remove(self, name: str) -> None:
         self._spend()

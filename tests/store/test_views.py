@@ -8,7 +8,7 @@ import pytest
 from tiny import tree
 
 from apecache.errors import DamagedError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.array import FeatureArray
 from apecache.store.gather import ViewArray
 from apecache.store.layout import SOURCE
@@ -114,7 +114,7 @@ def test_a_view_that_does_not_read_back_as_written_is_not_committed(
 ) -> None:
     files = LocalFiles(edited)
     view = open_view(files, view_ids(files)[0])
-    monkeypatch.setattr(LocalFiles, "create", _spoiling(LocalFiles.create))
+    monkeypatch.setattr(LocalFiles, "put_if_absent", _spoiling(LocalFiles.put_if_absent))
     with pytest.raises(DamagedError, match="not what was written"):
         commit_view(files, view)
     assert len(view_ids(files)) == 2

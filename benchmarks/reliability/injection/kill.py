@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from apecache.errors import StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.store.views import open_view, view_ids, view_number
