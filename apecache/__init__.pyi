@@ -29,6 +29,8 @@ from .evaluate.zeroshot import ZeroShotReport as ZeroShotReport
 from .evaluate.zeroshot import ZeroShotSpec as ZeroShotSpec
 from .evaluate.zeroshot import zero_shot as zero_shot
 from .export.open_clip_triple import open_clip_triple as open_clip_triple
+from .extraction.additions import add_images as add_images
+from .extraction.additions import delete_images as delete_images
 from .extraction.estimate import ExtractPlan as ExtractPlan
 from .extraction.estimate import plan_extraction as plan_extraction
 from .extraction.run import ExtractReport as ExtractReport
@@ -106,7 +108,6 @@ __all__ = [
     "OpenSpec",
     "Pair",
     "PairSource",
-    "ShardRange",
     "Plan",
     "PlanSpec",
     "ProbeReport",
@@ -120,6 +121,7 @@ __all__ = [
     "ScoutSpec",
     "SearchIndex",
     "ServeSpec",
+    "ShardRange",
     "Space",
     "SplitSpec",
     "SweepReport",
@@ -129,11 +131,13 @@ __all__ = [
     "TrainedHeads",
     "ZeroShotReport",
     "ZeroShotSpec",
+    "add_images",
     "build_index",
     "build_tower",
-    "ensemble_heads",
     "compare_runs",
+    "delete_images",
     "embed_store",
+    "ensemble_heads",
     "extract",
     "extract_on_ray",
     "find_templates",

@@ -390,7 +390,11 @@ def retrieval(
         split=split,
         open_image=opener(request.source_options.root, opened),
     )
-    was_seen = was_split_seen(loaded.training, opened.digest, split)
+    was_seen = was_split_seen(
+        loaded.training,
+        opened.trained_digest(loaded.training.get("data")),
+        split,
+    )
     if was_seen:
         warn(
             f"split {split!r} was used in training or to choose the epoch: these figures do not "

@@ -85,6 +85,14 @@ class WriteOptions(OptionGroup):
             rich_help_panel=STORE_PANEL,
         ),
     ] = False
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Take features from another store where file or caption, and encoder, are equal.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = None
     part: Annotated[
         str | None,
         typer.Option(
@@ -259,6 +267,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         add=write.add,
         recheck=write.recheck,
         retry=write.retry,
+        reuse=write.reuse,
         single_writer=write.single_writer,
         views=views,
         compiled=write.compiled,

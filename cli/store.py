@@ -437,7 +437,8 @@ def upgrade(
 ) -> None:
     """Write a store of an older format as a new store in the newest format.
 
-    The old store is not changed. There is only one format so far.
+    The old store is not changed. So far nothing needs conversion: a store without views gets them
+    when its table changes.
 
     Example: apecache upgrade store --out store-new
     """
@@ -449,5 +450,5 @@ def upgrade(
             show_json({"store": str(store), "out": str(out), "written": written})
         else:
             typer.echo(
-                f"{out} written" if written else f"nothing to do: {store} has the newest format"
+                f"{out} written" if written else f"nothing to do: {store} needs no conversion"
             )

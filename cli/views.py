@@ -1,13 +1,14 @@
-"""Commands on the views of a store: `apecache views`, `split`, `compact` and `delete`."""
+"""Commands on views: `apecache views`, `split`, `compact`, `add` and `delete`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from apecache.errors import counted
 
-from .option_groups import Json
-from .terminal import choice, ending, show_json, show_table
+from .option_groups import Device, Json, Root
+from .terminal import choice, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.store.views import ViewRecord
@@ -153,3 +154,91 @@ def compact(store: Store, json: Json = False) -> None:
             typer.echo(
                 f"{store}: {counted(report.n_rows, 'row')} freed, {report.n_bytes / 1e6:,.1f} MB"
             )
+
+
+def add(
+    store: Store,
+    images: Annotated[list[Path], typer.Argument(help="Image files below the root of the store.")],
+    caption: Annotated[
+        list[str] | None,
+        typer.Option("--caption", metavar="TEXT", help="Caption of these images. Repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Their split.")] = "",
+    label: Annotated[str, typer.Option(metavar="LABEL", help="Their label.")] = "",
+    root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Add images to a store: encode them with all encoders of the store.
+
+    The newest view gets these rows at its end. Your own table does not change.
+
+    Example: apecache add store images/new.jpg --caption "a dog in the snow"
+    """
+    with ending():
+        from apecache.extraction.additions import add_images
+        from apecache.store.reader import FeatureStore
+
+        with progress() as update:
+            reports = add_images(
+                store,
+                images,
+                captions=caption or (),
+                split=split,
+                label=label,
+                root=root,
+                device=device,
+                progress=update,
+            )
+        view = FeatureStore.open(store).view
+        arrays = [array for report in reports for array in report.arrays]
+        if json:
+            view_id = view.record.view if view else None
+            encoded = {f"{array.modality}/{array.name}": array.n_encoded for array in arrays}
+            show_json({"store": str(store), "view": view_id, "encoded": encoded})
+            return
+        for array in arrays:
+            rows = counted(array.n_encoded, "row")
+            typer.echo(f"{array.modality}/{array.name}: {rows} encoded")
+
+
+def delete(
+    store: Store,
+    key: Annotated[
+        list[str] | None,
+        typer.Option("--key", metavar="KEY", help="Key of an image. Repeatable."),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            metavar="COLUMN=VALUE",
+            help="Images with this key, split or label. Repeatable.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Delete images, with their captions, from the newest view of a store.
+
+    Their features stay until no view needs them and apecache compact frees them. Your own table
+    does not change: extracting it again brings the rows back.
+
+    Example: apecache delete store --where label=cat
+    """
+    with ending():
+        from apecache.errors import OptionError
+        from apecache.extraction.additions import delete_images
+
+        conditions: list[tuple[str, str]] = []
+        for condition in where or ():
+            column, separator, value = condition.partition("=")
+            if not separator:
+                raise OptionError(f"--where {condition}: expected COLUMN=VALUE")
+            conditions.append((column, value))
+        if not key and not conditions:
+            raise OptionError("nothing to delete: give --key or --where")
+        record = delete_images(store, key or (), conditions)
+        if json:
+            show_json({"store": str(store), **describe_view(record)})
+        else:
+            typer.echo(f"{store}: view {record.view} has {counted(record.n_images, 'image')}")

@@ -83,6 +83,11 @@ def extract_on_ray(
         raise OptionError(
             "--single-writer: the actors of a cluster are several writers; leave one of the two out"
         )
+    if spec.reuse is not None:
+        raise OptionError(
+            "--reuse is for an extraction without Ray; leave one of the two out, or extract with "
+            "--reuse first"
+        )
     require_inputs(source, spec)
     # Absolute: an actor whose node lacks the driver's folder runs in another one.
     files = open_files(store if is_object_url(store) else Path(os.path.abspath(store)))

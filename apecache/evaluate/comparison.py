@@ -157,7 +157,7 @@ def compare_runs(
         seen_in_training=tuple(
             str(path)
             for path, training in trainings.items()
-            if was_split_seen(training, store.digest, split)
+            if was_split_seen(training, store.trained_digest(training.get("data")), split)
         ),
         # All runs embed the same rows, so they leave out the same ones.
         left_out=left_out,

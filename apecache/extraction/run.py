@@ -39,6 +39,7 @@ from apecache.extraction.report import (
     count_shard,
     judge,
 )
+from apecache.extraction.reuse import ReusableStore, add_reusable_block
 from apecache.extraction.segments import Inputs, Segment
 from apecache.extraction.shard_range import ShardRange
 from apecache.extraction.spec import ExtractSpec
@@ -96,11 +97,21 @@ def extract(
     spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     begin = time.perf_counter()
+    reusable = ReusableStore.open(spec.reuse)
+    if reusable is not None:
+        add_reusable_block(source, files, reusable)
     plan = plan_table(source, files, spec)
     plan.begin()
     totals = new_totals([segment.part for segment in plan.segments], encoders)
     for segment in plan.segments:
-        _extract_segment(segment, encoders=encoders, spec=spec, totals=totals, progress=progress)
+        _extract_segment(
+            segment,
+            encoders=encoders,
+            spec=spec,
+            totals=totals,
+            progress=progress,
+            reusable=reusable,
+        )
     return judge(plan, totals=totals, spec=spec, begin=begin)
 
 
@@ -149,6 +160,7 @@ def _extract_segment(
     spec: ExtractSpec,
     totals: "dict[Modality, ModalityCounts]",
     progress: ExtractionProgress,
+    reusable: ReusableStore | None = None,
 ) -> None:
     """Prepare all arrays of one segment, then encode what is pending in them."""
     opened = FeatureStore.block(segment.files)
@@ -162,6 +174,7 @@ def _extract_segment(
             part=spec.part,
             total=totals[modality],
             progress=progress,
+            reusable=reusable,
         )
 
 
@@ -331,14 +344,19 @@ def _run(
     part: ShardRange,
     total: ModalityCounts,
     progress: ExtractionProgress,
+    reusable: ReusableStore | None = None,
 ) -> None:
     """Encode and commit every pending shard of the part in one segment.
 
     Arrays that are complete then are sealed.
     """
     writers = [ArrayWriter(files, target.record) for target in job.targets]
-    committed = [writer.committed().keys() for writer in writers]
     part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]
+    if reusable is not None:
+        for writer in writers:
+            missing = [shard for shard in writer.pending() if shard in part]
+            reusable.copy_shards(writer, job, missing)
+    committed = [writer.committed().keys() for writer in writers]
     # A shard is encoded for all arrays of the job if any of them lacks it.
     pending: list[int] = []
     for shard in part_shards:

@@ -165,20 +165,20 @@ class StampTable:
             For each file its hash, an empty text where it was unreadable, `-` where it was seen but
             not hashed, and None where the file is not as it was recorded, or never was.
         """
-        known: list[str | None] = []
+        hashes: list[str | None] = []
         for row, key in enumerate(keys):
             recorded = self._row_of_key.get(_key_hash(key))
             if recorded is None or not stamps.tells:
-                known.append(None)
+                hashes.append(None)
                 continue
             entry = self.rows[recorded]
             if entry["size"] != stamps.sizes[row] or entry["time"] != stamps.times[row]:
-                known.append(None)
+                hashes.append(None)
             elif entry["state"] == HASHED:
-                known.append(bytes(entry["content"]).hex())
+                hashes.append(bytes(entry["content"]).hex())
             else:
-                known.append("" if entry["state"] == UNREADABLE else "-")
-        return known
+                hashes.append("" if entry["state"] == UNREADABLE else "-")
+        return hashes
 
 
 def _key_hash(key: str) -> tuple[int, int]:

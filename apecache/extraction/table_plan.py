@@ -356,12 +356,16 @@ def _new_block(
         origin=source.origin,
     )
     part = BlockInputs(
-        columns=columns, keys=keys, contents=declared, media=source.media, pixels=source.pixels
+        columns=columns,
+        keys=keys,
+        contents=declared,
+        media=source.media,
+        pixels=source.pixels,
     )
-    return Segment(store=files, folder=_new_folder(files, columns.digest), part=part)
+    return Segment(store=files, folder=new_folder(files, columns.digest), part=part)
 
 
-def _new_folder(files: Files, digest: str) -> str:
+def new_folder(files: Files, digest: str) -> str:
     """Return the folder of a new block, which a killed run may have begun already."""
     if not files.exists(SOURCE) or read_record(files, SOURCE)["digest"] == digest:
         return ""
@@ -478,7 +482,8 @@ def _view_digest(files: Files, view: View) -> str:
             return record.digest
     blocks = view.record.blocks
     # The first view of a new store, where the table alone says all.
-    if not ids and len(blocks) == 1 and not files.exists(PAIRS):
+    is_new = not files.exists(PAIRS) or read_record(files, SOURCE).get("view_only") is True
+    if not ids and len(blocks) == 1 and is_new:
         return view.record.table
     row_hashes = [content_hash(view.content_rows(name).tobytes()) for name in modalities]
     digests = [block.digest for block in blocks]

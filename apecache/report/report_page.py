@@ -205,6 +205,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
     if record.data != store.digest:
         raise DataError(
             f"{record.path} was trained on another table than that of {store.path}; give --split"
+            f"{store.hint(record.data)}"
         )
     content = next((equal_images(array) for array in store.arrays("image")), None)
     _, dev = choose_splits(store.pairs, record.splits, content)
@@ -285,7 +286,9 @@ def _paths(records: Sequence[RunRecord]) -> dict[str, Path]:
 def _seen(record: RunRecord, spec: ReportSpec) -> bool:
     """Tell whether the run was trained, or its epoch chosen, on the reported split."""
     used = (record.splits.train or "train", record.splits.dev)
-    return spec.store is not None and record.data == spec.store.digest and spec.split in used
+    if spec.store is None or spec.split not in used:
+        return False
+    return bool(record.data) and record.data == spec.store.trained_digest(record.data)
 
 
 def _subtitle(records: Sequence[RunRecord]) -> str:

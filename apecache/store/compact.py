@@ -1,8 +1,8 @@
 """Free what no view needs: rows of removed views, blocks without a view, and leftovers.
 
 The rows that views need are copied into one new block, and each view is committed again on it, the
-newest one first. Only then are the old views and blocks removed. So a reader always finds the newest
-view whole, and an interrupted compaction is finished, or undone, by the next one.
+newest one first. Only then are the old views and blocks removed. So a reader always finds the
+newest view whole, and an interrupted compaction is finished, or undone, by the next one.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from apecache.store.layout import (
     with_metadata,
 )
 from apecache.store.maintenance import recorded_arrays, remove_array
-from apecache.store.reader import FeatureStore, segment_names
+from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_contents, read_table
 from apecache.store.views import (
@@ -316,7 +316,8 @@ def _remove_unused(files: Files) -> list[str]:
             if folder not in ids:
                 files.remove_folder(f"{VIEWS}/{folder}")
         removed: list[str] = []
-        for name in segment_names(files):
+        # Also blocks without a record, which an interrupted run has left.
+        for name in files.list(SEGMENTS):
             folder = f"{SEGMENTS}/{name}"
             if folder not in used:
                 _remove_block(files, folder)

@@ -1,4 +1,4 @@
-"""Read the features of a view whose rows are not those of its blocks in order."""
+"""Read the features of a view."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +9,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.fingerprint import Modality
 from apecache.store.array import FeatureArray, StoredShard
 from apecache.store.views import View
 
 MISSING_ROWS = 4096
 """Rows without features that are given at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedViewArray(FeatureArray):
+    """Read the features of a view whose rows are those of its blocks in order."""
+
+    view: View
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        rows = super().quarantined()
+        # The keys that were recorded are those of the table that the block was made for.
+        keys = [view_key(self.view, self.record.modality, row["row"]) for row in rows]
+        return [{**row, "key": key} for row, key in zip(rows, keys, strict=True)]
+
+
+def view_key(view: View, modality: Modality, row: int) -> str:
+    """Return the key of an image, or that of a caption's image."""
+    table = view.table
+    return str(table.keys[row if modality == "image" else table.image_rows[row]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +79,8 @@ class ViewArray(FeatureArray):
         for row in np.flatnonzero((self.index < 0) | np.isin(self.index, list(by_row))).tolist():
             # A content may have several keys: the view's own is shown.
             described = by_row.get(int(self.index[row])) or self._problem(row)
-            rows.append({**described, "row": row, "key": self._key(row)})
+            key = view_key(self.view, self.record.modality, row)
+            rows.append({**described, "row": row, "key": key})
         return rows
 
     def _problem(self, row: int) -> dict[str, Any]:
@@ -67,10 +88,6 @@ class ViewArray(FeatureArray):
         problem = str(self.view.problems[row]) if self.record.modality == "image" else ""
         reason, _, detail = problem.partition(": ")
         return {"reason": reason or "missing", "detail": detail}
-
-    def _key(self, row: int) -> str:
-        table = self.view.table
-        return str(table.keys[row if self.record.modality == "image" else table.image_rows[row]])
 
     def content(self) -> list[str]:
         # One more for rows of the index -1.
@@ -87,15 +104,15 @@ class ViewArray(FeatureArray):
         target[self._without] = np.nan
 
         def read(shard: StoredShard) -> None:
-            rows, places = self._taken(shard)
+            rows, offsets = self._taken(shard)
             if not len(rows):
                 return
             first = int(rows[0])
             # An unchanged part of the table is read straight to its place.
-            if _is_range(places, 0, shard.n_rows) and _is_range(rows, first, len(places)):
+            if _is_range(offsets, 0, shard.n_rows) and _is_range(rows, first, len(offsets)):
                 self.stored._read_into(shard, target[first : first + len(rows)])
             else:
-                target[rows] = self.stored._read_wide(shard)[places]
+                target[rows] = self.stored._read_wide(shard)[offsets]
 
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
             # The list asks for every result, which raises what a read raised.
@@ -108,8 +125,8 @@ class ViewArray(FeatureArray):
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         used = [shard for shard in self.stored.stored_shards() if len(self._taken(shard)[0])]
         for shard, features in self.stored._read_ahead(used, threads):
-            rows, places = self._taken(shard)
-            yield rows, features if _is_range(places, 0, len(features)) else features[places]
+            rows, offsets = self._taken(shard)
+            yield rows, features if _is_range(offsets, 0, len(features)) else features[offsets]
         for begin in range(0, len(self._without), MISSING_ROWS):
             rows = self._without[begin : begin + MISSING_ROWS]
             yield rows, np.full((len(rows), *self.row_shape), np.nan, self.dtype)
@@ -145,6 +162,28 @@ class ViewArray(FeatureArray):
         bounds = (shard.first, shard.first + shard.n_rows)
         begin, end = np.searchsorted(self._sorted, bounds).tolist()
         return self._order[begin:end], self._sorted[begin:end] - shard.first
+
+
+def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Read some rows of an array, each at least 0, in this order, [n, *row_shape].
+
+    Raises:
+        IncompleteError, DamagedError: As `FeatureArray.load` does.
+    """
+    features = np.empty((len(rows), *array.row_shape), array.dtype)
+    if isinstance(array, ViewArray):
+        # Counted through the blocks, since a view may have its rows in any order.
+        rows = array.index[rows]
+        array = array.stored
+    order = np.argsort(rows, kind="stable")
+    sorted_rows = rows[order]
+    for shard in array.stored_shards():
+        bounds = (shard.first, shard.first + shard.n_rows)
+        begin, end = np.searchsorted(sorted_rows, bounds).tolist()
+        if begin < end:
+            offsets = sorted_rows[begin:end] - shard.first
+            features[order[begin:end]] = array._read_wide(shard)[offsets]
+    return features
 
 
 def _is_range(rows: NDArray[np.int64], first: int, count: int) -> bool:

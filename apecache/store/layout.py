@@ -325,10 +325,12 @@ def segment_record_name(segment: str) -> str:
 
 
 def view_folder(view: str) -> str:
+    """Return the folder of a view's columns, below the store."""
     return f"{VIEWS}/{view}"
 
 
 def view_record_name(view: str) -> str:
+    """Return the name of the record that commits a view."""
     return f"{VIEW_RECORDS}/{view}.json"
 
 

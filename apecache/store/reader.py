@@ -15,7 +15,7 @@ from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
 from apecache.store.array import FeatureArray
-from apecache.store.gather import ViewArray
+from apecache.store.gather import OrderedViewArray, ViewArray
 from apecache.store.joined import BETWEEN_NAMES, join_arrays
 from apecache.store.layout import (
     PAIRS,
@@ -28,7 +28,7 @@ from apecache.store.layout import (
 )
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_table
-from apecache.store.views import View, find_view, open_view, view_ids
+from apecache.store.views import View, find_view, open_view, read_view_record, view_ids
 
 if TYPE_CHECKING:
     from apecache.data.pairs import PairSource
@@ -206,17 +206,35 @@ class FeatureStore:
         digests = [self.source["digest"], *(segment.digest for segment in self.segments)]
         return str(digests[0]) if len(digests) == 1 else digest_strings(digests)
 
+    def view_of(self, digest: object) -> str | None:
+        """Return the id of the newest view that has a digest, as a run records it; else None."""
+        for view_id in reversed(view_ids(self.files)):
+            if read_view_record(self.files, view_id).digest == digest:
+                return view_id
+        return None
+
+    def trained_digest(self, recorded: object) -> str:
+        """Return a digest that a run has recorded if any view has it; else that of this view."""
+        return str(recorded) if self.view_of(recorded) is not None else self.digest
+
+    def hint(self, digest: object) -> str:
+        """Return `; give --view …` if another view has a digest that a run has recorded."""
+        view_id = self.view_of(digest)
+        return "" if view_id is None else f"; give --view {view_id}"
+
     @cached_property
     def pairs(self) -> PairTable:
-        """Return the whole pair table.
+        """Return the whole pair table; a column is read when it is first asked for.
 
-        Raises:
-            DamagedError: An object of the table is not what was written.
+        Reading a column raises DamagedError if an object of it is not what was written.
         """
         if self.view is not None:
             return self.view.table
-        tables = [read_table(self.files), *(segment.pairs for segment in self.segments)]
-        return tables[0] if len(tables) == 1 else join_tables(tables, self.digest)
+        tables = [read_table(self._first), *(segment.pairs for segment in self.segments)]
+        if len(tables) == 1:
+            return tables[0]
+        n_images = [block.block_source["n_images"] for block in self.blocks]
+        return join_tables(tables, self.digest, n_images)
 
     def arrays(self, modality: Modality | None = None) -> list[FeatureArray]:
         """Return every array, images first, sorted by name."""
@@ -278,8 +296,10 @@ class FeatureStore:
             rows_to_come=rows_to_come,
         )
         index = None if self.view is None else self.view.index(modality)
-        if self.view is None or index is None:
+        if self.view is None:
             return array
+        if index is None:
+            return OrderedViewArray(**vars(array), view=self.view)
         return ViewArray(**vars(array), view=self.view, index=index)
 
     def _names(self, modality: Modality) -> list[str]:

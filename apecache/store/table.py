@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -28,6 +28,16 @@ from apecache.store.layout import (
     ZARR,
 )
 from apecache.store.records import read_record
+
+COLUMN_OF_FIELD = {
+    "keys": "image_key",
+    "splits": "image_split",
+    "labels": "image_label",
+    "captions": "text_caption",
+    "languages": "text_language",
+    "image_rows": "text_image_row",
+}
+"""Column of each field of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +74,49 @@ class PairTable:
         return dict(Counter(self.splits.tolist()))
 
 
+class LazyPairTable(PairTable):
+    """Read a column when it is first asked for: ten million pairs take gigabytes as strings.
+
+    Args:
+        read: Returns a column by its name, or raises DamagedError.
+        digest: Identity of the table.
+    """
+
+    def __init__(self, read: Callable[[str], NDArray[Any]], digest: str) -> None:
+        # The dataclass is frozen.
+        vars(self)["_read"] = read
+        vars(self)["digest"] = digest
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        # Only called for what is not there yet.
+        if name not in COLUMN_OF_FIELD:
+            raise AttributeError(name)
+        vars(self)[name] = vars(self)["_read"](COLUMN_OF_FIELD[name])
+        column: NDArray[Any] = vars(self)[name]
+        return column
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = {name: getattr(self, name) for name in COLUMN_OF_FIELD}
+        return _eager_table, ({**columns, "digest": self.digest},)
+
+
+def _eager_table(fields: Mapping[str, Any]) -> PairTable:
+    return PairTable(**fields)
+
+
+def with_columns(table: PairTable, **changed: Any) -> PairTable:
+    """Return a table with some of its columns, or its digest, changed."""
+    fields = {name: getattr(table, name) for name in COLUMN_OF_FIELD}
+    return PairTable(**{**fields, "digest": table.digest, **changed})
+
+
 def read_table(files: Files) -> PairTable:
-    """Read the pair table of one segment.
+    """Open the pair table of one block; its columns are read when they are asked for.
+
+    Reading a column raises DamagedError if an object of it is missing, or is not what was written.
 
     Raises:
-        DamagedError: An object of the table is missing, or is not what was written.
+        DamagedError: A record of the table is missing or damaged.
     """
     record = read_record(files, PAIRS)
     source = read_record(files, SOURCE)
@@ -76,34 +124,43 @@ def read_table(files: Files) -> PairTable:
         raise DamagedError(
             f"{files.where(PAIRS)} and {SOURCE} are of different tables; restore the files"
         )
-    objects = _read_objects(files, record["objects"])
+    # Only chunks are large. Metadata is checked at once, also that of columns nobody asks for.
+    metadata = {
+        name: entry for name, entry in record["objects"].items() if name.endswith("zarr.json")
+    }
+    _read_objects(files, metadata)
     n_rows = {"image": source["n_images"], "text": source["n_texts"]}
-    columns: dict[str, NDArray[Any]] = {}
-    for name, dimension in PAIR_COLUMNS:
-        folder = f"{ZARR}/pairs/{name}"
-        columns[name] = _column(files, folder=folder, rows=n_rows[dimension], objects=objects)
-    image_rows = np.asarray(columns.pop("text_image_row"), dtype=np.int64)
+    dimensions = dict(PAIR_COLUMNS)
     # In a block that no table of the user's describes, a caption may have no image.
     first_row = -1 if source.get("view_only") is True else 0
-    if len(image_rows) and not (
-        image_rows.min() >= first_row and image_rows.max() < n_rows["image"]
-    ):
-        raise DamagedError(
-            f"{files.where(PAIRS)}: captions of images that the table does not have; restore "
-            "the files"
+
+    def read(name: str) -> NDArray[Any]:
+        column = read_column(
+            files,
+            folder=f"{ZARR}/pairs/{name}",
+            rows=n_rows[dimensions[name]],
+            recorded=record["objects"],
         )
-    keys, splits, labels, captions, languages = (
-        np.asarray(column, dtype=object) for column in columns.values()
-    )
-    return PairTable(
-        keys=keys,
-        splits=splits,
-        labels=labels,
-        captions=captions,
-        languages=languages,
-        image_rows=image_rows,
-        digest=source["digest"],
-    )
+        if name == "text_image_row":
+            return checked_image_rows(column, files.where(PAIRS), first_row, n_rows["image"])
+        return column
+
+    return LazyPairTable(read, source["digest"])
+
+
+def checked_image_rows(
+    column: NDArray[Any],
+    where: str,
+    first_row: int,
+    n_images: int,
+) -> NDArray[np.int64]:
+    """Return the image row of each caption; raises DamagedError if there are no such images."""
+    image_rows = np.asarray(column, dtype=np.int64)
+    if len(image_rows) and not (image_rows.min() >= first_row and image_rows.max() < n_images):
+        raise DamagedError(
+            f"{where}: captions of images that the table does not have; restore the files"
+        )
+    return image_rows
 
 
 def read_contents(files: Files) -> list[str]:
@@ -145,31 +202,33 @@ def read_column(
     return _column(files, folder=folder, rows=rows, objects=objects)
 
 
-def join_tables(tables: Sequence[PairTable], digest: str) -> PairTable:
-    """Return one table with the rows of all segments, in order.
+def join_tables(
+    tables: Sequence[PairTable],
+    digest: str,
+    n_images: Sequence[int] | None = None,
+) -> PairTable:
+    """Return one table with the rows of all blocks, in order.
 
     Args:
-        tables: The table of each segment.
+        tables: The table of each block.
         digest: Identity of the joined table.
+        n_images: Images of each table; None to count them.
     """
-    # Each segment counts image rows from its own first image.
-    first_rows = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
-    image_rows = [
-        table.image_rows + first_row for table, first_row in zip(tables, first_rows, strict=True)
-    ]
-    return PairTable(
-        keys=_joined(tables, "keys"),
-        splits=_joined(tables, "splits"),
-        labels=_joined(tables, "labels"),
-        captions=_joined(tables, "captions"),
-        languages=_joined(tables, "languages"),
-        image_rows=np.concatenate(image_rows),
-        digest=digest,
-    )
 
+    def read(column: str) -> NDArray[Any]:
+        (name,) = (name for name, stored in COLUMN_OF_FIELD.items() if stored == column)
+        if name != "image_rows":
+            return np.concatenate([getattr(table, name) for table in tables])
+        counts = [len(table.keys) for table in tables] if n_images is None else n_images
+        # Each block counts image rows from its own first image.
+        first_rows = accumulate(counts[:-1], initial=0)
+        image_rows = [
+            table.image_rows + first_row
+            for table, first_row in zip(tables, first_rows, strict=True)
+        ]
+        return np.concatenate(image_rows)
 
-def _joined(tables: Sequence[PairTable], column: str) -> NDArray[np.object_]:
-    return np.concatenate([getattr(table, column) for table in tables])
+    return LazyPairTable(read, digest)
 
 
 def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]:

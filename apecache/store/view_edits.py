@@ -13,7 +13,7 @@ from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
 from apecache.store.layout import SEGMENTS
 from apecache.store.reader import FeatureStore, segment_names
-from apecache.store.table import PairTable
+from apecache.store.table import PairTable, with_columns
 from apecache.store.views import (
     BlockReference,
     View,
@@ -64,9 +64,7 @@ def first_view(files: Files) -> View:
 
 
 def newest_view(files: Files) -> View:
-    """Return the newest view; that of the blocks' own table is committed before, if it is the only
-    one.
-    """
+    """Return the newest view; the table of the blocks becomes a view first, if there is none."""
     if not view_ids(files):
         commit_view(files, first_view(files), number=0)
     view = FeatureStore.at(files).view
@@ -117,7 +115,7 @@ def split_store(
     view = newest_view(files)
     groups = image_groups(FeatureStore.at(files), by)
     splits = splits_of_groups(groups, fractions, seed)
-    table = replace(view.table, splits=np.array(splits, dtype=object))
+    table = with_columns(view.table, splits=np.array(splits, dtype=object))
     return edited_view(files, view, table, splits=split_rule(fractions, by, seed))
 
 
@@ -252,7 +250,7 @@ def edited_view(
         splits=view.record.splits if splits is None else splits,
     )
     described = view.problems.tolist() if problems is None else problems
-    draft = draft_view(replace(table, digest=digest), content_rows, described, record)
+    draft = draft_view(with_columns(table, digest=digest), content_rows, described, record)
     return commit_view(files, draft)
 
 

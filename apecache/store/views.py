@@ -27,7 +27,7 @@ from apecache.store.layout import (
     view_record_name,
 )
 from apecache.store.records import read_record, seal_record
-from apecache.store.table import PairTable, read_column
+from apecache.store.table import LazyPairTable, PairTable, checked_image_rows, read_column
 
 VIEW_ID = re.compile(r"[0-9]{4,9}-[0-9a-f]{8}")
 BLOCK_FOLDER = re.compile(rf"(?:{SEGMENTS}/[0-9]{{4,9}})?")
@@ -104,20 +104,19 @@ class View:
 
     @cached_property
     def table(self) -> PairTable:
-        """Return the table.
+        """Return the table; a column is read when it is first asked for.
 
-        Raises:
-            DamagedError: An object of the view is not what was written.
+        Reading a column raises DamagedError if an object of it is not what was written.
         """
-        return PairTable(
-            keys=self.read("image_key"),
-            splits=self.read("image_split"),
-            labels=self.read("image_label"),
-            captions=self.read("text_caption"),
-            languages=self.read("text_language"),
-            image_rows=self.read("text_image_row"),
-            digest=self.record.digest,
-        )
+
+        def read(name: str) -> NDArray[Any]:
+            column = self.read(name)
+            if name == "text_image_row":
+                where = f"view {self.record.view}"
+                return checked_image_rows(column, where, 0, self.record.n_images)
+            return column
+
+        return LazyPairTable(read, self.record.digest)
 
     @cached_property
     def problems(self) -> NDArray[np.object_]:

@@ -1,20 +1,29 @@
 """Edit a table twelve times: only new contents are encoded, and all other features stay the same.
 
-python -m benchmarks reliability.edits [--quick] [--json FILE]
+python -m benchmarks.reliability.edits --pairs TABLE… --image ENCODER --text ENCODER [--quick]
 """
 
+import argparse
 import os
 import random
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apecache.data.sources import open_pairs
+from apecache.encoders.packaged import write_packaged_encoders
+from apecache.encoders.spec import parse_encoder
 from apecache.extraction.report import ExtractReport
+from apecache.extraction.run import ExtractSpec, extract
 from apecache.fingerprint import Modality, content_hash
 from apecache.store.reader import FeatureStore
+from benchmarks.record import Goal, print_goals, print_table, write_result
 
+N_ADDED = 100
+DRAWINGS = Path(__file__).parents[2] / "examples" / "drawings" / "pairs.tsv"
 HEADER = ("image", "caption", "split", "label", "lang")
 
 
@@ -236,3 +245,85 @@ def _compare(store: Path, catalog: Catalog, features: dict[tuple[Modality, str],
 
 def _digest(path: Path) -> str:
     return content_hash(path.read_bytes()) if path.is_file() else ""
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+def catalog_of(tables: Sequence[Path], folder: Path, n_images: int) -> tuple[Catalog, list[Path]]:
+    """Copy the first images of tables into a folder, to be edited; and return files to add.
+
+    The captions of all tables are joined by image; 100 further images are to be added, and one is a
+    replacement.
+    """
+    rows: list[Row] = []
+    sources = [open_pairs(table) for table in tables]
+    keys = sources[0].keys[: n_images + N_ADDED + 1]
+    n_images = len(keys) - N_ADDED - 1
+    kept = set(keys[:n_images])
+    root = tables[0].parent
+    for source in sources:
+        for pair in source:
+            if pair.key in kept:
+                for caption, language in zip(pair.captions, pair.languages, strict=True):
+                    rows.append(Row(image=pair.key, caption=caption, lang=language or "en"))
+    for key in kept:
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / key, folder / key)
+    order = {key: row for row, key in enumerate(keys)}
+    rows.sort(key=lambda row: order[row.image])
+    return Catalog(folder=folder, rows=rows), [root / key for key in keys[n_images:]]
+
+
+def main() -> int:
+    """Edit a catalog twelve times, print the table, and write the JSON file."""
+    parser = argparse.ArgumentParser(description="What twelve edits of a table encode.")
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="tables of the images")
+    parser.add_argument(
+        "--image", required=True, help="image encoder, as apecache extract takes it"
+    )
+    parser.add_argument("--text", required=True, help="text encoder")
+    parser.add_argument("--images", type=int, default=400, help="images of the catalog")
+    parser.add_argument("--quick", action="store_true", help="200 images")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        image, text = options.image, options.text
+        if not (image and text):
+            image_folder, text_folder = write_packaged_encoders(Path(folder) / "encoders")
+            image, text = f"timm:{image_folder}", f"hf:{text_folder}"
+        spec = ExtractSpec(
+            image=parse_encoder(image, "image"),
+            text=parse_encoder(text, "text"),
+            device="cpu",
+        )
+        n_images = 200 if options.quick else options.images
+        catalog, new_images = catalog_of(options.pairs, Path(folder) / "data", n_images)
+        results = run_edits(
+            catalog,
+            Path(folder) / "store",
+            new_images,
+            lambda table, store: extract(open_pairs(table), store, spec),
+        )
+        rows: list[dict[str, object]] = []
+        for result in results:
+            row = {
+                "edit": result.edit.name,
+                "images": result.n_rows,
+                "encoded_images": result.n_images,
+                "encoded_captions": result.n_texts,
+                "changed_features": result.n_changed,
+                "right": result.right,
+                "seconds": round(result.seconds, 2),
+            }
+            rows.append(row)
+    print_table(rows)
+    n_wrong = sum(not row["right"] for row in rows)
+    goals = [Goal("edits that encode more, or change a feature", n_wrong, 0, "lower")]
+    print_goals(goals)
+    write_result("reliability-edits", goals, rows, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

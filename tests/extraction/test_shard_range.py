@@ -252,7 +252,7 @@ def test_three_processes_that_begin_at_once_make_the_store_of_one(
     for turn in range(3):
         store = tmp_path / f"parts-{turn}"
         three = in_parts(table, store, *encoders, 3)
-        killed = three[turn] | {"kill_at": 2 * turn}
+        killed = three[turn] | {"kill_at": turn}
         answers = runs.start(
             *(killed if place == turn else part for place, part in enumerate(three))
         )

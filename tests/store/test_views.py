@@ -51,7 +51,7 @@ def test_the_newest_view_is_opened_and_others_by_id_number_or_name(edited_once: 
         assert opened.view is not None
         assert opened.view.record.view == first
         assert len(opened.pairs.keys) == opened.source["n_images"] == EDITED.images - 1 + 3
-    with pytest.raises(StoreError, match=r"has no view 'editde'; found: .*did you mean 'edited'"):
+    with pytest.raises(StoreError, match=r"has no view 'editde'; found: .*did you mean edited"):
         FeatureStore.open(edited_once, "editde")
     with pytest.raises(StoreError, match="several views 'edited'"):
         FeatureStore.open(edited_once, "edited")
@@ -114,7 +114,7 @@ def test_a_view_that_does_not_read_back_as_written_is_not_committed(
 ) -> None:
     files = LocalFiles(edited)
     view = open_view(files, view_ids(files)[0])
-    monkeypatch.setattr(LocalFiles, "create", _spoiling(LocalFiles.create))
+    monkeypatch.setattr(LocalFiles, "put_if_absent", _spoiling(LocalFiles.put_if_absent))
     with pytest.raises(DamagedError, match="not what was written"):
         commit_view(files, view)
     assert len(view_ids(files)) == 2

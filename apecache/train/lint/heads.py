@@ -96,6 +96,7 @@ def lint_run(
     if heads.training["data"] != store.digest:
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
+            f"{store.hint(heads.training['data'])}"
         )
     image = find_features(heads.image, store, "image")
     text = find_features(heads.text, store, "text")
