@@ -8,18 +8,18 @@ verified.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath
 from apecache.data.pairs import PairSource
 from apecache.extraction.contents import stored_blocks, table_contents
 from apecache.extraction.encode import ImageJob, TextJob
 from apecache.extraction.matching import Matching
 from apecache.extraction.segments import BlockInputs, Segment, make_segment
 from apecache.extraction.stamps import stamp_table, write_stamps
-from apecache.extraction.table_plan import block_table, new_folder
+from apecache.extraction.table_plan import block_table, new_folder, require_same_scale
 from apecache.fingerprint import Modality, content_hash
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
@@ -36,7 +36,7 @@ class ReusableStore:
     store: FeatureStore
 
     @staticmethod
-    def open(path: str | Path | None) -> "ReusableStore | None":
+    def open(path: AnyPath | None) -> "ReusableStore | None":
         """Open the store to take features from; None without one."""
         return None if path is None else ReusableStore(store=FeatureStore.open(path))
 
@@ -120,7 +120,11 @@ def add_reusable_block(source: PairSource, files: Files, reusable: ReusableStore
         source: The table to extract.
         files: The store; it may not exist yet.
         reusable: The other store.
+
+    Raises:
+        MismatchError: The pixels of the other store's images were scaled otherwise.
     """
+    require_same_scale(source, reusable.store.files)
     blocks = stored_blocks(files)
     matching = Matching(source=source, blocks=blocks, newest=None, retry=False)
     contents = table_contents(source, files=files, hashed=True)
@@ -150,6 +154,7 @@ def add_reusable_block(source: PairSource, files: Files, reusable: ReusableStore
         keys=columns.keys,
         contents=list(keys),
         media=source.media,
+        pixels=source.pixels,
     )
     folder = new_folder(files, columns.digest)
     make_segment(Segment(store=files, folder=folder, part=part))

@@ -127,7 +127,7 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
     blocks = stored_blocks(files)
     if not blocks:
         return new_store_plan(source, files, spec)
-    _require_same_scale(source, files)
+    require_same_scale(source, files)
     newest = _newest(files)
     matching = Matching(source=source, blocks=blocks, newest=newest, retry=spec.retry)
     contents = table_contents(
@@ -170,7 +170,7 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
     )
 
 
-def _require_same_scale(source: PairSource, files: Files) -> None:
+def require_same_scale(source: PairSource, files: Files) -> None:
     """Refuse another `--scale` than the store's: equal files would have other features."""
     options = read_record(files, SOURCE).get("options", {})
     recorded = spec_of_options(options).pixels.scale
