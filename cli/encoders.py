@@ -12,6 +12,7 @@ from .option_groups import (
     ImageEncoders,
     MaxTokens,
     OptionGroup,
+    PairModels,
     Resolution,
     TextCuts,
     TextEncoders,
@@ -32,6 +33,7 @@ class EncoderOptions(OptionGroup):
 
     image: ImageEncoders = None
     text: TextEncoders = None
+    model: PairModels = None
     image_cut: ImageCuts = None
     text_cut: TextCuts = None
     text_prefix: Annotated[
@@ -75,7 +77,7 @@ class EncoderOptions(OptionGroup):
         """Return every cut of every image encoder."""
         choice("--resize", self.resize, ("reference", "torchvision"))
         return encoder_specs(
-            self.image,
+            both_sides(self.model, self.image),
             modality="image",
             cuts=self.image_cut,
             dtype="float32",
@@ -86,13 +88,18 @@ class EncoderOptions(OptionGroup):
     def texts(self) -> "tuple[EncoderSpec, ...]":
         """Return every cut of every text encoder."""
         return encoder_specs(
-            self.text,
+            both_sides(self.model, self.text),
             modality="text",
             cuts=self.text_cut,
             dtype="float32",
             max_tokens=self.max_tokens,
             prefix=self.text_prefix,
         )
+
+
+def both_sides(models: list[str] | None, side: list[str] | None) -> list[str]:
+    """Return the encoders of one side: those of `--model`, then those of its own option."""
+    return [*(models or ()), *(side or ())]
 
 
 def encoder_specs(

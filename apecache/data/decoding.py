@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apecache.data.images import LoadedImage
-from apecache.data.media import Media, ObjectMedia
+from apecache.data.media import Media, ObjectMedia, base_media
 from apecache.data.processes import CRASH, HANG, can_fork, open_processes
 from apecache.errors import ApecacheError, RowError
 
@@ -58,7 +58,7 @@ def reading_ahead(
     """Return how to decode the images of a medium ahead."""
     # Many requests in flight hide the latency of object storage, and forked processes cannot share
     # its client: hence threads.
-    if isinstance(media, ObjectMedia):
+    if isinstance(base_media(media), ObjectMedia):
         return PrefetchSpec(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
     return PrefetchSpec(workers=workers, images=images, hang_seconds=hang_seconds)
 
@@ -186,5 +186,9 @@ def _attempt(
     except ApecacheError:
         # Not the fault of one row: the storage does not answer.
         raise
+    except MemoryError:
+        # Of one image: the next ones may be smaller.
+        detail = f"{key} needs more memory than there is; use fewer --workers"
+        return Preprocessed(value=None, digest="", error=RowError("out-of-memory", detail))
     except (ValueError, OSError, RuntimeError) as error:
         return Preprocessed(value=None, digest="", error=RowError("unusable", f"{key}: {error}"))

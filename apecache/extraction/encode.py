@@ -20,7 +20,6 @@ from torch import Tensor
 from apecache.data.augment import Views
 from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
-from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
 from apecache.device import HostCopy, is_accelerator, release_cached_memory
 from apecache.encoders.encoder import (
@@ -30,7 +29,10 @@ from apecache.encoders.encoder import (
     encode_images,
     encode_texts,
 )
+from apecache.encoders.preprocess import Preprocess
+from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
+from apecache.extraction.segments import BlockInputs, Inputs
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
@@ -69,7 +71,7 @@ class EncodedShard:
 class ImageJob:
     """Encode the images of one source into arrays with the same shards, batches and resizing."""
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[ImageEncoder], ...]
     workers: int
     """Decoding processes; 0: threads."""
@@ -82,7 +84,7 @@ class ImageJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[row].key
+        return self.source.keys[row]
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one.
@@ -127,16 +129,16 @@ class ImageJob:
         """Load one image: as a tensor for encoders that resize tensors, else as Pillow's image."""
         # Views are drawn from Pillow's images.
         if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
-            return load_as(decode_tensor, key, self.source.media)
-        return load_image(key, self.source.media)
+            return load_as(decode_tensor, key, self.source.media, self.source.pixels)
+        return load_image(key, self.source.media, self.source.pixels)
 
     def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
         """Return for each model the pixels of one image, [n_views, 3, height, width]."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
         pixels_by_model: list[Tensor] = []
-        for first, *_ in self.models:
-            preprocess: Callable[[Any], Tensor] = first.encoder.preprocess
-            in_two_steps = first.encoder.pixel_preprocess
+        for first, reference in zip(self.models, self.preprocesses, strict=True):
+            preprocess: Callable[[Any], Tensor] = reference
+            in_two_steps = first[0].encoder.pixel_preprocess
             if self.pixel_dtype == torch.uint8 and in_two_steps is not None:
                 preprocess = in_two_steps.pixels
             pixels = [preprocess(image) for image in images]
@@ -144,14 +146,21 @@ class ImageJob:
         return pixels_by_model
 
     @cached_property
+    def preprocesses(self) -> list[Preprocess]:
+        """Return the preprocessing of each model. Of a view nothing is cropped."""
+        references = [first.encoder.preprocess for first, *_ in self.models]
+        return [whole_view(reference) for reference in references] if self.views else references
+
+    @cached_property
     def pixel_dtype(self) -> torch.dtype:
         """Return the type of pixels that are sent to the device: uint8 if all encoders normalize.
 
-        That is a quarter of the bytes. A CPU has nothing to send.
+        That is a quarter of the bytes. A CPU has nothing to send, and of views nothing is cropped.
         """
         encoders = [first.encoder for first, *_ in self.models]
         in_two_steps = all(encoder.pixel_preprocess is not None for encoder in encoders)
-        return torch.uint8 if in_two_steps and is_accelerator(encoders[0].device) else torch.float32
+        sends_bytes = in_two_steps and is_accelerator(encoders[0].device) and self.views is None
+        return torch.uint8 if sends_bytes else torch.float32
 
     @property
     def n_views(self) -> int:
@@ -182,6 +191,15 @@ class ImageJob:
             for targets in self.models
         ]
 
+    def _changed(self, row: int, digest: str) -> RowError | None:
+        """Return an error for a file that is not the one that the row was made for."""
+        if not isinstance(self.source, BlockInputs):
+            return None
+        expected = self.source.contents[row]
+        if expected in ("", digest):
+            return None
+        return RowError("changed", f"{self.key(row)} is not what it was; the table's view has it")
+
     def _encode(
         self,
         rows: range,
@@ -204,12 +222,14 @@ class ImageJob:
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
+                error = row.error or self._changed(rows[begin + slot], row.digest)
                 # A row that cannot be read has no pixels: its slot stays zero.
-                if row.value is not None:
+                if row.value is not None and error is None:
                     for batch, pixels in zip(batches, row.value, strict=True):
                         batch[slot] = pixels
-                if row.error is not None:
-                    bad[begin + slot] = row.error
+                if error is not None:
+                    bad[begin + slot] = error
+                    content[begin + slot] = ""
             started: list[_PendingBatch] = []
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
                 pending_batch = _PendingBatch(
@@ -304,7 +324,7 @@ class TextJob:
     They hold different cuts (layers or poolings) of one model.
     """
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[TextEncoder], ...]
 
     @property
@@ -312,7 +332,9 @@ class TextJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[self.source.image_rows[row]].key
+        image_row = self.source.image_rows[row]
+        # A block may have a caption without its image.
+        return self.source.keys[image_row] if image_row >= 0 else ""
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one; see `ImageJob.shards`."""
@@ -381,7 +403,7 @@ def _store_texts(running: _TextResults, features: Sequence[NDArray[np.float32]])
 
 
 def image_jobs(
-    source: PairSource,
+    source: Inputs,
     targets: Sequence[ArrayTarget[ImageEncoder]],
     workers: int,
     views: Views | None,
@@ -401,7 +423,7 @@ def image_jobs(
     return jobs
 
 
-def text_jobs(source: PairSource, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
+def text_jobs(source: Inputs, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
     """Return one job for all cuts of one model."""
     groups = _alike(targets, lambda target: id(target.encoder.module))
     return [TextJob(source=source, targets=tuple(group)) for group in groups]

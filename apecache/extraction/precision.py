@@ -209,9 +209,9 @@ def _probe_pixels(encoder: ImageEncoder, source: PairSource, n_rows: int) -> Ten
         try:
             # An encoder that resizes tensors takes them as well as Pillow's images.
             loaded: LoadedImage[Any] = (
-                load_as(decode_tensor, key, source.media)
+                load_as(decode_tensor, key, source.media, source.pixels)
                 if encoder.spec.resize == "torchvision"
-                else load_image(key, source.media)
+                else load_image(key, source.media, source.pixels)
             )
             pixels.append(encoder.preprocess(loaded.image))
         except (RowError, ValueError, OSError, RuntimeError):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from os import cpu_count
 from typing import Literal
 
-from apecache.arguments import require_type
+from apecache.arguments import AnyPath, require_type
 from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec, Precision
@@ -81,10 +81,12 @@ class ExtractSpec:
     device: str = "auto"
     add: bool = False
     """Put features of another encoder beside those that the store has."""
-    append: bool = False
-    """The table has grown at its end: put the new rows into a new segment."""
     recheck: bool = False
-    """Read every input again and compare it with what was encoded."""
+    """Hash every image, also where size and time of its file have not changed."""
+    retry: bool = False
+    """Try rows again that could not be encoded, also where their inputs have not changed."""
+    reuse: AnyPath | None = None
+    """Another store, whose features are taken where content and fingerprint are equal."""
     single_writer: bool = False
     """Nobody else writes to the store, so object storage without put-if-absent can be used."""
     views: Views | None = None

@@ -15,6 +15,7 @@ from apecache.errors import RecipeError, counted, nearest
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
 from apecache.metrics.relevance import Relevance
+from apecache.recipes.schedule import Epoch
 from apecache.store.table import PairTable
 
 BLOCK = 8
@@ -54,6 +55,10 @@ class FeaturePairs:
 
     None: captions of different images differ.
     """
+    image_widths: tuple[int, ...] = ()
+    """Widths of the encoders whose features stand side by side in `image`; empty: not known."""
+    text_widths: tuple[int, ...] = ()
+    """As `image_widths`, for `text`."""
 
     def __len__(self) -> int:
         return len(self.image)
@@ -126,10 +131,15 @@ def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
             )
 
 
-def n_batches(pairs: FeaturePairs, batch_size: int) -> int:
-    """Count the whole batches of an epoch. A batch of more images than there are holds them all."""
-    size = min(batch_size, len(pairs))
-    return max(1, len(pairs) // size)
+def n_items(pairs: FeaturePairs, epoch: Epoch) -> int:
+    """Count the images, or the pairs of an image and a caption, that an epoch goes through."""
+    return len(pairs.text) if epoch == "pairs" else len(pairs)
+
+
+def n_batches(pairs: FeaturePairs, batch_size: int, epoch: Epoch = "images") -> int:
+    """Count the whole batches of an epoch. A batch of more items than there are holds them all."""
+    count = n_items(pairs, epoch)
+    return max(1, count // min(batch_size, count))
 
 
 def batches(
@@ -138,27 +148,30 @@ def batches(
     generator: torch.Generator,
     captions: int = 1,
     skip: int = 0,
+    epoch: Epoch = "images",
 ) -> Iterator[Batch]:
-    """Draw the batches of one epoch: every image at most once, in random order.
+    """Draw the batches of one epoch: every image, or every pair, at most once, in random order.
 
     Args:
         pairs: Images and texts.
-        batch_size: Images in a batch. An incomplete batch at the end is left out.
+        batch_size: Images (or pairs) in a batch. An incomplete batch at the end is left out.
         generator: CPU generator of the random numbers.
         captions: Captions of each image in a batch, different ones drawn at random. An image with
-            fewer captions repeats them.
+            fewer captions repeats them. An epoch of pairs has one.
         skip: Batches at the beginning that are left out, for an epoch that is resumed.
+        epoch: What the epoch goes through.
 
     Yields:
         Batches on the device of the pairs. `groups` is None if all positives are row with row.
     """
-    size = min(batch_size, len(pairs))
+    size = min(batch_size, n_items(pairs, epoch))
     rows = draw_rows(
         pairs,
         batch_size=batch_size,
         generator=generator,
         captions=captions,
         skip=skip,
+        epoch=epoch,
     )
     image_batches = gather(
         pairs.image,
@@ -205,13 +218,19 @@ def draw_rows(
     generator: torch.Generator,
     captions: int,
     skip: int = 0,
+    epoch: Epoch = "images",
 ) -> EpochRows:
     """Draw the rows of an epoch. See `batches`."""
-    size = min(batch_size, len(pairs))
+    count = n_items(pairs, epoch)
+    size = min(batch_size, count)
     # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
     # and with every `skip`.
-    order = torch.randperm(len(pairs), generator=generator)
-    caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    if epoch == "pairs":
+        caption_rows = order.unsqueeze(1)
+        order = pairs.image_of_text[order]
+    else:
+        caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
     images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
     texts = _draw_views(
         caption_rows,
@@ -219,7 +238,7 @@ def draw_rows(
         views=pairs.text_views,
         generator=generator,
     )
-    batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
+    batch_span = slice(skip * size, count - count % size)
     return EpochRows(
         order=order[batch_span],
         captions=caption_rows[batch_span],
@@ -352,10 +371,12 @@ def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> T
         int64 [n], on the CPU: the group of each image; None if row belongs to row and to no other.
     """
     n_captions = caption_rows.shape[1]
-    all_differ = pairs.content is None and pairs.caption_ids is None
+    # In an epoch of pairs an image can stand in a batch several times.
+    repeats = len(rows.unique()) < len(rows)
+    all_differ = pairs.content is None and pairs.caption_ids is None and not repeats
     if all_differ and n_captions == 1:
         return None
-    image_groups = torch.arange(len(rows))
+    image_groups: Tensor = rows.unique(return_inverse=True)[1]
     if pairs.content is not None:
         image_groups = pairs.content[rows].unique(return_inverse=True)[1]
     if pairs.caption_ids is not None:
@@ -470,5 +491,8 @@ def _resolve_split(pairs: PairTable, name: str | None, usual: str) -> str:
             for split, count in images_per_split.items()
         )
         hint = nearest(split_name, images_per_split)
-        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{hint}")
+        remedy = "; make splits with: apecache split STORE --fraction train=.9,val=.1"
+        if any(images_per_split):
+            remedy = hint
+        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{remedy}")
     return split_name

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apecache.device import float32_products
 from apecache.errors import DataError
+from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.folder import history_line
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import SCALE, Fit, StepCount, Trainable, cloned_tensors
+from apecache.train.fit import Fit, StepCount, Trainable, cloned_tensors
 from apecache.train.optim import learning_rate_factor
 
 FitProgress = Callable[[dict[str, Any]], None]
@@ -122,9 +123,10 @@ def evaluate_untrained(
     log: FitProgress,
 ) -> None:
     """Write epoch 0 of the history: the model before training."""
-    _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
+    report = _evaluate(training, dev)
+    _record(training, report=report, loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
-        keep_if_best(training, training.history[-1]["dev"]["mean_recall"])
+        keep_if_best(training, report.selection_score)
 
 
 def end_epoch(
@@ -157,7 +159,7 @@ def end_epoch(
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
         _record(training, report=report, loss=loss, seconds=seconds, log=log)
-        keep_if_best(training, report.mean_recall)
+        keep_if_best(training, report.selection_score)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:
@@ -170,6 +172,7 @@ def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iter
         generator=training.generator,
         captions=recipe.loss.captions,
         skip=skip,
+        epoch=recipe.schedule.epoch,
     )
 
 
@@ -242,7 +245,12 @@ def rates_at(training: Fit[Any], step: int, plan: StepCount) -> list[float]:
     optimizer = training.optimizer
     recipe = training.recipe
     assert optimizer is not None
-    factor = learning_rate_factor(step, plan.n_steps, recipe.schedule)
+    factor = learning_rate_factor(
+        step,
+        n_steps=plan.n_steps,
+        spec=recipe.schedule,
+        per_epoch=plan.per_epoch,
+    )
     return [recipe.optimizer.lr * factor * group["factor"] for group in optimizer.param_groups]
 
 
@@ -319,7 +327,7 @@ def _record(
     lr = 0.0
     if training.optimizer is not None and training.step:
         lr = training.optimizer.param_groups[0]["lr"]
-    temperature = 1 / float(training.outcome[SCALE].exp())
+    temperature = temperature_in(training.outcome)
     line = history_line(
         training.epoch,
         step=training.step,

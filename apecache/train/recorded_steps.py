@@ -18,7 +18,7 @@ from torch import Tensor
 from apecache.device import float32_products, send
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
-from apecache.train.batches import Batch, EpochRows, FeaturePairs, draw_rows, groups_of
+from apecache.train.batches import Batch, EpochRows, FeaturePairs, draw_rows, groups_of, n_items
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import apply_update, begin_draws, counted_step, rates_at, set_rates
 from apecache.train.optim import direct_update, is_direct
@@ -80,7 +80,8 @@ class RecordedSteps:
         self.plan = plan
         self.recorder: Recorder | None = recorder
         self.replay: Callable[[], Tensor] | None = None
-        self.batch_size = min(training.recipe.schedule.batch_size, len(train))
+        schedule = training.recipe.schedule
+        self.batch_size = min(schedule.batch_size, n_items(train, schedule.epoch))
         assert training.optimizer is not None
         shape = (plan.per_epoch, plan.accumulate, self.batch_size)
         place = train.place
@@ -106,6 +107,7 @@ class RecordedSteps:
             generator=training.generator,
             captions=1,
             skip=begin_draws(training, plan),
+            epoch=training.recipe.schedule.epoch,
         )
         groups = list(groups_of(self.train, rows.order, rows.captions, self.batch_size))
         groups_of_steps = [

@@ -138,7 +138,7 @@ def test_appended_captions_may_be_longer(shapes: Path, tmp_path: Path, text: Enc
             "images/new.png\ta red circle and a blue square and a green triangle on "
             "white\ttrain\tx\ten\n"
         )
-    grown = run(shapes, tmp_path / "store", replace(spec, append=True)).array("text")
+    grown = run(shapes, tmp_path / "store", spec).array("text")
     assert grown.tokens is not None
     assert width is not None
     assert grown.tokens > width

@@ -142,7 +142,7 @@ def test_too_few_vectors_name_the_exact_kind(kind: str) -> None:
 def test_a_kind_that_faiss_refuses_is_one_line(kind: str) -> None:
     with pytest.raises(
         OptionError,
-        match=r"FAISS refuses .*expected flat, ivf, hnsw or a FAISS factory",
+        match=r"FAISS refuses .*expected flat, ivf, hnsw, int8, binary or a FAISS factory",
     ) as caught:
         build_vectors(kind, VECTORS)
     assert len(str(caught.value).splitlines()) == 1

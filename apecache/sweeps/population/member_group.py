@@ -62,8 +62,10 @@ class MemberGroup:
             StackedHeads([model.image for model in models], mask_streams),
             StackedHeads([model.text for model in models], mask_streams),
         )
-        self.log_scale = StackedParameter([model.temperature.log_scale for model in models])
-        self.temperatures = [self.log_scale]
+        # Members of one group have the same kind of temperature (see `stack_key`).
+        self.is_log = models[0].temperature.kind == "log_scale"
+        self.temperature = StackedParameter([model.temperature.parameter for model in models])
+        self.temperatures = [self.temperature]
         if models[0].temperature.bias is not None:
             self.temperatures.append(
                 StackedParameter([_bias_of(model.temperature.bias) for model in models])
@@ -218,7 +220,7 @@ class MemberGroup:
         if self.shared is not None:
             assert scalars is not None
             self.shared.update(scalars)
-            self.log_scale.value.clamp_(self.lowest, self.highest)
+            self.temperature.value.clamp_(self.lowest, self.highest)
             self.shared.follow()
             return
         updates = self.updates or [_optimizer(member).step for member in self.members]
@@ -289,15 +291,13 @@ class MemberGroup:
             Losses, float [k], and their gradients by image and by text, float [k, n, dim].
         """
         info_nce = batched_info_nce if self.few_launches else stacked_info_nce
-        losses, (by_image, by_text, by_log_scale) = info_nce(
-            image,
-            text,
-            self.log_scale.value.exp(),
-        )
+        scale = self.temperature.value.exp() if self.is_log else 1 / self.temperature.value
+        losses, (by_image, by_text, by_log_scale) = info_nce(image, text, scale)
         if self.plan.accumulate > 1:
             for tensor in (losses, by_image, by_text, by_log_scale):
                 tensor.div_(self.plan.accumulate)
-        self.log_scale.add(by_log_scale)
+        # The loss gives the gradient by log(1 / T), which is -T times that by T.
+        self.temperature.add(by_log_scale if self.is_log else by_log_scale.mul(scale).neg_())
         return losses, by_image, by_text
 
     def _one_by_one(
@@ -351,4 +351,4 @@ def _is_plain(member: HeadFit) -> bool:
     """Return whether the stacked loss is this member's loss."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)
-    return loss.kind == "infonce" and not loss.structure and not is_ensemble
+    return loss.kind == "infonce" and not loss.structure and not loss.matryoshka and not is_ensemble

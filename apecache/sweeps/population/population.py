@@ -91,6 +91,8 @@ def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
         plan,
         recipe.schedule.batch_size,
         recipe.loss.captions,
+        recipe.loss.temperature_parameter,
+        recipe.schedule.epoch,
         mixes,
         recipe.loss.learnable,
         recipe.loss.kind,

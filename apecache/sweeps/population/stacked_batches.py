@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apecache.losses.contrastive import Groups
-from apecache.train.batches import Batch, FeaturePairs, draw_rows, gather, groups_of
+from apecache.train.batches import Batch, FeaturePairs, draw_rows, gather, groups_of, n_items
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import begin_draws
 
@@ -48,7 +48,7 @@ def draw_stacked(
 ) -> Iterator[StackedBatch]:
     """Draw what `draw_epoch` draws for each member, pooled features, in one gather a batch."""
     recipe = members[0].recipe
-    size = min(recipe.schedule.batch_size, len(train))
+    size = min(recipe.schedule.batch_size, n_items(train, recipe.schedule.epoch))
     rows = []
     for member in members:
         skip = begin_draws(member, plan)
@@ -58,6 +58,7 @@ def draw_stacked(
             generator=member.generator,
             captions=recipe.loss.captions,
             skip=skip,
+            epoch=recipe.schedule.epoch,
         )
         rows.append(member_rows)
     count = len(members)

@@ -82,6 +82,9 @@ def structure_of(head: Head) -> tuple[object, ...] | None:
     for name, module in head.named_modules():
         if not isinstance(module, (*_LAYERS, *_SHELLS)):
             return None
+        # The modules of a registered head do not say how it calls them.
+        if isinstance(module, Head) and module.spec.kind == "custom":
+            return None
         modules.append((name, type(module).__name__))
     parameters = []
     for name, parameter in head.named_parameters():
