@@ -4,7 +4,8 @@ An accelerator computes beside the host, in memory of its own. The CPU does not,
 does nothing there, or returns what says so.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -55,6 +56,19 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has computed all that was started. Read clocks only after this."""
     if is_accelerator(device):
         torch.get_device_module(device).synchronize(device)
+
+
+def timed_seconds(
+    run: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Time one call in seconds, from an idle device until the device has finished its work."""
+    synchronize(device)
+    begin = clock()
+    run()
+    synchronize(device)
+    return clock() - begin
 
 
 def release_cached_memory(device: torch.device) -> None:

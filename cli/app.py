@@ -14,6 +14,7 @@ from . import (
     analyze,
     compare,
     demo,
+    doctor,
     evaluate,
     export_run,
     extract,
@@ -90,6 +91,7 @@ _add(SEARCH, search.index)
 _add(SEARCH, search.search)
 _add(SEARCH, serve.serve)
 _add(TOOLS, demo.demo)
+_add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, export_run.export_run, name="export-run")

@@ -1,5 +1,4 @@
-"""Commands on a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and
-`upgrade`."""
+"""Define the commands on a store, from `apecache info` to `apecache upgrade`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,5 +1,7 @@
-"""Open folders: of tars, of images with a metadata table (Hugging Face's imagefolder), with one
-folder per class, or of images alone.
+"""Open folders of tars or of images.
+
+Images have a metadata table (Hugging Face's imagefolder), lie in one folder per class, or stand
+alone.
 
 Keys are paths below the folder, in sorted order. Hidden files are skipped, and links to folders are
 not followed.

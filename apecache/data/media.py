@@ -269,7 +269,7 @@ def read_file(path: Path, key: str) -> bytes:
         status = os.stat(path)
         # Reading a pipe or a device could block forever.
         if not stat.S_ISREG(status.st_mode):
-            raise RowError("not-a-file", f"{key} is no regular file")
+            raise RowError("not-a-file", f"{key} is not a regular file")
         check_bytes(status.st_size, key)
         return path.read_bytes()
     except FileNotFoundError:
@@ -278,7 +278,7 @@ def read_file(path: Path, key: str) -> bytes:
         raise RowError("missing", f"{key}: {error.strerror}") from None
     except ValueError as error:
         # The path has a NUL byte or a lone surrogate.
-        raise RowError("missing", f"{key!r} is no name of a file: {error}") from None
+        raise RowError("missing", f"{key!r} is not the name of a file: {error}") from None
 
 
 def check_bytes(size: int, key: str) -> None:

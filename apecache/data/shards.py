@@ -195,7 +195,7 @@ def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]
                     yield name, member, text
             _require_end(file, archive.offset)
     except tarfile.TarError as error:
-        readable = "nothing of it can be read"
+        readable = "no member can be read"
         if n_read:
             readable = f"{counted(n_read, 'member')} can be read, the last is {last}"
         raise ManifestError(

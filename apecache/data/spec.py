@@ -80,6 +80,7 @@ def require_only(spec: OpenSpec, where: object, *allowed: str) -> None:
 
 
 def is_url(text: str) -> bool:
+    """Return whether a text begins with a scheme, as `s3://` does."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 

@@ -173,7 +173,8 @@ def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
         if key not in source_keys:
             hint = nearest(key, source.keys[:10_000])
             raise ManifestError(
-                f"{location}: {key!r} is no key of {source.origin}{hint or '; take the line out'}"
+                f"{location}: {key!r} is not a key of {source.origin}"
+                f"{hint or '; take the line out'}"
             )
         if key in splits:
             raise ManifestError(

@@ -24,7 +24,12 @@ from apecache.encoders.encoder import (
 )
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.library_types import LibraryModel, Tokenizer
-from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
+from apecache.encoders.preprocess import (
+    Preprocess,
+    TensorPreprocess,
+    choose_preprocess,
+    feature_shape,
+)
 from apecache.encoders.snapshot import (
     cannot_open,
     download,
@@ -75,7 +80,7 @@ def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> 
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     tap = FeatureTap(states=_states(visual), state="own", pool=lambda state, _: state)
     input_shape = (3, height, width)
-    row_shape = probe(tap, shape=input_shape, spec=spec, device=device)
+    row_shape = feature_shape(tap, shape=input_shape, spec=spec, device=device)
     encoder = ImageEncoder(
         spec=spec,
         module=visual,
@@ -211,11 +216,11 @@ def _image_preprocess(spec: EncoderSpec, config: dict[str, Any]) -> tuple[Prepro
     """Return the preprocessing, and how its fingerprint names it."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_preprocess(
+    return choose_preprocess(
         spec,
         reference=image_transform_v2(PreprocessCfg(**config), is_train=False),
         backend="open-clip-pil",
-        faster=_tensor_form(config),
+        tensor_form=_tensor_form(config),
     )
 
 

@@ -15,7 +15,12 @@ from apecache.encoders.encoder import FeatureTap, ImageEncoder, State, States, f
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, flatten_map, resolve_layer
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
+from apecache.encoders.preprocess import (
+    Preprocess,
+    choose_preprocess,
+    feature_shape,
+    timm_tensor_form,
+)
 from apecache.encoders.snapshot import read_json, resolve_folder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError, nearest
@@ -55,11 +60,11 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
         _require_tokens(frozen, cut)
-        preprocess, backend = image_preprocess(
+        preprocess, backend = choose_preprocess(
             cut,
             reference=transform,
             backend="timm-pil",
-            faster=resize_of(config),
+            tensor_form=timm_tensor_form(config),
         )
         inputs = {
             **shared_inputs,
@@ -79,7 +84,7 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
             state="own" if cut.pooling == "default" else layer,
             pool=_pool(frozen, cut),
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
@@ -105,11 +110,11 @@ def _transform(module: LibraryModel, spec: EncoderSpec) -> tuple[dict[str, Any],
 def timm_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_timm`. Raises EncoderError as it does."""
     config, transform = _transform(_shape(spec), spec)
-    preprocess, _ = image_preprocess(
+    preprocess, _ = choose_preprocess(
         spec,
         reference=transform,
         backend="timm-pil",
-        faster=resize_of(config),
+        tensor_form=timm_tensor_form(config),
     )
     return preprocess
 

@@ -34,8 +34,12 @@ from apecache.encoders.encoder import (
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.library_types import LibraryModel, ModelConfig, Processor, Tokenizer
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
-from apecache.encoders.processor import ProcessorPreprocess, fixed_shape, resize_options
+from apecache.encoders.preprocess import Preprocess, choose_preprocess, feature_shape
+from apecache.encoders.preprocess_transformers import (
+    ProcessorPreprocess,
+    fixed_shape,
+    resize_options,
+)
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.text_repository import TextUse, read_text_use, resolve_pooling
@@ -345,7 +349,9 @@ def load_transformers_image(
         may_lack=() if needs_own else family.may_lack,
         **family.options,
     )
-    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
+    preprocess, _ = choose_preprocess(
+        spec, reference=reference, backend="transformers", tensor_form=None
+    )
     shared_inputs: Json = {
         "decoding": IMAGE_DECODING,
         "processor": _plain_processor(processor, size),
@@ -367,7 +373,7 @@ def load_transformers_image(
             architecture=architecture,
             inputs=inputs,
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
@@ -386,7 +392,9 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_transformers_image`. Raises EncoderError as it does."""
     processor, size = _processor(spec, resolve_folder(spec))
     reference = ProcessorPreprocess(processor=processor, size=size)
-    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
+    preprocess, _ = choose_preprocess(
+        spec, reference=reference, backend="transformers", tensor_form=None
+    )
     return preprocess
 
 

@@ -1,4 +1,9 @@
-"""Turn RGB images into pixels for a model: by the model's own reference or, on request, faster."""
+"""Resize, crop and normalize RGB images for a model.
+
+By default the encoder's own library does it (`from_timm`, `from_open_clip`,
+`preprocess_transformers`, `from_sentence_transformers`). On request `TensorPreprocess` does the
+same steps faster, on tensors.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +40,10 @@ class TensorPreprocess:
     std: tuple[float, ...]
 
     def __call__(self, image: Tensor | Image.Image) -> Tensor:
-        """Return float32 [3, *crop]: scaled to 0..1, minus `mean`, divided by `std`."""
+        """Return float32 [3, *crop]: scaled to 0..1, minus `mean`, divided by `std`.
+
+        Augmented views are Pillow images; decoders give tensors.
+        """
         pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
         resized = F.resize(
             pixels,
@@ -50,18 +58,18 @@ class TensorPreprocess:
         return normalized
 
 
-def image_preprocess(
+def choose_preprocess(
     spec: EncoderSpec,
     reference: Preprocess,
     backend: str,
-    faster: TensorPreprocess | None,
+    tensor_form: TensorPreprocess | None,
 ) -> tuple[Preprocess, Json]:
     """Choose what turns an image into pixels.
 
     Args:
         reference: the library's own transform.
         backend: name of the reference in the fingerprint.
-        faster: the same on tensors; None if there is no such form.
+        tensor_form: the same on tensors; None if there is no such form.
 
     Returns:
         The preprocessing, and its description for the fingerprint.
@@ -69,17 +77,18 @@ def image_preprocess(
     Raises:
         EncoderError: `resize` asks for a tensor form, and this encoder has none.
     """
+    # Both decode by the same rules, with different decoders.
     if spec.resize == "reference":
         return reference, {"decoding": IMAGE_DECODING, "backend": backend}
-    if faster is None:
+    if tensor_form is None:
         raise EncoderError(
             f"encoder {spec}: --resize torchvision cannot follow its preprocessing; leave "
             "--resize off"
         )
-    return faster, {"decoding": IMAGE_DECODING, "backend": "torchvision-uint8"}
+    return tensor_form, {"decoding": IMAGE_DECODING, "backend": "torchvision-uint8"}
 
 
-def resize_of(config: dict[str, Any]) -> TensorPreprocess | None:
+def timm_tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
     """Return the tensor form of a timm data configuration; None unless it crops a center square."""
     height, width = config["input_size"][1:]
     is_centered = config.get("crop_mode", "center") == "center"
@@ -96,7 +105,7 @@ def resize_of(config: dict[str, Any]) -> TensorPreprocess | None:
     )
 
 
-def probe(
+def feature_shape(
     forward: Callable[[Tensor], Tensor],
     shape: tuple[int, int, int],
     spec: EncoderSpec,

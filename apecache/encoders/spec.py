@@ -108,7 +108,7 @@ def spec_from_json(value: object) -> EncoderSpec:
         optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]
         has_texts = all(type(text) is str for text in (spec.library, spec.name, *optional_texts))
         numbers = (spec.resolution, spec.max_tokens, spec.layer)
-        # type() and not isinstance: JSON's true is no number of pixels.
+        # type() and not isinstance: JSON's true is not a number of pixels.
         has_numbers = all(type(number) is int for number in numbers if number is not None)
         if not (has_known_choices and has_texts and has_numbers):
             raise ValueError("fields of other kinds than expected")
@@ -127,8 +127,10 @@ def looks_local(name: str) -> bool:
 
 
 def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
-    """Parse `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
-    `timm:/folder`, …
+    """Parse the name of an encoder.
+
+    Examples: `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
+    `timm:/folder`.
 
     Raises:
         EncoderError: no or an unknown library, an empty name, a library without encoders of that
@@ -163,7 +165,7 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
 
 
 def parse_cut(text: str) -> tuple[Pooling, int | None]:
-    """Parse `POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+    """Parse `POOLING` or `POOLING@LAYER`, for example `cls`, `mean@8` and `tokens@-1`.
 
     Returns:
         The pooling, and the layer or None.

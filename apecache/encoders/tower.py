@@ -236,8 +236,10 @@ class Tower(nn.Module):
         return tower_parts
 
     def parameter(self, part: TowerParameter) -> nn.Parameter:
-        """Return the parameter that holds a part; for the CLS row of a whole token table, the
-        table."""
+        """Return the parameter that holds a part.
+
+        For the CLS row of a whole token table, that is the table.
+        """
         if part.section == "adapter":
             adapter_name = part.name.removeprefix("adapters.")
             return self.adapters.get_parameter(adapter_name)
@@ -308,8 +310,7 @@ class Tower(nn.Module):
         self._set_token_table(RowEmbedding(table, self.cls_id))
 
     def join_cls(self) -> None:
-        """Put the row back: the library's model has its original form again, with the trained
-        row."""
+        """Put the trained row back, so that the library's model has its original form again."""
         table = self._token_table()
         if isinstance(table, RowEmbedding):
             self._set_token_table(table.join())
@@ -373,7 +374,8 @@ def build_tower(
     is_text = module_map.family in TEXT_FAMILIES
     if is_text != (modality == "text"):
         raise EncoderError(
-            f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
+            f"{type(module).__name__} cannot train as the {modality} side; "
+            f"supported are {SUPPORTED}"
         )
     if pooling == "default":
         pooling = _default_pooling(module, module_map)

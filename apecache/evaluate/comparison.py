@@ -1,5 +1,4 @@
-"""Compare two runs, or two groups of seeds, on the images of one split: paired differences of
-recalls."""
+"""Compare two runs, or two groups of seeds, by paired differences of recalls on one split."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,8 +169,10 @@ def compare_hits(
     metric: str,
     chance: float,
 ) -> MetricDifference:
-    """Compare one metric of `METRICS` on the answers of both sides, a `RetrievalHits` for each
-    seed."""
+    """Compare one metric of `METRICS` on both sides.
+
+    Each side has one `RetrievalHits` for each seed.
+    """
     terms = METRICS[metric]
     values_a = [hits.value(terms) for hits in hits_a]
     values_b = [hits.value(terms) for hits in hits_b]

@@ -37,8 +37,10 @@ class LiveSide(Protocol):
         """Return the fingerprint of the encoder before training."""
 
     def require_encoder(self, fingerprint: Fingerprint, where: str) -> None:
-        """Raise MismatchError unless `fingerprint` is the encoder before training; `where` has
-        it."""
+        """Raise MismatchError unless `fingerprint` is the encoder before training.
+
+        `where` has that encoder, and stands in the message.
+        """
 
     def embed(self, inputs: Sequence[Any], batch: int = 64) -> Tensor:
         """Embed inputs -> float32 [n, dim], L2-normalized."""

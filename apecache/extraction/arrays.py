@@ -4,7 +4,6 @@ Decide which arrays to fill and how they are laid out, and refuse what does not 
 """
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from apecache.device import device_name, is_accelerator, synchronize
+from apecache.device import device_name, is_accelerator, timed_seconds
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
@@ -383,8 +382,7 @@ def _calibrated_rows(
     # Cuts of one model share their forward pass.
     models = {id(encoder.module): encoder for encoder in encoders}
 
-    def encode_batch() -> float:
-        begin = time.perf_counter()
+    def encode_batch() -> None:
         for encoder in models.values():
             if isinstance(encoder, ImageEncoder):
                 pixels = torch.zeros(batch, *encoder.input_shape)
@@ -392,12 +390,11 @@ def _calibrated_rows(
             else:
                 ids = encoder.tokenize(list(captions[:batch]) or ["a"]).ids
                 encode_or_halve(partial(encode_texts, [encoder]), ids, encoder.device)
-            synchronize(encoder.device)
-        return time.perf_counter() - begin
 
     # The first batch warms up: allocations and the choice of kernels are not to be counted.
     encode_batch()
-    rows = SHARD_SECONDS * batch / max(encode_batch(), 1e-6)
+    batch_seconds = timed_seconds(encode_batch, encoders[0].device)
+    rows = SHARD_SECONDS * batch / max(batch_seconds, 1e-6)
     power_of_two = 2 ** int(np.log2(rows))
     return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, power_of_two)))
 

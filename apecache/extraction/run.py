@@ -320,8 +320,10 @@ def _run(
     total: ModalityCounts,
     progress: ExtractionProgress,
 ) -> None:
-    """Encode and commit every pending shard of the part in one segment, then seal its arrays if
-    they are complete."""
+    """Encode and commit every pending shard of the part in one segment.
+
+    Arrays that are complete then are sealed.
+    """
     writers = [ArrayWriter(files, target.record) for target in job.targets]
     committed = [writer.committed().keys() for writer in writers]
     part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]

@@ -16,7 +16,7 @@ from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head
 from apecache.losses.contrastive import Groups, Temperature
-from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
 from apecache.models.adapters import insert_adapters
 from apecache.models.freezing import (

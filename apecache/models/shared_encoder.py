@@ -18,7 +18,7 @@ from apecache.fingerprint import Modality
 from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
-from apecache.losses.objective import contrast
+from apecache.losses.registry import contrast
 from apecache.losses.spec import LossSpec
 from apecache.models.freezing import (
     FreezeDecision,
@@ -41,8 +41,10 @@ def draw_linear(layer: nn.Linear) -> None:
 
 
 class SharedBlock(nn.Module):
-    """Apply pre-norm attention and feed-forward, each with a learned scale per feature
-    (LayerScale)."""
+    """Apply pre-norm attention and feed-forward, each with LayerScale.
+
+    LayerScale is a learned scale for each feature.
+    """
 
     def __init__(self, dim: int, spec: SharedSpec) -> None:
         super().__init__()
@@ -297,8 +299,9 @@ def build_sides(
     towers: Sequence[Tower],
     device: torch.device,
 ) -> tuple[SharedSide, SharedSide, list[tuple[nn.Parameter, float]], list[nn.Parameter]]:
-    """Build both sides; the towers lose their upper blocks. Weights are drawn from torch's
-    generator.
+    """Build both sides; the towers lose their upper blocks.
+
+    Weights are drawn from torch's generator.
 
     Args:
         towers: image before text.

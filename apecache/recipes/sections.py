@@ -243,7 +243,7 @@ def shorthand_rules(text: str) -> tuple[Rule, ...]:
     match = _match_shorthand(text)
     if not match:
         raise ValueError(
-            f"{text!r} is no freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u"
+            f"{text!r} is not a freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u"
         )
     image_embeddings, image_blocks, text_embeddings, text_blocks = match.groups()
     image_rules = _side_rules("image", image_embeddings, image_blocks)

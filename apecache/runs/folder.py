@@ -49,8 +49,8 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
     is_run_folder = out.is_dir() and names <= run_files | scratch_files
     # A checkpoint beside a description: the fit was killed before it removed the checkpoint.
     is_unfinished = is_run_folder and (CHECKPOINT in names or description not in names)
-    if not is_unfinished and not (overwrite and is_finished):
-        require_new(out, "run folder", overwrite)
+    if not is_unfinished:
+        require_new(out, what="run folder", overwrite=overwrite, holds_another=is_finished)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             )
         sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
         if not all(type(value[side]["dim"]) is int and value[side]["dim"] > 0 for side in sides):
-            raise ValueError("dim is no width")
+            raise ValueError("dim is not a width")
         with torch.device("meta"):  # nothing is allocated for widths that the file only claims
             image, text = build_heads(
                 sides["image"],
@@ -203,8 +203,11 @@ def _tensors(heads: TrainedHeads) -> dict[str, Tensor]:
 
 
 def _load_weights(heads: TrainedHeads, path: Path) -> None:
-    """Load the weights. Raises RunError unless the file holds exactly the heads' tensors, all
-    finite."""
+    """Load the weights of the heads.
+
+    Raises:
+        RunError: The file does not hold exactly the heads' tensors, all finite.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -197,7 +197,7 @@ def read_extraction(
         raise_if_refused(path)
         why = str(error).splitlines()[0]
         raise RunError(
-            f"{path} is no report of extract ({why}); write one with: apecache extract --json"
+            f"{path} is not a report of extract ({why}); write one with: apecache extract --json"
         ) from None
     if len(seconds_and_rows) < 2:
         return None

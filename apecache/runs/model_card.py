@@ -286,8 +286,10 @@ def _head_side(side: TrainedSide) -> list[Row]:
 
 
 def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row]:
-    """Return the rows on an encoder of a run of fit-encoder, with its fingerprint before
-    training."""
+    """Return the rows on an encoder of a run of fit-encoder.
+
+    They have the encoder's fingerprint before training.
+    """
     return [
         ("encoder", public_name(spec_from_json(side["encoder"]))),
         ("fingerprint", Fingerprint(fields=side["fingerprint"]).digest),

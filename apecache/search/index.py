@@ -111,8 +111,12 @@ def build_index(
     require_type(kind, str, "kind")
     # Checked before the embedding, which can take long.
     load_faiss()
-    if not ((out / "index.json").is_file() and overwrite):
-        require_new(out, "index", overwrite)
+    require_new(
+        out,
+        what="index",
+        overwrite=overwrite,
+        holds_another=(out / "index.json").is_file(),
+    )
     loaded = load_run(run)
     embedded = embed_store(
         loaded,

@@ -279,9 +279,7 @@ class SearchIndex:
         total = torch.cat(terms).sum(0, keepdim=True)
         # Rounding errors have a direction too, so a sum near zero is not normalized.
         if float(total.norm()) < 1e-4:
-            raise OptionError(
-                "the terms of the query cancel out: what is like and what is unlike are the same"
-            )
+            raise OptionError("the terms of the query cancel out: `like` and `unlike` are the same")
         return normalize(total, dim=1)
 
     def _embed(self, text: str, path: Path | None) -> Tensor:

@@ -403,7 +403,7 @@ class FeatureArray:
                 return rows
         except (ValueError, AttributeError, RecursionError):
             pass
-        raise self._damaged(commit.shard, name, "is no list of rows")
+        raise self._damaged(commit.shard, name, "is not a list of rows")
 
     def _read_checked(self, commit: CommitRecord, name: str) -> bytes:
         try:

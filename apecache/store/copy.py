@@ -59,7 +59,7 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
 def _claim(source: Files, target: Files) -> bool:
     """Claim the target for this store; return False if it belongs to another one."""
     claim = source.read(SOURCE)
-    return target.create(SOURCE, claim) or target.read(SOURCE) == claim
+    return target.put_if_absent(SOURCE, claim) or target.read(SOURCE) == claim
 
 
 def _is_temporary(name: str) -> bool:

@@ -261,22 +261,27 @@ def require_format(value: Any, where: str) -> None:
 
 
 def records_folder(modality: str, name: str) -> str:
+    """Return the folder of an array's records, below the store."""
     return f"records/{modality}/{name}"
 
 
 def array_folder(modality: str, name: str) -> str:
+    """Return the folder of an array's Zarr group, below the store."""
     return f"{ZARR}/{modality}/{name}"
 
 
 def commit_name(modality: str, name: str, shard: int) -> str:
+    """Return the name of the record that commits a shard."""
     return f"{records_folder(modality, name)}/commits/{shard:08d}.json"
 
 
 def quarantine_name(modality: str, name: str, shard: int) -> str:
+    """Return the name of the list of a shard's quarantined rows."""
     return f"{records_folder(modality, name)}/quarantine/{shard:08d}.jsonl"
 
 
 def chunk_name(array: ArrayRecord, part: str, shard: int) -> str:
+    """Return the name of the chunk file that holds one part of a shard."""
     _, row_shape = array.layout.parts[part]
     folder = array_folder(array.modality, array.name)
     # Only rows are chunked: the chunk has the index 0 in every dimension of a row.
@@ -292,6 +297,7 @@ def chunk_bytes(layout: ArrayLayout) -> dict[str, int]:
 
 
 def segment_record_name(segment: str) -> str:
+    """Return the name of the record of an appended segment."""
     return f"{SEGMENT_RECORDS}/{segment}.json"
 
 

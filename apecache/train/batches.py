@@ -412,8 +412,7 @@ def choose_splits(
         dev = pairs.splits == _resolve_split(pairs, spec.dev, "dev")
         if (train & dev).any():
             raise RecipeError(
-                f"--dev-split {spec.dev} is the training split: what is chosen on must not be "
-                "trained on"
+                f"--dev-split {spec.dev} is the training split; choose the epoch on another split"
             )
         return train, dev
     rows = np.flatnonzero(train)

@@ -38,8 +38,8 @@ from apecache.train.live import (
     TextInputs,
     TokenInputs,
 )
+from apecache.train.paired_rows import Features, select_pairs
 from apecache.train.pooling import cached_array
-from apecache.train.selection import Features, select_pairs
 
 
 @dataclass(frozen=True)

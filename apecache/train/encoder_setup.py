@@ -26,9 +26,9 @@ from apecache.train.encoder_data import (
     open_teacher,
     split_rows,
 )
-from apecache.train.encoder_fit import image_views
 from apecache.train.live import Inputs, OpenImage
 from apecache.train.ranks import Ranks
+from apecache.train.tower_fit import image_views
 from apecache.train.warm_start import begin_from, open_start
 
 

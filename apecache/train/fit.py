@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import flatten_optimizer, restore_optimizer
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs, n_batches
+from apecache.train.best_epoch import BestEvaluation
 from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimizer
 
@@ -58,20 +59,6 @@ class StepCount:
             per_epoch=per_epoch,
             accumulate=accumulate,
         )
-
-
-@dataclass(kw_only=True)
-class BestEvaluation:
-    """Hold the evaluation that is best on dev so far."""
-
-    epoch: int = 0
-    """Epoch of the evaluation."""
-    recall: float = -math.inf
-    """Mean recall on dev, in percent."""
-    stale: int = 0
-    """Evaluations since then."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """Copy of the evaluated weights; empty before the first evaluation that counts."""
 
 
 class Trainable(Protocol):
@@ -266,7 +253,7 @@ class Fit(ABC, Generic[Model]):
         set_generator_states([states["cpu"], *of_device], self.device)
 
 
-class Training(Fit[AlignmentModel]):
+class HeadFit(Fit[AlignmentModel]):
     """Fit heads on cached features."""
 
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:

@@ -29,7 +29,6 @@ from apecache.storage.replace import remove_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import n_items
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.fit import StepCount, seeded
 from apecache.train.lint.checks import lint_encoder_data
@@ -45,6 +44,7 @@ from apecache.train.session import (
     run_in_folder,
     used_values,
 )
+from apecache.train.tower_fit import EncoderFit
 
 FILES = (WEIGHTS, DESCRIPTION)
 

@@ -25,7 +25,7 @@ from apecache.storage.replace import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs, n_items
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit
@@ -132,7 +132,7 @@ def fit_head(
     )
     loading_seconds = time.perf_counter() - begin
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    training = Training(model, recipe, spec.seed)
+    training = HeadFit(model, recipe, spec.seed)
     plan = StepCount.of(recipe, train)
     if plan.n_steps and training.optimizer is None:
         raise RecipeError(
@@ -265,7 +265,7 @@ def _identity(
 
 
 def _report(
-    training: Training,
+    training: HeadFit,
     train: FeaturePairs,
     dev: FeaturePairs,
     out: Path,

@@ -20,6 +20,7 @@ from apecache.train.batches import (
     choose_splits,
     require_images,
 )
+from apecache.train.paired_rows import SelectedRows, pairs_of, select_rows
 from apecache.train.resident import (
     choose_resident,
     feature_budget_bytes,
@@ -27,7 +28,6 @@ from apecache.train.resident import (
     load_rows,
     side_rows,
 )
-from apecache.train.selection import SelectedRows, pairs_of, select_rows
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Run the loop of a fit: epochs, steps, evaluations, early stopping.
+"""Run the loop of a fit: epochs, steps and evaluations.
 
-The state is that of `apecache.train.fit`.
+The state is that of `apecache.train.fit`. `apecache.train.best_epoch` chooses what is kept and when
+to stop early.
 """
 
 import math
@@ -18,7 +19,7 @@ from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.folder import history_line
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import BestEvaluation, Fit, StepCount, Trainable, cloned_tensors
+from apecache.train.fit import Fit, StepCount, Trainable, cloned_tensors
 from apecache.train.optim import learning_rate_factor
 
 FitProgress = Callable[[dict[str, Any]], None]
@@ -74,7 +75,7 @@ def train_epoch(
 def is_done(training: Fit[Any], plan: StepCount) -> bool:
     """Check whether all steps are done, or dev recall has not improved for too long."""
     patience = training.recipe.schedule.patience
-    return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
+    return training.step >= plan.n_steps or training.best.stops_early(patience)
 
 
 def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
@@ -103,7 +104,7 @@ def evaluate_untrained(
     """Write epoch 0 of the history: the model before training."""
     _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
-        _keep(training, training.history[-1]["dev"]["mean_recall"])
+        keep_if_best(training, training.history[-1]["dev"]["mean_recall"])
 
 
 def end_epoch(
@@ -136,7 +137,7 @@ def end_epoch(
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
         _record(training, report=report, loss=loss, seconds=seconds, log=log)
-        _keep(training, report.mean_recall)
+        keep_if_best(training, report.mean_recall)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:
@@ -311,14 +312,10 @@ def _record(
     log(line)
 
 
-def _keep(training: Fit[Any], recall: float) -> None:
+def keep_if_best(training: Fit[Any], recall: float) -> None:
     """Copy the evaluated weights if they are the best so far."""
-    if recall > training.best.recall:
-        training.best = BestEvaluation(
-            epoch=training.epoch,
-            recall=recall,
-            stale=0,
-            weights=cloned_tensors(training.outcome),
-        )
-    else:
-        training.best.stale += 1
+    training.best = training.best.after(
+        training.epoch,
+        recall=recall,
+        copy_weights=lambda: cloned_tensors(training.outcome),
+    )

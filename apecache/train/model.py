@@ -11,7 +11,7 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
-from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe

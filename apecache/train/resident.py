@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from apecache.device import free_memory_bytes, is_accelerator, release_cached_memory
 from apecache.evaluate.embeddings import load_lengths
 from apecache.heads.head import Head, HeadSpec
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.recipes.recipe import Recipe, build_meta_heads
 from apecache.store.array import FeatureArray
 from apecache.train.batches import BLOCK
-from apecache.train.selection import Features
+from apecache.train.paired_rows import Features
 
 USED_SHARE = 0.9
 """Fraction of the free device memory to plan with; the rest allows for fragmentation."""

@@ -1,4 +1,4 @@
-"""Run a fit of either trainer in its run folder.
+"""Run a fit of heads (`fit_head`) or of towers (`fit_encoder`) in its run folder.
 
 A fit begins or resumes, writes its history and checkpoints, and adds up its costs.
 """
@@ -43,7 +43,7 @@ class RunFolder:
     save_seconds: float
     """Least time between two checkpoints."""
     progress: FitProgress
-    """Called with every line of the history."""
+    """Called with every line of the history, in the process that writes."""
     writes: bool = True
     """Whether this process writes; if not, it only reads the checkpoint."""
 
@@ -112,23 +112,23 @@ def _logger(folder: RunFolder) -> FitProgress:
 def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
     """Return a function that writes a checkpoint when it is time, and counts the seconds."""
     begin = time.perf_counter()
-    before = training.seconds
-    every = folder.save_seconds
-    due = [begin + every]
+    earlier_seconds = training.seconds
+    due = begin + folder.save_seconds
 
     def save(now: bool) -> None:
+        nonlocal due
         clock = time.perf_counter()
-        training.seconds = before + clock - begin
-        if folder.writes and (now or clock >= due[0]):
+        training.seconds = earlier_seconds + clock - begin
+        if folder.writes and (now or clock >= due):
             # A checkpoint must not keep weights that have become NaN.
             require_finite(training)
             state = {"identity": dict(folder.identity.fields), **training.state()}
             save_checkpoint(folder.out, training.tensors(), state)
             training.saved_step = training.step
             saving_seconds = time.perf_counter() - clock
-            # Large checkpoints are written less often; with `every` 0 after each step.
-            pause_seconds = saving_seconds / SAVE_SHARE if every else 0
-            due[0] = time.perf_counter() + max(every, pause_seconds)
+            # Large checkpoints are written less often; with 0 seconds, after each step.
+            pause_seconds = saving_seconds / SAVE_SHARE if folder.save_seconds else 0
+            due = time.perf_counter() + max(folder.save_seconds, pause_seconds)
 
     return save
 
@@ -141,6 +141,7 @@ def best_and_untrained(
     training.model.load_kept(training.best.weights)
     best_report = training.evaluate(dev)
     first = training.history[0]["dev"]
+    # All but the recalls, such as numbers of rows and chance, does not depend on the weights.
     untrained = replace(
         best_report,
         image_to_text=_recalls(first["image_to_text"]),
@@ -237,6 +238,7 @@ def with_extraction(
     """
     if extraction is None:
         return ledger
+    # A sample is a caption with its image.
     n_images = ledger.n_samples // captions
     paid = runs_until_paid(
         extraction,

@@ -33,7 +33,7 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
     require_local(folder, "folder of events")
     if folder.exists() and not folder.is_dir():
         raise RunError(
-            f"{folder} is no folder, so no events can be written into it; choose another"
+            f"{folder} is not a folder, so events cannot be written into it; choose another"
         )
     if find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "track")

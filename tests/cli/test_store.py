@@ -16,7 +16,7 @@ from tiny import Grown, damaged, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
 import apecache.extraction.run as extraction
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import PAIRS
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record, seal_record

@@ -294,7 +294,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     ),
     "empty": (write("t.csv", b""), ["the file is empty"]),
     "empty JSON": (write("t.json", b""), ["line 1: no JSON"]),
-    "empty tar": (write("t.tar", b""), ["damaged or cut", "nothing of it can be read"]),
+    "empty tar": (write("t.tar", b""), ["damaged or cut", "no member can be read"]),
     "empty text": (write("t.txt", b"\n \n"), ["no captions"]),
     "empty folder": (in_folder("notes.md"), ["no images", "give the table itself"]),
     "header only": (write("t.csv", "image,caption\n"), ["a header but no rows"]),
@@ -380,7 +380,7 @@ BAD: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     ),
     "tar cut inside an image": (
         cut_tar(lambda size: 600),
-        ["it ends inside a.png", "nothing of it can be read"],
+        ["it ends inside a.png", "no member can be read"],
     ),
     "tar cut between members": (
         cut_tar(lambda size: 1024 + 512),

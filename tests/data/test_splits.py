@@ -136,7 +136,7 @@ def test_a_split_file_says_the_splits_and_other_images_have_none(
         (b"", "no splits"),
         (
             b"photo1\ttrain\nphoto22\ttrain\n",
-            r"line 2: 'photo22' is no key of here; did you mean photo2, photo1\?",
+            r"line 2: 'photo22' is not a key of here; did you mean photo2, photo1\?",
         ),
         (b"photo1\ttrain\nphoto1\tval\n", r"line 2: 'photo1' has a split already \(train\)"),
         (b"photo1 train\n", "line 1: 1 column; expected key and split"),

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LOCAL = "storage/local.py"
+LOCAL = "storage/local_files.py"
 OBJECTS = "storage/object_files.py"
 WRITER = "store/writer.py"
 ARRAY = "store/array.py"
@@ -59,8 +59,8 @@ LINK = """            try:
                 put = False"""
 PUT_BACK = """        self.files.write(name, *payload)
         if not self._stands(name, wanted):"""
-MADE = "    if not files.create(name, data) and files.read(name) != data:\n"
-UNFINISHED = """    if not files.create(name, data) and files.read(name) == data:
+MADE = "    if not files.put_if_absent(name, data) and files.read(name) != data:\n"
+UNFINISHED = """    if not files.put_if_absent(name, data) and files.read(name) == data:
         return
     if files.read(name) != data:
 """
@@ -301,7 +301,7 @@ MUTATIONS = (
 
 
 def fsync_mutations() -> list[Mutation]:
-    """Every fsync in storage/local.py: the line becomes `pass`."""
+    """Every fsync in storage/local_files.py: the line becomes `pass`."""
     source = (ROOT / "apecache" / LOCAL).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     found = []

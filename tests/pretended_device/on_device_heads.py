@@ -18,7 +18,7 @@ from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import draw_epoch, take_step
 from apecache.train.model import evaluate_model
@@ -71,17 +71,17 @@ def short_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     return load_recipe(name, short)
 
 
-def begin(recipe: Recipe, train: FeaturePairs) -> Training:
+def begin(recipe: Recipe, train: FeaturePairs) -> HeadFit:
     model, _ = initial_model(recipe, train=train, dev=train, seed=0)
     for module in model.modules():
         # Devices draw other numbers than the CPU.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.train()
-    return Training(model, recipe, 0)
+    return HeadFit(model, recipe, 0)
 
 
-def steps(training: Training, train: FeaturePairs, n_warm: int = 0) -> Counts:
+def steps(training: HeadFit, train: FeaturePairs, n_warm: int = 0) -> Counts:
     """Take steps, and count what those after the first `n_warm` do."""
     plan = StepCount.of(training.recipe, train)
     drawn = draw_epoch(training, train, plan)
@@ -96,11 +96,11 @@ def steps(training: Training, train: FeaturePairs, n_warm: int = 0) -> Counts:
     return counts
 
 
-def weights(training: Training) -> list[Tensor]:
+def weights(training: HeadFit) -> list[Tensor]:
     return list(training.model.state_dict().values())
 
 
-def embeddings(training: Training, train: FeaturePairs) -> list[Tensor]:
+def embeddings(training: HeadFit, train: FeaturePairs) -> list[Tensor]:
     """What the heads make of all pairs.
 
     Compared instead of weights: a weight whose gradient is rounding alone, as that of a bias before
@@ -208,7 +208,7 @@ def test_work_on_the_cpu_leaves_the_device_alone() -> None:
     assert torch.equal(before, generator_states(DEVICE)[1])
 
 
-def populations_of(content: bool) -> tuple[list[Training], FeaturePairs, StepCount, Any]:
+def populations_of(content: bool) -> tuple[list[HeadFit], FeaturePairs, StepCount, Any]:
     train = on_device(pairs(160, 0, content))
     made = [make([f"optimizer.lr={0.01 * (i + 1)}"], i, train) for i in range(3)]
     streams = MemberGenerators.seeded([1, 2, 3], DEVICE)

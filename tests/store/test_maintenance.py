@@ -11,7 +11,7 @@ import pytest
 from tiny import Grown, damaged, put, tree
 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE
 from apecache.store.maintenance import (
     find_array,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apecache.errors import DamagedError, MismatchError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import FORMAT_VERSION, chunk_name, commit_name
 from apecache.store.records import (
     CommitRecord,

@@ -11,7 +11,7 @@ import pytest
 from tiny import tree
 
 from apecache.errors import StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record, seal_record

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from apecache.device import send
 from apecache.heads.head import EnsembleHead
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.recipes.recipe import AugmentationSpec
 from apecache.sweeps.population.stacked_heads import MemberGenerators, StackedHeads
 from apecache.sweeps.population.stacked_losses import stacked_info_nce
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import apply_update, draw_epoch, rates_at, set_rates
 from apecache.train.optim import direct_update, is_direct
 
@@ -36,7 +36,7 @@ class MemberGroup:
     def __init__(
         self,
         places: list[int],
-        members: list[Training],
+        members: list[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
     ) -> None:
@@ -286,7 +286,7 @@ class MemberGroup:
         return torch.stack(losses), by_image, by_text
 
 
-def _optimizer(member: Training) -> torch.optim.Optimizer:
+def _optimizer(member: HeadFit) -> torch.optim.Optimizer:
     assert member.optimizer is not None
     return member.optimizer
 
@@ -314,7 +314,7 @@ def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     return image, text
 
 
-def _can_be_recorded(member: Training) -> bool:
+def _can_be_recorded(member: HeadFit) -> bool:
     """Return whether steps draw no random numbers and the optimizer takes a tensor of rates."""
     modules = member.model.modules()
     draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
@@ -325,7 +325,7 @@ def _can_be_recorded(member: Training) -> bool:
     )
 
 
-def _is_plain(member: Training, batch: Batch) -> bool:
+def _is_plain(member: HeadFit, batch: Batch) -> bool:
     """Return whether the stacked loss is this member's loss on this batch."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)

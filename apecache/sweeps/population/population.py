@@ -22,11 +22,11 @@ from apecache.device import kept_generators
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.heads.head import EnsembleHead
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.sweeps.population.member_group import MemberGroup
 from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import end_epoch, evaluate_untrained, is_done, require_finite, train_epoch
 
 FLOAT_BYTES = 4
@@ -41,7 +41,7 @@ STANDARDIZED_BYTES = 2**29
 
 
 def split_members(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     plans: Sequence[StepCount],
     most: int,
     max_bytes: int,
@@ -75,7 +75,7 @@ def _in_slices(positions: list[int], size: int) -> Iterator[list[int]]:
         yield positions[begin : begin + size]
 
 
-def stack_key(member: Training, plan: StepCount) -> Hashable | None:
+def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
     """Return a key that is equal for members that can train together; None for one that cannot."""
     recipe = member.recipe
     structures = (structure_of(member.model.image), structure_of(member.model.text))
@@ -94,7 +94,7 @@ def stack_key(member: Training, plan: StepCount) -> Hashable | None:
     )
 
 
-def member_bytes(member: Training) -> tuple[int, int]:
+def member_bytes(member: HeadFit) -> tuple[int, int]:
     """Estimate memory: of the logits of a batch, and of everything else of each member.
 
     One member at a time needs logits, so that they count once for a population.
@@ -107,7 +107,7 @@ def member_bytes(member: Training) -> tuple[int, int]:
     return n_logits * FLOAT_BYTES, n_others * FLOAT_BYTES
 
 
-def activation_counts(member: Training) -> tuple[int, int]:
+def activation_counts(member: HeadFit) -> tuple[int, int]:
     """Count the numbers in the logits of a batch, and in the inputs and outputs of all layers."""
     batch = member.recipe.schedule.batch_size
     captions = member.recipe.loss.captions
@@ -139,7 +139,7 @@ class Population:
 
     def __init__(
         self,
-        members: Sequence[Training],
+        members: Sequence[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
     ) -> None:
@@ -220,20 +220,20 @@ class Population:
         return self._fed[1]
 
 
-def slab_size(member: Training) -> int:
+def slab_size(member: HeadFit) -> int:
     """Return how many such members have activations that stay in a processor's caches."""
     _, n_activations = activation_counts(member)
     return max(1, SLAB_BYTES // (FLOAT_BYTES * n_activations))
 
 
-def _see_alike(members: Sequence[Training]) -> bool:
+def _see_alike(members: Sequence[HeadFit]) -> bool:
     """Return whether all heads standardize features alike, and nothing else looks at them."""
     return not any(_needs_raw_features(member) for member in members) and all(
         _same_statistics(member, members[0]) for member in members
     )
 
 
-def _needs_raw_features(member: Training) -> bool:
+def _needs_raw_features(member: HeadFit) -> bool:
     spec = member.recipe.augmentation
     return bool(
         spec.noise
@@ -243,7 +243,7 @@ def _needs_raw_features(member: Training) -> bool:
     )
 
 
-def _same_statistics(member: Training, other: Training) -> bool:
+def _same_statistics(member: HeadFit, other: HeadFit) -> bool:
     for side in ("image", "text"):
         head = getattr(member.model, side)
         other_head = getattr(other.model, side)
@@ -262,7 +262,7 @@ def _fits(train: FeaturePairs) -> bool:
 
 
 @torch.no_grad()
-def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
+def _standardize(train: FeaturePairs, member: HeadFit) -> FeaturePairs:
     image_head = member.model.image
     text_head = member.model.text
     image = train.image.float().sub(image_head.mean).div_(image_head.deviation)
@@ -271,7 +271,7 @@ def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
 
 
 def train_together(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,
@@ -324,7 +324,7 @@ def train_together(
     return population.failures
 
 
-def _failed(members: Sequence[Training]) -> dict[int, str]:
+def _failed(members: Sequence[HeadFit]) -> dict[int, str]:
     errors = {}
     for i, member in enumerate(members):
         try:
@@ -335,7 +335,7 @@ def _failed(members: Sequence[Training]) -> dict[int, str]:
 
 
 def members_state(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
 ) -> tuple[dict[str, Tensor], dict[str, Json]]:
     """Return the tensors and state of all members for one checkpoint.
@@ -355,7 +355,7 @@ def members_state(
 
 
 def restore_members(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Json],
@@ -379,7 +379,7 @@ def restore_members(
 
 
 def _train_alone(
-    member: Training,
+    member: HeadFit,
     streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,

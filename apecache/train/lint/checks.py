@@ -217,8 +217,8 @@ def lint_splits(
     train, dev = choose_splits(pairs, spec, equal_images(arrays[0]))
     if (pairs.splits[dev] == report_split).any():
         text = (
-            f"the dev split is {report_split!r}, which is to be reported: what is chosen on it is "
-            "no measure of it"
+            f"the dev split is {report_split!r}, which is reported too: figures of a split on "
+            "which an epoch was chosen are too high"
         )
         yield Finding(
             check="selection",
@@ -363,8 +363,8 @@ def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
     count = _rows_of_equal_features(train)
     if count:
         text = (
-            f"{count} training images have the features of another one, and their captions are "
-            "negatives of it"
+            f"{count} training images have the features of another one, and the captions of "
+            "one are negatives of the other"
         )
         yield Finding(
             check="captions",

@@ -8,13 +8,13 @@ import torch
 
 from apecache.errors import MismatchError, RunError
 from apecache.evaluate.embeddings import find_features
-from apecache.losses.objective import build_temperature
+from apecache.losses.registry import build_temperature
 from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit, lint_named, lint_recipe
@@ -52,7 +52,7 @@ def lint_plan(
         recipe=recipe,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    optimizer = Training(model, recipe, spec.seed).optimizer
+    optimizer = HeadFit(model, recipe, spec.seed).optimizer
     return lint_fit(
         store,
         arrays=(image, text),
@@ -118,7 +118,7 @@ def lint_run(
             report_split=report_split,
             train=train,
             model=model,
-            optimizer=Training(model, recipe, 0).optimizer,
+            optimizer=HeadFit(model, recipe, 0).optimizer,
         ),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from apecache.errors import StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.array import FeatureArray
 from apecache.store.writer import ArrayWriter
 from benchmarks.reliability.injection.tower import (

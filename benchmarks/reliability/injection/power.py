@@ -30,7 +30,7 @@ from typing import Any
 
 from apecache.storage import local as local_module
 from apecache.storage.files import TEMPORARY
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from benchmarks.reliability.injection.kill import check
 from benchmarks.reliability.injection.syscalls import (
     Call,
@@ -457,7 +457,7 @@ def _count(folder: Path, spec: TowerSpec) -> int:
 
 
 def sync_calls() -> list[str]:
-    """Every call in apecache/storage/local.py that makes something durable, as `function, line`."""
+    """Every call in apecache/storage/local_files.py that makes something durable, as `function, line`."""
     return [
         f"{function} in line {call.lineno}" for function, call in _sync_calls(ast.parse(_source()))
     ]
@@ -476,7 +476,7 @@ def without_sync(number: int) -> type[LocalFiles]:
                     name,
                     [ast.copy_location(ast.Pass(), x) if x is removed else x for x in lines],
                 )
-    names: dict[str, Any] = {"__name__": "apecache.storage.local"}
+    names: dict[str, Any] = {"__name__": "apecache.storage.local_files"}
     exec(compile(module, local_module.__file__, "exec"), names)
     changed: type[LocalFiles] = names["LocalFiles"]
     return changed

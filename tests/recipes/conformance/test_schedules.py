@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apecache.losses.contrastive import Temperature, info_nce, temperature_in
-from apecache.losses.objective import build_temperature
+from apecache.losses.registry import build_temperature
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs, batches
 from apecache.train.fit import StepCount

@@ -23,7 +23,7 @@ from apecache.sweeps.population.population import (
 )
 from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +32,7 @@ def together(
     cases: Sequence[Sequence[str]],
     n_epochs: int = 1000,
     train: FeaturePairs = TRAIN,
-) -> list[Training]:
+) -> list[HeadFit]:
     """The cases as one population; the place of each is its seed."""
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     assert len({stack_key(*member) for member in made}) == 1
@@ -275,7 +275,7 @@ def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included
         for lr in (0.02, 3e38, 0.01)
     ][:count]
 
-    def fresh(first_seed: int) -> tuple[list[Training], MemberGenerators, StepCount]:
+    def fresh(first_seed: int) -> tuple[list[HeadFit], MemberGenerators, StepCount]:
         made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
         return (
             [m for m, _ in made],

@@ -21,7 +21,7 @@ from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 
 CPU = torch.device("cpu")
 WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
@@ -119,7 +119,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
     torch.set_num_threads(before)
 
 
-def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
+def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[HeadFit]:
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
     streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)

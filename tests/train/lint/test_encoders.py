@@ -26,13 +26,13 @@ from apecache.store.reader import FeatureStore
 from apecache.train import encoder_setup
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
 from apecache.train.fit_encoder import fit_encoder
 from apecache.train.lint.checks import lint_encoder_data
 from apecache.train.lint.encoders import lint_encoder_plan, lint_encoder_run
 from apecache.train.lint.findings import Finding
 from apecache.train.lint.model_checks import lint_encoder_model, lint_groups
 from apecache.train.ranks import ALONE
+from apecache.train.tower_fit import EncoderFit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

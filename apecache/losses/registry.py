@@ -1,4 +1,7 @@
-"""Compute the objective of a recipe's `loss` section, for heads and for towers alike."""
+"""Choose the loss by the `kind` of a recipe's `loss` section, for heads and for towers alike.
+
+A new loss has its formula in `contrastive`, its name in `spec`, and its case in `loss_of_kind`.
+"""
 
 from collections.abc import Sequence
 
@@ -40,14 +43,14 @@ def contrast(
             their mean.
     """
     if not widths:
-        return _contrast(image, text=text, temperature=temperature, groups=groups, spec=spec)
+        return loss_of_kind(image, text=text, temperature=temperature, groups=groups, spec=spec)
     image_blocks = image.split(list(widths), dim=-1)
     text_blocks = text.split(list(widths), dim=-1)
-    # `SeveralHeads` divides by this, so the product is L2-normalized again.
+    # `EnsembleHead` divides by this, so the product is L2-normalized again.
     length = len(widths) ** 0.5
     losses = []
     for image_block, text_block in zip(image_blocks, text_blocks, strict=True):
-        loss = _contrast(
+        loss = loss_of_kind(
             image_block * length,
             text=text_block * length,
             temperature=temperature,
@@ -58,13 +61,14 @@ def contrast(
     return torch.stack(losses).mean()
 
 
-def _contrast(
+def loss_of_kind(
     image: Tensor,
     text: Tensor,
     temperature: Temperature,
     groups: Groups | None,
     spec: LossSpec,
 ) -> Tensor:
+    """Compute the loss that `spec.kind` names. See `contrast`."""
     scale = temperature.scale()
     tiled = len(image) * len(text) > TILED_FROM
     match spec.kind:
