@@ -14,10 +14,11 @@ from .option_groups import (
     Json,
     MaxBad,
     OptionGroup,
-    SourceOptions,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
+from .source_options import SourceOptions
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ SUITES = "Suites of other programs"
 
 TASKS_OF_OPTIONS = {
     "--store": ("retrieval",),
+    "--view": ("retrieval",),
     "--folds": ("retrieval",),
     "--by-language": ("retrieval",),
     "--csls": ("retrieval",),
@@ -57,6 +59,7 @@ class TaskOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -217,6 +220,7 @@ def evaluate(
         choice("--task", task, TASKS)
         given = {
             "store": task_options.store,
+            "view": task_options.view,
             "labels": task_options.labels,
             "baseline": task_options.baseline,
             **vars(retrieval_options),
@@ -261,8 +265,8 @@ def measure(
         case "retrieval":
             return retrieval(
                 request,
-                task_options.store,
-                options=retrieval_options,
+                task_options,
+                retrieval_options,
                 baseline=task_options.baseline,
             )
         case "zeroshot":
@@ -356,7 +360,7 @@ def _require_effect(task: str, parameters: list[str]) -> None:
 
 def retrieval(
     request: LabeledOptions,
-    store: str | None,
+    task_options: TaskOptions,
     options: RetrievalOptions,
     baseline: str | None = None,
 ) -> dict[str, Any]:
@@ -364,7 +368,7 @@ def retrieval(
 
     Args:
         request: The run and its encoders, the split, and where the images are.
-        store: The feature store with the split; None is an error that names --store.
+        task_options: The feature store with the split, which must be given, and its view.
         options: Folds, languages, CSLS and further right answers.
         baseline: A ready-made model to measure beside the run.
 
@@ -373,6 +377,7 @@ def retrieval(
     """
     from apecache.errors import OptionError
 
+    store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
     from apecache.evaluate.comparison import was_split_seen
@@ -381,14 +386,18 @@ def retrieval(
 
     split = request.split or "val"
     loaded = request.load()
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, task_options.view)
     embedded = embed_store(
         loaded,
         store=opened,
         split=split,
-        open_image=opener(request.source_options.root),
+        open_image=opener(request.source_options.root, opened),
     )
-    was_seen = was_split_seen(loaded.training, opened.digest, split)
+    was_seen = was_split_seen(
+        loaded.training,
+        opened.trained_digest(loaded.training.get("data")),
+        split,
+    )
     if was_seen:
         warn(
             f"split {split!r} was used in training or to choose the epoch: these figures do not "

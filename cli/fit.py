@@ -14,9 +14,11 @@ from .option_groups import (
     ADVANCED,
     COSTS,
     ENCODERS,
+    SPLITS,
     CompleteStore,
     Device,
     FitOptions,
+    ImagesFrom,
     Json,
     LedgerOptions,
     LiveRoot,
@@ -25,6 +27,7 @@ from .option_groups import (
     Overwrite,
     Resolution,
     Settings,
+    View,
     takes_groups,
 )
 from .runs import opener
@@ -73,6 +76,15 @@ def fit_head(
     fit: FitOptions,
     ledger: HeadLedgerOptions,
     set_: Settings = None,
+    view: View = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep list of apecache curate. Only its pairs train.",
+            rich_help_panel=SPLITS,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -107,13 +119,14 @@ def fit_head(
             save_seconds=fit.save_seconds,
             report_split=ledger.report_split,
             price_per_hour=ledger.price_per_hour,
+            keep=keep,
             extract_report=ledger.extract_report,
         )
         with (
             kept_run(out) as folder,
             epoch_display(ledger, out, loaded) as show,
         ):
-            features = FeatureStore.open(store)
+            features = FeatureStore.open(store, view)
             report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
 
@@ -190,10 +203,11 @@ class TowerOptions(OptionGroup):
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the computation: float32 or bfloat16.",
+            help="Type of the computation: float32, bfloat16, or auto: bfloat16 on CUDA, else "
+            "float32.",
             rich_help_panel=ADVANCED,
         ),
-    ] = "float32"
+    ] = "auto"
 
     def image_encoder(self) -> "EncoderSpec | None":
         """Return the image encoder; None for the store's."""
@@ -236,7 +250,9 @@ def fit_encoder(
     fit: FitOptions,
     ledger: LedgerOptions,
     root: LiveRoot = None,
+    source: ImagesFrom = None,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -258,7 +274,7 @@ def fit_encoder(
     --out run
     """
     with ending():
-        choice("--autocast", towers.autocast, ("float32", "bfloat16"))
+        choice("--autocast", towers.autocast, ("auto", "float32", "bfloat16"))
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
@@ -266,13 +282,15 @@ def fit_encoder(
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_encoder import fit_encoder as run
 
+        opened = FeatureStore.open(store, view)
+        open_image = opener(root, opened, source)
         with epoch_display(ledger, str(out), loaded) as show:
             report = run(
-                FeatureStore.open(store),
+                opened,
                 recipe=loaded,
                 out=out,
                 spec=spec,
-                open_image=opener(root),
+                open_image=open_image,
                 progress=show,
             )
         # Every process of a torchrun has a report; one of them shows it.

@@ -8,7 +8,7 @@ import typer
 
 from apecache.errors import counted
 
-from .option_groups import SourceOptions
+from .source_options import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:

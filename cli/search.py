@@ -15,6 +15,7 @@ from .option_groups import (
     LiveRoot,
     OptionGroup,
     Overwrite,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
@@ -60,6 +61,7 @@ def index(
         bool,
         typer.Option("--update", help="Add and remove what has changed in the store."),
     ] = False,
+    view: View = None,
     root: LiveRoot = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -78,19 +80,28 @@ def index(
         require_trained_width(run, dim)
         if update:
             require_no_dim(dim)
-            report = update_by(run, store=store, out=out, root=root, split=split, kind=kind)
+            report = update_by(
+                run,
+                store=store,
+                view=view,
+                out=out,
+                root=root,
+                split=split,
+                kind=kind,
+            )
         else:
             from apecache.search.index import build_index
             from apecache.store.reader import FeatureStore
 
+            opened = FeatureStore.open(store, view)
             report = build_index(
                 run,
-                store=FeatureStore.open(store),
+                store=opened,
                 out=out,
                 split=split,
                 overwrite=overwrite,
                 kind=kind or "flat",
-                open_image=opener(root),
+                open_image=opener(root, opened),
                 dim=dim,
             )
         if json:
@@ -144,6 +155,7 @@ def require_one_way(update: bool, overwrite: bool) -> None:
 def update_by(
     run: Path,
     store: str,
+    view: str | None,
     out: Path,
     root: str | None,
     split: str | None,
@@ -154,11 +166,12 @@ def update_by(
     from apecache.store.reader import FeatureStore
 
     require_same(read_description(out), split, kind)
+    opened = FeatureStore.open(store, view)
     return update_index(
         run,
-        store=FeatureStore.open(store),
+        store=opened,
         out=out,
-        open_image=opener(root),
+        open_image=opener(root, opened),
     )
 
 

@@ -27,6 +27,7 @@ from apecache.metrics.statistics import (
     student_quantile,
     variance_over_images,
 )
+from apecache.recipes.former_keys import with_former_keys
 from apecache.runs.load import load_run, recorded_fingerprint, recorded_training
 from apecache.store.reader import FeatureStore
 
@@ -156,7 +157,7 @@ def compare_runs(
         seen_in_training=tuple(
             str(path)
             for path, training in trainings.items()
-            if was_split_seen(training, store.digest, split)
+            if was_split_seen(training, store.trained_digest(training.get("data")), split)
         ),
         # All runs embed the same rows, so they leave out the same ones.
         left_out=left_out,
@@ -284,7 +285,8 @@ def _recorded(path: Path, trainings: Mapping[Path, Mapping[str, Any]], record_ke
         image_digest = recorded_fingerprint(path, "image").digest
         text_digest = recorded_fingerprint(path, "text").digest
         return [image_digest, text_digest]
-    return trainings[path].get(record_key)
+    # Earlier versions recorded recipes without the keys that came later.
+    return with_former_keys(trainings[path].get(record_key))
 
 
 def _require_same_data(trainings: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec
-from apecache.encoders.transformers_files import WEIGHT_FILES
+from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 from apecache.errors import MissingExtraError, RunError
 from apecache.export.check import ExportedModel
 from apecache.export.head_chain import head_modules
@@ -145,7 +145,7 @@ def _text_modules(encoder: TextEncoder) -> list[nn.Module]:
     if not is_projected and pooling is None:
         raise _unfit(spec, "hf: encoders with mean, cls, max, last or their own pooling, and st:")
     transformer: Any = Transformer(
-        str(resolve_folder(spec, WEIGHT_FILES)),
+        str(resolve_folder(spec, TRANSFORMERS_WEIGHTS)),
         max_seq_length=encoder.max_tokens,
         do_lower_case=bool(described.get("lower_case")),
         model_kwargs={**NO_CODE, "torch_dtype": torch.float32},
@@ -182,7 +182,7 @@ def _image_modules(encoder: ImageEncoder, staging: Path) -> list[nn.Module]:
         write_timm_folder(encoder, staging, loader="transformers")
         folder = staging
     else:
-        folder = resolve_folder(spec, WEIGHT_FILES)
+        folder = resolve_folder(spec, TRANSFORMERS_WEIGHTS)
     transformer: Any = Transformer(
         str(folder),
         model_kwargs={**NO_CODE, "torch_dtype": torch.float32},

@@ -17,6 +17,7 @@ from apecache.losses.contrastive import (
     sigmoid_loss,
 )
 from apecache.losses.geometry import structure_divergence
+from apecache.losses.registered import registered_loss
 from apecache.losses.spec import LossSpec
 from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
@@ -107,6 +108,8 @@ def loss_of_kind(
             bias = temperature.bias if temperature.bias is not None else spec.bias
             compute = tiled_sigmoid_loss if tiled else sigmoid_loss
             return compute(image, text=text, scale=scale, bias=bias, groups=groups)
+        case "custom":
+            return registered_loss(spec.custom)(image, text, scale, groups)
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
@@ -142,4 +145,5 @@ def build_temperature(loss: LossSpec) -> Temperature:
         high=loss.max_temperature,
         learnable=loss.learnable,
         bias=bias,
+        parameter=loss.temperature_parameter,
     )

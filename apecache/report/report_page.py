@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type, wrong_type
 from apecache.data.images import load_image
-from apecache.data.media import Media, NoMedia, media_at
+from apecache.data.media import Media, NoMedia
+from apecache.data.recorded import recorded_media
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.export.benchmark_suite import DATACOMP, read_suites
@@ -95,6 +96,8 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     require_spec(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
     require_type(spec.store, FeatureStore, "store", optional=True)
+    # Once: a source that its images come with takes a while to open.
+    spec = replace(spec, media=_media(spec))
     records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: run.report for name, run in measured.items()}
@@ -202,6 +205,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
     if record.data != store.digest:
         raise DataError(
             f"{record.path} was trained on another table than that of {store.path}; give --split"
+            f"{store.hint(record.data)}"
         )
     content = next((equal_images(array) for array in store.arrays("image")), None)
     _, dev = choose_splits(store.pairs, record.splits, content)
@@ -211,7 +215,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
 def _media(spec: ReportSpec) -> Media:
     if spec.media is not None or spec.store is None:
         return spec.media or NoMedia()
-    return media_at(str(spec.store.source.get("root", "")))
+    return recorded_media(spec.store.last_source)
 
 
 def _tables(
@@ -282,7 +286,9 @@ def _paths(records: Sequence[RunRecord]) -> dict[str, Path]:
 def _seen(record: RunRecord, spec: ReportSpec) -> bool:
     """Tell whether the run was trained, or its epoch chosen, on the reported split."""
     used = (record.splits.train or "train", record.splits.dev)
-    return spec.store is not None and record.data == spec.store.digest and spec.split in used
+    if spec.store is None or spec.split not in used:
+        return False
+    return bool(record.data) and record.data == spec.store.trained_digest(record.data)
 
 
 def _subtitle(records: Sequence[RunRecord]) -> str:
@@ -315,7 +321,8 @@ def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:
         )
     elif isinstance(_media(spec), NoMedia):
         notes.append(
-            f"{spec.store.path} does not know where its images lie now; give --root for pictures."
+            f"{spec.store.path} does not know where its images lie now; give --root or "
+            "--source for pictures."
         )
     if len({(record.data, record.splits) for record in records}) > 1 and spec.split is None:
         notes.append(

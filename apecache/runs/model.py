@@ -52,6 +52,11 @@ class ImageTextModel:
         """Factor of the cosines before a softmax: 1 / the learned temperature."""
         return self.run.scale
 
+    @property
+    def bias(self) -> float:
+        """Added to the scaled cosines by the sigmoid loss; 0 for other losses."""
+        return self.run.bias or 0.0
+
     def encode_image(self, images: Iterable[Picture]) -> Embeddings:
         """Embed pictures, in the order given.
 
@@ -93,8 +98,12 @@ class ImageTextModel:
         return np.concatenate([np.empty((0, self.dim), np.float32), *embedded_batches])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
-        """Return the logits of training, float32 [n_images, n_texts]: cosines times `scale`."""
-        scores: Embeddings = (self.scale * (image @ text.T)).astype(np.float32)
+        """Return the logits of training: cosines times `scale`, plus `bias`.
+
+        Returns:
+            float32 [n_images, n_texts].
+        """
+        scores: Embeddings = (self.scale * (image @ text.T) + self.bias).astype(np.float32)
         return scores
 
     @cached_property

@@ -124,7 +124,12 @@ def model_card(
         image=_head_side(heads.image),
         text=_head_side(heads.text),
         heads=(heads.image.head.spec, heads.text.head.spec),
-        encoders=tuple(spec_from_json(side.encoder) for side in sides if side.encoder),
+        encoders=tuple(
+            single
+            for side in sides
+            if side.encoder
+            for single in spec_from_json(side.encoder).singles
+        ),
     )
     return _card(subject, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
 
@@ -314,6 +319,9 @@ def _ran(side: Mapping[str, Json]) -> str:
 
 def public_name(spec: EncoderSpec) -> str:
     """Return an encoder's name for publication: of a local folder only the last part."""
+    singles = spec.singles
+    if len(singles) > 1:
+        return " + ".join(public_name(single) for single in singles)
     if spec.folder:
         spec = replace(spec, name=spec.folder.resolve().name)
     return str(spec)

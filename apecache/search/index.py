@@ -287,6 +287,7 @@ def _write(
             "kind": settings.kind,
             "nothing_found": _thresholds(vectors, embedded),
             "place": store.source.get("root", ""),
+            "source": store.last_source,
             **dimensions,
             "built": {modality: asdict(report) for modality, report in reports.items()},
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, as_texts, require_integer, require_type, wrong_type
 from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
-from apecache.device import resolve_device
+from apecache.device import is_accelerator, resolve_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.extraction.encode import caption_error
@@ -111,8 +111,8 @@ class SearchIndex:
     text: EncoderSpec | None = None
     """The text encoder, if it has moved."""
     device: str = "auto"
-    """Where queries are encoded. A named CUDA device also holds the vectors, if FAISS supports
-    it."""
+    """Where queries are encoded. A named CUDA device also holds the vectors: of an exact index
+    without more, of other kinds if FAISS has GPU code."""
     nprobe: int | None = None
     """See `VectorIndex.tune`. None: as the index was built."""
     ef_search: int | None = None
@@ -397,7 +397,7 @@ class SearchIndex:
             )
         vectors.tune(self.nprobe, self.ef_search)
         # Only on request: not every FAISS has GPU code, and not every kind can be moved.
-        if self.device.startswith("cuda"):
+        if self.device != "auto" and is_accelerator(resolve_device(self.device)):
             vectors = vectors.to_gpu(resolve_device(self.device))
         return vectors, rows
 

@@ -23,7 +23,8 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
 
     `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
     strings; `text_image_row` is the image of each caption; `image.NAME` and `text.NAME` are
-    features [rows, dim], not normalized (NaN where `….ok` is False).
+    features [rows, dim], not normalized (NaN where `….ok` is False); where rows differ in their
+    number of tokens, `….length` is that number.
 
     Returns:
         Names of the arrays.
@@ -62,6 +63,9 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
     for array in store.arrays():
         yield f"{array.record.modality}.{array.name}", array.load()
         yield f"{array.record.modality}.{array.name}.ok", array.load_ok()
+        lengths = array.load_lengths()
+        if lengths is not None:
+            yield f"{array.record.modality}.{array.name}.length", lengths
 
 
 def export_parquet(store: FeatureStore, out: Path) -> list[str]:

@@ -80,6 +80,10 @@ class AlignmentModel(nn.Module):
         """Return what trains, each parameter with its factor of the learning rate."""
         return [(p, 1.0) for p in self.parameters() if p.requires_grad]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return none: what is not decayed are embeddings of towers."""
+        return []
+
     def clamp(self) -> None:
         """Bring the temperature back into its bounds."""
         self.temperature.clamp()
@@ -119,8 +123,8 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
     with seeded_generators(seed):
         try:
             image, text = build_heads(
-                recipe.image,
-                text=recipe.text,
+                recipe.image.with_widths(train.image_widths),
+                text=recipe.text.with_widths(train.text_widths),
                 image_dim=train.image.shape[-1],
                 text_dim=train.text.shape[-1],
             )

@@ -166,7 +166,7 @@ def test_a_faiss_without_gpu_says_what_to_install() -> None:
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         pytest.skip("this FAISS has a GPU")
     with pytest.raises(DataError, match=r"apecache\[gpu\]"):
-        build_vectors("flat", VECTORS)[0].to_gpu(torch.device("cuda", 0))
+        build_vectors("ivf", VECTORS)[0].to_gpu(torch.device("cuda", 0))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
